@@ -1,0 +1,217 @@
+"""`status` of a FineTuneJob: what the operator observed, never an instruction. Written by the operator alone."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from finetune_core.api.base import ApiModel
+from finetune_core.api.conditions import Condition
+
+HISTORY_LIMIT = 60
+CHECKPOINT_LIMIT = 100
+RECENT_ATTEMPTS_LIMIT = 20
+
+Decimal = Annotated[str, Field(max_length=32)]
+Text = Annotated[str, Field(max_length=1024)]
+Digest = Annotated[str, Field(max_length=64)]
+Count = Annotated[int, Field(ge=0)]
+
+_BY_TYPE: dict[str, Any] = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+_ATOMIC: dict[str, Any] = {"x-kubernetes-list-type": "atomic"}
+
+
+class PodRecord(ApiModel):
+    """The first pod seen for a replica index: another uid later means that the pod was replaced."""
+
+    index: Count
+    """Replica index."""
+    name: Annotated[str, Field(max_length=253)]
+    """Name of the pod."""
+    uid: Annotated[str, Field(max_length=64)]
+    """uid of the first pod seen."""
+    node: Annotated[str, Field(max_length=253)] = ""
+    """Node of the pod; empty until it is scheduled."""
+
+
+class AttemptCause(ApiModel):
+    """Why the current attempt will end: recorded at first sight, before the evidence is cleaned up."""
+
+    verdict: Annotated[str, Field(max_length=32)]
+    """Succeeded, Permanent, Charged or Free."""
+    reason: Annotated[str, Field(max_length=64)]
+    """One CamelCase word."""
+    message: Text = ""
+    """A sentence for people."""
+    node: Annotated[str, Field(max_length=253)] = ""
+    """Node of the pod that decided."""
+    time: datetime
+    """When it was first seen."""
+
+
+class CurrentAttempt(ApiModel):
+    """The attempt that exists now."""
+
+    number: Annotated[int, Field(ge=1, le=999)]
+    """1 for the first."""
+    start_time: datetime
+    """When it was started."""
+    pods: Annotated[list[PodRecord], Field(max_length=99, json_schema_extra=_ATOMIC)] = []
+    """First pod seen per index."""
+    cause: AttemptCause | None = None
+    """Set once the attempt is known to end."""
+
+
+class PastAttempt(ApiModel):
+    """An attempt that ended."""
+
+    number: Annotated[int, Field(ge=1, le=999)]
+    """1 for the first."""
+    verdict: Annotated[str, Field(max_length=32)]
+    """Succeeded, Permanent, Charged or Free."""
+    reason: Annotated[str, Field(max_length=64)]
+    """One CamelCase word."""
+    message: Text = ""
+    """A sentence for people."""
+    node: Annotated[str, Field(max_length=253)] = ""
+    """Node of the pod that decided."""
+    start_time: datetime
+    """When it was started."""
+    end_time: datetime
+    """When it was accounted."""
+
+
+class AttemptsStatus(ApiModel):
+    """How often the job was started, and how that ended."""
+
+    started: Count = 0
+    """Attempts started."""
+    charged: Count = 0
+    """Attempts that count against `runPolicy.maxRetries`."""
+    free: Count = 0
+    """Attempts that ended through no fault of the job."""
+    current: CurrentAttempt | None = None
+    """The attempt that exists now."""
+    recent: Annotated[list[PastAttempt], Field(max_length=RECENT_ATTEMPTS_LIMIT, json_schema_extra=_ATOMIC)] = []
+    """Newest ended attempts, oldest first."""
+    next_start_time: datetime | None = None
+    """End of the back-off, while the job waits for it."""
+
+
+class ProgressStatus(ApiModel):
+    """How far the run is."""
+
+    step: Count = 0
+    """Global batches consumed."""
+    total_steps: Count = 0
+    """Global batches of the whole run."""
+    epoch: Decimal = "0"
+    """Passes over the training rows."""
+    percentage: Annotated[int, Field(ge=0, le=100)] = 0
+    """step / totalSteps."""
+    eta_seconds: Count | None = None
+    """Estimated time to the last step."""
+    tokens_per_second: Decimal | None = None
+    """Supervised and prompt tokens (no padding) per second over all processes."""
+    last_update_time: datetime | None = None
+    """When the trainer last reported."""
+
+
+class MetricValue(ApiModel):
+    """The newest value of a metric."""
+
+    name: Annotated[str, Field(max_length=64)]
+    """Such as loss, perplexity, learningRate, gradientNorm."""
+    value: Decimal
+    """The value."""
+    step: Count
+    """Step it belongs to."""
+
+
+class HistoryPoint(ApiModel):
+    """A point of the curves."""
+
+    step: Count
+    """Global batches consumed."""
+    loss: Decimal | None = None
+    """Training loss of the step."""
+    perplexity: Decimal | None = None
+    """Validation perplexity after the step."""
+
+
+class CheckpointStatus(ApiModel):
+    """A committed checkpoint."""
+
+    run: Annotated[int, Field(ge=1)]
+    """Run number: every start and every rollback takes the next."""
+    step: Count
+    """Global batches consumed."""
+    uri: Text
+    """Folder in the bucket."""
+    bytes: Count
+    """Size of its files."""
+    manifest_sha256: Digest
+    """sha256 of manifest.json."""
+    perplexity: Decimal | None = None
+    """Validation perplexity at this step."""
+    time: datetime
+    """When it was committed."""
+    last: bool = False
+    """The newest."""
+    best: bool = False
+    """The least perplexity."""
+
+
+class ArtifactStatus(ApiModel):
+    """What came out."""
+
+    uri: Text
+    """Folder in the bucket; peft and transformers load what lies there."""
+    step: Count
+    """Step of the checkpoint that was exported."""
+    bytes: Count
+    """Size of its files."""
+    manifest_sha256: Digest
+    """sha256 of manifest.json."""
+
+
+class ChildStatus(ApiModel):
+    """The PyTorchJob of the current attempt."""
+
+    kind: Annotated[str, Field(max_length=64)]
+    """PyTorchJob."""
+    name: Annotated[str, Field(max_length=63)]
+    """Its name."""
+    uid: Annotated[str, Field(max_length=64)] = ""
+    """Its uid."""
+
+
+class FineTuneJobStatus(ApiModel):
+    """What the operator observed."""
+
+    observed_generation: Count = 0
+    """Generation of the spec that the status speaks of."""
+    conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=_BY_TYPE)] = []
+    """All known conditions, from the first write on."""
+    attempts: AttemptsStatus = AttemptsStatus()
+    """How often the job was started."""
+    image: Annotated[str, Field(max_length=512)] | None = None
+    """Trainer image, fixed at attempt 1."""
+    start_time: datetime | None = None
+    """When the first attempt was started."""
+    completion_time: datetime | None = None
+    """When the job was settled."""
+    progress: ProgressStatus | None = None
+    """How far the run is."""
+    metrics: Annotated[list[MetricValue], Field(max_length=32, json_schema_extra=_ATOMIC)] = []
+    """Newest values."""
+    history: Annotated[list[HistoryPoint], Field(max_length=HISTORY_LIMIT, json_schema_extra=_ATOMIC)] = []
+    """Loss and validation perplexity over steps, thinned as it grows."""
+    checkpoints: Annotated[list[CheckpointStatus], Field(max_length=CHECKPOINT_LIMIT, json_schema_extra=_ATOMIC)] = []
+    """What lies in the bucket."""
+    artifact: ArtifactStatus | None = None
+    """What came out."""
+    child: ChildStatus | None = None
+    """The PyTorchJob of the current attempt."""

@@ -1,0 +1,76 @@
+"""Resolves a job into the run file of an attempt: every default that depends on another field is decided here,
+once, for the operator and for the command line alike."""
+
+from __future__ import annotations
+
+from finetune_core.api.job import FineTuneJob
+from finetune_core.api.method import LoRASpec, Method
+from finetune_core.contract import (
+    EvaluationConfig,
+    OptimizationConfig,
+    ReportConfig,
+    RunConfig,
+    StorageConfig,
+    WorldConfig,
+)
+from finetune_core.errors import UserError
+from finetune_core.layout import run_root
+from finetune_core.planning.choices import micro_batch_size, zero_stage
+
+DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
+"""The rates of the study that the project repeats (Anyscale, September 2023)."""
+
+
+def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
+    """Return the run file of ``job``; raises UserError with the field's path where the job can't be run."""
+    spec = job.spec
+    processes_per_node = max(1, spec.resources.gpus_per_node)
+    world = WorldConfig(nodes=spec.resources.nodes, processes_per_node=processes_per_node, device=spec.resources.device)
+    training = spec.training
+    rate = float(training.learning_rate) if training.learning_rate else DEFAULT_LEARNING_RATE[spec.method]
+    if rate <= 0:
+        raise UserError("spec.training.learningRate", "must be greater than 0")
+    stage = zero_stage(spec.deepspeed.zero_stage, processes=world.size)
+    return RunConfig(
+        world=world,
+        model=spec.model,
+        dataset=spec.dataset,
+        method=spec.method,
+        lora=(spec.lora or LoRASpec()) if spec.method is Method.LORA else None,
+        optimization=OptimizationConfig(
+            learning_rate=rate,
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=micro_batch_size(
+                training.micro_batch_size,
+                global_batch_size=training.global_batch_size,
+                processes=world.size,
+            ),
+            schedule=training.schedule,
+            warmup_steps=training.warmup_steps,
+            weight_decay=float(training.weight_decay),
+            gradient_clipping=float(training.gradient_clipping),
+            precision=training.precision,
+            gradient_checkpointing=training.gradient_checkpointing,
+            seed=training.seed,
+            zero_stage=stage,
+        ),
+        evaluation=EvaluationConfig(
+            every_steps=spec.evaluation.every_steps,
+            artifact_from=spec.evaluation.artifact_from or ("Best" if spec.dataset.validation else "Last"),
+        ),
+        storage=StorageConfig(
+            uri=run_root(
+                spec.storage.uri,
+                job.metadata.namespace,
+                job.metadata.name,
+                spec.storage.run_id or job.metadata.uid,
+            ),
+            endpoint=spec.storage.endpoint or f"https://s3.{spec.storage.region}.amazonaws.com",
+            region=spec.storage.region,
+            checkpoint_every_steps=spec.storage.checkpoint.every_steps,
+            keep_last=spec.storage.checkpoint.keep_last,
+        ),
+        report=report,
+    )
