@@ -28,6 +28,10 @@ def locked(name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another process holds the lock {name!r} of the cache folder, waiting for it", file=sys.stderr, flush=True)
+            print(
+                f"another process holds the lock {name!r} of the cache folder, waiting for it",
+                file=sys.stderr,
+                flush=True,
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

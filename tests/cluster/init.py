@@ -11,7 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cluster.layout import BRIDGE, DNS_ADDRESS, HOST_ADDRESS, POD_PREFIX_LENGTH, SERVICE_ADDRESS, SERVICE_NETWORK, Layout
+from tests.cluster.layout import (
+    BRIDGE,
+    DNS_ADDRESS,
+    HOST_ADDRESS,
+    POD_PREFIX_LENGTH,
+    SERVICE_ADDRESS,
+    SERVICE_NETWORK,
+    Layout,
+)
 
 
 def main() -> None:

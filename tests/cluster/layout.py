@@ -100,6 +100,16 @@ class Layout:
         return self.state / "init.pid"
 
     @property
+    def owner_pid(self) -> Path:
+        """Holds the id of the process that the cluster belongs to."""
+        return self.state / "owner.pid"
+
+    @property
+    def programs(self) -> Path:
+        """kubectl and helm, for the PATH."""
+        return self.state / "programs"
+
+    @property
     def enter_script(self) -> Path:
         """Runs its arguments inside the cluster, with KUBECONFIG set and kubectl and helm on the PATH."""
         return self.state / "enter"

@@ -28,7 +28,10 @@ class Namespaces:
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
         """Put the calling thread, and the threads and programs it starts meanwhile, into the network namespace."""
-        with Path("/proc/thread-self/ns/net").open("rb") as before, Path(f"/proc/{self.pid}/ns/net").open("rb") as inside:
+        with (
+            Path("/proc/thread-self/ns/net").open("rb") as before,
+            Path(f"/proc/{self.pid}/ns/net").open("rb") as inside,
+        ):
             _setns(inside.fileno())
             try:
                 yield

@@ -13,7 +13,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-LIFETIME = datetime.timedelta(days=30)
+# Longer than the 90 days before its end in which a certificate counts as worn out for training-operator.
+LIFETIME = datetime.timedelta(days=365)
+
+# The name under which training-operator looks for its authority.
+AUTHORITY_NAME = "training-operator-ca"
 
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
@@ -33,35 +37,48 @@ class Authority:
         self._folder = folder
         # RSA in the old PKCS#1 form, because training-operator's certificate rotator reads nothing else.
         self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        self._name = _subject("test-cluster", ())
+        self._name = _subject(AUTHORITY_NAME, ())
         builder = _builder(self._name, self._name, self._key)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         builder = builder.add_extension(_key_usage(signs_certificates=True), critical=True)
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(AUTHORITY_NAME)]), critical=False)
         self._certificate = builder.sign(self._key, hashes.SHA256())
         self.pair = self._write("ca", self._certificate, self._key)
 
     def issue(
-        self, file: str, name: str, *, organizations: Sequence[str] = (), hosts: Sequence[str] = (), old_format: bool = False
+        self,
+        file: str,
+        name: str,
+        *,
+        organizations: Sequence[str] = (),
+        hosts: Sequence[str] = (),
+        old_format: bool = False,
     ) -> Pair:
         """Sign a certificate for ``name``, good for both ends of a connection, and write it to ``<file>.crt`` and ``.key``.
 
         ``hosts`` are DNS names and addresses it serves; ``old_format`` makes an RSA key in PKCS#1 form.
         """
-        key: PrivateKey = rsa.generate_private_key(65537, 2048) if old_format else ec.generate_private_key(ec.SECP256R1())
+        key: PrivateKey = (
+            rsa.generate_private_key(65537, 2048) if old_format else ec.generate_private_key(ec.SECP256R1())
+        )
         builder = _builder(_subject(name, organizations), self._name, key)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_key_usage(signs_certificates=False), critical=True)
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         if hosts:
-            builder = builder.add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
+            builder = builder.add_extension(
+                x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False
+            )
         return self._write(file, builder.sign(self._key, hashes.SHA256()), key)
 
     def service_account_keys(self) -> Pair:
         """Write the key that signs service-account tokens; the "certificate" is its public half."""
         key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         pair = Pair(self._folder / "service-account.pub", self._folder / "service-account.key")
-        public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        public = key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
         pair.certificate.write_bytes(public)
         _write_key(pair.key, key)
         return pair

@@ -157,7 +157,9 @@ def _check_go() -> None:
     text = subprocess.run(["go", "env", "GOVERSION"], text=True, capture_output=True, check=True).stdout
     found = re.match(r"go(\d+)\.(\d+)", text)
     if not found or (int(found[1]), int(found[2])) < MINIMUM_GO:
-        raise ClusterError(f"Go {'.'.join(map(str, MINIMUM_GO))} or newer is needed, `go env GOVERSION` says {text.strip()}")
+        raise ClusterError(
+            f"Go {'.'.join(map(str, MINIMUM_GO))} or newer is needed, `go env GOVERSION` says {text.strip()}"
+        )
 
 
 def _build(tool: Tool) -> None:
@@ -176,7 +178,12 @@ def _build(tool: Tool) -> None:
 def _go(tool: Tool, arguments: list[str]) -> str:
     environment = os.environ | {"CGO_ENABLED": "0", "GOWORK": "off"}
     done = subprocess.run(
-        ["go", *arguments], cwd=tool.sources, env=environment, text=True, capture_output=True, timeout=BUILD_TIMEOUT_SECONDS
+        ["go", *arguments],
+        cwd=tool.sources,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=BUILD_TIMEOUT_SECONDS,
     )
     if done.returncode != 0:
         raise ClusterError(f"`go {' '.join(arguments)}` failed in {tool.sources}:\n{done.stderr[-4000:]}")
