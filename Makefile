@@ -53,3 +53,32 @@ locks: $(UV) ## Pin all dependencies with hashes and without index addresses
 	  constraint=$$([ $$extra = dev ] || echo "-c locks/dev.txt"); \
 	  $(UV) pip compile --quiet pyproject.toml --extra $$extra $$constraint $(COMPILE) \
 	    -o locks/$$extra.txt >/dev/null; done
+
+.PHONY: cluster
+cluster: venv ## Keep a real one-node cluster up, and say how to reach it with kubectl (Ctrl-C ends it)
+	@$(PYTHON) -m tests.cluster up
+
+.PHONY: images
+images: venv ## Build the operator's and the trainer's image
+	@$(PYTHON) -m tests.cluster images
+
+.PHONY: demo
+demo: venv ## The whole product on this machine, without GPUs (METHOD=full: every parameter instead of LoRA)
+	@$(PYTHON) -m examples.demo --method $(METHOD)
+
+.PHONY: unit
+unit: venv ## The tests that need no cluster
+	@$(PYTEST) -m "not cluster and not long"
+
+.PHONY: test
+test: lint ## Lint, unit tests, and end-to-end tests on a real cluster
+	@$(PYTHON) -m tests.cluster build
+	@$(PYTEST) -m "not long"
+
+.PHONY: test-long
+test-long: venv ## The tests that take longer than a coffee
+	@$(PYTEST) -m long
+
+.PHONY: bench
+bench: venv ## Measure, side by side in one run
+	@$(PYTHON) -m tests.bench
