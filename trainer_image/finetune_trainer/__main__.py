@@ -29,7 +29,7 @@ def parse(arguments: list[str]) -> Paths:
     """Return the paths that the command line asks for; each defaults to its place in a pod."""
     parser = argparse.ArgumentParser(
         prog="python -m finetune_trainer",
-        description="Train one node's part of a FineTuneJob attempt; identity and rendezvous come from the environment.",
+        description="Train one node's part of a FineTuneJob attempt; identity comes from the environment.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -42,7 +42,8 @@ def train(
     """Train, checkpoint and publish; return the result that every rank of the gang ends with.
 
     ``progress`` exists on rank 0; ``standing`` is kept current on all. ``stop`` says whether this process was
-    told to stop; all ranks agree on it at every micro-batch. Raises Stopped once what was trained is committed, and the other exceptions of `errors`.
+    told to stop; all ranks agree on it at every micro-batch. Raises Stopped once what was trained is committed,
+    and the other exceptions of `errors`.
     """
     root = open_root(plan.config, plan.paths)
     data = load_data(plan)
