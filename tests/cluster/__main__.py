@@ -1,0 +1,109 @@
+"""The command line of the test cluster: ``python -m tests.cluster build|up|down|status``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from tests.cluster import clients, packages, tools
+from tests.cluster.cluster import Cluster, unusable_because
+from tests.cluster.layout import Layout
+from tests.cluster.progress import say
+from tests.cluster.waiting import ClusterError, wait_for
+
+EXAMPLES = """examples:
+  python -m tests.cluster build            build and install all that is missing (about ten minutes the first time)
+  python -m tests.cluster up               start a cluster and keep it up until Ctrl-C
+  python -m tests.cluster status           list the clusters that `up` keeps up
+  python -m tests.cluster down             end them
+
+  # in another terminal, with the path that `up` printed:
+  /tmp/finetune-cluster-x1y2z3/enter kubectl get pods --all-namespaces
+"""
+
+STATE_PREFIX = "finetune-cluster-"
+DOWN_TIMEOUT_SECONDS = 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.cluster",
+        description="A real Kubernetes cluster on one machine, in namespaces of its own.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("build", help="build and install all that is missing, start nothing")
+    commands.add_parser("up", help="start a cluster and keep it up until Ctrl-C")
+    commands.add_parser("down", help="end every cluster that `up` keeps up")
+    commands.add_parser("status", help="list the clusters that are up")
+    arguments = parser.parse_args()
+    try:
+        {"build": build, "up": up, "down": down, "status": status}[arguments.command]()
+    except ClusterError as error:
+        sys.exit(f"error: {error}")
+
+
+def build() -> None:
+    packages.install(packages.NODE_PACKAGES)
+    tools.build_missing()
+    clients.clients()
+    say("everything is there")
+
+
+def up() -> None:
+    # A request to end is an exception in the main thread, so that the cluster is ended however far it has come.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    started = time.monotonic()
+    try:
+        with Cluster.start() as cluster:
+            enter = cluster.layout.enter_script
+            say(f"\nThe cluster is up after {time.monotonic() - started:.0f} s. In another terminal:")
+            say(f"  {enter} kubectl get pods --all-namespaces")
+            say(f"  {enter} helm list      {enter} bash")
+            say(
+                f"MinIO inside: {cluster.minio.endpoint}  user {cluster.minio.access_key}  password {cluster.minio.secret_key}"
+            )
+            say(f"registry inside: {cluster.registry}     logs: {cluster.layout.logs}")
+            say("Ctrl-C ends it.")
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        say("the cluster has ended, nothing of it is left")
+
+
+def status() -> None:
+    reason = unusable_because()
+    if reason:
+        print(reason)
+    for tool in tools.ALL:
+        print(f"{'missing' if tool.missing else 'built':8} {tool.name}")
+    for layout in running():
+        print(f"up       {layout.enter_script} kubectl get pods --all-namespaces")
+
+
+def down() -> None:
+    """End the owners of all clusters that were started by ``up``; each clears away its own."""
+    for layout in running():
+        os.kill(int(layout.owner_pid.read_text()), signal.SIGTERM)
+        wait_for(f"{layout.state} to be removed", lambda state=layout.state: not state.exists(), DOWN_TIMEOUT_SECONDS)
+        say(f"{layout.state} has ended")
+
+
+def running() -> list[Layout]:
+    """Return the clusters in the folder for temporary files whose owner lives."""
+    found = [Layout(state) for state in sorted(Path(tempfile.gettempdir()).glob(f"{STATE_PREFIX}*"))]
+    return [
+        layout
+        for layout in found
+        if layout.owner_pid.exists() and Path(f"/proc/{layout.owner_pid.read_text()}").exists()
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What runs beside Kubernetes: CoreDNS, MinIO, the image registry and Kubeflow's training-operator; command lines and the API objects they need."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from pathlib import Path
+
+from tests.cluster import tools
+from tests.cluster.api import Api, Object
+from tests.cluster.cache import cache_folder
+from tests.cluster.credentials import Credentials
+from tests.cluster.layout import (
+    CLUSTER_DOMAIN,
+    DNS_ADDRESS,
+    DNS_READY_PORT,
+    HOST_ADDRESS,
+    MINIO_PORT,
+    REGISTRY_PORT,
+    TRAINING_OPERATOR_METRICS_PORT,
+    TRAINING_OPERATOR_PROBE_PORT,
+    WEBHOOK_PORT,
+    Layout,
+)
+
+KUBEFLOW_NAMESPACE = "kubeflow"
+WEBHOOK_SECRET = "training-operator-webhook-cert"
+WEBHOOK = "validator.training-operator.kubeflow.org"
+PYTORCHJOB_CRD = "pytorchjobs.kubeflow.org"
+CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+
+
+def coredns(layout: Layout, credentials: Credentials) -> list[str]:
+    corefile = layout.config / "Corefile"
+    # No cache: a name that was asked for a moment too early is answered right the next time.
+    corefile.write_text(f""".:53 {{
+    bind {DNS_ADDRESS}
+    errors
+    ready 127.0.0.1:{DNS_READY_PORT}
+    kubernetes {CLUSTER_DOMAIN} in-addr.arpa ip6.arpa {{
+        kubeconfig {credentials.kubeconfigs["coredns"]}
+        pods insecure
+        ttl 5
+    }}
+}}
+""")
+    return [str(tools.COREDNS.path()), "-conf", str(corefile)]
+
+
+def minio(layout: Layout) -> list[str]:
+    return [str(tools.MINIO.path()), "server", str(layout.state / "minio"), f"--address={HOST_ADDRESS}:{MINIO_PORT}"]
+
+
+def registry(layout: Layout) -> list[str]:
+    """The registry's storage lies in the cache folder: what was pushed once is there in every later cluster."""
+    config = layout.config / "registry.json"
+    storage = {"filesystem": {"rootdirectory": str(registry_storage())}, "delete": {"enabled": True}}
+    http = {"addr": f"{HOST_ADDRESS}:{REGISTRY_PORT}"}
+    log = {"level": "warn", "accesslog": {"disabled": True}}
+    config.write_text(json.dumps({"version": "0.1", "log": log, "storage": storage, "http": http}))
+    return [str(tools.REGISTRY.path()), "serve", str(config)]
+
+
+def registry_storage() -> Path:
+    folder = cache_folder() / "registry"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def training_operator(layout: Layout, credentials: Credentials) -> list[str]:
+    """Run it with a /tmp of its own: it looks for its certificate in a fixed folder there, and the machine's /tmp belongs to everybody."""
+    own = layout.state / "training-operator"
+    serving = own / "k8s-webhook-server" / "serving-certs"
+    serving.mkdir(parents=True)
+    for name, file in _webhook_files(credentials).items():
+        shutil.copyfile(file, serving / name)
+    # All that it reads lies in the same folder, since what else is below /tmp is hidden from it.
+    shutil.copy(tools.TRAINING_OPERATOR.path(), own / "training-operator")
+    shutil.copyfile(credentials.kubeconfigs["training-operator"], own / "kubeconfig.yaml")
+    # An empty list: workers get no init container. Ours would not get one anyway; next to a Master they would, from an image that is not here.
+    (own / "init-container.yaml").write_text("[]\n")
+    return [
+        *("unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /tmp && cd / && TMPDIR=/tmp exec "$@"', str(own)),
+        "/tmp/training-operator",
+        "--enable-scheme=pytorchjob",
+        "--kubeconfig=/tmp/kubeconfig.yaml",
+        f"--webhook-server-port={WEBHOOK_PORT}",
+        f"--health-probe-bind-address={HOST_ADDRESS}:{TRAINING_OPERATOR_PROBE_PORT}",
+        f"--metrics-bind-address={HOST_ADDRESS}:{TRAINING_OPERATOR_METRICS_PORT}",
+        "--pytorch-init-container-template-file=/tmp/init-container.yaml",
+        "--zap-log-level=info",
+    ]
+
+
+def _webhook_files(credentials: Credentials) -> dict[str, Path]:
+    return {
+        "ca.crt": credentials.authority.certificate,
+        "ca.key": credentials.authority.key,
+        "tls.crt": credentials.webhook.certificate,
+        "tls.key": credentials.webhook.key,
+    }
+
+
+def apply_objects(api: Api, credentials: Credentials) -> None:
+    """Create the API objects of all of them."""
+    for path, manifest in _dns_objects():
+        api.apply(path, manifest)
+    for name, port in (("minio", MINIO_PORT), ("registry", REGISTRY_PORT)):
+        for path, manifest in _machine_service(name, port):
+            api.apply(path, manifest)
+    api.apply(f"{CRD_PATH}/{PYTORCHJOB_CRD}", tools.TRAINING_OPERATOR.data_file().read_text())
+    for path, manifest in _training_operator_objects(credentials):
+        api.apply(path, manifest)
+
+
+def crd_established(api: Api) -> bool:
+    crd = api.get(f"{CRD_PATH}/{PYTORCHJOB_CRD}") or {}
+    conditions = crd.get("status", {}).get("conditions", [])
+    return any(condition["type"] == "Established" and condition["status"] == "True" for condition in conditions)
+
+
+def _dns_objects() -> list[tuple[str, Object]]:
+    rbac = "rbac.authorization.k8s.io"
+    readable = [
+        {"apiGroups": [""], "resources": ["endpoints", "services", "pods", "namespaces"], "verbs": ["list", "watch"]},
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]},
+    ]
+    name = "system:coredns"
+    role = {"apiVersion": f"{rbac}/v1", "kind": "ClusterRole", "metadata": {"name": name}, "rules": readable}
+    binding = {
+        "apiVersion": f"{rbac}/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": name},
+        "roleRef": {"apiGroup": rbac, "kind": "ClusterRole", "name": name},
+        "subjects": [{"apiGroup": rbac, "kind": "User", "name": name}],
+    }
+    # Only there to hold the address, so that no other Service gets it.
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "kube-dns", "namespace": "kube-system"},
+        "spec": {"clusterIP": DNS_ADDRESS, "ports": [{"name": "dns", "port": 53, "protocol": "UDP"}]},
+    }
+    return [
+        (f"/apis/{rbac}/v1/clusterroles/{name}", role),
+        (f"/apis/{rbac}/v1/clusterrolebindings/{name}", binding),
+        ("/api/v1/namespaces/kube-system/services/kube-dns", service),
+    ]
+
+
+def _machine_service(name: str, port: int) -> list[tuple[str, Object]]:
+    """Give a program that runs beside the cluster a DNS name in it: ``minio.minio.svc``."""
+    metadata = {"name": name, "namespace": name}
+    endpoints = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {**metadata, "labels": {"kubernetes.io/service-name": name}},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [HOST_ADDRESS], "conditions": {"ready": True}}],
+        "ports": [{"name": "http", "port": port, "protocol": "TCP"}],
+    }
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
+        "spec": {"clusterIP": "None", "ports": [{"name": "http", "port": port}]},
+    }
+    return [
+        (f"/api/v1/namespaces/{name}", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}),
+        (f"/api/v1/namespaces/{name}/services/{name}", service),
+        (f"/apis/discovery.k8s.io/v1/namespaces/{name}/endpointslices/{name}", endpoints),
+    ]
+
+
+def _training_operator_objects(credentials: Credentials) -> list[tuple[str, Object]]:
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": KUBEFLOW_NAMESPACE}}
+    files = {name: base64.b64encode(file.read_bytes()).decode() for name, file in _webhook_files(credentials).items()}
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": WEBHOOK_SECRET, "namespace": KUBEFLOW_NAMESPACE},
+        "data": files,
+    }
+    rule = {
+        "apiGroups": ["kubeflow.org"],
+        "apiVersions": ["v1"],
+        "operations": ["CREATE", "UPDATE"],
+        "resources": ["pytorchjobs"],
+    }
+    url = f"https://{HOST_ADDRESS}:{WEBHOOK_PORT}/validate-kubeflow-org-v1-pytorchjob"
+    webhook = {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingWebhookConfiguration",
+        "metadata": {"name": WEBHOOK},
+        "webhooks": [
+            {
+                "name": "validator.pytorchjob.training-operator.kubeflow.org",
+                "admissionReviewVersions": ["v1"],
+                "sideEffects": "None",
+                "failurePolicy": "Fail",
+                "rules": [rule],
+                "clientConfig": {"url": url, "caBundle": files["ca.crt"]},
+            }
+        ],
+    }
+    return [
+        (f"/api/v1/namespaces/{KUBEFLOW_NAMESPACE}", namespace),
+        (f"/api/v1/namespaces/{KUBEFLOW_NAMESPACE}/secrets/{WEBHOOK_SECRET}", secret),
+        (f"/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations/{WEBHOOK}", webhook),
+    ]

@@ -1,0 +1,37 @@
+"""The cache folder: everything that is built or downloaded once and outlives a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Return ``$FINETUNE_CACHE``, else ``finetune-operator`` in the user's cache folder; it is made if it is not there."""
+    named = os.environ.get("FINETUNE_CACHE")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(named) if named else home / "finetune-operator"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Hold the cache folder's lock ``name``, so that two processes never build the same thing at the same time."""
+    folder = cache_folder() / "locks"
+    folder.mkdir(exist_ok=True)
+    with (folder / name).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"another process holds the lock {name!r} of the cache folder, waiting for it",
+                file=sys.stderr,
+                flush=True,
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,360 @@
+"""``Cluster``: starts a cluster, gives it to tests, ends it without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.cluster import addons, clients, control_plane, node, oci, packages, tools
+from tests.cluster.api import Api, answers
+from tests.cluster.component import Component
+from tests.cluster.credentials import Credentials, issue
+from tests.cluster.layout import (
+    CONTAINERD_SOCKET,
+    DNS_READY_PORT,
+    GPU_COUNT,
+    GPU_RESOURCE,
+    HOST_ADDRESS,
+    MINIO_PORT,
+    NODE_NAME,
+    REGISTRY_PORT,
+    TRAINING_OPERATOR_PROBE_PORT,
+    Layout,
+)
+from tests.cluster.namespaces import Namespaces
+from tests.cluster.progress import say
+from tests.cluster.waiting import ClusterError, tail, wait_for
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STOP_TIMEOUT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """How to reach MinIO: the same address from pods and from a thread inside ``Cluster.enter``."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def in_cluster_endpoint(self) -> str:
+        """The same store by its DNS name, for pods."""
+        return f"http://minio.minio.svc.cluster.local:{MINIO_PORT}"
+
+
+def unusable_because() -> str | None:
+    """Say why no cluster can run here, or None if one can."""
+    if sys.platform != "linux":
+        return "the test cluster needs Linux"
+    if os.geteuid() != 0:
+        return "the test cluster needs root, for namespaces and mounts of its own (nothing of the machine is changed)"
+    return None
+
+
+class Cluster:
+    """A running cluster. ``Cluster.start()`` makes one; it is its own context manager.
+
+    ``components`` are its programs by name (etcd, api-server, controller-manager, scheduler, containerd, kubelet, device-plugin, coredns, minio, registry,
+    training-operator); tests stop and start them to see what fails.
+    """
+
+    def __init__(self, layout: Layout, verbose: bool) -> None:
+        self.layout = layout
+        self.components: dict[str, Component] = {}
+        self.registry = node.REGISTRY
+        self.minio = ObjectStore(f"http://{HOST_ADDRESS}:{MINIO_PORT}", "test-admin", secrets.token_urlsafe(24))
+        self._verbose = verbose
+        self._started = time.monotonic()
+        self._cgroup = layout.state.name
+        self._watcher: subprocess.Popen[bytes] | None = None
+        self._credentials: Credentials
+        self._api: Api
+
+    @classmethod
+    def start(cls, state: Path | None = None, *, verbose: bool = True) -> Cluster:
+        """Start a cluster and wait until all of it works; build and install first what is missing.
+
+        ``state`` is a folder that must not exist yet; it is removed at the end. Without it there is one below the folder for temporary files.
+
+        Raises:
+            ClusterError: it did not start; nothing of it is left then.
+        """
+        reason = unusable_because()
+        if reason:
+            raise ClusterError(reason)
+        packages.install(packages.NODE_PACKAGES)
+        tools.build_missing()
+        programs = clients.clients()
+        if state is None:
+            state = Path(tempfile.mkdtemp(prefix="finetune-cluster-"))
+        else:
+            state.mkdir(parents=True)
+        cluster = cls(Layout(state.resolve()), verbose)
+        try:
+            cluster._bring_up(programs)
+        except BaseException:
+            cluster.stop()
+            raise
+        return cluster
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # How tests use it
+
+    @property
+    def kubeconfig(self) -> Path:
+        """The administrator's kubeconfig; its address works inside the network namespace and in pods."""
+        return self._credentials.kubeconfigs["administrator"]
+
+    @property
+    def namespaces(self) -> Namespaces:
+        return Namespaces(int(self.layout.init_pid.read_text()))
+
+    @contextlib.contextmanager
+    def enter(self) -> Iterator[None]:
+        """Put the calling thread into the cluster's network: API server, MinIO, registry and pods are reachable in the block, and nothing else.
+
+        Threads and programs started in the block are inside too, and stay there.
+        """
+        with self.namespaces.network():
+            yield
+
+    def popen(
+        self, argv: Sequence[str | Path], *, environment: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[Any]:
+        """Start a program inside the namespaces, with KUBECONFIG set; it ends with the cluster at the latest."""
+        variables = {**self._environment(os.environ), **(environment or {})}
+        return subprocess.Popen(self.namespaces.command([str(argument) for argument in argv]), env=variables, **options)
+
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        stdin: str | None = None,
+        check: bool = True,
+        timeout: float = 120,
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program inside the namespaces to its end and return what it printed.
+
+        Raises:
+            ClusterError: it failed (with what it printed), unless ``check`` is False, or took longer than ``timeout`` seconds.
+        """
+        source = subprocess.PIPE if stdin is not None else subprocess.DEVNULL
+        pipes = {"stdin": source, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with self.popen(argv, environment=environment, text=True, **pipes) as process:
+            try:
+                output, errors = process.communicate(stdin, timeout=timeout)
+            except subprocess.TimeoutExpired as error:
+                process.kill()
+                raise ClusterError(f"{shlex.join(map(str, argv))} took longer than {timeout:g} s") from error
+        if check and process.returncode != 0:
+            raise ClusterError(f"{shlex.join(map(str, argv))} ended with {process.returncode}:\n{output}{errors}")
+        return subprocess.CompletedProcess(list(argv), process.returncode, output, errors)
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, timeout: float = 60) -> str:
+        """Run kubectl as administrator and return its output."""
+        return self.run([self.layout.programs / "kubectl", *arguments], stdin=stdin, timeout=timeout).stdout
+
+    def helm(self, *arguments: str, stdin: str | None = None, timeout: float = 300) -> str:
+        """Run helm as administrator and return its output."""
+        return self.run([self.layout.programs / "helm", *arguments], stdin=stdin, timeout=timeout).stdout
+
+    def get(self, *arguments: str) -> Any:
+        """Return what ``kubectl get ... --output=json`` says."""
+        return json.loads(self.kubectl("get", *arguments, "--output=json"))
+
+    def stop(self) -> None:
+        """End everything and wait until no trace is left.
+
+        Raises:
+            ClusterError: something is left; the message says what.
+        """
+        watcher, self._watcher = self._watcher, None
+        if watcher is None:
+            return
+        if watcher.stdin is None:
+            raise ValueError("the watcher is started with a pipe")
+        watcher.stdin.close()
+        watcher.stdin = None  # so that communicate() does not flush it
+        try:
+            _, errors = watcher.communicate(timeout=STOP_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(
+                f"the cluster's watcher {watcher.pid} did not end within {STOP_TIMEOUT_SECONDS} s"
+            ) from error
+        if watcher.returncode != 0:
+            raise ClusterError(f"ending the cluster failed:\n{errors.decode(errors='replace')}")
+
+    # How it comes up
+
+    def _bring_up(self, programs: Mapping[str, Path]) -> None:
+        self.layout.create()
+        self.layout.owner_pid.write_text(str(os.getpid()))
+        self._start_watcher()
+        self._credentials = issue(self.layout)
+        self._api = Api(self._credentials.authority, self._credentials.administrator)
+        self._define_components()
+        self._write_scripts(programs)
+        self._tell("namespaces and certificates")
+        self._start("etcd", "api-server", "containerd", "minio", "registry")
+        self.components["etcd"].wait_ready()
+        self.components["containerd"].wait_ready()
+        self._import_images()
+        self._tell("containerd")
+        self.components["api-server"].wait_ready()
+        self._tell("API server")
+        self._start("controller-manager", "scheduler", "kubelet", "coredns")
+        with self.enter():
+            addons.apply_objects(self._api, self._credentials)
+        self.components["kubelet"].wait_ready()
+        self._start("device-plugin", "training-operator")
+        for component in self.components.values():
+            component.wait_ready()
+        with self.enter():
+            wait_for(
+                "the service account of the namespace default",
+                self._namespace_filled,
+                30,
+                evidence=self._log("controller-manager"),
+            )
+        self._tell("all of it")
+
+    def _start_watcher(self) -> None:
+        arguments = ["-m", "tests.cluster.watcher", str(self.layout.state), self._cgroup, str(os.getpid())]
+        self._watcher = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        watcher = self._watcher
+
+        def ready() -> bool:
+            if watcher.poll() is not None:
+                raise ClusterError(
+                    f"no namespaces: {watcher.communicate()[1].decode(errors='replace')}\n{tail(self.layout.logs / 'init.log')}"
+                )
+            return self.layout.namespaces_ready.exists() and self.layout.init_pid.exists()
+
+        wait_for("the namespaces", ready, 20, evidence=lambda: tail(self.layout.logs / "init.log"))
+
+    def _define_components(self) -> None:
+        layout, credentials, api = self.layout, self._credentials, self._api
+        probe = f"http://{HOST_ADDRESS}:{TRAINING_OPERATOR_PROBE_PORT}/readyz"
+        containerd_socket = Path(f"/proc/{self.namespaces.pid}/root{CONTAINERD_SOCKET}")
+        self._define("etcd", control_plane.etcd(layout), lambda: answers(f"{control_plane.ETCD_URL}/health"))
+        self._define("api-server", control_plane.api_server(credentials), api.ready)
+        self._define("controller-manager", control_plane.controller_manager(credentials), self._namespace_filled)
+        self._define("scheduler", control_plane.scheduler(credentials), lambda: True)
+        self._define("containerd", node.containerd(layout), containerd_socket.exists)
+        self._define("kubelet", node.kubelet(layout, credentials, self._cgroup), self._node_ready)
+        self._define("device-plugin", node.device_plugin(), self._node_has_devices)
+        self._define(
+            "coredns", addons.coredns(layout, credentials), lambda: answers(f"http://127.0.0.1:{DNS_READY_PORT}/ready")
+        )
+        store = {
+            "MINIO_ROOT_USER": self.minio.access_key,
+            "MINIO_ROOT_PASSWORD": self.minio.secret_key,
+            "MINIO_BROWSER": "off",
+        }
+        self._define("minio", addons.minio(layout), lambda: answers(f"{self.minio.endpoint}/minio/health/live"), store)
+        self._define("registry", addons.registry(layout), lambda: answers(f"http://{HOST_ADDRESS}:{REGISTRY_PORT}/v2/"))
+        self._define(
+            "training-operator",
+            addons.training_operator(layout, credentials),
+            lambda: addons.crd_established(api) and answers(probe),
+        )
+
+    def _define(
+        self, name: str, argv: list[str], ready: Callable[[], bool], environment: Mapping[str, str] | None = None
+    ) -> None:
+        base = {"PATH": _path(), "HOME": str(self.layout.temporary), "TMPDIR": str(self.layout.temporary)}
+        log = self.layout.logs / f"{name}.log"
+        self.components[name] = Component(name, argv, ready, self.namespaces, log, {**base, **(environment or {})})
+
+    def _start(self, *names: str) -> None:
+        for name in names:
+            self.components[name].start()
+
+    def _import_images(self) -> None:
+        for number, image in enumerate((oci.pause(tools.PAUSE.path()), oci.busybox())):
+            archive = self.layout.temporary / f"image-{number}.tar"
+            oci.write_archive(image, archive)
+            self.run(["ctr", "--namespace=k8s.io", "images", "import", archive])
+            archive.unlink()
+
+    def _node_ready(self) -> bool:
+        return any(
+            condition["type"] == "Ready" and condition["status"] == "True"
+            for condition in self._node_status().get("conditions", [])
+        )
+
+    def _node_has_devices(self) -> bool:
+        return self._node_status().get("allocatable", {}).get(GPU_RESOURCE) == str(GPU_COUNT)
+
+    def _node_status(self) -> dict[str, Any]:
+        found = self._api.get(f"/api/v1/nodes/{NODE_NAME}") or {}
+        status: dict[str, Any] = found.get("status", {})
+        return status
+
+    def _namespace_filled(self) -> bool:
+        base = "/api/v1/namespaces/default"
+        return bool(
+            self._api.get(f"{base}/serviceaccounts/default") and self._api.get(f"{base}/configmaps/kube-root-ca.crt")
+        )
+
+    def _log(self, name: str) -> Callable[[], str]:
+        return self.components[name].evidence
+
+    def _write_scripts(self, programs: Mapping[str, Path]) -> None:
+        self.layout.programs.mkdir()
+        for name, program in programs.items():
+            (self.layout.programs / name).symlink_to(program)
+        script = self.layout.enter_script
+        command = shlex.join(self.namespaces.command([]))
+        variables = {"KUBECONFIG": str(self.kubeconfig), "PATH": f"{self.layout.programs}:{_path()}"}
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+        script.write_text(
+            f'#!/bin/sh\n# Runs a command inside this cluster: {script} kubectl get pods\n{exports}exec {command} "$@"\n'
+        )
+        script.chmod(0o755)
+
+    def _environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        return {
+            **base,
+            "KUBECONFIG": str(self.kubeconfig),
+            "PATH": f"{self.layout.programs}:{_path()}",
+            "NO_PROXY": "*",
+            "no_proxy": "*",
+        }
+
+    def _tell(self, what: str) -> None:
+        if self._verbose:
+            say(f"cluster: {what} after {time.monotonic() - self._started:.1f} s")
+
+
+def _path() -> str:
+    return f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"

@@ -1,0 +1,107 @@
+"""Who may speak as whom: the certificates of every program of one cluster, and the kubeconfig files made of them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.layout import API_URL, HOST_ADDRESS, NODE_NAME, SERVICE_ADDRESS, Layout
+from tests.cluster.pki import Authority, Pair
+
+ADMINISTRATORS = "system:masters"
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """All pairs of one cluster."""
+
+    authority: Pair
+    service_accounts: Pair
+    administrator: Pair
+    api_server: Pair
+    api_server_to_kubelet: Pair
+    aggregation: Pair
+    kubelet_server: Pair
+    webhook: Pair
+    # Kubeconfig files by program.
+    kubeconfigs: dict[str, Path]
+
+
+def issue(layout: Layout) -> Credentials:
+    """Make a new authority and everything that it signs."""
+    authority = Authority(layout.certificates)
+    administrator = authority.issue("administrator", "administrator", organizations=[ADMINISTRATORS])
+    clients = {
+        "administrator": administrator,
+        "controller-manager": authority.issue("controller-manager", "system:kube-controller-manager"),
+        "scheduler": authority.issue("scheduler", "system:kube-scheduler"),
+        "kubelet": authority.issue("kubelet", f"system:node:{NODE_NAME}", organizations=["system:nodes"]),
+        "coredns": authority.issue("coredns", "system:coredns"),
+        "training-operator": authority.issue("training-operator", "training-operator", organizations=[ADMINISTRATORS]),
+    }
+    names = [
+        "localhost",
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+    ]
+    return Credentials(
+        authority=authority.pair,
+        service_accounts=authority.service_account_keys(),
+        administrator=administrator,
+        api_server=authority.issue(
+            "api-server", "api-server", hosts=[*names, "127.0.0.1", HOST_ADDRESS, SERVICE_ADDRESS]
+        ),
+        api_server_to_kubelet=authority.issue(
+            "api-server-to-kubelet", "api-server-to-kubelet", organizations=[ADMINISTRATORS]
+        ),
+        aggregation=authority.issue("aggregation", "front-proxy-client"),
+        kubelet_server=authority.issue("kubelet-server", NODE_NAME, hosts=[NODE_NAME, HOST_ADDRESS]),
+        webhook=authority.issue(
+            "webhook",
+            "training-operator.kubeflow.svc",
+            old_format=True,
+            hosts=[
+                HOST_ADDRESS,
+                "training-operator.kubeflow.svc",
+                "training-operator.kubeflow.svc.cluster.local",
+            ],
+        ),
+        kubeconfigs={name: _kubeconfig(layout, name, authority.pair, pair) for name, pair in clients.items()},
+    )
+
+
+def _kubeconfig(layout: Layout, name: str, authority: Pair, client: Pair) -> Path:
+    """Write a kubeconfig that holds all it needs, as JSON, which is YAML too."""
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [
+            {
+                "name": "test",
+                "cluster": {"server": API_URL, "certificate-authority-data": _encoded(authority.certificate)},
+            }
+        ],
+        "users": [
+            {
+                "name": name,
+                "user": {
+                    "client-certificate-data": _encoded(client.certificate),
+                    "client-key-data": _encoded(client.key),
+                },
+            }
+        ],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": name}}],
+        "current-context": "test",
+    }
+    path = layout.kubeconfigs / f"{name}.yaml"
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(content, indent=2))
+    return path
+
+
+def _encoded(file: Path) -> str:
+    return base64.b64encode(file.read_bytes()).decode()

@@ -1,0 +1,138 @@
+"""The node: configuration and command lines of containerd, the kubelet and the device plugin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cluster import tools
+from tests.cluster.credentials import Credentials
+from tests.cluster.layout import (
+    BRIDGE,
+    CLUSTER_DOMAIN,
+    CONTAINERD_SOCKET,
+    DNS_ADDRESS,
+    GPU_COUNT,
+    GPU_RESOURCE,
+    HOST_ADDRESS,
+    KUBELET_PORT,
+    NODE_LABELS,
+    NODE_NAME,
+    POD_NETWORK,
+    REGISTRY_PORT,
+    Layout,
+)
+from tests.cluster.oci import PAUSE_IMAGE
+from tests.cluster.waiting import ClusterError
+
+CNI_FOLDERS = ("/usr/lib/cni", "/opt/cni/bin")
+REGISTRY = f"{HOST_ADDRESS}:{REGISTRY_PORT}"
+
+
+def containerd(layout: Layout) -> list[str]:
+    config = layout.config / "containerd.toml"
+    config.write_text(_containerd_config(layout))
+    network = layout.config / "cni"
+    network.mkdir(exist_ok=True)
+    (network / "10-pods.conflist").write_text(json.dumps(_pod_network(), indent=2))
+    hosts = layout.config / "registries" / REGISTRY
+    hosts.mkdir(parents=True, exist_ok=True)
+    (hosts / "hosts.toml").write_text(f'server = "http://{REGISTRY}"\n')
+    return ["containerd", "--config", str(config)]
+
+
+def _containerd_config(layout: Layout) -> str:
+    folder = next((folder for folder in CNI_FOLDERS if (Path(folder) / "bridge").exists()), None)
+    if folder is None:
+        raise ClusterError(f"no CNI plugin `bridge` in {' or '.join(CNI_FOLDERS)}: install containernetworking-plugins")
+    cri = 'plugins."io.containerd.grpc.v1.cri"'
+    return f"""version = 2
+root = "/var/lib/containerd"
+state = "/run/containerd"
+
+[grpc]
+  address = "{CONTAINERD_SOCKET}"
+
+[{cri}]
+  sandbox_image = "{PAUSE_IMAGE}"
+  # Without CAP_SYS_RESOURCE no process may lower its oom_score_adj, and every pod would fail.
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  # The blobs of an image are not kept once it is unpacked: half the disk.
+  [{cri}.containerd]
+    snapshotter = "overlayfs"
+    discard_unpacked_layers = true
+    default_runtime_name = "runc"
+    [{cri}.containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+  [{cri}.cni]
+    bin_dir = "{folder}"
+    conf_dir = "{layout.config / "cni"}"
+  [{cri}.registry]
+    config_path = "{layout.config / "registries"}"
+"""
+
+
+def _pod_network() -> dict[str, object]:
+    bridge = {
+        "type": "bridge",
+        "bridge": BRIDGE,
+        "isGateway": True,
+        "ipMasq": False,
+        "hairpinMode": True,
+        "ipam": {
+            "type": "host-local",
+            "dataDir": "/run/cni",
+            "ranges": [[{"subnet": POD_NETWORK, "gateway": HOST_ADDRESS}]],
+            "routes": [{"dst": "0.0.0.0/0"}],
+        },
+    }
+    return {"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]}
+
+
+def kubelet(layout: Layout, credentials: Credentials, cgroup: str) -> list[str]:
+    config = layout.config / "kubelet.json"
+    config.write_text(json.dumps(_kubelet_config(layout, credentials, cgroup), indent=2))
+    labels = ",".join(f"{name}={value}" for name, value in NODE_LABELS.items())
+    return [
+        str(tools.KUBELET.path()),
+        f"--config={config}",
+        f"--kubeconfig={credentials.kubeconfigs['kubelet']}",
+        f"--hostname-override={NODE_NAME}",
+        f"--node-ip={HOST_ADDRESS}",
+        f"--node-labels={labels}",
+    ]
+
+
+def _kubelet_config(layout: Layout, credentials: Credentials, cgroup: str) -> dict[str, object]:
+    return {
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "port": KUBELET_PORT,
+        "containerRuntimeEndpoint": f"unix://{CONTAINERD_SOCKET}",
+        "cgroupDriver": "cgroupfs",
+        "cgroupRoot": f"/{cgroup}",
+        "failCgroupV1": False,
+        "failSwapOn": False,
+        "oomScoreAdj": 0,
+        "clusterDNS": [DNS_ADDRESS],
+        "clusterDomain": CLUSTER_DOMAIN,
+        "resolvConf": str(layout.resolver),
+        # The disk is the machine's own: what else fills it is no reason to evict pods.
+        "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
+        "imageGCHighThresholdPercent": 100,
+        "imageGCLowThresholdPercent": 99,
+        "serializeImagePulls": False,
+        "authentication": {
+            "anonymous": {"enabled": False},
+            "webhook": {"enabled": True},
+            "x509": {"clientCAFile": str(credentials.authority.certificate)},
+        },
+        "authorization": {"mode": "Webhook"},
+        "tlsCertFile": str(credentials.kubelet_server.certificate),
+        "tlsPrivateKeyFile": str(credentials.kubelet_server.key),
+    }
+
+
+def device_plugin() -> list[str]:
+    return [str(tools.DEVICE_PLUGIN.path()), f"-resource={GPU_RESOURCE}", f"-count={GPU_COUNT}"]

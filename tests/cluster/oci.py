@@ -1,0 +1,75 @@
+"""The two tiny images that every node has without pulling: ``pause``, and ``busybox`` for tests that only need some pod."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PAUSE_IMAGE = "localhost/pause:3.10"
+BUSYBOX_IMAGE = "localhost/busybox:1"
+BUSYBOX = Path("/bin/busybox")
+BUSYBOX_COMMANDS = tuple("sh sleep env cat echo id ls nc nslookup wget test true false touch kill date mkdir".split())
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of one layer: ``files`` and ``links`` by their path inside."""
+
+    name: str
+    files: Mapping[str, Path]
+    links: Mapping[str, str]
+    command: Sequence[str]
+
+
+def pause(program: Path) -> Image:
+    return Image(PAUSE_IMAGE, {"pause": program}, {}, ["/pause"])
+
+
+def busybox() -> Image:
+    links = {f"bin/{name}": "busybox" for name in BUSYBOX_COMMANDS}
+    return Image(BUSYBOX_IMAGE, {"bin/busybox": BUSYBOX}, links, ["/bin/sh"])
+
+
+def write_archive(image: Image, target: Path) -> None:
+    """Write ``image`` as an archive that containerd imports (the format of ``docker save``)."""
+    layer = _layer(image)
+    config = json.dumps(
+        {
+            "architecture": "amd64",
+            "os": "linux",
+            "config": {"Cmd": list(image.command), "Env": ["PATH=/bin"]},
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
+        }
+    ).encode()
+    manifest = json.dumps([{"Config": "config.json", "RepoTags": [image.name], "Layers": ["layer.tar"]}]).encode()
+    with tarfile.open(target, "w") as archive:
+        for name, content in (("config.json", config), ("layer.tar", layer), ("manifest.json", manifest)):
+            _add(archive, tarfile.TarInfo(name), content)
+
+
+def _layer(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as layer:
+        for folder in ("bin", "etc", "tmp"):
+            entry = tarfile.TarInfo(folder)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
+            layer.addfile(entry)
+        for path, source in image.files.items():
+            entry = tarfile.TarInfo(path)
+            entry.mode = 0o755
+            _add(layer, entry, source.read_bytes())
+        for path, target in image.links.items():
+            entry = tarfile.TarInfo(path)
+            entry.type, entry.linkname = tarfile.SYMTYPE, target
+            layer.addfile(entry)
+    return buffer.getvalue()
+
+
+def _add(archive: tarfile.TarFile, entry: tarfile.TarInfo, content: bytes) -> None:
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))

@@ -1,0 +1,152 @@
+"""A cluster leaves nothing behind, however its owner ends, and never meets another one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import Cluster, ClusterError, cgroups, unusable_because, wait_for
+from tests.cluster.namespaces import children
+from tests.cluster.oci import BUSYBOX_IMAGE
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(unusable_because() is not None, reason=str(unusable_because())),
+]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OWNER = f"""
+import sys
+from pathlib import Path
+from tests.cluster import Cluster
+with Cluster.start(Path(sys.argv[1]), verbose=False) as cluster:
+    cluster.kubectl("run", "sleeper", "--image={BUSYBOX_IMAGE}", "--", "sleep", "1000")
+    cluster.kubectl("wait", "--for=condition=Ready", "pod/sleeper", "--timeout=30s")
+    print("running", cluster._watcher.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a cluster could leave behind on the machine itself."""
+
+    mounts: list[str]
+    interfaces: list[str]
+
+    @staticmethod
+    def now() -> Machine:
+        mounts = [line.split(" ", 1)[1] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        return Machine(sorted(mounts), sorted(path.name for path in Path("/sys/class/net").iterdir()))
+
+
+def network_namespaces(processes: list[int]) -> set[str]:
+    """Return the network namespaces of those of ``processes`` that still are; what belongs to others may not be looked at."""
+    found = set()
+    for pid in processes:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            found.add(str(Path(f"/proc/{pid}/ns/net").readlink()))
+    return found
+
+
+@dataclass
+class Owner:
+    """A program that owns a cluster, and all the processes of that cluster."""
+
+    process: subprocess.Popen[str]
+    state: Path
+    processes: list[int]
+    networks: set[str]
+
+    def assert_nothing_is_left(self, before: Machine) -> None:
+        wait_for("every process to end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.processes), 30)
+        wait_for("the state folder to go", lambda: not self.state.exists(), 30)
+        assert cgroups.existing(self.state.name) == []
+        assert Machine.now() == before
+        everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        assert not network_namespaces(everyone) & self.networks
+
+
+@contextlib.contextmanager
+def owner(state: Path) -> Iterator[Owner]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(state)],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        word, watcher = process.stdout.readline().split()
+        assert word == "running"
+        processes = descendants(int(watcher))
+        outside = network_namespaces([os.getpid()])
+        yield Owner(process, state, processes, network_namespaces(processes) - outside)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def descendants(pid: int) -> list[int]:
+    found = [pid]
+    for child in children(pid):
+        found += descendants(child)
+    return found
+
+
+def test_an_owner_killed_by_9_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = Machine.now()
+    with owner(tmp_path / "killed") as owned:
+        commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in owned.processes]
+        assert any(b"sleep\x001000" in command for command in commands), "the pod's process is one of them"
+        assert cgroups.existing("killed")
+        owned.process.kill()
+        owned.process.wait()
+        owned.assert_nothing_is_left(before)
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = Machine.now()
+    with owner(tmp_path / "interrupted") as owned:
+        # A terminal sends it to the whole group.
+        os.killpg(owned.process.pid, signal.SIGINT)
+        owned.process.wait(timeout=60)
+        owned.assert_nothing_is_left(before)
+
+
+def test_a_start_that_fails_leaves_nothing_behind_and_shows_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Machine.now()
+    monkeypatch.setenv("FINETUNE_TOOL_ETCD", "/bin/false")
+    with pytest.raises(ClusterError, match="the end of"):
+        Cluster.start(tmp_path / "broken", verbose=False)
+    assert Machine.now() == before
+    assert not (tmp_path / "broken").exists()
+    assert cgroups.existing("broken") == []
+
+
+def test_two_clusters_at_once_do_not_meet(tmp_path: Path) -> None:
+    with Cluster.start(tmp_path / "one", verbose=False) as one, Cluster.start(tmp_path / "two", verbose=False) as two:
+        one.kubectl("create", "namespace", "only-here")
+        assert "only-here" not in [item["metadata"]["name"] for item in two.get("namespaces")["items"]]
+
+
+def test_logs_are_kept_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_KEEP_LOGS", str(tmp_path / "kept"))
+    with Cluster.start(tmp_path / "logged", verbose=False) as cluster:
+        manifest = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "something"}}
+        cluster.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert "Serving securely" in (kept / "logs" / "api-server.log").read_text()

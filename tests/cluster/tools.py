@@ -1,0 +1,190 @@
+"""The programs the cluster is made of: pinned Go modules in ``tools/``, built once each into the cache folder.
+
+A binary is taken from the environment variable ``FINETUNE_TOOL_<NAME>`` (``FINETUNE_TOOL_KUBE_APISERVER``), else from the cache, else built. Its folder in the
+cache is named by a hash of all that goes into it, so a changed pin is a new folder and an interrupted build resumes with the first binary that is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tests.cluster.cache import cache_folder, locked
+from tests.cluster.progress import step
+from tests.cluster.waiting import ClusterError
+
+TOOLS_FOLDER = Path(__file__).parent / "tools"
+MINIMUM_GO = (1, 24)
+BUILD_TIMEOUT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One binary.
+
+    ``folder`` below ``tools/`` holds its go.mod; ``package`` is what is compiled; ``stamps_version`` puts the Kubernetes version into the binary, which
+    clients and kubelet compare; ``data`` is a file of the module at ``package`` that comes along (CRDs).
+    """
+
+    name: str
+    folder: str
+    package: str
+    stamps_version: bool = False
+    data: str | None = None
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that names a binary to use instead."""
+        return "FINETUNE_TOOL_" + re.sub(r"\W", "_", self.name).upper()
+
+    @property
+    def sources(self) -> Path:
+        return TOOLS_FOLDER / self.folder
+
+    @cached_property
+    def build_arguments(self) -> tuple[str, ...]:
+        """The arguments of ``go build``; static, stripped, free of paths, so that the binary depends on the pins alone."""
+        flags = "-s -w"
+        if self.stamps_version:
+            version = pinned_version("kubernetes", "k8s.io/kubernetes")
+            major, minor, _ = version.removeprefix("v").split(".")
+            values = {"gitVersion": version, "gitMajor": major, "gitMinor": minor}
+            flags += "".join(f" -X k8s.io/component-base/version.{key}={value}" for key, value in values.items())
+        return ("-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", flags)
+
+    @cached_property
+    def cached(self) -> Path:
+        """Where the binary lies in the cache, whether it is built yet or not."""
+        digest = hashlib.sha256(repr((self.package, self.data, self.build_arguments)).encode())
+        for source in sorted(self.sources.iterdir()):
+            if source.suffix in {".go", ".mod", ".sum"}:
+                digest.update(source.name.encode() + b"\0" + source.read_bytes())
+        return cache_folder() / f"bin-{digest.hexdigest()[:16]}" / self.name
+
+    def path(self) -> Path:
+        """Return the binary to run.
+
+        Raises:
+            ClusterError: it is not built yet, or the environment variable names something that is not there.
+        """
+        named = os.environ.get(self.variable)
+        if named:
+            if not os.access(named, os.X_OK):
+                raise ClusterError(f"{self.variable}={named}: there is no such program")
+            return Path(named)
+        if not self.cached.exists():
+            raise ClusterError(f"{self.name} is not built yet: run `python -m tests.cluster build`")
+        return self.cached
+
+    @property
+    def missing(self) -> bool:
+        return not os.environ.get(self.variable) and not self.cached.exists()
+
+    def data_file(self) -> Path:
+        """Return the file that came along with the module."""
+        if self.data is None:
+            raise ValueError(f"{self.name} has no data file")
+        return self.cached.parent / Path(self.data).name
+
+
+def _kubernetes(name: str) -> Tool:
+    return Tool(name, "kubernetes", f"k8s.io/kubernetes/cmd/{name}", stamps_version=True)
+
+
+ETCD = Tool("etcd", "etcd", "go.etcd.io/etcd/server/v3")
+API_SERVER = _kubernetes("kube-apiserver")
+CONTROLLER_MANAGER = _kubernetes("kube-controller-manager")
+SCHEDULER = _kubernetes("kube-scheduler")
+KUBELET = _kubernetes("kubelet")
+MINIO = Tool("minio", "minio", "github.com/minio/minio")
+COREDNS = Tool("coredns", "coredns", ".")
+REGISTRY = Tool("registry", "registry", "github.com/distribution/distribution/v3/cmd/registry")
+TRAINING_OPERATOR = Tool(
+    "training-operator",
+    "training-operator",
+    "github.com/kubeflow/training-operator/cmd/training-operator.v1",
+    data="manifests/base/crds/kubeflow.org_pytorchjobs.yaml",
+)
+DEVICE_PLUGIN = Tool("device-plugin", "device-plugin", ".")
+PAUSE = Tool("pause", "pause", ".")
+
+ALL = (
+    PAUSE,
+    DEVICE_PLUGIN,
+    ETCD,
+    API_SERVER,
+    CONTROLLER_MANAGER,
+    SCHEDULER,
+    KUBELET,
+    TRAINING_OPERATOR,
+    COREDNS,
+    REGISTRY,
+    MINIO,
+)
+
+
+def pinned_version(folder: str, module: str) -> str:
+    """Return the version of ``module`` in the go.mod of ``tools/<folder>``."""
+    text = (TOOLS_FOLDER / folder / "go.mod").read_text()
+    found = re.search(rf"^\s*(?:require )?{re.escape(module)} (v\S+)", text, re.MULTILINE)
+    if not found:
+        raise ClusterError(f"tools/{folder}/go.mod does not pin {module}")
+    return found[1]
+
+
+def build_missing() -> None:
+    """Build every binary that is neither named by the environment nor in the cache."""
+    if not any(tool.missing for tool in ALL):
+        return
+    with locked("build"):
+        missing = [tool for tool in ALL if tool.missing]
+        if missing:
+            _check_go()
+        for number, tool in enumerate(missing, 1):
+            with step(f"[{number}/{len(missing)}] building {tool.name} from Go modules"):
+                _build(tool)
+
+
+def _check_go() -> None:
+    if not shutil.which("go"):
+        raise ClusterError("the cluster's programs are built with Go, and there is no `go` on the PATH")
+    text = subprocess.run(["go", "env", "GOVERSION"], text=True, capture_output=True, check=True).stdout
+    found = re.match(r"go(\d+)\.(\d+)", text)
+    if not found or (int(found[1]), int(found[2])) < MINIMUM_GO:
+        raise ClusterError(
+            f"Go {'.'.join(map(str, MINIMUM_GO))} or newer is needed, `go env GOVERSION` says {text.strip()}"
+        )
+
+
+def _build(tool: Tool) -> None:
+    tool.cached.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = tool.cached.with_name(f".{tool.name}.{os.getpid()}")
+    try:
+        _go(tool, ["build", *tool.build_arguments, "-o", str(unfinished), tool.package])
+        if tool.data is not None:
+            module = _go(tool, ["list", "-mod=readonly", "-f", "{{.Module.Dir}}", tool.package]).strip()
+            shutil.copyfile(Path(module) / tool.data, tool.data_file())
+        unfinished.rename(tool.cached)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _go(tool: Tool, arguments: list[str]) -> str:
+    environment = os.environ | {"CGO_ENABLED": "0", "GOWORK": "off"}
+    done = subprocess.run(
+        ["go", *arguments],
+        cwd=tool.sources,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=BUILD_TIMEOUT_SECONDS,
+    )
+    if done.returncode != 0:
+        raise ClusterError(f"`go {' '.join(arguments)}` failed in {tool.sources}:\n{done.stderr[-4000:]}")
+    return done.stdout

@@ -1,0 +1,122 @@
+"""The process that outlives a cluster's owner: it holds the namespaces, and clears everything away once the owner is gone.
+
+Run by ``Cluster`` as ``python -m tests.cluster.watcher STATE_FOLDER CGROUP OWNER_PID`` in a session of its own, so that neither Ctrl-C nor a closed terminal
+reaches it. Its standard input is a pipe that only the owner holds open: its end means "stop", be it closed on purpose or by ``kill -9``. Should the watcher be
+killed itself, the kernel ends the cluster's processes with it; only the state folder and empty cgroup folders stay then.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.cluster import cgroups
+from tests.cluster.layout import Layout
+from tests.cluster.namespaces import children, die_with_parent
+from tests.cluster.waiting import ClusterError, wait_for
+
+KEEP_LOGS_VARIABLE = "FINETUNE_KEEP_LOGS"
+
+
+def main() -> None:
+    layout, cgroup, owner = Layout(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    process = None
+    try:
+        cgroups.create(cgroup)
+        process = start_namespaces(layout)
+        wait_for_the_end(owner, process)
+    finally:
+        if process is not None:
+            end_namespaces(process)
+        keep_logs(layout)
+        cgroups.remove(cgroup)
+        remove_state(layout)
+
+
+def start_namespaces(layout: Layout) -> subprocess.Popen[bytes]:
+    """Start the cluster's first process in new namespaces and note its id."""
+    watcher = os.getpid()
+
+    def end_with_the_watcher() -> None:
+        for default in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(default, signal.SIG_DFL)
+        die_with_parent(signal.SIGKILL)
+        if os.getppid() != watcher:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with (layout.logs / "init.log").open("ab") as log:
+        process = subprocess.Popen(
+            [
+                *("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"),
+                *(sys.executable, "-m", "tests.cluster.init", str(layout.state)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=end_with_the_watcher,
+        )
+    try:
+        first = wait_for("unshare to start the first process", lambda: children(process.pid) or process.poll(), 10)
+        if isinstance(first, list):
+            unfinished = layout.init_pid.with_suffix(".new")
+            unfinished.write_text(str(first[0]))
+            unfinished.rename(layout.init_pid)
+    except BaseException:
+        process.kill()
+        raise
+    return process
+
+
+def wait_for_the_end(owner: int, process: subprocess.Popen[bytes]) -> None:
+    """Return when the owner closes the pipe or ends, or the first process ends."""
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
+    try:
+        poll.register(os.pidfd_open(owner), select.POLLIN)
+    except ProcessLookupError:
+        return
+    poll.register(os.pidfd_open(process.pid), select.POLLIN)
+    poll.poll()
+
+
+def end_namespaces(process: subprocess.Popen[bytes]) -> None:
+    """Kill the first process: the kernel then kills every other one in its PID namespace, and it ends last."""
+    for first in children(process.pid):
+        os.kill(first, signal.SIGKILL)
+    process.wait(timeout=30)
+
+
+def keep_logs(layout: Layout) -> None:
+    """Copy the logs to where FINETUNE_KEEP_LOGS wants them."""
+    wanted = os.environ.get(KEEP_LOGS_VARIABLE)
+    if not wanted:
+        return
+    kept = Path(wanted) / f"{time.strftime('%Y%m%dT%H%M%S')}-{layout.state.name}"
+    shutil.copytree(layout.logs, kept / "logs")
+    if (layout.var_log / "pods").exists():
+        shutil.copytree(layout.var_log / "pods", kept / "pods", symlinks=True)
+
+
+def remove_state(layout: Layout) -> None:
+    """Remove the state folder; the mounts of the namespaces that have just ended may hold on to it for an instant."""
+
+    def removed() -> bool:
+        shutil.rmtree(layout.state, ignore_errors=True)
+        return not layout.state.exists()
+
+    wait_for(f"{layout.state} to be removed", removed, 60, interval=0.2)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ClusterError as error:
+        sys.exit(str(error))
