@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,30 +63,43 @@ class Jobs:
 
     def get(self, name: str) -> FineTuneJob:
         """Return the job; raises UserError where there is none, ConnectionLostError where nobody answers."""
-        return parse(self._get(name))
+        try:
+            return parse(
+                self._custom.get_namespaced_custom_object(
+                    GROUP, VERSION, self._namespace, PLURAL, name, _request_timeout=CALL_TIMEOUT_SECONDS
+                )
+            )
+        except client.ApiException as error:
+            raise self._explained(name, error) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise ConnectionLostError(_cause(error)) from error
 
-    def follow(self, name: str, tell: Callable[[str], None]) -> Iterator[FineTuneJob]:
+    def follow(
+        self, name: str, tell: Callable[[str], None], *, give_up_after: float | None = None
+    ) -> Iterator[FineTuneJob]:
         """Yield the job now and whenever it changes, without an end; ``tell`` hears of lost connections.
 
-        Raises UserError where the job does not exist, is deleted, or the server goes away for ten minutes, and
-        ConnectionLostError where it does not answer at the start.
+        Raises TimeoutError after ``give_up_after`` seconds, UserError where the job does not exist, is deleted, or
+        the server goes away for ten minutes, and ConnectionLostError where it does not answer at the start.
         """
+        until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
         # At the start an unreachable server is more likely a wrong kubeconfig than a restart.
-        yield parse(first := self._get(name))
-        uid, seen = first["metadata"]["uid"], first["metadata"]["resourceVersion"]
-        while True:
+        current, version = self._list(name)
+        yield parse(current)
+        while (left := until - time.monotonic()) > 0:
+            uid, seen = current["metadata"]["uid"], current["metadata"]["resourceVersion"]
             try:
-                for job in self._changes(name, seen):
-                    seen = job["metadata"]["resourceVersion"]
-                    yield parse(job)
+                for current in self._changes(name, version, min(left, WATCH_SECONDS)):
+                    seen = current["metadata"]["resourceVersion"]
+                    yield parse(current)
             except ConnectionLostError as error:
                 tell(f"lost the connection to the API server ({error}); trying again")
-            current = self._reach(name, tell)
+            current, version = self._reach(name, tell)
             if current["metadata"]["uid"] != uid:
                 raise UserError(self._subject(name), "was deleted and created anew; watch it again")
             if current["metadata"]["resourceVersion"] != seen:
-                seen = current["metadata"]["resourceVersion"]
                 yield parse(current)
+        raise TimeoutError(f"{self._subject(name)} was followed for {give_up_after} s")
 
     def secret(self, name: str) -> dict[str, str]:
         """Return the decoded values of a Secret; raises UserError where it is missing or may not be read."""
@@ -106,12 +120,12 @@ class Jobs:
             raise ConnectionLostError(str(error)) from error
         return {key: base64.b64decode(value).decode() for key, value in (found.data or {}).items()}
 
-    def _reach(self, name: str, tell: Callable[[str], None]) -> dict[str, Any]:
-        """Return the job, with patience: an API server that restarts is back within minutes."""
+    def _reach(self, name: str, tell: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+        """Return what ``_list`` returns, with patience: an API server that restarts is back within minutes."""
         until = time.monotonic() + RECONNECT_FOR_SECONDS
         for attempt in range(RECONNECT_FOR_SECONDS):
             try:
-                return self._get(name)
+                return self._list(name)
             except ConnectionLostError as error:
                 delay = RECONNECT_DELAYS_SECONDS[min(attempt, len(RECONNECT_DELAYS_SECONDS) - 1)]
                 if time.monotonic() + delay > until:
@@ -123,19 +137,30 @@ class Jobs:
                 time.sleep(delay)
         raise UserError("API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)}")
 
-    def _get(self, name: str) -> dict[str, Any]:
+    def _list(self, name: str) -> tuple[dict[str, Any], str]:
+        """Return the job and the version from which a watch goes on.
+
+        The version of the list, not of the object: that of an object which did not change for minutes is too old.
+        """
         try:
-            found: dict[str, Any] = self._custom.get_namespaced_custom_object(
-                GROUP, VERSION, self._namespace, PLURAL, name, _request_timeout=CALL_TIMEOUT_SECONDS
+            found = self._custom.list_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                self._namespace,
+                PLURAL,
+                field_selector=f"metadata.name={name}",
+                _request_timeout=CALL_TIMEOUT_SECONDS,
             )
         except client.ApiException as error:
             raise self._explained(name, error) from error
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionLostError(_cause(error)) from error
-        return found
+        if not found["items"]:
+            raise UserError(self._subject(name), "does not exist")
+        return found["items"][0], found["metadata"]["resourceVersion"]
 
-    def _changes(self, name: str, resource_version: str) -> Iterator[dict[str, Any]]:
-        """Yield the job at each change until the server ends the watch."""
+    def _changes(self, name: str, resource_version: str, seconds: float) -> Iterator[dict[str, Any]]:
+        """Yield the job at each change until the server ends the watch after ``seconds``."""
         watching = watch.Watch()
         try:
             for event in watching.stream(
@@ -146,7 +171,7 @@ class Jobs:
                 PLURAL,
                 field_selector=f"metadata.name={name}",
                 resource_version=resource_version,
-                timeout_seconds=WATCH_SECONDS,
+                timeout_seconds=math.ceil(seconds),
                 _request_timeout=(CALL_TIMEOUT_SECONDS[0], WATCH_SECONDS + 10),
             ):
                 if event["type"] == "DELETED":

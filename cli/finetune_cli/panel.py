@@ -129,17 +129,18 @@ def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None
     """Return what became of each attempt; None while the first one is without a blemish."""
     attempts = status.attempts
     current = attempts.current
-    if not attempts.recent and (current is None or current.cause is None):
+    ended_well = all(past.verdict == "Succeeded" for past in attempts.recent)
+    if ended_well and (current is None or current.cause is None):
         return None
     table = _table("attempts", "no.", "ended as", "after", "")
     for past in attempts.recent[-ATTEMPTS_SHOWN:]:
         took = duration((past.end_time - past.start_time).total_seconds())
         verdict = f"{past.reason} ({past.verdict.lower()})" if past.verdict != "Succeeded" else past.reason
-        table.add_row("", str(past.number), verdict, took, past.message)
+        table.add_row("", str(past.number), verdict, took, Text(past.message))
     if current is not None:
         since = duration((now - current.start_time).total_seconds())
         word, message = (current.cause.reason, current.cause.message) if current.cause else ("runs", "")
-        table.add_row("", str(current.number), word, since, message)
+        table.add_row("", str(current.number), word, since, Text(message))
     if attempts.next_start_time and attempts.next_start_time > now:
         wait = duration((attempts.next_start_time - now).total_seconds())
         table.add_row("", str(attempts.started + 1), f"starts in {wait}", "", "")
