@@ -1,0 +1,197 @@
+"""Computes the conditions of a FineTuneJob from what was observed. Pure; called by `status`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from finetune_core.api.conditions import Condition, ConditionType, Reason
+from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus
+from finetune_core.contract import Report
+from finetune_operator import messages
+from finetune_operator.attempts import Settlement
+from finetune_operator.observed import ChildObservation, ContainerState, PodObservation
+from finetune_operator.problems import OutsideError
+from finetune_operator.verdict import Verdict
+
+MESSAGE_LIMIT = 2048
+_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """Everything that a status is computed from, beside the stored one."""
+
+    now: datetime
+    generation: int
+    nodes: int
+    ranks: int
+    """Training processes over all pods."""
+    attempts: AttemptsStatus
+    child: ChildObservation | None = None
+    """Object of the current attempt."""
+    pods: Sequence[PodObservation] = field(default=())
+    """Pods of the current attempt."""
+    report: Report | None = None
+    """Newest report of the current attempt, or the last one of the attempt that just ended."""
+    reported_at: datetime | None = None
+    problem: OutsideError | None = None
+    invalid: str = ""
+    """What makes the spec impossible, with the field's path."""
+    hint: str = ""
+    """Newest warning event about a pod that waits."""
+    settled: Settlement | None = None
+    image: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """A condition without its type and times."""
+
+    status: str
+    reason: str
+    message: str = ""
+
+
+def compute_conditions(stored: FineTuneJobStatus, status: FineTuneJobStatus, view: View) -> list[Condition]:
+    """Return all known conditions; ``status`` holds what was merged from reports already.
+
+    `lastTransitionTime` is kept where a condition's status did not change.
+    """
+    old = {condition.type: condition for condition in stored.conditions}
+    running = _running(view, old.get(ConditionType.RUNNING))
+    succeeded = _succeeded(view, is_running=running.status == "True")
+    states = {
+        ConditionType.READY: _ready(view, succeeded),
+        ConditionType.RECONCILING: _reconciling(view, succeeded),
+        ConditionType.STALLED: _stalled(view),
+        ConditionType.ACCEPTED: _accepted(view),
+        ConditionType.SCHEDULED: _scheduled(view),
+        ConditionType.RUNNING: running,
+        ConditionType.CHECKPOINT_AVAILABLE: _checkpoint_available(status),
+        ConditionType.SUCCEEDED: succeeded,
+    }
+    return [_condition(kind, state, old.get(kind), view) for kind, state in states.items()]
+
+
+def _condition(kind: ConditionType, state: _State, old: Condition | None, view: View) -> Condition:
+    unchanged = old is not None and old.status == state.status
+    return Condition.model_validate(
+        {
+            "type": kind.value,
+            "status": state.status,
+            "observedGeneration": view.generation,
+            "lastTransitionTime": old.last_transition_time if unchanged and old else view.now,
+            "reason": str(state.reason),
+            "message": state.message[:MESSAGE_LIMIT],
+        }
+    )
+
+
+def _succeeded(view: View, *, is_running: bool) -> _State:
+    """Return the summary; its reason is the State column of `kubectl get`."""
+    if view.settled is not None:
+        return _State("True" if view.settled.succeeded else "False", view.settled.reason, view.settled.message)
+    if view.problem is not None:
+        return _State("Unknown", view.problem.reason, view.problem.message)
+    attempts = view.attempts
+    current = attempts.current
+    last = attempts.recent[-1] if attempts.recent else None
+    if current is None:
+        if last is None:
+            return _State("Unknown", Reason.QUEUED, messages.NO_PODS)
+        message = messages.retrying(last.number, last.message, attempts.next_start_time)
+        return _State("Unknown", Reason.RETRYING, message)
+    if current.cause is not None and current.cause.verdict != Verdict.SUCCEEDED:
+        return _State("Unknown", Reason.RETRYING, messages.retrying(current.number, current.cause.message, None))
+    if is_running:
+        return _State("Unknown", Reason.RUNNING, messages.running(view.nodes, current.number))
+    detail = waiting_detail(view)
+    prefix = messages.attempt_prefix(current.number, last.message if last else "")
+    message = "; ".join(part for part in (prefix, detail) if part)
+    return _State("Unknown", Reason.STARTING if view.pods else Reason.QUEUED, message)
+
+
+def _ready(view: View, succeeded: _State) -> _State:
+    return _State("True" if view.settled and view.settled.succeeded else "False", succeeded.reason, succeeded.message)
+
+
+def _reconciling(view: View, succeeded: _State) -> _State:
+    if view.settled is not None:
+        return _State("False", Reason.SETTLED, messages.SETTLED)
+    return _State("True", Reason.IN_PROGRESS, succeeded.message)
+
+
+def _stalled(view: View) -> _State:
+    if view.settled is not None and not view.settled.succeeded:
+        return _State("True", view.settled.reason, view.settled.message)
+    if view.settled is not None:
+        return _State("False", Reason.SETTLED, messages.SETTLED)
+    return _State("False", Reason.IN_PROGRESS)
+
+
+def _accepted(view: View) -> _State:
+    if view.invalid:
+        return _State("False", Reason.BAD_INPUT, view.invalid)
+    if view.problem is not None:
+        return _State("False", view.problem.reason, view.problem.message)
+    return _State("True", Reason.VALID, messages.VALID)
+
+
+def _scheduled(view: View) -> _State:
+    if view.settled is not None:
+        return _State("False", Reason.SETTLED, messages.SETTLED)
+    if view.attempts.current is None:
+        return _State("False", Reason.WAITING_FOR_PODS, messages.BETWEEN_ATTEMPTS)
+    placed = [pod for pod in view.pods if pod.node]
+    if len(placed) >= view.nodes:
+        return _State("True", Reason.SCHEDULED, messages.SCHEDULED)
+    return _State("False", Reason.WAITING_FOR_PODS, waiting_detail(view))
+
+
+def _running(view: View, old: Condition | None) -> _State:
+    if view.settled is not None:
+        return _State("False", Reason.SETTLED, messages.SETTLED)
+    current = view.attempts.current
+    if current is None or current.cause is not None:
+        return _State("False", Reason.WAITING_FOR_PODS, messages.BETWEEN_ATTEMPTS)
+    reported = view.report is not None and view.report.ranks >= view.ranks
+    # A restarted operator has no reports in memory: what an earlier one saw in this attempt still holds.
+    known = old is not None and old.status == "True" and old.last_transition_time >= current.start_time
+    if reported or known:
+        return _State("True", Reason.RUNNING, messages.running(view.nodes, current.number))
+    return _State("False", Reason.WAITING_FOR_PODS, waiting_detail(view))
+
+
+def _checkpoint_available(status: FineTuneJobStatus) -> _State:
+    if not status.checkpoints:
+        return _State("False", Reason.NONE_YET, messages.NO_CHECKPOINT)
+    newest = status.checkpoints[-1]
+    return _State("True", Reason.COMMITTED, messages.checkpoint_available(newest.step, len(status.checkpoints)))
+
+
+def waiting_detail(view: View) -> str:
+    """Return what the attempt waits for, as one sentence; empty pods included."""
+    if not view.pods:
+        return view.hint or messages.NO_PODS
+    for pod in sorted(view.pods, key=lambda pod: pod.index):
+        if detail := _pod_detail(pod, view.hint):
+            return messages.waiting_pod(pod.name, detail)
+    running = sum(pod.running for pod in view.pods)
+    return messages.waiting_for_reports(view.nodes, running)
+
+
+def _pod_detail(pod: PodObservation, hint: str) -> str:
+    """Return why ``pod`` does not run, where that is known."""
+    if pod.unschedulable:
+        return pod.unschedulable
+    container = pod.container
+    if container is None or container.state is not ContainerState.WAITING:
+        return ""
+    if container.reason in _IMAGE_REASONS:
+        # The kubelet alternates between ErrImagePull and ImagePullBackOff; both end with the same detail.
+        return messages.image_pull(container.message.split("ErrImagePull: ")[-1] or container.reason)
+    if container.reason == "ContainerCreating":
+        return hint
+    return f"{container.reason}: {container.message}" if container.message else container.reason

@@ -1,0 +1,103 @@
+"""The workers that take keys from the queue, and the resync that lists all jobs. Started by `application`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+import aiohttp
+
+from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.health import Activity
+from finetune_operator.keyqueue import Key, KeyQueue
+from finetune_operator.metrics import Metrics
+from finetune_operator.reconcile import Reconciler
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 60.0
+"""Longest time for one look: a request that hangs must not hold a worker for ever."""
+CONFLICT_SECONDS = 0.2
+"""Pause after somebody else changed the job between read and write."""
+RESYNC_RETRY_SECONDS = 10.0
+
+
+class Controller:
+    """Works off the queue."""
+
+    def __init__(
+        self, *, queue: KeyQueue, reconciler: Reconciler, cluster: Cluster, activity: Activity, metrics: Metrics
+    ) -> None:
+        """Reconcile the keys of ``queue`` with ``reconciler``."""
+        self._queue = queue
+        self._reconciler = reconciler
+        self._cluster = cluster
+        self._activity = activity
+        self._metrics = metrics
+
+    async def work(self) -> None:
+        """Take key after key, for ever."""
+        while True:
+            key = await self._queue.get()
+            try:
+                await self._look(key)
+            finally:
+                self._queue.done(key)
+
+    async def resync(self, namespaces: Sequence[str], seconds: float) -> None:
+        """Queue every job now and every ``seconds``: what a watch lost is found here."""
+        while True:
+            try:
+                await self._list_all(namespaces)
+            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+                logger.warning("the jobs could not be listed: %s", error)
+                await asyncio.sleep(RESYNC_RETRY_SECONDS)
+            else:
+                self._activity.listed()
+                await asyncio.sleep(seconds)
+
+    async def _list_all(self, namespaces: Sequence[str]) -> None:
+        for namespace in namespaces or (None,):
+            async for key in self._cluster.list_job_keys(namespace):
+                self._queue.add(key)
+
+    async def _look(self, key: Key) -> None:
+        """Look at a job once; whatever goes wrong concerns this job only and is tried again after its back-off."""
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                outcome = await self._reconciler.reconcile(key)
+        except ApiError as error:
+            if error.status == 409:
+                self._count("conflict")
+                self._queue.add_after(key, CONFLICT_SECONDS)
+            else:
+                self._failed(key, error)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._failed(key, error)
+        except Exception:
+            # A job that no code was written for must not end the worker that serves all others.
+            self._count("error")
+            delay = self._queue.retry(key)
+            logger.exception("the look failed; next in %.1f s", delay, extra={"job": str(key)})
+        else:
+            self._count("ok")
+            self._queue.forgive(key)
+            if outcome.gone:
+                self._queue.drop(key)
+            elif outcome.after is not None:
+                self._queue.add_after(key, outcome.after)
+        finally:
+            self._metrics.reconcile_seconds.observe(time.monotonic() - started)
+
+    def _failed(self, key: Key, error: Exception) -> None:
+        self._count("error")
+        delay = self._queue.retry(key)
+        logger.warning(
+            "the look failed: %s; next in %.1f s", error or type(error).__name__, delay, extra={"job": str(key)}
+        )
+
+    def _count(self, result: str) -> None:
+        self._metrics.reconciles.labels(result=result).inc()

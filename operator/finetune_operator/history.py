@@ -1,0 +1,118 @@
+"""Merges a report into the status: progress, newest values, curves, checkpoints. Pure; called by `status`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+from finetune_core.api.status import (
+    CHECKPOINT_LIMIT,
+    HISTORY_LIMIT,
+    ArtifactStatus,
+    CheckpointStatus,
+    FineTuneJobStatus,
+    HistoryPoint,
+    MetricValue,
+    ProgressStatus,
+)
+from finetune_core.contract import ArtifactRecord, CheckpointRecord, CurvePoint, Phase, Report
+
+
+def decimal(value: float) -> str:
+    """Return ``value`` with six significant digits: the API holds no floats."""
+    return f"{value:.6g}"
+
+
+def _optional(value: float | None) -> str | None:
+    return None if value is None else decimal(value)
+
+
+def merge_report(stored: FineTuneJobStatus, report: Report, received: datetime) -> FineTuneJobStatus:
+    """Return ``stored`` with what ``report`` says. A trainer that still loads knows less than the status does."""
+    loading = report.total_steps == 0
+    update: dict[str, object] = {}
+    if not loading:
+        update["progress"] = progress_of(report, received)
+        update["history"] = merge_history(stored.history, report.history, report.resumed_from_step)
+    if report.metrics:
+        update["metrics"] = [
+            MetricValue(name=name, value=decimal(value), step=report.step)
+            for name, value in sorted(report.metrics.items())
+        ]
+    if report.run > 0 and (report.checkpoints or report.phase is not Phase.LOADING):
+        update["checkpoints"] = checkpoints_of(report.checkpoints)
+    return stored.model_copy(update=update)
+
+
+def progress_of(report: Report, received: datetime) -> ProgressStatus:
+    """Return the progress that ``report`` tells."""
+    return ProgressStatus(
+        step=report.step,
+        total_steps=report.total_steps,
+        epoch=decimal(report.epoch),
+        percentage=percentage(report.step, report.total_steps),
+        eta_seconds=report.eta_seconds,
+        tokens_per_second=_optional(report.tokens_per_second),
+        last_update_time=received,
+    )
+
+
+def percentage(step: int, total: int) -> int:
+    """Return step / total in whole percent, rounded down: 100 means done."""
+    return min(100, 100 * step // total) if total else 0
+
+
+def merge_history(old: Sequence[HistoryPoint], new: Iterable[CurvePoint], resumed_from_step: int) -> list[HistoryPoint]:
+    """Return the curve: old points up to the step that the run resumed from, then the report's.
+
+    What an earlier run computed beyond its last checkpoint was lost and is computed anew, so it is not shown.
+    """
+    kept = [point for point in old if point.step <= resumed_from_step]
+    told = [
+        HistoryPoint(step=point.step, loss=_optional(point.loss), perplexity=_optional(point.perplexity))
+        for point in new
+        if point.step > resumed_from_step or not kept
+    ]
+    merged = {point.step: point for point in [*kept, *told]}
+    return thin([merged[step] for step in sorted(merged)], HISTORY_LIMIT)
+
+
+def thin(points: Sequence[HistoryPoint], limit: int) -> list[HistoryPoint]:
+    """Return at most ``limit`` points: the one nearest to its neighbours goes first, ends stay.
+
+    Points with a perplexity are rarer than those with a loss only, so they go last.
+    """
+    result = list(points)
+    while len(result) > limit:
+        inner = range(1, len(result) - 1)
+        victim = min(
+            inner, key=lambda i: (result[i].perplexity is not None, result[i + 1].step - result[i - 1].step, i)
+        )
+        del result[victim]
+    return result
+
+
+def checkpoints_of(records: Sequence[CheckpointRecord]) -> list[CheckpointStatus]:
+    """Return the checkpoints in the bucket, the newest and the best marked."""
+    records = records[-CHECKPOINT_LIMIT:]
+    scored = [record for record in records if record.perplexity is not None]
+    best = min(scored, key=lambda record: record.perplexity or 0.0) if scored else None
+    return [
+        CheckpointStatus(
+            run=record.run,
+            step=record.step,
+            uri=record.uri,
+            bytes=record.bytes,
+            manifest_sha256=record.manifest_sha256,
+            perplexity=_optional(record.perplexity),
+            time=record.time.astimezone(UTC).replace(microsecond=0),
+            last=record is records[-1],
+            best=record is best,
+        )
+        for record in records
+    ]
+
+
+def artifact_of(record: ArtifactRecord) -> ArtifactStatus:
+    """Return the artifact as the status shows it."""
+    return ArtifactStatus(uri=record.uri, step=record.step, bytes=record.bytes, manifest_sha256=record.manifest_sha256)

@@ -1,0 +1,38 @@
+"""JSON logs on standard output: one line a record, with job, uid and attempt where a record speaks of a job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+
+JOB_FIELDS = ("job", "uid", "attempt")
+"""Names that `extra=` may carry; they become fields of the line."""
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of ``record``."""
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {field: getattr(record, field) for field in JOB_FIELDS if hasattr(record, field)}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def configure_logging(level: str) -> None:
+    """Send every record from ``level`` on to standard output, replacing earlier handlers."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Every request of the report server and every watch line would drown what a person looks for.
+    for noisy in ("aiohttp.access", "kopf.objects", "kopf._core", "kopf._cogs"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -1,0 +1,84 @@
+"""What the operator remembers of each job between two looks, lost at a restart without harm: the newest report of
+the current attempt, which pods may report, and when the status was last written.
+
+The reconciler writes the attempt and reads the report; the report server does the opposite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from finetune_core.contract import Report
+from finetune_operator.keyqueue import Key
+from finetune_operator.problems import OutsideError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportingAttempt:
+    """Who may report: the pods of one attempt of one job."""
+
+    uid: str
+    """uid of the FineTuneJob."""
+    attempt: int
+    pod_uids: frozenset[str]
+
+
+@dataclass(slots=True)
+class JobMemory:
+    """Memory of one job."""
+
+    reporting: ReportingAttempt | None = None
+    report: Report | None = None
+    """Newest report of `reporting.attempt`."""
+    reported_at: datetime | None = None
+    status_written_at: float | None = None
+    """On the monotonic clock."""
+    problem: OutsideError | None = None
+    """What the last try to create the attempt met."""
+    retry_at: float = 0.0
+    """When it is tried again, on the monotonic clock."""
+    failures: int = 0
+    """Tries in a row that met a problem."""
+    hint: str = ""
+    """Newest warning event about what the attempt waits for."""
+    hint_read_at: float | None = None
+
+
+class Memory:
+    """Memory of all jobs."""
+
+    def __init__(self) -> None:
+        """Start with nothing: every entry is made by the first look at its job."""
+        self._jobs: dict[Key, JobMemory] = {}
+
+    def __len__(self) -> int:
+        """Return how many jobs are remembered."""
+        return len(self._jobs)
+
+    def of(self, key: Key) -> JobMemory:
+        """Return the memory of a job, new where there is none."""
+        return self._jobs.setdefault(key, JobMemory())
+
+    def reporting(self, key: Key) -> ReportingAttempt | None:
+        """Return who may report for a job; None where no attempt is known."""
+        job = self._jobs.get(key)
+        return job.reporting if job else None
+
+    def expect(self, key: Key, reporting: ReportingAttempt | None) -> None:
+        """Record who may report from now on; a report of another attempt is forgotten."""
+        job = self.of(key)
+        old = job.reporting
+        if reporting is None or old is None or (old.uid, old.attempt) != (reporting.uid, reporting.attempt):
+            job.report = job.reported_at = None
+            job.hint, job.hint_read_at = "", None
+        job.reporting = reporting
+
+    def remember(self, key: Key, report: Report, received: datetime) -> None:
+        """Keep ``report`` as the newest of the job's attempt."""
+        job = self.of(key)
+        job.report, job.reported_at = report, received
+
+    def forget(self, key: Key) -> None:
+        """Drop a job that no longer exists."""
+        self._jobs.pop(key, None)

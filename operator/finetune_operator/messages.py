@@ -1,0 +1,138 @@
+"""Sentences that people read in conditions and events, in one place."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from finetune_core.contract import ExitCode
+from finetune_core.names import worker_name
+
+NOT_VALIDATED = "the spec has not been checked yet"
+VALID = "the spec is valid"
+SETTLED = "the job has ended"
+NO_CHECKPOINT = "no checkpoint is committed yet"
+NO_PODS = "no pod exists yet"
+SCHEDULED = "every pod has a node"
+BETWEEN_ATTEMPTS = "no attempt exists at the moment"
+NO_ARTIFACT = "every pod ended with exit code 0, but no result names a committed artifact"
+CHILD_DELETED = "the PyTorchJob was deleted by somebody else"
+CHILD_REPLACED = "the PyTorchJob was replaced by another of the same name"
+RESULT_FROM_REPORT = "the pods are gone; the final report holds the result"
+
+EXIT_CODE_SENTENCES = {
+    ExitCode.BAD_INPUT: "the trainer refused its input (exit code 64) and left no message",
+    ExitCode.DIVERGED: "training diverged (exit code 65)",
+    ExitCode.OUT_OF_MEMORY: "the trainer ran out of memory (exit code 66)",
+    ExitCode.OUTSIDE_FAILURE: "something outside the trainer failed for too long (exit code 75)",
+    ExitCode.STOPPED: "the trainer was told to stop and saved a checkpoint (exit code 143)",
+}
+
+
+def exit_sentence(exit_code: int | None, reason: str) -> str:
+    """Return what is known of a container that left no result."""
+    if exit_code in EXIT_CODE_SENTENCES:
+        return EXIT_CODE_SENTENCES[ExitCode(exit_code)]
+    return f"the training container ended with exit code {exit_code}" + (f" ({reason})" if reason else "")
+
+
+def out_of_memory(limit: str) -> str:
+    """Return the sentence about a container that the kernel killed at its memory limit."""
+    return f"the kernel killed the trainer at its memory limit{limit}; raise `resources.memory`"
+
+
+def pod_deleted(name: str) -> str:
+    """Return the sentence about a pod that somebody deleted."""
+    return f"pod {name} was deleted"
+
+
+def pod_vanished(name: str) -> str:
+    """Return the sentence about a pod that is gone."""
+    return f"pod {name} is gone"
+
+
+def pod_replaced(name: str) -> str:
+    """Return the sentence about a pod in whose place another one stands."""
+    return f"pod {name} was deleted and another one took its place"
+
+
+def pod_disrupted(name: str, reason: str) -> str:
+    """Return the sentence about a pod with a DisruptionTarget condition."""
+    return f"pod {name} was removed by the cluster ({reason})"
+
+
+def pod_failed(name: str, reason: str, message: str) -> str:
+    """Return the sentence about a pod that failed without an exit code."""
+    return f"pod {name} failed: {reason or 'no reason given'}" + (f": {message}" if message else "")
+
+
+def replicas_changed(replicas: int, nodes: int) -> str:
+    """Return the sentence about a child that somebody scaled."""
+    return f"the PyTorchJob was scaled to {replicas} workers by somebody else; the job has {nodes} nodes"
+
+
+def name_conflict(kind: str, name: str) -> str:
+    """Return the sentence about a foreign object under the name that the operator needs."""
+    return f"{kind} {name} exists and does not belong to this job; delete or rename it"
+
+
+def backend_missing() -> str:
+    """Return the sentence about a cluster without PyTorchJob."""
+    return "the API server does not know PyTorchJob (kubeflow.org/v1); install Kubeflow's training-operator"
+
+
+def backend_refused(kind: str, name: str, message: str) -> str:
+    """Return the sentence about an object that the API server does not take."""
+    return f"the API server refused {kind} {name}: {message}"
+
+
+def image_pull(detail: str) -> str:
+    """Return the sentence about an image that can't be pulled."""
+    return f"the image can't be pulled: {detail}"
+
+
+def waiting_pod(name: str, detail: str) -> str:
+    """Return the sentence about a pod that does not run yet."""
+    return f"pod {name}: {detail}"
+
+
+def attempt_prefix(number: int, last_cause: str) -> str:
+    """Return the beginning of a message of a later attempt: what ended the one before."""
+    return f"attempt {number}, after: {last_cause}" if number > 1 and last_cause else ""
+
+
+def retrying(ended: int, cause: str, next_start: datetime | None) -> str:
+    """Return the sentence about a job between two attempts. The time is absolute, so that the sentence stays."""
+    when = f"; the next starts after {next_start:%H:%M:%S} UTC" if next_start else "; the next starts once it is gone"
+    return f"attempt {ended} ended: {cause}{when}"
+
+
+def retries_exhausted(charged: int, cause: str) -> str:
+    """Return the sentence about a job that is given up."""
+    return f"{charged} attempts failed; the last: {cause}"
+
+
+def waiting_for_reports(nodes: int, running: int) -> str:
+    """Return the sentence about pods that run, but have not reported."""
+    if running < nodes:
+        return f"{running} of {nodes} pods run"
+    return "all pods run; no report has arrived yet"
+
+
+def running(nodes: int, attempt: int) -> str:
+    """Return the sentence about an attempt whose ranks all report."""
+    return f"attempt {attempt} trains on {nodes} pod{'s' if nodes > 1 else ''}"
+
+
+def completed(step: int, uri: str) -> str:
+    """Return the sentence about a finished job."""
+    return f"the artifact of step {step} is committed: {uri}"
+
+
+def checkpoint_available(step: int, count: int) -> str:
+    """Return the sentence about committed checkpoints."""
+    return f"step {step} is the newest of {count}" if count > 1 else f"step {step} is committed"
+
+
+def pod_zero(child: str) -> str:
+    """Return the command that shows the trainer's log."""
+    return f"kubectl logs {worker_name(child, 0)} -c pytorch"

@@ -1,0 +1,149 @@
+"""Takes the reports of rank 0 over HTTPS: checks who speaks, parses strictly, remembers, and queues the job.
+
+A refused report changes nothing: it is answered with 401 (token), 403 (another pod), 409 (another attempt), 413
+(too long) or 422 (malformed), and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import ssl
+from collections.abc import Callable
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Final
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from finetune_core.contract import REPORT_LIMIT_BYTES, Report, report_audience
+from finetune_operator.cluster import ApiError
+from finetune_operator.keyqueue import Key, KeyQueue
+from finetune_operator.memory import Memory, ReportingAttempt
+from finetune_operator.metrics import Metrics
+from finetune_operator.tokens import TokenPod, TokenReviewer
+
+logger = logging.getLogger(__name__)
+
+ROUTE: Final = "/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/{attempt}/report"
+
+
+class RefusalError(Exception):
+    """A report that is not taken."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        """Keep the HTTP ``status`` and a sentence for the trainer's log."""
+        super().__init__(message)
+        self.status = status
+
+
+def check_speaker(pod: TokenPod | None, reporting: ReportingAttempt, key: Key, attempt: str) -> TokenPod:
+    """Refuse a token that is no good, a report of another attempt, and a pod that is none of the attempt's."""
+    if pod is None:
+        raise RefusalError(HTTPStatus.UNAUTHORIZED, "the token is not valid for this job")
+    if attempt != str(reporting.attempt):
+        raise RefusalError(HTTPStatus.CONFLICT, f"attempt {reporting.attempt} is the current one")
+    if pod.namespace != key.namespace or pod.uid not in reporting.pod_uids:
+        raise RefusalError(HTTPStatus.FORBIDDEN, "the token's pod is no pod of the current attempt")
+    return pod
+
+
+def parse_report(body: bytes, pod: TokenPod) -> Report:
+    """Return the report; refuse what is malformed, holds NaN, or speaks for another pod."""
+    try:
+        report = Report.model_validate_json(body)
+    except ValidationError as error:
+        problems = json.dumps(error.errors(include_url=False, include_input=False, include_context=False)[:3])
+        raise RefusalError(HTTPStatus.UNPROCESSABLE_ENTITY, f"the report is malformed: {problems}") from error
+    if report.pod_uid != pod.uid:
+        raise RefusalError(HTTPStatus.FORBIDDEN, "the report names another pod than its token")
+    return report
+
+
+def bearer_token(header: str | None) -> str:
+    """Return the token of an Authorization header; refuse its absence."""
+    scheme, _, token = (header or "").partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise RefusalError(HTTPStatus.UNAUTHORIZED, "a bearer token is needed")
+    return token.strip()
+
+
+class ReportServer:
+    """The HTTPS server for reports."""
+
+    def __init__(
+        self,
+        *,
+        memory: Memory,
+        queue: KeyQueue,
+        reviewer: TokenReviewer,
+        metrics: Metrics,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """Write accepted reports into ``memory`` and their keys into ``queue``."""
+        self._memory = memory
+        self._queue = queue
+        self._reviewer = reviewer
+        self._metrics = metrics
+        self._now = now
+        self._runner: web.AppRunner | None = None
+
+    def application(self) -> web.Application:
+        """Return the web application; bodies beyond 64 KiB are refused while they are read."""
+        application = web.Application(client_max_size=REPORT_LIMIT_BYTES)
+        application.router.add_post(ROUTE, self._post)
+        return application
+
+    async def start(self, port: int, context: ssl.SSLContext) -> None:
+        """Listen on ``port`` of every address."""
+        self._runner = web.AppRunner(self.application(), handle_signals=False, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, port=port, ssl_context=context).start()
+        logger.info("reports are taken on port %d", port)
+
+    async def stop(self) -> None:
+        """Stop listening."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _post(self, request: web.Request) -> web.Response:
+        key = Key(request.match_info["namespace"], request.match_info["name"])
+        try:
+            await self._take(key, request)
+        except RefusalError as refusal:
+            return self._refused(key, refusal.status, str(refusal))
+        except web.HTTPRequestEntityTooLarge:
+            return self._refused(key, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {REPORT_LIMIT_BYTES} bytes")
+        except (ApiError, OSError, TimeoutError) as error:
+            logger.warning("a token could not be reviewed: %s", error, extra={"job": str(key)})
+            return _answer(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
+        self._metrics.reports_accepted.inc()
+        return web.Response(status=HTTPStatus.NO_CONTENT)
+
+    async def _take(self, key: Key, request: web.Request) -> None:
+        token = bearer_token(request.headers.get("Authorization"))
+        reporting = self._memory.reporting(key)
+        if reporting is None:
+            # After a restart the job may not have been looked at yet: the next report will be taken.
+            self._queue.add(key)
+            raise RefusalError(HTTPStatus.CONFLICT, "no attempt of this job is known")
+        reviewed = await self._reviewer.pod_of(token, report_audience(reporting.uid))
+        try:
+            pod = check_speaker(reviewed, reporting, key, request.match_info["attempt"])
+        except RefusalError as refusal:
+            if refusal.status is HTTPStatus.FORBIDDEN:
+                self._queue.add(key)  # a pod so new that it was not seen yet may report next time
+            raise
+        report = parse_report(await request.read(), pod)
+        self._memory.remember(key, report, self._now().replace(microsecond=0))
+        self._queue.add(key)
+
+    def _refused(self, key: Key, status: HTTPStatus, message: str) -> web.Response:
+        self._metrics.reports_refused.labels(code=str(int(status))).inc()
+        logger.info("a report was refused with %d: %s", status, message, extra={"job": str(key)})
+        return _answer(status, message)
+
+
+def _answer(status: HTTPStatus, message: str) -> web.Response:
+    return web.json_response({"message": message}, status=status)

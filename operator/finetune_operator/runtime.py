@@ -1,0 +1,99 @@
+"""The only module that knows kopf: watch streams turn into keys in the queue, nothing else.
+
+Each setting carries its reason; the traps behind them were met with kopf 1.45. No handler changes an object, so
+kopf adds no finalizer and no annotation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import kopf
+
+from finetune_core.api import GROUP, PLURAL, VERSION
+from finetune_operator.health import Activity
+from finetune_operator.keyqueue import Key, KeyQueue
+from finetune_operator.labels import REPORTED_KINDS_SELECTOR, key_of
+
+
+class _EndlessBackoff:
+    """Delays between tries of a watch: 1 s to 30 s with jitter, without end.
+
+    kopf's own list ends after 54 s and then the process: an API server that is away for two minutes would throw
+    the operator into CrashLoopBackOff.
+    """
+
+    def __iter__(self) -> Iterator[float]:
+        delay = 1.0
+        while True:
+            yield delay * random.uniform(0.75, 1.0)  # noqa: S311  (jitter, no secret)
+            delay = min(30.0, delay * 1.6)
+
+
+def _settings(*, confined: bool) -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    settings.peering.standalone = True  # peering freezes or doubles operators; it is no leader election
+    settings.posting.enabled = False  # events are made on transitions, after the status was written
+    settings.networking.error_backoffs = _EndlessBackoff()
+    settings.networking.connect_timeout = 10
+    settings.networking.request_timeout = 30
+    settings.networking.enforce_retry_after = True
+    settings.watching.server_timeout = 300  # behind load balancers a watch can fall silent
+    settings.watching.connect_timeout = 10
+    settings.watching.chunk_size = 500
+    settings.watching.label_selectors["", "v1", "pods"] = REPORTED_KINDS_SELECTOR
+    settings.watching.label_selectors["kubeflow.org", "v1", "pytorchjobs"] = REPORTED_KINDS_SELECTOR
+    settings.queueing.worker_limit = None  # a limit holds slots of idle objects; our own workers are the limit
+    settings.scanning.disabled = confined  # needs a list of CRDs, which an operator of some namespaces has not
+    return settings
+
+
+def _connection(configuration: Any, scheme: str | None, token: str | None) -> kopf.ConnectionInfo:
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        scheme=scheme,
+        token=token,
+    )
+
+
+def _registry(queue: KeyQueue, activity: Activity, configuration: Any) -> kopf.OperatorRegistry:
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry)
+    async def login(**_: Any) -> kopf.ConnectionInfo:
+        # Called anew after a 401, which a service-account token that the kubelet rotated leads to.
+        header = await configuration.get_api_key_with_prefix("BearerToken") or ""
+        scheme, token = header.split(" ", 1) if " " in header else (None, header)
+        return _connection(configuration, scheme, token or None)
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    async def job_event(namespace: str | None, name: str | None, **_: Any) -> None:
+        activity.seen()
+        if namespace and name:
+            queue.add(Key(namespace, name))
+
+    @kopf.on.event("", "v1", "pods", registry=registry)
+    @kopf.on.event("kubeflow.org", "v1", "pytorchjobs", registry=registry)
+    async def owned_event(namespace: str | None, labels: Mapping[str, str], **_: Any) -> None:
+        activity.seen()
+        if key := key_of(namespace, labels):
+            queue.add(key)
+
+    return registry
+
+
+async def watch(*, queue: KeyQueue, activity: Activity, configuration: Any, namespaces: tuple[str, ...]) -> None:
+    """Watch jobs, children and pods until SIGTERM, or raise where a watcher died: the process must end then."""
+    await kopf.operator(
+        registry=_registry(queue, activity, configuration),
+        settings=_settings(confined=bool(namespaces)),
+        standalone=True,
+        clusterwide=not namespaces,
+        namespaces=namespaces,
+    )

@@ -1,0 +1,101 @@
+"""Settings of the operator, from arguments or environment; `__main__` reads them once and passes them on.
+
+Every setting has a flag and a variable (`--report-port`, `FINETUNE_REPORT_PORT`); the flag wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What an installation can choose."""
+
+    trainer_image: str
+    """Image of jobs that name none."""
+    namespace: str
+    """Namespace of the operator: its certificate Secret and report Service."""
+    certificate_secret: str
+    """Name of the Secret that holds the report server's CA and certificate."""
+    report_service: str
+    """Name of the headless Service in front of the report server."""
+    report_host: str
+    """Host name in the report URL and the certificate; empty: `<service>.<namespace>.svc`."""
+    report_port: int
+    health_port: int
+    """Port of /healthz, /readyz and /metrics."""
+    watch_namespaces: tuple[str, ...]
+    """Namespaces to serve; empty means all."""
+    workers: int
+    """Jobs reconciled at the same time."""
+    resync_seconds: float
+    """Time between two lists of all jobs."""
+    log_level: str
+    kubeconfig: Path | None
+    """Used outside a cluster; inside, the pod's service account is used."""
+
+    @property
+    def report_hostname(self) -> str:
+        """Host name that pods post to."""
+        return self.report_host or f"{self.report_service}.{self.namespace}.svc"
+
+    @property
+    def report_base_url(self) -> str:
+        """Address that report paths are appended to. The Service is headless, so the port is the pod's own."""
+        return f"https://{self.report_hostname}:{self.report_port}"
+
+
+def _variable(flag: str) -> str:
+    return "FINETUNE_" + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Return the settings; exits with a usage message where one is missing or malformed."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m finetune_operator",
+        description="Operator of FineTuneJob: starts the training pods of each job and keeps its status true.",
+        epilog="Each flag has an environment variable: --report-port is FINETUNE_REPORT_PORT.",
+    )
+
+    def add(flag: str, default: str | None, help_text: str, **options: object) -> None:
+        value = environment.get(_variable(flag), default)
+        shown = f"{help_text} (default: {default})" if default else help_text
+        parser.add_argument(flag, default=value, required=value is None, help=shown, **options)  # type: ignore[arg-type]
+
+    add("--trainer-image", None, "image of jobs that set no podTemplate.image")
+    add("--namespace", "finetune-system", "the operator's own namespace")
+    add("--certificate-secret", "finetune-operator-certificates", "Secret for the CA and the certificate of reports")
+    add("--report-service", "finetune-operator", "headless Service in front of the report server")
+    add("--report-host", "", "host name in the report address; default: <service>.<namespace>.svc")
+    add("--report-port", "8443", "port of the report server", type=int)
+    add("--health-port", "8080", "port of /healthz, /readyz and /metrics", type=int)
+    add("--watch-namespaces", "", "namespaces to serve, separated by commas; default: all")
+    add("--workers", "8", "jobs reconciled at the same time", type=int)
+    add("--resync-seconds", "300", "seconds between two lists of all jobs", type=float)
+    add("--log-level", "info", "least level to log", choices=LOG_LEVELS)
+    add("--kubeconfig", "", "file to use outside a cluster")
+    values = parser.parse_args(arguments)
+    if values.workers < 1:
+        parser.error("--workers must be at least 1")
+    if values.resync_seconds <= 0:
+        parser.error("--resync-seconds must be greater than 0")
+    return Settings(
+        trainer_image=values.trainer_image,
+        namespace=values.namespace,
+        certificate_secret=values.certificate_secret,
+        report_service=values.report_service,
+        report_host=values.report_host,
+        report_port=values.report_port,
+        health_port=values.health_port,
+        watch_namespaces=tuple(name.strip() for name in values.watch_namespaces.split(",") if name.strip()),
+        workers=values.workers,
+        resync_seconds=values.resync_seconds,
+        log_level=values.log_level,
+        kubeconfig=Path(values.kubeconfig) if values.kubeconfig else None,
+    )

@@ -1,0 +1,72 @@
+"""Computes the whole status of a FineTuneJob from the stored one and what was observed. Pure; `reconcile` writes
+the result when it differs, at once for a transition and every ten seconds at most for new numbers."""
+
+from __future__ import annotations
+
+from finetune_core.api.status import ChildStatus, FineTuneJobStatus
+from finetune_operator.conditions import View, compute_conditions
+from finetune_operator.history import artifact_of, merge_report, percentage
+
+LEAST_SECONDS_BETWEEN_NUMBERS = 10.0
+
+
+def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) -> FineTuneJobStatus:
+    """Return the status that ``stored`` becomes under ``view``."""
+    status = stored
+    if view.report is not None and view.reported_at is not None:
+        status = merge_report(status, view.report, view.reported_at)
+    update: dict[str, object] = {
+        "observed_generation": view.generation,
+        "attempts": view.attempts,
+        "image": stored.image or view.image,
+        "child": _child(stored, view, child_kind),
+    }
+    if stored.start_time is None and view.attempts.started:
+        update["start_time"] = view.now
+    if view.settled is not None:
+        update["completion_time"] = stored.completion_time or view.now
+        update |= _settled_numbers(status, view)
+    status = status.model_copy(update=update)
+    return status.model_copy(update={"conditions": compute_conditions(stored, status, view)})
+
+
+def _child(stored: FineTuneJobStatus, view: View, kind: str) -> ChildStatus | None:
+    """Return the child of the current attempt; a settled job keeps its last one, where the logs are."""
+    if view.settled is not None:
+        return stored.child
+    if view.attempts.current is None:
+        return None
+    if view.child is None:
+        opened_now = stored.attempts.current is None or stored.attempts.current.number != view.attempts.current.number
+        return None if opened_now else stored.child
+    recorded = stored.child
+    if recorded is not None and recorded.uid and recorded.name == view.child.name:
+        return recorded  # the first uid stays: another one means that the child was replaced
+    return ChildStatus(kind=kind, name=view.child.name, uid=view.child.uid)
+
+
+def _settled_numbers(status: FineTuneJobStatus, view: View) -> dict[str, object]:
+    """Return artifact and progress of a job that has ended with a result, also where its last report was lost."""
+    result = view.settled.result if view.settled else None
+    if result is None:
+        return {}
+    update: dict[str, object] = {}
+    if result.artifact is not None:
+        update["artifact"] = artifact_of(result.artifact)
+    progress = status.progress
+    if progress is not None:
+        step = max(progress.step, result.step)
+        update["progress"] = progress.model_copy(
+            update={"step": step, "percentage": percentage(step, progress.total_steps), "eta_seconds": 0}
+        )
+    return update
+
+
+def is_transition(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
+    """Tell whether more than numbers and sentences changed: such a status is written at once."""
+    if old is None or old.observed_generation != new.observed_generation:
+        return True
+    if [(c.type, c.status, c.reason) for c in old.conditions] != [(c.type, c.status, c.reason) for c in new.conditions]:
+        return True
+    fixed = ("attempts", "image", "artifact", "child", "start_time", "completion_time")
+    return any(getattr(old, name) != getattr(new, name) for name in fixed)

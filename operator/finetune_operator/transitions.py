@@ -1,0 +1,107 @@
+"""Which events a status change is worth: a pure comparison of the stored status with the written one.
+
+Events tell transitions only. Their names are made from job, reason and occasion, so that repeating one is a 409.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from finetune_core.api import API_VERSION, KIND
+from finetune_core.api.conditions import Condition, ConditionType
+from finetune_core.api.status import FineTuneJobStatus
+from finetune_operator.cluster import Manifest
+from finetune_operator.keyqueue import Key
+from finetune_operator.labels import MANAGER
+from finetune_operator.verdict import Verdict
+
+NOTE_LIMIT = 1024
+
+
+class EventReason(StrEnum):
+    """Reasons of the operator's events, beside the reasons of `Accepted` and `Succeeded`."""
+
+    ATTEMPT_STARTED = "AttemptStarted"
+    ATTEMPT_ENDED = "AttemptEnded"
+    RUNNING = "Running"
+    CHECKPOINT_AVAILABLE = "CheckpointAvailable"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notice:
+    """An event to be."""
+
+    reason: str
+    note: str
+    warning: bool
+    occasion: str
+    """What sets two events of the same reason apart: the attempt's number or the minute."""
+
+
+def notices(old: FineTuneJobStatus, new: FineTuneJobStatus, now: datetime) -> list[Notice]:
+    """Return the events of the transition from ``old`` to ``new``."""
+    found: list[Notice] = []
+    minute = now.strftime("%Y-%m-%dT%H:%M")
+    told = {past.number for past in old.attempts.recent}
+    for past in new.attempts.recent:
+        if past.number not in told and past.verdict != Verdict.SUCCEEDED:
+            note = f"attempt {past.number} ended ({past.verdict}, {past.reason}): {past.message}"
+            found.append(_notice(EventReason.ATTEMPT_ENDED, note, True, str(past.number)))
+    current = new.attempts.current
+    if new.attempts.started > old.attempts.started and current is not None:
+        note = f"attempt {current.number} was started"
+        found.append(_notice(EventReason.ATTEMPT_STARTED, note, False, str(current.number)))
+    before = {condition.type: condition for condition in old.conditions}
+    for condition in new.conditions:
+        if _changed(before.get(condition.type), condition):
+            found += _of_condition(condition, minute, new.attempts.started)
+    return found
+
+
+def _changed(old: Condition | None, new: Condition) -> bool:
+    return old is None or (old.status, old.reason) != (new.status, new.reason)
+
+
+def _of_condition(condition: Condition, minute: str, attempt: int) -> list[Notice]:
+    """Return the event that a changed condition is worth, if any."""
+    kind, status = condition.type, condition.status
+    if kind == ConditionType.SUCCEEDED and status != "Unknown":
+        return [_notice(condition.reason, condition.message, status == "False", "settled")]
+    if kind == ConditionType.ACCEPTED and status == "False":
+        return [_notice(condition.reason, condition.message, True, minute)]
+    if kind == ConditionType.RUNNING and status == "True":
+        return [_notice(EventReason.RUNNING, condition.message, False, str(attempt))]
+    if kind == ConditionType.CHECKPOINT_AVAILABLE and status == "True":
+        return [_notice(EventReason.CHECKPOINT_AVAILABLE, condition.message, False, "first")]
+    return []
+
+
+def _notice(reason: str, note: str, warning: bool, occasion: str) -> Notice:
+    return Notice(reason=reason, note=note[:NOTE_LIMIT], warning=warning, occasion=occasion)
+
+
+def event_manifest(notice: Notice, key: Key, uid: str, now: datetime, instance: str) -> Manifest:
+    """Return the events.k8s.io/v1 Event of ``notice`` about the job."""
+    digest = hashlib.sha256(f"{uid}/{notice.reason}/{notice.occasion}".encode()).hexdigest()[:16]
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": f"{key.name}.{digest}", "namespace": key.namespace},
+        "type": "Warning" if notice.warning else "Normal",
+        "reason": notice.reason,
+        "note": notice.note,
+        "action": "Reconcile",
+        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingController": f"finetune.dev/{MANAGER}",
+        "reportingInstance": instance[:128],
+        "regarding": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": key.name,
+            "namespace": key.namespace,
+            "uid": uid,
+        },
+    }

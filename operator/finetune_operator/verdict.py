@@ -1,0 +1,265 @@
+"""Why an attempt ends: a pure function of what was seen of its pods and child.
+
+First match decides: success; a permanent failure (64, 65, 66, OOMKilled); a disruption that came before the first
+failure (free); any other failure (charged). Times have a resolution of one second, so the caller judges at first
+sight of every change and keeps what was decided: see `stronger`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from finetune_core.api.conditions import Reason
+from finetune_core.api.status import AttemptCause, CurrentAttempt
+from finetune_core.contract import ExitCode, Outcome, Result
+from finetune_operator import messages
+from finetune_operator.observed import ChildObservation, ContainerState, PodObservation
+
+
+class Verdict(StrEnum):
+    """What the end of an attempt means for the job."""
+
+    SUCCEEDED = "Succeeded"
+    PERMANENT = "Permanent"
+    """Another attempt would end the same way."""
+    CHARGED = "Charged"
+    """Counts against runPolicy.maxRetries."""
+    FREE = "Free"
+    """No fault of the job."""
+
+
+class Cause(StrEnum):
+    """Reasons of attempts that are not reasons of the job."""
+
+    POD_DELETED = "PodDeleted"
+    POD_VANISHED = "PodVanished"
+    POD_REPLACED = "PodReplaced"
+    NODE_LOST = "NodeLost"
+    CHILD_DELETED = "ChildDeleted"
+    CHILD_REPLACED = "ChildReplaced"
+    CHILD_CHANGED = "ChildChanged"
+    CHILD_FAILED = "ChildFailed"
+    CRASHED = "Crashed"
+    OUTSIDE_FAILURE = "OutsideFailure"
+    STOPPED = "Stopped"
+    POD_FAILED = "PodFailed"
+    NO_ARTIFACT = "NoArtifact"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ruling:
+    """The end of an attempt and who decided it."""
+
+    verdict: Verdict
+    reason: str
+    message: str
+    node: str = ""
+    result: Result | None = None
+    """With Succeeded: the result that names the artifact."""
+
+
+_PERMANENT_REASONS = {
+    ExitCode.BAD_INPUT: Reason.BAD_INPUT,
+    ExitCode.DIVERGED: Reason.DIVERGED,
+    ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
+}
+"""In the order in which they decide among pods that failed together."""
+_LATE_CODES = (ExitCode.OUTSIDE_FAILURE, ExitCode.STOPPED)
+"""Codes that a failing peer can cause: an unknown crash decides before 75, 75 before 143."""
+
+
+def judge(
+    *,
+    current: CurrentAttempt,
+    child: ChildObservation | None,
+    child_uid: str,
+    pods: Sequence[PodObservation],
+    nodes: int,
+    final_result: Result | None,
+) -> Ruling | None:
+    """Return why the attempt ends, or None while it goes on.
+
+    ``pods`` are the attempt's own; ``child_uid`` is what the status recorded (empty: never seen);
+    ``final_result`` comes from the final report of this attempt.
+    """
+    if success := _success(pods, nodes, final_result):
+        return success
+    failures = [pod for pod in pods if _failed_by_itself(pod)]
+    if permanent := _permanent(failures):
+        return permanent
+    if child is not None and child.suspended:
+        # A queue took the attempt's place away: it gives it back, and the child stays as it is.
+        return None
+    if disrupted := _disruption(current, pods, failures):
+        return disrupted
+    if failures:
+        return _charged(failures)
+    if len(pods) == nodes and all(pod.ended for pod in pods):
+        return Ruling(verdict=Verdict.CHARGED, reason=Cause.NO_ARTIFACT, message=messages.NO_ARTIFACT)
+    return _child_end(child, child_uid, pods, nodes)
+
+
+def stronger(old: AttemptCause | None, ruling: Ruling) -> bool:
+    """Tell whether ``ruling`` replaces the recorded cause.
+
+    What was seen first stays, because later evidence is often its consequence. Two things still count: a
+    permanent failure, and among charged failures the peer's crash that explains a 75 or 143.
+    """
+    if old is None:
+        return True
+    if ruling.verdict is Verdict.PERMANENT:
+        return old.verdict != Verdict.PERMANENT
+    consequence = (Cause.OUTSIDE_FAILURE, Cause.STOPPED)
+    return old.reason in consequence and ruling.reason == Cause.CRASHED
+
+
+def _success(pods: Sequence[PodObservation], nodes: int, final_result: Result | None) -> Ruling | None:
+    """Every pod ended with 0 and a result names the artifact; the final report counts once no pod runs."""
+    done = [pod for pod in pods if pod.container is not None and pod.container.exit_code == 0]
+    if len(done) == nodes == len(pods):
+        results = [pod.container.result for pod in sorted(done, key=lambda pod: pod.index) if pod.container]
+        named = next((result for result in [*results, final_result] if _names_artifact(result)), None)
+    elif not pods and _names_artifact(final_result):
+        named = final_result
+    else:
+        return None
+    if named is None or named.artifact is None:
+        return None
+    reason = Reason.EARLY_STOPPED if named.outcome is Outcome.EARLY_STOPPED else Reason.COMPLETED
+    return Ruling(
+        verdict=Verdict.SUCCEEDED,
+        reason=reason,
+        message=named.message or messages.completed(named.artifact.step, named.artifact.uri),
+        result=named,
+    )
+
+
+def _names_artifact(result: Result | None) -> bool:
+    return (
+        result is not None
+        and result.outcome in (Outcome.COMPLETED, Outcome.EARLY_STOPPED)
+        and result.artifact is not None
+    )
+
+
+def _failed_by_itself(pod: PodObservation) -> bool:
+    """Whether the pod failed and nobody had asked for its deletion before."""
+    if pod.disruption or not pod.ended:
+        return False
+    container = pod.container
+    if container is None or container.state is not ContainerState.TERMINATED:
+        return pod.phase == "Failed" and pod.reason != Cause.NODE_LOST and pod.delete_requested_at is None
+    if container.exit_code == 0:
+        return False
+    return not (pod.delete_requested_at and container.finished_at and pod.delete_requested_at < container.finished_at)
+
+
+def _permanent(failures: Sequence[PodObservation]) -> Ruling | None:
+    for code, reason in _PERMANENT_REASONS.items():
+        for pod in failures:
+            container = pod.container
+            if container is None:
+                continue
+            killed = container.reason == "OOMKilled" and code is ExitCode.OUT_OF_MEMORY
+            if container.exit_code == code or killed:
+                result = container.result
+                fallback = messages.out_of_memory("") if killed else messages.exit_sentence(container.exit_code, "")
+                return Ruling(
+                    verdict=Verdict.PERMANENT,
+                    reason=reason,
+                    message=(result.message if result else "") or fallback,
+                    node=pod.node,
+                )
+    return None
+
+
+def _disruption(
+    current: CurrentAttempt, pods: Sequence[PodObservation], failures: Sequence[PodObservation]
+) -> Ruling | None:
+    """Return what the cluster or a person did to a pod before the first failure of the attempt."""
+    first_failure = min((time for pod in failures if (time := _failed_at(pod))), default=None)
+
+    def early(time: datetime | None) -> bool:
+        # In the same second the failure counts as first: the backend deletes the other pods at once after it.
+        return first_failure is None or (time is not None and time < first_failure)
+
+    for pod in pods:
+        if pod.disruption and early(pod.disrupted_at):
+            message = messages.pod_disrupted(pod.name, pod.disruption)
+            return Ruling(verdict=Verdict.FREE, reason=pod.disruption, message=message, node=pod.node)
+        if pod.reason == Cause.NODE_LOST or pod.phase == "Unknown":
+            message = messages.pod_disrupted(pod.name, Cause.NODE_LOST)
+            return Ruling(verdict=Verdict.FREE, reason=Cause.NODE_LOST, message=message, node=pod.node)
+        if pod.delete_requested_at and not _finished_before(pod) and early(pod.delete_requested_at):
+            message = messages.pod_deleted(pod.name)
+            return Ruling(verdict=Verdict.FREE, reason=Cause.POD_DELETED, message=message, node=pod.node)
+    if failures:
+        return None  # the backend's clean-up after the failure may have taken the missing pods
+    present = {pod.index: pod.uid for pod in pods}
+    for record in current.pods:
+        if record.index not in present:
+            message, reason = messages.pod_vanished(record.name), Cause.POD_VANISHED
+        elif present[record.index] != record.uid:
+            message, reason = messages.pod_replaced(record.name), Cause.POD_REPLACED
+        else:
+            continue
+        return Ruling(verdict=Verdict.FREE, reason=reason, message=message, node=record.node)
+    return None
+
+
+def _failed_at(pod: PodObservation) -> datetime | None:
+    return pod.container.finished_at if pod.container else None
+
+
+def _finished_before(pod: PodObservation) -> bool:
+    """Whether the pod had ended by itself with 0 before it was deleted: a clean-up, no evidence."""
+    finished = _failed_at(pod)
+    return finished is not None and pod.delete_requested_at is not None and finished <= pod.delete_requested_at
+
+
+def _charged(failures: Sequence[PodObservation]) -> Ruling:
+    """Return the failure that explains most: an unknown crash before 75 before 143, then the lowest index."""
+
+    def rank(pod: PodObservation) -> tuple[int, int]:
+        code = pod.container.exit_code if pod.container else None
+        return (_LATE_CODES.index(ExitCode(code)) + 1 if code in _LATE_CODES else 0, pod.index)
+
+    pod = min(failures, key=rank)
+    container = pod.container
+    if container is None or container.exit_code is None:
+        message = messages.pod_failed(pod.name, pod.reason, pod.message)
+        return Ruling(verdict=Verdict.CHARGED, reason=pod.reason or Cause.POD_FAILED, message=message, node=pod.node)
+    reasons = {ExitCode.OUTSIDE_FAILURE: Cause.OUTSIDE_FAILURE, ExitCode.STOPPED: Cause.STOPPED}
+    code = container.exit_code
+    result = container.result
+    message = (result.message if result else "") or messages.exit_sentence(code, container.reason)
+    reason = reasons[ExitCode(code)] if code in _LATE_CODES else Cause.CRASHED
+    if pod.reason == "Evicted":
+        return Ruling(
+            verdict=Verdict.CHARGED,
+            reason=pod.reason,
+            message=messages.pod_failed(pod.name, pod.reason, pod.message),
+            node=pod.node,
+        )
+    return Ruling(verdict=Verdict.CHARGED, reason=reason, message=message, node=pod.node)
+
+
+def _child_end(
+    child: ChildObservation | None, child_uid: str, pods: Sequence[PodObservation], nodes: int
+) -> Ruling | None:
+    """Return what happened to the backend's object itself, where the pods tell nothing."""
+    if not child_uid:
+        return None
+    if child is None or child.deleting:
+        return Ruling(verdict=Verdict.FREE, reason=Cause.CHILD_DELETED, message=messages.CHILD_DELETED)
+    if child.uid != child_uid:
+        return Ruling(verdict=Verdict.FREE, reason=Cause.CHILD_REPLACED, message=messages.CHILD_REPLACED)
+    if child.replicas != nodes:
+        message = messages.replicas_changed(child.replicas, nodes)
+        return Ruling(verdict=Verdict.FREE, reason=Cause.CHILD_CHANGED, message=message)
+    if child.finished and all(pod.ended for pod in pods):
+        return Ruling(verdict=Verdict.CHARGED, reason=Cause.CHILD_FAILED, message=child.message or messages.NO_ARTIFACT)
+    return None
