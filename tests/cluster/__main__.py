@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from tests.cluster import clients, images, packages, tools
@@ -69,9 +70,8 @@ def up() -> None:
             say(f"\nThe cluster is up after {time.monotonic() - started:.0f} s. In another terminal:")
             say(f"  {enter} kubectl get pods --all-namespaces")
             say(f"  {enter} helm list      {enter} bash")
-            say(
-                f"MinIO inside: {cluster.minio.endpoint}  user {cluster.minio.access_key}  password {cluster.minio.secret_key}"
-            )
+            store = cluster.minio
+            say(f"MinIO inside: {store.endpoint}  user {store.access_key}  password {store.secret_key}")
             say(f"registry inside: {cluster.registry}     logs: {cluster.layout.logs}")
             say("Ctrl-C ends it.")
             threading.Event().wait()
@@ -102,8 +102,12 @@ def down() -> None:
     """End the owners of all clusters that were started by ``up``; each clears away its own."""
     for layout in running():
         os.kill(int(layout.owner_pid.read_text()), signal.SIGTERM)
-        wait_for(f"{layout.state} to be removed", lambda state=layout.state: not state.exists(), DOWN_TIMEOUT_SECONDS)
+        wait_for(f"{layout.state} to be removed", partial(_gone, layout.state), DOWN_TIMEOUT_SECONDS)
         say(f"{layout.state} has ended")
+
+
+def _gone(path: Path) -> bool:
+    return not path.exists()
 
 
 def running() -> list[Layout]:

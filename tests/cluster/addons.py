@@ -1,9 +1,9 @@
-"""What runs beside Kubernetes: CoreDNS, MinIO, the image registry and Kubeflow's training-operator; command lines and the API objects they need."""
+"""What runs beside Kubernetes: CoreDNS, MinIO, the image registry and Kubeflow's training-operator; command lines and
+the API objects they need."""
 
 from __future__ import annotations
 
 import base64
-import json
 import shutil
 from pathlib import Path
 
@@ -52,7 +52,8 @@ def minio(layout: Layout) -> list[str]:
 
 
 def training_operator(layout: Layout, credentials: Credentials) -> list[str]:
-    """Run it with a /tmp of its own: it looks for its certificate in a fixed folder there, and the machine's /tmp belongs to everybody."""
+    """Run it with a /tmp of its own: it looks for its certificate in a fixed folder there, and the machine's /tmp
+    belongs to everybody."""
     own = layout.state / "training-operator"
     serving = own / "k8s-webhook-server" / "serving-certs"
     serving.mkdir(parents=True)
@@ -61,7 +62,8 @@ def training_operator(layout: Layout, credentials: Credentials) -> list[str]:
     # All that it reads lies in the same folder, since what else is below /tmp is hidden from it.
     shutil.copy(tools.TRAINING_OPERATOR.path(), own / "training-operator")
     shutil.copyfile(credentials.kubeconfigs["training-operator"], own / "kubeconfig.yaml")
-    # An empty list: workers get no init container. Ours would not get one anyway; next to a Master they would, from an image that is not here.
+    # An empty list: workers get no init container. Ours would not get one anyway; next to a Master they would, from
+    # an image that is not here.
     (own / "init-container.yaml").write_text("[]\n")
     return [
         *("unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /tmp && cd / && TMPDIR=/tmp exec "$@"', str(own)),

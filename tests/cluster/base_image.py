@@ -1,4 +1,5 @@
-"""The base image of the project's Dockerfiles: Debian with Python, made by debootstrap from the packages that the machine's own apt uses."""
+"""The base image of the project's Dockerfiles: Debian with Python, made by debootstrap from the packages that the
+machine's own apt uses."""
 
 from __future__ import annotations
 

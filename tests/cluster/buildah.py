@@ -1,4 +1,5 @@
-"""buildah as root, with its storage in the cache folder and in namespaces of its own, so that no mount or process of it stays behind."""
+"""buildah as root, with its storage in the cache folder and in namespaces of its own, so that no mount or process of
+it stays behind."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ MACHINE_FILES = (Path("/etc/ssl/certs"), Path("/etc/pip.conf"))
 def build(name: str, dockerfile: Path, context: Path, base: str | None = None) -> str:
     """Build a Dockerfile and return the name of the result in buildah's storage.
 
-    ``base`` becomes the build argument BASE. A step with ``--mount=type=cache,id=uv`` or ``id=pip`` gets the cache of the machine's own uv or pip, so
-    what is there for the virtual environment is not downloaded again.
+    ``base`` becomes the build argument BASE. A step with ``--mount=type=cache,id=uv`` or ``id=pip`` gets the cache of
+    the machine's own uv or pip, so what is there for the virtual environment is not downloaded again.
     """
     _share_download_caches()
     volumes = [f"--volume={path}:{path}:ro" for path in MACHINE_FILES if path.exists()]
@@ -91,7 +92,8 @@ def _environment() -> dict[str, str]:
 
 
 def _share_download_caches() -> None:
-    """Put the machine's own caches of pip and uv where buildah looks for cache mounts with the ids ``pip`` and ``uv``."""
+    """Put the machine's own caches of pip and uv where buildah looks for cache mounts with the ids ``pip`` and
+    ``uv``."""
     mounts = images_folder() / "tmp" / "buildah-cache"
     mounts.mkdir(exist_ok=True)
     caches = {"pip": [*pip(), "cache", "dir"]}

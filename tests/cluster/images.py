@@ -1,7 +1,9 @@
-"""The project's images without a container engine: base image by debootstrap, Dockerfiles by buildah, result in the cluster's registry.
+"""The project's images without a container engine: base image by debootstrap, Dockerfiles by buildah, result in the
+cluster's registry.
 
-``ensure`` returns the reference that a pod names. It is made of a hash of everything that goes into the image, so what is unchanged is neither
-built nor pushed again, by any later cluster: the registry's storage lies in the cache folder.
+``ensure`` returns the reference that a pod names. It is made of a hash of everything that goes into the image, so
+what is unchanged is neither built nor pushed again, by any later cluster: the registry's storage lies in the cache
+folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The image registry: its storage in the cache folder, and a server on the loopback address while images are pushed without a cluster."""
+"""The image registry: its storage in the cache folder, and a server on the loopback address while images are pushed
+without a cluster."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ def test_the_content_decides_about_the_name(image: Image) -> None:
 
 
 def test_sources_are_what_is_copied_from_the_context() -> None:
-    text = "ARG BASE\nFROM ${BASE} AS one\nCOPY --chown=1:1 a \\\n  b/ /to/\nCOPY --from=one /x /y\nADD c.tar /\nRUN echo COPY d /d\n"
+    text = "ARG BASE\nFROM ${BASE} AS one\nCOPY --chown=1:1 a \\\n  b/ /to/\nCOPY --from=one /x /y\n"
+    text += "ADD c.tar /\nRUN echo COPY d /d\n"
     assert copied_sources(text) == ["a", "b/", "c.tar"]
 
 
