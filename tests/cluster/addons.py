@@ -101,7 +101,7 @@ def apply_objects(api: Api, credentials: Credentials) -> None:
 
 def crd_established(api: Api) -> bool:
     crd = api.get(f"{CRD_PATH}/{PYTORCHJOB_CRD}") or {}
-    conditions = crd.get("status", {}).get("conditions", [])
+    conditions = crd.get("status", {}).get("conditions") or []
     return any(condition["type"] == "Established" and condition["status"] == "True" for condition in conditions)
 
 

@@ -229,6 +229,10 @@ class Cluster:
         self._start("controller-manager", "scheduler", "kubelet", "coredns")
         with self.enter():
             addons.apply_objects(self._api, self._credentials)
+            # A controller that starts before its kind is served looks for it again only 10 s later.
+            wait_for(
+                "the PyTorchJob CRD", lambda: addons.crd_established(self._api), 30, evidence=self._log("api-server")
+            )
         self.components["kubelet"].wait_ready()
         self._start("device-plugin", "training-operator")
         for component in self.components.values():
@@ -291,7 +295,7 @@ class Cluster:
         self._define(
             "training-operator",
             addons.training_operator(layout, credentials),
-            lambda: addons.crd_established(api) and answers(probe),
+            lambda: answers(probe),
         )
 
     def _define(
