@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,9 @@ def plain_losses(model_folder: Path, method: str) -> tuple[list[float], float, t
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     train, losses = tiny.rows(20, seed=1), []
     for step in range(1, STEPS + 1):
-        sums, counts = zip(*(nll(train[row]) for row in global_batch(step, rows=20, global_batch_size=6, seed=42)))
+        sums, counts = zip(
+            *(nll(train[row]) for row in global_batch(step, rows=20, global_batch_size=6, seed=42)), strict=True
+        )
         loss = sum(sums) / sum(counts)
         optimizer.zero_grad()
         loss.backward()
@@ -51,7 +52,7 @@ def plain_losses(model_folder: Path, method: str) -> tuple[list[float], float, t
         optimizer.step()
         losses.append(float(loss))
     with torch.no_grad():
-        sums, counts = zip(*(nll(row) for row in tiny.rows(7, seed=2)))
+        sums, counts = zip(*(nll(row) for row in tiny.rows(7, seed=2)), strict=True)
     return losses, math.exp(float(sum(sums)) / sum(counts)), model
 
 
