@@ -31,8 +31,9 @@ lint: venv ## Style, types, import rules
 	@.venv/bin/lint-imports --no-cache
 
 .PHONY: crds
-crds: venv ## Generate crds/ from the pydantic models
+crds: venv ## Generate crds/ and the chart's copy from the pydantic models
 	@$(PYTHON) -m finetune_core.api.crd crds
+	@$(PYTHON) -m finetune_core.api.crd --chart charts/finetune-operator/templates/crds
 
 .PHONY: locks
 locks: ## Pin all dependencies with hashes and without index addresses
