@@ -72,8 +72,9 @@ def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = 
         elif key == "properties":
             result[key] = {name: _structural(schema, definitions, path) for name, schema in value.items()}
         elif key == "default":
-            # The nested defaults of an object fill themselves in; a copy here could contradict them.
-            result[key] = {} if isinstance(value, dict) else value
+            # Whole, though nested defaults would fill an empty object: the server evaluates an object's CEL rules
+            # on its default as it stands, and refuses the CRD where a rule reads a field that is missing there.
+            result[key] = _without_null(value)
         else:
             result[key] = _structural(value, definitions, path)
     if "properties" in result:
@@ -83,6 +84,13 @@ def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = 
     if ("anyOf" in result or "oneOf" in result) and not result.get("x-kubernetes-int-or-string"):
         raise ValueError(f"a union can't be said in a structural schema, at {' -> '.join(path) or 'the root'}: {node}")
     return result
+
+
+def _without_null(value: Any) -> Any:
+    """Return a default without absent fields: the schema has no null."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def openapi_schema(model: type[FineTuneJobSpec | FineTuneJobStatus]) -> dict[str, Any]:
