@@ -3,22 +3,31 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 export DS_BUILD_OPS := 0
+export UV_PYTHON_DOWNLOADS := never
+export FINETUNE_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
 METHOD ?= lora
 PYTHON := .venv/bin/python
-PACKAGES := core cli operator trainer_image
-UV = python3 -m uv
+HOST_PYTHON := $(or $(shell command -v python3.11),python3)
+UV := $(FINETUNE_CACHE)/uv/bin/uv
+PYTEST := $(PYTHON) -m pytest
 
 .PHONY: help
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 .PHONY: venv
-venv: .venv/.ready ## Make the virtual environment from the lock
+venv: .venv/.ready ## Make the virtual environment (.venv) from the lock
 
-.venv/.ready: locks/dev.txt pyproject.toml
-	@$(UV) --version >/dev/null 2>&1 || python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore uv
+# A bare Debian has Python without venv; only this one package is missing then.
+$(UV):
+	@$(HOST_PYTHON) -m venv --clear $(FINETUNE_CACHE)/uv 2>/dev/null || { \
+	  echo "installing python3-venv"; apt-get update -qq && apt-get install -qq -y python3-venv >/dev/null; \
+	  $(HOST_PYTHON) -m venv --clear $(FINETUNE_CACHE)/uv; }
+	@$(FINETUNE_CACHE)/uv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r locks/uv.txt
+
+.venv/.ready: $(UV) locks/dev.txt pyproject.toml
 	@echo "installing the virtual environment (.venv) from locks/dev.txt"
-	@$(UV) venv --quiet --allow-existing --python python3.11 .venv
+	@$(UV) venv --quiet --allow-existing --python $(HOST_PYTHON) .venv
 	@$(UV) pip sync --python $(PYTHON) --require-hashes locks/dev.txt
 	@$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
 	@touch $@
@@ -35,9 +44,42 @@ crds: venv ## Generate crds/ and the chart's copy from the pydantic models
 	@$(PYTHON) -m finetune_core.api.crd crds
 	@$(PYTHON) -m finetune_core.api.crd --chart charts/finetune-operator/templates/crds
 
+COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
+  --python-platform x86_64-manylinux_2_28
+
 .PHONY: locks
-locks: ## Pin all dependencies with hashes and without index addresses
+locks: $(UV) ## Pin all dependencies with hashes and without index addresses
+	@echo "uv" | $(UV) pip compile --quiet - $(COMPILE) -o locks/uv.txt >/dev/null
 	@for extra in dev operator trainer cli; do \
 	  constraint=$$([ $$extra = dev ] || echo "-c locks/dev.txt"); \
-	  $(UV) pip compile --quiet pyproject.toml --extra $$extra $$constraint --generate-hashes --no-emit-index-url --no-annotate \
-	    --no-header --python-version 3.11 --python-platform x86_64-manylinux_2_28 -o locks/$$extra.txt >/dev/null; done
+	  $(UV) pip compile --quiet pyproject.toml --extra $$extra $$constraint $(COMPILE) \
+	    -o locks/$$extra.txt >/dev/null; done
+
+.PHONY: cluster
+cluster: venv ## Keep a real one-node cluster up, and say how to reach it with kubectl (Ctrl-C ends it)
+	@$(PYTHON) -m tests.cluster up
+
+.PHONY: images
+images: venv ## Build the operator's and the trainer's image
+	@$(PYTHON) -m tests.cluster images
+
+.PHONY: demo
+demo: venv ## The whole product on this machine, without GPUs (METHOD=full: every parameter instead of LoRA)
+	@$(PYTHON) -m examples.demo --method $(METHOD)
+
+.PHONY: unit
+unit: venv ## The tests that need no cluster
+	@$(PYTEST) -m "not cluster and not long"
+
+.PHONY: test
+test: lint ## Lint, unit tests, and end-to-end tests on a real cluster
+	@$(PYTHON) -m tests.cluster build
+	@$(PYTEST) -m "not long"
+
+.PHONY: test-long
+test-long: venv ## The tests that take longer than a coffee
+	@$(PYTEST) -m long
+
+.PHONY: bench
+bench: venv ## Measure, side by side in one run
+	@$(PYTHON) -m tests.bench

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ApiModel
 from finetune_core.api.conditions import Condition
@@ -23,7 +23,13 @@ _BY_TYPE: dict[str, Any] = {"x-kubernetes-list-type": "map", "x-kubernetes-list-
 _ATOMIC: dict[str, Any] = {"x-kubernetes-list-type": "atomic"}
 
 
-class PodRecord(ApiModel):
+class StatusModel(ApiModel):
+    """A part of the status. Unknown fields are dropped: an operator that was rolled back reads a newer one's status."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class PodRecord(StatusModel):
     """The first pod seen for a replica index: another uid later means that the pod was replaced."""
 
     index: Count
@@ -36,7 +42,7 @@ class PodRecord(ApiModel):
     """Node of the pod; empty until it is scheduled."""
 
 
-class AttemptCause(ApiModel):
+class AttemptCause(StatusModel):
     """Why the current attempt will end: recorded at first sight, before the evidence is cleaned up."""
 
     verdict: Annotated[str, Field(max_length=32)]
@@ -51,7 +57,7 @@ class AttemptCause(ApiModel):
     """When it was first seen."""
 
 
-class CurrentAttempt(ApiModel):
+class CurrentAttempt(StatusModel):
     """The attempt that exists now."""
 
     number: Annotated[int, Field(ge=1, le=999)]
@@ -64,7 +70,7 @@ class CurrentAttempt(ApiModel):
     """Set once the attempt is known to end."""
 
 
-class PastAttempt(ApiModel):
+class PastAttempt(StatusModel):
     """An attempt that ended."""
 
     number: Annotated[int, Field(ge=1, le=999)]
@@ -83,7 +89,7 @@ class PastAttempt(ApiModel):
     """When it was accounted."""
 
 
-class AttemptsStatus(ApiModel):
+class AttemptsStatus(StatusModel):
     """How often the job was started, and how that ended."""
 
     started: Count = 0
@@ -100,7 +106,7 @@ class AttemptsStatus(ApiModel):
     """End of the back-off, while the job waits for it."""
 
 
-class ProgressStatus(ApiModel):
+class ProgressStatus(StatusModel):
     """How far the run is."""
 
     step: Count = 0
@@ -119,7 +125,7 @@ class ProgressStatus(ApiModel):
     """When the trainer last reported."""
 
 
-class MetricValue(ApiModel):
+class MetricValue(StatusModel):
     """The newest value of a metric."""
 
     name: Annotated[str, Field(max_length=64)]
@@ -130,7 +136,7 @@ class MetricValue(ApiModel):
     """Step it belongs to."""
 
 
-class HistoryPoint(ApiModel):
+class HistoryPoint(StatusModel):
     """A point of the curves."""
 
     step: Count
@@ -141,7 +147,7 @@ class HistoryPoint(ApiModel):
     """Validation perplexity after the step."""
 
 
-class CheckpointStatus(ApiModel):
+class CheckpointStatus(StatusModel):
     """A committed checkpoint."""
 
     run: Annotated[int, Field(ge=1)]
@@ -164,7 +170,7 @@ class CheckpointStatus(ApiModel):
     """The least perplexity."""
 
 
-class ArtifactStatus(ApiModel):
+class ArtifactStatus(StatusModel):
     """What came out."""
 
     uri: Text
@@ -177,7 +183,7 @@ class ArtifactStatus(ApiModel):
     """sha256 of manifest.json."""
 
 
-class ChildStatus(ApiModel):
+class ChildStatus(StatusModel):
     """The PyTorchJob of the current attempt."""
 
     kind: Annotated[str, Field(max_length=64)]
@@ -188,7 +194,7 @@ class ChildStatus(ApiModel):
     """Its uid."""
 
 
-class FineTuneJobStatus(ApiModel):
+class FineTuneJobStatus(StatusModel):
     """What the operator observed."""
 
     observed_generation: Count = 0

@@ -1,0 +1,89 @@
+"""`finetune download`: brings a job's artifact to a local folder, verified byte by byte.
+
+In: a FineTuneJob and its store. Out: a folder that peft or transformers loads, complete or not there at all.
+Called by the command line and by the demo.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+
+from finetune_cli.state import sentence, state, status_of
+from finetune_cli.store import Store
+from finetune_core.api.job import KIND, FineTuneJob
+from finetune_core.api.status import ArtifactStatus
+from finetune_core.errors import UserError
+from finetune_core.layout import COMMIT, MANIFEST, Manifest, digest, parse_uri
+
+
+def artifact_of(job: FineTuneJob) -> ArtifactStatus:
+    """Return what came out of the job; raises UserError where nothing has come out yet."""
+    artifact = status_of(job).artifact
+    if artifact is None:
+        subject = f"{KIND} {job.metadata.namespace}/{job.metadata.name}"
+        raise UserError(subject, f"has no artifact: its state is {state(job)} ({sentence(job)})")
+    return artifact
+
+
+def download(artifact: ArtifactStatus, store: Store, folder: Path, progress: Callable[[int], None]) -> Manifest:
+    """Fetch and verify ``artifact`` into ``folder``, which must not exist, and return its manifest.
+
+    The files come into a folder beside it, which takes its name when all are there and right.
+    """
+    if folder.exists():
+        raise UserError(str(folder), "exists already; choose another folder with `-o`")
+    manifest = read_manifest(artifact, store)
+    place = parse_uri(artifact.uri)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(str(folder.parent), f"cannot be written ({error.strerror})") from error
+    try:
+        for file in manifest.files:
+            target = partial / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            key = place.key(file.name)
+            found = store.fetch(place.bucket, key, target, progress)
+            if found != (file.bytes, file.sha256):
+                raise UserError(
+                    f"s3://{place.bucket}/{key}",
+                    f"is not what was committed: {found[0]} bytes, sha256 {found[1][:12]}…;"
+                    f" {MANIFEST} says {file.bytes} bytes, sha256 {file.sha256[:12]}…",
+                )
+        (partial / MANIFEST).write_bytes(manifest.encode())
+        # mkdtemp makes folders for the owner only; the result is a folder like any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(str(folder), f"cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def read_manifest(artifact: ArtifactStatus, store: Store) -> Manifest:
+    """Return the manifest that the status names, which must be committed and have the digest that the status holds."""
+    place = parse_uri(artifact.uri)
+    committed = store.read(place.bucket, place.key(COMMIT)).decode(errors="replace").strip()
+    encoded = store.read(place.bucket, place.key(MANIFEST))
+    subject = place.uri(MANIFEST)
+    if not digest(encoded) == artifact.manifest_sha256 == committed:
+        raise UserError(subject, "is not the manifest that the job's status and COMMIT name; the folder was changed")
+    try:
+        manifest = Manifest.model_validate_json(encoded)
+    except ValidationError as error:
+        raise UserError(subject, "was written by another version of the trainer") from error
+    for file in manifest.files:
+        path = PurePosixPath(file.name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise UserError(subject, f"names a file outside its folder: {file.name}")
+    return manifest

@@ -1,0 +1,71 @@
+"""The view for logs and pipes: what became new between two states of a FineTuneJob, one line each.
+
+Pure; called by `finetune watch` where the output is not a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from finetune_cli.state import ending, metric, obstacle, sentence, state, status_of
+from finetune_cli.text import duration, number, size
+from finetune_core.api.job import FineTuneJob
+
+PROGRESS_EVERY_PERCENT = 5
+
+
+def news(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
+    """Return the lines that tell what ``job`` has beyond the state ``shown`` last; nothing where nothing is new.
+
+    Progress alone is worth a line every five percent: a log of a long run stays readable.
+    """
+    return [*_state(shown, job), *_attempts(shown, job), *_progress(shown, job), *_results(shown, job)]
+
+
+def _state(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
+    def words(seen: FineTuneJob) -> str:
+        text = f"{state(seen)}: {sentence(seen)}" if sentence(seen) else state(seen)
+        return f"{text} ({obstacle(seen)})" if obstacle(seen) else text
+
+    # While it runs the sentence may count steps; the progress lines do that.
+    if shown is None or state(shown) != state(job) or (state(job) != "Running" and words(shown) != words(job)):
+        yield words(job)
+
+
+def _attempts(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
+    known = {past.number for past in status_of(shown).attempts.recent} if shown else set()
+    for past in status_of(job).attempts.recent:
+        if past.number not in known and past.verdict != "Succeeded":
+            after = duration((past.end_time - past.start_time).total_seconds())
+            yield f"attempt {past.number} ended after {after}: {past.reason} ({past.verdict.lower()}): {past.message}"
+
+
+def _progress(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
+    progress = status_of(job).progress
+    if progress is None or not progress.total_steps:
+        return
+    before = status_of(shown).progress if shown else None
+    if before is not None and progress.step == before.step:
+        return
+    advanced = progress.percentage - (before.percentage if before else 0)
+    # A step back is a resume from a checkpoint.
+    if before is not None and 0 <= advanced < PROGRESS_EVERY_PERCENT and progress.step < progress.total_steps:
+        return
+    words = [f"step {progress.step}/{progress.total_steps}"]
+    words += [f"{name} {number(found.value)}" for name in ("loss", "perplexity") if (found := metric(job, name))]
+    if progress.tokens_per_second is not None:
+        words.append(f"{number(progress.tokens_per_second)} tokens/s")
+    if progress.eta_seconds is not None and ending(job) is None:
+        words.append(f"{duration(progress.eta_seconds)} left")
+    yield ", ".join(words)
+
+
+def _results(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
+    known = {(point.run, point.step) for point in status_of(shown).checkpoints} if shown else set()
+    for point in status_of(job).checkpoints:
+        if (point.run, point.step) not in known:
+            score = f", perplexity {number(point.perplexity)}" if point.perplexity is not None else ""
+            yield f"checkpoint of step {point.step} committed ({size(point.bytes)}{score})"
+    artifact = status_of(job).artifact
+    if artifact and not (shown and status_of(shown).artifact):
+        yield f"artifact of step {artifact.step} ({size(artifact.bytes)}): {artifact.uri}"

@@ -1,0 +1,144 @@
+"""The program `finetune`: reads the command line, runs a command, turns what a person can put right into a sentence.
+
+Exit codes: 0 done, 1 the job did not succeed, 2 something that a person can put right, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from finetune_cli.download import artifact_of, download
+from finetune_cli.jobs import ConnectionLostError, Jobs, load_client
+from finetune_cli.store import ACCESS_KEY, SECRET_KEY, Store, keys_from
+from finetune_cli.text import size
+from finetune_cli.watch import LineView, LiveView, show_until_ended
+from finetune_core.api.job import FineTuneJob
+from finetune_core.errors import UserError
+
+EXAMPLES = """\
+examples:
+  finetune watch quickstart
+  finetune watch quickstart -n research
+  finetune download quickstart -o ./adapter
+"""
+WATCH_EXAMPLES = """\
+examples:
+  finetune watch quickstart                   until it has ended; Ctrl-C leaves the job alone
+  finetune watch quickstart -n research | tee job.log
+  finetune watch quickstart && finetune download quickstart
+
+exit code: 0 the job succeeded, 1 it did not, 2 it cannot be watched
+"""
+DOWNLOAD_EXAMPLES = """\
+examples:
+  finetune download quickstart                into ./quickstart
+  finetune download quickstart -o ./adapter
+  kubectl port-forward -n storage service/minio 9000 &
+  finetune download quickstart --endpoint http://127.0.0.1:9000
+
+The access key comes from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY where both are set, else from the Secret that
+the job names. Every file is compared with the sha256 in the manifest.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        return code
+    except UserError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return 2
+    except ConnectionLostError as error:
+        print(f"finetune: API server: cannot be reached ({error})", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def watch_job(options: argparse.Namespace) -> int:
+    """Show a job until it has ended; 0 when it succeeded, else 1 with the reason."""
+    api, namespace = load_client()
+    jobs = Jobs(api, options.namespace or namespace)
+    console = Console()
+    if console.is_terminal:
+        with LiveView(console) as live:
+            end = show_until_ended(jobs.follow(options.name, live.tell), live)
+    else:
+        lines = LineView(lambda line: print(line, flush=True))
+        end = show_until_ended(jobs.follow(options.name, lines.tell), lines)
+    if not end.succeeded:
+        print(f"finetune: {options.name}: {end.reason}: {end.sentence}", file=sys.stderr)
+    return 0 if end.succeeded else 1
+
+
+def download_artifact(options: argparse.Namespace) -> int:
+    """Bring a job's artifact to a folder."""
+    api, namespace = load_client()
+    jobs = Jobs(api, options.namespace or namespace)
+    job = jobs.get(options.name)
+    artifact = artifact_of(job)
+    store = store_of(job, jobs, options.endpoint)
+    folder: Path = options.output or Path(options.name)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(f"artifact of step {artifact.step}", total=artifact.bytes)
+        manifest = download(artifact, store, folder, lambda count: progress.advance(task, count))
+    print(f"{folder}: {len(manifest.files)} files, {size(manifest.total_bytes)}, step {manifest.step}, all verified")
+    return 0
+
+
+def store_of(job: FineTuneJob, jobs: Jobs, endpoint: str | None = None) -> Store:
+    """Return the job's store with the access key of the environment, or of the Secret that the job names."""
+    storage = job.spec.storage
+    keys = keys_from(os.environ)
+    if keys is None:
+        name = storage.credentials_secret_ref.name
+        keys = keys_from(jobs.secret(name))
+        if keys is None:
+            raise UserError(
+                f"Secret {job.metadata.namespace}/{name}", f"must have the keys {ACCESS_KEY} and {SECRET_KEY}"
+            )
+    return Store(storage, keys, endpoint)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finetune",
+        description="Watch FineTuneJobs and fetch what they made.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    watch = _command(commands, "watch", "show a job live until it has ended", WATCH_EXAMPLES)
+    watch.set_defaults(run=watch_job)
+    fetch = _command(commands, "download", "fetch the adapter or the model of a job, verified", DOWNLOAD_EXAMPLES)
+    fetch.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="folder to create (default: the job's name)")
+    fetch.add_argument("--endpoint", metavar="URL", help="address of the object store as seen from here")
+    fetch.set_defaults(run=download_artifact)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
+) -> argparse.ArgumentParser:
+    """Add a command that speaks of one job."""
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("name", metavar="NAME", help="name of the FineTuneJob")
+    command.add_argument("-n", "--namespace", metavar="NAMESPACE", help="default: that of the current context")
+    return command

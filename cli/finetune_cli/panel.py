@@ -1,0 +1,167 @@
+"""The live view of a FineTuneJob: a pure function from the job to what rich draws.
+
+Called by `finetune watch` and the demo whenever the job changes, and once a second so that times move on.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from finetune_cli.state import ending, metric, obstacle, sentence, state, status_of
+from finetune_cli.text import duration, number, size, sparkline
+from finetune_core.api.job import FineTuneJob
+from finetune_core.api.status import CheckpointStatus, FineTuneJobStatus
+
+CHECKPOINTS_SHOWN = 5
+ATTEMPTS_SHOWN = 5
+SILENCE = timedelta(seconds=30)
+"""Reports come every few seconds; a running job that is silent for longer deserves a word."""
+
+
+def render(job: FineTuneJob, now: datetime) -> RenderableType:
+    """Return the whole view of ``job`` at the time ``now`` (with a time zone)."""
+    status = status_of(job)
+    parts: list[RenderableType] = [_state(job)]
+    if status.progress and status.progress.total_steps:
+        parts += [Text(), _progress(job, now)]
+    if curves := _curves(job):
+        parts += [Text(), curves]
+    if status.checkpoints:
+        parts += [Text(), _checkpoints(status.checkpoints)]
+    if attempts := _attempts(status, now):
+        parts += [Text(), attempts]
+    if status.artifact:
+        parts += [Text(), _artifact(status)]
+    return Panel(Group(*parts), title=_title(job), title_align="left", border_style=_color(job), padding=(0, 1))
+
+
+def _title(job: FineTuneJob) -> Text:
+    resources = job.spec.resources
+    machines = f"{resources.nodes} node{'s' if resources.nodes > 1 else ''}"
+    devices = "CPU" if resources.device == "CPU" else f"{resources.gpus_per_node} GPU each"
+    about = f" · {job.metadata.namespace} · {job.spec.method} · {machines} · {devices}"
+    return Text.assemble((job.metadata.name, "bold"), about)
+
+
+def _color(job: FineTuneJob) -> str:
+    end = ending(job)
+    if end:
+        return "green" if end.succeeded else "red"
+    return {"Running": "cyan", "Retrying": "yellow"}.get(state(job), "bright_black")
+
+
+def _state(job: FineTuneJob) -> RenderableType:
+    end = ending(job)
+    mark = "●" if end is None else "✔" if end.succeeded else "✘"
+    text = Text.assemble((f"{mark} {state(job)}", f"bold {_color(job)}"), "  ", sentence(job))
+    if obstacle(job):
+        text.append(f"\n  {obstacle(job)}", style="yellow")
+    return text
+
+
+def _progress(job: FineTuneJob, now: datetime) -> RenderableType:
+    status = status_of(job)
+    progress = status.progress
+    assert progress is not None
+    row = Table.grid(padding=(0, 2), expand=True)
+    row.add_column(ratio=1)
+    row.add_column(no_wrap=True)
+    bar = ProgressBar(total=progress.total_steps, completed=progress.step, complete_style=_color(job))
+    words = [f"step {progress.step}/{progress.total_steps}", f"epoch {number(progress.epoch)}"]
+    if ending(job) is None:
+        words += _pace(job, now)
+    elif status.start_time and status.completion_time:
+        words.append(f"in {duration((status.completion_time - status.start_time).total_seconds())}")
+    row.add_row(bar, "  ".join(words))
+    return row
+
+
+def _pace(job: FineTuneJob, now: datetime) -> list[str]:
+    """Return speed and remaining time of an unfinished job, or since when nothing was heard."""
+    progress = status_of(job).progress
+    assert progress is not None
+    silent = now - progress.last_update_time if progress.last_update_time else timedelta()
+    if silent > SILENCE:
+        return [f"last report {duration(silent.total_seconds())} ago"]
+    words = []
+    if progress.tokens_per_second is not None:
+        words.append(f"{number(progress.tokens_per_second)} tokens/s")
+    if progress.eta_seconds is not None:
+        words.append(f"{duration(max(0.0, progress.eta_seconds - silent.total_seconds()))} left")
+    return words
+
+
+def _curves(job: FineTuneJob) -> RenderableType | None:
+    """Return loss and validation perplexity: newest value, curve, where it came from; None before there is any."""
+    history = status_of(job).history
+    table = Table.grid(padding=(0, 2))
+    for label, name, values in (
+        ("loss", "loss", [float(point.loss) for point in history if point.loss is not None]),
+        ("validation perplexity", "perplexity", [float(p.perplexity) for p in history if p.perplexity is not None]),
+    ):
+        newest = metric(job, name)
+        if newest is None and not values:
+            continue
+        value = number(newest.value) if newest else number(values[-1])
+        start = f"from {number(values[0])}" if len(values) > 1 else ""
+        table.add_row(Text(label, style="dim"), value, Text(sparkline(values), style="cyan"), Text(start, style="dim"))
+    return table if table.row_count else None
+
+
+def _checkpoints(checkpoints: list[CheckpointStatus]) -> RenderableType:
+    table = _table("checkpoints", "step", "size", "perplexity", "")
+    shown = checkpoints[-CHECKPOINTS_SHOWN:]
+    shown = [point for point in checkpoints if point.best and point not in shown] + shown
+    for point in shown:
+        marks = " ".join(word for word, holds in (("best", point.best), ("last", point.last)) if holds)
+        perplexity = number(point.perplexity) if point.perplexity is not None else "–"
+        table.add_row("", str(point.step), size(point.bytes), perplexity, Text(marks, style="bold"))
+    return table
+
+
+def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None:
+    """Return what became of each attempt; None while the first one is without a blemish."""
+    attempts = status.attempts
+    current = attempts.current
+    ended_well = all(past.verdict == "Succeeded" for past in attempts.recent)
+    if ended_well and (current is None or current.cause is None):
+        return None
+    table = _table("attempts", "no.", "ended as", "after", "")
+    for past in attempts.recent[-ATTEMPTS_SHOWN:]:
+        took = duration((past.end_time - past.start_time).total_seconds())
+        verdict = f"{past.reason} ({past.verdict.lower()})" if past.verdict != "Succeeded" else past.reason
+        table.add_row("", str(past.number), verdict, took, Text(past.message))
+    if current is not None:
+        since = duration((now - current.start_time).total_seconds())
+        word, message = (current.cause.reason, current.cause.message) if current.cause else ("runs", "")
+        table.add_row("", str(current.number), word, since, Text(message))
+    if attempts.next_start_time and attempts.next_start_time > now:
+        wait = duration((attempts.next_start_time - now).total_seconds())
+        table.add_row("", str(attempts.started + 1), f"starts in {wait}", "", "")
+    return table
+
+
+def _artifact(status: FineTuneJobStatus) -> RenderableType:
+    artifact = status.artifact
+    assert artifact is not None
+    table = Table.grid(padding=(0, 2))
+    table.add_row(Text("artifact", style="dim"), f"step {artifact.step}, {size(artifact.bytes)}")
+    table.add_row("", Text(artifact.uri, overflow="fold"))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Return a borderless table with its title as the first column, as the other sections have it."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_edge=False)
+    table.add_column(title)
+    for column in columns:
+        table.add_column(
+            column, justify="right" if column in ("step", "size", "perplexity", "no.", "after") else "left"
+        )
+    return table

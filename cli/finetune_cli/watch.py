@@ -1,0 +1,94 @@
+"""`finetune watch`: shows a FineTuneJob until it has ended.
+
+In: a stream of FineTuneJobs. Out: a live panel on a terminal, lines elsewhere, and how the job ended. Called by the
+command line and by the demo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from finetune_cli.lines import news
+from finetune_cli.panel import render
+from finetune_cli.state import Ending, ending
+from finetune_core.api.job import FineTuneJob
+
+REFRESH_PER_SECOND = 4
+
+
+class View:
+    """What `watch` writes to: ``show`` a job, ``tell`` a sentence about the connection."""
+
+    def show(self, job: FineTuneJob) -> None:
+        """Show the newest state of the job."""
+        raise NotImplementedError
+
+    def tell(self, sentence: str) -> None:
+        """Show a sentence that is not about the job."""
+        raise NotImplementedError
+
+
+class LiveView(View):
+    """A panel that is drawn anew in place; times in it move on between changes."""
+
+    def __init__(self, console: Console) -> None:
+        self._job: FineTuneJob | None = None
+        self._notice = ""
+        self._live = Live(
+            get_renderable=self._renderable, console=console, refresh_per_second=REFRESH_PER_SECOND, transient=False
+        )
+
+    def __enter__(self) -> LiveView:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, job: FineTuneJob) -> None:
+        """Draw the newest state; a notice about the connection is out of date then."""
+        self._job, self._notice = job, ""
+
+    def tell(self, sentence: str) -> None:
+        """Draw a notice below the panel until the next change."""
+        self._notice = sentence
+
+    def _renderable(self) -> RenderableType:
+        if self._job is None:
+            return Text(self._notice or "looking for the job", style="dim")
+        panel = render(self._job, datetime.now(UTC))
+        return Group(panel, Text(self._notice, style="yellow")) if self._notice else panel
+
+
+class LineView(View):
+    """A line for everything new, with the time."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._shown: FineTuneJob | None = None
+
+    def show(self, job: FineTuneJob) -> None:
+        """Write what is new since the last lines."""
+        lines = news(self._shown, job)
+        for line in lines:
+            self.tell(line)
+        if lines:
+            self._shown = job
+
+    def tell(self, sentence: str) -> None:
+        """Write one line."""
+        self._write(f"{datetime.now():%H:%M:%S}  {sentence}")
+
+
+def show_until_ended(jobs: Iterable[FineTuneJob], view: View) -> Ending:
+    """Show each state of a job and return how it ended."""
+    for job in jobs:
+        view.show(job)
+        if end := ending(job):
+            return end
+    raise EOFError("the stream of states ended before the job did")

@@ -1,0 +1,216 @@
+"""`make demo`: from nothing to a fine-tuned model on a real cluster on this machine, and away again.
+
+It applies examples/quickstart.yaml (or quickstart-full.yaml) as it stands, shows the live status that `finetune watch`
+shows, downloads what came out and asks base and tuned model the same questions. Results: out/demo/<method>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from examples.demo import steps
+from examples.demo.base_model import base_model
+from examples.demo.images import Images, build_images, load_images
+from examples.demo.measurements import JobTimes, Measurements
+from examples.trails.generate import Rows, generate, write
+from finetune_cli.download import artifact_of, download
+from finetune_cli.state import Ending
+from finetune_cli.store import Keys, Store
+from finetune_cli.text import duration, size
+from finetune_cli.watch import LineView, LiveView, show_until_ended
+from finetune_core.api.job import FineTuneJob
+from finetune_core.errors import UserError
+from tests.cluster import Cluster, ClusterError
+from tests.cluster.__main__ import build
+from tests.cluster.progress import say, step
+
+NAMESPACE = "demo"
+JOB_TIMEOUT_SECONDS = 1500
+ANSWERS_TIMEOUT_SECONDS = 600
+EXAMPLES_SHOWN = 3
+METHODS = {"lora": "LoRA", "full": "Full"}
+HELP = """\
+examples:
+  python -m examples.demo
+  python -m examples.demo --method full
+  python -m examples.demo --keep        leave the cluster up afterwards and say how to reach it
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; 0 when the job succeeded and its model answers, 1 when something failed, 130 when interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo",
+        description="Fine-tune a small model on a real Kubernetes cluster on this machine.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="leave the cluster up until Ctrl-C")
+    options = parser.parse_args(arguments)
+    # A request to end is an exception in the main thread, so that the cluster is cleared away from wherever it is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    command = f"make demo METHOD={options.method}"
+    try:
+        return demo(METHODS[options.method], Path("out/demo") / options.method, command, keep=options.keep)
+    except (ClusterError, UserError) as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; the cluster has ended, nothing of it is left")
+        return 130
+
+
+def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
+    """Run all phases and return the exit code."""
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    measured = Measurements(command)
+    with measured.phase("programs, base model, data, images: make what is missing"):
+        build()
+        model, rows, images = base_model(), generate(), build_images()
+        write(rows, output / "data")
+    with contextlib.ExitStack() as stack:
+        with measured.phase("cluster"):
+            cluster = stack.enter_context(Cluster.start())
+            load_images(cluster, images)
+        prepare(cluster, model, rows, images, measured)
+        with measured.phase("job"):
+            end, job = run_job(cluster, steps.QUICKSTARTS[method], measured)
+        (output / "job.json").write_text(json.dumps(job.to_json(), indent=2) + "\n")
+        if not end.succeeded:
+            raise ClusterError(f"the job ended as {end.reason}: {end.sentence}\n{steps.evidence(cluster)}")
+        with measured.phase("download"):
+            fetch(cluster, job, output / "artifact")
+        with measured.phase("answers"):
+            answers = ask(model, output)
+        measured.exact_match = answers["exactMatch"]
+        measured.take(cluster, job)
+        measured.write(output / "measurements.json")
+        show(answers, measured, job, output)
+        if keep:
+            stay(cluster, job)
+        with measured.phase("clean up"):
+            stack.close()
+    measured.write(output / "measurements.json")
+    return 0
+
+
+def prepare(cluster: Cluster, model: Path, rows: Rows, images: Images, measured: Measurements) -> None:
+    """Fill the object store, install the operator, make the namespace of the job."""
+    with measured.phase("object store"):
+        steps.make_bucket(cluster)
+        with step("base model into MinIO"):
+            steps.put_base_model(cluster, model)
+        steps.put_rows(cluster, rows)
+        steps.name_object_store(cluster)
+    with measured.phase("operator"):
+        with step("helm install"):
+            steps.install_operator(cluster, images.values())
+        steps.make_namespace(cluster, NAMESPACE)
+
+
+def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Ending, FineTuneJob]:
+    """Apply the job file as it stands, show the job until it has ended, and return how, with its last state."""
+    manifest = steps.manifest_of(file)
+    name, pods = manifest["metadata"]["name"], manifest["spec"]["resources"]["nodes"]
+    say(f"kubectl apply --namespace {NAMESPACE} --filename {file}")
+    steps.apply(cluster, file, NAMESPACE)
+    console = Console()
+    with JobTimes(cluster, NAMESPACE, pods) as times, steps.jobs_in(cluster, NAMESPACE) as jobs:
+        with contextlib.ExitStack() as stack:
+            if console.is_terminal:
+                view: LiveView | LineView = stack.enter_context(LiveView(console))
+            else:
+                view = LineView(lambda line: print(line, flush=True))
+            states = jobs.follow(name, view.tell, give_up_after=JOB_TIMEOUT_SECONDS)
+            try:
+                end = show_until_ended(times.observe(states), view)
+            except TimeoutError as error:
+                reason = f"{name} has not ended after {duration(JOB_TIMEOUT_SECONDS)}"
+                raise ClusterError(f"{reason}\n{steps.evidence(cluster)}") from error
+        job = jobs.get(name)
+    measured.job = times.seconds
+    return end, job
+
+
+def fetch(cluster: Cluster, job: FineTuneJob, folder: Path) -> None:
+    """Download the artifact as `finetune download` does."""
+    keys = Keys(cluster.minio.access_key, cluster.minio.secret_key)
+    with cluster.enter():
+        store = Store(job.spec.storage, keys, cluster.minio.endpoint)
+        manifest = download(artifact_of(job), store, folder, lambda count: None)
+    say(f"{len(manifest.files)} files, {size(manifest.total_bytes)}, verified")
+
+
+def ask(model: Path, output: Path) -> dict[str, Any]:
+    """Return the answers of base and tuned model to the held-out rows."""
+    file = output / "answers.json"
+    arguments = ["--base", model, "--tuned", output / "artifact", "--rows", output / "data" / "heldout.jsonl"]
+    command = [sys.executable, "-m", "examples.demo.answers", *map(str, arguments), "--output", str(file)]
+    with step("40 held-out sentences, twice"):
+        done = subprocess.run(command, text=True, capture_output=True, timeout=ANSWERS_TIMEOUT_SECONDS)
+    if done.returncode != 0:
+        raise ClusterError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+    answers: dict[str, Any] = json.loads(file.read_text())
+    return answers
+
+
+def show(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, output: Path) -> None:
+    """Show what base and tuned model say, how often they are right, how long it took and where everything is."""
+    console = Console()
+    table = Table(title="Sentences that the model has not seen", title_justify="left", show_lines=True, expand=True)
+    for heading in ("sentence", "base model", "tuned model"):
+        table.add_column(heading, ratio=1)
+    for row in answers["rows"][:EXAMPLES_SHOWN]:
+        right = "green" if row["tuned"] == row["meaning"] else "red"
+        table.add_row(Text(row["sentence"]), Text(row["base"] or "(an empty line)"), Text(row["tuned"], style=right))
+    console.print(table)
+    count, share = len(answers["rows"]), answers["exactMatch"]
+    console.print(
+        f"Exactly right of {count}: base {share['base']:.0%}, tuned {share['tuned']:.0%}", style="bold", highlight=False
+    )
+    times = Table.grid(padding=(0, 2))
+    for name, seconds in measured.phases.items():
+        times.add_row(name, f"{seconds:.1f} s")
+    for station, seconds in measured.job.items():
+        times.add_row(f"  apply → {station}", f"{seconds:.1f} s")
+    times.add_row("operator memory", size(measured.memory["operatorWorkingSetBytes"]))
+    for checkpoint in measured.checkpoints:
+        times.add_row(f"checkpoint of step {checkpoint['step']}", size(checkpoint["bytes"]))
+    console.print(times)
+    console.print(f"artifact in the store: {artifact_of(job).uri}", highlight=False, soft_wrap=True)
+    console.print(f"artifact here:         {output / 'artifact'}", highlight=False)
+    console.print(f"answers, figures, job: {output}/answers.json, measurements.json, job.json", highlight=False)
+
+
+def stay(cluster: Cluster, job: FineTuneJob) -> None:
+    """Leave the cluster up until Ctrl-C."""
+    enter, name = cluster.layout.enter_script, job.metadata.name
+    say("\nThe cluster stays up. In another terminal:")
+    say(f"  {enter} kubectl get ftj --namespace {NAMESPACE} {name} --output yaml")
+    say(f"  {enter} {Path(sys.executable).parent}/finetune watch {name} --namespace {NAMESPACE}")
+    say(f"  {enter} bash")
+    say(f"MinIO inside: {cluster.minio.endpoint}  user {cluster.minio.access_key}  password {cluster.minio.secret_key}")
+    say("Ctrl-C ends it.")
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Dequantises a GGUF file into bf16 safetensors with its tokenizer: `python -m examples.demo.convert GGUF FOLDER`.
+
+A program of its own, started once by `base_model`: it needs torch, the demo itself does not.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write model and tokenizer of ``gguf`` into the new ``folder``."""
+    place = {"gguf_file": gguf.name}
+    # Without `dequantize` the model stays quantised, which cannot be trained or saved.
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, quantization_config=quantization, dtype=torch.bfloat16, **place
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **place).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

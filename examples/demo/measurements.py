@@ -1,0 +1,131 @@
+"""How long each part of the demo took and what it weighed: collected while it runs, written as JSON at the end.
+
+In: the demo's phases and the states of its job. Out: `measurements.json`, from which docs/performance.md is copied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kubernetes import client
+
+from examples.demo.steps import kubernetes_client, operator_memory
+from finetune_cli.state import ending, status_of
+from finetune_core.api.job import FineTuneJob
+from tests.cluster import Cluster
+from tests.cluster.progress import say
+
+POD_POLL_SECONDS = 0.2
+
+
+@dataclass
+class Measurements:
+    """What `measurements.json` holds: seconds and bytes."""
+
+    command: str
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase of the demo, in their order."""
+    job: dict[str, float] = field(default_factory=dict)
+    """Seconds from `kubectl apply` to what happened to the job."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes of the operator."""
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    artifact: dict[str, Any] = field(default_factory=dict)
+    exact_match: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Say that a phase begins, and count its seconds."""
+        say(f"\n== {name}")
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.phases[name] = round(time.monotonic() - started, 1)
+
+    def take(self, cluster: Cluster, job: FineTuneJob) -> None:
+        """Take the sizes of an ended job."""
+        status = status_of(job)
+        self.memory["operatorWorkingSetBytes"] = operator_memory(cluster)
+        self.checkpoints = [{"step": point.step, "bytes": point.bytes} for point in status.checkpoints]
+        if status.artifact:
+            self.artifact = {"step": status.artifact.step, "bytes": status.artifact.bytes}
+
+    def write(self, file: Path) -> None:
+        """Write everything, with date and machine."""
+        machine = {"cores": os.cpu_count(), "system": platform.platform(), "processor": platform.machine()}
+        about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "command": self.command, "machine": machine}
+        measured = {
+            "phaseSeconds": self.phases,
+            "secondsAfterApply": self.job,
+            "memory": self.memory,
+            "checkpoints": self.checkpoints,
+            "artifact": self.artifact,
+            "exactMatch": self.exact_match,
+        }
+        file.write_text(json.dumps(about | measured, indent=2) + "\n")
+
+
+class JobTimes:
+    """Notes when a job that was applied at ``__init__`` reached each station, while somebody else shows it."""
+
+    def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
+        self._cluster, self._namespace, self._pods = cluster, namespace, pods
+        self._applied = time.monotonic()
+        self._times: dict[str, float] = {}
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch_pods, name="pods")
+
+    def __enter__(self) -> JobTimes:
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._watcher.join()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds after `kubectl apply`, in the order of the stations."""
+        return {name: round(when - self._applied, 1) for name, when in sorted(self._times.items(), key=lambda t: t[1])}
+
+    def observe(self, jobs: Iterable[FineTuneJob]) -> Iterator[FineTuneJob]:
+        """Pass the states of the job on."""
+        for job in jobs:
+            status = status_of(job)
+            if status.conditions:
+                self._note("firstStatus")
+            if status.progress:
+                self._note("firstReport")
+            if status.progress and status.progress.step:
+                self._note("firstStep")
+            if status.checkpoints:
+                self._note("firstCheckpoint")
+            if ending(job):
+                self._note("ended")
+            yield job
+
+    def _note(self, station: str) -> None:
+        self._times.setdefault(station, time.monotonic())
+
+    def _watch_pods(self) -> None:
+        """Note when all pods of the first attempt run; a status would tell it later than it is."""
+        with self._cluster.enter(), kubernetes_client(self._cluster) as api:
+            core = client.CoreV1Api(api)
+            while not self._over.wait(POD_POLL_SECONDS):
+                found = core.list_namespaced_pod(self._namespace, _request_timeout=10).items
+                if len(found) >= self._pods:
+                    self._note("podsCreated")
+                if sum(pod.status.phase == "Running" for pod in found) >= self._pods:
+                    self._note("podsRunning")
+                    return

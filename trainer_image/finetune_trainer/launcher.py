@@ -1,0 +1,121 @@
+"""PID 1 of a training pod: checks and fetches what the workers need, starts them, and owns the exit code.
+
+Light on purpose: it imports no torch, so that bad input and a refused store are told within a second or two.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import ValidationError
+
+from finetune_core.contract import (
+    MASTER_ADDR_VARIABLE,
+    MASTER_PORT,
+    MASTER_PORT_VARIABLE,
+    Identity,
+    Result,
+    RunConfig,
+)
+from finetune_core.errors import UserError
+from finetune_trainer import cgroup
+from finetune_trainer.errors import OutsideFailure, Stopped
+from finetune_trainer.inputs import fetch_inputs
+from finetune_trainer.outcomes import decide, outcome_of
+from finetune_trainer.plan import WorkerPlan, open_root
+from finetune_trainer.processes import Workers, worker_environment
+from finetune_trainer.settings import PEER_WAIT_SECONDS, STORE_CHECK_SECONDS, Paths
+from finetune_trainer.storage.artifact import committed_result
+from finetune_trainer.storage.root import RunRoot
+
+NAME_RETRY_SECONDS = 0.5
+
+
+def run(paths: Paths, environment: Mapping[str, str]) -> int:
+    """Run this pod's part of the attempt; return the exit code, after the termination message is written."""
+    signal.signal(signal.SIGTERM, _told_to_stop)
+    signal.signal(signal.SIGINT, _told_to_stop)
+    try:
+        result = _attempt(paths, environment)
+    except Exception as error:  # noqa: BLE001  (the one place where every error becomes a result)
+        result = outcome_of(error).result
+        if result.exit_code == 1:
+            traceback.print_exc()
+    _write_termination_message(paths.termination_log, result)
+    stream = sys.stdout if result.exit_code == 0 else sys.stderr
+    print(f"{result.outcome.value}: {result.message}", file=stream, flush=True)
+    return result.exit_code
+
+
+def _told_to_stop(*_: object) -> NoReturn:
+    """SIGTERM before there are workers: there is nothing to save."""
+    raise Stopped("told to stop before training began: there is nothing to save")
+
+
+def _attempt(paths: Paths, environment: Mapping[str, str]) -> Result:
+    """The story of a pod: an artifact that is there already, checks, inputs, rendezvous, workers, verdict."""
+    identity = Identity.from_environment(environment)
+    config = read_config(paths.run_file)
+    root = open_root(config, paths)
+    done = committed_result(RunRoot(root.store.with_budget(STORE_CHECK_SECONDS), root.location))
+    if done is not None:
+        return done
+    folder = paths.scratch / "attempt"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    inputs = fetch_inputs(config, paths, root.store, folder)
+    address = environment.get(MASTER_ADDR_VARIABLE, "")
+    port = environment.get(MASTER_PORT_VARIABLE, str(MASTER_PORT))
+    if not address:
+        raise UserError(f"environment variable {MASTER_ADDR_VARIABLE}", "must be set (the operator sets it)")
+    wait_for_name(address, seconds=PEER_WAIT_SECONDS)
+    plan = WorkerPlan(paths=paths, identity=identity, config=config, inputs=inputs, folder=folder)
+    threads = cgroup.threads_per_process(
+        config.world.processes_per_node, limit=cgroup.cpu_limit(), cores=cgroup.usable_cores()
+    )
+    kills_before = cgroup.oom_kills()
+    environments = worker_environment(environment, plan, address=address, port=port, threads=threads)
+    ends = Workers(folder).run(plan, environments)
+    return decide(ends, out_of_memory=cgroup.oom_kills() > kills_before)
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read the run file; raises UserError with the field's path where it is missing or not of this version."""
+    try:
+        return RunConfig.model_validate_json(path.read_text())
+    except OSError as error:
+        raise UserError(f"run file {path}", f"can't be read ({error.strerror})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"run file {path}", f"{where}: {first['msg']}") from error
+
+
+def wait_for_name(address: str, *, seconds: float) -> None:
+    """Wait until the first worker's name resolves: its record appears when its pod runs."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise OutsideFailure(f"the first worker's name {address} did not resolve in {seconds:.0f} s") from error
+            time.sleep(NAME_RETRY_SECONDS)
+        else:
+            return
+
+
+def _write_termination_message(path: Path, result: Result) -> None:
+    """Write the result where the kubelet reads it."""
+    try:
+        path.write_text(result.to_termination_message())
+    except OSError as error:
+        print(f"the termination message can't be written to {path}: {error}", file=sys.stderr)

@@ -1,0 +1,36 @@
+"""What the launcher hands to its workers: where the inputs lie on this machine, beside run file and identity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune_core.contract import ContractModel, Identity, RunConfig
+from finetune_core.layout import parse_uri
+from finetune_trainer.settings import Paths
+from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.root import RunRoot
+
+
+class Inputs(ContractModel):
+    """Local copies of model and data."""
+
+    model: Path
+    train: Path
+    validation: Path | None = None
+
+
+class WorkerPlan(ContractModel):
+    """Everything that a worker process needs; its ranks come from the environment."""
+
+    paths: Paths
+    identity: Identity
+    config: RunConfig
+    inputs: Inputs
+    folder: Path
+    """Where the workers of this attempt write: outcomes, snapshots."""
+
+
+def open_root(config: RunConfig, paths: Paths) -> RunRoot:
+    """Return the run's root in the bucket."""
+    storage = config.storage
+    return RunRoot(Store(storage.endpoint, storage.region, paths.credentials), parse_uri(storage.uri))

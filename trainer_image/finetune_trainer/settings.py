@@ -1,0 +1,36 @@
+"""Where the trainer finds and leaves files, and its time budgets: read from the command line by the launcher,
+handed to the workers as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune_core import contract
+from finetune_core.contract import ContractModel
+
+
+class Paths(ContractModel):
+    """Files and folders outside the program; the defaults are those of the pod."""
+
+    run_file: Path = Path(contract.RUN_FILE)
+    ca_file: Path = Path(contract.CA_FILE)
+    credentials: Path = Path(contract.CREDENTIALS_FOLDER)
+    hub_token_file: Path = Path(contract.HUB_TOKEN_FILE)
+    report_token_file: Path = Path(contract.TOKEN_FILE)
+    termination_log: Path = Path(contract.TERMINATION_LOG)
+    scratch: Path = Path(contract.SCRATCH_FOLDER)
+    volumes: Path = Path(contract.VOLUMES_FOLDER)
+
+
+STORE_CHECK_SECONDS = 20.0
+"""Budget of the first look at the store: a pod that can't reach it says so within a minute."""
+STORE_BUDGET_SECONDS = 300.0
+"""How long a store may fail before the run ends with 75."""
+PEER_WAIT_SECONDS = 300.0
+"""How long the first rank's name and the other ranks may take to appear: images are pulled at different speeds."""
+COLLECTIVE_TIMEOUT_SECONDS = 600.0
+"""A rank that is silent for this long inside a collective is lost (`stability.stallTimeoutSeconds` later)."""
+PEERS_LEAVE_SECONDS = 30.0
+"""How long workers may take to notice that another one ended, before they are killed."""
+ALL_LEAVE_SECONDS = 120.0
+"""How long workers may take to follow one that ended well (the others may still be writing)."""

@@ -1,0 +1,56 @@
+"""The artifact's pointer: the first run that sets it wins, and from then on every attempt ends with that result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune_core.contract import ArtifactRecord, Outcome, Result
+from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Manifest, artifact_folder
+from finetune_trainer.storage.checkpoints import Damaged, commit_folder, read_manifest, upload_files
+from finetune_trainer.storage.lineage import check_fence
+from finetune_trainer.storage.root import RunRoot
+
+
+def committed_result(root: RunRoot) -> Result | None:
+    """Return the result of a run whose artifact is committed, None where there is none.
+
+    Raises Damaged where the pointer names an artifact that is not there any more.
+    """
+    data = root.read(ARTIFACT_POINTER)
+    if data is None:
+        return None
+    pointer = ArtifactPointer.model_validate_json(data)
+    _, manifest_sha256 = read_manifest(root, pointer.folder)
+    if manifest_sha256 != pointer.manifest_sha256:
+        raise Damaged(f"{pointer.folder} is not the artifact that {ARTIFACT_POINTER} names")
+    return Result(
+        outcome=Outcome.COMPLETED,
+        message=f"the artifact of step {pointer.step} is committed",
+        step=pointer.step,
+        artifact=ArtifactRecord(
+            uri=root.uri(pointer.folder),
+            step=pointer.step,
+            bytes=pointer.bytes,
+            manifest_sha256=pointer.manifest_sha256,
+        ),
+    )
+
+
+def publish(root: RunRoot, run: int, step: int, files: Sequence[Path]) -> Result:
+    """Upload and commit ``files`` as the artifact of ``run``, set the pointer, and return the result.
+
+    Where an earlier run has set the pointer, its artifact is the result.
+    """
+    folder = artifact_folder(run)
+    manifest = Manifest(kind="Artifact", run=run, step=step, files=upload_files(root, folder, files))
+    manifest_sha256 = commit_folder(root, folder, manifest)
+    pointer = ArtifactPointer(
+        run=run, step=step, folder=folder, bytes=manifest.total_bytes, manifest_sha256=manifest_sha256
+    )
+    check_fence(root, run)
+    root.create(ARTIFACT_POINTER, pointer.to_json().encode())
+    result = committed_result(root)
+    if result is None:
+        raise Damaged(f"{ARTIFACT_POINTER} vanished after it was written")
+    return result

@@ -1,0 +1,51 @@
+"""The root of one run in the bucket: every key of the layout is read and written below it through this class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_core.layout import Location
+from finetune_trainer.storage.client import Entry, Store, Stored
+
+
+@dataclass(frozen=True)
+class RunRoot:
+    """`<uri>/<namespace>/<name>/<runId>` with the store that it lies in; keys are relative to it."""
+
+    store: Store
+    location: Location
+
+    def read(self, key: str) -> bytes | None:
+        """Return an object's bytes, None where it does not exist."""
+        return self.store.read(self.location.bucket, self.location.key(key))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Create or replace an object."""
+        self.store.write(self.location.bucket, self.location.key(key), data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create an object unless it exists; return whether ``data`` is now its content by this call."""
+        return self.store.create(self.location.bucket, self.location.key(key), data)
+
+    def upload(self, key: str, path: Path) -> Stored:
+        """Create or replace an object with a file's content."""
+        return self.store.upload(self.location.bucket, self.location.key(key), path)
+
+    def download(self, key: str, path: Path) -> Stored | None:
+        """Write an object to a file; None where it does not exist."""
+        return self.store.download(self.location.bucket, self.location.key(key), path)
+
+    def entries(self, folder: str) -> list[Entry]:
+        """Return the objects below ``folder`` (with a slash at its end) with relative keys."""
+        start = len(self.location.key("")) + 1 if self.location.prefix else 0
+        found = self.store.entries(self.location.bucket, self.location.key(folder))
+        return [entry._replace(key=entry.key[start:]) for entry in found]
+
+    def delete(self, keys: list[str]) -> None:
+        """Delete objects."""
+        self.store.delete(self.location.bucket, [self.location.key(key) for key in keys])
+
+    def uri(self, key: str) -> str:
+        """Return the `s3://` address of a key."""
+        return self.location.uri(key)

@@ -1,0 +1,1 @@
+"""The training itself: ranks, model, engine, loop, evaluation, checkpoints, export."""

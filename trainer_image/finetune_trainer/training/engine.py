@@ -1,0 +1,180 @@
+"""The DeepSpeed engine without run-time compilation, and the little that the trainer needs of its inside.
+
+Everything here that depends on DeepSpeed's internals is in this module, so that an upgrade touches one file.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from finetune_core.contract import OptimizationConfig
+from finetune_trainer.training.model import trained_parameters
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+BUCKET_ELEMENTS = 50_000_000
+MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
+"""The three tensors of a trained parameter: fp32 value, and AdamW's moments under torch's names."""
+
+
+def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration.
+
+    Accumulation is the loop's business (a partial batch has fewer micro-batches), so the engine counts one.
+    """
+    return {
+        "train_batch_size": optimization.micro_batch_size * world_size,
+        "train_micro_batch_size_per_gpu": optimization.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimization.gradient_clipping,
+        "bf16": {"enabled": optimization.precision == "bf16"},
+        "zero_optimization": {
+            "stage": optimization.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
+        "steps_per_print": 1_000_000_000,
+    }
+
+
+class Engine:
+    """A model with its optimizer, sharded by DeepSpeed."""
+
+    def __init__(self, model: torch.nn.Module, optimization: OptimizationConfig, device: torch.device) -> None:
+        """Shard ``model`` over the ranks of the default process group; a collective."""
+        import deepspeed
+        import deepspeed.ops
+
+        # On the CPU the communication backend would compile a shared-memory op where a compiler is found, and
+        # probing all ops takes a second: an empty table answers "not compatible" for each.
+        deepspeed.ops.__compatible_ops__ = {}
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        self._stage = optimization.zero_stage
+        self._optimization = optimization
+        self.device = device
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, optimization.weight_decay),
+            lr=optimization.learning_rate,
+            betas=BETAS,
+            eps=EPSILON,
+        )
+        self.module, self._zero, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=engine_config(optimization, torch.distributed.get_world_size()),
+            dist_init_required=False,
+        )
+        self._names = trained_parameters(model)
+
+    # Steps
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the model."""
+        return self.module(**inputs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate gradients of ``loss``; DeepSpeed averages them over the ranks, so the caller scales by their
+        number. ``last`` says that the global batch is complete."""
+        self.module.set_gradient_accumulation_boundary(last)
+        self.module.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.module.step()
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the accumulated gradient over all ranks before clipping, NaN where it is not finite.
+
+        Before `step`, because DeepSpeed hides what it skipped, and stage 0 in fp32 would apply it. A collective.
+        """
+        if self._stage == 0:
+            gradients = [parameter.grad for parameter in self._names.values() if parameter.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+        elif self._stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            norm = float(combine_grad_norm_groups(self._zero._get_norm_groups()))
+        else:
+            norm = float(self._zero.scaled_global_norm())
+        # DeepSpeed reports a norm that is not finite as -1.
+        return norm if math.isfinite(norm) and norm >= 0 else math.nan
+
+    def step(self, rate: float) -> None:
+        """Clip and apply the accumulated gradient with learning rate ``rate``; a collective."""
+        for group in self._zero.param_groups:
+            group["lr"] = rate
+        self.module.step()
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout on or off."""
+        self.module.train(mode)
+
+    # State
+
+    @property
+    def names(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the trained parameters by name, in the model's order: the same on every rank."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._names.items()}
+
+    def read_state(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the full fp32 value and moments of a trained parameter; a collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self._names[name]
+        if self._stage == 0:
+            state = self._zero.state[parameter]
+            return {MASTER: parameter.detach(), **{key: state[key] for key in (FIRST_MOMENT, SECOND_MOMENT)}}
+        tensors = {MASTER: safe_get_full_fp32_param(parameter)}
+        for key in (FIRST_MOMENT, SECOND_MOMENT):
+            tensors[key] = safe_get_full_optimizer_state(parameter, key)
+        return tensors
+
+    def prepare_state(self, updates: int) -> None:
+        """Create the optimizer's state as after ``updates`` updates, so that `write_state` can fill it.
+
+        torch creates it at the first update only.
+        """
+        inner = self._zero if self._stage == 0 else self._zero.optimizer
+        shards = (
+            self._zero.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else [parameter for group in inner.param_groups for parameter in group["params"]]
+        )
+        for shard in shards:
+            inner.state[shard] = {
+                "step": torch.tensor(float(updates)),
+                FIRST_MOMENT: torch.zeros_like(shard),
+                SECOND_MOMENT: torch.zeros_like(shard),
+            }
+        if self._stage in (1, 2):
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def write_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set what `read_state` returned; the model's own copy in bf16 was loaded before the engine was made."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        parameter = self._names[name]
+        if self._stage == 0:
+            parameter.data.copy_(tensors[MASTER])
+            for key in (FIRST_MOMENT, SECOND_MOMENT):
+                self._zero.state[parameter][key].copy_(tensors[key])
+            return
+        safe_set_full_fp32_param(parameter, tensors[MASTER].to(self.device))
+        for key in (FIRST_MOMENT, SECOND_MOMENT):
+            safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: matrices decay, vectors (norms, biases) don't, as in GPT-3 and Llama."""
+    parameters = list(trained_parameters(model).values())
+    if weight_decay == 0:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

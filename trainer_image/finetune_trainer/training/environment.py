@@ -1,0 +1,64 @@
+"""The process around torch: variables to set before the first import, the device, what lack of memory looks like."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_core.contract import WorldConfig
+from finetune_trainer.errors import OutsideFailure
+
+if TYPE_CHECKING:
+    import torch
+
+
+def prepare(scratch: Path) -> None:
+    """Keep DeepSpeed and transformers quiet and from compiling; call before anything imports torch.
+
+    Caches go to ``scratch``, because the root may be read-only and HOME empty.
+    """
+    os.environ["DS_BUILD_OPS"] = "0"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["HOME"] = str(scratch)
+    for variable in ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_HOME", "MPLCONFIGDIR"):
+        os.environ.setdefault(variable, str(scratch / variable.lower()))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("finetune_trainer").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def device(world: WorldConfig) -> torch.device:
+    """Return this process's device; raises OutsideFailure where the pod sees fewer GPUs than it has processes.
+
+    It never falls back to the CPU: a run on the wrong device would be a hundred times slower without a word.
+    """
+    import torch
+
+    if world.device == "CPU":
+        return torch.device("cpu")
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if visible < world.processes_per_node:
+        raise OutsideFailure(
+            f"resources.device is GPU and this pod needs {world.processes_per_node}, but the NVIDIA driver shows"
+            f" {visible}: look at the driver, the device plugin and the container toolkit of the node"
+        )
+    chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def is_host_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch's CPU allocator got no memory: it has no class of its own for that."""
+    return "can't allocate memory" in str(error)
+
+
+def memory_sentence(error: BaseException) -> str:
+    """Return the sentence for lack of memory: how much was asked for, and what to change."""
+    reason = (str(error).splitlines() or ["no memory left"])[0][:200]
+    return f"out of memory ({reason}): lower training.microBatchSize or dataset.maxLength, or raise resources.memory"

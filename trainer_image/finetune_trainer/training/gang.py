@@ -1,0 +1,198 @@
+"""The ranks of a run: rendezvous, agreement on the stop flag, sums, and work that rank 0 does for all.
+
+Two channels: a gloo group for small collectives that all ranks reach at the same place, and the rendezvous store
+for everything that takes long, so that no rank sits in a collective while another one talks to the object store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from finetune_core.errors import UserError
+from finetune_trainer.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, Stopped
+from finetune_trainer.settings import COLLECTIVE_TIMEOUT_SECONDS, PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
+
+POLL = timedelta(seconds=2)
+SHARE_SECONDS = 4 * STORE_BUDGET_SECONDS
+"""How long rank 0 may work for the others: several store calls, each with its own budget, and the transfer."""
+FAREWELL_SECONDS = 15.0
+SHARED_ERRORS: Mapping[str, type[Exception]] = {
+    kind.__name__: kind for kind in (OutsideFailure, NewerRun, Diverged, OutOfMemory, Stopped)
+}
+
+
+class Gang:
+    """This process among the ranks."""
+
+    def __init__(self, *, device: torch.device) -> None:
+        """Join the rendezvous that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+        Raises PeerLost where not all ranks appear in time.
+        """
+        self.rank = int(os.environ["RANK"])
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.world_size = int(os.environ["WORLD_SIZE"])
+        self.device = device
+        self._shared = 0
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+        try:
+            self._store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                self.world_size,
+                is_master=self.rank == 0,
+                timeout=timedelta(seconds=PEER_WAIT_SECONDS),
+            )
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("group", self._store),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+            self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        except (RuntimeError, dist.DistError) as error:
+            raise PeerLost(f"not all {self.world_size} ranks came together: {first_line(error)}") from error
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which speaks to bucket and operator for all."""
+        return self.rank == 0
+
+    def agree(self, flag: bool) -> bool:
+        """Return whether any rank says True; a collective."""
+        tensor = torch.tensor([int(flag)], dtype=torch.int32)
+        self._reduce(tensor, dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of ``values`` over all ranks, in double precision; a collective."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        self._reduce(tensor, dist.ReduceOp.SUM)
+        return [float(value) for value in tensor]
+
+    def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        with peers():
+            dist.all_reduce(tensor, operation, group=self._control)
+
+    def share(self, work: Callable[[], Any]) -> Any:
+        """Let rank 0 do ``work`` and return what it made, a JSON value, on every rank.
+
+        An error of rank 0 is raised on every rank with the same class. The others wait at the rendezvous
+        store, bounded, and notice when rank 0 is gone.
+        """
+        self._shared += 1
+        key = f"shared/{self._shared}"
+        if not self.is_first:
+            return _unpack(json.loads(self._await(key, SHARE_SECONDS)))
+        try:
+            value = work()
+        except Exception as error:
+            self._set(key, {"error": _error_name(error), "message": _error_parts(error)})
+            raise
+        self._set(key, {"value": value})
+        return value
+
+    def each(self, work: Callable[[], Any]) -> list[Any]:
+        """Let every rank do its own ``work`` and return what all of them made (JSON values), in the order of ranks.
+
+        The first error is raised on every rank. No rank is in a collective meanwhile.
+        """
+        self._shared += 1
+        key = f"each/{self._shared}"
+        try:
+            answer = {"value": work()}
+        except Exception as error:
+            self._set(f"{key}/{self.rank}", {"error": _error_name(error), "message": _error_parts(error)})
+            raise
+        self._set(f"{key}/{self.rank}", answer)
+        return [_unpack(json.loads(self._await(f"{key}/{rank}", SHARE_SECONDS))) for rank in range(self.world_size)]
+
+    def farewell(self) -> None:
+        """Wait, bounded, until every rank has come here: the store lives in rank 0, which leaves last."""
+        with peers():
+            self._store.set(f"farewell/{self.rank}", "1")
+            if self.is_first:
+                self._store.wait(
+                    [f"farewell/{rank}" for rank in range(self.world_size)], timedelta(seconds=FAREWELL_SECONDS)
+                )
+        dist.destroy_process_group()
+
+    def _set(self, key: str, value: Any) -> None:
+        with peers():
+            self._store.set(key, json.dumps(value))
+
+    def _await(self, key: str, seconds: float) -> str:
+        """Return the text at ``key`` of the rendezvous store once it is there; raises PeerLost."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                self._store.wait([key], POLL)
+                return bytes(self._store.get(key)).decode()
+            except dist.DistStoreError as error:
+                if time.monotonic() > deadline:
+                    raise PeerLost(f"another rank was silent for {seconds:.0f} s") from error
+            except (dist.DistError, RuntimeError) as error:
+                raise PeerLost(f"the connection to rank 0 broke: {first_line(error)}") from error
+
+
+class peers:  # noqa: N801  (reads as a block: `with peers():`)
+    """Turns what torch raises when another rank is gone into PeerLost."""
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        """Raise PeerLost in place of a failed collective."""
+        if isinstance(error, RuntimeError | dist.DistError) and is_peer_failure(error):
+            raise PeerLost(f"another rank left: {first_line(error)}") from error
+
+
+PEER_MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "tcpstore")
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Return whether torch reports a lost rank: it has no class of its own for gloo, only a text."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(mark in text for mark in PEER_MARKS)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, shortened: what a person needs of a C++ error."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _error_name(error: Exception) -> str:
+    """Return the name of the nearest class that can be raised again on another rank."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return next((name for name in names if name == "UserError" or name in SHARED_ERRORS), names[0])
+
+
+def _error_parts(error: Exception) -> list[str]:
+    return [error.subject, error.problem] if isinstance(error, UserError) else [str(error)]
+
+
+def _unpack(answer: Mapping[str, Any]) -> Any:
+    """Return the value that rank 0 made, or raise what it raised."""
+    if "error" in answer:
+        raise _shared_error(answer["error"], answer["message"])
+    return answer["value"]
+
+
+def _shared_error(name: str, parts: Sequence[str]) -> Exception:
+    """Return the error that another rank had; a crash there is a lost peer here."""
+    if name == "UserError":
+        return UserError(*parts)
+    if name in SHARED_ERRORS:
+        return SHARED_ERRORS[name](*parts)
+    return PeerLost(f"another rank failed: {name}: {parts[0]}")

@@ -1,0 +1,119 @@
+"""Loads tokenizer and base model from local files and puts the adapters on; called by every rank.
+
+Adapter weights come from (seed, name) on the CPU in fp32: the same for every stage, rank count and device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune_core.api.method import LoRASpec
+from finetune_core.errors import UserError
+from finetune_trainer.data.examples import Tokenize
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ALL_DENSE_LAYERS = "all-linear"
+"""peft's name for every linear layer but the output head."""
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; raises UserError where it is missing or has no end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError("model", f"its tokenizer can't be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError("model", "its tokenizer has no end token (eos_token), so no answer could ever end")
+    return tokenizer
+
+
+def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
+    """Return the functions that examples are made with."""
+    end = tokenizer.eos_token_id
+
+    def prompt(text: str) -> Sequence[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
+        # Some tokenizers put the end token behind every text; behind a prompt it would end the example.
+        return ids[:-1] if ids and ids[-1] == end else ids
+
+    def completion(text: str) -> Sequence[int]:
+        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    return Tokenize(prompt, completion, end)
+
+
+def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the base model; raises UserError where its files don't make a causal language model."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError("model", f"its files can't be loaded: {_first_line(error)}") from error
+    model.config.use_cache = False
+    return model
+
+
+def add_adapters(model: PreTrainedModel, lora: LoRASpec, *, seed: int, base_name: str) -> PeftModel:
+    """Put LoRA adapters on ``model``; raises UserError where a target module does not exist.
+
+    ``base_name`` is what `adapter_config.json` names as the base.
+    """
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=float(lora.dropout),
+        target_modules=list(lora.target_modules) or ALL_DENSE_LAYERS,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    try:
+        tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError("lora.targetModules", f"must name modules of the model: {_first_line(error)}") from error
+    tuned.peft_config["default"].base_model_name_or_path = base_name
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+            parameter.data.copy_(initial_adapter(name, parameter.shape, seed))
+    return tuned
+
+
+def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """Return the first value of an adapter's weight: B is zero, A is uniform as in Kaiming's rule with a = sqrt(5)
+    (what peft and the paper's code use), so that the first update starts from the base model."""
+    if "lora_B" in name:
+        return torch.zeros(shape)
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass; needs gradients at the input where the embedding is frozen."""
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that are trained, by name and in the model's order (tied ones once)."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

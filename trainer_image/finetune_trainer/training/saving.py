@@ -1,0 +1,135 @@
+"""Commits checkpoints of a running gang and knows which ones exist: last, best, the run's lineage.
+
+Snapshot (a collective, short) and upload (each rank its own files, no collective) are apart, so that the upload can
+move to the background.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finetune_core.contract import CheckpointRecord
+from finetune_core.layout import Manifest, ManifestFile, checkpoint_folder
+from finetune_trainer.storage.checkpoints import (
+    TRAINER_FILE,
+    TrainerState,
+    commit_folder,
+    retain,
+    to_keep,
+    upload_files,
+)
+from finetune_trainer.storage.lineage import CheckpointId
+from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.steplog import StepRow, write_segment
+from finetune_trainer.training.engine import Engine
+from finetune_trainer.training.gang import Gang
+from finetune_trainer.training.start import Start
+from finetune_trainer.training.state import snapshot, write_snapshot
+
+
+def best_of(records: Sequence[CheckpointRecord]) -> CheckpointRecord | None:
+    """Return the record with the least perplexity, the earlier one of equals, None where none was scored."""
+    scored = [record for record in records if record.perplexity is not None]
+    return min(scored, key=lambda record: (record.perplexity, record.run, record.step), default=None)
+
+
+class Saver:
+    """The checkpoints of this run."""
+
+    def __init__(self, gang: Gang, root: RunRoot, start: Start, folder: Path, *, keep_last: int) -> None:
+        """Continue from ``start``; snapshots are written into ``folder`` on their way to the bucket."""
+        self._gang = gang
+        self._root = root
+        self._run = start.run
+        self._parent = CheckpointId(start.parent.run, start.parent.step) if start.parent else None
+        self._folder = folder
+        self._keep_last = keep_last
+        self._segment = 0
+        self.lineage = list(start.ancestors)
+        """Committed checkpoints that lead to now, oldest first."""
+        self._others = list(start.others)
+
+    @property
+    def committed(self) -> list[CheckpointRecord]:
+        """All committed checkpoints in the bucket, oldest first."""
+        return sorted([*self._others, *self.lineage], key=lambda record: (record.run, record.step))
+
+    @property
+    def last(self) -> CheckpointRecord | None:
+        """The newest checkpoint of the lineage."""
+        return self.lineage[-1] if self.lineage else None
+
+    @property
+    def best(self) -> CheckpointRecord | None:
+        """The checkpoint of the lineage with the least validation perplexity."""
+        return best_of(self.lineage)
+
+    def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow]) -> CheckpointRecord:
+        """Commit the engine's state; all ranks call it, and return when COMMIT is written.
+
+        ``rows`` are the steps since the last save, from rank 0.
+        """
+        gang = self._gang
+        tensors = snapshot(engine, rank=gang.rank, world_size=gang.world_size)
+        target = checkpoint_folder(self._run, state.step)
+        local = self._folder / target
+        local.mkdir(parents=True, exist_ok=True)
+
+        def upload() -> list[dict[str, object]]:
+            files = write_snapshot(tensors, local, rank=gang.rank, world_size=gang.world_size)
+            if gang.is_first:
+                (local / TRAINER_FILE).write_text(state.to_json())
+                files.append(local / TRAINER_FILE)
+            uploaded = upload_files(self._root, target, files)
+            for file in files:
+                file.unlink()
+            return [file.model_dump() for file in uploaded]
+
+        uploaded = gang.each(upload)
+        files = [ManifestFile.model_validate(file) for own in uploaded for file in own]
+
+        def commit() -> dict[str, object]:
+            return self._commit(target, files, state, rows).model_dump(mode="json")
+
+        record = CheckpointRecord.model_validate(gang.share(commit))
+        shutil.rmtree(local, ignore_errors=True)
+        if not gang.is_first:
+            self.lineage.append(record)
+        return record
+
+    def _commit(
+        self, folder: str, files: list[ManifestFile], state: TrainerState, rows: Sequence[StepRow]
+    ) -> CheckpointRecord:
+        """Write step log, manifest and COMMIT, then delete what retention does not keep; rank 0 only."""
+        if rows:
+            self._segment += 1
+            write_segment(self._root, self._run, self._segment, rows)
+        manifest = Manifest(kind="Checkpoint", run=self._run, step=state.step, files=files)
+        record = CheckpointRecord(
+            run=self._run,
+            step=state.step,
+            uri=self._root.uri(folder),
+            bytes=manifest.total_bytes,
+            manifest_sha256=commit_folder(self._root, folder, manifest),
+            perplexity=state.perplexity,
+            time=datetime.now(UTC),
+        )
+        self.lineage.append(record)
+        self._retain()
+        return record
+
+    def _retain(self) -> None:
+        newest_first = [CheckpointId(record.run, record.step) for record in reversed(self.lineage)]
+        best = self.best
+        keep = to_keep(
+            newest_first,
+            keep_last=self._keep_last,
+            best=CheckpointId(best.run, best.step) if best else None,
+            parent=self._parent,
+        )
+        retain(self._root, self._run, keep)
+        self.lineage = [record for record in self.lineage if CheckpointId(record.run, record.step) in keep]
+        self._others = []

@@ -1,0 +1,100 @@
+"""One training process: `python -m finetune_trainer.worker PLAN`, started by the launcher with its ranks in the
+environment. Whatever happens, it leaves `outcome-<rank>.json`.
+
+Signal handlers come before the heavy imports, so that a SIGTERM while torch loads is not lost.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from finetune_core.contract import Outcome, Result
+from finetune_trainer.errors import OutOfMemory, PeerLost, Stopped
+from finetune_trainer.outcomes import Standing, WorkerOutcome, outcome_of, write_outcome
+from finetune_trainer.plan import WorkerPlan
+from finetune_trainer.reporting import Reporter
+
+
+class StopFlag:
+    """Becomes true at SIGTERM; the loop looks at it, the handler does nothing else."""
+
+    def __init__(self) -> None:
+        """Listen from now on."""
+        self._set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._told)
+
+    def _told(self, *_: object) -> None:
+        self._set = True
+
+    def __call__(self) -> bool:
+        """Return whether this process was told to stop."""
+        return self._set
+
+
+def main() -> int:
+    """Run the worker and return its exit status."""
+    stop = StopFlag()
+    plan = WorkerPlan.model_validate_json(Path(sys.argv[1]).read_text())
+    standing = Standing()
+    try:
+        outcome = WorkerOutcome(result=_run(plan, standing, stop))
+    except Exception as error:  # noqa: BLE001  (the one place where every error becomes an outcome)
+        outcome = outcome_of(error, step=standing.step, checkpoint=standing.checkpoint)
+        if outcome.result.outcome is Outcome.CRASHED:
+            traceback.print_exc()
+    write_outcome(plan.folder, int(os.environ["RANK"]), outcome)
+    # Threads of torch and gloo may hang at interpreter exit when a peer is gone: everything is written, so leave.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(outcome.result.exit_code)
+
+
+def _run(plan: WorkerPlan, standing: Standing, stop: StopFlag) -> Result:
+    """Join the gang and train; rank 0 also reports, and ends with the final report."""
+    from finetune_trainer.training import environment
+
+    environment.prepare(plan.paths.scratch)
+    import torch
+
+    from finetune_trainer.training.gang import Gang, first_line, is_peer_failure
+    from finetune_trainer.training.progress import Progress
+    from finetune_trainer.training.train import train
+
+    device = environment.device(plan.config.world)
+    if stop():
+        raise Stopped("told to stop before training began: there is nothing to save")
+    gang = Gang(device=device)
+    progress = None
+    if gang.is_first:
+        reporter = Reporter(plan.config.report, plan.paths) if plan.config.report is not None else None
+        progress = Progress(pod_uid=plan.identity.pod_uid, ranks=gang.world_size, reporter=reporter)
+    try:
+        try:
+            result = train(plan, gang, progress, standing, stop)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise OutOfMemory(environment.memory_sentence(error)) from error
+        except RuntimeError as error:
+            if environment.is_host_out_of_memory(error):
+                raise OutOfMemory(environment.memory_sentence(error)) from error
+            if is_peer_failure(error):
+                raise PeerLost(f"another rank left: {first_line(error)}") from error
+            raise
+    except Exception as error:
+        if progress is not None:
+            progress.end(outcome_of(error, step=standing.step, checkpoint=standing.checkpoint).result)
+        if isinstance(error, Stopped):
+            gang.farewell()
+        raise
+    if progress is not None:
+        progress.end(result)
+    gang.farewell()
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
