@@ -35,7 +35,7 @@ from finetune_cli.download import artifact_of, download
 from finetune_cli.state import Ending
 from finetune_cli.store import Keys, Store
 from finetune_cli.text import duration, size
-from finetune_cli.watch import LineView, LiveView, show_until_ended
+from finetune_cli.watch import show_until_ended, view_on
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
 
@@ -131,13 +131,8 @@ def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Endin
     name, pods = manifest["metadata"]["name"], manifest["spec"]["resources"]["nodes"]
     say(f"kubectl apply --namespace {NAMESPACE} --filename {file}")
     steps.apply(cluster, file, NAMESPACE)
-    console = Console()
     with JobTimes(cluster, NAMESPACE, pods) as times, steps.jobs_in(cluster, NAMESPACE) as jobs:
-        with contextlib.ExitStack() as stack:
-            if console.is_terminal:
-                view: LiveView | LineView = stack.enter_context(LiveView(console))
-            else:
-                view = LineView(lambda line: print(line, flush=True))
+        with view_on(Console()) as view:
             states = jobs.follow(name, view.tell, give_up_after=JOB_TIMEOUT_SECONDS)
             try:
                 end = show_until_ended(times.observe(states), view)

@@ -13,7 +13,7 @@ from pathlib import Path
 PAUSE_IMAGE = "localhost/pause:3.10"
 BUSYBOX_IMAGE = "localhost/busybox:1"
 BUSYBOX = Path("/bin/busybox")
-BUSYBOX_COMMANDS = tuple(["sh", "sleep", "env", "cat", "echo", "id", "ls", "nc", "nslookup", "wget", "test", "true", "false", "touch", "kill", "date", "mkdir"])
+BUSYBOX_COMMANDS = tuple("sh sleep env cat echo id ls nc nslookup wget test true false touch kill date mkdir".split())
 
 
 @dataclass(frozen=True)
