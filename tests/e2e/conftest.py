@@ -1,0 +1,62 @@
+"""One cluster for all end-to-end tests: the operator installed by its chart from its own image, models and rows in
+MinIO. Each test has a namespace of its own, as strict as they get."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from examples.demo import steps
+from examples.trails.generate import generate
+
+from tests.cluster import Cluster
+from tests.cluster.fixtures import cluster  # noqa: F401  (the fixture)
+from tests.e2e.tiny_model import make_tiny_model
+
+TINY_MODEL = f"s3://{steps.BUCKET}/models/tiny"
+
+Manifest = dict[str, Any]
+MakeJob = Callable[..., Manifest]
+
+
+@pytest.fixture(scope="session")
+def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:  # noqa: F811
+    """The cluster with the operator, a tiny model and rows of hiking-trail sentences."""
+    steps.make_bucket(cluster)
+    steps.name_object_store(cluster)
+    steps.put_base_model(cluster, make_tiny_model(tmp_path_factory.mktemp("tiny")), "models/tiny")
+    steps.put_rows(cluster, generate())
+    steps.install_operator(cluster, steps.operator_values(steps.build_images(cluster)))
+    return cluster
+
+
+@pytest.fixture
+def namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test's own, gone afterwards."""
+    name = f"test-{secrets.token_hex(4)}"
+    steps.make_namespace(installed, name)
+    yield name
+    installed.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def tiny_job() -> MakeJob:
+    """Return a function that makes a job of a few seconds from the quickstart file."""
+
+    def make(name: str, **changes: Any) -> Manifest:
+        defaults: dict[str, Any] = {
+            "metadata__name": name,
+            "spec__model": {"s3": {"uri": TINY_MODEL}},
+            "spec__dataset__maxLength": 256,
+            "spec__training__maxSteps": 60,
+            "spec__training__globalBatchSize": 8,
+            "spec__resources__memory": "3Gi",
+            "spec__resources__cpu": "500m",
+            "spec__storage__checkpoint": {"everySteps": 20},
+        }
+        return steps.manifest_of(Path("examples/quickstart.yaml"), **{**defaults, **changes})
+
+    return make

@@ -1,0 +1,95 @@
+"""What a person got wrong stands in a condition within a minute, names its cause, and makes no storm of retries."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from examples.demo import steps
+
+from finetune_cli.state import condition
+from finetune_core.api.conditions import ConditionType
+from finetune_core.api.job import FineTuneJob
+from tests.cluster import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+WITHIN_SECONDS = 60
+
+
+def _says(*words: str):
+    """Return whether a condition that is not True holds all ``words`` in its message."""
+
+    def reached(job: FineTuneJob) -> bool:
+        conditions = job.status.conditions if job.status else []
+        return any(all(word in item.message for word in words) for item in conditions if item.status != "True")
+
+    return reached
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"spec__dataset__train": {"s3": {"uri": "s3://finetune/data/nowhere.jsonl"}}},
+            ("dataset.train", "nowhere.jsonl"),
+        ),
+        (
+            {"spec__dataset__format__promptCompletion__completionField": "answer"},
+            ("completionField", "answer"),
+        ),
+    ],
+    ids=["missing dataset", "wrong column"],
+)
+def test_bad_data_ends_the_job_with_its_name(
+    installed: Cluster,
+    namespace: str,
+    tiny_job,
+    changes: dict[str, Any],
+    words: tuple[str, ...],
+) -> None:
+    steps.apply(installed, tiny_job("wrong", **changes), namespace)
+    job = _ended(installed, namespace, "wrong")
+    succeeded, stalled = condition(job, ConditionType.SUCCEEDED), condition(job, ConditionType.STALLED)
+    assert succeeded is not None
+    assert (succeeded.status, succeeded.reason) == ("False", "BadInput")
+    assert all(word in succeeded.message for word in words), succeeded.message
+    assert "Traceback" not in succeeded.message
+    assert stalled is not None
+    assert stalled.status == "True"
+    assert job.status is not None
+    assert job.status.attempts.started == 1
+
+
+def _ended(cluster: Cluster, namespace: str, name: str) -> FineTuneJob:
+    """Return the job once it ended; the bound is three times what is promised, the figure is printed."""
+    started = time.monotonic()
+    with steps.jobs_in(cluster, namespace) as jobs:
+        for job in jobs.follow(name, lambda sentence: None, give_up_after=3 * WITHIN_SECONDS):
+            found = condition(job, ConditionType.SUCCEEDED)
+            if found is not None and found.status != "Unknown":
+                print(f"{name}: {found.reason} after {time.monotonic() - started:.1f} s: {found.message}")
+                return job
+    raise AssertionError("follow has no end")
+
+
+def test_refused_credentials_are_named_and_retried_slowly(installed: Cluster, namespace: str, tiny_job) -> None:
+    secret = {"name": "wrong-keys", "namespace": namespace}
+    keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "not-the-secret-key"}
+    steps.apply(installed, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": keys})
+    steps.apply(installed, tiny_job("refused", spec__storage__credentialsSecretRef={"name": "wrong-keys"}), namespace)
+    started = time.monotonic()
+    job = steps.wait_for_job(installed, namespace, "refused", "the cause", _says("credentials"), 3 * WITHIN_SECONDS)
+    seconds = time.monotonic() - started
+    print(f"refused credentials named after {seconds:.1f} s")
+    assert job.status is not None
+    # With a back-off of 10 s that doubles, a minute has room for three attempts.
+    assert job.status.attempts.started <= 3
+    # The job is not lost: with the right keys it goes on by itself.
+    right = {"AWS_ACCESS_KEY_ID": installed.minio.access_key, "AWS_SECRET_ACCESS_KEY": installed.minio.secret_key}
+    steps.apply(installed, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": right})
+    job = steps.wait_for_condition(installed, namespace, "refused", ConditionType.SUCCEEDED, timeout=300)
+    assert job.status is not None
+    texts = " ".join(item.message for item in job.status.conditions)
+    assert "not-the-secret-key" not in texts

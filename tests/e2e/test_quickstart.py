@@ -1,0 +1,143 @@
+"""The quickstart with the real base model, from `kubectl apply` to an adapter that plain peft loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from examples.demo import steps
+from examples.demo.base_model import base_model
+
+from finetune_core.api.conditions import ConditionType
+from finetune_core.api.job import FineTuneJob
+from tests.cluster import Cluster
+from tests.e2e.bucket import RunFolder
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+
+DATA = Path(os.environ.get("FINETUNE_TEST_DATA", steps.REPOSITORY.parent / "shared" / "data"))
+VALIDATION_ROWS = 24
+TRAINING_STEPS = 24
+
+LOAD_ADAPTER = """
+import json, sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+lora = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+print(json.dumps({"adapters": len(lora), "trained": sum(bool(p.abs().sum() > 0) for p in lora.values())}))
+"""
+
+
+def _viggo(split: str, rows: int | None) -> bytes:
+    """Return the first rows of a ViGGO file as it is published (csv with the columns mr and ref)."""
+    lines = (DATA / "viggo" / f"viggo-{split}.csv").read_bytes().splitlines(keepends=True)
+    return b"".join(lines[: rows + 1 if rows else None])
+
+
+def _quickstart(cluster: Cluster, name: str) -> dict[str, object]:
+    """Return the quickstart over ViGGO's rows where they are at hand, over the generated rows where not."""
+    changes: dict[str, object] = {
+        "metadata__name": name,
+        "spec__training__maxSteps": TRAINING_STEPS,
+        "spec__evaluation__everySteps": TRAINING_STEPS // 2,
+        "spec__storage__checkpoint__everySteps": TRAINING_STEPS // 2,
+    }
+    if (DATA / "viggo").is_dir():
+        steps.put_file(cluster, "data/viggo/train.csv", _viggo("train", None))
+        steps.put_file(cluster, "data/viggo/validation.csv", _viggo("valid", VALIDATION_ROWS))
+        changes |= {
+            "spec__dataset__train": {"s3": {"uri": f"s3://{steps.BUCKET}/data/viggo/train.csv"}},
+            "spec__dataset__validation": {"s3": {"uri": f"s3://{steps.BUCKET}/data/viggo/validation.csv"}},
+            "spec__dataset__maxLength": 256,
+            "spec__dataset__format__promptCompletion": {
+                "promptField": "ref",
+                "completionField": "mr",
+                "template": "Sentence: {prompt}\nMeaning: ",
+            },
+        }
+    return steps.manifest_of(Path("examples/quickstart.yaml"), **changes)
+
+
+def _assert_learned(job: FineTuneJob) -> None:
+    assert job.status is not None
+    losses = [float(point.loss) for point in job.status.history if point.loss is not None]
+    perplexities = [float(point.perplexity) for point in job.status.history if point.perplexity is not None]
+    assert losses[-1] < losses[0] / 2, losses
+    assert perplexities[-1] < perplexities[0], perplexities
+    assert all(1 < value < 1000 for value in perplexities), perplexities
+
+
+def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, namespace: str, tmp_path: Path) -> None:
+    cluster = installed
+    steps.put_base_model(cluster, base_model())
+    steps.apply(cluster, _quickstart(cluster, "quickstart"), namespace)
+    seen: list[FineTuneJob] = []
+
+    def running(job: FineTuneJob) -> bool:
+        seen.append(job)
+        return job.status is not None and job.status.progress is not None and job.status.progress.step > 0
+
+    # The real image of several gigabytes is pulled here, unless an earlier test did.
+    during = steps.wait_for_job(cluster, namespace, "quickstart", "a first step", running, 300)
+    assert during.status is not None
+    assert {condition.type for condition in during.status.conditions} == set(ConditionType)
+    job = steps.wait_for_condition(cluster, namespace, "quickstart", ConditionType.SUCCEEDED, timeout=900)
+
+    assert job.status is not None
+    assert job.status.attempts.started == 1
+    assert job.status.progress is not None
+    assert job.status.progress.percentage == 100
+    _assert_learned(job)
+    artifact = job.status.artifact
+    assert artifact is not None
+    best = [checkpoint for checkpoint in job.status.checkpoints if checkpoint.best]
+    assert [checkpoint.step for checkpoint in best] == [artifact.step]
+
+    target = tmp_path / "adapter"
+    command = [sys.executable, "-m", "finetune_cli", "download", "quickstart", "-n", namespace, "-o", str(target)]
+    cluster.run([*command, "--endpoint", cluster.minio.endpoint], timeout=120)
+    output = subprocess.run(
+        [sys.executable, "-c", LOAD_ADAPTER, str(base_model()), str(target)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout
+    adapters = json.loads(output.splitlines()[-1])
+    assert adapters["adapters"] == adapters["trained"] == 210  # 30 layers x 7 dense matrices
+
+    with cluster.enter():
+        run = RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/quickstart/{job.metadata.uid}")
+        assert run.pointer()["manifestSha256"] == artifact.manifest_sha256
+        assert len(run.verified("artifacts")) == 1
+        committed = {folder.manifest.step for folder in run.verified("checkpoints")}
+        assert committed == {checkpoint.step for checkpoint in job.status.checkpoints}
+
+
+def test_the_spec_stays_as_it_was_applied(installed: Cluster, namespace: str, tiny_job) -> None:
+    manifest = tiny_job("untouched", spec__training__maxSteps=2)
+    steps.apply(installed, manifest, namespace)
+    before = installed.get("ftj", "untouched", "-n", namespace)
+    steps.wait_for_condition(installed, namespace, "untouched", ConditionType.SUCCEEDED, timeout=300)
+    after = installed.get("ftj", "untouched", "-n", namespace)
+    assert after["spec"] == before["spec"]
+    assert after["metadata"]["annotations"] == before["metadata"]["annotations"]
+    assert "finalizers" not in after["metadata"]
+    assert after["metadata"]["generation"] == 1
+
+
+def test_full_fine_tuning_ends_with_a_model(installed: Cluster, namespace: str, tiny_job) -> None:
+    manifest = tiny_job("full", spec__method="Full", spec__deepspeed={"zeroStage": 2}, spec__training__maxSteps=20)
+    del manifest["spec"]["lora"]
+    steps.apply(installed, manifest, namespace)
+    job = steps.wait_for_condition(installed, namespace, "full", ConditionType.SUCCEEDED, timeout=300)
+    with installed.enter():
+        run = RunFolder(installed, f"s3://{steps.BUCKET}/runs/{namespace}/full/{job.metadata.uid}")
+        (artifact,) = run.verified("artifacts")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in artifact.manifest.files}

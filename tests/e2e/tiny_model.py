@@ -1,0 +1,41 @@
+"""A Llama of 230,000 parameters with random weights: the tests that are about the machinery, not about learning,
+start and end within seconds with it.
+
+In: a folder. Out: a model folder as `model.s3` wants it. Its tokenizer knows bytes, so any text can be tokenised.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+VOCABULARY = 320
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """Write model and tokenizer into ``folder`` and return it; the same weights every time."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<end>": 0, "<pad>": 1, **{character: number + 2 for number, character in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        eos_token_id=0,
+        pad_token_id=1,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    return folder
