@@ -40,8 +40,9 @@ lint: venv ## Style, types, import rules
 	@.venv/bin/lint-imports --no-cache
 
 .PHONY: crds
-crds: venv ## Generate crds/ from the pydantic models
+crds: venv ## Generate crds/ and the chart's copy from the pydantic models
 	@$(PYTHON) -m finetune_core.api.crd crds
+	@$(PYTHON) -m finetune_core.api.crd --chart charts/finetune-operator/templates/crds
 
 COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
   --python-platform x86_64-manylinux_2_28

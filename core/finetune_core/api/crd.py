@@ -72,8 +72,9 @@ def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = 
         elif key == "properties":
             result[key] = {name: _structural(schema, definitions, path) for name, schema in value.items()}
         elif key == "default":
-            # The nested defaults of an object fill themselves in; a copy here could contradict them.
-            result[key] = {} if isinstance(value, dict) else value
+            # Whole, though nested defaults would fill an empty object: the server evaluates an object's CEL rules
+            # on its default as it stands, and refuses the CRD where a rule reads a field that is missing there.
+            result[key] = _without_null(value)
         else:
             result[key] = _structural(value, definitions, path)
     if "properties" in result:
@@ -83,6 +84,13 @@ def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = 
     if ("anyOf" in result or "oneOf" in result) and not result.get("x-kubernetes-int-or-string"):
         raise ValueError(f"a union can't be said in a structural schema, at {' -> '.join(path) or 'the root'}: {node}")
     return result
+
+
+def _without_null(value: Any) -> Any:
+    """Return a default without absent fields: the schema has no null."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def openapi_schema(model: type[FineTuneJobSpec | FineTuneJobStatus]) -> dict[str, Any]:
@@ -148,6 +156,21 @@ def crd_yaml() -> str:
     return header + yaml.safe_dump(custom_resource_definition(), sort_keys=False, width=100)
 
 
+def chart_template() -> str:
+    """Return the manifest as a template of the Helm chart: behind `crds.enabled`, kept with `crds.keep`.
+
+    CRDs in a chart's own `crds/` folder are never upgraded, so they are a template.
+    """
+    text = crd_yaml()
+    if "{{" in text:
+        raise ValueError("the manifest holds {{, which Helm would take for its own")
+    header, _, manifest = text.partition("\n")
+    keep = (
+        "metadata:\n{{- if .Values.crds.keep }}\n  annotations:\n    helm.sh/resource-policy: keep\n{{- end }}\n"
+    )
+    return f"{header}\n{{{{- if .Values.crds.enabled }}}}\n{manifest.replace('metadata:' + chr(10), keep, 1)}{{{{- end }}}}\n"
+
+
 def main() -> None:
     """Write the manifest into a folder."""
     parser = argparse.ArgumentParser(
@@ -155,8 +178,10 @@ def main() -> None:
         epilog="example: python -m finetune_core.api.crd crds",
     )
     parser.add_argument("folder", type=Path, help="folder for the manifest")
-    folder: Path = parser.parse_args().folder
-    (folder / CRD_FILE).write_text(crd_yaml(), encoding="utf-8")
+    parser.add_argument("--chart", action="store_true", help="write it as a template of the Helm chart")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    (folder / CRD_FILE).write_text(chart_template() if arguments.chart else crd_yaml(), encoding="utf-8")
 
 
 if __name__ == "__main__":
