@@ -37,7 +37,8 @@ def containerd(layout: Layout) -> list[str]:
     (network / "10-pods.conflist").write_text(json.dumps(_pod_network(), indent=2))
     hosts = layout.config / "registries" / REGISTRY
     hosts.mkdir(parents=True, exist_ok=True)
-    (hosts / "hosts.toml").write_text(f'server = "http://{REGISTRY}"\n')
+    capabilities = 'capabilities = ["pull", "resolve"]'
+    (hosts / "hosts.toml").write_text(f'server = "http://{REGISTRY}"\n[host."http://{REGISTRY}"]\n{capabilities}\n')
     return ["containerd", "--config", str(config)]
 
 
