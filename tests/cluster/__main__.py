@@ -1,4 +1,4 @@
-"""The command line of the test cluster: ``python -m tests.cluster build|up|down|status``."""
+"""The command line of the test cluster: ``python -m tests.cluster build|up|down|status|images``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.cluster import clients, packages, tools
+from tests.cluster import clients, images, packages, tools
 from tests.cluster.cluster import Cluster, unusable_because
 from tests.cluster.layout import Layout
 from tests.cluster.progress import say
@@ -20,6 +20,7 @@ from tests.cluster.waiting import ClusterError, wait_for
 EXAMPLES = """examples:
   python -m tests.cluster build            build and install all that is missing (about ten minutes the first time)
   python -m tests.cluster up               start a cluster and keep it up until Ctrl-C
+  python -m tests.cluster images           build the images of operator and trainer, print their names inside a cluster
   python -m tests.cluster status           list the clusters that `up` keeps up
   python -m tests.cluster down             end them
 
@@ -42,10 +43,11 @@ def main() -> None:
     commands.add_parser("build", help="build and install all that is missing, start nothing")
     commands.add_parser("up", help="start a cluster and keep it up until Ctrl-C")
     commands.add_parser("down", help="end every cluster that `up` keeps up")
+    commands.add_parser("images", help="build the project's images and put them into the clusters' registry")
     commands.add_parser("status", help="list the clusters that are up")
     arguments = parser.parse_args()
     try:
-        {"build": build, "up": up, "down": down, "status": status}[arguments.command]()
+        {"build": build, "up": up, "down": down, "status": status, "images": build_images}[arguments.command]()
     except ClusterError as error:
         sys.exit(f"error: {error}")
 
@@ -75,6 +77,15 @@ def up() -> None:
             threading.Event().wait()
     except KeyboardInterrupt:
         say("the cluster has ended, nothing of it is left")
+
+
+def build_images() -> None:
+    """Print the reference of each image, as a pod names it."""
+    reason = unusable_because()
+    if reason:
+        raise ClusterError(reason)
+    for image in images.ALL:
+        print(images.ensure(image), flush=True)
 
 
 def status() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tests.cluster import tools
 from tests.cluster.api import Api, Object
-from tests.cluster.cache import cache_folder
 from tests.cluster.credentials import Credentials
 from tests.cluster.layout import (
     CLUSTER_DOMAIN,
@@ -50,22 +49,6 @@ def coredns(layout: Layout, credentials: Credentials) -> list[str]:
 
 def minio(layout: Layout) -> list[str]:
     return [str(tools.MINIO.path()), "server", str(layout.state / "minio"), f"--address={HOST_ADDRESS}:{MINIO_PORT}"]
-
-
-def registry(layout: Layout) -> list[str]:
-    """The registry's storage lies in the cache folder: what was pushed once is there in every later cluster."""
-    config = layout.config / "registry.json"
-    storage = {"filesystem": {"rootdirectory": str(registry_storage())}, "delete": {"enabled": True}}
-    http = {"addr": f"{HOST_ADDRESS}:{REGISTRY_PORT}"}
-    log = {"level": "warn", "accesslog": {"disabled": True}}
-    config.write_text(json.dumps({"version": "0.1", "log": log, "storage": storage, "http": http}))
-    return [str(tools.REGISTRY.path()), "serve", str(config)]
-
-
-def registry_storage() -> Path:
-    folder = cache_folder() / "registry"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def training_operator(layout: Layout, credentials: Credentials) -> list[str]:

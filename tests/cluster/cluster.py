@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.cluster import addons, clients, control_plane, node, oci, packages, tools
+from tests.cluster import addons, clients, control_plane, node, oci, packages, registry, tools
 from tests.cluster.api import Api, answers
 from tests.cluster.component import Component
 from tests.cluster.credentials import Credentials, issue
@@ -281,7 +281,11 @@ class Cluster:
             "MINIO_BROWSER": "off",
         }
         self._define("minio", addons.minio(layout), lambda: answers(f"{self.minio.endpoint}/minio/health/live"), store)
-        self._define("registry", addons.registry(layout), lambda: answers(f"http://{HOST_ADDRESS}:{REGISTRY_PORT}/v2/"))
+        self._define(
+            "registry",
+            registry.command(layout.config / "registry.json", node.REGISTRY),
+            lambda: answers(f"http://{HOST_ADDRESS}:{REGISTRY_PORT}/v2/"),
+        )
         self._define(
             "training-operator",
             addons.training_operator(layout, credentials),
