@@ -39,6 +39,10 @@ lint: venv ## Style, types, import rules
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports --no-cache
 
+.PHONY: demo
+demo: venv ## Fine-tune a small model on a real cluster on this machine (METHOD=lora|full, KEEP=1 leaves it up)
+	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
+
 .PHONY: crds
 crds: venv ## Generate crds/ and the chart's copy from the pydantic models
 	@$(PYTHON) -m finetune_core.api.crd crds
