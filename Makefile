@@ -39,10 +39,6 @@ lint: venv ## Style, types, import rules
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports --no-cache
 
-.PHONY: demo
-demo: venv ## Fine-tune a small model on a real cluster on this machine (METHOD=lora|full, KEEP=1 leaves it up)
-	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
-
 .PHONY: crds
 crds: venv ## Generate crds/ and the chart's copy from the pydantic models
 	@$(PYTHON) -m finetune_core.api.crd crds
@@ -68,8 +64,8 @@ images: venv ## Build the operator's and the trainer's image
 	@$(PYTHON) -m tests.cluster images
 
 .PHONY: demo
-demo: venv ## The whole product on this machine, without GPUs (METHOD=full: every parameter instead of LoRA)
-	@$(PYTHON) -m examples.demo --method $(METHOD)
+demo: venv ## The whole product on this machine, without GPUs (METHOD=full: every parameter; KEEP=1: leave it up)
+	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
 
 .PHONY: unit
 unit: venv ## The tests that need no cluster
