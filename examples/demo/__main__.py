@@ -22,9 +22,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tests.cluster import Cluster, ClusterError
-from tests.cluster.__main__ import build
-from tests.cluster.progress import say, step
 
 from examples.demo import steps
 from examples.demo.base_model import base_model
@@ -37,6 +34,9 @@ from finetune_cli.text import duration, size
 from finetune_cli.watch import show_until_ended, view_on
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
+from tests.cluster import Cluster, ClusterError
+from tests.cluster.__main__ import build
+from tests.cluster.progress import say, step
 
 NAMESPACE = "demo"
 JOB_TIMEOUT_SECONDS = 1500

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from kubernetes import client
-from tests.cluster import Cluster
-from tests.cluster.progress import say
 
 from examples.demo.steps import kubernetes_client, operator_memory
 from finetune_cli.state import ending, status_of
 from finetune_core.api.job import FineTuneJob
+from tests.cluster import Cluster
+from tests.cluster.progress import say
 
 POD_POLL_SECONDS = 0.2
 

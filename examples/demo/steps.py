@@ -18,14 +18,14 @@ import urllib3
 import yaml
 from kubernetes import client, config
 from minio import Minio
-from tests.cluster import Cluster, ClusterError, images
-from tests.cluster.layout import HOST_ADDRESS, MINIO_PORT
 
 from examples.trails.generate import Rows, write
 from finetune_cli.jobs import Jobs
 from finetune_cli.state import condition, ending, sentence, state
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import GROUP, PLURAL, FineTuneJob
+from tests.cluster import Cluster, ClusterError, images
+from tests.cluster.layout import HOST_ADDRESS, MINIO_PORT
 
 BUCKET = "finetune"
 MODEL_KEY = "models/smollm2-135m"

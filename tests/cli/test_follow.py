@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from examples.demo import steps
 
+from examples.demo import steps
 from finetune_cli.state import state
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from examples.trails.generate import PHRASES, SENTENCES, VALUES, generate, main
 
 MEANING = re.compile(r"(\w+)\(((?:\w+\[[^\]]+\](?:, )?)+)\)")
