@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from examples.demo import steps
 from examples.trails.generate import generate
-
 from tests.cluster import Cluster
 from tests.cluster.fixtures import cluster  # noqa: F401  (the fixture)
 from tests.e2e.tiny_model import make_tiny_model
