@@ -64,8 +64,8 @@ images: venv ## Build the operator's and the trainer's image
 	@$(PYTHON) -m tests.cluster images
 
 .PHONY: demo
-demo: venv ## The whole product on this machine, without GPUs (METHOD=full: every parameter instead of LoRA)
-	@$(PYTHON) -m examples.demo --method $(METHOD)
+demo: venv ## The whole product on this machine, without GPUs (METHOD=full: every parameter; KEEP=1: leave it up)
+	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
 
 .PHONY: unit
 unit: venv ## The tests that need no cluster

@@ -165,10 +165,9 @@ def chart_template() -> str:
     if "{{" in text:
         raise ValueError("the manifest holds {{, which Helm would take for its own")
     header, _, manifest = text.partition("\n")
-    keep = (
-        "metadata:\n{{- if .Values.crds.keep }}\n  annotations:\n    helm.sh/resource-policy: keep\n{{- end }}\n"
-    )
-    return f"{header}\n{{{{- if .Values.crds.enabled }}}}\n{manifest.replace('metadata:' + chr(10), keep, 1)}{{{{- end }}}}\n"
+    keep = "metadata:\n{{- if .Values.crds.keep }}\n  annotations:\n    helm.sh/resource-policy: keep\n{{- end }}\n"
+    body = manifest.replace("metadata:\n", keep, 1)
+    return f"{header}\n{{{{- if .Values.crds.enabled }}}}\n{body}{{{{- end }}}}\n"
 
 
 def main() -> None:
