@@ -263,6 +263,32 @@ def test_what_the_pods_wait_for_stands_in_the_conditions(
     assert job["status"]["attempts"]["started"] == 1
 
 
+def test_pods_that_a_quota_forbids_are_told(installed: Installed, namespace: str, stand_in: StandIn) -> None:
+    installed.cluster.kubectl("create", "quota", "none", "--hard=pods=0", "-n", namespace)
+    installed.apply(small_job(stand_in(RUNS)), namespace)
+    told = installed.wait(namespace, "the cause", lambda job: "quota" in condition(job, "Running")["message"], 30)
+    assert condition(told, "Succeeded")["reason"] == "Queued"
+
+
+def test_an_api_server_that_was_away_is_found_again(installed: Installed, namespace: str, stand_in: StandIn) -> None:
+    process = installed.operator.pid
+    api_server = installed.cluster.components["api-server"]
+    api_server.stop()
+    before = installed.operator.log.stat().st_size
+
+    def noticed() -> bool:
+        with installed.operator.log.open() as log:
+            log.seek(before)
+            return "the jobs could not be listed" in log.read()
+
+    wait_for("the operator to notice", noticed, 60, interval=0.5)
+    api_server.start()
+    api_server.wait_ready()
+    installed.apply(small_job(stand_in(RUNS)), namespace)
+    installed.wait(namespace, "both pods", running, 60)
+    assert installed.operator.pid == process
+
+
 def report(pod_uid: str, **changes: Any) -> Report:
     values: dict[str, Any] = {
         "run": 1,
@@ -287,7 +313,7 @@ def post(installed: Installed, namespace: str, token: str, body: str, attempt: i
     request = urllib.request.Request(url, data=body.encode(), headers=headers)
     with installed.cluster.enter():
         try:
-            with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+            with urllib.request.urlopen(request, timeout=10, context=context) as answer:  # noqa: S310  (always https)
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return error.code
