@@ -6,12 +6,12 @@ for everything that takes long, so that no rank sits in a collective while anoth
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,8 @@ from finetune_core.errors import UserError
 from finetune_trainer.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, Stopped
 from finetune_trainer.settings import COLLECTIVE_TIMEOUT_SECONDS, PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
 
-POLL = timedelta(seconds=2)
+T = TypeVar("T")
+
 SHARE_SECONDS = 4 * STORE_BUDGET_SECONDS
 """How long rank 0 may work for the others: several store calls, each with its own budget, and the transfer."""
 FAREWELL_SECONDS = 15.0
@@ -118,15 +119,25 @@ class Gang:
         self._set(f"{key}/{self.rank}", answer)
         return [_unpack(json.loads(self._await(f"{key}/{rank}", SHARE_SECONDS))) for rank in range(self.world_size)]
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Let every rank do its own ``work`` and return what this one made, once all are done.
+
+        An error of one rank ends all of them at once with the same sentence.
+        """
+        made: list[T] = []
+        self.each(lambda: made.append(work()))
+        return made[0]
+
     def farewell(self) -> None:
-        """Wait, bounded, until every rank has come here: the store lives in rank 0, which leaves last."""
-        with peers():
+        """Wait, bounded, until every rank has come here: the store lives in rank 0, which leaves last.
+
+        What the run came to is settled by now, so a rank that does not come changes nothing.
+        """
+        with contextlib.suppress(PeerLost), peers():
             self._store.set(f"farewell/{self.rank}", "1")
             if self.is_first:
-                self._store.wait(
-                    [f"farewell/{rank}" for rank in range(self.world_size)], timedelta(seconds=FAREWELL_SECONDS)
-                )
-        dist.destroy_process_group()
+                everyone = [f"farewell/{rank}" for rank in range(self.world_size)]
+                self._store.wait(everyone, timedelta(seconds=FAREWELL_SECONDS))
 
     def _set(self, key: str, value: Any) -> None:
         with peers():
@@ -134,16 +145,9 @@ class Gang:
 
     def _await(self, key: str, seconds: float) -> str:
         """Return the text at ``key`` of the rendezvous store once it is there; raises PeerLost."""
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                self._store.wait([key], POLL)
-                return bytes(self._store.get(key)).decode()
-            except dist.DistStoreError as error:
-                if time.monotonic() > deadline:
-                    raise PeerLost(f"another rank was silent for {seconds:.0f} s") from error
-            except (dist.DistError, RuntimeError) as error:
-                raise PeerLost(f"the connection to rank 0 broke: {first_line(error)}") from error
+        with peers():
+            self._store.wait([key], timedelta(seconds=seconds))
+            return bytes(self._store.get(key)).decode()
 
 
 class peers:  # noqa: N801  (reads as a block: `with peers():`)
