@@ -269,8 +269,11 @@ class Reconciler:
             return max(0.0, look.memory.retry_at - self._clock())
         if step.settled is not None:
             return SIDECAR_SECONDS
-        waits_for_pods = not _condition_is(look.stored, ConditionType.RUNNING, "True")
-        return EVENTS_EVERY_SECONDS if waits_for_pods else ACTIVE_LOOK_SECONDS
+        if _condition_is(look.stored, ConditionType.RUNNING, "True"):
+            return ACTIVE_LOOK_SECONDS
+        current = step.attempts.current
+        age = (look.now - current.start_time).total_seconds() if current else 0.0
+        return EVENTS_AFTER_SECONDS if age < EVENTS_AFTER_SECONDS else EVENTS_EVERY_SECONDS
 
     # ---- act ----
 

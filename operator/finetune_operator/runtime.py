@@ -7,8 +7,9 @@ kopf adds no finalizer and no annotation.
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import kopf
 
@@ -93,6 +94,8 @@ async def watch(*, queue: KeyQueue, activity: Activity, configuration: Any, name
     await kopf.operator(
         registry=_registry(queue, activity, configuration),
         settings=_settings(confined=bool(namespaces)),
+        # Unset, kopf asks the system for the user's name, and the image has no name for its user.
+        identity=cast(Any, socket.gethostname()),
         standalone=True,
         clusterwide=not namespaces,
         namespaces=namespaces,
