@@ -7,10 +7,12 @@ kopf adds no finalizer and no annotation.
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import kopf
+from kopf._core.engines import peering
 
 from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_operator.health import Activity
@@ -94,6 +96,8 @@ async def watch(*, queue: KeyQueue, activity: Activity, configuration: Any, name
         registry=_registry(queue, activity, configuration),
         settings=_settings(confined=bool(namespaces)),
         standalone=True,
+        # kopf would make one from the user's name, and the user of a container has none (getpass raises KeyError).
+        identity=peering.Identity(socket.gethostname()),
         clusterwide=not namespaces,
         namespaces=namespaces,
     )
