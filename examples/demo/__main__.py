@@ -130,8 +130,8 @@ def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Endin
     manifest = steps.manifest_of(file)
     name, pods = manifest["metadata"]["name"], manifest["spec"]["resources"]["nodes"]
     say(f"kubectl apply --namespace {NAMESPACE} --filename {file}")
-    steps.apply(cluster, file, NAMESPACE)
     with JobTimes(cluster, NAMESPACE, pods) as times, steps.jobs_in(cluster, NAMESPACE) as jobs:
+        steps.apply(cluster, file, NAMESPACE)
         with view_on(Console()) as view:
             states = jobs.follow(name, view.tell, give_up_after=JOB_TIMEOUT_SECONDS)
             try:
