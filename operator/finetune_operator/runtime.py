@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import kopf
-from kopf._core.engines import peering
 
 from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_operator.health import Activity
@@ -98,8 +97,6 @@ async def watch(*, queue: KeyQueue, activity: Activity, configuration: Any, name
         # Unset, kopf asks the system for the user's name, and the image has no name for its user.
         identity=cast(Any, socket.gethostname()),
         standalone=True,
-        # kopf would make one from the user's name, and the user of a container has none (getpass raises KeyError).
-        identity=peering.Identity(socket.gethostname()),
         clusterwide=not namespaces,
         namespaces=namespaces,
     )
