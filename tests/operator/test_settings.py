@@ -6,9 +6,12 @@ import json
 import logging
 
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
-from finetune_operator.health import Activity
+from finetune_operator.health import Activity, HealthServer
+from finetune_operator.keyqueue import KeyQueue
 from finetune_operator.logs import JsonFormatter
+from finetune_operator.metrics import Metrics
 from finetune_operator.settings import parse_settings
 
 
@@ -40,6 +43,28 @@ def test_a_log_line_is_json_with_the_job() -> None:
     record.job = "team/a"
     line = json.loads(JsonFormatter().format(record))
     assert (line["message"], line["job"], line["level"]) == ("attempt 2", "team/a", "info")
+
+
+async def test_healthz_turns_red_after_three_silent_periods_and_readyz_waits_for_the_first_list() -> None:
+    now = [0.0]
+    activity = Activity(clock=lambda: now[0])
+    health = HealthServer(activity=activity, queue=KeyQueue(), metrics=Metrics(), resync_seconds=300)
+    async with TestClient(TestServer(health.application())) as client:
+
+        async def status(path: str) -> int:
+            async with client.get(path) as response:
+                return response.status
+
+        assert (await status("/healthz"), await status("/readyz")) == (200, 503)
+        activity.listed()
+        assert await status("/readyz") == 200
+        now[0] = 900.0
+        assert await status("/healthz") == 200
+        now[0] = 901.0
+        assert await status("/healthz") == 503
+        activity.seen()
+        assert await status("/healthz") == 200
+        assert await status("/metrics") == 200
 
 
 def test_silence_ages_and_news_make_young() -> None:

@@ -188,6 +188,13 @@ def test_new_numbers_are_no_transition_and_a_new_reason_is() -> None:
     assert is_transition(None, stored)
 
 
+def test_a_refused_spec_is_one_event() -> None:
+    refused = Settlement(succeeded=False, reason="BadInput", message="spec.x: must be y")
+    found = status(attempts=AttemptsStatus(), child=None, pods=[], invalid="spec.x: must be y", settled=refused)
+    assert [notice.reason for notice in notices(FineTuneJobStatus(), found, at(0))] == ["BadInput"]
+    assert condition(found, ConditionType.ACCEPTED).status == "False"
+
+
 def test_events_tell_transitions_once() -> None:
     stored = status(**REPORTED)
     ended = status(stored, attempts=BETWEEN, child=None, pods=[])
