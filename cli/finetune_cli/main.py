@@ -102,6 +102,8 @@ def store_of(job: FineTuneJob, jobs: Jobs, endpoint: str | None = None) -> Store
     storage = job.spec.storage
     keys = keys_from(os.environ)
     if keys is None:
+        if storage.credentials_secret_ref is None:
+            raise UserError("environment", f"must have {ACCESS_KEY} and {SECRET_KEY}: the job names no Secret")
         name = storage.credentials_secret_ref.name
         keys = keys_from(jobs.secret(name))
         if keys is None:

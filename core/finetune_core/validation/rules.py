@@ -1,0 +1,61 @@
+"""Evaluates the CEL rules of the schema, the very strings that the API server evaluates, with a CEL library.
+
+In: a defaulted object and its schema, and for an update the object before. Out: the messages of the rules that do not
+hold. cel-python follows the language's definition where the faster library in Rust does not (it counts the bytes of a
+string instead of its characters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from finetune_core.validation.problems import Path, Problem
+
+Schema = Mapping[str, Any]
+_ABSENT = object()
+
+
+def check_rules(schema: Schema, value: Any, path: Path, old: Any = _ABSENT) -> Iterator[Problem]:
+    """Yield a problem for each rule at ``value`` or below that does not hold.
+
+    Rules that speak of `oldSelf` are evaluated where ``old`` has a value too, as the server does.
+    """
+    for rule in schema.get("x-kubernetes-validations", ()):
+        transition = "oldSelf" in rule["rule"]
+        if transition and old is _ABSENT:
+            continue
+        if not holds(rule["rule"], value, old if transition else _ABSENT):
+            yield Problem(path, rule["message"])
+    if isinstance(value, dict):
+        for name, child in value.items():
+            below = schema.get("properties", {}).get(name) or schema.get("additionalProperties")
+            if isinstance(below, dict):
+                before = old[name] if isinstance(old, dict) and name in old else _ABSENT
+                yield from check_rules(below, child, (*path, name), before)
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            # Items of lists have no past here: no rule of the API needs one.
+            yield from check_rules(schema["items"], child, (*path, index))
+
+
+def holds(rule: str, value: Any, old: Any = _ABSENT) -> bool:
+    """Whether ``rule`` is true of ``value``; a rule that can't be evaluated does not hold, as on the server."""
+    from celpy import CELEvalError, json_to_cel
+
+    activation = {"self": json_to_cel(value)}
+    if old is not _ABSENT:
+        activation["oldSelf"] = json_to_cel(old)
+    try:
+        return bool(_program(rule).evaluate(activation))
+    except CELEvalError:
+        return False
+
+
+@cache
+def _program(rule: str) -> Any:
+    from celpy import Environment
+
+    environment = Environment()
+    return environment.program(environment.compile(rule))
