@@ -40,8 +40,9 @@ lint: venv ## Style, types, import rules
 	@.venv/bin/lint-imports --no-cache
 
 .PHONY: crds
-crds: venv ## Generate crds/ from the pydantic models
+crds: venv ## Generate crds/ and the chart's copy from the pydantic models
 	@$(PYTHON) -m finetune_core.api.crd crds
+	@$(PYTHON) -m finetune_core.api.crd --chart charts/finetune-operator/templates/crds
 
 COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
   --python-platform x86_64-manylinux_2_28
@@ -63,8 +64,8 @@ images: venv ## Build the operator's and the trainer's image
 	@$(PYTHON) -m tests.cluster images
 
 .PHONY: demo
-demo: venv ## The whole product on this machine, without GPUs (METHOD=full: every parameter instead of LoRA)
-	@$(PYTHON) -m examples.demo --method $(METHOD)
+demo: venv ## The whole product on this machine, without GPUs (METHOD=full: every parameter; KEEP=1: leave it up)
+	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
 
 .PHONY: unit
 unit: venv ## The tests that need no cluster

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import urllib3
+import yaml
 from kubernetes import client, config, watch
 from pydantic import ValidationError
 
@@ -30,6 +31,9 @@ RECONNECT_FOR_SECONDS = 600
 RECONNECT_DELAYS_SECONDS = (1, 2, 4, 8, 15)
 SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
+NOT_A_KUBECONFIG = (TypeError, AttributeError, KeyError, ValueError)
+"""What the official client raises for YAML of another form than it expects."""
+
 
 class ConnectionLostError(Exception):
     """The API server could not be reached; the next try may succeed."""
@@ -39,8 +43,11 @@ def load_client() -> tuple[client.ApiClient, str]:
     """Return a client and the namespace to use by default, from KUBECONFIG, ~/.kube/config or the pod's account."""
     try:
         config.load_config()
-    except (config.ConfigException, OSError) as error:
-        raise UserError("kubeconfig", f"cannot be loaded ({error}); set KUBECONFIG or create ~/.kube/config") from error
+    except (config.ConfigException, OSError, yaml.YAMLError, *NOT_A_KUBECONFIG) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            "kubeconfig", f"cannot be loaded ({reason}); set KUBECONFIG or create ~/.kube/config"
+        ) from error
     return client.ApiClient(), _default_namespace()
 
 

@@ -18,7 +18,7 @@ from finetune_cli.download import artifact_of, download
 from finetune_cli.jobs import ConnectionLostError, Jobs, load_client
 from finetune_cli.store import ACCESS_KEY, SECRET_KEY, Store, keys_from
 from finetune_cli.text import size
-from finetune_cli.watch import LineView, LiveView, show_until_ended
+from finetune_cli.watch import show_until_ended, view_on
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
 
@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConnectionLostError as error:
         print(f"finetune: API server: cannot be reached ({error})", file=sys.stderr)
         return 2
+    except TimeoutError:
+        print(f"finetune: {options.name}: has not ended after {options.timeout:g} s", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -68,13 +71,8 @@ def watch_job(options: argparse.Namespace) -> int:
     """Show a job until it has ended; 0 when it succeeded, else 1 with the reason."""
     api, namespace = load_client()
     jobs = Jobs(api, options.namespace or namespace)
-    console = Console()
-    if console.is_terminal:
-        with LiveView(console) as live:
-            end = show_until_ended(jobs.follow(options.name, live.tell), live)
-    else:
-        lines = LineView(lambda line: print(line, flush=True))
-        end = show_until_ended(jobs.follow(options.name, lines.tell), lines)
+    with view_on(Console()) as view:
+        end = show_until_ended(jobs.follow(options.name, view.tell, give_up_after=options.timeout), view)
     if not end.succeeded:
         print(f"finetune: {options.name}: {end.reason}: {end.sentence}", file=sys.stderr)
     return 0 if end.succeeded else 1
@@ -122,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     watch = _command(commands, "watch", "show a job live until it has ended", WATCH_EXAMPLES)
+    watch.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="give up watching after so long (default: never)"
+    )
     watch.set_defaults(run=watch_job)
     fetch = _command(commands, "download", "fetch the adapter or the model of a job, verified", DOWNLOAD_EXAMPLES)
     fetch.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="folder to create (default: the job's name)")

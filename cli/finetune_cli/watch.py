@@ -6,7 +6,8 @@ command line and by the demo.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from rich.console import Console, Group, RenderableType
@@ -83,6 +84,16 @@ class LineView(View):
     def tell(self, sentence: str) -> None:
         """Write one line."""
         self._write(f"{datetime.now():%H:%M:%S}  {sentence}")
+
+
+@contextmanager
+def view_on(console: Console) -> Iterator[View]:
+    """Give the view that suits ``console``: a live panel on a terminal, lines elsewhere."""
+    if console.is_terminal:
+        with LiveView(console) as live:
+            yield live
+    else:
+        yield LineView(lambda line: print(line, file=console.file, flush=True))
 
 
 def show_until_ended(jobs: Iterable[FineTuneJob], view: View) -> Ending:

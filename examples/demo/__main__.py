@@ -25,14 +25,13 @@ from rich.text import Text
 
 from examples.demo import steps
 from examples.demo.base_model import base_model
-from examples.demo.images import Images, build_images, load_images
 from examples.demo.measurements import JobTimes, Measurements
 from examples.trails.generate import Rows, generate, write
 from finetune_cli.download import artifact_of, download
 from finetune_cli.state import Ending
 from finetune_cli.store import Keys, Store
 from finetune_cli.text import duration, size
-from finetune_cli.watch import LineView, LiveView, show_until_ended
+from finetune_cli.watch import show_until_ended, view_on
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
 from tests.cluster import Cluster, ClusterError
@@ -83,13 +82,12 @@ def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
     measured = Measurements(command)
     with measured.phase("programs, base model, data, images: make what is missing"):
         build()
-        model, rows, images = base_model(), generate(), build_images()
+        model, rows, values = base_model(), generate(), steps.chart_values()
         write(rows, output / "data")
     with contextlib.ExitStack() as stack:
         with measured.phase("cluster"):
             cluster = stack.enter_context(Cluster.start())
-            load_images(cluster, images)
-        prepare(cluster, model, rows, images, measured)
+        prepare(cluster, model, rows, values, measured)
         with measured.phase("job"):
             end, job = run_job(cluster, steps.QUICKSTARTS[method], measured)
         (output / "job.json").write_text(json.dumps(job.to_json(), indent=2) + "\n")
@@ -111,7 +109,7 @@ def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
     return 0
 
 
-def prepare(cluster: Cluster, model: Path, rows: Rows, images: Images, measured: Measurements) -> None:
+def prepare(cluster: Cluster, model: Path, rows: Rows, values: dict[str, Any], measured: Measurements) -> None:
     """Fill the object store, install the operator, make the namespace of the job."""
     with measured.phase("object store"):
         steps.make_bucket(cluster)
@@ -121,7 +119,7 @@ def prepare(cluster: Cluster, model: Path, rows: Rows, images: Images, measured:
         steps.name_object_store(cluster)
     with measured.phase("operator"):
         with step("helm install"):
-            steps.install_operator(cluster, images.values())
+            steps.install_operator(cluster, values)
         steps.make_namespace(cluster, NAMESPACE)
 
 
@@ -131,13 +129,8 @@ def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Endin
     name, pods = manifest["metadata"]["name"], manifest["spec"]["resources"]["nodes"]
     say(f"kubectl apply --namespace {NAMESPACE} --filename {file}")
     steps.apply(cluster, file, NAMESPACE)
-    console = Console()
     with JobTimes(cluster, NAMESPACE, pods) as times, steps.jobs_in(cluster, NAMESPACE) as jobs:
-        with contextlib.ExitStack() as stack:
-            if console.is_terminal:
-                view: LiveView | LineView = stack.enter_context(LiveView(console))
-            else:
-                view = LineView(lambda line: print(line, flush=True))
+        with view_on(Console()) as view:
             states = jobs.follow(name, view.tell, give_up_after=JOB_TIMEOUT_SECONDS)
             try:
                 end = show_until_ended(times.observe(states), view)

@@ -18,14 +18,14 @@ import urllib3
 import yaml
 from kubernetes import client, config
 from minio import Minio
-from tests.cluster import Cluster, ClusterError
-from tests.cluster.layout import HOST_ADDRESS, MINIO_PORT
 
 from examples.trails.generate import Rows, write
 from finetune_cli.jobs import Jobs
 from finetune_cli.state import condition, ending, sentence, state
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import GROUP, PLURAL, FineTuneJob
+from tests.cluster import Cluster, ClusterError, images
+from tests.cluster.layout import HOST_ADDRESS, MINIO_PORT
 
 BUCKET = "finetune"
 MODEL_KEY = "models/smollm2-135m"
@@ -116,6 +116,12 @@ def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> Non
 
 
 # The operator and its users
+
+
+def chart_values() -> dict[str, Any]:
+    """Return the chart's values that name the images of this working tree, building what is missing."""
+    repository, _, tag = images.ensure(images.OPERATOR).rpartition(":")
+    return {"image": {"repository": repository, "tag": tag}, "trainer": {"image": images.ensure(images.TRAINER)}}
 
 
 def install_operator(cluster: Cluster, values: Mapping[str, Any], namespace: str = OPERATOR_NAMESPACE) -> None:

@@ -28,6 +28,7 @@ from finetune_operator.tokens import TokenReviewer
 logger = logging.getLogger(__name__)
 
 CERTIFICATE_LOOK_SECONDS = 3600.0
+CERTIFICATE_RETRY_SECONDS = 5.0
 
 
 class ServingCertificates:
@@ -58,10 +59,16 @@ class ServingCertificates:
         """Look every hour, for ever; a failure leaves 30 days to try again."""
         while True:
             await asyncio.sleep(CERTIFICATE_LOOK_SECONDS)
+            await self.load_patiently()
+
+    async def load_patiently(self) -> None:
+        """Load, and try again every few seconds while the API server does not answer or refuses."""
+        while True:
             try:
-                await self.load()
+                return await self.load()
             except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                logger.warning("the certificate could not be renewed: %s", error)
+                logger.warning("the certificates could not be loaded: %s", error)
+            await asyncio.sleep(CERTIFICATE_RETRY_SECONDS)
 
 
 async def run(settings: Settings) -> None:
@@ -89,7 +96,7 @@ async def run(settings: Settings) -> None:
     controller = Controller(queue=queue, reconciler=reconciler, cluster=cluster, activity=activity, metrics=metrics)
     try:
         await health.start(settings.health_port)
-        await certificates.load()
+        await certificates.load_patiently()
         await reports.start(settings.report_port, context)
         loops = [
             certificates.keep(),

@@ -1,6 +1,7 @@
 """A real Kubernetes cluster on one machine, without a container engine.
 
-``Cluster.start()`` starts it, ``python -m tests.cluster`` does the same on the command line, ``fixtures`` hands one to pytest; README.md tells how it works.
+``Cluster.start()`` starts it, ``python -m tests.cluster`` does the same on the command line, ``fixtures`` hands one
+to pytest; README.md tells how it works.
 """
 
 from tests.cluster.cluster import Cluster, ObjectStore, unusable_because

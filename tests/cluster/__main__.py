@@ -1,4 +1,4 @@
-"""The command line of the test cluster: ``python -m tests.cluster build|up|down|status``."""
+"""The command line of the test cluster: ``python -m tests.cluster build|up|down|status|images``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
-from tests.cluster import clients, packages, tools
+from tests.cluster import clients, images, packages, tools
 from tests.cluster.cluster import Cluster, unusable_because
 from tests.cluster.layout import Layout
 from tests.cluster.progress import say
@@ -20,6 +21,7 @@ from tests.cluster.waiting import ClusterError, wait_for
 EXAMPLES = """examples:
   python -m tests.cluster build            build and install all that is missing (about ten minutes the first time)
   python -m tests.cluster up               start a cluster and keep it up until Ctrl-C
+  python -m tests.cluster images           build the images of operator and trainer, print their names inside a cluster
   python -m tests.cluster status           list the clusters that `up` keeps up
   python -m tests.cluster down             end them
 
@@ -42,10 +44,11 @@ def main() -> None:
     commands.add_parser("build", help="build and install all that is missing, start nothing")
     commands.add_parser("up", help="start a cluster and keep it up until Ctrl-C")
     commands.add_parser("down", help="end every cluster that `up` keeps up")
+    commands.add_parser("images", help="build the project's images and put them into the clusters' registry")
     commands.add_parser("status", help="list the clusters that are up")
     arguments = parser.parse_args()
     try:
-        {"build": build, "up": up, "down": down, "status": status}[arguments.command]()
+        {"build": build, "up": up, "down": down, "status": status, "images": build_images}[arguments.command]()
     except ClusterError as error:
         sys.exit(f"error: {error}")
 
@@ -67,14 +70,22 @@ def up() -> None:
             say(f"\nThe cluster is up after {time.monotonic() - started:.0f} s. In another terminal:")
             say(f"  {enter} kubectl get pods --all-namespaces")
             say(f"  {enter} helm list      {enter} bash")
-            say(
-                f"MinIO inside: {cluster.minio.endpoint}  user {cluster.minio.access_key}  password {cluster.minio.secret_key}"
-            )
+            store = cluster.minio
+            say(f"MinIO inside: {store.endpoint}  user {store.access_key}  password {store.secret_key}")
             say(f"registry inside: {cluster.registry}     logs: {cluster.layout.logs}")
             say("Ctrl-C ends it.")
             threading.Event().wait()
     except KeyboardInterrupt:
         say("the cluster has ended, nothing of it is left")
+
+
+def build_images() -> None:
+    """Print the reference of each image, as a pod names it."""
+    reason = unusable_because()
+    if reason:
+        raise ClusterError(reason)
+    for image in images.ALL:
+        print(images.ensure(image), flush=True)
 
 
 def status() -> None:
@@ -91,8 +102,12 @@ def down() -> None:
     """End the owners of all clusters that were started by ``up``; each clears away its own."""
     for layout in running():
         os.kill(int(layout.owner_pid.read_text()), signal.SIGTERM)
-        wait_for(f"{layout.state} to be removed", lambda state=layout.state: not state.exists(), DOWN_TIMEOUT_SECONDS)
+        wait_for(f"{layout.state} to be removed", partial(_gone, layout.state), DOWN_TIMEOUT_SECONDS)
         say(f"{layout.state} has ended")
+
+
+def _gone(path: Path) -> bool:
+    return not path.exists()
 
 
 def running() -> list[Layout]:

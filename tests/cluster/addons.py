@@ -1,15 +1,14 @@
-"""What runs beside Kubernetes: CoreDNS, MinIO, the image registry and Kubeflow's training-operator; command lines and the API objects they need."""
+"""What runs beside Kubernetes: CoreDNS, MinIO, the image registry and Kubeflow's training-operator; command lines and
+the API objects they need."""
 
 from __future__ import annotations
 
 import base64
-import json
 import shutil
 from pathlib import Path
 
 from tests.cluster import tools
 from tests.cluster.api import Api, Object
-from tests.cluster.cache import cache_folder
 from tests.cluster.credentials import Credentials
 from tests.cluster.layout import (
     CLUSTER_DOMAIN,
@@ -52,24 +51,9 @@ def minio(layout: Layout) -> list[str]:
     return [str(tools.MINIO.path()), "server", str(layout.state / "minio"), f"--address={HOST_ADDRESS}:{MINIO_PORT}"]
 
 
-def registry(layout: Layout) -> list[str]:
-    """The registry's storage lies in the cache folder: what was pushed once is there in every later cluster."""
-    config = layout.config / "registry.json"
-    storage = {"filesystem": {"rootdirectory": str(registry_storage())}, "delete": {"enabled": True}}
-    http = {"addr": f"{HOST_ADDRESS}:{REGISTRY_PORT}"}
-    log = {"level": "warn", "accesslog": {"disabled": True}}
-    config.write_text(json.dumps({"version": "0.1", "log": log, "storage": storage, "http": http}))
-    return [str(tools.REGISTRY.path()), "serve", str(config)]
-
-
-def registry_storage() -> Path:
-    folder = cache_folder() / "registry"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 def training_operator(layout: Layout, credentials: Credentials) -> list[str]:
-    """Run it with a /tmp of its own: it looks for its certificate in a fixed folder there, and the machine's /tmp belongs to everybody."""
+    """Run it with a /tmp of its own: it looks for its certificate in a fixed folder there, and the machine's /tmp
+    belongs to everybody."""
     own = layout.state / "training-operator"
     serving = own / "k8s-webhook-server" / "serving-certs"
     serving.mkdir(parents=True)
@@ -78,7 +62,8 @@ def training_operator(layout: Layout, credentials: Credentials) -> list[str]:
     # All that it reads lies in the same folder, since what else is below /tmp is hidden from it.
     shutil.copy(tools.TRAINING_OPERATOR.path(), own / "training-operator")
     shutil.copyfile(credentials.kubeconfigs["training-operator"], own / "kubeconfig.yaml")
-    # An empty list: workers get no init container. Ours would not get one anyway; next to a Master they would, from an image that is not here.
+    # An empty list: workers get no init container. Ours would not get one anyway; next to a Master they would, from
+    # an image that is not here.
     (own / "init-container.yaml").write_text("[]\n")
     return [
         *("unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /tmp && cd / && TMPDIR=/tmp exec "$@"', str(own)),
@@ -116,7 +101,7 @@ def apply_objects(api: Api, credentials: Credentials) -> None:
 
 def crd_established(api: Api) -> bool:
     crd = api.get(f"{CRD_PATH}/{PYTORCHJOB_CRD}") or {}
-    conditions = crd.get("status", {}).get("conditions", [])
+    conditions = crd.get("status", {}).get("conditions") or []
     return any(condition["type"] == "Established" and condition["status"] == "True" for condition in conditions)
 
 

@@ -1,4 +1,5 @@
-"""A small client for the cluster's own HTTP interfaces, used to bring it up. Every call comes from a thread inside the network namespace."""
+"""A small client for the cluster's own HTTP interfaces, used to bring it up. Every call comes from a thread inside
+the network namespace."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return ``$FINETUNE_CACHE``, else ``finetune-operator`` in the user's cache folder; it is made if it is not there."""
+    """Return ``$FINETUNE_CACHE``, else ``finetune-operator`` in the user's cache folder; it is made if it is not
+    there."""
     named = os.environ.get("FINETUNE_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(named) if named else home / "finetune-operator"

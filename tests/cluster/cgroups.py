@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from tests.cluster.waiting import wait_for
@@ -41,7 +42,7 @@ def remove(name: str) -> None:
     """Remove the folder ``name`` and all below it from every hierarchy; its processes have ended before."""
     for root in hierarchies():
         folder = root / name
-        wait_for(f"the cgroup {folder} to be empty", lambda folder=folder: _removed(folder), REMOVAL_TIMEOUT_SECONDS)
+        wait_for(f"the cgroup {folder} to be empty", partial(_removed, folder), REMOVAL_TIMEOUT_SECONDS)
 
 
 def existing(name: str) -> list[Path]:

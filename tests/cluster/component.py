@@ -1,4 +1,5 @@
-"""One program of the cluster: started inside its namespaces, with a log of its own, stopped and started again by tests that need it to fail."""
+"""One program of the cluster: started inside its namespaces, with a log of its own, stopped and started again by
+tests that need it to fail."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ class Component:
     def stop(self, signal_number: int = signal.SIGKILL, timeout: float = 30) -> None:
         """End the program with a signal and wait until it is gone.
 
-        SIGKILL unless told otherwise, because a cluster is thrown away, and because an API server that is asked kindly waits for its open watches.
+        SIGKILL unless told otherwise, because a cluster is thrown away, and because an API server that is asked
+        kindly waits for its open watches.
         """
         if self._process is None or not self.running:
             return

@@ -1,6 +1,7 @@
 """The fixture ``cluster`` for pytest: one cluster for the whole session, started when the first test asks for it.
 
-A ``conftest.py`` makes it known with ``from tests.cluster.fixtures import cluster  # noqa: F401``. Without root the tests that ask for it are skipped.
+A ``conftest.py`` makes it known with ``from tests.cluster.fixtures import cluster  # noqa: F401``. Without root the
+tests that ask for it are skipped.
 """
 
 from __future__ import annotations

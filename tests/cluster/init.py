@@ -1,6 +1,8 @@
-"""The first process inside a cluster's namespaces: it lays out network and mounts, then collects orphans until it is killed.
+"""The first process inside a cluster's namespaces: it lays out network and mounts, then collects orphans until it is
+killed.
 
-Run by the watcher under ``unshare``, as ``python -m tests.cluster.init STATE_FOLDER``. Everything it changes is the cluster's own and goes when it ends.
+Run by the watcher under ``unshare``, as ``python -m tests.cluster.init STATE_FOLDER``. Everything it changes is the
+cluster's own and goes when it ends.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Where everything of a cluster lies: the folders below its state folder, and the addresses inside its network namespace.
+"""Where everything of a cluster lies: the folders below its state folder, and the addresses inside its network
+namespace.
 
 The addresses are the same in every cluster, because each has a network of its own.
 """

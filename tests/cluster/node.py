@@ -37,7 +37,8 @@ def containerd(layout: Layout) -> list[str]:
     (network / "10-pods.conflist").write_text(json.dumps(_pod_network(), indent=2))
     hosts = layout.config / "registries" / REGISTRY
     hosts.mkdir(parents=True, exist_ok=True)
-    (hosts / "hosts.toml").write_text(f'server = "http://{REGISTRY}"\n')
+    capabilities = 'capabilities = ["pull", "resolve"]'
+    (hosts / "hosts.toml").write_text(f'server = "http://{REGISTRY}"\n[host."http://{REGISTRY}"]\n{capabilities}\n')
     return ["containerd", "--config", str(config)]
 
 
@@ -118,6 +119,8 @@ def _kubelet_config(layout: Layout, credentials: Credentials, cgroup: str) -> di
         "clusterDNS": [DNS_ADDRESS],
         "clusterDomain": CLUSTER_DOMAIN,
         "resolvConf": str(layout.resolver),
+        # Devices show up in the node's status with the next update of it.
+        "nodeStatusUpdateFrequency": "2s",
         # The disk is the machine's own: what else fills it is no reason to evict pods.
         "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         "imageGCHighThresholdPercent": 100,

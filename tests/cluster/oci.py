@@ -1,4 +1,5 @@
-"""The two tiny images that every node has without pulling: ``pause``, and ``busybox`` for tests that only need some pod."""
+"""The two tiny images that every node has without pulling: ``pause``, and ``busybox`` for tests that only need some
+pod."""
 
 from __future__ import annotations
 
@@ -13,7 +14,25 @@ from pathlib import Path
 PAUSE_IMAGE = "localhost/pause:3.10"
 BUSYBOX_IMAGE = "localhost/busybox:1"
 BUSYBOX = Path("/bin/busybox")
-BUSYBOX_COMMANDS = tuple("sh sleep env cat echo id ls nc nslookup wget test true false touch kill date mkdir".split())
+BUSYBOX_COMMANDS = (
+    "cat",
+    "date",
+    "echo",
+    "env",
+    "false",
+    "id",
+    "kill",
+    "ls",
+    "mkdir",
+    "nc",
+    "nslookup",
+    "sh",
+    "sleep",
+    "test",
+    "touch",
+    "true",
+    "wget",
+)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ class Authority:
         hosts: Sequence[str] = (),
         old_format: bool = False,
     ) -> Pair:
-        """Sign a certificate for ``name``, good for both ends of a connection, and write it to ``<file>.crt`` and ``.key``.
+        """Sign a certificate for ``name``, good for both ends of a connection, and write it to ``<file>.crt`` and
+        ``.key``.
 
         ``hosts`` are DNS names and addresses it serves; ``old_format`` makes an RSA key in PKCS#1 form.
         """
@@ -102,7 +103,7 @@ def _subject(name: str, organizations: Sequence[str]) -> x509.Name:
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: PrivateKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

@@ -50,7 +50,8 @@ class Machine:
 
 
 def network_namespaces(processes: list[int]) -> set[str]:
-    """Return the network namespaces of those of ``processes`` that still are; what belongs to others may not be looked at."""
+    """Return the network namespaces of those of ``processes`` that still are; what belongs to others may not be
+    looked at."""
     found = set()
     for pid in processes:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):

@@ -1,4 +1,5 @@
-"""What the other end-to-end tests build upon: pods, DNS, devices, PyTorchJobs, object store and registry work in the cluster, and nothing leaves it."""
+"""What the other end-to-end tests build upon: pods, DNS, devices, PyTorchJobs, object store and registry work in the
+cluster, and nothing leaves it."""
 
 from __future__ import annotations
 
@@ -174,7 +175,7 @@ def test_pytorchjobs_with_a_master_get_its_address(cluster: Cluster, namespace: 
 def test_the_webhook_refuses_a_job_without_a_container_named_pytorch(cluster: Cluster, namespace: str) -> None:
     job = pytorchjob("nameless", "env", workers=1)
     job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["name"] = "other"
-    with pytest.raises(ClusterError, match="validator.pytorchjob.training-operator"):
+    with pytest.raises(ClusterError, match=r"validator\.pytorchjob\.training-operator"):
         cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(job))
 
 

@@ -1,7 +1,8 @@
 """The programs the cluster is made of: pinned Go modules in ``tools/``, built once each into the cache folder.
 
-A binary is taken from the environment variable ``FINETUNE_TOOL_<NAME>`` (``FINETUNE_TOOL_KUBE_APISERVER``), else from the cache, else built. Its folder in the
-cache is named by a hash of all that goes into it, so a changed pin is a new folder and an interrupted build resumes with the first binary that is missing.
+A binary is taken from the environment variable ``FINETUNE_TOOL_<NAME>`` (``FINETUNE_TOOL_KUBE_APISERVER``), else from
+the cache, else built. Its folder in the cache is named by a hash of all that goes into it, so a changed pin is a new
+folder and an interrupted build resumes with the first binary that is missing.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ BUILD_TIMEOUT_SECONDS = 1800
 class Tool:
     """One binary.
 
-    ``folder`` below ``tools/`` holds its go.mod; ``package`` is what is compiled; ``stamps_version`` puts the Kubernetes version into the binary, which
-    clients and kubelet compare; ``data`` is a file of the module at ``package`` that comes along (CRDs).
+    ``folder`` below ``tools/`` holds its go.mod; ``package`` is what is compiled; ``stamps_version`` puts the
+    Kubernetes version into the binary, which clients and kubelet compare; ``data`` is a file of the module at
+    ``package`` that comes along (CRDs).
     """
 
     name: str
@@ -49,7 +51,8 @@ class Tool:
 
     @cached_property
     def build_arguments(self) -> tuple[str, ...]:
-        """The arguments of ``go build``; static, stripped, free of paths, so that the binary depends on the pins alone."""
+        """The arguments of ``go build``; static, stripped, free of paths, so that the binary depends on the pins
+        alone."""
         flags = "-s -w"
         if self.stamps_version:
             version = pinned_version("kubernetes", "k8s.io/kubernetes")

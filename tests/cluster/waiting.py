@@ -1,4 +1,5 @@
-"""Bounded waiting: every wait of the cluster says what it waited for and shows the end of the log that tells why it did not come."""
+"""Bounded waiting: every wait of the cluster says what it waited for and shows the end of the log that tells why it
+did not come."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def wait_for(
 ) -> T:
     """Return the first truthy value of ``condition``.
 
-    ``what`` completes the sentence "waited N s for ...". ``evidence`` is asked for the reason once the time is up. ``condition`` may raise ``ClusterError``
-    to give up early, when it is clear that waiting on is useless.
+    ``what`` completes the sentence "waited N s for ...". ``evidence`` is asked for the reason once the time is up.
+    ``condition`` may raise ``ClusterError`` to give up early, when it is clear that waiting on is useless.
 
     Raises:
         ClusterError: after ``timeout`` seconds.

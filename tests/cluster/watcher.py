@@ -1,8 +1,10 @@
-"""The process that outlives a cluster's owner: it holds the namespaces, and clears everything away once the owner is gone.
+"""The process that outlives a cluster's owner: it holds the namespaces, and clears everything away once the owner is
+gone.
 
-Run by ``Cluster`` as ``python -m tests.cluster.watcher STATE_FOLDER CGROUP OWNER_PID`` in a session of its own, so that neither Ctrl-C nor a closed terminal
-reaches it. Its standard input is a pipe that only the owner holds open: its end means "stop", be it closed on purpose or by ``kill -9``. Should the watcher be
-killed itself, the kernel ends the cluster's processes with it; only the state folder and empty cgroup folders stay then.
+Run by ``Cluster`` as ``python -m tests.cluster.watcher STATE_FOLDER CGROUP OWNER_PID`` in a session of its own, so
+that neither Ctrl-C nor a closed terminal reaches it. Its standard input is a pipe that only the owner holds open: its
+end means "stop", be it closed on purpose or by ``kill -9``. Should the watcher be killed itself, the kernel ends the
+cluster's processes with it; only the state folder and empty cgroup folders stay then.
 """
 
 from __future__ import annotations

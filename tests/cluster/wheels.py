@@ -22,14 +22,14 @@ def download(requirement: str, sha256: str, folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     arguments = ["download", "--quiet", "--no-deps", "--require-hashes", f"--requirement={requirements}"]
-    command = [*_pip(requirement), *arguments, f"--dest={folder}"]
+    command = [*pip(), *arguments, f"--dest={folder}"]
     done = subprocess.run(command, text=True, capture_output=True, timeout=DOWNLOAD_TIMEOUT_SECONDS)
     if done.returncode != 0:
         raise ClusterError(f"downloading {requirement} failed:\n{done.stderr[-2000:]}")
     return next(folder.glob("*.whl"))
 
 
-def _pip(requirement: str) -> list[str]:
+def pip() -> list[str]:
     """Return the command of a pip; a virtual environment made by uv has none, the Python under it does."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
@@ -37,4 +37,4 @@ def _pip(requirement: str) -> list[str]:
         found = shutil.which(python)
         if found and subprocess.run([found, "-m", "pip", "--version"], capture_output=True, timeout=60).returncode == 0:
             return [found, "-m", "pip"]
-    raise ClusterError(f"downloading {requirement} needs pip: install python3-pip")
+    raise ClusterError("downloading from the Python index needs pip: install python3-pip")

@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from examples.demo import steps
 from minio import Minio
 
+from examples.demo import steps
 from finetune_core.layout import ARTIFACT_POINTER, COMMIT, MANIFEST, Manifest, parse_uri
 from tests.cluster import Cluster
 

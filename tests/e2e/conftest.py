@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from examples.demo import steps
 from examples.trails.generate import generate
-
 from tests.cluster import Cluster
 from tests.cluster.fixtures import cluster  # noqa: F401  (the fixture)
 from tests.e2e.tiny_model import make_tiny_model
@@ -29,7 +29,7 @@ def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Clu
     steps.name_object_store(cluster)
     steps.put_base_model(cluster, make_tiny_model(tmp_path_factory.mktemp("tiny")), "models/tiny")
     steps.put_rows(cluster, generate())
-    steps.install_operator(cluster, steps.operator_values(steps.build_images(cluster)))
+    steps.install_operator(cluster, steps.chart_values())
     return cluster
 
 

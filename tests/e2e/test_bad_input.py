@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 import pytest
-from examples.demo import steps
 
+from examples.demo import steps
 from finetune_cli.state import condition
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from examples.demo import steps
 
+from examples.demo import steps
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name, worker_name
 from tests.cluster import Cluster

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from examples.demo import steps
 from examples.demo.base_model import base_model
-
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
 from tests.cluster import Cluster

@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from examples.demo import steps
 
+from examples.demo import steps
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
 from finetune_core.names import attempt_name, worker_name

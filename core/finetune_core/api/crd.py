@@ -80,6 +80,20 @@ def crd_yaml() -> str:
     return header + yaml.safe_dump(custom_resource_definition(), sort_keys=False, width=100)
 
 
+def chart_template() -> str:
+    """Return the manifest as a template of the Helm chart: behind `crds.enabled`, kept with `crds.keep`.
+
+    CRDs in a chart's own `crds/` folder are never upgraded, so they are a template.
+    """
+    text = crd_yaml()
+    if "{{" in text:
+        raise ValueError("the manifest holds {{, which Helm would take for its own")
+    header, _, manifest = text.partition("\n")
+    keep = "metadata:\n{{- if .Values.crds.keep }}\n  annotations:\n    helm.sh/resource-policy: keep\n{{- end }}\n"
+    body = manifest.replace("metadata:\n", keep, 1)
+    return f"{header}\n{{{{- if .Values.crds.enabled }}}}\n{body}{{{{- end }}}}\n"
+
+
 def main() -> None:
     """Write the manifest into a folder."""
     parser = argparse.ArgumentParser(
@@ -87,8 +101,10 @@ def main() -> None:
         epilog="example: python -m finetune_core.api.crd crds",
     )
     parser.add_argument("folder", type=Path, help="folder for the manifest")
-    folder: Path = parser.parse_args().folder
-    (folder / CRD_FILE).write_text(crd_yaml(), encoding="utf-8")
+    parser.add_argument("--chart", action="store_true", help="write it as a template of the Helm chart")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    (folder / CRD_FILE).write_text(chart_template() if arguments.chart else crd_yaml(), encoding="utf-8")
 
 
 if __name__ == "__main__":

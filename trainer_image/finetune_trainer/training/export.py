@@ -46,6 +46,8 @@ def _export_adapter(model: PeftModel, weights: dict[str, torch.Tensor], target: 
     save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, target / ADAPTER_FILE, {"format": "pt"})
     config = model.peft_config["default"]
     config.inference_mode = True
+    # peft keeps a set, whose order differs from process to process: the same run must give the same bytes.
+    config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(target))
 
 

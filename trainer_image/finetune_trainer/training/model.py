@@ -79,12 +79,12 @@ def add_adapters(model: PreTrainedModel, lora: LoRASpec, *, seed: int, base_name
         lora_dropout=float(lora.dropout),
         target_modules=list(lora.target_modules) or ALL_DENSE_LAYERS,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
     )
     try:
         tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError("lora.targetModules", f"must name modules of the model: {_first_line(error)}") from error
+    # Otherwise it is the folder that this pod fetched the base to, which means nothing to anybody else.
     tuned.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:

@@ -1,0 +1,19 @@
+"""Fixtures of the command line's tests: a real object store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.trainer.objectstore import ObjectStore, minio_binary, running_store
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A MinIO server with an empty bucket."""
+    binary = minio_binary()
+    if binary is None:
+        pytest.skip("no MinIO program: set FINETUNE_MINIO, or build the cluster's tools")
+    with running_store(binary, tmp_path_factory.mktemp("minio")) as running:
+        yield running

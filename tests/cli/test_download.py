@@ -1,0 +1,156 @@
+"""`finetune download` against a real object store: complete and verified, or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from finetune_cli.download import artifact_of, download
+from finetune_cli.store import Keys, Store, keys_from
+from finetune_core.api.storage import StorageSpec
+from finetune_core.api.status import ArtifactStatus
+from finetune_core.errors import UserError
+from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, digest
+from tests.cli.stored import job
+from tests.trainer.objectstore import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, free_port
+
+FILES = {"adapter_model.safetensors": b"weights" * 400_000, "adapter_config.json": b"{}", "tokenizer/vocab.json": b"[]"}
+
+
+def spec(store: ObjectStore) -> StorageSpec:
+    """Return the storage section of a job that uses ``store``."""
+    return StorageSpec.model_validate(
+        {"uri": "s3://finetune/runs", "endpoint": store.endpoint, "credentialsSecretRef": {"name": "keys"}}
+    )
+
+
+def put(store: ObjectStore, key: str, content: bytes) -> None:
+    """Write an object."""
+    path = store.credentials / "object"
+    path.write_bytes(content)
+    store.client.fput_object(BUCKET, key, str(path))
+
+
+@pytest.fixture
+def artifact(store: ObjectStore, request: pytest.FixtureRequest) -> ArtifactStatus:
+    """A committed artifact, as a trainer leaves it."""
+    folder = f"runs/{request.node.name}/artifacts/000001"
+    for name, content in FILES.items():
+        put(store, f"{folder}/{name}", content)
+    return commit(store, folder, {name: digest(content) for name, content in FILES.items()})
+
+
+def commit(store: ObjectStore, folder: str, digests: dict[str, str]) -> ArtifactStatus:
+    """Write manifest and COMMIT and return what the status says of them."""
+    sizes = {name: len(FILES.get(name, b"")) for name in digests}
+    files = [ManifestFile(name=name, bytes=sizes[name], sha256=sha256) for name, sha256 in digests.items()]
+    encoded = Manifest(kind="Artifact", run=1, step=100, files=files).encode()
+    put(store, f"{folder}/{MANIFEST}", encoded)
+    put(store, f"{folder}/{COMMIT}", digest(encoded).encode())
+    uri, size = f"s3://{BUCKET}/{folder}", sum(sizes.values())
+    return ArtifactStatus(uri=uri, step=100, bytes=size, manifest_sha256=digest(encoded))
+
+
+@pytest.fixture
+def source(store: ObjectStore) -> Store:
+    return Store(spec(store), Keys(ACCESS_KEY, SECRET_KEY))
+
+
+def key_of(artifact: ArtifactStatus, name: str) -> str:
+    """Return the key of a file of the artifact."""
+    return f"{artifact.uri.removeprefix(f's3://{BUCKET}/')}/{name}"
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Return what a failed download left behind."""
+    return [path.name for path in folder.iterdir()]
+
+
+def test_all_files_arrive_as_they_were_committed(artifact: ArtifactStatus, source: Store, tmp_path: Path) -> None:
+    fetched: list[int] = []
+    manifest = download(artifact, source, tmp_path / "adapter", fetched.append)
+    for name, content in FILES.items():
+        assert (tmp_path / "adapter" / name).read_bytes() == content
+    assert digest((tmp_path / "adapter" / MANIFEST).read_bytes()) == artifact.manifest_sha256
+    assert sum(fetched) == manifest.total_bytes == artifact.bytes
+    assert leftovers(tmp_path) == ["adapter"]
+
+
+def test_a_changed_byte_is_found(store: ObjectStore, artifact: ArtifactStatus, source: Store, tmp_path: Path) -> None:
+    changed = bytearray(FILES["adapter_model.safetensors"])
+    changed[1_000_000] ^= 1
+    put(store, key_of(artifact, "adapter_model.safetensors"), bytes(changed))
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: is not what was committed"):
+        download(artifact, source, tmp_path / "adapter", lambda count: None)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_missing_file_is_named(store: ObjectStore, artifact: ArtifactStatus, source: Store, tmp_path: Path) -> None:
+    store.client.remove_object(BUCKET, key_of(artifact, "adapter_config.json"))
+    with pytest.raises(UserError, match=r"adapter_config\.json: it does not exist in the store at http"):
+        download(artifact, source, tmp_path / "adapter", lambda count: None)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_manifest_that_the_status_does_not_name_is_refused(
+    store: ObjectStore, artifact: ArtifactStatus, source: Store, tmp_path: Path
+) -> None:
+    commit(store, key_of(artifact, "").strip("/"), {"adapter_config.json": digest(b"{}")})
+    with pytest.raises(UserError, match="is not the manifest that the job's status and COMMIT name"):
+        download(artifact, source, tmp_path / "adapter", lambda count: None)
+
+
+def test_a_folder_without_commit_is_no_artifact(
+    store: ObjectStore, artifact: ArtifactStatus, source: Store, tmp_path: Path
+) -> None:
+    store.client.remove_object(BUCKET, key_of(artifact, COMMIT))
+    with pytest.raises(UserError, match="COMMIT: it does not exist"):
+        download(artifact, source, tmp_path / "adapter", lambda count: None)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
+def test_a_manifest_never_writes_outside_its_folder(
+    store: ObjectStore, source: Store, tmp_path: Path, name: str
+) -> None:
+    folder = f"runs/outside-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    with pytest.raises(UserError, match="names a file outside its folder"):
+        download(commit(store, folder, {name: digest(b"")}), source, tmp_path / "adapter", lambda count: None)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_folder_that_exists_is_left_alone(artifact: ArtifactStatus, source: Store, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        download(artifact, source, tmp_path / "mine", lambda count: None)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_refused_credentials_are_named(store: ObjectStore, artifact: ArtifactStatus, tmp_path: Path) -> None:
+    refused = Store(spec(store), Keys(ACCESS_KEY, "wrong-secret"))
+    with pytest.raises(UserError, match=f"{store.endpoint}: refused the credentials for s3://finetune/runs/"):
+        download(artifact, refused, tmp_path / "adapter", lambda count: None)
+
+
+def test_an_address_that_nobody_answers_is_named(store: ObjectStore, artifact: ArtifactStatus, tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    away = Store(spec(store), Keys(ACCESS_KEY, SECRET_KEY), address)
+    with pytest.raises(UserError, match=f"{address}: cannot be reached from here .*--endpoint"):
+        download(artifact, away, tmp_path / "adapter", lambda count: None)
+
+
+@pytest.mark.parametrize("address", ["minio:9000", "ftp://minio", "http://", "http://minio/path"])
+def test_an_endpoint_that_is_no_address_is_refused(store: ObjectStore, address: str) -> None:
+    with pytest.raises(UserError, match="must be an address of the form"):
+        Store(spec(store), Keys(ACCESS_KEY, SECRET_KEY), address)
+
+
+def test_a_job_without_an_artifact_says_its_state() -> None:
+    with pytest.raises(UserError, match="research/quickstart: has no artifact: its state is Running"):
+        artifact_of(job("running"))
+
+
+def test_half_an_access_key_is_none() -> None:
+    assert keys_from({"AWS_ACCESS_KEY_ID": "a"}) is None
+    assert keys_from({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}) == Keys("a", "b")

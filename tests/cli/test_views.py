@@ -1,0 +1,138 @@
+"""What a person sees of a job: the panel on a terminal, lines elsewhere, from stored states."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from rich.console import Console
+
+from finetune_cli.lines import news
+from finetune_cli.panel import render
+from finetune_cli.state import ending
+from finetune_cli.watch import LineView, show_until_ended
+from finetune_core.api.job import FineTuneJob
+from tests.cli.stored import job, stored
+
+NOW = datetime(2026, 11, 24, 2, 3, 0, tzinfo=UTC)
+
+
+def drawn(shown: FineTuneJob, now: datetime = NOW, width: int = 110) -> str:
+    """Return the panel as text."""
+    console = Console(width=width, color_system=None, force_terminal=True)
+    with console.capture() as capture:
+        console.print(render(shown, now))
+    return capture.get()
+
+
+def test_a_running_job_shows_how_far_it_is() -> None:
+    text = drawn(job("running"))
+    for expected in (
+        "quickstart · research · LoRA · 2 nodes · CPU",
+        "● Running  all 2 ranks report",
+        "step 40/100",
+        "412.5 tokens/s",
+        "1 min 13 s left",  # 75 s, reported 2 s ago
+        "0.0051  █▆▄▂▁  from 3.9",
+        "1.023",
+    ):
+        assert expected in text
+
+
+def test_checkpoints_show_size_and_which_is_best_and_last() -> None:
+    rows = {line.split()[1]: line for line in drawn(job("running")).splitlines() if "31.6 MB" in line}
+    assert "best" in rows["25"]
+    assert "last" in rows["40"]
+    assert "best" not in rows["20"]
+
+
+def test_the_best_checkpoint_is_shown_even_when_it_is_old() -> None:
+    found = stored("running")
+    later = [found["status"]["checkpoints"][0] | {"step": step} for step in range(50, 60)]
+    found["status"]["checkpoints"] += later
+    text = drawn(FineTuneJob.model_validate(found))
+    assert "best" in text
+    assert " 50 " not in text
+
+
+def test_a_lost_attempt_is_shown_with_its_reason() -> None:
+    text = drawn(job("running"))
+    assert "PodDeleted (free)" in text
+    assert "pod quickstart-1a2b3c4d-1-worker-1 was deleted" in text
+
+
+def test_a_silent_trainer_is_named() -> None:
+    text = drawn(job("running"), NOW + timedelta(minutes=5))
+    assert "last report 5 min 02 s ago" in text
+    assert "left" not in text
+
+
+def test_a_waiting_job_says_what_it_waits_for() -> None:
+    assert "1 Insufficient nvidia.com/gpu" in drawn(job("unschedulable"))
+
+
+def test_a_job_that_nobody_looked_at_says_so() -> None:
+    assert "no operator has looked at it yet" in drawn(job())
+
+
+def test_a_finished_job_shows_its_artifact_and_no_attempts() -> None:
+    text = drawn(job("succeeded"))
+    assert "✔ Completed" in text
+    assert "s3://finetune/runs/research/quickstart/u/artifacts/000001" in text
+    assert "in 5 min 00 s" in text
+    assert "attempts" not in text
+
+
+def test_a_failed_job_shows_the_sentence() -> None:
+    assert "✘ BadInput  s3://finetune/data/train.jsonl: row 1 has no field `sentense`" in drawn(job("failed"))
+
+
+def test_words_from_the_cluster_are_never_markup() -> None:
+    found = stored("running")
+    found["status"]["attempts"]["recent"][0]["message"] = "row [red]7[/red] of [Pine Ridge] [/]"
+    assert "row [red]7[/red] of [Pine Ridge] [/]" in drawn(FineTuneJob.model_validate(found), width=160)
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+@pytest.mark.parametrize("name", [None, "running", "succeeded", "failed", "unschedulable"])
+def test_the_panel_fits_every_terminal(name: str | None, width: int) -> None:
+    assert all(len(line) <= width for line in drawn(job(name), width=width).splitlines())
+
+
+def test_lines_tell_everything_once() -> None:
+    running = job("running")
+    lines = news(None, running)
+    assert lines[0] == "Running: all 2 ranks report"
+    assert "step 40/100, loss 0.0051, perplexity 1.023, 412.5 tokens/s, 1 min 15 s left" in lines
+    assert "checkpoint of step 25 committed (31.6 MB, perplexity 1.023)" in lines
+    assert news(running, running) == []
+
+
+def test_a_step_back_after_a_resume_is_a_line() -> None:
+    running, earlier = job("running"), stored("running")
+    earlier["status"]["progress"] |= {"step": 20, "percentage": 20}
+    assert any(line.startswith("step 20/100") for line in news(running, FineTuneJob.model_validate(earlier)))
+
+
+def test_a_little_progress_is_no_line() -> None:
+    running, later = job("running"), stored("running")
+    later["status"]["progress"] |= {"step": 42, "percentage": 42}
+    assert news(running, FineTuneJob.model_validate(later)) == []
+
+
+def test_lines_add_up_small_progress() -> None:
+    written: list[str] = []
+    view = LineView(written.append)
+    for step in range(1, 101):
+        state = stored("running")
+        state["status"]["progress"] |= {"step": step, "percentage": step}
+        view.show(FineTuneJob.model_validate(state))
+    assert 15 <= sum(" step " in line and "/100" in line for line in written) <= 25
+
+
+def test_watching_ends_with_the_job() -> None:
+    written: list[str] = []
+    end = show_until_ended(iter([job("running"), job("succeeded"), job("failed")]), LineView(written.append))
+    assert end.succeeded
+    assert any("artifact of step 100 (9.8 MB)" in line for line in written)
+    assert ending(job("failed")) == show_until_ended([job("failed")], LineView(written.append))

@@ -1,0 +1,95 @@
+"""The base image of the project's Dockerfiles: Debian with Python, made by debootstrap from the packages that the
+machine's own apt uses."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests.cluster import buildah
+from tests.cluster.progress import step
+from tests.cluster.waiting import ClusterError
+
+SUITE = "bookworm"
+PACKAGES = ("ca-certificates", "python3", "python3-venv")
+# Not needed to run, and half of the image.
+DROPPED = (
+    "var/cache/apt",
+    "var/lib/apt/lists",
+    "var/log",
+    "usr/share/doc",
+    "usr/share/info",
+    "usr/share/locale",
+    "usr/share/man",
+)
+DOCKERFILE = """FROM scratch
+ADD base.tar /
+# pip and uv bring a list of authorities of their own; Debian's is the one that an administrator can add to.
+ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt PIP_CERT=/etc/ssl/certs/ca-certificates.crt
+ENV LANG=C.UTF-8
+"""
+BOOTSTRAP_TIMEOUT_SECONDS = 1200
+
+
+def base_key() -> str:
+    """Return what names the base image: a hash of its recipe."""
+    return hashlib.sha256(repr((SUITE, PACKAGES, DROPPED, DOCKERFILE)).encode()).hexdigest()[:12]
+
+
+def ensure_base() -> str:
+    """Return the name of the base image in buildah's storage, making it once."""
+    name = f"finetune-base-{base_key()}"
+    image = f"localhost/{name}:latest"
+    if not buildah.exists(image):
+        with (
+            step("making the base image with debootstrap"),
+            tempfile.TemporaryDirectory(dir=buildah.images_folder(), prefix="base-") as folder,
+        ):
+            root, context = Path(folder) / "root", Path(folder) / "context"
+            _bootstrap(root)
+            context.mkdir()
+            (context / "Dockerfile").write_text(DOCKERFILE)
+            # tar, because ADD of a tar archive keeps owners, modes and links exactly.
+            archive = [
+                "tar",
+                "--numeric-owner",
+                "--sort=name",
+                f"--directory={root}",
+                "--create",
+                f"--file={context / 'base.tar'}",
+                ".",
+            ]
+            subprocess.run(archive, check=True, timeout=BOOTSTRAP_TIMEOUT_SECONDS)
+            buildah.build(name, context / "Dockerfile", context)
+    return image
+
+
+def _bootstrap(root: Path) -> None:
+    """Unpack and configure Debian below ``root``; its mounts stay in a namespace of their own."""
+    command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root), *_mirror()]
+    done = subprocess.run(
+        [*buildah.ISOLATED, *command], text=True, capture_output=True, timeout=BOOTSTRAP_TIMEOUT_SECONDS
+    )
+    if done.returncode != 0:
+        raise ClusterError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    for dropped in DROPPED:
+        shutil.rmtree(root / dropped, ignore_errors=True)
+        (root / dropped).mkdir(parents=True)
+
+
+def _mirror() -> list[str]:
+    """Return the archive that the machine's apt uses for this suite, or nothing for debootstrap's own default."""
+    targets = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(CODENAME) $(COMPONENT) $(CREATED_BY) $(REPO_URI)"],
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    for line in targets.stdout.splitlines():
+        codename, component, kind, *address = line.split()
+        if (codename, component, kind) == (SUITE, "main", "Packages") and address:
+            return address[:1]
+    return []

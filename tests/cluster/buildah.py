@@ -1,0 +1,110 @@
+"""buildah as root, with its storage in the cache folder and in namespaces of its own, so that no mount or process of
+it stays behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.cluster.cache import cache_folder
+from tests.cluster.registry import serving
+from tests.cluster.waiting import ClusterError, tail
+from tests.cluster.wheels import pip
+
+BUILD_TIMEOUT_SECONDS = 3600
+ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
+
+# What the machine needs to reach its package index, a step of a Dockerfile needs too.
+MACHINE_FILES = (Path("/etc/ssl/certs"), Path("/etc/pip.conf"))
+
+
+def build(name: str, dockerfile: Path, context: Path, base: str | None = None) -> str:
+    """Build a Dockerfile and return the name of the result in buildah's storage.
+
+    ``base`` becomes the build argument BASE. A step with ``--mount=type=cache,id=uv`` or ``id=pip`` gets the cache of
+    the machine's own uv or pip, so what is there for the virtual environment is not downloaded again.
+    """
+    _share_download_caches()
+    volumes = [f"--volume={path}:{path}:ro" for path in MACHINE_FILES if path.exists()]
+    arguments = [f"--build-arg=BASE={base}"] if base else []
+    target = f"localhost/{name}:latest"
+    _run(
+        name,
+        ["bud", "--layers", "--isolation=chroot", *volumes, *arguments],
+        [f"--file={dockerfile}", f"--tag={target}", str(context)],
+    )
+    return target
+
+
+def push(built: str, name: str, tag: str) -> None:
+    """Push an image from buildah's storage into the storage of the clusters' registry.
+
+    zstd at its fastest: less work than gzip at both ends, and a smaller result.
+    """
+    with serving() as registry:
+        compression = ["--format=oci", "--compression-format=zstd", "--compression-level=1"]
+        _run(
+            name, ["push", "--quiet", "--tls-verify=false", *compression], [built, f"docker://{registry}/{name}:{tag}"]
+        )
+
+
+def exists(image: str) -> bool:
+    """Tell whether an image of this name is in buildah's storage."""
+    found = subprocess.run(
+        _command(["inspect", "--type=image", image]), capture_output=True, env=_environment(), timeout=60
+    )
+    return found.returncode == 0
+
+
+def images_folder() -> Path:
+    """Where everything about images but the registry's storage lies."""
+    folder = cache_folder() / "images"
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _run(name: str, options: Sequence[str], operands: Sequence[str]) -> None:
+    log = images_folder() / f"{name}.log"
+    with log.open("ab") as output:
+        done = subprocess.run(
+            _command([*options, *operands]),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=_environment(),
+            timeout=BUILD_TIMEOUT_SECONDS,
+        )
+    if done.returncode != 0:
+        raise ClusterError(f"buildah {options[0]} of {name} failed\n{tail(log, 40)}")
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    folder = images_folder()
+    storage = [f"--root={folder / 'storage'}", f"--runroot={folder / 'run'}", "--storage-driver=overlay"]
+    return [*ISOLATED, "buildah", *storage, *arguments]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "TMPDIR": str(images_folder() / "tmp")}
+
+
+def _share_download_caches() -> None:
+    """Put the machine's own caches of pip and uv where buildah looks for cache mounts with the ids ``pip`` and
+    ``uv``."""
+    mounts = images_folder() / "tmp" / "buildah-cache"
+    mounts.mkdir(exist_ok=True)
+    caches = {"pip": [*pip(), "cache", "dir"]}
+    if shutil.which("uv"):
+        caches["uv"] = ["uv", "cache", "dir"]
+    for name, command in caches.items():
+        link = mounts / name
+        if link.is_symlink() or link.exists():
+            continue
+        found = subprocess.run(command, text=True, capture_output=True, timeout=60)
+        if found.returncode == 0:
+            folder = Path(found.stdout.strip())
+            folder.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(folder)

@@ -1,0 +1,104 @@
+"""The project's images without a container engine: base image by debootstrap, Dockerfiles by buildah, result in the
+cluster's registry.
+
+``ensure`` returns the reference that a pod names. It is made of a hash of everything that goes into the image, so
+what is unchanged is neither built nor pushed again, by any later cluster: the registry's storage lies in the cache
+folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster import packages, tools
+from tests.cluster.base_image import base_key, ensure_base
+from tests.cluster.buildah import build, push
+from tests.cluster.cache import locked
+from tests.cluster.node import REGISTRY
+from tests.cluster.progress import step
+from tests.cluster.registry import has_image
+from tests.cluster.waiting import ClusterError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+IGNORED = {"__pycache__", ".git"}
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image by its name in the registry, its Dockerfile, and the folder that the Dockerfile copies from."""
+
+    name: str
+    dockerfile: Path
+    context: Path = REPOSITORY
+
+
+OPERATOR = Image("finetune-operator", REPOSITORY / "operator" / "Dockerfile")
+TRAINER = Image("finetune-trainer", REPOSITORY / "trainer_image" / "Dockerfile")
+ALL = (OPERATOR, TRAINER)
+
+
+def ensure(image: Image) -> str:
+    """Return the image's reference inside a cluster, after building and pushing it if its content is new.
+
+    Raises:
+        ClusterError: the Dockerfile is not there, or a step of it failed (with the end of the log).
+    """
+    if not image.dockerfile.exists():
+        raise ClusterError(f"{image.dockerfile} is not there: nothing to build {image.name} from")
+    tag = content_key(image)
+    reference = f"{REGISTRY}/{image.name}:{tag}"
+    if has_image(image.name, tag):
+        return reference
+    packages.install(packages.IMAGE_PACKAGES)
+    tools.build_missing()
+    with locked("images"):
+        if not has_image(image.name, tag):
+            base = ensure_base()
+            with step(f"building the image {image.name}"):
+                built = build(image.name, image.dockerfile, image.context, base)
+            with step(f"pushing the image {image.name} to the registry's storage"):
+                push(built, image.name, tag)
+    return reference
+
+
+def content_key(image: Image) -> str:
+    """Return a hash of the base image, the Dockerfile, and all files it copies."""
+    text = image.dockerfile.read_text()
+    digest = hashlib.sha256(f"{base_key()}\0{text}\0".encode())
+    for source in copied_sources(text):
+        for file in _files(image.context, source):
+            digest.update(f"{file.relative_to(image.context)}\0{file.stat().st_mode & 0o777:o}\0".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def copied_sources(dockerfile: str) -> list[str]:
+    """Return what the Dockerfile's COPY and ADD lines take from the build context.
+
+    >>> copied_sources("COPY --chown=1:1 a b/ /to/\\nCOPY --from=other x /y\\nRUN COPY z /z")
+    ['a', 'b/']
+    """
+    sources = []
+    for line in re.sub(r"\\\n", " ", dockerfile).splitlines():
+        instruction, *words = line.split() or [""]
+        if instruction.upper() not in {"COPY", "ADD"} or any(word.startswith("--from=") for word in words):
+            continue
+        sources += [word for word in words if not word.startswith("--")][:-1]
+    return sources
+
+
+def _files(context: Path, source: str) -> Iterable[Path]:
+    """Return the files that ``source``, a path or pattern, stands for, in a fixed order."""
+    matches = sorted(context.glob(source.strip("/"))) if source.strip("/.") else [context]
+    if not matches:
+        raise ClusterError(f"a Dockerfile copies {source}, which is not in {context}")
+    for match in matches:
+        if match.is_file():
+            yield match
+        else:
+            inside = (file for file in match.rglob("*") if file.is_file())
+            yield from sorted(file for file in inside if not IGNORED & set(file.relative_to(context).parts))

@@ -1,0 +1,161 @@
+"""The life of attempts: opened once, accounted once, spaced by the back-off, ended by the rules."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from finetune_core.api.status import AttemptsStatus, PastAttempt
+from finetune_core.contract import Outcome
+from finetune_operator.attempts import Next, World, advance, backoff
+from finetune_operator.observed import PodObservation
+from tests.operator.worlds import CHILD_UID, NOW, at, checkpoint, child, current, pod, result
+
+DONE = result(Outcome.COMPLETED, with_artifact=True)
+
+
+def world(pods: list[PodObservation], *, now: float = 0, **changes: Any) -> World:
+    values: dict[str, Any] = {
+        "now": at(now),
+        "nodes": 2,
+        "max_retries": 3,
+        "child": child(),
+        "child_uid": CHILD_UID,
+        "pods": pods,
+        "checkpoints": [],
+        "final_result": None,
+    }
+    return World(**(values | changes))
+
+
+def empty(now: float = 0, *, pods: list[PodObservation] | None = None) -> World:
+    return world(pods or [], now=now, child=None, child_uid="")
+
+
+def running(**changes: Any) -> AttemptsStatus:
+    return AttemptsStatus(**({"started": 1, "current": current()} | changes))
+
+
+def past(number: int, verdict: str, start: float) -> PastAttempt:
+    return PastAttempt(number=number, verdict=verdict, reason="Crashed", start_time=at(start), end_time=at(start + 1))
+
+
+def test_the_first_attempt_is_numbered_before_anything_exists() -> None:
+    step = advance(AttemptsStatus(), empty())
+    assert (step.next, step.attempts.started) == (Next.OPEN, 1)
+    assert step.attempts.current is not None
+    assert step.attempts.current.number == 1
+
+
+def test_a_numbered_attempt_without_child_is_created() -> None:
+    opened = advance(AttemptsStatus(), empty()).attempts
+    assert advance(opened, empty()).next is Next.CREATE
+
+
+def test_the_first_pod_of_each_index_is_recorded_and_stays() -> None:
+    attempts = running(current=current(indexes=()))
+    step = advance(attempts, world([pod(0), pod(1, node="")]))
+    assert step.attempts.current is not None
+    assert [(record.index, record.uid, record.node) for record in step.attempts.current.pods] == [
+        (0, "pod-0", "node-0"),
+        (1, "pod-1", ""),
+    ]
+    again = advance(step.attempts, world([pod(0), pod(1)]))
+    assert again.attempts.current is not None
+    assert again.attempts.current.pods[1].node == "node-1"
+
+
+def test_the_cause_is_recorded_at_first_sight_and_the_others_get_ten_seconds() -> None:
+    pods = [pod(0, exit_code=75), pod(1)]
+    step = advance(running(), world(pods))
+    assert step.attempts.current is not None
+    assert step.attempts.current.cause is not None
+    assert (step.attempts.current.cause.reason, step.next, step.wait_seconds) == ("OutsideFailure", Next.WATCH, 10)
+    later = advance(step.attempts, world([pods[0], pod(1, exit_code=64)], now=2))
+    assert later.settled is not None
+    assert later.settled.reason == "BadInput"
+
+
+def test_a_failed_attempt_is_accounted_once_and_its_objects_go_before_the_next() -> None:
+    pods = [pod(0, exit_code=1), pod(1, exit_code=75)]
+    closed = advance(running(), world(pods)).attempts
+    assert (closed.started, closed.charged, closed.free, closed.current) == (1, 1, 0, None)
+    assert closed.recent[0].reason == "Crashed"
+    assert closed.next_start_time == at(10)
+    assert advance(closed, world(pods)).next is Next.REMOVE
+    assert advance(closed, world(pods)).attempts == closed
+    # The child is gone, its pods are not yet: nothing starts.
+    assert advance(closed, empty(now=60, pods=pods)).next is Next.WATCH
+    opened = advance(closed, empty(now=10))
+    assert (opened.next, opened.attempts.started) == (Next.OPEN, 2)
+
+
+def test_a_pod_that_a_dead_kubelet_keeps_is_waited_for_a_minute_beyond_its_grace() -> None:
+    closed = AttemptsStatus(started=1, free=1, recent=[past(1, "Free", -10)])
+    stuck = [pod(1, deleted=0, grace=90)]
+    waiting = advance(closed, empty(now=100, pods=stuck))
+    assert (waiting.next, waiting.wait_seconds) == (Next.WATCH, 50)
+    assert advance(closed, empty(now=150, pods=stuck)).next is Next.OPEN
+
+
+def test_nothing_starts_before_the_back_off_ended() -> None:
+    closed = AttemptsStatus(started=1, charged=1, recent=[past(1, "Charged", -10)], next_start_time=at(10))
+    assert advance(closed, empty(now=9)).next is Next.WATCH
+    assert advance(closed, empty(now=10)).next is Next.OPEN
+
+
+def test_success_settles_the_job_with_the_artifact() -> None:
+    step = advance(running(), world([pod(i, exit_code=0, message=DONE) for i in (0, 1)]))
+    assert step.next is Next.SETTLE
+    assert step.settled is not None
+    assert step.settled.succeeded
+    assert step.settled.result is not None
+    assert (step.attempts.charged, step.attempts.free, step.attempts.recent[-1].verdict) == (0, 0, "Succeeded")
+
+
+@pytest.mark.parametrize(("charged_before", "settled"), [(2, None), (3, "RetriesExhausted")])
+def test_max_retries_counts_charged_attempts_beyond_the_first(charged_before: int, settled: str | None) -> None:
+    attempts = running(started=charged_before + 1, charged=charged_before, current=current(charged_before + 1))
+    pods = [pod(i, exit_code=1, attempt=charged_before + 1) for i in (0, 1)]
+    step = advance(attempts, world(pods))
+    assert (step.settled.reason if step.settled else None) == settled
+
+
+@pytest.mark.parametrize(
+    ("row", "checkpoints", "expected"),
+    [(2, [], "Free"), (3, [], "Charged"), (3, [checkpoint(-50)], "Free"), (3, [checkpoint(-5000)], "Charged")],
+    ids=["third", "fourth", "fourth with a new checkpoint", "fourth with an old checkpoint"],
+)
+def test_free_attempts_in_a_row_need_a_new_checkpoint(row: int, checkpoints: list[Any], expected: str) -> None:
+    recent = [past(n + 1, "Free", -1000 + n) for n in range(row)]
+    attempts = running(started=row + 1, free=row, recent=recent, current=current(row + 1))
+    pods = [pod(i, attempt=row + 1, exit_code=143, deleted=-20) for i in (0, 1)]
+    step = advance(attempts, world(pods, checkpoints=checkpoints))
+    assert step.attempts.recent[-1].verdict == expected
+
+
+def test_back_off_doubles_while_nothing_is_committed() -> None:
+    recent = [past(n + 1, "Charged", -1000 + n) for n in range(8)]
+    rows = [backoff(AttemptsStatus(recent=recent[:n]), []) for n in range(1, 9)]
+    assert rows == [timedelta(seconds=seconds) for seconds in (10, 20, 40, 80, 160, 300, 300, 300)]
+    assert backoff(AttemptsStatus(recent=recent), [checkpoint(0)]) == timedelta(seconds=10)
+
+
+def test_suspension_forgets_the_pods_and_ends_nothing() -> None:
+    step = advance(running(), world([pod(0, deleted=0)], child=child(suspended=True)))
+    assert step.attempts.current is not None
+    assert step.attempts.current.pods == []
+    assert step.next is Next.WATCH
+
+
+def test_recent_attempts_are_bounded() -> None:
+    recent = [past(n + 1, "Free", -10_000 + n) for n in range(20)]
+    attempts = running(started=21, recent=recent, current=current(21))
+    step = advance(attempts, world([pod(i, attempt=21, exit_code=1) for i in (0, 1)]))
+    assert [item.number for item in step.attempts.recent] == list(range(2, 22))
+
+
+def test_now_is_the_only_clock() -> None:
+    assert advance(AttemptsStatus(), empty()).attempts.current.start_time == NOW  # type: ignore[union-attr]

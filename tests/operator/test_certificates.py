@@ -1,0 +1,124 @@
+"""The operator's CA and certificate: good for a real TLS handshake, renewed in time, kept otherwise."""
+
+from __future__ import annotations
+
+import ssl
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession, ClientSSLError, web
+from aiohttp.test_utils import TestServer
+
+from finetune_operator.certificates import (
+    CertificateError,
+    Certificates,
+    CertificateStore,
+    from_data,
+    load_into,
+    renewed,
+    server_context,
+)
+from finetune_operator.cluster import ApiError
+
+NOW = datetime(2026, 11, 24, tzinfo=UTC)
+HOST = "localhost"
+
+
+def made(now: datetime = NOW, hostname: str = HOST) -> Certificates:
+    return renewed(None, hostname=hostname, now=now)
+
+
+def test_the_leaf_is_renewed_a_month_before_its_end_by_the_same_ca() -> None:
+    first = made()
+    assert renewed(first, hostname=HOST, now=NOW + timedelta(days=59)) == first
+    second = renewed(first, hostname=HOST, now=NOW + timedelta(days=61))
+    assert second.ca_certificate == first.ca_certificate
+    assert second.certificate != first.certificate
+    assert second.expires == NOW + timedelta(days=151)
+
+
+def test_another_host_name_needs_another_leaf() -> None:
+    first = made()
+    assert renewed(first, hostname="other.ns.svc", now=NOW).certificate != first.certificate
+    address = made(hostname="10.244.0.1")
+    assert renewed(address, hostname="10.244.0.1", now=NOW) == address
+
+
+def test_the_ca_is_replaced_before_a_leaf_would_outlive_it() -> None:
+    first = made()
+    late = renewed(first, hostname=HOST, now=NOW + timedelta(days=3600))
+    assert late.ca_certificate != first.ca_certificate
+
+
+def test_data_survives_the_secret_and_an_empty_secret_is_none() -> None:
+    first = made()
+    assert from_data(first.to_data()) == first
+    assert from_data({}) is None
+
+
+async def _hello(_request: web.Request) -> web.Response:
+    return web.Response(text="hello")
+
+
+async def test_a_client_with_the_ca_bundle_trusts_the_server_and_others_do_not() -> None:
+    certificates = made(now=datetime.now(UTC))
+    context = server_context()
+    load_into(context, certificates)
+    application = web.Application()
+    application.router.add_get("/", _hello)
+    trusting = ssl.create_default_context(cadata=certificates.ca_certificate)
+    async with TestServer(application, host=HOST) as server:
+        assert server.runner is not None
+        site = web.TCPSite(server.runner, HOST, 0, ssl_context=context)
+        await site.start()
+        address = f"https://{HOST}:{server.runner.addresses[-1][1]}/"
+        async with ClientSession() as session:
+            async with session.get(address, ssl=trusting) as response:
+                assert response.status == 200
+            with pytest.raises(ClientSSLError):
+                await session.get(address)
+
+
+class OneSecret:
+    """A namespace with one Secret, whose first update another replica wins."""
+
+    def __init__(self, data: dict[str, str] | None, *, lost_updates: int = 0) -> None:
+        self.secret: dict[str, Any] | None = None if data is None else {"metadata": {}, "data": data}
+        self.lost_updates = lost_updates
+        self.updates = 0
+
+    async def get_secret(self, _namespace: str, _name: str) -> dict[str, Any] | None:
+        return self.secret
+
+    async def update_secret(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        self.updates += 1
+        if self.updates <= self.lost_updates:
+            self.secret = {"metadata": {}, "data": made().to_data()}
+            raise ApiError(409, "Conflict", "changed")
+        self.secret = manifest
+        return manifest
+
+
+def store(cluster: OneSecret) -> CertificateStore:
+    return CertificateStore(cluster, namespace="n", name="s", hostname=HOST)  # type: ignore[arg-type]
+
+
+async def test_an_empty_secret_is_filled_once() -> None:
+    cluster = OneSecret({})
+    first = await store(cluster).ensure(NOW)
+    assert await store(cluster).ensure(NOW) == first
+    assert cluster.updates == 1
+
+
+async def test_the_replica_that_was_faster_wins() -> None:
+    cluster = OneSecret({}, lost_updates=1)
+    certificates = await store(cluster).ensure(NOW)
+    assert cluster.secret is not None
+    assert certificates == from_data(cluster.secret["data"])
+    assert cluster.updates == 1
+
+
+async def test_a_missing_secret_is_named() -> None:
+    with pytest.raises(CertificateError, match="n/s must exist"):
+        await store(OneSecret(None)).ensure(NOW)

@@ -1,0 +1,96 @@
+"""The key queue: deduplication, delays, back-off, and nothing kept of jobs that are gone."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from finetune_operator.keyqueue import Key, KeyQueue, backoff_seconds
+
+A, B = Key("team", "a"), Key("team", "b")
+
+
+class Clock:
+    """A clock that tests move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def queue(clock: Clock) -> KeyQueue:
+    return KeyQueue(clock=clock, jitter=lambda: 0.0)
+
+
+def test_a_hundred_additions_are_one_look(queue: KeyQueue) -> None:
+    for _ in range(100):
+        queue.add(A)
+    assert (queue.pop(), queue.pop()) == (A, None)
+
+
+def test_a_key_in_work_is_not_given_out_twice_but_comes_again(queue: KeyQueue) -> None:
+    queue.add(A)
+    assert queue.pop() == A
+    queue.add(A)
+    assert queue.pop() is None
+    queue.done(A)
+    assert queue.pop() == A
+
+
+def test_keys_come_in_the_order_of_their_first_addition(queue: KeyQueue) -> None:
+    for key in (A, B, A):
+        queue.add(key)
+    assert [queue.pop(), queue.pop()] == [A, B]
+
+
+def test_the_earlier_of_two_times_counts(queue: KeyQueue, clock: Clock) -> None:
+    queue.add_after(A, 10)
+    queue.add_after(A, 5)
+    queue.add_after(A, 20)
+    clock.now = 4.9
+    assert queue.pop() is None
+    clock.now = 5
+    assert queue.pop() == A
+    queue.done(A)
+    clock.now = 30
+    assert queue.pop() is None
+
+
+def test_failures_back_off_and_a_success_resets(queue: KeyQueue) -> None:
+    delays = [queue.retry(A) for _ in range(4)]
+    assert delays == [0.2, 0.4, 0.8, 1.6]
+    queue.forgive(A)
+    assert queue.retry(A) == 0.2
+
+
+def test_back_off_is_bounded_and_jitter_only_shortens_it() -> None:
+    assert backoff_seconds(1000, jitter=0) == 300
+    assert backoff_seconds(1000, jitter=1) == 225
+    assert backoff_seconds(1, jitter=0, least=10) == 10
+
+
+def test_a_dropped_key_leaves_nothing_behind(queue: KeyQueue, clock: Clock) -> None:
+    queue.retry(A)
+    queue.drop(A)
+    clock.now = 1000
+    assert queue.pop() is None
+    assert queue.delayed == 0
+
+
+async def test_waiting_workers_share_the_keys() -> None:
+    queue = KeyQueue()
+    workers = [asyncio.ensure_future(queue.get()) for _ in range(2)]
+    await asyncio.sleep(0)
+    queue.add(A)
+    queue.add_after(B, 0.01)
+    async with asyncio.timeout(5):
+        assert set(await asyncio.gather(*workers)) == {A, B}

@@ -1,0 +1,107 @@
+"""The rendered PyTorchJob: equal to the stored one, restricted, and complete in what the contract asks for.
+
+`python -m tests.operator.test_pytorchjob` stores it anew after a change that was meant.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE
+from finetune_core.names import attempt_name
+from finetune_operator.pods import AttemptPlan
+from finetune_operator.pytorchjob import build_pytorchjob, parse_pytorchjob
+from tests.operator.worlds import UID, job
+
+GOLDEN = Path(__file__).parent / "golden" / "quickstart.yaml"
+
+
+def plan(number: int = 1) -> AttemptPlan:
+    return AttemptPlan(number=number, name=attempt_name("quickstart", UID, number), image="trainer:1")
+
+
+def rendered(**spec: Any) -> dict[str, Any]:
+    return build_pytorchjob(job(**spec), plan())
+
+
+def template(**spec: Any) -> dict[str, Any]:
+    found: dict[str, Any] = rendered(**spec)["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+    return found
+
+
+def text() -> str:
+    return yaml.safe_dump(rendered(), sort_keys=False, width=100)
+
+
+def test_the_quickstart_renders_as_stored() -> None:
+    assert text() == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_building_twice_gives_the_same() -> None:
+    assert rendered() == rendered()
+
+
+def test_every_identity_variable_is_set() -> None:
+    names = {variable["name"] for variable in template()["spec"]["containers"][0]["env"]}
+    assert {*IDENTITY_VARIABLES.values(), MASTER_ADDR_VARIABLE} <= names
+
+
+def test_gpus_bring_a_limit_a_node_selector_and_the_process_count() -> None:
+    resources = {"nodes": 3, "gpusPerNode": 8, "cpu": "32", "memory": "256Gi"}
+    built = rendered(resources=resources)
+    assert built["spec"]["nprocPerNode"] == "8"
+    assert built["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 3
+    spec = template(resources=resources, podTemplate={"nodeSelector": {"zone": "a"}})["spec"]
+    assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert spec["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB", "zone": "a"}
+
+
+def test_without_gpus_no_gpu_is_asked_for() -> None:
+    spec = template()["spec"]
+    assert "nodeSelector" not in spec
+    assert "nvidia.com/gpu" not in spec["containers"][0]["resources"]["limits"]
+
+
+def test_claims_and_the_hub_token_are_mounted_read_only() -> None:
+    model = {"huggingFace": {"repo": "a/b", "tokenSecretRef": {"name": "hub", "key": "t"}}}
+    volume = {"volume": {"claimName": "rows", "path": "train.jsonl"}}
+    dataset = {"train": volume, "validation": volume, "format": {"promptCompletion": {}}}
+    spec = template(model=model, dataset=dataset)["spec"]
+    mounts = {mount["mountPath"]: mount for mount in spec["containers"][0]["volumeMounts"]}
+    assert mounts["/var/run/finetune/volumes/rows"]["readOnly"]
+    assert mounts["/var/run/secrets/finetune.dev/hub"]["readOnly"]
+    claims = [volume for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
+    assert len(claims) == 1
+
+
+def test_the_pod_template_section_reaches_the_pods_and_our_labels_win() -> None:
+    section = {
+        "labels": {"team": "x", "finetune.dev/attempt": "99"},
+        "annotations": {"note": "y", "sidecar.istio.io/inject": "true"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "imagePullSecrets": [{"name": "registry"}],
+        "serviceAccountName": "trainer",
+    }
+    built = template(podTemplate=section)
+    assert built["metadata"]["labels"]["team"] == "x"
+    assert built["metadata"]["labels"]["finetune.dev/attempt"] == "1"
+    assert built["metadata"]["annotations"] == {"note": "y", "sidecar.istio.io/inject": "true"}
+    assert {"key": "gpu", "operator": "Exists"} in built["spec"]["tolerations"]
+    assert built["spec"]["imagePullSecrets"] == [{"name": "registry"}]
+    assert built["spec"]["serviceAccountName"] == "trainer"
+    assert built["spec"]["automountServiceAccountToken"] is False
+
+
+def test_a_pytorchjob_is_read_back() -> None:
+    manifest = rendered() | {"status": {"conditions": [{"type": "Failed", "status": "True", "message": "m"}]}}
+    manifest["metadata"] |= {"uid": "u"}
+    seen = parse_pytorchjob(manifest)
+    assert (seen.uid, seen.owner_uid, seen.replicas, seen.failed, seen.message) == ("u", UID, 2, True, "m")
+    assert not seen.suspended
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(text(), encoding="utf-8")

@@ -1,0 +1,153 @@
+"""The report server: what is taken, what is refused with which code; refusals are counted and leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from finetune_core.contract import REPORT_LIMIT_BYTES, Phase, Report, report_path
+from finetune_operator.keyqueue import Key, KeyQueue
+from finetune_operator.memory import Memory, ReportingAttempt
+from finetune_operator.metrics import Metrics
+from finetune_operator.report_server import ReportServer
+from finetune_operator.tokens import TokenPod, TokenReviewer
+from tests.operator.worlds import NOW, UID
+
+KEY = Key("team", "quickstart")
+PATH = report_path("team", "quickstart", 2)
+
+
+class Reviews:
+    """Answers like the API server's TokenReview, by token."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def review_token(self, token: str, audience: str) -> dict[str, Any]:
+        self.asked.append(token)
+        namespace, pod = {"good": ("team", "pod-0"), "peer": ("team", "pod-9"), "far": ("other", "pod-0")}.get(
+            token, ("", "")
+        )
+        if not pod:
+            return {"authenticated": False, "error": "invalid bearer token"}
+        extra = {"authentication.kubernetes.io/pod-name": ["p"], "authentication.kubernetes.io/pod-uid": [pod]}
+        user = {"username": f"system:serviceaccount:{namespace}:default", "extra": extra}
+        return {"authenticated": True, "audiences": [audience], "user": user}
+
+
+def body(**changes: Any) -> str:
+    report = Report(
+        run=1,
+        pod_uid="pod-0",
+        phase=Phase.TRAINING,
+        ranks=2,
+        step=5,
+        total_steps=10,
+        epoch=0.5,
+        metrics={"loss": 1.5},
+        history=[],
+        checkpoints=[],
+    )
+    return report.model_copy(update=changes).to_json()
+
+
+@pytest.fixture
+def reviews() -> Reviews:
+    return Reviews()
+
+
+@pytest.fixture
+def memory() -> Memory:
+    memory = Memory()
+    memory.expect(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset({"pod-0", "pod-1"})))
+    return memory
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def queue() -> KeyQueue:
+    return KeyQueue()
+
+
+@pytest.fixture
+async def client(
+    reviews: Reviews, memory: Memory, metrics: Metrics, queue: KeyQueue
+) -> AsyncIterator[TestClient[Any, Any]]:
+    reviewer = TokenReviewer(reviews)  # type: ignore[arg-type]
+    server = ReportServer(memory=memory, queue=queue, reviewer=reviewer, metrics=metrics, now=lambda: NOW)
+    async with TestClient(TestServer(server.application())) as client:
+        yield client
+
+
+async def post(client: TestClient[Any, Any], token: str | None, data: str, path: str = PATH) -> int:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with client.post(path, data=data, headers=headers) as response:
+        return response.status
+
+
+async def test_a_report_of_rank_0_is_remembered_and_queues_the_job(
+    client: TestClient[Any, Any], memory: Memory, queue: KeyQueue
+) -> None:
+    assert await post(client, "good", body()) == 204
+    report = memory.of(KEY).report
+    assert report is not None
+    assert report.step == 5
+    assert queue.pop() == KEY
+
+
+@pytest.mark.parametrize(
+    ("token", "data", "path", "status"),
+    [
+        (None, body(), PATH, 401),
+        ("stolen", body(), PATH, 401),
+        ("peer", body(pod_uid="pod-9"), PATH, 403),
+        ("far", body(), PATH, 403),
+        ("good", body(pod_uid="pod-1"), PATH, 403),
+        ("good", body(), report_path("team", "quickstart", 1), 409),
+        ("good", body(), report_path("team", "unknown", 1), 409),
+        ("good", body(notices=["x" * 500] * 8) + " " * REPORT_LIMIT_BYTES, PATH, 413),
+        ("good", "{", PATH, 422),
+        ("good", body().replace("1.5", "NaN"), PATH, 422),
+        ("good", body().replace('"step":5', '"step":-5'), PATH, 422),
+        ("good", body()[:-1] + ',"surprise":1}', PATH, 422),
+        ("good", body(notices=["x" * 513]), PATH, 422),
+    ],
+)
+async def test_a_refused_report_is_counted_and_never_shown(
+    client: TestClient[Any, Any], memory: Memory, metrics: Metrics, token: str | None, data: str, path: str, status: int
+) -> None:
+    assert await post(client, token, data, path) == status
+    assert memory.of(KEY).report is None
+    assert f'finetune_reports_refused_total{{code="{status}"}} 1.0' in metrics.render().decode()
+
+
+async def test_a_token_is_reviewed_once_a_minute(client: TestClient[Any, Any], reviews: Reviews) -> None:
+    for token in ("good", "good", "stolen", "stolen"):
+        await post(client, token, body())
+    assert reviews.asked == ["good", "stolen"]
+
+
+def test_a_new_attempt_forgets_the_report_of_the_old_one(memory: Memory) -> None:
+    memory.remember(KEY, Report.model_validate_json(body()), NOW)
+    memory.expect(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset()))
+    assert memory.of(KEY).report is not None
+    memory.expect(KEY, ReportingAttempt(uid=UID, attempt=3, pod_uids=frozenset()))
+    assert memory.of(KEY).report is None
+
+
+async def test_answers_of_the_api_server_age() -> None:
+    reviews = Reviews()
+    now = [0.0]
+    reviewer = TokenReviewer(reviews, clock=lambda: now[0])  # type: ignore[arg-type]
+    assert await reviewer.pod_of("good", "a") == TokenPod(namespace="team", name="p", uid="pod-0")
+    now[0] = 61.0
+    await reviewer.pod_of("good", "a")
+    await reviewer.pod_of("good", "another audience")
+    assert len(reviews.asked) == 3

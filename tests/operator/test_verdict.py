@@ -1,0 +1,188 @@
+"""The verdict table of the design, row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_core.api.status import AttemptCause
+from finetune_core.contract import Outcome, Result
+from finetune_operator.observed import ContainerObservation, ContainerState
+from finetune_operator.verdict import Ruling, Verdict, judge, stronger
+from tests.operator.worlds import CHILD_UID, NOW, at, child, current, pod, result
+
+DONE = result(Outcome.COMPLETED, with_artifact=True)
+BAD = result(Outcome.BAD_INPUT, "dataset.train: column `meaning` must exist")
+
+
+def ruled(pods: list[Any], **changes: Any) -> tuple[str, str] | None:
+    """Judge an attempt of two pods and return verdict and reason."""
+    ruling = _judge(pods, **changes)
+    return (str(ruling.verdict), ruling.reason) if ruling else None
+
+
+def _judge(pods: list[Any], **changes: Any) -> Ruling | None:
+    values = {
+        "current": current(),
+        "child": child(),
+        "child_uid": CHILD_UID,
+        "pods": pods,
+        "nodes": 2,
+        "final_result": None,
+    }
+    return judge(**(values | changes))
+
+
+TABLE = {
+    "all pods run": ([pod(0), pod(1)], None),
+    "one pod ended with 0, the other still uploads": ([pod(0, exit_code=0, message=DONE), pod(1)], None),
+    "all ended with 0 and an artifact": (
+        [pod(0, exit_code=0, message=DONE), pod(1, exit_code=0)],
+        ("Succeeded", "Completed"),
+    ),
+    "stopped early": (
+        [pod(i, exit_code=0, message=result(Outcome.EARLY_STOPPED, with_artifact=True)) for i in (0, 1)],
+        ("Succeeded", "EarlyStopped"),
+    ),
+    "all ended with 0 and no artifact": ([pod(0, exit_code=0), pod(1, exit_code=0)], ("Charged", "NoArtifact")),
+    "a success that names no artifact": (
+        [pod(i, exit_code=0, message=result(Outcome.COMPLETED)) for i in (0, 1)],
+        ("Charged", "NoArtifact"),
+    ),
+    "bad input": ([pod(0, exit_code=64, message=BAD), pod(1)], ("Permanent", "BadInput")),
+    "diverged": ([pod(0), pod(1, exit_code=65)], ("Permanent", "Diverged")),
+    "out of memory by the trainer's own count": ([pod(0, exit_code=66), pod(1)], ("Permanent", "OutOfMemory")),
+    "killed by the kernel": ([pod(0, exit_code=137, reason="OOMKilled"), pod(1)], ("Permanent", "OutOfMemory")),
+    "bad input decides before a peer's 75": (
+        [pod(0, exit_code=75, finished=1), pod(1, exit_code=64, finished=2)],
+        ("Permanent", "BadInput"),
+    ),
+    "bad input decides before a deleted pod": (
+        [pod(0, exit_code=64, finished=5), pod(1, deleted=1)],
+        ("Permanent", "BadInput"),
+    ),
+    "64 of a pod that was deleted before is no evidence": (
+        [pod(0, exit_code=64, finished=5, deleted=1), pod(1)],
+        ("Free", "PodDeleted"),
+    ),
+    "a pod was deleted and still runs": ([pod(0), pod(1, deleted=0)], ("Free", "PodDeleted")),
+    "a pod was deleted and left with 143": (
+        [pod(0, exit_code=143, finished=9), pod(1, exit_code=143, finished=9, deleted=0)],
+        ("Free", "PodDeleted"),
+    ),
+    "a pod was deleted and was killed": (
+        [pod(0), pod(1, exit_code=137, finished=90, deleted=0)],
+        ("Free", "PodDeleted"),
+    ),
+    "the backend deleted the others after the first failure": (
+        [pod(0, exit_code=1, finished=5), pod(1, exit_code=143, finished=6, deleted=5)],
+        ("Charged", "Crashed"),
+    ),
+    "deleted first, the peer crashed for it": (
+        [pod(0, exit_code=1, finished=5), pod(1, deleted=4)],
+        ("Free", "PodDeleted"),
+    ),
+    "drained": (
+        [pod(0), pod(1, disruption="EvictionByEvictionAPI", disrupted_at=at(0))],
+        ("Free", "EvictionByEvictionAPI"),
+    ),
+    "a node's pressure took a pod with a sign": (
+        [pod(0), pod(1, exit_code=137, finished=1, disruption="TerminationByKubelet", disrupted_at=at(0))],
+        ("Free", "TerminationByKubelet"),
+    ),
+    "evicted without a sign": (
+        [pod(0), pod(1, phase="Failed", reason_="Evicted")],
+        ("Charged", "Evicted"),
+    ),
+    "the node is lost": ([pod(0), pod(1, phase="Unknown")], ("Free", "NodeLost")),
+    "a pod vanished": ([pod(0)], ("Free", "PodVanished")),
+    "a pod was replaced": ([pod(0), pod(1, uid="another")], ("Free", "PodReplaced")),
+    "a pod is missing after a failure": ([pod(0, exit_code=1)], ("Charged", "Crashed")),
+    "something outside failed": ([pod(0, exit_code=75), pod(1)], ("Charged", "OutsideFailure")),
+    "a crash explains the peer's 75": (
+        [pod(0, exit_code=75, finished=1), pod(1, exit_code=139, finished=2)],
+        ("Charged", "Crashed"),
+    ),
+    "75 decides before 143": ([pod(0, exit_code=143), pod(1, exit_code=75)], ("Charged", "OutsideFailure")),
+    "137 without a deletion": ([pod(0, exit_code=137), pod(1)], ("Charged", "Crashed")),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_verdict(name: str) -> None:
+    pods, expected = TABLE[name]
+    assert ruled(pods) == expected
+
+
+def test_a_sidecar_does_not_hide_that_training_ended() -> None:
+    pods = [pod(i, exit_code=0, message=DONE, phase="Running") for i in (0, 1)]
+    assert ruled(pods) == ("Succeeded", "Completed")
+
+
+def test_the_final_report_counts_once_the_pods_are_gone() -> None:
+    final = Result.from_termination_message(DONE)
+    assert ruled([], final_result=final) == ("Succeeded", "Completed")
+    assert ruled([pod(0), pod(1)], final_result=final) is None
+
+
+def test_a_deleted_child_is_free_and_a_child_never_seen_is_no_evidence() -> None:
+    assert ruled([], child=None, current=current(indexes=())) == ("Free", "ChildDeleted")
+    assert ruled([], child=None, child_uid="", current=current(indexes=())) is None
+
+
+def test_a_child_of_another_uid_or_size_ends_the_attempt() -> None:
+    pods = [pod(0), pod(1)]
+    assert ruled(pods, child=child(uid="another")) == ("Free", "ChildReplaced")
+    assert ruled(pods, child=child(replicas=3)) == ("Free", "ChildChanged")
+
+
+def test_a_child_that_failed_without_pods_is_charged() -> None:
+    assert ruled([], child=child(failed=True), current=current(indexes=())) == ("Charged", "ChildFailed")
+
+
+def test_a_suspended_child_is_left_alone() -> None:
+    assert ruled([], child=child(suspended=True)) is None
+    assert ruled([pod(0, deleted=0), pod(1, deleted=0)], child=child(suspended=True)) is None
+
+
+def test_the_trainers_sentence_is_the_message() -> None:
+    ruling = _judge([pod(0, exit_code=64, message=BAD), pod(1)])
+    assert ruling is not None
+    assert ruling.message == "dataset.train: column `meaning` must exist"
+    assert ruling.node == "node-0"
+
+
+def test_a_container_that_can_be_judged_by_its_pod_only() -> None:
+    waiting = ContainerObservation(state=ContainerState.WAITING)
+    failed = pod(1, container=waiting, phase="Failed", reason_="Evicted", message_="low on memory")
+    assert ruled([pod(0), failed]) == ("Charged", "Evicted")
+
+
+def _cause(verdict: Verdict, reason: str) -> AttemptCause:
+    return AttemptCause(verdict=verdict, reason=reason, time=NOW)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (None, Ruling(verdict=Verdict.FREE, reason="PodDeleted", message=""), True),
+        (_cause(Verdict.FREE, "PodDeleted"), Ruling(verdict=Verdict.CHARGED, reason="Crashed", message=""), False),
+        (_cause(Verdict.FREE, "PodDeleted"), Ruling(verdict=Verdict.PERMANENT, reason="BadInput", message=""), True),
+        (
+            _cause(Verdict.CHARGED, "OutsideFailure"),
+            Ruling(verdict=Verdict.CHARGED, reason="Crashed", message=""),
+            True,
+        ),
+        (_cause(Verdict.CHARGED, "Crashed"), Ruling(verdict=Verdict.FREE, reason="PodDeleted", message=""), False),
+        (
+            _cause(Verdict.PERMANENT, "BadInput"),
+            Ruling(verdict=Verdict.PERMANENT, reason="Diverged", message=""),
+            False,
+        ),
+    ],
+)
+def test_what_was_seen_first_stays_unless_it_was_a_consequence(
+    old: AttemptCause | None, new: Ruling, expected: bool
+) -> None:
+    assert stronger(old, new) is expected

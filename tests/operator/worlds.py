@@ -1,0 +1,103 @@
+"""Jobs, pods and children for the tables of the operator's tests."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune_core.api import FineTuneJob
+from finetune_core.api.status import CheckpointStatus, CurrentAttempt, PodRecord
+from finetune_core.contract import ArtifactRecord, Outcome, Result
+from finetune_operator.observed import ChildObservation, ContainerObservation, ContainerState, PodObservation
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
+UID = "11111111-2222-3333-4444-555555555555"
+CHILD_UID = "child-uid"
+
+
+def at(seconds: float) -> datetime:
+    """Return the moment ``seconds`` after the tests' beginning."""
+    return NOW + timedelta(seconds=seconds)
+
+
+def job_manifest(**spec: Any) -> dict[str, Any]:
+    """Return the quickstart as the API server would hold it, with sections of the spec replaced."""
+    manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "examples/quickstart.yaml").read_text())
+    manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}
+    manifest["spec"] |= spec
+    return manifest
+
+
+def job(**spec: Any) -> FineTuneJob:
+    """Return the quickstart with sections of the spec replaced."""
+    return FineTuneJob.model_validate(job_manifest(**spec))
+
+
+def artifact() -> ArtifactRecord:
+    """Return a committed artifact."""
+    return ArtifactRecord(uri="s3://bucket/artifacts/000001", step=100, bytes=12, manifest_sha256="ab")
+
+
+def result(outcome: Outcome, message: str = "", *, with_artifact: bool = False) -> str:
+    """Return a termination message."""
+    record = artifact() if with_artifact else None
+    return Result(outcome=outcome, message=message, step=100, artifact=record).to_termination_message()
+
+
+def pod(
+    index: int = 0,
+    *,
+    exit_code: int | None = None,
+    finished: float = 0,
+    deleted: float | None = None,
+    grace: float = 90,
+    message: str = "",
+    reason: str = "",
+    attempt: int = 1,
+    **changes: Any,
+) -> PodObservation:
+    """Return a pod that runs, or that ended with ``exit_code``; times are seconds from the beginning."""
+    ended = exit_code is not None
+    container = ContainerObservation(
+        state=ContainerState.TERMINATED if ended else ContainerState.RUNNING,
+        exit_code=exit_code,
+        finished_at=at(finished) if ended else None,
+        message=message,
+        reason=reason,
+    )
+    phase = "Running" if not ended else "Succeeded" if exit_code == 0 else "Failed"
+    values: dict[str, Any] = {
+        "name": f"job-1-worker-{index}",
+        "uid": f"pod-{index}",
+        "attempt": attempt,
+        "index": index,
+        "phase": phase,
+        "node": f"node-{index}",
+        "created_at": at(-100),
+        "delete_requested_at": None if deleted is None else at(deleted),
+        "delete_deadline": None if deleted is None else at(deleted + grace),
+        "container": container,
+    }
+    # `reason` and `message` of the container have the short names; those of the pod end with an underscore.
+    return PodObservation(**(values | {name.rstrip("_"): value for name, value in changes.items()}))
+
+
+def child(**changes: Any) -> ChildObservation:
+    """Return the child of attempt 1."""
+    values: dict[str, Any] = {"name": "job-1", "uid": CHILD_UID, "owner_uid": UID, "replicas": 2}
+    return ChildObservation(**(values | changes))
+
+
+def current(number: int = 1, *, started: float = -100, indexes: tuple[int, ...] = (0, 1)) -> CurrentAttempt:
+    """Return the record of an attempt whose pods were seen."""
+    pods = [PodRecord(index=i, name=f"job-1-worker-{i}", uid=f"pod-{i}", node=f"node-{i}") for i in indexes]
+    return CurrentAttempt(number=number, start_time=at(started), pods=pods)
+
+
+def checkpoint(time: float, step: int = 20) -> CheckpointStatus:
+    """Return a checkpoint committed ``time`` seconds after the beginning."""
+    return CheckpointStatus(run=1, step=step, uri="s3://b/c", bytes=1, manifest_sha256="a", time=at(time), last=True)

@@ -1,0 +1,78 @@
+"""Starts `many_runs` on several ranks, and reads what the runs left in the bucket."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune_core.contract import Identity, RunConfig
+from finetune_trainer.plan import Inputs, WorkerPlan
+from finetune_trainer.settings import Paths
+from finetune_trainer.storage.steplog import StepRow
+from tests.trainer.objectstore import ObjectStore, free_port
+
+RUN_SECONDS = 240
+
+
+def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, credentials: Path) -> None:
+    """Train every config, all of one world size, on that many ranks."""
+    world = configs[0]["world"]["nodes"]
+    port = free_port()
+    ranks = []
+    for rank in range(world):
+        plans = []
+        for index, config in enumerate(configs):
+            scratch = folder / f"rank-{rank}"
+            identity = Identity(
+                namespace="default", name="test", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=rank
+            )
+            plan = WorkerPlan(
+                paths=Paths(credentials=credentials, scratch=scratch),
+                identity=identity,
+                config=RunConfig.model_validate(config),
+                inputs=inputs,
+                folder=scratch / f"run-{index}",
+            )
+            plans.append(json.loads(plan.to_json()))
+        (folder / f"rank-{rank}").mkdir(parents=True)
+        file = folder / f"plans-{rank}.json"
+        file.write_text(json.dumps(plans))
+        environment = {
+            **os.environ,
+            "PATH": "/nonexistent",
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "DS_ACCELERATOR": "cpu",
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        log = (folder / f"rank-{rank}.log").open("wb")
+        command = [sys.executable, "-m", "tests.trainer.many_runs", str(file)]
+        ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        log.close()
+    try:
+        codes = [process.wait(RUN_SECONDS) for process in ranks]
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    logs = "\n".join((folder / f"rank-{rank}.log").read_text() for rank in range(world))
+    assert codes == [0] * world, logs
+
+
+def step_rows(store: ObjectStore, name: str) -> list[StepRow]:
+    """Return the step log of a run."""
+    lines = [
+        line
+        for key in store.keys(f"runs/default/{name}/uid-1/metrics/")
+        for line in store.read(key).decode().splitlines()
+    ]
+    return sorted((StepRow.model_validate_json(line) for line in lines), key=lambda row: row.step)

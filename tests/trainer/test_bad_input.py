@@ -1,0 +1,119 @@
+"""What a person did wrong is told in one sentence, early, with the right exit code and never with a traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.conftest import StartPods
+from tests.trainer.objectstore import BUCKET, ObjectStore, free_port, write_credentials
+from tests.trainer.pods import run_config
+
+FIELD = "dataset__format__promptCompletion"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "sentence"),
+    [
+        (
+            {f"{FIELD}__completionField": "answer"},
+            64,
+            "dataset.format.promptCompletion.completionField: no column 'answer' in train.jsonl;"
+            " it has 'question', 'reply'",
+        ),
+        (
+            {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/data/absent.jsonl"}}},
+            64,
+            f"dataset.train.s3.uri: there is no object s3://{BUCKET}/data/absent.jsonl",
+        ),
+        (
+            {"dataset__validation": {"volume": {"claimName": "data", "path": "../../etc/passwd"}}},
+            64,
+            "dataset.validation.volume.path: must not lead out of the volume",
+        ),
+        (
+            {"model": {"s3": {"uri": f"s3://{BUCKET}/data"}}},
+            64,
+            "model.s3.uri: there is no config.json: it must be a folder with a model in transformers' layout",
+        ),
+        (
+            {"storage__uri": "s3://no-such-bucket/runs"},
+            75,
+            "storage.uri: bucket 'no-such-bucket' does not exist at {endpoint}",
+        ),
+        ({"dataset__maxLength": 12}, 64, "tokens, more than dataset.maxLength 12 (set dataset.longRows to Skip"),
+        ({"lora__targetModules": ["q_prj"]}, 64, "lora.targetModules: must name modules of the model"),
+    ],
+    ids=["wrong column", "no data", "outside volume", "no model", "no bucket", "long row", "no such module"],
+)
+def test_the_cause_is_named(
+    changes: dict[str, Any], code: int, sentence: str, store: ObjectStore, pods: StartPods
+) -> None:
+    attempt = pods(run_config(store, "bad-input", world__nodes=1, **changes))
+    assert attempt.wait() == [code]
+    pod = attempt.pods[0]
+    assert sentence.format(endpoint=store.endpoint) in pod.result.message
+    assert pod.result.exit_code == code
+    assert "Traceback" not in pod.output
+
+
+def test_refused_credentials_are_named_at_once(store: ObjectStore, pods: StartPods, tmp_path: Path) -> None:
+    write_credentials(tmp_path / "wrong", "test-access", "another-secret")
+    attempt = pods(run_config(store, "refused", world__nodes=1), credentials=tmp_path / "wrong")
+    assert attempt.wait(20) == [75]
+    message = attempt.pods[0].result.message
+    assert message.startswith(f"storage.credentialsSecretRef: {store.endpoint} refused the credentials")
+    assert "another-secret" not in attempt.output
+    assert "Traceback" not in attempt.output
+
+
+def test_a_store_that_does_not_answer_is_named_within_its_budget(store: ObjectStore, pods: StartPods) -> None:
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    attempt = pods(run_config(store, "unreachable", world__nodes=1, storage__endpoint=endpoint))
+    assert attempt.wait(60) == [75]
+    assert attempt.pods[0].result.message.startswith(f"storage.endpoint: {endpoint} can't be reached")
+
+
+def test_a_run_file_of_another_version_is_refused(store: ObjectStore, pods: StartPods) -> None:
+    config = run_config(store, "version", world__nodes=1) | {"version": 2}
+    attempt = pods(config)
+    assert attempt.wait(20) == [64]
+    assert "version: Input should be 1" in attempt.pods[0].result.message
+
+
+def test_fewer_gpus_than_asked_for_never_falls_back_to_the_cpu(store: ObjectStore, pods: StartPods) -> None:
+    attempt = pods(run_config(store, "gpu", world__nodes=1, world__device="GPU"))
+    assert attempt.wait() == [75]
+    assert "the NVIDIA driver shows 0" in attempt.pods[0].result.message
+
+
+def test_rows_are_skipped_where_the_job_says_so(store: ObjectStore, pods: StartPods, tmp_path: Path) -> None:
+    rows = [
+        {"question": "w1", "reply": "w1"},
+        {"question": "w2", "reply": ""},
+        {"question": " ".join(["w3"] * 61), "reply": "w3"},
+        {"question": "w4", "reply": "w4 w5"},
+    ]
+    folder = tmp_path / "volumes" / "rows"
+    folder.mkdir(parents=True)
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (folder / "train.jsonl").write_text(text.replace('{"question": "w2"', '\n{"question": "w2"'))
+    changes: dict[str, Any] = {
+        "dataset__train": {"volume": {"claimName": "rows", "path": "train.jsonl"}},
+        "dataset__badRows": "Skip",
+        "dataset__longRows": "Skip",
+        "optimization__maxSteps": None,
+        "optimization__epochs": 2,
+        "optimization__globalBatchSize": 2,
+    }
+    attempt = pods(
+        run_config(store, "skipped", world__nodes=1, **changes),
+        arguments=("--volumes", str(tmp_path / "volumes")),
+    )
+    assert attempt.wait() == [0]
+    assert "2 rows, 2 steps" in attempt.output
+    assert "badRows: Skip); the first: rows/train.jsonl line 3 has an empty 'reply'" in attempt.output
+    assert "longRows: Skip); the first: rows/train.jsonl line 4 has 65 tokens" in attempt.output

@@ -1,0 +1,86 @@
+"""The exit code of a pod, as a table: a cause decides before its consequences."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_core.contract import Outcome, Result
+from finetune_core.errors import UserError
+from finetune_trainer.cgroup import cpu_limit, oom_kills, parse_cpu_max, threads_per_process
+from finetune_trainer.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, Stopped
+from finetune_trainer.outcomes import WorkerEnd, WorkerOutcome, decide, outcome_of
+
+KILLED = -9
+
+
+def said(rank: int, error: Exception) -> WorkerEnd:
+    """A worker that wrote its outcome."""
+    outcome = outcome_of(error)
+    return WorkerEnd(rank, outcome.result.exit_code, outcome)
+
+
+def done(rank: int) -> WorkerEnd:
+    return WorkerEnd(rank, 0, WorkerOutcome(result=Result(outcome=Outcome.COMPLETED, message="done")))
+
+
+BAD, DIVERGED, MEMORY = UserError("dataset.train", "is empty"), Diverged("nan"), OutOfMemory("no memory")
+OUTSIDE, PEER, STOP, CRASH = OutsideFailure("store"), PeerLost("rank left"), Stopped("told"), KeyError("bug")
+
+
+@pytest.mark.parametrize(
+    ("ends", "out_of_memory", "code"),
+    [
+        ([done(0), done(1)], False, 0),
+        ([said(0, STOP), said(1, STOP)], False, 143),
+        ([done(0), said(1, STOP)], False, 143),
+        ([said(0, OUTSIDE), said(1, STOP)], False, 75),
+        ([said(0, OUTSIDE), said(1, CRASH)], False, 1),
+        ([said(0, MEMORY), said(1, CRASH)], False, 66),
+        ([said(0, MEMORY), said(1, DIVERGED)], False, 65),
+        ([said(0, DIVERGED), said(1, BAD)], False, 64),
+        # What a peer caused decides only where there is nothing else.
+        ([said(0, PEER), said(1, STOP)], False, 143),
+        ([said(0, PEER), said(1, PEER)], False, 75),
+        ([said(0, PEER), WorkerEnd(1, KILLED, None)], False, 1),
+        ([said(0, PEER), WorkerEnd(1, KILLED, None)], True, 66),
+        # A kill for lack of memory explains signal 9 and nothing else.
+        ([WorkerEnd(0, 3, None)], True, 1),
+        # What the launcher killed followed a peer.
+        ([said(0, MEMORY), WorkerEnd(1, KILLED, None, ended_by_launcher=True)], True, 66),
+        ([done(0), WorkerEnd(1, KILLED, None, ended_by_launcher=True)], False, 0),
+    ],
+)
+def test_the_cause_decides(ends: list[WorkerEnd], out_of_memory: bool, code: int) -> None:
+    assert decide(ends, out_of_memory=out_of_memory).exit_code == code
+
+
+def test_a_newer_run_is_a_failure_from_outside() -> None:
+    assert outcome_of(NewerRun("run 2 has started")).result.outcome is Outcome.OUTSIDE_FAILURE
+
+
+def test_a_crash_names_its_class_and_a_cause_is_told_as_it_is() -> None:
+    assert outcome_of(CRASH).result.message == "KeyError: 'bug'"
+    assert outcome_of(BAD).result.message == "dataset.train: is empty"
+
+
+@pytest.mark.parametrize(
+    ("processes", "limit", "cores", "threads"),
+    [(1, 1.0, 64, 1), (1, 0.5, 64, 1), (2, 8.0, 64, 4), (1, None, 2, 2), (1, 4.0, 2, 2), (3, 8.0, 64, 2)],
+)
+def test_threads_follow_from_the_limit(processes: int, limit: float | None, cores: int, threads: int) -> None:
+    assert threads_per_process(processes, limit=limit, cores=cores) == threads
+
+
+def test_cgroup_files_of_both_versions_are_read(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    assert parse_cpu_max("max 100000") is None
+    assert cpu_limit(tmp_path) is None
+    assert oom_kills(tmp_path) == 0
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("150000")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
+    assert (cpu_limit(tmp_path), oom_kills(tmp_path)) == (1.5, 1)
+    (tmp_path / "cpu.max").write_text("100000 100000")
+    (tmp_path / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+    assert (cpu_limit(tmp_path), oom_kills(tmp_path)) == (1.0, 2)

@@ -1,0 +1,127 @@
+"""Rank 0 reports over HTTPS with the token of its file; the reports hold what the status shows."""
+
+from __future__ import annotations
+
+import datetime
+import ssl
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from finetune_core.contract import CurvePoint, Phase, Report
+from finetune_trainer.reporting import MOST_POINTS, Speed, thin
+from tests.trainer.conftest import StartPods
+from tests.trainer.objectstore import ObjectStore
+from tests.trainer.pods import run_config
+
+
+@dataclass
+class ReportServer:
+    url: str
+    ca_file: Path
+    reports: list[Report] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    fail: bool = False
+
+
+@pytest.fixture
+def report_server(tmp_path: Path) -> Iterator[ReportServer]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "reports")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    chain = tmp_path / "server.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    chain.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    (tmp_path / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            server.reports.append(Report.model_validate_json(body))
+            server.tokens.append(self.headers["Authorization"])
+            self.send_response(503 if server.fail else 200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Be quiet."""
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(chain)
+    listener.socket = context.wrap_socket(listener.socket, server_side=True)
+    server = ReportServer(f"https://127.0.0.1:{listener.server_address[1]}/report", tmp_path / "ca.crt")
+    thread = threading.Thread(target=listener.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    listener.shutdown()
+    listener.server_close()
+
+
+def test_reports_tell_the_run_from_loading_to_its_result(
+    store: ObjectStore, pods: StartPods, report_server: ReportServer, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("the-token\n")
+    config = run_config(store, "reported", world__nodes=1, evaluation__everySteps=3)
+    config["report"] = {"url": report_server.url, "intervalSeconds": 0.05}
+    report_server.fail = True  # Losing reports never stops training.
+    attempt = pods(config, arguments=("--ca-file", str(report_server.ca_file), "--report-token-file", str(token)))
+    attempt.wait_for(lambda: bool(report_server.reports), "the first report")
+    report_server.fail = False
+    assert attempt.wait() == [0]
+    assert set(report_server.tokens) == {"Bearer the-token"}
+    first, last = report_server.reports[0], report_server.reports[-1]
+    assert (first.phase, first.run, first.step) == (Phase.LOADING, 0, 0)
+    assert last.phase is Phase.ENDED
+    assert last.result == attempt.pods[0].result
+    assert (last.run, last.step, last.total_steps, last.epoch) == (1, 6, 6, 1.5)
+    assert [point.step for point in last.history] == [1, 2, 3, 4, 5, 6]
+    assert [point.step for point in last.history if point.perplexity is not None] == [3, 6]
+    assert [(record.run, record.step) for record in last.checkpoints] == [(1, 3), (1, 6)]
+    assert last.metrics.keys() == {"loss", "perplexity", "learningRate", "gradientNorm"}
+    assert last.tokens_per_second is not None
+    assert [report.step for report in report_server.reports] == sorted(report.step for report in report_server.reports)
+
+
+def test_a_thinned_curve_keeps_its_ends_and_its_evaluations() -> None:
+    points = [CurvePoint(step=step, loss=1.0, perplexity=2.0 if step % 50 == 0 else None) for step in range(1, 1001)]
+    kept = thin(points)
+    assert len(kept) == MOST_POINTS
+    assert kept[0].step == 1
+    assert kept[-1].step == 1000
+    assert [point.step for point in kept if point.perplexity] == list(range(50, 1001, 50))
+    assert [point.step for point in kept] == sorted({point.step for point in kept})
+    many = [CurvePoint(step=step, perplexity=2.0) for step in range(500)]
+    assert len(thin(many)) == MOST_POINTS
+
+
+def test_speed_and_remaining_time_come_from_a_sliding_window() -> None:
+    speed = Speed(now=0.0)
+    assert speed.eta_seconds(10) is None
+    for step in range(1, 101):
+        speed.step(now=float(step if step <= 50 else 50 + 2 * (step - 50)), tokens=10)
+    assert speed.tokens_per_second() == 5.0
+    assert speed.eta_seconds(10) == 20

@@ -1,0 +1,177 @@
+"""The object store protocol against a real MinIO: conditional writes, fence, verified folders, retention, retries."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from finetune_core.layout import COMMIT, Manifest, checkpoint_folder
+from finetune_trainer.errors import NewerRun, OutsideFailure
+from finetune_trainer.storage.artifact import committed_result, publish
+from finetune_trainer.storage.checkpoints import (
+    Damaged,
+    commit_folder,
+    committed,
+    fetch_folder,
+    inventory,
+    retain,
+    to_keep,
+    upload_files,
+)
+from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.lineage import (
+    CheckpointId,
+    ParentRecord,
+    RunRecord,
+    check_fence,
+    lineage,
+    read_records,
+    take_run,
+)
+from finetune_trainer.storage.root import RunRoot
+from tests.trainer.objectstore import BUCKET, ObjectStore, free_port
+from tests.trainer.test_recovery import root_of
+
+
+@pytest.fixture
+def root(empty_store: ObjectStore, request: pytest.FixtureRequest) -> RunRoot:
+    return root_of(empty_store, request.node.name.replace("_", "-"))
+
+
+def record(pod: str, parent: tuple[int, int] | None = None) -> RunRecord:
+    return RunRecord(attempt=1, pod_uid=pod, parent=ParentRecord(run=parent[0], step=parent[1]) if parent else None)
+
+
+def commit(root: RunRoot, run: int, step: int, folder: Path, data: bytes = b"weights") -> str:
+    file = folder / "state.safetensors"
+    file.write_bytes(data)
+    target = checkpoint_folder(run, step)
+    files = upload_files(root, target, [file])
+    commit_folder(root, target, Manifest(kind="Checkpoint", run=run, step=step, files=files))
+    return target
+
+
+def test_a_second_conditional_put_is_refused_with_412(root: RunRoot) -> None:
+    assert root.create("once", b"first")
+    assert not root.create("once", b"second")
+    assert root.read("once") == b"first"
+    client = root.store._client
+    url = client.get_presigned_url("PUT", BUCKET, root.location.key("once"))
+    assert root.store._http.request("PUT", url, body=b"third", headers={"If-None-Match": "*"}).status == 412
+
+
+def test_a_conditional_put_whose_answer_was_lost_counts_as_done(root: RunRoot) -> None:
+    assert root.create("once", b"mine")
+    assert root.create("once", b"mine")
+
+
+def test_only_one_of_many_writers_takes_a_run_number(root: RunRoot) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda pod: take_run(root, 1, record(f"pod-{pod}")), range(8)))
+    assert sum(taken) == 1
+
+
+def test_an_older_run_cannot_commit_delete_or_publish(root: RunRoot, tmp_path: Path) -> None:
+    take_run(root, 1, record("old"))
+    commit(root, 1, 5, tmp_path)
+    take_run(root, 2, record("new", (1, 5)))
+    with pytest.raises(NewerRun, match="run 2 of this job has started"):
+        check_fence(root, 1)
+    with pytest.raises(NewerRun):
+        commit(root, 1, 10, tmp_path)
+    with pytest.raises(NewerRun):
+        retain(root, 1, keep=[])
+    with pytest.raises(NewerRun):
+        publish(root, 1, 5, [tmp_path / "state.safetensors"])
+    assert committed(root) == [(1, 5)]
+    assert committed_result(root) is None
+
+
+def test_the_first_artifact_wins(root: RunRoot, tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_bytes(b"first")
+    first = publish(root, 1, 5, [tmp_path / "adapter"])
+    (tmp_path / "adapter").write_bytes(b"second")
+    assert publish(root, 2, 9, [tmp_path / "adapter"]).artifact == first.artifact
+    assert committed_result(root) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda root, at: root.write(f"{at}/state.safetensors", b"Weights"), "its sha256 differs"),
+        (lambda root, at: root.write(f"{at}/state.safetensors", b"weight"), "its sha256 differs"),
+        (lambda root, at: root.delete([f"{at}/state.safetensors"]), "state.safetensors is missing"),
+        (lambda root, at: root.delete([f"{at}/manifest.json"]), "manifest.json is missing"),
+        (lambda root, at: root.write(f"{at}/manifest.json", b"{}"), "manifest.json is not what was committed"),
+        (lambda root, at: root.delete([f"{at}/{COMMIT}"]), "COMMIT is missing"),
+    ],
+    ids=["bit", "truncated", "file gone", "manifest gone", "manifest changed", "not committed"],
+)
+def test_damage_is_found_and_the_object_is_named(change, problem, empty_store, request, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    root = root_of(empty_store, f"damage-{abs(hash(request.node.name))}")
+    at = commit(root, 1, 5, tmp_path)
+    fetch_folder(root, at, tmp_path / "whole")
+    change(root, at)
+    with pytest.raises(Damaged, match=problem):
+        fetch_folder(root, at, tmp_path / "damaged")
+
+
+def test_retention_keeps_last_best_and_parent_and_clears_what_was_never_committed(
+    root: RunRoot, tmp_path: Path
+) -> None:
+    take_run(root, 1, record("old"))
+    for step in (1, 2, 3, 4, 5):
+        commit(root, 1, step, tmp_path)
+    root.write("checkpoints/000001-000000009/state.safetensors", b"never committed")
+    take_run(root, 2, record("new", (1, 4)))
+    commit(root, 2, 6, tmp_path)
+    commit(root, 2, 7, tmp_path)
+    line = lineage(read_records(root), committed(root))
+    assert line == [(2, 7), (2, 6), (1, 4), (1, 3), (1, 2), (1, 1)]
+    keep = to_keep(line, keep_last=1, best=CheckpointId(1, 2), parent=CheckpointId(1, 4))
+    assert retain(root, 2, keep) == [(1, 1), (1, 3), (1, 5), (2, 6)]
+    assert committed(root) == [(1, 2), (1, 4), (2, 7)]
+    assert not root.entries("checkpoints/000001-000000009/")
+    assert [(item.run, item.step) for item in inventory(root)] == [(1, 2), (1, 4), (2, 7)]
+
+
+@pytest.mark.parametrize(
+    ("parents", "stored", "expected"),
+    [
+        ({}, [], []),
+        ({1: None}, [(1, 5), (1, 10)], [(1, 10), (1, 5)]),
+        # Run 2 went back to step 5 and has committed nothing yet: step 10 is a branch that was left.
+        ({1: None, 2: (1, 5)}, [(1, 5), (1, 10)], [(1, 5)]),
+        ({1: None, 2: (1, 5)}, [(1, 5), (1, 10), (2, 8)], [(2, 8), (1, 5)]),
+        # The parent was deleted: older ones of its run still lead here.
+        ({1: None, 2: (1, 10), 3: (2, 12)}, [(1, 5), (2, 20)], [(1, 5)]),
+        # A run that started from the base model leaves all that was before.
+        ({1: None, 2: None}, [(1, 5)], []),
+        # A record that names itself ends the search.
+        ({1: None, 2: (2, 5)}, [(1, 5), (2, 5)], [(2, 5)]),
+    ],
+)
+def test_lineage_follows_the_records_and_never_the_highest_step(
+    parents: dict[int, tuple[int, int] | None],
+    stored: list[tuple[int, int]],
+    expected: list[tuple[int, int]],
+) -> None:
+    records = {run: record("pod", parent) for run, parent in parents.items()}
+    assert lineage(records, [CheckpointId(*item) for item in stored]) == expected
+
+
+def test_a_request_is_retried_with_growing_delays_until_the_budget_is_spent(empty_store: ObjectStore) -> None:
+    delays: list[float] = []
+    store = Store(
+        f"http://127.0.0.1:{free_port()}",
+        "us-east-1",
+        empty_store.credentials,
+        budget_seconds=3,
+        wait=delays.append,
+    )
+    with pytest.raises(OutsideFailure, match=r"storage.endpoint: .* can't be reached \(.*Connection refused\)"):
+        store.with_budget(0.6).read(BUCKET, "key")
+    assert delays[0] == 0.5
+    assert delays == sorted(delays)
