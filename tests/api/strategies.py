@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from finetune_core.api.pod_template import OWN_FOLDERS
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.validation.defaults import defaulted
 from finetune_core.validation.rules import holds
 
 Schema = dict[str, Any]
@@ -136,21 +137,6 @@ def _object(schema: Schema, path: SchemaPath, force: SchemaPath) -> st.SearchStr
 
 def _rules(schema: Schema) -> list[str]:
     return [rule["rule"] for rule in schema.get("x-kubernetes-validations", ())]
-
-
-def defaulted(schema: Schema, value: Any) -> Any:
-    """Return ``value`` with the defaults of ``schema``, as the API server fills them in."""
-    if isinstance(value, dict) and "properties" in schema:
-        filled = dict(value)
-        for name, child in schema["properties"].items():
-            if name not in filled and "default" in child:
-                filled[name] = copy.deepcopy(child["default"])
-            if name in filled:
-                filled[name] = defaulted(child, filled[name])
-        return filled
-    if isinstance(value, list):
-        return [defaulted(schema["items"], item) for item in value]
-    return value
 
 
 def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from finetune_core.api.job import API_VERSION, KIND, NAME_RULE
 from finetune_core.api.pod_template import LABEL_KEY
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.validation.defaults import defaulted
 from finetune_core.validation.problems import Path, Problem, Refusal
-from finetune_core.validation.rules import check_rules, holds
+from finetune_core.validation.rules import check_rules, check_rules_beside, holds
 from finetune_core.validation.runnable import unrunnable
-from finetune_core.validation.structure import check_structure
+from finetune_core.validation.structure import check_structure, is_json
 
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 NAMESPACE = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
@@ -62,10 +63,14 @@ def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = 
 
 def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> Verdict:
     """Return what server and operator would say of ``spec``, a parsed but otherwise unknown value."""
+    schema = openapi_schema(FineTuneJobSpec)
     model, problems = check_structure(spec)
     if model is None:
+        if is_json(spec):
+            broken = [problem.path for problem in problems]
+            problems += check_rules_beside(schema, defaulted(schema, spec), ("spec",), broken)
         return Verdict(problems)
-    stored, schema = model.to_json(), openapi_schema(FineTuneJobSpec)
+    stored = model.to_json()
     if old_spec is None:
         problems = list(check_rules(schema, stored, ("spec",)))
     else:

@@ -7,7 +7,7 @@ string instead of its characters).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,22 @@ def check_rules(schema: Schema, value: Any, path: Path, old: Any = _ABSENT) -> I
         for index, child in enumerate(value):
             # Items of lists have no past here: no rule of the API needs one.
             yield from check_rules(schema["items"], child, (*path, index))
+
+
+def check_rules_beside(schema: Schema, value: Any, path: Path, broken: Collection[Path]) -> Iterator[Problem]:
+    """Yield a problem for each rule that does not hold in the sections that hold nothing ``broken``.
+
+    For a value whose structure is wrong somewhere: what can be said of the rest is said at once.
+    """
+    if not any(place[: len(path)] == path for place in broken):
+        yield from check_rules(schema, value, path)
+    elif isinstance(value, dict):
+        for name, child in value.items():
+            if name in schema.get("properties", {}):
+                yield from check_rules_beside(schema["properties"][name], child, (*path, name), broken)
+    elif isinstance(value, list) and "items" in schema:
+        for index, child in enumerate(value):
+            yield from check_rules_beside(schema["items"], child, (*path, index), broken)
 
 
 def holds(rule: str, value: Any, old: Any = _ABSENT) -> bool:

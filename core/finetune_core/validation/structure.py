@@ -23,6 +23,11 @@ DEPTH_LIMIT = 100
 Schema = dict[str, Any]
 
 
+def is_json(spec: Any) -> bool:
+    """Whether ``spec`` can be looked at further: neither too deep nor holding what JSON has no word for."""
+    return next(_unreadable(spec), None) is None
+
+
 def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
     """Return the model of ``spec``, or the problems that keep it from being one."""
     obstacle = next(_unreadable(spec), None)
