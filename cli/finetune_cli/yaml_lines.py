@@ -65,7 +65,7 @@ def load(text: str) -> tuple[list[Document], list[Flaw]]:
     try:
         for event in yaml.parse(text, Loader=_PARSER):
             if isinstance(event, yaml.DocumentStartEvent):
-                builder = _Builder(Document(event.start_mark.line + 1))
+                builder = _Builder(Document(_line(event)))
             elif isinstance(event, yaml.DocumentEndEvent) and builder is not None:
                 documents.append(builder.document)
                 builder = None
@@ -119,14 +119,17 @@ class _Builder:
     def _start(self, event: Any) -> None:
         frame = self._frames[-1] if self._frames else None
         is_key = frame is not None and isinstance(frame.value, dict) and not frame.has_key
-        if self._skipping or is_key or len(self._frames) >= DEPTH_LIMIT:
-            if not self._skipping:
-                sentence = (
-                    "must have a string as key" if is_key else f"must not be nested deeper than {DEPTH_LIMIT} levels"
-                )
-                self._flaw(event, sentence)
-                self._put(event, None)
+        if self._skipping:
             self._skipping += 1
+            return
+        if is_key and frame is not None:
+            self._flaw(event, "must have a string as key")
+            frame.has_key, frame.key, self._skipping = True, None, 1
+            return
+        if len(self._frames) >= DEPTH_LIMIT:
+            self._flaw(event, f"must not be nested deeper than {DEPTH_LIMIT} levels")
+            self._put(event, None)
+            self._skipping = 1
             return
         value: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
         path = self._place(event)
@@ -189,17 +192,17 @@ class _Builder:
         path = (*frame.path, key)
         if key in frame.value:
             self._flaw(event, f"must not stand twice; it stands on line {self.document.lines[path]} already", path)
-        self.document.lines[path] = event.start_mark.line + 1
+        self.document.lines[path] = _line(event)
 
     def _place(self, event: Any) -> Path:
         """Return the path of the value that begins, and remember its line where no key has done so."""
         if not self._frames:
-            self.document.lines[()] = event.start_mark.line + 1
+            self.document.lines[()] = _line(event)
             return ()
         frame = self._frames[-1]
         if isinstance(frame.value, list):
             path: Path = (*frame.path, len(frame.value))
-            self.document.lines[path] = event.start_mark.line + 1
+            self.document.lines[path] = _line(event)
             return path
         return (*frame.path, frame.key) if isinstance(frame.key, str) else frame.path
 
@@ -227,7 +230,11 @@ class _Builder:
         here = frame.path if frame else ()
         if path is None and frame is not None and isinstance(frame.key, str):
             here = (*here, frame.key)
-        self.document.flaws.append(Flaw(event.start_mark.line + 1, here if path is None else path, message))
+        self.document.flaws.append(Flaw(_line(event), here if path is None else path, message))
+
+
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1
 
 
 def _key(value: Any) -> str | None:

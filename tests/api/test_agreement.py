@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from finetune_core.api.job import API_VERSION, KIND
@@ -28,6 +28,8 @@ def seeded(examples: int) -> Any:
         derandomize=True,
         deadline=None,
         database=None,
+        # Without Phase.explain, whose tracing of every line costs more than all the rest.
+        phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
 

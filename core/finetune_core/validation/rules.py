@@ -22,12 +22,14 @@ def check_rules(schema: Schema, value: Any, path: Path, old: Any = _ABSENT) -> I
 
     Rules that speak of `oldSelf` are evaluated where ``old`` has a value too, as the server does.
     """
-    for rule in schema.get("x-kubernetes-validations", ()):
-        transition = "oldSelf" in rule["rule"]
-        if transition and old is _ABSENT:
-            continue
-        if not holds(rule["rule"], value, old if transition else _ABSENT):
-            yield Problem(path, rule["message"])
+    rules = schema.get("x-kubernetes-validations")
+    if rules:
+        variables = _variables(value, old)
+        for rule in rules:
+            if "oldSelf" in rule["rule"] and old is _ABSENT:
+                continue
+            if not _is_true(rule["rule"], variables):
+                yield Problem(path, rule["message"])
     if isinstance(value, dict):
         for name, child in value.items():
             below = schema.get("properties", {}).get(name) or schema.get("additionalProperties")
@@ -56,15 +58,24 @@ def check_rules_beside(schema: Schema, value: Any, path: Path, broken: Collectio
             yield from check_rules_beside(schema["items"], child, (*path, index), broken)
 
 
-def holds(rule: str, value: Any, old: Any = _ABSENT) -> bool:
-    """Whether ``rule`` is true of ``value``; a rule that can't be evaluated does not hold, as on the server."""
-    from celpy import CELEvalError, json_to_cel
+def holds(rule: str, value: Any) -> bool:
+    """Whether ``rule`` is true of ``value``."""
+    return _is_true(rule, _variables(value, _ABSENT))
 
-    activation = {"self": json_to_cel(value)}
-    if old is not _ABSENT:
-        activation["oldSelf"] = json_to_cel(old)
+
+def _variables(value: Any, old: Any) -> dict[str, Any]:
+    from celpy import json_to_cel
+
+    variables = {"self": json_to_cel(value)}
+    return variables if old is _ABSENT else variables | {"oldSelf": json_to_cel(old)}
+
+
+def _is_true(rule: str, variables: dict[str, Any]) -> bool:
+    """Whether ``rule`` is true; one that can't be evaluated does not hold, as on the server."""
+    from celpy import CELEvalError
+
     try:
-        return bool(_program(rule).evaluate(activation))
+        return bool(_program(rule).evaluate(variables))
     except CELEvalError:
         return False
 
