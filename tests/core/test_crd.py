@@ -76,6 +76,6 @@ def test_identity_of_a_job_is_immutable(section: str) -> None:
 
 
 def test_examples_parse() -> None:
-    for path in sorted((ROOT / "examples").glob("*.yaml")):
+    for path in sorted((ROOT / "examples").rglob("*.yaml")):
         job = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert FineTuneJobSpec.model_validate(job["spec"]).storage.uri.startswith("s3://"), path
