@@ -186,7 +186,7 @@ def _mounts(job: FineTuneJob) -> list[Manifest]:
         for number, claim in enumerate(_claims(job))
     ]
     mounts += [
-        {"name": _own_name(volume), "mountPath": volume.mount_path, "readOnly": volume.read_only}
+        {"name": _own_name(volume), "mountPath": volume.mount_path, "readOnly": bool(volume.read_only)}
         for volume in job.spec.pod_template.volumes
     ]
     return mounts
@@ -239,7 +239,7 @@ def _volume_kind(volume: Volume) -> Manifest:
     """Return the member of core/v1's volume union that is set."""
     kinds = volume.to_json()
     for key in ("name", "mountPath", "readOnly"):
-        del kinds[key]
+        kinds.pop(key, None)
     return kinds
 
 

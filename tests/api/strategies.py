@@ -166,7 +166,7 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
         if value["operator"] in ("Exists", "DoesNotExist"):
             value.pop("values", None)
         else:
-            value["values"] = (value.get("values") or ["1"])[: 1 if value["operator"] in ("Gt", "Lt") else None]
+            value["values"] = value.get("values", ["1"])[: 1 if value["operator"] in ("Gt", "Lt") else None]
     return value
 
 
@@ -200,3 +200,7 @@ def _accumulate(spec: dict[str, Any]) -> None:
     if "microBatchSize" in training:
         training["microBatchSize"] = min(training["microBatchSize"], 65536 // share)
     training["globalBatchSize"] = share * training.get("microBatchSize", max(1, training["globalBatchSize"] // share))
+
+
+PLACES_WITH_FIELDS: list[SchemaPath] = [path for path, _ in leaves() if path[-1] not in ("[]", "*")]
+"""Every field of the spec."""

@@ -1,4 +1,7 @@
-"""`podTemplate.affinity`: a typed subset of core/v1's, without `matchFields` and namespace selectors."""
+"""`podTemplate.affinity`: a typed subset of core/v1's, without `matchFields` and namespace selectors.
+
+Fields of list items have no defaults: kubectl and Argo CD replace lists as a whole, so a default in one is drift.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ class NodeSelectorRequirement(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=cel(
             (
-                "self.operator in ['Exists', 'DoesNotExist'] ? self.values.size() == 0"
-                " : self.operator in ['Gt', 'Lt'] ? self.values.size() == 1 : self.values.size() >= 1",
-                "`values` must be empty with Exists and DoesNotExist, one number with Gt and Lt, else not empty",
+                "self.operator in ['Exists', 'DoesNotExist'] ? !has(self.values)"
+                " : has(self.values) && (!(self.operator in ['Gt', 'Lt']) || self.values.size() == 1)",
+                "`values` must be absent with Exists and DoesNotExist, one number with Gt and Lt, else set",
             ),
         )
     )
@@ -29,7 +32,7 @@ class NodeSelectorRequirement(ApiModel):
     """Label."""
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]
     """How the label's value is compared."""
-    values: Annotated[list[LabelValue], Field(max_length=16)] = []
+    values: Annotated[list[LabelValue], Field(min_length=1, max_length=16)] | None = None
     """What it is compared with."""
 
 
@@ -71,8 +74,8 @@ class LabelSelectorRequirement(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=cel(
             (
-                "self.operator in ['Exists', 'DoesNotExist'] ? self.values.size() == 0 : self.values.size() >= 1",
-                "`values` must be empty with Exists and DoesNotExist, else not empty",
+                "(self.operator in ['Exists', 'DoesNotExist']) != has(self.values)",
+                "`values` must be absent with Exists and DoesNotExist, else set",
             ),
         )
     )
@@ -81,16 +84,16 @@ class LabelSelectorRequirement(ApiModel):
     """Label."""
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
     """How the label's value is compared."""
-    values: Annotated[list[LabelValue], Field(max_length=16)] = []
+    values: Annotated[list[LabelValue], Field(min_length=1, max_length=16)] | None = None
     """What it is compared with."""
 
 
 class LabelSelector(ApiModel):
     """Conditions on pods that all hold."""
 
-    match_labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = {}
+    match_labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] | None = None
     """Labels with their values."""
-    match_expressions: Annotated[list[LabelSelectorRequirement], Field(max_length=8)] = []
+    match_expressions: Annotated[list[LabelSelectorRequirement], Field(max_length=8)] | None = None
     """Further conditions."""
 
 

@@ -55,8 +55,14 @@ class Toleration(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            ("has(self.key) || self.operator == 'Exists'", "`operator` must be Exists unless `key` is set"),
-            ("!has(self.value) || self.operator == 'Equal'", "`value` must be absent unless `operator` is Equal"),
+            (
+                "has(self.key) || has(self.operator) && self.operator == 'Exists'",
+                "`operator` must be Exists unless `key` is set",
+            ),
+            (
+                "!has(self.value) || !has(self.operator) || self.operator == 'Equal'",
+                "`value` must be absent unless `operator` is Equal",
+            ),
             (
                 "!has(self.tolerationSeconds) || has(self.effect) && self.effect == 'NoExecute'",
                 "`tolerationSeconds` must be absent unless `effect` is NoExecute",
@@ -66,8 +72,8 @@ class Toleration(ApiModel):
 
     key: Annotated[str, Field(min_length=1, max_length=317)] | None = None
     """Taint key; absent matches all."""
-    operator: Literal["Exists", "Equal"] = "Equal"
-    """How key and value are compared."""
+    operator: Literal["Exists", "Equal"] | None = None
+    """How key and value are compared; absent: Equal."""
     value: LabelValue | None = None
     """Taint value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
@@ -153,7 +159,7 @@ class CsiVolume(ApiModel):
 
     driver: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([-.A-Za-z0-9]*[A-Za-z0-9])?$")]
     """Name of the driver."""
-    volume_attributes: Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)] = {}
+    volume_attributes: Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)] | None = None
     """What the driver needs to know."""
 
 
@@ -176,8 +182,8 @@ class Volume(ApiModel):
     """Name of the volume."""
     mount_path: Annotated[str, Field(max_length=512, pattern=r"^(/[A-Za-z0-9_][-._A-Za-z0-9]*)+$")]
     """Absolute path in the container."""
-    read_only: bool = False
-    """Mount it read-only."""
+    read_only: bool | None = None
+    """Mount it read-only; absent: writable."""
     persistent_volume_claim: ClaimVolume | None = None
     """A PersistentVolumeClaim."""
     config_map: ConfigMapVolume | None = None
