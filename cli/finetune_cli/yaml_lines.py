@@ -10,6 +10,7 @@ scalar means is therefore said here.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -267,15 +268,22 @@ def _plain(text: str) -> Any:
     if text in _TRUE or text in _FALSE:
         return text in _TRUE
     number = text.replace("_", "")
-    if number[:1] not in "+-.0123456789" or not number:
+    if text[0] not in "+-.0123456789":
         return text
     if _INTEGER.fullmatch(number):
         return _integer(number)
     if _FLOAT.fullmatch(number):
-        return float(number)
+        return _number(float(number))
     if _SPECIAL_FLOAT.fullmatch(text):
         raise ValueError("must be a finite number")
     return text
+
+
+def _number(value: float) -> int | float:
+    """Return a number as kubectl sends it: JSON has one kind of number, and `2.0` goes out as 2."""
+    if value in (math.inf, -math.inf):
+        raise ValueError("must be a finite number")
+    return int(value) if value.is_integer() and abs(value) < 1e21 else value
 
 
 def _integer(number: str) -> int | float:

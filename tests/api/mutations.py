@@ -1,6 +1,8 @@
 """Mutations of one place of a valid job: everything that people and generators get wrong.
 
-In: the schema of the place. Out: named replacement values; `MISSING` removes the place.
+In: the schema of the place. Out: named replacement values; `MISSING` removes the place. Not among them is `2.0` where
+an integer is meant: kubectl sends 2, and the server's own answer to 2.0 differs from field to field (it takes it, unless
+a CEL rule reads the field).
 """
 
 from __future__ import annotations
@@ -40,7 +42,6 @@ def mutations(schema: Schema) -> Iterator[tuple[str, Any]]:
     yield "a number", 7
     yield "a negative number", -1
     yield "a fraction", 1.5
-    yield "a whole float", 2.0
     yield "a number beyond 64 bits", 1 << 70
     yield "a boolean", True
     yield "a string", "text"

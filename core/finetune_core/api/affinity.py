@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from finetune_core.api.base import ApiModel, LabelKey, LabelValue, cel
+from finetune_core.api.base import ENTRIES, ApiModel, LabelKey, LabelValue, cel
 
 Key = Annotated[str, Field(min_length=1, max_length=317)]
 Weight = Annotated[int, Field(ge=1, le=100)]
@@ -91,7 +91,7 @@ class LabelSelectorRequirement(ApiModel):
 class LabelSelector(ApiModel):
     """Conditions on pods that all hold."""
 
-    match_labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] | None = None
+    match_labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=16), ENTRIES] | None = None
     """Labels with their values."""
     match_expressions: Annotated[list[LabelSelectorRequirement], Field(max_length=8)] | None = None
     """Further conditions."""

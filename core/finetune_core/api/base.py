@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel, to_snake
 
 
 class ApiModel(BaseModel):
@@ -27,9 +27,10 @@ class ApiModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """Drop nulls, as the API server does before it fills in defaults."""
+        """Drop nulls, as the API server does before it fills in defaults; an unknown field stays unknown."""
         if isinstance(data, dict):
-            return {key: value for key, value in data.items() if value is not None}
+            known = cls.__pydantic_fields__.keys()
+            return {key: value for key, value in data.items() if value is not None or to_snake(str(key)) not in known}
         return data
 
     def to_json(self) -> dict[str, Any]:
@@ -90,6 +91,12 @@ def _unique_names(values: list[Any]) -> list[Any]:
     return values
 
 
+def _without_null(values: Any) -> Any:
+    return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
+ENTRIES = BeforeValidator(_without_null)
+"""A map in which null means that there is no such entry, as on the server."""
 UNIQUE = AfterValidator(_unique)
 """What `SET` asks of the server."""
 UNIQUE_NAMES = AfterValidator(_unique_names)

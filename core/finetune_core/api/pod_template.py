@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from finetune_core.api.affinity import Affinity
 from finetune_core.api.base import (
+    ENTRIES,
     UNIQUE_NAMES,
     ApiModel,
     DnsLabel,
@@ -159,7 +160,9 @@ class CsiVolume(ApiModel):
 
     driver: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([-.A-Za-z0-9]*[A-Za-z0-9])?$")]
     """Name of the driver."""
-    volume_attributes: Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32)] | None = None
+    volume_attributes: (
+        Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32), ENTRIES] | None
+    ) = None
     """What the driver needs to know."""
 
 
@@ -219,15 +222,15 @@ class PodTemplateSpec(ApiModel):
     """Secrets for the registry."""
     service_account_name: ObjectName = "default"
     """ServiceAccount of the pods; its token is not mounted."""
-    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = {}
+    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16), ENTRIES] = {}
     """Node labels that the pods need, beside `resources.gpuProduct`."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
     """Taints that the pods tolerate."""
     affinity: Affinity | None = None
     """Which nodes the pods need or prefer, and which pods they go to or stay away from."""
-    labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = {}
+    labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32), ENTRIES] = {}
     """Labels of the pods."""
-    annotations: Annotated[dict[LabelKey, Annotated[str, Field(max_length=4096)]], Field(max_length=32)] = {}
+    annotations: Annotated[dict[LabelKey, Annotated[str, Field(max_length=4096)]], Field(max_length=32), ENTRIES] = {}
     """Annotations of the pods."""
     env: Annotated[list[EnvVar], Field(max_length=64, json_schema_extra=by_key("name")), UNIQUE_NAMES] = []
     """Environment variables of the trainer."""

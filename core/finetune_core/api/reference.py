@@ -127,7 +127,7 @@ def _rules(schema: Schema) -> Iterator[str]:
 
 def _not_yet() -> Iterator[str]:
     yield "\n## What this version can't run yet\n"
-    yield "The schema has these fields; a job that sets one to anything else ends in `Accepted=False`, `Stalled=True`.\n"
+    yield "The schema has these fields; a job that sets one otherwise ends in `Accepted=False`, `Stalled=True`.\n"
     yield "| field | must |"
     yield "|---|---|"
     yield from (f"| `spec.{field.path}` | {field.must} |" for field in NOT_YET)

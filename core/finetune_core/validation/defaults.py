@@ -16,6 +16,8 @@ def defaulted(schema: dict[str, Any], value: Any) -> Any:
             if name in filled:
                 filled[name] = defaulted(child, filled[name])
         return filled
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if item is not None}
     if isinstance(value, list) and "items" in schema:
         return [defaulted(schema["items"], item) for item in value]
     return value

@@ -35,7 +35,7 @@ def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
         return None, [obstacle]
     try:
         # As JSON: what pydantic calls strict is then what the server does; names of Python attributes are no fields.
-        text = json.dumps(_with_integers(spec))
+        text = json.dumps(spec)
         return FineTuneJobSpec.model_validate_json(text, strict=True, by_alias=True, by_name=False), []
     except ValidationError as error:
         schema = openapi_schema(FineTuneJobSpec)
@@ -69,17 +69,6 @@ def _unreadable(root: Any) -> Iterator[Problem]:
 
 def _is_text(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value) if not value.isascii() else True
-
-
-def _with_integers(node: Any) -> Any:
-    """Return ``node`` with `5.0` as 5, which is what JSON means by it and what the server stores."""
-    if isinstance(node, dict):
-        return {key: _with_integers(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_with_integers(value) for value in node]
-    if isinstance(node, float) and node.is_integer() and abs(node) < 1 << 53:
-        return int(node)
-    return node
 
 
 def _problem(schema: Schema, error: Any) -> Problem:
