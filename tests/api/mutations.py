@@ -1,8 +1,8 @@
 """Mutations of one place of a valid job: everything that people and generators get wrong.
 
 In: the schema of the place. Out: named replacement values; `MISSING` removes the place. Not among them is `2.0` where
-an integer is meant: kubectl sends 2, and the server's own answer to 2.0 differs from field to field (it takes it, unless
-a CEL rule reads the field).
+an integer is meant: kubectl sends 2, and the server's own answer to 2.0 differs from field to field (it takes it,
+unless a CEL rule reads the field).
 """
 
 from __future__ import annotations
