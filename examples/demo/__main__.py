@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="leave the cluster up until Ctrl-C")
     options = parser.parse_args(arguments)
     # A request to end is an exception in the main thread, so that the cluster is cleared away from wherever it is.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT too: a shell that starts this in the background lets it be ignored.
+    for request in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(request, signal.default_int_handler)
     command = f"make demo METHOD={options.method}"
     try:
         return demo(METHODS[options.method], Path("out/demo") / options.method, command, keep=options.keep)
@@ -128,8 +130,8 @@ def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Endin
     manifest = steps.manifest_of(file)
     name, pods = manifest["metadata"]["name"], manifest["spec"]["resources"]["nodes"]
     say(f"kubectl apply --namespace {NAMESPACE} --filename {file}")
-    steps.apply(cluster, file, NAMESPACE)
     with JobTimes(cluster, NAMESPACE, pods) as times, steps.jobs_in(cluster, NAMESPACE) as jobs:
+        steps.apply(cluster, file, NAMESPACE)
         with view_on(Console()) as view:
             states = jobs.follow(name, view.tell, give_up_after=JOB_TIMEOUT_SECONDS)
             try:

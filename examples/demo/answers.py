@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEMPLATE = "Sentence: {sentence}\nMeaning: "
 """As in the job files."""
-MAX_NEW_TOKENS = 40
-"""The longest meaning has 32."""
+MAX_NEW_TOKENS = 28
+"""The longest meaning has 25 with its end token."""
 BATCH = 40
 
 
@@ -40,6 +40,13 @@ def answers(model: Any, tokenizer: Any, sentences: Sequence[str]) -> list[str]:
     return found
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer in ``folder``; where it has no padding token, the end token pads."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
 def load(folder: Path) -> Any:
     """Return the model in ``folder``, in fp32: CPUs without bf16 arithmetic compute it faster."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -48,7 +55,7 @@ def load(folder: Path) -> Any:
 def compare(base_folder: Path, tuned_folder: Path, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
     """Return both models' answers to ``rows`` and the share of each that is exactly right."""
     sentences = [row["sentence"] for row in rows]
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer = load_tokenizer(base_folder)
     model = load(base_folder)
     before = answers(model, tokenizer, sentences)
     if (tuned_folder / "adapter_config.json").exists():

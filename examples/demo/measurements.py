@@ -77,7 +77,7 @@ class Measurements:
 
 
 class JobTimes:
-    """Notes when a job that was applied at ``__init__`` reached each station, while somebody else shows it."""
+    """Notes when the job that is applied now reaches each station, while somebody else shows it."""
 
     def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
         self._cluster, self._namespace, self._pods = cluster, namespace, pods

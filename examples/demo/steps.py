@@ -127,11 +127,11 @@ def chart_values() -> dict[str, Any]:
 def install_operator(cluster: Cluster, values: Mapping[str, Any], namespace: str = OPERATOR_NAMESPACE) -> None:
     """Install the chart with helm and wait until the operator is ready; ``values`` are those of the chart."""
     arguments = ["--namespace", namespace, "--create-namespace", "--wait", f"--timeout={HELM_TIMEOUT_SECONDS}s"]
-    cluster.helm(
-        *("upgrade", "--install", RELEASE, str(CHART), *arguments, "--values", "-"),
-        stdin=json.dumps(values),
-        timeout=HELM_TIMEOUT_SECONDS + 30,
-    )
+    command = ["upgrade", "--install", RELEASE, str(CHART), *arguments, "--values", "-"]
+    try:
+        cluster.helm(*command, stdin=json.dumps(values), timeout=HELM_TIMEOUT_SECONDS + 30)
+    except ClusterError as error:
+        raise ClusterError(f"{error}\n{evidence(cluster, namespace)}") from error
 
 
 def make_namespace(cluster: Cluster, namespace: str) -> None:

@@ -93,7 +93,9 @@ async def run(settings: Settings) -> None:
         ca_bundle=certificates.ca_bundle,
         instance=socket.gethostname(),
     )
-    controller = Controller(queue=queue, reconciler=reconciler, cluster=cluster, activity=activity, metrics=metrics)
+    controller = Controller(
+        queue=queue, reconciler=reconciler, cluster=cluster, memory=memory, activity=activity, metrics=metrics
+    )
     try:
         await health.start(settings.health_port)
         await certificates.load_patiently()

@@ -12,6 +12,7 @@ import aiohttp
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.health import Activity
 from finetune_operator.keyqueue import Key, KeyQueue
+from finetune_operator.memory import Memory
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import Reconciler
 
@@ -28,9 +29,17 @@ class Controller:
     """Works off the queue."""
 
     def __init__(
-        self, *, queue: KeyQueue, reconciler: Reconciler, cluster: Cluster, activity: Activity, metrics: Metrics
+        self,
+        *,
+        queue: KeyQueue,
+        reconciler: Reconciler,
+        cluster: Cluster,
+        memory: Memory,
+        activity: Activity,
+        metrics: Metrics,
     ) -> None:
         """Reconcile the keys of ``queue`` with ``reconciler``."""
+        self._memory = memory
         self._queue = queue
         self._reconciler = reconciler
         self._cluster = cluster
@@ -59,6 +68,9 @@ class Controller:
                 await asyncio.sleep(seconds)
 
     async def _list_all(self, namespaces: Sequence[str]) -> None:
+        """Queue every job that exists, and every one remembered: a deletion that no watch told is noticed so."""
+        for key in self._memory.known():
+            self._queue.add(key)
         for namespace in namespaces or (None,):
             async for key in self._cluster.list_job_keys(namespace):
                 self._queue.add(key)

@@ -52,13 +52,17 @@ class HealthServer:
         self._limit = SILENT_PERIODS * resync_seconds
         self._runner: web.AppRunner | None = None
 
-    async def start(self, port: int) -> None:
-        """Listen on ``port`` of every address."""
+    def application(self) -> web.Application:
+        """Return the web application."""
         application = web.Application()
         application.router.add_get("/healthz", self._healthz)
         application.router.add_get("/readyz", self._readyz)
         application.router.add_get("/metrics", self._render)
-        self._runner = web.AppRunner(application, handle_signals=False, access_log=None)
+        return application
+
+    async def start(self, port: int) -> None:
+        """Listen on ``port`` of every address."""
+        self._runner = web.AppRunner(self.application(), handle_signals=False, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, port=port).start()
 

@@ -56,6 +56,10 @@ class Memory:
         """Return how many jobs are remembered."""
         return len(self._jobs)
 
+    def known(self) -> list[Key]:
+        """Return the keys of all remembered jobs."""
+        return list(self._jobs)
+
     def of(self, key: Key) -> JobMemory:
         """Return the memory of a job, new where there is none."""
         return self._jobs.setdefault(key, JobMemory())

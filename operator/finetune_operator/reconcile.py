@@ -23,8 +23,9 @@ from finetune_core.names import attempt_name
 from finetune_core.resolve import resolve
 from finetune_operator.attempts import Next, Settlement, Step, World, advance
 from finetune_operator.backend import Backend
-from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.cluster import Cluster
 from finetune_operator.conditions import View
+from finetune_operator.hints import HintReader
 from finetune_operator.keyqueue import Key, backoff_seconds
 from finetune_operator.labels import JOB_UID
 from finetune_operator.memory import JobMemory, Memory, ReportingAttempt
@@ -37,9 +38,9 @@ from finetune_operator.problems import (
     FIRST_RETRY_SECONDS,
     OutsideError,
 )
+from finetune_operator.recorder import Recorder
 from finetune_operator.run_file import build_config_map, create_config_map
 from finetune_operator.status import LEAST_SECONDS_BETWEEN_NUMBERS, compute_status, is_transition
-from finetune_operator.transitions import event_manifest, notices
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ class Reconciler:
         self._trainer_image = trainer_image
         self._report_base_url = report_base_url
         self._ca_bundle = ca_bundle
-        self._instance = instance
+        self._recorder = Recorder(cluster, instance=instance, now=now)
+        self._hints = HintReader(cluster, clock)
         self._now = now
         self._clock = clock
 
@@ -140,7 +142,10 @@ class Reconciler:
                 config = self._resolve(look, step.attempts.started)
             except UserError as error:
                 return await self._settle_invalid(look, str(error))
-        await self._read_hint(look, step, world)
+        if _condition_is(look.stored, ConditionType.RUNNING, "True"):
+            look.memory.hint = ""
+        else:
+            await self._hints.read(look.memory, look.key.namespace, step.attempts.current, world)
 
         problem: OutsideError | None = None
         accounted = _accounting(step.attempts) == _accounting(look.stored.attempts)
@@ -204,33 +209,6 @@ class Reconciler:
             final_result=report.result if report else None,
         )
 
-    async def _read_hint(self, look: _Look, step: Step, world: World) -> None:
-        """Read the warning events of what has been waiting for some seconds; a mount that fails shows only there."""
-        current = step.attempts.current
-        if current is None or current.cause is not None or _condition_is(look.stored, ConditionType.RUNNING, "True"):
-            look.memory.hint = ""
-            return
-        read_at = look.memory.hint_read_at
-        if read_at is not None and self._clock() - read_at < EVENTS_EVERY_SECONDS:
-            return
-        pods = [pod for pod in world.pods if pod.attempt == current.number]
-        waiting = [pod.uid for pod in pods if not pod.running and not pod.ended]
-        age = (look.now - current.start_time).total_seconds()
-        if age < EVENTS_AFTER_SECONDS or (pods and not waiting):
-            look.memory.hint = ""
-            return
-        uids = waiting or ([world.child.uid] if world.child else [])
-        look.memory.hint_read_at = self._clock()
-        look.memory.hint = await self._newest_warning(look.key.namespace, uids)
-
-    async def _newest_warning(self, namespace: str, uids: list[str]) -> str:
-        for uid in uids:
-            warnings = await self._cluster.list_warnings(namespace, uid)
-            if warnings:
-                newest = max(warnings, key=_event_time)
-                return f"{newest.get('reason', '')}: {newest.get('note', '')}"
-        return ""
-
     # ---- decide ----
 
     def _resolve(self, look: _Look, attempt: int) -> RunConfig:
@@ -269,8 +247,11 @@ class Reconciler:
             return max(0.0, look.memory.retry_at - self._clock())
         if step.settled is not None:
             return SIDECAR_SECONDS
-        waits_for_pods = not _condition_is(look.stored, ConditionType.RUNNING, "True")
-        return EVENTS_EVERY_SECONDS if waits_for_pods else ACTIVE_LOOK_SECONDS
+        if _condition_is(look.stored, ConditionType.RUNNING, "True"):
+            return ACTIVE_LOOK_SECONDS
+        current = step.attempts.current
+        age = (look.now - current.start_time).total_seconds() if current else 0.0
+        return EVENTS_AFTER_SECONDS if age < EVENTS_AFTER_SECONDS else EVENTS_EVERY_SECONDS
 
     # ---- act ----
 
@@ -330,18 +311,8 @@ class Reconciler:
         await self._cluster.apply_status(record.key, record.raw["metadata"]["resourceVersion"], status.to_json())
         record.memory.status_written_at = self._clock()
         self._metrics.status_writes.inc()
-        await self._tell(record, status)
+        await self._recorder.tell(record.key, record.uid, record.stored, status, record.log)
         return None
-
-    async def _tell(self, record: _Record, status: FineTuneJobStatus) -> None:
-        """Create the events of a transition that was written. One that is refused is logged: it changes nothing."""
-        for notice in notices(record.stored, status, record.now):
-            logger.info("%s: %s", notice.reason, notice.note, extra=record.log)
-            manifest = event_manifest(notice, record.key, record.uid, self._now(), self._instance)
-            try:
-                await self._cluster.create_event(record.key.namespace, manifest)
-            except ApiError as error:
-                logger.warning("event not created: %s", error, extra=record.log)
 
     async def _settle_invalid(self, look: _Look, message: str) -> Outcome:
         """The spec can't be run, whatever is tried: say so once and for all."""
@@ -419,16 +390,6 @@ def _is_settled(status: FineTuneJobStatus) -> bool:
 
 def _condition_is(status: FineTuneJobStatus, kind: ConditionType, value: str) -> bool:
     return any(condition.type == kind and condition.status == value for condition in status.conditions)
-
-
-def _event_time(event: dict[str, Any]) -> str:
-    series = event.get("series") or {}
-    return str(
-        series.get("lastObservedTime")
-        or event.get("deprecatedLastTimestamp")
-        or event.get("eventTime")
-        or event["metadata"]["creationTimestamp"]
-    )
 
 
 def _earliest(*seconds: float | None) -> float | None:

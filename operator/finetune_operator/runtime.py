@@ -7,8 +7,9 @@ kopf adds no finalizer and no annotation.
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import kopf
 
@@ -19,7 +20,7 @@ from finetune_operator.labels import REPORTED_KINDS_SELECTOR, key_of
 
 
 class _EndlessBackoff:
-    """Delays between tries of a watch: 1 s to 30 s with jitter, without end.
+    """Delays between tries of a watch: 1 s to 10 s with jitter, without end.
 
     kopf's own list ends after 54 s and then the process: an API server that is away for two minutes would throw
     the operator into CrashLoopBackOff.
@@ -29,7 +30,7 @@ class _EndlessBackoff:
         delay = 1.0
         while True:
             yield delay * random.uniform(0.75, 1.0)  # noqa: S311  (jitter, no secret)
-            delay = min(30.0, delay * 1.6)
+            delay = min(10.0, delay * 1.6)
 
 
 def _settings(*, confined: bool) -> kopf.OperatorSettings:
@@ -93,6 +94,8 @@ async def watch(*, queue: KeyQueue, activity: Activity, configuration: Any, name
     await kopf.operator(
         registry=_registry(queue, activity, configuration),
         settings=_settings(confined=bool(namespaces)),
+        # Unset, kopf asks the system for the user's name, and the image has no name for its user.
+        identity=cast(Any, socket.gethostname()),
         standalone=True,
         clusterwide=not namespaces,
         namespaces=namespaces,

@@ -55,7 +55,10 @@ def notices(old: FineTuneJobStatus, new: FineTuneJobStatus, now: datetime) -> li
         note = f"attempt {current.number} was started"
         found.append(_notice(EventReason.ATTEMPT_STARTED, note, False, str(current.number)))
     before = {condition.type: condition for condition in old.conditions}
+    ended = any(item.type == ConditionType.SUCCEEDED and item.status != "Unknown" for item in new.conditions)
     for condition in new.conditions:
+        if ended and condition.type == ConditionType.ACCEPTED:
+            continue  # a spec that is refused ends the job: one event says both
         if _changed(before.get(condition.type), condition):
             found += _of_condition(condition, minute, new.attempts.started)
     return found

@@ -146,15 +146,20 @@ def _names_artifact(result: Result | None) -> bool:
 
 
 def _failed_by_itself(pod: PodObservation) -> bool:
-    """Whether the pod failed and nobody had asked for its deletion before."""
-    if pod.disruption or not pod.ended:
+    """Whether the pod failed before anybody disrupted it or asked for its deletion."""
+    if not pod.ended:
         return False
     container = pod.container
     if container is None or container.state is not ContainerState.TERMINATED:
-        return pod.phase == "Failed" and pod.reason != Cause.NODE_LOST and pod.delete_requested_at is None
+        undisturbed = not pod.disruption and pod.delete_requested_at is None
+        return pod.phase == "Failed" and pod.reason != Cause.NODE_LOST and undisturbed
     if container.exit_code == 0:
         return False
-    return not (pod.delete_requested_at and container.finished_at and pod.delete_requested_at < container.finished_at)
+    disturbed = (pod.delete_requested_at, pod.disrupted_at)
+    finished = container.finished_at
+    # A disruption in the same second is its cause: the kubelet sets the condition as it kills the container.
+    killed = bool(pod.disrupted_at and finished and pod.disrupted_at == finished)
+    return not killed and not any(time and finished and time < finished for time in disturbed)
 
 
 def _permanent(failures: Sequence[PodObservation]) -> Ruling | None:

@@ -66,6 +66,7 @@ def up() -> None:
     started = time.monotonic()
     try:
         with Cluster.start() as cluster:
+            cluster.layout.kept_up.touch()
             enter = cluster.layout.enter_script
             say(f"\nThe cluster is up after {time.monotonic() - started:.0f} s. In another terminal:")
             say(f"  {enter} kubectl get pods --all-namespaces")
@@ -93,14 +94,17 @@ def status() -> None:
     if reason:
         print(reason)
     for tool in tools.ALL:
-        print(f"{'missing' if tool.missing else 'built':8} {tool.name}")
+        print(f"{'missing' if tool.missing else 'built':9} {tool.name}")
     for layout in running():
-        print(f"up       {layout.enter_script} kubectl get pods --all-namespaces")
+        kept = "up" if layout.kept_up.exists() else "in a test"
+        print(f"{kept:9} {layout.enter_script} kubectl get pods --all-namespaces")
 
 
 def down() -> None:
-    """End the owners of all clusters that were started by ``up``; each clears away its own."""
+    """End the owners of all clusters that were started by ``up``, not those of test runs; each clears away its own."""
     for layout in running():
+        if not layout.kept_up.exists():
+            continue
         os.kill(int(layout.owner_pid.read_text()), signal.SIGTERM)
         wait_for(f"{layout.state} to be removed", partial(_gone, layout.state), DOWN_TIMEOUT_SECONDS)
         say(f"{layout.state} has ended")

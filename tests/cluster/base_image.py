@@ -14,7 +14,7 @@ from tests.cluster.progress import step
 from tests.cluster.waiting import ClusterError
 
 SUITE = "bookworm"
-PACKAGES = ("ca-certificates", "python3", "python3-venv")
+PACKAGES = ("ca-certificates", "python3", "python3-pip", "python3-venv")
 # Not needed to run, and half of the image.
 DROPPED = (
     "var/cache/apt",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.cluster.cache import cache_folder
@@ -46,9 +46,8 @@ def push(built: str, name: str, tag: str) -> None:
     """
     with serving() as registry:
         compression = ["--format=oci", "--compression-format=zstd", "--compression-level=1"]
-        _run(
-            name, ["push", "--quiet", "--tls-verify=false", *compression], [built, f"docker://{registry}/{name}:{tag}"]
-        )
+        options = ["push", "--quiet", "--tls-verify=false", *compression]
+        _run(name, options, [built, f"docker://{registry.address}/{name}:{tag}"], enter=registry.command)
 
 
 def exists(image: str) -> bool:
@@ -66,11 +65,16 @@ def images_folder() -> Path:
     return folder
 
 
-def _run(name: str, options: Sequence[str], operands: Sequence[str]) -> None:
+def _run(
+    name: str,
+    options: Sequence[str],
+    operands: Sequence[str],
+    enter: Callable[[Sequence[str]], list[str]] = list,
+) -> None:
     log = images_folder() / f"{name}.log"
     with log.open("ab") as output:
         done = subprocess.run(
-            _command([*options, *operands]),
+            enter(_command([*options, *operands])),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -106,6 +106,11 @@ class Layout:
         return self.state / "owner.pid"
 
     @property
+    def kept_up(self) -> Path:
+        """Exists when a person keeps the cluster up, rather than a test run."""
+        return self.state / "kept-up"
+
+    @property
     def programs(self) -> Path:
         """kubectl and helm, for the PATH."""
         return self.state / "programs"

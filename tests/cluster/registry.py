@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster import tools
 from tests.cluster.api import answers
 from tests.cluster.cache import cache_folder
+from tests.cluster.namespaces import Namespaces, children
 from tests.cluster.waiting import ClusterError, tail, wait_for
 
 
@@ -41,25 +42,49 @@ def command(config: Path, address: str) -> list[str]:
     return [str(tools.REGISTRY.path()), "serve", str(config)]
 
 
+@dataclass(frozen=True)
+class Server:
+    """A registry in a network namespace of its own, where the address is free and always the same."""
+
+    namespaces: Namespaces
+    address: str = "127.0.0.1:5000"
+
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """Return the command that runs ``argv`` where this registry is reachable, and nothing else."""
+        return ["nsenter", f"--net=/proc/{self.namespaces.pid}/ns/net", "--", *argv]
+
+    def serves(self) -> bool:
+        with self.namespaces.network():
+            return answers(f"http://{self.address}/v2/")
+
+
 @contextlib.contextmanager
-def serving() -> Iterator[str]:
-    """Serve the storage on a free port of the loopback address, and give ``host:port``."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = f"127.0.0.1:{port}"
+def serving() -> Iterator[Server]:
+    """Serve the storage while images are pushed, without a cluster.
+
+    The address is the same every time because buildah remembers by address which layers a registry has: with another
+    one, a changed line of code would push five gigabytes of dependencies again.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "registry.log"
+        serve = command(Path(folder) / "config.json", Server.address)
+        script = ["sh", "-c", 'ip link set lo up && exec "$@"', "registry", *serve]
         with log.open("wb") as output:
-            server = subprocess.Popen(command(Path(folder) / "config.json", address), stdout=output, stderr=output)
+            process = subprocess.Popen(
+                ["unshare", "--net", "--fork", "--kill-child", "--", *script], stdout=output, stderr=output
+            )
         try:
-            wait_for("the registry", lambda: _serves(server, address, log), 20, evidence=lambda: tail(log))
-            yield address
+
+            def started() -> Server | None:
+                if process.poll() is not None:
+                    raise ClusterError(f"the registry ended with {process.returncode}\n{tail(log)}")
+                for child in children(process.pid):
+                    server = Server(Namespaces(child))
+                    if server.serves():
+                        return server
+                return None
+
+            yield wait_for("the registry", started, 20, evidence=lambda: tail(log))
         finally:
-            server.kill()
-            server.wait()
-
-
-def _serves(server: subprocess.Popen[bytes], address: str, log: Path) -> bool:
-    if server.poll() is not None:
-        raise ClusterError(f"the registry ended with {server.returncode}\n{tail(log)}")
-    return answers(f"http://{address}/v2/")
+            process.kill()
+            process.wait()

@@ -54,7 +54,7 @@ def tiny_job() -> MakeJob:
             "spec__training__maxSteps": 60,
             "spec__training__globalBatchSize": 8,
             "spec__resources__memory": "3Gi",
-            "spec__resources__cpu": "500m",
+            "spec__resources__cpu": "400m",
             "spec__storage__checkpoint": {"everySteps": 20},
         }
         return steps.manifest_of(Path("examples/quickstart.yaml"), **{**defaults, **changes})

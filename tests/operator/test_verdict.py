@@ -87,6 +87,14 @@ TABLE = {
         [pod(0), pod(1, disruption="EvictionByEvictionAPI", disrupted_at=at(0))],
         ("Free", "EvictionByEvictionAPI"),
     ),
+    "bad input of a pod that was drained afterwards": (
+        [pod(0, exit_code=64, finished=0, disruption="EvictionByEvictionAPI", disrupted_at=at(5)), pod(1)],
+        ("Permanent", "BadInput"),
+    ),
+    "killed in the second in which the node's pressure showed": (
+        [pod(0), pod(1, exit_code=137, finished=1, disruption="TerminationByKubelet", disrupted_at=at(1))],
+        ("Free", "TerminationByKubelet"),
+    ),
     "a node's pressure took a pod with a sign": (
         [pod(0), pod(1, exit_code=137, finished=1, disruption="TerminationByKubelet", disrupted_at=at(0))],
         ("Free", "TerminationByKubelet"),

@@ -6,6 +6,7 @@ Loading torch takes longer than training the tiny model; a table of runs pays fo
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def main() -> None:
         progress = Progress(pod_uid="pod", ranks=gang.world_size, reporter=None) if gang.is_first else None
         train(plan, gang, progress, Standing(), lambda: False)
     gang.farewell()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,17 +97,35 @@ def test_losses_perplexity_and_weights_equal_a_plain_loop(
         rows = step_rows(store, name)
         assert [row.loss for row in rows] == pytest.approx(losses, rel=1e-6), (method, stage)
         assert rows[-1].perplexity == pytest.approx(perplexity, rel=1e-6), (method, stage)
-        pointer = json.loads(store.read(f"runs/default/{name}/uid-1/ARTIFACT"))
-        kind = "adapter_model" if method == "LoRA" else "model"
-        (tmp_path / "weights").write_bytes(
-            store.read(f"runs/default/{name}/uid-1/{pointer['folder']}/{kind}.safetensors")
-        )
-        weights = load_file(tmp_path / "weights")
-        expected = {
-            key.replace(".default.", "."): value for key, value in model.named_parameters() if value.requires_grad
-        }
-        assert weights.keys() == expected.keys()
-        for key, value in weights.items():
-            torch.testing.assert_close(
-                value, expected[key].detach(), rtol=1e-4, atol=1e-6, msg=f"{method} {stage} {key}"
-            )
+        artifact = download_artifact(store, name, tmp_path / name)
+        assert_same_weights(artifact, model, f"{method} {stage}")
+        assert_loads_and_computes_the_same(artifact, tiny_model, model)
+
+
+def download_artifact(store: ObjectStore, name: str, target: Path) -> Path:
+    target.mkdir()
+    folder = f"runs/default/{name}/uid-1/{json.loads(store.read(f'runs/default/{name}/uid-1/ARTIFACT'))['folder']}"
+    for key in store.keys(f"{folder}/"):
+        (target / key.rpartition("/")[2]).write_bytes(store.read(key))
+    return target
+
+
+def assert_same_weights(artifact: Path, model: torch.nn.Module, case: str) -> None:
+    weights = {key: value for file in artifact.glob("*.safetensors") for key, value in load_file(file).items()}
+    expected = {key.replace(".default.", "."): value for key, value in model.named_parameters() if value.requires_grad}
+    assert weights.keys() == expected.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(value, expected[key].detach(), rtol=1e-4, atol=1e-6, msg=f"{case} {key}")
+
+
+def assert_loads_and_computes_the_same(artifact: Path, base: Path, model: torch.nn.Module) -> None:
+    """A person's own few lines of peft and transformers give the trained model."""
+    if (artifact / "adapter_config.json").exists():
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), artifact)
+        config = json.loads((artifact / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "s3://finetune/models/tiny"
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(artifact)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(artifact)("ask w1 w2 w3 answer w3")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)

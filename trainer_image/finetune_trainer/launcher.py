@@ -68,6 +68,7 @@ def _attempt(paths: Paths, environment: Mapping[str, str]) -> Result:
     done = committed_result(RunRoot(root.store.with_budget(STORE_CHECK_SECONDS), root.location))
     if done is not None:
         return done
+    print(f"attempt {identity.attempt} of {identity.namespace}/{identity.name}: fetching model and data", flush=True)
     folder = paths.scratch / "attempt"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -13,10 +13,15 @@ import traceback
 from pathlib import Path
 
 from finetune_core.contract import Outcome, Result
-from finetune_trainer.errors import OutOfMemory, PeerLost, Stopped
+from finetune_core.errors import UserError
+from finetune_trainer.errors import Diverged, OutOfMemory, OutsideFailure, PeerLost, Stopped
 from finetune_trainer.outcomes import Standing, WorkerOutcome, outcome_of, write_outcome
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.reporting import Reporter
+
+SHARED_BY_ALL = (UserError, OutsideFailure, Diverged, Stopped)
+"""What every rank ends with together: rank 0 stays until the others have read why. With anything else the others
+wait in a collective, and the sooner this process is gone the sooner they notice."""
 
 
 class StopFlag:
@@ -87,7 +92,7 @@ def _run(plan: WorkerPlan, standing: Standing, stop: StopFlag) -> Result:
     except Exception as error:
         if progress is not None:
             progress.end(outcome_of(error, step=standing.step, checkpoint=standing.checkpoint).result)
-        if isinstance(error, Stopped):
+        if isinstance(error, SHARED_BY_ALL) and not isinstance(error, PeerLost):
             gang.farewell()
         raise
     if progress is not None:

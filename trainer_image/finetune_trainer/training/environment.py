@@ -24,9 +24,12 @@ def prepare(scratch: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HOME"] = str(scratch)
-    for variable in ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_HOME", "MPLCONFIGDIR"):
+    # The image's user has no name in /etc/passwd, which Python's getpass asks for.
+    os.environ.setdefault("USER", "finetune")
+    for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_HOME"):
         os.environ.setdefault(variable, str(scratch / variable.lower()))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("finetune_trainer").setLevel(logging.INFO)

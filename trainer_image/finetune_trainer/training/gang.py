@@ -6,12 +6,15 @@ for everything that takes long, so that no rank sits in a collective while anoth
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,10 +23,15 @@ from finetune_core.errors import UserError
 from finetune_trainer.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, Stopped
 from finetune_trainer.settings import COLLECTIVE_TIMEOUT_SECONDS, PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
 
-POLL = timedelta(seconds=2)
+T = TypeVar("T")
+
 SHARE_SECONDS = 4 * STORE_BUDGET_SECONDS
 """How long rank 0 may work for the others: several store calls, each with its own budget, and the transfer."""
 FAREWELL_SECONDS = 15.0
+HEARTBEAT_SECONDS = 3.0
+SILENCE_SECONDS = 30.0
+"""A rank whose heartbeat stands still for this long is lost; a process that is killed closes no connection that the
+rendezvous store would notice."""
 SHARED_ERRORS: Mapping[str, type[Exception]] = {
     kind.__name__: kind for kind in (OutsideFailure, NewerRun, Diverged, OutOfMemory, Stopped)
 }
@@ -63,6 +71,8 @@ class Gang:
             self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         except (RuntimeError, dist.DistError) as error:
             raise PeerLost(f"not all {self.world_size} ranks came together: {first_line(error)}") from error
+        arguments = (self._store.clone(), self.rank)
+        threading.Thread(target=_beat, args=arguments, name="heartbeat", daemon=True).start()
 
     @property
     def is_first(self) -> bool:
@@ -98,7 +108,7 @@ class Gang:
         try:
             value = work()
         except Exception as error:
-            self._set(key, {"error": _error_name(error), "message": _error_parts(error)})
+            self._set(key, _described(error))
             raise
         self._set(key, {"value": value})
         return value
@@ -106,44 +116,75 @@ class Gang:
     def each(self, work: Callable[[], Any]) -> list[Any]:
         """Let every rank do its own ``work`` and return what all of them made (JSON values), in the order of ranks.
 
-        The first error is raised on every rank. No rank is in a collective meanwhile.
+        The first error is raised on every rank. No rank is in a collective meanwhile; rank 0 collects and
+        notices when a rank falls silent, the others notice when rank 0 does.
         """
         self._shared += 1
         key = f"each/{self._shared}"
         try:
             answer = {"value": work()}
         except Exception as error:
-            self._set(f"{key}/{self.rank}", {"error": _error_name(error), "message": _error_parts(error)})
+            self._set(key if self.is_first else f"{key}/{self.rank}", _described(error))
             raise
-        self._set(f"{key}/{self.rank}", answer)
-        return [_unpack(json.loads(self._await(f"{key}/{rank}", SHARE_SECONDS))) for rank in range(self.world_size)]
+        if not self.is_first:
+            self._set(f"{key}/{self.rank}", answer)
+            return list(_unpack(json.loads(self._await(key, SHARE_SECONDS))))
+        others = [json.loads(self._await_rank(f"{key}/{rank}", rank)) for rank in range(1, self.world_size)]
+        answers = [answer, *others]
+        failed = next((other for other in others if "error" in other), None)
+        self._set(key, failed or {"value": [each["value"] for each in answers]})
+        return [_unpack(each) for each in answers]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Let every rank do its own ``work`` and return what this one made, once all are done.
+
+        An error of one rank ends all of them at once with the same sentence.
+        """
+        made: list[T] = []
+        self.each(lambda: made.append(work()))
+        return made[0]
 
     def farewell(self) -> None:
-        """Wait, bounded, until every rank has come here: the store lives in rank 0, which leaves last."""
-        with peers():
+        """Wait, bounded, until every rank has come here: the store lives in rank 0, which leaves last.
+
+        What the run came to is settled by now, so a rank that does not come changes nothing.
+        """
+        with contextlib.suppress(PeerLost), peers():
             self._store.set(f"farewell/{self.rank}", "1")
             if self.is_first:
-                self._store.wait(
-                    [f"farewell/{rank}" for rank in range(self.world_size)], timedelta(seconds=FAREWELL_SECONDS)
-                )
-        dist.destroy_process_group()
+                everyone = [f"farewell/{rank}" for rank in range(self.world_size)]
+                self._store.wait(everyone, timedelta(seconds=FAREWELL_SECONDS))
 
     def _set(self, key: str, value: Any) -> None:
         with peers():
             self._store.set(key, json.dumps(value))
 
-    def _await(self, key: str, seconds: float) -> str:
-        """Return the text at ``key`` of the rendezvous store once it is there; raises PeerLost."""
-        deadline = time.monotonic() + seconds
-        while True:
+    def _await(self, key: str, seconds: float, *, timeouts: bool = False) -> str:
+        """Return the text at ``key`` of the rendezvous store once it is there; raises PeerLost.
+
+        With ``timeouts`` the end of the time is `_TimeIsUpError` and no lost peer.
+        """
+        with peers():
             try:
-                self._store.wait([key], POLL)
-                return bytes(self._store.get(key)).decode()
+                self._store.wait([key], timedelta(seconds=seconds))
             except dist.DistStoreError as error:
-                if time.monotonic() > deadline:
-                    raise PeerLost(f"another rank was silent for {seconds:.0f} s") from error
-            except (dist.DistError, RuntimeError) as error:
-                raise PeerLost(f"the connection to rank 0 broke: {first_line(error)}") from error
+                if timeouts:
+                    raise _TimeIsUpError from error
+                raise
+            return bytes(self._store.get(key)).decode()
+
+    def _await_rank(self, key: str, rank: int) -> str:
+        """Return the text that ``rank`` sets at ``key``; raises PeerLost once its heart has stopped."""
+        deadline = time.monotonic() + SHARE_SECONDS
+        beat, seen = None, time.monotonic()
+        while True:
+            with contextlib.suppress(_TimeIsUpError):
+                return self._await(key, HEARTBEAT_SECONDS, timeouts=True)
+            now, newest = time.monotonic(), self._await(f"heartbeat/{rank}", SILENCE_SECONDS)
+            if newest != beat:
+                beat, seen = newest, now
+            if now - seen > SILENCE_SECONDS or now > deadline:
+                raise PeerLost(f"another rank left: rank {rank} was silent for {now - seen:.0f} s")
 
 
 class peers:  # noqa: N801  (reads as a block: `with peers():`)
@@ -170,6 +211,25 @@ def is_peer_failure(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error, shortened: what a person needs of a C++ error."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+class _TimeIsUpError(Exception):
+    """What was waited for is not there yet."""
+
+
+def _beat(store: dist.Store, rank: int) -> None:
+    """Show for ever that this process lives; a daemon thread with a connection of its own."""
+    for beat in itertools.count():
+        try:
+            store.set(f"heartbeat/{rank}", str(beat))
+        except (RuntimeError, dist.DistError):
+            return  # Rank 0 is gone, and with it who would look.
+        time.sleep(HEARTBEAT_SECONDS)
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    """Return an error as JSON, so that other ranks can raise it too."""
+    return {"error": _error_name(error), "message": _error_parts(error)}
 
 
 def _error_name(error: Exception) -> str:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from finetune_core.contract import CheckpointRecord
 from finetune_core.layout import Manifest, ManifestFile, checkpoint_folder
@@ -66,6 +67,10 @@ class Saver:
     def best(self) -> CheckpointRecord | None:
         """The checkpoint of the lineage with the least validation perplexity."""
         return best_of(self.lineage)
+
+    def chosen(self, artifact_from: Literal["Best", "Last"]) -> CheckpointRecord:
+        """Return the checkpoint that the artifact is made of; the last step's is always committed."""
+        return (self.best if artifact_from == "Best" else None) or self.lineage[-1]
 
     def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow]) -> CheckpointRecord:
         """Commit the engine's state; all ranks call it, and return when COMMIT is written.

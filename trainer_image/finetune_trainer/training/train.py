@@ -46,10 +46,10 @@ def train(
     and the other exceptions of `errors`.
     """
     root = open_root(plan.config, plan.paths)
-    data = load_data(plan)
+    data = gang.together(lambda: load_data(plan))
     fetched = plan.folder / "resume"
     start = _start(plan, gang, root, fetched)
-    model = load_model(plan)
+    model = gang.together(lambda: load_model(plan))
     state: TrainerState | None = None
     if start.parent is not None:
         state = read_trainer_state(fetched)
@@ -98,11 +98,9 @@ def _finish(
     """Load the chosen checkpoint back, verify it, export it and commit the artifact; rank 0 for all."""
 
     def publish_chosen() -> object:
-        chosen = saver.best if plan.config.evaluation.artifact_from == "Best" else None
-        chosen = chosen or saver.last
-        if chosen is None or progress is None:
-            raise Diverged("there is no checkpoint to make the artifact of")
-        progress.phase(Phase.EXPORTING)
+        if progress is not None:
+            progress.phase(Phase.EXPORTING)
+        chosen = saver.chosen(plan.config.evaluation.artifact_from)
         source, target = plan.folder / "chosen", plan.folder / "artifact"
         fetch_folder(root, checkpoint_folder(chosen.run, chosen.step), source)
         files = export(model, data.tokenizer, source, target, precision=plan.config.optimization.precision)
@@ -111,10 +109,7 @@ def _finish(
         shutil.rmtree(target)
         score = f", validation perplexity {chosen.perplexity:.4g}" if chosen.perplexity is not None else ""
         message = f"the artifact is the model of step {chosen.step}{score}"
-        last = saver.last
-        return result.model_copy(update={"message": message, "checkpoint": last.uri if last else None}).model_dump(
-            mode="json"
-        )
+        return result.model_copy(update={"message": message, "checkpoint": chosen.uri}).model_dump(mode="json")
 
     return Result.model_validate(gang.share(publish_chosen))
 

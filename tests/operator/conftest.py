@@ -1,0 +1,178 @@
+"""The operator under test: installed by its chart into the real cluster, run as a program beside it with the role
+that the chart gave it, so that a missing permission fails here. Its pods run tiny stand-ins for the trainer."""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster import Cluster, wait_for
+from tests.cluster.api import answers
+from tests.cluster.component import Component
+from tests.cluster.layout import HOST_ADDRESS
+from tests.cluster.oci import BUSYBOX, BUSYBOX_COMMANDS, Image, write_archive
+from tests.operator.worlds import REPOSITORY, job_manifest
+
+OPERATOR_NAMESPACE = "operator-tests"
+RELEASE = "under-test"
+SERVICE_ACCOUNT = "under-test-finetune-operator"
+REPORT_PORT, HEALTH_PORT = 18443, 18080
+DEPLOYMENTS = ["deployments", "--all-namespaces", "-l", "app.kubernetes.io/name=finetune-operator"]
+
+Manifest = dict[str, Any]
+
+
+@dataclass
+class Installed:
+    """The cluster with the operator."""
+
+    cluster: Cluster
+    operator: Component
+    ca_certificate: str
+
+    def apply(self, manifest: Manifest, namespace: str) -> str:
+        """`kubectl apply` an object and return what it printed."""
+        return self.cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(manifest))
+
+    def job(self, namespace: str, name: str = "quickstart") -> Manifest:
+        """Return a FineTuneJob."""
+        found: Manifest = self.cluster.get("finetunejob", name, "-n", namespace)
+        return found
+
+    def wait(
+        self,
+        namespace: str,
+        what: str,
+        reached: Callable[[Manifest], Any],
+        timeout: float = 60,
+        name: str = "quickstart",
+    ) -> Manifest:
+        """Wait until ``reached`` holds for the job and return it."""
+
+        def look() -> Manifest | None:
+            job = self.job(namespace, name)
+            return job if job.get("status") and reached(job) else None
+
+        return wait_for(what, look, timeout, evidence=lambda: self.evidence(namespace), interval=0.2)
+
+    def evidence(self, namespace: str) -> str:
+        """Return what tells why a job did not come where a test waited for it."""
+        objects = self.cluster.kubectl("describe", "finetunejobs,pytorchjobs,pods", "-n", namespace)
+        return f"{objects}\n{self.operator.evidence()}"
+
+
+def condition(job: Manifest, kind: str) -> Manifest:
+    """Return a condition of a job as it is stored."""
+    found: Manifest = next(item for item in job["status"]["conditions"] if item["type"] == kind)
+    return found
+
+
+def settled(job: Manifest) -> bool:
+    """Whether the job has ended."""
+    return bool(condition(job, "Succeeded")["status"] != "Unknown")
+
+
+@pytest.fixture(scope="session")
+def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+    """The chart without its Deployment's pod, and the operator as a program with the chart's service account."""
+    others = cluster.get(*DEPLOYMENTS)["items"]
+    for other in others:  # an operator that another test installed would work on the same jobs
+        _scale(cluster, other, 0)
+    known = "finetunejobs.finetune.dev" in cluster.kubectl("get", "crds", "-o", "name")
+    chart = str(REPOSITORY / "charts/finetune-operator")
+    values = ["--set", "replicas=0", "--set", f"crds.enabled={'false' if known else 'true'}"]
+    cluster.helm("install", RELEASE, chart, "-n", OPERATOR_NAMESPACE, "--create-namespace", *values)
+    operator = _operator(cluster, tmp_path_factory.mktemp("operator"))
+    operator.start()
+    operator.wait_ready()
+    secret = cluster.get("secret", f"{SERVICE_ACCOUNT}-certificates", "-n", OPERATOR_NAMESPACE)
+    yield Installed(cluster, operator, secret["data"]["ca.crt"])
+    operator.stop()
+    cluster.helm("uninstall", RELEASE, "-n", OPERATOR_NAMESPACE)
+    for other in others:
+        _scale(cluster, other, other["spec"]["replicas"])
+
+
+def _scale(cluster: Cluster, deployment: Manifest, replicas: int) -> None:
+    name, namespace = deployment["metadata"]["name"], deployment["metadata"]["namespace"]
+    cluster.kubectl("scale", "deployment", name, "-n", namespace, f"--replicas={replicas}")
+    wait_for(
+        "the other operator's pod",
+        lambda: len(cluster.get("pods", "-n", namespace)["items"]) == replicas,
+        60,
+    )
+
+
+def _operator(cluster: Cluster, folder: Path) -> Component:
+    token = cluster.kubectl("create", "token", SERVICE_ACCOUNT, "-n", OPERATOR_NAMESPACE, "--duration=8h").strip()
+    config = json.loads(cluster.kubectl("config", "view", "--raw", "--output=json"))
+    config["users"][0]["user"] = {"token": token}
+    kubeconfig = folder / "kubeconfig"
+    kubeconfig.write_text(json.dumps(config))
+    settings = {
+        "FINETUNE_TRAINER_IMAGE": "localhost/busybox:1",
+        "FINETUNE_NAMESPACE": OPERATOR_NAMESPACE,
+        "FINETUNE_CERTIFICATE_SECRET": f"{SERVICE_ACCOUNT}-certificates",
+        "FINETUNE_REPORT_HOST": HOST_ADDRESS,
+        "FINETUNE_REPORT_PORT": str(REPORT_PORT),
+        "FINETUNE_HEALTH_PORT": str(HEALTH_PORT),
+        "FINETUNE_KUBECONFIG": str(kubeconfig),
+        "FINETUNE_RESYNC_SECONDS": "30",
+    }
+    ready = f"http://127.0.0.1:{HEALTH_PORT}/readyz"
+    argv = [sys.executable, "-m", "finetune_operator"]
+    return Component(
+        "operator",
+        argv,
+        lambda: answers(ready),
+        cluster.namespaces,
+        folder / "operator.log",
+        {"PATH": "/usr/bin:/bin", "HOME": str(folder), **settings},
+    )
+
+
+@pytest.fixture
+def namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace of the test's own, as strict as they get, with the Secret that the job names."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    cluster.kubectl("create", "namespace", name)
+    cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    keys = ["--from-literal=AWS_ACCESS_KEY_ID=a", "--from-literal=AWS_SECRET_ACCESS_KEY=b"]
+    cluster.kubectl("create", "secret", "generic", "storage-credentials", "-n", name, *keys)
+    wait_for("the service account", lambda: "default" in cluster.kubectl("get", "sa", "-n", name), 20)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def stand_in(cluster: Cluster) -> Callable[[str], str]:
+    """Return a function that puts an image on the node whose entry point is a shell script, and names it."""
+    made: dict[str, str] = {}
+
+    def make(script: str) -> str:
+        if script not in made:
+            name = f"localhost/stand-in:{uuid.uuid5(uuid.NAMESPACE_OID, script).hex[:12]}"
+            links = {f"bin/{command}": "busybox" for command in BUSYBOX_COMMANDS}
+            archive = cluster.layout.temporary / "stand-in.tar"
+            write_archive(Image(name, {"bin/busybox": BUSYBOX}, links, ["/bin/sh", "-c", script]), archive)
+            cluster.run(["ctr", "--namespace=k8s.io", "images", "import", archive])
+            archive.unlink()
+            made[script] = name
+        return made[script]
+
+    return make
+
+
+def small_job(image: str, **spec: Any) -> Manifest:
+    """Return the quickstart with little memory and another image, as a person would apply it."""
+    resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory": "64Mi", "sharedMemory": "8Mi"}
+    manifest = job_manifest(**({"resources": resources, "podTemplate": {"image": image}} | spec))
+    manifest["metadata"] = {"name": "quickstart"}
+    return manifest

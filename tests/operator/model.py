@@ -1,0 +1,150 @@
+"""A model of the API server and of training-operator, in memory: just enough for a job's whole life, with a crash
+after any chosen write. The real ones are in test_on_cluster; here every single write can be the last."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_operator.cluster import ApiError
+from finetune_operator.keyqueue import Key
+from finetune_operator.labels import TRAINING_CONTAINER
+
+Manifest = dict[str, Any]
+
+
+class CrashedError(Exception):
+    """The operator was killed right after a write."""
+
+
+class ModelServer:
+    """Holds one FineTuneJob and its objects; stands in for `Cluster`."""
+
+    def __init__(self, job: Manifest, now: datetime, *, crash_after: int | None = None) -> None:
+        """Crash after write number ``crash_after``, counted from 1."""
+        self.job = job
+        self.now = now
+        self.children: dict[str, Manifest] = {}
+        self.config_maps: dict[str, Manifest] = {}
+        self.pods: list[Manifest] = []
+        self.events: list[Manifest] = []
+        self.writes: list[str] = []
+        self.created: list[str] = []
+        self._crash_after = crash_after
+        self._version = 1
+
+    # ---- what the operator asks ----
+
+    async def get_job(self, _key: Key) -> Manifest:
+        return copy.deepcopy(self.job)
+
+    async def apply_status(self, _key: Key, resource_version: str, status: Manifest) -> None:
+        if resource_version != self.job["metadata"]["resourceVersion"]:
+            raise ApiError(409, "Conflict", "the object has been modified")
+        self._version += 1
+        self.job["metadata"]["resourceVersion"] = str(self._version)
+        self.job["status"] = status
+        self._wrote("status")
+
+    async def get_child(self, _namespace: str, name: str) -> Manifest | None:
+        return copy.deepcopy(self.children.get(name))
+
+    async def create_child(self, manifest: Manifest) -> Manifest:
+        name = manifest["metadata"]["name"]
+        if name in self.children:
+            raise ApiError(409, "AlreadyExists", name)
+        self.children[name] = copy.deepcopy(manifest)
+        self.children[name]["metadata"]["uid"] = f"uid-{len(self.created)}"
+        self.created.append(name)
+        self._make_pods(self.children[name])
+        self._wrote(f"create {name}")
+        return copy.deepcopy(self.children[name])
+
+    async def delete_child(self, _namespace: str, name: str, uid: str) -> None:
+        if name in self.children and self.children[name]["metadata"]["uid"] == uid:
+            del self.children[name]
+            self.pods = [pod for pod in self.pods if pod["child"] != name]
+            self._wrote(f"delete {name}")
+
+    async def get_config_map(self, _namespace: str, name: str) -> Manifest | None:
+        return self.config_maps.get(name)
+
+    async def create_config_map(self, manifest: Manifest) -> Manifest:
+        name = manifest["metadata"]["name"]
+        if name in self.config_maps:
+            raise ApiError(409, "AlreadyExists", name)
+        self.config_maps[name] = manifest
+        self._wrote(f"create configmap {name}")
+        return manifest
+
+    async def delete_config_map(self, _namespace: str, name: str) -> None:
+        if self.config_maps.pop(name, None):
+            self._wrote(f"delete configmap {name}")
+
+    async def list_pods(self, _namespace: str, _selector: str) -> list[Manifest]:
+        return copy.deepcopy(self.pods)
+
+    async def list_warnings(self, _namespace: str, _uid: str) -> list[Manifest]:
+        return []
+
+    async def create_event(self, _namespace: str, manifest: Manifest) -> bool:
+        known = [event["metadata"]["name"] for event in self.events]
+        if manifest["metadata"]["name"] in known:
+            return False
+        self.events.append(manifest)
+        return True
+
+    # ---- what the world does ----
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += timedelta(seconds=seconds)
+
+    def end_pods(self, exit_code: int, message: str = "") -> bool:
+        """End the training container of every running pod; False where none runs."""
+        running = [pod for pod in self.pods if "running" in pod["status"]["containerStatuses"][0]["state"]]
+        for pod in running:
+            end = {"exitCode": exit_code, "message": message, "finishedAt": self.now.isoformat()}
+            pod["status"]["containerStatuses"][0]["state"] = {"terminated": end}
+            pod["status"]["phase"] = "Succeeded" if exit_code == 0 else "Failed"
+        return bool(running)
+
+    def delete_pod(self, index: int) -> bool:
+        """Ask for the deletion of a running pod; False where it does not run."""
+        for pod in self.pods:
+            if pod["metadata"]["labels"]["training.kubeflow.org/replica-index"] == str(index):
+                pod["metadata"]["deletionTimestamp"] = (self.now + timedelta(seconds=90)).isoformat()
+                pod["metadata"]["deletionGracePeriodSeconds"] = 90
+                return True
+        return False
+
+    def _make_pods(self, child: Manifest) -> None:
+        worker = child["spec"]["pytorchReplicaSpecs"]["Worker"]
+        for index in range(worker["replicas"]):
+            labels = worker["template"]["metadata"]["labels"] | {"training.kubeflow.org/replica-index": str(index)}
+            name = f"{child['metadata']['name']}-worker-{index}"
+            container = {"name": TRAINING_CONTAINER, "state": {"running": {}}}
+            self.pods.append(
+                {
+                    "child": child["metadata"]["name"],
+                    "metadata": {
+                        "name": name,
+                        "uid": f"{name}-{child['metadata']['uid']}",
+                        "labels": labels,
+                        "creationTimestamp": self.now.isoformat(),
+                    },
+                    "spec": {"nodeName": "node-1"},
+                    "status": {"phase": "Running", "containerStatuses": [container]},
+                }
+            )
+
+    def _wrote(self, what: str) -> None:
+        self.writes.append(what)
+        if len(self.writes) == self._crash_after:
+            raise CrashedError(what)
+
+
+Script = list[Callable[[ModelServer], bool]]
+"""What happens to the pods of attempt 1, 2, ...; each returns False while its pods do not exist."""
