@@ -18,15 +18,25 @@ from finetune_cli.download import artifact_of, download
 from finetune_cli.jobs import ConnectionLostError, Jobs, load_client
 from finetune_cli.store import ACCESS_KEY, SECRET_KEY, Store, keys_from
 from finetune_cli.text import size
+from finetune_cli.validate import validate_files
 from finetune_cli.watch import show_until_ended, view_on
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
 
 EXAMPLES = """\
 examples:
+  finetune validate job.yaml
   finetune watch quickstart
   finetune watch quickstart -n research
   finetune download quickstart -o ./adapter
+"""
+VALIDATE_EXAMPLES = """\
+examples:
+  finetune validate job.yaml jobs/*.yaml
+  helm template my-jobs | finetune validate -
+  finetune validate -o json job.yaml | jq -r '.problems[].message'
+
+exit code: 0 every job is valid, 1 one is not
 """
 WATCH_EXAMPLES = """\
 examples:
@@ -100,6 +110,8 @@ def store_of(job: FineTuneJob, jobs: Jobs, endpoint: str | None = None) -> Store
     storage = job.spec.storage
     keys = keys_from(os.environ)
     if keys is None:
+        if storage.credentials_secret_ref is None:
+            raise UserError("environment", f"must have {ACCESS_KEY} and {SECRET_KEY}: the job names no Secret")
         name = storage.credentials_secret_ref.name
         keys = keys_from(jobs.secret(name))
         if keys is None:
@@ -112,11 +124,23 @@ def store_of(job: FineTuneJob, jobs: Jobs, endpoint: str | None = None) -> Store
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="finetune",
-        description="Watch FineTuneJobs and fetch what they made.",
+        description="Check job files, watch FineTuneJobs, and fetch what they made.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    validate = commands.add_parser(
+        "validate",
+        help="check job files without a server",
+        description="Say of job files what the API server and the operator will say of them. Needs neither.",
+        epilog=VALIDATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    validate.add_argument(
+        "files", metavar="FILE", nargs="+", help="YAML or JSON file with any number of documents; - for standard input"
+    )
+    validate.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json for pipelines")
+    validate.set_defaults(run=validate_files)
     watch = _command(commands, "watch", "show a job live until it has ended", WATCH_EXAMPLES)
     watch.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="give up watching after so long (default: never)"

@@ -17,7 +17,7 @@ import urllib3
 from minio import Minio
 from minio.error import InvalidResponseError, S3Error, ServerError
 
-from finetune_core.api.running import StorageSpec
+from finetune_core.api.storage import StorageSpec
 from finetune_core.errors import UserError
 
 ACCESS_KEY = "AWS_ACCESS_KEY_ID"

@@ -14,8 +14,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from finetune_core.api.dataset import DatasetSpec
 from finetune_core.api.method import LoRASpec, Method
-from finetune_core.api.sources import DatasetSpec, ModelSpec
+from finetune_core.api.sources import ModelSpec
 from finetune_core.errors import UserError
 
 CONTRACT_VERSION: Literal[1] = 1

@@ -13,23 +13,25 @@ from finetune_core.contract import (
     StorageConfig,
     WorldConfig,
 )
-from finetune_core.errors import UserError
 from finetune_core.layout import run_root
 from finetune_core.planning.choices import micro_batch_size, zero_stage
+from finetune_core.validation.runnable import unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
 """The rates of the study that the project repeats (Anyscale, September 2023)."""
+DEFAULT_CHECKPOINT_STEPS = 100
 
 
 def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
     """Return the run file of ``job``; raises UserError with the field's path where the job can't be run."""
     spec = job.spec
+    problems = unrunnable(spec)
+    if problems:
+        raise problems[0]
     processes_per_node = max(1, spec.resources.gpus_per_node)
     world = WorldConfig(nodes=spec.resources.nodes, processes_per_node=processes_per_node, device=spec.resources.device)
     training = spec.training
     rate = float(training.learning_rate) if training.learning_rate else DEFAULT_LEARNING_RATE[spec.method]
-    if rate <= 0:
-        raise UserError("spec.training.learningRate", "must be greater than 0")
     stage = zero_stage(spec.deepspeed.zero_stage, processes=world.size)
     return RunConfig(
         world=world,
@@ -44,6 +46,7 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             global_batch_size=training.global_batch_size,
             micro_batch_size=micro_batch_size(
                 training.micro_batch_size,
+                accumulation_steps=training.gradient_accumulation_steps,
                 global_batch_size=training.global_batch_size,
                 processes=world.size,
             ),
@@ -69,7 +72,7 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             ),
             endpoint=spec.storage.endpoint or f"https://s3.{spec.storage.region}.amazonaws.com",
             region=spec.storage.region,
-            checkpoint_every_steps=spec.storage.checkpoint.every_steps,
+            checkpoint_every_steps=spec.storage.checkpoint.every_steps or DEFAULT_CHECKPOINT_STEPS,
             keep_last=spec.storage.checkpoint.keep_last,
         ),
         report=report,

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from finetune_core.api import FineTuneJob
+from finetune_core.api.pod_template import Volume
 from finetune_core.api.sources import SecretKeyRef
 from finetune_core.contract import (
     CREDENTIALS_FOLDER,
@@ -82,6 +83,10 @@ def pod_template(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
     }
     if node_selector := _node_selector(job):
         spec["nodeSelector"] = node_selector
+    if template.affinity is not None:
+        spec["affinity"] = template.affinity.to_json()
+    if priority_class := job.spec.run_policy.priority_class_name:
+        spec["priorityClassName"] = priority_class
     if template.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": secret.name} for secret in template.image_pull_secrets]
     return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
@@ -122,6 +127,7 @@ def _environment(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
         {"name": MASTER_ADDR_VARIABLE, "value": worker_name(plan.name, 0)},
         {"name": MASTER_PORT_VARIABLE, "value": str(MASTER_PORT)},
         {"name": "HOME", "value": SCRATCH_FOLDER},
+        *(variable.to_json() for variable in job.spec.pod_template.env),
     ]
 
 
@@ -166,23 +172,27 @@ def _claims(job: FineTuneJob) -> list[str]:
 def _mounts(job: FineTuneJob) -> list[Manifest]:
     mounts: list[Manifest] = [
         {"name": "run", "mountPath": RUN_FOLDER, "readOnly": True},
-        {"name": "storage-credentials", "mountPath": CREDENTIALS_FOLDER, "readOnly": True},
         {"name": "report-token", "mountPath": _folder(TOKEN_FILE), "readOnly": True},
         {"name": "scratch", "mountPath": SCRATCH_FOLDER},
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108  (an emptyDir of the pod)
         {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108  (an emptyDir of the pod)
     ]
+    if job.spec.storage.credentials_secret_ref:
+        mounts.insert(1, {"name": "storage-credentials", "mountPath": CREDENTIALS_FOLDER, "readOnly": True})
     if _hub_token(job):
         mounts.append({"name": "hub-token", "mountPath": _folder(HUB_TOKEN_FILE), "readOnly": True})
     mounts += [
         {"name": f"claim-{number}", "mountPath": f"{VOLUMES_FOLDER}/{claim}", "readOnly": True}
         for number, claim in enumerate(_claims(job))
     ]
+    mounts += [
+        {"name": _own_name(volume), "mountPath": volume.mount_path, "readOnly": bool(volume.read_only)}
+        for volume in job.spec.pod_template.volumes
+    ]
     return mounts
 
 
 def _volumes(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
-    credentials = job.spec.storage.credentials_secret_ref.name
     token = {
         "audience": report_audience(job.metadata.uid),
         "expirationSeconds": TOKEN_SECONDS,
@@ -190,10 +200,6 @@ def _volumes(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
     }
     volumes: list[Manifest] = [
         {"name": "run", "configMap": {"name": plan.name, "defaultMode": SHARED_READ_ONLY}},
-        {
-            "name": "storage-credentials",
-            "secret": {"secretName": credentials, "defaultMode": SHARED_READ_ONLY},
-        },
         {
             "name": "report-token",
             "projected": {"defaultMode": SHARED_READ_ONLY, "sources": [{"serviceAccountToken": token}]},
@@ -205,6 +211,9 @@ def _volumes(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
             "emptyDir": {"medium": "Memory", "sizeLimit": str(job.spec.resources.shared_memory)},
         },
     ]
+    if credentials := job.spec.storage.credentials_secret_ref:
+        secret = {"secretName": credentials.name, "defaultMode": SHARED_READ_ONLY}
+        volumes.insert(1, {"name": "storage-credentials", "secret": secret})
     if reference := _hub_token(job):
         item = {"key": reference.key, "path": PurePosixPath(HUB_TOKEN_FILE).name}
         volumes.append(
@@ -217,7 +226,21 @@ def _volumes(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
         {"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
         for number, claim in enumerate(_claims(job))
     ]
+    volumes += [{"name": _own_name(volume)} | _volume_kind(volume) for volume in job.spec.pod_template.volumes]
     return volumes
+
+
+def _own_name(volume: Volume) -> str:
+    """Return the name in the pod of a volume that a person named: it can't collide with the template's own."""
+    return f"extra-{volume.name}"
+
+
+def _volume_kind(volume: Volume) -> Manifest:
+    """Return the member of core/v1's volume union that is set."""
+    kinds = volume.to_json()
+    for key in ("name", "mountPath", "readOnly"):
+        kinds.pop(key, None)
+    return kinds
 
 
 def _hub_token(job: FineTuneJob) -> SecretKeyRef | None:

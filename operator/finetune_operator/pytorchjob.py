@@ -13,7 +13,7 @@ from finetune_core.api import FineTuneJob
 from finetune_core.api.conditions import Reason
 from finetune_operator import messages
 from finetune_operator.cluster import ApiError, Cluster, Manifest
-from finetune_operator.labels import attempt_labels, owner_reference
+from finetune_operator.labels import QUEUE_NAME, attempt_labels, owner_reference
 from finetune_operator.observed import ChildObservation, controller_uid
 from finetune_operator.pods import AttemptPlan, pod_template
 from finetune_operator.problems import OutsideError
@@ -22,13 +22,16 @@ from finetune_operator.problems import OutsideError
 def build_pytorchjob(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
     """Return the PyTorchJob of an attempt."""
     resources = job.spec.resources
+    labels = attempt_labels(job.metadata.name, job.metadata.uid, plan.number)
+    if queue := job.spec.run_policy.queue_name:
+        labels[QUEUE_NAME] = queue
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
         "metadata": {
             "name": plan.name,
             "namespace": job.metadata.namespace,
-            "labels": attempt_labels(job.metadata.name, job.metadata.uid, plan.number),
+            "labels": labels,
             "ownerReferences": [owner_reference(job)],
         },
         "spec": {

@@ -9,8 +9,8 @@ import pytest
 
 from finetune_cli.download import artifact_of, download
 from finetune_cli.store import Keys, Store, keys_from
-from finetune_core.api.running import StorageSpec
 from finetune_core.api.status import ArtifactStatus
+from finetune_core.api.storage import StorageSpec
 from finetune_core.errors import UserError
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, digest
 from tests.cli.stored import job

@@ -53,11 +53,6 @@ def test_a_run_file_survives_the_wire() -> None:
     assert type(config).model_validate_json(config.to_json()) == config
 
 
-def test_a_rate_of_zero_is_named() -> None:
-    with pytest.raises(UserError, match=r"spec\.training\.learningRate: must be greater than 0"):
-        resolve(job(training={"learningRate": "0.0"}), report=None)
-
-
 def test_a_micro_batch_beyond_its_share_is_named() -> None:
     with pytest.raises(UserError, match=r"spec\.training\.microBatchSize: must be at most 8"):
         resolve(job(training={"microBatchSize": 9}), report=None)
@@ -77,3 +72,12 @@ def test_micro_batch_covers_the_share() -> None:
 def test_the_last_batch_of_an_epoch_counts() -> None:
     assert total_steps(rows=33, global_batch_size=16, epochs=2, max_steps=None) == 6
     assert total_steps(rows=33, global_batch_size=16, epochs=None, max_steps=7) == 7
+
+
+def test_accumulation_leaves_the_micro_batch() -> None:
+    assert micro_batch_size(None, accumulation_steps=4, global_batch_size=64, processes=2) == 8
+
+
+def test_checkpoints_come_every_hundred_steps_unless_said_otherwise() -> None:
+    assert resolve(job(storage={"checkpoint": {}}), report=None).storage.checkpoint_every_steps == 100
+    assert resolve(job(storage={"checkpoint": {"everySteps": 7}}), report=None).storage.checkpoint_every_steps == 7

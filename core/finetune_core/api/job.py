@@ -20,6 +20,12 @@ SINGULAR = "finetunejob"
 SHORT_NAME = "ftj"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_MAX_LENGTH = 40
+NAME_RULE = (
+    f"self.metadata.name.matches('{NAME_PATTERN}') && self.metadata.name.size() <= {NAME_MAX_LENGTH}",
+    "`metadata.name` must start with a letter, hold only a-z, 0-9 and '-', and have at most"
+    f" {NAME_MAX_LENGTH} characters",
+)
+"""CEL rule and message: the names of pods and Services are made from it."""
 
 
 class Metadata(BaseModel):
@@ -54,6 +60,11 @@ def printer_columns() -> list[dict[str, Any]]:
     """Return what `kubectl get ftj` shows; columns with priority 1 come with `-o wide`."""
     succeeded = ".status.conditions[?(@.type=='Succeeded')]"
     return [
+        {
+            "name": "Model",
+            "type": "string",
+            "jsonPath": ".spec.model['huggingFace','s3','volume']['repo','uri','path']",
+        },
         {"name": "Method", "type": "string", "jsonPath": ".spec.method"},
         {"name": "State", "type": "string", "jsonPath": f"{succeeded}.reason"},
         {"name": "Step", "type": "integer", "jsonPath": ".status.progress.step"},

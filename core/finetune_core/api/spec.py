@@ -5,9 +5,19 @@ from __future__ import annotations
 from pydantic import ConfigDict
 
 from finetune_core.api.base import ApiModel, cel
-from finetune_core.api.method import DeepSpeedSpec, EvaluationSpec, LoRASpec, Method, TrainingSpec
-from finetune_core.api.running import PodTemplateSpec, ResourcesSpec, RunPolicySpec, StorageSpec
-from finetune_core.api.sources import DatasetSpec, ModelSpec
+from finetune_core.api.dataset import DatasetSpec
+from finetune_core.api.evaluation import EvaluationSpec
+from finetune_core.api.method import LoRASpec, Method
+from finetune_core.api.pod_template import PodTemplateSpec
+from finetune_core.api.resources import ResourcesSpec
+from finetune_core.api.run_policy import RunPolicySpec
+from finetune_core.api.sources import ModelSpec
+from finetune_core.api.storage import StorageSpec
+from finetune_core.api.tracking import TrackingSpec
+from finetune_core.api.training import DeepSpeedSpec, StabilitySpec, TrainingSpec
+
+_PROCESSES = "self.resources.nodes * (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode : 1)"
+_ACCUMULATED = f"(self.training.gradientAccumulationSteps * {_PROCESSES})"
 
 
 def _immutable(section: str, *, optional: bool = False) -> tuple[str, str]:
@@ -15,48 +25,80 @@ def _immutable(section: str, *, optional: bool = False) -> tuple[str, str]:
 
     `self.x == oldSelf.x` alone is skipped by the server when an optional field is added or removed.
     """
-    name = section.rsplit(".", 1)
-    parent = f".{name[0]}" if len(name) == 2 else ""
     rule = f"self.{section} == oldSelf.{section}"
     if optional:
-        old, new = f"has(oldSelf{parent}.{name[-1]})", f"has(self{parent}.{name[-1]})"
+        old, new = f"has(oldSelf.{section})", f"has(self.{section})"
         rule = f"{new} == {old} && (!{new} || {rule})"
     return rule, f"`{section}` must not change after creation; create a new FineTuneJob"
+
+
+_BETWEEN_SECTIONS = (
+    ("self.method == 'LoRA' || !has(self.lora)", "`lora` must be absent unless `method` is LoRA"),
+    (
+        "self.method == 'LoRA' || !has(self.storage.artifact)",
+        "`storage.artifact` must be absent unless `method` is LoRA",
+    ),
+    (
+        "type(self.deepspeed.zeroStage) != int || self.deepspeed.zeroStage != 0 || self.training.precision == 'fp32'",
+        "`deepspeed.zeroStage` must be 1, 2, 3 or Auto unless `training.precision` is fp32",
+    ),
+    (
+        "!has(self.training.gradientAccumulationSteps) || self.training.globalBatchSize =="
+        f" {_ACCUMULATED} * (has(self.training.microBatchSize) ? self.training.microBatchSize"
+        f" : self.training.globalBatchSize / {_ACCUMULATED})",
+        "`training.globalBatchSize` must be `training.microBatchSize` x `training.gradientAccumulationSteps` x the"
+        " number of processes (`resources.nodes` x `resources.gpusPerNode`)",
+    ),
+    (
+        "!has(self.evaluation.artifactFrom) || self.evaluation.artifactFrom != 'Best' || has(self.dataset.validation)",
+        "`evaluation.artifactFrom` must be Last unless `dataset.validation` is set",
+    ),
+    (
+        "!has(self.evaluation.patience) || has(self.dataset.validation)",
+        "`evaluation.patience` must be absent unless `dataset.validation` is set",
+    ),
+    (
+        "self.evaluation.bestBy == 'Perplexity' || has(self.dataset.validation) && self.dataset.task != 'None'",
+        "`evaluation.bestBy` must be Perplexity unless `dataset.validation` and `dataset.task` are set",
+    ),
+    (
+        "!has(self.evaluation.generation) || self.dataset.task != 'None'",
+        "`evaluation.generation` must be absent unless `dataset.task` is set",
+    ),
+    (
+        "!has(self.evaluation.basePrompt) || self.dataset.task != 'None'",
+        "`evaluation.basePrompt` must be absent unless `dataset.task` is set",
+    ),
+)
+
+_UNCHANGEABLE = (
+    _immutable("model"),
+    _immutable("dataset"),
+    _immutable("method"),
+    _immutable("lora", optional=True),
+    _immutable("training"),
+    _immutable("deepspeed"),
+    _immutable("evaluation"),
+    _immutable("stability"),
+    _immutable("resources"),
+    _immutable("storage.uri"),
+    _immutable("storage.endpoint", optional=True),
+    _immutable("storage.region"),
+    _immutable("storage.credentialsSecretRef", optional=True),
+    _immutable("storage.caConfigMapRef", optional=True),
+    _immutable("storage.runId", optional=True),
+    _immutable("storage.checkpoint.everySteps", optional=True),
+    _immutable("storage.checkpoint.everyMinutes", optional=True),
+    _immutable("storage.artifact", optional=True),
+    _immutable("tracking", optional=True),
+    _immutable("podTemplate"),
+)
 
 
 class FineTuneJobSpec(ApiModel):
     """What to fine-tune, on what, how, where, and where the result goes."""
 
-    model_config = ConfigDict(
-        json_schema_extra=cel(
-            ("self.method == 'LoRA' || !has(self.lora)", "`lora` must be absent unless `method` is LoRA"),
-            (
-                "type(self.deepspeed.zeroStage) != int || self.deepspeed.zeroStage != 0"
-                " || self.training.precision == 'fp32'",
-                "`deepspeed.zeroStage` must be 1, 2, 3 or Auto unless `training.precision` is fp32",
-            ),
-            (
-                "!has(self.evaluation.artifactFrom) || self.evaluation.artifactFrom != 'Best'"
-                " || has(self.dataset.validation)",
-                "`evaluation.artifactFrom` must be Last unless `dataset.validation` is set",
-            ),
-            _immutable("model"),
-            _immutable("dataset"),
-            _immutable("method"),
-            _immutable("lora", optional=True),
-            _immutable("training"),
-            _immutable("deepspeed"),
-            _immutable("evaluation"),
-            _immutable("resources"),
-            _immutable("storage.uri"),
-            _immutable("storage.endpoint", optional=True),
-            _immutable("storage.region"),
-            _immutable("storage.credentialsSecretRef"),
-            _immutable("storage.runId", optional=True),
-            _immutable("storage.checkpoint.everySteps"),
-            _immutable("podTemplate"),
-        )
-    )
+    model_config = ConfigDict(json_schema_extra=cel(*_BETWEEN_SECTIONS, *_UNCHANGEABLE))
 
     model: ModelSpec
     """The base model."""
@@ -71,11 +113,15 @@ class FineTuneJobSpec(ApiModel):
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     """How training state is spread over the processes."""
     evaluation: EvaluationSpec = EvaluationSpec()
-    """When the validation rows are scored."""
+    """When the validation rows are scored, and which checkpoint becomes the artifact."""
+    stability: StabilitySpec = StabilitySpec()
+    """What happens when training goes wrong without an error."""
     resources: ResourcesSpec = ResourcesSpec()
     """Machines."""
     storage: StorageSpec
     """The object store that checkpoints and the artifact go to."""
+    tracking: TrackingSpec | None = None
+    """Where curves go beside the status."""
     run_policy: RunPolicySpec = RunPolicySpec()
     """What the operator does around attempts; may change at any time."""
     pod_template: PodTemplateSpec = PodTemplateSpec()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from finetune_core.api.base import ApiModel
+from finetune_core.api.base import ATOMIC, ApiModel, by_key
 from finetune_core.api.conditions import Condition
 
 HISTORY_LIMIT = 60
@@ -18,9 +18,6 @@ Decimal = Annotated[str, Field(max_length=32)]
 Text = Annotated[str, Field(max_length=1024)]
 Digest = Annotated[str, Field(max_length=64)]
 Count = Annotated[int, Field(ge=0)]
-
-_BY_TYPE: dict[str, Any] = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
-_ATOMIC: dict[str, Any] = {"x-kubernetes-list-type": "atomic"}
 
 
 class StatusModel(ApiModel):
@@ -64,7 +61,7 @@ class CurrentAttempt(StatusModel):
     """1 for the first."""
     start_time: datetime
     """When it was started."""
-    pods: Annotated[list[PodRecord], Field(max_length=99, json_schema_extra=_ATOMIC)] = []
+    pods: Annotated[list[PodRecord], Field(max_length=99, json_schema_extra=ATOMIC)] = []
     """First pod seen per index."""
     cause: AttemptCause | None = None
     """Set once the attempt is known to end."""
@@ -100,7 +97,7 @@ class AttemptsStatus(StatusModel):
     """Attempts that ended through no fault of the job."""
     current: CurrentAttempt | None = None
     """The attempt that exists now."""
-    recent: Annotated[list[PastAttempt], Field(max_length=RECENT_ATTEMPTS_LIMIT, json_schema_extra=_ATOMIC)] = []
+    recent: Annotated[list[PastAttempt], Field(max_length=RECENT_ATTEMPTS_LIMIT, json_schema_extra=ATOMIC)] = []
     """Newest ended attempts, oldest first."""
     next_start_time: datetime | None = None
     """End of the back-off, while the job waits for it."""
@@ -121,6 +118,8 @@ class ProgressStatus(StatusModel):
     """Estimated time to the last step."""
     tokens_per_second: Decimal | None = None
     """Supervised and prompt tokens (no padding) per second over all processes."""
+    mfu: Decimal | None = None
+    """Model FLOPs utilisation: the share of the GPUs' peak that the model's arithmetic takes, from 0 to 1."""
     last_update_time: datetime | None = None
     """When the trainer last reported."""
 
@@ -170,6 +169,52 @@ class CheckpointStatus(StatusModel):
     """The least perplexity."""
 
 
+class PlanStatus(StatusModel):
+    """What was chosen where the spec leaves it open, and what it is expected to take."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    """ZeRO stage."""
+    processes: Annotated[int, Field(ge=1)]
+    """Training processes over all pods."""
+    micro_batch_size: Annotated[int, Field(ge=1)]
+    """Examples that one process computes at once."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)]
+    """Micro-batches per optimizer step."""
+    gpu_memory_bytes: Count | None = None
+    """Estimated peak of one GPU."""
+    memory_bytes: Count | None = None
+    """Estimated peak of one pod."""
+
+
+class Scores(StatusModel):
+    """How well a model does on the rows that it was scored with."""
+
+    perplexity: Decimal | None = None
+    """exp of the mean loss over supervised tokens."""
+    task_score: Decimal | None = None
+    """Share of answers that the grader of `dataset.task` accepts, from 0 to 1."""
+
+
+class EvaluationStatus(StatusModel):
+    """Base model and tuned model on the same rows."""
+
+    rows: Literal["Validation", "Test"]
+    """Which rows: those of `dataset.test` where there are any."""
+    examples: Count
+    """How many rows were scored."""
+    base: Scores | None = None
+    """The base model, without added tokens."""
+    tuned: Scores | None = None
+    """The artifact."""
+
+
+class UsageStatus(StatusModel):
+    """What the job has taken."""
+
+    gpu_seconds: Count = 0
+    """GPUs times seconds that pods held them, over all attempts."""
+
+
 class ArtifactStatus(StatusModel):
     """What came out."""
 
@@ -199,7 +244,7 @@ class FineTuneJobStatus(StatusModel):
 
     observed_generation: Count = 0
     """Generation of the spec that the status speaks of."""
-    conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=_BY_TYPE)] = []
+    conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=by_key("type"))] = []
     """All known conditions, from the first write on."""
     attempts: AttemptsStatus = AttemptsStatus()
     """How often the job was started."""
@@ -211,13 +256,19 @@ class FineTuneJobStatus(StatusModel):
     """When the job was settled."""
     progress: ProgressStatus | None = None
     """How far the run is."""
-    metrics: Annotated[list[MetricValue], Field(max_length=32, json_schema_extra=_ATOMIC)] = []
+    metrics: Annotated[list[MetricValue], Field(max_length=32, json_schema_extra=ATOMIC)] = []
     """Newest values."""
-    history: Annotated[list[HistoryPoint], Field(max_length=HISTORY_LIMIT, json_schema_extra=_ATOMIC)] = []
+    history: Annotated[list[HistoryPoint], Field(max_length=HISTORY_LIMIT, json_schema_extra=ATOMIC)] = []
     """Loss and validation perplexity over steps, thinned as it grows."""
-    checkpoints: Annotated[list[CheckpointStatus], Field(max_length=CHECKPOINT_LIMIT, json_schema_extra=_ATOMIC)] = []
+    checkpoints: Annotated[list[CheckpointStatus], Field(max_length=CHECKPOINT_LIMIT, json_schema_extra=ATOMIC)] = []
     """What lies in the bucket."""
+    plan: PlanStatus | None = None
+    """What was chosen where the spec leaves it open."""
+    evaluation: EvaluationStatus | None = None
+    """Base model and tuned model on the same rows."""
     artifact: ArtifactStatus | None = None
     """What came out."""
+    usage: UsageStatus | None = None
+    """What the job has taken."""
     child: ChildStatus | None = None
     """The PyTorchJob of the current attempt."""

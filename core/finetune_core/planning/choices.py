@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_core.errors import UserError
+LARGEST_PLANNED_MICRO_BATCH = 8
 
 
 def zero_stage(requested: int | str, *, processes: int) -> int:
@@ -16,22 +16,19 @@ def zero_stage(requested: int | str, *, processes: int) -> int:
     return 2 if processes > 1 else 1
 
 
-def micro_batch_size(requested: int | None, *, global_batch_size: int, processes: int) -> int:
+def micro_batch_size(
+    requested: int | None, *, accumulation_steps: int | None = None, global_batch_size: int, processes: int
+) -> int:
     """Return the examples that one process computes at once.
 
-    Without a request it is the process's whole share of the global batch, at most 8. Raises UserError where the
-    request is larger than the share of a process.
+    Without a request it is what `gradientAccumulationSteps` leaves (the schema sees to it that there is no remainder),
+    and without that the process's whole share of the global batch, at most 8.
     """
-    share = -(-global_batch_size // processes)
-    if requested is None:
-        return min(8, share)
-    if requested > share:
-        raise UserError(
-            "spec.training.microBatchSize",
-            f"must be at most {share}, the share of one of {processes} processes in a globalBatchSize of"
-            f" {global_batch_size}",
-        )
-    return requested
+    if requested is not None:
+        return requested
+    if accumulation_steps is not None:
+        return global_batch_size // (processes * accumulation_steps)
+    return min(LARGEST_PLANNED_MICRO_BATCH, -(-global_batch_size // processes))
 
 
 def total_steps(*, rows: int, global_batch_size: int, epochs: int | None, max_steps: int | None) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from finetune_core.api.sources import DatasetSpec, PromptCompletionFormat
+from finetune_core.api.dataset import DatasetSpec, PromptCompletionFormat
 from finetune_core.errors import UserError
 from finetune_trainer.data.reader import Row, read_rows
 

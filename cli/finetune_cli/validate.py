@@ -1,0 +1,166 @@
+"""`finetune validate`: says of job files what the API server and the operator will say, without either.
+
+In: files. Out: one line for each problem, `file:line: path: what it must be`, or JSON for pipelines. The rules are the
+schema's own; `finetune_core.validation` evaluates them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_cli.yaml_lines import Document, load
+from finetune_core.api.job import API_VERSION, GROUP, KIND
+from finetune_core.validation.job import is_job, validate_job
+from finetune_core.validation.problems import Path as FieldPath
+from finetune_core.validation.problems import Problem, Refusal, dotted
+
+STDIN = "-"
+SIZE_LIMIT = 32 << 20
+"""Bytes; the API server takes 3 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A problem and where it stands."""
+
+    file: str
+    line: int
+    job: str
+    path: str
+    message: str
+    refused_by: str
+
+    def __str__(self) -> str:
+        """Return the line for people."""
+        path = f"{self.path}: " if self.path else ""
+        who = " (accepted by the API server, refused by the operator)" if self.refused_by == Refusal.OPERATOR else ""
+        return f"{self.file}:{self.line}: {path}{self.message}{who}"
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found in one file."""
+
+    file: str
+    jobs: list[str]
+    findings: list[Finding]
+
+
+def validate_files(options: argparse.Namespace) -> int:
+    """Check the files of the command line; 0 when every job is valid, else 1."""
+    checked = [check_file(name) for name in options.files]
+    if options.output == "json":
+        print(json.dumps(report(checked), indent=2))
+    else:
+        show(checked)
+    return 1 if any(file.findings for file in checked) else 0
+
+
+def report(checked: Sequence[Checked]) -> dict[str, Any]:
+    """Return the result for programs."""
+    findings = [finding for file in checked for finding in file.findings]
+    problems = [
+        {("refusedBy" if key == "refused_by" else key): value for key, value in asdict(finding).items()}
+        for finding in findings
+    ]
+    return {
+        "valid": not findings,
+        "files": len(checked),
+        "jobs": sum(len(file.jobs) for file in checked),
+        "problems": problems,
+    }
+
+
+def show(checked: Sequence[Checked]) -> None:
+    """Print the result for people."""
+    for file in checked:
+        for finding in file.findings:
+            print(finding)
+        if not file.findings:
+            names = ", ".join(file.jobs)
+            print(f"{file.file}: {names} valid" if names else f"{file.file}: no {KIND} in it")
+    count = sum(len(file.findings) for file in checked)
+    if count:
+        print(f"{count} problem{'s' if count > 1 else ''}", file=sys.stderr)
+
+
+def check_file(name: str) -> Checked:
+    """Return everything that is wrong with the jobs of a file; documents of other kinds are passed over."""
+    try:
+        raw = sys.stdin.buffer.read(SIZE_LIMIT + 1) if name == STDIN else _read(Path(name))
+        if len(raw) > SIZE_LIMIT:
+            return _unreadable(name, f"must be at most {SIZE_LIMIT >> 20} MB")
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        return _unreadable(name, f"can't be read: {error.strerror or error}")
+    except UnicodeDecodeError as error:
+        return _unreadable(name, f"must be UTF-8: {error.reason}", raw.count(b"\n", 0, error.start) + 1)
+    documents, broken = load(text)
+    findings = [Finding(name, flaw.line, "", "", flaw.message, Refusal.SERVER) for flaw in broken]
+    jobs: list[str] = []
+    for document in documents:
+        for prefix, job in _jobs(document.value):
+            title = _name(job)
+            jobs.append(title)
+            findings += _flaws(name, document, title, prefix)
+            findings += [_finding(name, document, title, prefix, problem) for problem in _problems(job)]
+    findings.sort(key=lambda finding: finding.line)
+    return Checked(name, jobs, findings)
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(SIZE_LIMIT + 1)
+
+
+def _unreadable(name: str, message: str, line: int = 1) -> Checked:
+    return Checked(name, [], [Finding(name, line, "", "", message, Refusal.SERVER)])
+
+
+def _jobs(value: Any) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
+    """Yield the jobs of a document, those of a List included, each with its path in the document."""
+    if not isinstance(value, dict):
+        return
+    if value.get("kind") == "List" and isinstance(value.get("items"), list):
+        for index, item in enumerate(value["items"]):
+            if isinstance(item, dict) and _means_a_job(item):
+                yield ("items", index), item
+    elif _means_a_job(value):
+        yield (), value
+
+
+def _means_a_job(document: dict[str, Any]) -> bool:
+    """Whether somebody meant this to be a FineTuneJob: kind or group say so, however they are spelt."""
+    kind, group = str(document.get("kind", "")), str(document.get("apiVersion", "")).split("/", maxsplit=1)[0]
+    return kind.casefold() == KIND.casefold() or group.casefold() == GROUP
+
+
+def _problems(job: dict[str, Any]) -> list[Problem]:
+    if is_job(job):
+        return validate_job(job).problems
+    fields = (("apiVersion", API_VERSION), ("kind", KIND))
+    return [Problem((field,), f"must be {must}") for field, must in fields if job.get(field) != must]
+
+
+def _flaws(file: str, document: Document, job: str, prefix: FieldPath) -> Iterator[Finding]:
+    for flaw in document.flaws:
+        if flaw.path[: len(prefix)] == prefix:
+            path = dotted(flaw.path[len(prefix) :]) if len(flaw.path) > len(prefix) else ""
+            yield Finding(file, flaw.line, job, path, flaw.message, Refusal.SERVER)
+
+
+def _finding(file: str, document: Document, job: str, prefix: FieldPath, problem: Problem) -> Finding:
+    line = document.line_of((*prefix, *problem.path))
+    return Finding(file, line, job, dotted(problem.path), problem.message, problem.refused_by)
+
+
+def _name(job: dict[str, Any]) -> str:
+    metadata = job.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    return name if isinstance(name, str) else ""

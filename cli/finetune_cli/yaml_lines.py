@@ -1,0 +1,296 @@
+"""Reads YAML as kubectl does, and remembers on which line everything stands.
+
+In: the text of a file with any number of documents. Out: plain values with the line of every key and item, and what is
+wrong with the text itself: syntax, duplicate keys, endless aliases. Works from the parser's events with a stack of its
+own, so that no nesting is too deep for it. Called by `validate`.
+
+kubectl's parser follows YAML 1.1 with exceptions (no times, `1e-4` is a number), PyYAML's with others; what a plain
+scalar means is therefore said here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+DEPTH_LIMIT = 200
+NODE_LIMIT = 1_000_000
+"""Values of a document, aliases counted as often as they are used."""
+
+Path = tuple[str | int, ...]
+
+_TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
+_FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})
+_NULL = frozenset({"", "~", "null", "Null", "NULL"})
+_INTEGER = re.compile(r"[-+]?(0[xX][0-9a-fA-F]+|0[bB][01]+|0[oO]?[0-7]+|[1-9][0-9]*|0)")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_PREFIX = "tag:yaml.org,2002:"
+_MERGE = object()
+_PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """Something wrong with the text itself."""
+
+    line: int
+    path: Path
+    message: str
+
+
+@dataclass(slots=True)
+class Document:
+    """A document of the file."""
+
+    line: int
+    value: Any = None
+    lines: dict[Path, int] = field(default_factory=dict)
+    flaws: list[Flaw] = field(default_factory=list)
+
+    def line_of(self, path: Path) -> int:
+        """Return the line of ``path``, or of the nearest section above it that exists."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, self.line)
+
+
+def load(text: str) -> tuple[list[Document], list[Flaw]]:
+    """Return the documents of ``text``, and the syntax error that ends it, if any. Empty documents are left out."""
+    documents: list[Document] = []
+    builder: _Builder | None = None
+    try:
+        for event in yaml.parse(text, Loader=_PARSER):
+            if isinstance(event, yaml.DocumentStartEvent):
+                builder = _Builder(Document(_line(event)))
+            elif isinstance(event, yaml.DocumentEndEvent) and builder is not None:
+                documents.append(builder.document)
+                builder = None
+            elif builder is not None:
+                builder.take(event)
+    except yaml.MarkedYAMLError as error:
+        mark: Any = error.problem_mark or error.context_mark
+        sentence = " ".join(part for part in (error.context, error.problem) if part)
+        return documents, [Flaw(mark.line + 1 if mark else 1, (), f"must be YAML: {sentence}")]
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position if isinstance(error.position, int) else 0) + 1
+        return documents, [Flaw(line, (), f"must be YAML: {error.reason}")]
+    return [document for document in documents if document.value is not None or document.flaws], []
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A mapping or list that is being read."""
+
+    value: Any
+    path: Path
+    anchor: str | None
+    nodes_before: int
+    key: Any = None
+    has_key: bool = False
+    merged: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Builder:
+    """Makes one document from its events."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self._frames: list[_Frame] = []
+        self._anchors: dict[str, tuple[Any, int]] = {}
+        self._nodes = 0
+        self._skipping = 0
+
+    def take(self, event: Any) -> None:
+        """Take the next event."""
+        if isinstance(event, yaml.CollectionStartEvent):
+            self._start(event)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            self._end(event)
+        elif self._skipping == 0:
+            if isinstance(event, yaml.ScalarEvent):
+                self._scalar(event)
+            elif isinstance(event, yaml.AliasEvent):
+                self._alias(event)
+
+    def _start(self, event: Any) -> None:
+        frame = self._frames[-1] if self._frames else None
+        is_key = frame is not None and isinstance(frame.value, dict) and not frame.has_key
+        if self._skipping:
+            self._skipping += 1
+            return
+        if is_key and frame is not None:
+            self._flaw(event, "must have a string as key")
+            frame.has_key, frame.key, self._skipping = True, None, 1
+            return
+        if len(self._frames) >= DEPTH_LIMIT:
+            self._flaw(event, f"must not be nested deeper than {DEPTH_LIMIT} levels")
+            self._put(event, None)
+            self._skipping = 1
+            return
+        value: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
+        path = self._place(event)
+        self._nodes += 1
+        self._frames.append(_Frame(value, path, event.anchor, self._nodes))
+
+    def _end(self, event: Any) -> None:
+        if self._skipping:
+            self._skipping -= 1
+            return
+        frame = self._frames.pop()
+        for merged in frame.merged:
+            for key, value in merged.items():
+                frame.value.setdefault(key, value)
+        if frame.anchor:
+            self._anchors[frame.anchor] = (frame.value, self._nodes - frame.nodes_before + 1)
+        self._attach(event, frame.value)
+
+    def _scalar(self, event: Any) -> None:
+        self._nodes += 1
+        try:
+            value = _resolve(event)
+        except ValueError as error:
+            self._flaw(event, str(error))
+            value = None
+        if event.anchor:
+            self._anchors[event.anchor] = (value, 1)
+        self._put(event, value)
+
+    def _alias(self, event: Any) -> None:
+        value, nodes = self._anchors.get(event.anchor, (None, 0))
+        if nodes == 0:
+            self._flaw(event, f"must not refer to the anchor {event.anchor}, which is not complete here")
+        elif self._nodes + nodes > NODE_LIMIT:
+            self._flaw(event, f"must not have more than {NODE_LIMIT} values, aliases counted")
+            value = None
+        else:
+            self._nodes += nodes
+        self._put(event, value)
+
+    def _put(self, event: Any, value: Any) -> None:
+        """Take ``value`` as the next key, value or item."""
+        frame = self._frames[-1] if self._frames else None
+        if frame is not None and isinstance(frame.value, dict) and not frame.has_key:
+            self._take_key(event, frame, value)
+            return
+        self._place(event)
+        self._attach(event, value)
+
+    def _take_key(self, event: Any, frame: _Frame, value: Any) -> None:
+        frame.has_key = True
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and event.value == "<<":
+            frame.key = _MERGE
+            return
+        key = _key(value)
+        frame.key = key
+        if key is None:
+            self._flaw(event, "must have a string as key")
+            return
+        path = (*frame.path, key)
+        if key in frame.value:
+            self._flaw(event, f"must not stand twice; it stands on line {self.document.lines[path]} already", path)
+        self.document.lines[path] = _line(event)
+
+    def _place(self, event: Any) -> Path:
+        """Return the path of the value that begins, and remember its line where no key has done so."""
+        if not self._frames:
+            self.document.lines[()] = _line(event)
+            return ()
+        frame = self._frames[-1]
+        if isinstance(frame.value, list):
+            path: Path = (*frame.path, len(frame.value))
+            self.document.lines[path] = _line(event)
+            return path
+        return (*frame.path, frame.key) if isinstance(frame.key, str) else frame.path
+
+    def _attach(self, event: Any, value: Any) -> None:
+        """Put a complete value into what holds it."""
+        if not self._frames:
+            self.document.value = value
+            return
+        frame = self._frames[-1]
+        if isinstance(frame.value, list):
+            frame.value.append(value)
+            return
+        if frame.key is _MERGE:
+            merged = value if isinstance(value, list) else [value]
+            if all(isinstance(item, dict) for item in merged):
+                frame.merged += merged
+            else:
+                self._flaw(event, "must be an alias of a mapping after <<")
+        elif frame.key is not None:
+            frame.value[frame.key] = value
+        frame.has_key, frame.key = False, None
+
+    def _flaw(self, event: Any, message: str, path: Path | None = None) -> None:
+        frame = self._frames[-1] if self._frames else None
+        here = frame.path if frame else ()
+        if path is None and frame is not None and isinstance(frame.key, str):
+            here = (*here, frame.key)
+        self.document.flaws.append(Flaw(_line(event), here if path is None else path, message))
+
+
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1
+
+
+def _key(value: Any) -> str | None:
+    """Return a key as JSON has it; None for what can't be one."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
+def _resolve(event: Any) -> Any:
+    """Return what a scalar means; raises ValueError for a tag that JSON has nothing for."""
+    text: str = event.value
+    tag = event.tag
+    if tag is not None and tag != "!":
+        name = tag.removeprefix(_PREFIX)
+        if name == "str":
+            return text
+        if name not in ("int", "float", "bool", "null"):
+            raise ValueError(f"must not have the tag {tag}")
+        return _plain(text)
+    return _plain(text) if event.implicit[0] else text
+
+
+def _plain(text: str) -> Any:
+    """Return the value of a plain scalar as kubectl reads it."""
+    if text in _NULL:
+        return None
+    if text in _TRUE or text in _FALSE:
+        return text in _TRUE
+    number = text.replace("_", "")
+    if text[0] not in "+-.0123456789":
+        return text
+    if _INTEGER.fullmatch(number):
+        return _integer(number)
+    if _FLOAT.fullmatch(number):
+        return _number(float(number))
+    if _SPECIAL_FLOAT.fullmatch(text):
+        raise ValueError("must be a finite number")
+    return text
+
+
+def _number(value: float) -> int | float:
+    """Return a number as kubectl sends it: JSON has one kind of number, and `2.0` goes out as 2."""
+    if value in (math.inf, -math.inf):
+        raise ValueError("must be a finite number")
+    return int(value) if value.is_integer() and abs(value) < 1e21 else value
+
+
+def _integer(number: str) -> int | float:
+    """Return an integer of YAML 1.1: 0b, 0x, 0o, and octal where it begins with 0."""
+    sign = -1 if number[0] == "-" else 1
+    digits = number.lstrip("+-").lower()
+    if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
+        return sign * int(digits, 8)
+    # int() refuses thousands of digits; a number that long is beyond every bound anyway.
+    return sign * int(digits, 0) if len(digits) < 100 else float("1e308")

@@ -1,0 +1,77 @@
+"""The structural OpenAPI 3.0 schema of a model: what the CRD, the API reference and `validate` are made of.
+
+What pydantic writes and the API server refuses (references, titles, nullable unions, `const`, numeric exclusive
+bounds) is rewritten here; what can't be said in a structural schema raises.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+from finetune_core.api.base import ApiModel
+
+
+class _KubernetesJsonSchema(GenerateJsonSchema):
+    """Optional fields are absent, never null; a default of None is no default."""
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        if schema.get("default") is None and "default_factory" not in schema:
+            return self.generate_inner(schema["schema"])
+        return super().default_schema(schema)
+
+    def encode_default(self, dft: Any) -> Any:
+        """Write a section's default out: the server checks CEL rules on a default before it fills in nested ones."""
+        return dft.to_json() if isinstance(dft, ApiModel) else super().encode_default(dft)
+
+
+def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = ()) -> Any:
+    """Return ``node`` with references inlined and everything rewritten that a structural schema forbids."""
+    if isinstance(node, list):
+        return [_structural(item, definitions, path) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        name = node["$ref"].rsplit("/", 1)[-1]
+        if name in path:
+            raise ValueError(f"the schema refers to itself: {' -> '.join((*path, name))}")
+        siblings = {key: value for key, value in node.items() if key != "$ref"}
+        return _structural({**definitions[name], **siblings}, definitions, (*path, name))
+    result: dict[str, Any] = {}
+    for key, value in node.items():
+        if key in ("title", "$defs", "discriminator", "propertyNames"):
+            continue
+        if key == "additionalProperties" and value is False:
+            continue
+        if key == "const":
+            result["enum"] = [value]
+        elif key in ("exclusiveMinimum", "exclusiveMaximum"):
+            result[key.replace("exclusiveM", "m")] = value
+            result[key] = True
+        elif key == "properties":
+            result[key] = {name: _structural(schema, definitions, path) for name, schema in value.items()}
+        elif key in ("default", "enum", "required"):
+            result[key] = value
+        else:
+            result[key] = _structural(value, definitions, path)
+    if "properties" in result:
+        result.setdefault("type", "object")
+    if isinstance(result.get("description"), str):
+        result["description"] = " ".join(result["description"].split())
+    if ("anyOf" in result or "oneOf" in result) and not result.get("x-kubernetes-int-or-string"):
+        raise ValueError(f"a union can't be said in a structural schema, at {' -> '.join(path) or 'the root'}: {node}")
+    return result
+
+
+@cache
+def openapi_schema(model: type[ApiModel]) -> dict[str, Any]:
+    """Return the structural schema of ``model``; raises ValueError where it can't be structural."""
+    schema = model.model_json_schema(by_alias=True, mode="validation", schema_generator=_KubernetesJsonSchema)
+    result: dict[str, Any] = _structural(schema, schema.get("$defs", {}))
+    return result

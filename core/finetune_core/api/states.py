@@ -1,0 +1,116 @@
+"""What every condition, status and reason means and what a person should do about it: the table of docs/api.md.
+
+The operator says nothing that is not listed here; tests/operator/test_states.py holds it to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from finetune_core.api.conditions import ConditionType, Reason
+
+NOTHING = "Nothing."
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A reason in a person's words."""
+
+    meaning: str
+    advice: str = NOTHING
+
+
+CONDITIONS: Mapping[ConditionType, str] = {
+    ConditionType.READY: "For kstatus (Flux, `kubectl wait`): True only when the job has succeeded.",
+    ConditionType.RECONCILING: "For kstatus: True until the job has ended.",
+    ConditionType.STALLED: "For kstatus: True when the job ended without success and nothing more is tried.",
+    ConditionType.ACCEPTED: "The operator can run the spec, and what it needs from the cluster is there.",
+    ConditionType.SCHEDULED: "All pods of the current attempt have a node.",
+    ConditionType.RUNNING: "All ranks of the current attempt report.",
+    ConditionType.CHECKPOINT_AVAILABLE: "At least one committed checkpoint lies in the bucket.",
+    ConditionType.SUCCEEDED: "The summary: Unknown until the end; True or False is final. Its reason is the State"
+    " column of `kubectl get ftj`.",
+}
+
+REASONS: Mapping[Reason, Explanation] = {
+    Reason.QUEUED: Explanation(
+        "The attempt exists, but no pod does yet.",
+        "Wait. If it lasts: look at the PyTorchJob in `status.child`; Kueue may hold it, or a quota may be used up.",
+    ),
+    Reason.STARTING: Explanation(
+        "Pods exist, but not all ranks report: nodes, images, volumes, model and data are being waited for.",
+        "Read the message: it says what which pod waits for.",
+    ),
+    Reason.RUNNING: Explanation("All ranks report; the model trains."),
+    Reason.RETRYING: Explanation(
+        "An attempt ended; the next starts after the back-off and resumes from the newest checkpoint.",
+        "Read the message and `status.attempts.recent`: a lost node needs nothing, an error of your own does.",
+    ),
+    Reason.COMPLETED: Explanation(
+        "The artifact is committed.", "Fetch it: `finetune download NAME`, or `status.artifact.uri`."
+    ),
+    Reason.EARLY_STOPPED: Explanation(
+        "Training stopped before its last step because the score no longer improved; the artifact is committed.",
+        "Fetch it: `finetune download NAME`.",
+    ),
+    Reason.BAD_INPUT: Explanation(
+        "The spec or the data make the job impossible; the message names the field, or the file and line.",
+        "Put it right and create the job anew. `finetune validate` finds what can be found without the data.",
+    ),
+    Reason.DIVERGED: Explanation(
+        "The loss or the gradient was not finite.",
+        "Create the job anew with a lower `training.learningRate`, or with `precision: fp32`.",
+    ),
+    Reason.OUT_OF_MEMORY: Explanation(
+        "A pod or a GPU ran out of memory.",
+        "Create the job anew with a smaller `training.microBatchSize`, with `gradientCheckpointing`, a higher"
+        " `deepspeed.zeroStage`, or more `resources`.",
+    ),
+    Reason.RETRIES_EXHAUSTED: Explanation(
+        "`runPolicy.maxRetries` retries failed too; the message holds the last cause.",
+        "Read `status.attempts.recent` and the trainer's log. The checkpoints stay: with the same `storage.runId` a new"
+        " job resumes from them.",
+    ),
+    Reason.NAME_CONFLICT: Explanation(
+        "An object of the name that the operator needs exists and belongs to somebody else.",
+        "Delete or rename it; the operator tries again by itself.",
+    ),
+    Reason.BACKEND_UNAVAILABLE: Explanation(
+        "The API server does not know PyTorchJob, or it, a webhook or a policy refuses the attempt's objects.",
+        "Read the message; install or repair Kubeflow's training-operator, or the policy. The operator tries again by"
+        " itself.",
+    ),
+    Reason.VALID: Explanation("The spec can be run."),
+    Reason.SCHEDULED: Explanation("Every pod has a node."),
+    Reason.WAITING_FOR_PODS: Explanation(
+        "Pods are missing, have no node or do not report yet; the message says which and why.",
+        "Wait; if it lasts, do what the message says.",
+    ),
+    Reason.COMMITTED: Explanation("A checkpoint exists; the message names its step."),
+    Reason.NONE_YET: Explanation("No checkpoint is committed yet: what a lost pod costs is the whole run so far."),
+    Reason.IN_PROGRESS: Explanation("The job has not ended."),
+    Reason.SETTLED: Explanation("The job has ended; see `Succeeded`."),
+}
+
+_WAITS = (Reason.QUEUED, Reason.STARTING, Reason.RUNNING, Reason.RETRYING)
+_OUTSIDE = (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE)
+_DONE = (Reason.COMPLETED, Reason.EARLY_STOPPED)
+_FAILED = (Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED)
+
+STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
+    ConditionType.SUCCEEDED: {
+        # BadInput while Unknown: the spec is one that this version of the operator can't read, another may.
+        "Unknown": (*_WAITS, *_OUTSIDE, Reason.BAD_INPUT),
+        "True": _DONE,
+        "False": _FAILED,
+    },
+    ConditionType.ACCEPTED: {"True": (Reason.VALID,), "False": (Reason.BAD_INPUT, *_OUTSIDE)},
+    ConditionType.SCHEDULED: {"True": (Reason.SCHEDULED,), "False": (Reason.WAITING_FOR_PODS, Reason.SETTLED)},
+    ConditionType.RUNNING: {"True": (Reason.RUNNING,), "False": (Reason.WAITING_FOR_PODS, Reason.SETTLED)},
+    ConditionType.CHECKPOINT_AVAILABLE: {"True": (Reason.COMMITTED,), "False": (Reason.NONE_YET,)},
+    ConditionType.READY: {"True": _DONE, "False": (*_WAITS, *_OUTSIDE, *_FAILED)},
+    ConditionType.RECONCILING: {"True": (Reason.IN_PROGRESS,), "False": (Reason.SETTLED,)},
+    ConditionType.STALLED: {"True": _FAILED, "False": (Reason.IN_PROGRESS, Reason.SETTLED)},
+}
+"""Which condition says which reason with which status."""

@@ -1,0 +1,23 @@
+"""Fills in the schema's defaults as the API server does; pure. For objects that the models refuse in another place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+def defaulted(schema: dict[str, Any], value: Any) -> Any:
+    """Return ``value`` with the defaults of ``schema``; nulls count as absent."""
+    if isinstance(value, dict) and "properties" in schema:
+        filled = {key: item for key, item in value.items() if item is not None}
+        for name, child in schema["properties"].items():
+            if name not in filled and "default" in child:
+                filled[name] = copy.deepcopy(child["default"])
+            if name in filled:
+                filled[name] = defaulted(child, filled[name])
+        return filled
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if item is not None}
+    if isinstance(value, list) and "items" in schema:
+        return [defaulted(schema["items"], item) for item in value]
+    return value

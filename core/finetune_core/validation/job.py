@@ -1,0 +1,127 @@
+"""Validates one job as a whole: what the API server would say of `kubectl apply`, then what the operator would say.
+
+In: the parsed document, for an update also the stored spec. Out: every problem with its path; where the server has
+none, the spec as it would be stored. Called by `finetune validate`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_core.api.job import API_VERSION, KIND, NAME_RULE
+from finetune_core.api.pod_template import LABEL_KEY
+from finetune_core.api.schema import openapi_schema
+from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.validation.defaults import defaulted
+from finetune_core.validation.problems import Path, Problem, Refusal
+from finetune_core.validation.rules import check_rules, check_rules_beside, holds
+from finetune_core.validation.runnable import unrunnable
+from finetune_core.validation.structure import check_structure, is_json
+
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
+NAMESPACE = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+ANNOTATIONS_LIMIT_BYTES = 262_144
+METADATA_FIELDS = frozenset(
+    {
+        "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid",
+        "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds",
+        "managedFields", "selfLink",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What would become of a job."""
+
+    problems: list[Problem]
+    stored: dict[str, Any] | None = None
+    """The spec with all defaults, where the server accepts it."""
+
+
+def is_job(document: Any) -> bool:
+    """Whether ``document`` means to be a FineTuneJob of the version that this program knows."""
+    return isinstance(document, dict) and document.get("kind") == KIND and document.get("apiVersion") == API_VERSION
+
+
+def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = None) -> Verdict:
+    """Return what server and operator would say of ``document``; with ``old_spec`` of it as an update."""
+    problems = [
+        Problem((key,), "unknown field")
+        for key in document
+        if key not in ("apiVersion", "kind", "metadata", "spec", "status")
+    ]
+    problems += _metadata_problems(document.get("metadata"))
+    if document.get("spec") is None:
+        return Verdict([*problems, Problem(("spec",), "must be set")])
+    verdict = validate_spec(document["spec"], old_spec=old_spec)
+    return Verdict([*problems, *verdict.problems], None if problems else verdict.stored)
+
+
+def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> Verdict:
+    """Return what server and operator would say of ``spec``, a parsed but otherwise unknown value."""
+    schema = openapi_schema(FineTuneJobSpec)
+    model, problems = check_structure(spec)
+    if model is None:
+        if is_json(spec):
+            broken = [problem.path for problem in problems]
+            problems += check_rules_beside(schema, defaulted(schema, spec), ("spec",), broken)
+        return Verdict(problems)
+    stored = model.to_json()
+    if old_spec is None:
+        problems = list(check_rules(schema, stored, ("spec",)))
+    else:
+        problems = list(check_rules(schema, stored, ("spec",), old_spec))
+    if problems:
+        return Verdict(problems)
+    refused = [Problem(_split(error.subject), error.problem, Refusal.OPERATOR) for error in unrunnable(model)]
+    return Verdict(refused, stored)
+
+
+def _metadata_problems(metadata: Any) -> Iterator[Problem]:
+    """Yield what is wrong with the name, the labels and the annotations."""
+    if not isinstance(metadata, dict):
+        yield Problem(("metadata",), "must be an object with a `name`")
+        return
+    path: Path = ("metadata",)
+    for key in metadata.keys() - METADATA_FIELDS:
+        yield Problem((*path, key), "unknown field")
+    name = metadata.get("name")
+    if not isinstance(name, str) or not name:
+        yield Problem((*path, "name"), "must be set, and a string")
+    elif not holds(NAME_RULE[0], {"metadata": {"name": name}}):
+        yield Problem((*path, "name"), NAME_RULE[1].split("` ", 1)[1])
+    namespace = metadata.get("namespace")
+    if namespace is not None and not (isinstance(namespace, str) and re.fullmatch(NAMESPACE, namespace)):
+        yield Problem((*path, "namespace"), "must hold only a-z, 0-9 and '-', at most 63 characters")
+    for field in ("labels", "annotations"):
+        yield from _label_problems((*path, field), metadata.get(field), values_are_labels=field == "labels")
+
+
+def _label_problems(path: Path, labels: Any, *, values_are_labels: bool) -> Iterator[Problem]:
+    if labels is None:
+        return
+    if not isinstance(labels, dict):
+        yield Problem(path, "must be an object of strings")
+        return
+    for key, value in labels.items():
+        if not isinstance(key, str) or not re.fullmatch(LABEL_KEY, key if values_are_labels else str(key).lower()):
+            yield Problem((*path, str(key)), "must be a key such as `team` or `example.com/team`")
+        elif not isinstance(value, str):
+            yield Problem((*path, key), "must be a string; put numbers, true and false in quotes")
+        elif values_are_labels and not re.fullmatch(LABEL_VALUE, value):
+            yield Problem(
+                (*path, key),
+                "must be at most 63 characters of a-z, A-Z, 0-9, '-', '_' and '.', and begin and end alike",
+            )
+    size = sum(len(str(key).encode()) + len(str(value).encode()) for key, value in labels.items())
+    if not values_are_labels and size > ANNOTATIONS_LIMIT_BYTES:
+        yield Problem(path, f"must have at most {ANNOTATIONS_LIMIT_BYTES} bytes together")
+
+
+def _split(dotted: str) -> Path:
+    """Return the path that the subject of a UserError names."""
+    return tuple(dotted.split("."))

@@ -1,0 +1,76 @@
+"""Checks `deepspeed.overrides`: JSON syntax, and that no key is set that another field decides."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune_core.errors import UserError
+
+PATH = "spec.deepspeed.overrides"
+
+OWNED: dict[str, str] = {
+    "train_batch_size": "training.globalBatchSize",
+    "train_micro_batch_size_per_gpu": "training.microBatchSize",
+    "gradient_accumulation_steps": "training.gradientAccumulationSteps",
+    "gradient_clipping": "training.gradientClipping",
+    "bf16": "training.precision",
+    "bfloat16": "training.precision",
+    "fp16": "training.precision",
+    "amp": "training.precision",
+    "optimizer": "training.learningRate and training.weightDecay",
+    "scheduler": "training.schedule",
+    "zero_optimization.stage": "deepspeed.zeroStage",
+    "zero_optimization.offload_optimizer": "deepspeed.offloadOptimizer",
+    "zero_optimization.offload_param": "deepspeed.offloadParameters",
+    "zero_optimization.cpu_offload": "deepspeed.offloadOptimizer",
+    "zero_optimization.cpu_offload_param": "deepspeed.offloadParameters",
+    "tensorboard": "tracking",
+    "wandb": "tracking",
+    "csv_monitor": "tracking",
+    "comet": "tracking",
+    "checkpoint": "storage.checkpoint",
+    "nebula": "storage.checkpoint",
+    "elasticity": "resources.nodes",
+}
+"""Keys of the DeepSpeed configuration, with the field that decides each."""
+
+
+def override_problems(text: str) -> list[UserError]:
+    """Return everything that is wrong with the overrides ``text``."""
+    try:
+        overrides = json.loads(text, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        return [UserError(PATH, f"must be JSON: {error.msg} at line {error.lineno}, column {error.colno}")]
+    except _DuplicateKeyError as error:
+        return [UserError(PATH, f"must hold each key once: {error}")]
+    except RecursionError:
+        return [UserError(PATH, "must not be nested that deep")]
+    if not isinstance(overrides, dict):
+        return [UserError(PATH, "must be a JSON object")]
+    return [
+        UserError(PATH, f"must not hold {key}: `{field}` decides it")
+        for key, field in OWNED.items()
+        if _has(overrides, key)
+    ]
+
+
+class _DuplicateKeyError(Exception):
+    """A key that stands twice in an object."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKeyError(key)
+        result[key] = value
+    return result
+
+
+def _has(node: Any, dotted: str) -> bool:
+    for part in dotted.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True

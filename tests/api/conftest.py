@@ -1,0 +1,33 @@
+"""The CRD on the real API server, without the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_core.api.crd import CRD_FILE
+from tests.api.server import NAMESPACE, Server
+from tests.cluster import Cluster
+from tests.cluster.waiting import wait_for
+
+CRD = Path(__file__).resolve().parents[2] / "crds" / CRD_FILE
+
+
+def served(cluster: Cluster) -> bool:
+    """Whether the API server answers for FineTuneJobs."""
+    command = [cluster.layout.programs / "kubectl", "get", "finetunejobs.finetune.dev"]
+    return cluster.run(command, check=False).returncode == 0
+
+
+@pytest.fixture(scope="session")
+def server(cluster: Cluster) -> Iterator[Server]:
+    """The API server with the CRD."""
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=CRD.read_text(encoding="utf-8"))
+    wait_for("FineTuneJobs to be served", lambda: served(cluster), 60)
+    cluster.kubectl("create", "namespace", NAMESPACE)
+    server = Server(cluster)
+    yield server
+    server.close()
+    cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false")

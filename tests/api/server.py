@@ -1,0 +1,100 @@
+"""The real API server as an oracle: what it makes of a job that is posted with strict field validation.
+
+In: the JSON text of a job, or of an update. Out: the status code, and the object that would be stored. Everything is a
+dry run: the whole path through decoding, defaulting, validation and admission, but nothing is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from kubernetes import config
+
+from finetune_core.api.job import GROUP, PLURAL, VERSION
+from tests.cluster import Cluster
+
+NAMESPACE = "agreement"
+PATH = f"/apis/{GROUP}/{VERSION}/namespaces/{NAMESPACE}/{PLURAL}"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the server said."""
+
+    status: int
+    body: dict[str, Any]
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it would store the object. A 5xx is neither: it fails the test."""
+        assert self.status < 500, self.body
+        return self.status < 300
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The spec as it would be stored."""
+        spec: dict[str, Any] = self.body["spec"]
+        return spec
+
+    @property
+    def message(self) -> str:
+        """What `kubectl apply` prints."""
+        return str(self.body.get("message", ""))
+
+
+class Server:
+    """Posts jobs. Requests come from a thread of its own inside the cluster's network."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._inside = threading.local()
+        self._thread = ThreadPoolExecutor(max_workers=1, initializer=self._enter)
+
+    def _enter(self) -> None:
+        self._inside.network = self._cluster.enter()
+        self._inside.network.__enter__()
+        client = config.new_client_from_config(config_file=str(self._cluster.kubeconfig))
+        self._inside.pool = client.rest_client.pool_manager
+        self._inside.host = client.configuration.host
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.submit(lambda: self._inside.network.__exit__(None, None, None)).result()
+        self._thread.shutdown()
+
+    def _do(self, work: Callable[[], T]) -> T:
+        return self._thread.submit(work).result()
+
+    def create(self, text: str, *, keep: bool = False) -> Answer:
+        """POST a job."""
+        dry = "" if keep else "&dryRun=All"
+        return self._send("POST", f"{PATH}?fieldValidation=Strict{dry}", text, "application/json")
+
+    def update(self, name: str, text: str, *, keep: bool = False) -> Answer:
+        """PUT a job over the stored one."""
+        dry = "" if keep else "&dryRun=All"
+        return self._send("PUT", f"{PATH}/{name}?fieldValidation=Strict{dry}", text, "application/json")
+
+    def read(self, name: str) -> Answer:
+        """GET a job."""
+        return self._send("GET", f"{PATH}/{name}", None, "application/json")
+
+    def remove(self, name: str) -> Answer:
+        """DELETE a job."""
+        return self._send("DELETE", f"{PATH}/{name}", None, "application/json")
+
+    def _send(self, method: str, path: str, text: str | None, kind: str) -> Answer:
+        def send() -> Answer:
+            body = text.encode() if text is not None else None
+            url = f"{self._inside.host}{path}"
+            response = self._inside.pool.request(method, url, body=body, headers={"Content-Type": kind}, timeout=60)
+            return Answer(response.status, json.loads(response.data))
+
+        return self._do(send)

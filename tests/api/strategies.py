@@ -1,0 +1,206 @@
+"""Hypothesis strategies made from the OpenAPI schema itself: valid jobs, and places to mutate them at.
+
+Generic is what the schema says (types, bounds, patterns, enums, unions, unique lists); `_CHOSEN` and `_agree` know the
+CEL rules that chance would almost never satisfy.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from hypothesis import strategies as st
+
+from finetune_core.api.pod_template import OWN_FOLDERS
+from finetune_core.api.schema import openapi_schema
+from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.validation.defaults import defaulted
+from finetune_core.validation.rules import holds
+
+Schema = dict[str, Any]
+SchemaPath = tuple[str, ...]
+"""Keys from `spec` down; `[]` for an item of a list, `*` for a value of a map."""
+
+SPEC: Schema = openapi_schema(FineTuneJobSpec)
+
+_UNION = re.compile(r"^\[(?P<members>[^]]+)\]\.filter\(set, set\)\.size\(\) (?P<how>==|<=) 1$")
+_LABEL_KEYS = st.from_regex(
+    r"([a-z][a-z0-9]{0,8}\.[a-z]{2,5}/)?[A-Za-z0-9]([-._A-Za-z0-9]{0,12}[A-Za-z0-9])?", fullmatch=True
+)
+_RATES = st.sampled_from(["1e-4", "5e-6", "1", "0.25", "3E-05", "1.0e-0", "0.00001"])
+_SENTENCES = st.text(max_size=12).flatmap(
+    lambda before: st.text(max_size=12).map(lambda after: f"{before}{{prompt}}{after}")
+)
+_FOLDERS = st.from_regex(r"(/[A-Za-z0-9_][-._A-Za-z0-9]{0,8}){1,3}", fullmatch=True).filter(
+    lambda path: not any(path == own or path.startswith(f"{own}/") for own in OWN_FOLDERS)
+)
+_CHOSEN: dict[SchemaPath, st.SearchStrategy[Any]] = {
+    ("training", "learningRate"): _RATES,
+    ("lora", "dropout"): st.sampled_from(["0", "0.05", "5e-2", "0.999"]),
+    ("dataset", "format", "promptCompletion", "template"): _SENTENCES,
+    ("evaluation", "basePrompt"): _SENTENCES,
+    ("podTemplate", "volumes", "[]", "mountPath"): _FOLDERS,
+}
+
+
+def jobs(force: SchemaPath = ()) -> st.SearchStrategy[dict[str, Any]]:
+    """Return a strategy of specs that server and models accept; with ``force`` each has a value at that path."""
+    return _of(SPEC, (), force).map(lambda spec: _agree(copy.deepcopy(spec), force))
+
+
+def leaves(schema: Schema = SPEC, path: SchemaPath = ()) -> Iterator[tuple[SchemaPath, Schema]]:
+    """Yield every place of the schema below ``path``, sections and lists included, with its schema."""
+    if path:
+        yield path, schema
+    for name, child in schema.get("properties", {}).items():
+        yield from leaves(child, (*path, name))
+    if schema.get("type") == "array":
+        yield from leaves(schema["items"], (*path, "[]"))
+    if isinstance(schema.get("additionalProperties"), dict):
+        yield from leaves(schema["additionalProperties"], (*path, "*"))
+
+
+def _of(schema: Schema, path: SchemaPath, force: SchemaPath) -> st.SearchStrategy[Any]:
+    if path in _CHOSEN:
+        return _CHOSEN[path]
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    if schema.get("x-kubernetes-int-or-string"):
+        return st.one_of(st.integers(schema["minimum"], schema["maximum"]), _text(schema))
+    kind = schema["type"]
+    if kind == "integer":
+        return st.integers(schema["minimum"], schema["maximum"])
+    if kind == "boolean":
+        return st.booleans()
+    if kind == "string":
+        return _text(schema)
+    if kind == "array":
+        return _list(schema, path, force)
+    if "additionalProperties" in schema:
+        least = 1 if force[:1] == ("*",) else 0
+        values = _of(schema["additionalProperties"], (*path, "*"), force[1:])
+        return st.dictionaries(_LABEL_KEYS, values, min_size=least, max_size=min(3, schema["maxProperties"]))
+    return _object(schema, path, force)
+
+
+def _text(schema: Schema) -> st.SearchStrategy[str]:
+    longest = schema["maxLength"]
+    if "pattern" in schema:
+        return st.from_regex(schema["pattern"], fullmatch=True).filter(
+            lambda text: schema.get("minLength", 0) <= len(text) <= longest
+        )
+    least = schema.get("minLength", 0)
+    edge = st.sampled_from([longest, least]).map(lambda size: "é" * size)
+    return st.one_of(st.text(min_size=least, max_size=min(20, longest)), edge)
+
+
+def _list(schema: Schema, path: SchemaPath, force: SchemaPath) -> st.SearchStrategy[list[Any]]:
+    forced = force[:1] == ("[]",)
+    items = _of(schema["items"], (*path, "[]"), force[1:] if forced else ())
+    least = max(schema.get("minItems", 0), int(forced))
+    kind = schema.get("x-kubernetes-list-type")
+    unique = {"set": lambda item: item, "map": lambda item: item["name"]}.get(kind)
+    return st.lists(items, min_size=least, max_size=max(least, min(3, schema["maxItems"])), unique_by=unique)
+
+
+def _object(schema: Schema, path: SchemaPath, force: SchemaPath) -> st.SearchStrategy[dict[str, Any]]:
+    properties = schema.get("properties", {})
+
+    def below(name: str) -> st.SearchStrategy[Any]:
+        return _of(properties[name], (*path, name), force[1:] if force[:1] == (name,) else ())
+
+    unions = [match for rule in _rules(schema) if (match := _UNION.match(rule))]
+    members = {match: re.findall(r"self\.(\w+)", match["members"]) for match in unions}
+    in_union = {name for names in members.values() for name in names}
+    needed = {*schema.get("required", ()), *(force[:1] if force else ())} - in_union
+    free = st.fixed_dictionaries(
+        {name: below(name) for name in properties if name in needed},
+        optional={name: below(name) for name in properties if name not in needed | in_union},
+    )
+    parts = [free]
+    for match, names in members.items():
+        choices = [name for name in names if name in force[:1]] or list(names)
+        chosen = [st.fixed_dictionaries({name: below(name)}) for name in choices]
+        if match["how"] == "<=" and force[:1] not in [(name,) for name in names]:
+            chosen.append(st.just({}))
+        parts.append(st.one_of(chosen))
+    whole = st.tuples(*parts).map(lambda found: {key: value for part in found for key, value in part.items()})
+    local = [rule for rule in _rules(schema) if not _UNION.match(rule) and "oldSelf" not in rule]
+    if not local or not path:
+        return whole
+    return whole.map(lambda value: _agree_locally(path, value, force)).filter(
+        lambda value: all(holds(rule, defaulted(schema, value)) for rule in local)
+    )
+
+
+def _rules(schema: Schema) -> list[str]:
+    return [rule["rule"] for rule in schema.get("x-kubernetes-validations", ())]
+
+
+def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
+    """Make the members of one section agree where chance seldom does."""
+    value = dict(value)
+    if path == ("training",):
+        if "maxSteps" in value:
+            value["warmupSteps"] = min(value.get("warmupSteps", 0), value["maxSteps"])
+        if "microBatchSize" in value:
+            value["globalBatchSize"] = max(value["globalBatchSize"], value["microBatchSize"])
+    if path == ("dataset",) and value.get("task", "None") != "None" and "promptCompletion" not in value["format"]:
+        value["task"] = "None"
+    if path == ("evaluation",) and "minDelta" in value:
+        value.setdefault("patience", 1)
+    if path == ("deepspeed",) and "CPU" in (value.get("offloadOptimizer"), value.get("offloadParameters")):
+        value["zeroStage"] = 3
+    if path[-1:] == ("tolerations",) or path[-2:] == ("tolerations", "[]"):
+        if "key" not in value:
+            value["operator"] = "Exists"
+        if "value" in value:
+            value |= {"operator": "Equal", "key": value.get("key", "dedicated")}
+        if "tolerationSeconds" in value:
+            value["effect"] = "NoExecute"
+    if path[-2:] == ("matchExpressions", "[]"):
+        if force[:1] == ("values",):
+            value["operator"] = "In"
+        if value["operator"] in ("Exists", "DoesNotExist"):
+            value.pop("values", None)
+        else:
+            value["values"] = value.get("values", ["1"])[: 1 if value["operator"] in ("Gt", "Lt") else None]
+    return value
+
+
+def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
+    """Make the sections agree with each other, so that what ``force`` names stays."""
+    training, evaluation = spec["training"], spec.get("evaluation", {})
+    if "lora" in spec or "artifact" in spec["storage"]:
+        spec["method"] = "LoRA"
+    if spec.get("deepspeed", {}).get("zeroStage") == 0:
+        training["precision"] = "fp32"
+    if {"patience", "minDelta"} & evaluation.keys() or evaluation.get("artifactFrom") == "Best":
+        spec["dataset"].setdefault("validation", spec["dataset"]["train"])
+    graded = {"generation", "basePrompt"} & evaluation.keys() or evaluation.get("bestBy") == "TaskScore"
+    if graded and force[:2] != ("dataset", "format"):
+        spec["dataset"] |= {"task": "SQL", "validation": spec["dataset"]["train"], "format": {"promptCompletion": {}}}
+    elif graded:
+        spec["dataset"]["task"] = "None"
+        for name in ("generation", "basePrompt", "bestBy"):
+            evaluation.pop(name, None)
+    if "gradientAccumulationSteps" in training:
+        _accumulate(spec)
+    return spec
+
+
+def _accumulate(spec: dict[str, Any]) -> None:
+    """Give the global batch the size that micro-batch, processes and accumulation make."""
+    training, resources = spec["training"], spec.get("resources", {})
+    processes = resources.get("nodes", 1) * max(1, resources.get("gpusPerNode", 1))
+    training["gradientAccumulationSteps"] = min(training["gradientAccumulationSteps"], 65536 // processes)
+    share = processes * training["gradientAccumulationSteps"]
+    if "microBatchSize" in training:
+        training["microBatchSize"] = min(training["microBatchSize"], 65536 // share)
+    training["globalBatchSize"] = share * training.get("microBatchSize", max(1, training["globalBatchSize"] // share))
+
+
+PLACES_WITH_FIELDS: list[SchemaPath] = [path for path, _ in leaves() if path[-1] not in ("[]", "*")]
+"""Every field of the spec."""

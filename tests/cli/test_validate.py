@@ -1,0 +1,215 @@
+"""`finetune validate` names every problem with its line, and no file makes it stumble."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from finetune_cli.main import main
+from tests.core.jobs import EXAMPLES, quickstart
+
+GOOD = (EXAMPLES / "quickstart.yaml").read_text(encoding="utf-8")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Run the command and return exit code and standard output."""
+    code = main(["validate", *arguments])
+    return code, capsys.readouterr().out
+
+
+@pytest.fixture
+def lines_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Return a function from the text of a file to exit code and lines without the file's name."""
+
+    def check(text: str | bytes) -> tuple[int, list[str]]:
+        file = tmp_path / "job.yaml"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        code, output = run(capsys, str(file))
+        return code, [line.removeprefix(f"{file}:") for line in output.splitlines()]
+
+    return check
+
+
+def test_a_valid_file(capsys: pytest.CaptureFixture[str]) -> None:
+    code, output = run(capsys, str(EXAMPLES / "quickstart.yaml"))
+    assert code == 0
+    assert output.endswith("quickstart.yaml: quickstart valid\n")
+
+
+def test_all_problems_of_a_file_at_once_with_their_lines(lines_of) -> None:
+    text = (
+        GOOD.replace("name: quickstart", "name: Quick")
+        .replace("lora: {rank: 8, alpha: 16}", "lora:\n    rank: 0\n    alfa: 16")
+        .replace("    maxLength: 128", "    maxLength: many")
+        .replace("nodes: 2, gpusPerNode: 0, device: CPU", "nodes: 2, gpusPerNode: 0")
+    )
+    where = dict(enumerate(text.splitlines(), start=1))
+    code, lines = lines_of(text)
+    assert code == 1
+    said = {line.split(": ", 1)[1]: where[int(line.split(":")[0])].strip() for line in lines}
+    assert said["spec.lora.rank: must be between 1 and 512"] == "rank: 0"
+    assert said["spec.lora.alfa: unknown field; did you mean `alpha`?"] == "alfa: 16"
+    assert said["spec.dataset.maxLength: must be a whole number between 8 and 131072"] == "maxLength: many"
+    assert said["spec.resources: `gpusPerNode` must be at least 1 unless `device` is CPU"].startswith("resources:")
+    assert any(line.startswith("metadata.name: must start with a letter") for line in said)
+    assert len(lines) == 5
+
+
+def test_a_missing_field_is_on_the_line_of_its_section(lines_of) -> None:
+    code, lines = lines_of(
+        "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata:\n  name: a\nspec:\n  lora: {}\n"
+    )
+    assert code == 1
+    assert "5: spec.model: must be set" in lines
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("method: LoRA", "method: LoRA\n  method: Full", "spec.method: must not stand twice"),
+        ("  method: LoRA", "\tmethod: LoRA", "must be YAML"),
+        ("kind: FineTuneJob", "kind: FinetuneJob", "kind: must be FineTuneJob"),
+        ("finetune.dev/v1alpha1", "finetune.dev/v1", "apiVersion: must be finetune.dev/v1alpha1"),
+        ('"1e-3"', "1e-3", "spec.training.learningRate: must be a string"),
+        ("  method: LoRA", "  deepspeed: {overrides: '{'}\n  method: LoRA", "spec.deepspeed.overrides: must be"),
+        ("  method: LoRA", "  deepspeed: {overrides: '{\"bf16\": 1}'}\n  method: LoRA", "must not hold bf16"),
+        ("  method: LoRA", "  runPolicy: {suspend: true}\n  method: LoRA", "refused by the operator"),
+        ("rank: 8", "rank: !!python/object:os.system 8", "must not have the tag"),
+        ("rank: 8", "rank: .nan", "must be a finite number"),
+        ("rank: 8", "? [a] \n    : 8", "must have a string as key"),
+        ("  method: LoRA", "  ? {a: b}\n  : 8\n  method: LoRA", "must have a string as key"),
+        ("rank: 8", "rank: *nowhere", "must not refer to the anchor nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said(lines_of, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    code, lines = lines_of(GOOD.replace(old, new))
+    assert code == 1
+    assert sum(message in line for line in lines) == 1, lines
+
+
+def test_documents_of_other_kinds_are_passed_over(lines_of) -> None:
+    other = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n"
+    assert lines_of(f"{other}---\n---\n{GOOD}---\n{other}")[0] == 0
+    assert lines_of(other) == (0, [" no FineTuneJob in it"])
+
+
+def test_lines_count_through_all_documents(lines_of) -> None:
+    code, lines = lines_of(GOOD + "---\n" + GOOD.replace("rank: 8", "rank: 0"))
+    number = len(GOOD.splitlines()) + 1 + next(n for n, line in enumerate(GOOD.splitlines(), 1) if "rank: 8" in line)
+    assert (code, lines) == (1, [f"{number}: spec.lora.rank: must be between 1 and 512"])
+
+
+def test_the_items_of_a_list_are_jobs(lines_of) -> None:
+    bad = quickstart("lora.rank", 0)
+    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": [quickstart(), bad]}, indent=1)
+    code, lines = lines_of(text)
+    assert code == 1
+    assert lines[0].endswith(": spec.lora.rank: must be between 1 and 512")
+    assert '"rank": 0' in text.splitlines()[int(lines[0].split(":")[0]) - 1]
+
+
+def test_anchors_and_merges_work_as_in_kubectl(lines_of) -> None:
+    text = GOOD.replace("lora: {rank: 8, alpha: 16}", "lora: &a {rank: 8, alpha: 16}").replace(
+        "resources: {nodes: 2,", "resources: {<<: {nodes: 3}, nodes: 2,"
+    )
+    assert lines_of(text)[0] == 0
+
+
+def test_json_for_pipelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(GOOD.replace("rank: 8", "rank: 0"))
+    code, output = run(capsys, "-o", "json", str(file), str(EXAMPLES / "quickstart-full.yaml"))
+    result = json.loads(output)
+    assert code == 1
+    assert (result["valid"], result["files"], result["jobs"]) == (False, 2, 2)
+    (problem,) = result["problems"]
+    assert problem == {
+        "file": str(file),
+        "line": problem["line"],
+        "job": "quickstart",
+        "path": "spec.lora.rank",
+        "message": "must be between 1 and 512",
+        "refusedBy": "server",
+    }
+
+
+def test_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(GOOD.encode())))
+    assert run(capsys, "-") == (0, "-: quickstart valid\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff\xfe\xfa", "must be UTF-8"),
+        (b"a: \x00", "must be YAML"),
+        (GOOD.replace("rank: 8", "rank: " + "[" * 100_000).encode(), "must"),
+        (GOOD.replace("rank: 8", "rank: " + "[" * 400 + "]" * 400).encode(), "must not be nested deeper"),
+        (GOOD.replace("rank: 8", "rank: " + "[" * 150 + "]" * 150).encode(), "must not be nested deeper"),
+        (GOOD.replace("name: quickstart", "name: " + "x" * 1_000_000).encode(), "at most 40 characters"),
+        (GOOD.replace("rank: 8", "rank: " + "9" * 10_000).encode(), "must be"),
+        (GOOD.replace("rank: 8", 'rank: "\\ud800"').encode(), "must be"),
+    ],
+    ids=["bytes", "control", "open", "deep flow", "deep", "1 MB", "long number", "surrogate"],
+)
+def test_strange_files_get_a_sentence(lines_of, text: bytes, message: str) -> None:
+    code, lines = lines_of(text)
+    assert code == 1
+    assert any(message in line for line in lines), [line[:200] for line in lines]
+
+
+def test_a_billion_laughs_end_quickly(lines_of) -> None:
+    laughs = "a0: &a0 ha\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+    code, lines = lines_of(GOOD + laughs)
+    assert code == 1
+    assert any("aliases counted" in line for line in lines)
+
+
+def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, output = run(capsys, str(tmp_path / "no.yaml"), str(tmp_path))
+    assert code == 1
+    assert "no.yaml:1: can't be read: No such file or directory" in output
+    assert "Is a directory" in output
+
+
+@settings(
+    max_examples=150,
+    derandomize=True,
+    deadline=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    cut=st.integers(0, len(GOOD)),
+    length=st.integers(0, 30),
+    junk=st.one_of(
+        st.text(max_size=12),
+        st.sampled_from(["{", "[", "- ", ": ", "&a ", "*a", "<<: ", "? ", "|\n", "'", "---\n", "!!x "]),
+    ),
+)
+def test_no_text_makes_it_stumble(tmp_path_factory: pytest.TempPathFactory, cut: int, length: int, junk: str) -> None:
+    file = tmp_path_factory.getbasetemp() / "mangled.yaml"
+    file.write_bytes((GOOD[:cut] + junk + GOOD[cut + length :]).encode("utf-8", "surrogatepass"))
+    assert main(["validate", str(file)]) in (0, 1)
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    )
+)
+def test_whatever_stands_in_spec_gets_an_answer(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    file = tmp_path_factory.getbasetemp() / "spec.yaml"
+    job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "a"}, "spec": value}
+    file.write_text(yaml.safe_dump(job, allow_unicode=True), encoding="utf-8")
+    assert main(["validate", str(file)]) == 1

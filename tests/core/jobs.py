@@ -1,0 +1,29 @@
+"""Job documents for tests: the quickstart, with a field changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def quickstart(path: str = "", value: Any = None) -> dict[str, Any]:
+    """Return `examples/quickstart.yaml` with ``value`` at ``path`` below `spec`; None removes what is there."""
+    document: dict[str, Any] = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text(encoding="utf-8"))
+    document["metadata"] |= {"uid": "1234"}
+    if path:
+        set_at(document["spec"], path.split("."), value)
+    return document
+
+
+def set_at(node: dict[str, Any], path: list[str], value: Any) -> None:
+    """Put ``value`` at ``path`` below ``node``, making sections on the way; None removes what is there."""
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+    if value is None:
+        node.pop(path[-1], None)
+    else:
+        node[path[-1]] = value

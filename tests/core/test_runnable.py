@@ -1,0 +1,104 @@
+"""What the schema accepts and this version can't run is refused with the field's path, never silently ignored."""
+
+from typing import Any
+
+import pytest
+
+from finetune_core.api import FineTuneJob
+from finetune_core.errors import UserError
+from finetune_core.resolve import resolve
+from finetune_core.validation.overrides import OWNED, override_problems
+from finetune_core.validation.runnable import NOT_YET, to_bytes, unrunnable
+from tests.core.jobs import quickstart
+
+HUB = {"repo": "openai/gsm8k", "split": "train"}
+VALUES: dict[str, Any] = {
+    "model.addedTokens": ["<START_Q>"],
+    "dataset.train.huggingFace": HUB,
+    "dataset.validation.huggingFace": HUB,
+    "dataset.test": {"s3": {"uri": "s3://finetune/test.jsonl"}},
+    "dataset.format.messages": {},
+    "dataset.format.text": {},
+    "dataset.format.promptCompletion.completionSuffix": "<END_A>",
+    "dataset.task": "SQL",
+    "dataset.packing": True,
+    "deepspeed.offloadOptimizer": "CPU",
+    "deepspeed.offloadParameters": "CPU",
+    "deepspeed.overrides": '{"comms_logger": {"enabled": true}}',
+    "evaluation.bestBy": "TaskScore",
+    "evaluation.patience": 3,
+    "stability.onNonFinite": "RollBack",
+    "stability.onExplodingLoss": "Record",
+    "stability.stallTimeoutSeconds": 60,
+    "storage.caConfigMapRef": {"name": "ca", "key": "ca.crt"},
+    "storage.checkpoint.everyMinutes": 5,
+    "storage.checkpoint.keepBest": 2,
+    "storage.artifact": "Merged",
+    "tracking": {"tensorBoard": {}},
+    "runPolicy.suspend": True,
+    "runPolicy.cancel": True,
+    "runPolicy.activeDeadlineSeconds": 60,
+    "runPolicy.pendingDeadlineSeconds": 60,
+    "runPolicy.ttlSecondsAfterFinished": 0,
+    "runPolicy.preflight": "Run",
+}
+
+
+def job(path: str = "", value: Any = None) -> FineTuneJob:
+    """Return the quickstart with ``value`` at ``path`` below `spec`; None removes what is there."""
+    return FineTuneJob.model_validate(quickstart(path, value))
+
+
+def test_every_field_that_waits_for_a_later_version_is_tried() -> None:
+    assert [field.path for field in NOT_YET] == list(VALUES)
+
+
+@pytest.mark.parametrize("path", VALUES)
+def test_a_value_that_can_not_be_honoured_is_refused_with_its_path(path: str) -> None:
+    with pytest.raises(UserError, match=rf"^spec\.{path}: must be .*: this version of the operator"):
+        resolve(job(path, VALUES[path]), report=None)
+
+
+def test_the_quickstart_can_be_run() -> None:
+    assert unrunnable(job().spec) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("resources.sharedMemory", "6Gi", "spec.resources.sharedMemory: must be less than `memory`, which is 6Gi"),
+        ("training.microBatchSize", 9, "spec.training.microBatchSize: must be at most 8"),
+        ("storage.credentialsSecretRef", None, "spec.storage.credentialsSecretRef: must be set"),
+        ("deepspeed.overrides", "{x", "spec.deepspeed.overrides: must be JSON"),
+    ],
+)
+def test_what_only_the_operator_knows(path: str, value: Any, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(job(path, value), report=None)
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("key", OWNED)
+def test_a_key_that_another_field_decides_is_refused(key: str) -> None:
+    text = "1"
+    for part in reversed(key.split(".")):
+        text = f'{{"{part}": {text}}}'
+    (problem,) = override_problems(text)
+    assert key in str(problem)
+    assert OWNED[key] in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("[]", "object"), ('{"a": 1, "a": 2}', "once"), ("{'a': 1}", "JSON"), ("[" * 200_000, "deep")],
+)
+def test_overrides_that_are_no_object_are_refused(text: str, word: str) -> None:
+    (problem,) = override_problems(text)
+    assert word in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "amount"), [(5, 5), ("1.5Gi", 3 << 29), ("500Mi", 500 << 20), ("2G", 2 * 10**9), ("1Ti", 1 << 40)]
+)
+def test_quantities_become_bytes(quantity: int | str, amount: int) -> None:
+    assert to_bytes(quantity) == amount

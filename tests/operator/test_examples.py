@@ -1,0 +1,52 @@
+"""Every example renders to the PyTorchJob that is stored for it; test_pytorchjob holds the quickstart's.
+
+`python -m tests.operator.test_examples` stores them anew after a change that was meant.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune_core.api import FineTuneJob
+from finetune_core.names import attempt_name
+from finetune_operator.pods import AttemptPlan
+from finetune_operator.pytorchjob import build_pytorchjob
+from tests.operator.worlds import REPOSITORY, UID
+
+GOLDEN = Path(__file__).parent / "golden"
+EXAMPLES = sorted(path for path in (REPOSITORY / "examples").rglob("*.yaml") if path.name != "quickstart.yaml")
+SIZES = ("7b-lora", "7b-full", "13b-lora", "13b-full", "70b-lora")
+TASKS = ("viggo", "gsm8k", "sql")
+
+
+def rendered(path: Path) -> str:
+    """Return the PyTorchJob of the first attempt of an example, as text."""
+    manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
+    manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}
+    job = FineTuneJob.model_validate(manifest)
+    plan = AttemptPlan(number=1, name=attempt_name(job.metadata.name, UID, 1), image="trainer:1")
+    return yaml.safe_dump(build_pytorchjob(job, plan), sort_keys=False, width=100)
+
+
+def golden(path: Path) -> Path:
+    """Return where the PyTorchJob of an example is stored."""
+    return GOLDEN / "examples" / path.name
+
+
+def test_the_study_is_complete() -> None:
+    names = {path.stem for path in EXAMPLES}
+    assert {f"{size}-{task}" for size in SIZES for task in TASKS} | {"quickstart-full"} <= names
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_renders_as_stored(path: Path) -> None:
+    assert rendered(path) == golden(path).read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for example in EXAMPLES:
+        golden(example).parent.mkdir(exist_ok=True)
+        golden(example).write_text(rendered(example), encoding="utf-8")

@@ -1,0 +1,82 @@
+"""The operator says of a job only what docs/api.md explains."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+import finetune_operator
+from finetune_core.api.conditions import ConditionType, Reason
+from finetune_core.api.states import STATES
+from finetune_core.api.status import AttemptCause, AttemptsStatus, CurrentAttempt, FineTuneJobStatus, PastAttempt
+from finetune_core.contract import Phase, Report
+from finetune_operator.attempts import Settlement
+from finetune_operator.conditions import View, compute_conditions
+from finetune_operator.problems import OutsideError
+from finetune_operator.verdict import Verdict
+
+NOW = datetime(2026, 11, 24, tzinfo=UTC)
+CAUSE = AttemptCause(verdict=Verdict.FREE, reason="PodDeleted", time=NOW)
+PAST = PastAttempt(number=1, verdict=Verdict.FREE, reason="PodDeleted", start_time=NOW, end_time=NOW)
+ATTEMPTS = (
+    AttemptsStatus(),
+    AttemptsStatus(started=1, free=1, recent=[PAST], next_start_time=NOW),
+    AttemptsStatus(started=1, current=CurrentAttempt(number=1, start_time=NOW)),
+    AttemptsStatus(started=1, current=CurrentAttempt(number=1, start_time=NOW, cause=CAUSE)),
+)
+REPORT = Report(
+    run=1,
+    pod_uid="u",
+    phase=Phase.TRAINING,
+    ranks=1,
+    step=1,
+    total_steps=2,
+    epoch=0,
+    metrics={},
+    history=[],
+    checkpoints=[],
+)
+FINAL = (Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED)
+SETTLED = (
+    None,
+    *(Settlement(succeeded=True, reason=reason, message="") for reason in (Reason.COMPLETED, Reason.EARLY_STOPPED)),
+    *(Settlement(succeeded=False, reason=reason, message="") for reason in FINAL),
+)
+PROBLEMS = (
+    None,
+    *(OutsideError(reason, "") for reason in (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE, Reason.BAD_INPUT)),
+)
+
+
+@pytest.mark.parametrize("attempts", ATTEMPTS, ids=["none", "between", "running", "ending"])
+def test_every_condition_that_can_be_computed_is_explained(attempts: AttemptsStatus) -> None:
+    for settled, problem, report, invalid in itertools.product(SETTLED, PROBLEMS, (None, REPORT), ("", "spec.a: must")):
+        view = View(
+            now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, settled=settled, problem=problem,
+            report=report, invalid=invalid,
+        )  # fmt: skip
+        stored = FineTuneJobStatus()
+        conditions = compute_conditions(stored, stored.model_copy(update={"attempts": attempts}), view)
+        assert [condition.type for condition in conditions] == list(ConditionType)
+        for condition in conditions:
+            explained = STATES[ConditionType(condition.type)].get(condition.status, ())
+            assert condition.reason in explained, f"{condition.type}={condition.status}, {condition.reason}"
+
+
+def test_every_reason_in_the_code_is_one_of_the_reasons() -> None:
+    """A new reason goes into the enum, and with it into the table; here no text gets around it."""
+    (folder,) = finetune_operator.__path__
+    for file in sorted(Path(folder).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if name in ("_State", "Settlement", "OutsideError"):
+                texts = [
+                    item for item in ast.walk(node) if isinstance(item, ast.Constant) and isinstance(item.value, str)
+                ]
+                assert all(item.value in ("True", "False", "Unknown", "; ", "") for item in texts), (
+                    f"{file}:{node.lineno}"
+                )
