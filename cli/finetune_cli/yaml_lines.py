@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 DEPTH_LIMIT = 200
+GIVE_UP_DEPTH = 2000
+"""Levels after which the rest of the text is not read: the parser's time grows with the square of the depth."""
 NODE_LIMIT = 1_000_000
 """Values of a document, aliases counted as often as they are used."""
 
@@ -121,6 +123,8 @@ class _Builder:
         frame = self._frames[-1] if self._frames else None
         is_key = frame is not None and isinstance(frame.value, dict) and not frame.has_key
         if self._skipping:
+            if self._skipping >= GIVE_UP_DEPTH:
+                raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
             self._skipping += 1
             return
         if is_key and frame is not None:
