@@ -39,7 +39,7 @@ from tests.cluster.__main__ import build
 from tests.cluster.progress import say, step
 
 NAMESPACE = "demo"
-JOB_TIMEOUT_SECONDS = 1500
+JOB_TIMEOUT_SECONDS = 2400
 ANSWERS_TIMEOUT_SECONDS = 600
 EXAMPLES_SHOWN = 3
 METHODS = {"lora": "LoRA", "full": "Full"}

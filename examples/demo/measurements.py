@@ -63,7 +63,14 @@ class Measurements:
 
     def write(self, file: Path) -> None:
         """Write everything, with date and machine."""
-        machine = {"cores": os.cpu_count(), "system": platform.platform(), "processor": platform.machine()}
+        # Times of a busy machine say little: the load tells which it was.
+        load = [round(value, 1) for value in os.getloadavg()]
+        machine = {
+            "cores": os.cpu_count(),
+            "loadAverage": load,
+            "system": platform.platform(),
+            "processor": platform.machine(),
+        }
         about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "command": self.command, "machine": machine}
         measured = {
             "phaseSeconds": self.phases,
