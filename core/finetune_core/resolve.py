@@ -13,6 +13,7 @@ from finetune_core.contract import (
     StorageConfig,
     WorldConfig,
 )
+from finetune_core.errors import UserError
 from finetune_core.layout import run_root
 from finetune_core.planning.choices import micro_batch_size, zero_stage
 from finetune_core.validation.runnable import unrunnable
@@ -27,7 +28,8 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
     spec = job.spec
     problems = unrunnable(spec)
     if problems:
-        raise problems[0]
+        first, others = problems[0], "".join(f"; {problem}" for problem in problems[1:])
+        raise UserError(first.subject, first.problem + others)
     processes_per_node = max(1, spec.resources.gpus_per_node)
     world = WorldConfig(nodes=spec.resources.nodes, processes_per_node=processes_per_node, device=spec.resources.device)
     training = spec.training

@@ -21,6 +21,7 @@ from finetune_core.contract import ReportConfig, RunConfig, report_path
 from finetune_core.errors import UserError
 from finetune_core.names import attempt_name
 from finetune_core.resolve import resolve
+from finetune_core.validation.runnable import unrunnable
 from finetune_operator.attempts import Next, Settlement, Step, World, advance
 from finetune_operator.backend import Backend
 from finetune_operator.cluster import Cluster
@@ -141,6 +142,9 @@ class Reconciler:
             try:
                 config = self._resolve(look, step.attempts.started)
             except UserError as error:
+                if look.stored.attempts.recent:
+                    # It has run: only a field that may change has changed, and it may change back.
+                    return await self._refuse_for_now(look, str(error))
                 return await self._settle_invalid(look, str(error))
         if _condition_is(look.stored, ConditionType.RUNNING, "True"):
             look.memory.hint = ""
@@ -237,6 +241,8 @@ class Reconciler:
             report=look.memory.report,
             reported_at=look.memory.reported_at,
             problem=problem,
+            # While an attempt runs, what can't be honoured is said and the attempt goes on.
+            invalid="" if step.settled else "; ".join(str(error) for error in unrunnable(look.job.spec)),
             hint=look.memory.hint,
             settled=step.settled,
             image=look.job.spec.pod_template.image or self._trainer_image,
@@ -325,6 +331,10 @@ class Reconciler:
         """A job that another version's CRD let in: not final, since another version of the operator may read it."""
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         message = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        return await self._refuse_for_now(record, message)
+
+    async def _refuse_for_now(self, record: _Record, message: str) -> Outcome:
+        """Start nothing, say why, and look again later."""
         self._postpone(record.memory, OutsideError(Reason.BAD_INPUT, message))
         await self._write_status(record, self._bare_view(record, invalid=message, problem=record.memory.problem))
         return Outcome(after=max(0.0, record.memory.retry_at - self._clock()))

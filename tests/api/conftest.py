@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import celpy  # noqa: F401  (here, because it sets the recursion limit, which Hypothesis wants to stay as it is in a test)
 import pytest
 
 from finetune_core.api.crd import CRD_FILE

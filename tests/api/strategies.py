@@ -181,7 +181,8 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
         spec["dataset"].setdefault("validation", spec["dataset"]["train"])
     graded = {"generation", "basePrompt"} & evaluation.keys() or evaluation.get("bestBy") == "TaskScore"
     if graded and force[:2] != ("dataset", "format"):
-        spec["dataset"] |= {"task": "SQL", "validation": spec["dataset"]["train"], "format": {"promptCompletion": {}}}
+        spec["dataset"].setdefault("validation", spec["dataset"]["train"])
+        spec["dataset"] |= {"task": "SQL", "format": {"promptCompletion": {}}}
     elif graded:
         spec["dataset"]["task"] = "None"
         for name in ("generation", "basePrompt", "bestBy"):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from finetune_core.api.crd import CRD_FILE
-from finetune_core.validation.job import validate_spec
+from finetune_core.validation.job import validate_job, validate_spec
 from tests.api.conftest import CRD
 from tests.api.server import NAMESPACE, Server
 from tests.api.strategies import PLACES_WITH_FIELDS
@@ -167,3 +167,33 @@ def test_a_bad_name_is_refused(server: Server, name: str) -> None:
     answer = server.create(json.dumps(manifest))
     assert answer.status == 422
     assert "metadata.name" in answer.message
+
+
+METADATA: list[dict[str, Any]] = [
+    {"labels": {"team": "a", "example.com/team": "", "a": None}},
+    {"labels": {"-a": "b"}},
+    {"labels": {"a": "b c"}},
+    {"labels": {"a": "x" * 64}},
+    {"labels": {"a": 1}},
+    {"labels": {"A/b": "c"}},
+    {"labels": {"example.com/": "c"}},
+    {"labels": []},
+    {"annotations": {"Note.Example/A": "any text ü"}},
+    {"annotations": {"a b": "c"}},
+    {"annotations": {"a": True}},
+    {"annotations": {"a": "x" * 262_144}},
+    {"annotations": {"a": None}},
+    {"labels": None, "annotations": None},
+    {"lables": {"a": "b"}},
+    {"name": None},
+    {"name": 7},
+    {"finalizers": []},
+]
+
+
+@pytest.mark.parametrize("metadata", METADATA, ids=lambda value: str(value)[:40])
+def test_metadata_is_judged_alike(server: Server, metadata: dict[str, Any]) -> None:
+    manifest = document(quickstart()["spec"])
+    manifest["metadata"] |= metadata
+    answer, verdict = server.create(json.dumps(manifest)), validate_job(manifest)
+    assert answer.accepted == (verdict.stored is not None), (answer.message, [str(item) for item in verdict.problems])

@@ -110,9 +110,9 @@ def _label_problems(path: Path, labels: Any, *, values_are_labels: bool) -> Iter
     for key, value in labels.items():
         if not isinstance(key, str) or not re.fullmatch(LABEL_KEY, key if values_are_labels else str(key).lower()):
             yield Problem((*path, str(key)), "must be a key such as `team` or `example.com/team`")
-        elif not isinstance(value, str):
+        elif value is not None and not isinstance(value, str):
             yield Problem((*path, key), "must be a string; put numbers, true and false in quotes")
-        elif values_are_labels and not re.fullmatch(LABEL_VALUE, value):
+        elif values_are_labels and not re.fullmatch(LABEL_VALUE, value or ""):
             yield Problem(
                 (*path, key),
                 "must be at most 63 characters of a-z, A-Z, 0-9, '-', '_' and '.', and begin and end alike",

@@ -131,7 +131,8 @@ def expectation(node: Schema, value: Any = None) -> str:
         return f"must be a list of{least} at most {node['maxItems']} items"
     if "enum" in node:
         return f"must be one of {', '.join(node['enum'])}"
-    return _text_expectation(node)
+    hint = "; put it in quotes" if isinstance(value, int | float) else ""
+    return _text_expectation(node) + hint
 
 
 def _text_expectation(node: Schema) -> str:
