@@ -78,6 +78,7 @@ unit: venv ## The tests that need no cluster
 .PHONY: test
 test: lint ## Lint, unit tests, and end-to-end tests on a real cluster
 	@$(PYTHON) -m tests.cluster build
+	@$(PYTHON) -m tests.cluster images
 	@$(PYTEST) -m "not long"
 
 .PHONY: test-long
