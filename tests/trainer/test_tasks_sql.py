@@ -39,6 +39,12 @@ OWN_ROWS = [
     (CREWS, "SELECT name FROM sailor WHERE age = (SELECT MAX(age) FROM sailor)"),
 ]
 
+NESTED = " ".join(["SELECT", "(" * 500, "1", ")" * 500])
+LONG = " ".join(["SELECT", "1+" * 20_000, "1"])
+LINKS = [f"c{link} AS (SELECT p.x FROM c{link - 1} p, c{link - 1} q)" for link in range(1, 60)]  # noqa: S608
+CHAIN = " ".join(["WITH c0 AS (SELECT 1 AS x),", ", ".join(LINKS), "SELECT x FROM c59"])
+"""Sixty expressions, of which sqlite would make 2^59."""
+
 
 def right(answer: str, gold: str, context: str = BOATS) -> bool:
     return grade(answer, {"answer": gold, "context": context}).scores["execution"]
@@ -98,6 +104,9 @@ def test_another_query_with_the_same_meaning_is_right(gold: str, answer: str) ->
         ("SELECT name FROM boat WHERE length > 12", "SELECT name FROM boat WHERE length > 13"),
         ("SELECT name FROM boat WHERE length > 12", "SELECT name FROM boat WHERE length < 12"),
         ("SELECT name FROM boat WHERE length > 12", "SELECT name FROM boat"),
+        ("SELECT name FROM boat WHERE length <= 12", "SELECT name FROM boat WHERE length < 12"),
+        ("SELECT MAX(length) FROM boat WHERE id > 12", "SELECT MAX(length) FROM boat WHERE id >= 12"),
+        ("SELECT MIN(length) FROM boat WHERE id <= 12 AND name = 'a'", "SELECT MIN(length) FROM boat WHERE name = 'a'"),
         ("SELECT name FROM boat WHERE harbour = 'Old Quay'", "SELECT name FROM boat WHERE harbour = 'old quay'"),
         ("SELECT name FROM boat WHERE harbour = 'Old Quay'", "SELECT name FROM boat WHERE harbour LIKE 'old quay'"),
         ("SELECT name FROM boat WHERE harbour = 'Old Quay'", "SELECT name FROM boat WHERE harbour = 'Old Key'"),
@@ -126,6 +135,73 @@ def test_another_query_with_the_same_meaning_is_right(gold: str, answer: str) ->
 def test_each_mutation_of_a_query_is_wrong(gold: str, answer: str) -> None:
     assert right(gold, gold)
     assert not right(answer, gold)
+
+
+@pytest.mark.parametrize(
+    ("gold", "mutants"),
+    [
+        (
+            "SELECT T1.name FROM sailor AS T1 JOIN boat AS T2 ON T1.boat_id = T2.id WHERE T2.name = 'Tern'",
+            [
+                "SELECT T2.name FROM sailor AS T1 JOIN boat AS T2 ON T1.boat_id = T2.id WHERE T2.name = 'Tern'",
+                "SELECT T1.name FROM sailor AS T1 JOIN boat AS T2 ON T1.boat_id = T2.id",
+                "SELECT name FROM sailor",
+            ],
+        ),
+        (
+            "SELECT T2.name, COUNT(*) FROM sailor AS T1 JOIN boat AS T2 ON T1.boat_id = T2.id GROUP BY T2.id",
+            [
+                "SELECT T2.name, COUNT(*) FROM sailor AS T1 JOIN boat AS T2 ON T1.boat_id = T2.id GROUP BY T2.name",
+                "SELECT name, COUNT(*) FROM boat GROUP BY id",
+            ],
+        ),
+        (
+            "SELECT harbour FROM boat GROUP BY harbour HAVING COUNT(*) > 2",
+            [
+                "SELECT harbour FROM boat GROUP BY harbour HAVING COUNT(*) > 3",
+                "SELECT harbour FROM boat GROUP BY harbour HAVING COUNT(*) >= 2",
+                "SELECT harbour FROM boat GROUP BY harbour",
+            ],
+        ),
+        (
+            "SELECT harbour FROM boat GROUP BY harbour ORDER BY COUNT(*) DESC LIMIT 1",
+            ["SELECT harbour FROM boat GROUP BY harbour ORDER BY COUNT(*) LIMIT 1"],
+        ),
+        (
+            "SELECT name FROM boat WHERE NOT id IN (SELECT boat_id FROM sailor)",
+            ["SELECT name FROM boat WHERE id IN (SELECT boat_id FROM sailor)", "SELECT name FROM boat"],
+        ),
+        (
+            "SELECT harbour FROM boat WHERE name = 'Tern' INTERSECT SELECT harbour FROM boat WHERE name = 'Gull'",
+            [
+                "SELECT harbour FROM boat WHERE name = 'Tern' UNION SELECT harbour FROM boat WHERE name = 'Gull'",
+                "SELECT DISTINCT harbour FROM boat WHERE name = 'Tern'",
+            ],
+        ),
+        (
+            "SELECT name FROM boat WHERE length BETWEEN 10 AND 14 ORDER BY length DESC LIMIT 3",
+            [
+                "SELECT name FROM boat WHERE length BETWEEN 10 AND 15 ORDER BY length DESC LIMIT 3",
+                "SELECT name FROM boat WHERE length > 10 AND length < 14 ORDER BY length DESC LIMIT 3",
+            ],
+        ),
+        (
+            "SELECT name FROM sailor WHERE age = (SELECT MAX(age) FROM sailor)",
+            [
+                "SELECT name FROM sailor WHERE age = (SELECT MIN(age) FROM sailor)",
+                "SELECT name FROM sailor ORDER BY age DESC LIMIT 1",
+            ],
+        ),
+        (
+            "SELECT name FROM boat ORDER BY harbour, length DESC",
+            ["SELECT name FROM boat ORDER BY harbour", "SELECT name FROM boat ORDER BY length DESC, harbour"],
+        ),
+    ],
+)
+def test_mutations_of_joins_groups_and_subqueries_are_wrong(gold: str, mutants: list[str]) -> None:
+    assert right(gold, gold, CREWS)
+    for mutant in mutants:
+        assert not right(mutant, gold, CREWS), mutant
 
 
 def test_two_empty_results_are_no_success() -> None:
@@ -176,15 +252,13 @@ def test_a_gold_row_that_sqlite_refuses_is_counted_apart_neither_right_nor_wrong
         "SELECT hex(zeroblob(100000000))",
         "EXPLAIN SELECT 1",
         "BEGIN",
-        f"SELECT {'(' * 500}1{')' * 500}",  # noqa: S608  (constants)
-        f"SELECT {'1+' * 20000}1",  # noqa: S608  (constants)
+        NESTED,
+        LONG,
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n",
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n",
         "SELECT COUNT(*) FROM boat a, boat b, boat c, boat d, boat e, boat f, boat g, boat h",
         "SELECT hex(zeroblob(1500)) || a.name FROM boat a, boat b, boat c, boat d, boat e, boat f ORDER BY 1",
-        "WITH c0 AS (SELECT 1 AS x)"
-        + "".join(f", c{i} AS (SELECT p.x FROM c{i - 1} p, c{i - 1} q)" for i in range(1, 60))
-        + " SELECT x FROM c59",
+        CHAIN,
     ],
 )
 def test_a_hostile_query_fails_soon_and_changes_nothing(

@@ -19,6 +19,9 @@ WORDS = (
 )  # fmt: skip
 MAX_TABLE_ROWS = 60
 _RANDOM_ROWS = 5
+_ALL = range(100, 1000)
+_SMALL, _MIDDLE, _LARGE = _ALL[:300], _ALL[300:600], _ALL[600:]
+"""Of three digits, so that as text they sort as they do as numbers."""
 
 Tables = Mapping[str, Sequence[Column]]
 
@@ -26,9 +29,10 @@ Tables = Mapping[str, Sequence[Column]]
 def generate(tables: Tables, demands: Demands, random: Random) -> dict[str, list[list[Value]]]:
     """Return rows for each table, in random order.
 
-    Witnesses satisfy every condition of the query at once, where one value can; the first is there twice, so that
-    DISTINCT and UNION show. Of each condition one row misses it and nothing else. The rest is random, from a few values
-    per column, so that rows meet in joins and groups; columns that the query compares share their values.
+    Witnesses satisfy every condition of the query at once, where one value can; the first does so as narrowly as it
+    can, and is there twice, so that DISTINCT and UNION show. Two rows for each condition miss it narrowly, and nothing
+    else; they hold the largest and the smallest of what the query calculates with or sorts by. The rest is random, from
+    a few values per column, so that rows meet in joins and groups; columns that the query compares share theirs.
     """
     return Generator(demands, random).rows(tables)
 
@@ -53,14 +57,15 @@ class Generator:
         witnesses = [self._witness(columns, turn) for turn in range(3)]
         rows = [*witnesses, list(witnesses[0])]
         for place, column in enumerate(columns):
-            if column.name.lower() in self._demands.conditions:
-                row = self._witness(columns, len(rows))
-                row[place] = self._miss(column)
-                rows.append(row)
+            for condition in self._demands.conditions.get(column.name.lower(), []):
+                for numbers in self._random.sample((_SMALL, _LARGE), 2):
+                    row = self._witness(columns, len(rows), numbers)
+                    row[place] = self._miss(condition, column)
+                    rows.append(row)
         wanted = min(max(_RANDOM_ROWS, self._demands.rows + 3 - len(rows)), MAX_TABLE_ROWS)
         rows += [[self._any(column) for column in columns] for _ in range(wanted)]
         for place, column in enumerate(columns):
-            if column.key:
+            if column.key and column.name.lower() not in self._demands.conditions:
                 self._make_unique(rows, place, column)
         self._random.shuffle(rows)
         return rows
@@ -76,43 +81,49 @@ class Generator:
                 row[place] = _typed(number, column)
             taken.add(row[place])
 
-    def _witness(self, columns: Sequence[Column], turn: int) -> list[Value]:
+    def _witness(self, columns: Sequence[Column], turn: int, numbers: range | None = None) -> list[Value]:
         """Return a row that satisfies the conditions; where no value satisfies all of a column's, they take turns."""
         row: list[Value] = []
+        if numbers is None:
+            numbers = _MIDDLE if turn else self._random.choice((_MIDDLE[:1], _MIDDLE[-1:]))
         for column in columns:
             conditions = self._demands.conditions.get(column.name.lower(), [])
             if conditions:
                 candidates = [value for condition in conditions for value in self._satisfying(condition, column)]
                 best = [c for c in candidates if all(_holds(condition, c) for condition in conditions)]
                 pick = best or self._satisfying(conditions[turn % len(conditions)], column)
-                row.append(self._random.choice(pick))
+                row.append(self._random.choice(pick) if turn else _nearest(conditions[0].literal, pick))
             elif column.name.lower() in self._class:
                 row.append(self._pool(column)[turn % 2])
             else:
-                row.append(self._any(column, witness=True))
+                row.append(self._other(column, numbers))
         return row
 
-    def _miss(self, column: Column) -> Value:
-        """Return a value near a literal of a condition that does not satisfy it."""
-        condition = self._random.choice(self._demands.conditions[column.name.lower()])
+    def _miss(self, condition: Condition, column: Column) -> Value:
+        """Return a value that does not satisfy a condition: its very literal, or one near it."""
+        if not _holds(condition, condition.literal):
+            return _typed(condition.literal, column)
         near = [value for value in _neighbours(condition.literal, column) if not _holds(condition, value)]
         return self._random.choice(near or self._pool(column))
 
-    def _any(self, column: Column, *, witness: bool = False) -> Value:
+    def _any(self, column: Column) -> Value:
         """Return a random value, near a literal of the query where there is one."""
         conditions = self._demands.conditions.get(column.name.lower(), [])
         if conditions and self._random.random() < 0.5:
             literal = self._random.choice(conditions).literal
             return self._random.choice([_typed(literal, column), *_neighbours(literal, column)])
+        return self._other(column, _ALL)
+
+    def _other(self, column: Column, numbers: range) -> Value:
+        """Return a random value for a column without conditions: one of ``numbers`` where its size matters."""
         name = column.name.lower()
         spread = name in self._demands.numeric or (name in self._demands.sorted_by and self._sorted_apart)
         if not spread or name in self._class:
             return self._random.choice(self._pool(column))
-        # In the middle for witnesses, so that the largest and the smallest stand in rows that the conditions leave out.
-        number = self._random.randrange(400, 600) if witness else self._random.randrange(1000)
+        number = self._random.choice(numbers)
         if column.affinity is Affinity.NUMBER or name in self._demands.numeric:
             return _typed(number, column)
-        return f"{self._random.choice(WORDS[8:16] if witness else WORDS)} {number}"
+        return f"{WORDS[(number - _ALL[0]) * len(WORDS) // len(_ALL)]} {number}"
 
     def _satisfying(self, condition: Condition, column: Column) -> list[Value]:
         literal = condition.literal
@@ -174,6 +185,15 @@ def _neighbours(literal: Value, column: Column) -> list[Value]:
     text = str(literal)
     others = {text + " " + WORDS[0], text[:-1], text.swapcase(), text.title(), WORDS[3]} - {text}
     return sorted(others)
+
+
+def _nearest(literal: Value, values: Sequence[Value]) -> Value:
+    """Return the value nearest to a literal, the first one where they aren't numbers."""
+    wanted = _number(literal)
+    numbers = [_number(value) for value in values]
+    if wanted is None or None in numbers:
+        return values[0]
+    return min(values, key=lambda value: abs((_number(value) or 0) - wanted))
 
 
 def _holds(condition: Condition, value: Value) -> bool:
