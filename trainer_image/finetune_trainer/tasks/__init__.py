@@ -1,7 +1,8 @@
-"""The study's three tasks: text that a model generated and the gold row come in, named scores come out.
+"""ViGGO, GSM8K and SQL: text that a model generated and the gold row come in, named scores come out.
 
-Pure functions, free of torch; evaluation calls them through `TASKS`, by the name that stands in `dataset.task`. One
-module per task holds its grader and the sources of its rules; `sql_*` are the parts of the SQL grader.
+The tasks of Anyscale's study of LoRA against full fine-tuning (September 2023). Pure functions, free of torch;
+evaluation calls them through `TASKS`, by the name that stands in `dataset.task`. One module per task holds its grader
+and the sources of its rules; `sql_*` are the parts of the SQL grader.
 """
 
 from __future__ import annotations

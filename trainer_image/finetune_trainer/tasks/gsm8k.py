@@ -37,9 +37,8 @@ makes another number of it: an exponent, a fraction, a range, a calculation, a l
 def extract(text: str) -> Decimal | None:
     """Return the number after the first `####` that a number follows, None where there is none.
 
-    Commas, currency signs, spaces, a trailing dot and what stands behind the number are left out, as
-    the study's reference asks. The first marker counts, as in the data set's published grader: a model that goes on
-    writing after its answer has answered.
+    Commas, currency signs, spaces, a trailing dot and a unit behind the number are left out, as in the study. The first
+    marker counts, as in the data set's published grader: a model that goes on writing after its answer has answered.
     """
     match = _ANSWER.search(text)
     if match is None:

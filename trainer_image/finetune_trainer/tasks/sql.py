@@ -42,9 +42,10 @@ def grade(answer: str, gold_row: Mapping[str, object]) -> Grade:
     """Return whether ``answer`` returns what the row's gold query returns, on every database made for the row.
 
     Rows are compared as a multiset, in order only where the gold query orders; columns by place, not by name; numbers
-    by value (the study's reference, SQL). A database counts only if the gold query returns something on it, so
-    that empty == empty is no success, and if the order in which rows are visited does not change what it returns. A row
-    for which ``ENOUGH`` such databases aren't found, or whose tables or query sqlite can't run, is ungradable.
+    by value. As in test-suite accuracy (Zhong et al. 2020, Distilled Test Suites), several databases are made to tell
+    the gold query from its neighbours. One counts only if the gold query returns something on it, so that
+    empty == empty is no success, and if the order in which rows are visited does not change what it returns. A row for
+    which ``ENOUGH`` such databases aren't found, or whose tables or query sqlite can't run, is ungradable.
     """
     context, query = str(gold_row.get(CONTEXT_FIELD, "")), str(gold_row.get(GOLD_FIELD, ""))
     with ExitStack() as stack:

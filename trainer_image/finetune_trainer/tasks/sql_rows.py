@@ -23,6 +23,8 @@ _ALL = range(100, 1000)
 _SMALL, _MIDDLE, _LARGE = _ALL[:300], _ALL[300:600], _ALL[600:]
 """Of three digits, so that as text they sort as they do as numbers."""
 
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+
 Tables = Mapping[str, Sequence[Column]]
 
 
@@ -163,10 +165,9 @@ def _number(value: Value) -> int | float | None:
     """Return a value as a number, if it is or reads as one."""
     if not isinstance(value, str):
         return value
-    try:
-        return int(value) if value.strip().lstrip("-").isdigit() and len(value) < 18 else float(value)
-    except ValueError:
+    if not _NUMBER.fullmatch(value):
         return None
+    return float(value) if "." in value or len(value) > 17 else int(value)
 
 
 def _typed(value: Value, column: Column) -> Value:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from types import TracebackType
 from typing import NamedTuple
@@ -102,14 +103,16 @@ class Sandbox:
         return {name: tuple(self._columns(name)) for name in names if not name.startswith("sqlite_")}
 
     def insert(self, table: str, rows: Sequence[Sequence[Value]]) -> None:
-        """Add rows with a value for each column; a row that breaks a constraint of the table is left out."""
+        """Add rows with a value for each column; a row that the table refuses is left out."""
         if rows:
             name = table.replace('"', '""')
             places = ", ".join("?" * len(rows[0]))
             statement = f'INSERT OR IGNORE INTO "{name}" VALUES ({places})'  # noqa: S608  (quoted above)
             self._connection.set_authorizer(None)
             self._connection.execute("BEGIN")
-            self._connection.executemany(statement, rows)
+            for row in rows:
+                with suppress(sqlite3.Error):
+                    self._connection.execute(statement, row)
             self._connection.execute("COMMIT")
             self._connection.set_authorizer(self._authorize)
 
@@ -122,7 +125,7 @@ class Sandbox:
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
         self._own(f"PRAGMA reverse_unordered_selects = {int(reverse)}")
         self._allowed = _READING
-        first = next(iter(tokens(query)), None)
+        first = next(iter(tokens(query[:1000])), None)
         if first is None or first.kind is not Kind.WORD or first.text not in {"select", "with", "values"}:
             raise QueryFailed("is not a SELECT")
         return self._bounded(query)
@@ -138,6 +141,8 @@ class Sandbox:
 
     def _bounded(self, statement: str) -> list[tuple[Cell, ...]]:
         """Run a foreign statement."""
+        if len(statement) > _LIMITS[sqlite3.SQLITE_LIMIT_SQL_LENGTH]:
+            raise QueryFailed("is too long")
         if expansions(statement) > _MAX_EXPANSIONS:
             raise QueryFailed("nests too many common table expressions")
         calls = 0
