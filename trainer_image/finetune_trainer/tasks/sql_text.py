@@ -1,0 +1,226 @@
+"""Reads a SQL text as far as a grader needs to: tokens, and what a gold query asks of the rows that it will run on.
+
+Not a parser: what a query means is sqlite's business. What is overlooked here makes the generated rows less telling,
+which `sql.py` notices, and never changes what a query returns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from math import prod
+from typing import NamedTuple
+
+
+class Kind(Enum):
+    """What a token is."""
+
+    WORD = "word"
+    """A keyword or a name, quoted or not."""
+    STRING = "string"
+    NUMBER = "number"
+    SYMBOL = "symbol"
+
+
+class Token(NamedTuple):
+    """A token; ``text`` without quotes, and in lower case where it is a bare word."""
+
+    kind: Kind
+    text: str
+    depth: int
+    """How many parentheses are open around it."""
+
+
+Value = int | float | str
+
+_TOKEN = re.compile(
+    r"""
+      (?P<comment> --[^\n]* | /\*.*?(?:\*/|\Z) )
+    | '(?P<string> (?:[^']|'')* )'
+    | "(?P<double> (?:[^"]|"")* )"
+    | `(?P<back> (?:[^`]|``)* )` | \[(?P<square> [^\]]* )\]
+    | (?P<number> (?: [0-9]+ (?:\.[0-9]*)? | \.[0-9]+ ) (?:[eE][-+]?[0-9]+)? )
+    | (?P<word> \w+ )
+    | (?P<symbol> <> | [<>!=]= | \|\| | \S )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_COMPARISONS = {"=": "=", "==": "=", "is": "=", "like": "like", "!=": "!=", "<>": "!="} | {
+    sign: sign for sign in ("<", ">", "<=", ">=")
+}
+_MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+_AGGREGATES = frozenset({"avg", "sum", "total", "min", "max"})
+
+
+def tokens(text: str, columns: Collection[str] = ()) -> list[Token]:
+    """Return the tokens of ``text``; text in double quotes is a name where ``columns`` has it, else a string.
+
+    That is how sqlite reads it (sqlite.org/quirks.html, double-quoted string literals).
+    """
+    found: list[Token] = []
+    depth = 0
+    for match in _TOKEN.finditer(text):
+        group = match.lastgroup
+        part = match[group] if group else ""
+        if group == "symbol":
+            depth -= part == ")"
+            found.append(Token(Kind.SYMBOL, part, depth))
+            depth += part == "("
+        elif group == "number":
+            found.append(Token(Kind.NUMBER, part, depth))
+        elif group == "string" or (group == "double" and part.lower() not in columns):
+            found.append(Token(Kind.STRING, part.replace("''", "'") if group == "string" else part, depth))
+        elif group and group != "comment":
+            found.append(Token(Kind.WORD, part.lower(), depth))
+    return found
+
+
+def statements(text: str) -> list[str]:
+    """Return the statements of ``text``, without the semicolons between them."""
+    parts = [""]
+    for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|;|[^;'\"`]+|.", text, re.DOTALL):
+        if match[0] == ";":
+            parts.append("")
+        else:
+            parts[-1] += match[0]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def expansions(text: str) -> int:
+    """Return a bound for the number of subqueries that sqlite makes of a query's common table expressions.
+
+    sqlite copies such an expression at each use while it prepares the query, where no limit and no handler reaches it:
+    a chain in which each uses the one before twice doubles with each link.
+    """
+    words = [token.text.lower() for token in tokens(text)]
+    if "with" not in words:
+        return 1
+    names = {_named(words, index) for index, word in enumerate(words) if word == "as"}
+    return prod(words.count(name) for name in names if name is not None)
+
+
+def _named(words: Sequence[str], index: int) -> str | None:
+    """Return the name that the AS at ``index`` gives a subquery, with or without a list of columns before it."""
+    place = index - 1
+    if place >= 0 and words[place] == ")":
+        while place > 0 and words[place] != "(":
+            place -= 1
+        place -= 1
+    following = next((word for word in words[index + 1 :] if word not in {"not", "materialized"}), "")
+    return words[place] if place >= 0 and following == "(" else None
+
+
+class Condition(NamedTuple):
+    """A comparison of a column with a literal."""
+
+    operator: str
+    """One of = != < > <= >= like."""
+    literal: Value
+
+
+@dataclass
+class Demands:
+    """What a query asks of the rows that it runs on; columns by name in lower case, whatever their table."""
+
+    conditions: dict[str, list[Condition]] = field(default_factory=dict)
+    joined: list[tuple[str, str]] = field(default_factory=list)
+    """Pairs of columns that are compared with each other."""
+    numeric: set[str] = field(default_factory=set)
+    """Columns that are calculated with, whatever type they are declared with."""
+    sorted_by: set[str] = field(default_factory=set)
+    """Columns that an ORDER BY names."""
+    rows: int = 0
+    """Rows that LIMIT and OFFSET reach."""
+    ordered: bool = False
+    """The query orders its result: an ORDER BY outside of all parentheses."""
+
+
+def demands(query: str, columns: Collection[str]) -> Demands:
+    """Return what ``query`` asks of the rows of tables that have ``columns`` (in lower case)."""
+    all_tokens = tokens(query, columns)
+    found = Demands()
+    for index, token in enumerate(all_tokens):
+        following = all_tokens[index + 1 :]
+        if token.kind is Kind.STRING or token.kind is Kind.NUMBER:
+            continue
+        if token.text in {"limit", "offset"}:
+            reach = following[: 3 if len(following) > 2 and following[1].text == "," else 1]
+            found.rows += sum(int(t.text) for t in reach if t.kind is Kind.NUMBER and t.text.isdigit())
+        elif token.text == "order" and following and following[0].text == "by":
+            found.ordered |= token.depth == 0
+            found.sorted_by.update(_sorting_columns(following, token.depth, columns))
+        elif token.text in _AGGREGATES and following and following[0].text == "(":
+            found.numeric.update(t.text for t in following[1:4] if t.text in columns and t.kind is Kind.WORD)
+        elif token.text in _COMPARISONS or token.text in {"in", "between"}:
+            _compare(found, token.text, all_tokens[:index], following, columns)
+    return found
+
+
+def _sorting_columns(after: Sequence[Token], depth: int, columns: Collection[str]) -> Iterator[str]:
+    """Yield the columns of an ORDER BY, up to its end."""
+    for token in after:
+        if token.text == "limit" or (token.text == ")" and token.depth < depth):
+            return
+        if token.kind is Kind.WORD and token.depth == depth and token.text in columns:
+            yield token.text
+
+
+def _compare(
+    found: Demands, operator: str, before: Sequence[Token], after: Sequence[Token], columns: Collection[str]
+) -> None:
+    """Note what a comparison says about a column."""
+    left = _column(reversed(before[-6:]), columns)
+    right = list(_literals(after, operator))
+    if left is None:
+        # A literal first (5 < year): the column stands on the other side.
+        left = _column(iter(after[:4]), columns)
+        right = [_literal(before[-1])] if before and before[-1].kind in {Kind.STRING, Kind.NUMBER} else []
+        operator = _MIRRORED.get(operator, operator)
+    elif not right and (other := _column(iter(after[:5]), columns)):
+        found.joined.append((left, other))
+    if left is None or not right:
+        return
+    if operator == "between":
+        named = list(zip((">=", "<="), right, strict=False))
+    else:
+        meant = "!=" if before and before[-1].text == "not" else "=" if operator == "in" else _COMPARISONS[operator]
+        named = [(meant, literal) for literal in right]
+    found.conditions.setdefault(left, []).extend(Condition(*pair) for pair in named)
+    if any(not isinstance(literal, str) for literal in right) or operator in _MIRRORED:
+        found.numeric.add(left)
+
+
+def _column(near: Iterator[Token], columns: Collection[str]) -> str | None:
+    """Return the first column among the tokens before another clause or literal begins."""
+    for token in near:
+        if token.kind is Kind.WORD and token.text in columns:
+            return token.text
+        if token.kind in {Kind.STRING, Kind.NUMBER} or token.text in {"and", "or", "where", "having", ",", "from"}:
+            return None
+    return None
+
+
+def _literals(after: Sequence[Token], operator: str) -> Iterator[Value]:
+    """Yield the literals on the right of a comparison: two of BETWEEN, all of IN, else one."""
+    left = {"between": 2, "in": len(after)}.get(operator, 1)
+    skipped = {"(", "not", ",", "-", "lower", "upper"} | ({"and"} if operator == "between" else set())
+    sign = 1
+    for token in after:
+        if token.kind in {Kind.STRING, Kind.NUMBER}:
+            value = _literal(token)
+            yield value if isinstance(value, str) else sign * value
+            left -= 1
+        elif token.text not in skipped:
+            return
+        if left == 0:
+            return
+        sign = -1 if token.text == "-" else 1
+
+
+def _literal(token: Token) -> Value:
+    """Return the value of a literal."""
+    if token.kind is Kind.STRING:
+        return token.text
+    return int(token.text) if token.text.isdigit() and len(token.text) < 18 else float(token.text)
