@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.cluster.layout import (
     BRIDGE,
+    BRIDGE_MAC,
     DNS_ADDRESS,
     HOST_ADDRESS,
     POD_PREFIX_LENGTH,
@@ -38,7 +39,9 @@ def network() -> None:
     # The API server listens on the address of the Service "kubernetes" itself, and CoreDNS on its own: no kube-proxy.
     for address in (SERVICE_ADDRESS, DNS_ADDRESS):
         _run("ip", "address", "add", f"{address}/32", "dev", "lo")
-    _run("ip", "link", "add", BRIDGE, "type", "bridge")
+    # With an address of its own: a bridge takes the lowest of its ports' instead, which changes as pods come and go,
+    # and then all pods talk to the old one until their neighbour caches expire, for half a minute.
+    _run("ip", "link", "add", BRIDGE, "address", BRIDGE_MAC, "type", "bridge")
     _run("ip", "address", "add", f"{HOST_ADDRESS}/{POD_PREFIX_LENGTH}", "dev", BRIDGE)
     _run("ip", "link", "set", BRIDGE, "up")
     # Other service addresses fail at once instead of timing out.

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BRIDGE = "cni0"
+BRIDGE_MAC = "0a:58:0a:f4:00:01"
+"""Locally administered; its last four bytes are HOST_ADDRESS."""
 POD_NETWORK = "10.244.0.0/24"
 POD_PREFIX_LENGTH = 24
 # The machine as the pods see it; API server, MinIO and the registry listen here.

@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster import Cluster, ClusterError, wait_for
 from tests.cluster.api import answers
-from tests.cluster.layout import GPU_PRODUCT, HOST_ADDRESS
+from tests.cluster.layout import BRIDGE, BRIDGE_MAC, GPU_PRODUCT, HOST_ADDRESS
 from tests.cluster.oci import BUSYBOX_IMAGE
 
 pytestmark = pytest.mark.cluster
@@ -95,6 +95,18 @@ def test_nothing_leaves_the_cluster(cluster: Cluster, namespace: str) -> None:
         socket.create_connection(("192.0.2.1", 443), timeout=5)
     script = "nc -w 3 192.0.2.1 443 </dev/null 2>/dev/null || echo refused"
     assert output_of(cluster, namespace, pod("outside", script)).strip() == "refused"
+
+
+def test_the_bridge_keeps_its_address_while_pods_come_and_go(cluster: Cluster, namespace: str) -> None:
+    # Pods whose neighbour cache holds an old address of the bridge reach nobody for half a minute.
+    def address() -> str:
+        return str(json.loads(cluster.run(["ip", "-json", "link", "show", BRIDGE]).stdout)[0]["address"])
+
+    seen = {address()}
+    for number in range(3):
+        output_of(cluster, namespace, pod(f"passer-by-{number}", "cat /sys/class/net/eth0/address"))
+        seen.add(address())
+    assert seen == {BRIDGE_MAC}
 
 
 def test_a_thread_that_entered_is_back_outside_afterwards(cluster: Cluster) -> None:
