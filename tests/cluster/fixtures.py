@@ -13,11 +13,16 @@ import pytest
 from tests.cluster.cluster import Cluster, unusable_because
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """A running cluster, shared by all tests of the session: use a namespace of your own."""
+def started() -> Iterator[Cluster]:
+    """Yield a running cluster and end it; skip where none can run. The body of a fixture."""
     reason = unusable_because()
     if reason:
         pytest.skip(reason)
-    with Cluster.start() as started:
-        yield started
+    with Cluster.start() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A running cluster, shared by all tests of the session: use a namespace of your own."""
+    yield from started()

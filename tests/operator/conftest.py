@@ -16,6 +16,7 @@ import pytest
 from tests.cluster import Cluster, wait_for
 from tests.cluster.api import answers
 from tests.cluster.component import Component
+from tests.cluster.fixtures import started
 from tests.cluster.layout import HOST_ADDRESS
 from tests.cluster.oci import BUSYBOX, BUSYBOX_COMMANDS, Image, write_archive
 from tests.operator.worlds import REPOSITORY, job_manifest
@@ -24,7 +25,6 @@ OPERATOR_NAMESPACE = "operator-tests"
 RELEASE = "under-test"
 SERVICE_ACCOUNT = "under-test-finetune-operator"
 REPORT_PORT, HEALTH_PORT = 18443, 18080
-DEPLOYMENTS = ["deployments", "--all-namespaces", "-l", "app.kubernetes.io/name=finetune-operator"]
 
 Manifest = dict[str, Any]
 
@@ -79,15 +79,17 @@ def settled(job: Manifest) -> bool:
     return bool(condition(job, "Succeeded")["status"] != "Unknown")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[Cluster]:
+    """A cluster of these tests' own: the operator of the end-to-end tests would work on the same jobs."""
+    yield from started()
+
+
+@pytest.fixture(scope="package")
 def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     """The chart without its Deployment's pod, and the operator as a program with the chart's service account."""
-    others = cluster.get(*DEPLOYMENTS)["items"]
-    for other in others:  # an operator that another test installed would work on the same jobs
-        _scale(cluster, other, 0)
-    known = "finetunejobs.finetune.dev" in cluster.kubectl("get", "crds", "-o", "name")
     chart = str(REPOSITORY / "charts/finetune-operator")
-    values = ["--set", "replicas=0", "--set", f"crds.enabled={'false' if known else 'true'}"]
+    values = ["--set", "replicas=0"]
     cluster.helm("install", RELEASE, chart, "-n", OPERATOR_NAMESPACE, "--create-namespace", *values)
     operator = _operator(cluster, tmp_path_factory.mktemp("operator"))
     operator.start()
@@ -95,19 +97,6 @@ def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
     secret = cluster.get("secret", f"{SERVICE_ACCOUNT}-certificates", "-n", OPERATOR_NAMESPACE)
     yield Installed(cluster, operator, secret["data"]["ca.crt"])
     operator.stop()
-    cluster.helm("uninstall", RELEASE, "-n", OPERATOR_NAMESPACE)
-    for other in others:
-        _scale(cluster, other, other["spec"]["replicas"])
-
-
-def _scale(cluster: Cluster, deployment: Manifest, replicas: int) -> None:
-    name, namespace = deployment["metadata"]["name"], deployment["metadata"]["namespace"]
-    cluster.kubectl("scale", "deployment", name, "-n", namespace, f"--replicas={replicas}")
-    wait_for(
-        "the other operator's pod",
-        lambda: len(cluster.get("pods", "-n", namespace)["items"]) == replicas,
-        60,
-    )
 
 
 def _operator(cluster: Cluster, folder: Path) -> Component:
@@ -151,7 +140,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stand_in(cluster: Cluster) -> Callable[[str], str]:
     """Return a function that puts an image on the node whose entry point is a shell script, and names it."""
     made: dict[str, str] = {}
@@ -172,7 +161,7 @@ def stand_in(cluster: Cluster) -> Callable[[str], str]:
 
 def small_job(image: str, **spec: Any) -> Manifest:
     """Return the quickstart with little memory and another image, as a person would apply it."""
-    resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory": "64Mi", "sharedMemory": "8Mi"}
+    resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}
     manifest = job_manifest(**({"resources": resources, "podTemplate": {"image": image}} | spec))
     manifest["metadata"] = {"name": "quickstart"}
     return manifest
