@@ -6,6 +6,7 @@ command line and by the demo.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,16 +23,16 @@ from finetune_core.api.job import FineTuneJob
 REFRESH_PER_SECOND = 4
 
 
-class View:
+class View(ABC):
     """What `watch` writes to: ``show`` a job, ``tell`` a sentence about the connection."""
 
+    @abstractmethod
     def show(self, job: FineTuneJob) -> None:
         """Show the newest state of the job."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tell(self, sentence: str) -> None:
         """Show a sentence that is not about the job."""
-        raise NotImplementedError
 
 
 class LiveView(View):
