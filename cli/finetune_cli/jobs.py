@@ -141,6 +141,7 @@ class Jobs:
                     ) from error
                 if attempt == 1:
                     tell(f"the API server does not answer ({error}); trying again")
+                # The back-off between two tries; `until` bounds them all.
                 time.sleep(delay)
         raise UserError("API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)}")
 

@@ -109,6 +109,7 @@ def wait_for_name(address: str, *, seconds: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise OutsideFailure(f"the first worker's name {address} did not resolve in {seconds:.0f} s") from error
+            # The pause between two questions to DNS, which has no way to wait for a name.
             time.sleep(NAME_RETRY_SECONDS)
         else:
             return

@@ -224,6 +224,7 @@ def _beat(store: dist.Store, rank: int) -> None:
             store.set(f"heartbeat/{rank}", str(beat))
         except (RuntimeError, dist.DistError):
             return  # Rank 0 is gone, and with it who would look.
+        # The interval of the heartbeat; nothing waits for it.
         time.sleep(HEARTBEAT_SECONDS)
 
 
