@@ -4,6 +4,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 export DS_BUILD_OPS := 0
 export UV_PYTHON_DOWNLOADS := never
+# The machine's own certificates, as pip and Go use them: a company's proxy has its own authority.
+export UV_SYSTEM_CERTS := 1
 export FINETUNE_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
 METHOD ?= lora
 PYTHON := .venv/bin/python
@@ -20,8 +22,8 @@ venv: .venv/.ready ## Make the virtual environment (.venv) from the lock
 
 # A bare Debian has Python without venv; only this one package is missing then.
 $(UV):
-	@$(HOST_PYTHON) -m venv --clear $(FINETUNE_CACHE)/uv 2>/dev/null || { \
-	  echo "installing python3-venv"; apt-get update -qq && apt-get install -qq -y python3-venv >/dev/null; \
+	@$(HOST_PYTHON) -m venv --clear $(FINETUNE_CACHE)/uv >/dev/null 2>&1 || { \
+	  echo "installing python3-venv"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y python3-venv >/dev/null 2>&1; \
 	  $(HOST_PYTHON) -m venv --clear $(FINETUNE_CACHE)/uv; }
 	@$(FINETUNE_CACHE)/uv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r locks/uv.txt
 
