@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.cluster.cache import cache_folder
 from tests.cluster.waiting import ClusterError
 
 DOWNLOAD_TIMEOUT_SECONDS = 600
@@ -30,11 +31,16 @@ def download(requirement: str, sha256: str, folder: Path) -> Path:
 
 
 def pip() -> list[str]:
-    """Return the command of a pip; a virtual environment made by uv has none, the Python under it does."""
+    """Return the command of a pip.
+
+    A virtual environment made by uv has none. The one in which `make` installed uv has, the Python under ours may have:
+    Debian's has not.
+    """
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
-    for python in (f"{sys.base_prefix}/bin/python3", "python3", "python3.11"):
+    beside_uv = cache_folder() / "uv" / "bin" / "python3"
+    for python in (str(beside_uv), f"{sys.base_prefix}/bin/python3", "python3", "python3.11"):
         found = shutil.which(python)
         if found and subprocess.run([found, "-m", "pip", "--version"], capture_output=True, timeout=60).returncode == 0:
             return [found, "-m", "pip"]
-    raise ClusterError("downloading from the Python index needs pip: install python3-pip")
+    raise ClusterError("downloading from the Python index needs pip: run `make venv`, or install python3-pip")
