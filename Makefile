@@ -79,8 +79,7 @@ unit: venv ## The tests that need no cluster
 
 .PHONY: test
 test: lint ## Lint, unit tests, and end-to-end tests on a real cluster
-	@$(PYTHON) -m tests.cluster build
-	@$(PYTHON) -m tests.cluster images
+	@$(PYTHON) -m tests.cluster prepare
 	@$(PYTEST) -m "not long"
 
 .PHONY: test-long

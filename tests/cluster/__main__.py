@@ -44,11 +44,12 @@ def main() -> None:
     commands.add_parser("build", help="build and install all that is missing, start nothing")
     commands.add_parser("up", help="start a cluster and keep it up until Ctrl-C")
     commands.add_parser("down", help="end every cluster that `up` keeps up")
+    commands.add_parser("prepare", help="make all that the tests can use here: without root, what needs no cluster")
     commands.add_parser("images", help="build the project's images and put them into the clusters' registry")
     commands.add_parser("status", help="list the clusters that are up")
     arguments = parser.parse_args()
     try:
-        {"build": build, "up": up, "down": down, "status": status, "images": build_images}[arguments.command]()
+        COMMANDS[arguments.command]()
     except ClusterError as error:
         sys.exit(f"error: {error}")
 
@@ -58,6 +59,18 @@ def build() -> None:
     tools.build_missing()
     clients.clients()
     say("everything is there")
+
+
+def prepare() -> None:
+    """Make what the tests need; where no cluster can run, say so and make the programs that run without one."""
+    reason = unusable_because()
+    if reason:
+        say(f"{reason}: tests that need it are skipped, the others run")
+        tools.build_missing()
+        clients.clients()
+    else:
+        build()
+        build_images()
 
 
 def up() -> None:
@@ -123,6 +136,15 @@ def running() -> list[Layout]:
         if layout.owner_pid.exists() and Path(f"/proc/{layout.owner_pid.read_text()}").exists()
     ]
 
+
+COMMANDS = {
+    "build": build,
+    "up": up,
+    "down": down,
+    "prepare": prepare,
+    "images": build_images,
+    "status": status,
+}
 
 if __name__ == "__main__":
     main()
