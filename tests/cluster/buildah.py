@@ -101,8 +101,9 @@ def _share_download_caches() -> None:
     mounts = images_folder() / "tmp" / "buildah-cache"
     mounts.mkdir(exist_ok=True)
     caches = {"pip": [*pip(), "cache", "dir"]}
-    if shutil.which("uv"):
-        caches["uv"] = ["uv", "cache", "dir"]
+    uv = shutil.which("uv", path=f"{os.environ.get('PATH', os.defpath)}:{cache_folder() / 'uv' / 'bin'}")
+    if uv:
+        caches["uv"] = [uv, "cache", "dir"]
     for name, command in caches.items():
         link = mounts / name
         if link.is_symlink() or link.exists():
