@@ -95,11 +95,11 @@ class ReportServer:
         application.router.add_post(ROUTE, self._post)
         return application
 
-    async def start(self, port: int, context: ssl.SSLContext) -> None:
-        """Listen on ``port`` of every address."""
+    async def start(self, address: str, port: int, context: ssl.SSLContext) -> None:
+        """Listen on ``port`` of the pod's ``address``, of every address where it is empty."""
         self._runner = web.AppRunner(self.application(), handle_signals=False, access_log=None)
         await self._runner.setup()
-        await web.TCPSite(self._runner, port=port, ssl_context=context).start()
+        await web.TCPSite(self._runner, address or None, port, ssl_context=context).start()
         logger.info("reports are taken on port %d", port)
 
     async def stop(self) -> None:
