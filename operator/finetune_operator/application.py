@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import ssl
 import time
 from collections.abc import Coroutine
-from datetime import UTC, datetime
 from typing import Any
 
-import aiohttp
-
-from finetune_operator.certificates import Certificates, CertificateStore, load_into, server_context
-from finetune_operator.cluster import ApiError, Cluster, load_configuration
+from finetune_operator.certificates import CertificateStore, ExternalCertificates, server_context
+from finetune_operator.cluster import Cluster, load_configuration
 from finetune_operator.connections import lease_client
 from finetune_operator.controller import Controller
 from finetune_operator.endpoints import Announcer, ReportEndpoint
@@ -27,53 +23,11 @@ from finetune_operator.pytorchjob import PyTorchJobBackend
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.report_server import ReportServer
 from finetune_operator.runtime import watch
+from finetune_operator.serving import CertificateSource, ServingCertificates
 from finetune_operator.settings import Settings
 from finetune_operator.tokens import TokenReviewer
 
 logger = logging.getLogger(__name__)
-
-CERTIFICATE_LOOK_SECONDS = 3600.0
-CERTIFICATE_RETRY_SECONDS = 5.0
-
-
-class ServingCertificates:
-    """The certificates in use, renewed while the server runs."""
-
-    def __init__(self, store: CertificateStore, context: ssl.SSLContext, metrics: Metrics) -> None:
-        """Load what ``store`` holds into ``context``."""
-        self._store = store
-        self._context = context
-        self._metrics = metrics
-        self._current: Certificates | None = None
-
-    def ca_bundle(self) -> str:
-        """Return the CA that goes into the attempts' ConfigMaps."""
-        assert self._current is not None, "load() comes first"
-        return self._current.ca_certificate
-
-    async def load(self) -> None:
-        """Read the Secret, renew what ends soon, and present the result from now on."""
-        certificates = await self._store.ensure(datetime.now(UTC))
-        if certificates != self._current:
-            load_into(self._context, certificates)
-            self._current = certificates
-            self._metrics.certificate_expiry.set(certificates.expires.timestamp())
-            logger.info("certificate in use until %s", certificates.expires.isoformat())
-
-    async def keep(self) -> None:
-        """Look every hour, for ever; a failure leaves 30 days to try again."""
-        while True:
-            await asyncio.sleep(CERTIFICATE_LOOK_SECONDS)
-            await self.load_patiently()
-
-    async def load_patiently(self) -> None:
-        """Load, and try again every few seconds while the API server does not answer or refuses."""
-        while True:
-            try:
-                return await self.load()
-            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                logger.warning("the certificates could not be loaded: %s", error)
-            await asyncio.sleep(CERTIFICATE_RETRY_SECONDS)
 
 
 class Replica:
@@ -91,13 +45,9 @@ class Replica:
         self._cluster = Cluster(configuration, self._leadership.check)
         self._metrics, self._queue, self._memory, self._activity = Metrics(), KeyQueue(), Memory(), Activity()
         self._context = server_context()
-        store = CertificateStore(
-            self._cluster,
-            namespace=settings.namespace,
-            name=settings.certificate_secret,
-            hostname=settings.report_hostname,
+        self._certificates = ServingCertificates(
+            _certificate_source(settings, self._cluster), self._context, self._metrics
         )
-        self._certificates = ServingCertificates(store, self._context, self._metrics)
         self._health = HealthServer(
             activity=self._activity,
             queue=self._queue,
@@ -140,7 +90,7 @@ class Replica:
                 configuration=self._configuration,
                 namespaces=settings.watch_namespaces,
             ),
-            self._certificates.keep(),
+            self._certificates.keep(settings.resync_seconds),
             *self._announcements(),
             controller.resync(settings.watch_namespaces, settings.resync_seconds),
             *(controller.work() for _ in range(settings.workers)),
@@ -181,6 +131,13 @@ class Replica:
             pod_uid=settings.pod_uid,
         )
         return [Announcer(self._cluster, endpoint).keep()]
+
+
+def _certificate_source(settings: Settings, cluster: Cluster) -> CertificateSource:
+    kind = CertificateStore if settings.certificate_from == "Operator" else ExternalCertificates
+    return kind(
+        cluster, namespace=settings.namespace, name=settings.certificate_secret, hostname=settings.report_hostname
+    )
 
 
 async def run(settings: Settings) -> None:

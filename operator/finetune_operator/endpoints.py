@@ -89,7 +89,7 @@ class Announcer:
             try:
                 await self.announce()
             except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                logger.warning("the EndpointSlice could not be written: %s", error or type(error).__name__)
+                logger.warning("the EndpointSlice could not be written: %s", str(error) or type(error).__name__)
                 await asyncio.sleep(RETRY_SECONDS)
             else:
                 await asyncio.sleep(LOOK_SECONDS)

@@ -77,7 +77,7 @@ class TimedLease(LeaseLock):  # type: ignore[misc]
             async with asyncio.timeout(CALL_SECONDS):
                 updated = bool(await super().update(name, namespace, updated_record))
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            self.trouble = f"it can't be written: {error or type(error).__name__}"
+            self.trouble = f"it can't be written: {str(error) or type(error).__name__}"
             return False
         self.trouble = "" if updated else "the API server refused the update"
         return updated

@@ -63,4 +63,7 @@ class Observer:
             self._memory.expect(look.key, None)
             return
         uids = frozenset(pod.uid for pod in pods if pod.attempt == current.number)
-        self._memory.expect(look.key, ReportingAttempt(uid=look.uid, attempt=current.number, pod_uids=uids))
+        resources = look.job.spec.resources
+        ranks = resources.nodes * max(1, resources.gpus_per_node)
+        reporting = ReportingAttempt(uid=look.uid, attempt=current.number, pod_uids=uids, ranks=ranks)
+        self._memory.expect(look.key, reporting)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+CERTIFICATE_SOURCES = ("Operator", "Secret")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -25,6 +26,8 @@ class Settings:
     """Namespace of the operator: its certificate Secret and report Service."""
     certificate_secret: str
     """Name of the Secret that holds the report server's CA and certificate."""
+    certificate_from: str
+    """`Operator`, which makes and renews it, or `Secret`, where somebody else, such as cert-manager, keeps it."""
     lease: str
     """Name of the Lease whose holder works."""
     report_service: str
@@ -87,6 +90,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     add("--trainer-image", None, "image of jobs that set no podTemplate.image")
     add("--namespace", "finetune-system", "the operator's own namespace")
     add("--certificate-secret", "finetune-operator-certificates", "Secret for the CA and the certificate of reports")
+    add("--certificate-from", "Operator", "who keeps the certificate in the Secret", choices=CERTIFICATE_SOURCES)
     add("--lease", "finetune-operator", "Lease whose holder works; the others wait")
     add("--report-service", "finetune-operator", "headless Service in front of the report server")
     add("--report-host", "", "host name in the report address; default: <service>.<namespace>.svc")
@@ -109,6 +113,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         trainer_image=values.trainer_image,
         namespace=values.namespace,
         certificate_secret=values.certificate_secret,
+        certificate_from=values.certificate_from,
         lease=values.lease,
         report_service=values.report_service,
         report_host=values.report_host,

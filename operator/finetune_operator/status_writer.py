@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from finetune_operator.budget import WriteBudget
 from finetune_operator.cluster import Cluster
 from finetune_operator.conditions import View
 from finetune_operator.metrics import Metrics
@@ -31,9 +32,11 @@ class StatusWriter:
         self._metrics = metrics
         self._child_kind = child_kind
         self._clock = clock
+        self._budget = WriteBudget(clock)
 
     async def write(self, record: Record, view: View) -> float | None:
-        """Apply the status if it differs; new numbers wait until ten seconds have passed since the last write.
+        """Apply the status if it differs; new numbers wait until ten seconds have passed since the job's last write,
+        and for their share of the writes of all jobs.
 
         Returns in how many seconds it is to be written where it waits. Raises ApiError (409) where the job changed
         since it was read.
@@ -44,11 +47,12 @@ class StatusWriter:
             return None
         written_at = record.memory.status_written_at
         if written_at is not None and not is_transition(old, status):
-            left = written_at + LEAST_SECONDS_BETWEEN_NUMBERS - self._clock()
+            left = max(written_at + LEAST_SECONDS_BETWEEN_NUMBERS - self._clock(), self._budget.seconds_to_next())
             if left > 0:
                 return left
         await self._cluster.apply_status(record.key, record.raw["metadata"]["resourceVersion"], status.to_json())
         record.memory.status_written_at = self._clock()
+        self._budget.spend()
         self._metrics.status_writes.inc()
         await self._recorder.tell(record.key, record.uid, record.stored, status, record.log)
         return None
