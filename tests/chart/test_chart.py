@@ -165,6 +165,17 @@ def test_every_binding_names_a_role_and_the_service_account() -> None:
         assert [(item["name"], item["namespace"]) for item in binding["subjects"]] == accounts
 
 
+def test_a_certificate_that_somebody_else_keeps_is_only_read() -> None:
+    values = {"reports": {"certificate": {"existingSecret": "from-cert-manager"}}}
+    objects = rendered(values)
+    assert of_kind(objects, "Secret") == []
+    own = granted(of_kind(objects, "Role"))
+    assert {item for item in own if item[1] == "secrets"} == {("", "secrets", "get", "from-cert-manager")}
+    environment = deployment(values)["spec"]["template"]["spec"]["containers"][0]["env"]
+    settings = parse_settings([], {item["name"]: item.get("value", "system") for item in environment})
+    assert (settings.certificate_secret, settings.certificate_from) == ("from-cert-manager", "Secret")
+
+
 def test_the_secret_is_empty_so_that_an_upgrade_keeps_its_data() -> None:
     (secret,) = of_kind(rendered(), "Secret")
     assert {"data", "stringData"}.isdisjoint(secret)

@@ -95,13 +95,13 @@ def replicas(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> 
     installed.operator.wait_ready()
 
 
-def owner_of_the_slice(installed: Installed, name: str) -> str:
+def owner_of_the_slice(installed: Installed, name: str, namespace: str = OPERATOR_NAMESPACE) -> str:
     """Return the uid of a pod that stands for the replica's: the garbage collector looks for the owner of a slice."""
     container = {"name": "operator", "image": "localhost/busybox:1"}
     spec = {"containers": [container], "schedulingGates": [{"name": "tests.finetune.dev/never"}]}
     manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
-    installed.apply(manifest, OPERATOR_NAMESPACE)
-    return str(installed.cluster.get("pod", name, "-n", OPERATOR_NAMESPACE)["metadata"]["uid"])
+    installed.apply(manifest, namespace)
+    return str(installed.cluster.get("pod", name, "-n", namespace)["metadata"]["uid"])
 
 
 @dataclass
