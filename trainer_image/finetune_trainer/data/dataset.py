@@ -65,11 +65,11 @@ def make_examples(
     tokenize: Tokenize,
     *,
     limit: Limit,
-    keep_texts: bool = False,
+    keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
     """Return the examples of ``rows``, and a sentence for each kind of row that was skipped.
 
-    ``source`` is how a person calls the file, ``name`` its field path. ``keep_texts`` keeps what a grader reads.
+    ``source`` is how a person calls the file, ``name`` its field path. ``keep_rows`` keeps what a grader reads.
     Raises UserError that names file and row of the first one that is bad or too long where the job asks to fail,
     and where no row is left.
     """
@@ -87,15 +87,14 @@ def make_examples(
         if isinstance(rendered, str):
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} {rendered}")
             continue
-        example, texts = rendered
-        length = len(example.ids)
+        length = len(rendered.ids)
         if length > limit.tokens:
             problem = f"{row.place(source)} has {length} tokens, more than {limit.because}"
             refuse("longRows", dataset.long_rows, problem)
-        elif example.supervised_tokens < 1:
+        elif rendered.supervised_tokens < 1:
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} has no token to learn")
         else:
-            made.add(example, texts if keep_texts else None)
+            made.add(rendered, row if keep_rows else None)
     notices = [
         _skipped(found, name, f"{option}: Skip", total=len(made)) for option, found in problems.items() if found
     ]

@@ -10,14 +10,17 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from finetune_trainer.data.reader import Row
+
 ARRAYS = ("ids", "offsets", "spans", "span_offsets")
-TEXTS_FILE = "texts.json"
+ROWS_FILE = "rows.json"
 
 
 class Example(NamedTuple):
@@ -37,22 +40,16 @@ class Example(NamedTuple):
         return self.spans[0][0]
 
 
-class Texts(NamedTuple):
-    """Prompt (without the template) and completion of a row: what a grader reads."""
-
-    prompt: str
-    completion: str
-
-
 class ExampleSet(Sequence[Example]):
     """The examples of a data file."""
 
-    def __init__(self, arrays: dict[str, npt.NDArray[np.generic]], texts: Sequence[Texts] = ()) -> None:
+    def __init__(self, arrays: dict[str, npt.NDArray[np.generic]], rows: Sequence[Row] = ()) -> None:
         """Wrap what `ExampleWriter` made or `load` read."""
         self._ids, self._offsets, self._spans, self._span_offsets = (arrays[name] for name in ARRAYS)
         self._arrays = arrays
-        self.texts = texts
-        """One for each example where they were kept, else empty."""
+        self.rows = rows
+        """The row of each example, which the answer that is generated for it is graded against; empty where they
+        were not kept."""
         self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
         """(examples,): tokens of each."""
 
@@ -96,14 +93,15 @@ class ExampleSet(Sequence[Example]):
         folder.mkdir(parents=True, exist_ok=True)
         for name in ARRAYS:
             np.save(folder / f"{name}.npy", self._arrays[name])
-        (folder / TEXTS_FILE).write_text(json.dumps(self.texts))
+        # Parquet has values that JSON does not (dates, bytes); none of them is ever graded.
+        (folder / ROWS_FILE).write_text(json.dumps([asdict(row) for row in self.rows], default=str))
 
     @classmethod
     def load(cls, folder: Path) -> ExampleSet:
         """Return the set that `save` wrote; its token ids stay in the file until they are used."""
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        texts = json.loads((folder / TEXTS_FILE).read_text())
-        return cls(arrays, [Texts(*pair) for pair in texts])
+        rows = json.loads((folder / ROWS_FILE).read_text())
+        return cls(arrays, [Row(**row) for row in rows])
 
 
 class ExampleWriter:
@@ -113,17 +111,17 @@ class ExampleWriter:
         """Begin with none."""
         self._ids, self._offsets = array("i"), array("q", [0])
         self._spans, self._span_offsets = array("i"), array("q", [0])
-        self._texts: list[Texts] = []
+        self._rows: list[Row] = []
 
-    def add(self, example: Example, texts: Texts | None = None) -> None:
+    def add(self, example: Example, row: Row | None = None) -> None:
         """Append an example."""
         self._ids.extend(example.ids)
         self._offsets.append(len(self._ids))
         for span in example.spans:
             self._spans.extend(span)
         self._span_offsets.append(len(self._spans) // 2)
-        if texts is not None:
-            self._texts.append(texts)
+        if row is not None:
+            self._rows.append(row)
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -137,7 +135,7 @@ class ExampleWriter:
             "spans": np.array(self._spans, dtype=np.int32),
             "span_offsets": np.array(self._span_offsets, dtype=np.int64),
         }
-        return ExampleSet(arrays, self._texts)
+        return ExampleSet(arrays, self._rows)
 
 
 def example_set(examples: Sequence[Example]) -> ExampleSet:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from finetune_core.api.dataset import DatasetFormat, MessagesFormat, PromptCompletionFormat, TextFormat
 from finetune_core.errors import UserError
-from finetune_trainer.data.examples import Example, Texts
+from finetune_trainer.data.examples import Example
 
 Chat = Callable[[Sequence[Mapping[str, Any]], bool], Sequence[int]]
 """Token ids of a conversation, with True those that the template puts before an answer of the assistant too."""
@@ -29,15 +29,8 @@ class Tokenize(NamedTuple):
     """Absent where the tokenizer has no chat template."""
 
 
-class Rendered(NamedTuple):
-    """An example, and the texts that a grader reads where the row has them."""
-
-    example: Example
-    texts: Texts | None = None
-
-
-Render = Callable[[Mapping[str, Any]], Rendered | str]
-"""From a row's fields to what it becomes, or to what is wrong with it."""
+Render = Callable[[Mapping[str, Any]], Example | str]
+"""From a row's fields to its example, or to what is wrong with the row."""
 
 
 def columns_of(form: DatasetFormat) -> Mapping[str, str]:
@@ -85,7 +78,7 @@ def _prompt_completion(form: PromptCompletionFormat, tokenize: Tokenize) -> Rend
     """The prompt is tokenised alone and the completion after it, because that is what the model sees when it
     answers."""
 
-    def render(fields: Mapping[str, Any]) -> Rendered | str:
+    def render(fields: Mapping[str, Any]) -> Example | str:
         prompt, problem = _field(fields, form.prompt_field)
         completion, other = _field(fields, form.completion_field)
         if problem or other:
@@ -95,26 +88,26 @@ def _prompt_completion(form: PromptCompletionFormat, tokenize: Tokenize) -> Rend
         before = tokenize.prompt(form.template.replace("{prompt}", prompt))
         answer = tokenize.completion(completion + form.completion_suffix)
         ids = (*before, *answer, tokenize.end)
-        return Rendered(Example(ids, ((len(before), len(ids)),)), Texts(prompt, completion))
+        return Example(ids, ((len(before), len(ids)),))
 
     return render
 
 
 def _text(form: TextFormat, tokenize: Tokenize) -> Render:
-    def render(fields: Mapping[str, Any]) -> Rendered | str:
+    def render(fields: Mapping[str, Any]) -> Example | str:
         text, problem = _field(fields, form.text_field)
         if problem:
             return problem
         if not text.strip():
             return f"has an empty {form.text_field!r}"
         ids = (*tokenize.prompt(text), tokenize.end)
-        return Rendered(Example(ids, ((0, len(ids)),)))
+        return Example(ids, ((0, len(ids)),))
 
     return render
 
 
 def _messages(form: MessagesFormat, tokenize: Tokenize, chat: Chat) -> Render:
-    def render(fields: Mapping[str, Any]) -> Rendered | str:
+    def render(fields: Mapping[str, Any]) -> Example | str:
         found = fields.get(form.messages_field)
         if isinstance(found, str):
             # A csv file has no other way to hold a list.
@@ -147,7 +140,7 @@ def _conversation_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -> Rendered | str:
+def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -> Example | str:
     """Return the conversation up to the assistant's last turn, with the assistant's turns to learn.
 
     Each turn is what the template adds to the conversation so far. That the template only ever adds is checked by
@@ -172,4 +165,4 @@ def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -
             whole.append(end)
             last = len(whole)
         spans.append((len(before), last))
-    return Rendered(Example(whole[: spans[-1][1]], spans))
+    return Example(whole[: spans[-1][1]], spans)
