@@ -108,6 +108,14 @@ def _between(attempts: AttemptsStatus, world: World) -> Step:
         waits.append(1)
     if waits and max(waits) > 0:
         return Step(attempts=attempts, next=Next.WATCH, wait_seconds=max(waits))
+    return _open(attempts, world)
+
+
+def _open(attempts: AttemptsStatus, world: World) -> Step:
+    """Nothing of an older attempt is left and no back-off holds: number the next one.
+
+    What must be known before any GPU is asked for is asked here.
+    """
     current = CurrentAttempt(number=attempts.started + 1, start_time=world.now)
     opened = attempts.model_copy(update={"started": attempts.started + 1, "current": current, "next_start_time": None})
     return Step(attempts=opened, next=Next.OPEN)
