@@ -39,8 +39,13 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
-        moved = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self[:5])
-        return Batch(*moved, self.tokens, self.real_tokens)  # type: ignore[arg-type]
+        return self._replace(
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True) if self.position_ids is not None else None,
+            index=self.index.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            dropout_keys=self.dropout_keys.to(device, non_blocking=True),
+        )
 
 
 DropoutSeed = Callable[[int], int]

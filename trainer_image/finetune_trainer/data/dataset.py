@@ -95,9 +95,7 @@ def make_examples(
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} has no token to learn")
         else:
             made.add(rendered, row if keep_rows else None)
-    notices = [
-        _skipped(found, name, f"{option}: Skip", total=len(made)) for option, found in problems.items() if found
-    ]
+    notices = [_skipped(found, name, f"{option}: Skip", total=len(made)) for option, found in problems.items() if found]
     if not len(made):
         raise UserError(name, f"{source} has no row left to use" + "".join(f"; {text}" for text in notices))
     return made.finish(), notices

@@ -26,7 +26,7 @@ ROWS_FILE = "rows.json"
 class Example(NamedTuple):
     """Token ids of a text, and the half-open ranges of those that are learned."""
 
-    ids: Sequence[int] | npt.NDArray[np.int32]
+    ids: Sequence[int] | npt.NDArray[np.integer]
     spans: Sequence[tuple[int, int]]
 
     @property
@@ -43,15 +43,15 @@ class Example(NamedTuple):
 class ExampleSet(Sequence[Example]):
     """The examples of a data file."""
 
-    def __init__(self, arrays: dict[str, npt.NDArray[np.generic]], rows: Sequence[Row] = ()) -> None:
+    def __init__(self, arrays: dict[str, npt.NDArray[np.integer]], rows: Sequence[Row] = ()) -> None:
         """Wrap what `ExampleWriter` made or `load` read."""
         self._ids, self._offsets, self._spans, self._span_offsets = (arrays[name] for name in ARRAYS)
         self._arrays = arrays
         self.rows = rows
         """The row of each example, which the answer that is generated for it is graded against; empty where they
         were not kept."""
-        self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
-        """(examples,): tokens of each."""
+        self.lengths: list[int] = np.diff(self._offsets).tolist()
+        """Tokens of each example."""
 
     @classmethod
     def empty(cls) -> ExampleSet:
@@ -129,7 +129,7 @@ class ExampleWriter:
 
     def finish(self) -> ExampleSet:
         """Return the examples as a set."""
-        arrays: dict[str, npt.NDArray[np.generic]] = {
+        arrays: dict[str, npt.NDArray[np.integer]] = {
             "ids": np.array(self._ids, dtype=np.int32),
             "offsets": np.array(self._offsets, dtype=np.int64),
             "spans": np.array(self._spans, dtype=np.int32),

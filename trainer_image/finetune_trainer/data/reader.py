@@ -58,7 +58,9 @@ def _read_file(path: Path, name: str) -> Iterator[Row]:
         return
     readers: Mapping[str, Callable[[TextIO], Iterator[Row]]] = {".jsonl": _jsonl, ".csv": _csv}
     if suffix not in readers:
-        raise UserError(name, f"must be a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, not {path.name!r}")
+        raise UserError(
+            name, f"must be a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, not {path.name!r}"
+        )
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from readers[suffix](file)

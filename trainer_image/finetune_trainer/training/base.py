@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_core.errors import UserError
-from finetune_trainer.training.tokenizer import add_tokens, first_line, load_tokenizer
+from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.errors import first_line
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -88,7 +89,7 @@ class Weights:
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor; its bytes are read from the file as they are used."""
         with safe_open(self.folder / self.files[name], framework="pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+            return file.get_tensor(name)
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Return some rows of a matrix."""

@@ -21,7 +21,7 @@ class DropoutKeys:
         self.value: torch.Tensor | None = None
 
 
-class ExampleDropout(nn.Module):
+class ExampleDropout(nn.Module):  # type: ignore[misc]  # torch has no types here
     """Drops features of each token with probability ``p`` in training."""
 
     def __init__(self, p: float, name: str, keys: DropoutKeys) -> None:

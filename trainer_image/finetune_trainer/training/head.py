@@ -24,7 +24,9 @@ CHUNK_LOGITS = 1 << 25
 class LossHead:
     """A model's output head that can return the summed loss of a batch in place of logits."""
 
-    def __init__(self, head: nn.Module, keys: DropoutKeys, *, vocabulary: int, chunk_logits: int = CHUNK_LOGITS) -> None:
+    def __init__(
+        self, head: nn.Module, keys: DropoutKeys, *, vocabulary: int, chunk_logits: int = CHUNK_LOGITS
+    ) -> None:
         """Take over ``head``'s forward; ``keys`` are those of its own dropout."""
         self.module = head
         self._logits = head.forward
@@ -38,7 +40,7 @@ class LossHead:
         """Return logits, or the batch's summed loss (a scalar, nats, fp32) of ``hidden`` (B, T, H)."""
         batch = self.batch
         if batch is None:
-            return self._logits(hidden, *args, **kwargs)  # type: ignore[no-any-return]
+            return self._logits(hidden, *args, **kwargs)
         chosen = hidden.flatten(0, 1)[batch.index]
         pieces = [
             tensor.split(self._chunk_rows)

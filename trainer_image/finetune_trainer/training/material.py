@@ -13,6 +13,7 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.dataset import limit_of, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
+from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.training.base import Skeleton, extend_base, skeleton
 from finetune_trainer.training.model import (
@@ -23,7 +24,6 @@ from finetune_trainer.training.model import (
     enable_gradient_checkpointing,
     load_base,
 )
-from finetune_trainer.training.tokenizer import load_tokenizer, stop_ids, tokenize_with
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def load_data(plan: WorkerPlan, notices: list[str]) -> Data:
         for name in ("train", "validation", "test")
     }
     dataset = plan.config.dataset
-    longest = max(int(examples.lengths.max(initial=0)) for examples in sets.values())
+    longest = max(max(examples.lengths, default=0) for examples in sets.values())
     return Data(
         tokenizer=tokenizer,
         train=sets["train"],

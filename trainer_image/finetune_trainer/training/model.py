@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
+from finetune_trainer.errors import first_line
 from finetune_trainer.training.base import Skeleton
-from finetune_trainer.training.tokenizer import first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

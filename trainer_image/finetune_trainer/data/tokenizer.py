@@ -1,4 +1,7 @@
-"""The tokenizer: loaded from local files, given the job's added tokens, and handed to the data as plain functions."""
+"""The tokenizer: loaded from local files, given the job's added tokens, and handed to the data as plain functions.
+
+Needs no torch: the preflight check, which runs in a small pod, makes the same token ids as the workers.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError
 from finetune_trainer.data.formats import Tokenize
+from finetune_trainer.errors import first_line
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -33,7 +37,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     known = tokenizer.get_vocab()
     for token in tokens:
         if token in known:
-            raise UserError("model.addedTokens", f"must not hold {token!r}: the model's tokenizer has this token already")
+            raise UserError("model.addedTokens", f"must not hold {token!r}: the model's tokenizer has it already")
     added = [AddedToken(token, special=True, normalized=False, lstrip=False, rstrip=False) for token in tokens]
     tokenizer.add_tokens(added, special_tokens=True)
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
@@ -77,8 +81,3 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat) -> list[in
     ids: Sequence[int] = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
     ends = {tokenizer.eos_token_id, *(ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else [])}
     return sorted(ends)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, shortened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
