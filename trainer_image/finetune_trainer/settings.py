@@ -24,6 +24,8 @@ class Paths(ContractModel):
 
 STORE_CHECK_SECONDS = 20.0
 """Budget of the first look at the store: a pod that can't reach it says so within a minute."""
+HUB_SECONDS = 20.0
+"""How long one request to the hub may take."""
 STORE_BUDGET_SECONDS = 300.0
 """How long a store may fail before the run ends with 75."""
 PEER_WAIT_SECONDS = 300.0

@@ -33,6 +33,7 @@ REFUSED_CODES = frozenset(
     {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidTokenId", "InvalidToken"}
 )
 PERMANENT_CODES = frozenset({"NoSuchBucket", "InvalidBucketName", "MethodNotAllowed", "EntityTooLarge"})
+BEYOND_THE_END = "InvalidRange"
 MISSING_CODES = frozenset({"NoSuchKey", "NoSuchObject", "NotFound"})
 PART_BYTES = 64 * 1024 * 1024
 """minio-py's own default makes 5 MiB parts of which a single failing one aborts the whole object."""
@@ -131,6 +132,20 @@ class Store:
 
         return self._retried(get, bucket, missing=None)
 
+    def read_range(self, bucket: str, key: str, start: int, length: int) -> bytes | None:
+        """Return ``length`` bytes of an object from ``start`` on, fewer where it ends; None where it does not exist."""
+
+        def get() -> bytes:
+            try:
+                with self._open(bucket, key, offset=start, length=length) as response:
+                    return response.read()
+            except S3Error as error:
+                if error.code == BEYOND_THE_END:
+                    return b""
+                raise
+
+        return self._retried(get, bucket, missing=None)
+
     def download(self, bucket: str, key: str, path: Path) -> Stored | None:
         """Write an object to ``path`` and return its size and digest; None where it does not exist."""
 
@@ -209,9 +224,10 @@ class Store:
     # Failures
 
     @contextlib.contextmanager
-    def _open(self, bucket: str, key: str) -> Iterator[urllib3.BaseHTTPResponse]:
-        """Open an object for reading; its connection is given back, whole or broken."""
-        response = self._client.get_object(bucket, key)
+    def _open(self, bucket: str, key: str, *, offset: int = 0, length: int = 0) -> Iterator[urllib3.BaseHTTPResponse]:
+        """Open an object for reading, from ``offset`` on and for ``length`` bytes (0: to its end); its connection is
+        given back, whole or broken."""
+        response = self._client.get_object(bucket, key, offset=offset, length=length)
         try:
             yield response
         finally:
