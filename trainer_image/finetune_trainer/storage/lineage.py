@@ -30,6 +30,25 @@ class ParentRecord(ContractModel):
     step: int
 
 
+class StepRange(ContractModel):
+    """Global batches whose data a run leaves out, from ``first`` to ``last``, both included."""
+
+    first: int
+    last: int
+
+
+class Course(ContractModel):
+    """How a run differs from an undisturbed one. It adds up along the lineage: a run that resumes goes on with the
+    newest run's course, whichever checkpoint it finds whole."""
+
+    rate_factor: float = 1.0
+    """What the schedule's rate is multiplied with."""
+    skipped: list[StepRange] = []
+    """Data left out after the loss exploded there."""
+    rollbacks: int = 0
+    """How often the run was rolled back so far."""
+
+
 class RunRecord(ContractModel):
     """Content of `runs/<run>.json`; it differs between any two writers, so that a conditional write can be told
     from another's."""
@@ -38,7 +57,9 @@ class RunRecord(ContractModel):
     attempt: int
     pod_uid: str
     parent: ParentRecord | None = None
-    rate_factor: float = 1.0
+    course: Course = Course()
+    token: str = ""
+    """Random, so that two runs of one process differ too."""
 
 
 def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId]) -> list[CheckpointId]:

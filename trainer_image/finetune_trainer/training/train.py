@@ -57,7 +57,7 @@ def train(
     engine = Engine(model, plan.config.optimization, gang.device)
     if state is not None:
         load_state(engine, fetched, updates=state.updates)
-    saver = Saver(gang, root, start, plan.folder, keep_last=plan.config.storage.keep_last)
+    saver = Saver(gang, root, start, plan.folder, plan.config.storage)
     run = Training(plan, gang, engine, data, saver, progress, standing, state)
     if progress is not None:
         progress.begin(run=start.run, total_steps=run.total_steps, history=past_steps(root, start))
@@ -248,7 +248,8 @@ class Training:
         if improved and score is not None:
             self._best = score
         wanted_best = improved and self._config.evaluation.artifact_from == "Best"
-        periodic = self.step % self._config.storage.checkpoint_every_steps == 0
+        every = self._config.storage.checkpoint_every_steps
+        periodic = every is not None and self.step % every == 0
         if periodic or wanted_best or self.step == self.total_steps:
             self._save(score)
 
