@@ -30,23 +30,17 @@ class ParentRecord(ContractModel):
     step: int
 
 
-class StepRange(ContractModel):
-    """Global batches whose data a run leaves out, from ``first`` to ``last``, both included."""
+class Rollback(ContractModel):
+    """A return to an earlier checkpoint; it holds for every later step of the lineage."""
 
-    first: int
-    last: int
-
-
-class Course(ContractModel):
-    """How a run differs from an undisturbed one. It adds up along the lineage: a run that resumes goes on with the
-    newest run's course, whichever checkpoint it finds whole."""
-
-    rate_factor: float = 1.0
-    """What the schedule's rate is multiplied with."""
-    skipped: list[StepRange] = []
-    """Data left out after the loss exploded there."""
-    rollbacks: int = 0
-    """How often the run was rolled back so far."""
+    step: int
+    """Step that was returned to: later ones use the lower rate."""
+    rate_factor: float
+    skip_from: int
+    """First step whose global batch is consumed without an update."""
+    skip_to: int
+    """Last such step."""
+    reason: str
 
 
 class RunRecord(ContractModel):
@@ -57,9 +51,10 @@ class RunRecord(ContractModel):
     attempt: int
     pod_uid: str
     parent: ParentRecord | None = None
-    course: Course = Course()
-    token: str = ""
-    """Random, so that two runs of one process differ too."""
+    rate_factor: float = 1.0
+    """Product over `rollbacks`, for people who read the file."""
+    rollbacks: list[Rollback] = []
+    """All rollbacks of the lineage, oldest first."""
 
 
 def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId]) -> list[CheckpointId]:

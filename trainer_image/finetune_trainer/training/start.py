@@ -1,15 +1,15 @@
 """The beginning of a run in the bucket: choose what to resume from, take the run number, bring back the past.
 
-Rank 0 does this for all, at each start of the gang (`start_run`) and at each rollback (`roll_back`); what comes out
+Rank 0 does this for all, at each start of the gang (`start_run`) and at each rollback (`restart_run`); what comes out
 is JSON, because it is shared at the rendezvous store.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from uuid import uuid4
 
 from finetune_core.contract import CheckpointRecord, ContractModel, Identity
 from finetune_core.layout import checkpoint_folder
@@ -26,10 +26,9 @@ from finetune_trainer.storage.checkpoints import (
 )
 from finetune_trainer.storage.lineage import (
     CheckpointId,
-    Course,
     ParentRecord,
+    Rollback,
     RunRecord,
-    StepRange,
     lineage,
     read_records,
     take_run,
@@ -45,18 +44,19 @@ class Start(ContractModel):
 
     run: int
     parent: ParentRecord | None = None
-    course: Course = Course()
     ancestors: list[CheckpointRecord] = []
     """The committed checkpoints that this run continues, oldest first."""
     others: list[CheckpointRecord] = []
     """Committed checkpoints on branches that were left, and damaged ones."""
     notices: list[str] = []
+    rollbacks: list[Rollback] = []
+    """Returns to earlier checkpoints that hold for this run too."""
 
 
 class Choice(ContractModel):
     """What is resumed from, and what was passed over."""
 
-    chosen: ParentRecord | None = None
+    parent: ParentRecord | None = None
     damaged: dict[str, str] = {}
     """What is wrong, by the folder of each checkpoint that was passed over."""
     notices: list[str] = []
@@ -73,46 +73,47 @@ def start_run(root: RunRoot, identity: Identity, target: Path) -> Start:
         known = {run: record for run, record in records.items() if run not in taken}
         candidates = lineage(known, committed(root))
         choice = _choose(root, candidates, target)
-        # A rollback holds for all that come after it, also when it was cut off before its first checkpoint.
-        course = known[max(known)].course if known else Course()
         run = max(records, default=0) + 1
-        if not take_run(root, run, _record(identity, choice, course)):
+        # The newest run's, whichever checkpoint is resumed from: its own may be lost, what it had learned is not.
+        rollbacks = known[max(known)].rollbacks if known else []
+        if not take_run(root, run, _record(identity, choice, rollbacks)):
             continue
         taken.add(run)
         if lineage(known, committed(root)) == candidates:
-            return _describe(root, run, course, choice)
+            return _describe(root, run, choice, rollbacks)
     raise OutsideFailure(f"no run number could be taken in {MOST_TRIES} tries: other writers are active")
 
 
-def roll_back(
-    root: RunRoot, identity: Identity, run: int, target: Path, *, before: int, factor: float, skip: Iterable[StepRange]
-) -> Start:
-    """Leave ``run`` for a new one that grows from its newest whole checkpoint of a step up to ``before``.
+def restart_run(root: RunRoot, identity: Identity, run: int, rollback: Rollback, target: Path) -> Start:
+    """Take the number after ``run``, which ends with ``rollback``, and fetch the checkpoint that it goes back to.
 
-    The new run's rate is ``factor`` times that of ``run``, and ``skip`` joins what is left out. What ``run``
-    committed beyond stays where it is and is no longer resumed from, also after a crash right after this call.
-    Raises NewerRun where another start of the job took a number meanwhile.
+    Where that one is damaged an older one of the lineage serves, at last the base model. Raises NewerRun where another
+    start of the job was faster.
     """
     records = read_records(root)
-    candidates = [item for item in lineage(records, committed(root)) if item.step <= before]
+    candidates = [item for item in lineage(records, committed(root)) if item.step <= rollback.step]
     choice = _choose(root, candidates, target)
-    old = records[run].course
-    course = Course(rate_factor=old.rate_factor * factor, skipped=[*old.skipped, *skip], rollbacks=old.rollbacks + 1)
-    if max(records) > run or not take_run(root, run + 1, _record(identity, choice, course)):
-        raise NewerRun(f"a run after {run} of this job has started, so run {run} stopped writing to the bucket")
-    return _describe(root, run + 1, course, choice)
+    returned = choice.parent.step if choice.parent else 0
+    rollbacks = [*records[run].rollbacks, rollback.model_copy(update={"step": returned})]
+    if max(records) != run or not take_run(root, run + 1, _record(identity, choice, rollbacks)):
+        raise NewerRun(f"another run of this job has started, so run {run} ended")
+    return _describe(root, run + 1, choice, rollbacks)
 
 
-def _record(identity: Identity, choice: Choice, course: Course) -> RunRecord:
+def _record(identity: Identity, choice: Choice, rollbacks: Sequence[Rollback]) -> RunRecord:
     return RunRecord(
-        attempt=identity.attempt, pod_uid=identity.pod_uid, parent=choice.chosen, course=course, token=uuid4().hex
+        attempt=identity.attempt,
+        pod_uid=identity.pod_uid,
+        parent=choice.parent,
+        rate_factor=math.prod(rollback.rate_factor for rollback in rollbacks),
+        rollbacks=list(rollbacks),
     )
 
 
 def _choose(root: RunRoot, candidates: Sequence[CheckpointId], target: Path) -> Choice:
     """Return the first candidate whose every byte verifies, fetched into ``target``, and why others were not.
 
-    Folders without COMMIT above the chosen one are told too: an upload was cut off, or COMMIT was deleted.
+    Folders of the newest candidate's run without COMMIT are told too: an upload was cut off, or COMMIT was deleted.
     """
     damaged: dict[str, str] = {}
     notices: list[str] = []
@@ -132,22 +133,22 @@ def _choose(root: RunRoot, candidates: Sequence[CheckpointId], target: Path) -> 
     for item in uncommitted(root):
         if chosen is None or item > chosen:
             notices.append(
-                f"checkpoint of step {item.step} (run {item.run}) does not count: its COMMIT is missing"
-                f" ({checkpoint_folder(*item)}), because its upload was cut off or somebody deleted it"
+                f"checkpoint of step {item.step} (run {item.run}) does not count: {checkpoint_folder(*item)}/COMMIT is"
+                " missing, because its upload was cut off or somebody deleted it"
             )
     if chosen is None and candidates:
         notices.append("no checkpoint could be used: training starts from the base model")
     parent = ParentRecord(run=chosen.run, step=chosen.step) if chosen else None
-    return Choice(chosen=parent, damaged=damaged, notices=notices)
+    return Choice(parent=parent, damaged=damaged, notices=notices)
 
 
-def _describe(root: RunRoot, run: int, course: Course, choice: Choice) -> Start:
+def _describe(root: RunRoot, run: int, choice: Choice, rollbacks: list[Rollback]) -> Start:
     """Return the start with the inventory of the bucket: what the run continues, and the rest."""
     stored = {CheckpointId(record.run, record.step): record for record in inventory(root, choice.damaged)}
-    whole = {key: record for key, record in stored.items() if not record.damaged}
-    own = [stored[item] for item in reversed(lineage(read_records(root), whole)) if item in stored]
+    whole = [key for key, record in stored.items() if not record.damaged]
+    own = [stored[item] for item in reversed(lineage(read_records(root), whole))]
     rest = [record for record in stored.values() if record not in own]
-    return Start(run=run, parent=choice.chosen, course=course, ancestors=own, others=rest, notices=choice.notices)
+    return Start(run=run, parent=choice.parent, ancestors=own, others=rest, notices=choice.notices, rollbacks=rollbacks)
 
 
 def past_steps(root: RunRoot, start: Start) -> list[StepRow]:
