@@ -15,6 +15,7 @@ class Paths(ContractModel):
     run_file: Path = Path(contract.RUN_FILE)
     ca_file: Path = Path(contract.CA_FILE)
     credentials: Path = Path(contract.CREDENTIALS_FOLDER)
+    storage_ca_file: Path = Path(contract.STORAGE_CA_FILE)
     hub_token_file: Path = Path(contract.HUB_TOKEN_FILE)
     report_token_file: Path = Path(contract.TOKEN_FILE)
     termination_log: Path = Path(contract.TERMINATION_LOG)
