@@ -17,6 +17,7 @@ from pydantic.alias_generators import to_camel
 from finetune_core.api.dataset import DatasetSpec
 from finetune_core.api.method import LoRASpec, Method
 from finetune_core.api.sources import ModelSpec
+from finetune_core.api.storage import EncryptionSpec
 from finetune_core.errors import UserError
 
 CONTRACT_VERSION: Literal[1] = 1
@@ -27,6 +28,8 @@ CA_FILE = f"{RUN_FOLDER}/ca.crt"
 """CA bundle of the operator's report server: a key of the attempt's ConfigMap."""
 CREDENTIALS_FOLDER = "/var/run/secrets/finetune.dev/storage"
 """Files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN, from the job's Secret."""
+STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
+"""Certificates that sign the store's, from `storage.caConfigMapRef`; absent: those of the image."""
 HUB_TOKEN_FILE = "/var/run/secrets/finetune.dev/hub/token"  # noqa: S105  (a path)
 TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path)
 """Projected service-account token for reports; the kubelet renews it."""
@@ -160,13 +163,44 @@ class OptimizationConfig(ContractModel):
     gradient_checkpointing: bool
     seed: int
     zero_stage: Annotated[int, Field(ge=0, le=3)]
+    offload_optimizer: bool = False
+    """Optimizer state lies in the memory of the node."""
+    offload_parameters: bool = False
+    """Parameters lie there too between uses; stage 3."""
+    overrides: str | None = None
+    """A JSON object that is merged into DeepSpeed's configuration last."""
+
+
+class GenerationConfig(ContractModel):
+    """Limits of generated answers."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 8
 
 
 class EvaluationConfig(ContractModel):
     """The `evaluation` section, resolved."""
 
     every_steps: int | None = None
+    generation: GenerationConfig = GenerationConfig()
+    base_prompt: str | None = None
+    best_by: Literal["Perplexity", "TaskScore"] = "Perplexity"
+    patience: Annotated[int, Field(ge=1)] | None = None
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
     artifact_from: Literal["Best", "Last"]
+
+
+Remedy = Literal["Record", "RollBack", "Fail"]
+
+
+class StabilityConfig(ContractModel):
+    """The `stability` section, resolved."""
+
+    on_non_finite: Remedy = "Fail"
+    on_exploding_loss: Remedy | None = None
+    """None: the loss is not watched."""
+    stall_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
 
 
 class StorageConfig(ContractModel):
@@ -176,8 +210,16 @@ class StorageConfig(ContractModel):
     """Root of this run: `<storage.uri>/<namespace>/<name>/<runId>`."""
     endpoint: str
     region: str
-    checkpoint_every_steps: Annotated[int, Field(ge=1)]
+    credentials: Literal["Secret", "Identity"] = "Secret"
+    """Where the access key comes from: files of a Secret, or the pod's own identity."""
+    addressing: Literal["Path", "VirtualHosted"] | None = None
+    """Where the bucket's name goes; None: into the host name at Amazon, into the path elsewhere."""
+    encryption: EncryptionSpec | None = None
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
+    checkpoint_every_minutes: Annotated[int, Field(ge=1)] | None = None
+    """One of both is set."""
     keep_last: Annotated[int, Field(ge=1)]
+    keep_best: Annotated[int, Field(ge=1)] = 1
 
 
 class ReportConfig(ContractModel):
@@ -198,6 +240,7 @@ class RunConfig(ContractModel):
     lora: LoRASpec | None = None
     optimization: OptimizationConfig
     evaluation: EvaluationConfig
+    stability: StabilityConfig = StabilityConfig()
     storage: StorageConfig
     report: ReportConfig | None = None
 
@@ -212,6 +255,8 @@ class CheckpointRecord(ContractModel):
     manifest_sha256: Annotated[str, Field(max_length=64)]
     perplexity: float | None = None
     time: datetime
+    damaged: Annotated[str, Field(max_length=256)] = ""
+    """What is wrong with it, where resuming found something: the object's name and how it differs."""
 
 
 class ArtifactRecord(ContractModel):
@@ -221,6 +266,48 @@ class ArtifactRecord(ContractModel):
     step: Annotated[int, Field(ge=0)]
     bytes: Annotated[int, Field(ge=0)]
     manifest_sha256: Annotated[str, Field(max_length=64)]
+
+
+class ScoreRecord(ContractModel):
+    """How well a model does on a set of rows."""
+
+    perplexity: Annotated[float, Field(ge=0)]
+    """exp of the mean negative log-likelihood over all supervised tokens: those of the answers."""
+    all_token_perplexity: Annotated[float, Field(ge=0)] | None = None
+    """The same over the tokens of prompts and answers, as in the study that the project repeats."""
+    task_score: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of right answers by the task's main score."""
+    scores: Annotated[dict[Annotated[str, Field(max_length=32)], float], Field(max_length=8)] = {}
+    """Every score of the task, by name."""
+    graded: Annotated[int, Field(ge=0)] = 0
+    """Answers that were graded; rows whose gold answer can't be graded against are left out."""
+
+
+class EvaluationRecord(ContractModel):
+    """Base model and tuned model on the same rows."""
+
+    rows: Literal["Validation", "Test"]
+    examples: Annotated[int, Field(ge=0)]
+    """Rows of the set; `graded` says how many of them were answered and graded."""
+    base: ScoreRecord | None = None
+    tuned: ScoreRecord | None = None
+    tuned_step: Annotated[int, Field(ge=0)] | None = None
+    """Step of the checkpoint that `tuned` speaks of: the one that was exported."""
+
+
+class Incident(ContractModel):
+    """Something that went wrong with the numbers of the training, and what was done."""
+
+    step: Annotated[int, Field(ge=0)]
+    """Step at which it was noticed."""
+    kind: Annotated[str, Field(max_length=32)]
+    """Such as NonFiniteLoss, NonFiniteGradient, LossSpike."""
+    value: Annotated[str, Field(max_length=32)]
+    """What was measured; text, because it may be infinite."""
+    threshold: Annotated[str, Field(max_length=32)]
+    """What it had to stay below."""
+    action: Remedy
+    message: Annotated[str, Field(max_length=512)]
 
 
 class CurvePoint(ContractModel):
@@ -251,6 +338,7 @@ class Result(ContractModel):
     step: Annotated[int, Field(ge=0)] = 0
     checkpoint: str | None = None
     artifact: ArtifactRecord | None = None
+    evaluation: EvaluationRecord | None = None
 
     @property
     def exit_code(self) -> int:
@@ -258,7 +346,8 @@ class Result(ContractModel):
         return int(EXIT_CODES[self.outcome])
 
     def to_termination_message(self) -> str:
-        """Return the result as JSON of at most 1,024 bytes; the message is shortened first.
+        """Return the result as JSON of at most 1,024 bytes; the message is shortened first, then the address of the
+        checkpoint and the scores are left out: the last report has them.
 
         Kubelet shares 12 KiB among the termination messages of all containers of a pod.
         """
@@ -270,8 +359,9 @@ class Result(ContractModel):
             message = message[: -max(1, excess // 6 + 1)]
             text = self.model_copy(update={"message": message + "…"}).to_json()
             excess = len(text.encode()) - RESULT_LIMIT_BYTES
-        if excess > 0:
-            text = self.model_copy(update={"message": "", "checkpoint": None}).to_json()
+        for emptied in ({"message": "", "checkpoint": None}, {"message": "", "checkpoint": None, "evaluation": None}):
+            if len(text.encode()) > RESULT_LIMIT_BYTES:
+                text = self.model_copy(update=emptied).to_json()
         return text
 
     @classmethod
@@ -298,15 +388,25 @@ class Report(ContractModel):
     epoch: Annotated[float, Field(ge=0)]
     eta_seconds: Annotated[int, Field(ge=0)] | None = None
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
+    """Tokens of prompts and answers, no padding, over all ranks."""
+    mfu: Annotated[float, Field(ge=0)] | None = None
+    """Model FLOPs utilisation; None where the device's peak is not known."""
     metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=32)]
-    """Newest values: loss, perplexity, learningRate, gradientNorm."""
+    """Newest values: loss, perplexity, learningRate, gradientNorm, and what `training/progress.py` adds."""
     resumed_from_step: Annotated[int, Field(ge=0)] = 0
     """First step of this run minus one: older history beyond it was left behind."""
     history: Annotated[list[CurvePoint], Field(max_length=60)]
     checkpoints: Annotated[list[CheckpointRecord], Field(max_length=100)]
     """All committed checkpoints in the bucket, oldest first."""
+    checkpoint_age_seconds: Annotated[int, Field(ge=0)] | None = None
+    """Age of what would be resumed from now: since the newest commit, or since the run's first step."""
+    checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
+    """Why that age grows beyond what the job asks for; empty while it does not."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=8)] = []
     """Sentences that a person should know: rows skipped, a checkpoint passed over and why."""
+    evaluation: EvaluationRecord | None = None
+    incidents: Annotated[list[Incident], Field(max_length=20)] = []
+    """What the stability monitor noticed, oldest first."""
     result: Result | None = None
 
 

@@ -3,13 +3,16 @@ once, for the operator and for the command line alike."""
 
 from __future__ import annotations
 
+from finetune_core.api.evaluation import GenerationSpec
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.method import LoRASpec, Method
 from finetune_core.contract import (
     EvaluationConfig,
+    GenerationConfig,
     OptimizationConfig,
     ReportConfig,
     RunConfig,
+    StabilityConfig,
     StorageConfig,
     WorldConfig,
 )
@@ -60,10 +63,23 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             gradient_checkpointing=training.gradient_checkpointing,
             seed=training.seed,
             zero_stage=stage,
+            offload_optimizer=spec.deepspeed.offload_optimizer == "CPU",
+            offload_parameters=spec.deepspeed.offload_parameters == "CPU",
+            overrides=spec.deepspeed.overrides,
         ),
         evaluation=EvaluationConfig(
             every_steps=spec.evaluation.every_steps,
+            generation=_generation(spec.evaluation.generation),
+            base_prompt=spec.evaluation.base_prompt,
+            best_by=spec.evaluation.best_by,
+            patience=spec.evaluation.patience,
+            min_delta=float(spec.evaluation.min_delta or 0),
             artifact_from=spec.evaluation.artifact_from or ("Best" if spec.dataset.validation else "Last"),
+        ),
+        stability=StabilityConfig(
+            on_non_finite=spec.stability.on_non_finite,
+            on_exploding_loss=spec.stability.on_exploding_loss,
+            stall_timeout_seconds=spec.stability.stall_timeout_seconds,
         ),
         storage=StorageConfig(
             uri=run_root(
@@ -74,8 +90,21 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             ),
             endpoint=spec.storage.endpoint or f"https://s3.{spec.storage.region}.amazonaws.com",
             region=spec.storage.region,
-            checkpoint_every_steps=spec.storage.checkpoint.every_steps or DEFAULT_CHECKPOINT_STEPS,
+            credentials="Secret" if spec.storage.credentials_secret_ref else "Identity",
+            addressing=spec.storage.addressing,
+            encryption=spec.storage.encryption,
+            checkpoint_every_steps=spec.storage.checkpoint.every_steps
+            or (None if spec.storage.checkpoint.every_minutes else DEFAULT_CHECKPOINT_STEPS),
+            checkpoint_every_minutes=spec.storage.checkpoint.every_minutes,
             keep_last=spec.storage.checkpoint.keep_last,
+            keep_best=spec.storage.checkpoint.keep_best,
         ),
         report=report,
+    )
+
+
+def _generation(limits: GenerationSpec | None) -> GenerationConfig:
+    limits = limits or GenerationSpec()
+    return GenerationConfig(
+        max_new_tokens=limits.max_new_tokens, max_examples=limits.max_examples, batch_size=limits.batch_size
     )

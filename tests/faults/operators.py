@@ -3,7 +3,6 @@ from a process that has imported everything already, so that hundreds of restart
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,9 +14,10 @@ from pathlib import Path
 
 from tests.cluster import Cluster, wait_for
 from tests.cluster.api import answers
-from tests.cluster.layout import HOST_ADDRESS
+from tests.cluster.layout import API_URL, HOST_ADDRESS
 from tests.cluster.namespaces import children
 from tests.cluster.waiting import ClusterError, tail
+from tests.operator.programs import operator_program
 from tests.operator.worlds import REPOSITORY
 
 NAMESPACE = "operator-tests"
@@ -64,7 +64,7 @@ class OperatorProcess:
         cluster: Cluster,
         folder: Path,
         *,
-        server: str | None = None,
+        server: str = API_URL,
         ports: tuple[int, int] = (18443, 18080),
         source: Path = REPOSITORY,
         **settings: str,
@@ -78,33 +78,18 @@ class OperatorProcess:
         self._health = f"http://127.0.0.1:{ports[1]}"
         self._nursery: subprocess.Popen[str] | None = None
         self._waiting = False
-        self._source = source
-        self._environment = self._variables(folder, server, ports) | {
-            f"FINETUNE_{name.upper()}": value for name, value in settings.items()
-        }
-
-    def _variables(self, folder: Path, server: str | None, ports: tuple[int, int]) -> dict[str, str]:
-        token = self._cluster.kubectl("create", "token", SERVICE_ACCOUNT, "-n", NAMESPACE, "--duration=8h").strip()
-        config = json.loads(self._cluster.kubectl("config", "view", "--raw", "--output=json"))
-        config["users"][0]["user"] = {"token": token}
-        if server:
-            config["clusters"][0]["cluster"]["server"] = server
-        kubeconfig = folder / "kubeconfig"
-        kubeconfig.write_text(json.dumps(config))
-        packages = [str(self._source / part) for part in ("core", "operator")]
-        return {
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(folder),
-            "PYTHONPATH": os.pathsep.join(packages),
-            "FINETUNE_TRAINER_IMAGE": "localhost/busybox:1",
-            "FINETUNE_NAMESPACE": NAMESPACE,
-            "FINETUNE_CERTIFICATE_SECRET": f"{SERVICE_ACCOUNT}-certificates",
-            "FINETUNE_REPORT_HOST": HOST_ADDRESS,
-            "FINETUNE_REPORT_PORT": str(ports[0]),
-            "FINETUNE_HEALTH_PORT": str(ports[1]),
-            "FINETUNE_KUBECONFIG": str(kubeconfig),
-            "FINETUNE_RESYNC_SECONDS": "30",
-        }
+        program = operator_program(
+            cluster,
+            folder,
+            namespace=NAMESPACE,
+            account=SERVICE_ACCOUNT,
+            health_port=ports[1],
+            api_url=server,
+            settings={"FINETUNE_REPORT_HOST": HOST_ADDRESS, "FINETUNE_REPORT_PORT": str(ports[0])}
+            | {f"FINETUNE_{name.upper()}": value for name, value in settings.items()},
+        )
+        packages = [str(source / part) for part in ("core", "operator")]
+        self._environment = {**program.environment, "PYTHONPATH": os.pathsep.join(packages)}
 
     def start(self) -> None:
         """Start the operator; `wait_ready` waits for it."""

@@ -25,8 +25,12 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "loses a pod by deletion": (("deleted", "done"), {}),
     "loses a pod without a trace": (("vanished", "done"), {}),
     "loses a node": (("lost", "done"), {}),
+    "is suspended and resumed": (("suspended", "done"), {}),
+    "is cancelled": (("cancelled",), {}),
+    "runs too long": (("run",), {"runPolicy": {"activeDeadlineSeconds": 5}}),
+    "waits too long": (("pending",), {"runPolicy": {"pendingDeadlineSeconds": 8}}),
 }
-QUICK = ("succeeds", "is given up", "is drained")
+QUICK = ("succeeds", "is drained", "is suspended and resumed")
 
 
 @dataclass(frozen=True)
