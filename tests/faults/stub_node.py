@@ -27,6 +27,7 @@ HEARTBEAT_SECONDS = 2.0
 TRIES, RETRY_SECONDS = 20, 0.2
 TERMINATION_SECONDS = 0.5
 """What a trainer takes to commit and leave after SIGTERM."""
+DISRUPTIONS = ("drained", "deleted", "vanished", "lost")
 STRATEGIC = "application/strategic-merge-patch+json"
 GANG = "training.kubeflow.org/job-name"
 _LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
@@ -129,7 +130,8 @@ class StubNode:
         gang = _gang_of(pod)
         if pod["status"]["phase"] == "Running" and gang not in self._acted and self._is_complete(pod):
             self._acted.add(gang)
-            return self._befall
+            # Not as a step of this pod: what befalls it may be a deletion, which is a step of its own.
+            self._spawn(self._try(partial(self._befall, pod)))
         return None
 
     async def _do(self, seen: Manifest, step: Callable[[Manifest], Awaitable[None]]) -> None:
@@ -198,6 +200,8 @@ class StubNode:
     async def _befall(self, pod: Manifest) -> None:
         await asyncio.sleep(self._delay)
         pods, word = self._gang(pod), word_of(pod)
+        if word in DISRUPTIONS:
+            await self._until_recorded(pods)
         last = pods[-1]
         if word == "done":
             for each in pods:
@@ -227,6 +231,20 @@ class StubNode:
         elif word not in ("", "run"):
             raise ValueError(f"no such word: {word}")
 
+    async def _until_recorded(self, pods: list[Manifest]) -> None:
+        """Wait until the operator has written down which pods the attempt has.
+
+        training-operator replaces a lost pod within a second; an operator that was away for all of a pod's life can't
+        know that there was another before.
+        """
+        path = f"{_job_path(pods[0])}/status"
+        wanted = {pod["metadata"]["uid"] for pod in pods}
+        while True:
+            attempts = (await self._admin.call("GET", path)).get("status", {}).get("attempts", {})
+            if wanted <= {record["uid"] for record in attempts.get("current", {}).get("pods", [])}:
+                return
+            await asyncio.sleep(RETRY_SECONDS)
+
     async def _drain(self, pod: Manifest) -> None:
         """Evict a pod, again until it obeys, as `kubectl drain` does: a server under load says yes and does nothing."""
         eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod["metadata"]["name"]}}
@@ -246,9 +264,7 @@ class StubNode:
         await self._patch_job(pod, {"suspend": False})
 
     async def _patch_job(self, pod: Manifest, policy: Manifest) -> None:
-        job = pod["metadata"]["labels"][JOB_NAME]
-        path = f"/apis/{GROUP}/{VERSION}/namespaces/{_ns(pod)}/{PLURAL}/{job}"
-        await self._admin.call("PATCH", path, {"spec": {"runPolicy": policy}}, content_type=MERGE_PATCH)
+        await self._admin.call("PATCH", _job_path(pod), {"spec": {"runPolicy": policy}}, content_type=MERGE_PATCH)
 
     # ---- plumbing ----
 
@@ -303,6 +319,10 @@ def _gang_of(pod: Manifest) -> str:
 
 def _index(pod: Manifest) -> int:
     return int(pod["metadata"]["labels"][REPLICA_INDEX])
+
+
+def _job_path(pod: Manifest) -> str:
+    return f"/apis/{GROUP}/{VERSION}/namespaces/{_ns(pod)}/{PLURAL}/{pod['metadata']['labels'][JOB_NAME]}"
 
 
 def _path(pod: Manifest) -> str:
