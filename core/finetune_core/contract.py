@@ -237,6 +237,7 @@ class CheckpointRecord(ContractModel):
     bytes: Annotated[int, Field(ge=0)]
     manifest_sha256: Annotated[str, Field(max_length=64)]
     perplexity: float | None = None
+    task_score: float | None = None
     time: datetime
 
 
@@ -305,6 +306,7 @@ class Phase(StrEnum):
     LOADING = "Loading"
     TRAINING = "Training"
     EVALUATING = "Evaluating"
+    GENERATING = "Generating"
     SAVING = "Saving"
     EXPORTING = "Exporting"
     ENDED = "Ended"
