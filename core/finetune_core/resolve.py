@@ -87,8 +87,14 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             ),
             endpoint=spec.storage.endpoint or f"https://s3.{spec.storage.region}.amazonaws.com",
             region=spec.storage.region,
-            checkpoint_every_steps=spec.storage.checkpoint.every_steps or DEFAULT_CHECKPOINT_STEPS,
+            credentials="Secret" if spec.storage.credentials_secret_ref else "Identity",
+            addressing=spec.storage.addressing,
+            encryption=spec.storage.encryption,
+            checkpoint_every_steps=spec.storage.checkpoint.every_steps
+            or (None if spec.storage.checkpoint.every_minutes else DEFAULT_CHECKPOINT_STEPS),
+            checkpoint_every_minutes=spec.storage.checkpoint.every_minutes,
             keep_last=spec.storage.checkpoint.keep_last,
+            keep_best=spec.storage.checkpoint.keep_best,
         ),
         report=report,
     )

@@ -16,7 +16,7 @@ from finetune_operator.observed import ChildObservation
 from finetune_operator.pods import AttemptPlan
 from finetune_operator.problems import FIRST_RETRY_SECONDS, OutsideError
 from finetune_operator.record import Look
-from finetune_operator.run_file import build_config_map, create_config_map
+from finetune_operator.run_file import build_config_map, create_config_map, remove_config_map
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ class AttemptObjects:
             self.postpone(memory, problem)
             logger.warning("attempt not created: %s", problem.message, extra=look.log)
             raise
-        memory.problem, memory.failures = None, 0
+        self.forgive(memory)
         logger.info("attempt created", extra=look.log)
         return child
 
     async def remove(self, look: Look, child: ChildObservation) -> None:
         """Delete the objects of an attempt that ended; the pods follow."""
-        await self._cluster.delete_config_map(look.key.namespace, child.name)
+        await remove_config_map(self._cluster, look.key.namespace, child.name, look.uid)
         await self._backend.delete(look.key.namespace, child)
         logger.info("attempt removed", extra=look.log)
 
@@ -71,6 +71,10 @@ class AttemptObjects:
         memory.problem = problem
         memory.retry_at = self._clock() + backoff_seconds(memory.failures, jitter=0, least=FIRST_RETRY_SECONDS)
 
+    def forgive(self, memory: JobMemory) -> None:
+        """Forget what stood in the way: it is gone, or it stood in the way of an attempt that has ended since."""
+        memory.problem, memory.failures = None, 0
+
     def seconds_to_retry(self, memory: JobMemory) -> float:
         """Return how long the back-off lasts."""
         return max(0.0, memory.retry_at - self._clock())
@@ -78,6 +82,10 @@ class AttemptObjects:
     async def _create(self, look: Look, config: RunConfig) -> ChildObservation:
         """Create ConfigMap, then child, under names that a second try finds again."""
         metadata, number = look.job.metadata, look.stored.attempts.started
+        if number > 1:
+            # Its child went without us, or was never created: then the ConfigMap has stayed.
+            before = attempt_name(metadata.name, metadata.uid, number - 1)
+            await remove_config_map(self._cluster, metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
         plan = AttemptPlan(number=number, name=name, image=self.image(look))
         await create_config_map(self._cluster, build_config_map(look.job, plan, config, self._ca_bundle()))

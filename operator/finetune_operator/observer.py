@@ -3,6 +3,7 @@ tells the memory of reports which pods may report."""
 
 from __future__ import annotations
 
+from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
 from finetune_operator.attempts import World
 from finetune_operator.backend import Backend
@@ -11,6 +12,7 @@ from finetune_operator.labels import JOB_UID
 from finetune_operator.memory import Memory, ReportingAttempt
 from finetune_operator.observed import ChildObservation, PodObservation, parse_pod
 from finetune_operator.record import Look
+from finetune_operator.usage import account
 
 
 class Observer:
@@ -33,11 +35,13 @@ class Observer:
         return World(
             now=look.now,
             nodes=look.job.spec.resources.nodes,
-            max_retries=look.job.spec.run_policy.max_retries,
+            policy=look.job.spec.run_policy,
             child=child,
             child_uid=recorded.uid if recorded and look.stored.attempts.current else "",
             pods=pods,
             checkpoints=look.stored.checkpoints,
+            usage=account(look.stored.usage, pods, gpus=look.job.spec.resources.gpus_per_node, now=look.now),
+            waiting_for=_waiting_for(look),
             final_result=report.result if report else None,
         )
 
@@ -57,10 +61,19 @@ class Observer:
         return child if child is not None and child.owner_uid == look.uid else None
 
     def _expect_reports(self, look: Look, pods: list[PodObservation]) -> None:
-        """Tell the report server whose reports count."""
-        current = look.stored.attempts.current
-        if current is None:
+        """Tell the report server whose reports count: those of the newest attempt, also while its last pods save."""
+        attempts = look.stored.attempts
+        uids = frozenset(pod.uid for pod in pods if pod.attempt == attempts.started)
+        if attempts.current is None and not uids:
             self._memory.expect(look.key, None)
             return
-        uids = frozenset(pod.uid for pod in pods if pod.attempt == current.number)
-        self._memory.expect(look.key, ReportingAttempt(uid=look.uid, attempt=current.number, pod_uids=uids))
+        self._memory.expect(look.key, ReportingAttempt(uid=look.uid, attempt=attempts.started, pod_uids=uids))
+
+
+def _waiting_for(look: Look) -> str:
+    """Return what the stored conditions say that the attempt waits for."""
+    for kind in (ConditionType.ACCEPTED, ConditionType.RUNNING):
+        for condition in look.stored.conditions:
+            if condition.type == kind and condition.status == "False":
+                return condition.message
+    return ""

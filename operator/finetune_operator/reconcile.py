@@ -19,7 +19,7 @@ from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
 from finetune_core.validation.runnable import unrunnable
 from finetune_operator.attempt_objects import AttemptObjects
-from finetune_operator.attempts import Next, Settlement, Step, World, advance
+from finetune_operator.attempts import Next, Settlement, Step, World, advance, own_pods
 from finetune_operator.backend import Backend
 from finetune_operator.cluster import Cluster
 from finetune_operator.conditions import View
@@ -32,7 +32,8 @@ from finetune_operator.observer import Observer
 from finetune_operator.problems import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, OutsideError
 from finetune_operator.record import Look, Record, parse_look, parse_record
 from finetune_operator.recorder import Recorder
-from finetune_operator.settled import SIDECAR_SECONDS, SettledJobs
+from finetune_operator.settled import SettledJobs
+from finetune_operator.status import plan_of
 from finetune_operator.status_writer import StatusWriter
 
 ACTIVE_LOOK_SECONDS = 60.0
@@ -78,7 +79,7 @@ class Reconciler:
         self._writer = StatusWriter(
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
         )
-        self._settled_jobs = SettledJobs(backend)
+        self._settled_jobs = SettledJobs(cluster, backend, self._writer)
         self._hints = HintReader(cluster, clock)
         self._now = now
 
@@ -107,11 +108,13 @@ class Reconciler:
         await self._read_hint(look, step, world)
 
         if _must_be_written_first(look, step):
-            await self._writer.write(look, self._view(look, step, world))
-            return Outcome(after=SIDECAR_SECONDS if step.settled else 0)
+            await self._writer.write(look, self._view(look, step, world, config))
+            if step.next is Next.OPEN:
+                self._objects.forgive(look.memory)
+            return Outcome(after=0)
         child, problem = await self._act(look, step, world.child, config)
-        later = await self._writer.write(look, self._view(look, step, world, child, problem))
-        return Outcome(after=_earliest(step.wait_seconds, later, self._next_look(look, step, problem)))
+        later = await self._writer.write(look, self._view(look, step, world, config, child, problem))
+        return Outcome(after=_earliest(step.wait_seconds, later, self._next_look(look, step, child, problem)))
 
     # ---- decide ----
 
@@ -127,10 +130,12 @@ class Reconciler:
         look: Look,
         step: Step,
         world: World,
+        config: RunConfig | None,
         child: ChildObservation | None = None,
         problem: OutsideError | None = None,
     ) -> View:
         current = step.attempts.current
+        held = world.child is not None and world.child.suspended
         resources = look.job.spec.resources
         return View(
             now=look.now,
@@ -139,7 +144,7 @@ class Reconciler:
             ranks=resources.nodes * max(1, resources.gpus_per_node),
             attempts=step.attempts,
             child=(child or world.child) if current is not None else None,
-            pods=[pod for pod in world.pods if current is not None and pod.attempt == current.number],
+            pods=own_pods(current, world) if current is not None else [],
             report=look.memory.report,
             reported_at=look.memory.reported_at,
             problem=problem,
@@ -148,16 +153,24 @@ class Reconciler:
             hint=look.memory.hint,
             settled=step.settled,
             image=self._objects.image(look),
+            policy=look.job.spec.run_policy,
+            ending_pods=len(world.pods) if current is None or held else 0,
+            usage=world.usage,
+            plan=plan_of(config) if config is not None else None,
         )
 
-    def _next_look(self, look: Look, step: Step, problem: OutsideError | None) -> float | None:
+    def _next_look(
+        self, look: Look, step: Step, child: ChildObservation | None, problem: OutsideError | None
+    ) -> float | None:
         """Return when to look though no event came."""
         if problem is not None:
             return self._objects.seconds_to_retry(look.memory)
-        if look.condition_is(ConditionType.RUNNING, "True"):
-            return ACTIVE_LOOK_SECONDS
         current = step.attempts.current
-        age = (look.now - current.start_time).total_seconds() if current else 0.0
+        if current is None:
+            return None  # what is waited for has its own time, or a person will tell
+        if look.condition_is(ConditionType.RUNNING, "True") or (child is not None and child.suspended):
+            return ACTIVE_LOOK_SECONDS
+        age = (look.now - current.start_time).total_seconds()
         return EVENTS_AFTER_SECONDS if age < EVENTS_AFTER_SECONDS else EVENTS_EVERY_SECONDS
 
     # ---- act ----

@@ -13,6 +13,9 @@ from finetune_core.api.conditions import Condition
 HISTORY_LIMIT = 60
 CHECKPOINT_LIMIT = 100
 RECENT_ATTEMPTS_LIMIT = 20
+NOTICE_LIMIT = 8
+MOST_HOLDERS = 198
+"""Pods of one attempt and those of the one before that still end."""
 
 Decimal = Annotated[str, Field(max_length=32)]
 Text = Annotated[str, Field(max_length=1024)]
@@ -61,6 +64,10 @@ class CurrentAttempt(StatusModel):
     """1 for the first."""
     start_time: datetime
     """When it was started."""
+    admitted_time: datetime | None = None
+    """When its place was granted: at its start, or when its queue resumed it; absent while a queue holds it."""
+    running_time: datetime | None = None
+    """When all its pods ran for the first time since then; absent until they do."""
     pods: Annotated[list[PodRecord], Field(max_length=99, json_schema_extra=ATOMIC)] = []
     """First pod seen per index."""
     cause: AttemptCause | None = None
@@ -120,6 +127,8 @@ class ProgressStatus(StatusModel):
     """Supervised and prompt tokens (no padding) per second over all processes."""
     mfu: Decimal | None = None
     """Model FLOPs utilisation: the share of the GPUs' peak that the model's arithmetic takes, from 0 to 1."""
+    checkpoint_age_seconds: Count | None = None
+    """How much training a lost pod would cost when the trainer last reported: time since the newest commit."""
     last_update_time: datetime | None = None
     """When the trainer last reported."""
 
@@ -167,6 +176,8 @@ class CheckpointStatus(StatusModel):
     """The newest."""
     best: bool = False
     """The least perplexity."""
+    damaged: Annotated[str, Field(max_length=256)] = ""
+    """Why it can't be resumed from: the object and how it differs; empty where nothing is known to be wrong."""
 
 
 class PlanStatus(StatusModel):
@@ -212,7 +223,15 @@ class UsageStatus(StatusModel):
     """What the job has taken."""
 
     gpu_seconds: Count = 0
-    """GPUs times seconds that pods held them, over all attempts."""
+    """GPUs times seconds that pods held them, over all attempts, until `lastUpdateTime`."""
+    active_seconds: Count = 0
+    """Seconds in which at least one pod ran, over all attempts; `runPolicy.activeDeadlineSeconds` bounds them."""
+    last_update_time: datetime | None = None
+    """Until when both are counted."""
+    holders: Annotated[
+        list[Annotated[str, Field(max_length=64)]], Field(max_length=MOST_HOLDERS, json_schema_extra=ATOMIC)
+    ] = []
+    """uids of the pods that held GPUs then: what they took since is counted even where they are gone."""
 
 
 class ArtifactStatus(StatusModel):
@@ -249,7 +268,7 @@ class FineTuneJobStatus(StatusModel):
     attempts: AttemptsStatus = AttemptsStatus()
     """How often the job was started."""
     image: Annotated[str, Field(max_length=512)] | None = None
-    """Trainer image, fixed at attempt 1."""
+    """Trainer image, with its digest as soon as a node has pulled it: fixed at attempt 1 for every later one."""
     start_time: datetime | None = None
     """When the first attempt was started."""
     completion_time: datetime | None = None
@@ -262,6 +281,8 @@ class FineTuneJobStatus(StatusModel):
     """Loss and validation perplexity over steps, thinned as it grows."""
     checkpoints: Annotated[list[CheckpointStatus], Field(max_length=CHECKPOINT_LIMIT, json_schema_extra=ATOMIC)] = []
     """What lies in the bucket."""
+    notices: Annotated[list[Text], Field(max_length=NOTICE_LIMIT, json_schema_extra=ATOMIC)] = []
+    """What the trainer told that is no failure, oldest first: rows left out, a checkpoint passed over and why."""
     plan: PlanStatus | None = None
     """What was chosen where the spec leaves it open."""
     evaluation: EvaluationStatus | None = None

@@ -162,7 +162,8 @@ class Training:
         if improved and score is not None:
             self._best = score
         wanted_best = improved and self._config.evaluation.artifact_from == "Best"
-        periodic = self.step % self._config.storage.checkpoint_every_steps == 0
+        every = self._config.storage.checkpoint_every_steps
+        periodic = every is not None and self.step % every == 0
         if periodic or wanted_best or self.step == self.total_steps:
             self._save(score)
 

@@ -48,7 +48,7 @@ def train(
     engine = Engine(model, plan.config.optimization, gang.device)
     if state is not None:
         load_state(engine, fetched, updates=state.updates)
-    saver = Saver(gang, root, start, plan.folder, keep_last=plan.config.storage.keep_last)
+    saver = Saver(gang, root, start, plan.folder, plan.config.storage)
     run = Training(plan, gang, engine, data, saver, progress, standing, state)
     if progress is not None:
         progress.begin(run=start.run, total_steps=run.total_steps, history=past_steps(root, start))
