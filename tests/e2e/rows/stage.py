@@ -48,14 +48,17 @@ class Stage:
         return cls(cluster, observer, namespace, second_node)
 
     def apply(self, script: str, spec: Mapping[str, Any]) -> None:
-        """`kubectl apply` a job of two small pods that run ``script``; ``spec`` replaces whole sections."""
+        """`kubectl apply` a job of two small pods that run ``script``; ``spec`` changes sections."""
         job = steps.manifest_of(Path("examples/quickstart.yaml"), metadata__name=JOB)
         resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "20m", "memory": "100Mi"}
         template: dict[str, Any] = {"image": scripts.IMAGE.name, "env": [{"name": "SCRIPT", "value": script}]}
-        changes = {name: value for name, value in spec.items() if name not in ("resources", "podTemplate")}
+        merged = ("resources", "podTemplate", "runPolicy")
+        changes = {name: value for name, value in spec.items() if name not in merged}
         job["spec"] |= {
             "resources": resources | {"sharedMemory": "8Mi"} | spec.get("resources", {}),
             "podTemplate": template | spec.get("podTemplate", {}),
+            # The scripted trainer has no model and no data that could be checked first.
+            "runPolicy": {"preflight": "Skip"} | spec.get("runPolicy", {}),
             **changes,
         }
         steps.apply(self.cluster, job, self.namespace)
@@ -147,6 +150,13 @@ class Stage:
         }
         path = f"/api/v1/namespaces/{self.namespace}/pods/{name}/eviction"
         self.cluster.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(body))
+
+    def change_run_policy(self, **fields: Any) -> float:
+        """Change `runPolicy` as a person does and return the moment at which the change was seen."""
+        patch = json.dumps({"spec": {"runPolicy": fields}})
+        changed = ["finetunejob", JOB, "-n", self.namespace, "--type=merge", "--patch", patch, "--output=json"]
+        version = json.loads(self.cluster.kubectl("patch", *changed))["metadata"]["generation"]
+        return self.job("the change", lambda job: job["metadata"]["generation"] == version).at
 
     def clear(self) -> None:
         """Delete the namespace with everything in it."""

@@ -7,6 +7,10 @@ latest 10 s after the cause; the next starts after a back-off of 10 s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 from finetune_core.contract import Outcome
 from tests.e2e.rows import sidecar
 from tests.e2e.rows.observer import Manifest
@@ -21,6 +25,8 @@ BACKOFF = 10.0
 SIDECAR_SECONDS = 60.0
 STARTING = 5.0
 """Two small pods from their creation until their script runs."""
+ENDING = 5.0
+"""Two small pods from SIGTERM until they are gone."""
 ANY_LOSS = "PodVanished|PodReplaced"
 """A pod that is gone at once: what is seen first is its absence or the one that training-operator made instead."""
 
@@ -56,6 +62,9 @@ def says_in_running(*words: str, bound: float) -> Milestone:
     return on_job("cause told", bound, lambda job: all(word in condition(job, "Running")["message"] for word in words))
 
 
+PODS_GONE = Milestone(
+    "pods gone", SEEN + ENDING, lambda stage, timeout: max(stage.pod_gone(worker, timeout) for worker in (0, 1))
+)
 RETRIED = (cause(), accounted(), next_attempt())
 CHARGED_THEN_DONE = lambda reason: (("Charged", reason), ("Succeeded", "Completed"))  # noqa: E731
 FREE_THEN_DONE = lambda reason: (("Free", reason), ("Succeeded", "Completed"))  # noqa: E731
@@ -111,9 +120,36 @@ def cannot_be_pulled(stage: Stage) -> float:
     return min(stage.pod(worker, "the failed pull", failing).at for worker in (0, 1))
 
 
-def everybody_ends(stage: Stage) -> float:
-    """Training ends in every pod."""
-    return max(stage.ended(worker) for worker in (0, 1))
+def begins(stage: Stage) -> float:
+    """Nothing but the first attempt's beginning: what it waits for never comes."""
+    return stage.job("attempt 1", lambda job: job["status"]["attempts"]["started"] == 1).at
+
+
+def runs_on(stage: Stage) -> float:
+    """Training goes on and on from the moment at which the first pod runs."""
+    running = [
+        stage.pod(worker, "its container to run", lambda pod: training_state(pod).get("running")) for worker in (0, 1)
+    ]
+    return min(seen.at for seen in running)
+
+
+def is_ordered(**run_policy: Any) -> Callable[[Stage], float]:
+    """A person changes runPolicy while both pods run."""
+
+    def order(stage: Stage) -> float:
+        stage.both_pods_run()
+        return stage.change_run_policy(**run_policy)
+
+    return order
+
+
+def is_suspended_and_resumed(stage: Stage) -> float:
+    """A person suspends the job, and resumes it once its pods are gone; the moment is that of resuming."""
+    is_ordered(suspend=True)(stage)
+    for worker in (0, 1):
+        stage.pod_gone(worker)
+    stage.job("the pause", lambda job: condition(job, "Succeeded")["reason"] == "Suspended")
+    return stage.change_run_policy(suspend=False)
 
 
 # Rows
@@ -127,6 +163,11 @@ SMALL_DISK = {"name": "cache", "mountPath": "/cache", "emptyDir": {"sizeLimit": 
 
 def _starting(stage: Stage, job: Manifest) -> None:
     assert condition(job, "Succeeded")["reason"] == "Starting", job["status"]["conditions"]
+
+
+def _rests(stage: Stage, job: Manifest) -> None:
+    assert condition(job, "Succeeded")["reason"] == "Suspended", job["status"]["conditions"]
+    assert stage.cluster.get("pytorchjobs", "-n", stage.namespace)["items"] == []
 
 
 FAST = (
@@ -218,10 +259,40 @@ FAST = (
         final=("False", "RetriesExhausted"),
         milestones=(*RETRIED, end(2 * (SEEN + LEAVE_TOGETHER) + BACKOFF + STARTING)),
     ),
+    Row(
+        name="suspended",
+        script=RUNS,
+        fault=is_ordered(suspend=True),
+        attempts=(("Free", "Suspended"),),
+        words=("runPolicy.suspend",),
+        final=None,
+        open_attempts=0,
+        milestones=(accounted(SEEN), PODS_GONE),
+        check=_rests,
+    ),
+    Row(
+        name="suspended, then resumed",
+        script=at_first(RUNS, worker=None),
+        fault=is_suspended_and_resumed,
+        attempts=FREE_THEN_DONE("Suspended"),
+        milestones=(next_attempt(SEEN),),
+    ),
+    Row(
+        name="cancelled",
+        script=RUNS,
+        fault=is_ordered(cancel=True),
+        attempts=(("Permanent", "Cancelled"),),
+        words=("runPolicy.cancel",),
+        final=("False", "Cancelled"),
+        milestones=(accounted(SEEN), end(SEEN + ENDING)),
+    ),
 )
 
 
 # Slow rows
+
+PENDING_SECONDS = ACTIVE_SECONDS = 60.0
+"""The shortest that the API allows."""
 
 
 def outlived_by_its_sidecar(stage: Stage) -> float:
@@ -248,6 +319,36 @@ def is_deleted_again_and_again(stage: Stage) -> float:
 
 SLOW = (
     Row(
+        name="image that cannot be pulled, pendingDeadlineSeconds 60",
+        script=DONE,
+        spec={"podTemplate": {"image": IMAGE}, "runPolicy": {"pendingDeadlineSeconds": int(PENDING_SECONDS)}},
+        fault=begins,
+        attempts=(("Permanent", "DeadlineExceeded"),),
+        words=("pendingDeadlineSeconds", "can't be pulled", IMAGE),
+        final=("False", "DeadlineExceeded"),
+        milestones=(accounted(PENDING_SECONDS + SEEN), end(PENDING_SECONDS + SEEN + ENDING)),
+    ),
+    Row(
+        name="pods that no node takes, pendingDeadlineSeconds 60",
+        script=DONE,
+        spec={"podTemplate": NOWHERE, "runPolicy": {"pendingDeadlineSeconds": int(PENDING_SECONDS)}},
+        fault=begins,
+        attempts=(("Permanent", "DeadlineExceeded"),),
+        words=("pendingDeadlineSeconds", "didn't match Pod's node affinity/selector"),
+        final=("False", "DeadlineExceeded"),
+        milestones=(accounted(PENDING_SECONDS + SEEN), end(PENDING_SECONDS + SEEN + ENDING)),
+    ),
+    Row(
+        name="activeDeadlineSeconds 60 used up",
+        script=RUNS,
+        spec={"runPolicy": {"activeDeadlineSeconds": int(ACTIVE_SECONDS)}},
+        fault=runs_on,
+        attempts=(("Permanent", "DeadlineExceeded"),),
+        words=("activeDeadlineSeconds",),
+        final=("False", "DeadlineExceeded"),
+        milestones=(accounted(ACTIVE_SECONDS + SEEN), end(ACTIVE_SECONDS + SEEN + ENDING)),
+    ),
+    Row(
         name="exit 65",
         script=at_first(says(Outcome.DIVERGED, "the loss is not finite at step 7")),
         fault=exits(65),
@@ -273,11 +374,7 @@ SLOW = (
         attempts=(("Succeeded", "Completed"),),
         milestones=(
             end(),
-            Milestone(
-                "pods removed",
-                SIDECAR_SECONDS + SEEN,
-                lambda stage, timeout: max(stage.pod_gone(worker, timeout) for worker in (0, 1)),
-            ),
+            replace(PODS_GONE, bound=SIDECAR_SECONDS + SEEN + ENDING),
         ),
         check=_outlived,
     ),
