@@ -16,6 +16,7 @@ import pytest
 from tests.cluster import Cluster
 from tests.cluster.second_node import SecondNode
 from tests.e2e.rows import scripts, sidecar
+from tests.e2e.rows.late import LATE
 from tests.e2e.rows.nodes import NODES
 from tests.e2e.rows.observer import Observer
 from tests.e2e.rows.row import TOLERANCE, Measured, Row, play
@@ -37,18 +38,13 @@ def played(
         operated.import_image(scripts.IMAGE)
         if any(sidecar.LABEL in row.labels for row in rows.values()):
             around.enter_context(sidecar.injecting(operated, tmp_path_factory.mktemp("injector")))
-        second = _second_node(operated, around) if any(row in NODES for row in rows.values()) else None
+        node = _second_node(operated, around) if any(row in NODES for row in rows.values()) else None
         observer = Observer()
         around.enter_context(observer.watching(operated))
-
-        def second_node() -> SecondNode:
-            assert second is not None, "only the rows of NODES have a second node"
-            return second
-
         finished: dict[str, list[Measured]] = {}
 
         def on_stage(row: Row) -> list[Measured]:
-            stage = Stage.set(operated, observer, second_node, row.labels)
+            stage = Stage.set(operated, observer, node, row.labels)
             try:
                 finished[row.name] = play(row, stage)
             finally:
@@ -108,7 +104,7 @@ def test_row(played: Played, row: Row) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("row", SLOW, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*SLOW, *LATE], ids=lambda row: row.name)
 def test_slow_row(played: Played, row: Row) -> None:
     _assert_in_time(played(row))
 

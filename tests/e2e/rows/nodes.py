@@ -8,16 +8,18 @@ dead node, and 60 s later the pod counts as gone. All in all less than 4 minutes
 
 from __future__ import annotations
 
-import time
+import json
 from typing import Any
 
 from finetune_operator.labels import JOB_NAME, JOB_UID
 from tests.cluster import wait_for
-from tests.cluster.layout import FIRST_NODE, SECOND_NODE
+from tests.cluster.layout import FIRST_NODE, GPU_COUNT, GPU_RESOURCE, SECOND_NODE
+from tests.cluster.oci import BUSYBOX_IMAGE
 from tests.cluster.second_node import TOLERATION
 from tests.e2e.rows.observer import Manifest
 from tests.e2e.rows.row import Row
 from tests.e2e.rows.scripts import RUNS, at_first
+from tests.e2e.rows.sidecar import SIDECAR
 from tests.e2e.rows.stage import JOB, Stage
 from tests.e2e.rows.table import FREE_THEN_DONE, RETRIED, SEEN, accounted, cause, next_attempt
 
@@ -37,6 +39,10 @@ ON_BOTH_NODES: dict[str, Any] = {
     "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [APART]}},
 }
 """One pod on each node while there are two; both on the first one otherwise."""
+ON_SECOND_NODE: dict[str, Any] = {
+    "tolerations": [TOLERATION],
+    "nodeSelector": {"kubernetes.io/hostname": SECOND_NODE.name},
+}
 
 
 def is_drained(stage: Stage) -> float:
@@ -51,15 +57,51 @@ def is_drained(stage: Stage) -> float:
 def loses_its_kubelet(stage: Stage) -> float:
     """The kubelet of one pod's node is killed; the pod's processes run on."""
     worker_on_second_node(stage)
-    stage.second_node().components["kubelet"].stop()
-    return time.monotonic()
+    stage.second_node.components["kubelet"].stop()
+    return stage.now()
 
 
 def is_cut_off(stage: Stage) -> float:
     """The node of one pod loses its network; its kubelet and the pod's processes run on."""
     worker_on_second_node(stage)
-    stage.second_node().cut_off()
-    return time.monotonic()
+    stage.second_node.cut_off()
+    return stage.now()
+
+
+def is_preempted(stage: Stage) -> float:
+    """The scheduler makes room for a pod of higher priority, which takes all GPUs for a while."""
+    stage.both_pods_run()
+    stage.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(_preemptor(stage.namespace)))
+    return stage.pod(1, "its preemption", lambda pod: "deletionTimestamp" in pod["metadata"]).at
+
+
+def _preemptor(namespace: str) -> dict[str, Any]:
+    priority = {
+        "apiVersion": "scheduling.k8s.io/v1",
+        "kind": "PriorityClass",
+        "metadata": {"name": namespace},
+        "value": 1000,
+    }
+    container = {
+        "name": "main",
+        "image": BUSYBOX_IMAGE,
+        "command": ["sleep", "20"],
+        "resources": {"limits": {GPU_RESOURCE: str(GPU_COUNT)}},
+        "securityContext": SIDECAR["securityContext"],
+    }
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "preemptor", "namespace": namespace},
+        "spec": {
+            **ON_SECOND_NODE,
+            "priorityClassName": namespace,
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 1,
+            "containers": [container],
+        },
+    }
+    return {"apiVersion": "v1", "kind": "List", "items": [priority, pod]}
 
 
 def worker_on_second_node(stage: Stage) -> int:
@@ -77,12 +119,17 @@ def drained(stage: Stage, job: Manifest) -> None:
     stage.cluster.kubectl("uncordon", SECOND_NODE.name)
 
 
+def preempted(stage: Stage, job: Manifest) -> None:
+    """The priority class belongs to no namespace: it is taken away here."""
+    stage.cluster.kubectl("delete", "priorityclass", stage.namespace)
+
+
 def lost(stage: Stage, job: Manifest) -> None:
     """The next attempt began, and ended, while the old pod was still Terminating; its return changes nothing."""
     _assert_ran_on_the_first_node(stage)
     old = [pod for pod in _pods(stage, attempt=1) if pod["spec"]["nodeName"] == SECOND_NODE.name]
     assert [("deletionTimestamp" in pod["metadata"]) for pod in old] == [True], "the old pod is still Terminating"
-    node = stage.second_node()
+    node = stage.second_node
     node.reconnect()
     if not node.components["kubelet"].running:
         node.components["kubelet"].start()
@@ -121,6 +168,16 @@ NODES = (
         words=("EvictionByEvictionAPI",),
         milestones=RETRIED,
         check=drained,
+    ),
+    Row(
+        name="preempted by the scheduler",
+        script=at_first(RUNS, worker=None),
+        spec={"podTemplate": ON_SECOND_NODE, "resources": {"gpusPerNode": GPU_COUNT // 2, "device": "GPU"}},
+        fault=is_preempted,
+        attempts=FREE_THEN_DONE("PreemptionByScheduler"),
+        words=("PreemptionByScheduler",),
+        milestones=RETRIED,
+        check=preempted,
     ),
     Row(
         name="the node's kubelet dies",

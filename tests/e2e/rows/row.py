@@ -67,6 +67,8 @@ class Row:
     spec: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     """Of the namespace."""
+    more_events: tuple[str, ...] = ()
+    """Reasons of events beside those of attempts and end."""
     check: Callable[[Stage, Manifest], None] = lambda stage, job: None
     """What else is to be seen at the end."""
 
@@ -136,6 +138,7 @@ def assert_events(row: Row, stage: Stage) -> None:
     """One event tells the start of each attempt, one its end, one the end of the job; there are no others."""
     unsuccessful = [verdict for verdict, _ in row.attempts if verdict != "Succeeded"]
     expected = Counter({"AttemptStarted": started_by(row), "AttemptEnded": len(unsuccessful)})
+    expected.update(row.more_events)
     if row.final:
         expected[row.final[1]] += 1
     expected = +expected

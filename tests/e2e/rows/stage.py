@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +30,15 @@ class Stage:
     cluster: Cluster
     observer: Observer
     namespace: str
-    second_node: Callable[[], SecondNode]
-    """Returns the second node, for rows that lose one."""
+    node: SecondNode | None
+    """The second node, for rows that lose one."""
 
     @classmethod
     def set(
         cls,
         cluster: Cluster,
         observer: Observer,
-        second_node: Callable[[], SecondNode],
+        node: SecondNode | None,
         labels: Mapping[str, str],
     ) -> Stage:
         """Make the namespace, as strict as they get, with further ``labels``."""
@@ -45,25 +46,36 @@ class Stage:
         steps.make_namespace(cluster, namespace)
         if labels:
             cluster.kubectl("label", "namespace", namespace, *(f"{key}={value}" for key, value in labels.items()))
-        return cls(cluster, observer, namespace, second_node)
+        return cls(cluster, observer, namespace, node)
+
+    @property
+    def second_node(self) -> SecondNode:
+        """The second node of a row that has one."""
+        assert self.node is not None, "only the rows of nodes.py have a second node"
+        return self.node
 
     def apply(self, script: str, spec: Mapping[str, Any]) -> None:
         """`kubectl apply` a job of two small pods that run ``script``; ``spec`` changes sections."""
         job = steps.manifest_of(Path("examples/quickstart.yaml"), metadata__name=JOB)
         resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "20m", "memory": "100Mi"}
         template: dict[str, Any] = {"image": scripts.IMAGE.name, "env": [{"name": "SCRIPT", "value": script}]}
-        merged = ("resources", "podTemplate", "runPolicy")
+        merged = ("resources", "podTemplate", "runPolicy", "storage")
         changes = {name: value for name, value in spec.items() if name not in merged}
         job["spec"] |= {
             "resources": resources | {"sharedMemory": "8Mi"} | spec.get("resources", {}),
             "podTemplate": template | spec.get("podTemplate", {}),
             # The scripted trainer has no model and no data that could be checked first.
             "runPolicy": {"preflight": "Skip"} | spec.get("runPolicy", {}),
+            "storage": job["spec"]["storage"] | spec.get("storage", {}),
             **changes,
         }
         steps.apply(self.cluster, job, self.namespace)
 
     # What is there
+
+    def now(self) -> float:
+        """Return this moment, as sightings are dated."""
+        return time.monotonic()
 
     @property
     def uid(self) -> str:
