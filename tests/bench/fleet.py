@@ -99,7 +99,9 @@ def measure_children(world: World) -> tuple[Fleet, int]:
     for number in range(JOBS_NEW):
         raw = one_pod("done", name=f"job-{number}")
         raw["metadata"] |= {"namespace": namespace, "uid": f"uid-{number}", "generation": 1}
-        plan = AttemptPlan(number=1, name=f"job-{number}", image="localhost/trainer:1", report_base_url="https://operator")
+        plan = AttemptPlan(
+            number=1, name=f"job-{number}", image="localhost/trainer:1", report_base_url="https://operator"
+        )
         child = build_pytorchjob(FineTuneJob.model_validate(raw), plan)
         del child["metadata"]["ownerReferences"]
         child["metadata"]["labels"] = {}

@@ -94,10 +94,6 @@ def _recorded(world: World, namespace: str) -> list[str]:
     ]
 
 
-def test_permissions_that_are_missing_for_a_moment_end_nothing(world: World) -> None:
-    assert go_through(world, answering(Answer(403, "Forbidden"), path=NOT_THE_LEASE), 8) == 0
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("name", OUTAGES)
 def test_an_outage_of_the_api_server_is_survived(world: World, name: str) -> None:

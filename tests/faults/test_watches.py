@@ -22,7 +22,7 @@ from tests.faults.rules import (
 from tests.faults.test_crashes import begin, finish
 from tests.faults.world import World, job
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
 
 WATCHED = "finetunejobs|pytorchjobs|pods"
 DISTURBANCES: dict[str, Callable[[], Fault]] = {
@@ -35,10 +35,7 @@ DISTURBANCES: dict[str, Callable[[], Fault]] = {
 LIVES = ("succeeds", "fails outside once", "is drained")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.long] * (name != "every second event is lost")) for name in DISTURBANCES],
-)
+@pytest.mark.parametrize("name", DISTURBANCES)
 def test_disturbed_watches_change_nothing_but_the_time(world: World, name: str) -> None:
     faultless = [begin(world, life) for life in LIVES]
     finish(world, faultless, 120)
