@@ -220,6 +220,8 @@ class StorageConfig(ContractModel):
     """One of both is set."""
     keep_last: Annotated[int, Field(ge=1)]
     keep_best: Annotated[int, Field(ge=1)] = 1
+    artifact: Literal["Adapter", "Merged", "Both"] = "Adapter"
+    """What is made of a LoRA run."""
 
 
 class ReportConfig(ContractModel):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 WORDS = [f"w{number}" for number in range(60)]
 TEMPLATE = "ask {prompt} answer"
 
 
-def write_model(folder: Path) -> Path:
-    """Write model and tokenizer in transformers' layout."""
+def write_model(folder: Path, *, tied: bool = True, files: str = "5GB", seed: int = 7, **shape: Any) -> Path:
+    """Write model and tokenizer in transformers' layout; ``shape`` changes its LlamaConfig, ``files`` is the size of
+    its largest weights file."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -22,20 +24,18 @@ def write_model(folder: Path) -> Path:
     inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    config = LlamaConfig(**(sizes | shape), tie_word_embeddings=tied, eos_token_id=1, bos_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=files)
     return folder
 
 

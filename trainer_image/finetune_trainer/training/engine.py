@@ -72,13 +72,9 @@ class Engine:
     def __init__(self, model: torch.nn.Module, optimization: OptimizationConfig, device: torch.device) -> None:
         """Shard ``model`` over the ranks of the default process group; a collective."""
         import deepspeed
-        import deepspeed.ops
         from deepspeed.utils import set_z3_leaf_module
 
-        # On the CPU the communication backend would compile a shared-memory op where a compiler is found, and
-        # probing all ops takes a second: an empty table answers "not compatible" for each.
-        deepspeed.ops.__compatible_ops__ = {}
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        _prevent_compilation()
         self._objective = Objective(model)
         if self._objective.head is not None:
             # Gathered once a micro-batch however many chunks it computes: ranks may differ in that.
@@ -106,9 +102,20 @@ class Engine:
         """Run the model."""
         return self.module(**inputs)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Return the summed negative log-likelihood (nats) of the batch's supervised tokens, in fp32."""
-        return self._objective.loss(self.module, batch)
+    def loss(self, batch: Batch, *, whole_logits: bool = False) -> torch.Tensor:
+        """Return the summed negative log-likelihood (nats) of the batch's supervised tokens, in fp32.
+
+        ``whole_logits`` computes the logits of all positions first, which is slow and takes much memory.
+        """
+        return self._objective.loss(self.module, batch, whole_logits=whole_logits)
+
+    def use_whole_logits(self) -> None:
+        """Compute every loss with ``whole_logits`` from now on."""
+        self._objective.whole_logits = True
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits (N, vocabulary) that predict the batch's targets."""
+        return self._objective.logits(self.module, batch)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate gradients of ``loss``; DeepSpeed averages them over the ranks, so the caller scales by their
@@ -150,7 +157,7 @@ class Engine:
     @property
     def names(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the trained parameters by name, in the model's order: the same on every rank."""
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._names.items()}
+        return {name: tuple(full_shape(parameter)) for name, parameter in self._names.items()}
 
     def read_state(self, name: str) -> dict[str, torch.Tensor]:
         """Return the full fp32 value and moments of a trained parameter; a collective."""
@@ -198,6 +205,44 @@ class Engine:
         safe_set_full_fp32_param(parameter, tensors[MASTER].to(self.device))
         for key in (FIRST_MOMENT, SECOND_MOMENT):
             safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
+
+
+def shard_new_models(optimization: OptimizationConfig, world_size: int) -> object | None:
+    """Let transformers shard models over the ranks while it builds them (ZeRO-3), as long as the returned object
+    lives; None at other stages."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    _prevent_compilation()
+    return HfDeepSpeedConfig(engine_config(optimization, world_size)) if optimization.zero_stage == 3 else None
+
+
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter, of which this rank may hold a shard only."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def assign(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Set a parameter of the model before the engine is made; a collective where it is sharded."""
+    if not hasattr(parameter, "ds_shape"):
+        parameter.copy_(value)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if torch.distributed.get_rank() == 0:
+            parameter.copy_(value)
+
+
+def _prevent_compilation() -> None:
+    """Keep DeepSpeed from compiling an op at run time.
+
+    On the CPU the communication backend would compile a shared-memory op where a compiler is found, and probing all
+    ops takes a second: an empty table answers "not compatible" for each.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

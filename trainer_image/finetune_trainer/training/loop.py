@@ -77,8 +77,8 @@ class Training:
         self._tokens = state.tokens if state else 0
         best = saver.best
         self._best = best.perplexity if best is not None and best.perplexity is not None else math.inf
-        if state is not None and state.rows != rows and progress is not None:
-            progress.notice(f"the training data has {rows} rows where the checkpoint was made with {state.rows}")
+        if state is not None and state.data_sha256 != data.prepared.data_sha256 and progress is not None:
+            progress.notice(f"the {rows} training rows are not the {state.rows} that the checkpoint was made with")
 
     def description(self, start: Start) -> str:
         """Return the line that the log begins with."""
@@ -195,6 +195,8 @@ class Training:
             world_size=self._gang.world_size,
             zero_stage=optimization.zero_stage,
             rows=self._rows,
+            data_sha256=self._data.prepared.data_sha256,
+            new_rows_sha256=self._data.prepared.new_rows_sha256,
             perplexity=score,
             best_perplexity=self._best if math.isfinite(self._best) else None,
         )

@@ -13,13 +13,26 @@ from finetune_core.layout import checkpoint_folder
 from finetune_trainer.outcomes import Standing
 from finetune_trainer.plan import WorkerPlan, open_root
 from finetune_trainer.storage.artifact import publish
+from finetune_trainer.storage.bases import publish_base
 from finetune_trainer.storage.checkpoints import TrainerState, fetch_folder
 from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.export import export
 from finetune_trainer.training.gang import Gang
+from finetune_trainer.training.isolation import check_model
 from finetune_trainer.training.loop import Training
-from finetune_trainer.training.material import Data, load_data, load_model, prepare
+from finetune_trainer.training.material import (
+    Data,
+    base_folder,
+    check_new_rows,
+    export_options,
+    is_extended,
+    load_data,
+    load_model,
+    prepare,
+    same_on_all_nodes,
+    source_name,
+)
 from finetune_trainer.training.model import trained_parameters
 from finetune_trainer.training.progress import Progress, say
 from finetune_trainer.training.saving import Saver
@@ -37,23 +50,25 @@ def train(
     and the other exceptions of `errors`.
     """
     root = open_root(plan.config, plan.paths)
-    prepared = gang.each(lambda: prepare(plan) if gang.local_rank == 0 else [])
-    data = gang.together(lambda: load_data(plan, prepared[0]))
+    answers = gang.each(lambda: prepare(plan).model_dump() if gang.local_rank == 0 else None)
+    data = gang.together(lambda: load_data(plan, same_on_all_nodes(answers)))
     fetched = plan.folder / "resume"
     start = _start(plan, gang, root, fetched)
     model = gang.together(lambda: load_model(plan))
     state: TrainerState | None = None
     if start.parent is not None:
         state = read_trainer_state(fetched)
+        check_new_rows(state, data.prepared)
         load_weights(trained_parameters(model), fetched)
     engine = Engine(model, plan.config.optimization, gang.device)
+    check_model(engine, data.train, pad=data.pad, packing=data.capacity is not None)
     if state is not None:
         load_state(engine, fetched, updates=state.updates)
     saver = Saver(gang, root, start, plan.folder, plan.config.storage)
     run = Training(plan, gang, engine, data, saver, progress, standing, state)
     if progress is not None:
         progress.begin(run=start.run, total_steps=run.total_steps, history=past_steps(root, start))
-        progress.notice(*start.notices, *data.notices)
+        progress.notice(*start.notices, *data.prepared.notices)
         progress.saved(None, saver.committed)
         say(run.description(start))
         progress.phase(Phase.TRAINING)
@@ -95,8 +110,11 @@ def _finish(
         chosen = saver.chosen(plan.config.evaluation.artifact_from)
         source, target = plan.folder / "chosen", plan.folder / "artifact"
         fetch_folder(root, checkpoint_folder(chosen.run, chosen.step), source)
-        files = export(model, data.tokenizer, source, target, precision=plan.config.optimization.precision)
-        result = publish(root, run, chosen.step, files)
+        base = source_name(plan.config.model)
+        if is_extended(plan) and plan.config.storage.artifact != "Merged" and plan.config.lora is not None:
+            base = publish_base(root, base_folder(plan))
+        files = export(model, data.tokenizer, source, target, export_options(plan, data, base))
+        result = publish(root, run, chosen.step, files, below=target)
         shutil.rmtree(source)
         shutil.rmtree(target)
         score = f", validation perplexity {chosen.perplexity:.4g}" if chosen.perplexity is not None else ""
