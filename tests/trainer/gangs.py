@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,16 @@ from tests.trainer.objectstore import ObjectStore, free_port
 RUN_SECONDS = 240
 
 
-def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, credentials: Path) -> None:
-    """Train every config, all of one world size, on that many ranks."""
+def train_all(
+    configs: list[dict[str, Any]],
+    inputs: Inputs | list[Inputs],
+    folder: Path,
+    *,
+    credentials: Path,
+    seconds: float = RUN_SECONDS,
+) -> None:
+    """Train every config, all of one world size, on that many ranks; ``inputs`` may differ from config to config."""
+    given = inputs if isinstance(inputs, list) else [inputs] * len(configs)
     world = configs[0]["world"]["nodes"]
     port = free_port()
     ranks = []
@@ -34,7 +43,7 @@ def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, cr
                 paths=Paths(credentials=credentials, scratch=scratch),
                 identity=identity,
                 config=RunConfig.model_validate(config),
-                inputs=inputs,
+                inputs=given[index],
                 folder=scratch / f"run-{index}",
             )
             plans.append(json.loads(plan.to_json()))
@@ -57,8 +66,9 @@ def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, cr
         command = [sys.executable, "-m", "tests.trainer.many_runs", str(file)]
         ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         log.close()
+    deadline = time.monotonic() + seconds
     try:
-        codes = [process.wait(RUN_SECONDS) for process in ranks]
+        codes = [process.wait(max(1.0, deadline - time.monotonic())) for process in ranks]
     finally:
         for process in ranks:
             if process.poll() is None:

@@ -39,6 +39,24 @@ def write_model(folder: Path, *, tied: bool = True, files: str = "5GB", seed: in
     return folder
 
 
+def write_llama_tokenizer(folder: Path) -> Path:
+    """Write a small BPE tokenizer of Llama 2's kind: a mark before words, bytes for what it does not know."""
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    text = ["inform name it what is inform(name[it]) request(genres[puzzle])"] * 20
+    inner.train_from_iterator(text, BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def rows(count: int, seed: int) -> list[dict[str, str]]:
     """Return rows of uneven lengths whose completion repeats the prompt's words backwards."""
     rng = random.Random(seed)
