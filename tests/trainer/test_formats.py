@@ -135,8 +135,8 @@ def test_only_the_assistants_turns_of_a_conversation_are_learned(tmp_path: Path,
         (CHAT, {"other": 1}, "has no 'messages'"),
         (
             "{{ 'w' + messages | length | string + ' ' }}" + CHAT,
-            {"messages": [{"role": "assistant", "content": "w1"}, {"role": "assistant", "content": "w2"}]},
-            "has a message 1 that the model's chat template does not put unchanged behind the messages before it",
+            {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]},
+            "has a message 2 that the model's chat template does not put unchanged behind the messages before it",
         ),
         (
             "{{ raise_exception('roles must alternate') }}",

@@ -38,8 +38,9 @@ class Row:
 
 
 def read_rows(path: Path, name: str) -> Iterator[Row]:
-    """Return the rows of the file at ``path``, or of all data files in that folder in the order of their names; ``name``
-    (a field path) goes into errors.
+    """Return the rows of the file at ``path``, or of all data files in that folder in the order of their names.
+
+    ``name`` (a field path) goes into errors.
 
     Raises UserError for another kind of file, and for one that can't be read as what it is called.
     """

@@ -60,6 +60,8 @@ class TrainerState(ContractModel):
     """Of the rows of added tokens, which are frozen in a LoRA run and so not among the tensors."""
     perplexity: float | None = None
     """Validation perplexity at this step, where it was scored."""
+    task_score: float | None = None
+    """Share of right answers at this step, where they choose the best checkpoint."""
     best_perplexity: float | None = None
     base_sha256: str | None = None
     """Of a LoRA run: digest of the base model's weights, which the checkpoint does not hold."""
