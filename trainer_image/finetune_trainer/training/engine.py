@@ -47,8 +47,9 @@ def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimization.gradient_clipping,
         "bf16": {"enabled": optimization.precision == "bf16"},
-        # In bf16 the sum of many micro-batches loses what the last of them add.
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # In bf16 the sum of many micro-batches loses what the last of them add. At stage 1 DeepSpeed would take
+        # another optimizer for it, which skips no update that is not finite.
+        "data_types": {"grad_accum_dtype": None if optimization.zero_stage == 1 else "fp32"},
         "zero_optimization": zero,
         # torch's AdamW wherever the state lies: DeepSpeed's own for the CPU would be compiled at run time, and its
         # updates differ.
@@ -264,10 +265,15 @@ class Engine:
 def shard_new_models(optimization: OptimizationConfig, world_size: int) -> object | None:
     """Let transformers shard models over the ranks while it builds them (ZeRO-3), as long as the returned object
     lives; None at other stages."""
+    if optimization.zero_stage != 3:
+        return None
+    import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     _prevent_compilation()
-    return HfDeepSpeedConfig(engine_config(optimization, world_size)) if optimization.zero_stage == 3 else None
+    # Sharding looks at DeepSpeed's own view of the ranks, which else comes with the engine.
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    return HfDeepSpeedConfig(engine_config(optimization, world_size))
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:

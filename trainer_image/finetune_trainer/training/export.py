@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
@@ -127,9 +128,9 @@ def updates(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, 
     """Return the updates of ``model``'s adapters by the base's tensor name; ``weights`` are the adapters' values."""
     found = {}
     for name, module in model.named_modules():
-        if "default" not in getattr(module, "scaling", {}):
+        if not isinstance(module, LoraLayer):
             continue
-        embedding = "default" in getattr(module, "lora_embedding_A", {})
+        embedding = "default" in module.lora_embedding_A
         a, b = (
             ("lora_embedding_A.default", "lora_embedding_B.default")
             if embedding
