@@ -262,7 +262,7 @@ class Engine:
                 parameter.data.copy_(value)
 
 
-def shard_new_models(optimization: OptimizationConfig, world_size: int) -> object | None:
+def shard_new_models(optimization: OptimizationConfig, world_size: int) -> Any:
     """Let transformers shard models over the ranks while it builds them (ZeRO-3), as long as the returned object
     lives; None at other stages."""
     if optimization.zero_stage != 3:
