@@ -62,8 +62,8 @@ locks: $(UV) ## Pin all dependencies with hashes and without index addresses
 	    -o locks/$$extra.txt >/dev/null; done
 
 .PHONY: cluster
-cluster: venv ## Keep a real one-node cluster up, and say how to reach it with kubectl (Ctrl-C ends it)
-	@$(PYTHON) -m tests.cluster up
+cluster: venv ## Keep a real cluster up, and say how to reach it with kubectl (NODES=2: two nodes; Ctrl-C ends it)
+	@$(PYTHON) -m tests.cluster up --nodes $(or $(NODES),1)
 
 .PHONY: images
 images: venv ## Build the operator's and the trainer's image

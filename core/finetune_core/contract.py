@@ -162,11 +162,36 @@ class OptimizationConfig(ContractModel):
     zero_stage: Annotated[int, Field(ge=0, le=3)]
 
 
+class GenerationConfig(ContractModel):
+    """Limits of generated answers."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+
 class EvaluationConfig(ContractModel):
     """The `evaluation` section, resolved."""
 
     every_steps: int | None = None
+    generation: GenerationConfig = GenerationConfig()
+    base_prompt: str | None = None
+    best_by: Literal["Perplexity", "TaskScore"] = "Perplexity"
+    patience: Annotated[int, Field(ge=1)] | None = None
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
     artifact_from: Literal["Best", "Last"]
+
+
+Remedy = Literal["Record", "RollBack", "Fail"]
+
+
+class StabilityConfig(ContractModel):
+    """The `stability` section, resolved."""
+
+    on_non_finite: Remedy = "Fail"
+    on_exploding_loss: Remedy | None = None
+    """None: the loss is not watched."""
+    stall_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
 
 
 class StorageConfig(ContractModel):
@@ -198,6 +223,7 @@ class RunConfig(ContractModel):
     lora: LoRASpec | None = None
     optimization: OptimizationConfig
     evaluation: EvaluationConfig
+    stability: StabilityConfig = StabilityConfig()
     storage: StorageConfig
     report: ReportConfig | None = None
 
@@ -221,6 +247,48 @@ class ArtifactRecord(ContractModel):
     step: Annotated[int, Field(ge=0)]
     bytes: Annotated[int, Field(ge=0)]
     manifest_sha256: Annotated[str, Field(max_length=64)]
+
+
+class ScoreRecord(ContractModel):
+    """How well a model does on a set of rows."""
+
+    perplexity: Annotated[float, Field(ge=0)]
+    """exp of the mean negative log-likelihood over all supervised tokens: those of the answers."""
+    all_token_perplexity: Annotated[float, Field(ge=0)] | None = None
+    """The same over the tokens of prompts and answers, as in the study that the project repeats."""
+    task_score: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of right answers by the task's main score."""
+    scores: Annotated[dict[Annotated[str, Field(max_length=32)], float], Field(max_length=8)] = {}
+    """Every score of the task, by name."""
+    graded: Annotated[int, Field(ge=0)] = 0
+    """Answers that were graded; rows whose gold answer can't be graded against are left out."""
+
+
+class EvaluationRecord(ContractModel):
+    """Base model and tuned model on the same rows."""
+
+    rows: Literal["Validation", "Test"]
+    examples: Annotated[int, Field(ge=0)]
+    """Rows of the set; `graded` says how many of them were answered and graded."""
+    base: ScoreRecord | None = None
+    tuned: ScoreRecord | None = None
+    tuned_step: Annotated[int, Field(ge=0)] | None = None
+    """Step of the checkpoint that `tuned` speaks of: the one that was exported."""
+
+
+class Incident(ContractModel):
+    """Something that went wrong with the numbers of the training, and what was done."""
+
+    step: Annotated[int, Field(ge=0)]
+    """Step at which it was noticed."""
+    kind: Annotated[str, Field(max_length=32)]
+    """Such as NonFiniteLoss, NonFiniteGradient, LossSpike."""
+    value: Annotated[str, Field(max_length=32)]
+    """What was measured; text, because it may be infinite."""
+    threshold: Annotated[str, Field(max_length=32)]
+    """What it had to stay below."""
+    action: Remedy
+    message: Annotated[str, Field(max_length=512)]
 
 
 class CurvePoint(ContractModel):
@@ -251,6 +319,7 @@ class Result(ContractModel):
     step: Annotated[int, Field(ge=0)] = 0
     checkpoint: str | None = None
     artifact: ArtifactRecord | None = None
+    evaluation: EvaluationRecord | None = None
 
     @property
     def exit_code(self) -> int:
@@ -258,7 +327,8 @@ class Result(ContractModel):
         return int(EXIT_CODES[self.outcome])
 
     def to_termination_message(self) -> str:
-        """Return the result as JSON of at most 1,024 bytes; the message is shortened first.
+        """Return the result as JSON of at most 1,024 bytes; the message is shortened first, then the address of the
+        checkpoint and the scores are left out: the last report has them.
 
         Kubelet shares 12 KiB among the termination messages of all containers of a pod.
         """
@@ -270,8 +340,9 @@ class Result(ContractModel):
             message = message[: -max(1, excess // 6 + 1)]
             text = self.model_copy(update={"message": message + "…"}).to_json()
             excess = len(text.encode()) - RESULT_LIMIT_BYTES
-        if excess > 0:
-            text = self.model_copy(update={"message": "", "checkpoint": None}).to_json()
+        for emptied in ({"message": "", "checkpoint": None}, {"message": "", "checkpoint": None, "evaluation": None}):
+            if len(text.encode()) > RESULT_LIMIT_BYTES:
+                text = self.model_copy(update=emptied).to_json()
         return text
 
     @classmethod
@@ -298,8 +369,11 @@ class Report(ContractModel):
     epoch: Annotated[float, Field(ge=0)]
     eta_seconds: Annotated[int, Field(ge=0)] | None = None
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
+    """Tokens of prompts and answers, no padding, over all ranks."""
+    mfu: Annotated[float, Field(ge=0)] | None = None
+    """Model FLOPs utilisation; None where the device's peak is not known."""
     metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=32)]
-    """Newest values: loss, perplexity, learningRate, gradientNorm."""
+    """Newest values: loss, perplexity, learningRate, gradientNorm, and what `training/progress.py` adds."""
     resumed_from_step: Annotated[int, Field(ge=0)] = 0
     """First step of this run minus one: older history beyond it was left behind."""
     history: Annotated[list[CurvePoint], Field(max_length=60)]
@@ -307,6 +381,9 @@ class Report(ContractModel):
     """All committed checkpoints in the bucket, oldest first."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=8)] = []
     """Sentences that a person should know: rows skipped, a checkpoint passed over and why."""
+    evaluation: EvaluationRecord | None = None
+    incidents: Annotated[list[Incident], Field(max_length=20)] = []
+    """What the stability monitor noticed, oldest first."""
     result: Result | None = None
 
 

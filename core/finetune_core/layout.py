@@ -71,6 +71,11 @@ def metrics_key(run: int, segment: int) -> str:
     return f"metrics/{run:06d}-{segment:06d}.jsonl"
 
 
+def evaluation_key(run: int) -> str:
+    """Return the key of a run's scores, below the root."""
+    return f"evaluation/{run:06d}.json"
+
+
 class ManifestFile(ContractModel):
     """A file of a checkpoint or an artifact."""
 

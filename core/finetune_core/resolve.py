@@ -3,13 +3,16 @@ once, for the operator and for the command line alike."""
 
 from __future__ import annotations
 
+from finetune_core.api.evaluation import GenerationSpec
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.method import LoRASpec, Method
 from finetune_core.contract import (
     EvaluationConfig,
+    GenerationConfig,
     OptimizationConfig,
     ReportConfig,
     RunConfig,
+    StabilityConfig,
     StorageConfig,
     WorldConfig,
 )
@@ -63,7 +66,17 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
         ),
         evaluation=EvaluationConfig(
             every_steps=spec.evaluation.every_steps,
+            generation=_generation(spec.evaluation.generation),
+            base_prompt=spec.evaluation.base_prompt,
+            best_by=spec.evaluation.best_by,
+            patience=spec.evaluation.patience,
+            min_delta=float(spec.evaluation.min_delta or 0),
             artifact_from=spec.evaluation.artifact_from or ("Best" if spec.dataset.validation else "Last"),
+        ),
+        stability=StabilityConfig(
+            on_non_finite=spec.stability.on_non_finite,
+            on_exploding_loss=spec.stability.on_exploding_loss,
+            stall_timeout_seconds=spec.stability.stall_timeout_seconds,
         ),
         storage=StorageConfig(
             uri=run_root(
@@ -78,4 +91,11 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             keep_last=spec.storage.checkpoint.keep_last,
         ),
         report=report,
+    )
+
+
+def _generation(limits: GenerationSpec | None) -> GenerationConfig:
+    limits = limits or GenerationSpec()
+    return GenerationConfig(
+        max_new_tokens=limits.max_new_tokens, max_examples=limits.max_examples, batch_size=limits.batch_size
     )

@@ -10,30 +10,27 @@ from datetime import datetime, timedelta
 from enum import Enum, auto
 
 from finetune_core.api.conditions import Reason
+from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import (
-    RECENT_ATTEMPTS_LIMIT,
     AttemptCause,
     AttemptsStatus,
     CheckpointStatus,
     CurrentAttempt,
-    PastAttempt,
     PodRecord,
+    UsageStatus,
 )
 from finetune_core.contract import Result
 from finetune_operator import messages
+from finetune_operator.accounting import backoff, cause_of, close
 from finetune_operator.observed import ChildObservation, PodObservation
-from finetune_operator.verdict import Ruling, Verdict, judge, stronger
+from finetune_operator.orders import Clocks, is_active_deadline_over, ordered_end, seconds_to_deadline
+from finetune_operator.verdict import Verdict, is_of_an_earlier_admission, judge, stronger
 
 MOST_ATTEMPTS = 999
-FREE_IN_A_ROW = 3
-"""After this many free attempts without a new checkpoint the next one is charged."""
 LEAVE_TOGETHER = timedelta(seconds=10)
 """Time for the other pods to say why they end, before the attempt is closed."""
 TERMINATING_LIMIT = timedelta(seconds=60)
 """A pod whose grace period ended this long ago is waited for no more: its kubelet is dead, the store fences it."""
-FIRST_BACKOFF_SECONDS = 10
-LONGEST_BACKOFF_SECONDS = 300
-TEXT_LIMIT = 1024
 
 
 class Next(Enum):
@@ -57,7 +54,7 @@ class World:
 
     now: datetime
     nodes: int
-    max_retries: int
+    policy: RunPolicySpec
     child: ChildObservation | None
     """Object of the current attempt; between attempts that of the one that ended last."""
     child_uid: str
@@ -65,6 +62,10 @@ class World:
     pods: Sequence[PodObservation]
     """Pods of every attempt."""
     checkpoints: Sequence[CheckpointStatus]
+    usage: UsageStatus
+    """What the job has taken until now."""
+    waiting_for: str
+    """What the status says that the attempt waits for; empty where it waits for nothing."""
     final_result: Result | None
     """From the final report of the current attempt."""
 
@@ -97,27 +98,70 @@ def advance(attempts: AttemptsStatus, world: World) -> Step:
     return _during(attempts, attempts.current, world)
 
 
+# ---- between two attempts ----
+
+
 def _between(attempts: AttemptsStatus, world: World) -> Step:
-    """No attempt exists: clear the old one away, wait for its pods and the back-off, number the next."""
+    """No attempt exists: clear the old one away, wait for its pods, then end, rest, wait for the back-off or go on."""
     if world.child is not None and not world.child.deleting:
         return Step(attempts=attempts, next=Next.REMOVE, wait_seconds=1)
     waits = [seconds for pod in world.pods if (seconds := _seconds_until_gone(pod, world.now)) > 0]
-    if attempts.next_start_time is not None:
-        waits.append((attempts.next_start_time - world.now).total_seconds())
     if world.child is not None:
         waits.append(1)
-    if waits and max(waits) > 0:
+    if waits:
         return Step(attempts=attempts, next=Next.WATCH, wait_seconds=max(waits))
-    current = CurrentAttempt(number=attempts.started + 1, start_time=world.now)
-    opened = attempts.model_copy(update={"started": attempts.started + 1, "current": current, "next_start_time": None})
+    if settled := _final(attempts, world):
+        return Step(attempts=attempts, next=Next.SETTLE, settled=settled)
+    if world.policy.suspend:
+        return Step(attempts=attempts, next=Next.WATCH)
+    if attempts.next_start_time is not None and attempts.next_start_time > world.now:
+        left = (attempts.next_start_time - world.now).total_seconds()
+        return Step(attempts=attempts, next=Next.WATCH, wait_seconds=left)
+    return _open(attempts, world)
+
+
+def _final(attempts: AttemptsStatus, world: World) -> Settlement | None:
+    """Return why no attempt follows: what ended the last one, or what was ordered while none existed."""
+    last = attempts.recent[-1] if attempts.recent else None
+    if last is not None and last.verdict == Verdict.PERMANENT:
+        message = messages.stopped(last.message, world.checkpoints[-1].uri if world.checkpoints else "")
+        return Settlement(succeeded=False, reason=last.reason, message=message)
+    if world.policy.cancel:
+        message = messages.stopped(messages.CANCELLED, world.checkpoints[-1].uri if world.checkpoints else "")
+        return Settlement(succeeded=False, reason=Reason.CANCELLED, message=message)
+    if is_active_deadline_over(world.policy, world.usage.active_seconds):
+        message = messages.active_deadline(world.policy.active_deadline_seconds or 0)
+        return Settlement(succeeded=False, reason=Reason.DEADLINE_EXCEEDED, message=message)
+    return None
+
+
+def _open(attempts: AttemptsStatus, world: World) -> Step:
+    """Nothing of an older attempt is left and no back-off holds: number the next one.
+
+    What must be known before any GPU is asked for is asked here.
+    """
+    number = attempts.started + 1
+    current = CurrentAttempt(number=number, start_time=world.now, admitted_time=world.now)
+    opened = attempts.model_copy(update={"started": number, "current": current, "next_start_time": None})
     return Step(attempts=opened, next=Next.OPEN)
 
 
+def _seconds_until_gone(pod: PodObservation, now: datetime) -> float:
+    """Return how long an old pod is waited for; 0 once it counts as gone."""
+    if pod.delete_deadline is None:
+        return 5  # its deletion has not begun: the garbage collector is on its way
+    return max(0.0, (pod.delete_deadline + TERMINATING_LIMIT - now).total_seconds())
+
+
+# ---- during an attempt ----
+
+
 def _during(attempts: AttemptsStatus, current: CurrentAttempt, world: World) -> Step:
-    """An attempt exists: record its pods, judge the evidence, and close it once it has ended."""
-    pods = [pod for pod in world.pods if pod.attempt == current.number]
-    suspended = world.child is not None and world.child.suspended
-    current = current.model_copy(update={"pods": [] if suspended else _record(current.pods, pods)})
+    """An attempt exists: record its pods, obey orders, judge the evidence, and close it once it has ended."""
+    pods = [
+        pod for pod in world.pods if pod.attempt == current.number and not is_of_an_earlier_admission(pod, world.child)
+    ]
+    current = _seen(current, pods, world)
     ruling = judge(
         current=current,
         child=world.child,
@@ -128,41 +172,40 @@ def _during(attempts: AttemptsStatus, current: CurrentAttempt, world: World) -> 
     )
     if ruling is not None and ruling.verdict is Verdict.SUCCEEDED:
         settled = Settlement(succeeded=True, reason=ruling.reason, message=ruling.message, result=ruling.result)
-        cause = _cause(ruling, world.now)
-        return Step(attempts=_closed(attempts, current, cause, world), next=Next.SETTLE, settled=settled)
+        closed = close(attempts, current, cause_of(ruling, world.now), world.checkpoints, world.now)
+        return Step(attempts=closed, next=Next.SETTLE, settled=settled)
+    clocks = Clocks(
+        now=world.now,
+        active_seconds=world.usage.active_seconds,
+        any_pod_runs=any(pod.running for pod in pods),
+        waiting_for=world.waiting_for,
+    )
+    if current.cause is None and (order := ordered_end(world.policy, current, clocks)):
+        closed = close(attempts, current, cause_of(order, world.now), world.checkpoints, world.now)
+        return Step(attempts=closed, next=Next.REMOVE, wait_seconds=0)
     if ruling is not None and stronger(current.cause, ruling):
-        current = current.model_copy(update={"cause": _cause(ruling, world.now)})
+        current = current.model_copy(update={"cause": cause_of(ruling, world.now)})
     attempts = attempts.model_copy(update={"current": current})
-    if current.cause is None:
-        if world.child is None and not world.child_uid:
-            return Step(attempts=attempts, next=Next.CREATE)
-        return Step(attempts=attempts, next=Next.WATCH)
-    return _ending(attempts, current, current.cause, pods, world)
+    if current.cause is not None:
+        return _ending(attempts, current, current.cause, pods, world)
+    never_created = world.child is None and not world.child_uid
+    wait = seconds_to_deadline(world.policy, current, clocks)
+    return Step(attempts=attempts, next=Next.CREATE if never_created else Next.WATCH, wait_seconds=wait)
 
 
-def _ending(
-    attempts: AttemptsStatus,
-    current: CurrentAttempt,
-    cause: AttemptCause,
-    pods: Sequence[PodObservation],
-    world: World,
-) -> Step:
-    """The cause is known: close the attempt once all pods have ended, at once where nothing can change it."""
-    permanent = cause.verdict == Verdict.PERMANENT
-    left = (cause.time + LEAVE_TOGETHER - world.now).total_seconds()
-    if not permanent and left > 0 and not all(pod.ended for pod in pods):
-        return Step(attempts=attempts, next=Next.WATCH, wait_seconds=left)
-    closed = _closed(attempts, current, cause, world)
-    if permanent:
-        settled = Settlement(succeeded=False, reason=cause.reason, message=cause.message)
-        return Step(attempts=closed, next=Next.SETTLE, settled=settled)
-    if closed.charged > world.max_retries or closed.started >= MOST_ATTEMPTS:
-        message = messages.retries_exhausted(closed.charged, cause.message)
-        settled = Settlement(succeeded=False, reason=Reason.RETRIES_EXHAUSTED, message=message)
-        return Step(attempts=closed, next=Next.SETTLE, settled=settled)
-    delay = backoff(closed, world.checkpoints)
-    closed = closed.model_copy(update={"next_start_time": world.now + delay})
-    return Step(attempts=closed, next=Next.REMOVE, wait_seconds=0)
+def _seen(current: CurrentAttempt, pods: Sequence[PodObservation], world: World) -> CurrentAttempt:
+    """Return the attempt with what is seen of its pods. While a queue holds it, it has neither pods nor clocks."""
+    if world.child is not None and world.child.suspended:
+        return current.model_copy(update={"pods": [], "admitted_time": None, "running_time": None})
+    all_run = sum(pod.running or pod.ended for pod in pods) >= world.nodes
+    resumed_at = world.child.resumed_at if world.child is not None else None
+    return current.model_copy(
+        update={
+            "pods": _record(current.pods, pods),
+            "admitted_time": current.admitted_time or resumed_at or world.now,
+            "running_time": current.running_time or (world.now if all_run else None),
+        }
+    )
 
 
 def _record(records: Sequence[PodRecord], pods: Sequence[PodObservation]) -> list[PodRecord]:
@@ -177,68 +220,26 @@ def _record(records: Sequence[PodRecord], pods: Sequence[PodObservation]) -> lis
     return [known[index] for index in sorted(known)]
 
 
-def _cause(ruling: Ruling, now: datetime) -> AttemptCause:
-    return AttemptCause(
-        verdict=ruling.verdict,
-        reason=ruling.reason[:64],
-        message=ruling.message[:TEXT_LIMIT],
-        node=ruling.node,
-        time=now,
-    )
-
-
-def _closed(attempts: AttemptsStatus, current: CurrentAttempt, cause: AttemptCause, world: World) -> AttemptsStatus:
-    """Account the attempt: once, because `current` is gone afterwards."""
-    verdict = cause.verdict
-    if verdict == Verdict.FREE and _free_row(attempts.recent, world.checkpoints) >= FREE_IN_A_ROW:
-        progressed = _progressed(current.start_time, world.checkpoints)
-        verdict = verdict if progressed else Verdict.CHARGED
-    past = PastAttempt(
-        number=current.number,
-        verdict=verdict,
-        reason=cause.reason,
-        message=cause.message,
-        node=cause.node,
-        start_time=current.start_time,
-        end_time=world.now,
-    )
-    return attempts.model_copy(
-        update={
-            "charged": attempts.charged + (verdict == Verdict.CHARGED),
-            "free": attempts.free + (verdict == Verdict.FREE),
-            "current": None,
-            "recent": [*attempts.recent, past][-RECENT_ATTEMPTS_LIMIT:],
-        }
-    )
-
-
-def _progressed(started: datetime, checkpoints: Sequence[CheckpointStatus]) -> bool:
-    """Whether a checkpoint was committed since ``started``."""
-    return any(checkpoint.time >= started for checkpoint in checkpoints)
-
-
-def _free_row(recent: Sequence[PastAttempt], checkpoints: Sequence[CheckpointStatus]) -> int:
-    """Return how many of the newest attempts in a row were free and committed nothing."""
-    row = 0
-    for past in reversed(recent):
-        if past.verdict != Verdict.FREE or _progressed(past.start_time, checkpoints):
-            break
-        row += 1
-    return row
-
-
-def backoff(attempts: AttemptsStatus, checkpoints: Sequence[CheckpointStatus]) -> timedelta:
-    """Return the pause before the next attempt: 10 s, doubled for each attempt in a row that committed nothing."""
-    row = 0
-    for past in reversed(attempts.recent):
-        if _progressed(past.start_time, checkpoints):
-            break
-        row += 1
-    return timedelta(seconds=min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** max(0, row - 1)))
-
-
-def _seconds_until_gone(pod: PodObservation, now: datetime) -> float:
-    """Return how long an old pod is waited for; 0 once it counts as gone."""
-    if pod.delete_deadline is None:
-        return 5  # its deletion has not begun: the garbage collector is on its way
-    return max(0.0, (pod.delete_deadline + TERMINATING_LIMIT - now).total_seconds())
+def _ending(
+    attempts: AttemptsStatus,
+    current: CurrentAttempt,
+    cause: AttemptCause,
+    pods: Sequence[PodObservation],
+    world: World,
+) -> Step:
+    """The cause is known: close the attempt once all pods have ended, at once where nothing can change it."""
+    permanent = cause.verdict == Verdict.PERMANENT
+    left = (cause.time + LEAVE_TOGETHER - world.now).total_seconds()
+    if not permanent and left > 0 and not all(pod.ended for pod in pods):
+        return Step(attempts=attempts, next=Next.WATCH, wait_seconds=left)
+    closed = close(attempts, current, cause, world.checkpoints, world.now)
+    if permanent:
+        settled = Settlement(succeeded=False, reason=cause.reason, message=cause.message)
+        return Step(attempts=closed, next=Next.SETTLE, settled=settled)
+    if closed.charged > world.policy.max_retries or closed.started >= MOST_ATTEMPTS:
+        message = messages.retries_exhausted(closed.charged, cause.message)
+        settled = Settlement(succeeded=False, reason=Reason.RETRIES_EXHAUSTED, message=message)
+        return Step(attempts=closed, next=Next.SETTLE, settled=settled)
+    delay = backoff(closed, world.checkpoints)
+    closed = closed.model_copy(update={"next_start_time": world.now + delay})
+    return Step(attempts=closed, next=Next.REMOVE, wait_seconds=0)

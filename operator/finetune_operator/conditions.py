@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from finetune_core.api.conditions import Condition, ConditionType, Reason
-from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus
+from finetune_core.api.run_policy import RunPolicySpec
+from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, PastAttempt, PlanStatus, UsageStatus
 from finetune_core.contract import Report
 from finetune_operator import messages
 from finetune_operator.attempts import Settlement
@@ -43,6 +44,12 @@ class View:
     """Newest warning event about a pod that waits."""
     settled: Settlement | None = None
     image: str | None = None
+    policy: RunPolicySpec = field(default_factory=RunPolicySpec)
+    ending_pods: int = 0
+    """Pods of ended attempts, or of an admission that was taken back, that are not gone yet."""
+    usage: UsageStatus | None = None
+    plan: PlanStatus | None = None
+    """What the attempt that is about to start was resolved to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +106,9 @@ def _succeeded(view: View, *, is_running: bool) -> _State:
     current = attempts.current
     last = attempts.recent[-1] if attempts.recent else None
     if current is None:
-        if last is None:
-            return _State("Unknown", Reason.QUEUED, messages.NO_PODS)
-        message = messages.retrying(last.number, last.message, attempts.next_start_time)
-        return _State("Unknown", Reason.RETRYING, message)
+        return _between_attempts(view, last)
+    if _is_held(view):
+        return _held(view)
     if current.cause is not None and current.cause.verdict != Verdict.SUCCEEDED:
         return _State("Unknown", Reason.RETRYING, messages.retrying(current.number, current.cause.message, None))
     if is_running:
@@ -111,6 +117,32 @@ def _succeeded(view: View, *, is_running: bool) -> _State:
     prefix = messages.attempt_prefix(current.number, last.message if last else "")
     message = "; ".join(part for part in (prefix, detail) if part)
     return _State("Unknown", Reason.STARTING if view.pods else Reason.QUEUED, message)
+
+
+def _between_attempts(view: View, last: PastAttempt | None) -> _State:
+    """Return what is waited for while no attempt exists."""
+    if last is not None and last.verdict == Verdict.PERMANENT:
+        return _State("Unknown", last.reason, messages.pods_end(last.message, view.ending_pods))
+    if view.policy.cancel:
+        return _State("Unknown", Reason.CANCELLED, messages.pods_end(messages.CANCELLED, view.ending_pods))
+    if view.policy.suspend:
+        message = messages.pods_end(messages.SUSPENDED, view.ending_pods)
+        return _State("Unknown", Reason.SUSPENDED, message if view.ending_pods else messages.SUSPENDED_REST)
+    if last is None:
+        return _State("Unknown", Reason.QUEUED, messages.NO_PODS)
+    message = messages.retrying(last.number, last.message, view.attempts.next_start_time)
+    return _State("Unknown", Reason.RETRYING, message)
+
+
+def _is_held(view: View) -> bool:
+    return view.child is not None and view.child.suspended
+
+
+def _held(view: View) -> _State:
+    """Return who holds an attempt whose child is suspended."""
+    if queue := view.policy.queue_name:
+        return _State("Unknown", Reason.QUEUED, messages.pods_end(messages.queued(queue), view.ending_pods))
+    return _State("Unknown", Reason.SUSPENDED, messages.SUSPENDED_ELSEWHERE)
 
 
 def _ready(view: View, succeeded: _State) -> _State:
@@ -142,7 +174,7 @@ def _accepted(view: View) -> _State:
 def _scheduled(view: View) -> _State:
     if view.settled is not None:
         return _State("False", Reason.SETTLED, messages.SETTLED)
-    if view.attempts.current is None:
+    if view.attempts.current is None or _is_held(view):
         return _State("False", Reason.WAITING_FOR_PODS, messages.BETWEEN_ATTEMPTS)
     placed = [pod for pod in view.pods if pod.node]
     if len(placed) >= view.nodes:
@@ -154,11 +186,12 @@ def _running(view: View, old: Condition | None) -> _State:
     if view.settled is not None:
         return _State("False", Reason.SETTLED, messages.SETTLED)
     current = view.attempts.current
-    if current is None or current.cause is not None:
+    if current is None or current.cause is not None or _is_held(view):
         return _State("False", Reason.WAITING_FOR_PODS, messages.BETWEEN_ATTEMPTS)
     reported = view.report is not None and view.report.ranks >= view.ranks
     # A restarted operator has no reports in memory: what an earlier one saw in this attempt still holds.
-    known = old is not None and old.status == "True" and old.last_transition_time >= current.start_time
+    since = current.admitted_time or current.start_time
+    known = old is not None and old.status == "True" and old.last_transition_time >= since
     if reported or known:
         return _State("True", Reason.RUNNING, messages.running(view.nodes, current.number))
     return _State("False", Reason.WAITING_FOR_PODS, waiting_detail(view))

@@ -17,6 +17,14 @@ BETWEEN_ATTEMPTS = "no attempt exists at the moment"
 NO_ARTIFACT = "every pod ended with exit code 0, but no result names a committed artifact"
 CHILD_DELETED = "the PyTorchJob was deleted by somebody else"
 CHILD_REPLACED = "the PyTorchJob was replaced by another of the same name"
+CANCELLED = "cancelled by `runPolicy.cancel`"
+SUSPENDED = "suspended by `runPolicy.suspend`"
+SUSPENDED_REST = "suspended by `runPolicy.suspend`; set it to false to go on"
+SUSPENDED_ELSEWHERE = "somebody suspended the PyTorchJob; set its `spec.runPolicy.suspend` to false to go on"
+RESUMED_TOO_EARLY = (
+    "the queue resumed the PyTorchJob while pods of its earlier admission still ended; training-operator counted them"
+    " as failed"
+)
 RESULT_FROM_REPORT = "the pods are gone; the final report holds the result"
 
 EXIT_CODE_SENTENCES = {
@@ -109,6 +117,31 @@ def retrying(ended: int, cause: str, next_start: datetime | None) -> str:
 def retries_exhausted(charged: int, cause: str) -> str:
     """Return the sentence about a job that is given up."""
     return f"{charged} attempts failed; the last: {cause}"
+
+
+def stopped(cause: str, newest_checkpoint: str) -> str:
+    """Return the sentence about a job that was ended, and where it can go on from."""
+    return f"{cause}; " + (f"the newest checkpoint: {newest_checkpoint}" if newest_checkpoint else NO_CHECKPOINT)
+
+
+def pods_end(cause: str, pods: int) -> str:
+    """Return the sentence about pods that commit their last checkpoint."""
+    return f"{cause}; {pods} pod{'s' if pods > 1 else ''} still end{'' if pods > 1 else 's'}" if pods else cause
+
+
+def active_deadline(seconds: int) -> str:
+    """Return the sentence about a job whose pods have run long enough."""
+    return f"its pods have run for the {seconds} s of `runPolicy.activeDeadlineSeconds`"
+
+
+def pending_deadline(seconds: int, waiting_for: str) -> str:
+    """Return the sentence about an attempt that did not come to run."""
+    return f"not all pods ran within the {seconds} s of `runPolicy.pendingDeadlineSeconds`: {waiting_for or NO_PODS}"
+
+
+def queued(queue: str) -> str:
+    """Return the sentence about an attempt that Kueue holds."""
+    return f"waits for admission by the queue {queue}"
 
 
 def waiting_for_reports(nodes: int, running: int) -> str:

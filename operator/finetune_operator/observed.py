@@ -31,7 +31,10 @@ class ContainerObservation:
     message: str = ""
     """Why it waits, or its termination message."""
     exit_code: int | None = None
+    started_at: datetime | None = None
     finished_at: datetime | None = None
+    image_id: str = ""
+    """What the node pulled: `repository@sha256:...`, or a bare digest of an image that no registry gave."""
 
     @property
     def result(self) -> Result | None:
@@ -52,7 +55,11 @@ class PodObservation:
     """Why the phase is Failed: Evicted, NodeLost."""
     message: str = ""
     node: str = ""
+    version: int = 0
+    """metadata.resourceVersion: of two pods, the one that changed last has the higher."""
     created_at: datetime
+    scheduled_at: datetime | None = None
+    """When it got its node, and with it its GPUs."""
     delete_requested_at: datetime | None = None
     """When somebody asked for its deletion."""
     delete_deadline: datetime | None = None
@@ -76,6 +83,11 @@ class PodObservation:
         """Whether the training container runs."""
         return self.container is not None and self.container.state is ContainerState.RUNNING
 
+    @property
+    def ended_at(self) -> datetime | None:
+        """When training in it ended; None while it goes on, or where nobody knows."""
+        return self.container.finished_at if self.container is not None else None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildObservation:
@@ -86,6 +98,10 @@ class ChildObservation:
     owner_uid: str
     deleting: bool = False
     suspended: bool = False
+    """Its queue holds it, or has just let it go and the backend has not acted on that yet."""
+    resumed_at: datetime | None = None
+    """When the backend last resumed it."""
+    failed_at: datetime | None = None
     replicas: int
     succeeded: bool = False
     failed: bool = False
@@ -127,7 +143,9 @@ def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         node=spec.get("nodeName", ""),
+        version=int(metadata.get("resourceVersion", "0")),
         created_at=created,
+        scheduled_at=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
         delete_requested_at=deadline - grace if deadline else None,
         delete_deadline=deadline,
         disruption=disruption.get("reason", "") or "DisruptionTarget" if disrupted else "",
@@ -138,19 +156,23 @@ def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
 
 
 def _parse_container(statuses: list[Mapping[str, Any]]) -> ContainerObservation | None:
-    state = next((status["state"] for status in statuses if status["name"] == TRAINING_CONTAINER), None)
-    if not state:
+    status = next((status for status in statuses if status["name"] == TRAINING_CONTAINER), None)
+    if status is None or not status.get("state"):
         return None
+    state, image_id = status["state"], status.get("imageID", "")
     if end := state.get("terminated"):
         return ContainerObservation(
             state=ContainerState.TERMINATED,
             reason=end.get("reason", ""),
             message=end.get("message", ""),
             exit_code=end["exitCode"],
+            started_at=parse_time(end.get("startedAt")),
             finished_at=parse_time(end.get("finishedAt")),
+            image_id=image_id,
         )
-    if "running" in state:
-        return ContainerObservation(state=ContainerState.RUNNING)
+    if (running := state.get("running")) is not None:
+        started = parse_time(running.get("startedAt"))
+        return ContainerObservation(state=ContainerState.RUNNING, started_at=started, image_id=image_id)
     waiting = state.get("waiting") or {}
     return ContainerObservation(
         state=ContainerState.WAITING, reason=waiting.get("reason", ""), message=waiting.get("message", "")

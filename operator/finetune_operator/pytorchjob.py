@@ -13,8 +13,8 @@ from finetune_core.api import FineTuneJob
 from finetune_core.api.conditions import Reason
 from finetune_operator import messages
 from finetune_operator.cluster import ApiError, Cluster, Manifest
-from finetune_operator.labels import QUEUE_NAME, attempt_labels, owner_reference
-from finetune_operator.observed import ChildObservation, controller_uid
+from finetune_operator.labels import QUEUE_NAME, QUEUE_PRIORITY, attempt_labels, owner_reference
+from finetune_operator.observed import ChildObservation, controller_uid, parse_time
 from finetune_operator.pods import AttemptPlan, pod_template
 from finetune_operator.problems import OutsideError
 
@@ -25,6 +25,8 @@ def build_pytorchjob(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
     labels = attempt_labels(job.metadata.name, job.metadata.uid, plan.number)
     if queue := job.spec.run_policy.queue_name:
         labels[QUEUE_NAME] = queue
+    if priority := job.metadata.labels.get(QUEUE_PRIORITY):
+        labels[QUEUE_PRIORITY] = priority
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
@@ -52,21 +54,24 @@ def build_pytorchjob(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
 def parse_pytorchjob(manifest: Mapping[str, Any]) -> ChildObservation:
     """Return the observation of a PyTorchJob."""
     metadata, spec = manifest["metadata"], manifest["spec"]
-    conditions = {
-        condition["type"]: condition
-        for condition in manifest.get("status", {}).get("conditions") or []
-        if condition["status"] == "True"
-    }
-    end = conditions.get("Failed") or conditions.get("Succeeded") or {}
+    conditions = {item["type"]: item for item in manifest.get("status", {}).get("conditions") or []}
+
+    def when(kind: str, status: str) -> Mapping[str, Any]:
+        condition = conditions.get(kind, {})
+        return condition if condition.get("status") == status else {}
+
+    end = when("Failed", "True") or when("Succeeded", "True")
     return ChildObservation(
         name=metadata["name"],
         uid=metadata["uid"],
         owner_uid=controller_uid(manifest),
         deleting="deletionTimestamp" in metadata,
-        suspended=bool(spec.get("runPolicy", {}).get("suspend")),
+        suspended=bool(spec.get("runPolicy", {}).get("suspend") or when("Suspended", "True")),
+        resumed_at=parse_time(when("Suspended", "False").get("lastTransitionTime")),
         replicas=spec.get("pytorchReplicaSpecs", {}).get("Worker", {}).get("replicas", 1),
-        succeeded="Succeeded" in conditions,
-        failed="Failed" in conditions,
+        succeeded=bool(when("Succeeded", "True")),
+        failed=bool(when("Failed", "True")),
+        failed_at=parse_time(when("Failed", "True").get("lastTransitionTime")),
         message=end.get("message", ""),
     )
 

@@ -1,4 +1,5 @@
-"""The ConfigMap of an attempt: run file and CA bundle. Immutable, created before the child, owned by the job."""
+"""The ConfigMap of an attempt: run file and CA bundle. Immutable, created before the child, owned by the job; it goes
+before the child does, or before the next attempt's is created."""
 
 from __future__ import annotations
 
@@ -49,3 +50,10 @@ async def create_config_map(cluster: Cluster, manifest: Manifest) -> None:
         if existing is not None and controller_uid(existing) != controller_uid(manifest):
             problem = messages.name_conflict("ConfigMap", metadata["name"])
             raise OutsideError(Reason.NAME_CONFLICT, problem) from error
+
+
+async def remove_config_map(cluster: Cluster, namespace: str, name: str, owner_uid: str) -> None:
+    """Delete the ConfigMap if it exists and belongs to the job with ``owner_uid``."""
+    existing = await cluster.get_config_map(namespace, name)
+    if existing is not None and controller_uid(existing) == owner_uid:
+        await cluster.delete_config_map(namespace, name)

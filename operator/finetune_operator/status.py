@@ -3,9 +3,13 @@ the result when it differs, at once for a transition and every ten seconds at mo
 
 from __future__ import annotations
 
-from finetune_core.api.status import ChildStatus, FineTuneJobStatus
+from collections.abc import Sequence
+
+from finetune_core.api.status import ChildStatus, FineTuneJobStatus, PlanStatus
+from finetune_core.contract import RunConfig
 from finetune_operator.conditions import View, compute_conditions
 from finetune_operator.history import artifact_of, merge_report, percentage
+from finetune_operator.observed import PodObservation
 
 LEAST_SECONDS_BETWEEN_NUMBERS = 10.0
 
@@ -18,7 +22,9 @@ def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) ->
     update: dict[str, object] = {
         "observed_generation": view.generation,
         "attempts": view.attempts,
-        "image": stored.image or view.image,
+        "image": fixed_image(stored.image or view.image, view.pods),
+        "plan": view.plan or stored.plan,
+        "usage": view.usage or stored.usage,
         "child": _child(stored, view, child_kind),
     }
     if stored.start_time is None and view.attempts.started:
@@ -28,6 +34,31 @@ def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) ->
         update |= _settled_numbers(status, view)
     status = status.model_copy(update=update)
     return status.model_copy(update={"conditions": compute_conditions(stored, status, view)})
+
+
+def fixed_image(image: str | None, pods: Sequence[PodObservation]) -> str | None:
+    """Return ``image`` with the digest that the first pod's node pulled; as it is while none has, or for ever with one.
+
+    An image that was put on the node by hand has no digest that a registry knows, and stays as it is.
+    """
+    if image is None or "@" in image:
+        return image
+    for pod in sorted(pods, key=lambda pod: pod.index):
+        _, separator, digest = (pod.container.image_id if pod.container else "").partition("@")
+        if separator:
+            return f"{image}@{digest}"
+    return image
+
+
+def plan_of(config: RunConfig) -> PlanStatus:
+    """Return what an attempt was resolved to."""
+    batch, micro = config.optimization.global_batch_size, config.optimization.micro_batch_size
+    return PlanStatus(
+        zero_stage=config.optimization.zero_stage,
+        processes=config.world.size,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=-(-batch // (config.world.size * micro)),
+    )
 
 
 def _child(stored: FineTuneJobStatus, view: View, kind: str) -> ChildStatus | None:
@@ -62,11 +93,19 @@ def _settled_numbers(status: FineTuneJobStatus, view: View) -> dict[str, object]
     return update
 
 
+def is_news(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
+    """Tell whether the status is worth a write. Time that passes is not: it is counted with the next news."""
+    if old is None or old.usage is None or new.usage is None:
+        return old != new
+    passed = new.usage.model_copy(update={"holders": old.usage.holders})
+    return old.model_copy(update={"usage": passed}) != new
+
+
 def is_transition(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
     """Tell whether more than numbers and sentences changed: such a status is written at once."""
     if old is None or old.observed_generation != new.observed_generation:
         return True
     if [(c.type, c.status, c.reason) for c in old.conditions] != [(c.type, c.status, c.reason) for c in new.conditions]:
         return True
-    fixed = ("attempts", "image", "artifact", "child", "start_time", "completion_time")
+    fixed = ("attempts", "image", "plan", "artifact", "child", "start_time", "completion_time")
     return any(getattr(old, name) != getattr(new, name) for name in fixed)

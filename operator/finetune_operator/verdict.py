@@ -1,15 +1,15 @@
 """Why an attempt ends: a pure function of what was seen of its pods and child.
 
-First match decides: success; a permanent failure (64, 65, 66, OOMKilled); a disruption that came before the first
-failure (free); any other failure (charged). Times have a resolution of one second, so the caller judges at first
-sight of every change and keeps what was decided: see `stronger`.
+First match decides: success; suspended by its queue (the attempt goes on); a permanent failure (64, 65, 66, OOMKilled);
+a disruption that came before the first failure (free); any other failure (charged). Times have a resolution of one
+second, so the caller judges at first sight of every change and keeps what was decided: see `stronger`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 from finetune_core.api.conditions import Reason
@@ -17,6 +17,7 @@ from finetune_core.api.status import AttemptCause, CurrentAttempt
 from finetune_core.contract import ExitCode, Outcome, Result
 from finetune_operator import messages
 from finetune_operator.observed import ChildObservation, ContainerState, PodObservation
+from finetune_operator.pods import GRACE_SECONDS
 
 
 class Verdict(StrEnum):
@@ -24,7 +25,7 @@ class Verdict(StrEnum):
 
     SUCCEEDED = "Succeeded"
     PERMANENT = "Permanent"
-    """Another attempt would end the same way."""
+    """No other attempt follows: it would end the same way, or it was ordered so."""
     CHARGED = "Charged"
     """Counts against runPolicy.maxRetries."""
     FREE = "Free"
@@ -47,6 +48,8 @@ class Cause(StrEnum):
     STOPPED = "Stopped"
     POD_FAILED = "PodFailed"
     NO_ARTIFACT = "NoArtifact"
+    SUSPENDED = "Suspended"
+    RESUMED_TOO_EARLY = "ResumedTooEarly"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,10 @@ _PERMANENT_REASONS = {
     ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
 }
 """In the order in which they decide among pods that failed together."""
+_SIGNALLED = (137, ExitCode.STOPPED)
+"""What a container ends with because it was killed or told to stop."""
+RESUME_WINDOW = timedelta(seconds=GRACE_SECONDS + 30)
+"""A child that fails this soon after its queue resumed it may have failed for the pods of its earlier admission."""
 _LATE_CODES = (ExitCode.OUTSIDE_FAILURE, ExitCode.STOPPED)
 """Codes that a failing peer can cause: an unknown crash decides before 75, 75 before 143."""
 
@@ -87,19 +94,36 @@ def judge(
     """
     if success := _success(pods, nodes, final_result):
         return success
-    failures = [pod for pod in pods if _failed_by_itself(pod)]
-    if permanent := _permanent(failures):
-        return permanent
     if child is not None and child.suspended:
         # A queue took the attempt's place away: it gives it back, and the child stays as it is.
         return None
-    if disrupted := _disruption(current, pods, failures):
+    failures = [pod for pod in pods if _failed_by_itself(pod)]
+    if permanent := _permanent(failures):
+        return permanent
+    if not failures and _resumed_too_early(child):
+        return Ruling(verdict=Verdict.FREE, reason=Cause.RESUMED_TOO_EARLY, message=messages.RESUMED_TOO_EARLY)
+    if disrupted := _disruption(current, child, child_uid, pods, failures, nodes):
         return disrupted
     if failures:
         return _charged(failures)
     if len(pods) == nodes and all(pod.ended for pod in pods):
         return Ruling(verdict=Verdict.CHARGED, reason=Cause.NO_ARTIFACT, message=messages.NO_ARTIFACT)
-    return _child_end(child, child_uid, pods, nodes)
+    if child is not None and child.finished and all(pod.ended for pod in pods):
+        return Ruling(verdict=Verdict.CHARGED, reason=Cause.CHILD_FAILED, message=child.message or messages.NO_ARTIFACT)
+    return None
+
+
+def is_of_an_earlier_admission(pod: PodObservation, child: ChildObservation | None) -> bool:
+    """Tell whether ``pod`` was deleted by a suspension that is over: it still ends, and is no evidence."""
+    resumed = child.resumed_at if child is not None else None
+    return resumed is not None and pod.delete_requested_at is not None and pod.delete_requested_at <= resumed
+
+
+def _resumed_too_early(child: ChildObservation | None) -> bool:
+    """Whether training-operator counted pods that its suspension deleted as failed (its restartPolicy is Never)."""
+    if child is None or child.resumed_at is None or child.failed_at is None:
+        return False
+    return child.failed_at - child.resumed_at <= RESUME_WINDOW
 
 
 def stronger(old: AttemptCause | None, ruling: Ruling) -> bool:
@@ -155,11 +179,15 @@ def _failed_by_itself(pod: PodObservation) -> bool:
         return pod.phase == "Failed" and pod.reason != Cause.NODE_LOST and undisturbed
     if container.exit_code == 0:
         return False
-    disturbed = (pod.delete_requested_at, pod.disrupted_at)
     finished = container.finished_at
-    # A disruption in the same second is its cause: the kubelet sets the condition as it kills the container.
-    killed = bool(pod.disrupted_at and finished and pod.disrupted_at == finished)
-    return not killed and not any(time and finished and time < finished for time in disturbed)
+    disturbances = [time for time in (pod.delete_requested_at, pod.disrupted_at) if time is not None]
+    if finished is None or not disturbances:
+        return True
+    # In the same second a disruption is the cause of a signal's exit code, and of a kill that it announced itself:
+    # the kubelet sets the condition as it kills the container. Any other code is the pod's own.
+    signalled = container.exit_code in _SIGNALLED or pod.disrupted_at == finished
+    first = min(disturbances)
+    return finished < first or (finished == first and not signalled)
 
 
 def _permanent(failures: Sequence[PodObservation]) -> Ruling | None:
@@ -182,16 +210,27 @@ def _permanent(failures: Sequence[PodObservation]) -> Ruling | None:
 
 
 def _disruption(
-    current: CurrentAttempt, pods: Sequence[PodObservation], failures: Sequence[PodObservation]
+    current: CurrentAttempt,
+    child: ChildObservation | None,
+    child_uid: str,
+    pods: Sequence[PodObservation],
+    failures: Sequence[PodObservation],
+    nodes: int,
 ) -> Ruling | None:
-    """Return what the cluster or a person did to a pod before the first failure of the attempt."""
+    """Return what the cluster or a person did before the first failure of the attempt."""
     first_failure = min((time for pod in failures if (time := _failed_at(pod))), default=None)
+    told_to_stop = all(pod.container and pod.container.exit_code == ExitCode.STOPPED for pod in failures)
+    # A backend that has not failed its object yet deletes none of its pods, and nobody leaves with 143 untold.
+    deletion_wins = told_to_stop or (child is not None and not child.failed)
 
     def early(time: datetime | None) -> bool:
-        # In the same second the failure counts as first: the backend deletes the other pods at once after it.
-        return first_failure is None or (time is not None and time < first_failure)
+        if first_failure is None:
+            return True
+        return time is not None and (time < first_failure or (time == first_failure and deletion_wins))
 
-    for pod in pods:
+    if not failures and (changed := _child_changed(child, child_uid, nodes)):
+        return changed  # it is why the backend or the garbage collector deletes pods
+    for pod in sorted(pods, key=_disturbed_first):
         if pod.disruption and early(pod.disrupted_at):
             message = messages.pod_disrupted(pod.name, pod.disruption)
             return Ruling(verdict=Verdict.FREE, reason=pod.disruption, message=message, node=pod.node)
@@ -215,14 +254,27 @@ def _disruption(
     return None
 
 
+def _disturbed_first(pod: PodObservation) -> tuple[bool, datetime, int]:
+    """Order pods by when somebody first laid hands on them.
+
+    training-operator deletes the others in the same second, a moment after it saw the first: then the version tells.
+    """
+    times = [time for time in (pod.disrupted_at, pod.delete_requested_at) if time is not None]
+    return (not times, min(times, default=pod.created_at), pod.version)
+
+
 def _failed_at(pod: PodObservation) -> datetime | None:
     return pod.container.finished_at if pod.container else None
 
 
 def _finished_before(pod: PodObservation) -> bool:
-    """Whether the pod had ended by itself with 0 before it was deleted: a clean-up, no evidence."""
+    """Whether the pod had ended by itself before it was deleted: a clean-up, no evidence."""
     finished = _failed_at(pod)
-    return finished is not None and pod.delete_requested_at is not None and finished <= pod.delete_requested_at
+    if finished is None or pod.delete_requested_at is None or pod.container is None:
+        return False
+    if pod.container.exit_code in _SIGNALLED:
+        return finished < pod.delete_requested_at
+    return finished <= pod.delete_requested_at
 
 
 def _charged(failures: Sequence[PodObservation]) -> Ruling:
@@ -252,10 +304,8 @@ def _charged(failures: Sequence[PodObservation]) -> Ruling:
     return Ruling(verdict=Verdict.CHARGED, reason=reason, message=message, node=pod.node)
 
 
-def _child_end(
-    child: ChildObservation | None, child_uid: str, pods: Sequence[PodObservation], nodes: int
-) -> Ruling | None:
-    """Return what happened to the backend's object itself, where the pods tell nothing."""
+def _child_changed(child: ChildObservation | None, child_uid: str, nodes: int) -> Ruling | None:
+    """Return what somebody else did to the backend's object."""
     if not child_uid:
         return None
     if child is None or child.deleting:
@@ -265,6 +315,4 @@ def _child_end(
     if child.replicas != nodes:
         message = messages.replicas_changed(child.replicas, nodes)
         return Ruling(verdict=Verdict.FREE, reason=Cause.CHILD_CHANGED, message=message)
-    if child.finished and all(pod.ended for pod in pods):
-        return Ruling(verdict=Verdict.CHARGED, reason=Cause.CHILD_FAILED, message=child.message or messages.NO_ARTIFACT)
     return None

@@ -20,7 +20,7 @@ from tests.cluster.waiting import ClusterError, wait_for
 
 EXAMPLES = """examples:
   python -m tests.cluster build            build and install all that is missing (about ten minutes the first time)
-  python -m tests.cluster up               start a cluster and keep it up until Ctrl-C
+  python -m tests.cluster up               start a cluster and keep it up until Ctrl-C (--nodes 2: with two nodes)
   python -m tests.cluster images           build the images of operator and trainer, print their names inside a cluster
   python -m tests.cluster status           list the clusters that `up` keeps up
   python -m tests.cluster down             end them
@@ -42,14 +42,18 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("build", help="build and install all that is missing, start nothing")
-    commands.add_parser("up", help="start a cluster and keep it up until Ctrl-C")
+    starting = commands.add_parser("up", help="start a cluster and keep it up until Ctrl-C")
+    starting.add_argument("--nodes", type=int, choices=(1, 2), default=1, help="how many nodes it has (1)")
     commands.add_parser("down", help="end every cluster that `up` keeps up")
     commands.add_parser("prepare", help="make all that the tests can use here: without root, what needs no cluster")
     commands.add_parser("images", help="build the project's images and put them into the clusters' registry")
     commands.add_parser("status", help="list the clusters that are up")
     arguments = parser.parse_args()
     try:
-        COMMANDS[arguments.command]()
+        if arguments.command == "up":
+            up(arguments.nodes)
+        else:
+            COMMANDS[arguments.command]()
     except ClusterError as error:
         sys.exit(f"error: {error}")
 
@@ -73,13 +77,15 @@ def prepare() -> None:
         build_images()
 
 
-def up() -> None:
+def up(nodes: int) -> None:
     # A request to end is an exception in the main thread, so that the cluster is ended however far it has come.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     try:
         with Cluster.start() as cluster:
             cluster.layout.kept_up.touch()
+            if nodes > 1:
+                cluster.second_node(reserved=False)
             enter = cluster.layout.enter_script
             say(f"\nThe cluster is up after {time.monotonic() - started:.0f} s. In another terminal:")
             say(f"  {enter} kubectl get pods --all-namespaces")
@@ -139,7 +145,6 @@ def running() -> list[Layout]:
 
 COMMANDS = {
     "build": build,
-    "up": up,
     "down": down,
     "prepare": prepare,
     "images": build_images,

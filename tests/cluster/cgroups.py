@@ -5,6 +5,7 @@ The kubelet puts all pods below it (``cgroupRoot``), so clusters do not mix, and
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterator
 from functools import partial
@@ -22,14 +23,18 @@ def hierarchies() -> list[Path]:
 
 
 def create(name: str) -> None:
-    """Create the folder ``name`` in every hierarchy, with every processor and controller usable below it."""
-    for root in hierarchies():
+    """Create the folder ``name`` in every hierarchy, with every processor and controller usable below it.
+
+    ``name`` may be a path whose parent was created the same way.
+    """
+    for hierarchy in hierarchies():
+        root, own = (hierarchy / name).parent, Path(name).name
         controllers = root / "cgroup.controllers"
         if controllers.exists():
             wanted = " ".join(f"+{controller}" for controller in controllers.read_text().split())
             if wanted:
                 (root / "cgroup.subtree_control").write_text(wanted)
-        folder = root / name
+        folder = root / own
         folder.mkdir(exist_ok=True)
         # A new cpuset of version 1 starts empty, and nothing can run in an empty one.
         for setting in ("cpuset.cpus", "cpuset.mems"):
@@ -43,6 +48,17 @@ def remove(name: str) -> None:
     for root in hierarchies():
         folder = root / name
         wait_for(f"the cgroup {folder} to be empty", partial(_removed, folder), REMOVAL_TIMEOUT_SECONDS)
+
+
+def processes(name: str) -> set[int]:
+    """Return the ids of all processes in the folder ``name`` and below it, as the machine counts."""
+    found: set[int] = set()
+    for folder in existing(name):
+        for inner in _bottom_up(folder):
+            # A folder that has just been removed holds nothing.
+            with contextlib.suppress(FileNotFoundError):
+                found |= {int(line) for line in (inner / "cgroup.procs").read_text().split()}
+    return found
 
 
 def existing(name: str) -> list[Path]:

@@ -24,17 +24,16 @@ from tests.cluster.credentials import Credentials, issue
 from tests.cluster.layout import (
     CONTAINERD_SOCKET,
     DNS_READY_PORT,
-    GPU_COUNT,
-    GPU_RESOURCE,
+    FIRST_NODE,
     HOST_ADDRESS,
     MINIO_PORT,
-    NODE_NAME,
     REGISTRY_PORT,
     TRAINING_OPERATOR_PROBE_PORT,
     Layout,
 )
 from tests.cluster.namespaces import Namespaces
 from tests.cluster.progress import say
+from tests.cluster.second_node import SecondNode, Surroundings
 from tests.cluster.waiting import ClusterError, tail, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -182,6 +181,41 @@ class Cluster:
         """Run helm as administrator and return its output."""
         return self.run([self.layout.programs / "helm", *arguments], stdin=stdin, timeout=timeout).stdout
 
+    def second_node(self, *, reserved: bool = True) -> SecondNode:
+        """Start a second node and wait until pods can be placed on it; ``stop()`` switches it off again.
+
+        ``reserved``: only pods with ``second_node.TOLERATION`` go there, so that it disturbs no other test.
+
+        Raises:
+            ClusterError: it did not come up; the message says why.
+        """
+        around = Surroundings(
+            self.layout, self._credentials, self._api, self.namespaces, self.run, self._cgroup, self._base_environment()
+        )
+        added = SecondNode(around, reserved=reserved)
+        added.start(lambda node: self._import_images(node.namespaces))
+        self._tell(added.name)
+        return added
+
+    def import_image(self, image: oci.Image, namespaces: Namespaces | None = None) -> None:
+        """Put a small image on the first node, or into the containerd of other ``namespaces``, without pulling."""
+        handle, archive = tempfile.mkstemp(suffix=".tar", dir=self.layout.temporary)
+        os.close(handle)
+        try:
+            oci.write_archive(image, Path(archive))
+            command = ["ctr", "--namespace=k8s.io", "images", "import", archive]
+            done = subprocess.run(
+                (namespaces or self.namespaces).command(command),
+                env=self._environment(os.environ),
+                text=True,
+                capture_output=True,
+                timeout=120,
+            )
+        finally:
+            Path(archive).unlink()
+        if done.returncode != 0:
+            raise ClusterError(f"importing {image.name}: {done.stdout}{done.stderr}")
+
     def get(self, *arguments: str) -> Any:
         """Return what ``kubectl get ... --output=json`` says."""
         return json.loads(self.kubectl("get", *arguments, "--output=json"))
@@ -222,7 +256,7 @@ class Cluster:
         self._start("etcd", "api-server", "containerd", "minio", "registry")
         self.components["etcd"].wait_ready()
         self.components["containerd"].wait_ready()
-        self._import_images()
+        self._import_images(self.namespaces)
         self._tell("containerd")
         self.components["api-server"].wait_ready()
         self._tell("API server")
@@ -275,9 +309,17 @@ class Cluster:
         self._define("api-server", control_plane.api_server(credentials), api.ready)
         self._define("controller-manager", control_plane.controller_manager(credentials), self._namespace_filled)
         self._define("scheduler", control_plane.scheduler(credentials), lambda: True)
-        self._define("containerd", node.containerd(layout), containerd_socket.exists)
-        self._define("kubelet", node.kubelet(layout, credentials, self._cgroup), self._node_ready)
-        self._define("device-plugin", node.device_plugin(), self._node_has_devices)
+        kubelet = node.kubelet(
+            layout,
+            FIRST_NODE,
+            credentials.kubelet_config(FIRST_NODE),
+            credentials.authority,
+            credentials.kubelet_servers[FIRST_NODE.name],
+            self._cgroup,
+        )
+        self._define("containerd", node.containerd(layout, FIRST_NODE), containerd_socket.exists)
+        self._define("kubelet", kubelet, lambda: node.is_ready(api, FIRST_NODE.name))
+        self._define("device-plugin", node.device_plugin(), lambda: node.has_devices(api, FIRST_NODE.name))
         self._define(
             "coredns", addons.coredns(layout, credentials), lambda: answers(f"http://127.0.0.1:{DNS_READY_PORT}/ready")
         )
@@ -301,35 +343,20 @@ class Cluster:
     def _define(
         self, name: str, argv: list[str], ready: Callable[[], bool], environment: Mapping[str, str] | None = None
     ) -> None:
-        base = {"PATH": _path(), "HOME": str(self.layout.temporary), "TMPDIR": str(self.layout.temporary)}
+        base = self._base_environment()
         log = self.layout.logs / f"{name}.log"
         self.components[name] = Component(name, argv, ready, self.namespaces, log, {**base, **(environment or {})})
+
+    def _base_environment(self) -> dict[str, str]:
+        return {"PATH": _path(), "HOME": str(self.layout.temporary), "TMPDIR": str(self.layout.temporary)}
 
     def _start(self, *names: str) -> None:
         for name in names:
             self.components[name].start()
 
-    def _import_images(self) -> None:
-        for number, image in enumerate((oci.pause(tools.PAUSE.path()), oci.busybox())):
-            archive = self.layout.temporary / f"image-{number}.tar"
-            oci.write_archive(image, archive)
-            self.run(["ctr", "--namespace=k8s.io", "images", "import", archive])
-            archive.unlink()
-
-    def _node_ready(self) -> bool:
-        return any(
-            condition["type"] == "Ready" and condition["status"] == "True"
-            for condition in self._node_status().get("conditions", [])
-        )
-
-    def _node_has_devices(self) -> bool:
-        allocatable: dict[str, str] = self._node_status().get("allocatable", {})
-        return allocatable.get(GPU_RESOURCE) == str(GPU_COUNT)
-
-    def _node_status(self) -> dict[str, Any]:
-        found = self._api.get(f"/api/v1/nodes/{NODE_NAME}") or {}
-        status: dict[str, Any] = found.get("status", {})
-        return status
+    def _import_images(self, namespaces: Namespaces) -> None:
+        for image in (oci.pause(tools.PAUSE.path()), oci.busybox()):
+            self.import_image(image, namespaces)
 
     def _namespace_filled(self) -> bool:
         base = "/api/v1/namespaces/default"

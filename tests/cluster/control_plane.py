@@ -6,10 +6,10 @@ from tests.cluster import tools
 from tests.cluster.credentials import Credentials
 from tests.cluster.layout import (
     API_PORT,
+    CLUSTER_PODS,
     ETCD_PEER_PORT,
     ETCD_PORT,
     HOST_ADDRESS,
-    POD_NETWORK,
     SERVICE_NETWORK,
     Layout,
 )
@@ -82,7 +82,7 @@ def controller_manager(credentials: Credentials) -> list[str]:
         f"--authentication-kubeconfig={config}",
         f"--authorization-kubeconfig={config}",
         "--bind-address=127.0.0.1",
-        f"--cluster-cidr={POD_NETWORK}",
+        f"--cluster-cidr={CLUSTER_PODS}",
         f"--service-account-private-key-file={credentials.service_accounts.key}",
         f"--root-ca-file={credentials.authority.certificate}",
         "--use-service-account-credentials",

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.layout import API_URL, HOST_ADDRESS, NODE_NAME, SERVICE_ADDRESS, Layout
+from tests.cluster.layout import API_URL, FIRST_NODE, HOST_ADDRESS, SECOND_NODE, SERVICE_ADDRESS, Layout, NodePlace
 from tests.cluster.pki import Authority, Pair
 
 ADMINISTRATORS = "system:masters"
@@ -23,10 +23,15 @@ class Credentials:
     api_server: Pair
     api_server_to_kubelet: Pair
     aggregation: Pair
-    kubelet_server: Pair
+    # Serving certificates of the kubelets by node.
+    kubelet_servers: dict[str, Pair]
     webhook: Pair
     # Kubeconfig files by program.
     kubeconfigs: dict[str, Path]
+
+    def kubelet_config(self, node: NodePlace) -> Path:
+        """The kubeconfig of a node's kubelet."""
+        return self.kubeconfigs[_kubelet_name(node)]
 
 
 def issue(layout: Layout) -> Credentials:
@@ -37,7 +42,7 @@ def issue(layout: Layout) -> Credentials:
         "administrator": administrator,
         "controller-manager": authority.issue("controller-manager", "system:kube-controller-manager"),
         "scheduler": authority.issue("scheduler", "system:kube-scheduler"),
-        "kubelet": authority.issue("kubelet", f"system:node:{NODE_NAME}", organizations=["system:nodes"]),
+        **{_kubelet_name(node): _kubelet_client(authority, node) for node in (FIRST_NODE, SECOND_NODE)},
         "coredns": authority.issue("coredns", "system:coredns"),
         "training-operator": authority.issue("training-operator", "training-operator", organizations=[ADMINISTRATORS]),
     }
@@ -59,7 +64,10 @@ def issue(layout: Layout) -> Credentials:
             "api-server-to-kubelet", "api-server-to-kubelet", organizations=[ADMINISTRATORS]
         ),
         aggregation=authority.issue("aggregation", "front-proxy-client"),
-        kubelet_server=authority.issue("kubelet-server", NODE_NAME, hosts=[NODE_NAME, HOST_ADDRESS]),
+        kubelet_servers={
+            node.name: authority.issue(f"{node.name}-server", node.name, hosts=[node.name, node.address])
+            for node in (FIRST_NODE, SECOND_NODE)
+        },
         webhook=authority.issue(
             "webhook",
             "training-operator.kubeflow.svc",
@@ -72,6 +80,14 @@ def issue(layout: Layout) -> Credentials:
         ),
         kubeconfigs={name: _kubeconfig(layout, name, authority.pair, pair) for name, pair in clients.items()},
     )
+
+
+def _kubelet_name(node: NodePlace) -> str:
+    return f"kubelet-{node.name}"
+
+
+def _kubelet_client(authority: Authority, node: NodePlace) -> Pair:
+    return authority.issue(_kubelet_name(node), f"system:node:{node.name}", organizations=["system:nodes"])
 
 
 def _kubeconfig(layout: Layout, name: str, authority: Pair, client: Pair) -> Path:

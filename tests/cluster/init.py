@@ -35,17 +35,17 @@ def main() -> None:
 
 def network() -> None:
     """Lay out loopback and pod bridge; no route leads out of the namespace."""
-    _run("ip", "link", "set", "lo", "up")
+    run("ip", "link", "set", "lo", "up")
     # The API server listens on the address of the Service "kubernetes" itself, and CoreDNS on its own: no kube-proxy.
     for address in (SERVICE_ADDRESS, DNS_ADDRESS):
-        _run("ip", "address", "add", f"{address}/32", "dev", "lo")
+        run("ip", "address", "add", f"{address}/32", "dev", "lo")
     # With an address of its own: a bridge takes the lowest of its ports' instead, which changes as pods come and go,
     # and then all pods talk to the old one until their neighbour caches expire, for half a minute.
-    _run("ip", "link", "add", BRIDGE, "address", BRIDGE_MAC, "type", "bridge")
-    _run("ip", "address", "add", f"{HOST_ADDRESS}/{POD_PREFIX_LENGTH}", "dev", BRIDGE)
-    _run("ip", "link", "set", BRIDGE, "up")
+    run("ip", "link", "add", BRIDGE, "address", BRIDGE_MAC, "type", "bridge")
+    run("ip", "address", "add", f"{HOST_ADDRESS}/{POD_PREFIX_LENGTH}", "dev", BRIDGE)
+    run("ip", "link", "set", BRIDGE, "up")
     # Other service addresses fail at once instead of timing out.
-    _run("ip", "route", "add", "blackhole", SERVICE_NETWORK)
+    run("ip", "route", "add", "blackhole", SERVICE_NETWORK)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
 
 
@@ -55,12 +55,12 @@ def mounts(layout: Layout) -> None:
     resolver = Path("/etc/resolv.conf").resolve()
     for own, place in ((layout.var_lib, "/var/lib"), (layout.var_log, "/var/log")):
         own.mkdir(exist_ok=True)
-        _run("mount", "--bind", str(own), place)
-    _run("mount", "-t", "tmpfs", "tmpfs", "/run")
+        run("mount", "--bind", str(own), place)
+    run("mount", "-t", "tmpfs", "tmpfs", "/run")
     layout.resolver.write_text(f"nameserver {DNS_ADDRESS}\nsearch svc.cluster.local cluster.local\noptions ndots:5\n")
     resolver.parent.mkdir(parents=True, exist_ok=True)
     resolver.touch()
-    _run("mount", "--bind", str(layout.resolver), str(resolver))
+    run("mount", "--bind", str(layout.resolver), str(resolver))
 
 
 def collect_orphans() -> None:
@@ -75,7 +75,8 @@ def collect_orphans() -> None:
         signal.sigtimedwait({signal.SIGCHLD}, 1)
 
 
-def _run(*argv: str) -> None:
+def run(*argv: str) -> None:
+    """Run a program, or end this one with what it complained about."""
     done = subprocess.run(argv, text=True, capture_output=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(argv)}: {done.stderr.strip()}")

@@ -14,6 +14,8 @@ BRIDGE_MAC = "0a:58:0a:f4:00:01"
 """Locally administered; its last four bytes are HOST_ADDRESS."""
 POD_NETWORK = "10.244.0.0/24"
 POD_PREFIX_LENGTH = 24
+CLUSTER_PODS = "10.244.0.0/16"
+"""The pods of every node."""
 # The machine as the pods see it; API server, MinIO and the registry listen here.
 HOST_ADDRESS = "10.244.0.1"
 
@@ -35,7 +37,6 @@ TRAINING_OPERATOR_METRICS_PORT = 9445
 
 API_URL = f"https://{HOST_ADDRESS}:{API_PORT}"
 
-NODE_NAME = "node-1"
 GPU_COUNT = 8
 GPU_RESOURCE = "nvidia.com/gpu"
 GPU_PRODUCT = "NVIDIA-A100-SXM4-80GB"
@@ -46,6 +47,27 @@ NODE_LABELS = {
 }
 
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
+
+
+@dataclass(frozen=True)
+class NodePlace:
+    """A node's name, and where it and its pods lie in the network."""
+
+    name: str
+    address: str
+    """Of the kubelet."""
+    pod_network: str
+    gateway: str
+    """Of the pods, on the node's own bridge."""
+    last_pod: str
+    """Highest address that a pod gets."""
+
+
+# The addresses above its pods' are free for machines beside the bridge: the second node's is one.
+FIRST_NODE = NodePlace("node-1", HOST_ADDRESS, POD_NETWORK, HOST_ADDRESS, "10.244.0.239")
+SECOND_NODE = NodePlace("node-2", "10.244.0.240", "10.244.1.0/24", "10.244.1.1", "10.244.1.239")
+SECOND_NODE_LINK = "node-2"
+"""The bridge's end of the cable to the second node."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,11 @@ class Layout:
     def var_log(self) -> Path:
         """Mounted over /var/log: the pods' logs."""
         return self.state / "var-log"
+
+    @property
+    def second_node(self) -> Layout:
+        """Folders of the second node's own, laid out as these."""
+        return Layout(self.state / SECOND_NODE.name)
 
     @property
     def resolver(self) -> Path:

@@ -1,12 +1,13 @@
-"""The node: configuration and command lines of containerd, the kubelet and the device plugin."""
+"""A node: configuration and command lines of containerd, the kubelet and the device plugin."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tests.cluster import tools
-from tests.cluster.credentials import Credentials
+from tests.cluster.api import Api
 from tests.cluster.layout import (
     BRIDGE,
     CLUSTER_DOMAIN,
@@ -17,24 +18,24 @@ from tests.cluster.layout import (
     HOST_ADDRESS,
     KUBELET_PORT,
     NODE_LABELS,
-    NODE_NAME,
-    POD_NETWORK,
     REGISTRY_PORT,
     Layout,
+    NodePlace,
 )
 from tests.cluster.oci import PAUSE_IMAGE
+from tests.cluster.pki import Pair
 from tests.cluster.waiting import ClusterError
 
 CNI_FOLDERS = ("/usr/lib/cni", "/opt/cni/bin")
 REGISTRY = f"{HOST_ADDRESS}:{REGISTRY_PORT}"
 
 
-def containerd(layout: Layout) -> list[str]:
+def containerd(layout: Layout, place: NodePlace) -> list[str]:
     config = layout.config / "containerd.toml"
     config.write_text(_containerd_config(layout))
     network = layout.config / "cni"
     network.mkdir(exist_ok=True)
-    (network / "10-pods.conflist").write_text(json.dumps(_pod_network(), indent=2))
+    (network / "10-pods.conflist").write_text(json.dumps(_pod_network(place), indent=2))
     hosts = layout.config / "registries" / REGISTRY
     hosts.mkdir(parents=True, exist_ok=True)
     capabilities = 'capabilities = ["pull", "resolve"]'
@@ -74,7 +75,8 @@ state = "/run/containerd"
 """
 
 
-def _pod_network() -> dict[str, object]:
+def _pod_network(place: NodePlace) -> dict[str, object]:
+    addresses = {"subnet": place.pod_network, "rangeEnd": place.last_pod, "gateway": place.gateway}
     bridge = {
         "type": "bridge",
         "bridge": BRIDGE,
@@ -84,28 +86,32 @@ def _pod_network() -> dict[str, object]:
         "ipam": {
             "type": "host-local",
             "dataDir": "/run/cni",
-            "ranges": [[{"subnet": POD_NETWORK, "gateway": HOST_ADDRESS}]],
+            "ranges": [[addresses]],
             "routes": [{"dst": "0.0.0.0/0"}],
         },
     }
     return {"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]}
 
 
-def kubelet(layout: Layout, credentials: Credentials, cgroup: str) -> list[str]:
+def kubelet(
+    layout: Layout, place: NodePlace, kubeconfig: Path, authority: Pair, server: Pair, cgroup: str, *, taint: str = ""
+) -> list[str]:
+    """Return the command of a node's kubelet, whose pods lie below ``cgroup``; ``taint`` keeps other pods away."""
     config = layout.config / "kubelet.json"
-    config.write_text(json.dumps(_kubelet_config(layout, credentials, cgroup), indent=2))
+    config.write_text(json.dumps(_kubelet_config(layout, authority, server, cgroup), indent=2))
     labels = ",".join(f"{name}={value}" for name, value in NODE_LABELS.items())
     return [
         str(tools.KUBELET.path()),
         f"--config={config}",
-        f"--kubeconfig={credentials.kubeconfigs['kubelet']}",
-        f"--hostname-override={NODE_NAME}",
-        f"--node-ip={HOST_ADDRESS}",
+        f"--kubeconfig={kubeconfig}",
+        f"--hostname-override={place.name}",
+        f"--node-ip={place.address}",
         f"--node-labels={labels}",
+        *([f"--register-with-taints={taint}"] if taint else []),
     ]
 
 
-def _kubelet_config(layout: Layout, credentials: Credentials, cgroup: str) -> dict[str, object]:
+def _kubelet_config(layout: Layout, authority: Pair, server: Pair, cgroup: str) -> dict[str, object]:
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -129,13 +135,31 @@ def _kubelet_config(layout: Layout, credentials: Credentials, cgroup: str) -> di
         "authentication": {
             "anonymous": {"enabled": False},
             "webhook": {"enabled": True},
-            "x509": {"clientCAFile": str(credentials.authority.certificate)},
+            "x509": {"clientCAFile": str(authority.certificate)},
         },
         "authorization": {"mode": "Webhook"},
-        "tlsCertFile": str(credentials.kubelet_server.certificate),
-        "tlsPrivateKeyFile": str(credentials.kubelet_server.key),
+        "tlsCertFile": str(server.certificate),
+        "tlsPrivateKeyFile": str(server.key),
     }
 
 
 def device_plugin() -> list[str]:
     return [str(tools.DEVICE_PLUGIN.path()), f"-resource={GPU_RESOURCE}", f"-count={GPU_COUNT}"]
+
+
+def is_ready(api: Api, name: str) -> bool:
+    """Whether pods can be placed on the node."""
+    conditions = _status(api, name).get("conditions", [])
+    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+
+
+def has_devices(api: Api, name: str) -> bool:
+    """Whether the device plugin's devices show in the node's status."""
+    allocatable: dict[str, str] = _status(api, name).get("allocatable", {})
+    return allocatable.get(GPU_RESOURCE) == str(GPU_COUNT)
+
+
+def _status(api: Api, name: str) -> dict[str, Any]:
+    found = api.get(f"/api/v1/nodes/{name}") or {}
+    status: dict[str, Any] = found.get("status", {})
+    return status

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import Cluster, ClusterError, cgroups, unusable_because, wait_for
+from tests.cluster.layout import SECOND_NODE
 from tests.cluster.namespaces import children
 from tests.cluster.oci import BUSYBOX_IMAGE
 
@@ -25,10 +26,16 @@ pytestmark = [
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OWNER = f"""
-import sys
+import json, sys
 from pathlib import Path
 from tests.cluster import Cluster
 with Cluster.start(Path(sys.argv[1]), verbose=False) as cluster:
+    for node in sys.argv[2:]:
+        cluster.second_node()
+        affinity = {{"spec": {{"nodeName": node}}}}
+        overrides = f"--overrides={{json.dumps(affinity)}}"
+        cluster.kubectl("run", "far", "--image={BUSYBOX_IMAGE}", overrides, "--", "sleep", "2000")
+        cluster.kubectl("wait", "--for=condition=Ready", "pod/far", "--timeout=60s")
     cluster.kubectl("run", "sleeper", "--image={BUSYBOX_IMAGE}", "--", "sleep", "1000")
     cluster.kubectl("wait", "--for=condition=Ready", "pod/sleeper", "--timeout=30s")
     print("running", cluster._watcher.pid, flush=True)
@@ -78,9 +85,9 @@ class Owner:
 
 
 @contextlib.contextmanager
-def owner(state: Path) -> Iterator[Owner]:
+def owner(state: Path, *nodes: str) -> Iterator[Owner]:
     process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(state)],
+        [sys.executable, "-c", OWNER, str(state), *nodes],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -106,11 +113,13 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def test_an_owner_killed_by_9_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_owner_killed_by_9_leaves_nothing_behind_of_two_nodes(tmp_path: Path) -> None:
     before = Machine.now()
-    with owner(tmp_path / "killed") as owned:
+    with owner(tmp_path / "killed", SECOND_NODE.name) as owned:
         commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in owned.processes]
-        assert any(b"sleep\x001000" in command for command in commands), "the pod's process is one of them"
+        for seconds in (b"1000", b"2000"):
+            assert any(b"sleep\0" + seconds in command for command in commands), "the pods' processes are some of them"
+        assert len(owned.networks) == 4, "of two nodes and two pods"
         assert cgroups.existing("killed")
         owned.process.kill()
         owned.process.wait()

@@ -103,8 +103,9 @@ def keep_logs(layout: Layout) -> None:
         return
     kept = Path(wanted) / f"{time.strftime('%Y%m%dT%H%M%S')}-{layout.state.name}"
     shutil.copytree(layout.logs, kept / "logs")
-    if (layout.var_log / "pods").exists():
-        shutil.copytree(layout.var_log / "pods", kept / "pods", symlinks=True)
+    for node, folder in ((layout, "pods"), (layout.second_node, "pods-of-the-second-node")):
+        if (node.var_log / "pods").exists():
+            shutil.copytree(node.var_log / "pods", kept / folder, symlinks=True)
 
 
 def remove_state(layout: Layout) -> None:

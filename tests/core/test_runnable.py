@@ -35,11 +35,6 @@ VALUES: dict[str, Any] = {
     "storage.checkpoint.keepBest": 2,
     "storage.artifact": "Merged",
     "tracking": {"tensorBoard": {}},
-    "runPolicy.suspend": True,
-    "runPolicy.cancel": True,
-    "runPolicy.activeDeadlineSeconds": 60,
-    "runPolicy.pendingDeadlineSeconds": 60,
-    "runPolicy.ttlSecondsAfterFinished": 0,
     "runPolicy.preflight": "Run",
 }
 

@@ -7,20 +7,24 @@ from typing import Any
 
 import pytest
 
-from finetune_core.api.status import AttemptsStatus, PastAttempt
+from finetune_core.api.run_policy import RunPolicySpec
+from finetune_core.api.status import AttemptsStatus, PastAttempt, UsageStatus
 from finetune_core.contract import Outcome
-from finetune_operator.attempts import Next, World, advance, backoff
+from finetune_operator.accounting import backoff
+from finetune_operator.attempts import Next, World, advance
 from finetune_operator.observed import PodObservation
 from tests.operator.worlds import CHILD_UID, NOW, at, checkpoint, child, current, pod, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 
 
-def world(pods: list[PodObservation], *, now: float = 0, **changes: Any) -> World:
+def world(pods: list[PodObservation], *, now: float = 0, active: int = 0, policy: Any = None, **changes: Any) -> World:
     values: dict[str, Any] = {
         "now": at(now),
         "nodes": 2,
-        "max_retries": 3,
+        "policy": RunPolicySpec(**(policy or {})),
+        "usage": UsageStatus(active_seconds=active),
+        "waiting_for": "",
         "child": child(),
         "child_uid": CHILD_UID,
         "pods": pods,
@@ -30,8 +34,8 @@ def world(pods: list[PodObservation], *, now: float = 0, **changes: Any) -> Worl
     return World(**(values | changes))
 
 
-def empty(now: float = 0, *, pods: list[PodObservation] | None = None) -> World:
-    return world(pods or [], now=now, child=None, child_uid="")
+def empty(now: float = 0, *, pods: list[PodObservation] | None = None, **changes: Any) -> World:
+    return world(pods or [], now=now, **({"child": None, "child_uid": ""} | changes))
 
 
 def running(**changes: Any) -> AttemptsStatus:

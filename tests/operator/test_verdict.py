@@ -76,7 +76,7 @@ TABLE = {
         ("Free", "PodDeleted"),
     ),
     "the backend deleted the others after the first failure": (
-        [pod(0, exit_code=1, finished=5), pod(1, exit_code=143, finished=6, deleted=5)],
+        [pod(0, exit_code=1, finished=5), pod(1, exit_code=143, finished=6, deleted=6)],
         ("Charged", "Crashed"),
     ),
     "deleted first, the peer crashed for it": (

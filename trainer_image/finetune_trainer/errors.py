@@ -29,3 +29,8 @@ class Stopped(Exception):  # noqa: N818
 
 class NewerRun(OutsideFailure):
     """The fence: a newer run of the same job exists in the bucket, so this one must not write any more (75)."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, for a sentence; at most 300 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

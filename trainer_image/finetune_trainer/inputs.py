@@ -24,15 +24,18 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
     """Fetch model and data into ``folder``; raises UserError with the field's path for what is not there."""
     dataset = config.dataset
     train = _data_file(dataset.train, "dataset.train", paths, store, folder / "train")
-    validation = None
+    validation = test = None
     if dataset.validation is not None:
         validation = _data_file(dataset.validation, "dataset.validation", paths, store, folder / "validation")
+    if dataset.test is not None:
+        test = _data_file(dataset.test, "dataset.test", paths, store, folder / "test")
     form = dataset.format.prompt_completion
     if form is not None:
-        check_columns(train, "dataset.train", form)
-        if validation is not None:
-            check_columns(validation, "dataset.validation", form)
-    return Inputs(model=_model_folder(config.model, paths, store, folder / "model"), train=train, validation=validation)
+        for file, name in ((train, "dataset.train"), (validation, "dataset.validation"), (test, "dataset.test")):
+            if file is not None:
+                check_columns(file, name, form)
+    model = _model_folder(config.model, paths, store, folder / "model")
+    return Inputs(model=model, train=train, validation=validation, test=test)
 
 
 def _volume_path(source: VolumeSource, paths: Paths, name: str) -> Path:

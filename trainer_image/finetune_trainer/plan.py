@@ -17,6 +17,7 @@ class Inputs(ContractModel):
     model: Path
     train: Path
     validation: Path | None = None
+    test: Path | None = None
 
 
 class WorkerPlan(ContractModel):

@@ -35,8 +35,9 @@ CONDITIONS: Mapping[ConditionType, str] = {
 
 REASONS: Mapping[Reason, Explanation] = {
     Reason.QUEUED: Explanation(
-        "The attempt exists, but no pod does yet.",
-        "Wait. If it lasts: look at the PyTorchJob in `status.child`; Kueue may hold it, or a quota may be used up.",
+        "The attempt exists, but no pod does yet: the queue of `runPolicy.queueName` holds it, or a quota is used up.",
+        "Wait. If it lasts, read the message; under Kueue look at the Workload of the PyTorchJob in `status.child`, and"
+        " whether Kueue's configuration lists `kubeflow.org/pytorchjob`.",
     ),
     Reason.STARTING: Explanation(
         "Pods exist, but not all ranks report: nodes, images, volumes, model and data are being waited for.",
@@ -46,6 +47,11 @@ REASONS: Mapping[Reason, Explanation] = {
     Reason.RETRYING: Explanation(
         "An attempt ended; the next starts after the back-off and resumes from the newest checkpoint.",
         "Read the message and `status.attempts.recent`: a lost node needs nothing, an error of your own does.",
+    ),
+    Reason.SUSPENDED: Explanation(
+        "`runPolicy.suspend` is true, or somebody suspended the PyTorchJob: no pod runs, or the last ones save their"
+        " checkpoint. Nothing is charged.",
+        "Set `runPolicy.suspend` to false: the next attempt goes on from the checkpoint.",
     ),
     Reason.COMPLETED: Explanation(
         "The artifact is committed.", "Fetch it: `finetune download NAME`, or `status.artifact.uri`."
@@ -72,6 +78,16 @@ REASONS: Mapping[Reason, Explanation] = {
         "Read `status.attempts.recent` and the trainer's log. The checkpoints stay: with the same `storage.runId` a new"
         " job resumes from them.",
     ),
+    Reason.DEADLINE_EXCEEDED: Explanation(
+        "`runPolicy.activeDeadlineSeconds` of running pods were used up, or an attempt's pods did not all run within"
+        " `runPolicy.pendingDeadlineSeconds`; the message says which, and what was waited for.",
+        "Remove what was waited for, or create the job anew with a longer deadline. The checkpoints stay: with the same"
+        " `storage.runId` it resumes from them.",
+    ),
+    Reason.CANCELLED: Explanation(
+        "`runPolicy.cancel` is true. While `Succeeded` is Unknown the pods still save their checkpoint.",
+        "Nothing. A new job with the same `storage.runId` resumes from the newest checkpoint.",
+    ),
     Reason.NAME_CONFLICT: Explanation(
         "An object of the name that the operator needs exists and belongs to somebody else.",
         "Delete or rename it; the operator tries again by itself.",
@@ -93,15 +109,17 @@ REASONS: Mapping[Reason, Explanation] = {
     Reason.SETTLED: Explanation("The job has ended; see `Succeeded`."),
 }
 
-_WAITS = (Reason.QUEUED, Reason.STARTING, Reason.RUNNING, Reason.RETRYING)
+_WAITS = (Reason.QUEUED, Reason.STARTING, Reason.RUNNING, Reason.RETRYING, Reason.SUSPENDED)
 _OUTSIDE = (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE)
 _DONE = (Reason.COMPLETED, Reason.EARLY_STOPPED)
-_FAILED = (Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED)
+_STOPPING = (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED)
+"""Said already while the pods save their last checkpoint."""
+_FAILED = (Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED, *_STOPPING)
 
 STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.SUCCEEDED: {
         # BadInput while Unknown: the spec is one that this version of the operator can't read, another may.
-        "Unknown": (*_WAITS, *_OUTSIDE, Reason.BAD_INPUT),
+        "Unknown": (*_WAITS, *_OUTSIDE, *_STOPPING, Reason.BAD_INPUT),
         "True": _DONE,
         "False": _FAILED,
     },

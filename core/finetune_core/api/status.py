@@ -13,6 +13,8 @@ from finetune_core.api.conditions import Condition
 HISTORY_LIMIT = 60
 CHECKPOINT_LIMIT = 100
 RECENT_ATTEMPTS_LIMIT = 20
+MOST_HOLDERS = 198
+"""Pods of one attempt and those of the one before that still end."""
 
 Decimal = Annotated[str, Field(max_length=32)]
 Text = Annotated[str, Field(max_length=1024)]
@@ -61,6 +63,10 @@ class CurrentAttempt(StatusModel):
     """1 for the first."""
     start_time: datetime
     """When it was started."""
+    admitted_time: datetime | None = None
+    """When its place was granted: at its start, or when its queue resumed it; absent while a queue holds it."""
+    running_time: datetime | None = None
+    """When all its pods ran for the first time since then; absent until they do."""
     pods: Annotated[list[PodRecord], Field(max_length=99, json_schema_extra=ATOMIC)] = []
     """First pod seen per index."""
     cause: AttemptCause | None = None
@@ -212,7 +218,15 @@ class UsageStatus(StatusModel):
     """What the job has taken."""
 
     gpu_seconds: Count = 0
-    """GPUs times seconds that pods held them, over all attempts."""
+    """GPUs times seconds that pods held them, over all attempts, until `lastUpdateTime`."""
+    active_seconds: Count = 0
+    """Seconds in which at least one pod ran, over all attempts; `runPolicy.activeDeadlineSeconds` bounds them."""
+    last_update_time: datetime | None = None
+    """Until when both are counted."""
+    holders: Annotated[
+        list[Annotated[str, Field(max_length=64)]], Field(max_length=MOST_HOLDERS, json_schema_extra=ATOMIC)
+    ] = []
+    """uids of the pods that held GPUs then: what they took since is counted even where they are gone."""
 
 
 class ArtifactStatus(StatusModel):
@@ -249,7 +263,7 @@ class FineTuneJobStatus(StatusModel):
     attempts: AttemptsStatus = AttemptsStatus()
     """How often the job was started."""
     image: Annotated[str, Field(max_length=512)] | None = None
-    """Trainer image, fixed at attempt 1."""
+    """Trainer image, with its digest as soon as a node has pulled it: fixed at attempt 1 for every later one."""
     start_time: datetime | None = None
     """When the first attempt was started."""
     completion_time: datetime | None = None

@@ -53,11 +53,6 @@ NOT_YET = (
     NotYet("storage.checkpoint.keepBest", (1,), "be 1"),
     NotYet("storage.artifact", (None, "Adapter"), "be Adapter"),
     NotYet("tracking", (None,), "be absent"),
-    NotYet("runPolicy.suspend", (False,), "be false"),
-    NotYet("runPolicy.cancel", (False,), "be false"),
-    NotYet("runPolicy.activeDeadlineSeconds", (None,), "be absent"),
-    NotYet("runPolicy.pendingDeadlineSeconds", (None,), "be absent"),
-    NotYet("runPolicy.ttlSecondsAfterFinished", (None,), "be absent"),
     NotYet("runPolicy.preflight", (None, "Skip"), "be Skip"),
 )
 

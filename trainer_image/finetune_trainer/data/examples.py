@@ -46,6 +46,8 @@ class Examples:
     """The examples of a data file, and what was left out."""
 
     examples: list[Example] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    """The row of each example, which the answer that is generated for it is graded against."""
     notices: list[str] = field(default_factory=list)
     """One sentence for each kind of row that was skipped."""
 
@@ -125,6 +127,7 @@ def make_examples(rows: Iterable[Row], file: str, name: str, dataset: DatasetSpe
             refuse("longRows", dataset.long_rows, f"{file} line {row.line} has {len(ids)} tokens, {limit}")
             continue
         made.examples.append(Example(ids, len(prompt)))
+        made.rows.append(row)
     if problems["badRows"]:
         made.notices.append(_skipped(problems["badRows"], name, "badRows: Skip"))
     if problems["longRows"]:

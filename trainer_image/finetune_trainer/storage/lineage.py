@@ -30,6 +30,19 @@ class ParentRecord(ContractModel):
     step: int
 
 
+class Rollback(ContractModel):
+    """A return to an earlier checkpoint; it holds for every later step of the lineage."""
+
+    step: int
+    """Step that was returned to: later ones use the lower rate."""
+    rate_factor: float
+    skip_from: int
+    """First step whose global batch is consumed without an update."""
+    skip_to: int
+    """Last such step."""
+    reason: str
+
+
 class RunRecord(ContractModel):
     """Content of `runs/<run>.json`; it differs between any two writers, so that a conditional write can be told
     from another's."""
@@ -39,6 +52,9 @@ class RunRecord(ContractModel):
     pod_uid: str
     parent: ParentRecord | None = None
     rate_factor: float = 1.0
+    """Product over `rollbacks`, for people who read the file."""
+    rollbacks: list[Rollback] = []
+    """All rollbacks of the lineage, oldest first."""
 
 
 def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId]) -> list[CheckpointId]:

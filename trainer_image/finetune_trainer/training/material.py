@@ -11,14 +11,13 @@ from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_trainer.data.examples import Example, Examples, Tokenize, make_examples
 from finetune_trainer.data.reader import read_rows
+from finetune_trainer.data.tokenizer import load_tokenizer, tokenize_with
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.training.model import (
     DTYPES,
     add_adapters,
     enable_gradient_checkpointing,
     load_base,
-    load_tokenizer,
-    tokenize_with,
 )
 
 

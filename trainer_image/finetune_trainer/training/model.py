@@ -1,4 +1,4 @@
-"""Loads tokenizer and base model from local files and puts the adapters on; called by every rank.
+"""Loads the base model from local files and puts the adapters on; called by every rank.
 
 Adapter weights come from (seed, name) on the CPU in fp32: the same for every stage, rank count and device.
 """
@@ -7,48 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
-from finetune_trainer.data.examples import Tokenize
+from finetune_trainer.errors import first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALL_DENSE_LAYERS = "all-linear"
 """peft's name for every linear layer but the output head."""
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; raises UserError where it is missing or has no end token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError("model", f"its tokenizer can't be loaded: {_first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError("model", "its tokenizer has no end token (eos_token), so no answer could ever end")
-    return tokenizer
-
-
-def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
-    """Return the functions that examples are made with."""
-    end = tokenizer.eos_token_id
-
-    def prompt(text: str) -> Sequence[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
-        # Some tokenizers put the end token behind every text; behind a prompt it would end the example.
-        return ids[:-1] if ids and ids[-1] == end else ids
-
-    def completion(text: str) -> Sequence[int]:
-        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    return Tokenize(prompt, completion, end)
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -63,7 +35,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             use_safetensors=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError("model", f"its files can't be loaded: {_first_line(error)}") from error
+        raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
     model.config.use_cache = False
     return model
 
@@ -83,7 +55,7 @@ def add_adapters(model: PreTrainedModel, lora: LoRASpec, *, seed: int, base_name
     try:
         tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise UserError("lora.targetModules", f"must name modules of the model: {_first_line(error)}") from error
+        raise UserError("lora.targetModules", f"must name modules of the model: {first_line(error)}") from error
     # Otherwise it is the folder that this pod fetched the base to, which means nothing to anybody else.
     tuned.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in tuned.named_parameters():
@@ -113,7 +85,3 @@ def enable_gradient_checkpointing(model: Any) -> None:
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return the parameters that are trained, by name and in the model's order (tied ones once)."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -5,12 +5,13 @@ Rank 0 does this for all; what comes out is JSON, because it is shared at the re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune_core.contract import CheckpointRecord, ContractModel, Identity
 from finetune_core.layout import checkpoint_folder
-from finetune_trainer.errors import OutsideFailure
+from finetune_trainer.errors import NewerRun, OutsideFailure
 from finetune_trainer.storage.checkpoints import (
     TRAINER_FILE,
     Damaged,
@@ -22,6 +23,7 @@ from finetune_trainer.storage.checkpoints import (
 from finetune_trainer.storage.lineage import (
     CheckpointId,
     ParentRecord,
+    Rollback,
     RunRecord,
     lineage,
     read_records,
@@ -43,6 +45,8 @@ class Start(ContractModel):
     others: list[CheckpointRecord] = []
     """Committed checkpoints on branches that were left."""
     notices: list[str] = []
+    rollbacks: list[Rollback] = []
+    """Returns to earlier checkpoints that hold for this run too."""
 
 
 def _choose(root: RunRoot, candidates: Sequence[CheckpointId], target: Path) -> tuple[CheckpointId | None, list[str]]:
@@ -73,20 +77,50 @@ def start_run(root: RunRoot, identity: Identity, target: Path) -> Start:
         chosen, notices = _choose(root, candidates, target)
         parent = ParentRecord(run=chosen.run, step=chosen.step) if chosen else None
         run = max(records, default=0) + 1
-        if not take_run(root, run, RunRecord(attempt=identity.attempt, pod_uid=identity.pod_uid, parent=parent)):
+        # The newest run's, whichever checkpoint is resumed from: its own may be lost, what it had learned is not.
+        rollbacks = known[max(known)].rollbacks if known else []
+        if not take_run(root, run, _record(identity, parent, rollbacks)):
             continue
         taken.add(run)
         if lineage(known, committed(root)) == candidates:
-            return _describe(root, run, parent, notices)
+            return _describe(root, run, parent, rollbacks, notices)
     raise OutsideFailure(f"no run number could be taken in {MOST_TRIES} tries: other writers are active")
 
 
-def _describe(root: RunRoot, run: int, parent: ParentRecord | None, notices: list[str]) -> Start:
+def restart_run(root: RunRoot, identity: Identity, run: int, rollback: Rollback, target: Path) -> Start:
+    """Take the number after ``run``, which ends with ``rollback``, and fetch the checkpoint that it goes back to.
+
+    Where that one is damaged an older one of the lineage serves, at last the base model. Raises NewerRun where another
+    start of the job was faster.
+    """
+    records = read_records(root)
+    candidates = [item for item in lineage(records, committed(root)) if item.step <= rollback.step]
+    chosen, notices = _choose(root, candidates, target)
+    parent = ParentRecord(run=chosen.run, step=chosen.step) if chosen else None
+    rollbacks = [*records[run].rollbacks, rollback.model_copy(update={"step": chosen.step if chosen else 0})]
+    if max(records) != run or not take_run(root, run + 1, _record(identity, parent, rollbacks)):
+        raise NewerRun(f"another run of this job has started, so run {run} ended")
+    return _describe(root, run + 1, parent, rollbacks, notices)
+
+
+def _record(identity: Identity, parent: ParentRecord | None, rollbacks: Sequence[Rollback]) -> RunRecord:
+    return RunRecord(
+        attempt=identity.attempt,
+        pod_uid=identity.pod_uid,
+        parent=parent,
+        rate_factor=math.prod(rollback.rate_factor for rollback in rollbacks),
+        rollbacks=list(rollbacks),
+    )
+
+
+def _describe(
+    root: RunRoot, run: int, parent: ParentRecord | None, rollbacks: list[Rollback], notices: list[str]
+) -> Start:
     records = read_records(root)
     stored = {CheckpointId(record.run, record.step): record for record in inventory(root)}
     own = [stored[item] for item in reversed(lineage(records, stored)) if item in stored]
     rest = [record for record in stored.values() if record not in own]
-    return Start(run=run, parent=parent, ancestors=own, others=rest, notices=notices)
+    return Start(run=run, parent=parent, ancestors=own, others=rest, notices=notices, rollbacks=rollbacks)
 
 
 def past_steps(root: RunRoot, start: Start) -> list[StepRow]:

@@ -1,11 +1,8 @@
-"""The training loop: from a joined gang to a committed artifact. `train` reads as the story of a run."""
+"""From a joined gang to a committed artifact: `train` reads as the story of a run, `loop` has its steps."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,25 +10,19 @@ import torch
 
 from finetune_core.contract import Phase, Result
 from finetune_core.layout import checkpoint_folder
-from finetune_core.planning.choices import total_steps
-from finetune_trainer.data.batches import collate
-from finetune_trainer.data.order import batches_per_epoch, cursor, global_batch, micro_batches
-from finetune_trainer.errors import Diverged, Stopped
 from finetune_trainer.outcomes import Standing
 from finetune_trainer.plan import WorkerPlan, open_root
 from finetune_trainer.storage.artifact import publish
 from finetune_trainer.storage.checkpoints import TrainerState, fetch_folder
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.storage.steplog import StepRow
 from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.export import export
 from finetune_trainer.training.gang import Gang
-from finetune_trainer.training.loss import perplexity, summed_loss
+from finetune_trainer.training.loop import Training
 from finetune_trainer.training.material import Data, load_data, load_model
 from finetune_trainer.training.model import trained_parameters
 from finetune_trainer.training.progress import Progress, say
 from finetune_trainer.training.saving import Saver
-from finetune_trainer.training.schedule import rate
 from finetune_trainer.training.start import Start, past_steps, read_trainer_state, start_run
 from finetune_trainer.training.state import load_state, load_weights
 
@@ -112,202 +103,3 @@ def _finish(
         return result.model_copy(update={"message": message, "checkpoint": chosen.uri}).model_dump(mode="json")
 
     return Result.model_validate(gang.share(publish_chosen))
-
-
-class Training:
-    """The steps of a run from where it starts to its last."""
-
-    def __init__(
-        self,
-        plan: WorkerPlan,
-        gang: Gang,
-        engine: Engine,
-        data: Data,
-        saver: Saver,
-        progress: Progress | None,
-        standing: Standing,
-        state: TrainerState | None,
-    ) -> None:
-        """Stand at ``state``, or before the first step."""
-        self._config = plan.config
-        self._gang = gang
-        self._engine = engine
-        self._data = data
-        self._saver = saver
-        self._progress = progress
-        self._standing = standing
-        optimization = plan.config.optimization
-        rows = len(data.train)
-        self._rows = rows
-        self._lengths = [len(example.ids) for example in data.train]
-        self._per_epoch = batches_per_epoch(rows, optimization.global_batch_size)
-        self.total_steps = total_steps(
-            rows=rows,
-            global_batch_size=optimization.global_batch_size,
-            epochs=optimization.epochs,
-            max_steps=optimization.max_steps,
-        )
-        self.step = state.step if state else 0
-        self._saved_step = self.step
-        standing.step = self.step
-        standing.checkpoint = saver.last.uri if saver.last else None
-        self._updates = state.updates if state else 0
-        self._tokens = state.tokens if state else 0
-        best = saver.best
-        self._best = best.perplexity if best is not None and best.perplexity is not None else math.inf
-        if state is not None and state.rows != rows and progress is not None:
-            progress.notice(f"the training data has {rows} rows where the checkpoint was made with {state.rows}")
-
-    def description(self, start: Start) -> str:
-        """Return the line that the log begins with."""
-        optimization, world = self._config.optimization, self._config.world
-        shapes = self._engine.names.values()
-        trained = sum(math.prod(shape) for shape in shapes)
-        resumed = f", resumed from step {start.parent.step} of run {start.parent.run}" if start.parent else ""
-        return (
-            f"run {start.run}: {self._config.method.value}, {trained:,} trained parameters, {optimization.precision},"
-            f" ZeRO {optimization.zero_stage}, {world.size} x {world.device},"
-            f" {torch.get_num_threads()} threads each; {self._rows} rows, {self.total_steps} steps of"
-            f" {optimization.global_batch_size} examples{resumed}"
-        )
-
-    def steps(self, stop: Callable[[], bool]) -> None:
-        """Run to the last step with evaluations and checkpoints; raises Stopped and Diverged."""
-        while self.step < self.total_steps:
-            row = self._one_step(self.step + 1, stop)
-            if row is None:
-                self._stop()
-            else:
-                self._after(row)
-
-    def _one_step(self, step: int, stop: Callable[[], bool]) -> StepRow | None:
-        """Consume the global batch of ``step`` and apply its update; None where the ranks agreed to stop.
-
-        Loss and gradient are sums over the supervised tokens of the whole global batch divided by their number,
-        whatever the number of ranks and micro-batches: the engine averages over ranks, hence the factor.
-        """
-        started = time.monotonic()
-        optimization, gang = self._config.optimization, self._gang
-        batch = global_batch(
-            step, rows=self._rows, global_batch_size=optimization.global_batch_size, seed=optimization.seed
-        )
-        tokens = sum(self._data.train[row].supervised_tokens for row in batch)
-        own = micro_batches(
-            batch,
-            self._lengths,
-            rank=gang.rank,
-            world_size=gang.world_size,
-            micro_batch_size=optimization.micro_batch_size,
-        )
-        nll = torch.zeros((), dtype=torch.float64, device=gang.device)
-        for index, rows in enumerate(own):
-            if gang.agree(stop()):
-                return None
-            micro = collate([self._data.train[row] for row in rows], self._data.pad).to(gang.device)
-            torch.manual_seed(dropout_seed(optimization.seed, step, gang.rank, index))
-            loss = summed_loss(self._engine, micro)
-            nll += loss.detach()
-            self._engine.backward(loss * (gang.world_size / max(1, tokens)), last=index == len(own) - 1)
-        loss_value = gang.total([float(nll)])[0] / max(1, tokens)
-        norm = self._engine.gradient_norm()
-        self._check_finite(step, loss_value, norm)
-        learning_rate = rate(step, self.total_steps, optimization)
-        self._engine.step(learning_rate)
-        self.step = self._standing.step = step
-        self._updates += 1
-        self._tokens += tokens
-        return StepRow(
-            step=step,
-            epoch=step / self._per_epoch,
-            loss=loss_value,
-            learning_rate=learning_rate,
-            gradient_norm=norm,
-            tokens=tokens,
-            seconds=time.monotonic() - started,
-        )
-
-    def _check_finite(self, step: int, loss: float, norm: float) -> None:
-        """Raise Diverged before the update is applied; every rank sees the same values."""
-        what = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) else None
-        if what is not None:
-            raise Diverged(
-                f"the {what} of step {step} is not a finite number; lower training.learningRate (it is"
-                f" {self._config.optimization.learning_rate:g}) or look at the rows of that step"
-            )
-
-    def _after(self, row: StepRow) -> None:
-        """Evaluate and save where it is due, and tell."""
-        if self._progress is not None:
-            self._progress.finished_step(row)
-        score = self._evaluate() if self._evaluation_due() else None
-        if self._progress is not None:
-            if score is not None:
-                self._progress.scored(score)
-            self._progress.log_step()
-        improved = score is not None and score < self._best
-        if improved and score is not None:
-            self._best = score
-        wanted_best = improved and self._config.evaluation.artifact_from == "Best"
-        periodic = self.step % self._config.storage.checkpoint_every_steps == 0
-        if periodic or wanted_best or self.step == self.total_steps:
-            self._save(score)
-
-    def _evaluation_due(self) -> bool:
-        if not self._data.validation:
-            return False
-        every = self._config.evaluation.every_steps or self._per_epoch
-        return self.step % every == 0 or self.step == self.total_steps
-
-    def _evaluate(self) -> float:
-        self._phase(Phase.EVALUATING)
-        value = perplexity(
-            self._engine,
-            self._gang,
-            self._data.validation,
-            batch_size=self._config.optimization.micro_batch_size,
-            pad=self._data.pad,
-        )
-        self._phase(Phase.TRAINING)
-        return value
-
-    def _save(self, score: float | None) -> None:
-        self._phase(Phase.SAVING)
-        optimization = self._config.optimization
-        position = cursor(self.step + 1, rows=self._rows, global_batch_size=optimization.global_batch_size)
-        state = TrainerState(
-            step=self.step,
-            epoch=position.epoch,
-            batch_in_epoch=position.batch,
-            seed=optimization.seed,
-            updates=self._updates,
-            tokens=self._tokens,
-            world_size=self._gang.world_size,
-            zero_stage=optimization.zero_stage,
-            rows=self._rows,
-            perplexity=score,
-            best_perplexity=self._best if math.isfinite(self._best) else None,
-        )
-        rows = self._progress.pending_rows() if self._progress is not None else []
-        record = self._saver.save(self._engine, state, rows)
-        self._saved_step = self.step
-        self._standing.checkpoint = record.uri
-        if self._progress is not None:
-            self._progress.saved(record, self._saver.committed)
-        self._phase(Phase.TRAINING)
-
-    def _stop(self) -> None:
-        """Save what is not saved yet, then leave; all ranks come here together. Always raises Stopped."""
-        if self.step > self._saved_step:
-            self._save(None)
-        where = f"the checkpoint of step {self.step} is committed" if self.step else "no step was finished yet"
-        raise Stopped(f"told to stop: {where}")
-
-    def _phase(self, phase: Phase) -> None:
-        if self._progress is not None:
-            self._progress.phase(phase)
-
-
-def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
-    """Return the seed of torch's generators for a micro-batch: no random state has to be saved or restored."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,62 @@
+"""Writes the status where it differs from the stored one, and then tells its transitions. Called by `reconcile`; the
+only place of the operator that writes a FineTuneJob."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from finetune_core.api import FineTuneJobStatus
+from finetune_operator.cluster import Cluster
+from finetune_operator.conditions import View
+from finetune_operator.metrics import Metrics
+from finetune_operator.record import Record
+from finetune_operator.recorder import Recorder
+from finetune_operator.status import LEAST_SECONDS_BETWEEN_NUMBERS, compute_status, is_news, is_transition
+
+
+class StatusWriter:
+    """Applies the status of one job at a time."""
+
+    def __init__(
+        self,
+        *,
+        cluster: Cluster,
+        recorder: Recorder,
+        metrics: Metrics,
+        child_kind: str,
+        clock: Callable[[], float],
+    ) -> None:
+        """Write with ``cluster``, tell with ``recorder``."""
+        self._cluster = cluster
+        self._recorder = recorder
+        self._metrics = metrics
+        self._child_kind = child_kind
+        self._clock = clock
+
+    async def write(self, record: Record, view: View) -> float | None:
+        """Apply the status if it differs; new numbers wait until ten seconds have passed since the last write.
+
+        Returns in how many seconds it is to be written where it waits. Raises ApiError (409) where the job changed
+        since it was read.
+        """
+        status = compute_status(record.stored, view, child_kind=self._child_kind)
+        old = record.stored if record.raw.get("status") else None
+        if not is_news(old, status):
+            return None
+        written_at = record.memory.status_written_at
+        if written_at is not None and not is_transition(old, status):
+            left = written_at + LEAST_SECONDS_BETWEEN_NUMBERS - self._clock()
+            if left > 0:
+                return left
+        await self._apply(record, status)
+        await self._recorder.tell(record.key, record.uid, record.stored, status, record.log)
+        return None
+
+    async def forget_child(self, record: Record) -> None:
+        """Write that the child of a settled job is gone; everything else stays as it is."""
+        await self._apply(record, record.stored.model_copy(update={"child": None}))
+
+    async def _apply(self, record: Record, status: FineTuneJobStatus) -> None:
+        await self._cluster.apply_status(record.key, record.raw["metadata"]["resourceVersion"], status.to_json())
+        record.memory.status_written_at = self._clock()
+        self._metrics.status_writes.inc()

@@ -1,0 +1,61 @@
+"""The process that holds a second node's namespaces: it joins them to the cluster's network, lays out the mounts, then
+waits until it is killed.
+
+Run as ``unshare --net --mount -- python -m tests.cluster.join STATE_FOLDER`` inside the cluster's namespaces.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tests.cluster.init import mounts, run
+from tests.cluster.layout import (
+    BRIDGE,
+    HOST_ADDRESS,
+    POD_PREFIX_LENGTH,
+    SECOND_NODE,
+    SECOND_NODE_LINK,
+    SERVICE_NETWORK,
+    Layout,
+)
+
+CABLE_END = "uplink"
+
+
+def main() -> None:
+    layout = Layout(Path(sys.argv[1])).second_node
+    leave_the_first_node()
+    mounts(layout)
+    network()
+    layout.namespaces_ready.touch()
+    while True:
+        signal.pause()
+
+
+def leave_the_first_node() -> None:
+    """Let go of the mounts of the first node's pods, which this namespace began with."""
+    for place in ("/var/lib", "/var/log", "/run"):
+        run("umount", "--recursive", "--lazy", place)
+
+
+def network() -> None:
+    """Plug a cable into the first node's bridge; the pods of each node reach the other's through their nodes."""
+    # What happens on the first node happens in the network of the cluster's first process.
+    first_node = ("nsenter", "--net=/proc/1/ns/net", "--")
+    cable = ("link", "add", SECOND_NODE_LINK, "type", "veth", "peer", "name", CABLE_END, "netns", str(os.getpid()))
+    run(*first_node, "ip", *cable)
+    run(*first_node, "ip", "link", "set", SECOND_NODE_LINK, "master", BRIDGE, "up")
+    run("ip", "link", "set", "lo", "up")
+    run("ip", "address", "add", f"{SECOND_NODE.address}/{POD_PREFIX_LENGTH}", "dev", CABLE_END)
+    run("ip", "link", "set", CABLE_END, "up")
+    run("ip", "route", "add", SERVICE_NETWORK, "via", HOST_ADDRESS)
+    # A node that was there before under this name has left its route behind.
+    run(*first_node, "ip", "route", "replace", SECOND_NODE.pod_network, "via", SECOND_NODE.address)
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+
+
+if __name__ == "__main__":
+    main()
