@@ -17,6 +17,7 @@ from pydantic.alias_generators import to_camel
 from finetune_core.api.dataset import DatasetSpec
 from finetune_core.api.method import LoRASpec, Method
 from finetune_core.api.sources import ModelSpec
+from finetune_core.api.storage import EncryptionSpec
 from finetune_core.errors import UserError
 
 CONTRACT_VERSION: Literal[1] = 1
@@ -27,6 +28,8 @@ CA_FILE = f"{RUN_FOLDER}/ca.crt"
 """CA bundle of the operator's report server: a key of the attempt's ConfigMap."""
 CREDENTIALS_FOLDER = "/var/run/secrets/finetune.dev/storage"
 """Files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN, from the job's Secret."""
+STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
+"""Certificates that sign the store's, from `storage.caConfigMapRef`; absent: those of the image."""
 HUB_TOKEN_FILE = "/var/run/secrets/finetune.dev/hub/token"  # noqa: S105  (a path)
 TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path)
 """Projected service-account token for reports; the kubelet renews it."""
@@ -160,6 +163,12 @@ class OptimizationConfig(ContractModel):
     gradient_checkpointing: bool
     seed: int
     zero_stage: Annotated[int, Field(ge=0, le=3)]
+    offload_optimizer: bool = False
+    """Optimizer state lies in the memory of the node."""
+    offload_parameters: bool = False
+    """Parameters lie there too between uses; stage 3."""
+    overrides: str | None = None
+    """A JSON object that is merged into DeepSpeed's configuration last."""
 
 
 class GenerationConfig(ContractModel):
@@ -201,8 +210,16 @@ class StorageConfig(ContractModel):
     """Root of this run: `<storage.uri>/<namespace>/<name>/<runId>`."""
     endpoint: str
     region: str
-    checkpoint_every_steps: Annotated[int, Field(ge=1)]
+    credentials: Literal["Secret", "Identity"] = "Secret"
+    """Where the access key comes from: files of a Secret, or the pod's own identity."""
+    addressing: Literal["Path", "VirtualHosted"] | None = None
+    """Where the bucket's name goes; None: into the host name at Amazon, into the path elsewhere."""
+    encryption: EncryptionSpec | None = None
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
+    checkpoint_every_minutes: Annotated[int, Field(ge=1)] | None = None
+    """One of both is set."""
     keep_last: Annotated[int, Field(ge=1)]
+    keep_best: Annotated[int, Field(ge=1)] = 1
 
 
 class ReportConfig(ContractModel):
@@ -238,6 +255,8 @@ class CheckpointRecord(ContractModel):
     manifest_sha256: Annotated[str, Field(max_length=64)]
     perplexity: float | None = None
     time: datetime
+    damaged: Annotated[str, Field(max_length=256)] = ""
+    """What is wrong with it, where resuming found something: the object's name and how it differs."""
 
 
 class ArtifactRecord(ContractModel):
@@ -379,6 +398,10 @@ class Report(ContractModel):
     history: Annotated[list[CurvePoint], Field(max_length=60)]
     checkpoints: Annotated[list[CheckpointRecord], Field(max_length=100)]
     """All committed checkpoints in the bucket, oldest first."""
+    checkpoint_age_seconds: Annotated[int, Field(ge=0)] | None = None
+    """Age of what would be resumed from now: since the newest commit, or since the run's first step."""
+    checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
+    """Why that age grows beyond what the job asks for; empty while it does not."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=8)] = []
     """Sentences that a person should know: rows skipped, a checkpoint passed over and why."""
     evaluation: EvaluationRecord | None = None

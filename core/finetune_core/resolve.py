@@ -63,6 +63,9 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             gradient_checkpointing=training.gradient_checkpointing,
             seed=training.seed,
             zero_stage=stage,
+            offload_optimizer=spec.deepspeed.offload_optimizer == "CPU",
+            offload_parameters=spec.deepspeed.offload_parameters == "CPU",
+            overrides=spec.deepspeed.overrides,
         ),
         evaluation=EvaluationConfig(
             every_steps=spec.evaluation.every_steps,
@@ -87,8 +90,14 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             ),
             endpoint=spec.storage.endpoint or f"https://s3.{spec.storage.region}.amazonaws.com",
             region=spec.storage.region,
-            checkpoint_every_steps=spec.storage.checkpoint.every_steps or DEFAULT_CHECKPOINT_STEPS,
+            credentials="Secret" if spec.storage.credentials_secret_ref else "Identity",
+            addressing=spec.storage.addressing,
+            encryption=spec.storage.encryption,
+            checkpoint_every_steps=spec.storage.checkpoint.every_steps
+            or (None if spec.storage.checkpoint.every_minutes else DEFAULT_CHECKPOINT_STEPS),
+            checkpoint_every_minutes=spec.storage.checkpoint.every_minutes,
             keep_last=spec.storage.checkpoint.keep_last,
+            keep_best=spec.storage.checkpoint.keep_best,
         ),
         report=report,
     )

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from minio.error import S3Error
 
 from finetune_core.layout import COMMIT, Manifest, checkpoint_folder
 from finetune_trainer.errors import NewerRun, OutsideFailure
@@ -57,9 +58,11 @@ def test_a_second_conditional_put_is_refused_with_412(root: RunRoot) -> None:
     assert root.create("once", b"first")
     assert not root.create("once", b"second")
     assert root.read("once") == b"first"
-    client = root.store._client
-    url = client.get_presigned_url("PUT", BUCKET, root.location.key("once"))
-    assert root.store._http.request("PUT", url, body=b"third", headers={"If-None-Match": "*"}).status == 412
+    with pytest.raises(S3Error) as refused:
+        root.store._client._execute(
+            "PUT", BUCKET, root.location.key("once"), body=b"third", headers={"If-None-Match": "*"}
+        )
+    assert refused.value.response.status == 412
 
 
 def test_a_conditional_put_whose_answer_was_lost_counts_as_done(root: RunRoot) -> None:
@@ -75,6 +78,7 @@ def test_only_one_of_many_writers_takes_a_run_number(root: RunRoot) -> None:
 
 def test_an_older_run_cannot_commit_delete_or_publish(root: RunRoot, tmp_path: Path) -> None:
     take_run(root, 1, record("old"))
+    commit(root, 1, 4, tmp_path)
     commit(root, 1, 5, tmp_path)
     take_run(root, 2, record("new", (1, 5)))
     with pytest.raises(NewerRun, match="run 2 of this job has started"):
@@ -85,7 +89,7 @@ def test_an_older_run_cannot_commit_delete_or_publish(root: RunRoot, tmp_path: P
         retain(root, 1, keep=[])
     with pytest.raises(NewerRun):
         publish(root, 1, 5, [tmp_path / "state.safetensors"])
-    assert committed(root) == [(1, 5)]
+    assert committed(root) == [(1, 4), (1, 5)]
     assert committed_result(root) is None
 
 
@@ -101,7 +105,7 @@ def test_the_first_artifact_wins(root: RunRoot, tmp_path: Path) -> None:
     ("change", "problem"),
     [
         (lambda root, at: root.write(f"{at}/state.safetensors", b"Weights"), "its sha256 differs"),
-        (lambda root, at: root.write(f"{at}/state.safetensors", b"weight"), "its sha256 differs"),
+        (lambda root, at: root.write(f"{at}/state.safetensors", b"weight"), "it has 6 bytes"),
         (lambda root, at: root.delete([f"{at}/state.safetensors"]), "state.safetensors is missing"),
         (lambda root, at: root.delete([f"{at}/manifest.json"]), "manifest.json is missing"),
         (lambda root, at: root.write(f"{at}/manifest.json", b"{}"), "manifest.json is not what was committed"),
@@ -130,7 +134,7 @@ def test_retention_keeps_last_best_and_parent_and_clears_what_was_never_committe
     commit(root, 2, 7, tmp_path)
     line = lineage(read_records(root), committed(root))
     assert line == [(2, 7), (2, 6), (1, 4), (1, 3), (1, 2), (1, 1)]
-    keep = to_keep(line, keep_last=1, best=CheckpointId(1, 2), parent=CheckpointId(1, 4))
+    keep = to_keep(line, [CheckpointId(1, 2)], keep_last=1, keep_best=1, parent=CheckpointId(1, 4))
     assert retain(root, 2, keep) == [(1, 1), (1, 3), (1, 5), (2, 6)]
     assert committed(root) == [(1, 2), (1, 4), (2, 7)]
     assert not root.entries("checkpoints/000001-000000009/")

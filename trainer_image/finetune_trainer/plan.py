@@ -34,4 +34,12 @@ class WorkerPlan(ContractModel):
 def open_root(config: RunConfig, paths: Paths) -> RunRoot:
     """Return the run's root in the bucket."""
     storage = config.storage
-    return RunRoot(Store(storage.endpoint, storage.region, paths.credentials), parse_uri(storage.uri))
+    store = Store(
+        storage.endpoint,
+        storage.region,
+        paths.credentials if storage.credentials == "Secret" else None,
+        addressing=storage.addressing,
+        encryption=storage.encryption,
+        ca_file=paths.storage_ca_file if paths.storage_ca_file.is_file() else None,
+    )
+    return RunRoot(store, parse_uri(storage.uri))

@@ -15,6 +15,7 @@ class Paths(ContractModel):
     run_file: Path = Path(contract.RUN_FILE)
     ca_file: Path = Path(contract.CA_FILE)
     credentials: Path = Path(contract.CREDENTIALS_FOLDER)
+    storage_ca_file: Path = Path(contract.STORAGE_CA_FILE)
     hub_token_file: Path = Path(contract.HUB_TOKEN_FILE)
     report_token_file: Path = Path(contract.TOKEN_FILE)
     termination_log: Path = Path(contract.TERMINATION_LOG)
@@ -24,6 +25,8 @@ class Paths(ContractModel):
 
 STORE_CHECK_SECONDS = 20.0
 """Budget of the first look at the store: a pod that can't reach it says so within a minute."""
+HUB_SECONDS = 20.0
+"""How long one request to the hub may take."""
 STORE_BUDGET_SECONDS = 300.0
 """How long a store may fail before the run ends with 75."""
 PEER_WAIT_SECONDS = 300.0

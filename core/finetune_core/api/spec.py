@@ -86,6 +86,8 @@ _UNCHANGEABLE = (
     _immutable("storage.region"),
     _immutable("storage.credentialsSecretRef", optional=True),
     _immutable("storage.caConfigMapRef", optional=True),
+    _immutable("storage.addressing", optional=True),
+    _immutable("storage.encryption", optional=True),
     _immutable("storage.runId", optional=True),
     _immutable("storage.checkpoint.everySteps", optional=True),
     _immutable("storage.checkpoint.everyMinutes", optional=True),

@@ -13,6 +13,7 @@ from finetune_core.api.conditions import Condition
 HISTORY_LIMIT = 60
 CHECKPOINT_LIMIT = 100
 RECENT_ATTEMPTS_LIMIT = 20
+NOTICE_LIMIT = 8
 MOST_HOLDERS = 198
 """Pods of one attempt and those of the one before that still end."""
 
@@ -126,6 +127,8 @@ class ProgressStatus(StatusModel):
     """Supervised and prompt tokens (no padding) per second over all processes."""
     mfu: Decimal | None = None
     """Model FLOPs utilisation: the share of the GPUs' peak that the model's arithmetic takes, from 0 to 1."""
+    checkpoint_age_seconds: Count | None = None
+    """How much training a lost pod would cost when the trainer last reported: time since the newest commit."""
     last_update_time: datetime | None = None
     """When the trainer last reported."""
 
@@ -173,6 +176,8 @@ class CheckpointStatus(StatusModel):
     """The newest."""
     best: bool = False
     """The least perplexity."""
+    damaged: Annotated[str, Field(max_length=256)] = ""
+    """Why it can't be resumed from: the object and how it differs; empty where nothing is known to be wrong."""
 
 
 class PlanStatus(StatusModel):
@@ -276,6 +281,8 @@ class FineTuneJobStatus(StatusModel):
     """Loss and validation perplexity over steps, thinned as it grows."""
     checkpoints: Annotated[list[CheckpointStatus], Field(max_length=CHECKPOINT_LIMIT, json_schema_extra=ATOMIC)] = []
     """What lies in the bucket."""
+    notices: Annotated[list[Text], Field(max_length=NOTICE_LIMIT, json_schema_extra=ATOMIC)] = []
+    """What the trainer told that is no failure, oldest first: rows left out, a checkpoint passed over and why."""
     plan: PlanStatus | None = None
     """What was chosen where the spec leaves it open."""
     evaluation: EvaluationStatus | None = None

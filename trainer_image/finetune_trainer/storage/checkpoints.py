@@ -7,19 +7,26 @@ is what was written, or it is passed over with a sentence that says why.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
 from finetune_core.contract import CheckpointRecord, ContractModel
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, checkpoint_folder, digest
-from finetune_trainer.errors import OutsideFailure
+from finetune_trainer.errors import NewerRun, OutsideFailure
 from finetune_trainer.storage.client import Entry
 from finetune_trainer.storage.lineage import CheckpointId, check_fence
 from finetune_trainer.storage.root import RunRoot
 
 TRAINER_FILE = "trainer.json"
+STATE_GLOB = "state-*.safetensors"
+OWN_FILES = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]*\.(safetensors|json)")
+"""What is read of a checkpoint: whatever else a manifest names is not even fetched."""
 PARALLEL_TRANSFERS = 4
+DAMAGE_LENGTH = 256
 
 
 class Damaged(OutsideFailure):
@@ -50,6 +57,10 @@ class TrainerState(ContractModel):
     perplexity: float | None = None
     """Validation perplexity at this step, where it was scored."""
     best_perplexity: float | None = None
+    base_sha256: str | None = None
+    """Of a LoRA run: digest of the base model's weights, which the checkpoint does not hold."""
+    rows_sha256: str | None = None
+    """Of a LoRA run with added tokens: digest of their rows as they were drawn from the seed."""
 
 
 def upload_files(root: RunRoot, folder: str, files: Sequence[Path]) -> list[ManifestFile]:
@@ -64,14 +75,21 @@ def upload_files(root: RunRoot, folder: str, files: Sequence[Path]) -> list[Mani
 
 
 def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
-    """Write the manifest, look at the fence, write COMMIT; return the manifest's sha256.
+    """Write the manifest, see that all lies there, look at the fence, write COMMIT; return the manifest's sha256.
 
-    Raises NewerRun where a later run exists: its lineage must not change any more.
+    Raises Damaged where the listing is not what the manifest says, and NewerRun where a later run exists: its
+    lineage must not change any more.
     """
     data = manifest.encode()
     root.write(f"{folder}/{MANIFEST}", data)
+    written = root.read(f"{folder}/{MANIFEST}")
+    if written != data:
+        raise Damaged(f"{folder}/{MANIFEST} reads back as something else than was written")
+    start = len(folder) + 1
+    check_sizes(folder, manifest, {entry.key[start:]: entry for entry in root.entries(f"{folder}/")})
     check_fence(root, manifest.run)
-    root.create(f"{folder}/{COMMIT}", digest(data).encode())
+    if not root.create(f"{folder}/{COMMIT}", digest(data).encode()):
+        raise NewerRun(f"{folder}/{COMMIT} is somebody else's: another process writes as run {manifest.run}")
     return digest(data)
 
 
@@ -80,28 +98,58 @@ def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
     commit, data = root.read(f"{folder}/{COMMIT}"), root.read(f"{folder}/{MANIFEST}")
     if commit is None:
         raise Damaged(f"{folder}/{COMMIT} is missing")
+    text = commit.decode(errors="replace").strip()
+    if re.fullmatch("[0-9a-f]{64}", text) is None:
+        raise Damaged(f"{folder}/{COMMIT} does not hold a sha256")
     if data is None:
         raise Damaged(f"{folder}/{MANIFEST} is missing")
-    if digest(data) != commit.decode(errors="replace").strip():
-        raise Damaged(f"{folder}/{MANIFEST} is not what was committed")
-    return Manifest.model_validate_json(data), digest(data)
+    if digest(data) != text:
+        raise Damaged(f"{folder}/{MANIFEST} is not what was committed (its sha256 is not that of {COMMIT})")
+    try:
+        return Manifest.model_validate_json(data), digest(data)
+    except ValidationError as error:
+        raise Damaged(f"{folder}/{MANIFEST} is no manifest of this version") from error
 
 
 def fetch_folder(root: RunRoot, folder: str, target: Path) -> tuple[Manifest, str]:
-    """Download a committed folder and verify every byte; raises Damaged with the object's key."""
+    """Download a committed checkpoint and verify every byte; raises Damaged with the object's key.
+
+    Only safetensors and JSON files are fetched: what else lies there, or stands in the manifest, is never opened.
+    """
     manifest, manifest_sha256 = read_manifest(root, folder)
     target.mkdir(parents=True, exist_ok=True)
 
     def fetch(file: ManifestFile) -> None:
-        stored = root.download(f"{folder}/{file.name}", target / file.name)
-        if stored is None:
-            raise Damaged(f"{folder}/{file.name} is missing")
-        if stored.sha256 != file.sha256:
-            raise Damaged(f"{folder}/{file.name} is not what was committed (its sha256 differs)")
+        # Once more before it counts as damaged: the network may flip bits too.
+        for last_try in (False, True):
+            stored = root.download(f"{folder}/{file.name}", target / file.name)
+            if stored is None:
+                raise Damaged(f"{folder}/{file.name} is missing")
+            if stored.sha256 == file.sha256:
+                return
+            if last_try:
+                difference = "its sha256 differs" if stored.bytes == file.bytes else f"it has {stored.bytes} bytes"
+                raise Damaged(f"{folder}/{file.name} is not what was committed ({difference})")
 
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-        list(pool.map(fetch, manifest.files))
+        list(pool.map(fetch, (file for file in manifest.files if OWN_FILES.fullmatch(file.name))))
     return manifest, manifest_sha256
+
+
+def check_readable(folder: Path) -> None:
+    """Raise Damaged where the files of a fetched checkpoint are not of the formats that their names say."""
+    try:
+        TrainerState.model_validate_json((folder / TRAINER_FILE).read_bytes())
+    except FileNotFoundError as error:
+        raise Damaged(f"{TRAINER_FILE} is not among its files") from error
+    except ValidationError as error:
+        raise Damaged(f"{TRAINER_FILE} is not a training state of this version") from error
+    for path in sorted(folder.glob(STATE_GLOB)):
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except SafetensorError as error:
+            raise Damaged(f"{path.name} is no safetensors file ({error})") from error
 
 
 def _folders(entries: Sequence[Entry]) -> dict[CheckpointId, dict[str, Entry]]:
@@ -119,50 +167,82 @@ def committed(root: RunRoot) -> list[CheckpointId]:
     return sorted(key for key, files in _folders(root.entries("checkpoints/")).items() if COMMIT in files)
 
 
-def inventory(root: RunRoot) -> list[CheckpointRecord]:
-    """Return the records of all committed checkpoints whose manifest can be read, oldest first."""
+def uncommitted(root: RunRoot) -> list[CheckpointId]:
+    """Return the checkpoints of which something lies in the bucket, but no COMMIT."""
+    return sorted(key for key, files in _folders(root.entries("checkpoints/")).items() if COMMIT not in files)
+
+
+def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[CheckpointRecord]:
+    """Return the records of all committed checkpoints, oldest first.
+
+    ``damaged`` says what is known to be wrong, by folder; what shows already in sizes and small files is added.
+    """
     records = []
     for checkpoint, files in sorted(_folders(root.entries("checkpoints/")).items()):
         if COMMIT not in files:
             continue
         folder = checkpoint_folder(*checkpoint)
+        wrong = (damaged or {}).get(folder, "")
+        manifest, manifest_sha256, perplexity = None, "", None
         try:
             manifest, manifest_sha256 = read_manifest(root, folder)
-        except Damaged:
-            continue  # Resume says what is wrong with it when it passes it over.
-        state = root.read(f"{folder}/{TRAINER_FILE}")
+            check_sizes(folder, manifest, files)
+            state = root.read(f"{folder}/{TRAINER_FILE}")
+            perplexity = TrainerState.model_validate_json(state).perplexity if state else None
+        except (Damaged, ValidationError) as error:
+            wrong = wrong or (str(error) if isinstance(error, Damaged) else f"{folder}/{TRAINER_FILE} can't be read")
         records.append(
             CheckpointRecord(
                 run=checkpoint.run,
                 step=checkpoint.step,
                 uri=root.uri(folder),
-                bytes=manifest.total_bytes,
+                bytes=manifest.total_bytes if manifest else sum(file.bytes for file in files.values()),
                 manifest_sha256=manifest_sha256,
-                perplexity=TrainerState.model_validate_json(state).perplexity if state else None,
+                perplexity=perplexity,
                 time=files[COMMIT].modified,
+                damaged=wrong[:DAMAGE_LENGTH],
             )
         )
     return records
 
 
+def check_sizes(folder: str, manifest: Manifest, files: Mapping[str, Entry]) -> None:
+    """Raise Damaged where the listing lacks a file of the manifest or shows another size."""
+    for file in manifest.files:
+        if file.name not in files:
+            raise Damaged(f"{folder}/{file.name} is missing")
+        if files[file.name].bytes != file.bytes:
+            raise Damaged(f"{folder}/{file.name} is not what was committed (it has {files[file.name].bytes} bytes)")
+
+
 def to_keep(
-    lineage: Sequence[CheckpointId], *, keep_last: int, best: CheckpointId | None, parent: CheckpointId | None
+    newest_first: Sequence[CheckpointId],
+    best_first: Sequence[CheckpointId],
+    *,
+    keep_last: int,
+    keep_best: int,
+    parent: CheckpointId | None,
 ) -> set[CheckpointId]:
-    """Return the checkpoints that retention leaves: the newest of the lineage, the best, the run's parent."""
-    return {*lineage[:keep_last], *(checkpoint for checkpoint in (best, parent) if checkpoint is not None)}
+    """Return the checkpoints of a lineage that retention leaves: the newest, the best, the run's parent."""
+    kept = {*newest_first[: max(1, keep_last)], *best_first[:keep_best]}
+    return kept | ({parent} if parent is not None else set())
 
 
 def retain(root: RunRoot, run: int, keep: Collection[CheckpointId]) -> list[CheckpointId]:
     """Delete every checkpoint folder of this and older runs that is not in ``keep``; return those deleted.
 
-    Only after a COMMIT of ``run`` itself. COMMIT goes first, so that a crash in the middle leaves nothing that
-    looks whole. Raises NewerRun before anything is deleted where a later run may be reading.
+    Only after a COMMIT of ``run`` itself, and nothing above its newest: that may be on its way. COMMIT goes first,
+    so that a crash in the middle leaves nothing that looks whole, and the next retention clears it. Raises NewerRun
+    before anything is deleted where a later run may be reading; looked at again before each folder, because a
+    frozen process may go on at any point.
     """
-    entries = root.entries("checkpoints/")
-    doomed = {key: files for key, files in _folders(entries).items() if key not in keep and key.run <= run}
-    if doomed:
-        check_fence(root, run)
+    folders = _folders(root.entries("checkpoints/"))
+    newest = max((key for key, files in folders.items() if key.run == run and COMMIT in files), default=None)
+    if newest is None:
+        return []
+    doomed = {key: files for key, files in folders.items() if key not in keep and key < newest}
     for files in doomed.values():
+        check_fence(root, run)
         root.delete([files[COMMIT].key] if COMMIT in files else [])
         root.delete([entry.key for name, entry in files.items() if name != COMMIT])
     return sorted(key for key, files in doomed.items() if COMMIT in files)

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import io
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+import certifi
 import urllib3
 from minio import Minio
-from minio.credentials import Credentials, Provider
 from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, S3Error, ServerError
+from minio.sse import Sse, SseKMS, SseS3
 
+from finetune_core.api.storage import EncryptionSpec
 from finetune_trainer.errors import OutsideFailure
 from finetune_trainer.settings import STORE_BUDGET_SECONDS
+from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_connections
 
 T = TypeVar("T")
 
@@ -33,7 +37,10 @@ REFUSED_CODES = frozenset(
     {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidTokenId", "InvalidToken"}
 )
 PERMANENT_CODES = frozenset({"NoSuchBucket", "InvalidBucketName", "MethodNotAllowed", "EntityTooLarge"})
-MISSING_CODES = frozenset({"NoSuchKey", "NoSuchObject", "NotFound"})
+BEYOND_THE_END = "InvalidRange"
+MISSING_CODES = frozenset({"NoSuchKey", "NoSuchObject", "NotFound", "NoSuchUpload"})
+EXISTS_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
+CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 PART_BYTES = 64 * 1024 * 1024
 """minio-py's own default makes 5 MiB parts of which a single failing one aborts the whole object."""
 CHUNK_BYTES = 1024 * 1024
@@ -41,27 +48,8 @@ FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
-PRESIGNED_LIFETIME = timedelta(minutes=15)
-
-
-class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type information
-    """Reads the credentials anew for each request, so that a rotated Secret needs no restart."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read from files in ``folder`` that are named after the environment variables of the AWS tools."""
-        self._folder = folder
-
-    def retrieve(self) -> Credentials:
-        """Return the credentials as the files hold them now; raises OutsideFailure where one is missing."""
-        values = {}
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-            path = self._folder / name
-            values[name] = path.read_text().strip() if path.is_file() else ""
-            if not values[name] and name != "AWS_SESSION_TOKEN":
-                raise OutsideFailure(f"storage.credentialsSecretRef: the Secret has no key {name}, or it is empty")
-        return Credentials(
-            values["AWS_ACCESS_KEY_ID"], values["AWS_SECRET_ACCESS_KEY"], values["AWS_SESSION_TOKEN"] or None
-        )
+DIGEST_METADATA = "sha256"
+"""User metadata of every uploaded file, for people who look at the bucket with other tools."""
 
 
 class Entry(NamedTuple):
@@ -87,37 +75,66 @@ class Store:
         self,
         endpoint: str,
         region: str,
-        credentials: Path,
+        credentials: Path | None,
         *,
+        addressing: Literal["Path", "VirtualHosted"] | None = None,
+        encryption: EncryptionSpec | None = None,
+        ca_file: Path | None = None,
         budget_seconds: float = STORE_BUDGET_SECONDS,
+        read_seconds: float = READ_SECONDS,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         """Prepare access to ``endpoint`` (`http://host:port`); nothing is sent yet.
 
-        ``wait`` is called with the seconds between two tries of a failing request.
+        ``credentials`` is the folder of a mounted Secret, None for the pod's own identity. ``ca_file`` holds the
+        certificates that sign the endpoint's, None for those of the image. ``wait`` is called with the seconds
+        between two tries of a failing request.
         """
         parts = urlsplit(endpoint)
         self.endpoint = endpoint
         self._budget = budget_seconds
+        self._patient = False
+        self._heard: Callable[[str], None] = _nobody
         self._wait = wait
+        self._sse = _encryption(encryption)
         self._http = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
+            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=read_seconds),
             retries=False,
             maxsize=8,
             cert_reqs="CERT_REQUIRED",
+            ca_certs=str(ca_file or os.environ.get("SSL_CERT_FILE") or certifi.where()),
         )
         self._client = Minio(
             parts.netloc,
             region=region,
             secure=parts.scheme == "https",
-            credentials=CredentialFiles(credentials),
+            credentials=(
+                CredentialFiles(credentials)
+                if credentials is not None
+                else PodIdentity(region, identity_connections(ca_file))
+            ),
             http_client=self._http,
         )
+        if addressing == "VirtualHosted":
+            self._client.enable_virtual_style_endpoint()
+        elif addressing == "Path":
+            self._client.disable_virtual_style_endpoint()
 
     def with_budget(self, seconds: float) -> Store:
         """Return the same access with another budget for retries."""
+        return self._copy(_budget=seconds)
+
+    def patient(self, seconds: float, heard: Callable[[str], None]) -> Store:
+        """Return the same access for work in the background: nothing is final within ``seconds``.
+
+        Refused credentials may be rotated, a bucket may come back. ``heard`` is told the sentence of every failed
+        try, and an empty one once a try has worked.
+        """
+        return self._copy(_budget=seconds, _patient=True, _heard=heard)
+
+    def _copy(self, **changes: object) -> Store:
         copy = object.__new__(Store)
-        copy.__dict__.update(self.__dict__, _budget=seconds)
+        copy.__dict__.update(self.__dict__, **changes)
         return copy
 
     # Reading
@@ -128,6 +145,20 @@ class Store:
         def get() -> bytes:
             with self._open(bucket, key) as response:
                 return response.read()
+
+        return self._retried(get, bucket, missing=None)
+
+    def read_range(self, bucket: str, key: str, start: int, length: int) -> bytes | None:
+        """Return ``length`` bytes of an object from ``start`` on, fewer where it ends; None where it does not exist."""
+
+        def get() -> bytes:
+            try:
+                with self._open(bucket, key, offset=start, length=length) as response:
+                    return response.read()
+            except S3Error as error:
+                if error.code == BEYOND_THE_END:
+                    return b""
+                raise
 
         return self._retried(get, bucket, missing=None)
 
@@ -158,7 +189,10 @@ class Store:
     def write(self, bucket: str, key: str, data: bytes) -> None:
         """Create or replace an object."""
         self._retried(
-            lambda: self._client.put_object(bucket, key, io.BytesIO(data), len(data), part_size=PART_BYTES), bucket
+            lambda: self._client.put_object(
+                bucket, key, io.BytesIO(data), len(data), part_size=PART_BYTES, sse=self._sse
+            ),
+            bucket,
         )
 
     def upload(self, bucket: str, key: str, path: Path) -> Stored:
@@ -168,10 +202,20 @@ class Store:
             while chunk := file.read(CHUNK_BYTES):
                 hasher.update(chunk)
         size = path.stat().st_size
+        metadata = {DIGEST_METADATA: hasher.hexdigest()}
 
         def put() -> None:
             with path.open("rb") as file:
-                self._client.put_object(bucket, key, file, size, part_size=PART_BYTES, num_parallel_uploads=2)
+                self._client.put_object(
+                    bucket,
+                    key,
+                    file,
+                    size,
+                    part_size=PART_BYTES,
+                    num_parallel_uploads=2,
+                    metadata=metadata,
+                    sse=self._sse,
+                )
 
         self._retried(put, bucket)
         return Stored(size, hasher.hexdigest())
@@ -179,17 +223,18 @@ class Store:
     def create(self, bucket: str, key: str, data: bytes) -> bool:
         """Create an object unless it exists; return whether ``data`` is now its content by this call.
 
-        minio-py's put_object turns `If-None-Match` into user metadata, so this is a presigned PUT. A lost
-        response makes the retry meet its own object: that is told apart by reading it back.
+        minio-py's put_object turns `If-None-Match` into user metadata, so this is its signed call below that. A
+        lost response makes the retry meet its own object: that is told apart by reading it back.
         """
 
         def put() -> bool:
-            url = self._client.get_presigned_url("PUT", bucket, key, expires=PRESIGNED_LIFETIME)
-            response = self._http.request("PUT", url, body=data, headers={"If-None-Match": "*"})
-            if response.status == http.client.PRECONDITION_FAILED:
-                return False
-            if response.status != http.client.OK:
-                raise _status_error(response)
+            headers = {"If-None-Match": "*", **(self._sse.headers() if self._sse else {})}
+            try:
+                self._client._execute("PUT", bucket, key, body=data, headers=headers)
+            except S3Error as error:
+                if error.code in EXISTS_CODES:
+                    return False
+                raise
             return True
 
         return self._retried(put, bucket) or self.read(bucket, key) == data
@@ -206,12 +251,29 @@ class Store:
 
         self._retried(remove, bucket)
 
+    def abort_uploads(self, bucket: str, key: str) -> int:
+        """Abort the multipart uploads of ``key`` that nobody finished, and return how many there were.
+
+        The key is asked for by its whole name: MinIO lists the uploads of an object only, not those below a prefix.
+        """
+
+        def uploads() -> list[str]:
+            found = self._client._list_multipart_uploads(bucket, prefix=key)
+            return [upload.upload_id for upload in found.uploads if upload.object_name == key]
+
+        stale = self._retried(uploads, bucket)
+        for upload in stale:
+            abort = partial(self._client._abort_multipart_upload, bucket, key, upload)
+            self._retried(abort, bucket, missing=None)
+        return len(stale)
+
     # Failures
 
     @contextlib.contextmanager
-    def _open(self, bucket: str, key: str) -> Iterator[urllib3.BaseHTTPResponse]:
-        """Open an object for reading; its connection is given back, whole or broken."""
-        response = self._client.get_object(bucket, key)
+    def _open(self, bucket: str, key: str, *, offset: int = 0, length: int = 0) -> Iterator[urllib3.BaseHTTPResponse]:
+        """Open an object for reading, from ``offset`` on and for ``length`` bytes (0: to its end); its connection is
+        given back, whole or broken."""
+        response = self._client.get_object(bucket, key, offset=offset, length=length)
         try:
             yield response
         finally:
@@ -222,18 +284,27 @@ class Store:
         """Call ``request`` until it works, fails for good, or the budget is spent."""
         deadline = time.monotonic() + self._budget
         delay = FIRST_DELAY_SECONDS
+        failed = False
         while True:
             try:
-                return request()
+                done = request()
             except S3Error as error:
                 if error.code in MISSING_CODES and missing is not ...:
                     return missing  # type: ignore[return-value]
                 cause = self._sentence(error, bucket)
                 final = error.code in PERMANENT_CODES or error.code in REFUSED_CODES
+            except NoCredentials as error:
+                cause, final = str(error), True
             except (ServerError, InvalidResponseError, urllib3.exceptions.HTTPError, OSError) as error:
                 cause = f"storage.endpoint: {self.endpoint} can't be reached ({_short(error)})"
                 final = False
-            if final or time.monotonic() + delay > deadline:
+            else:
+                if failed:
+                    self._heard("")
+                return done
+            failed = True
+            self._heard(cause)
+            if (final and not self._patient) or time.monotonic() + delay > deadline:
                 raise OutsideFailure(cause)
             self._wait(delay)
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
@@ -244,19 +315,25 @@ class Store:
                 f"storage.credentialsSecretRef: {self.endpoint} refused the credentials for bucket {bucket!r}"
                 f" ({error.code})"
             )
+        if error.code in CLOCK_CODES:
+            return (
+                f"storage.endpoint: {self.endpoint} refused the request's time ({error.code}): the clock of this node"
+                " or that of the store is wrong"
+            )
         if error.code == "NoSuchBucket":
             return f"storage.uri: bucket {bucket!r} does not exist at {self.endpoint}"
         return f"storage.endpoint: {self.endpoint} answered {error.code}: {error.message}"
 
 
-def _status_error(response: urllib3.BaseHTTPResponse) -> S3Error | urllib3.exceptions.HTTPError:
-    """Return the error that a raw response stands for, so that it is judged like minio-py's own."""
-    text = response.data.decode(errors="replace")
-    code = text.partition("<Code>")[2].partition("</Code>")[0]
-    if not code:
-        return urllib3.exceptions.HTTPError(f"status {response.status}")
-    message = text.partition("<Message>")[2].partition("</Message>")[0]
-    return S3Error(response, code, message, None, None, None)
+def _nobody(sentence: str) -> None:
+    """Nobody wants to hear of single tries."""
+
+
+def _encryption(wanted: EncryptionSpec | None) -> Sse | None:
+    """Return the headers of server-side encryption."""
+    if wanted is None:
+        return None
+    return SseKMS(wanted.kms.key_id, {}) if wanted.kms is not None else SseS3()
 
 
 def _short(error: Exception) -> str:

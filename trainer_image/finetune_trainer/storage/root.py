@@ -46,6 +46,10 @@ class RunRoot:
         """Delete objects."""
         self.store.delete(self.location.bucket, [self.location.key(key) for key in keys])
 
+    def abort_uploads(self, key: str) -> int:
+        """Abort the multipart uploads of ``key`` that nobody finished, and return how many there were."""
+        return self.store.abort_uploads(self.location.bucket, self.location.key(key))
+
     def uri(self, key: str) -> str:
         """Return the `s3://` address of a key."""
         return self.location.uri(key)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from finetune_core.contract import CheckpointRecord
+from finetune_core.contract import CheckpointRecord, StorageConfig
 from finetune_core.layout import Manifest, ManifestFile, checkpoint_folder
 from finetune_trainer.storage.checkpoints import (
     TRAINER_FILE,
@@ -31,23 +31,23 @@ from finetune_trainer.training.start import Start
 from finetune_trainer.training.state import snapshot, write_snapshot
 
 
-def best_of(records: Sequence[CheckpointRecord]) -> CheckpointRecord | None:
-    """Return the record with the least perplexity, the earlier one of equals, None where none was scored."""
+def best_first(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
+    """Return the scored records, the least perplexity first, the earlier one of equals."""
     scored = [record for record in records if record.perplexity is not None]
-    return min(scored, key=lambda record: (record.perplexity, record.run, record.step), default=None)
+    return sorted(scored, key=lambda record: (record.perplexity, record.run, record.step))
 
 
 class Saver:
     """The checkpoints of this run."""
 
-    def __init__(self, gang: Gang, root: RunRoot, start: Start, folder: Path, *, keep_last: int) -> None:
+    def __init__(self, gang: Gang, root: RunRoot, start: Start, folder: Path, storage: StorageConfig) -> None:
         """Continue from ``start``; snapshots are written into ``folder`` on their way to the bucket."""
         self._gang = gang
         self._root = root
         self._run = start.run
         self._parent = CheckpointId(start.parent.run, start.parent.step) if start.parent else None
         self._folder = folder
-        self._keep_last = keep_last
+        self._storage = storage
         self._segment = 0
         self.lineage = list(start.ancestors)
         """Committed checkpoints that lead to now, oldest first."""
@@ -66,7 +66,7 @@ class Saver:
     @property
     def best(self) -> CheckpointRecord | None:
         """The checkpoint of the lineage with the least validation perplexity."""
-        return best_of(self.lineage)
+        return next(iter(best_first(self.lineage)), None)
 
     def chosen(self, artifact_from: Literal["Best", "Last"]) -> CheckpointRecord:
         """Return the checkpoint that the artifact is made of; the last step's is always committed."""
@@ -127,14 +127,17 @@ class Saver:
         return record
 
     def _retain(self) -> None:
-        newest_first = [CheckpointId(record.run, record.step) for record in reversed(self.lineage)]
-        best = self.best
         keep = to_keep(
-            newest_first,
-            keep_last=self._keep_last,
-            best=CheckpointId(best.run, best.step) if best else None,
+            [_id(record) for record in reversed(self.lineage)],
+            [_id(record) for record in best_first(self.lineage)],
+            keep_last=self._storage.keep_last,
+            keep_best=self._storage.keep_best,
             parent=self._parent,
         )
         retain(self._root, self._run, keep)
-        self.lineage = [record for record in self.lineage if CheckpointId(record.run, record.step) in keep]
+        self.lineage = [record for record in self.lineage if _id(record) in keep]
         self._others = []
+
+
+def _id(record: CheckpointRecord) -> CheckpointId:
+    return CheckpointId(record.run, record.step)

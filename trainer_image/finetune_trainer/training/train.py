@@ -19,7 +19,7 @@ from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.export import export
 from finetune_trainer.training.gang import Gang
 from finetune_trainer.training.loop import Training
-from finetune_trainer.training.material import Data, load_data, load_model
+from finetune_trainer.training.material import Data, load_data, load_model, prepare
 from finetune_trainer.training.model import trained_parameters
 from finetune_trainer.training.progress import Progress, say
 from finetune_trainer.training.saving import Saver
@@ -37,7 +37,8 @@ def train(
     and the other exceptions of `errors`.
     """
     root = open_root(plan.config, plan.paths)
-    data = gang.together(lambda: load_data(plan))
+    prepared = gang.each(lambda: prepare(plan) if gang.local_rank == 0 else [])
+    data = gang.together(lambda: load_data(plan, prepared[0]))
     fetched = plan.folder / "resume"
     start = _start(plan, gang, root, fetched)
     model = gang.together(lambda: load_model(plan))
@@ -48,7 +49,7 @@ def train(
     engine = Engine(model, plan.config.optimization, gang.device)
     if state is not None:
         load_state(engine, fetched, updates=state.updates)
-    saver = Saver(gang, root, start, plan.folder, keep_last=plan.config.storage.keep_last)
+    saver = Saver(gang, root, start, plan.folder, plan.config.storage)
     run = Training(plan, gang, engine, data, saver, progress, standing, state)
     if progress is not None:
         progress.begin(run=start.run, total_steps=run.total_steps, history=past_steps(root, start))

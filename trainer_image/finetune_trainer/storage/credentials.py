@@ -1,0 +1,88 @@
+"""Where the access key comes from: files of a mounted Secret, or the pod's own identity.
+
+Both are asked anew for each request, so that a rotated Secret and an expired session need no restart.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import urllib3
+from minio.credentials import Credentials, EnvAWSProvider, IamAwsProvider, Provider
+
+STS_ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL_STS"
+"""Address of the security token service for web identity, as the AWS tools know it; MinIO serves it at its own."""
+WEB_IDENTITY_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
+IDENTITY_SECONDS = 10.0
+
+
+class NoCredentials(Exception):  # noqa: N818  (a state that may pass, as a Secret is replaced)
+    """There is no access key at the moment; the message says where it should come from."""
+
+
+class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type information
+    """Reads the files of a mounted Secret."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read from files in ``folder`` that are named after the environment variables of the AWS tools."""
+        self._folder = folder
+
+    def retrieve(self) -> Credentials:
+        """Return the credentials as the files hold them now; raises NoCredentials where one is missing."""
+        values = {}
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+            path = self._folder / name
+            values[name] = path.read_text().strip() if path.is_file() else ""
+            if not values[name] and name != "AWS_SESSION_TOKEN":
+                raise NoCredentials(f"storage.credentialsSecretRef: the Secret has no key {name}, or it is empty")
+        return Credentials(
+            values["AWS_ACCESS_KEY_ID"], values["AWS_SECRET_ACCESS_KEY"], values["AWS_SESSION_TOKEN"] or None
+        )
+
+
+class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type information
+    """The identity that the cluster gives the pod.
+
+    In this order: an access key in the environment; a web identity token (IRSA, or MinIO's AssumeRoleWithWebIdentity
+    where `AWS_ENDPOINT_URL_STS` names it); the container's credentials (EKS Pod Identity, ECS); the node's role.
+    """
+
+    def __init__(self, region: str, http: urllib3.PoolManager) -> None:
+        """Ask over ``http``; the variables of the AWS tools in the environment say whom."""
+        endpoint = os.environ.get(STS_ENDPOINT_VARIABLE) if os.environ.get(WEB_IDENTITY_VARIABLE) else None
+        self._provider = IamAwsProvider(custom_endpoint=endpoint, http_client=http, region=region)
+
+    def retrieve(self) -> Credentials:
+        """Return an access key that has not expired; raises NoCredentials where nobody gives one."""
+        fixed = EnvAWSProvider().retrieve() if _has_key() else None
+        if fixed is not None:
+            return fixed
+        try:
+            return self._provider.retrieve()
+        # minio-py raises ValueError for a refusal, and whatever a malformed answer leads to.
+        except (ValueError, KeyError, OSError, urllib3.exceptions.HTTPError) as error:
+            raise NoCredentials(
+                "storage.credentialsSecretRef is absent and the pod's own identity gives no access key"
+                f" ({_reason(error)}): name a Secret, or a service account with a role in podTemplate"
+            ) from error
+
+
+def _has_key() -> bool:
+    return all(os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+
+
+def _reason(error: Exception) -> str:
+    """Return why, without the query of the address: it may hold a token."""
+    text = str(getattr(error, "reason", None) or error).splitlines()[0] if str(error) else type(error).__name__
+    return text.partition("?")[0].rpartition(">: ")[2][:200] or type(error).__name__
+
+
+def identity_connections(ca_file: Path | None) -> urllib3.PoolManager:
+    """Return connections for asking who the pod is: short times, a few tries, the store's certificates too."""
+    return urllib3.PoolManager(
+        timeout=urllib3.Timeout(connect=IDENTITY_SECONDS, read=IDENTITY_SECONDS),
+        retries=urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
+        cert_reqs="CERT_REQUIRED",
+        ca_certs=str(ca_file) if ca_file is not None else None,
+    )
