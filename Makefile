@@ -56,7 +56,7 @@ COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --pyt
 .PHONY: locks
 locks: $(UV) ## Pin all dependencies with hashes and without index addresses
 	@echo "uv" | $(UV) pip compile --quiet - $(COMPILE) -o locks/uv.txt >/dev/null
-	@for extra in dev operator trainer cli; do \
+	@for extra in dev operator trainer cli bench; do \
 	  constraint=$$([ $$extra = dev ] || echo "-c locks/dev.txt"); \
 	  $(UV) pip compile --quiet pyproject.toml --extra $$extra $$constraint $(COMPILE) \
 	    -o locks/$$extra.txt >/dev/null; done
@@ -86,6 +86,14 @@ test: lint ## Lint, unit tests, and end-to-end tests on a real cluster
 test-long: venv ## The tests that take longer than a coffee
 	@$(PYTEST) -m long
 
+# The environment of the tests, and what the trainer is measured against.
+.venv-bench/.ready: $(UV) locks/bench.txt pyproject.toml
+	@echo "installing the virtual environment of make bench (.venv-bench) from locks/bench.txt"
+	@$(UV) venv --quiet --allow-existing --python $(HOST_PYTHON) .venv-bench
+	@$(UV) pip sync --quiet --python .venv-bench/bin/python --require-hashes locks/bench.txt
+	@$(UV) pip install --quiet --python .venv-bench/bin/python --no-deps --editable .
+	@touch $@
+
 .PHONY: bench
-bench: venv ## Measure, side by side in one run
-	@$(PYTHON) -m tests.bench
+bench: .venv-bench/.ready ## Measure, side by side in one run (BENCH="--only NAME": one of them)
+	@.venv-bench/bin/python -m tests.bench $(BENCH)
