@@ -18,7 +18,7 @@ def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) ->
     """Return the status that ``stored`` becomes under ``view``."""
     status = stored
     if view.report is not None and view.reported_at is not None:
-        status = merge_report(status, view.report, view.reported_at)
+        status = merge_report(status, view.report, view.reported_at, view.seconds_per_step)
     update: dict[str, object] = {
         "observed_generation": view.generation,
         "attempts": view.attempts,
