@@ -124,7 +124,9 @@ def main() -> None:
             threads=options.threads,
             seed=SEED,
         )
-        ours = workload.model_copy(update={"rows": write_rows(folder / "rows.jsonl", rows)})
+        # A micro-batch counts sequences: one full sequence at once, as trl packs them.
+        mine = {"rows": write_rows(folder / "rows.jsonl", rows), "micro_batch": 1}
+        ours = workload.model_copy(update=mine)
         files = {}
         for name, value in (("others", workload), ("ours", ours)):
             files[name] = folder / f"{name}.json"

@@ -12,6 +12,8 @@ from finetune_trainer.training.model import add_adapters
 from tests.bench.peers.workload import LORA_ALPHA, LORA_RANK, TEMPLATE, Clock, Workload
 
 IGNORED = -100
+DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""All dense layers of a Llama."""
 
 
 class Timing(TrainerCallback):
@@ -34,7 +36,7 @@ def load(workload: Workload) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32, attn_implementation="sdpa")
     model.config.use_cache = False
     lora = LoRASpec(rank=LORA_RANK, alpha=LORA_ALPHA)
-    return tokenizer, add_adapters(model, lora, seed=workload.seed, base_name="bench")
+    return tokenizer, add_adapters(model, lora, targets=DENSE, seed=workload.seed, base_name="bench")
 
 
 def examples(workload: Workload, tokenizer: Any) -> list[dict[str, list[int]]]:
