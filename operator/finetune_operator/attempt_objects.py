@@ -55,7 +55,7 @@ class AttemptObjects:
             self.postpone(memory, problem)
             logger.warning("attempt not created: %s", problem.message, extra=look.log)
             raise
-        memory.problem, memory.failures = None, 0
+        self.forgive(memory)
         logger.info("attempt created", extra=look.log)
         return child
 
@@ -70,6 +70,10 @@ class AttemptObjects:
         memory.failures += 1
         memory.problem = problem
         memory.retry_at = self._clock() + backoff_seconds(memory.failures, jitter=0, least=FIRST_RETRY_SECONDS)
+
+    def forgive(self, memory: JobMemory) -> None:
+        """Forget what stood in the way: it is gone, or it stood in the way of an attempt that has ended since."""
+        memory.problem, memory.failures = None, 0
 
     def seconds_to_retry(self, memory: JobMemory) -> float:
         """Return how long the back-off lasts."""

@@ -188,7 +188,9 @@ def _running(view: View, old: Condition | None) -> _State:
     current = view.attempts.current
     if current is None or current.cause is not None or _is_held(view):
         return _State("False", Reason.WAITING_FOR_PODS, messages.BETWEEN_ATTEMPTS)
-    reported = view.report is not None and view.report.ranks >= view.ranks
+    # A report of pods that the queue took away since says nothing of those that came after them.
+    recorded = {record.uid for record in current.pods}
+    reported = view.report is not None and view.report.ranks >= view.ranks and view.report.pod_uid in recorded
     # A restarted operator has no reports in memory: what an earlier one saw in this attempt still holds.
     since = current.admitted_time or current.start_time
     known = old is not None and old.status == "True" and old.last_transition_time >= since

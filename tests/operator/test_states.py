@@ -11,11 +11,13 @@ import pytest
 
 import finetune_operator
 from finetune_core.api.conditions import ConditionType, Reason
+from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.states import STATES
 from finetune_core.api.status import AttemptCause, AttemptsStatus, CurrentAttempt, FineTuneJobStatus, PastAttempt
 from finetune_core.contract import Phase, Report
 from finetune_operator.attempts import Settlement
 from finetune_operator.conditions import View, compute_conditions
+from finetune_operator.observed import ChildObservation
 from finetune_operator.problems import OutsideError
 from finetune_operator.verdict import Verdict
 
@@ -27,7 +29,13 @@ ATTEMPTS = (
     AttemptsStatus(started=1, free=1, recent=[PAST], next_start_time=NOW),
     AttemptsStatus(started=1, current=CurrentAttempt(number=1, start_time=NOW)),
     AttemptsStatus(started=1, current=CurrentAttempt(number=1, start_time=NOW, cause=CAUSE)),
+    *(
+        AttemptsStatus(started=1, recent=[PAST.model_copy(update={"verdict": Verdict.PERMANENT, "reason": reason})])
+        for reason in (Reason.CANCELLED, Reason.DEADLINE_EXCEEDED)
+    ),
 )
+POLICIES = tuple(RunPolicySpec(**policy) for policy in ({}, {"suspend": True}, {"cancel": True}, {"queueName": "gpu"}))
+CHILDREN = tuple(ChildObservation(name="c", uid="u", owner_uid="o", replicas=1, suspended=it) for it in (False, True))
 REPORT = Report(
     run=1,
     pod_uid="u",
@@ -40,7 +48,14 @@ REPORT = Report(
     history=[],
     checkpoints=[],
 )
-FINAL = (Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED)
+FINAL = (
+    Reason.BAD_INPUT,
+    Reason.DIVERGED,
+    Reason.OUT_OF_MEMORY,
+    Reason.RETRIES_EXHAUSTED,
+    Reason.DEADLINE_EXCEEDED,
+    Reason.CANCELLED,
+)
 SETTLED = (
     None,
     *(Settlement(succeeded=True, reason=reason, message="") for reason in (Reason.COMPLETED, Reason.EARLY_STOPPED)),
@@ -52,12 +67,13 @@ PROBLEMS = (
 )
 
 
-@pytest.mark.parametrize("attempts", ATTEMPTS, ids=["none", "between", "running", "ending"])
+@pytest.mark.parametrize("attempts", ATTEMPTS, ids=["none", "between", "running", "ending", "cancelled", "late"])
 def test_every_condition_that_can_be_computed_is_explained(attempts: AttemptsStatus) -> None:
-    for settled, problem, report, invalid in itertools.product(SETTLED, PROBLEMS, (None, REPORT), ("", "spec.a: must")):
+    views = itertools.product(SETTLED, PROBLEMS, (None, REPORT), ("", "spec.a: must"), POLICIES, CHILDREN)
+    for settled, problem, report, invalid, policy, child in views:
         view = View(
             now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, settled=settled, problem=problem,
-            report=report, invalid=invalid,
+            report=report, invalid=invalid, policy=policy, child=child, ending_pods=1,
         )  # fmt: skip
         stored = FineTuneJobStatus()
         conditions = compute_conditions(stored, stored.model_copy(update={"attempts": attempts}), view)
