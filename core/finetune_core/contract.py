@@ -163,6 +163,12 @@ class OptimizationConfig(ContractModel):
     gradient_checkpointing: bool
     seed: int
     zero_stage: Annotated[int, Field(ge=0, le=3)]
+    offload_optimizer: bool = False
+    """Optimizer state lies in the memory of the node."""
+    offload_parameters: bool = False
+    """Parameters lie there too between uses; stage 3."""
+    overrides: str | None = None
+    """A JSON object that is merged into DeepSpeed's configuration last."""
 
 
 class GenerationConfig(ContractModel):

@@ -8,7 +8,7 @@ from finetune_core.api.sources import DataSource, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
-from finetune_trainer.data.examples import check_columns
+from finetune_trainer.data.dataset import check_columns
 from finetune_trainer.model_files import MODEL_SUFFIXES, LocalFiles, model_files, volume_path
 from finetune_trainer.plan import Inputs
 from finetune_trainer.settings import Paths
@@ -24,11 +24,9 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
         validation = _data_file(dataset.validation, "dataset.validation", paths, store, folder / "validation")
     if dataset.test is not None:
         test = _data_file(dataset.test, "dataset.test", paths, store, folder / "test")
-    form = dataset.format.prompt_completion
-    if form is not None:
-        for file, name in ((train, "dataset.train"), (validation, "dataset.validation"), (test, "dataset.test")):
-            if file is not None:
-                check_columns(file, name, form)
+    for file, name in ((train, "dataset.train"), (validation, "dataset.validation"), (test, "dataset.test")):
+        if file is not None:
+            check_columns(file, name, dataset.format)
     model = _model_folder(config.model, paths, store, folder / "model")
     return Inputs(model=model, train=train, validation=validation, test=test)
 

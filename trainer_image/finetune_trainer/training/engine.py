@@ -5,6 +5,7 @@ Everything here that depends on DeepSpeed's internals is in this module, so that
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 
 from finetune_core.contract import OptimizationConfig
+from finetune_trainer.data.batches import Batch
 from finetune_trainer.training.model import trained_parameters
+from finetune_trainer.training.objective import Objective
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -23,24 +26,44 @@ MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 
 
 def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration.
+    """Return DeepSpeed's configuration, with the job's overrides merged in last.
 
     Accumulation is the loop's business (a partial batch has fewer micro-batches), so the engine counts one.
     """
-    return {
+    zero: dict[str, Any] = {
+        "stage": optimization.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+    }
+    if optimization.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if optimization.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    config: dict[str, Any] = {
         "train_batch_size": optimization.micro_batch_size * world_size,
         "train_micro_batch_size_per_gpu": optimization.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimization.gradient_clipping,
         "bf16": {"enabled": optimization.precision == "bf16"},
-        "zero_optimization": {
-            "stage": optimization.zero_stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-        },
+        # In bf16 the sum of many micro-batches loses what the last of them add.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        # torch's AdamW wherever the state lies: DeepSpeed's own for the CPU would be compiled at run time, and its
+        # updates differ.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
+    return merged(config, json.loads(optimization.overrides)) if optimization.overrides else config
+
+
+def merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config`` with ``overrides`` on top, objects merged key by key."""
+    result = dict(config)
+    for key, value in overrides.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
 
 
 class Engine:
@@ -50,11 +73,16 @@ class Engine:
         """Shard ``model`` over the ranks of the default process group; a collective."""
         import deepspeed
         import deepspeed.ops
+        from deepspeed.utils import set_z3_leaf_module
 
         # On the CPU the communication backend would compile a shared-memory op where a compiler is found, and
         # probing all ops takes a second: an empty table answers "not compatible" for each.
         deepspeed.ops.__compatible_ops__ = {}
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        self._objective = Objective(model)
+        if self._objective.head is not None:
+            # Gathered once a micro-batch however many chunks it computes: ranks may differ in that.
+            set_z3_leaf_module(self._objective.head, True)
         self._stage = optimization.zero_stage
         self._optimization = optimization
         self.device = device
@@ -77,6 +105,10 @@ class Engine:
     def forward(self, **inputs: Any) -> Any:
         """Run the model."""
         return self.module(**inputs)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return the summed negative log-likelihood (nats) of the batch's supervised tokens, in fp32."""
+        return self._objective.loss(self.module, batch)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate gradients of ``loss``; DeepSpeed averages them over the ranks, so the caller scales by their

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from finetune_core.contract import Phase
 from finetune_core.planning.choices import total_steps
-from finetune_trainer.data.batches import collate
-from finetune_trainer.data.order import batches_per_epoch, cursor, global_batch, micro_batches
+from finetune_trainer.data.order import batches_per_epoch, cursor
 from finetune_trainer.errors import Diverged, Stopped
 from finetune_trainer.outcomes import Standing
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.storage.checkpoints import TrainerState
 from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.training.batches import Batches
 from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.gang import Gang
 from finetune_trainer.training.loss import perplexity, summed_loss
@@ -53,7 +53,15 @@ class Training:
         optimization = plan.config.optimization
         rows = len(data.train)
         self._rows = rows
-        self._lengths = [len(example.ids) for example in data.train]
+        self._batches = Batches(
+            data.train,
+            rank=gang.rank,
+            world_size=gang.world_size,
+            pad=data.pad,
+            capacity=data.capacity,
+            seed=optimization.seed,
+        )
+        self._validation = replace(self._batches, examples=data.validation)
         self._per_epoch = batches_per_epoch(rows, optimization.global_batch_size)
         self.total_steps = total_steps(
             rows=rows,
@@ -102,26 +110,15 @@ class Training:
         """
         started = time.monotonic()
         optimization, gang = self._config.optimization, self._gang
-        batch = global_batch(
-            step, rows=self._rows, global_batch_size=optimization.global_batch_size, seed=optimization.seed
-        )
-        tokens = sum(self._data.train[row].supervised_tokens for row in batch)
-        own = micro_batches(
-            batch,
-            self._lengths,
-            rank=gang.rank,
-            world_size=gang.world_size,
-            micro_batch_size=optimization.micro_batch_size,
-        )
+        share = self._batches.step(step, optimization)
+        tokens = share.tokens
         nll = torch.zeros((), dtype=torch.float64, device=gang.device)
-        for index, rows in enumerate(own):
+        for index, micro in enumerate(self._batches.tensors(share, step=step), start=1):
             if gang.agree(stop()):
                 return None
-            micro = collate([self._data.train[row] for row in rows], self._data.pad).to(gang.device)
-            torch.manual_seed(dropout_seed(optimization.seed, step, gang.rank, index))
-            loss = summed_loss(self._engine, micro)
+            loss = summed_loss(self._engine, micro.to(gang.device))
             nll += loss.detach()
-            self._engine.backward(loss * (gang.world_size / max(1, tokens)), last=index == len(own) - 1)
+            self._engine.backward(loss * (gang.world_size / max(1, tokens)), last=index == len(share.own))
         loss_value = gang.total([float(nll)])[0] / max(1, tokens)
         norm = self._engine.gradient_norm()
         self._check_finite(step, loss_value, norm)
@@ -178,9 +175,8 @@ class Training:
         value = perplexity(
             self._engine,
             self._gang,
-            self._data.validation,
+            self._validation,
             batch_size=self._config.optimization.micro_batch_size,
-            pad=self._data.pad,
         )
         self._phase(Phase.TRAINING)
         return value
@@ -220,9 +216,3 @@ class Training:
     def _phase(self, phase: Phase) -> None:
         if self._progress is not None:
             self._progress.phase(phase)
-
-
-def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
-    """Return the seed of torch's generators for a micro-batch: no random state has to be saved or restored."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

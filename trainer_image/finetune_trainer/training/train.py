@@ -19,7 +19,7 @@ from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.export import export
 from finetune_trainer.training.gang import Gang
 from finetune_trainer.training.loop import Training
-from finetune_trainer.training.material import Data, load_data, load_model
+from finetune_trainer.training.material import Data, load_data, load_model, prepare
 from finetune_trainer.training.model import trained_parameters
 from finetune_trainer.training.progress import Progress, say
 from finetune_trainer.training.saving import Saver
@@ -37,7 +37,8 @@ def train(
     and the other exceptions of `errors`.
     """
     root = open_root(plan.config, plan.paths)
-    data = gang.together(lambda: load_data(plan))
+    prepared = gang.each(lambda: prepare(plan) if gang.local_rank == 0 else [])
+    data = gang.together(lambda: load_data(plan, prepared[0]))
     fetched = plan.folder / "resume"
     start = _start(plan, gang, root, fetched)
     model = gang.together(lambda: load_model(plan))
