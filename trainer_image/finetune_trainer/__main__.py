@@ -23,8 +23,8 @@ examples:
   python -m finetune_trainer --run-file run.json --credentials keys --scratch /tmp/try --termination-log result.json
       outside a pod: one process per node of `world.nodes` in run.json, each with its own scratch folder
 
-  python -m finetune_trainer preflight --run-file run.json --credentials keys --scratch /tmp/try --termination-log f.json
-      check store, model and data of run.json, without training: the findings are in f.json
+  python -m finetune_trainer preflight --run-file run.json --credentials keys --scratch /tmp/try --termination-log log
+      check store, model and data of run.json, without training: the findings are in log
 
 exit codes:
   0 done, 64 bad input, 65 diverged, 66 out of memory, 75 something outside failed, 143 stopped with a checkpoint

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.errors import first_line
@@ -113,10 +117,6 @@ def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
 
 def check_configuration(folder: Path, field: str) -> int | None:
     """Return the model's context in tokens; raises UserError where config.json is not a known language model's."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:

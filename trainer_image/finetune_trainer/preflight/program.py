@@ -28,7 +28,7 @@ from finetune_trainer.storage.artifact import committed_result
 from finetune_trainer.storage.root import RunRoot
 
 
-class TimeIsUp(BaseException):  # noqa: N818  (no error of a check: nothing but `run` may catch it)
+class TimeIsUp(BaseException):
     """The checks took too long."""
 
 
@@ -81,10 +81,10 @@ def _examine_inputs(
 ) -> None:
     """Look at model and rows, as far as they can be reached."""
     _keep_torch_out()
-    from finetune_trainer.preflight.model import check_model
+    from finetune_trainer.preflight.model import ModelFacts, check_model
     from finetune_trainer.preflight.rows import check_rows
 
-    def look_at_model() -> object:
+    def look_at_model() -> ModelFacts:
         return check_model(model_files(config.model, paths, root.store), folder / "model", config.model.added_tokens)
 
     model = findings.of("the model", look_at_model) if config.model.s3 is None or store_answers else None
