@@ -30,6 +30,7 @@ class AttemptObjects:
         cluster: Cluster,
         backend: Backend,
         trainer_image: str,
+        report_base_url: str,
         ca_bundle: Callable[[], str],
         clock: Callable[[], float],
     ) -> None:
@@ -37,6 +38,7 @@ class AttemptObjects:
         self._cluster = cluster
         self._backend = backend
         self._trainer_image = trainer_image
+        self._report_base_url = report_base_url
         self._ca_bundle = ca_bundle
         self._clock = clock
 
@@ -87,6 +89,6 @@ class AttemptObjects:
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await remove_config_map(self._cluster, metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
-        plan = AttemptPlan(number=number, name=name, image=self.image(look))
+        plan = AttemptPlan(number=number, name=name, image=self.image(look), report_base_url=self._report_base_url)
         await create_config_map(self._cluster, build_config_map(look.job, plan, config, self._ca_bundle()))
         return await self._backend.create(self._backend.build(look.job, plan))

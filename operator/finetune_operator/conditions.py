@@ -37,6 +37,8 @@ class View:
     report: Report | None = None
     """Newest report of the current attempt, or the last one of the attempt that just ended."""
     reported_at: datetime | None = None
+    seconds_per_step: float | None = None
+    """Speed that the operator observed, over all attempts."""
     problem: OutsideError | None = None
     invalid: str = ""
     """What makes the spec impossible, with the field's path."""

@@ -16,6 +16,10 @@ from finetune_core.api.status import (
     ProgressStatus,
 )
 from finetune_core.contract import ArtifactRecord, CheckpointRecord, CurvePoint, Phase, Report
+from finetune_operator.kubeflow import METRIC_LIMIT, KubeflowReport
+from finetune_operator.speed import eta_seconds
+
+PERCENT = 100
 
 
 def decimal(value: float) -> str:
@@ -27,12 +31,19 @@ def _optional(value: float | None) -> str | None:
     return None if value is None else decimal(value)
 
 
-def merge_report(stored: FineTuneJobStatus, report: Report, received: datetime) -> FineTuneJobStatus:
-    """Return ``stored`` with what ``report`` says. A trainer that still loads knows less than the status does."""
+def merge_report(
+    stored: FineTuneJobStatus, report: Report, received: datetime, seconds_per_step: float | None = None
+) -> FineTuneJobStatus:
+    """Return ``stored`` with what ``report`` says. A trainer that still loads knows less than the status does.
+
+    ``seconds_per_step`` is the speed that the operator observed.
+    """
+    if isinstance(report, KubeflowReport):
+        return _merge_kubeflow(stored, report, received, seconds_per_step)
     loading = report.total_steps == 0
     update: dict[str, object] = {}
     if not loading:
-        update["progress"] = progress_of(report, received)
+        update["progress"] = progress_of(report, received, stored.progress, seconds_per_step)
         update["history"] = merge_history(stored.history, report.history, report.resumed_from_step)
     if report.metrics:
         update["metrics"] = [
@@ -44,14 +55,61 @@ def merge_report(stored: FineTuneJobStatus, report: Report, received: datetime) 
     return stored.model_copy(update=update)
 
 
-def progress_of(report: Report, received: datetime) -> ProgressStatus:
-    """Return the progress that ``report`` tells."""
+def _merge_kubeflow(
+    stored: FineTuneJobStatus, report: KubeflowReport, received: datetime, seconds_per_step: float | None
+) -> FineTuneJobStatus:
+    """Return ``stored`` with what Kubeflow's client says; what it does not repeat stays."""
+    old = stored.progress
+    step, total = _position(report, old)
+    done = report.told_percentage == 100
+    progress = ProgressStatus(
+        step=step,
+        total_steps=total,
+        epoch=decimal(report.epoch) if report.epoch or old is None else old.epoch,
+        percentage=100 if done else percentage(step, total),
+        eta_seconds=0 if done else eta_seconds(step, total, seconds_per_step, old),
+        last_update_time=received,
+    )
+    metrics = {metric.name: metric for metric in stored.metrics}
+    for name, value in report.metrics.items():
+        text = decimal(value)
+        if name not in metrics or metrics[name].value != text:
+            metrics[name] = MetricValue(name=name, value=text, step=step)
+    loss = metrics.get("loss")
+    points = [] if loss is None else [HistoryPoint(step=loss.step, loss=loss.value)]
+    history = {point.step: point for point in [*stored.history, *points] if point.step <= step}
+    return stored.model_copy(
+        update={
+            "progress": progress,
+            "metrics": [metrics[name] for name in sorted(metrics)][:METRIC_LIMIT],
+            "history": thin([history[number] for number in sorted(history)], HISTORY_LIMIT),
+        }
+    )
+
+
+def _position(report: KubeflowReport, old: ProgressStatus | None) -> tuple[int, int]:
+    """Return step and last step. A client that never tells steps is taken at its percentage, as steps out of 100.
+
+    At its beginning transformers says 0 %, also after a resume, and at its end no step: the status knows better.
+    """
+    told, total = report.told_step, report.told_total
+    if told is None and total is None and (old is None or old.total_steps == PERCENT):
+        return report.told_percentage or 0, PERCENT
+    known = old.step if old else 0
+    return known if told is None else told, total or (old.total_steps if old else PERCENT)
+
+
+def progress_of(
+    report: Report, received: datetime, stored: ProgressStatus | None, seconds_per_step: float | None
+) -> ProgressStatus:
+    """Return the progress that ``report`` tells; the trainer's own estimate only where the operator has none."""
+    eta = eta_seconds(report.step, report.total_steps, seconds_per_step, stored)
     return ProgressStatus(
         step=report.step,
         total_steps=report.total_steps,
         epoch=decimal(report.epoch),
         percentage=percentage(report.step, report.total_steps),
-        eta_seconds=report.eta_seconds,
+        eta_seconds=report.eta_seconds if eta is None else eta,
         tokens_per_second=_optional(report.tokens_per_second),
         last_update_time=received,
     )

@@ -27,6 +27,7 @@ from finetune_core.contract import (
     report_audience,
 )
 from finetune_core.names import worker_name
+from finetune_operator import kubeflow
 from finetune_operator.labels import REPLICA_INDEX, TRAINING_CONTAINER, attempt_labels
 
 GPU_RESOURCE = "nvidia.com/gpu"
@@ -54,6 +55,8 @@ class AttemptPlan:
     name: str
     """Name of the child and of its ConfigMap."""
     image: str
+    report_base_url: str
+    """Address of the report server."""
 
 
 def pod_template(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
@@ -122,8 +125,12 @@ def _environment(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
         "node_rank": _from_field(f"metadata.labels['{REPLICA_INDEX}']"),
     }
     identity = [{"name": variable} | values[field] for field, variable in IDENTITY_VARIABLES.items()]
+    own = {variable.name for variable in job.spec.pod_template.env}
+    protocol = kubeflow.environment(plan.report_base_url, job.metadata.namespace, job.metadata.name)
     return [
         *identity,
+        # For images with other training code. Who sets one of them reports elsewhere.
+        *({"name": name, "value": value} for name, value in protocol.items() if name not in own),
         {"name": MASTER_ADDR_VARIABLE, "value": worker_name(plan.name, 0)},
         {"name": MASTER_PORT_VARIABLE, "value": str(MASTER_PORT)},
         {"name": "HOME", "value": SCRATCH_FOLDER},

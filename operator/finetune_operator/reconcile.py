@@ -73,7 +73,12 @@ class Reconciler:
         self._report_base_url = report_base_url
         self._observer = Observer(cluster, backend, memory)
         self._objects = AttemptObjects(
-            cluster=cluster, backend=backend, trainer_image=trainer_image, ca_bundle=ca_bundle, clock=clock
+            cluster=cluster,
+            backend=backend,
+            trainer_image=trainer_image,
+            report_base_url=report_base_url,
+            ca_bundle=ca_bundle,
+            clock=clock,
         )
         recorder = Recorder(cluster, instance=instance, now=now)
         self._writer = StatusWriter(
@@ -147,6 +152,7 @@ class Reconciler:
             pods=own_pods(current, world) if current is not None else [],
             report=look.memory.report,
             reported_at=look.memory.reported_at,
+            seconds_per_step=look.memory.speed.seconds_per_step(),
             problem=problem,
             # While an attempt runs, what can't be honoured is said and the attempt goes on.
             invalid="" if step.settled else "; ".join(str(error) for error in unrunnable(look.job.spec)),

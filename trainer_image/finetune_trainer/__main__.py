@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-from pathlib import Path
+import signal
 
-from finetune_core.preflight import PREFLIGHT_COMMAND
-from finetune_trainer.launcher import run
-from finetune_trainer.preflight.program import run as preflight
-from finetune_trainer.settings import Paths
+# Before anything that takes time to import: the kernel drops a signal that PID 1 neither handles nor blocks.
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+
+import argparse  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from finetune_core.preflight import PREFLIGHT_COMMAND  # noqa: E402
+from finetune_trainer.launcher import run  # noqa: E402
+from finetune_trainer.preflight.program import run as preflight  # noqa: E402
+from finetune_trainer.settings import Paths  # noqa: E402
 
 EXAMPLES = """\
 examples:
@@ -56,4 +61,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A download that was left behind must not hold the process.
+    os._exit(code)

@@ -110,6 +110,21 @@ class AttemptsStatus(StatusModel):
     """End of the back-off, while the job waits for it."""
 
 
+class PreflightStatus(StatusModel):
+    """The check before the first attempt."""
+
+    start_time: datetime
+    """When it was begun, or begun anew after a suspension; `runPolicy.pendingDeadlineSeconds` counts from here."""
+    tries: Count = 0
+    """Tries that have ended."""
+    verdict: Literal["Passed", "Impossible", "Waiting"] | None = None
+    """What the last try found: nothing, that the job is impossible, or that something outside is missing."""
+    message: Text = ""
+    """What it found, for people."""
+    next_try_time: datetime | None = None
+    """When the next try starts, while something outside is waited for."""
+
+
 class ProgressStatus(StatusModel):
     """How far the run is."""
 
@@ -231,7 +246,9 @@ class UsageStatus(StatusModel):
     holders: Annotated[
         list[Annotated[str, Field(max_length=64)]], Field(max_length=MOST_HOLDERS, json_schema_extra=ATOMIC)
     ] = []
-    """uids of the pods that held GPUs then: what they took since is counted even where they are gone."""
+    """uids of the pods that had a node then: what they took since is counted even where they are gone."""
+    running: bool = False
+    """Whether one of them ran."""
 
 
 class ArtifactStatus(StatusModel):
@@ -265,6 +282,8 @@ class FineTuneJobStatus(StatusModel):
     """Generation of the spec that the status speaks of."""
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=by_key("type"))] = []
     """All known conditions, from the first write on."""
+    preflight: PreflightStatus | None = None
+    """The check before the first attempt."""
     attempts: AttemptsStatus = AttemptsStatus()
     """How often the job was started."""
     image: Annotated[str, Field(max_length=512)] | None = None

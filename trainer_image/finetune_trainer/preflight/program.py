@@ -110,7 +110,10 @@ def _bounded(seconds: float) -> Iterator[None]:
     def time_is_up(*_: object) -> NoReturn:
         raise TimeIsUp
 
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+    # The program's first line blocked them until there is a handler.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     signal.signal(signal.SIGALRM, time_is_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
