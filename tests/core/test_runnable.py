@@ -35,6 +35,7 @@ VALUES: dict[str, Any] = {
     "storage.checkpoint.keepBest": 2,
     "storage.artifact": "Merged",
     "tracking": {"tensorBoard": {}},
+    "runPolicy.preflight": "Run",
 }
 
 

@@ -25,7 +25,7 @@ def swallowing_store(endpoint: str) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             """Quiet."""
 
-        def _pass_on(self) -> None:
+        def handle_one(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             # The Host header is signed and goes through as it came: the store signs with what it reads there.
             behind = http.client.HTTPConnection(host, timeout=30)
@@ -44,7 +44,8 @@ def swallowing_store(endpoint: str) -> Iterator[str]:
                 self.wfile.write(content)
             behind.close()
 
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on
+    for method in ("GET", "PUT", "POST", "HEAD", "DELETE"):
+        setattr(Handler, f"do_{method}", Handler.handle_one)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

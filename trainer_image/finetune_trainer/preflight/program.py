@@ -128,4 +128,11 @@ def _tell(result: PreflightResult, seconds: float) -> None:
         print(f"{finding.kind.value}: {finding.message}", file=sys.stderr)
     for notice in result.notices:
         print(notice)
-    print(f"{len(result.findings)} findings after {seconds:.1f} s", flush=True)
+    print(f"{len(result.findings)} findings after {seconds:.1f} s, with {_peak_memory()} at most", flush=True)
+
+
+def _peak_memory() -> str:
+    """Return the largest resident set of this process: the pod's limit is chosen by it."""
+    status = Path("/proc/self/status").read_text()
+    kibibytes = status.partition("VmHWM:")[2].split()[0]
+    return f"{int(kibibytes) >> 10} MiB"
