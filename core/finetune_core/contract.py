@@ -254,9 +254,17 @@ class CheckpointRecord(ContractModel):
     bytes: Annotated[int, Field(ge=0)]
     manifest_sha256: Annotated[str, Field(max_length=64)]
     perplexity: float | None = None
+    task_score: float | None = None
     time: datetime
     damaged: Annotated[str, Field(max_length=256)] = ""
     """What is wrong with it, where resuming found something: the object's name and how it differs."""
+
+
+class CheckpointName(ContractModel):
+    """Which checkpoint: the run that wrote it and the step that it holds."""
+
+    run: Annotated[int, Field(ge=1)]
+    step: Annotated[int, Field(ge=0)]
 
 
 class ArtifactRecord(ContractModel):
@@ -324,6 +332,7 @@ class Phase(StrEnum):
     LOADING = "Loading"
     TRAINING = "Training"
     EVALUATING = "Evaluating"
+    GENERATING = "Generating"
     SAVING = "Saving"
     EXPORTING = "Exporting"
     ENDED = "Ended"
@@ -402,6 +411,8 @@ class Report(ContractModel):
     """Age of what would be resumed from now: since the newest commit, or since the run's first step."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
     """Why that age grows beyond what the job asks for; empty while it does not."""
+    best: CheckpointName | None = None
+    """The best of them by `evaluation.bestBy`, on the way that led to now."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=8)] = []
     """Sentences that a person should know: rows skipped, a checkpoint passed over and why."""
     evaluation: EvaluationRecord | None = None
