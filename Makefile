@@ -12,6 +12,8 @@ PYTHON := .venv/bin/python
 HOST_PYTHON := $(or $(shell command -v python3.11),python3)
 UV := $(FINETUNE_CACHE)/uv/bin/uv
 PYTEST := $(PYTHON) -m pytest
+# Tests of two groups run at once (tests/conftest.py): most of those with a cluster wait more than they compute.
+TEST_WORKERS ?= 2
 
 .PHONY: help
 help: ## Show this list
@@ -80,7 +82,7 @@ unit: venv ## The tests that need no cluster
 .PHONY: test
 test: lint ## Lint, unit tests, and end-to-end tests on a real cluster
 	@$(PYTHON) -m tests.cluster prepare
-	@$(PYTEST) -m "not long"
+	@$(PYTEST) -m "not long" --numprocesses $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: test-long
 test-long: venv ## The tests that take longer than a coffee
