@@ -12,13 +12,6 @@ from finetune_core.validation.runnable import NOT_YET, to_bytes, unrunnable
 from tests.core.jobs import quickstart
 
 VALUES: dict[str, Any] = {
-    "dataset.test": {"s3": {"uri": "s3://finetune/test.jsonl"}},
-    "dataset.task": "SQL",
-    "evaluation.bestBy": "TaskScore",
-    "evaluation.patience": 3,
-    "stability.onNonFinite": "RollBack",
-    "stability.onExplodingLoss": "Record",
-    "stability.stallTimeoutSeconds": 60,
     "storage.caConfigMapRef": {"name": "ca", "key": "ca.crt"},
     "storage.checkpoint.everyMinutes": 5,
     "storage.checkpoint.keepBest": 2,

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune_core.contract import Identity, RunConfig
+from finetune_core.contract import Identity, Result, RunConfig
 from finetune_trainer.plan import Inputs, WorkerPlan
 from finetune_trainer.settings import Paths
 from finetune_trainer.storage.steplog import StepRow
@@ -26,9 +26,12 @@ def train_all(
     *,
     credentials: Path,
     seconds: float = RUN_SECONDS,
-) -> None:
-    """Train every config, all of one world size, on that many ranks; ``inputs`` may differ from config to config."""
-    given = inputs if isinstance(inputs, list) else [inputs] * len(configs)
+    faults: list[dict[str, Any] | None] | None = None,
+) -> list[Result]:
+    """Train every config, all of one world size, on that many ranks; return what each came to.
+
+    ``inputs`` are those of all configs or one for each; so are ``faults`` (see `faults.scripted`).
+    """
     world = configs[0]["world"]["nodes"]
     port = free_port()
     ranks = []
@@ -43,10 +46,10 @@ def train_all(
                 paths=Paths(credentials=credentials, scratch=scratch),
                 identity=identity,
                 config=RunConfig.model_validate(config),
-                inputs=given[index],
+                inputs=inputs[index] if isinstance(inputs, list) else inputs,
                 folder=scratch / f"run-{index}",
             )
-            plans.append(json.loads(plan.to_json()))
+            plans.append({"plan": json.loads(plan.to_json()), "fault": faults[index] if faults else None})
         (folder / f"rank-{rank}").mkdir(parents=True)
         file = folder / f"plans-{rank}.json"
         file.write_text(json.dumps(plans))
@@ -76,6 +79,9 @@ def train_all(
                 process.wait()
     logs = "\n".join((folder / f"rank-{rank}.log").read_text() for rank in range(world))
     assert codes == [0] * world, logs
+    made = [json.loads((folder / f"rank-{rank}" / "results.json").read_text()) for rank in range(world)]
+    assert all(other == made[0] for other in made), made
+    return [Result.model_validate(result) for result in made[0]]
 
 
 def step_rows(store: ObjectStore, name: str) -> list[StepRow]:

@@ -224,7 +224,7 @@ def test_trap_3_a_7b_adapter_with_its_rows_is_at_most_41_3_mb(tmp_path: Path) ->
         precision="bf16",
         base=base_folder,
         base_name="7b",
-        new_rows=NewRows([0, 1, 2, 3], "in.weight", "out.weight"),
+        new_rows=NewRows(ids=[0, 1, 2, 3], input_key="in.weight", output_key="out.weight"),
         stop_ids=[2],
     )
     files = export(
@@ -245,7 +245,9 @@ def test_trap_4_new_rows_follow_from_seed_and_token_alone(tmp_path: Path, traine
         folder = tmp_path / str(number)
         extend_base(model, folder, tokens=tokens, untie=False, seed=42)
         ids = [load_tokenizer(folder).convert_tokens_to_ids(token) for token in TOKENS]
-        rows = new_rows(folder, NewRows(ids, "model.embed_tokens.weight", "lm_head.weight"), torch.float32)
+        rows = new_rows(
+            folder, NewRows(ids=ids, input_key="model.embed_tokens.weight", output_key="lm_head.weight"), torch.float32
+        )
         digests.append(hashlib.sha256(b"".join(value.numpy().tobytes() for value in rows.values())).hexdigest())
     assert len(set(digests)) == 1
     states = [

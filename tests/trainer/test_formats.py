@@ -22,7 +22,7 @@ from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
 from finetune_trainer.training.batches import Batches
 from tests.trainer import tiny
-from tests.trainer.hub import COMMIT, Hub, served
+from tests.trainer.data_hub import COMMIT, Hub, served
 
 SOURCE = {"s3": {"uri": "s3://finetune/train.jsonl"}}
 PROMPT_COMPLETION = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ WORDS = [f"w{number}" for number in range(60)]
 TEMPLATE = "ask {prompt} answer"
 
 
-def write_model(folder: Path, *, tied: bool = True, files: str = "5GB", seed: int = 7, **shape: Any) -> Path:
+def write_model(
+    folder: Path,
+    words: Sequence[str] = WORDS,
+    *,
+    tied: bool = True,
+    files: str = "5GB",
+    seed: int = 7,
+    **shape: Any,
+) -> Path:
     """Write model and tokenizer in transformers' layout; ``shape`` changes its LlamaConfig, ``files`` is the size of
     its largest weights file."""
     import torch
@@ -20,7 +29,7 @@ def write_model(folder: Path, *, tied: bool = True, files: str = "5GB", seed: in
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", "ask", "answer", *WORDS])}
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", "ask", "answer", *words])}
     inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)

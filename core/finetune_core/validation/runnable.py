@@ -31,13 +31,6 @@ class NotYet:
 NOT_YET_REASON = "this version of the operator can't run anything else"
 
 NOT_YET = (
-    NotYet("dataset.test", (None,), "be absent"),
-    NotYet("dataset.task", ("None",), "be None"),
-    NotYet("evaluation.bestBy", ("Perplexity",), "be Perplexity"),
-    NotYet("evaluation.patience", (None,), "be absent"),
-    NotYet("stability.onNonFinite", ("Fail",), "be Fail"),
-    NotYet("stability.onExplodingLoss", (None,), "be absent"),
-    NotYet("stability.stallTimeoutSeconds", (600,), "be 600"),
     NotYet("storage.caConfigMapRef", (None,), "be absent"),
     NotYet("storage.checkpoint.everyMinutes", (None,), "be absent; use `everySteps`"),
     NotYet("storage.checkpoint.keepBest", (1,), "be 1"),

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
 from finetune_trainer.training.base import INDEX, Weights, write_index
 from finetune_trainer.training.engine import MASTER
@@ -35,13 +36,12 @@ PEFT_PREFIX = "base_model.model."
 LARGEST_FILE = "5GB"
 
 
-@dataclass(frozen=True)
-class NewRows:
+class NewRows(ContractModel):
     """Where the rows of added tokens lie in the base."""
 
-    ids: Sequence[int]
+    ids: list[int]
     input_key: str
-    output_key: str | None
+    output_key: str | None = None
     """None where both embeddings began with the same rows: they are stored once."""
 
 

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_core.api.sources import DataSource, ModelSpec
+from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
 from finetune_trainer.data.dataset import limit_of, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
+from finetune_trainer.inputs import source_name
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.storage.checkpoints import TrainerState
 from finetune_trainer.training.base import Skeleton, extend_base, skeleton
 from finetune_trainer.training.engine import shard_new_models
-from finetune_trainer.training.export import Export, NewRows, check_mergeable, new_rows
+from finetune_trainer.training.export import NewRows, check_mergeable, new_rows
 from finetune_trainer.training.model import (
     DTYPES,
     adapted,
@@ -42,8 +43,12 @@ class Prepared(ContractModel):
     """Longest example in tokens that model and job allow."""
     data_sha256: str
     """Of the training rows as token ids."""
+    model_context: int
+    """Longest text in tokens that the model reads, dataset.maxLength where it has no limit."""
+    new_rows: NewRows | None = None
+    """Where the added tokens' rows lie in the base."""
     new_rows_sha256: str | None = None
-    """Of the added tokens' rows."""
+    """Of these rows."""
 
 
 def same_on_all_nodes(answers: Sequence[object]) -> Prepared:
@@ -66,6 +71,8 @@ class Data:
     """Tokenizer and examples."""
 
     tokenizer: Any
+    bones: Skeleton
+    """The model as the run computes with it, without weights."""
     train: ExampleSet
     validation: ExampleSet
     test: ExampleSet
@@ -79,18 +86,6 @@ class Data:
     def pad(self) -> int:
         """Return the id that fills short rows; nothing sees it, so any will do."""
         return int(self.tokenizer.eos_token_id)
-
-
-def source_name(source: ModelSpec | DataSource) -> str:
-    """Return how a person names a source: its address, repository or claim."""
-    hub = getattr(source, "hugging_face", None)
-    if hub is not None:
-        return str(hub.repo)
-    if source.s3 is not None:
-        return source.s3.uri
-    if source.volume is not None:
-        return f"{source.volume.claim_name}/{source.volume.path}"
-    raise UserError("model", "must name a source")
 
 
 def base_folder(plan: WorkerPlan) -> Path:
@@ -141,7 +136,14 @@ def prepare(plan: WorkerPlan) -> Prepared:
         notices += left_out
         data_sha256 = data_sha256 or examples.digest
     rows = _new_rows(plan, bones, tokenizer)
-    return Prepared(notices=notices, context=limit.tokens, data_sha256=data_sha256, new_rows_sha256=_digest(plan, rows))
+    return Prepared(
+        notices=notices,
+        context=limit.tokens,
+        data_sha256=data_sha256,
+        model_context=bones.context or config.dataset.max_length,
+        new_rows=rows,
+        new_rows_sha256=_digest(plan, rows),
+    )
 
 
 def _new_rows(plan: WorkerPlan, bones: Skeleton, tokenizer: Any) -> NewRows | None:
@@ -150,7 +152,8 @@ def _new_rows(plan: WorkerPlan, bones: Skeleton, tokenizer: Any) -> NewRows | No
         return None
     ids = [tokenizer.convert_tokens_to_ids(token) for token in plan.config.model.added_tokens]
     once = bones.tied or bones.output_name is None
-    return NewRows(ids, f"{bones.input_name}.weight", None if once else f"{bones.output_name}.weight")
+    output_key = None if once else f"{bones.output_name}.weight"
+    return NewRows(ids=ids, input_key=f"{bones.input_name}.weight", output_key=output_key)
 
 
 def _digest(plan: WorkerPlan, rows: NewRows | None) -> str | None:
@@ -169,24 +172,6 @@ def check_new_rows(state: TrainerState, prepared: Prepared) -> None:
             "model",
             "the rows of the added tokens are not those that the checkpoint was trained with: the base model changed",
         )
-
-
-def export_options(plan: WorkerPlan, data: Data, base_name: str) -> Export:
-    """Return how the run's artifact is made; ``base_name`` is where anybody finds its base."""
-    bones = skeleton(plan.inputs.model)
-    return Export(
-        kind=plan.config.storage.artifact,
-        precision=plan.config.optimization.precision,
-        base=base_folder(plan),
-        base_name=base_name,
-        new_rows=_new_rows(plan, bones, data.tokenizer),
-        stop_ids=data.stop_ids,
-    )
-
-
-def is_extended(plan: WorkerPlan) -> bool:
-    """Whether the run computes with another base than the given one, so that its adapter needs that one too."""
-    return base_folder(plan) != plan.inputs.model
 
 
 def _files(plan: WorkerPlan) -> list[tuple[str, DataSource, Path]]:
@@ -211,6 +196,7 @@ def load_data(plan: WorkerPlan, prepared: Prepared) -> Data:
     dataset = plan.config.dataset
     return Data(
         tokenizer=tokenizer,
+        bones=skeleton(base_folder(plan)),
         train=sets["train"],
         validation=sets["validation"],
         test=sets["test"],
