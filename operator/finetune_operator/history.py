@@ -111,6 +111,7 @@ def progress_of(
         percentage=percentage(report.step, report.total_steps),
         eta_seconds=report.eta_seconds if eta is None else eta,
         tokens_per_second=_optional(report.tokens_per_second),
+        mfu=_optional(report.mfu),
         last_update_time=received,
     )
 

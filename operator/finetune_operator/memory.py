@@ -40,6 +40,8 @@ class JobMemory:
     reported_at: datetime | None = None
     speed: StepWindow = field(default_factory=StepWindow)
     """Of all attempts: it outlives a resume."""
+    told: dict[str, float] = field(default_factory=dict)
+    """When an event of a reason was last created, on the monotonic clock."""
     status_written_at: float | None = None
     """On the monotonic clock."""
     problem: OutsideError | None = None

@@ -43,6 +43,7 @@ class StatusWriter:
         since it was read.
         """
         status = compute_status(record.stored, view, child_kind=self._child_kind)
+        self._metrics.jobs.show(record.key, status)
         old = record.stored if record.raw.get("status") else None
         if not is_news(old, status):
             return None
@@ -52,7 +53,7 @@ class StatusWriter:
             if left > 0:
                 return left
         await self._apply(record, status)
-        await self._recorder.tell(record.key, record.uid, record.stored, status, record.log)
+        await self._recorder.tell(record, status)
         return None
 
     async def forget_child(self, record: Record) -> None:
