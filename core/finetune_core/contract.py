@@ -254,6 +254,7 @@ class CheckpointRecord(ContractModel):
     bytes: Annotated[int, Field(ge=0)]
     manifest_sha256: Annotated[str, Field(max_length=64)]
     perplexity: float | None = None
+    task_score: float | None = None
     time: datetime
     damaged: Annotated[str, Field(max_length=256)] = ""
     """What is wrong with it, where resuming found something: the object's name and how it differs."""
@@ -324,6 +325,7 @@ class Phase(StrEnum):
     LOADING = "Loading"
     TRAINING = "Training"
     EVALUATING = "Evaluating"
+    GENERATING = "Generating"
     SAVING = "Saving"
     EXPORTING = "Exporting"
     ENDED = "Ended"

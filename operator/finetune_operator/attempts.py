@@ -202,12 +202,15 @@ def _seen(current: CurrentAttempt, pods: Sequence[PodObservation], world: World)
     """Return the attempt with what is seen of its pods. While a queue holds it, it has neither pods nor clocks."""
     if world.child is not None and world.child.suspended:
         return current.model_copy(update={"pods": [], "admitted_time": None, "running_time": None})
-    all_run = sum(pod.running or pod.ended for pod in pods) >= world.nodes
     resumed_at = world.child.resumed_at if world.child is not None else None
+    if resumed_at is not None and (current.admitted_time is None or resumed_at > current.admitted_time):
+        # Admitted anew, perhaps without having been seen suspended: what was recorded is of the time before.
+        current = current.model_copy(update={"pods": [], "admitted_time": resumed_at, "running_time": None})
+    all_run = sum(pod.running or pod.ended for pod in pods) >= world.nodes
     return current.model_copy(
         update={
             "pods": _record(current.pods, pods),
-            "admitted_time": current.admitted_time or resumed_at or world.now,
+            "admitted_time": current.admitted_time or world.now,
             "running_time": current.running_time or (world.now if all_run else None),
         }
     )

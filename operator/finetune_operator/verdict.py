@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from finetune_core.api.causes import Cause
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptCause, CurrentAttempt
 from finetune_core.contract import ExitCode, Outcome, Result
@@ -30,26 +31,6 @@ class Verdict(StrEnum):
     """Counts against runPolicy.maxRetries."""
     FREE = "Free"
     """No fault of the job."""
-
-
-class Cause(StrEnum):
-    """Reasons of attempts that are not reasons of the job."""
-
-    POD_DELETED = "PodDeleted"
-    POD_VANISHED = "PodVanished"
-    POD_REPLACED = "PodReplaced"
-    NODE_LOST = "NodeLost"
-    CHILD_DELETED = "ChildDeleted"
-    CHILD_REPLACED = "ChildReplaced"
-    CHILD_CHANGED = "ChildChanged"
-    CHILD_FAILED = "ChildFailed"
-    CRASHED = "Crashed"
-    OUTSIDE_FAILURE = "OutsideFailure"
-    STOPPED = "Stopped"
-    POD_FAILED = "PodFailed"
-    NO_ARTIFACT = "NoArtifact"
-    SUSPENDED = "Suspended"
-    RESUMED_TOO_EARLY = "ResumedTooEarly"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,7 +275,7 @@ def _charged(failures: Sequence[PodObservation]) -> Ruling:
     result = container.result
     message = (result.message if result else "") or messages.exit_sentence(code, container.reason)
     reason = reasons[ExitCode(code)] if code in _LATE_CODES else Cause.CRASHED
-    if pod.reason == "Evicted":
+    if pod.reason == Cause.EVICTED:
         return Ruling(
             verdict=Verdict.CHARGED,
             reason=pod.reason,

@@ -170,7 +170,7 @@ class ModelServer:
                 if self.pods_run
                 else {"waiting": {"reason": "ErrImagePull", "message": "no image"}}
             )
-            container = {"name": TRAINING_CONTAINER, "state": state}
+            container = {"name": TRAINING_CONTAINER, "state": state, "imageID": "registry/x@sha256:0123"}
             self.pods.append(
                 {
                     "child": child["metadata"]["name"],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from finetune_core.contract import Outcome
+from finetune_core.contract import Outcome, RunConfig
 from finetune_core.names import attempt_name
 from finetune_operator.keyqueue import Key
 from finetune_operator.memory import Memory
@@ -135,14 +136,14 @@ LIVES: dict[str, Life] = {
 }
 
 
-def reconciler(server: ModelServer) -> Reconciler:
+def reconciler(server: ModelServer, trainer_image: str = "trainer:1", memory: Memory | None = None) -> Reconciler:
     """Return an operator that has just started."""
     return Reconciler(
         cluster=server,  # type: ignore[arg-type]
         backend=PyTorchJobBackend(server),  # type: ignore[arg-type]
-        memory=Memory(),
+        memory=memory if memory is not None else Memory(),
         metrics=Metrics(),
-        trainer_image="trainer:1",
+        trainer_image=trainer_image,
         report_base_url="https://operator:8443",
         ca_bundle=lambda: "CA",
         instance="test",
@@ -237,3 +238,60 @@ async def test_nothing_happens_twice_without_news() -> None:
     for _ in range(5):
         await operator.reconcile(KEY)
     assert server.writes == writes
+
+
+async def test_an_upgraded_operator_runs_the_image_of_attempt_1_by_its_digest() -> None:
+    server = ModelServer(job_manifest(), NOW)
+    for _ in range(5):
+        await reconciler(server).reconcile(KEY)
+    server.end_pods(1)
+    for _ in range(20):
+        outcome = await reconciler(server, "trainer:2").reconcile(KEY)
+        server.pass_time(outcome.after or 0)
+    (child,) = server.children.values()
+    assert server.job["status"]["attempts"]["started"] == 2
+    container = child["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+    assert container["image"] == server.job["status"]["image"] == "trainer:1@sha256:0123"
+
+
+async def test_changes_of_queue_priority_and_retention_take_effect_with_the_next_attempt() -> None:
+    server = ModelServer(job_manifest(), NOW)
+    for _ in range(5):
+        await reconciler(server).reconcile(KEY)
+    before = copy.deepcopy(server.children)
+    server.set_policy(queueName="other", priorityClassName="urgent")
+    server.job["spec"]["storage"]["checkpoint"] = {"keepLast": 7}
+    for _ in range(5):
+        await reconciler(server).reconcile(KEY)
+    assert server.children == before, "the running attempt stays as it is"
+    server.end_pods(1)
+    for _ in range(20):
+        outcome = await reconciler(server).reconcile(KEY)
+        server.pass_time(outcome.after or 0)
+    ((name, child),) = server.children.items()
+    assert child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "other"
+    template = child["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+    assert template["spec"]["priorityClassName"] == "urgent"
+    assert RunConfig.model_validate_json(server.config_maps[name]["data"]["run.json"]).storage.keep_last == 7
+
+
+async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_checkpoint() -> None:
+    server, memory = ModelServer(job_manifest(), NOW), Memory()
+    operator = reconciler(server, memory=memory)
+    for _ in range(5):
+        await operator.reconcile(KEY)
+    pods = copy.deepcopy(server.pods)
+    server.set_policy(suspend=True)
+    await operator.reconcile(KEY)
+    await operator.reconcile(KEY)
+    server.pods = pods  # deleted, and still saving
+    for pod in server.pods:
+        pod["metadata"]["deletionTimestamp"] = server.now.isoformat()
+    await operator.reconcile(KEY)
+    assert server.job["status"]["attempts"].get("current") is None
+    reporting = memory.reporting(KEY)
+    assert reporting is not None
+    assert (reporting.attempt, len(reporting.pod_uids)) == (1, 2)
+    server.pods = []
+    await operator.reconcile(KEY)
+    assert memory.reporting(KEY) is None

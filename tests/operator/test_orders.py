@@ -176,6 +176,18 @@ def test_a_queue_stops_both_clocks_and_admission_starts_the_pending_one_anew() -
     assert (admitted.attempts.current.admitted_time, admitted.wait_seconds) == (at(10_000), 55)
 
 
+def test_a_suspension_that_was_over_before_it_was_seen_ends_nothing() -> None:
+    attempts = running(current=current().model_copy(update={"admitted_time": at(0), "running_time": at(5)}))
+    old = [pod(0, deleted=50), pod(1, deleted=50)]
+    new = [pod(0, uid="new-0"), pod(1, uid="new-1", container=None)]
+    step = advance(attempts, world([*old, *new], now=56, child=child(resumed_at=at(55))))
+    assert step.next is Next.WATCH
+    assert step.attempts.current is not None
+    assert step.attempts.current.cause is None
+    assert [record.uid for record in step.attempts.current.pods] == ["new-0", "new-1"]
+    assert (step.attempts.current.admitted_time, step.attempts.current.running_time) == (at(55), None)
+
+
 def test_the_active_deadline_counts_over_all_attempts_and_is_watched_to_the_second() -> None:
     step = advance(running(), world(both(), policy=ACTIVE, active=590))
     assert (step.next, step.wait_seconds) == (Next.WATCH, 10)

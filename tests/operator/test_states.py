@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import finetune_operator
+from finetune_core.api.causes import CAUSES, DISRUPTIONS, Cause
 from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.states import STATES
@@ -20,6 +21,7 @@ from finetune_operator.conditions import View, compute_conditions
 from finetune_operator.observed import ChildObservation
 from finetune_operator.problems import OutsideError
 from finetune_operator.verdict import Verdict
+from tests.operator.test_verdict import TABLE
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 CAUSE = AttemptCause(verdict=Verdict.FREE, reason="PodDeleted", time=NOW)
@@ -96,3 +98,12 @@ def test_every_reason_in_the_code_is_one_of_the_reasons() -> None:
                 assert all(item.value in ("True", "False", "Unknown", "; ", "") for item in texts), (
                     f"{file}:{node.lineno}"
                 )
+
+
+def test_every_reason_of_an_attempt_is_explained_with_the_verdict_that_it_gets() -> None:
+    assert set(CAUSES) == set(Cause)
+    for name, (_, expected) in TABLE.items():
+        if expected is not None and expected[1] in set(Cause):
+            assert CAUSES[Cause(expected[1])][0] == expected[0], name
+        elif expected is not None and expected[0] == "Free":
+            assert expected[1] in DISRUPTIONS, name

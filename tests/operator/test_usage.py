@@ -68,8 +68,14 @@ def test_a_pod_that_vanished_between_two_looks_held_its_gpus_until_the_second() 
     first = account(None, [holding(0, scheduled=0, started=0)], gpus=2, now=at(30))
     assert first.holders == ["pod-0"]
     gone = account(first, [], gpus=2, now=at(40))
-    assert (gone.gpu_seconds, gone.holders) == (2 * 40, [])
+    assert (gone.gpu_seconds, gone.active_seconds, gone.holders) == (2 * 40, 40, [])
     assert account(gone, [], gpus=2, now=at(400)).gpu_seconds == 2 * 40
+
+
+def test_a_pod_that_vanished_before_it_ran_was_not_active() -> None:
+    first = account(None, [holding(0, scheduled=0)], gpus=2, now=at(30))
+    gone = account(first, [], gpus=2, now=at(40))
+    assert (gone.gpu_seconds, gone.active_seconds) == (2 * 40, 0)
 
 
 def test_a_dead_kubelets_pod_counts_to_the_end_of_its_grace_period() -> None:

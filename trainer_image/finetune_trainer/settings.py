@@ -31,8 +31,8 @@ STORE_BUDGET_SECONDS = 300.0
 """How long a store may fail before the run ends with 75."""
 PEER_WAIT_SECONDS = 300.0
 """How long the first rank's name and the other ranks may take to appear: images are pulled at different speeds."""
-COLLECTIVE_TIMEOUT_SECONDS = 600.0
-"""A rank that is silent for this long inside a collective is lost (`stability.stallTimeoutSeconds` later)."""
+FROZEN_SECONDS = 60.0
+"""How much longer than a step may take a worker may give no sign of life, before the launcher ends it."""
 PEERS_LEAVE_SECONDS = 30.0
 """How long workers may take to notice that another one ended, before they are killed."""
 ALL_LEAVE_SECONDS = 120.0

@@ -5,10 +5,11 @@ Everything here that depends on DeepSpeed's internals is in this module, so that
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +111,20 @@ class Engine:
         """Return the summed negative log-likelihood (nats) of the batch's supervised tokens, in fp32."""
         return self._objective.loss(self.module, batch)
 
+    @property
+    def model(self) -> Any:
+        """The model itself, which can generate; under ZeRO-3 its layers gather their weights as they compute."""
+        return self.module.module
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all ranks have to run equally many forward passes: each gathers weights from all of them."""
+        return self._stage == 3 and torch.distributed.get_world_size() > 1
+
+    def hide_tokens(self, ids: Sequence[int]) -> None:
+        """Compute losses as if the vocabulary were without the tokens ``ids``; with none, with all of it again."""
+        self._objective.hide(torch.tensor(list(ids), device=self.device) if ids else None)
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate gradients of ``loss``; DeepSpeed averages them over the ranks, so the caller scales by their
         number. ``last`` says that the global batch is complete."""
@@ -140,6 +155,30 @@ class Engine:
         for group in self._zero.param_groups:
             group["lr"] = rate
         self.module.step()
+
+    def discard(self) -> None:
+        """Forget the accumulated gradient: the step is left out."""
+        self._zero.zero_grad()
+        if self._stage == 0:
+            return
+        if self._stage == 3:
+            self._zero._overflow_clean_up(self._zero.loss_scale)
+            return
+        # What DeepSpeed itself does with a gradient that overflows (stage_1_and_2.py, step).
+        if self._zero.cpu_offload:
+            self._zero.reset_cpu_buffers()
+        for group in self._zero.averaged_gradients:
+            self._zero.averaged_gradients[group] = None
+            self._zero.all_grad_tensors[group] = None
+
+    def close(self) -> None:
+        """Free what holds weights, gradients and optimizer state; the engine can't be used any more."""
+        self.module.destroy()
+        del self.module, self._zero, self._objective
+        self._names = {}
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout on or off."""
@@ -198,6 +237,21 @@ class Engine:
         safe_set_full_fp32_param(parameter, tensors[MASTER].to(self.device))
         for key in (FIRST_MOMENT, SECOND_MOMENT):
             safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
+
+    def write_weight(self, name: str, value: torch.Tensor) -> None:
+        """Set the weight that the model computes with to ``value``, as a checkpoint holds it; a collective.
+
+        The optimizer's own copy stays: training can't go on after it.
+        """
+        import deepspeed
+
+        parameter = self._names[name]
+        if self._stage < 3:
+            parameter.data.copy_(value)
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                parameter.data.copy_(value)
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

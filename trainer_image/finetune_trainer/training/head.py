@@ -34,6 +34,8 @@ class LossHead:
         self._chunk_rows = max(1, chunk_logits // vocabulary)
         self.batch: Batch | None = None
         """The batch whose loss is wanted; None: logits are, as for generation."""
+        self.hidden: torch.Tensor | None = None
+        """Tokens that the model is to be without, on the device: they get no probability."""
         head.forward = self._forward
 
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -55,5 +57,10 @@ class LossHead:
 
     def _nll(self, hidden: torch.Tensor, targets: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         self._keys.value = keys
-        logits = self._logits(hidden).float()
+        logits = without(self._logits(hidden).float(), self.hidden)
         return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def without(logits: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+    """Return ``logits`` (N, V) with those of ``hidden`` tokens at minus infinity: a softmax over the others."""
+    return logits if hidden is None else logits.index_fill(1, hidden, float("-inf"))

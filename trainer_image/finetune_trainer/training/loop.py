@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from finetune_core.contract import Phase
 from finetune_core.planning.choices import total_steps
 from finetune_trainer.data.order import batches_per_epoch, cursor
-from finetune_trainer.errors import Diverged, Stopped
+from finetune_trainer.errors import Diverged, StopAgreed, Stopped
 from finetune_trainer.outcomes import Standing
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.storage.checkpoints import TrainerState
@@ -93,17 +92,16 @@ class Training:
             f" {optimization.global_batch_size} examples{resumed}"
         )
 
-    def steps(self, stop: Callable[[], bool]) -> None:
+    def steps(self) -> None:
         """Run to the last step with evaluations and checkpoints; raises Stopped and Diverged."""
-        while self.step < self.total_steps:
-            row = self._one_step(self.step + 1, stop)
-            if row is None:
-                self._stop()
-            else:
-                self._after(row)
+        try:
+            while self.step < self.total_steps:
+                self._after(self._one_step(self.step + 1))
+        except StopAgreed:
+            self._stop()
 
-    def _one_step(self, step: int, stop: Callable[[], bool]) -> StepRow | None:
-        """Consume the global batch of ``step`` and apply its update; None where the ranks agreed to stop.
+    def _one_step(self, step: int) -> StepRow:
+        """Consume the global batch of ``step`` and apply its update; raises StopAgreed before it is applied.
 
         Loss and gradient are sums over the supervised tokens of the whole global batch divided by their number,
         whatever the number of ranks and micro-batches: the engine averages over ranks, hence the factor.
@@ -114,8 +112,7 @@ class Training:
         tokens = share.tokens
         nll = torch.zeros((), dtype=torch.float64, device=gang.device)
         for index, micro in enumerate(self._batches.tensors(share, step=step), start=1):
-            if gang.agree(stop()):
-                return None
+            gang.check_stop()
             loss = summed_loss(self._engine, micro.to(gang.device))
             nll += loss.detach()
             self._engine.backward(loss * (gang.world_size / max(1, tokens)), last=index == len(share.own))
@@ -214,5 +211,6 @@ class Training:
         raise Stopped(f"told to stop: {where}")
 
     def _phase(self, phase: Phase) -> None:
+        self._standing.phase = phase.value
         if self._progress is not None:
             self._progress.phase(phase)

@@ -30,6 +30,7 @@ def perplexity(engine: Engine, gang: Gang, batches: Batches, *, batch_size: int)
     engine.train(False)
     with torch.no_grad():
         for batch in batches.tensors(share):
+            gang.check_stop()
             nll += float(summed_loss(engine, batch.to(engine.device)))
     engine.train()
     mean = gang.total([nll])[0] / max(1, share.tokens)

@@ -12,7 +12,7 @@ from torch import nn
 
 from finetune_trainer.data.batches import IGNORED, Batch
 from finetune_trainer.training.dropout import DropoutKeys, ExampleDropout
-from finetune_trainer.training.head import LossHead
+from finetune_trainer.training.head import LossHead, without
 
 
 class Objective:
@@ -31,6 +31,7 @@ class Objective:
                     setattr(module, child_name, ExampleDropout(child.p, f"{name}.{child_name}", keys))
         vocabulary = inner.config.get_text_config().vocab_size
         self._head = LossHead(head, head_keys, vocabulary=vocabulary) if head is not None else None
+        self._hidden: torch.Tensor | None = None
         self.whole_logits = self._head is None
         """Compute the logits of all positions first: for models that change them after the head (a soft cap), which
         a loss inside of the head would not see."""
@@ -40,6 +41,12 @@ class Objective:
         """The output head; ZeRO-3 has to gather it once for all chunks."""
         return self._head.module if self._head is not None else None
 
+    def hide(self, tokens: torch.Tensor | None) -> None:
+        """Compute losses as if the vocabulary were without ``tokens``."""
+        self._hidden = tokens
+        if self._head is not None:
+            self._head.hidden = tokens
+
     def loss(self, forward: Any, batch: Batch) -> torch.Tensor:
         """Return the summed negative log-likelihood (nats, fp32) of ``batch``; ``forward`` runs the model."""
         self._body_keys.value = batch.dropout_keys
@@ -48,7 +55,7 @@ class Objective:
             # With a cache, or with a mask, packed examples would see each other.
             inputs["position_ids"] = batch.position_ids
         if self.whole_logits or self._head is None:
-            logits = forward(**inputs).logits.flatten(0, 1)[batch.index].float()
+            logits = without(forward(**inputs).logits.flatten(0, 1)[batch.index].float(), self._hidden)
             return nn.functional.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
         self._head.batch = batch
         try:
