@@ -92,6 +92,11 @@ def bearer_token(header: str | None) -> str:
     return token.strip()
 
 
+def is_news(before: Report | None, report: Report) -> bool:
+    """Whether ``report`` says more than new numbers: the first of an attempt, another checkpoint, the result."""
+    return before is None or report.result is not None or report.checkpoints != before.checkpoints
+
+
 Parse = Callable[[bytes, TokenPod, ReportingAttempt], Report]
 
 
@@ -163,8 +168,10 @@ class ReportServer:
         except ReviewUnavailableError as error:
             logger.warning("a token could not be reviewed: %s", error)
             return self._refused(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
+        before = self._memory.of(key).report
         self._memory.remember(key, report, self._now().replace(microsecond=0))
-        self._queue.add(key)
+        # A look costs requests: one that could write nothing yet waits until it can.
+        self._queue.add_after(key, 0.0 if is_news(before, report) else self._memory.seconds_to_numbers(key))
         self._metrics.reports_accepted.inc()
         return None
 
