@@ -73,7 +73,10 @@ def test_the_operators_pod_is_restricted() -> None:
 def test_a_new_operator_waits_beside_the_old_one_for_the_lease() -> None:
     spec = deployment()["spec"]
     assert (spec["replicas"], spec["strategy"]["rollingUpdate"]) == (1, {"maxUnavailable": 0, "maxSurge": 1})
-    assert deployment({"replicas": 2})["spec"]["replicas"] == 2
+    two = deployment({"replicas": 2})["spec"]
+    assert two["replicas"] == 2
+    (spread,) = two["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == two["selector"]["matchLabels"]
     (lease,) = of_kind(rendered(), "Lease")
     assert "spec" not in lease, "an upgrade must not take the Lease from its holder"
 
