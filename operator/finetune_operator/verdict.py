@@ -199,14 +199,18 @@ def _disruption(
     nodes: int,
 ) -> Ruling | None:
     """Return what the cluster or a person did before the first failure of the attempt."""
-    first_failure = min((time for pod in failures if (time := _failed_at(pod))), default=None)
+    times = [_failed_at(pod) for pod in failures]
+    first_failure = min((time for time in times if time is not None), default=None)
     told_to_stop = all(pod.container and pod.container.exit_code == ExitCode.STOPPED for pod in failures)
     # A backend that has not failed its object yet deletes none of its pods, and nobody leaves with 143 untold.
     deletion_wins = told_to_stop or (child is not None and not child.failed)
 
     def early(time: datetime | None) -> bool:
-        if first_failure is None:
+        if not failures:
             return True
+        if first_failure is None or None in times:
+            # The kubelet says that a pod was evicted before it says when its container ended.
+            return deletion_wins
         return time is not None and (time < first_failure or (time == first_failure and deletion_wins))
 
     if not failures and (changed := _child_changed(child, child_uid, nodes)):

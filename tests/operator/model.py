@@ -23,9 +23,20 @@ class ModelServer:
     """Holds one FineTuneJob and its objects; stands in for `Cluster`."""
 
     def __init__(
-        self, job: Manifest, now: datetime, *, crash_after: int | None = None, refuses: str = "", pods_run: bool = True
+        self,
+        job: Manifest,
+        now: datetime,
+        *,
+        crash_after: int | None = None,
+        refuses: str = "",
+        pods_run: bool = True,
+        saving: float = 0,
     ) -> None:
-        """Crash after write number ``crash_after``, counted from 1; ``refuses``: why no child is created."""
+        """Crash after write number ``crash_after``, counted from 1; ``refuses``: why no child is created.
+
+        Pods that are told to end save for ``saving`` seconds.
+        """
+        self.saving = saving
         self.refuses = refuses
         self.pods_run = pods_run
         self.job = job
@@ -72,7 +83,7 @@ class ModelServer:
     async def delete_child(self, _namespace: str, name: str, uid: str) -> None:
         if name in self.children and self.children[name]["metadata"]["uid"] == uid:
             del self.children[name]
-            self.pods = [pod for pod in self.pods if pod["child"] != name]
+            self.end_pods_of(name)
             self._wrote(f"delete {name}")
 
     async def get_config_map(self, _namespace: str, name: str) -> Manifest | None:
@@ -108,6 +119,17 @@ class ModelServer:
     def pass_time(self, seconds: float) -> None:
         """Let time pass."""
         self.now += timedelta(seconds=seconds)
+        self.pods = [pod for pod in self.pods if pod.get("gone", self.now) >= self.now]
+
+    def end_pods_of(self, child: str) -> None:
+        """Delete the pods of a child: they are gone once they have saved."""
+        if not self.saving:
+            self.pods = [pod for pod in self.pods if pod["child"] != child]
+        for pod in self.pods:
+            if pod["child"] == child and "gone" not in pod:
+                pod["gone"] = self.now + timedelta(seconds=self.saving)
+                pod["metadata"]["deletionTimestamp"] = (self.now + timedelta(seconds=90)).isoformat()
+                pod["metadata"]["deletionGracePeriodSeconds"] = 90
 
     def end_pods(self, exit_code: int, message: str = "") -> bool:
         """End the training container of every running pod; False where none runs."""
@@ -142,7 +164,7 @@ class ModelServer:
         (child,) = self.children.values()
         child["spec"].setdefault("runPolicy", {})["suspend"] = True
         self._set_child_condition(child, "Suspended", "True")
-        self.pods = [pod for pod in self.pods if pod["child"] != child["metadata"]["name"]]
+        self.end_pods_of(child["metadata"]["name"])
         return True
 
     def release_child(self) -> bool:
@@ -150,7 +172,12 @@ class ModelServer:
         (child,) = self.children.values()
         child["spec"]["runPolicy"]["suspend"] = False
         self._set_child_condition(child, "Suspended", "False")
-        self._make_pods(child)
+        if any(pod["child"] == child["metadata"]["name"] for pod in self.pods):
+            # training-operator counts running pods with a deletionTimestamp as failed, and restartPolicy is Never.
+            failed = {"type": "Failed", "status": "True", "lastTransitionTime": self.now.isoformat()}
+            child["status"]["conditions"].append(failed)
+        else:
+            self._make_pods(child)
         return True
 
     def _set_child_condition(self, child: Manifest, kind: str, status: str) -> None:

@@ -275,6 +275,14 @@ def test_a_container_that_can_be_judged_by_its_pod_only() -> None:
     assert ruled([pod(0), failed]) == ("Charged", "Evicted")
 
 
+def test_a_deletion_is_no_cause_of_an_eviction_whose_time_is_not_known_yet() -> None:
+    container = ContainerObservation(state=ContainerState.RUNNING)
+    pods = [pod(0, deleted=0), pod(1, container=container, phase="Failed", reason_="Evicted", message_="disk")]
+    assert ruled(pods, child=child(failed=True)) == ("Charged", "Evicted")
+    # A backend that has not failed its object has not deleted a pod: a person has.
+    assert ruled(pods, child=child()) == ("Free", "PodDeleted")
+
+
 def _cause(verdict: Verdict, reason: str) -> AttemptCause:
     return AttemptCause(verdict=verdict, reason=reason, time=NOW)
 

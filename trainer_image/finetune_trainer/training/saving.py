@@ -27,27 +27,25 @@ from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.storage.steplog import StepRow, write_segment
 from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.gang import Gang
+from finetune_trainer.training.selection import BestBy, best_first
 from finetune_trainer.training.start import Start
 from finetune_trainer.training.state import snapshot, write_snapshot
-
-
-def best_first(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
-    """Return the scored records, the least perplexity first, the earlier one of equals."""
-    scored = [record for record in records if record.perplexity is not None]
-    return sorted(scored, key=lambda record: (record.perplexity, record.run, record.step))
 
 
 class Saver:
     """The checkpoints of this run."""
 
-    def __init__(self, gang: Gang, root: RunRoot, start: Start, folder: Path, storage: StorageConfig) -> None:
+    def __init__(
+        self, gang: Gang, root: RunRoot, start: Start, folder: Path, storage: StorageConfig, best_by: BestBy
+    ) -> None:
         """Continue from ``start``; snapshots are written into ``folder`` on their way to the bucket."""
         self._gang = gang
         self._root = root
-        self._run = start.run
+        self._run = self.run = start.run
         self._parent = CheckpointId(start.parent.run, start.parent.step) if start.parent else None
         self._folder = folder
         self._storage = storage
+        self._best_by = best_by
         self._segment = 0
         self.lineage = list(start.ancestors)
         """Committed checkpoints that lead to now, oldest first."""
@@ -65,8 +63,8 @@ class Saver:
 
     @property
     def best(self) -> CheckpointRecord | None:
-        """The checkpoint of the lineage with the least validation perplexity."""
-        return next(iter(best_first(self.lineage)), None)
+        """The checkpoint of the lineage that evaluation.bestBy names the best."""
+        return next(iter(best_first(self.lineage, self._best_by)), None)
 
     def chosen(self, artifact_from: Literal["Best", "Last"]) -> CheckpointRecord:
         """Return the checkpoint that the artifact is made of; the last step's is always committed."""
@@ -130,7 +128,7 @@ class Saver:
     def _retain(self) -> None:
         keep = to_keep(
             [_id(record) for record in reversed(self.lineage)],
-            [_id(record) for record in best_first(self.lineage)],
+            [_id(record) for record in best_first(self.lineage, self._best_by)],
             keep_last=self._storage.keep_last,
             keep_best=self._storage.keep_best,
             parent=self._parent,
