@@ -236,21 +236,26 @@ class Store:
 
         self._retried(remove, bucket)
 
-    def abort_uploads(self, bucket: str, key: str) -> int:
-        """Abort the multipart uploads of ``key`` that nobody finished, and return how many there were.
+    def abort_uploads(self, bucket: str, prefix: str) -> list[str]:
+        """Abort the multipart uploads below ``prefix`` that nobody finished; return their keys.
 
-        The key is asked for by its whole name: MinIO lists the uploads of an object only, not those below a prefix.
+        MinIO knows no prefixes here, only whole keys and the whole bucket, so its answer is sifted; what it forgot at
+        a restart it clears away itself after a day.
         """
 
-        def uploads() -> list[str]:
-            found = self._client._list_multipart_uploads(bucket, prefix=key)
-            return [upload.upload_id for upload in found.uploads if upload.object_name == key]
+        def uploads() -> list[tuple[str, str]]:
+            found = [
+                upload
+                for asked in (prefix, "")
+                for upload in self._client._list_multipart_uploads(bucket, prefix=asked).uploads
+            ]
+            return sorted({(str(upload.object_name), str(upload.upload_id)) for upload in found})
 
-        stale = self._retried(uploads, bucket)
-        for upload in stale:
+        stale = [item for item in self._retried(uploads, bucket) if item[0].startswith(prefix)]
+        for key, upload in stale:
             abort = partial(self._client._abort_multipart_upload, bucket, key, upload)
             self._retried(abort, bucket, missing=None)
-        return len(stale)
+        return [key for key, _ in stale]
 
     # Failures
 

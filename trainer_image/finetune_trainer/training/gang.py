@@ -7,6 +7,7 @@ for everything that takes long, so that no rank sits in a collective while anoth
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 SHARE_SECONDS = 4 * STORE_BUDGET_SECONDS
 """How long rank 0 may work for the others: several store calls, each with its own budget, and the transfer."""
+BACKGROUND_SHARE_SECONDS = 24 * 3600.0
+"""The same for background threads: a large checkpoint over a slow line. A rank that is gone is noticed anyway."""
 FAREWELL_SECONDS = 15.0
 HEARTBEAT_SECONDS = 3.0
 SILENCE_SECONDS = 30.0
@@ -50,6 +53,9 @@ class Gang:
         self.world_size = int(os.environ["WORLD_SIZE"])
         self.device = device
         self._shared = 0
+        self._channel = ""
+        self._channels = itertools.count(1)
+        self._share_seconds = SHARE_SECONDS
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
         try:
@@ -79,11 +85,25 @@ class Gang:
         """Whether this is rank 0, which speaks to bucket and operator for all."""
         return self.rank == 0
 
+    def background(self) -> Gang:
+        """Return the same ranks for one background thread of each: only `share` and `each`, over a connection and
+        under keys of its own. No collectives, whose order is the training thread's."""
+        twin = copy.copy(self)
+        twin._store = self._store.clone()
+        twin._shared = 0
+        twin._channel = f"background-{next(self._channels)}/"
+        twin._share_seconds = BACKGROUND_SHARE_SECONDS
+        return twin
+
     def agree(self, flag: bool) -> bool:
         """Return whether any rank says True; a collective."""
-        tensor = torch.tensor([int(flag)], dtype=torch.int32)
+        return bool(self.most(int(flag)))
+
+    def most(self, value: int) -> int:
+        """Return the largest ``value`` of all ranks; a collective."""
+        tensor = torch.tensor([value], dtype=torch.int64)
         self._reduce(tensor, dist.ReduceOp.MAX)
-        return bool(tensor.item())
+        return int(tensor.item())
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Return the sums of ``values`` over all ranks, in double precision; a collective."""
@@ -102,9 +122,9 @@ class Gang:
         store, bounded, and notice when rank 0 is gone.
         """
         self._shared += 1
-        key = f"shared/{self._shared}"
+        key = f"{self._channel}shared/{self._shared}"
         if not self.is_first:
-            return _unpack(json.loads(self._await(key, SHARE_SECONDS)))
+            return _unpack(json.loads(self._await(key, self._share_seconds)))
         try:
             value = work()
         except Exception as error:
@@ -120,7 +140,7 @@ class Gang:
         notices when a rank falls silent, the others notice when rank 0 does.
         """
         self._shared += 1
-        key = f"each/{self._shared}"
+        key = f"{self._channel}each/{self._shared}"
         try:
             answer = {"value": work()}
         except Exception as error:
@@ -128,7 +148,7 @@ class Gang:
             raise
         if not self.is_first:
             self._set(f"{key}/{self.rank}", answer)
-            return list(_unpack(json.loads(self._await(key, SHARE_SECONDS))))
+            return list(_unpack(json.loads(self._await(key, self._share_seconds))))
         others = [json.loads(self._await_rank(f"{key}/{rank}", rank)) for rank in range(1, self.world_size)]
         answers = [answer, *others]
         failed = next((other for other in others if "error" in other), None)
@@ -175,7 +195,7 @@ class Gang:
 
     def _await_rank(self, key: str, rank: int) -> str:
         """Return the text that ``rank`` sets at ``key``; raises PeerLost once its heart has stopped."""
-        deadline = time.monotonic() + SHARE_SECONDS
+        deadline = time.monotonic() + self._share_seconds
         beat, seen = None, time.monotonic()
         while True:
             with contextlib.suppress(_TimeIsUpError):

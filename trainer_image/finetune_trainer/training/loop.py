@@ -90,9 +90,10 @@ class Training:
         while self.step < self.total_steps:
             row = self._one_step(self.step + 1, stop)
             if row is None:
-                self._stop()
+                self._stop(stop)
             else:
                 self._after(row)
+        self._drain(stop)
 
     def _one_step(self, step: int, stop: Callable[[], bool]) -> StepRow | None:
         """Consume the global batch of ``step`` and apply its update; None where the ranks agreed to stop.
@@ -115,7 +116,7 @@ class Training:
         )
         nll = torch.zeros((), dtype=torch.float64, device=gang.device)
         for index, rows in enumerate(own):
-            if gang.agree(stop()):
+            if gang.agree(stop() or self._saver.failed):
                 return None
             micro = collate([self._data.train[row] for row in rows], self._data.pad).to(gang.device)
             torch.manual_seed(dropout_seed(optimization.seed, step, gang.rank, index))
@@ -162,10 +163,11 @@ class Training:
         if improved and score is not None:
             self._best = score
         wanted_best = improved and self._config.evaluation.artifact_from == "Best"
-        every = self._config.storage.checkpoint_every_steps
-        periodic = every is not None and self.step % every == 0
-        if periodic or wanted_best or self.step == self.total_steps:
-            self._save(score)
+        periodic = self._saver.due(self.step)
+        must = wanted_best or self.step == self.total_steps
+        if periodic or must:
+            self._save(score, must=must)
+        self._tell_checkpoints()
 
     def _evaluation_due(self) -> bool:
         if not self._data.validation:
@@ -185,7 +187,8 @@ class Training:
         self._phase(Phase.TRAINING)
         return value
 
-    def _save(self, score: float | None) -> None:
+    def _save(self, score: float | None, *, must: bool) -> None:
+        """Take a snapshot; it is committed in the background."""
         self._phase(Phase.SAVING)
         optimization = self._config.optimization
         position = cursor(self.step + 1, rows=self._rows, global_batch_size=optimization.global_batch_size)
@@ -203,17 +206,34 @@ class Training:
             best_perplexity=self._best if math.isfinite(self._best) else None,
         )
         rows = self._progress.pending_rows() if self._progress is not None else []
-        record = self._saver.save(self._engine, state, rows)
+        self._saver.save(self._engine, state, rows, must=must)
         self._saved_step = self.step
-        self._standing.checkpoint = record.uri
-        if self._progress is not None:
-            self._progress.saved(record, self._saver.committed)
         self._phase(Phase.TRAINING)
 
-    def _stop(self) -> None:
-        """Save what is not saved yet, then leave; all ranks come here together. Always raises Stopped."""
+    def _tell_checkpoints(self) -> None:
+        """Note what was committed since the last time, and how old what would be resumed from is."""
+        for record in self._saver.take_committed():
+            self._standing.checkpoint = record.uri
+            if self._progress is not None:
+                self._progress.saved(record, self._saver.committed)
+        if self._progress is not None:
+            self._progress.checkpointing(
+                age=self._saver.age_seconds, problem=self._saver.problem, stall=self._saver.stall_seconds
+            )
+
+    def _drain(self, stop: Callable[[], bool]) -> None:
+        """Wait until all that was saved is committed."""
+        self._phase(Phase.SAVING)
+        self._saver.drain(stop)
+        self._tell_checkpoints()
+
+    def _stop(self, stop: Callable[[], bool]) -> None:
+        """Save what is not saved yet, then leave; all ranks come here together. Always raises Stopped, or what ended
+        the background thread."""
+        self._saver.raise_failure()
         if self.step > self._saved_step:
-            self._save(None)
+            self._save(None, must=True)
+        self._drain(stop)
         where = f"the checkpoint of step {self.step} is committed" if self.step else "no step was finished yet"
         raise Stopped(f"told to stop: {where}")
 
