@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+from xml.etree import ElementTree
 
 import certifi
 import urllib3
@@ -165,7 +166,10 @@ class Store:
 
         def objects() -> list[Entry]:
             found = self._client.list_objects(bucket, prefix=prefix, recursive=True)
-            return [Entry(item.object_name, item.size, item.last_modified or datetime.now(UTC)) for item in found]
+            try:
+                return [Entry(item.object_name, item.size, item.last_modified or datetime.now(UTC)) for item in found]
+            except (ValueError, AttributeError) as error:
+                raise urllib3.exceptions.HTTPError(f"its listing can't be read: {error}") from error
 
         return sorted(self._retried(objects, bucket))
 
@@ -284,6 +288,8 @@ class Store:
                 final = error.code in PERMANENT_CODES or error.code in REFUSED_CODES
             except NoCredentials as error:
                 cause, final = str(error), True
+            except ElementTree.ParseError as error:
+                cause, final = f"storage.endpoint: {self.endpoint} sent an answer that can't be read ({error})", False
             except (ServerError, InvalidResponseError, urllib3.exceptions.HTTPError, OSError) as error:
                 cause = f"storage.endpoint: {self.endpoint} can't be reached ({_short(error)})"
                 final = False
