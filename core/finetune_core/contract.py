@@ -163,6 +163,12 @@ class OptimizationConfig(ContractModel):
     gradient_checkpointing: bool
     seed: int
     zero_stage: Annotated[int, Field(ge=0, le=3)]
+    offload_optimizer: bool = False
+    """Optimizer state lies in the memory of the node."""
+    offload_parameters: bool = False
+    """Parameters lie there too between uses; stage 3."""
+    overrides: str | None = None
+    """A JSON object that is merged into DeepSpeed's configuration last."""
 
 
 class GenerationConfig(ContractModel):
@@ -248,6 +254,7 @@ class CheckpointRecord(ContractModel):
     bytes: Annotated[int, Field(ge=0)]
     manifest_sha256: Annotated[str, Field(max_length=64)]
     perplexity: float | None = None
+    task_score: float | None = None
     time: datetime
     damaged: Annotated[str, Field(max_length=256)] = ""
     """What is wrong with it, where resuming found something: the object's name and how it differs."""
@@ -318,6 +325,7 @@ class Phase(StrEnum):
     LOADING = "Loading"
     TRAINING = "Training"
     EVALUATING = "Evaluating"
+    GENERATING = "Generating"
     SAVING = "Saving"
     EXPORTING = "Exporting"
     ENDED = "Ended"

@@ -63,6 +63,9 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             gradient_checkpointing=training.gradient_checkpointing,
             seed=training.seed,
             zero_stage=stage,
+            offload_optimizer=spec.deepspeed.offload_optimizer == "CPU",
+            offload_parameters=spec.deepspeed.offload_parameters == "CPU",
+            overrides=spec.deepspeed.overrides,
         ),
         evaluation=EvaluationConfig(
             every_steps=spec.evaluation.every_steps,

@@ -7,7 +7,6 @@ import os
 import sys
 
 from finetune_operator.application import run
-from finetune_operator.certificates import CertificateError
 from finetune_operator.logs import configure_logging
 from finetune_operator.settings import parse_settings
 
@@ -16,10 +15,7 @@ def main() -> None:
     """Run the operator; a failure ends the process with a code that is not 0."""
     settings = parse_settings(sys.argv[1:], os.environ)
     configure_logging(settings.log_level)
-    try:
-        asyncio.run(run(settings))
-    except CertificateError as error:
-        sys.exit(str(error))
+    asyncio.run(run(settings))
 
 
 if __name__ == "__main__":

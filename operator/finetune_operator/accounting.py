@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
+from finetune_core.api.causes import Cause
 from finetune_core.api.status import (
     RECENT_ATTEMPTS_LIMIT,
     AttemptCause,
@@ -13,7 +14,7 @@ from finetune_core.api.status import (
     CurrentAttempt,
     PastAttempt,
 )
-from finetune_operator.verdict import Cause, Ruling, Verdict
+from finetune_operator.verdict import Ruling, Verdict
 
 FREE_IN_A_ROW = 3
 """After this many free attempts without a new checkpoint the next one is charged."""

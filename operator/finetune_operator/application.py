@@ -1,123 +1,161 @@
-"""Puts the parts together and runs them: client, certificates, servers, workers, resync, watches."""
+"""Puts the parts together and runs them: Lease, client, certificates, servers, workers, resync, watches."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-import ssl
+import signal
+import time
 from collections.abc import Coroutine
-from datetime import UTC, datetime
+from typing import Any
 
-import aiohttp
-
-from finetune_operator.certificates import Certificates, CertificateStore, load_into, server_context
-from finetune_operator.cluster import ApiError, Cluster, load_configuration
+from finetune_operator.certificates import CertificateStore, ExternalCertificates, server_context
+from finetune_operator.cluster import Cluster, load_configuration
+from finetune_operator.connections import lease_client
 from finetune_operator.controller import Controller
+from finetune_operator.endpoints import Announcer, ReportEndpoint
 from finetune_operator.health import Activity, HealthServer
 from finetune_operator.keyqueue import KeyQueue
+from finetune_operator.leadership import Leadership, TimedLease
 from finetune_operator.memory import Memory
 from finetune_operator.metrics import Metrics
 from finetune_operator.pytorchjob import PyTorchJobBackend
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.report_server import ReportServer
 from finetune_operator.runtime import watch
+from finetune_operator.serving import CertificateSource, ServingCertificates
 from finetune_operator.settings import Settings
 from finetune_operator.tokens import TokenReviewer
 
 logger = logging.getLogger(__name__)
 
-CERTIFICATE_LOOK_SECONDS = 3600.0
-CERTIFICATE_RETRY_SECONDS = 5.0
+
+class Replica:
+    """One process of the operator: it waits for the Lease, then does all the work until it is stopped."""
+
+    def __init__(self, settings: Settings, configuration: Any) -> None:
+        """Put the parts together; nothing is read or written yet."""
+        self._settings = settings
+        self._configuration = configuration
+        self._lease_client = lease_client(configuration)
+        lease = TimedLease(
+            settings.lease, settings.namespace, settings.lease_identity(), self._lease_client, time.monotonic
+        )
+        self._leadership = Leadership(lease)
+        self._cluster = Cluster(configuration, self._leadership.check)
+        self._metrics, self._queue, self._memory, self._activity = Metrics(), KeyQueue(), Memory(), Activity()
+        self._context = server_context()
+        self._certificates = ServingCertificates(
+            _certificate_source(settings, self._cluster), self._context, self._metrics
+        )
+        self._health = HealthServer(
+            activity=self._activity,
+            queue=self._queue,
+            metrics=self._metrics,
+            leadership=self._leadership,
+            resync_seconds=settings.resync_seconds,
+        )
+        self._reports = ReportServer(
+            memory=self._memory, queue=self._queue, reviewer=TokenReviewer(self._cluster), metrics=self._metrics
+        )
+
+    async def run(self) -> None:
+        """Run until SIGTERM; raises what ended it otherwise. A leader that loses the Lease ends the process here."""
+        stopping = _stop_signal()
+        try:
+            await self._health.start(self._settings.health_port)
+            await _until_first_ends(self._wait_and_lead(), stopping.wait())
+        finally:
+            await self._reports.stop()
+            await self._leadership.release()
+            await self._health.stop()
+            await self._cluster.close()
+            await self._lease_client.close()
+
+    async def _wait_and_lead(self) -> None:
+        await self._leadership.acquire(self._activity.stood_by)
+        self._activity.began_to_lead()
+        await _until_first_ends(self._lead(), self._leadership.keep())
+
+    async def _lead(self) -> None:
+        """Do what only the leader does: take reports, watch, reconcile."""
+        settings = self._settings
+        await self._certificates.load_patiently()
+        await self._reports.start(settings.pod_ip, settings.report_port, self._context)
+        controller = self._controller()
+        await _until_first_ends(
+            watch(
+                queue=self._queue,
+                activity=self._activity,
+                configuration=self._configuration,
+                namespaces=settings.watch_namespaces,
+            ),
+            self._certificates.keep(settings.resync_seconds),
+            *self._announcements(),
+            controller.resync(settings.watch_namespaces, settings.resync_seconds),
+            *(controller.work() for _ in range(settings.workers)),
+        )
+
+    def _controller(self) -> Controller:
+        settings, cluster = self._settings, self._cluster
+        reconciler = Reconciler(
+            cluster=cluster,
+            backend=PyTorchJobBackend(cluster),
+            memory=self._memory,
+            metrics=self._metrics,
+            trainer_image=settings.trainer_image,
+            report_base_url=settings.report_base_url,
+            ca_bundle=self._certificates.ca_bundle,
+            instance=settings.pod_name,
+        )
+        return Controller(
+            queue=self._queue,
+            reconciler=reconciler,
+            cluster=cluster,
+            memory=self._memory,
+            activity=self._activity,
+            metrics=self._metrics,
+        )
+
+    def _announcements(self) -> list[Coroutine[None, None, None]]:
+        """Return what leads reports here; nothing outside a cluster, where `--report-host` names the machine."""
+        settings = self._settings
+        if not settings.pod_ip:
+            return []
+        endpoint = ReportEndpoint(
+            namespace=settings.namespace,
+            service=settings.report_service,
+            address=settings.pod_ip,
+            port=settings.report_port,
+            pod_name=settings.pod_name,
+            pod_uid=settings.pod_uid,
+        )
+        return [Announcer(self._cluster, endpoint).keep()]
 
 
-class ServingCertificates:
-    """The certificates in use, renewed while the server runs."""
-
-    def __init__(self, store: CertificateStore, context: ssl.SSLContext, metrics: Metrics) -> None:
-        """Load what ``store`` holds into ``context``."""
-        self._store = store
-        self._context = context
-        self._metrics = metrics
-        self._current: Certificates | None = None
-
-    def ca_bundle(self) -> str:
-        """Return the CA that goes into the attempts' ConfigMaps."""
-        assert self._current is not None, "load() comes first"
-        return self._current.ca_certificate
-
-    async def load(self) -> None:
-        """Read the Secret, renew what ends soon, and present the result from now on."""
-        certificates = await self._store.ensure(datetime.now(UTC))
-        if certificates != self._current:
-            load_into(self._context, certificates)
-            self._current = certificates
-            self._metrics.certificate_expiry.set(certificates.expires.timestamp())
-            logger.info("certificate in use until %s", certificates.expires.isoformat())
-
-    async def keep(self) -> None:
-        """Look every hour, for ever; a failure leaves 30 days to try again."""
-        while True:
-            await asyncio.sleep(CERTIFICATE_LOOK_SECONDS)
-            await self.load_patiently()
-
-    async def load_patiently(self) -> None:
-        """Load, and try again every few seconds while the API server does not answer or refuses."""
-        while True:
-            try:
-                return await self.load()
-            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                logger.warning("the certificates could not be loaded: %s", error)
-            await asyncio.sleep(CERTIFICATE_RETRY_SECONDS)
+def _certificate_source(settings: Settings, cluster: Cluster) -> CertificateSource:
+    kind = CertificateStore if settings.certificate_from == "Operator" else ExternalCertificates
+    return kind(
+        cluster, namespace=settings.namespace, name=settings.certificate_secret, hostname=settings.report_hostname
+    )
 
 
 async def run(settings: Settings) -> None:
     """Run the operator until SIGTERM; raises what ended it otherwise, and the process ends with it."""
-    configuration = await load_configuration(settings)
-    cluster = Cluster(configuration)
-    metrics, queue, memory, activity = Metrics(), KeyQueue(), Memory(), Activity()
-    store = CertificateStore(
-        cluster, namespace=settings.namespace, name=settings.certificate_secret, hostname=settings.report_hostname
-    )
-    context = server_context()
-    certificates = ServingCertificates(store, context, metrics)
-    health = HealthServer(activity=activity, queue=queue, metrics=metrics, resync_seconds=settings.resync_seconds)
-    reports = ReportServer(memory=memory, queue=queue, reviewer=TokenReviewer(cluster), metrics=metrics)
-    reconciler = Reconciler(
-        cluster=cluster,
-        backend=PyTorchJobBackend(cluster),
-        memory=memory,
-        metrics=metrics,
-        trainer_image=settings.trainer_image,
-        report_base_url=settings.report_base_url,
-        ca_bundle=certificates.ca_bundle,
-        instance=socket.gethostname(),
-    )
-    controller = Controller(
-        queue=queue, reconciler=reconciler, cluster=cluster, memory=memory, activity=activity, metrics=metrics
-    )
-    try:
-        await health.start(settings.health_port)
-        await certificates.load_patiently()
-        await reports.start(settings.report_port, context)
-        loops = [
-            certificates.keep(),
-            controller.resync(settings.watch_namespaces, settings.resync_seconds),
-            *(controller.work() for _ in range(settings.workers)),
-        ]
-        await _until_first_ends(
-            watch(queue=queue, activity=activity, configuration=configuration, namespaces=settings.watch_namespaces),
-            loops,
-        )
-    finally:
-        await reports.stop()
-        await health.stop()
-        await cluster.close()
+    await Replica(settings, await load_configuration(settings)).run()
 
 
-async def _until_first_ends(watching: Coroutine[None, None, None], loops: list[Coroutine[None, None, None]]) -> None:
-    """Run all; when the watches end (SIGTERM) or anything fails, end the others and raise the failure."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in (watching, *loops)]
+def _stop_signal() -> asyncio.Event:
+    """Return what SIGTERM and SIGINT set. While kopf watches it answers them itself, which ends the watches."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    return stopping
+
+
+async def _until_first_ends(*coroutines: Coroutine[Any, Any, Any]) -> None:
+    """Run all; when one ends or fails, end the others and raise the failure."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:

@@ -30,6 +30,7 @@ class AttemptObjects:
         cluster: Cluster,
         backend: Backend,
         trainer_image: str,
+        report_base_url: str,
         ca_bundle: Callable[[], str],
         clock: Callable[[], float],
     ) -> None:
@@ -37,6 +38,7 @@ class AttemptObjects:
         self._cluster = cluster
         self._backend = backend
         self._trainer_image = trainer_image
+        self._report_base_url = report_base_url
         self._ca_bundle = ca_bundle
         self._clock = clock
 
@@ -55,7 +57,7 @@ class AttemptObjects:
             self.postpone(memory, problem)
             logger.warning("attempt not created: %s", problem.message, extra=look.log)
             raise
-        memory.problem, memory.failures = None, 0
+        self.forgive(memory)
         logger.info("attempt created", extra=look.log)
         return child
 
@@ -71,6 +73,10 @@ class AttemptObjects:
         memory.problem = problem
         memory.retry_at = self._clock() + backoff_seconds(memory.failures, jitter=0, least=FIRST_RETRY_SECONDS)
 
+    def forgive(self, memory: JobMemory) -> None:
+        """Forget what stood in the way: it is gone, or it stood in the way of an attempt that has ended since."""
+        memory.problem, memory.failures = None, 0
+
     def seconds_to_retry(self, memory: JobMemory) -> float:
         """Return how long the back-off lasts."""
         return max(0.0, memory.retry_at - self._clock())
@@ -83,6 +89,6 @@ class AttemptObjects:
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await remove_config_map(self._cluster, metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
-        plan = AttemptPlan(number=number, name=name, image=self.image(look))
+        plan = AttemptPlan(number=number, name=name, image=self.image(look), report_base_url=self._report_base_url)
         await create_config_map(self._cluster, build_config_map(look.job, plan, config, self._ca_bundle()))
         return await self._backend.create(self._backend.build(look.job, plan))

@@ -158,9 +158,7 @@ def _seconds_until_gone(pod: PodObservation, now: datetime) -> float:
 
 def _during(attempts: AttemptsStatus, current: CurrentAttempt, world: World) -> Step:
     """An attempt exists: record its pods, obey orders, judge the evidence, and close it once it has ended."""
-    pods = [
-        pod for pod in world.pods if pod.attempt == current.number and not is_of_an_earlier_admission(pod, world.child)
-    ]
+    pods = own_pods(current, world)
     current = _seen(current, pods, world)
     ruling = judge(
         current=current,
@@ -174,10 +172,11 @@ def _during(attempts: AttemptsStatus, current: CurrentAttempt, world: World) -> 
         settled = Settlement(succeeded=True, reason=ruling.reason, message=ruling.message, result=ruling.result)
         closed = close(attempts, current, cause_of(ruling, world.now), world.checkpoints, world.now)
         return Step(attempts=closed, next=Next.SETTLE, settled=settled)
+    held = world.child is not None and world.child.suspended
     clocks = Clocks(
         now=world.now,
         active_seconds=world.usage.active_seconds,
-        any_pod_runs=any(pod.running for pod in pods),
+        any_pod_runs=not held and any(pod.running for pod in pods),
         waiting_for=world.waiting_for,
     )
     if current.cause is None and (order := ordered_end(world.policy, current, clocks)):
@@ -193,16 +192,25 @@ def _during(attempts: AttemptsStatus, current: CurrentAttempt, world: World) -> 
     return Step(attempts=attempts, next=Next.CREATE if never_created else Next.WATCH, wait_seconds=wait)
 
 
+def own_pods(current: CurrentAttempt, world: World) -> list[PodObservation]:
+    """Return the attempt's pods; those that a suspension deleted which is over still end, and are none of them."""
+    pods = [pod for pod in world.pods if pod.attempt == current.number]
+    return [pod for pod in pods if not is_of_an_earlier_admission(pod, world.child)]
+
+
 def _seen(current: CurrentAttempt, pods: Sequence[PodObservation], world: World) -> CurrentAttempt:
     """Return the attempt with what is seen of its pods. While a queue holds it, it has neither pods nor clocks."""
     if world.child is not None and world.child.suspended:
         return current.model_copy(update={"pods": [], "admitted_time": None, "running_time": None})
-    all_run = sum(pod.running or pod.ended for pod in pods) >= world.nodes
     resumed_at = world.child.resumed_at if world.child is not None else None
+    if resumed_at is not None and (current.admitted_time is None or resumed_at > current.admitted_time):
+        # Admitted anew, perhaps without having been seen suspended: what was recorded is of the time before.
+        current = current.model_copy(update={"pods": [], "admitted_time": resumed_at, "running_time": None})
+    all_run = sum(pod.running or pod.ended for pod in pods) >= world.nodes
     return current.model_copy(
         update={
             "pods": _record(current.pods, pods),
-            "admitted_time": current.admitted_time or resumed_at or world.now,
+            "admitted_time": current.admitted_time or world.now,
             "running_time": current.running_time or (world.now if all_run else None),
         }
     )

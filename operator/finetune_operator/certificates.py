@@ -32,28 +32,42 @@ CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY = "ca.crt", "ca.key", "tls.crt", "tls.k
 
 
 class CertificateError(Exception):
-    """The operator's Secret is missing or can't be written."""
+    """The operator's Secret is missing or holds nothing that can be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What the report server presents, and the CA that its clients trust: PEM texts."""
+
+    ca_certificate: str
+    certificate: str
+    key: str
+
+    @property
+    def expires(self) -> datetime:
+        """End of the server certificate."""
+        return _ends(self.certificate)
 
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """PEM texts as they lie in the Secret."""
+    """PEM texts as they lie in the operator's own Secret."""
 
     ca_certificate: str
     ca_key: str
     certificate: str
     key: str
 
+    @property
+    def serving(self) -> Serving:
+        """The part that the server needs."""
+        return Serving(self.ca_certificate, self.certificate, self.key)
+
     def to_data(self) -> dict[str, str]:
         """Return the Secret's data."""
         values = (self.ca_certificate, self.ca_key, self.certificate, self.key)
         names = (CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY)
         return {name: base64.b64encode(text.encode()).decode() for name, text in zip(names, values, strict=True)}
-
-    @property
-    def expires(self) -> datetime:
-        """End of the server certificate."""
-        return x509.load_pem_x509_certificate(self.certificate.encode()).not_valid_after_utc
 
 
 def from_data(data: Mapping[str, str]) -> Certificates | None:
@@ -86,7 +100,7 @@ def server_context() -> ssl.SSLContext:
     return context
 
 
-def load_into(context: ssl.SSLContext, certificates: Certificates) -> None:
+def load_into(context: ssl.SSLContext, certificates: Serving) -> None:
     """Make ``context`` present the certificate; connections from now on see it, also after a renewal."""
     # The ssl module loads keys from files only; the folder is the pod's memory-backed /tmp and is removed at once.
     with tempfile.TemporaryDirectory() as folder:
@@ -107,8 +121,12 @@ class CertificateStore:
         self._name = name
         self._hostname = hostname
 
-    async def ensure(self, now: datetime) -> Certificates:
+    async def current(self, now: datetime) -> Serving:
         """Return good certificates, made or renewed where needed; raises CertificateError without the Secret."""
+        return (await self.ensure(now)).serving
+
+    async def ensure(self, now: datetime) -> Certificates:
+        """Return all that the Secret holds, made or renewed where needed; raises CertificateError without it."""
         secret = await self._cluster.get_secret(self._namespace, self._name)
         if secret is None:
             raise CertificateError(f"Secret {self._namespace}/{self._name} must exist; the chart creates it")
@@ -123,6 +141,36 @@ class CertificateStore:
                 return await self.ensure(now)  # another replica was faster: use what it wrote
             raise
         return new
+
+
+class ExternalCertificates:
+    """Certificates that somebody else keeps, such as cert-manager: a Secret of type kubernetes.io/tls with ca.crt."""
+
+    def __init__(self, cluster: Cluster, *, namespace: str, name: str, hostname: str) -> None:
+        """Read the Secret ``namespace/name`` for a server called ``hostname``; it is never written."""
+        self._cluster = cluster
+        self._where = f"Secret {namespace}/{name}"
+        self._namespace = namespace
+        self._name = name
+        self._hostname = hostname
+
+    async def current(self, now: datetime) -> Serving:
+        """Return what the Secret holds; raises CertificateError where it can't serve ``hostname`` now."""
+        secret = await self._cluster.get_secret(self._namespace, self._name)
+        data = (secret or {}).get("data") or {}
+        missing = [name for name in (CA_CERTIFICATE, CERTIFICATE, KEY) if not data.get(name)]
+        if missing:
+            raise CertificateError(f"{self._where} must exist and hold {', '.join(missing)}")
+        serving = Serving(*(base64.b64decode(data[name]).decode() for name in (CA_CERTIFICATE, CERTIFICATE, KEY)))
+        try:
+            hostnames = _hostnames(serving.certificate)
+        except (ValueError, x509.ExtensionNotFound) as error:
+            raise CertificateError(f"{self._where}: {CERTIFICATE} must be a PEM certificate with host names") from error
+        if self._hostname not in hostnames:
+            raise CertificateError(f"{self._where}: {CERTIFICATE} must name {self._hostname}")
+        if serving.expires <= now:
+            raise CertificateError(f"{self._where}: {CERTIFICATE} ended at {serving.expires.isoformat()}")
+        return serving
 
 
 def _make_ca(now: datetime) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:

@@ -7,13 +7,14 @@ has a time-out, names its entry in the permission table, and raises `ApiError` f
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
 
 from finetune_core.api import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from finetune_operator.connections import fenced_client
 from finetune_operator.keyqueue import Key
 from finetune_operator.permissions import Allowed
 from finetune_operator.settings import Settings
@@ -65,9 +66,12 @@ def _error(status: int, body: bytes) -> ApiError:
 class Cluster:
     """Requests that the operator makes, one method for each."""
 
-    def __init__(self, configuration: Any) -> None:
-        """Open no connection yet; ``configuration`` comes from `load_configuration`."""
-        self._client = kubernetes_client.ApiClient(configuration)
+    def __init__(self, configuration: Any, fence: Callable[[], None]) -> None:
+        """Open no connection yet; ``configuration`` comes from `load_configuration`.
+
+        ``fence`` is called right before every write and does not return in a process that may not write.
+        """
+        self._client = fenced_client(configuration, fence)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -217,6 +221,22 @@ class Cluster:
         metadata = manifest["metadata"]
         path = _path("", "v1", "secrets", metadata["namespace"], metadata["name"])
         return await self._request(Allowed.UPDATE_CERTIFICATES, path, body=manifest)
+
+    async def get_endpoint_slice(self, namespace: str, name: str) -> Manifest | None:
+        """Return the EndpointSlice of the report Service or None."""
+        path = _path("discovery.k8s.io", "v1", "endpointslices", namespace, name)
+        return await self._get_or_none(Allowed.GET_ENDPOINTS, path)
+
+    async def create_endpoint_slice(self, manifest: Manifest) -> Manifest:
+        """Create the EndpointSlice of the report Service."""
+        path = _path("discovery.k8s.io", "v1", "endpointslices", manifest["metadata"]["namespace"])
+        return await self._request(Allowed.CREATE_ENDPOINTS, path, body=manifest)
+
+    async def update_endpoint_slice(self, manifest: Manifest) -> Manifest:
+        """Replace the EndpointSlice of the report Service; its resourceVersion guards against a second writer."""
+        metadata = manifest["metadata"]
+        path = _path("discovery.k8s.io", "v1", "endpointslices", metadata["namespace"], metadata["name"])
+        return await self._request(Allowed.UPDATE_ENDPOINTS, path, body=manifest)
 
     async def _delete(self, allowed: Allowed, path: str, body: Manifest) -> None:
         try:

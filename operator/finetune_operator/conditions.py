@@ -37,6 +37,8 @@ class View:
     report: Report | None = None
     """Newest report of the current attempt, or the last one of the attempt that just ended."""
     reported_at: datetime | None = None
+    seconds_per_step: float | None = None
+    """Speed that the operator observed, over all attempts."""
     problem: OutsideError | None = None
     invalid: str = ""
     """What makes the spec impossible, with the field's path."""
@@ -76,7 +78,7 @@ def compute_conditions(stored: FineTuneJobStatus, status: FineTuneJobStatus, vie
         ConditionType.ACCEPTED: _accepted(view),
         ConditionType.SCHEDULED: _scheduled(view),
         ConditionType.RUNNING: running,
-        ConditionType.CHECKPOINT_AVAILABLE: _checkpoint_available(status),
+        ConditionType.CHECKPOINT_AVAILABLE: _checkpoint_available(status, view),
         ConditionType.SUCCEEDED: succeeded,
     }
     return [_condition(kind, state, old.get(kind), view) for kind, state in states.items()]
@@ -188,7 +190,9 @@ def _running(view: View, old: Condition | None) -> _State:
     current = view.attempts.current
     if current is None or current.cause is not None or _is_held(view):
         return _State("False", Reason.WAITING_FOR_PODS, messages.BETWEEN_ATTEMPTS)
-    reported = view.report is not None and view.report.ranks >= view.ranks
+    # A report of pods that the queue took away since says nothing of those that came after them.
+    recorded = {record.uid for record in current.pods}
+    reported = view.report is not None and view.report.ranks >= view.ranks and view.report.pod_uid in recorded
     # A restarted operator has no reports in memory: what an earlier one saw in this attempt still holds.
     since = current.admitted_time or current.start_time
     known = old is not None and old.status == "True" and old.last_transition_time >= since
@@ -197,11 +201,20 @@ def _running(view: View, old: Condition | None) -> _State:
     return _State("False", Reason.WAITING_FOR_PODS, waiting_detail(view))
 
 
-def _checkpoint_available(status: FineTuneJobStatus) -> _State:
-    if not status.checkpoints:
-        return _State("False", Reason.NONE_YET, messages.NO_CHECKPOINT)
-    newest = status.checkpoints[-1]
-    return _State("True", Reason.COMMITTED, messages.checkpoint_available(newest.step, len(status.checkpoints)))
+def _checkpoint_available(status: FineTuneJobStatus, view: View) -> _State:
+    """Return whether a pod's loss costs less than the run, and whether what it costs grows beyond what was asked."""
+    whole = [checkpoint for checkpoint in status.checkpoints if not checkpoint.damaged]
+    what = messages.checkpoint_available(whole[-1].step, len(whole)) if whole else messages.NO_CHECKPOINT
+    available = "True" if whole else "False"
+    report = view.report if view.settled is None and view.attempts.current is not None else None
+    problem = getattr(report, "checkpoint_problem", "")
+    if report is not None and problem:
+        age = getattr(report, "checkpoint_age_seconds", None) or 0
+        return _State(available, Reason.CHECKPOINT_OVERDUE, messages.checkpoint_overdue(what, age, problem))
+    damaged = next((checkpoint for checkpoint in reversed(status.checkpoints) if checkpoint.damaged), None)
+    if damaged is not None:
+        what = messages.checkpoint_damaged(what, damaged.step, damaged.damaged)
+    return _State(available, Reason.COMMITTED if whole else Reason.NONE_YET, what)
 
 
 def waiting_detail(view: View) -> str:

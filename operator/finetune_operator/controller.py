@@ -108,7 +108,7 @@ class Controller:
         self._count("error")
         delay = self._queue.retry(key)
         logger.warning(
-            "the look failed: %s; next in %.1f s", error or type(error).__name__, delay, extra={"job": str(key)}
+            "the look failed: %s; next in %.1f s", str(error) or type(error).__name__, delay, extra={"job": str(key)}
         )
 
     def _count(self, result: str) -> None:

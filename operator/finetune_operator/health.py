@@ -1,7 +1,8 @@
 """/healthz, /readyz and /metrics over plain HTTP for the kubelet and Prometheus.
 
 /healthz is red when nothing was watched or listed for three resync periods: a watcher that died silently must not
-leave an operator that looks alive. /readyz is green once the first list of all jobs succeeded.
+leave an operator that looks alive. /readyz is green for a leader once its first list of all jobs succeeded, and for
+a replica that waits for the Lease while it can read it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from http import HTTPStatus
 from aiohttp import web
 
 from finetune_operator.keyqueue import KeyQueue
+from finetune_operator.leadership import Leadership
 from finetune_operator.metrics import CONTENT_TYPE, Metrics
 
 SILENT_PERIODS = 3
@@ -31,6 +33,16 @@ class Activity:
         """Note that a watch brought an event."""
         self._seen_at = self._clock()
 
+    def stood_by(self) -> None:
+        """Note that a replica which waits for the Lease could read it: it is ready to take over."""
+        self.seen()
+        self.ready = True
+
+    def began_to_lead(self) -> None:
+        """Note that the jobs must be listed before this replica is ready."""
+        self.seen()
+        self.ready = False
+
     def listed(self) -> None:
         """Note that the list of all jobs succeeded."""
         self.seen()
@@ -44,11 +56,20 @@ class Activity:
 class HealthServer:
     """Serves the three paths."""
 
-    def __init__(self, *, activity: Activity, queue: KeyQueue, metrics: Metrics, resync_seconds: float) -> None:
+    def __init__(
+        self,
+        *,
+        activity: Activity,
+        queue: KeyQueue,
+        metrics: Metrics,
+        leadership: Leadership,
+        resync_seconds: float,
+    ) -> None:
         """Judge ``activity`` by ``resync_seconds``."""
         self._activity = activity
         self._queue = queue
         self._metrics = metrics
+        self._leadership = leadership
         self._limit = SILENT_PERIODS * resync_seconds
         self._runner: web.AppRunner | None = None
 
@@ -88,4 +109,6 @@ class HealthServer:
         self._metrics.queue_depth.set(len(self._queue))
         self._metrics.queue_age_seconds.set(self._queue.oldest_age())
         self._metrics.watch_age_seconds.set(self._activity.age())
+        self._metrics.leader.set(self._leadership.leads)
+        self._metrics.lease_age_seconds.set(self._leadership.age())
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from finetune_core.api.status import (
     CHECKPOINT_LIMIT,
     HISTORY_LIMIT,
+    NOTICE_LIMIT,
     ArtifactStatus,
     CheckpointStatus,
     FineTuneJobStatus,
@@ -16,6 +17,10 @@ from finetune_core.api.status import (
     ProgressStatus,
 )
 from finetune_core.contract import ArtifactRecord, CheckpointRecord, CurvePoint, Phase, Report
+from finetune_operator.kubeflow import METRIC_LIMIT, KubeflowReport
+from finetune_operator.speed import eta_seconds
+
+PERCENT = 100
 
 
 def decimal(value: float) -> str:
@@ -27,12 +32,19 @@ def _optional(value: float | None) -> str | None:
     return None if value is None else decimal(value)
 
 
-def merge_report(stored: FineTuneJobStatus, report: Report, received: datetime) -> FineTuneJobStatus:
-    """Return ``stored`` with what ``report`` says. A trainer that still loads knows less than the status does."""
+def merge_report(
+    stored: FineTuneJobStatus, report: Report, received: datetime, seconds_per_step: float | None = None
+) -> FineTuneJobStatus:
+    """Return ``stored`` with what ``report`` says. A trainer that still loads knows less than the status does.
+
+    ``seconds_per_step`` is the speed that the operator observed.
+    """
+    if isinstance(report, KubeflowReport):
+        return _merge_kubeflow(stored, report, received, seconds_per_step)
     loading = report.total_steps == 0
     update: dict[str, object] = {}
     if not loading:
-        update["progress"] = progress_of(report, received)
+        update["progress"] = progress_of(report, received, stored.progress, seconds_per_step)
         update["history"] = merge_history(stored.history, report.history, report.resumed_from_step)
     if report.metrics:
         update["metrics"] = [
@@ -41,18 +53,73 @@ def merge_report(stored: FineTuneJobStatus, report: Report, received: datetime) 
         ]
     if report.run > 0 and (report.checkpoints or report.phase is not Phase.LOADING):
         update["checkpoints"] = checkpoints_of(report.checkpoints)
+    if report.notices:
+        update["notices"] = merge_notices(stored.notices, report.notices)
     return stored.model_copy(update=update)
 
 
-def progress_of(report: Report, received: datetime) -> ProgressStatus:
-    """Return the progress that ``report`` tells."""
+def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """Return what was told so far, each sentence once, the newest last: an attempt repeats its own in every report."""
+    return [*(sentence for sentence in old if sentence not in new), *dict.fromkeys(new)][-NOTICE_LIMIT:]
+
+
+def _merge_kubeflow(
+    stored: FineTuneJobStatus, report: KubeflowReport, received: datetime, seconds_per_step: float | None
+) -> FineTuneJobStatus:
+    """Return ``stored`` with what Kubeflow's client says; what it does not repeat stays."""
+    old = stored.progress
+    step, total = _position(report, old)
+    done = report.told_percentage == 100
+    progress = ProgressStatus(
+        step=step,
+        total_steps=total,
+        epoch=decimal(report.epoch) if report.epoch or old is None else old.epoch,
+        percentage=100 if done else percentage(step, total),
+        eta_seconds=0 if done else eta_seconds(step, total, seconds_per_step, old),
+        last_update_time=received,
+    )
+    metrics = {metric.name: metric for metric in stored.metrics}
+    for name, value in report.metrics.items():
+        text = decimal(value)
+        if name not in metrics or metrics[name].value != text:
+            metrics[name] = MetricValue(name=name, value=text, step=step)
+    loss = metrics.get("loss")
+    points = [] if loss is None else [HistoryPoint(step=loss.step, loss=loss.value)]
+    history = {point.step: point for point in [*stored.history, *points] if point.step <= step}
+    return stored.model_copy(
+        update={
+            "progress": progress,
+            "metrics": [metrics[name] for name in sorted(metrics)][:METRIC_LIMIT],
+            "history": thin([history[number] for number in sorted(history)], HISTORY_LIMIT),
+        }
+    )
+
+
+def _position(report: KubeflowReport, old: ProgressStatus | None) -> tuple[int, int]:
+    """Return step and last step. A client that never tells steps is taken at its percentage, as steps out of 100.
+
+    At its beginning transformers says 0 %, also after a resume, and at its end no step: the status knows better.
+    """
+    told, total = report.told_step, report.told_total
+    if told is None and total is None and (old is None or old.total_steps == PERCENT):
+        return report.told_percentage or 0, PERCENT
+    known = old.step if old else 0
+    return known if told is None else told, total or (old.total_steps if old else PERCENT)
+
+
+def progress_of(
+    report: Report, received: datetime, stored: ProgressStatus | None, seconds_per_step: float | None
+) -> ProgressStatus:
+    """Return the progress that ``report`` tells; the trainer's own estimate only where the operator has none."""
+    eta = eta_seconds(report.step, report.total_steps, seconds_per_step, stored)
     return ProgressStatus(
         step=report.step,
         total_steps=report.total_steps,
         epoch=decimal(report.epoch),
         percentage=percentage(report.step, report.total_steps),
-        eta_seconds=report.eta_seconds,
+        eta_seconds=report.eta_seconds if eta is None else eta,
         tokens_per_second=_optional(report.tokens_per_second),
+        checkpoint_age_seconds=report.checkpoint_age_seconds,
         last_update_time=received,
     )
 
@@ -93,9 +160,10 @@ def thin(points: Sequence[HistoryPoint], limit: int) -> list[HistoryPoint]:
 
 
 def checkpoints_of(records: Sequence[CheckpointRecord]) -> list[CheckpointStatus]:
-    """Return the checkpoints in the bucket, the newest and the best marked."""
+    """Return the checkpoints in the bucket, the newest and the best whole ones marked."""
     records = records[-CHECKPOINT_LIMIT:]
-    scored = [record for record in records if record.perplexity is not None]
+    whole = [record for record in records if not record.damaged]
+    scored = [record for record in whole if record.perplexity is not None]
     best = min(scored, key=lambda record: record.perplexity or 0.0) if scored else None
     return [
         CheckpointStatus(
@@ -106,8 +174,9 @@ def checkpoints_of(records: Sequence[CheckpointRecord]) -> list[CheckpointStatus
             manifest_sha256=record.manifest_sha256,
             perplexity=_optional(record.perplexity),
             time=record.time.astimezone(UTC).replace(microsecond=0),
-            last=record is records[-1],
+            last=bool(whole) and record is whole[-1],
             best=record is best,
+            damaged=record.damaged,
         )
         for record in records
     ]

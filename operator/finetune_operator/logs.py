@@ -33,6 +33,8 @@ def configure_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # The election's library writes a traceback for every call that fails; `leadership` says what matters once.
+    logging.getLogger("kubernetes.aio.leaderelection").setLevel(logging.CRITICAL)
     # Every request of the report server and every watch line would drown what a person looks for.
     for noisy in ("aiohttp.access", "kopf.objects", "kopf._core", "kopf._cogs"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))

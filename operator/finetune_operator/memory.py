@@ -6,12 +6,16 @@ The reconciler writes the attempt and reads the report; the report server does t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from finetune_core.contract import Report
 from finetune_operator.keyqueue import Key
+from finetune_operator.kubeflow import KubeflowReport
 from finetune_operator.problems import OutsideError
+from finetune_operator.speed import StepWindow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +26,8 @@ class ReportingAttempt:
     """uid of the FineTuneJob."""
     attempt: int
     pod_uids: frozenset[str]
+    ranks: int = 1
+    """Training processes over all pods."""
 
 
 @dataclass(slots=True)
@@ -32,6 +38,8 @@ class JobMemory:
     report: Report | None = None
     """Newest report of `reporting.attempt`."""
     reported_at: datetime | None = None
+    speed: StepWindow = field(default_factory=StepWindow)
+    """Of all attempts: it outlives a resume."""
     status_written_at: float | None = None
     """On the monotonic clock."""
     problem: OutsideError | None = None
@@ -48,8 +56,9 @@ class JobMemory:
 class Memory:
     """Memory of all jobs."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with nothing: every entry is made by the first look at its job."""
+        self._clock = clock
         self._jobs: dict[Key, JobMemory] = {}
 
     def __len__(self) -> int:
@@ -75,6 +84,7 @@ class Memory:
         old = job.reporting
         if reporting is None or old is None or (old.uid, old.attempt) != (reporting.uid, reporting.attempt):
             job.report = job.reported_at = None
+            job.speed.interrupt()
             job.hint, job.hint_read_at = "", None
         job.reporting = reporting
 
@@ -82,6 +92,9 @@ class Memory:
         """Keep ``report`` as the newest of the job's attempt."""
         job = self.of(key)
         job.report, job.reported_at = report, received
+        step = report.told_step if isinstance(report, KubeflowReport) else report.step
+        if report.total_steps and step is not None:
+            job.speed.note(self._clock(), step)
 
     def forget(self, key: Key) -> None:
         """Drop a job that no longer exists."""

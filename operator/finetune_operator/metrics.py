@@ -38,6 +38,11 @@ class Metrics:
             registry=self._registry,
         )
 
+        self.leader = Gauge("finetune_leader", "1 where this replica leads, else 0.", registry=self._registry)
+        self.lease_age_seconds = Gauge(
+            "finetune_lease_age_seconds", "Seconds since the leader renewed its Lease.", registry=self._registry
+        )
+
     def render(self) -> bytes:
         """Return the text that Prometheus scrapes."""
         return generate_latest(self._registry)

@@ -143,7 +143,7 @@ def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         node=spec.get("nodeName", ""),
-        version=int(metadata.get("resourceVersion", "0")),
+        version=int(version) if (version := metadata.get("resourceVersion", "")).isdigit() else 0,
         created_at=created,
         scheduled_at=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
         delete_requested_at=deadline - grace if deadline else None,

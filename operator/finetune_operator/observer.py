@@ -67,7 +67,10 @@ class Observer:
         if attempts.current is None and not uids:
             self._memory.expect(look.key, None)
             return
-        self._memory.expect(look.key, ReportingAttempt(uid=look.uid, attempt=attempts.started, pod_uids=uids))
+        resources = look.job.spec.resources
+        ranks = resources.nodes * max(1, resources.gpus_per_node)
+        reporting = ReportingAttempt(uid=look.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
+        self._memory.expect(look.key, reporting)
 
 
 def _waiting_for(look: Look) -> str:

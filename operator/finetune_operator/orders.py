@@ -6,11 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from finetune_core.api.causes import Cause
 from finetune_core.api.conditions import Reason
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import CurrentAttempt
 from finetune_operator import messages
-from finetune_operator.verdict import Cause, Ruling, Verdict
+from finetune_operator.verdict import Ruling, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

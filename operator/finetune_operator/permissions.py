@@ -19,6 +19,8 @@ class Scope(StrEnum):
     """Of cluster-wide objects, only where all namespaces are served: kopf notices CRDs that are installed later."""
     OWN = "own"
     """In the operator's own namespace, of one object by name."""
+    OWN_NEW = "own-new"
+    """In the operator's own namespace; a role can't name what is yet to be created."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +57,8 @@ class Allowed(Enum):
     WATCH_CRDS = Permission("apiextensions.k8s.io", "customresourcedefinitions", "watch", Scope.DISCOVERY)
     GET_CERTIFICATES = Permission("", "secrets", "get", Scope.OWN)
     UPDATE_CERTIFICATES = Permission("", "secrets", "update", Scope.OWN)
+    GET_LEASE = Permission("coordination.k8s.io", "leases", "get", Scope.OWN)
+    UPDATE_LEASE = Permission("coordination.k8s.io", "leases", "update", Scope.OWN)
+    GET_ENDPOINTS = Permission("discovery.k8s.io", "endpointslices", "get", Scope.OWN)
+    UPDATE_ENDPOINTS = Permission("discovery.k8s.io", "endpointslices", "update", Scope.OWN)
+    CREATE_ENDPOINTS = Permission("discovery.k8s.io", "endpointslices", "create", Scope.OWN_NEW)

@@ -22,11 +22,13 @@ from finetune_core.contract import (
     MASTER_PORT_VARIABLE,
     RUN_FOLDER,
     SCRATCH_FOLDER,
+    STORAGE_CA_FILE,
     TOKEN_FILE,
     VOLUMES_FOLDER,
     report_audience,
 )
 from finetune_core.names import worker_name
+from finetune_operator import kubeflow
 from finetune_operator.labels import REPLICA_INDEX, TRAINING_CONTAINER, attempt_labels
 
 GPU_RESOURCE = "nvidia.com/gpu"
@@ -54,6 +56,8 @@ class AttemptPlan:
     name: str
     """Name of the child and of its ConfigMap."""
     image: str
+    report_base_url: str
+    """Address of the report server."""
 
 
 def pod_template(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
@@ -122,8 +126,12 @@ def _environment(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
         "node_rank": _from_field(f"metadata.labels['{REPLICA_INDEX}']"),
     }
     identity = [{"name": variable} | values[field] for field, variable in IDENTITY_VARIABLES.items()]
+    own = {variable.name for variable in job.spec.pod_template.env}
+    protocol = kubeflow.environment(plan.report_base_url, job.metadata.namespace, job.metadata.name)
     return [
         *identity,
+        # For images with other training code. Who sets one of them reports elsewhere.
+        *({"name": name, "value": value} for name, value in protocol.items() if name not in own),
         {"name": MASTER_ADDR_VARIABLE, "value": worker_name(plan.name, 0)},
         {"name": MASTER_PORT_VARIABLE, "value": str(MASTER_PORT)},
         {"name": "HOME", "value": SCRATCH_FOLDER},
@@ -179,6 +187,8 @@ def _mounts(job: FineTuneJob) -> list[Manifest]:
     ]
     if job.spec.storage.credentials_secret_ref:
         mounts.insert(1, {"name": "storage-credentials", "mountPath": CREDENTIALS_FOLDER, "readOnly": True})
+    if job.spec.storage.ca_config_map_ref:
+        mounts.append({"name": "storage-ca", "mountPath": _folder(STORAGE_CA_FILE), "readOnly": True})
     if _hub_token(job):
         mounts.append({"name": "hub-token", "mountPath": _folder(HUB_TOKEN_FILE), "readOnly": True})
     mounts += [
@@ -214,6 +224,10 @@ def _volumes(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
     if credentials := job.spec.storage.credentials_secret_ref:
         secret = {"secretName": credentials.name, "defaultMode": SHARED_READ_ONLY}
         volumes.insert(1, {"name": "storage-credentials", "secret": secret})
+    if authority := job.spec.storage.ca_config_map_ref:
+        item = {"key": authority.key, "path": PurePosixPath(STORAGE_CA_FILE).name}
+        certificates = {"name": authority.name, "defaultMode": SHARED_READ_ONLY, "items": [item]}
+        volumes.append({"name": "storage-ca", "configMap": certificates})
     if reference := _hub_token(job):
         item = {"key": reference.key, "path": PurePosixPath(HUB_TOKEN_FILE).name}
         volumes.append(

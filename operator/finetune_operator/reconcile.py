@@ -19,7 +19,7 @@ from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
 from finetune_core.validation.runnable import unrunnable
 from finetune_operator.attempt_objects import AttemptObjects
-from finetune_operator.attempts import Next, Settlement, Step, World, advance
+from finetune_operator.attempts import Next, Settlement, Step, World, advance, own_pods
 from finetune_operator.backend import Backend
 from finetune_operator.cluster import Cluster
 from finetune_operator.conditions import View
@@ -73,7 +73,12 @@ class Reconciler:
         self._report_base_url = report_base_url
         self._observer = Observer(cluster, backend, memory)
         self._objects = AttemptObjects(
-            cluster=cluster, backend=backend, trainer_image=trainer_image, ca_bundle=ca_bundle, clock=clock
+            cluster=cluster,
+            backend=backend,
+            trainer_image=trainer_image,
+            report_base_url=report_base_url,
+            ca_bundle=ca_bundle,
+            clock=clock,
         )
         recorder = Recorder(cluster, instance=instance, now=now)
         self._writer = StatusWriter(
@@ -109,6 +114,8 @@ class Reconciler:
 
         if _must_be_written_first(look, step):
             await self._writer.write(look, self._view(look, step, world, config))
+            if step.next is Next.OPEN:
+                self._objects.forgive(look.memory)
             return Outcome(after=0)
         child, problem = await self._act(look, step, world.child, config)
         later = await self._writer.write(look, self._view(look, step, world, config, child, problem))
@@ -142,9 +149,10 @@ class Reconciler:
             ranks=resources.nodes * max(1, resources.gpus_per_node),
             attempts=step.attempts,
             child=(child or world.child) if current is not None else None,
-            pods=[pod for pod in world.pods if current is not None and pod.attempt == current.number],
+            pods=own_pods(current, world) if current is not None else [],
             report=look.memory.report,
             reported_at=look.memory.reported_at,
+            seconds_per_step=look.memory.speed.seconds_per_step(),
             problem=problem,
             # While an attempt runs, what can't be honoured is said and the attempt goes on.
             invalid="" if step.settled else "; ".join(str(error) for error in unrunnable(look.job.spec)),

@@ -6,10 +6,13 @@ Every setting has a flag and a variable (`--report-port`, `FINETUNE_REPORT_PORT`
 from __future__ import annotations
 
 import argparse
+import socket
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+CERTIFICATE_SOURCES = ("Operator", "Secret")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -23,6 +26,10 @@ class Settings:
     """Namespace of the operator: its certificate Secret and report Service."""
     certificate_secret: str
     """Name of the Secret that holds the report server's CA and certificate."""
+    certificate_from: str
+    """`Operator`, which makes and renews it, or `Secret`, where somebody else, such as cert-manager, keeps it."""
+    lease: str
+    """Name of the Lease whose holder works."""
     report_service: str
     """Name of the headless Service in front of the report server."""
     report_host: str
@@ -30,6 +37,10 @@ class Settings:
     report_port: int
     health_port: int
     """Port of /healthz, /readyz and /metrics."""
+    pod_name: str
+    pod_uid: str
+    pod_ip: str
+    """Address that the report Service leads to while this process leads; empty outside a cluster."""
     watch_namespaces: tuple[str, ...]
     """Namespaces to serve; empty means all."""
     workers: int
@@ -39,6 +50,14 @@ class Settings:
     log_level: str
     kubeconfig: Path | None
     """Used outside a cluster; inside, the pod's service account is used."""
+
+    def lease_identity(self) -> str:
+        """Return the name that the Lease's holder goes by.
+
+        A container that the kubelet restarted has its predecessor's: that one is dead, and there is nothing to wait
+        for. Outside a pod every process has its own.
+        """
+        return f"{self.pod_name}_{self.pod_uid or uuid.uuid4()}"
 
     @property
     def report_hostname(self) -> str:
@@ -71,10 +90,15 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     add("--trainer-image", None, "image of jobs that set no podTemplate.image")
     add("--namespace", "finetune-system", "the operator's own namespace")
     add("--certificate-secret", "finetune-operator-certificates", "Secret for the CA and the certificate of reports")
+    add("--certificate-from", "Operator", "who keeps the certificate in the Secret", choices=CERTIFICATE_SOURCES)
+    add("--lease", "finetune-operator", "Lease whose holder works; the others wait")
     add("--report-service", "finetune-operator", "headless Service in front of the report server")
     add("--report-host", "", "host name in the report address; default: <service>.<namespace>.svc")
     add("--report-port", "8443", "port of the report server", type=int)
     add("--health-port", "8080", "port of /healthz, /readyz and /metrics", type=int)
+    add("--pod-name", "", "name of the operator's pod; default: the host's name")
+    add("--pod-uid", "", "uid of the operator's pod")
+    add("--pod-ip", "", "address of the operator's pod, which reports are led to")
     add("--watch-namespaces", "", "namespaces to serve, separated by commas; default: all")
     add("--workers", "8", "jobs reconciled at the same time", type=int)
     add("--resync-seconds", "300", "seconds between two lists of all jobs", type=float)
@@ -89,10 +113,15 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         trainer_image=values.trainer_image,
         namespace=values.namespace,
         certificate_secret=values.certificate_secret,
+        certificate_from=values.certificate_from,
+        lease=values.lease,
         report_service=values.report_service,
         report_host=values.report_host,
         report_port=values.report_port,
         health_port=values.health_port,
+        pod_name=values.pod_name or socket.gethostname(),
+        pod_uid=values.pod_uid,
+        pod_ip=values.pod_ip,
         watch_namespaces=tuple(name.strip() for name in values.watch_namespaces.split(",") if name.strip()),
         workers=values.workers,
         resync_seconds=values.resync_seconds,

@@ -18,7 +18,7 @@ def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) ->
     """Return the status that ``stored`` becomes under ``view``."""
     status = stored
     if view.report is not None and view.reported_at is not None:
-        status = merge_report(status, view.report, view.reported_at)
+        status = merge_report(status, view.report, view.reported_at, view.seconds_per_step)
     update: dict[str, object] = {
         "observed_generation": view.generation,
         "attempts": view.attempts,
@@ -97,7 +97,7 @@ def is_news(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
     """Tell whether the status is worth a write. Time that passes is not: it is counted with the next news."""
     if old is None or old.usage is None or new.usage is None:
         return old != new
-    passed = new.usage.model_copy(update={"holders": old.usage.holders})
+    passed = new.usage.model_copy(update={"holders": old.usage.holders, "running": old.usage.running})
     return old.model_copy(update={"usage": passed}) != new
 
 

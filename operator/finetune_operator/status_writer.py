@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from finetune_core.api import FineTuneJobStatus
+from finetune_operator.budget import WriteBudget
 from finetune_operator.cluster import Cluster
 from finetune_operator.conditions import View
 from finetune_operator.metrics import Metrics
@@ -32,9 +33,11 @@ class StatusWriter:
         self._metrics = metrics
         self._child_kind = child_kind
         self._clock = clock
+        self._budget = WriteBudget(clock)
 
     async def write(self, record: Record, view: View) -> float | None:
-        """Apply the status if it differs; new numbers wait until ten seconds have passed since the last write.
+        """Apply the status if it differs; new numbers wait until ten seconds have passed since the job's last write,
+        and for their share of the writes of all jobs.
 
         Returns in how many seconds it is to be written where it waits. Raises ApiError (409) where the job changed
         since it was read.
@@ -45,7 +48,7 @@ class StatusWriter:
             return None
         written_at = record.memory.status_written_at
         if written_at is not None and not is_transition(old, status):
-            left = written_at + LEAST_SECONDS_BETWEEN_NUMBERS - self._clock()
+            left = max(written_at + LEAST_SECONDS_BETWEEN_NUMBERS - self._clock(), self._budget.seconds_to_next())
             if left > 0:
                 return left
         await self._apply(record, status)
@@ -59,4 +62,5 @@ class StatusWriter:
     async def _apply(self, record: Record, status: FineTuneJobStatus) -> None:
         await self._cluster.apply_status(record.key, record.raw["metadata"]["resourceVersion"], status.to_json())
         record.memory.status_written_at = self._clock()
+        self._budget.spend()
         self._metrics.status_writes.inc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections import OrderedDict
@@ -9,13 +10,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_operator.cluster import Cluster
+import aiohttp
+
+from finetune_operator.cluster import ApiError, Cluster
 
 CACHE_SECONDS = 60.0
 CACHE_ENTRIES = 4096
+REVIEWS_AT_ONCE = 4
+"""Of the client's connections: a flood of wrong tokens must leave some to the reconciler."""
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 _SERVICE_ACCOUNT = "system:serviceaccount:"
+
+
+class ReviewUnavailableError(Exception):
+    """The API server can't be asked about a token at the moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,15 +57,21 @@ class TokenReviewer:
         """Take ``clock`` (seconds) from outside, so that tests are exact."""
         self._cluster = cluster
         self._clock = clock
+        self._turn = asyncio.Semaphore(REVIEWS_AT_ONCE)
         self._answers: OrderedDict[bytes, tuple[float, TokenPod | None]] = OrderedDict()
 
     async def pod_of(self, token: str, audience: str) -> TokenPod | None:
-        """Return the pod that ``token`` speaks for, or None; raises ApiError where the server can't be asked."""
+        """Return the pod that ``token`` speaks for, or None; raises ReviewUnavailableError."""
         digest = hashlib.sha256(f"{audience}\0{token}".encode()).digest()
         known = self._answers.get(digest)
         if known is not None and known[0] > self._clock():
             return known[1]
-        pod = parse_review(await self._cluster.review_token(token, audience), audience)
+        async with self._turn:
+            try:
+                status = await self._cluster.review_token(token, audience)
+            except (ApiError, aiohttp.ClientError, OSError, TimeoutError) as error:
+                raise ReviewUnavailableError(str(error) or type(error).__name__) from error
+        pod = parse_review(status, audience)
         self._answers[digest] = (self._clock() + CACHE_SECONDS, pod)
         self._answers.move_to_end(digest)
         while len(self._answers) > CACHE_ENTRIES:

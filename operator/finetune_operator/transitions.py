@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from finetune_core.api import API_VERSION, KIND
-from finetune_core.api.conditions import Condition, ConditionType
+from finetune_core.api.conditions import Condition, ConditionType, Reason
 from finetune_core.api.status import FineTuneJobStatus
 from finetune_operator.cluster import Manifest
 from finetune_operator.keyqueue import Key
@@ -19,6 +19,8 @@ from finetune_operator.labels import MANAGER
 from finetune_operator.verdict import Verdict
 
 NOTE_LIMIT = 1024
+_WANTED = (Reason.SUSPENDED, Reason.CANCELLED)
+"""Ends of attempts that a person ordered: no warning is due."""
 
 
 class EventReason(StrEnum):
@@ -49,7 +51,7 @@ def notices(old: FineTuneJobStatus, new: FineTuneJobStatus, now: datetime) -> li
     for past in new.attempts.recent:
         if past.number not in told and past.verdict != Verdict.SUCCEEDED:
             note = f"attempt {past.number} ended ({past.verdict}, {past.reason}): {past.message}"
-            found.append(_notice(EventReason.ATTEMPT_ENDED, note, True, str(past.number)))
+            found.append(_notice(EventReason.ATTEMPT_ENDED, note, past.reason not in _WANTED, str(past.number)))
     current = new.attempts.current
     if new.attempts.started > old.attempts.started and current is not None:
         note = f"attempt {current.number} was started"

@@ -16,7 +16,7 @@ def account(counted: UsageStatus | None, pods: Sequence[PodObservation], *, gpus
     """Return the usage until ``now``; ``pods`` are those of all attempts, each with ``gpus`` GPUs.
 
     A pod holds its GPUs from the moment it gets a node until training in it has ended. One that was counted and is
-    gone since held them until now.
+    gone since went on until now.
     """
     counted = counted or UsageStatus()
     since = counted.last_update_time
@@ -24,13 +24,16 @@ def account(counted: UsageStatus | None, pods: Sequence[PodObservation], *, gpus
     ran = [span for pod in pods if (span := _clipped(_started_at(pod), _end(pod, now), since))]
     known = {pod.uid for pod in pods}
     if since is not None and now > since:
-        held += [(since, now) for uid in counted.holders if uid not in known]
+        gone = [(since, now) for uid in counted.holders if uid not in known]
+        held += gone
+        ran += gone if counted.running else []
     holders = [pod.uid for pod in pods if pod.scheduled_at is not None and _end(pod, now) >= now and not pod.ended]
     return UsageStatus(
         gpu_seconds=counted.gpu_seconds + gpus * sum(_seconds(span) for span in held),
         active_seconds=counted.active_seconds + _union_seconds(ran),
         last_update_time=now,
         holders=sorted(holders)[:MOST_HOLDERS],
+        running=any(pod.running and pod.uid in holders for pod in pods),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from finetune_core.api.causes import Cause
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptCause, CurrentAttempt
 from finetune_core.contract import ExitCode, Outcome, Result
@@ -30,26 +31,6 @@ class Verdict(StrEnum):
     """Counts against runPolicy.maxRetries."""
     FREE = "Free"
     """No fault of the job."""
-
-
-class Cause(StrEnum):
-    """Reasons of attempts that are not reasons of the job."""
-
-    POD_DELETED = "PodDeleted"
-    POD_VANISHED = "PodVanished"
-    POD_REPLACED = "PodReplaced"
-    NODE_LOST = "NodeLost"
-    CHILD_DELETED = "ChildDeleted"
-    CHILD_REPLACED = "ChildReplaced"
-    CHILD_CHANGED = "ChildChanged"
-    CHILD_FAILED = "ChildFailed"
-    CRASHED = "Crashed"
-    OUTSIDE_FAILURE = "OutsideFailure"
-    STOPPED = "Stopped"
-    POD_FAILED = "PodFailed"
-    NO_ARTIFACT = "NoArtifact"
-    SUSPENDED = "Suspended"
-    RESUMED_TOO_EARLY = "ResumedTooEarly"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,14 +199,18 @@ def _disruption(
     nodes: int,
 ) -> Ruling | None:
     """Return what the cluster or a person did before the first failure of the attempt."""
-    first_failure = min((time for pod in failures if (time := _failed_at(pod))), default=None)
+    times = [_failed_at(pod) for pod in failures]
+    first_failure = min((time for time in times if time is not None), default=None)
     told_to_stop = all(pod.container and pod.container.exit_code == ExitCode.STOPPED for pod in failures)
     # A backend that has not failed its object yet deletes none of its pods, and nobody leaves with 143 untold.
     deletion_wins = told_to_stop or (child is not None and not child.failed)
 
     def early(time: datetime | None) -> bool:
-        if first_failure is None:
+        if not failures:
             return True
+        if first_failure is None or None in times:
+            # The kubelet says that a pod was evicted before it says when its container ended.
+            return deletion_wins
         return time is not None and (time < first_failure or (time == first_failure and deletion_wins))
 
     if not failures and (changed := _child_changed(child, child_uid, nodes)):
@@ -294,7 +279,7 @@ def _charged(failures: Sequence[PodObservation]) -> Ruling:
     result = container.result
     message = (result.message if result else "") or messages.exit_sentence(code, container.reason)
     reason = reasons[ExitCode(code)] if code in _LATE_CODES else Cause.CRASHED
-    if pod.reason == "Evicted":
+    if pod.reason == Cause.EVICTED:
         return Ruling(
             verdict=Verdict.CHARGED,
             reason=pod.reason,

@@ -70,9 +70,12 @@ def test_the_operators_pod_is_restricted() -> None:
     assert spec["containers"][0]["resources"]["limits"]["memory"]
 
 
-def test_one_operator_at_a_time() -> None:
+def test_a_new_operator_waits_beside_the_old_one_for_the_lease() -> None:
     spec = deployment()["spec"]
-    assert (spec["replicas"], spec["strategy"]["type"]) == (1, "Recreate")
+    assert (spec["replicas"], spec["strategy"]["rollingUpdate"]) == (1, {"maxUnavailable": 0, "maxSurge": 1})
+    assert deployment({"replicas": 2})["spec"]["replicas"] == 2
+    (lease,) = of_kind(rendered(), "Lease")
+    assert "spec" not in lease, "an upgrade must not take the Lease from its holder"
 
 
 def test_the_operator_reads_what_the_chart_sets() -> None:
@@ -85,15 +88,31 @@ def test_the_operator_reads_what_the_chart_sets() -> None:
     assert settings.trainer_image == "finetune-trainer:0.1.0"
     (secret,) = of_kind(rendered(), "Secret")
     assert settings.certificate_secret == secret["metadata"]["name"]
+    (lease,) = of_kind(rendered(), "Lease")
+    assert settings.lease == lease["metadata"]["name"]
     (service,) = of_kind(rendered(), "Service")
     assert settings.report_service == service["metadata"]["name"]
 
 
-def test_the_report_service_is_headless_and_selects_the_operator() -> None:
+def test_the_report_service_is_headless_and_leaves_its_endpoints_to_the_leader() -> None:
     (service,) = of_kind(rendered(), "Service")
-    labels = deployment()["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["selector"].items() <= labels.items()
+    assert "selector" not in service["spec"]
+
+
+def test_disruption_budget_and_monitor_are_there_when_asked_for() -> None:
+    assert of_kind(rendered(), "PodDisruptionBudget") == of_kind(rendered(), "PodMonitor") == []
+    objects = rendered(
+        {"podDisruptionBudget": {"enabled": True}, "podMonitor": {"enabled": True, "labels": {"p": "x"}}}
+    )
+    labels = deployment()["spec"]["template"]["metadata"]["labels"]
+    (budget,) = of_kind(objects, "PodDisruptionBudget")
+    (monitor,) = of_kind(objects, "PodMonitor")
+    for selecting in (budget, monitor):
+        assert selecting["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    ports = deployment()["spec"]["template"]["spec"]["containers"][0]["ports"]
+    assert monitor["spec"]["podMetricsEndpoints"][0]["port"] in [port["name"] for port in ports]
+    assert monitor["metadata"]["labels"]["p"] == "x"
 
 
 def granted(roles: list[Manifest]) -> set[tuple[str, str, str, str]]:
@@ -105,17 +124,26 @@ def granted(roles: list[Manifest]) -> set[tuple[str, str, str, str]]:
     return found
 
 
-def used(*scopes: Scope, name: str = "") -> set[tuple[str, str, str, str]]:
+OWN_NAMES = {
+    "secrets": "finetune-operator-certificates",
+    "leases": "finetune-operator",
+    "endpointslices": "finetune-operator-leader",
+}
+
+
+def used(*scopes: Scope) -> set[tuple[str, str, str, str]]:
     """Return what the operator uses in ``scopes``."""
-    permissions = [allowed.value for allowed in Allowed]
-    return {(item.group, item.resource, item.verb, name) for item in permissions if item.scope in scopes}
+    permissions = [allowed.value for allowed in Allowed if allowed.value.scope in scopes]
+    return {
+        (item.group, item.resource, item.verb, OWN_NAMES[item.resource] if item.scope is Scope.OWN else "")
+        for item in permissions
+    }
 
 
 def test_the_roles_grant_exactly_what_the_operator_uses() -> None:
     objects = rendered()
     assert granted(of_kind(objects, "ClusterRole")) == used(Scope.JOBS, Scope.CLUSTER, Scope.DISCOVERY)
-    own = used(Scope.OWN, name="finetune-operator-certificates")
-    assert granted(of_kind(objects, "Role")) == own
+    assert granted(of_kind(objects, "Role")) == used(Scope.OWN, Scope.OWN_NEW)
 
 
 def test_a_confined_operator_may_only_review_tokens_cluster_wide() -> None:
@@ -135,6 +163,17 @@ def test_every_binding_names_a_role_and_the_service_account() -> None:
     for binding in of_kind(objects, "RoleBinding") + of_kind(objects, "ClusterRoleBinding"):
         assert (binding["roleRef"]["kind"], binding["roleRef"]["name"]) in roles
         assert [(item["name"], item["namespace"]) for item in binding["subjects"]] == accounts
+
+
+def test_a_certificate_that_somebody_else_keeps_is_only_read() -> None:
+    values = {"reports": {"certificate": {"existingSecret": "from-cert-manager"}}}
+    objects = rendered(values)
+    assert of_kind(objects, "Secret") == []
+    own = granted(of_kind(objects, "Role"))
+    assert {item for item in own if item[1] == "secrets"} == {("", "secrets", "get", "from-cert-manager")}
+    environment = deployment(values)["spec"]["template"]["spec"]["containers"][0]["env"]
+    settings = parse_settings([], {item["name"]: item.get("value", "system") for item in environment})
+    assert (settings.certificate_secret, settings.certificate_from) == ("from-cert-manager", "Secret")
 
 
 def test_the_secret_is_empty_so_that_an_upgrade_keeps_its_data() -> None:
@@ -187,7 +226,8 @@ def test_every_value_shows(values: Manifest, expected: str) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"replicas": 2},
+        {"replicas": 6},
+        {"podMonitor": {"interval": "often"}},
         {"logLevel": "loud"},
         {"imge": {}},
         {"watchNamespaces": ["Team_A"]},

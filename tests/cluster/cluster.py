@@ -306,7 +306,7 @@ class Cluster:
         probe = f"http://{HOST_ADDRESS}:{TRAINING_OPERATOR_PROBE_PORT}/readyz"
         containerd_socket = Path(f"/proc/{self.namespaces.pid}/root{CONTAINERD_SOCKET}")
         self._define("etcd", control_plane.etcd(layout), lambda: answers(f"{control_plane.ETCD_URL}/health"))
-        self._define("api-server", control_plane.api_server(credentials), api.ready)
+        self._define("api-server", control_plane.api_server(layout, credentials), api.ready)
         self._define("controller-manager", control_plane.controller_manager(credentials), self._namespace_filled)
         self._define("scheduler", control_plane.scheduler(credentials), lambda: True)
         kubelet = node.kubelet(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.cluster import tools
+import json
+
+from tests.cluster import audit, tools
 from tests.cluster.credentials import Credentials
 from tests.cluster.layout import (
     API_PORT,
@@ -34,13 +36,14 @@ def etcd(layout: Layout) -> list[str]:
     ]
 
 
-def api_server(credentials: Credentials) -> list[str]:
+def api_server(layout: Layout, credentials: Credentials) -> list[str]:
     accounts, kubelet, aggregation = (
         credentials.service_accounts,
         credentials.api_server_to_kubelet,
         credentials.aggregation,
     )
     authority = credentials.authority.certificate
+    layout.audit_policy.write_text(json.dumps(audit.POLICY))
     return [
         str(tools.API_SERVER.path()),
         f"--etcd-servers={ETCD_URL}",
@@ -70,6 +73,8 @@ def api_server(credentials: Credentials) -> list[str]:
         f"--proxy-client-cert-file={aggregation.certificate}",
         f"--proxy-client-key-file={aggregation.key}",
         "--endpoint-reconciler-type=lease",
+        f"--audit-policy-file={layout.audit_policy}",
+        f"--audit-log-path={layout.audit_log}",
         "--profiling=false",
     ]
 

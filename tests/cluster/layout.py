@@ -95,6 +95,16 @@ class Layout:
         return self.state / "config"
 
     @property
+    def audit_policy(self) -> Path:
+        """What the API server records: see `audit`."""
+        return self.config / "audit-policy.json"
+
+    @property
+    def audit_log(self) -> Path:
+        """The API server's record of requests, one JSON object a line."""
+        return self.logs / "audit.log"
+
+    @property
     def temporary(self) -> Path:
         """TMPDIR of the programs."""
         return self.state / "tmp"

@@ -23,14 +23,20 @@ MakeJob = Callable[..., Manifest]
 
 
 @pytest.fixture(scope="session")
-def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:  # noqa: F811
-    """The cluster with the operator, a tiny model and rows of hiking-trail sentences."""
-    steps.make_bucket(cluster)
-    steps.name_object_store(cluster)
-    steps.put_base_model(cluster, make_tiny_model(tmp_path_factory.mktemp("tiny")), "models/tiny")
-    steps.put_rows(cluster, generate())
+def operated(cluster: Cluster) -> Cluster:  # noqa: F811
+    """The cluster with the operator."""
     steps.install_operator(cluster, steps.chart_values())
     return cluster
+
+
+@pytest.fixture(scope="session")
+def installed(operated: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    """The cluster with the operator, a tiny model and rows of hiking-trail sentences."""
+    steps.make_bucket(operated)
+    steps.name_object_store(operated)
+    steps.put_base_model(operated, make_tiny_model(tmp_path_factory.mktemp("tiny")), "models/tiny")
+    steps.put_rows(operated, generate())
+    return operated
 
 
 @pytest.fixture

@@ -4,21 +4,18 @@ that the chart gave it, so that a missing permission fails here. Its pods run ti
 from __future__ import annotations
 
 import json
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster import Cluster, wait_for
-from tests.cluster.api import answers
-from tests.cluster.component import Component
 from tests.cluster.fixtures import started
 from tests.cluster.layout import HOST_ADDRESS
 from tests.cluster.oci import BUSYBOX, BUSYBOX_COMMANDS, Image, write_archive
+from tests.operator.programs import OperatorProgram, operator_program
 from tests.operator.worlds import REPOSITORY, job_manifest
 
 OPERATOR_NAMESPACE = "operator-tests"
@@ -34,7 +31,7 @@ class Installed:
     """The cluster with the operator."""
 
     cluster: Cluster
-    operator: Component
+    operator: OperatorProgram
     ca_certificate: str
 
     def apply(self, manifest: Manifest, namespace: str) -> str:
@@ -91,40 +88,19 @@ def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
     chart = str(REPOSITORY / "charts/finetune-operator")
     values = ["--set", "replicas=0"]
     cluster.helm("install", RELEASE, chart, "-n", OPERATOR_NAMESPACE, "--create-namespace", *values)
-    operator = _operator(cluster, tmp_path_factory.mktemp("operator"))
+    operator = operator_program(
+        cluster,
+        tmp_path_factory.mktemp("operator"),
+        namespace=OPERATOR_NAMESPACE,
+        account=SERVICE_ACCOUNT,
+        health_port=HEALTH_PORT,
+        settings={"FINETUNE_REPORT_HOST": HOST_ADDRESS, "FINETUNE_REPORT_PORT": str(REPORT_PORT)},
+    )
     operator.start()
     operator.wait_ready()
     secret = cluster.get("secret", f"{SERVICE_ACCOUNT}-certificates", "-n", OPERATOR_NAMESPACE)
     yield Installed(cluster, operator, secret["data"]["ca.crt"])
     operator.stop()
-
-
-def _operator(cluster: Cluster, folder: Path) -> Component:
-    token = cluster.kubectl("create", "token", SERVICE_ACCOUNT, "-n", OPERATOR_NAMESPACE, "--duration=8h").strip()
-    config = json.loads(cluster.kubectl("config", "view", "--raw", "--output=json"))
-    config["users"][0]["user"] = {"token": token}
-    kubeconfig = folder / "kubeconfig"
-    kubeconfig.write_text(json.dumps(config))
-    settings = {
-        "FINETUNE_TRAINER_IMAGE": "localhost/busybox:1",
-        "FINETUNE_NAMESPACE": OPERATOR_NAMESPACE,
-        "FINETUNE_CERTIFICATE_SECRET": f"{SERVICE_ACCOUNT}-certificates",
-        "FINETUNE_REPORT_HOST": HOST_ADDRESS,
-        "FINETUNE_REPORT_PORT": str(REPORT_PORT),
-        "FINETUNE_HEALTH_PORT": str(HEALTH_PORT),
-        "FINETUNE_KUBECONFIG": str(kubeconfig),
-        "FINETUNE_RESYNC_SECONDS": "30",
-    }
-    ready = f"http://127.0.0.1:{HEALTH_PORT}/readyz"
-    argv = [sys.executable, "-m", "finetune_operator"]
-    return Component(
-        "operator",
-        argv,
-        lambda: answers(ready),
-        cluster.namespaces,
-        folder / "operator.log",
-        {"PATH": "/usr/bin:/bin", "HOME": str(folder), **settings},
-    )
 
 
 @pytest.fixture

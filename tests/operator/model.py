@@ -22,8 +22,23 @@ class CrashedError(Exception):
 class ModelServer:
     """Holds one FineTuneJob and its objects; stands in for `Cluster`."""
 
-    def __init__(self, job: Manifest, now: datetime, *, crash_after: int | None = None) -> None:
-        """Crash after write number ``crash_after``, counted from 1."""
+    def __init__(
+        self,
+        job: Manifest,
+        now: datetime,
+        *,
+        crash_after: int | None = None,
+        refuses: str = "",
+        pods_run: bool = True,
+        saving: float = 0,
+    ) -> None:
+        """Crash after write number ``crash_after``, counted from 1; ``refuses``: why no child is created.
+
+        Pods that are told to end save for ``saving`` seconds.
+        """
+        self.saving = saving
+        self.refuses = refuses
+        self.pods_run = pods_run
         self.job = job
         self.now = now
         self.children: dict[str, Manifest] = {}
@@ -34,6 +49,7 @@ class ModelServer:
         self.created: list[str] = []
         self._crash_after = crash_after
         self._version = 1
+        self._generation = 0
 
     # ---- what the operator asks ----
 
@@ -53,6 +69,8 @@ class ModelServer:
 
     async def create_child(self, manifest: Manifest) -> Manifest:
         name = manifest["metadata"]["name"]
+        if self.refuses:
+            raise ApiError(403, "Forbidden", self.refuses)
         if name in self.children:
             raise ApiError(409, "AlreadyExists", name)
         self.children[name] = copy.deepcopy(manifest)
@@ -65,7 +83,7 @@ class ModelServer:
     async def delete_child(self, _namespace: str, name: str, uid: str) -> None:
         if name in self.children and self.children[name]["metadata"]["uid"] == uid:
             del self.children[name]
-            self.pods = [pod for pod in self.pods if pod["child"] != name]
+            self.end_pods_of(name)
             self._wrote(f"delete {name}")
 
     async def get_config_map(self, _namespace: str, name: str) -> Manifest | None:
@@ -101,12 +119,25 @@ class ModelServer:
     def pass_time(self, seconds: float) -> None:
         """Let time pass."""
         self.now += timedelta(seconds=seconds)
+        self.pods = [pod for pod in self.pods if pod.get("gone", self.now) >= self.now]
+
+    def end_pods_of(self, child: str) -> None:
+        """Delete the pods of a child: they are gone once they have saved."""
+        if not self.saving:
+            self.pods = [pod for pod in self.pods if pod["child"] != child]
+        for pod in self.pods:
+            if pod["child"] == child and "gone" not in pod:
+                pod["gone"] = self.now + timedelta(seconds=self.saving)
+                pod["metadata"]["deletionTimestamp"] = (self.now + timedelta(seconds=90)).isoformat()
+                pod["metadata"]["deletionGracePeriodSeconds"] = 90
 
     def end_pods(self, exit_code: int, message: str = "") -> bool:
         """End the training container of every running pod; False where none runs."""
         running = [pod for pod in self.pods if "running" in pod["status"]["containerStatuses"][0]["state"]]
         for pod in running:
-            end = {"exitCode": exit_code, "message": message, "finishedAt": self.now.isoformat()}
+            started = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
+            times = {"startedAt": started, "finishedAt": self.now.isoformat()}
+            end = {"exitCode": exit_code, "message": message} | times
             pod["status"]["containerStatuses"][0]["state"] = {"terminated": end}
             pod["status"]["phase"] = "Succeeded" if exit_code == 0 else "Failed"
         return bool(running)
@@ -120,23 +151,64 @@ class ModelServer:
                 return True
         return False
 
+    def set_policy(self, **changes: Any) -> bool:
+        """Change `runPolicy` as a person does."""
+        self._version += 1
+        self.job["spec"]["runPolicy"] = self.job["spec"].get("runPolicy", {}) | changes
+        self.job["metadata"]["generation"] += 1
+        self.job["metadata"]["resourceVersion"] = str(self._version)
+        return True
+
+    def hold_child(self) -> bool:
+        """Suspend the child as its queue does: its pods go."""
+        (child,) = self.children.values()
+        child["spec"].setdefault("runPolicy", {})["suspend"] = True
+        self._set_child_condition(child, "Suspended", "True")
+        self.end_pods_of(child["metadata"]["name"])
+        return True
+
+    def release_child(self) -> bool:
+        """Resume the child as its queue does: new pods come."""
+        (child,) = self.children.values()
+        child["spec"]["runPolicy"]["suspend"] = False
+        self._set_child_condition(child, "Suspended", "False")
+        if any(pod["child"] == child["metadata"]["name"] for pod in self.pods):
+            # training-operator counts running pods with a deletionTimestamp as failed, and restartPolicy is Never.
+            failed = {"type": "Failed", "status": "True", "lastTransitionTime": self.now.isoformat()}
+            child["status"]["conditions"].append(failed)
+        else:
+            self._make_pods(child)
+        return True
+
+    def _set_child_condition(self, child: Manifest, kind: str, status: str) -> None:
+        condition = {"type": kind, "status": status, "lastTransitionTime": self.now.isoformat()}
+        child["status"] = {"conditions": [condition]}
+
     def _make_pods(self, child: Manifest) -> None:
+        self._generation += 1
         worker = child["spec"]["pytorchReplicaSpecs"]["Worker"]
         for index in range(worker["replicas"]):
             labels = worker["template"]["metadata"]["labels"] | {"training.kubeflow.org/replica-index": str(index)}
             name = f"{child['metadata']['name']}-worker-{index}"
-            container = {"name": TRAINING_CONTAINER, "state": {"running": {}}}
+            now = self.now.isoformat()
+            scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": now}
+            state = (
+                {"running": {"startedAt": now}}
+                if self.pods_run
+                else {"waiting": {"reason": "ErrImagePull", "message": "no image"}}
+            )
+            container = {"name": TRAINING_CONTAINER, "state": state, "imageID": "registry/x@sha256:0123"}
             self.pods.append(
                 {
                     "child": child["metadata"]["name"],
                     "metadata": {
                         "name": name,
-                        "uid": f"{name}-{child['metadata']['uid']}",
+                        "uid": f"{name}-{child['metadata']['uid']}-{self._generation}",
                         "labels": labels,
                         "creationTimestamp": self.now.isoformat(),
                     },
                     "spec": {"nodeName": "node-1"},
-                    "status": {"phase": "Running", "containerStatuses": [container]},
+                    "status": {"phase": "Running", "containerStatuses": [container], "conditions": [scheduled]},
                 }
             )
 
@@ -147,4 +219,4 @@ class ModelServer:
 
 
 Script = list[Callable[[ModelServer], bool]]
-"""What happens to the pods of attempt 1, 2, ...; each returns False while its pods do not exist."""
+"""What happens to a job, in this order; each returns False until its time has come."""

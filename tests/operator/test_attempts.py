@@ -42,8 +42,8 @@ def running(**changes: Any) -> AttemptsStatus:
     return AttemptsStatus(**({"started": 1, "current": current()} | changes))
 
 
-def past(number: int, verdict: str, start: float) -> PastAttempt:
-    return PastAttempt(number=number, verdict=verdict, reason="Crashed", start_time=at(start), end_time=at(start + 1))
+def past(number: int, verdict: str, start: float, reason: str = "Crashed") -> PastAttempt:
+    return PastAttempt(number=number, verdict=verdict, reason=reason, start_time=at(start), end_time=at(start + 1))
 
 
 def test_the_first_attempt_is_numbered_before_anything_exists() -> None:

@@ -11,9 +11,11 @@ from aiohttp import ClientSession, ClientSSLError, web
 from aiohttp.test_utils import TestServer
 
 from finetune_operator.certificates import (
+    LEAF_LIFETIME,
     CertificateError,
     Certificates,
     CertificateStore,
+    ExternalCertificates,
     from_data,
     load_into,
     renewed,
@@ -35,7 +37,7 @@ def test_the_leaf_is_renewed_a_month_before_its_end_by_the_same_ca() -> None:
     second = renewed(first, hostname=HOST, now=NOW + timedelta(days=61))
     assert second.ca_certificate == first.ca_certificate
     assert second.certificate != first.certificate
-    assert second.expires == NOW + timedelta(days=151)
+    assert second.serving.expires == NOW + timedelta(days=151)
 
 
 def test_another_host_name_needs_another_leaf() -> None:
@@ -64,7 +66,7 @@ async def _hello(_request: web.Request) -> web.Response:
 async def test_a_client_with_the_ca_bundle_trusts_the_server_and_others_do_not() -> None:
     certificates = made(now=datetime.now(UTC))
     context = server_context()
-    load_into(context, certificates)
+    load_into(context, certificates.serving)
     application = web.Application()
     application.router.add_get("/", _hello)
     trusting = ssl.create_default_context(cadata=certificates.ca_certificate)
@@ -122,3 +124,32 @@ async def test_the_replica_that_was_faster_wins() -> None:
 async def test_a_missing_secret_is_named() -> None:
     with pytest.raises(CertificateError, match="n/s must exist"):
         await store(OneSecret(None)).ensure(NOW)
+
+
+def external(data: dict[str, str] | None) -> ExternalCertificates:
+    cluster = OneSecret(data)
+    return ExternalCertificates(cluster, namespace="n", name="s", hostname=HOST)  # type: ignore[arg-type]
+
+
+async def test_certificates_that_somebody_else_keeps_are_used_as_they_are() -> None:
+    kept = made()
+    data = {name: value for name, value in kept.to_data().items() if name != "ca.key"}
+    assert await external(data).current(NOW) == kept.serving
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (None, "n/s must exist and hold ca.crt, tls.crt, tls.key"),
+        ({"tls.crt": "eA==", "tls.key": "eA=="}, "must exist and hold ca.crt"),
+        ({"tls.crt": "eA==", "tls.key": "eA==", "ca.crt": "eA=="}, "must be a PEM certificate"),
+        (renewed(None, hostname="other", now=NOW).to_data(), f"must name {HOST}"),
+        (renewed(None, hostname=HOST, now=NOW - LEAF_LIFETIME - timedelta(days=1)).to_data(), "ended at"),
+    ],
+    ids=["no Secret", "no CA", "no certificate", "another host", "ended"],
+)
+async def test_a_foreign_secret_that_can_not_serve_is_refused_with_a_sentence(
+    data: dict[str, str] | None, sentence: str
+) -> None:
+    with pytest.raises(CertificateError, match=sentence):
+        await external(data).current(NOW)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from finetune_core.contract import Outcome
+from finetune_core.contract import Outcome, RunConfig
 from finetune_core.names import attempt_name
 from finetune_operator.keyqueue import Key
 from finetune_operator.memory import Memory
@@ -19,23 +22,128 @@ from tests.operator.worlds import NOW, UID, job_manifest, result
 KEY = Key("team", "quickstart")
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 
-LIVES: dict[str, Script] = {
-    "succeeds at once": [lambda world: world.end_pods(0, DONE)],
-    "crashes, then succeeds": [lambda world: world.end_pods(1), lambda world: world.end_pods(0, DONE)],
-    "loses a pod, then succeeds": [lambda world: world.delete_pod(1), lambda world: world.end_pods(0, DONE)],
-    "is refused": [lambda world: world.end_pods(64, result(Outcome.BAD_INPUT, "no column"))],
-    "is given up": [lambda world: world.end_pods(75)] * 4,
+Action = Callable[[ModelServer], bool]
+
+
+def during(attempt: int, action: Action) -> Action:
+    """Return ``action`` for the time when the pods of ``attempt`` exist."""
+    return lambda world: _attempt(world) == attempt and action(world)
+
+
+def once(reason: str, action: Action) -> Action:
+    """Return ``action`` for the time when `Succeeded` says ``reason`` and no pod exists."""
+    return lambda world: _reason(world) == reason and not world.pods and action(world)
+
+
+def ends(exit_code: int, message: str = "") -> Action:
+    return lambda world: world.end_pods(exit_code, message)
+
+
+def sets(**policy: Any) -> Action:
+    return lambda world: world.set_policy(**policy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Life:
+    """What happens to a job, and how it ends."""
+
+    script: Script
+    reason: str
+    counts: tuple[int, int, int]
+    """Attempts started, charged, free."""
+    policy: dict[str, Any] = field(default_factory=dict)
+    refuses: str = ""
+    pods_run: bool = True
+
+
+LIVES: dict[str, Life] = {
+    "succeeds at once": Life(script=[during(1, ends(0, DONE))], reason="Completed", counts=(1, 0, 0)),
+    "crashes, then succeeds": Life(
+        script=[during(1, ends(1)), during(2, ends(0, DONE))], reason="Completed", counts=(2, 1, 0)
+    ),
+    "loses a pod, then succeeds": Life(
+        script=[during(1, lambda world: world.delete_pod(1)), during(2, ends(0, DONE))],
+        reason="Completed",
+        counts=(2, 0, 1),
+    ),
+    "is refused": Life(
+        script=[during(1, ends(64, result(Outcome.BAD_INPUT, "no column")))], reason="BadInput", counts=(1, 0, 0)
+    ),
+    "is given up": Life(
+        script=[during(n, ends(75)) for n in (1, 2, 3, 4)], reason="RetriesExhausted", counts=(4, 4, 0)
+    ),
+    "is suspended and resumed": Life(
+        script=[
+            during(1, sets(suspend=True)),
+            once("Suspended", sets(suspend=False)),
+            during(2, ends(0, DONE)),
+        ],
+        reason="Completed",
+        counts=(2, 0, 1),
+    ),
+    "is applied suspended": Life(
+        script=[once("Suspended", sets(suspend=False)), during(1, ends(0, DONE))],
+        policy={"suspend": True},
+        reason="Completed",
+        counts=(1, 0, 0),
+    ),
+    "is held and released by its queue": Life(
+        script=[
+            during(1, lambda world: world.hold_child()),
+            once("Queued", lambda world: world.release_child()),
+            during(1, ends(0, DONE)),
+        ],
+        policy={"queueName": "gpu"},
+        reason="Completed",
+        counts=(1, 0, 0),
+    ),
+    "is cancelled while it runs": Life(script=[during(1, sets(cancel=True))], reason="Cancelled", counts=(1, 0, 0)),
+    "is cancelled while it is suspended": Life(
+        script=[during(1, sets(suspend=True)), once("Suspended", sets(cancel=True))],
+        reason="Cancelled",
+        counts=(1, 0, 1),
+    ),
+    "is cancelled while it retries": Life(
+        script=[during(1, ends(1)), once("Retrying", sets(cancel=True))], reason="Cancelled", counts=(1, 1, 0)
+    ),
+    "is cancelled before it began": Life(script=[], policy={"cancel": True}, reason="Cancelled", counts=(0, 0, 0)),
+    "is cancelled while something outside is missing": Life(
+        script=[once("BackendUnavailable", sets(cancel=True))],
+        refuses="exceeded quota",
+        reason="Cancelled",
+        counts=(1, 0, 0),
+    ),
+    "never comes to run": Life(
+        script=[],
+        policy={"pendingDeadlineSeconds": 60},
+        pods_run=False,
+        reason="DeadlineExceeded",
+        counts=(1, 0, 0),
+    ),
+    "waits for something outside for too long": Life(
+        script=[],
+        policy={"pendingDeadlineSeconds": 60},
+        refuses="exceeded quota",
+        reason="DeadlineExceeded",
+        counts=(1, 0, 0),
+    ),
+    "runs for too long": Life(
+        script=[during(1, ends(1))],
+        policy={"activeDeadlineSeconds": 60},
+        reason="DeadlineExceeded",
+        counts=(2, 1, 0),
+    ),
 }
 
 
-def reconciler(server: ModelServer) -> Reconciler:
+def reconciler(server: ModelServer, trainer_image: str = "trainer:1", memory: Memory | None = None) -> Reconciler:
     """Return an operator that has just started."""
     return Reconciler(
         cluster=server,  # type: ignore[arg-type]
         backend=PyTorchJobBackend(server),  # type: ignore[arg-type]
-        memory=Memory(),
+        memory=memory if memory is not None else Memory(),
         metrics=Metrics(),
-        trainer_image="trainer:1",
+        trainer_image=trainer_image,
         report_base_url="https://operator:8443",
         ca_bundle=lambda: "CA",
         instance="test",
@@ -44,23 +152,24 @@ def reconciler(server: ModelServer) -> Reconciler:
     )
 
 
-async def live(script: Script, crash_after: int | None = None) -> ModelServer:
+async def live(life: Life, crash_after: int | None = None) -> ModelServer:
     """Run a job to its end, restarting the operator where it crashes."""
-    server = ModelServer(job_manifest(), NOW, crash_after=crash_after)
+    job = job_manifest(runPolicy=life.policy)
+    server = ModelServer(job, NOW, crash_after=crash_after, refuses=life.refuses, pods_run=life.pods_run)
     operator = reconciler(server)
-    events = list(script)
+    events = list(life.script)
     for _ in range(400):
         try:
             outcome = await operator.reconcile(KEY)
         except CrashedError:
             operator = reconciler(server)
             continue
-        if _settled(server):
+        if _reason(server, settled=True):
             return server
-        if events and outcome.after != 0 and _attempt(server) == len(script) - len(events) + 1 and events[0](server):
+        if events and outcome.after != 0 and events[0](server):
             events.pop(0)
             continue
-        server.pass_time(outcome.after or 1)
+        server.pass_time(1 if outcome.after is None else max(1, outcome.after))
     raise AssertionError(f"the job did not end: {server.job.get('status')}")
 
 
@@ -69,9 +178,12 @@ def _attempt(server: ModelServer) -> int:
     return int(current["number"]) if current and server.pods else 0
 
 
-def _settled(server: ModelServer) -> bool:
-    conditions = server.job.get("status", {}).get("conditions", [])
-    return any(item["type"] == "Succeeded" and item["status"] != "Unknown" for item in conditions)
+def _reason(server: ModelServer, *, settled: bool = False) -> str:
+    """Return the reason of `Succeeded`; with ``settled`` only of a job that has ended."""
+    for item in server.job.get("status", {}).get("conditions", []):
+        if item["type"] == "Succeeded" and not (settled and item["status"] == "Unknown"):
+            return str(item["reason"])
+    return ""
 
 
 def _essence(server: ModelServer) -> dict[str, Any]:
@@ -90,14 +202,14 @@ def _essence(server: ModelServer) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LIVES)
 async def test_a_crash_after_any_write_changes_nothing(name: str) -> None:
-    script = LIVES[name]
-    faultless = await live(script)
+    life = LIVES[name]
+    faultless = await live(life)
     expected = _essence(faultless)
-    attempts = len(script)
-    assert expected["created"] == [attempt_name("quickstart", UID, n + 1) for n in range(attempts)]
-    assert len(expected["left"][0]) == 1
+    assert (_reason(faultless, settled=True), expected["counts"]) == (life.reason, life.counts)
+    children = 0 if life.refuses else life.counts[0]
+    assert expected["created"] == [attempt_name("quickstart", UID, n + 1) for n in range(children)]
     for crash_after in range(1, len(faultless.writes) + 1):
-        crashed = await live(script, crash_after)
+        crashed = await live(life, crash_after)
         assert _essence(crashed) == expected, f"crash after write {crash_after}: {crashed.writes[crash_after - 1]}"
 
 
@@ -126,3 +238,60 @@ async def test_nothing_happens_twice_without_news() -> None:
     for _ in range(5):
         await operator.reconcile(KEY)
     assert server.writes == writes
+
+
+async def test_an_upgraded_operator_runs_the_image_of_attempt_1_by_its_digest() -> None:
+    server = ModelServer(job_manifest(), NOW)
+    for _ in range(5):
+        await reconciler(server).reconcile(KEY)
+    server.end_pods(1)
+    for _ in range(20):
+        outcome = await reconciler(server, "trainer:2").reconcile(KEY)
+        server.pass_time(outcome.after or 0)
+    (child,) = server.children.values()
+    assert server.job["status"]["attempts"]["started"] == 2
+    container = child["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+    assert container["image"] == server.job["status"]["image"] == "trainer:1@sha256:0123"
+
+
+async def test_changes_of_queue_priority_and_retention_take_effect_with_the_next_attempt() -> None:
+    server = ModelServer(job_manifest(), NOW)
+    for _ in range(5):
+        await reconciler(server).reconcile(KEY)
+    before = copy.deepcopy(server.children)
+    server.set_policy(queueName="other", priorityClassName="urgent")
+    server.job["spec"]["storage"]["checkpoint"] = {"keepLast": 7}
+    for _ in range(5):
+        await reconciler(server).reconcile(KEY)
+    assert server.children == before, "the running attempt stays as it is"
+    server.end_pods(1)
+    for _ in range(20):
+        outcome = await reconciler(server).reconcile(KEY)
+        server.pass_time(outcome.after or 0)
+    ((name, child),) = server.children.items()
+    assert child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "other"
+    template = child["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+    assert template["spec"]["priorityClassName"] == "urgent"
+    assert RunConfig.model_validate_json(server.config_maps[name]["data"]["run.json"]).storage.keep_last == 7
+
+
+async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_checkpoint() -> None:
+    server, memory = ModelServer(job_manifest(), NOW), Memory()
+    operator = reconciler(server, memory=memory)
+    for _ in range(5):
+        await operator.reconcile(KEY)
+    pods = copy.deepcopy(server.pods)
+    server.set_policy(suspend=True)
+    await operator.reconcile(KEY)
+    await operator.reconcile(KEY)
+    server.pods = pods  # deleted, and still saving
+    for pod in server.pods:
+        pod["metadata"]["deletionTimestamp"] = server.now.isoformat()
+    await operator.reconcile(KEY)
+    assert server.job["status"]["attempts"].get("current") is None
+    reporting = memory.reporting(KEY)
+    assert reporting is not None
+    assert (reporting.attempt, len(reporting.pod_uids)) == (1, 2)
+    server.pods = []
+    await operator.reconcile(KEY)
+    assert memory.reporting(KEY) is None

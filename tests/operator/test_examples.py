@@ -27,7 +27,12 @@ def rendered(path: Path) -> str:
     manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
     manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}
     job = FineTuneJob.model_validate(manifest)
-    plan = AttemptPlan(number=1, name=attempt_name(job.metadata.name, UID, 1), image="trainer:1")
+    plan = AttemptPlan(
+        number=1,
+        name=attempt_name(job.metadata.name, UID, 1),
+        image="trainer:1",
+        report_base_url="https://operator:8443",
+    )
     return yaml.safe_dump(build_pytorchjob(job, plan), sort_keys=False, width=100)
 
 

@@ -20,7 +20,12 @@ GOLDEN = Path(__file__).parent / "golden" / "quickstart.yaml"
 
 
 def plan(number: int = 1) -> AttemptPlan:
-    return AttemptPlan(number=number, name=attempt_name("quickstart", UID, number), image="trainer:1")
+    return AttemptPlan(
+        number=number,
+        name=attempt_name("quickstart", UID, number),
+        image="trainer:1",
+        report_base_url="https://operator:8443",
+    )
 
 
 def rendered(**spec: Any) -> dict[str, Any]:

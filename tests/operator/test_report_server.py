@@ -9,6 +9,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from finetune_core.contract import REPORT_LIMIT_BYTES, Phase, Report, report_path
+from finetune_operator.cluster import ApiError
 from finetune_operator.keyqueue import Key, KeyQueue
 from finetune_operator.memory import Memory, ReportingAttempt
 from finetune_operator.metrics import Metrics
@@ -151,3 +152,59 @@ async def test_answers_of_the_api_server_age() -> None:
     await reviewer.pod_of("good", "a")
     await reviewer.pod_of("good", "another audience")
     assert len(reviews.asked) == 3
+
+
+KUBEFLOW_PATH = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs/quickstart/status"
+KUBEFLOW_BODY = (
+    '{"trainerStatus": {"progressPercentage": 5, "lastUpdatedTime": "2026-11-24T12:00:00Z", '
+    '"metrics": [{"name": "current_step", "value": "5"}, {"name": "total_steps", "value": "100"}]}}'
+)
+
+
+async def test_kubeflows_protocol_is_taken_with_200_and_the_same_token(
+    client: TestClient[Any, Any], memory: Memory
+) -> None:
+    assert await post(client, "good", KUBEFLOW_BODY, KUBEFLOW_PATH) == 200
+    report = memory.of(KEY).report
+    assert report is not None
+    assert (report.step, report.total_steps, report.pod_uid) == (5, 100, "pod-0")
+
+
+@pytest.mark.parametrize(
+    ("token", "data", "code"),
+    [
+        (None, KUBEFLOW_BODY, 401),
+        ("bad", KUBEFLOW_BODY, 401),
+        ("peer", KUBEFLOW_BODY, 403),
+        ("far", KUBEFLOW_BODY, 403),
+        ("good", KUBEFLOW_BODY.replace('"5"', '"NaN"'), 422),
+        ("good", "{", 422),
+        ("good", KUBEFLOW_BODY + " " * REPORT_LIMIT_BYTES, 413),
+    ],
+)
+async def test_kubeflows_protocol_is_refused_for_the_same_reasons(
+    client: TestClient[Any, Any], memory: Memory, metrics: Metrics, token: str | None, data: str, code: int
+) -> None:
+    assert await post(client, token, data, KUBEFLOW_PATH) == code
+    assert memory.of(KEY).report is None
+    assert f'finetune_reports_refused_total{{code="{code}"}} 1.0' in metrics.render().decode()
+
+
+async def test_an_attempt_speaks_with_one_voice(client: TestClient[Any, Any], memory: Memory) -> None:
+    assert await post(client, "good", body()) == 204
+    assert await post(client, "good", KUBEFLOW_BODY, KUBEFLOW_PATH) == 409
+    report = memory.of(KEY).report
+    assert report is not None
+    assert report.metrics == {"loss": 1.5}
+
+
+async def test_reports_wait_out_an_api_server_that_reviews_no_token(
+    reviews: Reviews, memory: Memory, metrics: Metrics, queue: KeyQueue
+) -> None:
+    async def fails(_token: str, _audience: str) -> dict[str, Any]:
+        raise ApiError(500, "InternalError", "etcd")
+
+    reviews.review_token = fails  # type: ignore[method-assign]
+    server = ReportServer(memory=memory, queue=queue, reviewer=TokenReviewer(reviews), metrics=metrics)  # type: ignore[arg-type]
+    async with TestClient(TestServer(server.application())) as client:
+        assert await post(client, "good", body()) == 503

@@ -10,9 +10,15 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from finetune_operator.health import Activity, HealthServer
 from finetune_operator.keyqueue import KeyQueue
+from finetune_operator.leadership import Leadership, TimedLease
 from finetune_operator.logs import JsonFormatter
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import parse_settings
+
+
+def waiting_leadership() -> Leadership:
+    """Return the leadership of a replica that has no Lease."""
+    return Leadership(TimedLease("operator", "system", "me", None, lambda: 0.0))
 
 
 def test_flags_win_over_the_environment() -> None:
@@ -48,7 +54,10 @@ def test_a_log_line_is_json_with_the_job() -> None:
 async def test_healthz_turns_red_after_three_silent_periods_and_readyz_waits_for_the_first_list() -> None:
     now = [0.0]
     activity = Activity(clock=lambda: now[0])
-    health = HealthServer(activity=activity, queue=KeyQueue(), metrics=Metrics(), resync_seconds=300)
+    leadership = waiting_leadership()
+    health = HealthServer(
+        activity=activity, queue=KeyQueue(), metrics=Metrics(), leadership=leadership, resync_seconds=300
+    )
     async with TestClient(TestServer(health.application())) as client:
 
         async def status(path: str) -> int:

@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 
 import finetune_operator
+from finetune_core.api.causes import CAUSES, DISRUPTIONS, Cause
 from finetune_core.api.conditions import ConditionType, Reason
+from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.states import STATES
 from finetune_core.api.status import AttemptCause, AttemptsStatus, CurrentAttempt, FineTuneJobStatus, PastAttempt
 from finetune_core.contract import Phase, Report
 from finetune_operator.attempts import Settlement
 from finetune_operator.conditions import View, compute_conditions
+from finetune_operator.observed import ChildObservation
 from finetune_operator.problems import OutsideError
 from finetune_operator.verdict import Verdict
+from tests.operator.test_verdict import TABLE
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 CAUSE = AttemptCause(verdict=Verdict.FREE, reason="PodDeleted", time=NOW)
@@ -27,7 +31,13 @@ ATTEMPTS = (
     AttemptsStatus(started=1, free=1, recent=[PAST], next_start_time=NOW),
     AttemptsStatus(started=1, current=CurrentAttempt(number=1, start_time=NOW)),
     AttemptsStatus(started=1, current=CurrentAttempt(number=1, start_time=NOW, cause=CAUSE)),
+    *(
+        AttemptsStatus(started=1, recent=[PAST.model_copy(update={"verdict": Verdict.PERMANENT, "reason": reason})])
+        for reason in (Reason.CANCELLED, Reason.DEADLINE_EXCEEDED)
+    ),
 )
+POLICIES = tuple(RunPolicySpec(**policy) for policy in ({}, {"suspend": True}, {"cancel": True}, {"queueName": "gpu"}))
+CHILDREN = tuple(ChildObservation(name="c", uid="u", owner_uid="o", replicas=1, suspended=it) for it in (False, True))
 REPORT = Report(
     run=1,
     pod_uid="u",
@@ -40,7 +50,15 @@ REPORT = Report(
     history=[],
     checkpoints=[],
 )
-FINAL = (Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED)
+OVERDUE = REPORT.model_copy(update={"checkpoint_problem": "the store is down"})
+FINAL = (
+    Reason.BAD_INPUT,
+    Reason.DIVERGED,
+    Reason.OUT_OF_MEMORY,
+    Reason.RETRIES_EXHAUSTED,
+    Reason.DEADLINE_EXCEEDED,
+    Reason.CANCELLED,
+)
 SETTLED = (
     None,
     *(Settlement(succeeded=True, reason=reason, message="") for reason in (Reason.COMPLETED, Reason.EARLY_STOPPED)),
@@ -52,12 +70,13 @@ PROBLEMS = (
 )
 
 
-@pytest.mark.parametrize("attempts", ATTEMPTS, ids=["none", "between", "running", "ending"])
+@pytest.mark.parametrize("attempts", ATTEMPTS, ids=["none", "between", "running", "ending", "cancelled", "late"])
 def test_every_condition_that_can_be_computed_is_explained(attempts: AttemptsStatus) -> None:
-    for settled, problem, report, invalid in itertools.product(SETTLED, PROBLEMS, (None, REPORT), ("", "spec.a: must")):
+    views = itertools.product(SETTLED, PROBLEMS, (None, REPORT, OVERDUE), ("", "spec.a: must"), POLICIES, CHILDREN)
+    for settled, problem, report, invalid, policy, child in views:
         view = View(
             now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, settled=settled, problem=problem,
-            report=report, invalid=invalid,
+            report=report, invalid=invalid, policy=policy, child=child, ending_pods=1,
         )  # fmt: skip
         stored = FineTuneJobStatus()
         conditions = compute_conditions(stored, stored.model_copy(update={"attempts": attempts}), view)
@@ -80,3 +99,12 @@ def test_every_reason_in_the_code_is_one_of_the_reasons() -> None:
                 assert all(item.value in ("True", "False", "Unknown", "; ", "") for item in texts), (
                     f"{file}:{node.lineno}"
                 )
+
+
+def test_every_reason_of_an_attempt_is_explained_with_the_verdict_that_it_gets() -> None:
+    assert set(CAUSES) == set(Cause)
+    for name, (_, expected) in TABLE.items():
+        if expected is not None and expected[1] in set(Cause):
+            assert CAUSES[Cause(expected[1])][0] == expected[0], name
+        elif expected is not None and expected[0] == "Free":
+            assert expected[1] in DISRUPTIONS, name

@@ -8,16 +8,25 @@ import pytest
 
 from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.conditions import Condition, ConditionType, Reason
-from finetune_core.api.status import AttemptCause, AttemptsStatus, PastAttempt, ProgressStatus
+from finetune_core.api.run_policy import RunPolicySpec
+from finetune_core.api.status import (
+    AttemptCause,
+    AttemptsStatus,
+    PastAttempt,
+    PlanStatus,
+    ProgressStatus,
+    UsageStatus,
+)
 from finetune_core.contract import ArtifactRecord, Outcome, Phase, Report, Result
+from finetune_core.resolve import resolve
 from finetune_operator.attempts import Settlement
 from finetune_operator.conditions import View
 from finetune_operator.keyqueue import Key
 from finetune_operator.observed import ContainerObservation, ContainerState
 from finetune_operator.problems import OutsideError
-from finetune_operator.status import compute_status, is_transition
+from finetune_operator.status import compute_status, is_news, is_transition, plan_of
 from finetune_operator.transitions import event_manifest, notices
-from tests.operator.worlds import UID, at, child, current, pod
+from tests.operator.worlds import UID, at, child, current, job, pod
 
 WAITING = ContainerState.WAITING
 
@@ -177,6 +186,114 @@ def test_a_success_without_its_last_report_has_artifact_and_progress() -> None:
 
 def test_the_image_of_attempt_1_stays() -> None:
     assert status(status(), image="trainer:2").image == "trainer:1"
+
+
+REPOSITORY_DIGEST = "mirror.local/other/name@sha256:0123abcd"
+
+
+def _pulled(index: int, image_id: str) -> Any:
+    return pod(index, container=ContainerObservation(state=ContainerState.RUNNING, image_id=image_id))
+
+
+@pytest.mark.parametrize(
+    ("image", "image_ids", "expected"),
+    [
+        ("reg/trainer:1", ["", ""], "reg/trainer:1"),
+        ("reg/trainer:1", ["", REPOSITORY_DIGEST], "reg/trainer:1@sha256:0123abcd"),
+        ("reg/trainer:1", ["sha256:feed", "sha256:feed"], "reg/trainer:1"),
+        ("reg/trainer@sha256:9999", [REPOSITORY_DIGEST] * 2, "reg/trainer@sha256:9999"),
+    ],
+    ids=["not pulled yet", "pulled", "put on the node by hand", "named by digest"],
+)
+def test_the_image_is_fixed_with_the_digest_that_a_node_pulled(image: str, image_ids: list[str], expected: str) -> None:
+    pods = [_pulled(index, image_id) for index, image_id in enumerate(image_ids)]
+    found = status(pods=pods, image=image)
+    assert found.image == expected
+    later = status(found, pods=[_pulled(0, "x@sha256:another")], image="upgraded:2")
+    assert later.image == (expected if "@" in expected else f"{image}@sha256:another")
+
+
+def test_the_plan_is_what_the_newest_attempt_was_resolved_to() -> None:
+    config = resolve(job(resources={"nodes": 2, "gpusPerNode": 2}, training={"maxSteps": 5, "globalBatchSize": 10,
+                         "microBatchSize": 1}), report=None)  # fmt: skip
+    found = status(plan=plan_of(config))
+    assert found.plan == PlanStatus(zero_stage=2, processes=4, micro_batch_size=1, gradient_accumulation_steps=3)
+    assert status(found).plan == found.plan
+
+
+def test_time_that_passes_is_written_with_other_news_only() -> None:
+    usage = UsageStatus(gpu_seconds=8, active_seconds=2, last_update_time=at(0), holders=["pod-0"])
+    stored = status(usage=usage)
+    later = usage.model_copy(update={"gpu_seconds": 16, "last_update_time": at(2)})
+    assert not is_news(stored, status(stored, usage=later))
+    assert is_news(stored, status(stored, usage=later.model_copy(update={"holders": []})))
+    reported = status(stored, usage=later, **REPORTED)
+    assert is_news(stored, reported)
+    assert reported.usage == later
+
+
+ENDED = PastAttempt(number=1, verdict="Permanent", reason="Cancelled", message="cancelled by `runPolicy.cancel`",
+                    start_time=at(-50), end_time=at(-1))  # fmt: skip
+SUSPENDED = AttemptsStatus(started=1, free=1, recent=[ENDED.model_copy(update={"verdict": "Free"})])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "message"),
+    [
+        (
+            {"attempts": AttemptsStatus(), "policy": {"suspend": True}},
+            Reason.SUSPENDED,
+            "suspended by `runPolicy.suspend`; set it to false to go on",
+        ),
+        (
+            {"attempts": SUSPENDED, "policy": {"suspend": True}, "ending_pods": 2},
+            Reason.SUSPENDED,
+            "suspended by `runPolicy.suspend`; 2 pods still end",
+        ),
+        (
+            {"attempts": AttemptsStatus(started=1, recent=[ENDED]), "ending_pods": 1, "policy": {"cancel": True}},
+            Reason.CANCELLED,
+            "cancelled by `runPolicy.cancel`; 1 pod still ends",
+        ),
+        (
+            {"child": child(suspended=True), "policy": {"queueName": "gpu"}},
+            Reason.QUEUED,
+            "waits for admission by the queue gpu",
+        ),
+        (
+            {"child": child(suspended=True)},
+            Reason.SUSPENDED,
+            "somebody suspended the PyTorchJob; set its `spec.runPolicy.suspend` to false to go on",
+        ),
+    ],
+)
+def test_who_holds_a_job_and_what_to_do(changes: dict[str, Any], reason: Reason, message: str) -> None:
+    policy = RunPolicySpec(**changes.pop("policy", {}))
+    found = status(**({"child": None, "pods": [], "policy": policy} | changes))
+    summary = condition(found, ConditionType.SUCCEEDED)
+    assert (summary.status, summary.reason, summary.message) == ("Unknown", reason, message)
+    assert condition(found, ConditionType.RUNNING).status == "False"
+
+
+def test_a_job_that_its_queue_took_away_runs_again_only_with_a_new_report() -> None:
+    stored = status(**REPORTED)
+    held = status(stored, now=at(60), child=child(suspended=True), policy=RunPolicySpec(queue_name="gpu"), pods=[])
+    assert condition(held, ConditionType.RUNNING).status == "False"
+    again = AttemptsStatus(started=1, current=current().model_copy(update={"admitted_time": at(90)}))
+    assert condition(status(held, now=at(95), attempts=again), ConditionType.RUNNING).status == "False"
+    new_pods = [record.model_copy(update={"uid": f"new-{record.index}"}) for record in current().pods]
+    admitted = current().model_copy(update={"admitted_time": at(90), "pods": new_pods})
+    again = AttemptsStatus(started=1, current=admitted)
+    old_report = status(held, now=at(95), attempts=again, **REPORTED)
+    assert condition(old_report, ConditionType.RUNNING).status == "False"
+    new_report = {"report": report(pod_uid="new-0"), "reported_at": at(99)}
+    assert condition(status(held, now=at(99), attempts=again, **new_report), ConditionType.RUNNING).status == "True"
+
+
+def test_an_end_that_was_ordered_is_no_warning() -> None:
+    ended = status(attempts=AttemptsStatus(started=1, recent=[ENDED]), child=None, pods=[])
+    (told,) = notices(status(), ended, at(0))
+    assert (told.reason, told.warning) == ("AttemptEnded", False)
 
 
 def test_new_numbers_are_no_transition_and_a_new_reason_is() -> None:

@@ -26,7 +26,7 @@ def main() -> None:
     for plan in plans:
         plan.folder.mkdir(parents=True, exist_ok=True)
         progress = Progress(pod_uid="pod", ranks=gang.world_size, reporter=None) if gang.is_first else None
-        train(plan, gang, progress, Standing(), lambda: False)
+        train(plan, gang, progress, Standing())
     gang.farewell()
     sys.stdout.flush()
     os._exit(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.batches import IGNORED, collate
 from finetune_trainer.data.examples import Example
 from finetune_trainer.data.order import batches_per_epoch, cursor, global_batch, micro_batches
+from finetune_trainer.data.packing import best_fit_decreasing, pack
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.training.schedule import rate
 from finetune_trainer.training.state import owners
@@ -29,7 +31,7 @@ def write(tmp_path: Path, name: str, text: str) -> Path:
 def test_jsonl_rows_keep_physical_line_numbers_and_broken_lines_their_problem(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", '\ufeff{"a": 1}\n\n{"a": \n[1]\n{"a": "\u2028"}\n')
     rows = list(read_rows(path, "dataset.train"))
-    assert [(row.line, row.problem is None) for row in rows] == [(1, True), (3, False), (4, False), (5, True)]
+    assert [(row.number, row.problem is None) for row in rows] == [(1, True), (3, False), (4, False), (5, True)]
     assert rows[0].fields == {"a": 1}
     assert rows[2].problem == "is not a JSON object"
     assert rows[3].fields == {"a": "\u2028"}
@@ -38,17 +40,19 @@ def test_jsonl_rows_keep_physical_line_numbers_and_broken_lines_their_problem(tm
 def test_csv_rows_begin_where_their_first_line_is(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", 'a,b\n1,"two\nlines"\n\n3,4\n5\n')
     rows = list(read_rows(path, "dataset.train"))
-    assert [(row.line, dict(row.fields)) for row in rows[:2]] == [
+    assert [(row.number, dict(row.fields)) for row in rows[:2]] == [
         (2, {"a": "1", "b": "two\nlines"}),
         (5, {"a": "3", "b": "4"}),
     ]
-    assert (rows[2].line, rows[2].problem) == (6, "has 1 fields where the header has 2")
+    assert (rows[2].number, rows[2].problem) == (6, "has 1 fields where the header has 2")
 
 
 @pytest.mark.parametrize(
     ("name", "data", "problem"),
     [
-        ("a.parquet", b"PAR1", "must be a .jsonl or .csv file"),
+        ("a.txt", b"a", "must be a .jsonl, .csv or .parquet file, not 'a.txt'"),
+        ("a.parquet", b"PAR1", "a.parquet can't be read as parquet after row 0"),
+        ("b.csv", b"a,a\n1,2", "can't be read as csv: its header has 'a' twice"),
         ("a.jsonl", b'{"a": "\xff"}', "is not UTF-8"),
         ("a.csv", b'a\n"open', "can't be read as csv"),
     ],
@@ -78,30 +82,72 @@ def test_the_order_is_fixed_for_ever() -> None:
     )
 
 
-@given(batch=st.integers(1, 40), world=st.integers(1, 8), size=st.integers(1, 8))
-def test_ranks_share_a_batch_without_loss_in_equally_many_micro_batches(batch: int, world: int, size: int) -> None:
-    lengths = [(7 * row) % 13 for row in range(batch)]
+@given(batch=st.integers(1, 40), world=st.integers(1, 8), size=st.integers(1, 8), packed=st.booleans())
+def test_ranks_share_a_batch_without_loss_in_equally_many_micro_batches(
+    batch: int, world: int, size: int, packed: bool
+) -> None:
+    lengths = [1 + (7 * row) % 13 for row in range(batch)]
+    sequences = pack(range(batch), lengths, capacity=16, ranks=world) if packed else [[row] for row in range(batch)]
     shares = [
-        micro_batches(range(batch), lengths, rank=rank, world_size=world, micro_batch_size=size)
-        for rank in range(world)
+        micro_batches(sequences, lengths, rank=rank, world_size=world, micro_batch_size=size) for rank in range(world)
     ]
     assert len({len(share) for share in shares}) == 1
-    assert sorted(row for share in shares for micro in share for row in micro) == list(range(batch))
+    rows = [row for share in shares for micro in share for sequence in micro for row in sequence]
+    assert sorted(rows) == list(range(batch))
     assert all(len(micro) <= size for share in shares for micro in share)
 
 
+@given(st.lists(st.integers(1, 32), min_size=1, max_size=60), st.integers(1, 8))
+def test_packing_fills_no_sequence_over_its_capacity_and_costs_no_rank_more_time(
+    lengths: list[int], ranks: int
+) -> None:
+    rows = range(len(lengths))
+    sequences = pack(rows, lengths, capacity=32, ranks=ranks)
+    fewest = len(best_fit_decreasing(rows, lengths, 32))
+    assert sorted(row for sequence in sequences for row in sequence) == list(rows)
+    assert all(sum(lengths[row] for row in sequence) <= 32 for sequence in sequences)
+    assert -(-len(sequences) // ranks) == -(-fewest // ranks)
+
+
+def test_best_fit_takes_the_fullest_bin_with_room() -> None:
+    assert best_fit_decreasing(range(6), [5, 7, 3, 2, 4, 1], 10) == [[1, 2], [0, 4, 5], [3]]
+
+
+def test_packing_fills_the_sequences_of_gsm8k_like_lengths() -> None:
+    rng = random.Random(3)
+    lengths = [min(512, max(60, round(rng.gauss(200, 75)))) for _ in range(4096)]
+    sequences = best_fit_decreasing(range(len(lengths)), lengths, 2048)
+    assert sum(lengths) / (len(sequences) * 2048) > 0.99
+
+
 def test_only_completion_and_end_are_supervised() -> None:
-    batch = collate([Example((5, 6, 7, 1), 2), Example((8, 9, 1), 1)], pad=0)
+    first, second = Example((5, 6, 7, 1), [(2, 4)]), Example((8, 9, 1), [(1, 3)])
+    batch = collate([[(first, 11)], [(second, 12)]], pad=0, packed=False)
     assert batch.input_ids.tolist() == [[5, 6, 7, 1], [8, 9, 1, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    assert batch.positions.tolist() == [0, 1, 2]
-    assert batch.targets.tolist() == [[IGNORED, 7, 1], [9, 1, IGNORED]]
-    assert batch.tokens == 4
+    assert batch.position_ids is None
+    assert batch.index.tolist() == [1, 2, 4, 5]
+    assert batch.targets.tolist() == [7, 1, 9, 1]
+    assert (batch.tokens, batch.real_tokens) == (4, 7)
+
+
+def test_packed_examples_begin_at_position_zero_and_keep_their_targets_and_dropout() -> None:
+    first, second = Example((5, 6, 7, 1), [(2, 4)]), Example((8, 9, 1), [(0, 3)])
+    padded = collate([[(first, 11)], [(second, 12)]], pad=0, packed=False)
+    batch = collate([[(first, 11), (second, 12)], [(second, 13)]], pad=0, packed=True)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 8, 9, 1], [8, 9, 1, 0, 0, 0, 0]]
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 0, 0, 0, 0]]
+    assert batch.targets.tolist() == [7, 1, 9, 1, 9, 1]
+    assert batch.input_ids.flatten()[batch.index].tolist() == [6, 7, 8, 9, 8, 9]
+    assert batch.dropout_keys[0, 4:].tolist() == padded.dropout_keys[1, :3].tolist()
 
 
 def test_a_rank_without_examples_computes_a_dummy() -> None:
-    assert collate([], pad=3).tokens == 0
-    assert collate([], pad=3).input_ids.shape == (1, 1)
+    for packed in (False, True):
+        dummy = collate([], pad=3, packed=packed)
+        assert dummy.tokens == 0
+        assert dummy.input_ids.shape == (1, 1)
+        assert dummy.targets.tolist() == [IGNORED]
 
 
 def test_the_rate_is_a_function_of_the_step() -> None:

@@ -23,6 +23,7 @@ from tests.trainer.pods import run_config
 
 STEPS = 12
 RATE = 1e-3
+DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def plain_losses(model_folder: Path, method: str) -> tuple[list[float], float, torch.nn.Module]:
@@ -30,7 +31,7 @@ def plain_losses(model_folder: Path, method: str) -> tuple[list[float], float, t
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     if method == "LoRA":
-        model = add_adapters(model, LoRASpec(rank=4, alpha=8), seed=42, base_name="tiny")
+        model = add_adapters(model, LoRASpec(rank=4, alpha=8), targets=DENSE, seed=42, base_name="tiny")
 
     def nll(row: dict[str, str]) -> tuple[torch.Tensor, int]:
         prompt = tokenizer(tiny.TEMPLATE.replace("{prompt}", row["question"]))["input_ids"]

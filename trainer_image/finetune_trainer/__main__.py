@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-from pathlib import Path
+import signal
 
-from finetune_trainer.launcher import run
-from finetune_trainer.settings import Paths
+# Before anything that takes time to import: the kernel drops a signal that PID 1 neither handles nor blocks.
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+
+import argparse  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from finetune_trainer.launcher import run  # noqa: E402
+from finetune_trainer.settings import Paths  # noqa: E402
 
 EXAMPLES = """\
 examples:
@@ -41,4 +46,8 @@ def parse(arguments: list[str]) -> Paths:
 
 
 if __name__ == "__main__":
-    sys.exit(run(parse(sys.argv[1:]), os.environ))
+    code = run(parse(sys.argv[1:]), os.environ)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A download that was left behind must not hold the process.
+    os._exit(code)

@@ -53,6 +53,15 @@ def oom_kills(root: Path = ROOT) -> int:
     return parse_oom_kills(text) if text is not None else 0
 
 
+def memory_limit(root: Path = ROOT) -> int | None:
+    """Return the container's memory limit in bytes, None without one."""
+    text = _first_text(root / "memory.max", root / "memory" / "memory.limit_in_bytes")
+    if text is None or text.strip() == "max":
+        return None
+    # Version 1 writes "no limit" as the largest number of whole pages.
+    return int(text) if int(text) < 1 << 60 else None
+
+
 def threads_per_process(processes: int, *, limit: float | None, cores: int) -> int:
     """Return the threads that each of ``processes`` computes with.
 

@@ -27,6 +27,10 @@ class Stopped(Exception):  # noqa: N818
     """Told to stop; what was trained is committed (143)."""
 
 
+class StopAgreed(Exception):  # noqa: N818
+    """All ranks know that one of them was told to stop: the loop saves, then raises Stopped."""
+
+
 class NewerRun(OutsideFailure):
     """The fence: a newer run of the same job exists in the bucket, so this one must not write any more (75)."""
 

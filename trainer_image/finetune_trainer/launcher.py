@@ -9,11 +9,12 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -30,21 +31,40 @@ from finetune_trainer import cgroup
 from finetune_trainer.errors import OutsideFailure, Stopped
 from finetune_trainer.inputs import fetch_inputs
 from finetune_trainer.outcomes import decide, outcome_of
-from finetune_trainer.plan import WorkerPlan, open_root
-from finetune_trainer.processes import Workers, worker_environment
-from finetune_trainer.settings import PEER_WAIT_SECONDS, STORE_CHECK_SECONDS, Paths
+from finetune_trainer.plan import Inputs, WorkerPlan, open_root
+from finetune_trainer.processes import STOP_SIGNALS, Workers, worker_environment
+from finetune_trainer.settings import FROZEN_SECONDS, PEER_WAIT_SECONDS, STORE_CHECK_SECONDS, Paths
 from finetune_trainer.storage.artifact import committed_result
 from finetune_trainer.storage.root import RunRoot
 
 NAME_RETRY_SECONDS = 0.5
+LOOK_SECONDS = 0.1
+T = TypeVar("T")
+
+
+class Told:
+    """Becomes true at SIGTERM; while there are workers, `Workers` listens in its place and passes it on."""
+
+    def __init__(self) -> None:
+        """Listen from now on; what came since the process began has waited (`__main__`)."""
+        self._told = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._tell)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def _tell(self, *_: object) -> None:
+        self._told = True
+
+    def __call__(self) -> bool:
+        """Return whether this pod was told to stop."""
+        return self._told
 
 
 def run(paths: Paths, environment: Mapping[str, str]) -> int:
     """Run this pod's part of the attempt; return the exit code, after the termination message is written."""
-    signal.signal(signal.SIGTERM, _told_to_stop)
-    signal.signal(signal.SIGINT, _told_to_stop)
+    told = Told()
     try:
-        result = _attempt(paths, environment)
+        result = _attempt(paths, environment, told)
     except Exception as error:  # noqa: BLE001  (the one place where every error becomes a result)
         result = outcome_of(error).result
         if result.exit_code == 1:
@@ -55,37 +75,65 @@ def run(paths: Paths, environment: Mapping[str, str]) -> int:
     return result.exit_code
 
 
-def _told_to_stop(*_: object) -> NoReturn:
-    """SIGTERM before there are workers: there is nothing to save."""
-    raise Stopped("told to stop before training began: there is nothing to save")
-
-
-def _attempt(paths: Paths, environment: Mapping[str, str]) -> Result:
+def _attempt(paths: Paths, environment: Mapping[str, str], told: Told) -> Result:
     """The story of a pod: an artifact that is there already, checks, inputs, rendezvous, workers, verdict."""
     identity = Identity.from_environment(environment)
     config = read_config(paths.run_file)
-    root = open_root(config, paths)
-    done = committed_result(RunRoot(root.store.with_budget(STORE_CHECK_SECONDS), root.location))
-    if done is not None:
-        return done
-    print(f"attempt {identity.attempt} of {identity.namespace}/{identity.name}: fetching model and data", flush=True)
-    folder = paths.scratch / "attempt"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    inputs = fetch_inputs(config, paths, root.store, folder)
     address = environment.get(MASTER_ADDR_VARIABLE, "")
     port = environment.get(MASTER_PORT_VARIABLE, str(MASTER_PORT))
     if not address:
         raise UserError(f"environment variable {MASTER_ADDR_VARIABLE}", "must be set (the operator sets it)")
-    wait_for_name(address, seconds=PEER_WAIT_SECONDS)
+    folder = paths.scratch / "attempt"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    prepared = _unless(told, lambda: _prepare(config, identity, paths, folder, address))
+    if isinstance(prepared, Result):
+        return prepared
+    if prepared is None and config.world.nodes == 1:
+        raise Stopped("told to stop before training began: there is nothing to save")
+    # The other pods wait for this one's workers. Told to stop, these read no input: they only pass the word on.
+    inputs = prepared or Inputs(model=folder, train=folder)
     plan = WorkerPlan(paths=paths, identity=identity, config=config, inputs=inputs, folder=folder)
     threads = cgroup.threads_per_process(
         config.world.processes_per_node, limit=cgroup.cpu_limit(), cores=cgroup.usable_cores()
     )
     kills_before = cgroup.oom_kills()
     environments = worker_environment(environment, plan, address=address, port=port, threads=threads)
-    ends = Workers(folder).run(plan, environments)
-    return decide(ends, out_of_memory=cgroup.oom_kills() > kills_before)
+    silence = config.stability.stall_timeout_seconds + FROZEN_SECONDS
+    ends = Workers(folder, silence_seconds=silence).run(plan, environments, told=prepared is None)
+    return decide(ends, out_of_memory=cgroup.oom_kills() > kills_before, memory_limit=cgroup.memory_limit())
+
+
+def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, address: str) -> Inputs | Result:
+    """Return the inputs once they are here and the first worker has a name, or the result of a run that is done."""
+    root = open_root(config, paths)
+    done = committed_result(RunRoot(root.store.with_budget(STORE_CHECK_SECONDS), root.location))
+    if done is not None:
+        return done
+    print(f"attempt {identity.attempt} of {identity.namespace}/{identity.name}: fetching model and data", flush=True)
+    inputs = fetch_inputs(config, paths, root.store, folder)
+    wait_for_name(address, seconds=PEER_WAIT_SECONDS)
+    return inputs
+
+
+def _unless(told: Told, work: Callable[[], T]) -> T | None:
+    """Return what ``work`` makes, None once this pod is told to stop: then the work is left where it is."""
+    made: list[T] = []
+    failed: list[BaseException] = []
+
+    def run_it() -> None:
+        try:
+            made.append(work())
+        except BaseException as error:  # noqa: BLE001  (raised again where it was asked for)
+            failed.append(error)
+
+    thread = threading.Thread(target=run_it, name="prepare", daemon=True)
+    thread.start()
+    while thread.is_alive() and not told():
+        thread.join(LOOK_SECONDS)
+    if failed:
+        raise failed[0]
+    return made[0] if made and not told() else None
 
 
 def read_config(path: Path) -> RunConfig:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_core.contract import ContractModel, Outcome, Result
+from finetune_core.contract import ContractModel, Outcome, Phase, Result
 from finetune_core.errors import UserError
 from finetune_trainer.errors import Diverged, OutOfMemory, OutsideFailure, PeerLost, Stopped
 
@@ -44,6 +44,12 @@ class Standing:
     """Last step whose update was applied."""
     checkpoint: str | None = None
     """Address of the newest committed checkpoint."""
+    phase: str = Phase.LOADING.value
+    """What the process is doing."""
+
+    def where(self) -> str:
+        """Return the part of a sentence that says how far the process was."""
+        return f"in phase {self.phase}, after step {self.step}" if self.step else f"in phase {self.phase}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class WorkerEnd:
     outcome: WorkerOutcome | None
     ended_by_launcher: bool = False
     """The launcher killed it because it did not follow the others."""
+    frozen: bool = False
+    """The launcher killed it because it gave no sign of life any more."""
+    last_seen: str = ""
+    """What it was doing: `in phase Training, after step 12`."""
 
 
 def outcome_file(folder: Path, rank: int) -> Path:
@@ -77,6 +87,23 @@ def read_outcome(folder: Path, rank: int) -> WorkerOutcome | None:
     return WorkerOutcome.model_validate_json(path.read_text()) if path.is_file() else None
 
 
+def write_sign_of_life(folder: Path, rank: int, standing: Standing) -> None:
+    """Note that worker ``rank`` is not frozen, and how far it is: all that is left of one that is killed."""
+    path = folder / f"alive-{rank}"
+    temporary = path.with_suffix(".part")
+    temporary.write_text(standing.where())
+    temporary.replace(path)
+
+
+def read_sign_of_life(folder: Path, rank: int) -> tuple[str, float] | None:
+    """Return what worker ``rank`` was doing and when (seconds since the epoch), None before its first sign."""
+    path = folder / f"alive-{rank}"
+    try:
+        return path.read_text(), path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
 def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = None) -> WorkerOutcome:
     """Return the outcome that an exception stands for; anything unknown is a crash.
 
@@ -95,17 +122,22 @@ def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = 
     return WorkerOutcome(result=result, caused_by_peer=isinstance(error, PeerLost))
 
 
-def _judge(end: WorkerEnd, *, out_of_memory: bool) -> WorkerOutcome:
+def _judge(end: WorkerEnd, *, out_of_memory: bool, memory_limit: int | None) -> WorkerOutcome:
     """Return a worker's outcome, from its exit status where it left no file."""
     if end.outcome is not None:
         return end.outcome
     if end.ended_by_launcher:
         message = f"rank {end.rank} did not follow the others and was ended"
         return WorkerOutcome(result=Result(outcome=Outcome.OUTSIDE_FAILURE, message=message), caused_by_peer=True)
+    if end.frozen:
+        message = f"rank {end.rank} gave no sign of life any more {end.last_seen}: it or its node was frozen"
+        return WorkerOutcome(result=Result(outcome=Outcome.OUTSIDE_FAILURE, message=message))
     if end.status == -signal.SIGKILL and out_of_memory:
+        limit = f" of {memory_limit / 2**30:.2f} GiB" if memory_limit else ""
+        where = f" {end.last_seen}" if end.last_seen else ""
         message = (
-            f"rank {end.rank} was killed because the pod reached its memory limit: raise resources.memory"
-            " or lower training.microBatchSize"
+            f"out of memory: rank {end.rank} was killed{where} because the pod reached its memory limit{limit}: raise"
+            " resources.memory, or lower training.microBatchSize or dataset.maxLength"
         )
         return WorkerOutcome(result=Result(outcome=Outcome.OUT_OF_MEMORY, message=message))
     how = f"was ended by signal {-end.status}" if end.status < 0 else f"exited with {end.status}"
@@ -113,12 +145,12 @@ def _judge(end: WorkerEnd, *, out_of_memory: bool) -> WorkerOutcome:
     return WorkerOutcome(result=Result(outcome=Outcome.CRASHED, message=message))
 
 
-def decide(ends: Sequence[WorkerEnd], *, out_of_memory: bool) -> Result:
+def decide(ends: Sequence[WorkerEnd], *, out_of_memory: bool, memory_limit: int | None = None) -> Result:
     """Return the pod's result from the ends of its workers.
 
-    ``out_of_memory`` says that the cgroup's `oom_kill` rose while they ran. The order is `PRECEDENCE`; what a
-    peer caused decides only where there is nothing else.
+    ``out_of_memory`` says that the cgroup's `oom_kill` rose while they ran, ``memory_limit`` is its limit in bytes.
+    The order is `PRECEDENCE`; what a peer caused decides only where there is nothing else.
     """
-    judged = [_judge(end, out_of_memory=out_of_memory) for end in ends]
+    judged = [_judge(end, out_of_memory=out_of_memory, memory_limit=memory_limit) for end in ends]
     own = [outcome for outcome in judged if not outcome.caused_by_peer] or judged
     return min(own, key=lambda outcome: PRECEDENCE.index(outcome.result.outcome)).result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -13,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from finetune_core.contract import ExitCode
-from finetune_trainer.outcomes import WorkerEnd, read_outcome
+from finetune_trainer.outcomes import WorkerEnd, read_outcome, read_sign_of_life
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.settings import ALL_LEAVE_SECONDS, PEERS_LEAVE_SECONDS
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HEARTBEAT_SECONDS = 1.0
 """The longest sleep of the supervision when no signal wakes it."""
 
@@ -44,28 +46,55 @@ def worker_environment(
 class Workers:
     """The children of PID 1."""
 
-    def __init__(self, folder: Path) -> None:
-        """Workers leave their outcomes in ``folder``."""
+    def __init__(self, folder: Path, *, silence_seconds: float = math.inf) -> None:
+        """Workers leave their outcomes in ``folder``, and signs of life at least every ``silence_seconds``."""
         self._folder = folder
+        self._silence = silence_seconds
+        self._frozen: set[int] = set()
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._killed: set[int] = set()
 
-    def run(self, plan: WorkerPlan, environments: Sequence[Mapping[str, str]]) -> list[WorkerEnd]:
-        """Start one worker per environment, wait for all, and return how they ended, in the order of ranks."""
+    def run(
+        self, plan: WorkerPlan, environments: Sequence[Mapping[str, str]], *, told: bool = False
+    ) -> list[WorkerEnd]:
+        """Start one worker per environment, wait for all, and return how they ended, in the order of ranks.
+
+        With ``told`` they are told to stop at once: all that they do is to tell the other pods' workers.
+        """
         with _wakeup() as woken:
             self._start(plan, environments)
+            if told:
+                self._terminate()
             self._wait(woken)
-        return [
-            WorkerEnd(rank, child.returncode, read_outcome(self._folder, rank), rank in self._killed)
-            for rank, child in sorted(self._children.items())
-        ]
+        return [self._end(rank) for rank in sorted(self._children)]
+
+    def _end(self, rank: int) -> WorkerEnd:
+        sign = read_sign_of_life(self._folder, rank)
+        return WorkerEnd(
+            rank,
+            self._children[rank].returncode,
+            read_outcome(self._folder, rank),
+            ended_by_launcher=rank in self._killed,
+            frozen=rank in self._frozen,
+            last_seen=sign[0] if sign else "",
+        )
 
     def _start(self, plan: WorkerPlan, environments: Sequence[Mapping[str, str]]) -> None:
         path = self._folder / "plan.json"
         path.write_text(plan.to_json())
-        for environment in environments:
-            command = [sys.executable, "-m", "finetune_trainer.worker", str(path)]
-            self._children[int(environment["RANK"])] = subprocess.Popen(command, env=dict(environment))
+        # A child inherits the mask: a signal that comes before it can listen waits until it does.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            for environment in environments:
+                command = [sys.executable, "-m", "finetune_trainer.worker", str(path)]
+                self._children[int(environment["RANK"])] = subprocess.Popen(command, env=dict(environment))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _terminate(self) -> None:
+        for child in self._children.values():
+            if child.poll() is None:
+                child.terminate()
 
     def _wait(self, woken: _Woken) -> None:
         """Wait until every worker has ended.
@@ -83,10 +112,17 @@ class Workers:
                 for rank in running:
                     self._killed.add(rank)
                     self._children[rank].kill()
-            for number in woken():
-                if number in (signal.SIGTERM, signal.SIGINT):
-                    for rank in running:
-                        self._children[rank].terminate()
+            self._end_frozen(running)
+            if any(number in STOP_SIGNALS for number in woken()):
+                self._terminate()
+
+    def _end_frozen(self, running: Sequence[int]) -> None:
+        """Kill workers that give no sign of life: a stopped process can't end itself, and holds all others."""
+        for rank in running:
+            sign = read_sign_of_life(self._folder, rank)
+            if sign is not None and time.time() - sign[1] > self._silence and rank not in self._frozen:
+                self._frozen.add(rank)
+                self._children[rank].kill()
 
 
 @contextlib.contextmanager
@@ -94,7 +130,7 @@ def _wakeup() -> Iterator[_Woken]:
     """Collect signals while the block runs: each wakes the supervision through a pipe."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+    numbers = (*STOP_SIGNALS, signal.SIGCHLD)
     previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
     previous_fd = signal.set_wakeup_fd(writer)
     try:

@@ -25,6 +25,8 @@ class Paths(ContractModel):
 
 STORE_CHECK_SECONDS = 20.0
 """Budget of the first look at the store: a pod that can't reach it says so within a minute."""
+HUB_SECONDS = 20.0
+"""How long one request to the hub may take."""
 STORE_BUDGET_SECONDS = 300.0
 """How long a store may fail before the run ends with 75."""
 BACKGROUND_BUDGET_SECONDS = 900.0
@@ -33,8 +35,8 @@ STOP_COMMIT_SECONDS = 60.0
 """How long a run that was told to stop waits for the COMMIT of its last step: within the pod's grace period of 90 s."""
 PEER_WAIT_SECONDS = 300.0
 """How long the first rank's name and the other ranks may take to appear: images are pulled at different speeds."""
-COLLECTIVE_TIMEOUT_SECONDS = 600.0
-"""A rank that is silent for this long inside a collective is lost (`stability.stallTimeoutSeconds` later)."""
+FROZEN_SECONDS = 60.0
+"""How much longer than a step may take a worker may give no sign of life, before the launcher ends it."""
 PEERS_LEAVE_SECONDS = 30.0
 """How long workers may take to notice that another one ended, before they are killed."""
 ALL_LEAVE_SECONDS = 120.0

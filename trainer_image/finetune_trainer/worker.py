@@ -18,20 +18,26 @@ from finetune_trainer.errors import Diverged, OutOfMemory, OutsideFailure, PeerL
 from finetune_trainer.outcomes import Standing, WorkerOutcome, outcome_of, write_outcome
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.reporting import Reporter
+from finetune_trainer.settings import PEER_WAIT_SECONDS
+from finetune_trainer.watchdog import Watchdog
 
 SHARED_BY_ALL = (UserError, OutsideFailure, Diverged, Stopped)
 """What every rank ends with together: rank 0 stays until the others have read why. With anything else the others
 wait in a collective, and the sooner this process is gone the sooner they notice."""
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 class StopFlag:
     """Becomes true at SIGTERM; the loop looks at it, the handler does nothing else."""
 
     def __init__(self) -> None:
-        """Listen from now on."""
+        """Listen from now on; what came since the launcher started this process has waited."""
         self._set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._told)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _told(self, *_: object) -> None:
         self._set = True
@@ -71,21 +77,23 @@ def _run(plan: WorkerPlan, standing: Standing, stop: StopFlag) -> Result:
     from finetune_trainer.training.train import train
 
     device = environment.device(plan.config.world)
-    if stop():
-        raise Stopped("told to stop before training began: there is nothing to save")
-    gang = Gang(device=device)
+    stall_seconds = plan.config.stability.stall_timeout_seconds
+    watchdog = Watchdog(plan.folder, int(os.environ["RANK"]), stall_seconds, standing)
+    with watchdog.allow(PEER_WAIT_SECONDS):
+        # Also when told to stop already: the other ranks wait for this one, and would wait for long.
+        gang = Gang(device=device, stop=stop, watchdog=watchdog, stall_seconds=stall_seconds)
     progress = None
     if gang.is_first:
         reporter = Reporter(plan.config.report, plan.paths) if plan.config.report is not None else None
         progress = Progress(pod_uid=plan.identity.pod_uid, ranks=gang.world_size, reporter=reporter)
     try:
         try:
-            result = train(plan, gang, progress, standing, stop)
+            result = train(plan, gang, progress, standing)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise OutOfMemory(environment.memory_sentence(error)) from error
+            raise OutOfMemory(environment.memory_sentence(error, standing, plan.config)) from error
         except RuntimeError as error:
             if environment.is_host_out_of_memory(error):
-                raise OutOfMemory(environment.memory_sentence(error)) from error
+                raise OutOfMemory(environment.memory_sentence(error, standing, plan.config)) from error
             if is_peer_failure(error):
                 raise PeerLost(f"another rank left: {first_line(error)}") from error
             raise

@@ -20,7 +20,7 @@
 {{- end -}}
 
 {{- define "finetune-operator.certificateSecret" -}}
-{{- printf "%s-certificates" (include "finetune-operator.fullname" .) -}}
+{{- default (printf "%s-certificates" (include "finetune-operator.fullname" .)) .Values.reports.certificate.existingSecret -}}
 {{- end -}}
 
 {{- define "finetune-operator.selectorLabels" -}}

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
+from finetune_core.api.causes import CAUSES, DISRUPTIONS
 from finetune_core.api.job import API_VERSION, KIND, NAME_RULE, SHORT_NAME, printer_columns
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.api.states import CONDITIONS, REASONS, STATES
+from finetune_core.api.states import CONDITIONS, NOTHING, REASONS, STATES
 from finetune_core.api.status import FineTuneJobStatus
 from finetune_core.validation.runnable import NOT_YET
 
@@ -48,7 +49,7 @@ def reference() -> str:
     """Return the text of docs/api.md."""
     spec, status = openapi_schema(FineTuneJobSpec), openapi_schema(FineTuneJobStatus)
     parts = [_INTRODUCTION, "\n## spec\n", *_sections(spec, "spec"), *_not_yet(), "\n## status\n"]
-    parts += [*_sections(status, "status"), *_conditions(), *_columns()]
+    parts += [*_sections(status, "status"), *_conditions(), *_causes(), *_columns()]
     return "\n".join(parts)
 
 
@@ -146,6 +147,16 @@ def _conditions() -> Iterator[str]:
             for reason in reasons:
                 explained = REASONS[reason]
                 yield f"| {kind} | {status} | {reason} | {_cell(explained.meaning)} | {_cell(explained.advice)} |"
+
+
+def _causes() -> Iterator[str]:
+    yield "\n## Reasons of attempts\n"
+    yield "In `status.attempts`, beside the reasons that the job itself ends with.\n"
+    yield "| reason | verdict | meaning | what to do |"
+    yield "|---|---|---|---|"
+    for cause, (verdict, explained) in CAUSES.items():
+        yield f"| {cause} | {verdict} | {_cell(explained.meaning)} | {_cell(explained.advice)} |"
+    yield from (f"| {reason} | Free | {meaning} | {NOTHING} |" for reason, meaning in DISRUPTIONS.items())
 
 
 def _columns() -> Iterator[str]:

@@ -231,7 +231,9 @@ class UsageStatus(StatusModel):
     holders: Annotated[
         list[Annotated[str, Field(max_length=64)]], Field(max_length=MOST_HOLDERS, json_schema_extra=ATOMIC)
     ] = []
-    """uids of the pods that held GPUs then: what they took since is counted even where they are gone."""
+    """uids of the pods that had a node then: what they took since is counted even where they are gone."""
+    running: bool = False
+    """Whether one of them ran."""
 
 
 class ArtifactStatus(StatusModel):

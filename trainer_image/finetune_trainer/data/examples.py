@@ -1,137 +1,146 @@
-"""Makes examples of rows: prompt and completion as token ids, and what happens to rows that can't become one.
+"""Examples as the loop uses them: token ids and which of them are learned, in arrays that ranks of a node share.
 
-The prompt is tokenised alone and the completion after it, because that is what the model sees when it answers.
+A data file is tokenised once a node and mapped into the memory of every rank, so neither time nor memory grows with
+the number of GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, overload
 
-from finetune_core.api.dataset import DatasetSpec, PromptCompletionFormat
-from finetune_core.errors import UserError
-from finetune_trainer.data.reader import Row, read_rows
+import numpy as np
+import numpy.typing as npt
 
-FORMAT_PATH = "dataset.format.promptCompletion"
-COLUMN_CHECK_ROWS = 100
-"""A column that none of this many first rows has is a wrong name, not a bad row."""
+from finetune_trainer.data.reader import Row
+
+ARRAYS = ("ids", "offsets", "spans", "span_offsets")
+ROWS_FILE = "rows.json"
 
 
 class Example(NamedTuple):
-    """Token ids of prompt, completion and end token; those from ``prompt_tokens`` on are supervised."""
+    """Token ids of a text, and the half-open ranges of those that are learned."""
 
-    ids: tuple[int, ...]
-    prompt_tokens: int
+    ids: Sequence[int] | npt.NDArray[np.integer]
+    spans: Sequence[tuple[int, int]]
 
     @property
     def supervised_tokens(self) -> int:
         """Number of tokens that the loss is taken on; the very first token of a text has nothing to predict it."""
-        return len(self.ids) - max(self.prompt_tokens, 1)
+        return sum(last - max(first, 1) for first, last in self.spans)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens before the first learned one: what an answer is generated from."""
+        return self.spans[0][0]
 
 
-class Tokenize(NamedTuple):
-    """The two ways that text becomes token ids, and the end token."""
+class ExampleSet(Sequence[Example]):
+    """The examples of a data file."""
 
-    prompt: Callable[[str], Sequence[int]]
-    """With the tokens that the tokenizer puts in front of a text."""
-    completion: Callable[[str], Sequence[int]]
-    """Without any."""
-    end: int
+    def __init__(self, arrays: dict[str, npt.NDArray[np.integer]], rows: Sequence[Row] = ()) -> None:
+        """Wrap what `ExampleWriter` made or `load` read."""
+        self._ids, self._offsets, self._spans, self._span_offsets = (arrays[name] for name in ARRAYS)
+        self._arrays = arrays
+        self.rows = rows
+        """The row of each example, which the answer that is generated for it is graded against; empty where they
+        were not kept."""
+        self.lengths: list[int] = np.diff(self._offsets).tolist()
+        """Tokens of each example."""
 
+    @classmethod
+    def empty(cls) -> ExampleSet:
+        """Return a set without examples."""
+        return ExampleWriter().finish()
 
-@dataclass
-class Examples:
-    """The examples of a data file, and what was left out."""
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._offsets) - 1
 
-    examples: list[Example] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    """The row of each example, which the answer that is generated for it is graded against."""
-    notices: list[str] = field(default_factory=list)
-    """One sentence for each kind of row that was skipped."""
+    @overload
+    def __getitem__(self, row: int) -> Example: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Example]: ...
+    def __getitem__(self, row: int | slice) -> Example | list[Example]:
+        """Return an example, or several."""
+        if isinstance(row, slice):
+            return [self[index] for index in range(*row.indices(len(self)))]
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        ids = self._ids[self._offsets[row] : self._offsets[row + 1]]
+        spans = self._spans[2 * self._span_offsets[row] : 2 * self._span_offsets[row + 1]].tolist()
+        return Example(ids, list(zip(spans[::2], spans[1::2], strict=True)))
 
+    def __iter__(self) -> Iterator[Example]:
+        """Return the examples one by one."""
+        return (self[row] for row in range(len(self)))
 
-def check_columns(path: Path, name: str, form: PromptCompletionFormat) -> None:
-    """Raise UserError where the file has no rows or no such columns; reads only the first rows."""
-    columns: dict[str, None] = {}
-    parsed = total = 0
-    for row in read_rows(path, name):
-        columns |= dict.fromkeys(row.fields)
-        total += 1
-        parsed += row.problem is None
-        if total == COLUMN_CHECK_ROWS:
-            break
-    if total == 0:
-        raise UserError(name, f"{path.name} has no rows")
-    if parsed == 0:
-        return  # Every row is broken: reading all of them says how, by row.
-    for option, column in (("promptField", form.prompt_field), ("completionField", form.completion_field)):
-        if column not in columns:
-            raise UserError(
-                f"{FORMAT_PATH}.{option}",
-                f"no column {column!r} in {path.name}; it has {', '.join(repr(name) for name in list(columns)[:12])}",
-            )
+    @property
+    def digest(self) -> str:
+        """Return the sha256 of all token ids and ranges: the same data, tokenised alike, or not."""
+        sha256 = hashlib.sha256()
+        for name in ARRAYS:
+            sha256.update(np.ascontiguousarray(self._arrays[name]).data)
+        return sha256.hexdigest()
 
+    def save(self, folder: Path) -> None:
+        """Write the set into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ARRAYS:
+            np.save(folder / f"{name}.npy", self._arrays[name])
+        # Parquet has values that JSON does not (dates, bytes); none of them is ever graded.
+        (folder / ROWS_FILE).write_text(json.dumps([asdict(row) for row in self.rows], default=str))
 
-def _texts(row: Row, form: PromptCompletionFormat) -> tuple[str, str] | str:
-    """Return prompt and completion of a row, or what is wrong with it."""
-    if row.problem is not None:
-        return row.problem
-    values = []
-    for column in (form.prompt_field, form.completion_field):
-        value = row.fields.get(column)
-        if value is None:
-            return f"has no {column!r}"
-        if not isinstance(value, str):
-            return f"has a {column!r} that is not text"
-        values.append(value)
-    prompt, completion = values
-    if not completion.strip():
-        return f"has an empty {form.completion_field!r}"
-    return prompt, completion
-
-
-def _skipped(problems: Sequence[str], name: str, what: str) -> str:
-    """Return the notice about skipped rows: their number, and the first of them."""
-    rows = "1 row was" if len(problems) == 1 else f"{len(problems)} rows were"
-    return f"{name}: {rows} skipped ({what}); the first: {problems[0]}"
+    @classmethod
+    def load(cls, folder: Path) -> ExampleSet:
+        """Return the set that `save` wrote; its token ids stay in the file until they are used."""
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        rows = json.loads((folder / ROWS_FILE).read_text())
+        return cls(arrays, [Row(**row) for row in rows])
 
 
-def make_examples(rows: Iterable[Row], file: str, name: str, dataset: DatasetSpec, tokenize: Tokenize) -> Examples:
-    """Return the examples of ``rows`` of data file ``file``; ``name`` is the field path of the file.
+class ExampleWriter:
+    """Collects examples compactly: four bytes a token."""
 
-    Raises UserError that names file and line of the first row that is bad or too long where the job asks to
-    fail, and where no row is left.
-    """
-    form = dataset.format.prompt_completion
-    if form is None:
-        raise UserError("dataset.format", "must be promptCompletion")
-    made = Examples()
-    problems: dict[str, list[str]] = {"badRows": [], "longRows": []}
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._ids, self._offsets = array("i"), array("q", [0])
+        self._spans, self._span_offsets = array("i"), array("q", [0])
+        self._rows: list[Row] = []
 
-    def refuse(option: Literal["badRows", "longRows"], policy: Literal["Fail", "Skip"], problem: str) -> None:
-        if policy == "Fail":
-            raise UserError(name, f"{problem} (set dataset.{option} to Skip to leave such rows out)")
-        problems[option].append(problem)
+    def add(self, example: Example, row: Row | None = None) -> None:
+        """Append an example."""
+        self._ids.extend(example.ids)
+        self._offsets.append(len(self._ids))
+        for span in example.spans:
+            self._spans.extend(span)
+        self._span_offsets.append(len(self._spans) // 2)
+        if row is not None:
+            self._rows.append(row)
 
-    for row in rows:
-        texts = _texts(row, form)
-        if isinstance(texts, str):
-            refuse("badRows", dataset.bad_rows, f"{file} line {row.line} {texts}")
-            continue
-        prompt = tokenize.prompt(form.template.replace("{prompt}", texts[0]))
-        ids = (*prompt, *tokenize.completion(texts[1]), tokenize.end)
-        if len(ids) > dataset.max_length:
-            limit = f"more than dataset.maxLength {dataset.max_length}"
-            refuse("longRows", dataset.long_rows, f"{file} line {row.line} has {len(ids)} tokens, {limit}")
-            continue
-        made.examples.append(Example(ids, len(prompt)))
-        made.rows.append(row)
-    if problems["badRows"]:
-        made.notices.append(_skipped(problems["badRows"], name, "badRows: Skip"))
-    if problems["longRows"]:
-        made.notices.append(_skipped(problems["longRows"], name, "longRows: Skip"))
-    if not made.examples:
-        raise UserError(name, f"{file} has no row left to use" + "".join(f"; {text}" for text in made.notices))
-    return made
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._offsets) - 1
+
+    def finish(self) -> ExampleSet:
+        """Return the examples as a set."""
+        arrays: dict[str, npt.NDArray[np.integer]] = {
+            "ids": np.array(self._ids, dtype=np.int32),
+            "offsets": np.array(self._offsets, dtype=np.int64),
+            "spans": np.array(self._spans, dtype=np.int32),
+            "span_offsets": np.array(self._span_offsets, dtype=np.int64),
+        }
+        return ExampleSet(arrays, self._rows)
+
+
+def example_set(examples: Sequence[Example]) -> ExampleSet:
+    """Return a set of ``examples``."""
+    writer = ExampleWriter()
+    for example in examples:
+        writer.add(example)
+    return writer.finish()

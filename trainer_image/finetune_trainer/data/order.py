@@ -50,14 +50,24 @@ def global_batch(step: int, *, rows: int, global_batch_size: int, seed: int) -> 
 
 
 def micro_batches(
-    batch: Sequence[int], lengths: Sequence[int], *, rank: int, world_size: int, micro_batch_size: int
-) -> list[list[int]]:
-    """Return the micro-batches of ``rank``: lists of rows, empty ones where a rank has nothing left to compute.
+    sequences: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+) -> list[list[Sequence[int]]]:
+    """Return the micro-batches of ``rank``: lists of sequences, each of one row or several packed ones; empty lists
+    where a rank has nothing left to compute.
 
-    All ranks get the same number of them. Rows are dealt by falling length, so that those computed together
+    All ranks get the same number of them. Sequences are dealt by falling length, so that those computed together
     are about equally long; their order inside a global batch does not change its loss.
     """
-    dealt = sorted(batch, key=lambda row: (-lengths[row], row))[rank::world_size]
-    largest_share = -(-len(batch) // world_size)
+
+    def length(sequence: Sequence[int]) -> int:
+        return sum(int(lengths[row]) for row in sequence)
+
+    dealt = sorted(sequences, key=lambda sequence: (-length(sequence), tuple(sequence)))[rank::world_size]
+    largest_share = -(-len(sequences) // world_size)
     count = -(-largest_share // micro_batch_size)
     return [dealt[index * micro_batch_size : (index + 1) * micro_batch_size] for index in range(count)]

@@ -1,4 +1,4 @@
-"""Reads jsonl and csv row by row and keeps the physical line number, so that a bad row can be found in an editor.
+"""Reads jsonl, csv and parquet row by row and keeps each row's place, so that a bad row can be found in an editor.
 
 A row that can't be parsed comes out with its problem instead of its fields: who reads decides what a bad row means.
 """
@@ -7,38 +7,63 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from finetune_core.errors import UserError
 
+DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
 FIELD_LIMIT = 64 * 1024 * 1024
 """Largest csv field; Python's default of 128 KiB is shorter than a long prompt."""
+PARQUET_BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: where its text begins (line 1 is the first), and its fields or what is wrong with it."""
+    """One row: where it is, and its fields or what is wrong with it."""
 
-    line: int
+    number: int
+    """The line where its text begins, or its number in a parquet file; the first is 1."""
     fields: Mapping[str, Any]
     problem: str | None = None
+    unit: Literal["line", "row"] = "line"
+    file: str = ""
+    """Its file where a source has several."""
+
+    def place(self, source: str) -> str:
+        """Return how a person finds the row in ``source``: `data/train.jsonl line 12`."""
+        return f"{source}{'/' if self.file else ''}{self.file} {self.unit} {self.number}"
 
 
 def read_rows(path: Path, name: str) -> Iterator[Row]:
-    """Return the rows of the file at ``path``; ``name`` (a field path) goes into errors.
+    """Return the rows of the file at ``path``, or of all files in that folder in the order of their names; ``name``
+    (a field path) goes into errors.
 
-    Raises UserError for another kind of file than jsonl and csv, and for bytes that are not UTF-8.
+    Raises UserError for another kind of file, and for one that can't be read as what it is called.
     """
-    readers = {".jsonl": _jsonl, ".csv": _csv}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(name, f"must be a .jsonl or .csv file, and {path.name!r} is neither")
+    if not path.is_dir():
+        yield from _read_file(path, name)
+        return
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        for row in _read_file(file, name):
+            yield replace(row, file=str(file.relative_to(path)))
+
+
+def _read_file(path: Path, name: str) -> Iterator[Row]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _parquet(path, name)
+        return
+    readers: Mapping[str, Callable[[TextIO], Iterator[Row]]] = {".jsonl": _jsonl, ".csv": _csv}
+    if suffix not in readers:
+        raise UserError(
+            name, f"must be a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, not {path.name!r}"
+        )
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from reader(file)
+            yield from readers[suffix](file)
     except UnicodeDecodeError as error:
         raise UserError(name, f"{path.name} is not UTF-8 text (byte {error.start} of a block)") from None
     except csv.Error as error:
@@ -51,7 +76,7 @@ def _jsonl(file: TextIO) -> Iterator[Row]:
             continue
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield Row(number, {}, f"is not JSON ({error})")
             continue
         if isinstance(fields, dict):
@@ -66,6 +91,9 @@ def _csv(file: TextIO) -> Iterator[Row]:
     header = next(reader, None)
     if header is None:
         return
+    twice = next((column for column in header if header.count(column) > 1), None)
+    if twice is not None:
+        raise csv.Error(f"its header has {twice!r} twice")
     while True:
         # A quoted field may span lines: the row begins on the line after the last one that was read.
         start = reader.line_num + 1
@@ -78,3 +106,19 @@ def _csv(file: TextIO) -> Iterator[Row]:
             yield Row(start, dict(zip(header, values, strict=True)))
         else:
             yield Row(start, {}, f"has {len(values)} fields where the header has {len(header)}")
+
+
+def _parquet(path: Path, name: str) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, use_threads=False):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(number, fields, unit="row")
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(name, f"{path.name} can't be read as parquet after row {number}: {reason}") from None

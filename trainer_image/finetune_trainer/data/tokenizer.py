@@ -1,17 +1,20 @@
-"""Loads the tokenizer of a model folder and makes the functions that turn text into token ids.
+"""The tokenizer: loaded from local files, given the job's added tokens, and handed to the data as plain functions.
 
 Needs no torch: the preflight check, which runs in a small pod, makes the same token ids as the workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
+from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError
-from finetune_trainer.data.examples import Tokenize
+from finetune_trainer.data.formats import Tokenize
 from finetune_trainer.errors import first_line
 
 
@@ -24,6 +27,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError("model", "its tokenizer has no end token (eos_token), so no answer could ever end")
     return tokenizer
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Add ``tokens`` and return their ids; raises UserError where one of them is a token already.
+
+    They match exactly: no space is taken from around them, and no normalisation reaches them.
+    """
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        if token in known:
+            raise UserError("model.addedTokens", f"must not hold {token!r}: the model's tokenizer has it already")
+    added = [AddedToken(token, special=True, normalized=False, lstrip=False, rstrip=False) for token in tokens]
+    tokenizer.add_tokens(added, special_tokens=True)
+    return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
 def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
@@ -39,4 +56,28 @@ def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
         ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    return Tokenize(prompt, completion, end)
+    def chat(messages: Sequence[Mapping[str, Any]], answer_next: bool) -> Sequence[int]:
+        try:
+            ids: Sequence[int] = tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=True,
+                add_generation_prompt=answer_next,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            raise ValueError(first_line(error)) from error
+        return ids
+
+    return Tokenize(prompt, completion, end, chat if tokenizer.chat_template else None)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat) -> list[int]:
+    """Return the tokens that end a generated answer: the end token, and the first one of a completion suffix that
+    begins with an added token.
+
+    A suffix of ordinary text is learned too, but its tokens may also stand inside of an answer.
+    """
+    suffix = form.prompt_completion.completion_suffix if form.prompt_completion is not None else ""
+    ids: Sequence[int] = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
+    ends = {tokenizer.eos_token_id, *(ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else [])}
+    return sorted(ends)

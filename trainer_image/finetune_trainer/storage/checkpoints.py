@@ -56,6 +56,8 @@ class TrainerState(ContractModel):
     """Training rows, to notice that the data changed."""
     perplexity: float | None = None
     """Validation perplexity at this step, where it was scored."""
+    task_score: float | None = None
+    """Share of right answers at this step, where they choose the best checkpoint."""
     best_perplexity: float | None = None
     base_sha256: str | None = None
     """Of a LoRA run: digest of the base model's weights, which the checkpoint does not hold."""

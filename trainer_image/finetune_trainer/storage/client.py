@@ -38,6 +38,7 @@ REFUSED_CODES = frozenset(
     {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidTokenId", "InvalidToken"}
 )
 PERMANENT_CODES = frozenset({"NoSuchBucket", "InvalidBucketName", "MethodNotAllowed", "EntityTooLarge"})
+BEYOND_THE_END = "InvalidRange"
 MISSING_CODES = frozenset({"NoSuchKey", "NoSuchObject", "NotFound", "NoSuchUpload"})
 EXISTS_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
 CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
@@ -145,6 +146,20 @@ class Store:
         def get() -> bytes:
             with self._open(bucket, key) as response:
                 return response.read()
+
+        return self._retried(get, bucket, missing=None)
+
+    def read_range(self, bucket: str, key: str, start: int, length: int) -> bytes | None:
+        """Return ``length`` bytes of an object from ``start`` on, fewer where it ends; None where it does not exist."""
+
+        def get() -> bytes:
+            try:
+                with self._open(bucket, key, offset=start, length=length) as response:
+                    return response.read()
+            except S3Error as error:
+                if error.code == BEYOND_THE_END:
+                    return b""
+                raise
 
         return self._retried(get, bucket, missing=None)
 
@@ -264,9 +279,10 @@ class Store:
     # Failures
 
     @contextlib.contextmanager
-    def _open(self, bucket: str, key: str) -> Iterator[urllib3.BaseHTTPResponse]:
-        """Open an object for reading; its connection is given back, whole or broken."""
-        response = self._client.get_object(bucket, key)
+    def _open(self, bucket: str, key: str, *, offset: int = 0, length: int = 0) -> Iterator[urllib3.BaseHTTPResponse]:
+        """Open an object for reading, from ``offset`` on and for ``length`` bytes (0: to its end); its connection is
+        given back, whole or broken."""
+        response = self._client.get_object(bucket, key, offset=offset, length=length)
         try:
             yield response
         finally:

@@ -16,16 +16,37 @@ class StepRow(ContractModel):
 
     step: int
     epoch: float
-    loss: float
-    """Mean negative log-likelihood of the global batch's supervised tokens."""
+    loss: float | None = None
+    """Mean negative log-likelihood of the global batch's supervised tokens; absent where it is not a finite number or
+    the step was left out after a rollback."""
     learning_rate: float
-    gradient_norm: float
-    """Norm over all trained parameters, before clipping."""
+    gradient_norm: float | None = None
+    """Norm over all trained parameters, before clipping; absent like the loss."""
+    applied: bool = True
+    """Whether the weights were updated."""
     tokens: int
     """Supervised tokens of the global batch."""
+    real_tokens: int = 0
+    """Tokens of prompts and answers."""
+    padded_tokens: int = 0
+    """Positions that were computed, padding included."""
     seconds: float
+    data_seconds: float = 0.0
+    """Rank 0's time for making batches; the next ones likewise."""
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    update_seconds: float = 0.0
+    """Optimizer and its communication."""
+    checkpoint_seconds: float = 0.0
+    """How long training stood still for checkpoints since the step before."""
+    mfu: float | None = None
+    memory_bytes: int = 0
+    """Rank 0's memory after the step: of the GPU, on the CPU that of the process."""
+    memory_peak_bytes: int = 0
     perplexity: float | None = None
     """Validation perplexity after this step, where it was scored."""
+    task_score: float | None = None
+    """Share of right answers after this step, where answers were generated."""
 
 
 def write_segment(root: RunRoot, run: int, segment: int, rows: Iterable[StepRow]) -> None:

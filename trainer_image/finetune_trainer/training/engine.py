@@ -5,15 +5,19 @@ Everything here that depends on DeepSpeed's internals is in this module, so that
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from finetune_core.contract import OptimizationConfig
+from finetune_trainer.data.batches import Batch
 from finetune_trainer.training.model import trained_parameters
+from finetune_trainer.training.objective import Objective
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -23,24 +27,44 @@ MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 
 
 def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration.
+    """Return DeepSpeed's configuration, with the job's overrides merged in last.
 
     Accumulation is the loop's business (a partial batch has fewer micro-batches), so the engine counts one.
     """
-    return {
+    zero: dict[str, Any] = {
+        "stage": optimization.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+    }
+    if optimization.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if optimization.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    config: dict[str, Any] = {
         "train_batch_size": optimization.micro_batch_size * world_size,
         "train_micro_batch_size_per_gpu": optimization.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimization.gradient_clipping,
         "bf16": {"enabled": optimization.precision == "bf16"},
-        "zero_optimization": {
-            "stage": optimization.zero_stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-        },
+        # In bf16 the sum of many micro-batches loses what the last of them add.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        # torch's AdamW wherever the state lies: DeepSpeed's own for the CPU would be compiled at run time, and its
+        # updates differ.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
+    return merged(config, json.loads(optimization.overrides)) if optimization.overrides else config
+
+
+def merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config`` with ``overrides`` on top, objects merged key by key."""
+    result = dict(config)
+    for key, value in overrides.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
 
 
 class Engine:
@@ -50,11 +74,16 @@ class Engine:
         """Shard ``model`` over the ranks of the default process group; a collective."""
         import deepspeed
         import deepspeed.ops
+        from deepspeed.utils import set_z3_leaf_module
 
         # On the CPU the communication backend would compile a shared-memory op where a compiler is found, and
         # probing all ops takes a second: an empty table answers "not compatible" for each.
         deepspeed.ops.__compatible_ops__ = {}
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        self._objective = Objective(model)
+        if self._objective.head is not None:
+            # Gathered once a micro-batch however many chunks it computes: ranks may differ in that.
+            set_z3_leaf_module(self._objective.head, True)
         self._stage = optimization.zero_stage
         self._optimization = optimization
         self.device = device
@@ -77,6 +106,24 @@ class Engine:
     def forward(self, **inputs: Any) -> Any:
         """Run the model."""
         return self.module(**inputs)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return the summed negative log-likelihood (nats) of the batch's supervised tokens, in fp32."""
+        return self._objective.loss(self.module, batch)
+
+    @property
+    def model(self) -> Any:
+        """The model itself, which can generate; under ZeRO-3 its layers gather their weights as they compute."""
+        return self.module.module
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all ranks have to run equally many forward passes: each gathers weights from all of them."""
+        return self._stage == 3 and torch.distributed.get_world_size() > 1
+
+    def hide_tokens(self, ids: Sequence[int]) -> None:
+        """Compute losses as if the vocabulary were without the tokens ``ids``; with none, with all of it again."""
+        self._objective.hide(torch.tensor(list(ids), device=self.device) if ids else None)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate gradients of ``loss``; DeepSpeed averages them over the ranks, so the caller scales by their
@@ -108,6 +155,30 @@ class Engine:
         for group in self._zero.param_groups:
             group["lr"] = rate
         self.module.step()
+
+    def discard(self) -> None:
+        """Forget the accumulated gradient: the step is left out."""
+        self._zero.zero_grad()
+        if self._stage == 0:
+            return
+        if self._stage == 3:
+            self._zero._overflow_clean_up(self._zero.loss_scale)
+            return
+        # What DeepSpeed itself does with a gradient that overflows (stage_1_and_2.py, step).
+        if self._zero.cpu_offload:
+            self._zero.reset_cpu_buffers()
+        for group in self._zero.averaged_gradients:
+            self._zero.averaged_gradients[group] = None
+            self._zero.all_grad_tensors[group] = None
+
+    def close(self) -> None:
+        """Free what holds weights, gradients and optimizer state; the engine can't be used any more."""
+        self.module.destroy()
+        del self.module, self._zero, self._objective
+        self._names = {}
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout on or off."""
@@ -166,6 +237,21 @@ class Engine:
         safe_set_full_fp32_param(parameter, tensors[MASTER].to(self.device))
         for key in (FIRST_MOMENT, SECOND_MOMENT):
             safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
+
+    def write_weight(self, name: str, value: torch.Tensor) -> None:
+        """Set the weight that the model computes with to ``value``, as a checkpoint holds it; a collective.
+
+        The optimizer's own copy stays: training can't go on after it.
+        """
+        import deepspeed
+
+        parameter = self._names[name]
+        if self._stage < 3:
+            parameter.data.copy_(value)
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                parameter.data.copy_(value)
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

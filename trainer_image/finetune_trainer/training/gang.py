@@ -2,6 +2,7 @@
 
 Two channels: a gloo group for small collectives that all ranks reach at the same place, and the rendezvous store
 for everything that takes long, so that no rank sits in a collective while another one talks to the object store.
+Being told to stop, and a stall, reach all ranks through the store too, whatever they are doing.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from finetune_core.errors import UserError
-from finetune_trainer.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, Stopped
-from finetune_trainer.settings import COLLECTIVE_TIMEOUT_SECONDS, PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
+from finetune_trainer.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, StopAgreed, Stopped
+from finetune_trainer.settings import PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
+from finetune_trainer.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -31,22 +33,37 @@ SHARE_SECONDS = 4 * STORE_BUDGET_SECONDS
 BACKGROUND_SHARE_SECONDS = 24 * 3600.0
 """The same for background threads: a large checkpoint over a slow line. A rank that is gone is noticed anyway."""
 FAREWELL_SECONDS = 15.0
-HEARTBEAT_SECONDS = 3.0
+HEARTBEAT_SECONDS = 1.0
+SLICE_SECONDS = 1.0
+"""Longest wait inside torch, which lets no signal through to Python."""
+LOOK_SECONDS = 0.1
+JOIN_WHEN_TOLD_SECONDS = 12.0
+"""How long a rank that was told to stop still tries to reach the others, so that they need not wait for it."""
+COLLECTIVE_MARGIN_SECONDS = 120.0
+"""How much later than the watchdog a collective gives up: the watchdog leaves stack traces."""
 SILENCE_SECONDS = 30.0
 """A rank whose heartbeat stands still for this long is lost; a process that is killed closes no connection that the
 rendezvous store would notice."""
 SHARED_ERRORS: Mapping[str, type[Exception]] = {
-    kind.__name__: kind for kind in (OutsideFailure, NewerRun, Diverged, OutOfMemory, Stopped)
+    kind.__name__: kind for kind in (OutsideFailure, NewerRun, Diverged, OutOfMemory, StopAgreed, Stopped)
 }
 
 
 class Gang:
     """This process among the ranks."""
 
-    def __init__(self, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        stop: Callable[[], bool] = lambda: False,
+        watchdog: Watchdog | None = None,
+        stall_seconds: float = 600.0,
+    ) -> None:
         """Join the rendezvous that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-        Raises PeerLost where not all ranks appear in time.
+        ``stop`` says whether this process was told to stop. Raises PeerLost where not all ranks appear in time, and
+        Stopped where this one was told and the others can't be reached.
         """
         self.rank = int(os.environ["RANK"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
@@ -56,8 +73,17 @@ class Gang:
         self._channel = ""
         self._channels = itertools.count(1)
         self._share_seconds = SHARE_SECONDS
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+        self._stop = stop
+        self._peer_stop = False
+        self._watchdog = watchdog
+        self._in_thread(lambda: self._join(timedelta(seconds=stall_seconds + COLLECTIVE_MARGIN_SECONDS)), joining=True)
+        if watchdog is not None:
+            watchdog.announce = self._announce_stall
+        threading.Thread(target=self._beat, args=(self._store.clone(),), name="heartbeat", daemon=True).start()
+
+    def _join(self, timeout: timedelta) -> None:
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        device = self.device
         try:
             self._store = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
@@ -77,8 +103,6 @@ class Gang:
             self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         except (RuntimeError, dist.DistError) as error:
             raise PeerLost(f"not all {self.world_size} ranks came together: {first_line(error)}") from error
-        arguments = (self._store.clone(), self.rank)
-        threading.Thread(target=_beat, args=arguments, name="heartbeat", daemon=True).start()
 
     @property
     def is_first(self) -> bool:
@@ -93,7 +117,12 @@ class Gang:
         twin._shared = 0
         twin._channel = f"background-{next(self._channels)}/"
         twin._share_seconds = BACKGROUND_SHARE_SECONDS
+        twin._watchdog = None
         return twin
+
+    def told(self) -> bool:
+        """Return whether this process or, as far as is known yet, another one was told to stop."""
+        return self._stop() or self._peer_stop
 
     def agree(self, flag: bool) -> bool:
         """Return whether any rank says True; a collective."""
@@ -105,6 +134,12 @@ class Gang:
         self._reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor.item())
 
+    def check_stop(self, *, failed: bool = False) -> None:
+        """Raise StopAgreed on every rank where any was told to stop or ``failed``; a collective, and a sign of
+        progress."""
+        if self.agree(self.told() or failed):
+            raise StopAgreed
+
     def total(self, values: Sequence[float]) -> list[float]:
         """Return the sums of ``values`` over all ranks, in double precision; a collective."""
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -114,35 +149,49 @@ class Gang:
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         with peers():
             dist.all_reduce(tensor, operation, group=self._control)
+        if self._watchdog is not None:
+            self._watchdog.pat()
 
-    def share(self, work: Callable[[], Any]) -> Any:
+    def share(self, work: Callable[[], Any], *, until_told: bool = False) -> Any:
         """Let rank 0 do ``work`` and return what it made, a JSON value, on every rank.
 
         An error of rank 0 is raised on every rank with the same class. The others wait at the rendezvous
-        store, bounded, and notice when rank 0 is gone.
+        store, bounded, and notice when rank 0 is gone. With ``until_told`` all ranks leave the work where it is and
+        raise StopAgreed once any of them is told to stop.
         """
+        with self._patient():
+            return self._share(work, until_told)
+
+    def _share(self, work: Callable[[], Any], until_told: bool) -> Any:
         self._shared += 1
         key = f"{self._channel}shared/{self._shared}"
         if not self.is_first:
             return _unpack(json.loads(self._await(key, self._share_seconds)))
         try:
-            value = work()
+            value = self._in_thread(work) if until_told else work()
         except Exception as error:
             self._set(key, _described(error))
             raise
         self._set(key, {"value": value})
         return value
 
-    def each(self, work: Callable[[], Any]) -> list[Any]:
+    def each(self, work: Callable[[], Any], *, until_told: bool = False) -> list[Any]:
         """Let every rank do its own ``work`` and return what all of them made (JSON values), in the order of ranks.
 
         The first error is raised on every rank. No rank is in a collective meanwhile; rank 0 collects and
-        notices when a rank falls silent, the others notice when rank 0 does.
+        notices when a rank falls silent, the others notice when rank 0 does. ``until_told`` is as in `share`.
         """
+        with self._patient():
+            return self._each(work, until_told)
+
+    def _each(self, work: Callable[[], Any], until_told: bool) -> list[Any]:
         self._shared += 1
         key = f"{self._channel}each/{self._shared}"
         try:
-            answer = {"value": work()}
+            answer = {"value": self._in_thread(work) if until_told else work()}
+        except StopAgreed as error:
+            # Told, but another rank may be done or have failed: rank 0 says what all do.
+            answer = _described(error)
         except Exception as error:
             self._set(key if self.is_first else f"{key}/{self.rank}", _described(error))
             raise
@@ -152,16 +201,55 @@ class Gang:
         others = [json.loads(self._await_rank(f"{key}/{rank}", rank)) for rank in range(1, self.world_size)]
         answers = [answer, *others]
         failed = next((other for other in others if "error" in other), None)
+        if "error" in answer:
+            failed = failed or answer
         self._set(key, failed or {"value": [each["value"] for each in answers]})
-        return [_unpack(each) for each in answers]
+        return [_unpack(each) for each in ([failed] if failed else answers)]
 
-    def together(self, work: Callable[[], T]) -> T:
+    def together(self, work: Callable[[], T], *, until_told: bool = False) -> T:
         """Let every rank do its own ``work`` and return what this one made, once all are done.
 
-        An error of one rank ends all of them at once with the same sentence.
+        An error of one rank ends all of them at once with the same sentence. ``until_told`` is as in `share`.
         """
         made: list[T] = []
-        self.each(lambda: made.append(work()))
+        self.each(lambda: made.append(work()), until_told=until_told)
+        return made[0]
+
+    def _patient(self) -> contextlib.AbstractContextManager[None]:
+        """What the object store or loading takes has its own bound."""
+        return self._watchdog.allow(SHARE_SECONDS) if self._watchdog is not None else contextlib.nullcontext()
+
+    def _in_thread(self, work: Callable[[], Any], *, joining: bool = False) -> Any:
+        """Return what ``work`` makes; raise StopAgreed, and leave it behind, once this rank knows of a stop.
+
+        While ``joining`` nobody else can know of it: the work goes on for a while, then Stopped is raised.
+        """
+        made: list[Any] = []
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                # A new thread begins with GPU 0.
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)
+                made.append(work())
+            except BaseException as error:  # noqa: BLE001  (raised again where it was asked for)
+                failed.append(error)
+
+        thread = threading.Thread(target=run, name="work", daemon=True)
+        thread.start()
+        told_at: float | None = None
+        while thread.is_alive():
+            thread.join(LOOK_SECONDS)
+            if told_at is None and self.told():
+                told_at = time.monotonic()
+            if told_at is not None and thread.is_alive():
+                if not joining:
+                    raise StopAgreed
+                if time.monotonic() - told_at > JOIN_WHEN_TOLD_SECONDS:
+                    raise Stopped("told to stop before training began: there is nothing to save")
+        if failed:
+            raise failed[0]
         return made[0]
 
     def farewell(self) -> None:
@@ -184,14 +272,18 @@ class Gang:
 
         With ``timeouts`` the end of the time is `_TimeIsUpError` and no lost peer.
         """
+        deadline = time.monotonic() + seconds
         with peers():
-            try:
-                self._store.wait([key], timedelta(seconds=seconds))
-            except dist.DistStoreError as error:
-                if timeouts:
-                    raise _TimeIsUpError from error
-                raise
-            return bytes(self._store.get(key)).decode()
+            while True:
+                try:
+                    self._store.wait([key], timedelta(seconds=min(seconds, SLICE_SECONDS)))
+                except dist.DistStoreError as error:
+                    if time.monotonic() < deadline:
+                        continue
+                    if timeouts:
+                        raise _TimeIsUpError from error
+                    raise
+                return bytes(self._store.get(key)).decode()
 
     def _await_rank(self, key: str, rank: int) -> str:
         """Return the text that ``rank`` sets at ``key``; raises PeerLost once its heart has stopped."""
@@ -205,6 +297,28 @@ class Gang:
                 beat, seen = newest, now
             if now - seen > SILENCE_SECONDS or now > deadline:
                 raise PeerLost(f"another rank left: rank {rank} was silent for {now - seen:.0f} s")
+
+    def _beat(self, store: dist.Store) -> None:
+        """Show for ever that this process lives, and hear of a stop or a stall; a thread with its own connection."""
+        for beat in itertools.count():
+            try:
+                store.set(f"heartbeat/{self.rank}", str(beat))
+                if self._stop() and not self._peer_stop:
+                    store.set("stop", "1")
+                self._peer_stop = self._peer_stop or store.check(["stop"])
+                if self._watchdog is not None and store.check(["stalled"]):
+                    self._watchdog.leave(bytes(store.get("stalled")).decode(), caused_by_peer=True)
+            except (RuntimeError, dist.DistError):
+                return  # Rank 0 is gone, and with it who would look.
+            # The interval of the heartbeat; nothing waits for it.
+            time.sleep(HEARTBEAT_SECONDS)
+
+    def _announce_stall(self, message: str) -> None:
+        """Tell all ranks that this one stalls; rank 0, in which the store lives, stays until they have heard."""
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            self._store.set("stalled", message)
+            # Two beats of the others; the watchdog bounds the wait.
+            time.sleep(2 * HEARTBEAT_SECONDS)
 
 
 class peers:  # noqa: N801  (reads as a block: `with peers():`)
@@ -237,17 +351,6 @@ class _TimeIsUpError(Exception):
     """What was waited for is not there yet."""
 
 
-def _beat(store: dist.Store, rank: int) -> None:
-    """Show for ever that this process lives; a daemon thread with a connection of its own."""
-    for beat in itertools.count():
-        try:
-            store.set(f"heartbeat/{rank}", str(beat))
-        except (RuntimeError, dist.DistError):
-            return  # Rank 0 is gone, and with it who would look.
-        # The interval of the heartbeat; nothing waits for it.
-        time.sleep(HEARTBEAT_SECONDS)
-
-
 def _described(error: Exception) -> dict[str, Any]:
     """Return an error as JSON, so that other ranks can raise it too."""
     return {"error": _error_name(error), "message": _error_parts(error)}
@@ -274,6 +377,8 @@ def _shared_error(name: str, parts: Sequence[str]) -> Exception:
     """Return the error that another rank had; a crash there is a lost peer here."""
     if name == "UserError":
         return UserError(*parts)
+    if name == StopAgreed.__name__:
+        return StopAgreed()
     if name in SHARED_ERRORS:
         return SHARED_ERRORS[name](*parts)
     return PeerLost(f"another rank failed: {name}: {parts[0]}")

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from finetune_core.contract import Phase
 from finetune_core.planning.choices import total_steps
-from finetune_trainer.data.batches import collate
-from finetune_trainer.data.order import batches_per_epoch, cursor, global_batch, micro_batches
-from finetune_trainer.errors import Diverged, Stopped
+from finetune_trainer.data.order import batches_per_epoch, cursor
+from finetune_trainer.errors import Diverged, StopAgreed, Stopped
 from finetune_trainer.outcomes import Standing
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.storage.checkpoints import TrainerState
 from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.training.batches import Batches
 from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.gang import Gang
 from finetune_trainer.training.loss import perplexity, summed_loss
@@ -53,7 +52,15 @@ class Training:
         optimization = plan.config.optimization
         rows = len(data.train)
         self._rows = rows
-        self._lengths = [len(example.ids) for example in data.train]
+        self._batches = Batches(
+            data.train,
+            rank=gang.rank,
+            world_size=gang.world_size,
+            pad=data.pad,
+            capacity=data.capacity,
+            seed=optimization.seed,
+        )
+        self._validation = replace(self._batches, examples=data.validation)
         self._per_epoch = batches_per_epoch(rows, optimization.global_batch_size)
         self.total_steps = total_steps(
             rows=rows,
@@ -85,44 +92,31 @@ class Training:
             f" {optimization.global_batch_size} examples{resumed}"
         )
 
-    def steps(self, stop: Callable[[], bool]) -> None:
+    def steps(self) -> None:
         """Run to the last step with evaluations and checkpoints; raises Stopped and Diverged."""
-        while self.step < self.total_steps:
-            row = self._one_step(self.step + 1, stop)
-            if row is None:
-                self._stop(stop)
-            else:
-                self._after(row)
-        self._drain(stop)
+        try:
+            while self.step < self.total_steps:
+                self._after(self._one_step(self.step + 1))
+            self._drain()
+        except StopAgreed:
+            self._stop()
 
-    def _one_step(self, step: int, stop: Callable[[], bool]) -> StepRow | None:
-        """Consume the global batch of ``step`` and apply its update; None where the ranks agreed to stop.
+    def _one_step(self, step: int) -> StepRow:
+        """Consume the global batch of ``step`` and apply its update; raises StopAgreed before it is applied.
 
         Loss and gradient are sums over the supervised tokens of the whole global batch divided by their number,
         whatever the number of ranks and micro-batches: the engine averages over ranks, hence the factor.
         """
         started = time.monotonic()
         optimization, gang = self._config.optimization, self._gang
-        batch = global_batch(
-            step, rows=self._rows, global_batch_size=optimization.global_batch_size, seed=optimization.seed
-        )
-        tokens = sum(self._data.train[row].supervised_tokens for row in batch)
-        own = micro_batches(
-            batch,
-            self._lengths,
-            rank=gang.rank,
-            world_size=gang.world_size,
-            micro_batch_size=optimization.micro_batch_size,
-        )
+        share = self._batches.step(step, optimization)
+        tokens = share.tokens
         nll = torch.zeros((), dtype=torch.float64, device=gang.device)
-        for index, rows in enumerate(own):
-            if gang.agree(stop() or self._saver.failed):
-                return None
-            micro = collate([self._data.train[row] for row in rows], self._data.pad).to(gang.device)
-            torch.manual_seed(dropout_seed(optimization.seed, step, gang.rank, index))
-            loss = summed_loss(self._engine, micro)
+        for index, micro in enumerate(self._batches.tensors(share, step=step), start=1):
+            gang.check_stop(failed=self._saver.failed)
+            loss = summed_loss(self._engine, micro.to(gang.device))
             nll += loss.detach()
-            self._engine.backward(loss * (gang.world_size / max(1, tokens)), last=index == len(own) - 1)
+            self._engine.backward(loss * (gang.world_size / max(1, tokens)), last=index == len(share.own))
         loss_value = gang.total([float(nll)])[0] / max(1, tokens)
         norm = self._engine.gradient_norm()
         self._check_finite(step, loss_value, norm)
@@ -180,15 +174,14 @@ class Training:
         value = perplexity(
             self._engine,
             self._gang,
-            self._data.validation,
+            self._validation,
             batch_size=self._config.optimization.micro_batch_size,
-            pad=self._data.pad,
         )
         self._phase(Phase.TRAINING)
         return value
 
     def _save(self, score: float | None, *, must: bool) -> None:
-        """Take a snapshot; it is committed in the background."""
+        """Take a snapshot; it is committed in the background. ``must``: a later one does not make up for it."""
         self._phase(Phase.SAVING)
         optimization = self._config.optimization
         position = cursor(self.step + 1, rows=self._rows, global_batch_size=optimization.global_batch_size)
@@ -221,28 +214,23 @@ class Training:
                 age=self._saver.age_seconds, problem=self._saver.problem, stall=self._saver.stall_seconds
             )
 
-    def _drain(self, stop: Callable[[], bool]) -> None:
+    def _drain(self) -> None:
         """Wait until all that was saved is committed."""
         self._phase(Phase.SAVING)
-        self._saver.drain(stop)
+        self._saver.drain(self._gang.told)
         self._tell_checkpoints()
 
-    def _stop(self, stop: Callable[[], bool]) -> None:
+    def _stop(self) -> None:
         """Save what is not saved yet, then leave; all ranks come here together. Always raises Stopped, or what ended
-        the background thread."""
+        the background thread of a rank."""
         self._saver.raise_failure()
         if self.step > self._saved_step:
             self._save(None, must=True)
-        self._drain(stop)
+        self._drain()
         where = f"the checkpoint of step {self.step} is committed" if self.step else "no step was finished yet"
         raise Stopped(f"told to stop: {where}")
 
     def _phase(self, phase: Phase) -> None:
+        self._standing.phase = phase.value
         if self._progress is not None:
             self._progress.phase(phase)
-
-
-def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
-    """Return the seed of torch's generators for a micro-batch: no random state has to be saved or restored."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -7,41 +7,90 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
 from finetune_trainer.errors import first_line
+from finetune_trainer.training.base import Skeleton
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ALL_DENSE_LAYERS = "all-linear"
-"""peft's name for every linear layer but the output head."""
+
+
+def adapted_modules(bones: Skeleton, lora: LoRASpec, *, added_tokens: bool) -> list[str]:
+    """Return the names of the modules that get an adapter, as short as peft understands them.
+
+    Without a choice of the job's: every dense layer of the decoder, and both embeddings where tokens are added.
+    Raises UserError where a name that the job gives fits no module.
+    """
+    embeddings = [name for name in (bones.input_name, bones.output_name) if name is not None]
+    adaptable = {
+        name
+        for name, module in bones.model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding)
+    }
+    if lora.target_modules:
+        for target in lora.target_modules:
+            if not any(_fits(name, target) for name in adaptable):
+                endings = sorted({name.rpartition(".")[2] for name in adaptable})
+                raise UserError(
+                    "lora.targetModules",
+                    f"must name modules of the model, and {target!r} is none; it has {', '.join(endings[:20])}",
+                )
+        return sorted(lora.target_modules)
+    dense = {
+        name.rpartition(".")[2]
+        for name, module in bones.model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and name not in embeddings
+    }
+    return sorted({*dense, *(name.rpartition(".")[2] for name in embeddings if added_tokens)})
+
+
+def _fits(name: str, target: str) -> bool:
+    """Whether peft takes module ``name`` for ``target``."""
+    return name == target or name.endswith(f".{target}")
+
+
+def adapts_an_embedding(bones: Skeleton, targets: Collection[str]) -> bool:
+    """Whether one of ``targets`` is the input embedding or the output head."""
+    embeddings = [name for name in (bones.input_name, bones.output_name) if name is not None]
+    return any(_fits(name, target) for name in embeddings for target in targets)
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the base model; raises UserError where its files don't make a causal language model."""
+    """Load the base model; raises UserError where its files don't make a whole causal language model."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
+    shared = {key for key, _ in getattr(model, "all_tied_weights_keys", {}).items()}
+    missing = sorted(key for key in report["missing_keys"] if key not in shared)
+    if missing:
+        # transformers would go on with random values.
+        raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
     return model
 
 
-def add_adapters(model: PreTrainedModel, lora: LoRASpec, *, seed: int, base_name: str) -> PeftModel:
-    """Put LoRA adapters on ``model``; raises UserError where a target module does not exist.
+def add_adapters(
+    model: PreTrainedModel, lora: LoRASpec, *, targets: Sequence[str], seed: int, base_name: str
+) -> PeftModel:
+    """Put LoRA adapters on the modules ``targets`` of ``model``.
 
     ``base_name`` is what `adapter_config.json` names as the base.
     """
@@ -49,7 +98,7 @@ def add_adapters(model: PreTrainedModel, lora: LoRASpec, *, seed: int, base_name
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=float(lora.dropout),
-        target_modules=list(lora.target_modules) or ALL_DENSE_LAYERS,
+        target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
     try:
@@ -66,12 +115,18 @@ def add_adapters(model: PreTrainedModel, lora: LoRASpec, *, seed: int, base_name
 
 
 def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """Return the first value of an adapter's weight: B is zero, A is uniform as in Kaiming's rule with a = sqrt(5)
-    (what peft and the paper's code use), so that the first update starts from the base model."""
-    if "lora_B" in name:
+    """Return the first value of an adapter's weight: what it adds to the base is zero at first.
+
+    Of a dense layer B is zero and A is uniform as in Kaiming's rule with a = sqrt(5), what peft and the paper's code
+    use. Of an embedding peft has it the other way round: A is zero and B normal.
+    """
+    embedding = "lora_embedding_" in name
+    if ("lora_embedding_A" in name) if embedding else ("lora_B" in name):
         return torch.zeros(shape)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    if embedding:
+        return torch.empty(shape).normal_(generator=generator)
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

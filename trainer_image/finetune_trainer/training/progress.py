@@ -22,12 +22,11 @@ def say(text: str) -> None:
 
 def step_line(row: StepRow, total_steps: int, tokens_per_second: float | None) -> str:
     """Return the log line of a step: `step 20/100 loss 1.234 rate 1e-03 norm 0.52 485 tok/s`."""
+    loss = f"loss {row.loss:.4f}" if row.loss is not None else "left out" if not row.applied else "loss not finite"
     score = f" ppl {row.perplexity:.4g}" if row.perplexity is not None else ""
+    norm = f" norm {row.gradient_norm:.3g}" if row.gradient_norm is not None else ""
     speed = f" {tokens_per_second:.0f} tok/s" if tokens_per_second is not None else ""
-    return (
-        f"step {row.step}/{total_steps} loss {row.loss:.4f}{score} rate {row.learning_rate:.3g}"
-        f" norm {row.gradient_norm:.3g}{speed}"
-    )
+    return f"step {row.step}/{total_steps} {loss}{score} rate {row.learning_rate:.3g}{norm}{speed}"
 
 
 class Progress:
@@ -125,11 +124,8 @@ class Progress:
 
     def _show(self, row: StepRow) -> None:
         self._step, self._epoch = row.step, row.epoch
-        self._metrics |= {
-            "loss": row.loss,
-            "learningRate": row.learning_rate,
-            "gradientNorm": row.gradient_norm,
-        }
+        known = {"loss": row.loss, "learningRate": row.learning_rate, "gradientNorm": row.gradient_norm}
+        self._metrics |= {name: value for name, value in known.items() if value is not None}
 
     def _publish(self, *, urgent: bool = False) -> None:
         if self._reporter is not None:

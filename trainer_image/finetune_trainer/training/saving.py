@@ -251,6 +251,7 @@ class Saver:
             bytes=manifest.total_bytes,
             manifest_sha256=commit_folder(self._root, folder, manifest),
             perplexity=state.perplexity,
+            task_score=state.task_score,
             time=datetime.now(UTC),
         )
         self.lineage = (*self.lineage, record)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from finetune_core.contract import OptimizationConfig
+from finetune_trainer.storage.lineage import Rollback
 
 
-def rate(step: int, total_steps: int, optimization: OptimizationConfig) -> float:
+def rate(step: int, total_steps: int, optimization: OptimizationConfig, rollbacks: Sequence[Rollback] = ()) -> float:
     """Return the rate of the update that step ``step`` (from 1 to ``total_steps``) applies.
 
     The warm-up rises in a line and reaches the peak at its last step; no step has rate 0. After it the rate
-    falls from the peak towards zero, which the step after the last would have.
+    falls from the peak towards zero, which the step after the last would have. Steps after the one that a rollback
+    returned to have its factor on top.
     """
-    peak, warmup = optimization.learning_rate, optimization.warmup_steps
+    factor = math.prod(rollback.rate_factor for rollback in rollbacks if step > rollback.step)
+    peak, warmup = optimization.learning_rate * factor, optimization.warmup_steps
     if step <= warmup:
         return peak * step / warmup
     done = (step - 1 - warmup) / max(1, total_steps - warmup)

@@ -1,0 +1,181 @@
+"""Does to PyTorchJobs what Kueue does to them, and nothing else: its webhook suspends them as they are created, its
+controller admits and evicts them. Kueue itself would need its CRDs, quotas and a queue; what the operator has to live
+with is these writes.
+
+By Kueue 0.19: the webhook sets `runPolicy.suspend` of a job with a queue's label; admission sets it to false and merges
+what the flavor asks for into every template; eviction takes the templates back as they were and suspends. Each is one
+update of the whole object.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import ssl
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from finetune_operator.certificates import load_into, renewed, server_context
+from tests.cluster.cluster import Cluster
+from tests.cluster.layout import HOST_ADDRESS
+
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+FIELD_MANAGER = "kueue-admission"
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PodSetInfo:
+    """What admission merges into a template: the flavor's, and Kueue's own labels and annotations."""
+
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: Sequence[Mapping[str, str]] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+class Kueue:
+    """The webhook and the controller of one namespace."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        """Act in ``namespace`` only."""
+        self._cluster = cluster
+        self._namespace = namespace
+        self._originals: dict[str, Manifest] = {}
+
+    def get(self, name: str) -> Manifest:
+        """Return a PyTorchJob as it is stored."""
+        found: Manifest = self._cluster.get("pytorchjob", name, "-n", self._namespace)
+        return found
+
+    def admit(self, name: str, info: PodSetInfo) -> Manifest:
+        """Give the job its place; returns what the API server stored."""
+        job = self.get(name)
+        self._originals[name] = copy.deepcopy(job["spec"]["pytorchReplicaSpecs"])
+        for replica in job["spec"]["pytorchReplicaSpecs"].values():
+            _merge(replica["template"], info)
+        job["spec"]["runPolicy"]["suspend"] = False
+        return self._update(job)
+
+    def evict(self, name: str) -> Manifest:
+        """Take the place away again; returns what the API server stored."""
+        job = self.get(name)
+        job["spec"]["pytorchReplicaSpecs"] = self._originals.pop(name)
+        job["spec"]["runPolicy"]["suspend"] = True
+        return self._update(job)
+
+    def is_active(self, name: str) -> bool:
+        """Whether pods of the job run, as Kueue reads it: it re-admits a job only when none does."""
+        replicas = self.get(name).get("status", {}).get("replicaStatuses") or {}
+        return any(status.get("active") for status in replicas.values())
+
+    def _update(self, job: Manifest) -> Manifest:
+        """Replace the object, guarded by its resourceVersion: a conflict is the caller's to see."""
+        job.pop("status", None)
+        arguments = ("replace", "-f", "-", f"--field-manager={FIELD_MANAGER}", "--output=json")
+        stored: Manifest = json.loads(self._cluster.kubectl(*arguments, stdin=json.dumps(job)))
+        return stored
+
+
+def _merge(template: Manifest, info: PodSetInfo) -> None:
+    """Merge ``info`` into a template; a key that has another value already is a conflict."""
+    metadata, spec = template.setdefault("metadata", {}), template["spec"]
+    for place, name, added in (
+        (metadata, "labels", info.labels),
+        (metadata, "annotations", info.annotations),
+        (spec, "nodeSelector", info.node_selector),
+    ):
+        known = place.setdefault(name, {})
+        for key, value in added.items():
+            if known.setdefault(key, value) != value:
+                raise ValueError(f"conflict for {name} {key}: {known[key]} and {value}")
+    tolerations = spec.setdefault("tolerations", [])
+    tolerations += [dict(toleration) for toleration in info.tolerations if dict(toleration) not in tolerations]
+
+
+@contextmanager
+def suspending_webhook(cluster: Cluster, namespace: str) -> Iterator[None]:
+    """Serve Kueue's mutating webhook for PyTorchJobs that are created in ``namespace``, until the block ends."""
+    certificates = renewed(None, hostname=HOST_ADDRESS, now=datetime.now(UTC))
+    context = server_context()
+    load_into(context, certificates)
+    with cluster.enter():
+        server = _Server((HOST_ADDRESS, 0), _Handler, context)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    name = f"kueue-{namespace}"
+    configuration = _configuration(name, namespace, server.server_port, certificates.ca_certificate)
+    cluster.kubectl("create", "-f", "-", stdin=json.dumps(configuration))
+    try:
+        yield
+    finally:
+        cluster.kubectl("delete", "mutatingwebhookconfiguration", name)
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], context: ssl.SSLContext):
+        super().__init__(address, handler)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers AdmissionReviews."""
+
+    def do_POST(self) -> None:
+        review = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.dumps(_answer(review)).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Requests are no news."""
+
+
+def _answer(review: Manifest) -> Manifest:
+    request = review["request"]
+    response: Manifest = {"uid": request["uid"], "allowed": True}
+    if QUEUE_LABEL in request["object"]["metadata"].get("labels", {}):
+        patch = [{"op": "add", "path": "/spec/runPolicy/suspend", "value": True}]
+        response |= {"patchType": "JSONPatch", "patch": base64.b64encode(json.dumps(patch).encode()).decode()}
+    return {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response}
+
+
+def _configuration(name: str, namespace: str, port: int, ca: str) -> Manifest:
+    rule = {
+        "apiGroups": ["kubeflow.org"],
+        "apiVersions": ["v1"],
+        "operations": ["CREATE"],
+        "resources": ["pytorchjobs"],
+        "scope": "Namespaced",
+    }
+    webhook = {
+        "name": "mpytorchjob.kb.io",
+        "admissionReviewVersions": ["v1"],
+        "sideEffects": "None",
+        "failurePolicy": "Fail",
+        "clientConfig": {
+            "url": f"https://{HOST_ADDRESS}:{port}/mutate",
+            "caBundle": base64.b64encode(ca.encode()).decode(),
+        },
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}},
+        "rules": [rule],
+    }
+    return {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "MutatingWebhookConfiguration",
+        "metadata": {"name": name},
+        "webhooks": [webhook],
+    }

@@ -1,0 +1,202 @@
+"""The rows that lose a node: the gang's pods lie on two nodes, and the second one is drained, cut off, or loses its
+kubelet. They play one after another, because there is one second node.
+
+Where the times come from: the controller manager, with its own defaults, calls a node lost 40 to 55 s after its kubelet
+fell silent; the pods tolerate that for 30 s; then the deletion begins, whose grace period of 90 s nobody observes on a
+dead node, and 60 s later the pod counts as gone. All in all less than 4 minutes.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune_operator.labels import JOB_NAME, JOB_UID
+from tests.cluster import wait_for
+from tests.cluster.layout import FIRST_NODE, GPU_COUNT, GPU_RESOURCE, SECOND_NODE
+from tests.cluster.oci import BUSYBOX_IMAGE
+from tests.cluster.second_node import TOLERATION
+from tests.e2e.rows.observer import Manifest
+from tests.e2e.rows.row import Row
+from tests.e2e.rows.scripts import RUNS, at_first
+from tests.e2e.rows.sidecar import SIDECAR
+from tests.e2e.rows.stage import JOB, Stage
+from tests.e2e.rows.table import FREE_THEN_DONE, RETRIED, SEEN, accounted, cause, next_attempt
+
+NODE_LOST = 55.0
+TOLERATED = 30.0
+FOUR_MINUTES = 240.0
+RETURN_SECONDS = 120
+APART = {
+    "weight": 100,
+    "podAffinityTerm": {
+        "labelSelector": {"matchLabels": {JOB_NAME: JOB}},
+        "topologyKey": "kubernetes.io/hostname",
+    },
+}
+ON_BOTH_NODES: dict[str, Any] = {
+    "tolerations": [TOLERATION],
+    "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [APART]}},
+}
+"""One pod on each node while there are two; both on the first one otherwise."""
+ON_SECOND_NODE: dict[str, Any] = {
+    "tolerations": [TOLERATION],
+    "nodeSelector": {"kubernetes.io/hostname": SECOND_NODE.name},
+}
+
+
+def is_drained(stage: Stage) -> float:
+    """An administrator drains the node of one pod."""
+    worker = worker_on_second_node(stage)
+    selector = f"--pod-selector={JOB_UID}={stage.uid}"
+    options = ["--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s"]
+    stage.cluster.kubectl("drain", SECOND_NODE.name, selector, *options, timeout=90)
+    return stage.pod(worker, "its eviction", lambda pod: "deletionTimestamp" in pod["metadata"]).at
+
+
+def loses_its_kubelet(stage: Stage) -> float:
+    """The kubelet of one pod's node is killed; the pod's processes run on."""
+    worker_on_second_node(stage)
+    stage.second_node.components["kubelet"].stop()
+    return stage.now()
+
+
+def is_cut_off(stage: Stage) -> float:
+    """The node of one pod loses its network; its kubelet and the pod's processes run on."""
+    worker_on_second_node(stage)
+    stage.second_node.cut_off()
+    return stage.now()
+
+
+def is_preempted(stage: Stage) -> float:
+    """The scheduler makes room for a pod of higher priority, which takes all GPUs for a while."""
+    stage.both_pods_run()
+    stage.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(_preemptor(stage.namespace)))
+    return stage.pod(1, "its preemption", lambda pod: "deletionTimestamp" in pod["metadata"]).at
+
+
+def _preemptor(namespace: str) -> dict[str, Any]:
+    priority = {
+        "apiVersion": "scheduling.k8s.io/v1",
+        "kind": "PriorityClass",
+        "metadata": {"name": namespace},
+        "value": 1000,
+    }
+    container = {
+        "name": "main",
+        "image": BUSYBOX_IMAGE,
+        "command": ["sleep", "20"],
+        "resources": {"limits": {GPU_RESOURCE: str(GPU_COUNT)}},
+        "securityContext": SIDECAR["securityContext"],
+    }
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "preemptor", "namespace": namespace},
+        "spec": {
+            **ON_SECOND_NODE,
+            "priorityClassName": namespace,
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 1,
+            "containers": [container],
+        },
+    }
+    return {"apiVersion": "v1", "kind": "List", "items": [priority, pod]}
+
+
+def worker_on_second_node(stage: Stage) -> int:
+    """Wait until both pods run and return the worker on the second node; there is exactly one."""
+    stage.both_pods_run()
+    nodes = {worker: stage.pod(worker, "a node", lambda pod: "nodeName" in pod["spec"]).object for worker in (0, 1)}
+    found = [worker for worker, pod in nodes.items() if pod["spec"]["nodeName"] == SECOND_NODE.name]
+    assert len(found) == 1, f"one pod on each node: {found}"
+    return found[0]
+
+
+def drained(stage: Stage, job: Manifest) -> None:
+    """The next attempt ran on the other node; the drained one takes pods again."""
+    _assert_ran_on_the_first_node(stage)
+    stage.cluster.kubectl("uncordon", SECOND_NODE.name)
+
+
+def preempted(stage: Stage, job: Manifest) -> None:
+    """The priority class belongs to no namespace: it is taken away here."""
+    stage.cluster.kubectl("delete", "priorityclass", stage.namespace)
+
+
+def lost(stage: Stage, job: Manifest) -> None:
+    """The next attempt began, and ended, while the old pod was still Terminating; its return changes nothing."""
+    _assert_ran_on_the_first_node(stage)
+    old = [pod for pod in _pods(stage, attempt=1) if pod["spec"]["nodeName"] == SECOND_NODE.name]
+    assert [("deletionTimestamp" in pod["metadata"]) for pod in old] == [True], "the old pod is still Terminating"
+    node = stage.second_node
+    node.reconnect()
+    if not node.components["kubelet"].running:
+        node.components["kubelet"].start()
+    node.components["kubelet"].wait_ready()
+    wait_for("the old pod to go", lambda: not _pods(stage, attempt=1), RETURN_SECONDS)
+    after = stage.cluster.get("finetunejob", JOB, "-n", stage.namespace)
+    assert after["status"]["attempts"] == job["status"]["attempts"]
+    wait_for("the node to take pods again", lambda: _is_untainted(stage), RETURN_SECONDS)
+
+
+def _is_untainted(stage: Stage) -> bool:
+    taints = stage.cluster.get("node", SECOND_NODE.name)["spec"]["taints"]
+    return [taint["key"] for taint in taints] == [TOLERATION["key"]]
+
+
+def _assert_ran_on_the_first_node(stage: Stage) -> None:
+    placed = [stage.pod(worker, "a node", lambda pod: "nodeName" in pod["spec"], attempt=2) for worker in (0, 1)]
+    assert {seen.object["spec"]["nodeName"] for seen in placed} == {FIRST_NODE.name}
+
+
+def _pods(stage: Stage, attempt: int) -> list[Manifest]:
+    selector = f"{JOB_UID}={stage.uid},finetune.dev/attempt={attempt}"
+    found: list[Manifest] = stage.cluster.get("pods", "-n", stage.namespace, "-l", selector)["items"]
+    return found
+
+
+LOSS = (cause(NODE_LOST + TOLERATED + SEEN), accounted(NODE_LOST + TOLERATED + 10 + SEEN), next_attempt(FOUR_MINUTES))
+
+NODES = (
+    Row(
+        name="node drained with kubectl drain",
+        script=at_first(RUNS, worker=None),
+        spec={"podTemplate": ON_BOTH_NODES},
+        fault=is_drained,
+        attempts=FREE_THEN_DONE("EvictionByEvictionAPI"),
+        words=("EvictionByEvictionAPI",),
+        milestones=RETRIED,
+        check=drained,
+    ),
+    Row(
+        name="preempted by the scheduler",
+        script=at_first(RUNS, worker=None),
+        spec={"podTemplate": ON_SECOND_NODE, "resources": {"gpusPerNode": GPU_COUNT // 2, "device": "GPU"}},
+        fault=is_preempted,
+        attempts=FREE_THEN_DONE("PreemptionByScheduler"),
+        words=("PreemptionByScheduler",),
+        milestones=RETRIED,
+        check=preempted,
+    ),
+    Row(
+        name="the node's kubelet dies",
+        script=at_first(RUNS, worker=None),
+        spec={"podTemplate": ON_BOTH_NODES},
+        fault=loses_its_kubelet,
+        attempts=FREE_THEN_DONE("DeletionByTaintManager"),
+        words=("DeletionByTaintManager",),
+        milestones=LOSS,
+        check=lost,
+    ),
+    Row(
+        name="the node is cut off",
+        script=at_first(RUNS, worker=None),
+        spec={"podTemplate": ON_BOTH_NODES},
+        fault=is_cut_off,
+        attempts=FREE_THEN_DONE("DeletionByTaintManager"),
+        words=("DeletionByTaintManager",),
+        milestones=LOSS,
+        check=lost,
+    ),
+)

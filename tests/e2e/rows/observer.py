@@ -1,0 +1,141 @@
+"""Sees every change of FineTuneJobs and their pods at the moment it arrives: two watches for all rows, so that times
+are read from one history and nobody polls.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import urllib3
+from kubernetes import client, watch
+
+from examples.demo import steps
+from finetune_core.api.job import GROUP, PLURAL, VERSION
+from finetune_operator.labels import JOB_UID
+from tests.cluster import Cluster, ClusterError
+
+Manifest = dict[str, Any]
+WATCH_SECONDS = 5
+"""Length of one watch; the next goes on where it ended."""
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A state of an object and when it was seen (`time.monotonic`)."""
+
+    at: float
+    object: Manifest
+    deleted: bool = False
+
+
+class Observer:
+    """History of all jobs and of all their pods, by kind, namespace and name."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str, str], list[Sighting]] = defaultdict(list)
+        self._changed = threading.Condition()
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+
+    @contextmanager
+    def watching(self, cluster: Cluster) -> Iterator[None]:
+        """Watch in the block."""
+        threads = [threading.Thread(target=self._watch, args=(cluster, kind), daemon=True) for kind in ("job", "pod")]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            for thread in threads:
+                thread.join(WATCH_SECONDS + 10)
+
+    def history(self, kind: str, namespace: str, name: str) -> list[Sighting]:
+        """Return all states of an object that were seen, in order."""
+        with self._changed:
+            return list(self._seen[kind, namespace, name])
+
+    def names(self, kind: str, namespace: str) -> list[str]:
+        """Return the names of all objects that were ever seen in the namespace, in the order in which they came."""
+        with self._changed:
+            return [name for found, place, name in self._seen if (found, place) == (kind, namespace)]
+
+    def first(
+        self,
+        kind: str,
+        namespace: str,
+        name: str,
+        what: str,
+        reached: Callable[[Sighting], Any],
+        timeout: float,
+    ) -> Sighting:
+        """Return the first state for which ``reached`` holds, waiting for it if it has not come yet.
+
+        Raises:
+            ClusterError: after ``timeout`` seconds; the message holds the last state.
+        """
+        deadline, looked_at = time.monotonic() + timeout, 0
+        with self._changed:
+            while True:
+                seen = self._seen[kind, namespace, name]
+                while looked_at < len(seen):
+                    sighting = seen[looked_at]
+                    looked_at += 1
+                    if reached(sighting):
+                        return sighting
+                if self._error is not None:
+                    raise ClusterError(f"watching {kind}s failed") from self._error
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    last = seen[-1].object.get("status") if seen else "never seen"
+                    raise ClusterError(f"waited {timeout:g} s for {what} of {kind} {namespace}/{name}: {last}")
+                self._changed.wait(left)
+
+    def _watch(self, cluster: Cluster, kind: str) -> None:
+        try:
+            with cluster.enter(), steps.kubernetes_client(cluster) as api:
+                version: str | None = None
+                while not self._ended.is_set():
+                    try:
+                        version = self._stream(api, kind, version)
+                    except (urllib3.exceptions.HTTPError, client.ApiException) as error:
+                        # The API server may be away for a moment; the next watch begins with what there is then.
+                        print(f"watching {kind}s again after: {error}")
+                        version = None
+                        self._ended.wait(0.5)
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+            raise
+
+    def _stream(self, api: client.ApiClient, kind: str, version: str | None) -> str | None:
+        """Note all changes since ``version`` for a few seconds; return the version to go on from."""
+        limits: dict[str, Any] = {"timeout_seconds": WATCH_SECONDS, "_request_timeout": WATCH_SECONDS + 5}
+        if version:
+            limits["resource_version"] = version
+        watcher = watch.Watch()
+        if kind == "pod":
+            core = client.CoreV1Api(api)
+            events = watcher.stream(core.list_pod_for_all_namespaces, label_selector=JOB_UID, **limits)
+        else:
+            custom = client.CustomObjectsApi(api)
+            events = watcher.stream(custom.list_cluster_custom_object, GROUP, VERSION, PLURAL, **limits)
+        for event in events:
+            self._add(kind, event["raw_object"], deleted=event["type"] == "DELETED")
+        return str(watcher.resource_version) if watcher.resource_version else None
+
+    def _add(self, kind: str, found: Manifest, *, deleted: bool) -> None:
+        metadata = found["metadata"]
+        with self._changed:
+            seen = self._seen[kind, metadata["namespace"], metadata["name"]]
+            known = seen and seen[-1].object["metadata"]["resourceVersion"] == metadata["resourceVersion"]
+            if not known or deleted:
+                seen.append(Sighting(time.monotonic(), found, deleted))
+                self._changed.notify_all()

@@ -1,0 +1,116 @@
+"""The verdict table with real pods: each row's conditions, attempts and events, and how long they take to show.
+
+The rows that a session selects play at the same time on one cluster, each in a namespace of its own; the times are
+printed beside the designed ones when all have ended.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+
+from tests.cluster import Cluster
+from tests.cluster.second_node import SecondNode
+from tests.e2e.rows import scripts, sidecar
+from tests.e2e.rows.late import LATE
+from tests.e2e.rows.nodes import NODES
+from tests.e2e.rows.observer import Observer
+from tests.e2e.rows.row import TOLERANCE, Measured, Row, play
+from tests.e2e.rows.stage import Stage
+from tests.e2e.rows.table import FAST, SLOW
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+Played = Callable[[Row], list[Measured]]
+
+
+@pytest.fixture(scope="module")
+def played(
+    operated: Cluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Played]:
+    """Start all rows that were selected at once, and return a function that waits for one."""
+    rows = {item.callspec.params["row"].name: item.callspec.params["row"] for item in _selected(request)}
+    with ExitStack() as around:
+        operated.import_image(scripts.IMAGE)
+        if any(sidecar.LABEL in row.labels for row in rows.values()):
+            around.enter_context(sidecar.injecting(operated, tmp_path_factory.mktemp("injector")))
+        node = _second_node(operated, around) if any(row in NODES for row in rows.values()) else None
+        observer = Observer()
+        around.enter_context(observer.watching(operated))
+        finished: dict[str, list[Measured]] = {}
+
+        def on_stage(row: Row) -> list[Measured]:
+            stage = Stage.set(operated, observer, node, row.labels)
+            try:
+                finished[row.name] = play(row, stage)
+            finally:
+                stage.clear()
+            return finished[row.name]
+
+        together = around.enter_context(ThreadPoolExecutor(len(rows)))
+        one_by_one = around.enter_context(ThreadPoolExecutor(1))
+        running: dict[str, Future[list[Measured]]] = {
+            name: (one_by_one if row in NODES else together).submit(on_stage, row) for name, row in rows.items()
+        }
+        yield lambda row: running[row.name].result()
+    _print(request, rows.values(), finished)
+
+
+def _second_node(cluster: Cluster, around: ExitStack) -> SecondNode:
+    node = cluster.second_node()
+    around.callback(cluster.kubectl, "delete", "node", node.name)
+    around.callback(node.stop)
+    cluster.import_image(scripts.IMAGE, node.namespaces)
+    return node
+
+
+def _selected(request: pytest.FixtureRequest) -> list[pytest.Function]:
+    """Return the tests of this module that the session runs."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    return [item for item in items if item.module is request.module and hasattr(item, "callspec")]
+
+
+def _print(request: pytest.FixtureRequest, rows: Iterable[Row], finished: dict[str, list[Measured]]) -> None:
+    """Print the table of docs/performance.md, past pytest's capturing."""
+    lines = [
+        f"load average {os.getloadavg()[0]:.0f} at the end; seconds, in parentheses the design",
+        "| what happens to one of two pods | attempt 1 | until it shows |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        times = [
+            f"{one.milestone.name} {one.seconds:.1f} ({one.milestone.bound:g})" for one in finished.get(row.name, [])
+        ]
+        verdict = ", ".join(row.attempts[0]).replace("|", " or ") if row.attempts else "goes on"
+        lines.append(f"| {row.name} | {verdict} | {', '.join(times) or 'failed'} |")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n" + "\n".join(lines), flush=True)
+
+
+def _assert_in_time(measured: list[Measured]) -> None:
+    late = [
+        f"{one.milestone.name}: {one.seconds:.1f} s, designed {one.milestone.bound:g}" for one in measured if one.late
+    ]
+    assert not late, f"later than {TOLERANCE} times the design: {late}"
+
+
+@pytest.mark.parametrize("row", FAST, ids=lambda row: row.name)
+def test_row(played: Played, row: Row) -> None:
+    _assert_in_time(played(row))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("row", [*SLOW, *LATE], ids=lambda row: row.name)
+def test_slow_row(played: Played, row: Row) -> None:
+    _assert_in_time(played(row))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("row", NODES, ids=lambda row: row.name)
+def test_row_of_a_lost_node(played: Played, row: Row) -> None:
+    _assert_in_time(played(row))

@@ -1,0 +1,115 @@
+"""A TCP proxy in front of the real API server that a test cuts: what a partitioned network does to one operator.
+
+While it is cut, nothing passes in either direction and nobody is told; once healed, what it held is thrown away and
+its old connections are reset, as a network would have it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+from tests.cluster import Cluster
+from tests.cluster.layout import API_PORT, HOST_ADDRESS
+
+CHUNK = 65536
+RESET_AT_CLOSE = struct.pack("ii", 1, 0)
+
+
+class TcpProxy:
+    """Listens on a port of 127.0.0.1 inside the cluster's network."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._open = asyncio.Event()
+        self._open.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        """Where the operator believes the API server to be."""
+        return f"https://127.0.0.1:{self.port}"
+
+    def cut(self) -> None:
+        """Let nothing pass from now on."""
+        self._loop.call_soon_threadsafe(self._open.clear)
+
+    def heal(self) -> None:
+        """Reset what was connected, and let new connections pass."""
+        self._loop.call_soon_threadsafe(self._heal)
+
+    def _heal(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+        self._open.set()
+
+    async def serve(self, ready: threading.Event) -> None:
+        """Accept connections until cancelled."""
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        ready.set()
+        async with server:
+            await server.serve_forever()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._open.wait()
+        try:
+            far_reader, far_writer = await asyncio.open_connection(HOST_ADDRESS, API_PORT)
+        except OSError:
+            writer.transport.abort()
+            return
+        ends = {writer, far_writer}
+        self._writers |= ends
+        for end in ends:
+            end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
+        pumps = [self._pump(reader, far_writer), self._pump(far_reader, writer)]
+        try:
+            await asyncio.gather(*pumps)
+        finally:
+            for end in ends:
+                end.transport.abort()
+            self._writers -= ends
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):  # either end is gone: so is the connection
+            while data := await source.read(CHUNK):
+                await self._open.wait()
+                if target.transport.is_closing():
+                    return  # it was reset while the proxy held the data back
+                target.write(data)
+                await target.drain()
+        target.transport.abort()
+
+
+@contextlib.contextmanager
+def tcp_proxy(cluster: Cluster) -> Iterator[TcpProxy]:
+    """Run a proxy inside the cluster's network."""
+    loop = asyncio.new_event_loop()
+    proxy = TcpProxy(loop)
+    ready = threading.Event()
+
+    def run() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(serving)
+        rest = asyncio.all_tasks(loop)
+        for task in rest:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+        loop.close()
+
+    serving = loop.create_task(proxy.serve(ready))
+    thread = threading.Thread(target=run, name="tcp-proxy")
+    with cluster.enter():
+        thread.start()
+    assert ready.wait(10), "the proxy did not listen within 10 s"
+    try:
+        yield proxy
+    finally:
+        loop.call_soon_threadsafe(serving.cancel)
+        thread.join(10)

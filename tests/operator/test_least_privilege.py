@@ -1,0 +1,196 @@
+"""The chart's roles against the API server's audit log: every call of the operator is granted, every verb that is
+granted is used, for an operator of all namespaces and for one that is confined to two."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster import Cluster, wait_for
+from tests.cluster.audit import Call, calls
+from tests.cluster.layout import BRIDGE
+from tests.operator.conftest import Installed, condition, small_job
+from tests.operator.programs import OperatorProgram, operator_program
+from tests.operator.test_on_cluster import RUNS, child_name, pods_run, post, running
+from tests.operator.test_two_replicas import owner_of_the_slice
+from tests.operator.worlds import REPOSITORY
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+StandIn = Callable[[str], str]
+ADDRESS = "10.251.0.9"
+REPORT_PORT, HEALTH_PORT = 18543, 18580
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """A verb on a resource: in a namespace or everywhere (empty), on one object or all (empty)."""
+
+    namespace: str
+    group: str
+    resource: str
+    verb: str
+    name: str = ""
+
+    def covers(self, call: Call) -> bool:
+        """Whether this grant allows ``call``."""
+        return (
+            (self.group, self.resource, self.verb) == (call.group, call.resource, call.verb)
+            and self.namespace in ("", call.namespace)
+            and self.name in ("", call.name)
+        )
+
+
+def grants(cluster: Cluster, user: str) -> list[Grant]:
+    """Return what the roles bound to the service account ``user`` grant, as the API server holds them."""
+    found: list[Grant] = []
+    for kind, binding in (("clusterrole", "clusterrolebindings"), ("role", "rolebindings")):
+        for item in cluster.get(binding, "--all-namespaces")["items"]:
+            subjects = [
+                f"system:serviceaccount:{subject.get('namespace')}:{subject['name']}"
+                for subject in item.get("subjects", [])
+            ]
+            if user not in subjects:
+                continue
+            namespace = item["metadata"].get("namespace", "")
+            place = ["-n", namespace] if namespace else []
+            for rule in cluster.get(kind, item["roleRef"]["name"], *place)["rules"]:
+                found += [
+                    Grant(namespace=namespace, group=group, resource=resource, verb=verb, name=name)
+                    for group in rule["apiGroups"]
+                    for resource in rule["resources"]
+                    for verb in rule["verbs"]
+                    for name in rule.get("resourceNames", [""])
+                ]
+    return found
+
+
+@dataclass
+class Release:
+    """The chart, installed a second time, with its operator as a program."""
+
+    installed: Installed
+    name: str
+    program: OperatorProgram
+    served: list[str]
+
+    @property
+    def user(self) -> str:
+        return f"system:serviceaccount:{self.name}:{self.account}"
+
+    @property
+    def account(self) -> str:
+        return f"{self.name}-finetune-operator"
+
+    def calls(self) -> list[Call]:
+        return list(calls(self.installed.cluster.layout.audit_log, self.user))
+
+    def unused(self, granted: list[Grant]) -> list[Grant]:
+        """Return the grants that no call has needed so far. Roles of equal namespaces count as one."""
+        made = self.calls()
+        return [grant for grant in granted if not any(_anywhere(grant, self.served).covers(call) for call in made)]
+
+
+def _anywhere(grant: Grant, served: list[str]) -> Grant:
+    return replace(grant, namespace="") if grant.namespace in served else grant
+
+
+@pytest.fixture(params=["wide", "narrow"])
+def release(request: pytest.FixtureRequest, installed: Installed, namespace: str, tmp_path: Path) -> Iterator[Release]:
+    """A fresh release, of all namespaces or of the test's and another; the installed operator makes room for it."""
+    cluster, name = installed.cluster, str(request.param)
+    served = [namespace, "default"] if name == "narrow" else []
+    values = {"replicas": 0, "crds": {"enabled": False}, "watchNamespaces": served}
+    chart = str(REPOSITORY / "charts/finetune-operator")
+    cluster.helm("install", name, chart, "-n", name, "--create-namespace", "--values", "-", stdin=json.dumps(values))
+    cluster.run(["ip", "address", "replace", f"{ADDRESS}/32", "dev", BRIDGE])
+    installed.operator.stop(signal.SIGTERM)
+    program = operator_program(
+        cluster,
+        tmp_path,
+        namespace=name,
+        account=f"{name}-finetune-operator",
+        health_port=HEALTH_PORT,
+        name=name,
+        settings={
+            "FINETUNE_POD_IP": ADDRESS,
+            "FINETUNE_POD_UID": owner_of_the_slice(installed, f"{name}-first", name),
+            "FINETUNE_REPORT_HOST": ADDRESS,
+            "FINETUNE_REPORT_PORT": str(REPORT_PORT),
+            "FINETUNE_WATCH_NAMESPACES": ",".join(served),
+        },
+    )
+    yield Release(installed, name, program, served)
+    program.stop(signal.SIGTERM)
+    installed.operator.start()
+    installed.operator.wait_ready()
+    cluster.helm("uninstall", name, "-n", name)
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def test_every_call_is_granted_and_every_grant_is_used(release: Release, namespace: str, stand_in: StandIn) -> None:
+    installed = release.installed
+    granted = grants(installed.cluster, release.user)
+    live_through(release, namespace, stand_in(RUNS))
+    wait_for(
+        "every granted verb to be used",
+        lambda: not release.unused(granted),
+        90,
+        evidence=lambda: f"unused: {release.unused(granted)}\n{release.program.evidence()}",
+        interval=1,
+    )
+    made = release.calls()
+    assert [call for call in made if call.code == 403] == []
+    assert [call for call in made if not any(grant.covers(call) for grant in granted)] == []
+    read = {(call.namespace, call.name) for call in made if call.resource == "secrets"}
+    assert read == {(release.name, f"{release.account}-certificates")}
+    if release.served:
+        cluster_wide = {(grant.group, grant.resource, grant.verb) for grant in granted if not grant.namespace}
+        assert cluster_wide == {("authentication.k8s.io", "tokenreviews", "create")}
+
+
+def live_through(release: Release, namespace: str, image: str) -> None:
+    """Let the operator do everything that it ever does: begin, wait, meet a conflict, retry, refuse a report, go."""
+    installed, program = release.installed, release.program
+    conflict = small_job("localhost/busybox:1", resources=TOO_MANY_GPUS)
+    conflict["metadata"] = {"name": "conflict"}
+    installed.apply(conflict, namespace)
+    installed.apply(small_job(image), namespace)
+    job = installed.job(namespace, "conflict")
+    foreign: dict[str, Any] = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": child_name(job)}}
+    installed.apply(foreign, namespace)
+    program.start()
+    program.wait_ready()
+
+    def evident(what: str, reached: Callable[[dict[str, Any]], Any], name: str = "quickstart") -> dict[str, Any]:
+        return installed.wait(namespace, what, reached, 90, name)
+
+    evident("the conflict", lambda job: condition(job, "Accepted")["reason"] == "NameConflict", "conflict")
+    installed.cluster.kubectl("delete", "configmap", child_name(job), "-n", namespace)
+    job = evident("both pods", running)
+    wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
+    secret = installed.cluster.get("secret", f"{release.account}-certificates", "-n", release.name)
+    server, ca = f"https://{ADDRESS}:{REPORT_PORT}", secret["data"]["ca.crt"]
+    assert post(installed, namespace, "no-token", "{}", server=server, ca_certificate=ca) == 401
+    installed.cluster.kubectl("delete", "pytorchjob", child_name(job), "-n", namespace, "--wait=false")
+    evident("the lost attempt", lambda job: job["status"]["attempts"].get("recent"))
+    # The pod of an attempt that is closed while its child still exists: the operator removes child and ConfigMap.
+    job = evident("attempt 2", lambda job: job["status"]["attempts"]["started"] == 2 and running(job))
+    pod = job["status"]["attempts"]["current"]["pods"][0]["name"]
+    installed.cluster.kubectl("delete", "pod", pod, "-n", namespace, "--wait=false")
+    evident("attempt 3", lambda job: job["status"]["attempts"]["started"] == 3)
+    # Another pod leads now: the slice is not created, but replaced.
+    program.stop(signal.SIGTERM)
+    uid = owner_of_the_slice(installed, f"{release.name}-second", release.name)
+    program.environment = {**program.environment, "FINETUNE_POD_UID": uid}
+    program.start()
+    program.wait_ready()
+
+
+TOO_MANY_GPUS = {"nodes": 1, "gpusPerNode": 16, "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}

@@ -1,0 +1,77 @@
+"""What a job that has ended leaves behind goes in time: with the TTL everything but the FineTuneJob."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_operator.settled import time_to_live
+from tests.operator.model import ModelServer
+from tests.operator.test_crashes import DONE, KEY, Life, during, ends, live, reconciler
+
+
+async def ended(**policy: object) -> ModelServer:
+    life = Life(script=[during(1, ends(0, DONE))], reason="Completed", counts=(1, 0, 0), policy=policy)
+    server = await live(life)
+    # The backend has seen its pods succeed: it does nothing more with its object.
+    for child in server.children.values():
+        child["status"] = {"conditions": [{"type": "Succeeded", "status": "True"}]}
+    return server
+
+
+async def test_after_the_ttl_everything_is_removed_but_the_job_and_its_status() -> None:
+    server = await ended(ttlSecondsAfterFinished=600)
+    status = dict(server.job["status"])
+    outcome = await reconciler(server).reconcile(KEY)
+    assert outcome.after == 600
+    server.pass_time(599)
+    assert (await reconciler(server).reconcile(KEY)).after == 1
+    assert len(server.children) == len(server.config_maps) == 1
+    server.pass_time(1)
+    assert (await reconciler(server).reconcile(KEY)).after is None
+    assert (server.children, server.config_maps, server.pods) == ({}, {}, [])
+    assert server.job["status"].pop("child", None) is None
+    status.pop("child")
+    assert server.job["status"] == status
+    writes = list(server.writes)
+    await reconciler(server).reconcile(KEY)
+    assert server.writes == writes
+
+
+async def test_without_a_ttl_the_pods_stay_for_their_logs() -> None:
+    server = await ended()
+    server.pass_time(10**7)
+    assert (await reconciler(server).reconcile(KEY)).after is None
+    assert len(server.children) == 1
+
+
+async def test_a_ttl_of_zero_removes_at_once_and_one_that_is_set_later_counts_from_the_end() -> None:
+    server = await ended(ttlSecondsAfterFinished=0)
+    await reconciler(server).reconcile(KEY)
+    assert server.children == {}
+    server = await ended()
+    server.pass_time(1000)
+    server.set_policy(ttlSecondsAfterFinished=900)
+    await reconciler(server).reconcile(KEY)
+    assert server.children == {}
+
+
+async def test_somebody_elses_objects_under_the_names_stay() -> None:
+    server = await ended(ttlSecondsAfterFinished=0)
+    for kept in (*server.children.values(), *server.config_maps.values()):
+        kept["metadata"]["ownerReferences"][0]["uid"] = "another"
+    await reconciler(server).reconcile(KEY)
+    assert len(server.children) == len(server.config_maps) == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "seconds"),
+    [
+        ({}, None),
+        ({"spec": {}}, None),
+        ({"spec": {"runPolicy": {}}}, None),
+        ({"spec": {"runPolicy": {"ttlSecondsAfterFinished": 0}}}, 0),
+        ({"spec": {"runPolicy": {"ttlSecondsAfterFinished": "soon"}}}, None),
+    ],
+)
+def test_the_ttl_is_read_from_a_spec_that_need_not_be_readable(raw: dict[str, object], seconds: int | None) -> None:
+    assert time_to_live(raw) == seconds

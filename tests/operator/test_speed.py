@@ -1,0 +1,88 @@
+"""Remaining time from the operator's own window, and the budget of status writes: tables on a clock that tests set."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_core.api.status import ProgressStatus
+from finetune_operator.budget import WriteBudget
+from finetune_operator.speed import WINDOW, StepWindow, eta_seconds
+from tests.operator.worlds import NOW
+
+
+def stored(step: int, total: int, eta: int | None) -> ProgressStatus:
+    return ProgressStatus(step=step, total_steps=total, percentage=0, eta_seconds=eta, last_update_time=NOW)
+
+
+def test_the_speed_is_taken_over_the_window_and_pauses_count() -> None:
+    window = StepWindow()
+    for now, step in [(0.0, 10), (3.0, 11), (3.0, 11), (60.0, 11), (66.0, 12)]:
+        window.note(now, step)
+    assert window.seconds_per_step() == 33
+
+
+def test_old_steps_leave_the_window() -> None:
+    window = StepWindow()
+    for step in range(WINDOW + 1):
+        window.note(100.0 * step, step)
+    for step in range(WINDOW + 1, 2 * WINDOW + 1):
+        window.note(100.0 * WINDOW + (step - WINDOW), step)
+    assert window.seconds_per_step() == 1
+
+
+def test_one_report_tells_no_speed() -> None:
+    window = StepWindow()
+    assert window.seconds_per_step() is None
+    window.note(0.0, 5)
+    assert window.seconds_per_step() is None
+
+
+def test_the_speed_outlives_a_resume_until_the_new_attempt_has_its_own() -> None:
+    window = StepWindow()
+    window.note(0.0, 10)
+    window.note(20.0, 20)
+    window.note(500.0, 15)  # resumed from an earlier checkpoint: the pause is not training
+    assert window.seconds_per_step() == 2
+    window.note(505.0, 16)
+    assert window.seconds_per_step() == 5
+
+
+@pytest.mark.parametrize(
+    ("known", "progress", "expected"),
+    [
+        (2.0, None, 80),
+        (2.0, stored(50, 100, 5), 80),
+        (None, stored(50, 100, 100), 80),  # after a restart of the operator
+        (None, stored(50, 100, None), None),
+        (None, stored(100, 100, 0), None),
+        (None, None, None),
+    ],
+)
+def test_the_remaining_time(known: float | None, progress: ProgressStatus | None, expected: int | None) -> None:
+    assert eta_seconds(60, 100, known, progress) == expected
+
+
+def test_a_job_at_its_end_takes_no_more_time() -> None:
+    assert eta_seconds(120, 100, 2.0, None) == 0
+
+
+def test_the_budget_lets_a_burst_through_and_then_its_rate() -> None:
+    now = [0.0]
+    budget = WriteBudget(lambda: now[0], per_second=2, burst=3)
+    for _ in range(3):
+        assert budget.seconds_to_next() == 0
+        budget.spend()
+    assert budget.seconds_to_next() == 0.5
+    now[0] = 0.5
+    assert budget.seconds_to_next() == 0
+    now[0] = 60.0
+    for _ in range(3):
+        budget.spend()
+    assert budget.seconds_to_next() == 0.5, "it holds no more than a burst"
+
+
+def test_urgent_writes_make_numbers_wait_longer_but_not_for_ever() -> None:
+    budget = WriteBudget(lambda: 0.0, per_second=1, burst=2)
+    for _ in range(1000):
+        budget.spend()
+    assert budget.seconds_to_next() == 3

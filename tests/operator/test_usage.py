@@ -1,0 +1,94 @@
+"""What a job has taken is counted from the pods' own times: looking often, late or after a crash changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_core.api.status import UsageStatus
+from finetune_operator.observed import ContainerObservation, ContainerState, PodObservation
+from finetune_operator.usage import account
+from tests.operator.worlds import at, pod
+
+
+def holding(
+    index: int, *, scheduled: float | None, started: float | None = None, ended: float | None = None, **changes: Any
+) -> PodObservation:
+    """Return a pod with the times that count."""
+    state = ContainerState.TERMINATED if ended is not None else ContainerState.RUNNING
+    container = ContainerObservation(
+        state=state if started is not None else ContainerState.WAITING,
+        started_at=None if started is None else at(started),
+        finished_at=None if ended is None else at(ended),
+        exit_code=None if ended is None else 0,
+    )
+    scheduled_at = None if scheduled is None else at(scheduled)
+    return pod(index, **({"scheduled_at": scheduled_at, "container": container} | changes))
+
+
+def count(pods: list[PodObservation], looks: list[float], gpus: int = 4) -> tuple[int, int]:
+    usage: UsageStatus | None = None
+    for now in looks:
+        usage = account(usage, pods, gpus=gpus, now=at(now))
+    assert usage is not None
+    return usage.gpu_seconds, usage.active_seconds
+
+
+@pytest.mark.parametrize("looks", [[100], [20, 100], [*range(0, 101, 7), 100], [100, 200]])
+def test_it_does_not_matter_when_the_operator_looks(looks: list[float]) -> None:
+    lives = [(0, 0, 10, 90), (1, 5, 20, 95)]  # index, scheduled, started, ended
+    usage: UsageStatus | None = None
+    for now in looks:
+        seen = [
+            holding(index, scheduled=scheduled, started=started, ended=ended if ended <= now else None)
+            for index, scheduled, started, ended in lives
+            if scheduled <= now
+        ]
+        usage = account(usage, seen, gpus=4, now=at(now))
+    assert usage is not None
+    assert (usage.gpu_seconds, usage.active_seconds) == (4 * (90 + 90), 85)
+
+
+def test_a_pod_without_a_node_takes_nothing_and_one_that_waits_for_its_image_takes_gpus_only() -> None:
+    assert count([holding(0, scheduled=None)], [50]) == (0, 0)
+    assert count([holding(0, scheduled=10)], [50]) == (4 * 40, 0)
+
+
+def test_time_that_two_pods_share_is_active_once_and_a_gap_is_not() -> None:
+    pods = [
+        holding(0, scheduled=0, started=0, ended=10),
+        holding(1, scheduled=0, started=5, ended=15),
+        holding(2, scheduled=40, started=40, ended=50),
+    ]
+    assert count(pods, [100], gpus=1) == (10 + 15 + 10, 25)
+
+
+def test_a_pod_that_vanished_between_two_looks_held_its_gpus_until_the_second() -> None:
+    first = account(None, [holding(0, scheduled=0, started=0)], gpus=2, now=at(30))
+    assert first.holders == ["pod-0"]
+    gone = account(first, [], gpus=2, now=at(40))
+    assert (gone.gpu_seconds, gone.active_seconds, gone.holders) == (2 * 40, 40, [])
+    assert account(gone, [], gpus=2, now=at(400)).gpu_seconds == 2 * 40
+
+
+def test_a_pod_that_vanished_before_it_ran_was_not_active() -> None:
+    first = account(None, [holding(0, scheduled=0)], gpus=2, now=at(30))
+    gone = account(first, [], gpus=2, now=at(40))
+    assert (gone.gpu_seconds, gone.active_seconds) == (2 * 40, 0)
+
+
+def test_a_dead_kubelets_pod_counts_to_the_end_of_its_grace_period() -> None:
+    stuck = holding(0, scheduled=0, started=0, delete_requested_at=at(10), delete_deadline=at(100))
+    assert count([stuck], [50, 400, 5000]) == (4 * 100, 100)
+
+
+def test_suspended_time_is_not_counted() -> None:
+    before = account(None, [holding(0, scheduled=0, started=0)], gpus=1, now=at(60))
+    ended = account(before, [holding(0, scheduled=0, started=0, ended=70)], gpus=1, now=at(71))
+    suspended = account(ended, [], gpus=1, now=at(5000))
+    assert (suspended.gpu_seconds, suspended.active_seconds) == (70, 70)
+
+
+def test_cpu_jobs_take_no_gpu_seconds() -> None:
+    assert count([holding(0, scheduled=0, started=0, ended=20)], [30], gpus=0) == (0, 20)

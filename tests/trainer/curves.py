@@ -1,0 +1,79 @@
+"""Real learning curves by the dozen: small language models, one per seed, trained side by side as one batch of tensors.
+
+Each follows a Markov chain of its own with AdamW, so that losses and gradient norms have the noise and
+the course of training and are no drawn lines; faults are done to the training, not to its numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+WORDS, WIDTH, HIDDEN = 40, 16, 64
+EXAMPLES, LENGTH = 16, 12
+RATE = 1.5e-2
+
+
+@dataclass
+class Step:
+    """What a fault may change before a step's update: one entry per seed along the first axis."""
+
+    number: int
+    contexts: torch.Tensor
+    """(S, N, 2) word ids."""
+    targets: torch.Tensor
+    """(S, N)."""
+    rate: float
+    gradient_factor: float = 1.0
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+
+Fault = Callable[[Step], None]
+
+
+def train(
+    seeds: int, steps: int, fault: Fault = lambda _: None, *, first_seed: int = 0
+) -> list[list[tuple[float, float]]]:
+    """Return loss and gradient norm before clipping of each step, for each seed."""
+    generator = torch.Generator().manual_seed(first_seed)
+    # Nine of ten words follow from the one before, the tenth is any.
+    chain = torch.full((seeds, WORDS, WORDS), 0.1 / WORDS)
+    for seed in range(seeds):
+        chain[seed, torch.arange(WORDS), torch.randperm(WORDS, generator=generator)] += 0.9
+
+    def fresh(*shape: int) -> torch.Tensor:
+        return (torch.randn(seeds, *shape, generator=generator) / math.sqrt(shape[0])).requires_grad_()
+
+    weights = [fresh(WORDS, WIDTH), fresh(2 * WIDTH, HIDDEN), fresh(HIDDEN, WORDS)]
+    optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
+    curves: list[list[tuple[float, float]]] = [[] for _ in range(seeds)]
+    rows = torch.arange(seeds)[:, None]
+    for number in range(1, steps + 1):
+        words = torch.randint(WORDS, (seeds, EXAMPLES), generator=generator)
+        text = [words]
+        for _ in range(LENGTH + 1):
+            flat = chain[rows, text[-1]].flatten(0, 1)
+            text.append(torch.multinomial(flat, 1, generator=generator).view(seeds, EXAMPLES))
+        tokens = torch.stack(text, dim=-1)  # (S, EXAMPLES, LENGTH + 2)
+        contexts = torch.stack([tokens[..., :-2], tokens[..., 1:-1]], dim=-1).flatten(1, 2)
+        step = Step(number, contexts, tokens[..., 2:].flatten(1, 2), RATE, generator=generator)
+        fault(step)
+        embedded = weights[0][rows[..., None], step.contexts].flatten(2)
+        logits = torch.relu(embedded @ weights[1]) @ weights[2]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), step.targets, reduction="none").mean(1)
+        optimizer.zero_grad()
+        losses.sum().backward()
+        gradients = [weight.grad * step.gradient_factor for weight in weights if weight.grad is not None]
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        for curve, loss, norm in zip(curves, losses.tolist(), norms.tolist(), strict=True):
+            curve.append((loss, norm))
+        if bool(torch.isfinite(norms).all()):
+            scale = (1.0 / (norms + 1e-6)).clamp(max=1.0)
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient * scale.view(-1, *[1] * (weight.ndim - 1))
+            optimizer.param_groups[0]["lr"] = step.rate
+            optimizer.step()
+    return curves

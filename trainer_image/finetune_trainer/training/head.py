@@ -1,0 +1,66 @@
+"""The output head under the loss: logits of supervised positions only, in chunks, never for the whole batch.
+
+The logits of a batch are the largest tensor of a training step (batch x length x vocabulary in fp32). The head's own
+`forward` is replaced by one that picks the positions with a target, and turns a chunk of logits into a sum before the
+next chunk is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from finetune_trainer.data.batches import IGNORED, Batch
+from finetune_trainer.training.dropout import DropoutKeys
+
+CHUNK_LOGITS = 1 << 25
+"""Logits of a chunk: 128 MiB in fp32."""
+
+
+class LossHead:
+    """A model's output head that can return the summed loss of a batch in place of logits."""
+
+    def __init__(
+        self, head: nn.Module, keys: DropoutKeys, *, vocabulary: int, chunk_logits: int = CHUNK_LOGITS
+    ) -> None:
+        """Take over ``head``'s forward; ``keys`` are those of its own dropout."""
+        self.module = head
+        self._logits = head.forward
+        self._keys = keys
+        self._chunk_rows = max(1, chunk_logits // vocabulary)
+        self.batch: Batch | None = None
+        """The batch whose loss is wanted; None: logits are, as for generation."""
+        self.hidden: torch.Tensor | None = None
+        """Tokens that the model is to be without, on the device: they get no probability."""
+        head.forward = self._forward
+
+    def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return logits, or the batch's summed loss (a scalar, nats, fp32) of ``hidden`` (B, T, H)."""
+        batch = self.batch
+        if batch is None:
+            return self._logits(hidden, *args, **kwargs)
+        chosen = hidden.flatten(0, 1)[batch.index]
+        pieces = [
+            tensor.split(self._chunk_rows)
+            for tensor in (chosen, batch.targets, batch.dropout_keys.flatten()[batch.index])
+        ]
+        chunks = list(zip(*pieces, strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            return torch.stack([self._nll(*chunk) for chunk in chunks]).sum()
+        # Computed again in the backward pass, or the logits of all chunks would be kept for it.
+        sums = [checkpoint(self._nll, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return torch.stack(sums).sum()
+
+    def _nll(self, hidden: torch.Tensor, targets: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        self._keys.value = keys
+        logits = without(self._logits(hidden).float(), self.hidden)
+        return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def without(logits: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+    """Return ``logits`` (N, V) with those of ``hidden`` tokens at minus infinity: a softmax over the others."""
+    return logits if hidden is None else logits.index_fill(1, hidden, float("-inf"))
