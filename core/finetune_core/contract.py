@@ -260,6 +260,13 @@ class CheckpointRecord(ContractModel):
     """What is wrong with it, where resuming found something: the object's name and how it differs."""
 
 
+class CheckpointName(ContractModel):
+    """Which checkpoint: the run that wrote it and the step that it holds."""
+
+    run: Annotated[int, Field(ge=1)]
+    step: Annotated[int, Field(ge=0)]
+
+
 class ArtifactRecord(ContractModel):
     """The committed artifact."""
 
@@ -404,6 +411,8 @@ class Report(ContractModel):
     """Age of what would be resumed from now: since the newest commit, or since the run's first step."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
     """Why that age grows beyond what the job asks for; empty while it does not."""
+    best: CheckpointName | None = None
+    """The best of them by `evaluation.bestBy`, on the way that led to now."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=8)] = []
     """Sentences that a person should know: rows skipped, a checkpoint passed over and why."""
     evaluation: EvaluationRecord | None = None

@@ -15,7 +15,7 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from finetune_core.contract import ContractModel
+from finetune_core.contract import ContractModel, Outcome
 from finetune_core.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -113,6 +113,7 @@ class ArtifactPointer(ContractModel):
     folder: str
     bytes: int
     manifest_sha256: str
+    outcome: Outcome = Outcome.COMPLETED
 
 
 def digest(data: bytes) -> str:

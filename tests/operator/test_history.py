@@ -7,7 +7,16 @@ from itertools import pairwise
 
 from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.api.status import AttemptsStatus, CurrentAttempt, FineTuneJobStatus, HistoryPoint
-from finetune_core.contract import CheckpointRecord, CurvePoint, Phase, Report
+from finetune_core.contract import (
+    CheckpointName,
+    CheckpointRecord,
+    CurvePoint,
+    EvaluationRecord,
+    Incident,
+    Phase,
+    Report,
+    ScoreRecord,
+)
 from finetune_operator.conditions import View, compute_conditions
 from finetune_operator.history import checkpoints_of, merge_history, merge_report, percentage, thin
 from tests.operator.worlds import NOW
@@ -125,3 +134,57 @@ def test_a_store_that_takes_no_checkpoint_becomes_a_condition() -> None:
     healthy = View(now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, report=report())
     conditions = {condition.type: condition for condition in compute_conditions(FineTuneJobStatus(), status, healthy)}
     assert conditions[ConditionType.CHECKPOINT_AVAILABLE].reason == Reason.COMMITTED
+
+
+def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None:
+    incident = Incident(
+        step=12, kind="LossSpike", value="6.1", threshold="2.5", action="RollBack", message="the loss jumped"
+    )
+    base = ScoreRecord(perplexity=20.0, all_token_perplexity=50.0, task_score=0.05, scores={"exact": 0.05}, graded=40)
+    told = Report(
+        run=1,
+        pod_uid="p",
+        phase=Phase.TRAINING,
+        ranks=1,
+        step=12,
+        total_steps=20,
+        epoch=1.0,
+        metrics={},
+        history=[],
+        checkpoints=[
+            CheckpointRecord(
+                run=1,
+                step=step,
+                uri="s3://b/c",
+                bytes=1,
+                manifest_sha256="0",
+                perplexity=value,
+                task_score=share,
+                time=NOW,
+            )
+            for step, value, share in ((5, 2.0, 0.5), (10, 3.0, 0.75))
+        ],
+        best=CheckpointName(run=1, step=10),
+        incidents=[incident],
+        evaluation=EvaluationRecord(rows="Test", examples=44, base=base),
+        mfu=0.4321,
+    )
+    status = merge_report(FineTuneJobStatus(), told, NOW)
+    # The least perplexity is not the best where the task's score decides.
+    assert [(record.step, record.best, record.task_score) for record in status.checkpoints] == [
+        (5, False, "0.5"),
+        (10, True, "0.75"),
+    ]
+    assert status.evaluation is not None
+    assert status.evaluation.base is not None
+    assert (status.evaluation.rows, status.evaluation.examples, status.evaluation.base.graded) == ("Test", 44, 40)
+    assert [(score.name, score.value) for score in status.evaluation.base.scores] == [("exact", "0.05")]
+    assert status.evaluation.tuned is None
+    assert status.progress is not None
+    assert status.progress.mfu == "0.4321"
+    # A trainer that was started again knows only its own incidents, and repeats them with every report.
+    later = incident.model_copy(update={"step": 30})
+    for _ in range(2):
+        status = merge_report(status, told.model_copy(update={"incidents": [later], "evaluation": None}), NOW)
+    assert [item.step for item in status.incidents] == [12, 30]
+    assert status.evaluation.base.perplexity == "20"

@@ -185,12 +185,13 @@ def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[C
             continue
         folder = checkpoint_folder(*checkpoint)
         wrong = (damaged or {}).get(folder, "")
-        manifest, manifest_sha256, perplexity = None, "", None
+        manifest, manifest_sha256, perplexity, task_score = None, "", None, None
         try:
             manifest, manifest_sha256 = read_manifest(root, folder)
             check_sizes(folder, manifest, files)
-            state = root.read(f"{folder}/{TRAINER_FILE}")
-            perplexity = TrainerState.model_validate_json(state).perplexity if state else None
+            data = root.read(f"{folder}/{TRAINER_FILE}")
+            state = TrainerState.model_validate_json(data) if data else None
+            perplexity, task_score = (state.perplexity, state.task_score) if state else (None, None)
         except (Damaged, ValidationError) as error:
             wrong = wrong or (str(error) if isinstance(error, Damaged) else f"{folder}/{TRAINER_FILE} can't be read")
         records.append(
@@ -201,6 +202,7 @@ def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[C
                 bytes=manifest.total_bytes if manifest else sum(file.bytes for file in files.values()),
                 manifest_sha256=manifest_sha256,
                 perplexity=perplexity,
+                task_score=task_score,
                 time=files[COMMIT].modified,
                 damaged=wrong[:DAMAGE_LENGTH],
             )

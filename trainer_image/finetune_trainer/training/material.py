@@ -31,6 +31,8 @@ class Data:
     """Tokenizer and examples."""
 
     tokenizer: Any
+    bones: Skeleton
+    """The model as the run computes with it, without weights."""
     train: ExampleSet
     validation: ExampleSet
     test: ExampleSet
@@ -126,6 +128,7 @@ def load_data(plan: WorkerPlan, notices: list[str]) -> Data:
     longest = max(max(examples.lengths, default=0) for examples in sets.values())
     return Data(
         tokenizer=tokenizer,
+        bones=skeleton(base_folder(plan)),
         train=sets["train"],
         validation=sets["validation"],
         test=sets["test"],

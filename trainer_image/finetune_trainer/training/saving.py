@@ -32,6 +32,7 @@ from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.storage.steplog import StepRow, write_segment
 from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.gang import Gang
+from finetune_trainer.training.selection import BestBy, best_first
 from finetune_trainer.training.start import Start
 from finetune_trainer.training.state import snapshot, write_snapshot
 from finetune_trainer.training.uploads import Snapshot, Uploads
@@ -46,12 +47,6 @@ SLOW_UPLOAD_SECONDS = 120.0
 """An upload that takes longer while the next checkpoint waits is worth a word to a person."""
 
 
-def best_first(records: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
-    """Return the scored records, the least perplexity first, the earlier one of equals."""
-    scored = [record for record in records if record.perplexity is not None]
-    return sorted(scored, key=lambda record: (record.perplexity, record.run, record.step))
-
-
 class Saver:
     """The checkpoints of this run."""
 
@@ -62,6 +57,7 @@ class Saver:
         start: Start,
         folder: Path,
         storage: StorageConfig,
+        best_by: BestBy,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Continue from ``start``; snapshots are written into ``folder`` on their way to the bucket."""
@@ -69,10 +65,11 @@ class Saver:
         self._meeting = gang.background()
         self._root = root.patient(BACKGROUND_BUDGET_SECONDS, self._heard)
         self._keeper = root
-        self._run = start.run
+        self._run = self.run = start.run
         self._parent = CheckpointId(start.parent.run, start.parent.step) if start.parent else None
         self._folder = folder
         self._storage = storage
+        self._best_by = best_by
         self._clock = clock
         self._segment = 0
         self._number = 0
@@ -99,8 +96,8 @@ class Saver:
 
     @property
     def best(self) -> CheckpointRecord | None:
-        """The checkpoint of the lineage with the least validation perplexity."""
-        return next(iter(best_first(self.lineage)), None)
+        """The checkpoint of the lineage that evaluation.bestBy names the best."""
+        return next(iter(best_first(self.lineage, self._best_by)), None)
 
     def chosen(self, artifact_from: Literal["Best", "Last"]) -> CheckpointRecord:
         """Return the checkpoint that the artifact is made of; the last step's is always committed."""
@@ -263,7 +260,7 @@ class Saver:
         the next start falls back to."""
         keep = to_keep(
             [_id(record) for record in reversed(self.lineage)],
-            [_id(record) for record in best_first(self.lineage)],
+            [_id(record) for record in best_first(self.lineage, self._best_by)],
             keep_last=self._storage.keep_last,
             keep_best=self._storage.keep_best,
             parent=self._parent,
