@@ -106,7 +106,7 @@ def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
     if data is None:
         raise Damaged(f"{folder}/{MANIFEST} is missing")
     if digest(data) != text:
-        raise Damaged(f"{folder}/{MANIFEST} is not what was committed (its sha256 is not that of {COMMIT})")
+        raise Damaged(f"{folder}/{MANIFEST} is not what was committed (its sha256 is not that in {folder}/{COMMIT})")
     try:
         return Manifest.model_validate_json(data), digest(data)
     except ValidationError as error:
