@@ -6,6 +6,7 @@
   checkpoints/<run>-<step>/       files, manifest.json, COMMIT last
   artifacts/<run>/                files, manifest.json, COMMIT last
   evaluation/<run>.json
+  preflight/<token>               written, read back and deleted by a preflight check
   ARTIFACT                        pointer with If-None-Match: the first one wins
 """
 
@@ -74,6 +75,11 @@ def metrics_key(run: int, segment: int) -> str:
 def evaluation_key(run: int) -> str:
     """Return the key of a run's scores, below the root."""
     return f"evaluation/{run:06d}.json"
+
+
+def probe_key(token: str) -> str:
+    """Return the key of the object that a preflight check writes, reads and deletes, below the root."""
+    return f"preflight/{token}"
 
 
 class ManifestFile(ContractModel):

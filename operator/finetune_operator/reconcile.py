@@ -148,7 +148,7 @@ class Reconciler:
             nodes=resources.nodes,
             ranks=resources.nodes * max(1, resources.gpus_per_node),
             attempts=step.attempts,
-            child=(child or world.child) if current is not None else None,
+            child=(child or world.child) if current is not None or step.settled is not None else None,
             pods=own_pods(current, world) if current is not None else [],
             report=look.memory.report,
             reported_at=look.memory.reported_at,

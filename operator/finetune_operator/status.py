@@ -64,7 +64,9 @@ def plan_of(config: RunConfig) -> PlanStatus:
 def _child(stored: FineTuneJobStatus, view: View, kind: str) -> ChildStatus | None:
     """Return the child of the current attempt; a settled job keeps its last one, where the logs are."""
     if view.settled is not None:
-        return stored.child
+        # An operator that was away while the attempt lived sees its child for the first time as it settles the job.
+        observed = view.child
+        return stored.child or (ChildStatus(kind=kind, name=observed.name, uid=observed.uid) if observed else None)
     if view.attempts.current is None:
         return None
     if view.child is None:

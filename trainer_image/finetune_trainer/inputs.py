@@ -18,12 +18,12 @@ from finetune_trainer.storage.client import Store
 def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) -> Inputs:
     """Fetch model and data into ``folder``; raises UserError with the field's path for what is not there."""
     dataset = config.dataset
-    train = _data_file(dataset.train, "dataset.train", paths, store, folder / "train")
+    train = data_file(dataset.train, "dataset.train", paths, store, folder / "train")
     validation = test = None
     if dataset.validation is not None:
-        validation = _data_file(dataset.validation, "dataset.validation", paths, store, folder / "validation")
+        validation = data_file(dataset.validation, "dataset.validation", paths, store, folder / "validation")
     if dataset.test is not None:
-        test = _data_file(dataset.test, "dataset.test", paths, store, folder / "test")
+        test = data_file(dataset.test, "dataset.test", paths, store, folder / "test")
     for file, name in ((train, "dataset.train"), (validation, "dataset.validation"), (test, "dataset.test")):
         if file is not None:
             check_columns(file, name, dataset.format)
@@ -31,8 +31,20 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
     return Inputs(model=model, train=train, validation=validation, test=test)
 
 
-def _data_file(source: DataSource, name: str, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return the local path of a data file."""
+def source_name(source: ModelSpec | DataSource) -> str:
+    """Return how a person names a source: its address, repository or claim."""
+    hub = getattr(source, "hugging_face", None)
+    if hub is not None:
+        return str(hub.repo)
+    if source.s3 is not None:
+        return source.s3.uri
+    if source.volume is not None:
+        return f"{source.volume.claim_name}/{source.volume.path}"
+    raise UserError("model", "must name a source")
+
+
+def data_file(source: DataSource, name: str, paths: Paths, store: Store, folder: Path) -> Path:
+    """Return the local path of a data file; raises UserError where it is not there."""
     if source.volume is not None:
         path = volume_path(source.volume, paths, name)
         if not path.is_file():

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_core.api.sources import DataSource, ModelSpec
-from finetune_core.errors import UserError
+from finetune_core.api.sources import DataSource
 from finetune_trainer.data.dataset import limit_of, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
+from finetune_trainer.inputs import source_name
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.training.base import Skeleton, extend_base, skeleton
 from finetune_trainer.training.model import (
@@ -47,18 +47,6 @@ class Data:
     def pad(self) -> int:
         """Return the id that fills short rows; nothing sees it, so any will do."""
         return int(self.tokenizer.eos_token_id)
-
-
-def source_name(source: ModelSpec | DataSource) -> str:
-    """Return how a person names a source: its address, repository or claim."""
-    hub = getattr(source, "hugging_face", None)
-    if hub is not None:
-        return str(hub.repo)
-    if source.s3 is not None:
-        return source.s3.uri
-    if source.volume is not None:
-        return f"{source.volume.claim_name}/{source.volume.path}"
-    raise UserError("model", "must name a source")
 
 
 def base_folder(plan: WorkerPlan) -> Path:
