@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,15 @@ from tests.trainer.objectstore import ObjectStore, free_port
 RUN_SECONDS = 240
 
 
-def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, credentials: Path) -> None:
-    """Train every config, all of one world size, on that many ranks."""
+def train_all(
+    configs: list[dict[str, Any]],
+    inputs: Inputs,
+    folder: Path,
+    *,
+    credentials: Path,
+    stop_after: Sequence[int | None] | None = None,
+) -> None:
+    """Train every config, all of one world size, on that many ranks; those with a ``stop_after`` up to that step."""
     world = configs[0]["world"]["nodes"]
     port = free_port()
     ranks = []
@@ -37,7 +45,8 @@ def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, cr
                 inputs=inputs,
                 folder=scratch / f"run-{index}",
             )
-            plans.append(json.loads(plan.to_json()))
+            stop = stop_after[index] if stop_after is not None else None
+            plans.append({"plan": json.loads(plan.to_json()), "stop_after": stop})
         (folder / f"rank-{rank}").mkdir(parents=True)
         file = folder / f"plans-{rank}.json"
         file.write_text(json.dumps(plans))
@@ -76,3 +85,13 @@ def step_rows(store: ObjectStore, name: str) -> list[StepRow]:
         for line in store.read(key).decode().splitlines()
     ]
     return sorted((StepRow.model_validate_json(line) for line in lines), key=lambda row: row.step)
+
+
+def rows_consumed(folder: Path, index: int, world: int) -> dict[int, list[int]]:
+    """Return the rows of each step that all ranks together consumed in the ``index``-th run of `train_all`."""
+    consumed: dict[int, list[int]] = {}
+    for rank in range(world):
+        for line in (folder / f"rank-{rank}" / f"run-{index}" / f"rows-{rank}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            consumed.setdefault(row["step"], []).extend(row["own"])
+    return {step: sorted(rows) for step, rows in consumed.items()}

@@ -67,6 +67,7 @@ class Saver:
         self._keeper = root
         self._run = self.run = start.run
         self._parent = CheckpointId(start.parent.run, start.parent.step) if start.parent else None
+        self._ground = start.ground.model_dump()
         self._folder = folder
         self._storage = storage
         self._best_by = best_by
@@ -148,7 +149,7 @@ class Saver:
         gang = self._gang
         tensors = snapshot(engine, rank=gang.rank, world_size=gang.world_size)
         self._number += 1
-        taken = Snapshot(self._number, state, tensors, rows, must)
+        taken = Snapshot(self._number, state.model_copy(update=self._ground), tensors, rows, must)
         with self._uploads.held() as waiting:
             if gang.agree(waiting.bytes + taken.bytes > WAITING_BYTES):
                 # What has begun on one rank has to be finished by all.

@@ -36,6 +36,7 @@ from finetune_trainer.storage.lineage import (
 )
 from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.storage.steplog import StepRow, read_history
+from finetune_trainer.training.base import Ground
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Start(ContractModel):
     others: list[CheckpointRecord] = []
     """Committed checkpoints on branches that were left, and damaged ones."""
     notices: list[str] = []
+    ground: Ground = Ground()
     rollbacks: list[Rollback] = []
     """Returns to earlier checkpoints that hold for this run too."""
 
