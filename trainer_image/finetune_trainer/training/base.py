@@ -1,70 +1,179 @@
-"""The base model under a LoRA run, as a digest: a checkpoint holds none of its weights, so what it is resumed on must
-be what it was trained on. Rank 0 computes and compares it at every start.
+"""The base model on disk as the run computes with it: the given one, or a copy with the job's added tokens in tokenizer
+and embeddings, and with the output head untied where LoRA changes an embedding.
+
+Made before anything is loaded, so that loading, ZeRO-3 and export all see one ordinary model folder. A new row
+follows from (seed, token) alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from finetune_core.contract import ContractModel
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from finetune_core.errors import UserError
-from finetune_trainer.storage.checkpoints import TrainerState
+from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.errors import first_line
 
-CHUNK_BYTES = 4 << 20
-PARALLEL_FILES = 4
-
-
-def base_digest(folder: Path) -> str:
-    """Return the sha256 over names and contents of the weights in a model folder, whatever their order on disk.
-
-    Every byte is read; they were just fetched, or are about to be loaded, so they lie in the page cache.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-        digests = list(pool.map(_file_digest, files))
-    return hashlib.sha256(
-        "".join(f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True)).encode()
-    ).hexdigest()
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DEFAULT_SPREAD = 0.02
+"""Standard deviation of new rows where the model's configuration has no initializer_range: GPT-2's."""
 
 
-def _file_digest(path: Path) -> str:
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+@dataclass(frozen=True)
+class Skeleton:
+    """What a model's configuration tells about its modules, without any weight."""
+
+    model: Any
+    """On the meta device."""
+    input_name: str
+    """Module name of the input embedding, such as `model.embed_tokens`."""
+    output_name: str | None
+    """Module name of the output head, such as `lm_head`."""
+    tied: bool
+    """Both share one weight."""
+    context: int | None
+    """Longest text that the model reads, in tokens."""
 
 
-class Ground(ContractModel):
-    """What a LoRA run stands on and its checkpoints don't hold."""
+def skeleton(folder: Path) -> Skeleton:
+    """Return the skeleton of the model in ``folder``; raises UserError where it is no causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    inner, head = model.get_input_embeddings(), model.get_output_embeddings()
+    text = config.get_text_config()
+    return Skeleton(
+        model=model,
+        input_name=names[id(inner)],
+        output_name=names[id(head)] if head is not None else None,
+        tied=head is not None and (head.weight is inner.weight or bool(getattr(text, "tie_word_embeddings", False))),
+        context=getattr(text, "max_position_embeddings", None),
+    )
 
-    base_sha256: str | None = None
-    """Digest of the base model's weights; None for a full run, whose checkpoints hold every weight."""
-    rows_sha256: str | None = None
-    """Digest of the base extended by the rows of added tokens, as they were drawn from the seed; None without."""
+
+@dataclass(frozen=True)
+class Weights:
+    """The safetensors files of a model folder."""
+
+    folder: Path
+    files: Mapping[str, str]
+    """File of each tensor."""
 
     @classmethod
-    def of(cls, *, adapters: bool, base: Path, extended: Path) -> Ground:
-        """Digest the folders of the base and of the extended base, which are the same where nothing is added."""
-        if not adapters:
-            return cls()
-        return cls(base_sha256=base_digest(base), rows_sha256=base_digest(extended) if extended != base else None)
+    def of(cls, folder: Path) -> Weights:
+        """Read which file holds which tensor."""
+        if (folder / INDEX).is_file():
+            return cls(folder, json.loads((folder / INDEX).read_text())["weight_map"])
+        files: dict[str, str] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path.name)
+        return cls(folder, files)
 
-    def check(self, state: TrainerState, *, seed: int) -> None:
-        """Raise UserError where the checkpoint of ``state`` was trained on something else, or from another seed."""
-        if state.seed != seed:
-            raise UserError(
-                "training.seed", f"is {seed}, but the checkpoint of step {state.step} was trained with {state.seed}"
-            )
-        for mine, other, what in (
-            (self.base_sha256, state.base_sha256, "the base model's weights"),
-            (self.rows_sha256, state.rows_sha256, "the base model with the rows of the added tokens"),
-        ):
-            if mine is not None and other is not None and mine != other:
-                raise UserError(
-                    "model",
-                    f"is not what the checkpoint of step {state.step} was trained on: the sha256 of {what} is"
-                    f" {mine[:12]}…, not {other[:12]}…; name that revision again, or another storage.runId",
-                )
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor; its bytes are read from the file as they are used."""
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Return some rows of a matrix."""
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
+            part = file.get_slice(name)
+            return torch.cat([part[row : row + 1] for row in rows])
+
+
+def new_row(token: str, *, matrix: str, width: int, spread: float, seed: int) -> torch.Tensor:
+    """Return the first value of an added token's row (width,) in fp32: normal with standard deviation ``spread``,
+    as the model's own initialisation draws it. ``matrix`` is `input` or `output`."""
+    digest = hashlib.blake2b(f"{seed}/{matrix}/{token}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.empty(width, dtype=torch.float32).normal_(0, spread, generator=generator)
+
+
+def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: bool, seed: int) -> None:
+    """Write the model folder ``source`` to ``target`` with ``tokens`` added and, with ``untie``, a head of its own.
+
+    Files without an embedding are linked, not copied. Raises UserError where the embeddings can't be found.
+    """
+    target.mkdir(parents=True)
+    bones, weights = skeleton(source), Weights.of(source)
+    tokenizer = load_tokenizer(source)
+    ids = add_tokens(tokenizer, tokens)
+    tokenizer.save_pretrained(target)
+    config = json.loads((source / CONFIG).read_text())
+    text = config.get("text_config", config)
+    input_key = f"{bones.input_name}.weight"
+    if input_key not in weights.files or bones.output_name is None:
+        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor {input_key}")
+    output_key = f"{bones.output_name}.weight"
+    spread = float(text.get("initializer_range") or DEFAULT_SPREAD)
+    old = weights.tensor(input_key)
+    rows = max(old.shape[0], max(ids, default=-1) + 1)
+
+    def extended(weight: torch.Tensor, matrix: str) -> torch.Tensor:
+        grown = torch.zeros((rows, weight.shape[1]), dtype=weight.dtype)
+        grown[: weight.shape[0]] = weight
+        for token, row in zip(tokens, ids, strict=True):
+            grown[row] = new_row(token, matrix=matrix, width=weight.shape[1], spread=spread, seed=seed).to(weight.dtype)
+        return grown
+
+    changed = {input_key: extended(old, "input")}
+    if bones.tied and untie:
+        # A head of its own that begins as the tied one was: each new row is drawn once for both.
+        changed[output_key] = changed[input_key].clone()
+    elif not bones.tied:
+        changed[output_key] = extended(weights.tensor(output_key), "output")
+    bias = f"{bones.output_name}.bias"
+    if bias in weights.files:
+        old_bias = weights.tensor(bias)
+        changed[bias] = torch.cat([old_bias, old_bias.new_zeros(rows - old_bias.shape[0])])
+    text["vocab_size"] = config["vocab_size"] = rows
+    if untie:
+        text["tie_word_embeddings"] = config["tie_word_embeddings"] = False
+    (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_weights(weights, target, changed, beside=weights.files[input_key])
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and path.is_file() and not (target / path.name).exists():
+            (target / path.name).write_bytes(path.read_bytes())
+
+
+def _write_weights(weights: Weights, target: Path, changed: Mapping[str, torch.Tensor], *, beside: str) -> None:
+    """Write the files that hold a changed tensor (a new one goes into file ``beside``), link the others."""
+    places = {**dict.fromkeys(changed, beside), **weights.files}
+    files = sorted(set(places.values()))
+    for name in files:
+        inside = [key for key, place in places.items() if place == name]
+        if not any(key in changed for key in inside):
+            _link(weights.folder / name, target / name)
+            continue
+        with safe_open(weights.folder / name, framework="pt") as file:
+            tensors = {key: changed[key] if key in changed else file.get_tensor(key) for key in sorted(inside)}
+        save_file(tensors, target / name, {"format": "pt"})
+    if len(files) > 1:
+        size = sum((target / name).stat().st_size for name in files)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` another name of ``source``; a symbolic one where they lie on different volumes."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        target.symlink_to(source.resolve())

@@ -36,7 +36,7 @@ from finetune_trainer.storage.lineage import (
 )
 from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.storage.steplog import StepRow, read_history
-from finetune_trainer.training.base import Ground
+from finetune_trainer.training.ground import Ground
 
 log = logging.getLogger(__name__)
 

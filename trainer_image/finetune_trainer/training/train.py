@@ -16,12 +16,12 @@ from finetune_trainer.plan import WorkerPlan, open_root
 from finetune_trainer.storage.checkpoints import TrainerState, fetch_folder
 from finetune_trainer.storage.lineage import Rollback
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.training.base import Ground
 from finetune_trainer.training.batches import Batches
 from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.evaluation import Scorer
 from finetune_trainer.training.finish import finish
 from finetune_trainer.training.gang import Gang
+from finetune_trainer.training.ground import Ground
 from finetune_trainer.training.loop import Training
 from finetune_trainer.training.material import Data, base_folder, load_data, load_model, prepare, skeleton_context
 from finetune_trainer.training.model import trained_parameters
