@@ -67,12 +67,11 @@ def bench(store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPat
 def two_ranks(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """On two ranks: each case undisturbed, interrupted, and resumed; then the changed ones that have two ranks."""
     folder = tmp_path_factory.mktemp("two-ranks")
-    configs, stops = [], []
+    configs, faults = [], []
     for method, stage in CASES:
-        for name, stop in ((f"whole-{method}-{stage}", None), (f"cut-{method}-{stage}", INTERRUPTED)):
-            configs.append(bench.config(name, method, stage, 2))
-            stops.append(stop)
-    train_all(configs, bench.inputs, folder, credentials=bench.store.credentials, stop_after=stops)
+        configs += [bench.config(f"{kind}-{method}-{stage}", method, stage, 2) for kind in ("whole", "cut")]
+        faults += [None, {"kind": "stop", "step": INTERRUPTED + 1}]
+    train_all(configs, bench.inputs, folder, credentials=bench.store.credentials, faults=faults)
     for method, stage, world, to_stage in CHANGED:
         bench.copy(f"cut-{method}-{stage}", f"changed-{method}-{stage}-{world}-{to_stage}")
     configs = [bench.config(f"cut-{method}-{stage}", method, stage, 2) for method, stage in CASES]

@@ -26,7 +26,6 @@ from finetune_trainer.storage.checkpoints import (
 from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.lineage import RunRecord, take_run
 from finetune_trainer.storage.root import RunRoot
-from tests.trainer.faults import Fault, Request, StoreProxy, proxy_before
 from tests.trainer.objectstore import (
     ACCESS_KEY,
     BUCKET,
@@ -36,6 +35,7 @@ from tests.trainer.objectstore import (
     running_store,
     write_credentials,
 )
+from tests.trainer.storeproxy import Fault, Request, StoreProxy, proxy_before
 
 FULL = re.compile("XMinioStorageFull|no space left on device")
 SEED = {"state-00000-of-00002.safetensors": b"zero" * 20_000, "state-00001-of-00002.safetensors": b"one" * 20_000}
