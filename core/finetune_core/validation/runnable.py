@@ -41,9 +41,6 @@ NOT_YET = (
     NotYet("deepspeed.offloadOptimizer", ("None",), "be None"),
     NotYet("deepspeed.offloadParameters", ("None",), "be None"),
     NotYet("deepspeed.overrides", (None,), "be absent"),
-    NotYet("storage.caConfigMapRef", (None,), "be absent"),
-    NotYet("storage.checkpoint.everyMinutes", (None,), "be absent; use `everySteps`"),
-    NotYet("storage.checkpoint.keepBest", (1,), "be 1"),
     NotYet("storage.artifact", (None, "Adapter"), "be Adapter"),
     NotYet("tracking", (None,), "be absent"),
     NotYet("runPolicy.preflight", (None, "Skip"), "be Skip"),
@@ -59,8 +56,6 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
             UserError("spec.resources.sharedMemory", f"must be less than `memory`, which is {spec.resources.memory}")
         )
     problems += _too_small_share(spec)
-    if spec.storage.credentials_secret_ref is None:
-        problems.append(UserError("spec.storage.credentialsSecretRef", f"must be set: {NOT_YET_REASON}"))
     stored = spec.to_json()
     for field in NOT_YET:
         if _value(stored, field.path) not in field.honoured:

@@ -62,7 +62,7 @@ class TrainerState(ContractModel):
     base_sha256: str | None = None
     """Of a LoRA run: digest of the base model's weights, which the checkpoint does not hold."""
     rows_sha256: str | None = None
-    """Of a LoRA run with added tokens: digest of their rows as they were drawn from the seed."""
+    """Of a LoRA run with added tokens: digest of the base extended by their rows, as they were drawn from the seed."""
 
 
 def upload_files(root: RunRoot, folder: str, files: Sequence[Path]) -> list[ManifestFile]:
@@ -106,7 +106,7 @@ def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
     if data is None:
         raise Damaged(f"{folder}/{MANIFEST} is missing")
     if digest(data) != text:
-        raise Damaged(f"{folder}/{MANIFEST} is not what was committed (its sha256 is not that of {COMMIT})")
+        raise Damaged(f"{folder}/{MANIFEST} is not what was committed (its sha256 is not that in {folder}/{COMMIT})")
     try:
         return Manifest.model_validate_json(data), digest(data)
     except ValidationError as error:
