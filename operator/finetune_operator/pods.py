@@ -23,6 +23,7 @@ from finetune_core.contract import (
     MASTER_PORT_VARIABLE,
     RUN_FOLDER,
     SCRATCH_FOLDER,
+    STORAGE_CA_FILE,
     TOKEN_FILE,
     VOLUMES_FOLDER,
     report_audience,
@@ -188,6 +189,8 @@ def _mounts(job: FineTuneJob) -> list[Manifest]:
     ]
     if job.spec.storage.credentials_secret_ref:
         mounts.insert(1, {"name": "storage-credentials", "mountPath": CREDENTIALS_FOLDER, "readOnly": True})
+    if job.spec.storage.ca_config_map_ref:
+        mounts.append({"name": "storage-ca", "mountPath": _folder(STORAGE_CA_FILE), "readOnly": True})
     if _hub_token(job):
         mounts.append({"name": "hub-token", "mountPath": _folder(HUB_TOKEN_FILE), "readOnly": True})
     if _data_tokens(job):
@@ -225,6 +228,10 @@ def _volumes(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
     if credentials := job.spec.storage.credentials_secret_ref:
         secret = {"secretName": credentials.name, "defaultMode": SHARED_READ_ONLY}
         volumes.insert(1, {"name": "storage-credentials", "secret": secret})
+    if authority := job.spec.storage.ca_config_map_ref:
+        item = {"key": authority.key, "path": PurePosixPath(STORAGE_CA_FILE).name}
+        certificates = {"name": authority.name, "defaultMode": SHARED_READ_ONLY, "items": [item]}
+        volumes.append({"name": "storage-ca", "configMap": certificates})
     if reference := _hub_token(job):
         item = {"key": reference.key, "path": PurePosixPath(HUB_TOKEN_FILE).name}
         volumes.append(

@@ -12,9 +12,6 @@ from finetune_core.validation.runnable import NOT_YET, to_bytes, unrunnable
 from tests.core.jobs import quickstart
 
 VALUES: dict[str, Any] = {
-    "storage.caConfigMapRef": {"name": "ca", "key": "ca.crt"},
-    "storage.checkpoint.everyMinutes": 5,
-    "storage.checkpoint.keepBest": 2,
     "tracking": {"tensorBoard": {}},
     "runPolicy.preflight": "Run",
 }
@@ -44,7 +41,6 @@ def test_the_quickstart_can_be_run() -> None:
     [
         ("resources.sharedMemory", "6Gi", "spec.resources.sharedMemory: must be less than `memory`, which is 6Gi"),
         ("training.microBatchSize", 9, "spec.training.microBatchSize: must be at most 8"),
-        ("storage.credentialsSecretRef", None, "spec.storage.credentialsSecretRef: must be set"),
         ("deepspeed.overrides", "{x", "spec.deepspeed.overrides: must be JSON"),
     ],
 )

@@ -92,3 +92,13 @@ def step_rows(store: ObjectStore, name: str) -> list[StepRow]:
         for line in store.read(key).decode().splitlines()
     ]
     return sorted((StepRow.model_validate_json(line) for line in lines), key=lambda row: row.step)
+
+
+def rows_consumed(folder: Path, index: int, world: int) -> dict[int, list[int]]:
+    """Return the rows of each step that all ranks together consumed in the ``index``-th run of `train_all`."""
+    consumed: dict[int, list[int]] = {}
+    for rank in range(world):
+        for line in (folder / f"rank-{rank}" / f"run-{index}" / f"rows-{rank}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            consumed.setdefault(row["step"], []).extend(row["own"])
+    return {step: sorted(rows) for step, rows in consumed.items()}

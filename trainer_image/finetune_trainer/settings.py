@@ -30,6 +30,10 @@ HUB_SECONDS = 20.0
 """How long one request to the hub may take."""
 STORE_BUDGET_SECONDS = 300.0
 """How long a store may fail before the run ends with 75."""
+BACKGROUND_BUDGET_SECONDS = 900.0
+"""How long the store may fail in the background, while training goes on, before the run ends with 75."""
+STOP_COMMIT_SECONDS = 60.0
+"""How long a run that was told to stop waits for the COMMIT of its last step: within the pod's grace period of 90 s."""
 PEER_WAIT_SECONDS = 300.0
 """How long the first rank's name and the other ranks may take to appear: images are pulled at different speeds."""
 FROZEN_SECONDS = 60.0

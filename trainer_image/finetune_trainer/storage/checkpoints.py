@@ -56,8 +56,6 @@ class TrainerState(ContractModel):
     """Training rows, to notice that the data changed."""
     data_sha256: str | None = None
     """Of the training rows as token ids."""
-    new_rows_sha256: str | None = None
-    """Of the rows of added tokens, which are frozen in a LoRA run and so not among the tensors."""
     perplexity: float | None = None
     """Validation perplexity at this step, where it was scored."""
     task_score: float | None = None
@@ -66,7 +64,7 @@ class TrainerState(ContractModel):
     base_sha256: str | None = None
     """Of a LoRA run: digest of the base model's weights, which the checkpoint does not hold."""
     rows_sha256: str | None = None
-    """Of a LoRA run with added tokens: digest of their rows as they were drawn from the seed."""
+    """Of a LoRA run with added tokens: digest of the base extended by their rows, as they were drawn from the seed."""
 
 
 def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Path | None = None) -> list[ManifestFile]:
@@ -112,7 +110,7 @@ def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
     if data is None:
         raise Damaged(f"{folder}/{MANIFEST} is missing")
     if digest(data) != text:
-        raise Damaged(f"{folder}/{MANIFEST} is not what was committed (its sha256 is not that of {COMMIT})")
+        raise Damaged(f"{folder}/{MANIFEST} is not what was committed (its sha256 is not that in {folder}/{COMMIT})")
     try:
         return Manifest.model_validate_json(data), digest(data)
     except ValidationError as error:

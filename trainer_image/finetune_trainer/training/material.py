@@ -19,7 +19,6 @@ from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
 from finetune_trainer.inputs import source_name
 from finetune_trainer.plan import WorkerPlan
-from finetune_trainer.storage.checkpoints import TrainerState
 from finetune_trainer.training.base import Skeleton, extend_base, skeleton
 from finetune_trainer.training.engine import shard_new_models
 from finetune_trainer.training.export import NewRows, check_mergeable, new_rows
@@ -163,15 +162,6 @@ def _digest(plan: WorkerPlan, rows: NewRows | None) -> str | None:
     for tensor in new_rows(base_folder(plan), rows, DTYPES["fp32"]).values():
         sha256.update(tensor.numpy().tobytes())
     return sha256.hexdigest()
-
-
-def check_new_rows(state: TrainerState, prepared: Prepared) -> None:
-    """Raise UserError where a checkpoint was trained beside other rows of the added tokens than those of now."""
-    if state.new_rows_sha256 is not None and state.new_rows_sha256 != prepared.new_rows_sha256:
-        raise UserError(
-            "model",
-            "the rows of the added tokens are not those that the checkpoint was trained with: the base model changed",
-        )
 
 
 def _files(plan: WorkerPlan) -> list[tuple[str, DataSource, Path]]:

@@ -21,11 +21,12 @@ from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.evaluation import Scorer
 from finetune_trainer.training.finish import finish
 from finetune_trainer.training.gang import Gang
+from finetune_trainer.training.ground import Ground
 from finetune_trainer.training.isolation import check_model
 from finetune_trainer.training.loop import Training
 from finetune_trainer.training.material import (
     Data,
-    check_new_rows,
+    base_folder,
     load_data,
     load_model,
     prepare,
@@ -100,7 +101,6 @@ class Run:
         state: TrainerState | None = None
         if start.parent is not None:
             state = read_trainer_state(fetched)
-            check_new_rows(state, data.prepared)
             load_weights(trained_parameters(self.model), fetched)
         self.engine = Engine(self.model, plan.config.optimization, gang.device)
         check_model(self.engine, data.train, pad=data.pad, packing=data.capacity is not None)
@@ -173,7 +173,10 @@ def _start(plan: WorkerPlan, gang: Gang, root: RunRoot) -> Start:
     target = plan.folder / "resume"
 
     def begin() -> object:
-        start = start_run(root, plan.identity, target)
+        ground = Ground.of(adapters=plan.config.lora is not None, base=plan.inputs.model, extended=base_folder(plan))
+        start = start_run(root, plan.identity, target).model_copy(update={"ground": ground})
+        if start.parent is not None:
+            ground.check(read_trainer_state(target), seed=plan.config.optimization.seed)
         _moved(target, _fetched(plan, start))
         return start.model_dump(mode="json")
 
@@ -188,6 +191,7 @@ def _start_again(plan: WorkerPlan, gang: Gang, root: RunRoot, left: Start, rollb
 
     def begin() -> object:
         start = restart_run(root, plan.identity, left.run, rollback, target)
+        start = start.model_copy(update={"ground": left.ground})
         _moved(target, _fetched(plan, start))
         return start.model_dump(mode="json")
 
