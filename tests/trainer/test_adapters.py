@@ -58,8 +58,10 @@ class Trained:
     config: dict[str, Any]
 
     def adapted(self, base: Path, dtype: torch.dtype) -> Any:
-        """What anybody gets who follows adapter_config.json."""
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), self.artifact).eval()
+        """What anybody gets who follows adapter_config.json; unless it is told not to, peft computes a bf16 adapter in
+        fp32, which is not what the engine did."""
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        return PeftModel.from_pretrained(model, self.artifact, autocast_adapter_dtype=False).eval()
 
     def ids(self) -> torch.Tensor:
         return torch.tensor([AutoTokenizer.from_pretrained(self.artifact)(PROMPT)["input_ids"]])
@@ -128,7 +130,7 @@ def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
             plain = AutoModelForCausalLM.from_pretrained(run.model, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(run.artifact)
             plain.resize_token_embeddings(len(tokenizer))
-            without = PeftModel.from_pretrained(plain, run.artifact).eval()
+            without = PeftModel.from_pretrained(plain, run.artifact, autocast_adapter_dtype=False).eval()
             with torch.no_grad():
                 assert float((without(ids).logits - wanted).abs().max()) > 0.1
                 rows = load_file(run.artifact / NEW_ROWS_FILE)
