@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
 
 def as_the_engine_had_it(run: Trained) -> Any:
     """The model that the trainer builds, with the weights of the last checkpoint."""
-    folder = run.checkpoint.parent / "again"
+    folder = Path(tempfile.mkdtemp(dir=run.checkpoint.parent)) / "attempt"
     config = {**run.config, "optimization": {**run.config["optimization"], "zeroStage": 2}}
     identity = Identity(namespace="n", name="n", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0)
     train = tiny.write_jsonl(run.checkpoint.parent / "train.jsonl", tiny.rows(4, seed=1))
@@ -292,10 +293,10 @@ def test_trap_29_adapter_extended_base_and_merged_model_agree(name: str, trained
         wanted = engine_model(ids).logits
         torch.testing.assert_close(adapted(ids).logits, wanted, rtol=0, atol=1e-5)
         torch.testing.assert_close(merged(ids).logits, wanted, rtol=0, atol=1e-5)
-    asked = {"max_new_tokens": 12, "do_sample": False, "use_cache": True, "pad_token_id": 1}
+    end = load_tokenizer(run.artifact).convert_tokens_to_ids("<END_A>")
+    asked = {"max_new_tokens": 12, "do_sample": False, "use_cache": True, "pad_token_id": 1, "eos_token_id": [1, end]}
     assert merged.generate(ids, **asked).tolist() == adapted.generate(input_ids=ids, **asked).tolist()
     assert merged.config.vocab_size == adapted.config.vocab_size == 64 + len(TOKENS)
-    end = load_tokenizer(run.artifact).convert_tokens_to_ids("<END_A>")
     assert merged.generation_config.eos_token_id == [1, end]
 
 
