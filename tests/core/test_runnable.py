@@ -11,19 +11,7 @@ from finetune_core.validation.overrides import OWNED, override_problems
 from finetune_core.validation.runnable import NOT_YET, to_bytes, unrunnable
 from tests.core.jobs import quickstart
 
-HUB = {"repo": "openai/gsm8k", "split": "train"}
 VALUES: dict[str, Any] = {
-    "model.addedTokens": ["<START_Q>"],
-    "dataset.train.huggingFace": HUB,
-    "dataset.validation.huggingFace": HUB,
-    "dataset.format.messages": {},
-    "dataset.format.text": {},
-    "dataset.format.promptCompletion.completionSuffix": "<END_A>",
-    "dataset.packing": True,
-    "deepspeed.offloadOptimizer": "CPU",
-    "deepspeed.offloadParameters": "CPU",
-    "deepspeed.overrides": '{"comms_logger": {"enabled": true}}',
-    "storage.artifact": "Merged",
     "tracking": {"tensorBoard": {}},
     "runPolicy.preflight": "Run",
 }

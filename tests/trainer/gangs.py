@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def train_all(
     folder: Path,
     *,
     credentials: Path,
+    seconds: float = RUN_SECONDS,
     faults: list[dict[str, Any] | None] | None = None,
 ) -> list[Result]:
     """Train every config, all of one world size, on that many ranks; return what each came to.
@@ -67,8 +69,9 @@ def train_all(
         command = [sys.executable, "-m", "tests.trainer.many_runs", str(file)]
         ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         log.close()
+    deadline = time.monotonic() + seconds
     try:
-        codes = [process.wait(RUN_SECONDS) for process in ranks]
+        codes = [process.wait(max(1.0, deadline - time.monotonic())) for process in ranks]
     finally:
         for process in ranks:
             if process.poll() is None:

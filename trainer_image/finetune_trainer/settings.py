@@ -17,6 +17,7 @@ class Paths(ContractModel):
     credentials: Path = Path(contract.CREDENTIALS_FOLDER)
     storage_ca_file: Path = Path(contract.STORAGE_CA_FILE)
     hub_token_file: Path = Path(contract.HUB_TOKEN_FILE)
+    hub_data_tokens: Path = Path(contract.HUB_DATA_TOKENS_FOLDER)
     report_token_file: Path = Path(contract.TOKEN_FILE)
     termination_log: Path = Path(contract.TERMINATION_LOG)
     scratch: Path = Path(contract.SCRATCH_FOLDER)

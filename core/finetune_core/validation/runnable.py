@@ -31,17 +31,6 @@ class NotYet:
 NOT_YET_REASON = "this version of the operator can't run anything else"
 
 NOT_YET = (
-    NotYet("model.addedTokens", ([],), "be empty"),
-    NotYet("dataset.train.huggingFace", (None,), "be absent; name a file with `s3` or `volume`"),
-    NotYet("dataset.validation.huggingFace", (None,), "be absent; name a file with `s3` or `volume`"),
-    NotYet("dataset.format.messages", (None,), "be absent; use `promptCompletion`"),
-    NotYet("dataset.format.text", (None,), "be absent; use `promptCompletion`"),
-    NotYet("dataset.format.promptCompletion.completionSuffix", ("",), "be empty"),
-    NotYet("dataset.packing", (False,), "be false"),
-    NotYet("deepspeed.offloadOptimizer", ("None",), "be None"),
-    NotYet("deepspeed.offloadParameters", ("None",), "be None"),
-    NotYet("deepspeed.overrides", (None,), "be absent"),
-    NotYet("storage.artifact", (None, "Adapter"), "be Adapter"),
     NotYet("tracking", (None,), "be absent"),
     NotYet("runPolicy.preflight", (None, "Skip"), "be Skip"),
 )

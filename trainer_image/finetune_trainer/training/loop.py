@@ -63,6 +63,7 @@ class Training:
         self._rollbacks = start.rollbacks
         self._selection = past.selection
         self._watch = past.watch
+        self._prepared = data.prepared
         optimization = plan.config.optimization
         self._rows = rows = len(data.train)
         self._per_epoch = batches_per_epoch(rows, optimization.global_batch_size)
@@ -82,8 +83,8 @@ class Training:
         self._updates = state.updates if state else 0
         self._tokens = state.tokens if state else 0
         self._unscored = state is not None and state.perplexity is None and self._evaluation_due()
-        if state is not None and state.rows != rows and progress is not None:
-            progress.notice(f"the training data has {rows} rows where the checkpoint was made with {state.rows}")
+        if state is not None and state.data_sha256 != data.prepared.data_sha256 and progress is not None:
+            progress.notice(f"the {rows} training rows are not the {state.rows} that the checkpoint was made with")
 
     def description(self, start: Start) -> str:
         """Return the line that the log begins with."""
@@ -270,6 +271,7 @@ class Training:
             world_size=self._gang.world_size,
             zero_stage=optimization.zero_stage,
             rows=self._rows,
+            data_sha256=self._prepared.data_sha256,
             perplexity=perplexity,
             task_score=task_score,
             best_perplexity=self._selection.best if self._selection.best_by == "Perplexity" else None,
