@@ -116,6 +116,11 @@ class Waiting:
     _current: Snapshot | None
 
     @property
+    def count(self) -> int:
+        """How many snapshots wait."""
+        return len(self._snapshots)
+
+    @property
     def bytes(self) -> int:
         """Memory that it takes on this rank."""
         return sum(snapshot.bytes for snapshot in self._snapshots)
