@@ -150,10 +150,12 @@ class Saver:
         self._number += 1
         taken = Snapshot(self._number, state.model_copy(update=self._ground), tensors, rows, must)
         with self._uploads.held() as waiting:
-            if gang.agree(waiting.count >= MOST_WAITING or waiting.bytes + taken.bytes > WAITING_BYTES):
+            # A run that was told to stop has no time for what its last checkpoint makes up for.
+            full = waiting.count >= MOST_WAITING or waiting.bytes + taken.bytes > WAITING_BYTES
+            if gang.agree(full or gang.told()):
                 # What has begun on one rank has to be finished by all.
                 begun = gang.most((waiting.first or self._number) - 1)
-                taken.rows = [*waiting.drop(waiting.replaceable(begun, by_best=must)), *rows]
+                taken.rows = [*waiting.drop(waiting.replaceable(begun)), *rows]
             self._uploads.put(taken)
         self._saved_at = self._clock()
 
