@@ -30,6 +30,8 @@ CREDENTIALS_FOLDER = "/var/run/secrets/finetune.dev/storage"
 """Files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN, from the job's Secret."""
 STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
 """Certificates that sign the store's, from `storage.caConfigMapRef`; absent: those of the image."""
+HUB_DATA_TOKENS_FOLDER = "/var/run/secrets/finetune.dev/hub-data"
+"""Tokens for gated data sets, each in a file with the field path of its source, such as `dataset.train`."""
 HUB_TOKEN_FILE = "/var/run/secrets/finetune.dev/hub/token"  # noqa: S105  (a path)
 TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path)
 """Projected service-account token for reports; the kubelet renews it."""
@@ -220,6 +222,8 @@ class StorageConfig(ContractModel):
     """One of both is set."""
     keep_last: Annotated[int, Field(ge=1)]
     keep_best: Annotated[int, Field(ge=1)] = 1
+    artifact: Literal["Adapter", "Merged", "Both"] = "Adapter"
+    """What is made of a LoRA run."""
 
 
 class ReportConfig(ContractModel):
@@ -258,6 +262,13 @@ class CheckpointRecord(ContractModel):
     time: datetime
     damaged: Annotated[str, Field(max_length=256)] = ""
     """What is wrong with it, where resuming found something: the object's name and how it differs."""
+
+
+class CheckpointName(ContractModel):
+    """Which checkpoint: the run that wrote it and the step that it holds."""
+
+    run: Annotated[int, Field(ge=1)]
+    step: Annotated[int, Field(ge=0)]
 
 
 class ArtifactRecord(ContractModel):
@@ -404,6 +415,8 @@ class Report(ContractModel):
     """Age of what would be resumed from now: since the newest commit, or since the run's first step."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
     """Why that age grows beyond what the job asks for; empty while it does not."""
+    best: CheckpointName | None = None
+    """The best of them by `evaluation.bestBy`, on the way that led to now."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=8)] = []
     """Sentences that a person should know: rows skipped, a checkpoint passed over and why."""
     evaluation: EvaluationRecord | None = None

@@ -6,6 +6,7 @@
   checkpoints/<run>-<step>/       files, manifest.json, COMMIT last
   artifacts/<run>/                files, manifest.json, COMMIT last
   evaluation/<run>.json
+  preflight/<token>               written, read back and deleted by a preflight check
   ARTIFACT                        pointer with If-None-Match: the first one wins
 """
 
@@ -15,12 +16,14 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from finetune_core.contract import ContractModel
+from finetune_core.contract import ContractModel, Outcome
 from finetune_core.errors import UserError
 
 MANIFEST = "manifest.json"
 COMMIT = "COMMIT"
 ARTIFACT_POINTER = "ARTIFACT"
+BASES = "_bases"
+"""Folder beside the namespaces (none can have this name) that holds base models with added tokens, each once."""
 
 
 class Location(NamedTuple):
@@ -76,6 +79,11 @@ def evaluation_key(run: int) -> str:
     return f"evaluation/{run:06d}.json"
 
 
+def probe_key(token: str) -> str:
+    """Return the key of the object that a preflight check writes, reads and deletes, below the root."""
+    return f"preflight/{token}"
+
+
 class ManifestFile(ContractModel):
     """A file of a checkpoint or an artifact."""
 
@@ -113,6 +121,7 @@ class ArtifactPointer(ContractModel):
     folder: str
     bytes: int
     manifest_sha256: str
+    outcome: Outcome = Outcome.COMPLETED
 
 
 def digest(data: bytes) -> str:

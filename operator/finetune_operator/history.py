@@ -8,14 +8,30 @@ from datetime import UTC, datetime
 from finetune_core.api.status import (
     CHECKPOINT_LIMIT,
     HISTORY_LIMIT,
+    INCIDENT_LIMIT,
+    NOTICE_LIMIT,
     ArtifactStatus,
     CheckpointStatus,
+    EvaluationStatus,
     FineTuneJobStatus,
     HistoryPoint,
+    IncidentStatus,
     MetricValue,
+    NamedScore,
     ProgressStatus,
+    Scores,
 )
-from finetune_core.contract import ArtifactRecord, CheckpointRecord, CurvePoint, Phase, Report
+from finetune_core.contract import (
+    ArtifactRecord,
+    CheckpointName,
+    CheckpointRecord,
+    CurvePoint,
+    EvaluationRecord,
+    Incident,
+    Phase,
+    Report,
+    ScoreRecord,
+)
 from finetune_operator.kubeflow import METRIC_LIMIT, KubeflowReport
 from finetune_operator.speed import eta_seconds
 
@@ -51,8 +67,19 @@ def merge_report(
             for name, value in sorted(report.metrics.items())
         ]
     if report.run > 0 and (report.checkpoints or report.phase is not Phase.LOADING):
-        update["checkpoints"] = checkpoints_of(report.checkpoints)
+        update["checkpoints"] = checkpoints_of(report.checkpoints, report.best)
+    if report.notices:
+        update["notices"] = merge_notices(stored.notices, report.notices)
+    if report.evaluation is not None:
+        update["evaluation"] = evaluation_of(report.evaluation)
+    if report.incidents:
+        update["incidents"] = merge_incidents(stored.incidents, report.incidents)
     return stored.model_copy(update=update)
+
+
+def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """Return what was told so far, each sentence once, the newest last: an attempt repeats its own in every report."""
+    return [*(sentence for sentence in old if sentence not in new), *dict.fromkeys(new)][-NOTICE_LIMIT:]
 
 
 def _merge_kubeflow(
@@ -111,6 +138,8 @@ def progress_of(
         percentage=percentage(report.step, report.total_steps),
         eta_seconds=report.eta_seconds if eta is None else eta,
         tokens_per_second=_optional(report.tokens_per_second),
+        checkpoint_age_seconds=report.checkpoint_age_seconds,
+        mfu=_optional(report.mfu),
         last_update_time=received,
     )
 
@@ -150,10 +179,45 @@ def thin(points: Sequence[HistoryPoint], limit: int) -> list[HistoryPoint]:
     return result
 
 
-def checkpoints_of(records: Sequence[CheckpointRecord]) -> list[CheckpointStatus]:
-    """Return the checkpoints in the bucket, the newest and the best marked."""
+def evaluation_of(record: EvaluationRecord) -> EvaluationStatus:
+    """Return base and tuned model's scores as the status shows them."""
+    return EvaluationStatus(
+        rows=record.rows,
+        examples=record.examples,
+        base=_scores(record.base),
+        tuned=_scores(record.tuned),
+        tuned_step=record.tuned_step,
+    )
+
+
+def _scores(record: ScoreRecord | None) -> Scores | None:
+    if record is None:
+        return None
+    return Scores(
+        perplexity=decimal(record.perplexity),
+        all_token_perplexity=_optional(record.all_token_perplexity),
+        task_score=_optional(record.task_score),
+        scores=[NamedScore(name=name, value=decimal(value)) for name, value in record.scores.items()],
+        graded=record.graded,
+    )
+
+
+def merge_incidents(old: Sequence[IncidentStatus], new: Iterable[Incident]) -> list[IncidentStatus]:
+    """Return all incidents, each once: a trainer that was started again does not repeat the earlier ones."""
+    told = [IncidentStatus(**incident.model_dump()) for incident in new]
+    return [*(incident for incident in old if incident not in told), *told][-INCIDENT_LIMIT:]
+
+
+def checkpoints_of(records: Sequence[CheckpointRecord], named: CheckpointName | None = None) -> list[CheckpointStatus]:
+    """Return the checkpoints in the bucket, the newest and the best whole ones marked.
+
+    ``named`` is what the trainer calls the best; one that does not say so means the least perplexity.
+    """
     records = records[-CHECKPOINT_LIMIT:]
-    scored = [record for record in records if record.perplexity is not None]
+    whole = [record for record in records if not record.damaged]
+    scored = [record for record in whole if record.perplexity is not None]
+    if named is not None:
+        scored = [record for record in whole if (record.run, record.step) == (named.run, named.step)]
     best = min(scored, key=lambda record: record.perplexity or 0.0) if scored else None
     return [
         CheckpointStatus(
@@ -163,9 +227,11 @@ def checkpoints_of(records: Sequence[CheckpointRecord]) -> list[CheckpointStatus
             bytes=record.bytes,
             manifest_sha256=record.manifest_sha256,
             perplexity=_optional(record.perplexity),
+            task_score=_optional(record.task_score),
             time=record.time.astimezone(UTC).replace(microsecond=0),
-            last=record is records[-1],
+            last=bool(whole) and record is whole[-1],
             best=record is best,
+            damaged=record.damaged,
         )
         for record in records
     ]

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from finetune_core.contract import Result
-from finetune_operator.labels import ATTEMPT, REPLICA_INDEX, TRAINING_CONTAINER
+from finetune_operator.labels import ATTEMPT, LAST_CHECKPOINT_TIME, REPLICA_INDEX, TRAINING_CONTAINER
 
 
 class ContainerState(StrEnum):
@@ -70,6 +70,8 @@ class PodObservation:
     unschedulable: str = ""
     """The scheduler's sentence, while it finds no node."""
     container: ContainerObservation | None = None
+    checkpoint_time: str = ""
+    """Annotation that tells schedulers when the job last saved."""
 
     @property
     def ended(self) -> bool:
@@ -152,6 +154,7 @@ def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
         disrupted_at=parse_time(disruption.get("lastTransitionTime")) if disrupted else None,
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
         container=_parse_container(status.get("containerStatuses", [])),
+        checkpoint_time=metadata.get("annotations", {}).get(LAST_CHECKPOINT_TIME, ""),
     )
 
 

@@ -13,6 +13,8 @@ class Scope(StrEnum):
 
     JOBS = "jobs"
     """In every served namespace: a ClusterRole, or a Role in each of `watchNamespaces`."""
+    ANNOTATIONS = "annotations"
+    """As JOBS, unless the annotation for schedulers is switched off."""
     CLUSTER = "cluster"
     """Of cluster-wide objects: a ClusterRole in any case."""
     DISCOVERY = "discovery"
@@ -47,6 +49,7 @@ class Allowed(Enum):
     DELETE_CHILD = Permission("kubeflow.org", "pytorchjobs", "delete")
     LIST_PODS = Permission("", "pods", "list")
     WATCH_PODS = Permission("", "pods", "watch")
+    ANNOTATE_POD = Permission("", "pods/status", "patch", Scope.ANNOTATIONS)
     GET_CONFIG_MAP = Permission("", "configmaps", "get")
     CREATE_CONFIG_MAP = Permission("", "configmaps", "create")
     DELETE_CONFIG_MAP = Permission("", "configmaps", "delete")

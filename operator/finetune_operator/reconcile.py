@@ -21,10 +21,12 @@ from finetune_core.validation.runnable import unrunnable
 from finetune_operator.attempt_objects import AttemptObjects
 from finetune_operator.attempts import Next, Settlement, Step, World, advance, own_pods
 from finetune_operator.backend import Backend
+from finetune_operator.checkpoint_annotations import CheckpointAnnotations
 from finetune_operator.cluster import Cluster
 from finetune_operator.conditions import View
 from finetune_operator.hints import HintReader
 from finetune_operator.keyqueue import Key
+from finetune_operator.logs import speak_of
 from finetune_operator.memory import Memory
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ChildObservation
@@ -64,6 +66,7 @@ class Reconciler:
         report_base_url: str,
         ca_bundle: Callable[[], str],
         instance: str,
+        checkpoint_annotations: bool = True,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,12 +83,14 @@ class Reconciler:
             ca_bundle=ca_bundle,
             clock=clock,
         )
-        recorder = Recorder(cluster, instance=instance, now=now)
+        recorder = Recorder(cluster, instance=instance, now=now, clock=clock)
         self._writer = StatusWriter(
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
         )
         self._settled_jobs = SettledJobs(cluster, backend, self._writer)
         self._hints = HintReader(cluster, clock)
+        self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations)
+        self._metrics = metrics
         self._now = now
 
     async def reconcile(self, key: Key) -> Outcome:
@@ -94,10 +99,13 @@ class Reconciler:
         if raw is None or "deletionTimestamp" in raw["metadata"]:
             # Owner references clear its objects away, also while no operator runs.
             self._memory.forget(key)
+            self._metrics.jobs.drop(key)
             return Outcome(gone=True)
         record = parse_record(key, raw, self._memory.of(key), self._now())
+        speak_of(**record.log)
         if record.settled:
             self._memory.expect(key, None)
+            self._metrics.jobs.show(key, record.stored)
             return Outcome(after=await self._settled_jobs.tidy(record))
         try:
             look = parse_look(record)
@@ -119,6 +127,7 @@ class Reconciler:
             return Outcome(after=0)
         child, problem = await self._act(look, step, world.child, config)
         later = await self._writer.write(look, self._view(look, step, world, config, child, problem))
+        await self._annotations.tell(look, world.pods)
         return Outcome(after=_earliest(step.wait_seconds, later, self._next_look(look, step, child, problem)))
 
     # ---- decide ----
@@ -140,7 +149,6 @@ class Reconciler:
         problem: OutsideError | None = None,
     ) -> View:
         current = step.attempts.current
-        held = world.child is not None and world.child.suspended
         resources = look.job.spec.resources
         return View(
             now=look.now,
@@ -148,7 +156,7 @@ class Reconciler:
             nodes=resources.nodes,
             ranks=resources.nodes * max(1, resources.gpus_per_node),
             attempts=step.attempts,
-            child=(child or world.child) if current is not None else None,
+            child=(child or world.child) if current is not None or step.settled is not None else None,
             pods=own_pods(current, world) if current is not None else [],
             report=look.memory.report,
             reported_at=look.memory.reported_at,
@@ -160,7 +168,7 @@ class Reconciler:
             settled=step.settled,
             image=self._objects.image(look),
             policy=look.job.spec.run_policy,
-            ending_pods=len(world.pods) if current is None or held else 0,
+            ending_pods=len(world.pods) if current is None or world.held else 0,
             usage=world.usage,
             plan=plan_of(config) if config is not None else None,
         )

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from finetune_core.api.status import ChildStatus, FineTuneJobStatus, PlanStatus
 from finetune_core.contract import RunConfig
 from finetune_operator.conditions import View, compute_conditions
-from finetune_operator.history import artifact_of, merge_report, percentage
+from finetune_operator.history import artifact_of, evaluation_of, merge_report, percentage
 from finetune_operator.observed import PodObservation
-
-LEAST_SECONDS_BETWEEN_NUMBERS = 10.0
 
 
 def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) -> FineTuneJobStatus:
@@ -64,7 +62,9 @@ def plan_of(config: RunConfig) -> PlanStatus:
 def _child(stored: FineTuneJobStatus, view: View, kind: str) -> ChildStatus | None:
     """Return the child of the current attempt; a settled job keeps its last one, where the logs are."""
     if view.settled is not None:
-        return stored.child
+        # An operator that was away while the attempt lived sees its child for the first time as it settles the job.
+        observed = view.child
+        return stored.child or (ChildStatus(kind=kind, name=observed.name, uid=observed.uid) if observed else None)
     if view.attempts.current is None:
         return None
     if view.child is None:
@@ -84,6 +84,8 @@ def _settled_numbers(status: FineTuneJobStatus, view: View) -> dict[str, object]
     update: dict[str, object] = {}
     if result.artifact is not None:
         update["artifact"] = artifact_of(result.artifact)
+    if result.evaluation is not None:
+        update["evaluation"] = evaluation_of(result.evaluation)
     progress = status.progress
     if progress is not None:
         step = max(progress.step, result.step)
@@ -107,5 +109,15 @@ def is_transition(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool
         return True
     if [(c.type, c.status, c.reason) for c in old.conditions] != [(c.type, c.status, c.reason) for c in new.conditions]:
         return True
-    fixed = ("attempts", "image", "plan", "artifact", "child", "start_time", "completion_time")
+    fixed = (
+        "attempts",
+        "image",
+        "plan",
+        "evaluation",
+        "incidents",
+        "artifact",
+        "child",
+        "start_time",
+        "completion_time",
+    )
     return any(getattr(old, name) != getattr(new, name) for name in fixed)

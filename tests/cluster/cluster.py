@@ -83,11 +83,19 @@ class Cluster:
         self._api: Api
 
     @classmethod
-    def start(cls, state: Path | None = None, *, verbose: bool = True) -> Cluster:
+    def start(
+        cls,
+        state: Path | None = None,
+        *,
+        verbose: bool = True,
+        with_node: bool = True,
+        flags: Mapping[str, Sequence[str]] | None = None,
+    ) -> Cluster:
         """Start a cluster and wait until all of it works; build and install first what is missing.
 
         ``state`` is a folder that must not exist yet; it is removed at the end. Without it there is one below the
-        folder for temporary files.
+        folder for temporary files. Without ``with_node`` there are only etcd, API server, controller manager and
+        training-operator: pods are stored and never run. ``flags`` are further arguments of components, by name.
 
         Raises:
             ClusterError: it did not start; nothing of it is left then.
@@ -95,8 +103,9 @@ class Cluster:
         reason = unusable_because()
         if reason:
             raise ClusterError(reason)
-        packages.install(packages.NODE_PACKAGES)
-        tools.build_missing()
+        if with_node:
+            packages.install(packages.NODE_PACKAGES)
+        tools.build_missing(tools.ALL if with_node else tools.CONTROL_PLANE)
         programs = clients.clients()
         if state is None:
             state = Path(tempfile.mkdtemp(prefix="finetune-cluster-"))
@@ -104,7 +113,7 @@ class Cluster:
             state.mkdir(parents=True)
         cluster = cls(Layout(state.resolve()), verbose)
         try:
-            cluster._bring_up(programs)
+            cluster._bring_up(programs, with_node=with_node, flags=flags or {})
         except BaseException:
             cluster.stop()
             raise
@@ -244,31 +253,40 @@ class Cluster:
 
     # How it comes up
 
-    def _bring_up(self, programs: Mapping[str, Path]) -> None:
+    def _bring_up(self, programs: Mapping[str, Path], *, with_node: bool, flags: Mapping[str, Sequence[str]]) -> None:
         self.layout.create()
         self.layout.owner_pid.write_text(str(os.getpid()))
         self._start_watcher()
         self._credentials = issue(self.layout)
         self._api = Api(self._credentials.authority, self._credentials.administrator)
-        self._define_components()
+        self._define_control_plane(flags)
+        if with_node:
+            self._define_node(flags)
         self._write_scripts(programs)
         self._tell("namespaces and certificates")
-        self._start("etcd", "api-server", "containerd", "minio", "registry")
+        self._start("etcd", "api-server")
+        if with_node:
+            self._start("containerd", "minio", "registry")
         self.components["etcd"].wait_ready()
-        self.components["containerd"].wait_ready()
-        self._import_images(self.namespaces)
-        self._tell("containerd")
+        if with_node:
+            self.components["containerd"].wait_ready()
+            self._import_images(self.namespaces)
+            self._tell("containerd")
         self.components["api-server"].wait_ready()
         self._tell("API server")
-        self._start("controller-manager", "scheduler", "kubelet", "coredns")
+        self._start("controller-manager")
+        if with_node:
+            self._start("scheduler", "kubelet", "coredns")
         with self.enter():
             addons.apply_objects(self._api, self._credentials)
             # A controller that starts before its kind is served looks for it again only 10 s later.
             wait_for(
                 "the PyTorchJob CRD", lambda: addons.crd_established(self._api), 30, evidence=self._log("api-server")
             )
-        self.components["kubelet"].wait_ready()
-        self._start("device-plugin", "training-operator")
+        if with_node:
+            self.components["kubelet"].wait_ready()
+            self._start("device-plugin")
+        self._start("training-operator")
         for component in self.components.values():
             component.wait_ready()
         with self.enter():
@@ -301,14 +319,21 @@ class Cluster:
 
         wait_for("the namespaces", ready, 20, evidence=lambda: tail(init_log))
 
-    def _define_components(self) -> None:
+    def _define_control_plane(self, flags: Mapping[str, Sequence[str]]) -> None:
         layout, credentials, api = self.layout, self._credentials, self._api
         probe = f"http://{HOST_ADDRESS}:{TRAINING_OPERATOR_PROBE_PORT}/readyz"
+
+        def define(name: str, argv: list[str], ready: Callable[[], bool]) -> None:
+            self._define(name, [*argv, *flags.get(name, ())], ready)
+
+        define("etcd", control_plane.etcd(layout), lambda: answers(f"{control_plane.ETCD_URL}/health"))
+        define("api-server", control_plane.api_server(layout, credentials), api.ready)
+        define("controller-manager", control_plane.controller_manager(credentials), self._namespace_filled)
+        define("training-operator", addons.training_operator(layout, credentials), lambda: answers(probe))
+
+    def _define_node(self, flags: Mapping[str, Sequence[str]]) -> None:
+        layout, credentials, api = self.layout, self._credentials, self._api
         containerd_socket = Path(f"/proc/{self.namespaces.pid}/root{CONTAINERD_SOCKET}")
-        self._define("etcd", control_plane.etcd(layout), lambda: answers(f"{control_plane.ETCD_URL}/health"))
-        self._define("api-server", control_plane.api_server(layout, credentials), api.ready)
-        self._define("controller-manager", control_plane.controller_manager(credentials), self._namespace_filled)
-        self._define("scheduler", control_plane.scheduler(credentials), lambda: True)
         kubelet = node.kubelet(
             layout,
             FIRST_NODE,
@@ -317,10 +342,17 @@ class Cluster:
             credentials.kubelet_servers[FIRST_NODE.name],
             self._cgroup,
         )
-        self._define("containerd", node.containerd(layout, FIRST_NODE), containerd_socket.exists)
-        self._define("kubelet", kubelet, lambda: node.is_ready(api, FIRST_NODE.name))
-        self._define("device-plugin", node.device_plugin(), lambda: node.has_devices(api, FIRST_NODE.name))
-        self._define(
+
+        def define(
+            name: str, argv: list[str], ready: Callable[[], bool], environment: Mapping[str, str] | None = None
+        ) -> None:
+            self._define(name, [*argv, *flags.get(name, ())], ready, environment)
+
+        define("scheduler", control_plane.scheduler(credentials), lambda: True)
+        define("containerd", node.containerd(layout, FIRST_NODE), containerd_socket.exists)
+        define("kubelet", kubelet, lambda: node.is_ready(api, FIRST_NODE.name))
+        define("device-plugin", node.device_plugin(), lambda: node.has_devices(api, FIRST_NODE.name))
+        define(
             "coredns", addons.coredns(layout, credentials), lambda: answers(f"http://127.0.0.1:{DNS_READY_PORT}/ready")
         )
         store = {
@@ -328,16 +360,11 @@ class Cluster:
             "MINIO_ROOT_PASSWORD": self.minio.secret_key,
             "MINIO_BROWSER": "off",
         }
-        self._define("minio", addons.minio(layout), lambda: answers(f"{self.minio.endpoint}/minio/health/live"), store)
-        self._define(
+        define("minio", addons.minio(layout), lambda: answers(f"{self.minio.endpoint}/minio/health/live"), store)
+        define(
             "registry",
             registry.command(layout.config / "registry.json", node.REGISTRY),
             lambda: answers(f"http://{HOST_ADDRESS}:{REGISTRY_PORT}/v2/"),
-        )
-        self._define(
-            "training-operator",
-            addons.training_operator(layout, credentials),
-            lambda: answers(probe),
         )
 
     def _define(

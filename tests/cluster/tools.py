@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,6 +133,10 @@ ALL = (
 )
 
 
+CONTROL_PLANE = (ETCD, API_SERVER, CONTROLLER_MANAGER, TRAINING_OPERATOR)
+"""What a cluster without a node runs."""
+
+
 def pinned_version(folder: str, module: str) -> str:
     """Return the version of ``module`` in the go.mod of ``tools/<folder>``."""
     text = (TOOLS_FOLDER / folder / "go.mod").read_text()
@@ -141,12 +146,12 @@ def pinned_version(folder: str, module: str) -> str:
     return found[1]
 
 
-def build_missing() -> None:
-    """Build every binary that is neither named by the environment nor in the cache."""
-    if not any(tool.missing for tool in ALL):
+def build_missing(wanted: Sequence[Tool] = ALL) -> None:
+    """Build every binary of ``wanted`` that is neither named by the environment nor in the cache."""
+    if not any(tool.missing for tool in wanted):
         return
     with locked("build"):
-        missing = [tool for tool in ALL if tool.missing]
+        missing = [tool for tool in wanted if tool.missing]
         if missing:
             _check_go()
         for number, tool in enumerate(missing, 1):

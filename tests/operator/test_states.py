@@ -50,6 +50,7 @@ REPORT = Report(
     history=[],
     checkpoints=[],
 )
+OVERDUE = REPORT.model_copy(update={"checkpoint_problem": "the store is down"})
 FINAL = (
     Reason.BAD_INPUT,
     Reason.DIVERGED,
@@ -71,7 +72,7 @@ PROBLEMS = (
 
 @pytest.mark.parametrize("attempts", ATTEMPTS, ids=["none", "between", "running", "ending", "cancelled", "late"])
 def test_every_condition_that_can_be_computed_is_explained(attempts: AttemptsStatus) -> None:
-    views = itertools.product(SETTLED, PROBLEMS, (None, REPORT), ("", "spec.a: must"), POLICIES, CHILDREN)
+    views = itertools.product(SETTLED, PROBLEMS, (None, REPORT, OVERDUE), ("", "spec.a: must"), POLICIES, CHILDREN)
     for settled, problem, report, invalid, policy, child in views:
         view = View(
             now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, settled=settled, problem=problem,

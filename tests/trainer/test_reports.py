@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from finetune_core.contract import CurvePoint, Phase, Report
-from finetune_trainer.reporting import MOST_POINTS, Speed, thin
+from finetune_trainer.reporting import MOST_POINTS, Speed, Tokens, thin
 from tests.trainer.conftest import StartPods
+from tests.trainer.gangs import step_rows
 from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config
 
@@ -101,8 +102,48 @@ def test_reports_tell_the_run_from_loading_to_its_result(
     assert [point.step for point in last.history] == [1, 2, 3, 4, 5, 6]
     assert [point.step for point in last.history if point.perplexity is not None] == [3, 6]
     assert [(record.run, record.step) for record in last.checkpoints] == [(1, 3), (1, 6)]
-    assert last.metrics.keys() == {"loss", "perplexity", "learningRate", "gradientNorm"}
+    assert last.metrics.keys() == {
+        "loss",
+        "perplexity",
+        "learningRate",
+        "gradientNorm",
+        "supervisedTokensPerSecond",
+        "paddedTokensPerSecond",
+        "memoryBytes",
+        "memoryPeakBytes",
+        "dataSeconds",
+        "forwardSeconds",
+        "backwardSeconds",
+        "updateSeconds",
+        "stepSeconds",
+        "checkpointSeconds",
+        "skippedUpdates",
+    }
+    rows = step_rows(store, "reported")
+    assert [row.step for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        parts = (row.data_seconds, row.forward_seconds, row.backward_seconds, row.update_seconds)
+        assert all(part > 0 for part in parts)
+        assert sum(parts) <= row.seconds
+        assert row.tokens < row.real_tokens < row.padded_tokens
+        assert 0 < row.memory_bytes <= row.memory_peak_bytes
+        assert row.mfu is None  # nobody knows what a CPU could do
+    # The checkpoint of step 3 is told with the step after it.
+    assert rows[3].checkpoint_seconds > 0
+    assert rows[4].checkpoint_seconds == 0
+    assert last.metrics["skippedUpdates"] == 0
     assert last.tokens_per_second is not None
+    assert last.metrics["supervisedTokensPerSecond"] < last.tokens_per_second < last.metrics["paddedTokensPerSecond"]
+    assert last.best is not None
+    assert last.best.step in (3, 6)
+    evaluation = last.evaluation
+    assert evaluation is not None
+    assert (evaluation.rows, evaluation.examples, evaluation.tuned_step) == ("Validation", 7, 6)
+    assert evaluation.base is not None
+    assert evaluation.tuned is not None
+    assert evaluation.tuned.perplexity == pytest.approx(rows[-1].perplexity, rel=1e-6)
+    assert evaluation.base.perplexity > evaluation.tuned.perplexity
+    assert attempt.pods[0].result.evaluation == evaluation
     assert [report.step for report in report_server.reports] == sorted(report.step for report in report_server.reports)
 
 
@@ -122,6 +163,6 @@ def test_speed_and_remaining_time_come_from_a_sliding_window() -> None:
     speed = Speed(now=0.0)
     assert speed.eta_seconds(10) is None
     for step in range(1, 101):
-        speed.step(now=float(step if step <= 50 else 50 + 2 * (step - 50)), tokens=10)
-    assert speed.tokens_per_second() == 5.0
+        speed.step(now=float(step if step <= 50 else 50 + 2 * (step - 50)), tokens=Tokens(10, 20, 40))
+    assert speed.per_second() == (5.0, 10.0, 20.0)
     assert speed.eta_seconds(10) == 20

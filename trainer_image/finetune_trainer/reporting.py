@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import requests
 
@@ -46,24 +47,47 @@ def _even(items: Sequence[int], count: int) -> list[int]:
     return [items[(index + 1) * len(items) // count - 1] for index in range(count)]
 
 
+class Tokens(NamedTuple):
+    """Tokens of a step."""
+
+    supervised: int
+    """Those that the loss is taken on."""
+    real: int
+    """Prompts and answers."""
+    padded: int
+    """All positions that were computed."""
+
+
+class TokenRates(NamedTuple):
+    """Tokens per second, None before the first step."""
+
+    supervised: float | None
+    real: float | None
+    padded: float | None
+
+
 class Speed:
     """Tokens per second and remaining time from a sliding window of steps; all time counts, also that of saving."""
 
     def __init__(self, now: float) -> None:
         """Start at monotonic time ``now``."""
-        self._ticks: collections.deque[tuple[float, int]] = collections.deque([(now, 0)], maxlen=RATE_WINDOW + 1)
+        begun = (now, Tokens(0, 0, 0))
+        self._ticks: collections.deque[tuple[float, Tokens]] = collections.deque([begun], maxlen=RATE_WINDOW + 1)
 
-    def step(self, now: float, tokens: int) -> None:
-        """Note a finished step of ``tokens`` supervised tokens."""
+    def step(self, now: float, tokens: Tokens) -> None:
+        """Note a finished step."""
         self._ticks.append((now, tokens))
 
     def _elapsed(self) -> float:
         return self._ticks[-1][0] - self._ticks[0][0]
 
-    def tokens_per_second(self) -> float | None:
-        """Return the supervised tokens per second over the window, None before the first step."""
+    def per_second(self) -> TokenRates:
+        """Return the tokens per second over the window, of each kind."""
         elapsed = self._elapsed()
-        return sum(tokens for _, tokens in list(self._ticks)[1:]) / elapsed if elapsed > 0 else None
+        if elapsed <= 0:
+            return TokenRates(None, None, None)
+        steps = [tokens for _, tokens in list(self._ticks)[1:]]
+        return TokenRates(*(sum(kind) / elapsed for kind in zip(*steps, strict=True)))
 
     def eta_seconds(self, steps_left: int) -> int | None:
         """Return the seconds that ``steps_left`` steps will take at this speed, None before the first step."""

@@ -14,6 +14,7 @@ HISTORY_LIMIT = 60
 CHECKPOINT_LIMIT = 100
 RECENT_ATTEMPTS_LIMIT = 20
 NOTICE_LIMIT = 8
+INCIDENT_LIMIT = 20
 MOST_HOLDERS = 198
 """Pods of one attempt and those of the one before that still end."""
 
@@ -170,12 +171,14 @@ class CheckpointStatus(StatusModel):
     """sha256 of manifest.json."""
     perplexity: Decimal | None = None
     """Validation perplexity at this step."""
+    task_score: Decimal | None = None
+    """Share of right answers at this step, where checkpoints are chosen by it."""
     time: datetime
     """When it was committed."""
     last: bool = False
     """The newest."""
     best: bool = False
-    """The least perplexity."""
+    """The best by `evaluation.bestBy`."""
     damaged: Annotated[str, Field(max_length=256)] = ""
     """Why it can't be resumed from: the object and how it differs; empty where nothing is known to be wrong."""
 
@@ -197,13 +200,28 @@ class PlanStatus(StatusModel):
     """Estimated peak of one pod."""
 
 
+class NamedScore(StatusModel):
+    """One of the scores of a task."""
+
+    name: Annotated[str, Field(max_length=32)]
+    """Such as strict, orderFree, function, attributes, values (ViGGO), exact (GSM8K), execution (SQL)."""
+    value: Decimal
+    """Share of right answers, from 0 to 1."""
+
+
 class Scores(StatusModel):
     """How well a model does on the rows that it was scored with."""
 
     perplexity: Decimal | None = None
     """exp of the mean loss over supervised tokens."""
+    all_token_perplexity: Decimal | None = None
+    """The same over the tokens of prompts and answers, as in Anyscale's study."""
     task_score: Decimal | None = None
     """Share of answers that the grader of `dataset.task` accepts, from 0 to 1."""
+    scores: Annotated[list[NamedScore], Field(max_length=8, json_schema_extra=ATOMIC)] = []
+    """Every score of the task."""
+    graded: Count = 0
+    """Answers that were graded; rows whose own answer can't be graded against are left out."""
 
 
 class EvaluationStatus(StatusModel):
@@ -217,6 +235,25 @@ class EvaluationStatus(StatusModel):
     """The base model, without added tokens."""
     tuned: Scores | None = None
     """The artifact."""
+    tuned_step: Count | None = None
+    """Step of the checkpoint that the artifact was made of."""
+
+
+class IncidentStatus(StatusModel):
+    """Training went wrong without an error."""
+
+    step: Count
+    """Step at which it was noticed."""
+    kind: Annotated[str, Field(max_length=32)]
+    """NonFiniteLoss, NonFiniteGradient, LossSpike, GradientSpike, LossDrift or LossAboveStart."""
+    value: Annotated[str, Field(max_length=32)]
+    """What was measured."""
+    threshold: Annotated[str, Field(max_length=32)]
+    """What it had to stay below."""
+    action: Annotated[str, Field(max_length=32)]
+    """Record, RollBack or Fail."""
+    message: Text = ""
+    """A sentence for people."""
 
 
 class UsageStatus(StatusModel):
@@ -269,7 +306,7 @@ class FineTuneJobStatus(StatusModel):
     """All known conditions, from the first write on."""
     attempts: AttemptsStatus = AttemptsStatus()
     """How often the job was started."""
-    image: Annotated[str, Field(max_length=512)] | None = None
+    image: Annotated[str, Field(max_length=704)] | None = None
     """Trainer image, with its digest as soon as a node has pulled it: fixed at attempt 1 for every later one."""
     start_time: datetime | None = None
     """When the first attempt was started."""
@@ -287,6 +324,8 @@ class FineTuneJobStatus(StatusModel):
     """What the trainer told that is no failure, oldest first: rows left out, a checkpoint passed over and why."""
     plan: PlanStatus | None = None
     """What was chosen where the spec leaves it open."""
+    incidents: Annotated[list[IncidentStatus], Field(max_length=INCIDENT_LIMIT, json_schema_extra=ATOMIC)] = []
+    """What the stability monitor noticed, oldest first; the newest ones stay."""
     evaluation: EvaluationStatus | None = None
     """Base model and tuned model on the same rows."""
     artifact: ArtifactStatus | None = None

@@ -10,6 +10,7 @@ from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Manifest, ar
 from finetune_trainer.storage.checkpoints import Damaged, commit_folder, read_manifest, upload_files
 from finetune_trainer.storage.lineage import check_fence
 from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.scores import read_scores
 
 
 def committed_result(root: RunRoot) -> Result | None:
@@ -24,8 +25,9 @@ def committed_result(root: RunRoot) -> Result | None:
     _, manifest_sha256 = read_manifest(root, pointer.folder)
     if manifest_sha256 != pointer.manifest_sha256:
         raise Damaged(f"{pointer.folder} is not the artifact that {ARTIFACT_POINTER} names")
+    scores = read_scores(root, pointer.run)
     return Result(
-        outcome=Outcome.COMPLETED,
+        outcome=pointer.outcome,
         message=f"the artifact of step {pointer.step} is committed",
         step=pointer.step,
         artifact=ArtifactRecord(
@@ -34,19 +36,33 @@ def committed_result(root: RunRoot) -> Result | None:
             bytes=pointer.bytes,
             manifest_sha256=pointer.manifest_sha256,
         ),
+        evaluation=scores.evaluation if scores is not None else None,
     )
 
 
-def publish(root: RunRoot, run: int, step: int, files: Sequence[Path]) -> Result:
+def publish(
+    root: RunRoot,
+    run: int,
+    step: int,
+    files: Sequence[Path],
+    *,
+    below: Path | None = None,
+    outcome: Outcome = Outcome.COMPLETED,
+) -> Result:
     """Upload and commit ``files`` as the artifact of ``run``, set the pointer, and return the result.
 
     Where an earlier run has set the pointer, its artifact is the result.
     """
     folder = artifact_folder(run)
-    manifest = Manifest(kind="Artifact", run=run, step=step, files=upload_files(root, folder, files))
+    manifest = Manifest(kind="Artifact", run=run, step=step, files=upload_files(root, folder, files, below=below))
     manifest_sha256 = commit_folder(root, folder, manifest)
     pointer = ArtifactPointer(
-        run=run, step=step, folder=folder, bytes=manifest.total_bytes, manifest_sha256=manifest_sha256
+        run=run,
+        step=step,
+        folder=folder,
+        bytes=manifest.total_bytes,
+        manifest_sha256=manifest_sha256,
+        outcome=outcome,
     )
     check_fence(root, run)
     root.create(ARTIFACT_POINTER, pointer.to_json().encode())

@@ -5,22 +5,20 @@ that nothing about it has to be saved.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from typing import Literal
 
-from finetune_core.contract import CheckpointRecord, EvaluationConfig
+from finetune_core.contract import CheckpointRecord, ContractModel, EvaluationConfig
 from finetune_trainer.storage.steplog import StepRow
 
 BestBy = Literal["Perplexity", "TaskScore"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Selection:
+class Selection(ContractModel):
     """How the evaluations of a run went so far."""
 
     best_by: BestBy
     min_delta: float
-    patience: int | None
+    patience: int | None = None
     best: float | None = None
     """The value to beat."""
     best_step: int = 0
@@ -45,8 +43,8 @@ class Selection:
         if value is None:
             return self
         if self.improves(value):
-            return replace(self, best=value, best_step=step, waited=0)
-        return replace(self, waited=self.waited + 1)
+            return self.model_copy(update={"best": value, "best_step": step, "waited": 0})
+        return self.model_copy(update={"waited": self.waited + 1})
 
 
 def begin(config: EvaluationConfig, history: Iterable[StepRow] = ()) -> Selection:
@@ -57,8 +55,8 @@ def begin(config: EvaluationConfig, history: Iterable[StepRow] = ()) -> Selectio
     return selection
 
 
-def best_of(records: Iterable[CheckpointRecord], best_by: BestBy) -> CheckpointRecord | None:
-    """Return the best of ``records``, the earlier one of equals, None where none was scored.
+def best_first(records: Iterable[CheckpointRecord], best_by: BestBy) -> list[CheckpointRecord]:
+    """Return the records that were scored, the best first, the earlier one of equals.
 
     By task score the lower perplexity decides between equals: answers are right or wrong, and many checkpoints tie.
     """
@@ -73,4 +71,4 @@ def best_of(records: Iterable[CheckpointRecord], best_by: BestBy) -> CheckpointR
         for record in records
         if (record.perplexity if best_by == "Perplexity" else record.task_score) is not None
     ]
-    return min(wanted, key=order, default=None)
+    return sorted(wanted, key=order)

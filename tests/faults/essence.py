@@ -1,0 +1,52 @@
+"""What a job's end must not depend on: everything that is stored of it, without times, uids and hashes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from tests.faults.world import World
+
+_TIMES = re.compile(r"[tT]ime$")
+_HASH = re.compile(r"-[0-9a-f]{8}-(?=\d)")
+_CLOCK = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|\+00:00)")
+_GONE = ("PodDeleted", "PodVanished", "PodReplaced", "ChildFailed", "DeletionByTaintManager", "EvictionByEvictionAPI")
+"""Free endings: which of them is told depends on whether the operator was there to see the pod go."""
+
+
+def essence(world: World, namespace: str) -> dict[str, Any]:
+    """Return the state of the one job of a namespace, comparable with that of another run."""
+    (job,) = world.jobs(namespace)
+    base = f"/api/v1/namespaces/{namespace}/configmaps?labelSelector=finetune.dev/job-uid"
+    maps = world.loop.run(world.admin.list_all(base))
+    return {
+        "status": _plain(job["status"]),
+        "ever": Counter(attempt for where, attempt in world.created.values() if where == namespace),
+        "children": sorted(child["metadata"]["labels"]["finetune.dev/attempt"] for child in world.children(namespace)),
+        "maps": sorted(found["metadata"]["labels"]["finetune.dev/attempt"] for found in maps),
+    }
+
+
+def events(world: World, namespace: str) -> Counter[str]:
+    """Return how often each reason was told about the job."""
+    path = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
+    found = world.loop.run(world.admin.list_all(path))
+    return Counter(event["reason"] for event in found if event["regarding"]["kind"] == "FineTuneJob")
+
+
+def _plain(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        gone = value.get("verdict") == "Free" and value.get("reason") in _GONE
+        masked = value | {"reason": "gone", "message": "gone", "node": ""} if gone else value
+        return {name: _plain(part, name) for name, part in masked.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if key in ("uid", "activeSeconds", "gpuSeconds"):
+        return key
+    if key == "image":
+        # Its digest is known once the operator saw a pod that runs; an attempt may come and go while it is away.
+        return str(value).partition("@")[0]
+    if isinstance(value, str):
+        return "time" if _TIMES.search(key) else _CLOCK.sub("time", _HASH.sub("-hash-", value))
+    return value

@@ -1,0 +1,45 @@
+"""An event loop in a thread of its own inside a cluster's network, for what runs beside a test: proxy, stub node."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from tests.cluster import Cluster
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Runs coroutines; everything they open lies inside the cluster's network namespace."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        """Start the thread."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        with cluster.enter():
+            self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float = 60) -> T:
+        """Run ``coroutine`` to its end and return its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Let ``coroutine`` run until the loop is stopped."""
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def stop(self) -> None:
+        """Cancel what still runs and end the thread."""
+        self.run(_cancel_all())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
+async def _cancel_all() -> None:
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

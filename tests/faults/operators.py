@@ -1,0 +1,181 @@
+"""The operator as a process that tests kill: installed by its chart, run with the chart's service account, started
+from a process that has imported everything already, so that hundreds of restarts cost little."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.cluster import Cluster, wait_for
+from tests.cluster.api import answers
+from tests.cluster.layout import API_URL, HOST_ADDRESS
+from tests.cluster.namespaces import children
+from tests.cluster.waiting import ClusterError, tail
+from tests.operator.programs import operator_program
+from tests.operator.worlds import REPOSITORY
+
+NAMESPACE = "operator-tests"
+RELEASE = "under-test"
+SERVICE_ACCOUNT = "under-test-finetune-operator"
+
+_NURSERY = """
+import os, sys
+import finetune_operator.__main__ as program
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        log = os.open(line.strip(), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2), os.close(0)
+        os.setsid()
+        sys.argv = ["finetune_operator"]
+        try:
+            program.main()
+        except SystemExit as end:
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+"""Forks an operator for every line, which names its log, and prints how it ended."""
+
+
+def install(cluster: Cluster) -> None:
+    """Install the chart without its Deployment's pod: CRD, role, service account, Secret."""
+    chart = str(REPOSITORY / "charts/finetune-operator")
+    options = ["--set", "replicas=0"]
+    cluster.helm("install", RELEASE, chart, "-n", NAMESPACE, "--create-namespace", *options)
+
+
+class OperatorProcess:
+    """One operator; `start`, `stop` and `restart` as often as needed."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        *,
+        server: str = API_URL,
+        ports: tuple[int, int] = (18443, 18080),
+        source: Path = REPOSITORY,
+        **settings: str,
+    ) -> None:
+        """Speak to ``server`` (default: the API server itself); ``ports`` are those of reports and health.
+
+        ``source`` is the checkout whose operator runs; ``settings`` become `FINETUNE_...` variables.
+        """
+        self.log = folder / "operator.log"
+        self._cluster = cluster
+        self._health = f"http://127.0.0.1:{ports[1]}"
+        self._nursery: subprocess.Popen[str] | None = None
+        self._waiting = False
+        program = operator_program(
+            cluster,
+            folder,
+            namespace=NAMESPACE,
+            account=SERVICE_ACCOUNT,
+            health_port=ports[1],
+            api_url=server,
+            settings={"FINETUNE_REPORT_HOST": HOST_ADDRESS, "FINETUNE_REPORT_PORT": str(ports[0])}
+            | {f"FINETUNE_{name.upper()}": value for name, value in settings.items()},
+        )
+        packages = [str(source / part) for part in ("core", "operator")]
+        self._environment = {**program.environment, "PYTHONPATH": os.pathsep.join(packages)}
+
+    def start(self) -> None:
+        """Start the operator; `wait_ready` waits for it."""
+        if self._nursery is None:
+            self._nursery = subprocess.Popen(
+                self._cluster.namespaces.command([sys.executable, "-c", _NURSERY]),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self._environment,
+                start_new_session=True,
+            )
+        assert self._nursery.stdin is not None
+        self._nursery.stdin.write(f"{self.log}\n")
+        self._nursery.stdin.flush()
+        self._waiting = True
+
+    @property
+    def pid(self) -> int | None:
+        """The operator's process id as the machine counts; None where none runs."""
+        if self._nursery is None:
+            return None
+        # nsenter is the parent of the nursery, and that of the operator.
+        nursery = children(self._nursery.pid)
+        running = children(nursery[0]) if nursery else []
+        return running[0] if running else None
+
+    def wait_end(self, timeout: float = 60) -> int:
+        """Wait until the operator has ended, by itself or by a signal, and return its code (-9: killed by 9)."""
+        wait_for("the operator to end", lambda: self.pid is None, timeout, evidence=self.evidence)
+        assert self._nursery is not None
+        assert self._nursery.stdout is not None
+        self._waiting = False
+        return int(self._nursery.stdout.readline())
+
+    def send(self, number: int) -> None:
+        """Send the operator a signal."""
+        pid = self.pid
+        if pid is None:
+            raise ClusterError(f"no operator runs\n{self.evidence()}")
+        os.kill(pid, number)
+
+    def stop(self, number: int = signal.SIGKILL) -> None:
+        """End the operator."""
+        if self._waiting:
+            if self.pid is not None:
+                self.send(number)
+            self.wait_end()
+
+    def close(self) -> None:
+        """End the operator and what starts it."""
+        self.stop()
+        if self._nursery is not None:
+            assert self._nursery.stdin is not None
+            self._nursery.stdin.close()
+            self._nursery.wait(10)
+            self._nursery = None
+
+    def restart(self) -> None:
+        """Kill it, start it again, and wait until it serves."""
+        self.stop()
+        self.start()
+        self.wait_ready()
+
+    def wait_ready(self, timeout: float = 60) -> None:
+        """Wait until it has listed all jobs."""
+        wait_for("the operator to be ready", lambda: self.answers("/readyz"), timeout, evidence=self.evidence)
+
+    def answers(self, path: str) -> bool:
+        """Whether the health server says yes."""
+        with self._cluster.enter():
+            return answers(self._health + path)
+
+    def metric(self, name: str, labels: str = "") -> float:
+        """Return the sum of a metric over its series whose labels contain ``labels``; 0 where there is none."""
+        with self._cluster.enter(), urllib.request.urlopen(f"{self._health}/metrics", timeout=10) as answer:  # noqa: S310
+            lines = answer.read().decode().splitlines()
+        series = [line.rsplit(" ", 1) for line in lines if re.match(rf"{name}(\{{|\s)", line) and labels in line]
+        return sum(float(value) for _, value in series)
+
+    def memory(self) -> Mapping[str, int]:
+        """Return VmRSS and VmHWM in bytes."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
+
+    def evidence(self) -> str:
+        """Return the end of its log."""
+        return tail(self.log)

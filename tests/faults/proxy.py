@@ -1,0 +1,287 @@
+"""A proxy between the operator and the real API server: it forwards every request, streams watches line by line,
+keeps a record, and does to some requests what `rules` say. It can kill the operator right after a chosen write.
+
+It speaks HTTPS with the API server's own certificate, so that a client only needs another port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import ssl
+import struct
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from socket import SO_LINGER, SOL_SOCKET
+
+import aiohttp
+from aiohttp import web
+
+from tests.cluster.layout import API_URL
+from tests.faults.rules import (
+    WRITES,
+    Answer,
+    CutWatch,
+    Delay,
+    Drop,
+    EditEvents,
+    Event,
+    Fault,
+    Request,
+    Reset,
+    Rule,
+    ServeOld,
+    StreamError,
+)
+
+_HOP_HEADERS = {"connection", "host", "content-length", "transfer-encoding", "keep-alive", "accept-encoding"}
+_LARGEST_BODY = 16 * 1024**2
+_WATCH_LINE = 4 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A request that came through, with the answer that the operator got (0: none)."""
+
+    at: float
+    """On the monotonic clock."""
+    request: Request
+    status: int
+
+    @property
+    def wrote(self) -> bool:
+        """Whether it changed something."""
+        return self.request.verb in WRITES and 200 <= self.status < 300
+
+
+@dataclass
+class Kill:
+    """Kill a process right after the ``number``-th successful write in ``namespace``, counted from 1."""
+
+    number: int
+    victim: Callable[[], int | None]
+    """Asked for the process id at that moment; None where none runs."""
+    namespace: str = ""
+    """Empty: all."""
+    tell: bool = False
+    """Pass the answer on before the kill, so that the victim may have read it."""
+    writes: int = field(default=0, init=False)
+    done: bool = field(default=False, init=False)
+
+    def is_due(self, request: Request) -> bool:
+        """Count a successful write, and tell whether it was the last one."""
+        if self.done or (self.namespace and request.namespace != self.namespace):
+            return False
+        self.writes += 1
+        self.done = self.writes >= self.number
+        return self.done
+
+
+class FaultProxy:
+    """Runs in the event loop of the thread that starts it; `rules` and `kills` may be changed from any thread."""
+
+    def __init__(self, *, server: ssl.SSLContext, client: ssl.SSLContext, target: str = API_URL) -> None:
+        """Serve with ``server``, and speak to ``target`` with ``client``."""
+        self.rules: list[Rule] = []
+        self.kills: list[Kill] = []
+        self.records: list[Record] = []
+        self.port = 0
+        self._server_context = server
+        self._client_context = client
+        self._target = target
+        self._runner: web.AppRunner | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._watches: set[asyncio.Task[object]] = set()
+
+    async def start(self) -> None:
+        """Listen on 127.0.0.1; the port stays the same over `stop` and `start`."""
+        connector = aiohttp.TCPConnector(limit=0, ssl=self._client_context)
+        # Compressed answers would have to be unpacked for the watches' sake: nobody gets one.
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            read_bufsize=_WATCH_LINE,
+            timeout=aiohttp.ClientTimeout(total=None),
+            skip_auto_headers=["Accept-Encoding", "User-Agent"],
+        )
+        application = web.Application(client_max_size=_LARGEST_BODY)
+        application.router.add_route("*", "/{path:.*}", self._handle)
+        # A client that goes away ends its watch here too; what it wrote is carried out all the same: see _handle.
+        self._runner = web.AppRunner(
+            application, handle_signals=False, access_log=None, shutdown_timeout=0, handler_cancellation=True
+        )
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self._server_context, reuse_address=True)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Refuse connections from now on, and end those that are open."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._session is not None:
+            await self._session.close()
+
+    @contextlib.contextmanager
+    def fault(self, *rules: Rule) -> Iterator[None]:
+        """Apply ``rules`` in the block."""
+        self.rules = [*self.rules, *rules]
+        try:
+            yield
+        finally:
+            self.rules = [rule for rule in self.rules if rule not in rules]
+
+    async def end_watches(self) -> None:
+        """Cut every open watch, so that the next ones meet the rules."""
+        for watch in self._watches:
+            watch.cancel()
+
+    # ---- one request ----
+
+    async def _handle(self, incoming: web.Request) -> web.StreamResponse:
+        request = Request.of(incoming.method, incoming.path, incoming.query)
+        fault = next((rule.fault for rule in self.rules if rule.takes(request)), None)
+        if isinstance(fault, Delay):
+            await asyncio.sleep(fault.seconds)
+        elif isinstance(fault, Answer):
+            return self._answer(request, fault)
+        elif isinstance(fault, Drop):
+            self._note(request, 0)
+            await asyncio.Event().wait()  # until the client gives up
+        elif isinstance(fault, Reset) and not fault.carried_out:
+            self._note(request, 0)
+            return self._reset(incoming)
+        if request.verb == "watch":
+            return await self._watch(incoming, request, fault)
+        return await asyncio.shield(asyncio.ensure_future(self._forward(incoming, request, fault)))
+
+    def _answer(self, request: Request, fault: Answer) -> web.Response:
+        self._note(request, fault.status)
+        status = {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "status": "Failure",
+            "code": fault.status,
+            "reason": fault.reason,
+            "message": f"{fault.reason or fault.status} by the proxy",
+        }
+        return web.json_response(status, status=fault.status, headers=fault.headers)
+
+    async def _forward(self, incoming: web.Request, request: Request, fault: Fault | None) -> web.StreamResponse:
+        body = await incoming.read()
+        try:
+            async with self._upstream(incoming, fault, body) as response:
+                content = await response.read()
+        except aiohttp.ClientError:
+            # The server is away: so is the proxy.
+            self._note(request, 0)
+            return self._reset(incoming)
+        killer = self._killer(request, response.status)
+        if killer is not None and not killer.tell:
+            self._note(request, 0)
+            _kill(killer)
+            return self._reset(incoming)
+        if isinstance(fault, Reset):
+            self._note(request, 0)
+            return self._reset(incoming)
+        self._note(request, response.status)
+        headers = {"Content-Type": response.headers.get("Content-Type", "application/json")}
+        answer = web.Response(status=response.status, body=content, headers=headers)
+        if killer is not None:
+            await answer.prepare(incoming)
+            await answer.write_eof()
+            _kill(killer)
+        return answer
+
+    def _killer(self, request: Request, status: int) -> Kill | None:
+        if request.verb not in WRITES or not 200 <= status < 300:
+            return None
+        # Every kill counts; a list, because `next` would stop counting at the first.
+        due = [kill for kill in self.kills if kill.is_due(request)]
+        return due[0] if due else None
+
+    async def _watch(self, incoming: web.Request, request: Request, fault: Fault | None) -> web.StreamResponse:
+        task = asyncio.current_task()
+        assert task is not None
+        answer = web.StreamResponse(headers={"Content-Type": "application/json"})
+        self._watches.add(task)
+        try:
+            async with self._upstream(incoming, fault, b"") as response:
+                self._note(request, response.status)
+                if response.status != 200:
+                    return web.Response(status=response.status, body=await response.read())
+                await answer.prepare(incoming)
+                async for line in _edited(response.content, fault):
+                    await answer.write(line)
+        except (aiohttp.ClientError, ConnectionError, asyncio.CancelledError):
+            if not answer.prepared:
+                self._note(request, 0)
+            # However it ended, the operator sees a stream that ends in mid-air.
+            return self._reset(incoming)
+        finally:
+            self._watches.discard(task)
+        await answer.write_eof()
+        return answer
+
+    @contextlib.asynccontextmanager
+    async def _upstream(
+        self, incoming: web.Request, fault: Fault | None, body: bytes
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        assert self._session is not None
+        query = dict(incoming.query)
+        if isinstance(fault, ServeOld):
+            query.pop("continue", None)
+            query |= {"resourceVersion": fault.resource_version}
+            if "watch" not in query:
+                query["resourceVersionMatch"] = "Exact"
+        headers = {name: value for name, value in incoming.headers.items() if name.lower() not in _HOP_HEADERS}
+        url = self._target + incoming.path
+        async with self._session.request(
+            incoming.method, url, params=query, data=body or None, headers=headers
+        ) as response:
+            yield response
+
+    def _reset(self, incoming: web.Request) -> web.Response:
+        """Close the connection with a reset instead of an end."""
+        transport = incoming.transport
+        if transport is not None:
+            connection = transport.get_extra_info("socket")
+            if connection is not None:
+                connection.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+            transport.abort()
+        return web.Response()
+
+    def _note(self, request: Request, status: int) -> None:
+        self.records.append(Record(time.monotonic(), request, status))
+
+
+def _kill(kill: Kill) -> None:
+    pid = kill.victim()
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+
+
+async def _edited(stream: aiohttp.StreamReader, fault: Fault | None) -> AsyncIterator[bytes]:
+    """Yield the lines of a watch as the fault leaves them."""
+    if isinstance(fault, StreamError):
+        status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": fault.code, "reason": fault.reason}
+        yield _line({"type": "ERROR", "object": status | {"message": "an error by the proxy"}})
+        return
+    sent = 0
+    while line := await stream.readline():
+        if isinstance(fault, CutWatch) and sent >= fault.after_events:
+            return
+        sent += 1
+        if isinstance(fault, EditEvents):
+            for event in fault.edit(json.loads(line)):
+                yield _line(event)
+        else:
+            yield line
+
+
+def _line(event: Event) -> bytes:
+    return json.dumps(event).encode() + b"\n"

@@ -1,0 +1,337 @@
+"""A node without containers: it does to the pods of PyTorchJobs what a kubelet does, as fast as the API server takes
+it, so that whole jobs run to their end in seconds. It also plays what befalls pods: drains, deletions, lost nodes.
+
+A pod's annotation says what happens to it, one word an attempt (`exit-75 drained done`; the last word repeats). Pods
+without the annotation run and are left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import aiohttp
+
+from finetune_core.api import GROUP, PLURAL, VERSION
+from finetune_core.contract import EXIT_CODES, ArtifactRecord, Outcome, Result
+from finetune_operator.labels import ATTEMPT, JOB_NAME, REPLICA_INDEX, TRAINING_CONTAINER
+from tests.faults.admin import MERGE_PATCH, Admin, Manifest, RefusedError
+
+SCRIPT = "stub-node/script"
+NODE = "stub-1"
+HEARTBEAT_SECONDS = 2.0
+TRIES, RETRY_SECONDS = 20, 0.2
+TERMINATION_SECONDS = 0.5
+"""What a trainer takes to commit and leave after SIGTERM."""
+DISRUPTIONS = ("drained", "deleted", "vanished", "lost")
+STRATEGIC = "application/strategic-merge-patch+json"
+GANG = "training.kubeflow.org/job-name"
+_LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
+
+
+def script(*words: str) -> dict[str, str]:
+    """Return the annotation for podTemplate.annotations."""
+    return {SCRIPT: " ".join(words)}
+
+
+def message(outcome: Outcome) -> str:
+    """Return the termination message of a trainer that came to ``outcome``."""
+    artifact = ArtifactRecord(uri="s3://bucket/artifacts/000001", step=100, bytes=12, manifest_sha256="ab")
+    done = outcome in (Outcome.COMPLETED, Outcome.EARLY_STOPPED)
+    result = Result(outcome=outcome, message="", step=100, artifact=artifact if done else None)
+    return result.to_termination_message()
+
+
+class StubNode:
+    """Watches all pods that belong to PyTorchJobs and moves them along; runs inside one event loop."""
+
+    def __init__(self, admin: Admin, *, delay: float = 0.2) -> None:
+        """Let ``delay`` seconds pass between all pods running and what befalls them."""
+        self._admin = admin
+        self._delay = delay
+        self._pods: dict[str, Manifest] = {}
+        self._gangs: dict[str, dict[str, Manifest]] = {}
+        self._busy: set[str] = set()
+        self._acted: set[str] = set()
+        self._alive = {NODE}
+        self._lost: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.errors: list[str] = []
+        """What the API server refused for other reasons than that an object has gone."""
+
+    async def start(self) -> None:
+        """Join the cluster and begin."""
+        await self._join(NODE)
+        self._spawn(self._heartbeat())
+        self._spawn(self._watch())
+
+    # ---- the node itself ----
+
+    async def _join(self, node: str) -> None:
+        """Create a node that is ready, with a lease; one that exists is kept."""
+        ready = {
+            "type": "Ready",
+            "status": "True",
+            "reason": "KubeletReady",
+            "message": "",
+            "lastHeartbeatTime": _now(),
+        }
+        ready["lastTransitionTime"] = _now()
+        await self._create("/api/v1/nodes", {"metadata": {"name": node}, "status": {"conditions": [ready]}})
+        spec = {"holderIdentity": node, "leaseDurationSeconds": 40, "renewTime": _micro_now()}
+        await self._create(_LEASES, {"metadata": {"name": node}, "spec": spec})
+        self._alive.add(node)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            for node in self._alive - self._lost:
+                await self._try(partial(self._renew, node))
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def _renew(self, node: str) -> None:
+        renewed = {"spec": {"renewTime": _micro_now()}}
+        await self._admin.call("PATCH", f"{_LEASES}/{node}", renewed, content_type=MERGE_PATCH)
+
+    # ---- pods ----
+
+    async def _watch(self) -> None:
+        async for event in self._admin.watch(f"/api/v1/pods?labelSelector={GANG}"):
+            pod = event["object"]
+            uid = pod["metadata"]["uid"]
+            gang = self._gangs.setdefault(_gang_of(pod), {})
+            if event["type"] == "DELETED":
+                self._pods.pop(uid, None)
+                gang.pop(uid, None)
+                continue
+            self._pods[uid] = gang[uid] = pod
+            self._look(pod)
+
+    def _look(self, pod: Manifest) -> None:
+        """Do the next thing to a pod, one at a time."""
+        uid = pod["metadata"]["uid"]
+        if uid in self._busy or pod["spec"].get("nodeName") in self._lost:
+            return
+        step = self._next_step(pod)
+        if step is not None:
+            self._busy.add(uid)
+            self._spawn(self._do(pod, step))
+
+    def _next_step(self, pod: Manifest) -> Callable[[Manifest], Awaitable[None]] | None:
+        if "deletionTimestamp" in pod["metadata"]:
+            return self._terminate
+        if not pod["spec"].get("nodeName"):
+            return None if word_of(pod) == "pending" else self._bind
+        if pod["status"]["phase"] == "Pending":
+            return self._run
+        gang = _gang_of(pod)
+        if pod["status"]["phase"] == "Running" and gang not in self._acted and self._is_complete(pod):
+            self._acted.add(gang)
+            # Not as a step of this pod: what befalls it may be a deletion, which is a step of its own.
+            self._spawn(self._try(partial(self._befall, pod)))
+        return None
+
+    async def _do(self, seen: Manifest, step: Callable[[Manifest], Awaitable[None]]) -> None:
+        uid = seen["metadata"]["uid"]
+        try:
+            await self._try(partial(step, seen))
+        finally:
+            self._busy.discard(uid)
+        # What happened meanwhile was passed over: the busy pod's events, and a gang that became complete.
+        latest = self._pods.get(uid)
+        if latest is not None and latest is not seen:
+            self._look(latest)
+
+    async def _bind(self, pod: Manifest) -> None:
+        node = NODE
+        if word_of(pod) == "lost" and _index(pod) == 1:
+            node = f"lost-{pod['metadata']['labels'][GANG]}"
+            await self._join(node)
+        name = pod["metadata"]["name"]
+        binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": {"name": node}}
+        await self._admin.call("POST", f"{_path(pod)}/binding", binding)
+
+    async def _run(self, pod: Manifest) -> None:
+        state = {"running": {"startedAt": _now()}}
+        ready = [{"type": kind, "status": "True"} for kind in ("Initialized", "ContainersReady", "Ready")]
+        await self._report(pod, {"phase": "Running", "startTime": _now(), "conditions": ready}, state)
+
+    async def _terminate(self, pod: Manifest) -> None:
+        """Obey a deletion: the trainer commits and leaves with 143, then the pod goes."""
+        if pod["status"]["phase"] == "Running":
+            await asyncio.sleep(TERMINATION_SECONDS)
+            await self.end(pod, EXIT_CODES[Outcome.STOPPED], message(Outcome.STOPPED))
+        uid = pod["metadata"]["uid"]
+        await self._admin.call("DELETE", _path(pod), {"gracePeriodSeconds": 0, "preconditions": {"uid": uid}})
+
+    async def end(self, pod: Manifest, code: int, text: str = "", reason: str = "") -> None:
+        """End the training container of a pod."""
+        why = reason or ("Completed" if code == 0 else "Error")
+        end = {"exitCode": code, "reason": why, "message": text, "startedAt": _now(), "finishedAt": _now()}
+        await self._report(pod, {"phase": "Succeeded" if code == 0 else "Failed"}, {"terminated": end})
+
+    async def _report(self, pod: Manifest, status: Manifest, state: Manifest) -> None:
+        image = pod["spec"]["containers"][0]["image"]
+        container = {
+            "name": TRAINING_CONTAINER,
+            "state": state,
+            "ready": "running" in state,
+            "restartCount": 0,
+            "image": image,
+            "imageID": f"{image}@sha256:{'0' * 64}",
+            "containerID": f"stub://{pod['metadata']['uid']}",
+        }
+        body = {"metadata": {"uid": pod["metadata"]["uid"]}, "status": {**status, "containerStatuses": [container]}}
+        await self._admin.call("PATCH", f"{_path(pod)}/status", body, content_type=STRATEGIC)
+
+    # ---- what befalls a gang whose pods all run ----
+
+    def _gang(self, pod: Manifest) -> list[Manifest]:
+        return sorted(self._gangs.get(_gang_of(pod), {}).values(), key=_index)
+
+    def _is_complete(self, pod: Manifest) -> bool:
+        size = next(int(item["value"]) for item in pod["spec"]["containers"][0]["env"] if item["name"] == "PET_NNODES")
+        running = [other for other in self._gang(pod) if other["status"]["phase"] == "Running"]
+        return len(running) == size
+
+    async def _befall(self, pod: Manifest) -> None:
+        await asyncio.sleep(self._delay)
+        pods, word = self._gang(pod), word_of(pod)
+        if word in DISRUPTIONS:
+            await self._until_recorded(pods)
+        last = pods[-1]
+        if word == "done":
+            for each in pods:
+                await self.end(each, 0, message(Outcome.COMPLETED))
+        elif word.startswith("exit-"):
+            code = int(word.removeprefix("exit-"))
+            outcome = next((known for known, number in EXIT_CODES.items() if number == code), None)
+            await self.end(last, code, message(outcome) if outcome else "")
+        elif word == "oom":
+            await self.end(last, 137, reason="OOMKilled")
+        elif word == "evicted":
+            status = {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}
+            end = {"exitCode": 137, "reason": "Error", "startedAt": _now(), "finishedAt": _now()}
+            await self._report(last, status, {"terminated": end})
+        elif word == "drained":
+            await self._drain(last)
+        elif word == "deleted":
+            await self._admin.call("DELETE", _path(last))
+        elif word == "vanished":
+            await self._admin.call("DELETE", _path(last), {"gracePeriodSeconds": 0})
+        elif word == "lost":
+            self._lost.add(last["spec"]["nodeName"])
+        elif word == "suspended":
+            await self._suspend(pod)
+        elif word == "cancelled":
+            await self._patch_job(pod, {"cancel": True})
+        elif word not in ("", "run"):
+            raise ValueError(f"no such word: {word}")
+
+    async def _until_recorded(self, pods: list[Manifest]) -> None:
+        """Wait until the operator has written down which pods the attempt has.
+
+        training-operator replaces a lost pod within a second; an operator that was away for all of a pod's life can't
+        know that there was another before.
+        """
+        path = f"{_job_path(pods[0])}/status"
+        wanted = {pod["metadata"]["uid"] for pod in pods}
+        while True:
+            attempts = (await self._admin.call("GET", path)).get("status", {}).get("attempts", {})
+            if wanted <= {record["uid"] for record in attempts.get("current", {}).get("pods", [])}:
+                return
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _drain(self, pod: Manifest) -> None:
+        """Evict a pod, again until it obeys, as `kubectl drain` does: a server under load says yes and does nothing."""
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod["metadata"]["name"]}}
+        for _ in range(TRIES):
+            await self._admin.call("POST", f"{_path(pod)}/eviction", eviction)
+            await asyncio.sleep(RETRY_SECONDS)
+            latest = self._pods.get(pod["metadata"]["uid"])
+            if latest is None or "deletionTimestamp" in latest["metadata"]:
+                return
+        raise TimeoutError(f"{pod['metadata']['name']} was evicted {TRIES} times and is still there")
+
+    async def _suspend(self, pod: Manifest) -> None:
+        """Suspend the job, and let it go on once its pods are gone."""
+        await self._patch_job(pod, {"suspend": True})
+        while self._gang(pod):
+            await asyncio.sleep(0.1)
+        await self._patch_job(pod, {"suspend": False})
+
+    async def _patch_job(self, pod: Manifest, policy: Manifest) -> None:
+        await self._admin.call("PATCH", _job_path(pod), {"spec": {"runPolicy": policy}}, content_type=MERGE_PATCH)
+
+    # ---- plumbing ----
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.errors.append(repr(error))
+
+    async def _create(self, path: str, manifest: Manifest) -> None:
+        with contextlib.suppress(RefusedError):
+            await self._admin.call("POST", path, manifest)
+
+    async def _try(self, attempt: Callable[[], Awaitable[object]]) -> None:
+        """Make a request, again where the server was busy or somebody else wrote meanwhile; what has gone has gone."""
+        last: Exception | None = None
+        for _ in range(TRIES):
+            try:
+                await attempt()
+            except RefusedError as error:
+                if error.status in (404, 422):
+                    return
+                last = error
+            except (aiohttp.ClientError, TimeoutError) as error:
+                last = error
+            else:
+                return
+            await asyncio.sleep(RETRY_SECONDS)
+        # A conflict that stays is a pod of the same name that came after ours.
+        if not (isinstance(last, RefusedError) and last.status == 409):
+            self.errors.append(repr(last))
+
+
+def word_of(pod: Manifest) -> str:
+    """Return what the script says of the pod's attempt."""
+    words = pod["metadata"].get("annotations", {}).get(SCRIPT, "").split()
+    attempt = int(pod["metadata"]["labels"].get(ATTEMPT, "1"))
+    return words[min(attempt, len(words)) - 1] if words else ""
+
+
+def _ns(pod: Manifest) -> str:
+    return str(pod["metadata"]["namespace"])
+
+
+def _gang_of(pod: Manifest) -> str:
+    return f"{_ns(pod)}/{pod['metadata']['labels'][GANG]}"
+
+
+def _index(pod: Manifest) -> int:
+    return int(pod["metadata"]["labels"][REPLICA_INDEX])
+
+
+def _job_path(pod: Manifest) -> str:
+    return f"/apis/{GROUP}/{VERSION}/namespaces/{_ns(pod)}/{PLURAL}/{pod['metadata']['labels'][JOB_NAME]}"
+
+
+def _path(pod: Manifest) -> str:
+    return f"/api/v1/namespaces/{_ns(pod)}/pods/{pod['metadata']['name']}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _micro_now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -1,0 +1,103 @@
+"""R1: the operator is killed right after any single write, and the job ends as it would have ended without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.faults.essence import essence, events
+from tests.faults.proxy import Kill
+from tests.faults.world import World, job, settled
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+
+SCENARIOS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "succeeds": (("done",), {}),
+    "crashes once": (("exit-1", "done"), {}),
+    "is refused": (("exit-64",), {}),
+    "fails outside once": (("exit-75", "done"), {}),
+    "is given up": (("exit-75",), {"runPolicy": {"maxRetries": 1}}),
+    "runs out of memory": (("oom",), {}),
+    "is evicted": (("evicted", "done"), {}),
+    "is drained": (("drained", "done"), {}),
+    "loses a pod by deletion": (("deleted", "done"), {}),
+    "loses a pod without a trace": (("vanished", "done"), {}),
+    "loses a node": (("lost", "done"), {}),
+    "is suspended and resumed": (("suspended", "done"), {}),
+    "is cancelled": (("cancelled",), {}),
+    "runs too long": (("run",), {"runPolicy": {"activeDeadlineSeconds": 60}}),
+    "waits too long": (("pending",), {"runPolicy": {"pendingDeadlineSeconds": 60}}),
+}
+QUICK = ("is drained",)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One job whose operator dies after its write number ``after`` (0: never)."""
+
+    scenario: str
+    namespace: str
+    after: int = 0
+    tell: bool = False
+
+
+def begin(world: World, scenario: str, after: int = 0, *, tell: bool = False) -> Trial:
+    """Create the job of a scenario in a namespace of its own."""
+    words, spec = SCENARIOS[scenario]
+    namespace = world.namespace()
+    if after:
+        kill = Kill(number=after, victim=lambda: world.operator.pid, namespace=namespace, tell=tell)
+        world.proxy.kills = [*world.proxy.kills, kill]
+    world.create(namespace, job(*words, **spec))
+    return Trial(scenario, namespace, after, tell)
+
+
+def finish(world: World, trials: list[Trial], timeout: float) -> None:
+    """Wait until all jobs have ended, starting the operator again whenever it is killed."""
+    waiting = {trial.namespace for trial in trials}
+
+    def all_settled() -> bool:
+        world.keep_operator_alive()
+        waiting.difference_update(found["metadata"]["namespace"] for found in world.jobs() if settled(found))
+        return not waiting
+
+    world.wait(f"{len(trials)} jobs to end", all_settled, timeout)
+
+
+def crash_after_every_write(world: World, scenarios: tuple[str, ...], *, tell: tuple[bool, ...], timeout: float) -> int:
+    """Compare every crash with the fault-free run of its scenario; return the number of crashes."""
+    faultless = [begin(world, scenario) for scenario in scenarios]
+    finish(world, faultless, timeout)
+    expected = {trial.scenario: essence(world, trial.namespace) for trial in faultless}
+    told = {trial.scenario: events(world, trial.namespace) for trial in faultless}
+    writes = {
+        trial.scenario: sum(r.wrote and r.request.namespace == trial.namespace for r in world.proxy.records)
+        for trial in faultless
+    }
+    trials = [
+        begin(world, scenario, after, tell=told_first)
+        for scenario in scenarios
+        for after in range(1, writes[scenario] + 1)
+        for told_first in tell
+    ]
+    finish(world, trials, timeout)
+    # A crash between a status and its event loses the event: that job has one write fewer than its fault-free twin.
+    assert sum(kill.done for kill in world.proxy.kills) >= 0.8 * len(trials)
+    for trial in trials:
+        found = essence(world, trial.namespace)
+        assert found == expected[trial.scenario], f"{trial}, of {writes[trial.scenario]} writes"
+        # An event may be lost with the process that was about to tell it; none is told twice or without cause.
+        assert events(world, trial.namespace) <= told[trial.scenario], trial
+    return len(trials)
+
+
+def test_a_crash_after_any_write_changes_nothing(world: World) -> None:
+    assert crash_after_every_write(world, QUICK, tell=(False,), timeout=240) >= 10
+
+
+@pytest.mark.long
+def test_a_crash_after_any_write_of_any_scenario_changes_nothing(world: World) -> None:
+    crashes = crash_after_every_write(world, tuple(SCENARIOS), tell=(False, True), timeout=900)
+    assert crashes >= 200

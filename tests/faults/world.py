@@ -1,0 +1,188 @@
+"""A control plane, a stub node, the operator and the proxy between them, put together for a test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import ssl
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_core.api import GROUP, PLURAL, VERSION
+from finetune_operator.labels import ATTEMPT
+from tests.cluster import Cluster, wait_for
+from tests.faults.admin import Admin, Manifest, RefusedError, admin_context
+from tests.faults.loops import LoopThread
+from tests.faults.operators import OperatorProcess, install
+from tests.faults.proxy import FaultProxy
+from tests.faults.stub_node import StubNode, script
+from tests.operator.worlds import job_manifest
+
+JOBS = f"/apis/{GROUP}/{VERSION}/{PLURAL}"
+CHILDREN = "/apis/kubeflow.org/v1/pytorchjobs"
+SHORT_NODE_LOSS = {
+    "controller-manager": [
+        "--node-monitor-period=1s",
+        "--node-monitor-grace-period=10s",
+        "--node-startup-grace-period=10s",
+    ]
+}
+
+
+@dataclass
+class World:
+    """Everything that a gate needs in hand."""
+
+    cluster: Cluster
+    loop: LoopThread
+    admin: Admin
+    node: StubNode
+    proxy: FaultProxy
+    operator: OperatorProcess
+    created: dict[str, tuple[str, str]]
+    """Every PyTorchJob that ever was: its uid, with namespace and attempt."""
+
+    # ---- jobs ----
+
+    def namespace(self) -> str:
+        """Create a namespace and return its name."""
+        name = f"test-{uuid.uuid4().hex[:8]}"
+        self.call("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
+        return name
+
+    def create(self, namespace: str, *jobs: Manifest) -> None:
+        """Create jobs, as fast as the server takes them."""
+        path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}"
+        self.loop.run(_create_all(self.admin, path, jobs), 600)
+
+    def call(self, method: str, path: str, body: Manifest | None = None, **options: Any) -> Manifest:
+        """Make a request as administrator."""
+        return self.loop.run(self.admin.call(method, path, body, **options))
+
+    def find(self, path: str) -> Manifest | None:
+        """Return an object, or None where there is none."""
+        try:
+            return self.call("GET", path)
+        except RefusedError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def jobs(self, namespace: str = "") -> list[Manifest]:
+        """Return the jobs of a namespace, or all."""
+        path = JOBS if not namespace else f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}"
+        return self.loop.run(self.admin.list_all(path))
+
+    def job(self, namespace: str, name: str = "job") -> Manifest:
+        """Return one job."""
+        return self.call("GET", f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}")
+
+    def children(self, namespace: str) -> list[Manifest]:
+        """Return the PyTorchJobs of a namespace."""
+        return self.loop.run(self.admin.list_all(f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs"))
+
+    def pods(self, namespace: str) -> list[Manifest]:
+        """Return the pods of a namespace."""
+        return self.loop.run(self.admin.list_all(f"/api/v1/namespaces/{namespace}/pods"))
+
+    def wait(self, what: str, reached: Callable[[], Any], timeout: float = 60, interval: float = 0.2) -> Any:
+        """Wait for ``reached``; a failure shows the operator's log."""
+        return wait_for(what, reached, timeout, evidence=self.evidence, interval=interval)
+
+    def wait_job(
+        self, namespace: str, what: str, reached: Callable[[Manifest], Any], timeout: float = 60, name: str = "job"
+    ) -> Manifest:
+        """Wait until ``reached`` holds for a job and return it."""
+
+        def look() -> Manifest | None:
+            job = self.job(namespace, name)
+            return job if job.get("status") and reached(job) else None
+
+        found: Manifest = self.wait(what, look, timeout)
+        return found
+
+    def keep_operator_alive(self) -> None:
+        """Start the operator again where it has ended, as its Deployment does."""
+        if self.operator.pid is None:
+            self.operator.stop()
+            self.operator.start()
+
+    def evidence(self) -> str:
+        """Return what tells why something did not come."""
+        open_jobs = [found for found in self.jobs() if not settled(found)]
+        told = [
+            f"{found['metadata']['namespace']}/{found['metadata']['name']}: "
+            f"{json.dumps(found.get('status', {}).get('attempts'))} "
+            f"{[pod['status']['phase'] for pod in self.pods(found['metadata']['namespace'])]}"
+            for found in open_jobs[:5]
+        ]
+        log = self.operator.evidence()
+        return "\n".join([log, f"stub node: {self.node.errors[-5:]}", f"{len(open_jobs)} have not ended:", *told])
+
+
+async def _create_all(admin: Admin, path: str, jobs: Sequence[Manifest]) -> None:
+    await asyncio.gather(*(admin.call("POST", path, job) for job in jobs))
+
+
+def job(*words: str, name: str = "job", **spec: Any) -> Manifest:
+    """Return a small job whose attempts end as ``words`` say."""
+    resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}
+    template = {"image": "localhost/trainer:1", "annotations": script(*words)}
+    manifest = job_manifest(**({"resources": resources, "podTemplate": template} | spec))
+    manifest["metadata"] = {"name": name}
+    return manifest
+
+
+def settled(manifest: Manifest) -> bool:
+    """Whether a job has ended."""
+    conditions = manifest.get("status", {}).get("conditions", [])
+    return any(item["type"] == "Succeeded" and item["status"] != "Unknown" for item in conditions)
+
+
+def condition(manifest: Manifest, kind: str) -> Manifest:
+    """Return a condition of a job."""
+    found: Manifest = next(item for item in manifest["status"]["conditions"] if item["type"] == kind)
+    return found
+
+
+@contextlib.contextmanager
+def running_world(folder: Path, *, delay: float = 0.2, **settings: str) -> Iterator[World]:
+    """Bring all of it up, without starting the operator; end it afterwards."""
+    with Cluster.start(with_node=False, flags=SHORT_NODE_LOSS) as cluster:
+        install(cluster)
+        loop = LoopThread(cluster, "world")
+        context = admin_context(cluster)
+        server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        pki = cluster.layout.certificates
+        server.load_cert_chain(pki / "api-server.crt", pki / "api-server.key")
+        client = ssl.create_default_context(cafile=str(pki / "ca.crt"))
+        proxy = FaultProxy(server=server, client=client)
+
+        async def bring_up() -> tuple[Admin, StubNode]:
+            await proxy.start()
+            admin = Admin(context)
+            node = StubNode(admin, delay=delay)
+            await node.start()
+            return admin, node
+
+        created: dict[str, tuple[str, str]] = {}
+
+        async def note_children(admin: Admin) -> None:
+            async for event in admin.watch(CHILDREN):
+                metadata = event["object"]["metadata"]
+                created[metadata["uid"]] = (metadata["namespace"], metadata.get("labels", {}).get(ATTEMPT, ""))
+
+        admin, node = loop.run(bring_up())
+        loop.spawn(note_children(admin))
+        operator = OperatorProcess(cluster, folder, server=f"https://127.0.0.1:{proxy.port}", **settings)
+        try:
+            yield World(cluster, loop, admin, node, proxy, operator, created)
+        finally:
+            operator.close()
+            loop.run(proxy.stop())
+            loop.run(admin.close())
+            loop.stop()
