@@ -76,7 +76,7 @@ def play(ranks: Zygote, store: ObjectStore, model: Path, folder: Path, rounds: i
         log = (where / "rank-0.log").read_text()
         assert ends[fault["rank"]] == KILLED, (fault, ends, log)
         assert_every_commit_verifies(store, prefix)
-        runs = [key for key in store.keys(f"{prefix}runs/")]
+        runs = store.keys(f"{prefix}runs/")
         parent = json.loads(store.read(runs[-1])).get("parent")
         assert (parent["step"] if parent else None) == (before[-1] if before else None), (fault, log)
     where = folder / "last"

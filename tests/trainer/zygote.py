@@ -1,5 +1,5 @@
-"""A process that has loaded torch once and forks ranks of `many_runs` from there: a gang starts within a second, so that
-it can be killed many times over. In: lines of JSON on standard input; out: the ids of ranks and how they ended.
+"""A process that has loaded torch once and forks ranks of `many_runs` from there: a gang starts within a second, so
+that it can be killed many times over. In: lines of JSON on standard input; out: the ids of ranks and how they ended.
 """
 
 from __future__ import annotations
