@@ -46,6 +46,8 @@ class Allowed(Enum):
     CREATE_CHILD = Permission("kubeflow.org", "pytorchjobs", "create")
     DELETE_CHILD = Permission("kubeflow.org", "pytorchjobs", "delete")
     LIST_PODS = Permission("", "pods", "list")
+    CREATE_POD = Permission("", "pods", "create")
+    DELETE_POD = Permission("", "pods", "delete")
     WATCH_PODS = Permission("", "pods", "watch")
     GET_CONFIG_MAP = Permission("", "configmaps", "get")
     CREATE_CONFIG_MAP = Permission("", "configmaps", "create")

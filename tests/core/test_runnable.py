@@ -28,7 +28,6 @@ VALUES: dict[str, Any] = {
     "storage.checkpoint.keepBest": 2,
     "storage.artifact": "Merged",
     "tracking": {"tensorBoard": {}},
-    "runPolicy.preflight": "Run",
 }
 
 

@@ -46,7 +46,6 @@ NOT_YET = (
     NotYet("storage.checkpoint.keepBest", (1,), "be 1"),
     NotYet("storage.artifact", (None, "Adapter"), "be Adapter"),
     NotYet("tracking", (None,), "be absent"),
-    NotYet("runPolicy.preflight", (None, "Skip"), "be Skip"),
 )
 
 
