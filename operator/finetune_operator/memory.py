@@ -88,6 +88,13 @@ class Memory:
             job.hint, job.hint_read_at = "", None
         job.reporting = reporting
 
+    def close(self, key: Key) -> None:
+        """Nobody may report until the next attempt; the newest report stays until it is written."""
+        job = self.of(key)
+        job.reporting = None
+        job.speed.interrupt()
+        job.hint, job.hint_read_at = "", None
+
     def remember(self, key: Key, report: Report, received: datetime) -> None:
         """Keep ``report`` as the newest of the job's attempt."""
         job = self.of(key)

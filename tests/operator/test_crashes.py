@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune_core.contract import Outcome, RunConfig
+from finetune_core.contract import CheckpointRecord, Outcome, Phase, Report, RunConfig
 from finetune_core.names import attempt_name
 from finetune_core.preflight import Finding, FindingKind, PreflightResult
 from finetune_operator.keyqueue import Key
@@ -364,6 +364,26 @@ async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_check
     reporting = memory.reporting(KEY)
     assert reporting is not None
     assert (reporting.attempt, len(reporting.pod_uids)) == (1, 2)
-    server.pods = []
+    memory.remember(KEY, _report(20), server.now)
     await operator.reconcile(KEY)
+    memory.remember(KEY, _report(20, 46), server.now)
+    # The pods go before new numbers may be written again.
+    server.pods = []
+    outcome = await operator.reconcile(KEY)
     assert memory.reporting(KEY) is None
+    assert outcome.after is not None
+    server.pass_time(outcome.after)
+    await operator.reconcile(KEY)
+    assert [item["step"] for item in server.job["status"]["checkpoints"]] == [20, 46]
+
+
+def _report(*checkpoints: int) -> Report:
+    """Return a report of a pod that has committed checkpoints of these steps."""
+    records = [
+        CheckpointRecord(run=1, step=step, uri="s3://b/c", bytes=9, manifest_sha256="ab", time=NOW)
+        for step in checkpoints
+    ]
+    return Report(
+        run=1, pod_uid="p", phase=Phase.ENDED, ranks=2, step=max(checkpoints), total_steps=60, epoch=0.5, metrics={},
+        history=[], checkpoints=records,
+    )  # fmt: skip

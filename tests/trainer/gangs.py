@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finetune_core.contract import Identity, RunConfig
+from finetune_core.contract import Identity, Result, RunConfig
 from finetune_trainer.plan import Inputs, WorkerPlan
 from finetune_trainer.settings import Paths
 from finetune_trainer.storage.steplog import StepRow
@@ -18,8 +18,18 @@ from tests.trainer.objectstore import ObjectStore, free_port
 RUN_SECONDS = 240
 
 
-def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, credentials: Path) -> None:
-    """Train every config, all of one world size, on that many ranks."""
+def train_all(
+    configs: list[dict[str, Any]],
+    inputs: Inputs | list[Inputs],
+    folder: Path,
+    *,
+    credentials: Path,
+    faults: list[dict[str, Any] | None] | None = None,
+) -> list[Result]:
+    """Train every config, all of one world size, on that many ranks; return what each came to.
+
+    ``inputs`` are those of all configs or one for each; so are ``faults`` (see `faults.scripted`).
+    """
     world = configs[0]["world"]["nodes"]
     port = free_port()
     ranks = []
@@ -34,10 +44,10 @@ def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, cr
                 paths=Paths(credentials=credentials, scratch=scratch),
                 identity=identity,
                 config=RunConfig.model_validate(config),
-                inputs=inputs,
+                inputs=inputs[index] if isinstance(inputs, list) else inputs,
                 folder=scratch / f"run-{index}",
             )
-            plans.append(json.loads(plan.to_json()))
+            plans.append({"plan": json.loads(plan.to_json()), "fault": faults[index] if faults else None})
         (folder / f"rank-{rank}").mkdir(parents=True)
         file = folder / f"plans-{rank}.json"
         file.write_text(json.dumps(plans))
@@ -66,6 +76,9 @@ def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, cr
                 process.wait()
     logs = "\n".join((folder / f"rank-{rank}.log").read_text() for rank in range(world))
     assert codes == [0] * world, logs
+    made = [json.loads((folder / f"rank-{rank}" / "results.json").read_text()) for rank in range(world)]
+    assert all(other == made[0] for other in made), made
+    return [Result.model_validate(result) for result in made[0]]
 
 
 def step_rows(store: ObjectStore, name: str) -> list[StepRow]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 WORDS = [f"w{number}" for number in range(60)]
 TEMPLATE = "ask {prompt} answer"
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, words: Sequence[str] = WORDS) -> Path:
     """Write model and tokenizer in transformers' layout."""
     import torch
     from tokenizers import Tokenizer
@@ -18,7 +19,7 @@ def write_model(folder: Path) -> Path:
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", "ask", "answer", *WORDS])}
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", "ask", "answer", *words])}
     inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)

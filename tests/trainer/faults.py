@@ -1,0 +1,79 @@
+"""Scripted faults of a training run, done to the run itself inside of a rank: wrong targets, a rate that is too high, a
+gradient that is infinite. After a rollback a fault of the rate is gone, as if its cause had been the rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from finetune_trainer.data.batches import IGNORED
+from finetune_trainer.training import loop
+from finetune_trainer.training.batches import Batches
+from finetune_trainer.training.engine import Engine
+
+
+@contextmanager
+def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
+    """Do ``fault`` from its `step` on: {"kind": "noise", "share": s, "growth": g, "steps": n}, {"kind": "rate",
+    "factor": f} or {"kind": "gradient"}, which happens once."""
+    if fault is None:
+        yield
+        return
+    patch = {"noise": _noise, "rate": _rate, "gradient": _gradient}[fault["kind"]]
+    with patch(fault):
+        yield
+
+
+def _noise(fault: dict[str, Any]) -> Any:
+    made = Batches.tensors
+
+    def tensors(self: Batches, share: Any, *, step: int = 0) -> Iterator[Any]:
+        for batch in made(self, share, step=step):
+            late = step - fault["step"]
+            if not 0 <= late < fault["steps"]:
+                yield batch
+                continue
+            part = min(1.0, fault["share"] + late * fault["growth"])
+            generator = torch.Generator().manual_seed(1000 * step + self.rank)
+            hit = torch.rand(batch.targets.shape, generator=generator) < part
+            wrong = torch.randint(4, 60, batch.targets.shape, generator=generator)
+            yield batch._replace(targets=torch.where(hit & (batch.targets != IGNORED), wrong, batch.targets))
+
+    return mock.patch.object(Batches, "tensors", tensors)
+
+
+def _rate(fault: dict[str, Any]) -> Any:
+    made = loop.rate
+
+    def rate(step: int, total: int, optimization: Any, rollbacks: Any = ()) -> float:
+        factor = fault["factor"] if step >= fault["step"] and not rollbacks else 1.0
+        return made(step, total, optimization, rollbacks) * factor
+
+    return mock.patch.object(loop, "rate", rate)
+
+
+@contextmanager
+def _gradient(fault: dict[str, Any]) -> Iterator[None]:
+    step_of, backward = loop.Training._one_step, Engine.backward
+    now: dict[str, Any] = {"step": 0, "done": False}
+
+    def one_step(self: loop.Training, step: int) -> Any:
+        now["step"] = step
+        return step_of(self, step)
+
+    def infinite(self: Engine, loss: torch.Tensor, *, last: bool) -> None:
+        if now["step"] == fault["step"] and not now["done"]:
+            now["done"] = True
+            loss = loss * float("inf")
+        backward(self, loss, last=last)
+
+    with (
+        mock.patch.object(loop.Training, "_one_step", one_step),
+        mock.patch.object(Engine, "backward", infinite),
+    ):
+        yield
