@@ -1,5 +1,5 @@
 """The check before attempt 1 and things that come late, on the real API server, scheduler and kubelet: the job says
-what it waits for, and then runs. The images are stand-ins; what the check itself finds is in tests/trainer and tests/e2e.
+what it waits for, and then runs. The images are stand-ins; what the check itself finds is in tests/trainer and e2e.
 """
 
 from __future__ import annotations
