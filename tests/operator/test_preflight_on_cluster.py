@@ -181,27 +181,3 @@ def test_what_is_missing_for_too_long_ends_the_job_with_its_name(
     # After 0, 10 and 30 s; the next would have been due after 70 s.
     assert 2 <= job["status"]["preflight"]["tries"] <= 3
     assert objects(installed, namespace, "pytorchjobs,pods,configmaps") == []
-
-
-@pytest.mark.long
-def test_a_backend_that_is_installed_late_is_named_and_waited_for(
-    installed: Installed, namespace: str, stand_in: StandIn
-) -> None:
-    name = "pytorchjobs.kubeflow.org"
-    definition = installed.cluster.get("crd", name)
-    definition["metadata"] = {"name": name, "annotations": definition["metadata"].get("annotations", {})}
-    del definition["status"]
-    installed.cluster.kubectl("delete", "crd", name, "--timeout=60s")
-    try:
-        image = stand_in(checks(None, RUNS))
-        installed.apply(small_job(image, resources=ONE_POD, runPolicy=RUN), namespace)
-        job = installed.wait(
-            namespace, "the missing backend", lambda job: condition(job, "Accepted")["reason"] == "BackendUnavailable"
-        )
-        assert "install Kubeflow's training-operator" in condition(job, "Accepted")["message"]
-        assert condition(job, "Succeeded")["status"] == "Unknown"
-    finally:
-        installed.cluster.kubectl("create", "-f", "-", stdin=json.dumps(definition))
-    job = installed.wait(namespace, "the job to run", one_runs, 300)
-    assert condition(job, "Accepted")["status"] == "True"
-    assert (job["status"]["attempts"]["started"], job["status"]["attempts"]["charged"]) == (1, 0)
