@@ -30,6 +30,8 @@ CREDENTIALS_FOLDER = "/var/run/secrets/finetune.dev/storage"
 """Files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN, from the job's Secret."""
 STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
 """Certificates that sign the store's, from `storage.caConfigMapRef`; absent: those of the image."""
+HUB_DATA_TOKENS_FOLDER = "/var/run/secrets/finetune.dev/hub-data"
+"""Tokens for gated data sets, each in a file with the field path of its source, such as `dataset.train`."""
 HUB_TOKEN_FILE = "/var/run/secrets/finetune.dev/hub/token"  # noqa: S105  (a path)
 TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path)
 """Projected service-account token for reports; the kubelet renews it."""
@@ -220,6 +222,8 @@ class StorageConfig(ContractModel):
     """One of both is set."""
     keep_last: Annotated[int, Field(ge=1)]
     keep_best: Annotated[int, Field(ge=1)] = 1
+    artifact: Literal["Adapter", "Merged", "Both"] = "Adapter"
+    """What is made of a LoRA run."""
 
 
 class ReportConfig(ContractModel):

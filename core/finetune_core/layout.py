@@ -22,6 +22,8 @@ from finetune_core.errors import UserError
 MANIFEST = "manifest.json"
 COMMIT = "COMMIT"
 ARTIFACT_POINTER = "ARTIFACT"
+BASES = "_bases"
+"""Folder beside the namespaces (none can have this name) that holds base models with added tokens, each once."""
 
 
 class Location(NamedTuple):

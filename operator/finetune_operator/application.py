@@ -108,6 +108,7 @@ class Replica:
             ca_bundle=self._certificates.ca_bundle,
             instance=settings.pod_name,
             preflight=settings.preflight,
+            checkpoint_annotations=settings.checkpoint_annotations,
         )
         return Controller(
             queue=self._queue,

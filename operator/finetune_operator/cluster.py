@@ -196,6 +196,16 @@ class Cluster:
             Allowed.DELETE_POD, _path("", "v1", "pods", namespace, name), {"preconditions": {"uid": uid}}
         )
 
+    async def annotate_pod(self, namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
+        """Set annotations of the pod with this uid, through its status: the spec can't be changed there."""
+        await self._request(
+            Allowed.ANNOTATE_POD,
+            _path("", "v1", "pods", namespace, name) + "/status",
+            body={"metadata": {"uid": uid, "annotations": annotations}},
+            query={"fieldManager": FIELD_MANAGER},
+            content_type="application/merge-patch+json",
+        )
+
     async def list_warnings(self, namespace: str, uid: str) -> list[Manifest]:
         """Return the warning events about the object with ``uid``."""
         page = await self._request(

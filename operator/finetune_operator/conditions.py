@@ -81,7 +81,7 @@ def compute_conditions(stored: FineTuneJobStatus, status: FineTuneJobStatus, vie
         ConditionType.ACCEPTED: _accepted(view),
         ConditionType.SCHEDULED: _scheduled(view),
         ConditionType.RUNNING: running,
-        ConditionType.CHECKPOINT_AVAILABLE: _checkpoint_available(status),
+        ConditionType.CHECKPOINT_AVAILABLE: _checkpoint_available(status, view),
         ConditionType.SUCCEEDED: succeeded,
     }
     return [_condition(kind, state, old.get(kind), view) for kind, state in states.items()]
@@ -217,11 +217,20 @@ def _running(view: View, old: Condition | None) -> _State:
     return _State("False", Reason.WAITING_FOR_PODS, waiting_detail(view))
 
 
-def _checkpoint_available(status: FineTuneJobStatus) -> _State:
-    if not status.checkpoints:
-        return _State("False", Reason.NONE_YET, messages.NO_CHECKPOINT)
-    newest = status.checkpoints[-1]
-    return _State("True", Reason.COMMITTED, messages.checkpoint_available(newest.step, len(status.checkpoints)))
+def _checkpoint_available(status: FineTuneJobStatus, view: View) -> _State:
+    """Return whether a pod's loss costs less than the run, and whether what it costs grows beyond what was asked."""
+    whole = [checkpoint for checkpoint in status.checkpoints if not checkpoint.damaged]
+    what = messages.checkpoint_available(whole[-1].step, len(whole)) if whole else messages.NO_CHECKPOINT
+    available = "True" if whole else "False"
+    report = view.report if view.settled is None and view.attempts.current is not None else None
+    problem = getattr(report, "checkpoint_problem", "")
+    if report is not None and problem:
+        age = getattr(report, "checkpoint_age_seconds", None) or 0
+        return _State(available, Reason.CHECKPOINT_OVERDUE, messages.checkpoint_overdue(what, age, problem))
+    damaged = next((checkpoint for checkpoint in reversed(status.checkpoints) if checkpoint.damaged), None)
+    if damaged is not None:
+        what = messages.checkpoint_damaged(what, damaged.step, damaged.damaged)
+    return _State(available, Reason.COMMITTED if whole else Reason.NONE_YET, what)
 
 
 def waiting_detail(view: View) -> str:

@@ -20,6 +20,8 @@ QUEUE_NAME = "kueue.x-k8s.io/queue-name"
 QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 """Kueue's WorkloadPriorityClass, taken over from the FineTuneJob's own label. It is another kind than the PriorityClass
 of `runPolicy.priorityClassName`, which Kueue reads from the pods' template where there is no such label."""
+LAST_CHECKPOINT_TIME = "volcano.sh/last-checkpoint-time"
+"""Annotation of pods by which schedulers choose whom to preempt."""
 REPLICA_INDEX = "training.kubeflow.org/replica-index"
 """Set by training-operator on every pod."""
 TRAINING_CONTAINER = "pytorch"

@@ -183,6 +183,17 @@ def checkpoint_available(step: int, count: int) -> str:
     return f"step {step} is the newest of {count}" if count > 1 else f"step {step} is committed"
 
 
+def checkpoint_overdue(what: str, age_seconds: int, problem: str) -> str:
+    """Return the sentence about a store that takes no new checkpoint. Whole minutes, so that it does not always
+    change."""
+    return f"{what}; {age_seconds // 60} min of training are not saved: {problem}"
+
+
+def checkpoint_damaged(what: str, step: int, damage: str) -> str:
+    """Return the sentence about a checkpoint that can't be resumed from."""
+    return f"{what}; that of step {step} is damaged: {damage}"
+
+
 def pod_zero(child: str) -> str:
     """Return the command that shows the trainer's log."""
     return f"kubectl logs {worker_name(child, 0)} -c pytorch"

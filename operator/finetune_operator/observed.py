@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from finetune_core.contract import Result
-from finetune_operator.labels import ATTEMPT, PREFLIGHT, REPLICA_INDEX, TRAINING_CONTAINER
+from finetune_operator.labels import ATTEMPT, LAST_CHECKPOINT_TIME, PREFLIGHT, REPLICA_INDEX, TRAINING_CONTAINER
 
 
 class ContainerState(StrEnum):
@@ -70,6 +70,8 @@ class PodObservation:
     unschedulable: str = ""
     """The scheduler's sentence, while it finds no node."""
     container: ContainerObservation | None = None
+    checkpoint_time: str = ""
+    """Annotation that tells schedulers when the job last saved."""
 
     @property
     def ended(self) -> bool:
@@ -162,6 +164,7 @@ def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObserva
         disrupted_at=parse_time(disruption.get("lastTransitionTime")) if disrupted else None,
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
         container=_parse_container(status.get("containerStatuses", [])),
+        checkpoint_time=metadata.get("annotations", {}).get(LAST_CHECKPOINT_TIME, ""),
     )
 
 

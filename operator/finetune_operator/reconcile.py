@@ -21,10 +21,12 @@ from finetune_core.validation.runnable import unrunnable
 from finetune_operator.attempt_objects import AttemptObjects
 from finetune_operator.attempts import Next, Settlement, Step, World, advance, own_pods
 from finetune_operator.backend import Backend
+from finetune_operator.checkpoint_annotations import CheckpointAnnotations
 from finetune_operator.cluster import Cluster
 from finetune_operator.conditions import View
 from finetune_operator.hints import HintReader
 from finetune_operator.keyqueue import Key
+from finetune_operator.logs import speak_of
 from finetune_operator.memory import Memory
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ChildObservation
@@ -67,6 +69,7 @@ class Reconciler:
         ca_bundle: Callable[[], str],
         instance: str,
         preflight: str,
+        checkpoint_annotations: bool = True,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -84,13 +87,15 @@ class Reconciler:
             ca_bundle=ca_bundle,
             clock=clock,
         )
-        recorder = Recorder(cluster, instance=instance, now=now)
+        recorder = Recorder(cluster, instance=instance, now=now, clock=clock)
         self._writer = StatusWriter(
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
         )
         self._settled_jobs = SettledJobs(cluster, backend, self._writer)
         self._hints = HintReader(cluster, clock)
         self._preflights = Preflights(cluster, self._hints, self._objects, is_default=preflight == "Run", clock=clock)
+        self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations)
+        self._metrics = metrics
         self._now = now
 
     async def reconcile(self, key: Key) -> Outcome:
@@ -99,10 +104,13 @@ class Reconciler:
         if raw is None or "deletionTimestamp" in raw["metadata"]:
             # Owner references clear its objects away, also while no operator runs.
             self._memory.forget(key)
+            self._metrics.jobs.drop(key)
             return Outcome(gone=True)
         record = parse_record(key, raw, self._memory.of(key), self._now())
+        speak_of(**record.log)
         if record.settled:
             self._memory.expect(key, None)
+            self._metrics.jobs.show(key, record.stored)
             return Outcome(after=await self._settled_jobs.tidy(record))
         try:
             look = parse_look(record)
@@ -128,6 +136,7 @@ class Reconciler:
         child, problem = await self._act(look, step, world.child, config)
         view = self._view(look, step, world, config, child, problem, checking=checking)
         later = await self._writer.write(look, view)
+        await self._annotations.tell(look, world.pods)
         return Outcome(after=_earliest(step.wait_seconds, later, self._next_look(look, step, child, problem)))
 
     # ---- decide ----

@@ -14,6 +14,7 @@ from pathlib import Path
 
 CERTIFICATE_SOURCES = ("Operator", "Secret")
 PREFLIGHT = ("Run", "Skip")
+SWITCH = ("on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -44,6 +45,8 @@ class Settings:
     pod_uid: str
     pod_ip: str
     """Address that the report Service leads to while this process leads; empty outside a cluster."""
+    checkpoint_annotations: bool
+    """Whether pods are told when their job last saved, for schedulers."""
     watch_namespaces: tuple[str, ...]
     """Namespaces to serve; empty means all."""
     workers: int
@@ -103,6 +106,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     add("--pod-name", "", "name of the operator's pod; default: the host's name")
     add("--pod-uid", "", "uid of the operator's pod")
     add("--pod-ip", "", "address of the operator's pod, which reports are led to")
+    add("--checkpoint-annotations", "on", "volcano.sh/last-checkpoint-time on the pods", choices=SWITCH)
     add("--watch-namespaces", "", "namespaces to serve, separated by commas; default: all")
     add("--workers", "8", "jobs reconciled at the same time", type=int)
     add("--resync-seconds", "300", "seconds between two lists of all jobs", type=float)
@@ -127,6 +131,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         pod_name=values.pod_name or socket.gethostname(),
         pod_uid=values.pod_uid,
         pod_ip=values.pod_ip,
+        checkpoint_annotations=values.checkpoint_annotations == "on",
         watch_namespaces=tuple(name.strip() for name in values.watch_namespaces.split(",") if name.strip()),
         workers=values.workers,
         resync_seconds=values.resync_seconds,

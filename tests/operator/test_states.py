@@ -61,6 +61,7 @@ REPORT = Report(
     history=[],
     checkpoints=[],
 )
+OVERDUE = REPORT.model_copy(update={"checkpoint_problem": "the store is down"})
 FINAL = (
     Reason.BAD_INPUT,
     Reason.DIVERGED,
@@ -82,7 +83,9 @@ PROBLEMS = (
 
 @pytest.mark.parametrize("attempts", ATTEMPTS, ids=["none", "between", "running", "ending", "cancelled", "late"])
 def test_every_condition_that_can_be_computed_is_explained(attempts: AttemptsStatus) -> None:
-    views = itertools.product(SETTLED, PROBLEMS, (None, REPORT), ("", "spec.a: must"), POLICIES, CHILDREN, CHECKS)
+    checks = CHECKS if not attempts.started else (None,)
+    reports = (None, REPORT, OVERDUE)
+    views = itertools.product(SETTLED, PROBLEMS, reports, ("", "spec.a: must"), POLICIES, CHILDREN, checks)
     for settled, problem, report, invalid, policy, child, check in views:
         view = View(
             now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, settled=settled, problem=problem,

@@ -4,14 +4,17 @@ gradient that is infinite. After a rollback a fault of the rate is gone, as if i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
 from finetune_trainer.data.batches import IGNORED
+from finetune_trainer.errors import StopAgreed
 from finetune_trainer.training import loop
 from finetune_trainer.training.batches import Batches
 from finetune_trainer.training.engine import Engine
@@ -20,12 +23,39 @@ from finetune_trainer.training.engine import Engine
 @contextmanager
 def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     """Do ``fault`` from its `step` on: {"kind": "noise", "share": s, "growth": g, "steps": n}, {"kind": "rate",
-    "factor": f} or {"kind": "gradient"}, which happens once."""
+    "factor": f}, {"kind": "gradient"}, which happens once, or {"kind": "stop"}, as SIGTERM does."""
     if fault is None:
         yield
         return
-    patch = {"noise": _noise, "rate": _rate, "gradient": _gradient}[fault["kind"]]
+    patch = {"noise": _noise, "rate": _rate, "gradient": _gradient, "stop": _stop}[fault["kind"]]
     with patch(fault):
+        yield
+
+
+def _stop(fault: dict[str, Any]) -> Any:
+    made = loop.Training._one_step
+
+    def one_step(self: loop.Training, step: int) -> Any:
+        if step >= fault["step"]:
+            raise StopAgreed
+        return made(self, step)
+
+    return mock.patch.object(loop.Training, "_one_step", one_step)
+
+
+@contextmanager
+def recorded(file: Path) -> Iterator[None]:
+    """Write down the rows that this rank consumes in each step, a JSON line a step."""
+    made = Batches.step
+
+    def step(self: Batches, number: int, optimization: Any) -> Any:
+        share = made(self, number, optimization)
+        own = [row for micro in share.own for sequence in micro for row in sequence]
+        with file.open("a") as lines:
+            print(json.dumps({"step": number, "own": own}), file=lines)
+        return share
+
+    with mock.patch.object(Batches, "step", step):
         yield
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def train_all(
     folder: Path,
     *,
     credentials: Path,
+    seconds: float = RUN_SECONDS,
     faults: list[dict[str, Any] | None] | None = None,
 ) -> list[Result]:
     """Train every config, all of one world size, on that many ranks; return what each came to.
@@ -67,8 +69,9 @@ def train_all(
         command = [sys.executable, "-m", "tests.trainer.many_runs", str(file)]
         ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         log.close()
+    deadline = time.monotonic() + seconds
     try:
-        codes = [process.wait(RUN_SECONDS) for process in ranks]
+        codes = [process.wait(max(1.0, deadline - time.monotonic())) for process in ranks]
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -89,3 +92,13 @@ def step_rows(store: ObjectStore, name: str) -> list[StepRow]:
         for line in store.read(key).decode().splitlines()
     ]
     return sorted((StepRow.model_validate_json(line) for line in lines), key=lambda row: row.step)
+
+
+def rows_consumed(folder: Path, index: int, world: int) -> dict[int, list[int]]:
+    """Return the rows of each step that all ranks together consumed in the ``index``-th run of `train_all`."""
+    consumed: dict[int, list[int]] = {}
+    for rank in range(world):
+        for line in (folder / f"rank-{rank}" / f"run-{index}" / f"rows-{rank}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            consumed.setdefault(row["step"], []).extend(row["own"])
+    return {step: sorted(rows) for step, rows in consumed.items()}

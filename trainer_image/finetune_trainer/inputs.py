@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_core.api.sources import DataSource, ModelSpec
+from finetune_core.api.sources import DataSource, HuggingFaceDataSource, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import check_columns
+from finetune_trainer.data.hub import fetch_split
 from finetune_trainer.model_files import MODEL_SUFFIXES, LocalFiles, model_files, volume_path
 from finetune_trainer.plan import Inputs
 from finetune_trainer.settings import Paths
@@ -50,14 +51,21 @@ def data_file(source: DataSource, name: str, paths: Paths, store: Store, folder:
         if not path.is_file():
             raise UserError(f"{name}.volume.path", "must name a file")
         return path
+    if source.hugging_face is not None:
+        return fetch_split(source.hugging_face, name, _token(source.hugging_face, name, paths), folder)
     if source.s3 is None:
-        raise UserError(name, "must be one of s3, volume")
+        raise UserError(name, "must be one of huggingFace, s3, volume")
     location = parse_uri(source.s3.uri)
     folder.mkdir()
     path = folder / Path(location.prefix).name
     if store.download(location.bucket, location.prefix, path) is None:
         raise UserError(f"{name}.s3.uri", f"there is no object {source.s3.uri}")
     return path
+
+
+def _token(source: HuggingFaceDataSource, name: str, paths: Paths) -> str | None:
+    """Return the token for a data set; None where the job names none."""
+    return (paths.hub_data_tokens / name).read_text().strip() if source.token_secret_ref is not None else None
 
 
 def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -> Path:

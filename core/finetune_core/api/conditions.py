@@ -52,6 +52,7 @@ class Reason(StrEnum):
     WAITING_FOR_PODS = "WaitingForPods"
     COMMITTED = "Committed"
     NONE_YET = "NoneYet"
+    CHECKPOINT_OVERDUE = "CheckpointOverdue"
     IN_PROGRESS = "InProgress"
     SETTLED = "Settled"
 

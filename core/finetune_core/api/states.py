@@ -115,6 +115,11 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.COMMITTED: Explanation("A checkpoint exists; the message names its step."),
     Reason.NONE_YET: Explanation("No checkpoint is committed yet: what a lost pod costs is the whole run so far."),
+    Reason.CHECKPOINT_OVERDUE: Explanation(
+        "The object store has refused new checkpoints, or taken them too slowly, for longer than the job asks for."
+        " Training goes on; the message says how many minutes a lost pod would cost, and what the store answers.",
+        "Repair the store, the credentials or the network. After 15 minutes the attempt ends with 75 and is retried.",
+    ),
     Reason.IN_PROGRESS: Explanation("The job has not ended."),
     Reason.SETTLED: Explanation("The job has ended; see `Succeeded`."),
 }
@@ -140,7 +145,10 @@ STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     },
     ConditionType.SCHEDULED: {"True": (Reason.SCHEDULED,), "False": (Reason.WAITING_FOR_PODS, Reason.SETTLED)},
     ConditionType.RUNNING: {"True": (Reason.RUNNING,), "False": (Reason.WAITING_FOR_PODS, Reason.SETTLED)},
-    ConditionType.CHECKPOINT_AVAILABLE: {"True": (Reason.COMMITTED,), "False": (Reason.NONE_YET,)},
+    ConditionType.CHECKPOINT_AVAILABLE: {
+        "True": (Reason.COMMITTED, Reason.CHECKPOINT_OVERDUE),
+        "False": (Reason.NONE_YET, Reason.CHECKPOINT_OVERDUE),
+    },
     ConditionType.READY: {"True": _DONE, "False": (*_WAITS, *_OUTSIDE, *_FAILED)},
     ConditionType.RECONCILING: {"True": (Reason.IN_PROGRESS,), "False": (Reason.SETTLED,)},
     ConditionType.STALLED: {"True": _FAILED, "False": (Reason.IN_PROGRESS, Reason.SETTLED)},

@@ -58,6 +58,16 @@ def _fits(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def adapted(bones: Skeleton, targets: Collection[str]) -> list[str]:
+    """Return the full names of the modules that get an adapter."""
+    return [
+        name
+        for name, module in bones.model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding)
+        and any(_fits(name, target) for target in targets)
+    ]
+
+
 def adapts_an_embedding(bones: Skeleton, targets: Collection[str]) -> bool:
     """Whether one of ``targets`` is the input embedding or the output head."""
     embeddings = [name for name in (bones.input_name, bones.output_name) if name is not None]
