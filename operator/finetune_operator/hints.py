@@ -25,8 +25,7 @@ class HintReader:
 
     async def read(self, memory: JobMemory, namespace: str, current: CurrentAttempt | None, world: World) -> None:
         """Update the hint: the newest warning about what has been waiting for some seconds, or nothing."""
-        held = world.child is not None and world.child.suspended
-        if current is None or current.cause is not None or held:
+        if current is None or current.cause is not None or world.held:
             memory.hint = ""
             return
         if memory.hint_read_at is not None and self._clock() - memory.hint_read_at < EVENTS_EVERY_SECONDS:

@@ -160,7 +160,6 @@ class Reconciler:
         checking: Check | None = None,
     ) -> View:
         current = step.attempts.current
-        held = world.child is not None and world.child.suspended
         resources = look.job.spec.resources
         return View(
             now=look.now,
@@ -180,7 +179,7 @@ class Reconciler:
             settled=step.settled,
             image=self._objects.image(look),
             policy=look.job.spec.run_policy,
-            ending_pods=len(world.pods) if current is None or held else 0,
+            ending_pods=len(world.pods) if current is None or world.held else 0,
             usage=world.usage,
             plan=plan_of(config) if config is not None else None,
             check=checking,

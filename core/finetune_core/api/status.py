@@ -323,7 +323,7 @@ class FineTuneJobStatus(StatusModel):
     """The check before the first attempt."""
     attempts: AttemptsStatus = AttemptsStatus()
     """How often the job was started."""
-    image: Annotated[str, Field(max_length=512)] | None = None
+    image: Annotated[str, Field(max_length=704)] | None = None
     """Trainer image, with its digest as soon as a node has pulled it: fixed at attempt 1 for every later one."""
     start_time: datetime | None = None
     """When the first attempt was started."""

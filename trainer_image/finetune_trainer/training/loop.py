@@ -289,9 +289,7 @@ class Training:
             if self._progress is not None:
                 self._progress.saved(record, self._saver.committed, self._saver.best)
         if self._progress is not None:
-            self._progress.checkpointing(
-                age=self._saver.age_seconds, problem=self._saver.problem, stall=self._saver.stall_seconds
-            )
+            self._progress.checkpointing(age=self._saver.age_seconds, problem=self._saver.problem)
 
     def _drain(self) -> None:
         """Wait until all that was saved is committed."""

@@ -76,8 +76,6 @@ class Saver:
         self._number = 0
         self._saved_at = self._committed_at = self._begun_at = clock()
         self._failing = self._retention_problem = ""
-        self.stall_seconds = 0.0
-        """How long training waited for the newest snapshot."""
         self.lineage: Sequence[CheckpointRecord] = tuple(start.ancestors)
         """Committed checkpoints that lead to now, oldest first; replaced as a whole, also by the background thread."""
         self._others = tuple(start.others)
@@ -145,7 +143,6 @@ class Saver:
         ``rows`` are the steps since the last save, from rank 0. ``must``: a later checkpoint does not make up for
         this one.
         """
-        began = self._clock()
         gang = self._gang
         tensors = snapshot(engine, rank=gang.rank, world_size=gang.world_size)
         self._number += 1
@@ -157,7 +154,6 @@ class Saver:
                 taken.rows = [*waiting.drop(waiting.replaceable(begun, by_best=must)), *rows]
             self._uploads.put(taken)
         self._saved_at = self._clock()
-        self.stall_seconds = self._saved_at - began
 
     def drain(self, stop: Callable[[], bool], *, bound: float = STOP_COMMIT_SECONDS) -> None:
         """Wait until everything is committed; all ranks call it, and look at each other meanwhile.
