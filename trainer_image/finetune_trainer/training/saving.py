@@ -37,8 +37,10 @@ from finetune_trainer.training.start import Start
 from finetune_trainer.training.state import snapshot, write_snapshot
 from finetune_trainer.training.uploads import Snapshot, Uploads
 
+MOST_WAITING = 4
 WAITING_BYTES = 1 << 30
-"""Memory of a rank for snapshots that wait for the one under way; beyond it the newest replaces those that wait."""
+"""Snapshots that wait for the one under way, and a rank's memory for them; beyond one of both the newest replaces
+those that wait: a store that was away is not fed with what retention deletes at once."""
 DRAIN_SECONDS = 0.2
 """How often ranks that wait for the last COMMIT look at each other."""
 MOST_UPLOADS = 3
@@ -148,10 +150,12 @@ class Saver:
         self._number += 1
         taken = Snapshot(self._number, state.model_copy(update=self._ground), tensors, rows, must)
         with self._uploads.held() as waiting:
-            if gang.agree(waiting.bytes + taken.bytes > WAITING_BYTES):
+            # A run that was told to stop has no time for what its last checkpoint makes up for.
+            full = waiting.count >= MOST_WAITING or waiting.bytes + taken.bytes > WAITING_BYTES
+            if gang.agree(full or gang.told()):
                 # What has begun on one rank has to be finished by all.
                 begun = gang.most((waiting.first or self._number) - 1)
-                taken.rows = [*waiting.drop(waiting.replaceable(begun, by_best=must)), *rows]
+                taken.rows = [*waiting.drop(waiting.replaceable(begun)), *rows]
             self._uploads.put(taken)
         self._saved_at = self._clock()
 
