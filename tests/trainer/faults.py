@@ -23,19 +23,28 @@ from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.training import loop, saving
 from finetune_trainer.training.batches import Batches
 from finetune_trainer.training.engine import Engine
+from finetune_trainer.training.gang import Gang
 
 
 @contextmanager
 def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     """Do ``fault`` from its `step` on: {"kind": "noise", "share": s, "growth": g, "steps": n}, {"kind": "rate",
-    "factor": f}, {"kind": "gradient"}, which happens once, {"kind": "stop"}, as SIGTERM does,
-    {"kind": "budget", "seconds": s} for uploads, or {"kind": "kill", "rank": r, "point": p, "count": n}."""
+    "factor": f}, {"kind": "gradient"}, which happens once, {"kind": "stop"}, as SIGTERM does, {"kind": "told",
+    "rank": r}: a rank is told while rows are scored after the step, {"kind": "budget", "seconds": s} for
+    uploads, or {"kind": "kill", "rank": r, "point": p, "count": n}: signal 9 to itself (see `POINTS`)."""
     if fault is None:
         yield
         return
-    patch = {"noise": _noise, "rate": _rate, "gradient": _gradient, "stop": _stop, "budget": _budget, "kill": _kill}[
-        fault["kind"]
-    ]
+    patches = {
+        "noise": _noise,
+        "rate": _rate,
+        "gradient": _gradient,
+        "stop": _stop,
+        "told": _told,
+        "budget": _budget,
+        "kill": _kill,
+    }
+    patch = patches[fault["kind"]]
     with patch(fault):
         yield
 
@@ -94,6 +103,24 @@ def _stop(fault: dict[str, Any]) -> Any:
         return made(self, step)
 
     return mock.patch.object(loop.Training, "_one_step", one_step)
+
+
+@contextmanager
+def _told(fault: dict[str, Any]) -> Iterator[None]:
+    evaluate, now = loop.Training._evaluate, {"told": False}
+
+    def told_meanwhile(self: loop.Training, questions: Any) -> Any:
+        now["told"] = self.step == fault["step"] and self._gang.rank == fault["rank"]
+        return evaluate(self, questions)
+
+    def told(_: Gang) -> bool:
+        return now["told"]
+
+    with (
+        mock.patch.object(loop.Training, "_evaluate", told_meanwhile),
+        mock.patch.object(Gang, "told", told),
+    ):
+        yield
 
 
 @contextmanager

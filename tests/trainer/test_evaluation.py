@@ -261,11 +261,15 @@ def runs(
     form = tokens["dataset"]["format"]["promptCompletion"]
     form |= {"template": "{prompt}<A>", "completionSuffix": "</A>"}
     tokens["evaluation"]["basePrompt"] = "Answer : {prompt}"
+    cut_off = sum_config(store, "cut-off")
+    configs |= {"cut-off": cut_off, "resumed": cut_off}
+    cut_off["optimization"]["maxSteps"] = 45
     results = train_all(
         list(configs.values()),
-        [plain, plain.model_copy(update={"test": few}), plain],
+        [plain, plain.model_copy(update={"test": few}), plain, plain, plain],
         folder,
         credentials=store.credentials,
+        faults=[None, None, None, {"kind": "told", "step": 30, "rank": 1}, None],
     )
     return {name: (result, configs[name]) for name, result in zip(configs, results, strict=True)}
 
@@ -357,3 +361,22 @@ def test_patience_stops_early_and_still_makes_an_artifact(
     assert result.message.endswith("stopped early, because 2 evaluations in a row brought no improvement")
     pointer = json.loads(store.read("runs/default/patience/uid-1/ARTIFACT"))
     assert pointer["outcome"] == "EarlyStopped"
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    """What is chosen must not depend on when a run was told to stop."""
+    assert runs["cut-off"][0].outcome is Outcome.STOPPED
+    assert runs["cut-off"][0].message == "told to stop: the checkpoint of step 30 is committed"
+    assert runs["resumed"][0].outcome is Outcome.COMPLETED
+    # The same job but for its patience, and undisturbed.
+    expected = {row.step: row.perplexity for row in step_rows(store, "patience")}
+    found = {row.step: row.perplexity for row in step_rows(store, "cut-off") if row.perplexity is not None}
+    assert found == {step: expected[step] for step in (15, 30, 45)}
+    assert all(value is not None for value in found.values())
+    # The base model is scored once a job.
+    first, second = scores_of(store, "cut-off", 1), scores_of(store, "cut-off", 2)
+    assert first.evaluation.tuned is None
+    assert second.evaluation.base == first.evaluation.base
+    assert second.evaluation.tuned is not None

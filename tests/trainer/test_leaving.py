@@ -102,7 +102,7 @@ def test_trap_21_told_at_random_moments_all_ranks_leave_with_a_checkpoint(
         name = f"random-{part}-{round_}"
         attempt = pods(long_run(store, name))
         began = time.monotonic()
-        wanted = rng.uniform(0.0, 40.0)
+        wanted = rng.uniform(0.0, 30.0)
         pod, to_worker = rng.randrange(2), rng.random() < 0.5
         attempt.wait_for(lambda since=began, until=wanted: time.monotonic() - since > until, "the random moment")
         workers = attempt.pods[pod].workers() if to_worker else []
