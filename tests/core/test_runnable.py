@@ -13,7 +13,6 @@ from tests.core.jobs import quickstart
 
 VALUES: dict[str, Any] = {
     "tracking": {"tensorBoard": {}},
-    "runPolicy.preflight": "Run",
 }
 
 
