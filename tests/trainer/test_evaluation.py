@@ -292,7 +292,7 @@ def test_base_and_tuned_model_are_scored_and_the_result_has_both(
     assert result.outcome is Outcome.COMPLETED
     evaluation = result.evaluation
     assert evaluation is not None
-    assert evaluation == scores_of(store, "by-score").evaluation
+    assert evaluation == scores_of(store, "by-score").evaluation.rounded()
     assert (evaluation.rows, evaluation.examples) == ("Validation", 10)
     base, tuned = evaluation.base, evaluation.tuned
     assert base is not None
