@@ -16,7 +16,6 @@ from tests.core.jobs import quickstart
 
 VALUES: dict[str, Any] = {
     "tracking": {"tensorBoard": {}},
-    "runPolicy.preflight": "Run",
 }
 
 

@@ -172,6 +172,14 @@ def live_through(release: Release, namespace: str, image: str) -> None:
     def evident(what: str, reached: Callable[[dict[str, Any]], Any], name: str = "quickstart") -> dict[str, Any]:
         return installed.wait(namespace, what, reached, 90, name)
 
+    checked = small_job(image, runPolicy={"preflight": "Run"})
+    checked["metadata"] = {"name": "checked"}
+    installed.apply(checked, namespace)
+    pods = ["get", "pods", "-n", namespace, "-o", "name"]
+    wait_for("the pod of a check", lambda: "preflight" in installed.cluster.kubectl(*pods), 60)
+    suspend = json.dumps({"spec": {"runPolicy": {"suspend": True}}})
+    installed.cluster.kubectl("patch", "finetunejob", "checked", "-n", namespace, "--type=merge", "-p", suspend)
+    evident("the end of the check", lambda job: condition(job, "Succeeded")["reason"] == "Suspended", "checked")
     evident("the conflict", lambda job: condition(job, "Accepted")["reason"] == "NameConflict", "conflict")
     installed.cluster.kubectl("delete", "configmap", child_name(job), "-n", namespace)
     job = evident("both pods", running)

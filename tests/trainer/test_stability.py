@@ -195,6 +195,7 @@ def fault_config(store: ObjectStore, name: str, stability: dict[str, str], *, wo
         method="Full",
         optimization__learningRate=RATE_OF_RUNS,
         optimization__maxSteps=STEPS,
+        optimization__zeroStage=3 if world > 1 else 2,
         optimization__globalBatchSize=16,
         optimization__microBatchSize=16 // world,
         storage__checkpointEverySteps=10,

@@ -163,10 +163,11 @@ class Progress:
             say(f"checkpoint of step {record.step} committed: {record.bytes / 1e6:.1f} MB at {record.uri}")
         self._publish(urgent=True)
 
-    def checkpointing(self, *, age: float, problem: str, stall: float) -> None:
-        """Note the age of what would be resumed from, why it grows, and how long training waited for the newest."""
+    def checkpointing(self, *, age: float, problem: str) -> None:
+        """Note the age of what would be resumed from, and why it grows beyond what the job asks for."""
+        if problem.partition(":")[0] != self._checkpoint_problem.partition(":")[0]:
+            say(f"checkpoints: {problem}" if problem else "checkpoints are committed again")
         self._checkpoint_age, self._checkpoint_problem = round(age), problem
-        self._metrics["checkpointStallSeconds"] = stall
 
     def end(self, result: Result) -> None:
         """Send the final report."""

@@ -37,8 +37,10 @@ from finetune_trainer.training.start import Start
 from finetune_trainer.training.state import snapshot, write_snapshot
 from finetune_trainer.training.uploads import Snapshot, Uploads
 
+MOST_WAITING = 4
 WAITING_BYTES = 1 << 30
-"""Memory of a rank for snapshots that wait for the one under way; beyond it the newest replaces those that wait."""
+"""Snapshots that wait for the one under way, and a rank's memory for them; beyond one of both the newest replaces
+those that wait: a store that was away is not fed with what retention deletes at once."""
 DRAIN_SECONDS = 0.2
 """How often ranks that wait for the last COMMIT look at each other."""
 MOST_UPLOADS = 3
@@ -76,8 +78,6 @@ class Saver:
         self._number = 0
         self._saved_at = self._committed_at = self._begun_at = clock()
         self._failing = self._retention_problem = ""
-        self.stall_seconds = 0.0
-        """How long training waited for the newest snapshot."""
         self.lineage: Sequence[CheckpointRecord] = tuple(start.ancestors)
         """Committed checkpoints that lead to now, oldest first; replaced as a whole, also by the background thread."""
         self._others = tuple(start.others)
@@ -145,19 +145,19 @@ class Saver:
         ``rows`` are the steps since the last save, from rank 0. ``must``: a later checkpoint does not make up for
         this one.
         """
-        began = self._clock()
         gang = self._gang
         tensors = snapshot(engine, rank=gang.rank, world_size=gang.world_size)
         self._number += 1
         taken = Snapshot(self._number, state.model_copy(update=self._ground), tensors, rows, must)
         with self._uploads.held() as waiting:
-            if gang.agree(waiting.bytes + taken.bytes > WAITING_BYTES):
+            # A run that was told to stop has no time for what its last checkpoint makes up for.
+            full = waiting.count >= MOST_WAITING or waiting.bytes + taken.bytes > WAITING_BYTES
+            if gang.agree(full or gang.told()):
                 # What has begun on one rank has to be finished by all.
                 begun = gang.most((waiting.first or self._number) - 1)
-                taken.rows = [*waiting.drop(waiting.replaceable(begun, by_best=must)), *rows]
+                taken.rows = [*waiting.drop(waiting.replaceable(begun)), *rows]
             self._uploads.put(taken)
         self._saved_at = self._clock()
-        self.stall_seconds = self._saved_at - began
 
     def drain(self, stop: Callable[[], bool], *, bound: float = STOP_COMMIT_SECONDS) -> None:
         """Wait until everything is committed; all ranks call it, and look at each other meanwhile.
