@@ -12,6 +12,8 @@ PYTHON := .venv/bin/python
 HOST_PYTHON := $(or $(shell command -v python3.11),python3)
 UV := $(FINETUNE_CACHE)/uv/bin/uv
 PYTEST := $(PYTHON) -m pytest
+# Tests of two groups run at once (tests/conftest.py): most of those with a cluster wait more than they compute.
+TEST_WORKERS ?= 2
 
 .PHONY: help
 help: ## Show this list
@@ -56,7 +58,7 @@ COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --pyt
 .PHONY: locks
 locks: $(UV) ## Pin all dependencies with hashes and without index addresses
 	@echo "uv" | $(UV) pip compile --quiet - $(COMPILE) -o locks/uv.txt >/dev/null
-	@for extra in dev operator trainer cli; do \
+	@for extra in dev operator trainer cli bench; do \
 	  constraint=$$([ $$extra = dev ] || echo "-c locks/dev.txt"); \
 	  $(UV) pip compile --quiet pyproject.toml --extra $$extra $$constraint $(COMPILE) \
 	    -o locks/$$extra.txt >/dev/null; done
@@ -80,12 +82,20 @@ unit: venv ## The tests that need no cluster
 .PHONY: test
 test: lint ## Lint, unit tests, and end-to-end tests on a real cluster
 	@$(PYTHON) -m tests.cluster prepare
-	@$(PYTEST) -m "not long"
+	@$(PYTEST) -m "not long" --numprocesses $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: test-long
 test-long: venv ## The tests that take longer than a coffee
 	@$(PYTEST) -m long
 
+# The environment of the tests, and what the trainer is measured against.
+.venv-bench/.ready: $(UV) locks/bench.txt pyproject.toml
+	@echo "installing the virtual environment of make bench (.venv-bench) from locks/bench.txt"
+	@$(UV) venv --quiet --allow-existing --python $(HOST_PYTHON) .venv-bench
+	@$(UV) pip sync --quiet --python .venv-bench/bin/python --require-hashes locks/bench.txt
+	@$(UV) pip install --quiet --python .venv-bench/bin/python --no-deps --editable .
+	@touch $@
+
 .PHONY: bench
-bench: venv ## Measure, side by side in one run
-	@$(PYTHON) -m tests.bench
+bench: .venv-bench/.ready ## Measure, side by side in one run (BENCH="--only NAME": one of them)
+	@.venv-bench/bin/python -m tests.bench $(BENCH)

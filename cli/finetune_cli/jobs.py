@@ -127,6 +127,19 @@ class Jobs:
             raise ConnectionLostError(str(error)) from error
         return {key: base64.b64decode(value).decode() for key, value in (found.data or {}).items()}
 
+    def config_map(self, name: str) -> dict[str, str]:
+        """Return the values of a ConfigMap; raises UserError where it is missing or may not be read."""
+        subject = f"ConfigMap {self._namespace}/{name}"
+        try:
+            found = self._core.read_namespaced_config_map(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
+        except client.ApiException as error:
+            if error.status == 404:
+                raise UserError(subject, "does not exist; the job names it in `storage.caConfigMapRef`") from error
+            raise UserError(subject, _answer(error)) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise ConnectionLostError(str(error)) from error
+        return dict(found.data or {})
+
     def _reach(self, name: str, tell: Callable[[str], None]) -> tuple[dict[str, Any], str]:
         """Return what ``_list`` returns, with patience: an API server that restarts is back within minutes."""
         until = time.monotonic() + RECONNECT_FOR_SECONDS

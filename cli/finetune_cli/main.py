@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from finetune_cli.checkpoints import DAMAGED, as_json, as_table, look, root_of
 from finetune_cli.download import artifact_of, download
 from finetune_cli.jobs import ConnectionLostError, Jobs, load_client
 from finetune_cli.store import ACCESS_KEY, SECRET_KEY, Store, keys_from
@@ -28,6 +29,7 @@ examples:
   finetune validate job.yaml
   finetune watch quickstart
   finetune watch quickstart -n research
+  finetune checkpoints quickstart
   finetune download quickstart -o ./adapter
 """
 VALIDATE_EXAMPLES = """\
@@ -55,6 +57,18 @@ examples:
 
 The access key comes from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY where both are set, else from the Secret that
 the job names. Every file is compared with the sha256 in the manifest.
+"""
+CHECKPOINTS_EXAMPLES = """\
+examples:
+  finetune checkpoints quickstart
+  finetune checkpoints quickstart --verify            read all of them; says which object is damaged
+  finetune checkpoints quickstart -o json | jq '.checkpoints[] | select(.last).uri'
+  kubectl port-forward -n storage service/minio 9000 &
+  finetune checkpoints quickstart --endpoint http://127.0.0.1:9000
+
+Without --verify sizes, manifest and COMMIT are compared. Credentials are found as for `finetune download`.
+
+exit code: 0 nothing is damaged, 1 a checkpoint is, 2 it cannot be looked at
 """
 
 
@@ -105,6 +119,23 @@ def download_artifact(options: argparse.Namespace) -> int:
     return 0
 
 
+def list_checkpoints(options: argparse.Namespace) -> int:
+    """List what lies in a job's bucket; 0 when no checkpoint is damaged, else 1."""
+    api, namespace = load_client()
+    jobs = Jobs(api, options.namespace or namespace)
+    job = jobs.get(options.name)
+    store, root, console = store_of(job, jobs, options.endpoint), root_of(job), Console()
+    with Console(stderr=True).status("looking at the bucket") as status:
+        found = look(store, root, verify=options.verify, progress=lambda folder: status.update(folder))
+    if options.output == "json":
+        print(as_json(root, found))
+    elif found:
+        console.print(as_table(root, found))
+    else:
+        print(f"{root.uri()}: no checkpoint yet")
+    return 1 if any(item.state == DAMAGED for item in found) else 0
+
+
 def store_of(job: FineTuneJob, jobs: Jobs, endpoint: str | None = None) -> Store:
     """Return the job's store with the access key of the environment, or of the Secret that the job names."""
     storage = job.spec.storage
@@ -118,7 +149,11 @@ def store_of(job: FineTuneJob, jobs: Jobs, endpoint: str | None = None) -> Store
             raise UserError(
                 f"Secret {job.metadata.namespace}/{name}", f"must have the keys {ACCESS_KEY} and {SECRET_KEY}"
             )
-    return Store(storage, keys, endpoint)
+    reference = storage.ca_config_map_ref
+    certificates = jobs.config_map(reference.name).get(reference.key) if reference else None
+    if reference and not certificates:
+        raise UserError(f"ConfigMap {job.metadata.namespace}/{reference.name}", f"must have the key {reference.key}")
+    return Store(storage, keys, endpoint, certificates)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,6 +185,11 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="folder to create (default: the job's name)")
     fetch.add_argument("--endpoint", metavar="URL", help="address of the object store as seen from here")
     fetch.set_defaults(run=download_artifact)
+    listing = _command(commands, "checkpoints", "list a job's checkpoints as the bucket has them", CHECKPOINTS_EXAMPLES)
+    listing.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json for pipelines")
+    listing.add_argument("--verify", action="store_true", help="read every byte and compare it with the manifest")
+    listing.add_argument("--endpoint", metavar="URL", help="address of the object store as seen from here")
+    listing.set_defaults(run=list_checkpoints)
     return parser
 
 

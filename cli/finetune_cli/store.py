@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import certifi
@@ -45,10 +48,22 @@ def keys_from(values: Mapping[str, str]) -> Keys | None:
     return Keys(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An object in a listing."""
+
+    key: str
+    bytes: int
+    modified: datetime
+
+
 class Store:
     """Reads objects; every failure says which address or key it is about."""
 
-    def __init__(self, storage: StorageSpec, keys: Keys, endpoint: str | None = None) -> None:
+    def __init__(
+        self, storage: StorageSpec, keys: Keys, endpoint: str | None = None, certificates: str | None = None
+    ) -> None:
+        """Prepare access; ``certificates`` (PEM) sign the endpoint's, None for those of this machine."""
         self.endpoint = endpoint or storage.endpoint or f"https://s3.{storage.region}.amazonaws.com"
         address = urllib3.util.parse_url(self.endpoint)
         if address.scheme not in ("http", "https") or not address.host or address.path not in (None, "", "/"):
@@ -64,9 +79,28 @@ class Store:
                 timeout=urllib3.Timeout(connect=5, read=60),
                 retries=urllib3.Retry(total=2, backoff_factor=0.5, status_forcelist=[500, 502, 503, 504]),
                 cert_reqs="CERT_REQUIRED",
-                ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),
+                ssl_context=_trust(certificates),
             ),
         )
+        if storage.addressing == "VirtualHosted":
+            self._minio.enable_virtual_style_endpoint()
+        elif storage.addressing == "Path":
+            self._minio.disable_virtual_style_endpoint()
+
+    def entries(self, bucket: str, prefix: str) -> list[Entry]:
+        """Return all objects below ``prefix``, ordered by key."""
+        with self._explained(f"s3://{bucket}/{prefix}"):
+            found = self._minio.list_objects(bucket, prefix=prefix, recursive=True)
+            return sorted(
+                (Entry(item.object_name, item.size, item.last_modified or datetime.now(UTC)) for item in found),
+                key=lambda entry: entry.key,
+            )
+
+    def digest(self, bucket: str, key: str) -> str:
+        """Return the sha256 of an object, which may be large."""
+        hasher = hashlib.sha256()
+        self._stream(bucket, key, hasher.update)
+        return hasher.hexdigest()
 
     def read(self, bucket: str, key: str) -> bytes:
         """Return a small object."""
@@ -107,11 +141,23 @@ class Store:
 
     def _stream(self, bucket: str, key: str, add: Callable[[bytes], None]) -> None:
         """Hand an object to ``add`` in chunks; a transfer that breaks off in the middle raises urllib3's error."""
-        subject = f"s3://{bucket}/{key}"
-        try:
+        with self._explained(f"s3://{bucket}/{key}"):
             response = self._minio.get_object(bucket, key)
+        try:
+            for chunk in response.stream(CHUNK_BYTES):
+                add(chunk)
+        finally:
+            response.close()
+            response.release_conn()
+
+    @contextmanager
+    def _explained(self, subject: str) -> Iterator[None]:
+        """Turn what a request inside the block fails with into a sentence about ``subject``."""
+        try:
+            yield
         except S3Error as error:
             if error.code in ("NoSuchKey", "NoSuchBucket"):
+                bucket = subject.removeprefix("s3://").partition("/")[0]
                 missing = f"bucket `{bucket}`" if error.code == "NoSuchBucket" else "it"
                 raise UserError(subject, f"{missing} does not exist in the store at {self.endpoint}") from error
             if error.code in REFUSED:
@@ -126,9 +172,13 @@ class Store:
                 f"cannot be reached from here ({cause}); an address inside the cluster needs `kubectl port-forward`"
                 " and `--endpoint http://127.0.0.1:PORT`",
             ) from error
-        try:
-            for chunk in response.stream(CHUNK_BYTES):
-                add(chunk)
-        finally:
-            response.close()
-            response.release_conn()
+
+
+def _trust(certificates: str | None) -> ssl.SSLContext:
+    """Return the authorities that may sign the store's certificate."""
+    if certificates is None:
+        return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
+    try:
+        return ssl.create_default_context(cadata=certificates)
+    except ssl.SSLError as error:
+        raise UserError("storage.caConfigMapRef", "must hold certificates in PEM") from error

@@ -30,6 +30,8 @@ CREDENTIALS_FOLDER = "/var/run/secrets/finetune.dev/storage"
 """Files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN, from the job's Secret."""
 STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
 """Certificates that sign the store's, from `storage.caConfigMapRef`; absent: those of the image."""
+HUB_DATA_TOKENS_FOLDER = "/var/run/secrets/finetune.dev/hub-data"
+"""Tokens for gated data sets, each in a file with the field path of its source, such as `dataset.train`."""
 HUB_TOKEN_FILE = "/var/run/secrets/finetune.dev/hub/token"  # noqa: S105  (a path)
 TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path)
 """Projected service-account token for reports; the kubelet renews it."""
@@ -220,6 +222,8 @@ class StorageConfig(ContractModel):
     """One of both is set."""
     keep_last: Annotated[int, Field(ge=1)]
     keep_best: Annotated[int, Field(ge=1)] = 1
+    artifact: Literal["Adapter", "Merged", "Both"] = "Adapter"
+    """What is made of a LoRA run."""
 
 
 class ReportConfig(ContractModel):
@@ -276,6 +280,10 @@ class ArtifactRecord(ContractModel):
     manifest_sha256: Annotated[str, Field(max_length=64)]
 
 
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
 class ScoreRecord(ContractModel):
     """How well a model does on a set of rows."""
 
@@ -290,6 +298,15 @@ class ScoreRecord(ContractModel):
     graded: Annotated[int, Field(ge=0)] = 0
     """Answers that were graded; rows whose gold answer can't be graded against are left out."""
 
+    def rounded(self) -> ScoreRecord:
+        """Return the record with six significant digits."""
+        values = self.model_dump()
+        scores = {name: _rounded(value) for name, value in self.scores.items()}
+        return ScoreRecord.model_validate(
+            {name: _rounded(value) if isinstance(value, float) else value for name, value in values.items()}
+            | {"scores": scores}
+        )
+
 
 class EvaluationRecord(ContractModel):
     """Base model and tuned model on the same rows."""
@@ -301,6 +318,11 @@ class EvaluationRecord(ContractModel):
     tuned: ScoreRecord | None = None
     tuned_step: Annotated[int, Field(ge=0)] | None = None
     """Step of the checkpoint that `tuned` speaks of: the one that was exported."""
+
+    def rounded(self) -> EvaluationRecord:
+        """Return the record with six significant digits: a termination message has room for no more."""
+        base, tuned = (record.rounded() if record is not None else None for record in (self.base, self.tuned))
+        return self.model_copy(update={"base": base, "tuned": tuned})
 
 
 class Incident(ContractModel):

@@ -6,6 +6,7 @@
   checkpoints/<run>-<step>/       files, manifest.json, COMMIT last
   artifacts/<run>/                files, manifest.json, COMMIT last
   evaluation/<run>.json
+  preflight/<token>               written, read back and deleted by a preflight check
   ARTIFACT                        pointer with If-None-Match: the first one wins
 """
 
@@ -21,6 +22,8 @@ from finetune_core.errors import UserError
 MANIFEST = "manifest.json"
 COMMIT = "COMMIT"
 ARTIFACT_POINTER = "ARTIFACT"
+BASES = "_bases"
+"""Folder beside the namespaces (none can have this name) that holds base models with added tokens, each once."""
 
 
 class Location(NamedTuple):
@@ -74,6 +77,11 @@ def metrics_key(run: int, segment: int) -> str:
 def evaluation_key(run: int) -> str:
     """Return the key of a run's scores, below the root."""
     return f"evaluation/{run:06d}.json"
+
+
+def probe_key(token: str) -> str:
+    """Return the key of the object that a preflight check writes, reads and deletes, below the root."""
+    return f"preflight/{token}"
 
 
 class ManifestFile(ContractModel):

@@ -15,6 +15,11 @@ def attempt_name(job_name: str, job_uid: str, attempt: int) -> str:
     return f"{job_name}-{hashlib.sha256(job_uid.encode()).hexdigest()[:8]}-{attempt}"
 
 
+def preflight_name(job_name: str, job_uid: str, number: int) -> str:
+    """Return the name of try ``number``'s preflight pod and ConfigMap: apart from every attempt's."""
+    return f"{attempt_name(job_name, job_uid, 0).removesuffix('-0')}-preflight-{number}"
+
+
 def worker_name(child_name: str, index: int) -> str:
     """Return the name that training-operator gives to a worker's pod and headless Service."""
     return f"{child_name}-worker-{index}"

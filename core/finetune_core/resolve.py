@@ -98,6 +98,7 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             checkpoint_every_minutes=spec.storage.checkpoint.every_minutes,
             keep_last=spec.storage.checkpoint.keep_last,
             keep_best=spec.storage.checkpoint.keep_best,
+            artifact=spec.storage.artifact or "Adapter",
         ),
         report=report,
     )

@@ -69,6 +69,11 @@ class World:
     final_result: Result | None
     """From the final report of the current attempt."""
 
+    @property
+    def held(self) -> bool:
+        """Whether the attempt's queue holds it."""
+        return self.child is not None and self.child.suspended
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
@@ -172,11 +177,10 @@ def _during(attempts: AttemptsStatus, current: CurrentAttempt, world: World) -> 
         settled = Settlement(succeeded=True, reason=ruling.reason, message=ruling.message, result=ruling.result)
         closed = close(attempts, current, cause_of(ruling, world.now), world.checkpoints, world.now)
         return Step(attempts=closed, next=Next.SETTLE, settled=settled)
-    held = world.child is not None and world.child.suspended
     clocks = Clocks(
         now=world.now,
         active_seconds=world.usage.active_seconds,
-        any_pod_runs=not held and any(pod.running for pod in pods),
+        any_pod_runs=not world.held and any(pod.running for pod in pods),
         waiting_for=world.waiting_for,
     )
     if current.cause is None and (order := ordered_end(world.policy, current, clocks)):
@@ -200,7 +204,7 @@ def own_pods(current: CurrentAttempt, world: World) -> list[PodObservation]:
 
 def _seen(current: CurrentAttempt, pods: Sequence[PodObservation], world: World) -> CurrentAttempt:
     """Return the attempt with what is seen of its pods. While a queue holds it, it has neither pods nor clocks."""
-    if world.child is not None and world.child.suspended:
+    if world.held:
         return current.model_copy(update={"pods": [], "admitted_time": None, "running_time": None})
     resumed_at = world.child.resumed_at if world.child is not None else None
     if resumed_at is not None and (current.admitted_time is None or resumed_at > current.admitted_time):

@@ -26,15 +26,20 @@ class WriteBudget:
         self._tokens = burst
         self._filled_at = clock()
 
-    def seconds_to_next(self) -> float:
-        """Return how long a write of new numbers has to wait; 0 where it may go now."""
+    def reserve(self) -> float:
+        """Take the next place for a write of new numbers; return the time on the clock at which it comes.
+
+        Places, not refusals: a job that waits looks once more, when its place comes, and not again and again.
+        """
         self._fill()
-        return 0.0 if self._tokens >= 1 else (1 - self._tokens) / self._per_second
+        self._tokens -= 1
+        return self._filled_at + max(0.0, -self._tokens) / self._per_second
 
     def spend(self) -> None:
-        """Take a token for a write. Urgent ones may take what is not there: numbers then wait longer."""
+        """Count a write that waits for nothing: those of numbers then wait longer, but not for ever."""
         self._fill()
-        self._tokens = max(self._tokens - 1, -self._burst)
+        if self._tokens > -self._burst:
+            self._tokens -= 1
 
     def _fill(self) -> None:
         now = self._clock()

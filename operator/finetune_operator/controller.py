@@ -12,6 +12,7 @@ import aiohttp
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.health import Activity
 from finetune_operator.keyqueue import Key, KeyQueue
+from finetune_operator.logs import speak_of
 from finetune_operator.memory import Memory
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import Reconciler
@@ -78,6 +79,7 @@ class Controller:
     async def _look(self, key: Key) -> None:
         """Look at a job once; whatever goes wrong concerns this job only and is tried again after its back-off."""
         started = time.monotonic()
+        speak_of(job=str(key))
         try:
             async with asyncio.timeout(LOOK_SECONDS):
                 outcome = await self._reconciler.reconcile(key)
@@ -93,7 +95,7 @@ class Controller:
             # A job that no code was written for must not end the worker that serves all others.
             self._count("error")
             delay = self._queue.retry(key)
-            logger.exception("the look failed; next in %.1f s", delay, extra={"job": str(key)})
+            logger.exception("the look failed; next in %.1f s", delay)
         else:
             self._count("ok")
             self._queue.forgive(key)
@@ -102,14 +104,13 @@ class Controller:
             elif outcome.after is not None:
                 self._queue.add_after(key, outcome.after)
         finally:
+            speak_of()
             self._metrics.reconcile_seconds.observe(time.monotonic() - started)
 
     def _failed(self, key: Key, error: Exception) -> None:
         self._count("error")
         delay = self._queue.retry(key)
-        logger.warning(
-            "the look failed: %s; next in %.1f s", str(error) or type(error).__name__, delay, extra={"job": str(key)}
-        )
+        logger.warning("the look failed: %s; next in %.1f s", str(error) or type(error).__name__, delay)
 
     def _count(self, result: str) -> None:
         self._metrics.reconciles.labels(result=result).inc()

@@ -7,6 +7,7 @@ a replica that waits for the Lease while it can read it.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -111,4 +112,6 @@ class HealthServer:
         self._metrics.watch_age_seconds.set(self._activity.age())
         self._metrics.leader.set(self._leadership.leads)
         self._metrics.lease_age_seconds.set(self._leadership.age())
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+        # With thousands of jobs the text takes a while: the event loop goes on meanwhile.
+        text = await asyncio.to_thread(self._metrics.render)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})

@@ -9,6 +9,7 @@ from finetune_core.api.status import (
     CHECKPOINT_LIMIT,
     HISTORY_LIMIT,
     INCIDENT_LIMIT,
+    NOTICE_LIMIT,
     ArtifactStatus,
     CheckpointStatus,
     EvaluationStatus,
@@ -67,11 +68,18 @@ def merge_report(
         ]
     if report.run > 0 and (report.checkpoints or report.phase is not Phase.LOADING):
         update["checkpoints"] = checkpoints_of(report.checkpoints, report.best)
+    if report.notices:
+        update["notices"] = merge_notices(stored.notices, report.notices)
     if report.evaluation is not None:
         update["evaluation"] = evaluation_of(report.evaluation)
     if report.incidents:
         update["incidents"] = merge_incidents(stored.incidents, report.incidents)
     return stored.model_copy(update=update)
+
+
+def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """Return what was told so far, each sentence once, the newest last: an attempt repeats its own in every report."""
+    return [*(sentence for sentence in old if sentence not in new), *dict.fromkeys(new)][-NOTICE_LIMIT:]
 
 
 def _merge_kubeflow(
@@ -130,6 +138,7 @@ def progress_of(
         percentage=percentage(report.step, report.total_steps),
         eta_seconds=report.eta_seconds if eta is None else eta,
         tokens_per_second=_optional(report.tokens_per_second),
+        checkpoint_age_seconds=report.checkpoint_age_seconds,
         mfu=_optional(report.mfu),
         last_update_time=received,
     )
@@ -200,14 +209,15 @@ def merge_incidents(old: Sequence[IncidentStatus], new: Iterable[Incident]) -> l
 
 
 def checkpoints_of(records: Sequence[CheckpointRecord], named: CheckpointName | None = None) -> list[CheckpointStatus]:
-    """Return the checkpoints in the bucket, the newest and the best marked.
+    """Return the checkpoints in the bucket, the newest and the best whole ones marked.
 
     ``named`` is what the trainer calls the best; one that does not say so means the least perplexity.
     """
     records = records[-CHECKPOINT_LIMIT:]
-    scored = [record for record in records if record.perplexity is not None]
+    whole = [record for record in records if not record.damaged]
+    scored = [record for record in whole if record.perplexity is not None]
     if named is not None:
-        scored = [record for record in records if (record.run, record.step) == (named.run, named.step)]
+        scored = [record for record in whole if (record.run, record.step) == (named.run, named.step)]
     best = min(scored, key=lambda record: record.perplexity or 0.0) if scored else None
     return [
         CheckpointStatus(
@@ -219,8 +229,9 @@ def checkpoints_of(records: Sequence[CheckpointRecord], named: CheckpointName | 
             perplexity=_optional(record.perplexity),
             task_score=_optional(record.task_score),
             time=record.time.astimezone(UTC).replace(microsecond=0),
-            last=record is records[-1],
+            last=bool(whole) and record is whole[-1],
             best=record is best,
+            damaged=record.damaged,
         )
         for record in records
     ]

@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 
 JOB_FIELDS = ("job", "uid", "attempt")
 """Names that `extra=` may carry; they become fields of the line."""
+_subject: ContextVar[Mapping[str, object]] = ContextVar("subject", default={})  # noqa: B039  (never changed in place)
+
+
+def speak_of(**fields: object) -> None:
+    """Give every further line of the running task these job fields, also lines of libraries; none ends it."""
+    _subject.set(fields)
 
 
 class JsonFormatter(logging.Formatter):
@@ -22,6 +30,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line |= _subject.get()
         line |= {field: getattr(record, field) for field in JOB_FIELDS if hasattr(record, field)}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

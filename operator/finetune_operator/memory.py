@@ -17,6 +17,9 @@ from finetune_operator.kubeflow import KubeflowReport
 from finetune_operator.problems import OutsideError
 from finetune_operator.speed import StepWindow
 
+LEAST_SECONDS_BETWEEN_NUMBERS = 10.0
+"""Between two writes of a job's status for nothing but new numbers."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportingAttempt:
@@ -40,8 +43,12 @@ class JobMemory:
     reported_at: datetime | None = None
     speed: StepWindow = field(default_factory=StepWindow)
     """Of all attempts: it outlives a resume."""
+    told: dict[str, float] = field(default_factory=dict)
+    """When an event of a reason was last created, on the monotonic clock."""
     status_written_at: float | None = None
     """On the monotonic clock."""
+    numbers_at: float | None = None
+    """When new numbers have their place among the writes of all jobs, once they asked for one."""
     problem: OutsideError | None = None
     """What the last try to create the attempt met."""
     retry_at: float = 0.0
@@ -51,6 +58,12 @@ class JobMemory:
     hint: str = ""
     """Newest warning event about what the attempt waits for."""
     hint_read_at: float | None = None
+
+    def seconds_to_numbers(self, now: float) -> float:
+        """Return how long new numbers wait before they are written; 0 where they may be now."""
+        own = self.status_written_at
+        due = max(now if own is None else own + LEAST_SECONDS_BETWEEN_NUMBERS, self.numbers_at or 0.0)
+        return max(0.0, due - now)
 
 
 class Memory:
@@ -88,6 +101,13 @@ class Memory:
             job.hint, job.hint_read_at = "", None
         job.reporting = reporting
 
+    def close(self, key: Key) -> None:
+        """Nobody may report until the next attempt; the newest report stays until it is written."""
+        job = self.of(key)
+        job.reporting = None
+        job.speed.interrupt()
+        job.hint, job.hint_read_at = "", None
+
     def remember(self, key: Key, report: Report, received: datetime) -> None:
         """Keep ``report`` as the newest of the job's attempt."""
         job = self.of(key)
@@ -95,6 +115,10 @@ class Memory:
         step = report.told_step if isinstance(report, KubeflowReport) else report.step
         if report.total_steps and step is not None:
             job.speed.note(self._clock(), step)
+
+    def seconds_to_numbers(self, key: Key) -> float:
+        """Return how long new numbers of a job wait before they are written."""
+        return self.of(key).seconds_to_numbers(self._clock())
 
     def forget(self, key: Key) -> None:
         """Drop a job that no longer exists."""

@@ -1,9 +1,14 @@
-"""Prometheus metrics of the operator."""
+"""Prometheus metrics of the operator; those of its jobs are in `job_metrics`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import UTC, datetime
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from finetune_operator.job_metrics import JobSeries
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -11,9 +16,11 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 class Metrics:
     """All metrics, in a registry of their own, so that two operators in one process (tests) stay apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         """Register every metric."""
         self._registry = CollectorRegistry()
+        self.jobs = JobSeries(now)
+        self._registry.register(self.jobs)
         self.reconciles = Counter(
             "finetune_reconciles", "Looks at a job, by result.", ["result"], registry=self._registry
         )

@@ -65,7 +65,7 @@ class Observer:
         attempts = look.stored.attempts
         uids = frozenset(pod.uid for pod in pods if pod.attempt == attempts.started)
         if attempts.current is None and not uids:
-            self._memory.expect(look.key, None)
+            self._memory.close(look.key)
             return
         resources = look.job.spec.resources
         ranks = resources.nodes * max(1, resources.gpus_per_node)

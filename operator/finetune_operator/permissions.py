@@ -13,6 +13,8 @@ class Scope(StrEnum):
 
     JOBS = "jobs"
     """In every served namespace: a ClusterRole, or a Role in each of `watchNamespaces`."""
+    ANNOTATIONS = "annotations"
+    """As JOBS, unless the annotation for schedulers is switched off."""
     CLUSTER = "cluster"
     """Of cluster-wide objects: a ClusterRole in any case."""
     DISCOVERY = "discovery"
@@ -46,7 +48,10 @@ class Allowed(Enum):
     CREATE_CHILD = Permission("kubeflow.org", "pytorchjobs", "create")
     DELETE_CHILD = Permission("kubeflow.org", "pytorchjobs", "delete")
     LIST_PODS = Permission("", "pods", "list")
+    CREATE_POD = Permission("", "pods", "create")
+    DELETE_POD = Permission("", "pods", "delete")
     WATCH_PODS = Permission("", "pods", "watch")
+    ANNOTATE_POD = Permission("", "pods/status", "patch", Scope.ANNOTATIONS)
     GET_CONFIG_MAP = Permission("", "configmaps", "get")
     CREATE_CONFIG_MAP = Permission("", "configmaps", "create")
     DELETE_CONFIG_MAP = Permission("", "configmaps", "delete")

@@ -15,6 +15,7 @@ from finetune_core.api.pod_template import Volume
 from finetune_core.api.sources import SecretKeyRef
 from finetune_core.contract import (
     CREDENTIALS_FOLDER,
+    HUB_DATA_TOKENS_FOLDER,
     HUB_TOKEN_FILE,
     IDENTITY_VARIABLES,
     MASTER_ADDR_VARIABLE,
@@ -22,6 +23,7 @@ from finetune_core.contract import (
     MASTER_PORT_VARIABLE,
     RUN_FOLDER,
     SCRATCH_FOLDER,
+    STORAGE_CA_FILE,
     TOKEN_FILE,
     VOLUMES_FOLDER,
     report_audience,
@@ -171,7 +173,8 @@ def _tolerations(job: FineTuneJob) -> list[Manifest]:
 
 def _claims(job: FineTuneJob) -> list[str]:
     """Return the claims that model and data come from, each once."""
-    sources = [job.spec.model, job.spec.dataset.train, job.spec.dataset.validation]
+    dataset = job.spec.dataset
+    sources = [job.spec.model, dataset.train, dataset.validation, dataset.test]
     names = [source.volume.claim_name for source in sources if source is not None and source.volume is not None]
     return list(dict.fromkeys(names))
 
@@ -186,8 +189,12 @@ def _mounts(job: FineTuneJob) -> list[Manifest]:
     ]
     if job.spec.storage.credentials_secret_ref:
         mounts.insert(1, {"name": "storage-credentials", "mountPath": CREDENTIALS_FOLDER, "readOnly": True})
+    if job.spec.storage.ca_config_map_ref:
+        mounts.append({"name": "storage-ca", "mountPath": _folder(STORAGE_CA_FILE), "readOnly": True})
     if _hub_token(job):
         mounts.append({"name": "hub-token", "mountPath": _folder(HUB_TOKEN_FILE), "readOnly": True})
+    if _data_tokens(job):
+        mounts.append({"name": "hub-data-tokens", "mountPath": HUB_DATA_TOKENS_FOLDER, "readOnly": True})
     mounts += [
         {"name": f"claim-{number}", "mountPath": f"{VOLUMES_FOLDER}/{claim}", "readOnly": True}
         for number, claim in enumerate(_claims(job))
@@ -221,6 +228,10 @@ def _volumes(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
     if credentials := job.spec.storage.credentials_secret_ref:
         secret = {"secretName": credentials.name, "defaultMode": SHARED_READ_ONLY}
         volumes.insert(1, {"name": "storage-credentials", "secret": secret})
+    if authority := job.spec.storage.ca_config_map_ref:
+        item = {"key": authority.key, "path": PurePosixPath(STORAGE_CA_FILE).name}
+        certificates = {"name": authority.name, "defaultMode": SHARED_READ_ONLY, "items": [item]}
+        volumes.append({"name": "storage-ca", "configMap": certificates})
     if reference := _hub_token(job):
         item = {"key": reference.key, "path": PurePosixPath(HUB_TOKEN_FILE).name}
         volumes.append(
@@ -229,6 +240,12 @@ def _volumes(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
                 "secret": {"secretName": reference.name, "defaultMode": SHARED_READ_ONLY, "items": [item]},
             }
         )
+    if tokens := _data_tokens(job):
+        sources = [
+            {"secret": {"name": reference.name, "items": [{"key": reference.key, "path": path}]}}
+            for path, reference in tokens.items()
+        ]
+        volumes.append({"name": "hub-data-tokens", "projected": {"defaultMode": SHARED_READ_ONLY, "sources": sources}})
     volumes += [
         {"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
         for number, claim in enumerate(_claims(job))
@@ -253,6 +270,17 @@ def _volume_kind(volume: Volume) -> Manifest:
 def _hub_token(job: FineTuneJob) -> SecretKeyRef | None:
     source = job.spec.model.hugging_face
     return source.token_secret_ref if source else None
+
+
+def _data_tokens(job: FineTuneJob) -> dict[str, SecretKeyRef]:
+    """Return the tokens of gated data sets by the field path of their source."""
+    dataset = job.spec.dataset
+    sources = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    return {
+        f"dataset.{name}": source.hugging_face.token_secret_ref
+        for name, source in sources.items()
+        if source is not None and source.hugging_face is not None and source.hugging_face.token_secret_ref is not None
+    }
 
 
 def _folder(path: str) -> str:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from finetune_core.contract import REPORT_LIMIT_BYTES, Report, report_audience
 from finetune_operator import kubeflow
 from finetune_operator.keyqueue import Key, KeyQueue
+from finetune_operator.logs import speak_of
 from finetune_operator.memory import Memory, ReportingAttempt
 from finetune_operator.metrics import Metrics
 from finetune_operator.tokens import ReviewUnavailableError, TokenPod, TokenReviewer
@@ -91,6 +92,11 @@ def bearer_token(header: str | None) -> str:
     return token.strip()
 
 
+def is_news(before: Report | None, report: Report) -> bool:
+    """Whether ``report`` says more than new numbers: the first of an attempt, another checkpoint, the result."""
+    return before is None or report.result is not None or report.checkpoints != before.checkpoints
+
+
 Parse = Callable[[bytes, TokenPod, ReportingAttempt], Report]
 
 
@@ -144,6 +150,8 @@ class ReportServer:
     async def _take(self, request: web.Request, parse: Parse) -> web.Response | None:
         """Remember the report; return the answer to one that is refused."""
         key = Key(request.match_info["namespace"], request.match_info["name"])
+        known = self._memory.reporting(key)
+        speak_of(job=str(key), **({"uid": known.uid, "attempt": known.attempt} if known else {}))
         try:
             reporting = self._expected(key)
             pod = await self._speaker(key, request, reporting)
@@ -152,16 +160,18 @@ class ReportServer:
             report = parse(body, pod, reporting)
             self._check_one_voice(key, report)
         except RefusalError as refusal:
-            return self._refused(key, refusal.status, str(refusal))
+            return self._refused(refusal.status, str(refusal))
         except web.HTTPRequestEntityTooLarge:
-            return self._refused(key, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {REPORT_LIMIT_BYTES} bytes")
+            return self._refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {REPORT_LIMIT_BYTES} bytes")
         except TimeoutError:
-            return self._refused(key, HTTPStatus.REQUEST_TIMEOUT, f"not read within {BODY_SECONDS:.0f} s")
+            return self._refused(HTTPStatus.REQUEST_TIMEOUT, f"not read within {BODY_SECONDS:.0f} s")
         except ReviewUnavailableError as error:
-            logger.warning("a token could not be reviewed: %s", error, extra={"job": str(key)})
-            return self._refused(key, HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
+            logger.warning("a token could not be reviewed: %s", error)
+            return self._refused(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
+        before = self._memory.of(key).report
         self._memory.remember(key, report, self._now().replace(microsecond=0))
-        self._queue.add(key)
+        # A look costs requests: one that could write nothing yet waits until it can.
+        self._queue.add_after(key, 0.0 if is_news(before, report) else self._memory.seconds_to_numbers(key))
         self._metrics.reports_accepted.inc()
         return None
 
@@ -190,9 +200,9 @@ class ReportServer:
         if isinstance(report, kubeflow.KubeflowReport) and not isinstance(known, kubeflow.KubeflowReport | None):
             raise RefusalError(HTTPStatus.CONFLICT, "this attempt reports in full already")
 
-    def _refused(self, key: Key, status: HTTPStatus, message: str) -> web.Response:
+    def _refused(self, status: HTTPStatus, message: str) -> web.Response:
         self._metrics.reports_refused.labels(code=str(int(status))).inc()
-        logger.info("a report was refused with %d: %s", status, message, extra={"job": str(key)})
+        logger.info("a report was refused with %d: %s", status, message)
         return _answer(status, message)
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CERTIFICATE_SOURCES = ("Operator", "Secret")
+PREFLIGHT = ("Run", "Skip")
+SWITCH = ("on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -22,6 +24,8 @@ class Settings:
 
     trainer_image: str
     """Image of jobs that name none."""
+    preflight: str
+    """Run or Skip: what happens before attempt 1 of jobs that do not say it."""
     namespace: str
     """Namespace of the operator: its certificate Secret and report Service."""
     certificate_secret: str
@@ -41,6 +45,8 @@ class Settings:
     pod_uid: str
     pod_ip: str
     """Address that the report Service leads to while this process leads; empty outside a cluster."""
+    checkpoint_annotations: bool
+    """Whether pods are told when their job last saved, for schedulers."""
     watch_namespaces: tuple[str, ...]
     """Namespaces to serve; empty means all."""
     workers: int
@@ -88,6 +94,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         parser.add_argument(flag, default=value, required=value is None, help=shown, **options)  # type: ignore[arg-type]
 
     add("--trainer-image", None, "image of jobs that set no podTemplate.image")
+    add("--preflight", "Run", "check jobs before GPUs are asked for, unless they say otherwise", choices=PREFLIGHT)
     add("--namespace", "finetune-system", "the operator's own namespace")
     add("--certificate-secret", "finetune-operator-certificates", "Secret for the CA and the certificate of reports")
     add("--certificate-from", "Operator", "who keeps the certificate in the Secret", choices=CERTIFICATE_SOURCES)
@@ -99,6 +106,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     add("--pod-name", "", "name of the operator's pod; default: the host's name")
     add("--pod-uid", "", "uid of the operator's pod")
     add("--pod-ip", "", "address of the operator's pod, which reports are led to")
+    add("--checkpoint-annotations", "on", "volcano.sh/last-checkpoint-time on the pods", choices=SWITCH)
     add("--watch-namespaces", "", "namespaces to serve, separated by commas; default: all")
     add("--workers", "8", "jobs reconciled at the same time", type=int)
     add("--resync-seconds", "300", "seconds between two lists of all jobs", type=float)
@@ -111,6 +119,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         parser.error("--resync-seconds must be greater than 0")
     return Settings(
         trainer_image=values.trainer_image,
+        preflight=values.preflight,
         namespace=values.namespace,
         certificate_secret=values.certificate_secret,
         certificate_from=values.certificate_from,
@@ -122,6 +131,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         pod_name=values.pod_name or socket.gethostname(),
         pod_uid=values.pod_uid,
         pod_ip=values.pod_ip,
+        checkpoint_annotations=values.checkpoint_annotations == "on",
         watch_namespaces=tuple(name.strip() for name in values.watch_namespaces.split(",") if name.strip()),
         workers=values.workers,
         resync_seconds=values.resync_seconds,

@@ -11,8 +11,6 @@ from finetune_operator.conditions import View, compute_conditions
 from finetune_operator.history import artifact_of, evaluation_of, merge_report, percentage
 from finetune_operator.observed import PodObservation
 
-LEAST_SECONDS_BETWEEN_NUMBERS = 10.0
-
 
 def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) -> FineTuneJobStatus:
     """Return the status that ``stored`` becomes under ``view``."""
@@ -22,6 +20,7 @@ def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) ->
     update: dict[str, object] = {
         "observed_generation": view.generation,
         "attempts": view.attempts,
+        "preflight": view.check.record if view.check is not None else stored.preflight,
         "image": fixed_image(stored.image or view.image, view.pods),
         "plan": view.plan or stored.plan,
         "usage": view.usage or stored.usage,

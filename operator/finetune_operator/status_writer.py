@@ -9,10 +9,11 @@ from finetune_core.api import FineTuneJobStatus
 from finetune_operator.budget import WriteBudget
 from finetune_operator.cluster import Cluster
 from finetune_operator.conditions import View
+from finetune_operator.memory import JobMemory
 from finetune_operator.metrics import Metrics
 from finetune_operator.record import Record
 from finetune_operator.recorder import Recorder
-from finetune_operator.status import LEAST_SECONDS_BETWEEN_NUMBERS, compute_status, is_news, is_transition
+from finetune_operator.status import compute_status, is_news, is_transition
 
 
 class StatusWriter:
@@ -43,17 +44,23 @@ class StatusWriter:
         since it was read.
         """
         status = compute_status(record.stored, view, child_kind=self._child_kind)
+        self._metrics.jobs.show(record.key, status)
         old = record.stored if record.raw.get("status") else None
         if not is_news(old, status):
             return None
-        written_at = record.memory.status_written_at
-        if written_at is not None and not is_transition(old, status):
-            left = max(written_at + LEAST_SECONDS_BETWEEN_NUMBERS - self._clock(), self._budget.seconds_to_next())
-            if left > 0:
-                return left
+        if is_transition(old, status):
+            self._budget.spend()
+        elif (left := self._seconds_to_numbers(record.memory)) > 0:
+            return left
         await self._apply(record, status)
-        await self._recorder.tell(record.key, record.uid, record.stored, status, record.log)
+        await self._recorder.tell(record, status)
         return None
+
+    def _seconds_to_numbers(self, memory: JobMemory) -> float:
+        """Return how long new numbers still wait: for the job's ten seconds, and for their place among all jobs."""
+        if memory.numbers_at is None:
+            memory.numbers_at = self._budget.reserve()
+        return memory.seconds_to_numbers(self._clock())
 
     async def forget_child(self, record: Record) -> None:
         """Write that the child of a settled job is gone; everything else stays as it is."""
@@ -61,6 +68,5 @@ class StatusWriter:
 
     async def _apply(self, record: Record, status: FineTuneJobStatus) -> None:
         await self._cluster.apply_status(record.key, record.raw["metadata"]["resourceVersion"], status.to_json())
-        record.memory.status_written_at = self._clock()
-        self._budget.spend()
+        record.memory.status_written_at, record.memory.numbers_at = self._clock(), None
         self._metrics.status_writes.inc()

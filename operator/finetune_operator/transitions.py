@@ -6,7 +6,7 @@ Events tell transitions only. Their names are made from job, reason and occasion
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 
@@ -40,13 +40,15 @@ class Notice:
     note: str
     warning: bool
     occasion: str
-    """What sets two events of the same reason apart: the attempt's number or the minute."""
+    """What sets two events of the same reason apart: the attempt's number or the moment."""
+    recurs: bool = False
+    """Whether it may come again and again without an attempt between: then it is told once a minute."""
 
 
 def notices(old: FineTuneJobStatus, new: FineTuneJobStatus, now: datetime) -> list[Notice]:
     """Return the events of the transition from ``old`` to ``new``."""
     found: list[Notice] = []
-    minute = now.strftime("%Y-%m-%dT%H:%M")
+    moment = now.isoformat(timespec="seconds")
     told = {past.number for past in old.attempts.recent}
     for past in new.attempts.recent:
         if past.number not in told and past.verdict != Verdict.SUCCEEDED:
@@ -62,7 +64,7 @@ def notices(old: FineTuneJobStatus, new: FineTuneJobStatus, now: datetime) -> li
         if ended and condition.type == ConditionType.ACCEPTED:
             continue  # a spec that is refused ends the job: one event says both
         if _changed(before.get(condition.type), condition):
-            found += _of_condition(condition, minute, new.attempts.started)
+            found += _of_condition(condition, moment, new.attempts.started)
     return found
 
 
@@ -70,13 +72,14 @@ def _changed(old: Condition | None, new: Condition) -> bool:
     return old is None or (old.status, old.reason) != (new.status, new.reason)
 
 
-def _of_condition(condition: Condition, minute: str, attempt: int) -> list[Notice]:
+def _of_condition(condition: Condition, moment: str, attempt: int) -> list[Notice]:
     """Return the event that a changed condition is worth, if any."""
     kind, status = condition.type, condition.status
     if kind == ConditionType.SUCCEEDED and status != "Unknown":
         return [_notice(condition.reason, condition.message, status == "False", "settled")]
     if kind == ConditionType.ACCEPTED and status == "False":
-        return [_notice(condition.reason, condition.message, True, minute)]
+        notice = _notice(condition.reason, condition.message, True, moment)
+        return [replace(notice, recurs=True)]
     if kind == ConditionType.RUNNING and status == "True":
         return [_notice(EventReason.RUNNING, condition.message, False, str(attempt))]
     if kind == ConditionType.CHECKPOINT_AVAILABLE and status == "True":

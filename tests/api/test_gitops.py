@@ -42,6 +42,7 @@ async def _reconcile(cluster: Cluster, key: Key) -> None:
         metrics=Metrics(),
         trainer_image=settings.trainer_image,
         report_base_url=settings.report_base_url,
+        preflight="Skip",
         ca_bundle=lambda: "no certificate",
         instance="test",
     )
@@ -154,13 +155,13 @@ def test_argo_cd_and_flux_see_no_drift(cluster: Cluster, namespace: str, manager
 
 def test_a_job_that_can_not_be_run_ends_with_the_fields_path(cluster: Cluster, namespace: str) -> None:
     manifest = job()
-    manifest["spec"]["model"]["addedTokens"] = ["<START_Q>"]
+    manifest["spec"]["deepspeed"] = {"overrides": "{x"}
     cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(manifest))
     let_the_operator_run(cluster, namespace, "drift")
     live = cluster.get("ftj", "drift", "-n", namespace)
     conditions = {condition["type"]: condition for condition in live["status"]["conditions"]}
     assert (conditions["Accepted"]["status"], conditions["Accepted"]["reason"]) == ("False", "BadInput")
-    assert conditions["Accepted"]["message"].startswith("spec.model.addedTokens: must be empty")
+    assert conditions["Accepted"]["message"].startswith("spec.deepspeed.overrides: must be JSON")
     assert conditions["Stalled"]["status"] == "True"
     assert cluster.get("pytorchjobs", "-n", namespace)["items"] == []
 

@@ -73,7 +73,10 @@ def test_the_operators_pod_is_restricted() -> None:
 def test_a_new_operator_waits_beside_the_old_one_for_the_lease() -> None:
     spec = deployment()["spec"]
     assert (spec["replicas"], spec["strategy"]["rollingUpdate"]) == (1, {"maxUnavailable": 0, "maxSurge": 1})
-    assert deployment({"replicas": 2})["spec"]["replicas"] == 2
+    two = deployment({"replicas": 2})["spec"]
+    assert two["replicas"] == 2
+    (spread,) = two["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == two["selector"]["matchLabels"]
     (lease,) = of_kind(rendered(), "Lease")
     assert "spec" not in lease, "an upgrade must not take the Lease from its holder"
 
@@ -142,7 +145,9 @@ def used(*scopes: Scope) -> set[tuple[str, str, str, str]]:
 
 def test_the_roles_grant_exactly_what_the_operator_uses() -> None:
     objects = rendered()
-    assert granted(of_kind(objects, "ClusterRole")) == used(Scope.JOBS, Scope.CLUSTER, Scope.DISCOVERY)
+    assert granted(of_kind(objects, "ClusterRole")) == used(
+        Scope.JOBS, Scope.ANNOTATIONS, Scope.CLUSTER, Scope.DISCOVERY
+    )
     assert granted(of_kind(objects, "Role")) == used(Scope.OWN, Scope.OWN_NEW)
 
 
@@ -151,9 +156,16 @@ def test_a_confined_operator_may_only_review_tokens_cluster_wide() -> None:
     assert granted(of_kind(objects, "ClusterRole")) == used(Scope.CLUSTER)
     for namespace in CONFINED["watchNamespaces"]:
         roles = [role for role in of_kind(objects, "Role") if role["metadata"].get("namespace") == namespace]
-        assert granted(roles) == used(Scope.JOBS)
+        assert granted(roles) == used(Scope.JOBS, Scope.ANNOTATIONS)
         bindings = of_kind(objects, "RoleBinding")
         assert any(binding["metadata"]["namespace"] == namespace for binding in bindings)
+
+
+def test_without_the_annotation_there_is_no_permission_on_pods_beyond_reading() -> None:
+    objects = rendered({"checkpointAnnotations": False})
+    assert granted(of_kind(objects, "ClusterRole")) == used(Scope.JOBS, Scope.CLUSTER, Scope.DISCOVERY)
+    environment = deployment({"checkpointAnnotations": False})["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert {"name": "FINETUNE_CHECKPOINT_ANNOTATIONS", "value": "off"} in environment
 
 
 def test_every_binding_names_a_role_and_the_service_account() -> None:
@@ -199,6 +211,7 @@ def _toggles() -> Iterator[tuple[str, Manifest, str]]:
     yield "tag", {"image": {"repository": "r", "tag": "7"}}, '"r:7"'
     yield "pull secrets", {"imagePullSecrets": [{"name": "registry"}]}, "name: registry"
     yield "trainer", {"trainer": {"image": "own/trainer:2"}}, "own/trainer:2"
+    yield "preflight", {"preflight": "Skip"}, "value: Skip"
     yield "log level", {"logLevel": "debug"}, "value: debug"
     yield "workers", {"workers": 3}, 'value: "3"'
     yield "resync", {"resyncSeconds": 60}, 'value: "60"'
@@ -229,6 +242,7 @@ def test_every_value_shows(values: Manifest, expected: str) -> None:
         {"replicas": 6},
         {"podMonitor": {"interval": "often"}},
         {"logLevel": "loud"},
+        {"preflight": "Maybe"},
         {"imge": {}},
         {"watchNamespaces": ["Team_A"]},
         {"trainer": {"image": ""}},

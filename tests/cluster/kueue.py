@@ -52,7 +52,7 @@ class Kueue:
 
     def get(self, name: str) -> Manifest:
         """Return a PyTorchJob as it is stored."""
-        found: Manifest = self._cluster.get("pytorchjob", name, "-n", self._namespace)
+        found: Manifest = self._cluster.get("pytorchjob", name, "-n", self._namespace, "--show-managed-fields")
         return found
 
     def admit(self, name: str, info: PodSetInfo) -> Manifest:
@@ -79,6 +79,7 @@ class Kueue:
     def _update(self, job: Manifest) -> Manifest:
         """Replace the object, guarded by its resourceVersion: a conflict is the caller's to see."""
         job.pop("status", None)
+        job["metadata"].pop("managedFields", None)
         arguments = ("replace", "-f", "-", f"--field-manager={FIELD_MANAGER}", "--output=json")
         stored: Manifest = json.loads(self._cluster.kubectl(*arguments, stdin=json.dumps(job)))
         return stored

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from minio import Minio
@@ -35,6 +36,13 @@ class RunFolder:
         start = self._root.key(prefix)
         found = self._store.list_objects(self._root.bucket, start, recursive=True)
         return sorted(str(entry.object_name).removeprefix(self._root.prefix + "/") for entry in found)
+
+    def times(self, prefix: str = "") -> dict[str, datetime]:
+        """Return when each object below ``prefix`` was written, by its key, to the second."""
+        start = self._root.key(prefix)
+        found = self._store.list_objects(self._root.bucket, start, recursive=True)
+        keys = {str(entry.object_name).removeprefix(self._root.prefix + "/"): entry.last_modified for entry in found}
+        return {key: at for key, at in keys.items() if at is not None}
 
     def read(self, key: str) -> bytes:
         """Return the bytes of an object."""

@@ -40,7 +40,7 @@ def test_the_backend_appears_later(bare: Cluster) -> None:
         told = stage.job("the cause", lambda job: condition(job, "Accepted")["reason"] == "BackendUnavailable")
         assert "install Kubeflow's training-operator" in condition(told.object, "Accepted")["message"]
         assert condition(told.object, "Stalled")["status"] == "False"
-        stage.cluster.kubectl("apply", "-f", "-", stdin=tools.TRAINING_OPERATOR.data_file().read_text())
+        stage.cluster.kubectl("create", "-f", "-", stdin=tools.TRAINING_OPERATOR.data_file().read_text())
         stage.cluster.kubectl("wait", "--for=condition=Established", f"crd/{PYTORCHJOB_CRD}", "--timeout=30s")
         backend = stage.cluster.components["training-operator"]
         backend.start()

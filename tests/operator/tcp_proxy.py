@@ -87,6 +87,14 @@ class TcpProxy:
         target.transport.abort()
 
 
+async def _end_the_rest() -> None:
+    """End the connections that are open, so that the loop can be closed."""
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
+
+
 @contextlib.contextmanager
 def tcp_proxy(cluster: Cluster) -> Iterator[TcpProxy]:
     """Run a proxy inside the cluster's network."""
@@ -97,10 +105,7 @@ def tcp_proxy(cluster: Cluster) -> Iterator[TcpProxy]:
     def run() -> None:
         with contextlib.suppress(asyncio.CancelledError):
             loop.run_until_complete(serving)
-        rest = asyncio.all_tasks(loop)
-        for task in rest:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+        loop.run_until_complete(_end_the_rest())
         loop.close()
 
     serving = loop.create_task(proxy.serve(ready))

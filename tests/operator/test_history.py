@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import pairwise
 
-from finetune_core.api.status import FineTuneJobStatus, HistoryPoint
+from finetune_core.api.conditions import ConditionType, Reason
+from finetune_core.api.status import AttemptsStatus, CurrentAttempt, FineTuneJobStatus, HistoryPoint
 from finetune_core.contract import (
     CheckpointName,
     CheckpointRecord,
@@ -16,6 +17,7 @@ from finetune_core.contract import (
     Report,
     ScoreRecord,
 )
+from finetune_operator.conditions import View, compute_conditions
 from finetune_operator.history import checkpoints_of, merge_history, merge_report, percentage, thin
 from tests.operator.worlds import NOW
 
@@ -98,6 +100,40 @@ def test_the_newest_and_the_best_checkpoint_are_marked() -> None:
 def test_percentages_are_rounded_down() -> None:
     assert [percentage(step, 150) for step in (0, 1, 149, 150, 151)] == [0, 0, 99, 100, 100]
     assert percentage(0, 0) == 0
+
+
+def test_a_damaged_checkpoint_is_neither_last_nor_best_and_names_its_object() -> None:
+    whole, broken = record(10, 3.0), record(20, 2.0).model_copy(update={"damaged": "state-00001 is missing"})
+    found = checkpoints_of([whole, broken])
+    assert [item.step for item in found if item.last or item.best] == [10]
+    assert found[1].damaged == "state-00001 is missing"
+
+
+def test_what_a_trainer_tells_stays_once_and_the_newest_last() -> None:
+    first = merge_report(FineTuneJobStatus(), report(notices=["3 rows were left out", "passed over"]), NOW)
+    again = merge_report(first, report(notices=["passed over"]), NOW)
+    assert again.notices == ["3 rows were left out", "passed over"]
+    many = merge_report(again, report(notices=[f"notice {number}" for number in range(8)]), NOW)
+    assert many.notices == [f"notice {number}" for number in range(8)]
+
+
+def test_a_store_that_takes_no_checkpoint_becomes_a_condition() -> None:
+    """The age is told in progress and, in minutes, in the sentence; the older checkpoint is still there."""
+    told = report(
+        checkpoints=[record(20, 2.0)], checkpoint_age_seconds=190, checkpoint_problem="the store answered 503"
+    )
+    status = merge_report(FineTuneJobStatus(), told, NOW)
+    assert status.progress is not None
+    assert status.progress.checkpoint_age_seconds == 190
+    attempts = AttemptsStatus(started=1, current=CurrentAttempt(number=1, start_time=NOW))
+    view = View(now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, report=told)
+    conditions = {condition.type: condition for condition in compute_conditions(FineTuneJobStatus(), status, view)}
+    overdue = conditions[ConditionType.CHECKPOINT_AVAILABLE]
+    assert (overdue.status, overdue.reason) == ("True", Reason.CHECKPOINT_OVERDUE)
+    assert overdue.message == "step 20 is committed; 3 min of training are not saved: the store answered 503"
+    healthy = View(now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, report=report())
+    conditions = {condition.type: condition for condition in compute_conditions(FineTuneJobStatus(), status, healthy)}
+    assert conditions[ConditionType.CHECKPOINT_AVAILABLE].reason == Reason.COMMITTED
 
 
 def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None:

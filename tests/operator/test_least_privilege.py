@@ -17,7 +17,8 @@ from tests.cluster.audit import Call, calls
 from tests.cluster.layout import BRIDGE
 from tests.operator.conftest import Installed, condition, small_job
 from tests.operator.programs import OperatorProgram, operator_program
-from tests.operator.test_on_cluster import RUNS, child_name, pods_run, post, running
+from tests.operator.test_on_cluster import RUNS, child_name, pods_run, post, report, running
+from tests.operator.test_reports_on_cluster import token_or_none
 from tests.operator.test_two_replicas import owner_of_the_slice
 from tests.operator.worlds import REPOSITORY
 
@@ -101,7 +102,7 @@ def _anywhere(grant: Grant, served: list[str]) -> Grant:
     return replace(grant, namespace="") if grant.namespace in served else grant
 
 
-@pytest.fixture(params=["wide", "narrow"])
+@pytest.fixture(params=["wide", pytest.param("narrow", marks=pytest.mark.long)])
 def release(request: pytest.FixtureRequest, installed: Installed, namespace: str, tmp_path: Path) -> Iterator[Release]:
     """A fresh release, of all namespaces or of the test's and another; the installed operator makes room for it."""
     cluster, name = installed.cluster, str(request.param)
@@ -120,7 +121,7 @@ def release(request: pytest.FixtureRequest, installed: Installed, namespace: str
         name=name,
         settings={
             "FINETUNE_POD_IP": ADDRESS,
-            "FINETUNE_POD_UID": owner_of_the_slice(installed, f"{name}-first", name),
+            **pod_of(installed, name, "first"),
             "FINETUNE_REPORT_HOST": ADDRESS,
             "FINETUNE_REPORT_PORT": str(REPORT_PORT),
             "FINETUNE_WATCH_NAMESPACES": ",".join(served),
@@ -171,26 +172,47 @@ def live_through(release: Release, namespace: str, image: str) -> None:
     def evident(what: str, reached: Callable[[dict[str, Any]], Any], name: str = "quickstart") -> dict[str, Any]:
         return installed.wait(namespace, what, reached, 90, name)
 
+    checked = small_job(image, runPolicy={"preflight": "Run"})
+    checked["metadata"] = {"name": "checked"}
+    installed.apply(checked, namespace)
+    pods = ["get", "pods", "-n", namespace, "-o", "name"]
+    wait_for("the pod of a check", lambda: "preflight" in installed.cluster.kubectl(*pods), 60)
+    suspend = json.dumps({"spec": {"runPolicy": {"suspend": True}}})
+    installed.cluster.kubectl("patch", "finetunejob", "checked", "-n", namespace, "--type=merge", "-p", suspend)
+    evident("the end of the check", lambda job: condition(job, "Succeeded")["reason"] == "Suspended", "checked")
     evident("the conflict", lambda job: condition(job, "Accepted")["reason"] == "NameConflict", "conflict")
     installed.cluster.kubectl("delete", "configmap", child_name(job), "-n", namespace)
     job = evident("both pods", running)
+    pod = job["status"]["attempts"]["current"]["pods"][0]
+    token = wait_for(
+        "the pod's token", lambda: token_or_none(installed, namespace, pod["name"]), 60, evidence=program.evidence
+    )
     wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
     secret = installed.cluster.get("secret", f"{release.account}-certificates", "-n", release.name)
     server, ca = f"https://{ADDRESS}:{REPORT_PORT}", secret["data"]["ca.crt"]
-    assert post(installed, namespace, "no-token", "{}", server=server, ca_certificate=ca) == 401
-    installed.cluster.kubectl("delete", "pytorchjob", child_name(job), "-n", namespace, "--wait=false")
-    evident("the lost attempt", lambda job: job["status"]["attempts"].get("recent"))
-    # The pod of an attempt that is closed while its child still exists: the operator removes child and ConfigMap.
-    job = evident("attempt 2", lambda job: job["status"]["attempts"]["started"] == 2 and running(job))
-    pod = job["status"]["attempts"]["current"]["pods"][0]["name"]
-    installed.cluster.kubectl("delete", "pod", pod, "-n", namespace, "--wait=false")
-    evident("attempt 3", lambda job: job["status"]["attempts"]["started"] == 3)
+    body = report(pod["uid"]).to_json()
+    assert post(installed, namespace, token, body, server=server, ca_certificate=ca) == 204
+    wait_for("the pods to tell when the job saved", lambda: annotated(installed, namespace), 60)
+    # The operator removes child and ConfigMap of an attempt that lost a pod.
+    installed.cluster.kubectl("delete", "pod", pod["name"], "-n", namespace, "--wait=false")
+    evident("the end of the attempt", lambda job: job["status"]["attempts"].get("recent"))
     # Another pod leads now: the slice is not created, but replaced.
     program.stop(signal.SIGTERM)
-    uid = owner_of_the_slice(installed, f"{release.name}-second", release.name)
-    program.environment = {**program.environment, "FINETUNE_POD_UID": uid}
+    program.environment = {**program.environment, **pod_of(installed, release.name, "second")}
     program.start()
     program.wait_ready()
+
+
+def annotated(installed: Installed, namespace: str) -> bool:
+    """Whether every training pod carries the time of the reported checkpoint, and is otherwise as it was."""
+    pods = installed.cluster.get("pods", "-n", namespace, "-l", "finetune.dev/job-name=quickstart")["items"]
+    times = [pod["metadata"]["annotations"].get("volcano.sh/last-checkpoint-time") for pod in pods]
+    return times == ["2026-11-24T12:00:00Z"] * 2
+
+
+def pod_of(installed: Installed, namespace: str, name: str) -> dict[str, str]:
+    """Return the settings by which an operator believes to be the pod ``name``, which stands for it in the cluster."""
+    return {"FINETUNE_POD_NAME": name, "FINETUNE_POD_UID": owner_of_the_slice(installed, name, namespace)}
 
 
 TOO_MANY_GPUS = {"nodes": 1, "gpusPerNode": 16, "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}

@@ -240,7 +240,7 @@ def test_a_scaled_child_is_noticed_and_costs_a_free_attempt(
     installed.apply(small_job(stand_in(RUNS)), namespace)
     job = installed.wait(namespace, "both pods", running)
     installed.cluster.kubectl("scale", "pytorchjob", child_name(job), "--replicas=1", "-n", namespace)
-    job = installed.wait(namespace, "attempt 2", lambda job: counts(job)[0] == 2 and running(job))
+    job = installed.wait(namespace, "the end of attempt 1", lambda job: job["status"]["attempts"]["recent"])
     past = job["status"]["attempts"]["recent"][0]
     assert (past["verdict"], past["reason"]) == ("Free", "ChildChanged")
     assert "scaled to 1 workers" in past["message"]

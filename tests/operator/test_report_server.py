@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from finetune_core.contract import REPORT_LIMIT_BYTES, Phase, Report, report_path
+from finetune_core.contract import REPORT_LIMIT_BYTES, CheckpointRecord, Phase, Report, report_path
 from finetune_operator.cluster import ApiError
 from finetune_operator.keyqueue import Key, KeyQueue
 from finetune_operator.memory import Memory, ReportingAttempt
@@ -208,3 +209,17 @@ async def test_reports_wait_out_an_api_server_that_reviews_no_token(
     server = ReportServer(memory=memory, queue=queue, reviewer=TokenReviewer(reviews), metrics=metrics)  # type: ignore[arg-type]
     async with TestClient(TestServer(server.application())) as client:
         assert await post(client, "good", body()) == 503
+
+
+async def test_reports_of_nothing_but_numbers_cost_no_look_before_they_may_be_written(
+    client: TestClient[Any, Any], memory: Memory, queue: KeyQueue
+) -> None:
+    memory.of(KEY).status_written_at = time.monotonic() + 3600  # whatever the machine does, the ten seconds last
+    assert await post(client, "good", body()) == 204
+    assert queue.pop() == KEY, "the first report of an attempt is news"
+    queue.done(KEY)
+    assert await post(client, "good", body(step=6)) == 204
+    assert (queue.pop(), queue.delayed) == (None, 1)
+    saved = CheckpointRecord(run=1, step=6, uri="s3://b/c", bytes=9, manifest_sha256="ab", time=NOW)
+    assert await post(client, "good", body(step=6, checkpoints=[saved])) == 204
+    assert queue.pop() == KEY, "a checkpoint is news"

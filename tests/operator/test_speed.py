@@ -6,6 +6,7 @@ import pytest
 
 from finetune_core.api.status import ProgressStatus
 from finetune_operator.budget import WriteBudget
+from finetune_operator.memory import JobMemory
 from finetune_operator.speed import WINDOW, StepWindow, eta_seconds
 from tests.operator.worlds import NOW
 
@@ -66,23 +67,26 @@ def test_a_job_at_its_end_takes_no_more_time() -> None:
     assert eta_seconds(120, 100, 2.0, None) == 0
 
 
-def test_the_budget_lets_a_burst_through_and_then_its_rate() -> None:
+def test_the_budget_lets_a_burst_through_and_then_gives_places_at_its_rate() -> None:
     now = [0.0]
     budget = WriteBudget(lambda: now[0], per_second=2, burst=3)
-    for _ in range(3):
-        assert budget.seconds_to_next() == 0
-        budget.spend()
-    assert budget.seconds_to_next() == 0.5
-    now[0] = 0.5
-    assert budget.seconds_to_next() == 0
+    assert [budget.reserve() for _ in range(5)] == [0, 0, 0, 0.5, 1.0]
     now[0] = 60.0
-    for _ in range(3):
-        budget.spend()
-    assert budget.seconds_to_next() == 0.5, "it holds no more than a burst"
+    assert [budget.reserve() for _ in range(4)] == [60, 60, 60, 60.5], "it holds no more than a burst"
 
 
 def test_urgent_writes_make_numbers_wait_longer_but_not_for_ever() -> None:
     budget = WriteBudget(lambda: 0.0, per_second=1, burst=2)
     for _ in range(1000):
         budget.spend()
-    assert budget.seconds_to_next() == 3
+    assert budget.reserve() == 3
+
+
+def test_new_numbers_of_a_job_wait_for_its_ten_seconds_and_for_their_place() -> None:
+    memory = JobMemory()
+    assert memory.seconds_to_numbers(100.0) == 0
+    memory.status_written_at = 100.0
+    assert memory.seconds_to_numbers(104.0) == 6
+    memory.numbers_at = 115.0
+    assert memory.seconds_to_numbers(104.0) == 11
+    assert memory.seconds_to_numbers(115.0) == 0

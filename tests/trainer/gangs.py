@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from finetune_core.contract import Identity, RunConfig
+from finetune_core.contract import Identity, Result, RunConfig
 from finetune_trainer.plan import Inputs, WorkerPlan
 from finetune_trainer.settings import Paths
 from finetune_trainer.storage.steplog import StepRow
@@ -18,29 +19,56 @@ from tests.trainer.objectstore import ObjectStore, free_port
 RUN_SECONDS = 240
 
 
-def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, credentials: Path) -> None:
-    """Train every config, all of one world size, on that many ranks."""
-    world = configs[0]["world"]["nodes"]
-    port = free_port()
-    ranks = []
-    for rank in range(world):
+def write_plans(
+    configs: list[dict[str, Any]],
+    inputs: Inputs | list[Inputs],
+    folder: Path,
+    *,
+    credentials: Path,
+    faults: list[dict[str, Any] | None] | None = None,
+    attempt: int = 1,
+) -> list[Path]:
+    """Write what each rank of `many_runs` reads, and return the files in the order of ranks."""
+    files = []
+    for rank in range(configs[0]["world"]["nodes"]):
+        scratch = folder / f"rank-{rank}"
+        identity = Identity(
+            namespace="default", name="test", uid="u", attempt=attempt, pod_name="p", pod_uid="p", node_rank=rank
+        )
         plans = []
         for index, config in enumerate(configs):
-            scratch = folder / f"rank-{rank}"
-            identity = Identity(
-                namespace="default", name="test", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=rank
-            )
             plan = WorkerPlan(
                 paths=Paths(credentials=credentials, scratch=scratch),
                 identity=identity,
                 config=RunConfig.model_validate(config),
-                inputs=inputs,
+                inputs=inputs[index] if isinstance(inputs, list) else inputs,
                 folder=scratch / f"run-{index}",
             )
-            plans.append(json.loads(plan.to_json()))
-        (folder / f"rank-{rank}").mkdir(parents=True)
+            plans.append({"plan": json.loads(plan.to_json()), "fault": faults[index] if faults else None})
+        scratch.mkdir(parents=True)
         file = folder / f"plans-{rank}.json"
         file.write_text(json.dumps(plans))
+        files.append(file)
+    return files
+
+
+def train_all(
+    configs: list[dict[str, Any]],
+    inputs: Inputs | list[Inputs],
+    folder: Path,
+    *,
+    credentials: Path,
+    seconds: float = RUN_SECONDS,
+    faults: list[dict[str, Any] | None] | None = None,
+) -> list[Result]:
+    """Train every config, all of one world size, on that many ranks; return what each came to.
+
+    ``inputs`` are those of all configs or one for each; so are ``faults`` (see `faults.scripted`).
+    """
+    world = configs[0]["world"]["nodes"]
+    port = free_port()
+    ranks = []
+    for rank, file in enumerate(write_plans(configs, inputs, folder, credentials=credentials, faults=faults)):
         environment = {
             **os.environ,
             "PATH": "/nonexistent",
@@ -57,8 +85,9 @@ def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, cr
         command = [sys.executable, "-m", "tests.trainer.many_runs", str(file)]
         ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         log.close()
+    deadline = time.monotonic() + seconds
     try:
-        codes = [process.wait(RUN_SECONDS) for process in ranks]
+        codes = [process.wait(max(1.0, deadline - time.monotonic())) for process in ranks]
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -66,6 +95,9 @@ def train_all(configs: list[dict[str, Any]], inputs: Inputs, folder: Path, *, cr
                 process.wait()
     logs = "\n".join((folder / f"rank-{rank}.log").read_text() for rank in range(world))
     assert codes == [0] * world, logs
+    made = [json.loads((folder / f"rank-{rank}" / "results.json").read_text()) for rank in range(world)]
+    assert all(other == made[0] for other in made), made
+    return [Result.model_validate(result) for result in made[0]]
 
 
 def step_rows(store: ObjectStore, name: str) -> list[StepRow]:
@@ -76,3 +108,13 @@ def step_rows(store: ObjectStore, name: str) -> list[StepRow]:
         for line in store.read(key).decode().splitlines()
     ]
     return sorted((StepRow.model_validate_json(line) for line in lines), key=lambda row: row.step)
+
+
+def rows_consumed(folder: Path, index: int, world: int) -> dict[int, list[int]]:
+    """Return the rows of each step that all ranks together consumed in the ``index``-th run of `train_all`."""
+    consumed: dict[int, list[int]] = {}
+    for rank in range(world):
+        for line in (folder / f"rank-{rank}" / f"run-{index}" / f"rows-{rank}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            consumed.setdefault(row["step"], []).extend(row["own"])
+    return {step: sorted(rows) for step, rows in consumed.items()}

@@ -1,6 +1,8 @@
 """One rank that trains several plans one after the other in one process: `python -m tests.trainer.many_runs FILE`.
 
-Loading torch takes longer than training the tiny model; a table of runs pays for it once.
+Loading torch takes longer than training the tiny model; a table of runs pays for it once. What each came to is written
+into `results.json` of the rank's scratch folder; a run may have a scripted fault (`faults`), and
+leaves the rows that it consumed in `rows-<rank>.jsonl` of its folder.
 """
 
 from __future__ import annotations
@@ -10,23 +12,36 @@ import os
 import sys
 from pathlib import Path
 
+from finetune_trainer.errors import Diverged, OutsideFailure, Stopped
 from finetune_trainer.outcomes import Standing
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.training import environment
 
 
 def main() -> None:
-    plans = [WorkerPlan.model_validate(plan) for plan in json.loads(Path(sys.argv[1]).read_text())]
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    plans = [WorkerPlan.model_validate(run["plan"]) for run in runs]
+    results = []
     environment.prepare(plans[0].paths.scratch)
     from finetune_trainer.training.gang import Gang
     from finetune_trainer.training.progress import Progress
     from finetune_trainer.training.train import train
+    from tests.trainer.faults import recorded, scripted
 
     gang = Gang(device=environment.device(plans[0].config.world))
-    for plan in plans:
+    for run, plan in zip(runs, plans, strict=True):
         plan.folder.mkdir(parents=True, exist_ok=True)
         progress = Progress(pod_uid="pod", ranks=gang.world_size, reporter=None) if gang.is_first else None
-        train(plan, gang, progress, Standing())
+        with scripted(run["fault"]), recorded(plan.folder / f"rows-{gang.rank}.jsonl"):
+            try:
+                results.append(json.loads(train(plan, gang, progress, Standing()).to_json()))
+            except Diverged as error:
+                results.append({"outcome": "Diverged", "message": str(error)})
+            except Stopped as error:
+                results.append({"outcome": "Stopped", "message": str(error)})
+            except OutsideFailure as error:
+                results.append({"outcome": "OutsideFailure", "message": str(error)})
+    (plans[0].paths.scratch / "results.json").write_text(json.dumps(results))
     gang.farewell()
     sys.stdout.flush()
     os._exit(0)

@@ -1,10 +1,17 @@
-"""The losses are those of a plain loop, whatever the number of ranks and the ZeRO stage; and so is the adapter."""
+"""The losses are those of a plain loop, whatever the number of ranks, the ZeRO stage, accumulation, recomputation,
+offload and packing; and so is the artifact.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,15 +28,27 @@ from tests.trainer.gangs import step_rows, train_all
 from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config
 
-STEPS = 12
+STEPS = 20
 RATE = 1e-3
+GLOBAL_BATCH = 6
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Rows = list[dict[str, str]]
 
 
-def plain_losses(model_folder: Path, method: str) -> tuple[list[float], float, torch.nn.Module]:
-    """Train in a single process with nothing but PyTorch; return losses, validation perplexity and the model."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+@dataclass(frozen=True)
+class Plain:
+    """What a single process with nothing but PyTorch comes to."""
+
+    losses: list[float]
+    perplexity: float
+    model: Any = field(repr=False)
+
+
+def plain_run(
+    folder: Path, method: str, train: Rows, validation: Rows, *, global_batch_size: int = GLOBAL_BATCH
+) -> Plain:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if method == "LoRA":
         model = add_adapters(model, LoRASpec(rank=4, alpha=8), targets=DENSE, seed=42, base_name="tiny")
 
@@ -42,73 +61,223 @@ def plain_losses(model_folder: Path, method: str) -> tuple[list[float], float, t
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    train, losses = tiny.rows(20, seed=1), []
+    losses = []
     for step in range(1, STEPS + 1):
-        sums, counts = zip(
-            *(nll(train[row]) for row in global_batch(step, rows=20, global_batch_size=6, seed=42)), strict=True
-        )
-        loss = sum(sums) / sum(counts)
+        batch = global_batch(step, rows=len(train), global_batch_size=global_batch_size, seed=42)
+        sums, counts = zip(*(nll(train[row]) for row in batch), strict=True)
+        loss = torch.stack(sums).sum() / sum(counts)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     with torch.no_grad():
-        sums, counts = zip(*(nll(row) for row in tiny.rows(7, seed=2)), strict=True)
-    return losses, math.exp(float(sum(sums)) / sum(counts)), model
+        sums, counts = zip(*(nll(row) for row in validation), strict=True)
+    return Plain(losses, math.exp(torch.stack(sums).sum().item() / sum(counts)), model)
+
+
+TRAIN, VALIDATION = tiny.rows(20, seed=1), tiny.rows(7, seed=2)
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model: Path) -> dict[str, tuple[list[float], float, torch.nn.Module]]:
+def plain(tiny_model: Path) -> dict[str, Plain]:
     torch.set_num_threads(1)
-    return {method: plain_losses(tiny_model, method) for method in ("LoRA", "Full")}
+    return {method: plain_run(tiny_model, method, TRAIN, VALIDATION) for method in ("LoRA", "Full")}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_losses_perplexity_and_weights_equal_a_plain_loop(
-    world: int,
+@dataclass(frozen=True)
+class Case:
+    """A way to compute the same; ``micro`` examples at once, the other of a rank's share one after the other."""
+
+    world: int
+    method: str
+    stage: int
+    micro: int = 3
+    recompute: bool = False
+    offload: str = ""
+    packing: bool = False
+    precision: str = "fp32"
+    dropout: str = "0"
+    repetition: int = 0
+
+    @property
+    def name(self) -> str:
+        flags = f"{self.micro}{'r' * self.recompute}{self.offload}{'p' * self.packing}{'d' * (self.dropout != '0')}"
+        return f"exact-{self.world}-{self.method}-{self.stage}-{flags}-{self.precision}-{self.repetition}".lower()
+
+    def config(self, store: ObjectStore, **changes: Any) -> dict[str, Any]:
+        options = {
+            "world__nodes": self.world,
+            "method": self.method,
+            "lora": {"rank": 4, "alpha": 8, "dropout": self.dropout},
+            "dataset__packing": self.packing,
+            "optimization__zeroStage": self.stage,
+            "optimization__maxSteps": STEPS,
+            "optimization__learningRate": RATE,
+            "optimization__globalBatchSize": GLOBAL_BATCH,
+            "optimization__microBatchSize": self.micro,
+            "optimization__gradientCheckpointing": self.recompute,
+            "optimization__precision": self.precision,
+            "optimization__offloadOptimizer": bool(self.offload),
+            "optimization__offloadParameters": self.offload == "both",
+            "storage__checkpointEverySteps": 100,
+        }
+        return run_config(store, self.name, **(options | changes))
+
+
+def run(
+    cases: Sequence[Case],
     store: ObjectStore,
-    plain: dict[str, tuple[list[float], float, torch.nn.Module]],
-    tiny_model: Path,
-    tmp_path: Path,
-) -> None:
-    cases = [(method, stage) for method in ("LoRA", "Full") for stage in (0, 1, 2, 3)]
-    configs = [
-        run_config(
-            store,
-            f"exact-{world}-{method}-{stage}".lower(),
-            world__nodes=world,
-            method=method,
-            optimization__zeroStage=stage,
-            optimization__maxSteps=STEPS,
-            optimization__learningRate=RATE,
-            storage__checkpointEverySteps=100,
-        )
-        for method, stage in cases
-    ]
+    model: Path,
+    folder: Path,
+    *,
+    rows: Rows = TRAIN,
+    scored: Rows = VALIDATION,
+    **changes: Any,
+) -> dict[Case, list[float]]:
+    """Train all cases (of one world size) in one gang; return their losses."""
     inputs = Inputs(
-        model=tiny_model,
-        train=tiny.write_jsonl(tmp_path / "train.jsonl", tiny.rows(20, seed=1)),
-        validation=tiny.write_jsonl(tmp_path / "validation.jsonl", tiny.rows(7, seed=2)),
+        model=model,
+        train=tiny.write_jsonl(folder / "train.jsonl", rows),
+        validation=tiny.write_jsonl(folder / "validation.jsonl", scored),
     )
-    train_all(configs, inputs, tmp_path, credentials=store.credentials)
-    for method, stage in cases:
-        losses, perplexity, model = plain[method]
-        name = f"exact-{world}-{method}-{stage}".lower()
-        rows = step_rows(store, name)
-        assert [row.loss for row in rows] == pytest.approx(losses, rel=1e-6), (method, stage)
-        assert rows[-1].perplexity == pytest.approx(perplexity, rel=1e-6), (method, stage)
-        artifact = download_artifact(store, name, tmp_path / name)
-        assert_same_weights(artifact, model, f"{method} {stage}")
-        assert_loads_and_computes_the_same(artifact, tiny_model, model)
+    configs = [case.config(store, **changes) for case in cases]
+    train_all(configs, inputs, folder, credentials=store.credentials)
+    losses = {case: [row.loss for row in step_rows(store, case.name)] for case in cases}
+    assert all(len(found) == STEPS for found in losses.values())
+    return losses
+
+
+def assert_like_plain(losses: dict[Case, list[float]], plain: dict[str, Plain], store: ObjectStore) -> None:
+    worst = 0.0
+    for case, found in losses.items():
+        wanted = plain[case.method]
+        worst = max(worst, *(abs(a - b) / b for a, b in zip(found, wanted.losses, strict=True)))
+        assert found == pytest.approx(wanted.losses, rel=1e-6), case
+        assert step_rows(store, case.name)[-1].perplexity == pytest.approx(wanted.perplexity, rel=1e-6), case
+    print(f"{len(losses)} cases, largest relative difference of a loss {worst:.2g}")
+
+
+FEW = {
+    1: [
+        Case(1, "LoRA", 0, micro=6),
+        Case(1, "Full", 3, micro=2, recompute=True),
+        Case(1, "Full", 1, micro=4, packing=True),
+    ],
+    2: [
+        Case(2, "LoRA", 0, micro=1),
+        Case(2, "LoRA", 1, recompute=True, offload="optimizer"),
+        Case(2, "LoRA", 2, packing=True),
+        Case(2, "LoRA", 3, micro=1, recompute=True),
+        Case(2, "Full", 0, packing=True),
+        Case(2, "Full", 1, micro=1),
+        Case(2, "Full", 2, recompute=True, micro=2, offload="optimizer"),
+        Case(2, "Full", 3, offload="both", micro=1),
+    ],
+}
+
+
+@pytest.mark.parametrize("world", FEW)
+def test_trap_5_topology_dependent_loss(
+    world: int, store: ObjectStore, plain: dict[str, Plain], tiny_model: Path, tmp_path: Path
+) -> None:
+    losses = run(FEW[world], store, tiny_model, tmp_path)
+    assert_like_plain(losses, plain, store)
+    for case in losses:
+        artifact = download_artifact(store, case.name, tmp_path / case.name)
+        assert_same_weights(artifact, plain[case.method].model, case.name)
+        assert_loads_and_computes_the_same(artifact, tiny_model, plain[case.method].model)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["LoRA", "Full"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_trap_5_topology_dependent_loss_in_every_combination(
+    world: int, method: str, store: ObjectStore, plain: dict[str, Plain], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Stages x accumulation x recomputation, offload where DeepSpeed has it, and packing at every stage."""
+    cases = [
+        Case(world, method, stage, micro=micro, recompute=recompute)
+        for stage, micro, recompute in itertools.product((0, 1, 2, 3), (1, 6), (False, True))
+    ]
+    cases += [Case(world, method, stage, offload="optimizer") for stage in (1, 2, 3)]
+    cases += [Case(world, method, 3, offload="both"), Case(world, method, 3, micro=1, recompute=True, offload="both")]
+    cases += [Case(world, method, stage, packing=True, micro=1) for stage in (0, 1, 2, 3)]
+    assert_like_plain(run(cases, store, tiny_model, tmp_path), plain, store)
+
+
+def test_bf16_is_near_fp32_and_equal_to_itself(
+    store: ObjectStore, plain: dict[str, Plain], tiny_model: Path, tmp_path: Path
+) -> None:
+    cases = [
+        Case(2, method, stage, micro=1, precision="bf16", repetition=repetition)
+        for method, stage in (("LoRA", 2), ("Full", 1), ("Full", 3))
+        for repetition in (0, 1)
+    ]
+    losses = run(cases, store, tiny_model, tmp_path)
+    for first, second in zip(cases[::2], cases[1::2], strict=True):
+        assert losses[first] == losses[second], first
+        assert losses[first] == pytest.approx(plain[first.method].losses, rel=1e-2), first
+        assert artifact_bytes(store, first.name) == artifact_bytes(store, second.name), first
+
+
+def test_dropout_belongs_to_the_example_whatever_computes_it(
+    store: ObjectStore, plain: dict[str, Plain], tiny_model: Path, tmp_path: Path
+) -> None:
+    cases = [
+        Case(2, "LoRA", 2, dropout="0.1"),
+        Case(2, "LoRA", 3, dropout="0.1", micro=1, recompute=True),
+        Case(2, "LoRA", 1, dropout="0.1", packing=True),
+    ]
+    losses = run(cases, store, tiny_model, tmp_path)
+    first = losses[cases[0]]
+    assert first != pytest.approx(plain["LoRA"].losses, rel=1e-6)
+    for case in cases[1:]:
+        assert losses[case] == pytest.approx(first, rel=1e-6), case
+
+
+def uneven_rows() -> Rows:
+    """Completions of 1 and of 1,000 tokens (with the end token) take turns."""
+    rng = random.Random(5)
+    made = []
+    for index in range(8):
+        words = " ".join(rng.choices(tiny.WORDS, k=999)) if index % 2 else ""
+        made.append({"question": f"w{index}", "reply": words or "w1"})
+    return made
+
+
+def test_ranks_with_one_and_a_thousand_tokens_and_ranks_with_none_do_not_hang(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    """Four ranks, two examples a step, and a single row to evaluate."""
+    model = tiny.write_model(tmp_path / "long", max_position_embeddings=1100)
+    rows = uneven_rows()
+    cases = [Case(4, "Full", 3, micro=1), Case(4, "LoRA", 2, micro=2, packing=True), Case(4, "LoRA", 0)]
+    changes = {
+        "optimization__globalBatchSize": 2,
+        "dataset__maxLength": 1100,
+    }
+    losses = run(cases, store, model, tmp_path, rows=rows, scored=VALIDATION[:1], **changes)
+    torch.set_num_threads(1)
+    wanted = {
+        method: plain_run(model, method, rows, VALIDATION[:1], global_batch_size=2) for method in ("LoRA", "Full")
+    }
+    assert_like_plain(losses, wanted, store)
 
 
 def download_artifact(store: ObjectStore, name: str, target: Path) -> Path:
     target.mkdir()
     folder = f"runs/default/{name}/uid-1/{json.loads(store.read(f'runs/default/{name}/uid-1/ARTIFACT'))['folder']}"
     for key in store.keys(f"{folder}/"):
-        (target / key.rpartition("/")[2]).write_bytes(store.read(key))
+        path = target / key.removeprefix(f"{folder}/")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(store.read(key))
     return target
+
+
+def artifact_bytes(store: ObjectStore, name: str) -> dict[str, bytes]:
+    keys = [key for key in store.keys(f"runs/default/{name}/uid-1/artifacts/") if key.endswith(".safetensors")]
+    return {key.rpartition("/")[2]: store.read(key) for key in keys}
 
 
 def assert_same_weights(artifact: Path, model: torch.nn.Module, case: str) -> None:

@@ -4,38 +4,65 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 WORDS = [f"w{number}" for number in range(60)]
 TEMPLATE = "ask {prompt} answer"
 
 
-def write_model(folder: Path) -> Path:
-    """Write model and tokenizer in transformers' layout."""
+def write_model(
+    folder: Path,
+    words: Sequence[str] = WORDS,
+    *,
+    tied: bool = True,
+    files: str = "5GB",
+    seed: int = 7,
+    **shape: Any,
+) -> Path:
+    """Write model and tokenizer in transformers' layout; ``shape`` changes its LlamaConfig, ``files`` is the size of
+    its largest weights file."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", "ask", "answer", *WORDS])}
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", "ask", "answer", *words])}
     inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    config = LlamaConfig(**(sizes | shape), tie_word_embeddings=tied, eos_token_id=1, bos_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=files)
+    return folder
+
+
+def write_llama_tokenizer(folder: Path) -> Path:
+    """Write a small BPE tokenizer of Llama 2's kind: a mark before words, bytes for what it does not know."""
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    text = ["inform name it what is inform(name[it]) request(genres[puzzle])"] * 20
+    inner.train_from_iterator(text, BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
     return folder
 
 

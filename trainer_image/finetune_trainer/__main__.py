@@ -1,4 +1,5 @@
-"""`python -m finetune_trainer`: the entry point of the trainer image, PID 1 of every training pod."""
+"""`python -m finetune_trainer`: the entry point of the trainer image, PID 1 of every training pod, and with
+`preflight` of the pod that checks a job before GPUs are asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+from finetune_core.preflight import PREFLIGHT_COMMAND  # noqa: E402
 from finetune_trainer.launcher import run  # noqa: E402
+from finetune_trainer.preflight.program import run as preflight  # noqa: E402
 from finetune_trainer.settings import Paths  # noqa: E402
 
 EXAMPLES = """\
@@ -25,28 +28,40 @@ examples:
   python -m finetune_trainer --run-file run.json --credentials keys --scratch /tmp/try --termination-log result.json
       outside a pod: one process per node of `world.nodes` in run.json, each with its own scratch folder
 
+  python -m finetune_trainer preflight --run-file run.json --credentials keys --scratch /tmp/try --termination-log log
+      check store, model and data of run.json, without training: the findings are in log
+
 exit codes:
   0 done, 64 bad input, 65 diverged, 66 out of memory, 75 something outside failed, 143 stopped with a checkpoint
 """
 
 
-def parse(arguments: list[str]) -> Paths:
-    """Return the paths that the command line asks for; each defaults to its place in a pod."""
+def parse(arguments: list[str]) -> tuple[bool, Paths]:
+    """Return whether only the checks are asked for, and the paths; each defaults to its place in a pod."""
     parser = argparse.ArgumentParser(
         prog="python -m finetune_trainer",
         description="Train one node's part of a FineTuneJob attempt; identity comes from the environment.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    what = "check the job's store, model and data instead of training"
+    parser.add_argument("command", nargs="?", choices=[PREFLIGHT_COMMAND], help=what)
     for name, field in Paths.model_fields.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=Path, default=field.default, metavar="PATH", help=f"default: {field.default}")
     values = vars(parser.parse_args(arguments))
-    return Paths(**{name: path.absolute() for name, path in values.items()})
+    only_check = values.pop("command") == PREFLIGHT_COMMAND
+    return only_check, Paths(**{name: path.absolute() for name, path in values.items()})
+
+
+def main() -> int:
+    """Do what the command line asks for; return the exit code."""
+    only_check, paths = parse(sys.argv[1:])
+    return preflight(paths) if only_check else run(paths, os.environ)
 
 
 if __name__ == "__main__":
-    code = run(parse(sys.argv[1:]), os.environ)
+    code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     # A download that was left behind must not hold the process.

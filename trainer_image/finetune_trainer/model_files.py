@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from finetune_core.api.sources import HuggingFaceSource, ModelSpec, S3Source, VolumeSource
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
-from finetune_trainer.errors import OutsideFailure, first_line
+from finetune_trainer.hub import ask_hub
 from finetune_trainer.settings import HUB_SECONDS, Paths
 from finetune_trainer.storage.client import Store
 
@@ -186,30 +186,10 @@ class HubFiles:
 
     def _asked(self, request: Callable[[], T]) -> T:
         """Ask the hub, and say in a sentence what it refused."""
-        import httpx2
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
-        try:
-            return request()
-        except RevisionNotFoundError as error:
-            sentence = f"{self._repo} has no revision {self._revision!r}"
-            raise UserError("model.huggingFace.revision", sentence) from error
-        except GatedRepoError as error:
-            # A person can be granted access while the job waits.
-            raise OutsideFailure(f"model.huggingFace: {self._repo} is gated and {self._access()}") from error
-        except RepositoryNotFoundError as error:
-            # The hub does not tell a private repository from none.
-            raise OutsideFailure(f"model.huggingFace: {self._repo} does not exist, or {self._access()}") from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
-            raise OutsideFailure(f"model.huggingFace: {self._repo} can't be read: {first_line(error)}") from error
-
-    def _access(self) -> str:
-        return (
-            "the token gives no access to it" if self._token else "no token is set (model.huggingFace.tokenSecretRef)"
+        return ask_hub(
+            request,
+            field="model.huggingFace",
+            repo=self._repo,
+            revision=self._revision,
+            has_token=self._token is not None,
         )

@@ -17,6 +17,7 @@ class Paths(ContractModel):
     credentials: Path = Path(contract.CREDENTIALS_FOLDER)
     storage_ca_file: Path = Path(contract.STORAGE_CA_FILE)
     hub_token_file: Path = Path(contract.HUB_TOKEN_FILE)
+    hub_data_tokens: Path = Path(contract.HUB_DATA_TOKENS_FOLDER)
     report_token_file: Path = Path(contract.TOKEN_FILE)
     termination_log: Path = Path(contract.TERMINATION_LOG)
     scratch: Path = Path(contract.SCRATCH_FOLDER)
@@ -29,6 +30,10 @@ HUB_SECONDS = 20.0
 """How long one request to the hub may take."""
 STORE_BUDGET_SECONDS = 300.0
 """How long a store may fail before the run ends with 75."""
+BACKGROUND_BUDGET_SECONDS = 900.0
+"""How long the store may fail in the background, while training goes on, before the run ends with 75."""
+STOP_COMMIT_SECONDS = 60.0
+"""How long a run that was told to stop waits for the COMMIT of its last step: within the pod's grace period of 90 s."""
 PEER_WAIT_SECONDS = 300.0
 """How long the first rank's name and the other ranks may take to appear: images are pulled at different speeds."""
 FROZEN_SECONDS = 60.0

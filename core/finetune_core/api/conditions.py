@@ -30,6 +30,8 @@ class ConditionType(StrEnum):
 class Reason(StrEnum):
     """Reasons of conditions. Those of `Succeeded` are the one word in kubectl's State column."""
 
+    PREFLIGHT = "Preflight"
+    OUTSIDE_FAILURE = "OutsideFailure"
     QUEUED = "Queued"
     STARTING = "Starting"
     RUNNING = "Running"
@@ -50,6 +52,7 @@ class Reason(StrEnum):
     WAITING_FOR_PODS = "WaitingForPods"
     COMMITTED = "Committed"
     NONE_YET = "NoneYet"
+    CHECKPOINT_OVERDUE = "CheckpointOverdue"
     IN_PROGRESS = "InProgress"
     SETTLED = "Settled"
 

@@ -85,7 +85,8 @@ class DatasetSpec(ApiModel):
     max_length: Annotated[int, Field(ge=8, le=131072)] = 512
     """Longest example in tokens, prompt and completion together."""
     packing: bool = False
-    """Put several short examples into one sequence. The optimisation stays the same, padding is saved."""
+    """Put several short examples of a global batch into one sequence of at most `maxLength` tokens. The optimisation
+    stays the same, padding is saved. Refused at the start where the model's attention does not keep them apart."""
     long_rows: Literal["Fail", "Skip"] = "Fail"
     """What happens to rows longer than `maxLength`: the job fails before training, or they are counted and skipped."""
     bad_rows: Literal["Fail", "Skip"] = "Fail"

@@ -33,4 +33,5 @@ class LoRASpec(ApiModel):
     target_modules: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []
-    """Names of the modules that get an adapter; empty means all dense layers of the decoder."""
+    """Names of the modules that get an adapter; empty means all dense layers of the decoder, and both embeddings where
+    `model.addedTokens` is set."""

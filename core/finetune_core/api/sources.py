@@ -79,12 +79,12 @@ class ModelSpec(ApiModel):
     added_tokens: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []
-    """Tokens that the tokenizer gets in addition, such as `<START_Q>`. Their new rows are trained with every method,
-    and an adapter carries them."""
+    """Tokens that the tokenizer gets in addition, such as `<START_Q>`. Their new rows follow from `training.seed` and
+    the artifact carries them; with LoRA both embeddings get an adapter unless `lora.targetModules` says otherwise."""
 
 
 class DataSource(ApiModel):
-    """One data file (`.jsonl` or `.csv`) or a split on the Hub: exactly one of the members is set."""
+    """One data file (`.jsonl`, `.csv` or `.parquet`) or a split on the Hub: exactly one of the members is set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("huggingFace", "s3", "volume"))
 

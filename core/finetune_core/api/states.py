@@ -34,6 +34,16 @@ CONDITIONS: Mapping[ConditionType, str] = {
 }
 
 REASONS: Mapping[Reason, Explanation] = {
+    Reason.PREFLIGHT: Explanation(
+        "A small pod without GPUs checks store, model and data before any GPU is asked for, or something that it needs"
+        " is waited for.",
+        "Read the message of `Accepted`: it names what is missing. `runPolicy.preflight: Skip` starts without a check.",
+    ),
+    Reason.OUTSIDE_FAILURE: Explanation(
+        "Something outside the spec is missing or refuses: a Secret or a key of it, credentials, a bucket, an endpoint,"
+        " a volume, an image, a quota. It is looked at again after 10 s to 5 min.",
+        "Put right what the message names; the job goes on by itself.",
+    ),
     Reason.QUEUED: Explanation(
         "The attempt exists, but no pod does yet: the queue of `runPolicy.queueName` holds it, or a quota is used up.",
         "Wait. If it lasts, read the message; under Kueue look at the Workload of the PyTorchJob in `status.child`, and"
@@ -105,11 +115,16 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.COMMITTED: Explanation("A checkpoint exists; the message names its step."),
     Reason.NONE_YET: Explanation("No checkpoint is committed yet: what a lost pod costs is the whole run so far."),
+    Reason.CHECKPOINT_OVERDUE: Explanation(
+        "The object store has refused new checkpoints, or taken them too slowly, for longer than the job asks for."
+        " Training goes on; the message says how many minutes a lost pod would cost, and what the store answers.",
+        "Repair the store, the credentials or the network. After 15 minutes the attempt ends with 75 and is retried.",
+    ),
     Reason.IN_PROGRESS: Explanation("The job has not ended."),
     Reason.SETTLED: Explanation("The job has ended; see `Succeeded`."),
 }
 
-_WAITS = (Reason.QUEUED, Reason.STARTING, Reason.RUNNING, Reason.RETRYING, Reason.SUSPENDED)
+_WAITS = (Reason.PREFLIGHT, Reason.QUEUED, Reason.STARTING, Reason.RUNNING, Reason.RETRYING, Reason.SUSPENDED)
 _OUTSIDE = (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE)
 _DONE = (Reason.COMPLETED, Reason.EARLY_STOPPED)
 _STOPPING = (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED)
@@ -123,10 +138,17 @@ STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
         "True": _DONE,
         "False": _FAILED,
     },
-    ConditionType.ACCEPTED: {"True": (Reason.VALID,), "False": (Reason.BAD_INPUT, *_OUTSIDE)},
+    ConditionType.ACCEPTED: {
+        "Unknown": (Reason.PREFLIGHT,),
+        "True": (Reason.VALID,),
+        "False": (Reason.BAD_INPUT, Reason.OUTSIDE_FAILURE, *_OUTSIDE),
+    },
     ConditionType.SCHEDULED: {"True": (Reason.SCHEDULED,), "False": (Reason.WAITING_FOR_PODS, Reason.SETTLED)},
     ConditionType.RUNNING: {"True": (Reason.RUNNING,), "False": (Reason.WAITING_FOR_PODS, Reason.SETTLED)},
-    ConditionType.CHECKPOINT_AVAILABLE: {"True": (Reason.COMMITTED,), "False": (Reason.NONE_YET,)},
+    ConditionType.CHECKPOINT_AVAILABLE: {
+        "True": (Reason.COMMITTED, Reason.CHECKPOINT_OVERDUE),
+        "False": (Reason.NONE_YET, Reason.CHECKPOINT_OVERDUE),
+    },
     ConditionType.READY: {"True": _DONE, "False": (*_WAITS, *_OUTSIDE, *_FAILED)},
     ConditionType.RECONCILING: {"True": (Reason.IN_PROGRESS,), "False": (Reason.SETTLED,)},
     ConditionType.STALLED: {"True": _FAILED, "False": (Reason.IN_PROGRESS, Reason.SETTLED)},

@@ -41,7 +41,8 @@ class TrainingSpec(ApiModel):
     global_batch_size: Annotated[int, Field(ge=1, le=65536)]
     """Examples per optimizer step, over all nodes and GPUs."""
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Examples that one process computes at once; default: the process's share of the global batch, at most 8."""
+    """Examples (with `dataset.packing` sequences) that one process computes at once; default: the process's share of
+    the global batch, at most 8."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Micro-batches per optimizer step; default: as many as the global batch needs. Where it is set, it times
     `microBatchSize` times the number of processes is the global batch."""

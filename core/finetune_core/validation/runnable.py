@@ -30,24 +30,7 @@ class NotYet:
 
 NOT_YET_REASON = "this version of the operator can't run anything else"
 
-NOT_YET = (
-    NotYet("model.addedTokens", ([],), "be empty"),
-    NotYet("dataset.train.huggingFace", (None,), "be absent; name a file with `s3` or `volume`"),
-    NotYet("dataset.validation.huggingFace", (None,), "be absent; name a file with `s3` or `volume`"),
-    NotYet("dataset.format.messages", (None,), "be absent; use `promptCompletion`"),
-    NotYet("dataset.format.text", (None,), "be absent; use `promptCompletion`"),
-    NotYet("dataset.format.promptCompletion.completionSuffix", ("",), "be empty"),
-    NotYet("dataset.packing", (False,), "be false"),
-    NotYet("deepspeed.offloadOptimizer", ("None",), "be None"),
-    NotYet("deepspeed.offloadParameters", ("None",), "be None"),
-    NotYet("deepspeed.overrides", (None,), "be absent"),
-    NotYet("storage.caConfigMapRef", (None,), "be absent"),
-    NotYet("storage.checkpoint.everyMinutes", (None,), "be absent; use `everySteps`"),
-    NotYet("storage.checkpoint.keepBest", (1,), "be 1"),
-    NotYet("storage.artifact", (None, "Adapter"), "be Adapter"),
-    NotYet("tracking", (None,), "be absent"),
-    NotYet("runPolicy.preflight", (None, "Skip"), "be Skip"),
-)
+NOT_YET = (NotYet("tracking", (None,), "be absent"),)
 
 
 def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
@@ -59,8 +42,6 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
             UserError("spec.resources.sharedMemory", f"must be less than `memory`, which is {spec.resources.memory}")
         )
     problems += _too_small_share(spec)
-    if spec.storage.credentials_secret_ref is None:
-        problems.append(UserError("spec.storage.credentialsSecretRef", f"must be set: {NOT_YET_REASON}"))
     stored = spec.to_json()
     for field in NOT_YET:
         if _value(stored, field.path) not in field.honoured:

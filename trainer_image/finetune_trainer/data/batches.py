@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from finetune_trainer.data.examples import Example
@@ -84,7 +85,7 @@ def collate(
     for line, sequence in enumerate(sequences):
         start = 0
         for example, seed in sequence:
-            ids = torch.as_tensor(example.ids, dtype=torch.long)
+            ids = torch.from_numpy(np.array(example.ids, dtype=np.int64))
             end = start + len(ids)
             input_ids[line, start:end] = ids
             positions = torch.arange(len(ids))

@@ -19,6 +19,10 @@ COLUMN_CHECK_ROWS = 100
 """A column that none of this many first rows has is a wrong name, not a bad row."""
 
 
+class NoRowsError(UserError):
+    """No row is left to use. Of a part of the file that says nothing about the whole."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """The longest example in tokens, and what sets it."""
@@ -71,7 +75,7 @@ def make_examples(
 
     ``source`` is how a person calls the file, ``name`` its field path. ``keep_rows`` keeps what a grader reads.
     Raises UserError that names file and row of the first one that is bad or too long where the job asks to fail,
-    and where no row is left.
+    and NoRowsError where no row is left.
     """
     render = renderer(dataset.format, tokenize)
     made = ExampleWriter()
@@ -97,7 +101,7 @@ def make_examples(
             made.add(rendered, row if keep_rows else None)
     notices = [_skipped(found, name, f"{option}: Skip", total=len(made)) for option, found in problems.items() if found]
     if not len(made):
-        raise UserError(name, f"{source} has no row left to use" + "".join(f"; {text}" for text in notices))
+        raise NoRowsError(name, f"{source} has no row left to use" + "".join(f"; {text}" for text in notices))
     return made.finish(), notices
 
 

@@ -122,7 +122,12 @@ def _messages(form: MessagesFormat, tokenize: Tokenize, chat: Chat) -> Render:
         # Parquet fills in nulls where other rows have a field.
         messages = [{key: value for key, value in message.items() if value is not None} for message in found]
         problem = _conversation_problem(messages)
-        return problem or _conversation(messages, chat, tokenize.end)
+        if problem:
+            return problem
+        try:
+            return _conversation(messages, chat, tokenize.end)
+        except ValueError as error:
+            return f"can't be rendered by the model's chat template: {error}"
 
     return render
 

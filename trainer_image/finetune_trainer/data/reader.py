@@ -38,15 +38,16 @@ class Row:
 
 
 def read_rows(path: Path, name: str) -> Iterator[Row]:
-    """Return the rows of the file at ``path``, or of all files in that folder in the order of their names; ``name``
-    (a field path) goes into errors.
+    """Return the rows of the file at ``path``, or of all data files in that folder in the order of their names.
+
+    ``name`` (a field path) goes into errors.
 
     Raises UserError for another kind of file, and for one that can't be read as what it is called.
     """
     if not path.is_dir():
         yield from _read_file(path, name)
         return
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+    for file in sorted(file for file in path.rglob("*") if file.suffix.lower() in DATA_SUFFIXES):
         for row in _read_file(file, name):
             yield replace(row, file=str(file.relative_to(path)))
 

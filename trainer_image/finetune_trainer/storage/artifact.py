@@ -36,19 +36,25 @@ def committed_result(root: RunRoot) -> Result | None:
             bytes=pointer.bytes,
             manifest_sha256=pointer.manifest_sha256,
         ),
-        evaluation=scores.evaluation if scores is not None else None,
+        evaluation=scores.evaluation.rounded() if scores is not None else None,
     )
 
 
 def publish(
-    root: RunRoot, run: int, step: int, files: Sequence[Path], *, outcome: Outcome = Outcome.COMPLETED
+    root: RunRoot,
+    run: int,
+    step: int,
+    files: Sequence[Path],
+    *,
+    below: Path | None = None,
+    outcome: Outcome = Outcome.COMPLETED,
 ) -> Result:
     """Upload and commit ``files`` as the artifact of ``run``, set the pointer, and return the result.
 
     Where an earlier run has set the pointer, its artifact is the result.
     """
     folder = artifact_folder(run)
-    manifest = Manifest(kind="Artifact", run=run, step=step, files=upload_files(root, folder, files))
+    manifest = Manifest(kind="Artifact", run=run, step=step, files=upload_files(root, folder, files, below=below))
     manifest_sha256 = commit_folder(root, folder, manifest)
     pointer = ArtifactPointer(
         run=run,

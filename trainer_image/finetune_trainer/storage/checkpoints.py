@@ -54,6 +54,8 @@ class TrainerState(ContractModel):
     zero_stage: int
     rows: int
     """Training rows, to notice that the data changed."""
+    data_sha256: str | None = None
+    """Of the training rows as token ids."""
     perplexity: float | None = None
     """Validation perplexity at this step, where it was scored."""
     task_score: float | None = None
@@ -62,15 +64,17 @@ class TrainerState(ContractModel):
     base_sha256: str | None = None
     """Of a LoRA run: digest of the base model's weights, which the checkpoint does not hold."""
     rows_sha256: str | None = None
-    """Of a LoRA run with added tokens: digest of their rows as they were drawn from the seed."""
+    """Of a LoRA run with added tokens: digest of the base extended by their rows, as they were drawn from the seed."""
 
 
-def upload_files(root: RunRoot, folder: str, files: Sequence[Path]) -> list[ManifestFile]:
-    """Upload ``files`` into ``folder`` and return what the manifest says about them."""
+def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Path | None = None) -> list[ManifestFile]:
+    """Upload ``files`` into ``folder`` and return what the manifest says about them: by their names, or by their paths
+    ``below`` a local folder."""
 
     def upload(path: Path) -> ManifestFile:
-        stored = root.upload(f"{folder}/{path.name}", path)
-        return ManifestFile(name=path.name, bytes=stored.bytes, sha256=stored.sha256)
+        name = path.relative_to(below).as_posix() if below is not None else path.name
+        stored = root.upload(f"{folder}/{name}", path)
+        return ManifestFile(name=name, bytes=stored.bytes, sha256=stored.sha256)
 
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
         return list(pool.map(upload, files))
@@ -106,7 +110,7 @@ def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
     if data is None:
         raise Damaged(f"{folder}/{MANIFEST} is missing")
     if digest(data) != text:
-        raise Damaged(f"{folder}/{MANIFEST} is not what was committed (its sha256 is not that of {COMMIT})")
+        raise Damaged(f"{folder}/{MANIFEST} is not what was committed (its sha256 is not that in {folder}/{COMMIT})")
     try:
         return Manifest.model_validate_json(data), digest(data)
     except ValidationError as error:

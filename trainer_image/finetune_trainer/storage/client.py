@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+from xml.etree import ElementTree
 
 import certifi
 import urllib3
@@ -180,7 +181,10 @@ class Store:
 
         def objects() -> list[Entry]:
             found = self._client.list_objects(bucket, prefix=prefix, recursive=True)
-            return [Entry(item.object_name, item.size, item.last_modified or datetime.now(UTC)) for item in found]
+            try:
+                return [Entry(item.object_name, item.size, item.last_modified or datetime.now(UTC)) for item in found]
+            except (ValueError, AttributeError) as error:
+                raise urllib3.exceptions.HTTPError(f"its listing can't be read: {error}") from error
 
         return sorted(self._retried(objects, bucket))
 
@@ -251,21 +255,26 @@ class Store:
 
         self._retried(remove, bucket)
 
-    def abort_uploads(self, bucket: str, key: str) -> int:
-        """Abort the multipart uploads of ``key`` that nobody finished, and return how many there were.
+    def abort_uploads(self, bucket: str, prefix: str) -> list[str]:
+        """Abort the multipart uploads below ``prefix`` that nobody finished; return their keys.
 
-        The key is asked for by its whole name: MinIO lists the uploads of an object only, not those below a prefix.
+        MinIO knows no prefixes here, only whole keys and the whole bucket, so its answer is sifted; what it forgot at
+        a restart it clears away itself after a day.
         """
 
-        def uploads() -> list[str]:
-            found = self._client._list_multipart_uploads(bucket, prefix=key)
-            return [upload.upload_id for upload in found.uploads if upload.object_name == key]
+        def uploads() -> list[tuple[str, str]]:
+            found = [
+                upload
+                for asked in (prefix, "")
+                for upload in self._client._list_multipart_uploads(bucket, prefix=asked).uploads
+            ]
+            return sorted({(str(upload.object_name), str(upload.upload_id)) for upload in found})
 
-        stale = self._retried(uploads, bucket)
-        for upload in stale:
+        stale = [item for item in self._retried(uploads, bucket) if item[0].startswith(prefix)]
+        for key, upload in stale:
             abort = partial(self._client._abort_multipart_upload, bucket, key, upload)
             self._retried(abort, bucket, missing=None)
-        return len(stale)
+        return [key for key, _ in stale]
 
     # Failures
 
@@ -295,6 +304,8 @@ class Store:
                 final = error.code in PERMANENT_CODES or error.code in REFUSED_CODES
             except NoCredentials as error:
                 cause, final = str(error), True
+            except ElementTree.ParseError as error:
+                cause, final = f"storage.endpoint: {self.endpoint} sent an answer that can't be read ({error})", False
             except (ServerError, InvalidResponseError, urllib3.exceptions.HTTPError, OSError) as error:
                 cause = f"storage.endpoint: {self.endpoint} can't be reached ({_short(error)})"
                 final = False

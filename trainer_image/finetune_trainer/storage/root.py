@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +47,13 @@ class RunRoot:
         """Delete objects."""
         self.store.delete(self.location.bucket, [self.location.key(key) for key in keys])
 
-    def abort_uploads(self, key: str) -> int:
-        """Abort the multipart uploads of ``key`` that nobody finished, and return how many there were."""
-        return self.store.abort_uploads(self.location.bucket, self.location.key(key))
+    def abort_uploads(self) -> list[str]:
+        """Abort all multipart uploads below the root that nobody finished; return their keys in the bucket."""
+        return self.store.abort_uploads(self.location.bucket, self.location.key("") + "/")
+
+    def patient(self, seconds: float, heard: Callable[[str], None]) -> RunRoot:
+        """Return the same root for work in the background; see `Store.patient`."""
+        return RunRoot(self.store.patient(seconds, heard), self.location)
 
     def uri(self, key: str) -> str:
         """Return the `s3://` address of a key."""

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
@@ -48,7 +49,11 @@ class Skeleton:
 
 
 def skeleton(folder: Path) -> Skeleton:
-    """Return the skeleton of the model in ``folder``; raises UserError where it is no causal language model."""
+    """Return the skeleton of the model in ``folder``; raises UserError where it is no causal language model.
+
+    Comes before the model is loaded: it ends ZeRO-3's sharding of new models (of a run before in this process).
+    """
+    unset_hf_deepspeed_config()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
@@ -165,10 +170,15 @@ def _write_weights(weights: Weights, target: Path, changed: Mapping[str, torch.T
         with safe_open(weights.folder / name, framework="pt") as file:
             tensors = {key: changed[key] if key in changed else file.get_tensor(key) for key in sorted(inside)}
         save_file(tensors, target / name, {"format": "pt"})
-    if len(files) > 1:
-        size = sum((target / name).stat().st_size for name in files)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    if len(files) > 1 or (weights.folder / INDEX).is_file():
+        write_index(target, places)
+
+
+def write_index(folder: Path, files: Mapping[str, str]) -> None:
+    """Write the index of a model's several files; ``files`` says which of them holds each tensor."""
+    size = sum((folder / name).stat().st_size for name in set(files.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -54,7 +54,10 @@ class Batches:
         sequences: Sequence[Sequence[int]] = (
             [[row] for row in rows]
             if self.capacity is None
-            else pack(rows, lengths, capacity=self.capacity, ranks=self.world_size)
+            # Rows that only the base model is asked may be longer than those that are trained on.
+            else pack(
+                rows, lengths, capacity=max(self.capacity, *(lengths[row] for row in rows), 1), ranks=self.world_size
+            )
         )
         own = micro_batches(
             sequences, lengths, rank=self.rank, world_size=self.world_size, micro_batch_size=micro_batch_size

@@ -47,8 +47,9 @@ def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimization.gradient_clipping,
         "bf16": {"enabled": optimization.precision == "bf16"},
-        # In bf16 the sum of many micro-batches loses what the last of them add.
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # In bf16 the sum of many micro-batches loses what the last of them add. At stage 1 DeepSpeed would take
+        # another optimizer for it, which skips no update that is not finite.
+        "data_types": {"grad_accum_dtype": None if optimization.zero_stage == 1 else "fp32"},
         "zero_optimization": zero,
         # torch's AdamW wherever the state lies: DeepSpeed's own for the CPU would be compiled at run time, and its
         # updates differ.
@@ -73,18 +74,15 @@ class Engine:
     def __init__(self, model: torch.nn.Module, optimization: OptimizationConfig, device: torch.device) -> None:
         """Shard ``model`` over the ranks of the default process group; a collective."""
         import deepspeed
-        import deepspeed.ops
         from deepspeed.utils import set_z3_leaf_module
 
-        # On the CPU the communication backend would compile a shared-memory op where a compiler is found, and
-        # probing all ops takes a second: an empty table answers "not compatible" for each.
-        deepspeed.ops.__compatible_ops__ = {}
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        _prevent_compilation()
         self._objective = Objective(model)
         if self._objective.head is not None:
             # Gathered once a micro-batch however many chunks it computes: ranks may differ in that.
             set_z3_leaf_module(self._objective.head, True)
         self._stage = optimization.zero_stage
+        self._linked = False
         self._optimization = optimization
         self.device = device
         optimizer = torch.optim.AdamW(
@@ -107,9 +105,20 @@ class Engine:
         """Run the model."""
         return self.module(**inputs)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Return the summed negative log-likelihood (nats) of the batch's supervised tokens, in fp32."""
-        return self._objective.loss(self.module, batch)
+    def loss(self, batch: Batch, *, whole_logits: bool = False) -> torch.Tensor:
+        """Return the summed negative log-likelihood (nats) of the batch's supervised tokens, in fp32.
+
+        ``whole_logits`` computes the logits of all positions first, which is slow and takes much memory.
+        """
+        return self._objective.loss(self.module, batch, whole_logits=whole_logits)
+
+    def use_whole_logits(self) -> None:
+        """Compute every loss with ``whole_logits`` from now on."""
+        self._objective.whole_logits = True
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits (N, vocabulary) that predict the batch's targets."""
+        return self._objective.logits(self.module, batch)
 
     @property
     def model(self) -> Any:
@@ -155,6 +164,7 @@ class Engine:
         for group in self._zero.param_groups:
             group["lr"] = rate
         self.module.step()
+        self._link_moments()
 
     def discard(self) -> None:
         """Forget the accumulated gradient: the step is left out."""
@@ -189,7 +199,7 @@ class Engine:
     @property
     def names(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the trained parameters by name, in the model's order: the same on every rank."""
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._names.items()}
+        return {name: tuple(full_shape(parameter)) for name, parameter in self._names.items()}
 
     def read_state(self, name: str) -> dict[str, torch.Tensor]:
         """Return the full fp32 value and moments of a trained parameter; a collective."""
@@ -203,6 +213,16 @@ class Engine:
         for key in (FIRST_MOMENT, SECOND_MOMENT):
             tensors[key] = safe_get_full_optimizer_state(parameter, key)
         return tensors
+
+    def _link_moments(self) -> None:
+        """Let parameters find their moments after the first update, at ZeRO 1 and 2.
+
+        DeepSpeed does so when the first of the optimizer's groups was updated, and the others have no moments yet.
+        """
+        if self._stage in (1, 2) and not self._linked:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+            self._linked = True
 
     def prepare_state(self, updates: int) -> None:
         """Create the optimizer's state as after ``updates`` updates, so that `write_state` can fill it.
@@ -252,6 +272,49 @@ class Engine:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if torch.distributed.get_rank() == 0:
                 parameter.data.copy_(value)
+
+
+def shard_new_models(optimization: OptimizationConfig, world_size: int) -> Any:
+    """Let transformers shard models over the ranks while it builds them (ZeRO-3), as long as the returned object
+    lives; None at other stages."""
+    if optimization.zero_stage != 3:
+        return None
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    _prevent_compilation()
+    # Sharding looks at DeepSpeed's own view of the ranks, which else comes with the engine.
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    return HfDeepSpeedConfig(engine_config(optimization, world_size))
+
+
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter, of which this rank may hold a shard only."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def assign(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Set a parameter of the model before the engine is made; a collective where it is sharded."""
+    if not hasattr(parameter, "ds_shape"):
+        parameter.copy_(value)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if torch.distributed.get_rank() == 0:
+            parameter.copy_(value)
+
+
+def _prevent_compilation() -> None:
+    """Keep DeepSpeed from compiling an op at run time.
+
+    On the CPU the communication backend would compile a shared-memory op where a compiler is found, and probing all
+    ops takes a second: an empty table answers "not compatible" for each.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -8,14 +8,16 @@ from typing import Any
 
 from finetune_core.contract import CheckpointRecord, EvaluationRecord, Outcome, Phase, Result
 from finetune_core.layout import checkpoint_folder
+from finetune_trainer.inputs import source_name
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.storage.artifact import publish
+from finetune_trainer.storage.bases import publish_base
 from finetune_trainer.storage.checkpoints import fetch_folder
 from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.training.engine import MASTER, Engine
-from finetune_trainer.training.export import export
+from finetune_trainer.training.export import Export, export
 from finetune_trainer.training.gang import Gang
-from finetune_trainer.training.material import Data
+from finetune_trainer.training.material import Data, base_folder
 from finetune_trainer.training.progress import Progress
 from finetune_trainer.training.saving import Saver
 from finetune_trainer.training.scores import Scores
@@ -58,12 +60,13 @@ def finish(
     def publish_chosen() -> object:
         outcome = Outcome.EARLY_STOPPED if stopped_early else Outcome.COMPLETED
         target = plan.folder / "artifact"
-        files = export_files(plan, model, data, source, target)
-        result = publish(root, saver.run, chosen.step, files, outcome=outcome)
+        files = export_files(plan, root, model, data, source, target)
+        result = publish(root, saver.run, chosen.step, files, below=target, outcome=outcome)
         shutil.rmtree(target)
         patience = plan.config.evaluation.patience if stopped_early else None
         message = sentence(chosen, scores.evaluation, patience=patience)
-        update = {"message": message, "checkpoint": chosen.uri, "evaluation": scores.evaluation}
+        evaluation = scores.evaluation.rounded() if scores.evaluation is not None else None
+        update = {"message": message, "checkpoint": chosen.uri, "evaluation": evaluation}
         return result.model_copy(update=update).model_dump(mode="json")
 
     result = Result.model_validate(gang.share(publish_chosen, until_told=True))
@@ -71,9 +74,24 @@ def finish(
     return result
 
 
-def export_files(plan: WorkerPlan, model: Any, data: Data, source: Path, target: Path) -> list[Path]:
-    """Write the artifact of the checkpoint in ``source`` into ``target`` and return its files."""
-    return export(model, data.tokenizer, source, target, precision=plan.config.optimization.precision)
+def export_files(plan: WorkerPlan, root: RunRoot, model: Any, data: Data, source: Path, target: Path) -> list[Path]:
+    """Write the artifact of the checkpoint in ``source`` into ``target`` and return its files.
+
+    An adapter names its base: where that is not the one given, it is published first.
+    """
+    config, folder = plan.config, base_folder(plan)
+    base_name = source_name(config.model)
+    if folder != plan.inputs.model and config.lora is not None and config.storage.artifact != "Merged":
+        base_name = publish_base(root, folder)
+    options = Export(
+        kind=config.storage.artifact,
+        precision=config.optimization.precision,
+        base=folder,
+        base_name=base_name,
+        new_rows=data.prepared.new_rows,
+        stop_ids=data.stop_ids,
+    )
+    return export(model, data.tokenizer, source, target, options)
 
 
 def sentence(chosen: CheckpointRecord, evaluation: EvaluationRecord | None, *, patience: int | None) -> str:

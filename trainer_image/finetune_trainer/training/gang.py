@@ -8,6 +8,7 @@ Being told to stop, and a stall, reach all ranks through the store too, whatever
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 SHARE_SECONDS = 4 * STORE_BUDGET_SECONDS
 """How long rank 0 may work for the others: several store calls, each with its own budget, and the transfer."""
+BACKGROUND_SHARE_SECONDS = 24 * 3600.0
+"""The same for background threads: a large checkpoint over a slow line. A rank that is gone is noticed anyway."""
 FAREWELL_SECONDS = 15.0
 HEARTBEAT_SECONDS = 1.0
 SLICE_SECONDS = 1.0
@@ -67,6 +70,9 @@ class Gang:
         self.world_size = int(os.environ["WORLD_SIZE"])
         self.device = device
         self._shared = 0
+        self._channel = ""
+        self._channels = itertools.count(1)
+        self._share_seconds = SHARE_SECONDS
         self._stop = stop
         self._peer_stop = False
         self._watchdog = watchdog
@@ -103,19 +109,35 @@ class Gang:
         """Whether this is rank 0, which speaks to bucket and operator for all."""
         return self.rank == 0
 
+    def background(self) -> Gang:
+        """Return the same ranks for one background thread of each: only `share` and `each`, over a connection and
+        under keys of its own. No collectives, whose order is the training thread's."""
+        twin = copy.copy(self)
+        twin._store = self._store.clone()
+        twin._shared = 0
+        twin._channel = f"background-{next(self._channels)}/"
+        twin._share_seconds = BACKGROUND_SHARE_SECONDS
+        twin._watchdog = None
+        return twin
+
     def told(self) -> bool:
         """Return whether this process or, as far as is known yet, another one was told to stop."""
         return self._stop() or self._peer_stop
 
     def agree(self, flag: bool) -> bool:
         """Return whether any rank says True; a collective."""
-        tensor = torch.tensor([int(flag)], dtype=torch.int32)
-        self._reduce(tensor, dist.ReduceOp.MAX)
-        return bool(tensor.item())
+        return bool(self.most(int(flag)))
 
-    def check_stop(self) -> None:
-        """Raise StopAgreed on every rank where any was told to stop; a collective, and a sign of progress."""
-        if self.agree(self.told()):
+    def most(self, value: int) -> int:
+        """Return the largest ``value`` of all ranks; a collective."""
+        tensor = torch.tensor([value], dtype=torch.int64)
+        self._reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def check_stop(self, *, failed: bool = False) -> None:
+        """Raise StopAgreed on every rank where any was told to stop or ``failed``; a collective, and a sign of
+        progress."""
+        if self.agree(self.told() or failed):
             raise StopAgreed
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -142,9 +164,9 @@ class Gang:
 
     def _share(self, work: Callable[[], Any], until_told: bool) -> Any:
         self._shared += 1
-        key = f"shared/{self._shared}"
+        key = f"{self._channel}shared/{self._shared}"
         if not self.is_first:
-            return _unpack(json.loads(self._await(key, SHARE_SECONDS)))
+            return _unpack(json.loads(self._await(key, self._share_seconds)))
         try:
             value = self._in_thread(work) if until_told else work()
         except Exception as error:
@@ -164,7 +186,7 @@ class Gang:
 
     def _each(self, work: Callable[[], Any], until_told: bool) -> list[Any]:
         self._shared += 1
-        key = f"each/{self._shared}"
+        key = f"{self._channel}each/{self._shared}"
         try:
             answer = {"value": self._in_thread(work) if until_told else work()}
         except StopAgreed as error:
@@ -175,7 +197,7 @@ class Gang:
             raise
         if not self.is_first:
             self._set(f"{key}/{self.rank}", answer)
-            return list(_unpack(json.loads(self._await(key, SHARE_SECONDS))))
+            return list(_unpack(json.loads(self._await(key, self._share_seconds))))
         others = [json.loads(self._await_rank(f"{key}/{rank}", rank)) for rank in range(1, self.world_size)]
         answers = [answer, *others]
         failed = next((other for other in others if "error" in other), None)
@@ -265,7 +287,7 @@ class Gang:
 
     def _await_rank(self, key: str, rank: int) -> str:
         """Return the text that ``rank`` sets at ``key``; raises PeerLost once its heart has stopped."""
-        deadline = time.monotonic() + SHARE_SECONDS
+        deadline = time.monotonic() + self._share_seconds
         beat, seen = None, time.monotonic()
         while True:
             with contextlib.suppress(_TimeIsUpError):

@@ -30,7 +30,7 @@ class LossHead:
         """Take over ``head``'s forward; ``keys`` are those of its own dropout."""
         self.module = head
         self._logits = head.forward
-        self._keys = keys
+        self.keys = keys
         self._chunk_rows = max(1, chunk_logits // vocabulary)
         self.batch: Batch | None = None
         """The batch whose loss is wanted; None: logits are, as for generation."""
@@ -56,7 +56,7 @@ class LossHead:
         return torch.stack(sums).sum()
 
     def _nll(self, hidden: torch.Tensor, targets: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        self._keys.value = keys
+        self.keys.value = keys
         logits = without(self._logits(hidden).float(), self.hidden)
         return functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from finetune_core.contract import CheckpointRecord, Phase
+from finetune_core.contract import Phase
 from finetune_core.planning.choices import total_steps
 from finetune_trainer.data.order import batches_per_epoch, cursor
 from finetune_trainer.errors import StopAgreed, Stopped
@@ -63,6 +63,7 @@ class Training:
         self._rollbacks = start.rollbacks
         self._selection = past.selection
         self._watch = past.watch
+        self._prepared = data.prepared
         optimization = plan.config.optimization
         self._rows = rows = len(data.train)
         self._per_epoch = batches_per_epoch(rows, optimization.global_batch_size)
@@ -82,8 +83,8 @@ class Training:
         self._updates = state.updates if state else 0
         self._tokens = state.tokens if state else 0
         self._unscored = state is not None and state.perplexity is None and self._evaluation_due()
-        if state is not None and state.rows != rows and progress is not None:
-            progress.notice(f"the training data has {rows} rows where the checkpoint was made with {state.rows}")
+        if state is not None and state.data_sha256 != data.prepared.data_sha256 and progress is not None:
+            progress.notice(f"the {rows} training rows are not the {state.rows} that the checkpoint was made with")
 
     def description(self, start: Start) -> str:
         """Return the line that the log begins with."""
@@ -114,6 +115,7 @@ class Training:
                 else:
                     self._react(self._one_step(step))
                 self._evaluate_and_save()
+            self._drain()
         except StopAgreed:
             self._stop()
         return self._selection.exhausted
@@ -125,7 +127,7 @@ class Training:
         whatever the number of ranks and micro-batches: the engine averages over ranks, hence the factor. Raises
         StopAgreed before the update.
         """
-        started, watch = time.monotonic(), Stopwatch(self._gang.device)
+        started, started_cpu, watch = time.monotonic(), time.thread_time(), Stopwatch(self._gang.device)
         gang, optimization = self._gang, self._config.optimization
         with watch.part(DATA):
             share = self._batches.step(step, optimization)
@@ -133,7 +135,7 @@ class Training:
         positions = 0
         tensors = self._batches.tensors(share, step=step)
         for index in range(1, len(share.own) + 1):
-            gang.check_stop()
+            gang.check_stop(failed=self._saver.failed)
             with watch.part(DATA):
                 micro = next(tensors).to(gang.device)
             with watch.part(FORWARD):
@@ -166,6 +168,7 @@ class Training:
                 tokens=share.tokens,
                 padded_tokens=int(padded),
                 seconds=time.monotonic() - started,
+                cpu_seconds=time.thread_time() - started_cpu,
                 data_seconds=watch.seconds(DATA),
                 forward_seconds=watch.seconds(FORWARD),
                 backward_seconds=watch.seconds(BACKWARD),
@@ -177,7 +180,7 @@ class Training:
 
     def _leave_out(self, step: int) -> None:
         """Consume the global batch of ``step`` without computing it: it is of the data that a rollback skips."""
-        self._gang.check_stop()
+        self._gang.check_stop(failed=self._saver.failed)
         optimization = self._config.optimization
         learning_rate = rate(step, self.total_steps, optimization, self._rollbacks)
         row = StepRow(
@@ -218,6 +221,8 @@ class Training:
         if order is not None:
             if self._progress is not None:
                 self._progress.log_step()
+            # What comes next must not depend on how far an upload was.
+            self._drain()
             raise order
 
     def _evaluation_due(self) -> bool:
@@ -237,10 +242,11 @@ class Training:
         if self._progress is not None and not scored_late:
             self._progress.log_step()
         improved = perplexity is not None and self._selection.best_step == self.step
-        every = self._config.storage.checkpoint_every_steps
-        periodic = every is not None and self.step % every == 0 and not scored_late
-        if periodic or improved or self.step == self.total_steps or self._selection.exhausted:
-            self._save(perplexity, task_score)
+        periodic = self._saver.due(self.step) and not scored_late
+        must = improved or self.step == self.total_steps or self._selection.exhausted
+        if periodic or must:
+            self._save(perplexity, task_score, must=must)
+        self._tell_checkpoints()
 
     def _evaluate(self, questions: Questions) -> tuple[float, float | None]:
         """Return validation perplexity and, where checkpoints are chosen by it, the task's score."""
@@ -250,7 +256,8 @@ class Training:
         self._phase(Phase.TRAINING)
         return perplexity, task_score
 
-    def _save(self, perplexity: float | None, task_score: float | None) -> None:
+    def _save(self, perplexity: float | None, task_score: float | None, *, must: bool) -> None:
+        """Take a snapshot; it is committed in the background. ``must``: a later one does not make up for it."""
         self._phase(Phase.SAVING)
         began = time.monotonic()
         optimization = self._config.optimization
@@ -265,26 +272,39 @@ class Training:
             world_size=self._gang.world_size,
             zero_stage=optimization.zero_stage,
             rows=self._rows,
+            data_sha256=self._prepared.data_sha256,
             perplexity=perplexity,
             task_score=task_score,
             best_perplexity=self._selection.best if self._selection.best_by == "Perplexity" else None,
         )
         rows = self._progress.pending_rows() if self._progress is not None else []
-        record = self._saver.save(self._engine, state, rows)
-        self._committed(record)
+        self._saver.save(self._engine, state, rows, must=must)
+        self._saved_step = self.step
         self._saving_seconds += time.monotonic() - began
         self._phase(Phase.TRAINING)
 
-    def _committed(self, record: CheckpointRecord) -> None:
-        self._saved_step = self.step
-        self._standing.checkpoint = record.uri
+    def _tell_checkpoints(self) -> None:
+        """Note what was committed since the last time, and how old what would be resumed from is."""
+        for record in self._saver.take_committed():
+            self._standing.checkpoint = record.uri
+            if self._progress is not None:
+                self._progress.saved(record, self._saver.committed, self._saver.best)
         if self._progress is not None:
-            self._progress.saved(record, self._saver.committed, self._saver.best)
+            self._progress.checkpointing(age=self._saver.age_seconds, problem=self._saver.problem)
+
+    def _drain(self) -> None:
+        """Wait until all that was saved is committed."""
+        self._phase(Phase.SAVING)
+        self._saver.drain(self._gang.told)
+        self._tell_checkpoints()
 
     def _stop(self) -> None:
-        """Save what is not saved yet, then leave; all ranks come here together. Always raises Stopped."""
+        """Save what is not saved yet, then leave; all ranks come here together. Always raises Stopped, or what ended
+        the background thread of a rank."""
+        self._saver.raise_failure()
         if self.step > self._saved_step:
-            self._save(None, None)
+            self._save(None, None, must=True)
+        self._drain()
         where = f"the checkpoint of step {self.step} is committed" if self.step else "no step was finished yet"
         raise Stopped(f"told to stop: {where}")
 

@@ -47,18 +47,27 @@ class Objective:
         if self._head is not None:
             self._head.hidden = tokens
 
-    def loss(self, forward: Any, batch: Batch) -> torch.Tensor:
+    def loss(self, forward: Any, batch: Batch, *, whole_logits: bool = False) -> torch.Tensor:
         """Return the summed negative log-likelihood (nats, fp32) of ``batch``; ``forward`` runs the model."""
+        if self._head is None or self.whole_logits or whole_logits:
+            logits = without(self.logits(forward, batch).float(), self._hidden)
+            return nn.functional.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
+        self._head.batch = batch
+        try:
+            return forward(**self._inputs(batch)).logits
+        finally:
+            self._head.batch = None
+
+    def logits(self, forward: Any, batch: Batch) -> torch.Tensor:
+        """Return the logits (N, vocabulary) that predict the targets of ``batch``, out of those of all positions."""
+        if self._head is not None:
+            self._head.keys.value = batch.dropout_keys
+        return forward(**self._inputs(batch)).logits.flatten(0, 1)[batch.index]
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
         self._body_keys.value = batch.dropout_keys
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.position_ids is not None:
             # With a cache, or with a mask, packed examples would see each other.
             inputs["position_ids"] = batch.position_ids
-        if self.whole_logits or self._head is None:
-            logits = without(forward(**inputs).logits.flatten(0, 1)[batch.index].float(), self._hidden)
-            return nn.functional.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
-        self._head.batch = batch
-        try:
-            return forward(**inputs).logits
-        finally:
-            self._head.batch = None
+        return inputs

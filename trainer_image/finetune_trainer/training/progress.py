@@ -66,6 +66,8 @@ class Progress:
         self._metrics: dict[str, float] = {}
         self._points: list[CurvePoint] = []
         self._checkpoints: list[CheckpointRecord] = []
+        self._checkpoint_age: int | None = None
+        self._checkpoint_problem = ""
         self._notices: list[str] = []
         self._pending: list[StepRow] = []
         self._newest: StepRow | None = None
@@ -161,6 +163,12 @@ class Progress:
             say(f"checkpoint of step {record.step} committed: {record.bytes / 1e6:.1f} MB at {record.uri}")
         self._publish(urgent=True)
 
+    def checkpointing(self, *, age: float, problem: str) -> None:
+        """Note the age of what would be resumed from, and why it grows beyond what the job asks for."""
+        if problem.partition(":")[0] != self._checkpoint_problem.partition(":")[0]:
+            say(f"checkpoints: {problem}" if problem else "checkpoints are committed again")
+        self._checkpoint_age, self._checkpoint_problem = round(age), problem
+
     def end(self, result: Result) -> None:
         """Send the final report."""
         self._phase = Phase.ENDED
@@ -211,6 +219,8 @@ class Progress:
             resumed_from_step=self._resumed_from,
             history=thin(self._points),
             checkpoints=self._checkpoints,
+            checkpoint_age_seconds=self._checkpoint_age,
+            checkpoint_problem=self._checkpoint_problem[:NOTICE_LENGTH],
             best=self._best,
             notices=self._notices,
             evaluation=self._evaluation,

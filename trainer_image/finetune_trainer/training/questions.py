@@ -14,10 +14,11 @@ from finetune_trainer.data.dataset import Limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
+from finetune_trainer.inputs import source_name
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.training.base import skeleton
 from finetune_trainer.training.evaluation import Questions
-from finetune_trainer.training.material import Data, source_name
+from finetune_trainer.training.material import Data
 
 BASE_FOLDER = "base-questions"
 UNLIMITED = 1 << 30

@@ -16,6 +16,9 @@ from finetune_trainer.training.stability import NON_FINITE, Alarm
 
 RATE_FACTOR = 0.3
 MOST_ROLLBACKS = 3
+SKIPPED_BEYOND = 8
+"""Steps after the alarm whose data is left out too: bad rows come in a row (PaLM left out 200 to 500 batches, of a run
+a thousand times as long)."""
 DIGITS = ".6g"
 
 
@@ -52,7 +55,7 @@ def react(
                 step=alarm.first - 1,
                 rate_factor=RATE_FACTOR,
                 skip_from=alarm.first,
-                skip_to=alarm.step,
+                skip_to=_skip_to(alarm),
                 reason=sentence,
             )
         )
@@ -74,11 +77,16 @@ def left_out(step: int, rollbacks: Sequence[Rollback]) -> bool:
     return any(rollback.skip_from <= step <= rollback.skip_to for rollback in rollbacks)
 
 
+def _skip_to(alarm: Alarm) -> int:
+    """Return the last step whose data is left out; a single gradient says nothing about what follows it."""
+    return alarm.step + (0 if alarm.kind in NON_FINITE else SKIPPED_BEYOND)
+
+
 def _action(remedy: Remedy, alarm: Alarm) -> str:
     if remedy == "RollBack":
         return (
             f"back to the last checkpoint before step {alarm.first}, with {RATE_FACTOR} times the rate and without the"
-            f" data of steps {alarm.first} to {alarm.step}"
+            f" data of steps {alarm.first} to {_skip_to(alarm)}"
         )
     if remedy == "Fail":
         return "training ends"

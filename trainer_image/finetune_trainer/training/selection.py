@@ -18,7 +18,7 @@ class Selection(ContractModel):
 
     best_by: BestBy
     min_delta: float
-    patience: int | None
+    patience: int | None = None
     best: float | None = None
     """The value to beat."""
     best_step: int = 0

@@ -2,8 +2,8 @@
 alarms, the same on every rank.
 
 It sees the raw all-reduced loss of each global batch and the norm of its gradient before clipping. An alarm compares
-the last 8 steps with the 32 before them by robust statistics (median and median absolute deviation of differences,
-which a falling loss does not widen), so that neither one odd batch nor the course of a good run raises one.
+the last 8 steps with the 32 before them by robust statistics (median, and a trimmed mean of the differences of
+neighbours, which a falling loss does not widen), so that neither one odd batch nor the course of a good run raises one.
 """
 
 from __future__ import annotations
@@ -25,16 +25,22 @@ PERSISTENT = 4
 """Of the recent steps so many must stand out: a spike of fewer heals by itself (llm-foundry's KillLossSpike: 4)."""
 
 SPIKE_DEVIATIONS, SPIKE_LEAST = 5.0, math.log(1.25)
+DOUBLED, DOUBLED_DEVIATIONS = math.log(2.0), 3.0
+"""Twice the rolling loss is too much also for a run whose batches scatter (llm-foundry's threshold), as long as it is
+clearly more than that scatter."""
 GRADIENT_DEVIATIONS, GRADIENT_LEAST = 8.0, math.log(4.0)
 GRADIENT_LOSS_DEVIATIONS = 1.5
 """A large gradient alone is no fault (adapters start with none); with a loss that rises it announces one."""
 DRIFT_DEVIATIONS, DRIFT_LEAST = 6.5, math.log(1.15)
+DRIFT_BEGINS = 2.0
+"""The first of the recent steps that is so many deviations too high is where the drift is said to begin."""
 ABOVE_START = math.log(1.5)
 ABOVE_BEST = math.log(1.5)
 LEAST_DEVIATION = 0.02
 """Of the log of the loss: below it a run is suspiciously smooth, and any wobble would stand out."""
-MAD_TO_DEVIATION = 1.4826
-"""Of a normal distribution."""
+TRIMMED, TRIMMED_MEAN = 0.9, 0.6574
+"""The largest tenth of the differences is left out; the mean size of the others for a normal distribution is
+2 (phi(0) - phi(1.645)) / 0.9. As robust as is needed here, and less noisy than the median absolute deviation."""
 START_STEPS = 3
 
 
@@ -139,22 +145,25 @@ def _alarm(watch: Watch) -> Alarm | None:
         return above
     losses, norms = [item.log_loss for item in baseline], [item.log_norm for item in baseline]
     level, spread = median(losses), _deviation(losses)
-    limit = level + max(SPIKE_DEVIATIONS * spread, SPIKE_LEAST)
+    limit = level + min(max(SPIKE_DEVIATIONS * spread, SPIKE_LEAST), max(DOUBLED, DOUBLED_DEVIATIONS * spread))
     high = [item for item in recent if item.log_loss > limit]
     if len(high) >= PERSISTENT and high[-1] is recent[-1]:
         return _made(AlarmKind.LOSS_SPIKE, recent, high[0].step, high[-1].log_loss, limit)
     norm_limit = median(norms) + max(GRADIENT_DEVIATIONS * _deviation(norms), GRADIENT_LEAST)
     steep = [item for item in recent if item.log_norm > norm_limit]
-    mean = sum(item.log_loss for item in recent) / len(recent)
+    # Without the highest and the lowest, so that one odd batch moves nothing.
+    middle = sorted(item.log_loss for item in recent)[1:-1]
+    mean = sum(middle) / len(middle)
     if len(steep) >= PERSISTENT and steep[-1] is recent[-1] and mean > level + GRADIENT_LOSS_DEVIATIONS * spread:
         return _made(AlarmKind.GRADIENT_SPIKE, recent, steep[0].step, steep[-1].log_norm, norm_limit)
-    # The mean of 8 steps scatters less than one step by the root of 8.
-    drift_limit = level + max(DRIFT_DEVIATIONS * spread / math.sqrt(RECENT), DRIFT_LEAST)
-    if mean > drift_limit:
-        return _made(AlarmKind.LOSS_DRIFT, recent, recent[0].step, mean, drift_limit)
-    if watch.best_level is not None and mean > watch.best_level + max(ABOVE_BEST, DRIFT_DEVIATIONS * spread):
-        return _made(AlarmKind.LOSS_DRIFT, recent, recent[0].step, mean, watch.best_level + ABOVE_BEST)
-    return None
+    # The mean of n steps scatters less than one step by the root of n.
+    drift_limit = level + max(DRIFT_DEVIATIONS * spread / math.sqrt(len(middle)), DRIFT_LEAST)
+    if watch.best_level is not None:
+        drift_limit = min(drift_limit, watch.best_level + max(ABOVE_BEST, DRIFT_DEVIATIONS * spread))
+    if mean <= drift_limit:
+        return None
+    first = next((item for item in recent if item.log_loss > level + DRIFT_BEGINS * spread), recent[0])
+    return _made(AlarmKind.LOSS_DRIFT, recent, first.step, mean, drift_limit)
 
 
 def _above_start(watch: Watch, recent: Sequence[Observation]) -> Alarm | None:
@@ -174,11 +183,10 @@ def _made(kind: AlarmKind, recent: Sequence[Observation], first: int, value: flo
 
 def _deviation(values: Sequence[float]) -> float:
     """Return the robust standard deviation of one value around a slow course, from the differences of neighbours."""
-    differences = [after - before for before, after in itertools.pairwise(values)]
-    middle = median(differences)
-    spread = median(abs(difference - middle) for difference in differences)
+    differences = sorted(abs(after - before) for before, after in itertools.pairwise(values))
+    kept = differences[: math.ceil(TRIMMED * len(differences))]
     # The difference of two values scatters more than one of them by the root of 2.
-    return max(MAD_TO_DEVIATION * spread / math.sqrt(2.0), LEAST_DEVIATION)
+    return max(sum(kept) / len(kept) / TRIMMED_MEAN / math.sqrt(2.0), LEAST_DEVIATION)
 
 
 def _log(value: float) -> float:

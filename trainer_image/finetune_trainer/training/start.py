@@ -6,6 +6,7 @@ is JSON, because it is shared at the rendezvous store.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ from finetune_trainer.storage.lineage import (
 )
 from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.storage.steplog import StepRow, read_history
+from finetune_trainer.training.ground import Ground
+
+log = logging.getLogger(__name__)
 
 MOST_TRIES = 20
 
@@ -49,6 +53,7 @@ class Start(ContractModel):
     others: list[CheckpointRecord] = []
     """Committed checkpoints on branches that were left, and damaged ones."""
     notices: list[str] = []
+    ground: Ground = Ground()
     rollbacks: list[Rollback] = []
     """Returns to earlier checkpoints that hold for this run too."""
 
@@ -80,6 +85,7 @@ def start_run(root: RunRoot, identity: Identity, target: Path) -> Start:
             continue
         taken.add(run)
         if lineage(known, committed(root)) == candidates:
+            _abort_stale_uploads(root)
             return _describe(root, run, choice, rollbacks)
     raise OutsideFailure(f"no run number could be taken in {MOST_TRIES} tries: other writers are active")
 
@@ -98,6 +104,17 @@ def restart_run(root: RunRoot, identity: Identity, run: int, rollback: Rollback,
     if max(records) != run or not take_run(root, run + 1, _record(identity, choice, rollbacks)):
         raise NewerRun(f"another run of this job has started, so run {run} ended")
     return _describe(root, run + 1, choice, rollbacks)
+
+
+def _abort_stale_uploads(root: RunRoot) -> None:
+    """Free what cut-off uploads of former runs still hold in the store; not being allowed to is no failure."""
+    try:
+        aborted = root.abort_uploads()
+    except OutsideFailure as failure:
+        log.warning("stale multipart uploads can't be aborted: %s", failure)
+        return
+    if aborted:
+        log.info("aborted %d stale multipart uploads, among them %s", len(aborted), aborted[0])
 
 
 def _record(identity: Identity, choice: Choice, rollbacks: Sequence[Rollback]) -> RunRecord:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from finetune_trainer.storage.checkpoints import Damaged
-from finetune_trainer.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine
+from finetune_trainer.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine, assign, full_shape
 
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
 STATE_GLOB = "state-*.safetensors"
@@ -77,9 +77,9 @@ def load_weights(model_parameters: Mapping[str, torch.nn.Parameter], folder: Pat
     with torch.no_grad():
         for name, tensors in stored_tensors(folder, (MASTER,)):
             parameter = missing.pop(name, None)
-            if parameter is None or parameter.shape != tensors[MASTER].shape:
+            if parameter is None or full_shape(parameter) != tensors[MASTER].shape:
                 raise Damaged(f"the checkpoint's parameter {name} does not belong to this model")
-            parameter.copy_(tensors[MASTER])
+            assign(parameter, tensors[MASTER])
     if missing:
         raise Damaged(f"the checkpoint lacks parameter {next(iter(missing))}")
 

@@ -21,8 +21,17 @@ from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.evaluation import Scorer
 from finetune_trainer.training.finish import finish
 from finetune_trainer.training.gang import Gang
+from finetune_trainer.training.ground import Ground
+from finetune_trainer.training.isolation import check_model
 from finetune_trainer.training.loop import Training
-from finetune_trainer.training.material import Data, load_data, load_model, prepare, skeleton_context
+from finetune_trainer.training.material import (
+    Data,
+    base_folder,
+    load_data,
+    load_model,
+    prepare,
+    same_on_all_nodes,
+)
 from finetune_trainer.training.model import trained_parameters
 from finetune_trainer.training.past import Past, past_of
 from finetune_trainer.training.progress import Progress, say
@@ -52,8 +61,8 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, standing: Sta
 def _train(plan: WorkerPlan, gang: Gang, progress: Progress | None, standing: Standing) -> Result:
     gang.check_stop()
     root = open_root(plan.config, plan.paths)
-    notices = gang.each(lambda: _prepare(plan) if gang.local_rank == 0 else [], until_told=True)[0]
-    data = gang.together(lambda: load_data(plan, notices), until_told=True)
+    answers = gang.each(lambda: _prepare(plan) if gang.local_rank == 0 else None, until_told=True)
+    data = gang.together(lambda: load_data(plan, same_on_all_nodes(answers)), until_told=True)
     start = _start(plan, gang, root)
     while True:
         run = Run(plan, gang, root, data, start, progress, standing)
@@ -66,9 +75,11 @@ def _train(plan: WorkerPlan, gang: Gang, progress: Progress | None, standing: St
             start = _start_again(plan, gang, root, start, order.rollback)
 
 
-def _prepare(plan: WorkerPlan) -> list[str]:
-    """Write what the ranks of this node share, and return the notices about rows."""
-    return [*prepare(plan), *prepare_questions(plan)]
+def _prepare(plan: WorkerPlan) -> object:
+    """Write what the ranks of this node share, and return what there is to know about it."""
+    prepared = prepare(plan)
+    notices = [*prepared.notices, *prepare_questions(plan)]
+    return prepared.model_copy(update={"notices": notices}).model_dump(mode="json")
 
 
 class Run:
@@ -92,6 +103,7 @@ class Run:
             state = read_trainer_state(fetched)
             load_weights(trained_parameters(self.model), fetched)
         self.engine = Engine(self.model, plan.config.optimization, gang.device)
+        check_model(self.engine, data.train, pad=data.pad, packing=data.capacity is not None)
         if state is not None:
             load_state(self.engine, fetched, updates=state.updates)
         shutil.rmtree(fetched, ignore_errors=True)
@@ -117,7 +129,7 @@ class Run:
             plan.config.evaluation,
             plan.config.dataset.task,
             batch_size=plan.config.optimization.micro_batch_size,
-            context=skeleton_context(plan),
+            context=data.prepared.model_context,
             phase=tell,
         )
         self.scores = Scores(plan, gang, root, data, scorer, start.run, progress)
@@ -140,7 +152,7 @@ class Run:
         )
         if progress is not None:
             progress.begin(run=start.run, total_steps=self.training.total_steps, history=history)
-            progress.notice(*start.notices, *data.notices)
+            progress.notice(*start.notices, *data.prepared.notices)
             progress.saved(None, self.saver.committed, self.saver.best)
             say(self.training.description(start))
         tell(Phase.TRAINING)
@@ -161,7 +173,10 @@ def _start(plan: WorkerPlan, gang: Gang, root: RunRoot) -> Start:
     target = plan.folder / "resume"
 
     def begin() -> object:
-        start = start_run(root, plan.identity, target)
+        ground = Ground.of(adapters=plan.config.lora is not None, base=plan.inputs.model, extended=base_folder(plan))
+        start = start_run(root, plan.identity, target).model_copy(update={"ground": ground})
+        if start.parent is not None:
+            ground.check(read_trainer_state(target), seed=plan.config.optimization.seed)
         _moved(target, _fetched(plan, start))
         return start.model_dump(mode="json")
 
@@ -176,6 +191,7 @@ def _start_again(plan: WorkerPlan, gang: Gang, root: RunRoot, left: Start, rollb
 
     def begin() -> object:
         start = restart_run(root, plan.identity, left.run, rollback, target)
+        start = start.model_copy(update={"ground": left.ground})
         _moved(target, _fetched(plan, start))
         return start.model_dump(mode="json")
 

@@ -1,0 +1,162 @@
+"""`finetune checkpoints`: what lies in a job's bucket, looked at anew and not taken from the status.
+
+In: a job's store and root. Out: one entry a checkpoint folder, as a table or as JSON. Called by the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+from rich.table import Table
+from rich.text import Text
+
+from finetune_cli.store import Entry, Store
+from finetune_cli.text import number, size
+from finetune_core.api.job import FineTuneJob
+from finetune_core.layout import COMMIT, MANIFEST, Location, Manifest, digest, parse_uri, run_root
+
+COMMITTED, DAMAGED, UNFINISHED = "committed", "damaged", "unfinished"
+TRAINER_FILE = "trainer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint folder in the bucket."""
+
+    run: int
+    step: int
+    state: str
+    """`committed`; `damaged`: it differs from its manifest; `unfinished`: without COMMIT, as while it is uploaded."""
+    uri: str
+    bytes: int
+    files: int
+    time: datetime
+    """When it was committed; of an unfinished one: when its newest file came."""
+    manifest_sha256: str = ""
+    perplexity: float | None = None
+    problem: str = ""
+    """What is damaged, with the object's name."""
+    last: bool = False
+    best: bool = False
+
+
+def root_of(job: FineTuneJob) -> Location:
+    """Return where the job's run lies in the bucket."""
+    storage, metadata = job.spec.storage, job.metadata
+    return parse_uri(run_root(storage.uri, metadata.namespace, metadata.name, storage.run_id or metadata.uid))
+
+
+def look(store: Store, root: Location, *, verify: bool, progress: Callable[[str], None]) -> list[Found]:
+    """Return all checkpoint folders, by run and step; with ``verify`` every byte is compared with the manifest.
+
+    ``progress`` is told the name of each folder before it is looked at.
+    """
+    folders: dict[tuple[int, int], dict[str, Entry]] = {}
+    start = len(root.key("checkpoints")) + 1
+    for entry in store.entries(root.bucket, root.key("checkpoints") + "/"):
+        match = re.fullmatch(r"(\d+)-(\d+)/(.+)", entry.key[start:])
+        if match:
+            folders.setdefault((int(match[1]), int(match[2])), {})[match[3]] = entry
+    found = []
+    for (run, step), files in sorted(folders.items()):
+        place = Location(root.bucket, next(iter(files.values())).key.rpartition("/")[0])
+        progress(place.uri())
+        found.append(_look_at(store, place, run, step, files, verify=verify))
+    return _marked(found)
+
+
+def _look_at(store: Store, place: Location, run: int, step: int, files: Mapping[str, Entry], *, verify: bool) -> Found:
+    """Return what a folder is worth."""
+    weight = sum(entry.bytes for name, entry in files.items() if name not in (COMMIT, MANIFEST))
+    newest = max(entry.modified for entry in files.values())
+    if COMMIT not in files:
+        return Found(run, step, UNFINISHED, place.uri(), weight, len(files), newest)
+    time, sha256 = files[COMMIT].modified, ""
+    try:
+        if MANIFEST not in files:
+            raise DamageError(f"{MANIFEST} is missing")
+        encoded = store.read(place.bucket, place.key(MANIFEST))
+        sha256 = digest(encoded)
+        if store.read(place.bucket, place.key(COMMIT)).decode(errors="replace").strip() != sha256:
+            raise DamageError(f"the sha256 of {MANIFEST} is not that in {COMMIT}")
+        manifest = _manifest(encoded)
+        for file in manifest.files:
+            if file.name not in files:
+                raise DamageError(f"{file.name} is missing")
+            if files[file.name].bytes != file.bytes:
+                raise DamageError(f"{file.name} has {files[file.name].bytes} bytes, {MANIFEST} says {file.bytes}")
+            if verify and store.digest(place.bucket, place.key(file.name)) != file.sha256:
+                raise DamageError(f"{file.name} has another sha256 than {MANIFEST} says")
+    except DamageError as damage:
+        return Found(run, step, DAMAGED, place.uri(), weight, len(files), time, sha256, problem=str(damage))
+    perplexity = _perplexity(store.read(place.bucket, place.key(TRAINER_FILE))) if TRAINER_FILE in files else None
+    return Found(run, step, COMMITTED, place.uri(), manifest.total_bytes, len(manifest.files), time, sha256, perplexity)
+
+
+class DamageError(Exception):
+    """A checkpoint that can't be resumed from; the message names the object."""
+
+
+def _manifest(encoded: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate_json(encoded)
+    except ValidationError as error:
+        raise DamageError(f"{MANIFEST} is none of this version") from error
+
+
+def _perplexity(encoded: bytes) -> float | None:
+    """Return the validation perplexity in a training state; None where there is none that can be read."""
+    try:
+        value = json.loads(encoded).get("perplexity")
+    except (ValueError, AttributeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _marked(found: Sequence[Found]) -> list[Found]:
+    """Return the same with the newest and the best of the committed ones marked."""
+    whole = [item for item in found if item.state == COMMITTED]
+    last = whole[-1] if whole else None
+    scored = [item for item in whole if item.perplexity is not None]
+    best = min(scored, key=lambda item: item.perplexity or 0.0, default=None)
+    return [Found(**{**asdict(item), "last": item is last, "best": item is best}) for item in found]
+
+
+def as_json(root: Location, found: Sequence[Found]) -> str:
+    """Return the list for pipelines."""
+
+    def plain(item: Found) -> dict[str, Any]:
+        values = asdict(item) | {"time": item.time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+        values["manifestSha256"] = values.pop("manifest_sha256")
+        return {key: value for key, value in values.items() if value not in (None, "")}
+
+    return json.dumps({"root": root.uri(), "checkpoints": [plain(item) for item in found]}, indent=2)
+
+
+def as_table(root: Location, found: Sequence[Found]) -> Table:
+    """Return the list for people."""
+    table = Table(title=root.uri(), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in ("run", "step", "size", "files", "perplexity"):
+        table.add_column(column, justify="right")
+    for column in ("committed (UTC)", "state", ""):
+        table.add_column(column)
+    styles = {COMMITTED: "green", DAMAGED: "red", UNFINISHED: "yellow"}
+    for item in found:
+        marks = " ".join(mark for mark, is_so in (("last", item.last), ("best", item.best)) if is_so)
+        table.add_row(
+            str(item.run),
+            str(item.step),
+            size(item.bytes),
+            str(item.files),
+            number(item.perplexity) if item.perplexity is not None else "",
+            f"{item.time.astimezone(UTC):%Y-%m-%d %H:%M:%S}" if item.state != UNFINISHED else "",
+            Text(item.state, style=styles[item.state]),
+            Text(item.problem or marks, style="red" if item.problem else "cyan"),
+        )
+    return table

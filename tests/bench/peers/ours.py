@@ -1,0 +1,127 @@
+"""This project's trainer: its own loop on the DeepSpeed engine, rows packed within each global batch.
+
+python -m tests.bench.peers.ours WORKLOAD OUT STORE_ENDPOINT CREDENTIALS
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from finetune_core.contract import Identity, RunConfig
+from finetune_trainer.outcomes import Standing
+from finetune_trainer.plan import Inputs, WorkerPlan
+from finetune_trainer.settings import Paths
+from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.training import environment
+from tests.bench.peers.workload import LORA_ALPHA, LORA_RANK, TEMPLATE, Clock, Workload
+from tests.trainer.objectstore import BUCKET, free_port
+
+
+def run_file(workload: Workload, endpoint: str, name: str) -> RunConfig:
+    """Return the run file of the same LoRA run."""
+    source = {"volume": {"claimName": "bench", "path": "rows"}}
+    return RunConfig.model_validate(
+        {
+            "world": {"nodes": 1, "processesPerNode": 1, "device": "CPU"},
+            "model": {"volume": {"claimName": "bench", "path": "model"}},
+            "dataset": {
+                "train": source,
+                "format": {
+                    "promptCompletion": {"promptField": "question", "completionField": "answer", "template": TEMPLATE}
+                },
+                "maxLength": workload.max_length,
+                "packing": True,
+            },
+            "method": "LoRA",
+            "lora": {"rank": LORA_RANK, "alpha": LORA_ALPHA},
+            "optimization": {
+                "learningRate": workload.learning_rate,
+                "maxSteps": workload.updates,
+                "globalBatchSize": workload.batch,
+                "microBatchSize": workload.micro_batch,
+                "schedule": "Constant",
+                "warmupSteps": 0,
+                "weightDecay": 0,
+                "gradientClipping": 1.0,
+                "precision": "fp32",
+                "gradientCheckpointing": False,
+                "seed": workload.seed,
+                "zeroStage": 1,
+            },
+            "evaluation": {"artifactFrom": "Last"},
+            "storage": {
+                "uri": f"s3://{BUCKET}/bench/{name}",
+                "endpoint": endpoint,
+                "region": "us-east-1",
+                "checkpointEverySteps": 1_000_000,
+                "keepLast": 1,
+            },
+        }
+    )
+
+
+def main() -> None:
+    """Train, and leave the figures at OUT."""
+    workload = Workload.model_validate_json(Path(sys.argv[1]).read_text())
+    out, endpoint, credentials = Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": str(workload.threads),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        environment.prepare(scratch)
+        import torch
+
+        from finetune_trainer.training.gang import Gang
+        from finetune_trainer.training.progress import Progress
+        from finetune_trainer.training.train import train
+
+        torch.set_num_threads(workload.threads)
+        clock, rows = Clock(), list[StepRow]()
+
+        class Timed(Progress):
+            def finished_step(self, row: StepRow) -> None:
+                clock.update_ended()
+                rows.append(row)
+                super().finished_step(row)
+
+        identity = Identity(namespace="b", name="b", uid="b", attempt=1, pod_name="p", pod_uid="p", node_rank=0)
+        plan = WorkerPlan(
+            paths=Paths(credentials=credentials, scratch=scratch),
+            identity=identity,
+            config=run_file(workload, endpoint, out.stem),
+            inputs=Inputs(model=workload.model, train=workload.rows, validation=None),
+            folder=scratch / "run",
+        )
+        plan.folder.mkdir()
+        gang = Gang(device=torch.device("cpu"))
+        train(plan, gang, Timed(pod_uid="p", ranks=1, reporter=None), Standing(), lambda: False)
+        gang.farewell()
+    lengths = _lengths(workload)
+    tokens = [(row.tokens, lengths[index]) for index, row in enumerate(rows)]
+    out.write_text(clock.measured(tokens, [row.loss for row in rows]).model_dump_json())
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _lengths(workload: Workload) -> list[int]:
+    """Return the real tokens of each update."""
+    from tests.bench.peers import hugging_face
+
+    tokenizer = hugging_face.AutoTokenizer.from_pretrained(workload.model)
+    lengths = [len(example["input_ids"]) for example in hugging_face.examples(workload, tokenizer)]
+    return [sum(lengths[start : start + workload.batch]) for start in range(0, len(lengths), workload.batch)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Rows of GSM8K for the comparison: the real ones where the shared data lies beside the checkout, else made up ones of
+the same lengths (question about 60 words, answer about 55 with its `#### number`)."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+REAL = Path(__file__).parents[4] / "shared" / "data" / "gsm8k" / "train.jsonl"
+WORDS = "she buys seven boxes of apples each day and sells half of them at noon for two dollars how many are left"
+
+
+def gsm8k_rows(count: int) -> list[dict[str, str]]:
+    """Return ``count`` rows with `question` and `answer`."""
+    if REAL.is_file():
+        with REAL.open() as file:
+            return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+    generator = random.Random(0)
+    return [_made_up(generator) for _ in range(count)]
+
+
+def _made_up(generator: random.Random) -> dict[str, str]:
+    def text(mean: int) -> str:
+        return " ".join(generator.choices(WORDS.split(), k=max(15, int(generator.gauss(mean, mean / 3)))))
+
+    return {"question": text(60), "answer": f"{text(55)} #### {generator.randrange(1000)}"}
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
+    """Write ``rows`` as jsonl and return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

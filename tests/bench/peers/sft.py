@@ -1,0 +1,73 @@
+"""trl's SFTTrainer with its best settings for short rows: best-fit packing, loss on completions only.
+
+Its packing spans the whole data set, so an update does not hold the same rows as the others'; the number of updates
+and the tokens of the run are the same. Without FlashAttention it lets packed rows see each other.
+
+    python -m tests.bench.peers.sft WORKLOAD OUT
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from tests.bench.peers import hugging_face
+from tests.bench.peers.workload import TEMPLATE, Clock, Workload
+
+
+def build(workload: Workload, model: Any, tokenizer: Any, folder: str, accumulation: int, clock: Clock) -> SFTTrainer:
+    """Return the trainer for ``accumulation`` packed sequences per update."""
+    rows = [
+        {"prompt": TEMPLATE.replace("{prompt}", row["question"]), "completion": row["answer"]}
+        for row in workload.read_rows()
+    ]
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=accumulation,
+            max_length=workload.max_length,
+            packing=True,
+            packing_strategy="bfd",
+            completion_only_loss=True,
+            **hugging_face.arguments(workload, folder),
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[hugging_face.Timing(clock)],
+    )
+
+
+def main() -> None:
+    """Train, and leave the figures at OUT."""
+    workload = Workload.model_validate_json(Path(sys.argv[1]).read_text())
+    tokenizer, model = hugging_face.load(workload)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        packed = len(build(workload, model, tokenizer, folder, 1, Clock()).train_dataset)
+        accumulation = -(-packed // workload.updates)
+        trainer = build(workload, model, tokenizer, folder, accumulation, clock)
+        consumed: list[tuple[int, int]] = []
+        collate = trainer.data_collator
+
+        def counting(features: list[dict[str, Any]]) -> Any:
+            batch = collate(features)
+            supervised = int((batch["labels"] != hugging_face.IGNORED).sum())
+            consumed.append((supervised, int(batch["input_ids"].numel())))
+            return batch
+
+        trainer.data_collator = counting
+        trainer.train()
+    groups = [consumed[start : start + accumulation] for start in range(0, len(consumed), accumulation)]
+    tokens = [(sum(s for s, _ in group), sum(r for _, r in group)) for group in groups[: workload.updates]]
+    losses = hugging_face.logged_losses(trainer.state.log_history)
+    Path(sys.argv[2]).write_text(clock.measured(tokens, losses).model_dump_json())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""A node whose kubelet dies under a trainer: nobody can stop what runs there, so two trainers of one job are alive for
+a while. The store's fence keeps the old one from doing harm, and the new one loses nothing that was committed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from examples.demo import steps
+from finetune_cli.state import condition
+from finetune_core.api.conditions import ConditionType
+from finetune_core.api.job import FineTuneJob
+from finetune_core.layout import COMMIT
+from tests.cluster import Cluster, wait_for
+from tests.cluster.layout import SECOND_NODE
+from tests.cluster.second_node import TOLERATION, SecondNode
+from tests.e2e.bucket import RunFolder
+
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1800)]
+
+FOUR_MINUTES = 240
+TOLERANCE = 3
+NAME = "orphaned"
+PREFERS_THE_SECOND_NODE = {
+    "tolerations": [TOLERATION],
+    "affinity": {
+        "nodeAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {
+                    "weight": 100,
+                    "preference": {
+                        "matchExpressions": [
+                            {"key": "kubernetes.io/hostname", "operator": "In", "values": [SECOND_NODE.name]}
+                        ]
+                    },
+                }
+            ]
+        }
+    },
+}
+ENDLESS = {
+    "spec__training__maxSteps": 100_000,
+    "spec__evaluation__everySteps": 100_000,
+    "spec__storage__checkpoint": {"everySteps": 25, "keepLast": 3},
+    "spec__resources__nodes": 1,
+    "spec__podTemplate": PREFERS_THE_SECOND_NODE,
+}
+RACE = timedelta(seconds=2)
+"""Between a look at the fence and the write after it, and because the store's times are whole seconds."""
+
+
+@pytest.fixture
+def second_node(installed: Cluster) -> Iterator[SecondNode]:
+    node = installed.second_node()
+    yield node
+    node.stop()
+    installed.kubectl("delete", "node", node.name)
+
+
+def _checkpoint_of(run: int):
+    def reached(job: FineTuneJob) -> bool:
+        return job.status is not None and any(checkpoint.run == run for checkpoint in job.status.checkpoints)
+
+    return reached
+
+
+def _started(number: int):
+    def reached(job: FineTuneJob) -> bool:
+        return job.status is not None and job.status.attempts.started == number
+
+    return reached
+
+
+def _trainers(node: SecondNode) -> list[int]:
+    """Return the ids of the trainer's processes on the node that live."""
+    found = []
+    for pid in node.processes():
+        try:
+            if b"finetune_trainer" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
+    return found
+
+
+def test_two_trainers_of_one_job_do_no_harm(
+    installed: Cluster, namespace: str, second_node: SecondNode, tiny_job
+) -> None:
+    steps.apply(installed, tiny_job(NAME, **ENDLESS), namespace)
+    job = steps.wait_for_job(installed, namespace, NAME, "a checkpoint of run 1", _checkpoint_of(1), 600)
+    assert job.status is not None
+    assert job.status.attempts.current is not None
+    assert [pod.node for pod in job.status.attempts.current.pods] == [second_node.name]
+    root = RunFolder(installed, f"s3://{steps.BUCKET}/runs/{namespace}/{NAME}/{job.metadata.uid}")
+    orphans = _trainers(second_node)
+    assert orphans
+
+    second_node.components["kubelet"].stop()
+    killed = time.monotonic()
+    steps.wait_for_job(installed, namespace, NAME, "attempt 2", _started(2), TOLERANCE * FOUR_MINUTES)
+    print(f"attempt 2 started {time.monotonic() - killed:.1f} s after the kubelet's end")
+    assert set(_trainers(second_node)) == set(orphans), "nobody has stopped the old trainer"
+    with installed.enter():
+        assert len(root.runs()) == 1
+        alive = max(_commits(root, run=1).values())
+
+    job = steps.wait_for_job(installed, namespace, NAME, "a checkpoint of run 2", _checkpoint_of(2), 300)
+    wait_for("the old trainer to find that it is fenced off", lambda: not _trainers(second_node), 120)
+    with installed.enter():
+        taken = root.times("runs/")["runs/000002.json"]
+        assert alive < taken, "the old trainer still committed while the new one was not there"
+        late = {key: at for key, at in _commits(root, run=1).items() if at > taken + RACE}
+        assert late == {}, f"committed behind the fence, which fell at {taken}"
+        parent = root.runs()[1]["parent"]
+        assert parent["run"] == 1
+        assert parent["step"] == max(_step(key) for key, at in _commits(root, run=1).items() if at <= taken)
+    assert job.status is not None
+    assert (job.status.attempts.charged, job.status.attempts.free) == (0, 1)
+
+    # Its kubelet comes back, tells how the old pod ended, and nothing changes.
+    second_node.components["kubelet"].start()
+    second_node.components["kubelet"].wait_ready()
+    selector = "finetune.dev/attempt=1"
+    wait_for("the old pod to go", lambda: not installed.get("pods", "-n", namespace, "-l", selector)["items"], 120)
+    patch = json.dumps({"spec": {"runPolicy": {"cancel": True}}})
+    installed.kubectl("patch", "finetunejob", NAME, "-n", namespace, "--type=merge", "--patch", patch)
+    job = steps.wait_for_condition(installed, namespace, NAME, ConditionType.STALLED, timeout=180)
+    ended = condition(job, ConditionType.SUCCEEDED)
+    assert ended is not None
+    assert ended.reason == "Cancelled"
+    assert job.status is not None
+    assert [past.verdict for past in job.status.attempts.recent] == ["Free", "Permanent"]
+
+
+def _commits(root: RunFolder, run: int):
+    """Return when each checkpoint of a run was committed, by its key."""
+    times = root.times("checkpoints/")
+    return {key: at for key, at in times.items() if key.endswith(f"/{COMMIT}") and _run(key) == run}
+
+
+def _run(key: str) -> int:
+    return int(key.split("/")[1].split("-")[0])
+
+
+def _step(key: str) -> int:
+    return int(key.split("/")[1].split("-")[1])

@@ -1,0 +1,73 @@
+"""Two replicas of the operator as the chart deploys them: both are Ready, one takes the trainer's reports; when its pod
+is deleted the reports of the same attempt reach the other one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from examples.demo import steps
+from examples.demo.steps import CHART, OPERATOR_NAMESPACE, RELEASE
+from finetune_core.api.job import FineTuneJob
+from tests.cluster import Cluster, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
+
+MakeJob = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def two_replicas(installed: Cluster) -> Iterator[Cluster]:
+    """The release with a second replica for the length of the test."""
+    upgrade = ["upgrade", RELEASE, str(CHART), "--namespace", OPERATOR_NAMESPACE, "--reuse-values", "--wait"]
+    installed.helm(*upgrade, "--set", "replicas=2", "--timeout=120s")
+    yield installed
+    installed.helm(*upgrade, "--set", "replicas=1", "--timeout=120s")
+
+
+def operator_pods(cluster: Cluster) -> dict[str, str]:
+    """Return the addresses of the operator's Ready pods by name."""
+    found = cluster.get("pods", "-n", OPERATOR_NAMESPACE, "-l", "app.kubernetes.io/name=finetune-operator")
+    return {
+        pod["metadata"]["name"]: pod["status"]["podIP"]
+        for pod in found["items"]
+        if "deletionTimestamp" not in pod["metadata"]
+        and any(item["type"] == "Ready" and item["status"] == "True" for item in pod["status"]["conditions"])
+    }
+
+
+def leader(cluster: Cluster) -> str:
+    """Return the name of the pod that holds the Lease."""
+    lease = cluster.get("lease", RELEASE, "-n", OPERATOR_NAMESPACE)
+    return str(lease["spec"].get("holderIdentity", "")).partition("_")[0]
+
+
+def led_to(cluster: Cluster) -> list[str]:
+    """Return the addresses that the report Service leads to."""
+    found = cluster.get("endpointslice", f"{RELEASE}-leader", "-n", OPERATOR_NAMESPACE)
+    return [address for endpoint in found["endpoints"] for address in endpoint["addresses"]]
+
+
+def test_reports_follow_the_leader(two_replicas: Cluster, namespace: str, tiny_job: MakeJob) -> None:
+    cluster = two_replicas
+    assert len(operator_pods(cluster)) == 2
+    steps.apply(cluster, tiny_job("followed", spec__training__maxSteps=4000), namespace)
+
+    def reported(least: int) -> Callable[[FineTuneJob], bool]:
+        return lambda job: bool(job.status and job.status.progress and job.status.progress.step >= least)
+
+    job = steps.wait_for_job(cluster, namespace, "followed", "a report", reported(1), 240)
+    assert job.status is not None
+    assert job.status.progress is not None
+    first = leader(cluster)
+    assert led_to(cluster) == [operator_pods(cluster)[first]]
+    cluster.kubectl("delete", "pod", first, "-n", OPERATOR_NAMESPACE, "--wait=false")
+    wait_for("another leader", lambda: leader(cluster) not in ("", first), 60)
+    second = leader(cluster)
+    wait_for("reports to be led to it", lambda: led_to(cluster) == [operator_pods(cluster).get(second)], 60)
+    later = reported(job.status.progress.step + 1)
+    job = steps.wait_for_job(cluster, namespace, "followed", "a report that the new leader took", later, 120)
+    assert job.status is not None
+    assert job.status.attempts.started == 1, "training never noticed"

@@ -1,0 +1,47 @@
+"""/healthz while watches and lists are really cut and everything else goes on, the Lease included: a watch that died
+silently does not leave an operator that looks alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import wait_for
+from tests.faults.operators import OperatorProcess
+from tests.faults.rules import Drop, Rule
+from tests.faults.world import World
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+RESYNC_SECONDS = 4
+
+
+@pytest.fixture
+def operator(shared_world: World, tmp_path: Path) -> Iterator[OperatorProcess]:
+    """An operator with short periods in the place of the shared one."""
+    shared_world.operator.stop()
+    server = f"https://127.0.0.1:{shared_world.proxy.port}"
+    process = OperatorProcess(shared_world.cluster, tmp_path, server=server, resync_seconds=str(RESYNC_SECONDS))
+    process.start()
+    process.wait_ready()
+    yield process
+    process.close()
+    shared_world.proxy.rules = []
+
+
+def test_healthz_turns_red_after_three_periods_without_watch_and_list_and_green_again(
+    shared_world: World, operator: OperatorProcess
+) -> None:
+    proxy, process = shared_world.proxy, operator.pid
+    assert operator.answers("/healthz")
+    cut = Rule(Drop(), verbs=frozenset({"list", "watch"}))
+    with proxy.fault(cut):
+        shared_world.loop.run(proxy.end_watches())
+        wait_for("/healthz to turn red", lambda: not operator.answers("/healthz"), 90, evidence=operator.evidence)
+        assert operator.metric("finetune_watch_age_seconds") >= 3 * RESYNC_SECONDS
+        assert cut.applied > 0, "nothing was cut"
+        assert operator.pid == process, "it looks after itself, and the kubelet after it"
+        assert operator.metric("finetune_leader") == 1, "the Lease alone does not make it healthy"
+    wait_for("/healthz to turn green", lambda: operator.answers("/healthz"), 90, evidence=operator.evidence)

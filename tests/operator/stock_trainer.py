@@ -1,0 +1,60 @@
+"""A training program as somebody writes it who knows nothing of this project: the Trainer of transformers on a tiny
+model with made-up rows. Run by test_stock_trainer as `python -m tests.operator.stock_trainer FOLDER [CRASH_AT]`.
+
+With CRASH_AT the process dies at that step, as one that is killed; run again it resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+STEPS, SAVED_EVERY = 60, 15
+ROWS, TOKENS, VOCABULARY = 512, 128, 256
+
+
+class Crash(TrainerCallback):
+    """Ends the process at a step, without a word to anybody."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            os._exit(9)
+
+
+def main(folder: Path, crash_at: int | None) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+    )
+    rows = [{"input_ids": (row := torch.randint(0, VOCABULARY, (TOKENS,))), "labels": row} for _ in range(ROWS)]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        logging_steps=5,
+        save_steps=SAVED_EVERY,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    callbacks = [Crash(crash_at)] if crash_at else []
+    trainer = Trainer(LlamaForCausalLM(config), arguments, train_dataset=rows, callbacks=callbacks)  # type: ignore[arg-type]
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -1,0 +1,168 @@
+"""Prometheus series of jobs, lines of the log, and how often an event is told."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import timedelta
+from typing import Any
+
+from finetune_core.api import FineTuneJobStatus
+from finetune_core.api.conditions import Condition, ConditionType, Reason
+from finetune_core.api.status import (
+    AttemptsStatus,
+    CheckpointStatus,
+    MetricValue,
+    ProgressStatus,
+    UsageStatus,
+)
+from finetune_operator.cluster import ApiError
+from finetune_operator.keyqueue import Key
+from finetune_operator.logs import JsonFormatter, speak_of
+from finetune_operator.memory import JobMemory
+from finetune_operator.metrics import Metrics
+from finetune_operator.record import Record
+from finetune_operator.recorder import Recorder
+from tests.operator.worlds import NOW, UID, at
+
+KEY = Key("team", "quickstart")
+
+
+def full_status(**update: Any) -> FineTuneJobStatus:
+    status = FineTuneJobStatus(
+        progress=ProgressStatus(
+            step=20, total_steps=100, percentage=20, eta_seconds=80, tokens_per_second="1234.5", mfu="0.41"
+        ),
+        metrics=[MetricValue(name="loss", value="1.25", step=20), MetricValue(name="perplexity", value="3.5", step=20)],
+        checkpoints=[CheckpointStatus(run=1, step=20, uri="s3://b/c", bytes=9, manifest_sha256="ab", time=NOW)],
+        attempts=AttemptsStatus(started=3, charged=1, free=1),
+        usage=UsageStatus(gpu_seconds=3600),
+    )
+    return status.model_copy(update=update)
+
+
+def series(metrics: Metrics) -> dict[str, float]:
+    lines = metrics.render().decode().splitlines()
+    return {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith("finetune_job")
+    }
+
+
+def test_every_number_of_a_job_is_a_series_and_goes_with_the_job() -> None:
+    metrics = Metrics(now=lambda: at(90))
+    metrics.jobs.show(KEY, full_status())
+    job = '{job_name="quickstart",job_namespace="team"}'
+    kinds = {
+        kind: f'{{job_name="quickstart",job_namespace="team",kind="{kind}"}}' for kind in ("started", "charged", "free")
+    }
+    expected = {
+        f"finetune_job_step{job}": 20,
+        f"finetune_job_total_steps{job}": 100,
+        f"finetune_job_eta_seconds{job}": 80,
+        f"finetune_job_loss{job}": 1.25,
+        f"finetune_job_perplexity{job}": 3.5,
+        f"finetune_job_tokens_per_second{job}": 1234.5,
+        f"finetune_job_mfu{job}": 0.41,
+        f"finetune_job_checkpoint_age_seconds{job}": 90,
+        f"finetune_job_attempts{kinds['started']}": 3,
+        f"finetune_job_attempts{kinds['charged']}": 1,
+        f"finetune_job_attempts{kinds['free']}": 1,
+        f"finetune_job_gpu_seconds_total{job}": 3600,
+    }
+    assert {_sorted(name): value for name, value in series(metrics).items()} == expected
+    metrics.jobs.drop(KEY)
+    assert series(metrics) == {}
+
+
+def _sorted(name: str) -> str:
+    head, _, labels = name.partition("{")
+    return head + "{" + ",".join(sorted(labels.rstrip("}").split(","))) + "}"
+
+
+def test_a_settled_job_is_shown_for_an_hour() -> None:
+    moment = [at(0)]
+    metrics = Metrics(now=lambda: moment[0])
+    metrics.jobs.show(KEY, full_status(completion_time=NOW))
+    moment[0] = at(3599)
+    assert series(metrics)
+    moment[0] = at(3601)
+    assert series(metrics) == {}
+
+
+def test_what_is_not_known_is_no_series() -> None:
+    metrics = Metrics()
+    metrics.jobs.show(KEY, FineTuneJobStatus())
+    shown = {name.partition("{")[0] for name in series(metrics)}
+    assert shown == {"finetune_job_attempts", "finetune_job_gpu_seconds_total"}
+
+
+def test_lines_of_a_look_name_job_uid_and_attempt_also_those_of_libraries() -> None:
+    record = logging.LogRecord("kubernetes", logging.WARNING, "file", 1, "retry", (), None)
+    speak_of(job="team/a", uid="u", attempt=2)
+    try:
+        line = json.loads(JsonFormatter().format(record))
+        assert (line["job"], line["uid"], line["attempt"]) == ("team/a", "u", 2)
+        record.attempt = 3
+        assert json.loads(JsonFormatter().format(record))["attempt"] == 3
+    finally:
+        speak_of()
+    assert "job" not in json.loads(JsonFormatter().format(logging.LogRecord("n", 20, "f", 1, "m", (), None)))
+
+
+class Events:
+    """Takes events, or refuses them."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.refuse = False
+
+    async def create_event(self, _namespace: str, manifest: dict[str, Any]) -> bool:
+        if self.refuse:
+            raise ApiError(403, "Forbidden", "no events")
+        self.reasons.append(manifest["reason"])
+        return True
+
+
+def accepted(status: str, reason: Reason) -> FineTuneJobStatus:
+    condition = Condition(
+        type=ConditionType.ACCEPTED,
+        status=status,
+        reason=reason,
+        message="m",
+        last_transition_time=NOW,
+        observed_generation=1,
+    )
+    return FineTuneJobStatus(conditions=[condition])
+
+
+async def test_a_condition_that_flips_is_told_once_a_minute_for_one_reason() -> None:
+    events, clock, memory = Events(), [0.0], JobMemory()
+    recorder = Recorder(
+        events,  # type: ignore[arg-type]
+        instance="pod",
+        now=lambda: NOW + timedelta(seconds=clock[0]),
+        clock=lambda: clock[0],
+    )
+
+    async def flip(seconds: float, reason: Reason) -> None:
+        clock[0] = seconds
+        raw = {"metadata": {"uid": UID}}
+        record = Record(key=KEY, raw=raw, stored=accepted("True", Reason.VALID), now=NOW, memory=memory)
+        await recorder.tell(record, accepted("False", reason))
+
+    for seconds in (59.0, 61.0, 100.0, 118.0):  # across a full minute of the clock on the wall
+        await flip(seconds, Reason.NAME_CONFLICT)
+    assert events.reasons == ["NameConflict"]
+    await flip(118.5, Reason.BACKEND_UNAVAILABLE)
+    await flip(119.5, Reason.NAME_CONFLICT)
+    assert events.reasons == ["NameConflict", "BackendUnavailable", "NameConflict"]
+
+
+async def test_a_refused_event_stops_nothing() -> None:
+    events = Events()
+    events.refuse = True
+    recorder = Recorder(events, instance="pod", now=lambda: NOW, clock=lambda: 0.0)  # type: ignore[arg-type]
+    raw = {"metadata": {"uid": UID}}
+    record = Record(key=KEY, raw=raw, stored=FineTuneJobStatus(), now=NOW, memory=JobMemory())
+    await recorder.tell(record, accepted("False", Reason.NAME_CONFLICT))
+    assert events.reasons == []

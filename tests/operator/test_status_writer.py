@@ -1,0 +1,103 @@
+"""How often statuses are written: new numbers every ten seconds a job and with a budget over all jobs, transitions at
+once. Hours pass on a clock that the test sets."""
+
+from __future__ import annotations
+
+import heapq
+from itertools import pairwise
+from typing import Any
+
+from finetune_core.api import FineTuneJobStatus
+from finetune_operator.budget import BURST, WRITES_PER_SECOND
+from finetune_operator.keyqueue import Key
+from finetune_operator.memory import LEAST_SECONDS_BETWEEN_NUMBERS, JobMemory
+from finetune_operator.metrics import Metrics
+from finetune_operator.record import Record
+from finetune_operator.recorder import Recorder
+from finetune_operator.status_writer import StatusWriter
+from tests.operator.test_status import report, view
+from tests.operator.worlds import UID, at
+
+
+class Writes:
+    """Takes statuses and events, and notes when."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock = clock
+        self.times: list[float] = []
+        self.stored: dict[Key, dict[str, Any]] = {}
+
+    async def apply_status(self, key: Key, _version: str, status: dict[str, Any]) -> None:
+        self.times.append(self.clock[0])
+        self.stored[key] = status
+
+    async def create_event(self, _namespace: str, _manifest: dict[str, Any]) -> bool:
+        return True
+
+
+class Jobs:
+    """Jobs that train one step a second, looked at when the writer asks for it."""
+
+    def __init__(self, count: int) -> None:
+        self.clock = [0.0]
+        self.writes = Writes(self.clock)
+        recorder = Recorder(self.writes, instance="pod", now=lambda: at(0), clock=lambda: self.clock[0])  # type: ignore[arg-type]
+        self.writer = StatusWriter(
+            cluster=self.writes,  # type: ignore[arg-type]
+            recorder=recorder,
+            metrics=Metrics(),
+            child_kind="PyTorchJob",
+            clock=lambda: self.clock[0],
+        )
+        self.memory = {Key("team", f"job-{number}"): JobMemory() for number in range(count)}
+        self.looks = 0
+
+    async def look(self, key: Key, **changes: Any) -> float | None:
+        self.looks += 1
+        raw = {"metadata": {"uid": UID, "resourceVersion": "1"}, "status": self.writes.stored.get(key)}
+        stored = FineTuneJobStatus.model_validate(raw["status"]) if raw["status"] else FineTuneJobStatus()
+        record = Record(key=key, raw=raw, stored=stored, now=at(0), memory=self.memory[key])
+        told = report(step=int(self.clock[0]), total_steps=100000)
+        return await self.writer.write(record, view(**({"report": told, "reported_at": at(self.clock[0])} | changes)))
+
+    async def train(self, seconds: float) -> None:
+        """Let time pass; each job has a new report every three seconds, looked at when the writer says."""
+        end = self.clock[0] + seconds
+        due = [(self.clock[0], key) for key in self.memory]
+        heapq.heapify(due)
+        while due and due[0][0] <= end:
+            self.clock[0], key = heapq.heappop(due)
+            left = await self.look(key)
+            heapq.heappush(due, (self.clock[0] + (left if left else 3.0), key))
+
+
+async def test_numbers_of_a_job_are_written_every_ten_seconds() -> None:
+    jobs = Jobs(1)
+    await jobs.train(300)
+    times = jobs.writes.times
+    gaps = [late - early for early, late in pairwise(times[1:])]
+    assert min(gaps) >= LEAST_SECONDS_BETWEEN_NUMBERS
+    assert len(times) >= 300 / (LEAST_SECONDS_BETWEEN_NUMBERS + 3)
+
+
+async def test_all_jobs_together_keep_to_the_budget_and_each_comes_in_turn() -> None:
+    jobs = Jobs(1000)  # 100 writes a second by the ten seconds alone
+    await jobs.train(120)
+    later = [time for time in jobs.writes.times if time > 60]
+    assert len(later) <= 60 * WRITES_PER_SECOND + BURST
+    assert len(later) >= 60 * WRITES_PER_SECOND * 0.9
+    for memory in jobs.memory.values():
+        assert memory.status_written_at is not None
+        assert 120 - memory.status_written_at < 1.5 * 1000 / WRITES_PER_SECOND, "nobody is forgotten"
+    assert jobs.looks < 2.5 * len(jobs.writes.times) + 2000, "a job that waits is not looked at again and again"
+
+
+async def test_a_transition_waits_for_nothing() -> None:
+    jobs = Jobs(1)
+    key = next(iter(jobs.memory))
+    await jobs.train(30)
+    while jobs.writer._budget.reserve() < jobs.clock[0] + 3600:
+        pass  # the whole budget of an hour is spoken for
+    before = len(jobs.writes.times)
+    assert await jobs.look(key, report=None, generation=2) is None
+    assert len(jobs.writes.times) == before + 1

@@ -1,0 +1,94 @@
+"""A stand-in for the Hugging Face Hub: the few addresses that huggingface_hub asks, over HTTP on loopback.
+
+No hub can be reached where the tests run. It serves one repository at one commit, asks for a token where told to, and
+counts what was asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """A served repository."""
+
+    repo: str
+    files: dict[str, bytes]
+    kind: str = "datasets"
+    revisions: tuple[str, ...] = ("main", COMMIT)
+    token: str | None = None
+    endpoint: str = ""
+    asked: list[str] = field(default_factory=list)
+
+    def answer(self, path: str, token: str | None) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body."""
+        self.asked.append(path)
+        if self.token is not None and token != f"Bearer {self.token}":
+            return 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}, b""
+        prefix = f"/{self.kind}/{self.repo}/resolve/"
+        if path.startswith(prefix):
+            revision, _, name = path.removeprefix(prefix).partition("/")
+            if revision not in self.revisions or name not in self.files:
+                return 404, {"X-Error-Code": "EntryNotFound"}, b""
+            etag = hashlib.sha256(self.files[name]).hexdigest()
+            return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, self.files[name]
+        api = f"/api/{self.kind}/{self.repo}"
+        if path != api and not path.startswith(f"{api}/"):
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        what, _, rest = path.removeprefix(api).strip("/").partition("/")
+        revision = rest.partition("/")[0] or "main"
+        if revision not in self.revisions:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        if what == "tree":
+            body: object = [
+                {"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in self.files.items()
+            ]
+        else:
+            names = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
+            body = {"id": self.repo, "sha": COMMIT, "siblings": names, "private": False, "tags": [], "downloads": 0}
+        return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
+
+
+@contextmanager
+def served(hub: Hub) -> Iterator[Hub]:
+    """Serve ``hub`` while the block runs."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            status, headers, body = hub.answer(path, self.headers.get("Authorization"))
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Keep the tests' output clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)

@@ -1,0 +1,189 @@
+"""Scripted faults of a training run, done to the run itself inside of a rank: wrong targets, a rate that is too high, a
+gradient that is infinite. After a rollback a fault of the rate is gone, as if its cause had been the rate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from finetune_trainer.data.batches import IGNORED
+from finetune_trainer.errors import StopAgreed
+from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.training import loop, saving
+from finetune_trainer.training.batches import Batches
+from finetune_trainer.training.engine import Engine
+from finetune_trainer.training.gang import Gang
+
+
+@contextmanager
+def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
+    """Do ``fault`` from its `step` on: {"kind": "noise", "share": s, "growth": g, "steps": n}, {"kind": "rate",
+    "factor": f}, {"kind": "gradient"}, which happens once, {"kind": "stop"}, as SIGTERM does, {"kind": "told",
+    "rank": r}: a rank is told while rows are scored after the step, {"kind": "budget", "seconds": s} for
+    uploads, or {"kind": "kill", "rank": r, "point": p, "count": n}: signal 9 to itself (see `POINTS`)."""
+    if fault is None:
+        yield
+        return
+    patches = {
+        "noise": _noise,
+        "rate": _rate,
+        "gradient": _gradient,
+        "stop": _stop,
+        "told": _told,
+        "budget": _budget,
+        "kill": _kill,
+    }
+    patch = patches[fault["kind"]]
+    with patch(fault):
+        yield
+
+
+POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed")
+"""Where a rank can be killed: before a backward pass; between two tensors of a snapshot; while a file is on its way;
+before the manifest, before COMMIT, and after COMMIT before the run knows of it."""
+
+
+def _kill(fault: dict[str, Any]) -> Any:
+    """Kill the rank with signal 9 when it comes to the point for the n-th time."""
+    point, left = fault["point"], itertools.count(fault["count"] - 1, -1)
+
+    def die() -> None:
+        if int(os.environ["RANK"]) == fault["rank"] and next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def soon() -> None:
+        if int(os.environ["RANK"]) == fault["rank"] and next(left) == 0:
+            threading.Timer(fault.get("delay", 0.0), os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    def patched(owner: type, name: str, suffix: str, *, after: bool = False, act: Any = die) -> Any:
+        made = getattr(owner, name)
+
+        def call(self: Any, *arguments: Any, **options: Any) -> Any:
+            hit = not suffix or str(arguments[0]).endswith(suffix)
+            if hit and not after:
+                act()
+            answer = made(self, *arguments, **options)
+            if hit and after:
+                act()
+            return answer
+
+        return mock.patch.object(owner, name, call)
+
+    return {
+        "accumulation": lambda: patched(Engine, "backward", ""),
+        "snapshot": lambda: patched(Engine, "read_state", ""),
+        "upload": lambda: patched(RunRoot, "upload", "", act=soon),
+        "manifest": lambda: patched(RunRoot, "write", "/manifest.json"),
+        "commit": lambda: patched(RunRoot, "create", "/COMMIT"),
+        "committed": lambda: patched(RunRoot, "create", "/COMMIT", after=True),
+    }[point]()
+
+
+def _budget(fault: dict[str, Any]) -> Any:
+    return mock.patch.object(saving, "BACKGROUND_BUDGET_SECONDS", fault["seconds"])
+
+
+def _stop(fault: dict[str, Any]) -> Any:
+    made = loop.Training._one_step
+
+    def one_step(self: loop.Training, step: int) -> Any:
+        if step >= fault["step"]:
+            raise StopAgreed
+        return made(self, step)
+
+    return mock.patch.object(loop.Training, "_one_step", one_step)
+
+
+@contextmanager
+def _told(fault: dict[str, Any]) -> Iterator[None]:
+    evaluate, now = loop.Training._evaluate, {"told": False}
+
+    def told_meanwhile(self: loop.Training, questions: Any) -> Any:
+        now["told"] = self.step == fault["step"] and self._gang.rank == fault["rank"]
+        return evaluate(self, questions)
+
+    def told(_: Gang) -> bool:
+        return now["told"]
+
+    with (
+        mock.patch.object(loop.Training, "_evaluate", told_meanwhile),
+        mock.patch.object(Gang, "told", told),
+    ):
+        yield
+
+
+@contextmanager
+def recorded(file: Path) -> Iterator[None]:
+    """Write down the rows that this rank consumes in each step, a JSON line a step."""
+    made = Batches.step
+
+    def step(self: Batches, number: int, optimization: Any) -> Any:
+        share = made(self, number, optimization)
+        own = [row for micro in share.own for sequence in micro for row in sequence]
+        with file.open("a") as lines:
+            print(json.dumps({"step": number, "own": own}), file=lines)
+        return share
+
+    with mock.patch.object(Batches, "step", step):
+        yield
+
+
+def _noise(fault: dict[str, Any]) -> Any:
+    made = Batches.tensors
+
+    def tensors(self: Batches, share: Any, *, step: int = 0) -> Iterator[Any]:
+        for batch in made(self, share, step=step):
+            late = step - fault["step"]
+            if not 0 <= late < fault["steps"]:
+                yield batch
+                continue
+            part = min(1.0, fault["share"] + late * fault["growth"])
+            generator = torch.Generator().manual_seed(1000 * step + self.rank)
+            hit = torch.rand(batch.targets.shape, generator=generator) < part
+            wrong = torch.randint(4, 60, batch.targets.shape, generator=generator)
+            yield batch._replace(targets=torch.where(hit & (batch.targets != IGNORED), wrong, batch.targets))
+
+    return mock.patch.object(Batches, "tensors", tensors)
+
+
+def _rate(fault: dict[str, Any]) -> Any:
+    made = loop.rate
+
+    def rate(step: int, total: int, optimization: Any, rollbacks: Any = ()) -> float:
+        factor = fault["factor"] if step >= fault["step"] and not rollbacks else 1.0
+        return made(step, total, optimization, rollbacks) * factor
+
+    return mock.patch.object(loop, "rate", rate)
+
+
+@contextmanager
+def _gradient(fault: dict[str, Any]) -> Iterator[None]:
+    step_of, backward = loop.Training._one_step, Engine.backward
+    now: dict[str, Any] = {"step": 0, "done": False}
+
+    def one_step(self: loop.Training, step: int) -> Any:
+        now["step"] = step
+        return step_of(self, step)
+
+    def infinite(self: Engine, loss: torch.Tensor, *, last: bool) -> None:
+        if now["step"] == fault["step"] and not now["done"]:
+            now["done"] = True
+            loss = loss * float("inf")
+        backward(self, loss, last=last)
+
+    with (
+        mock.patch.object(loop.Training, "_one_step", one_step),
+        mock.patch.object(Engine, "backward", infinite),
+    ):
+        yield

@@ -1,0 +1,90 @@
+"""One rank that scores one model in many ways: `python -m tests.trainer.score_many FILE`, the answers as JSON in FILE's
+`out`. For the tests that no figure depends on batch size, rank count or ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from finetune_core.contract import EvaluationConfig, GenerationConfig, OptimizationConfig
+from finetune_trainer.data.examples import Example, example_set
+from finetune_trainer.training import environment
+
+
+def main() -> None:
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    environment.prepare(Path(asked["scratch"]))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from finetune_trainer.training.batches import Batches
+    from finetune_trainer.training.engine import Engine
+    from finetune_trainer.training.evaluation import Scorer, all_tokens
+    from finetune_trainer.training.gang import Gang
+    from finetune_trainer.training.generation import Decoding, answers
+
+    gang = Gang(device=torch.device("cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(asked["model"])
+    examples = example_set([Example(ids, [tuple(span) for span in spans]) for ids, spans in asked["examples"]])
+    found = []
+    for stage in asked["stages"]:
+        model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32)
+        optimization = OptimizationConfig(
+            learning_rate=1e-3,
+            global_batch_size=8,
+            micro_batch_size=8,
+            schedule="Constant",
+            warmup_steps=0,
+            weight_decay=0,
+            gradient_clipping=1,
+            precision="fp32",
+            gradient_checkpointing=False,
+            seed=1,
+            zero_stage=stage,
+        )
+        engine = Engine(model, optimization, gang.device)
+        for size in asked["sizes"]:
+            batches = Batches(
+                examples, rank=gang.rank, world_size=gang.world_size, pad=tokenizer.eos_token_id, capacity=None
+            )
+            config = EvaluationConfig(artifact_from="Last", generation=GenerationConfig(batch_size=size))
+            scorer = Scorer(engine, gang, batches, config, "None", batch_size=size, context=128, phase=lambda _: None)
+            decoding = Decoding(
+                tokenizer=tokenizer,
+                stop_ids=[tokenizer.eos_token_id],
+                suffix=asked["suffix"],
+                suppressed=asked["suppressed"],
+                batch_size=size,
+                max_new_tokens=asked["newTokens"],
+                context=128,
+            )
+            prompts = [list(example.ids[: example.prompt_tokens]) for example in examples]
+            own: dict[int, str] = {}
+            for batch in answers(engine, gang, prompts, decoding):
+                own |= batch
+            engine.hide_tokens(asked["suppressed"])
+            hidden = scorer.perplexity(examples)
+            engine.hide_tokens(())
+            found.append(
+                {
+                    "stage": stage,
+                    "size": size,
+                    "perplexity": scorer.perplexity(examples),
+                    "hidden": hidden,
+                    "all": scorer.perplexity(all_tokens(examples)),
+                    "answers": own,
+                }
+            )
+        engine.close()
+    Path(asked["out"]).write_text(json.dumps(found))
+    gang.farewell()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""A proxy in front of a real object store that makes the faults which a healthy server does not have.
+
+It forwards HTTP/1.1 request by request, counts them, and asks a plan what to do with each: pass, answer an error,
+cut the connection before or after the store has acted, hang, change bytes on the way. It also throttles, and plays
+a server that is down. It runs in a thread of the test; the trainer sees an ordinary endpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from urllib.parse import unquote, urlsplit
+
+CHUNK = 16 * 1024
+
+
+class Fault(Enum):
+    """What happens to a request."""
+
+    ERROR = "500 without a word"
+    SLOW_DOWN = "503 SlowDown"
+    RESET_BEFORE = "the connection breaks before the store hears of it"
+    RESET_AFTER = "the store acts, its answer is lost"
+    CUT_UPLOAD = "the connection breaks in the middle of the body"
+    HANG = "no answer until the proxy is released"
+    FLIP_UPLOAD = "a bit of the body changes on its way to the store"
+    FLIP_DOWNLOAD = "a bit of the answer's body changes on its way back"
+    CUT_DOWNLOAD = "the answer's body ends early"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that the proxy saw."""
+
+    index: int
+    """From 0, in the order of arrival."""
+    method: str
+    path: str
+    """Bucket, key and query as they were asked for, decoded."""
+    fields: Mapping[str, str] = field(repr=False, compare=False)
+    """The head's fields, their names in lower case."""
+
+
+@dataclass
+class _Head:
+    start: str
+    fields: dict[str, str]
+    raw: bytes
+
+    @property
+    def length(self) -> int | None:
+        return int(self.fields["content-length"]) if "content-length" in self.fields else None
+
+
+def pass_all(request: Request) -> Fault | None:
+    """The plan of a healthy store."""
+    return None
+
+
+@dataclass
+class StoreProxy:
+    """A running proxy; its fields may be changed at any time from the test's thread."""
+
+    endpoint: str
+    plan: Callable[[Request], Fault | None] = pass_all
+    bytes_per_second: float | None = None
+    """Shared by all connections and both directions."""
+    down: bool = False
+    """Connections are refused, and those that exist break."""
+    requests: list[Request] = field(default_factory=list)
+    released: threading.Event = field(default_factory=threading.Event)
+    """Set: requests that hang are cut."""
+    _upstream: tuple[str, int] = ("", 0)
+    _free_at: float = 0.0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward the requests of one connection."""
+        upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        try:
+            while not self.down:
+                head = await _read_head(reader)
+                if head is None or self.down:
+                    return
+                if upstream is None:
+                    upstream = await asyncio.open_connection(*self._upstream, limit=1 << 20)
+                if not await self._exchange(head, reader, writer, *upstream):
+                    return
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            return
+        finally:
+            for stream in (writer, upstream[1] if upstream else None):
+                if stream is not None:
+                    stream.transport.abort() if self.down else stream.close()
+
+    async def _exchange(
+        self,
+        head: _Head,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        store: asyncio.StreamReader,
+        to_store: asyncio.StreamWriter,
+    ) -> bool:
+        """Forward one request and its answer; return whether the connection goes on."""
+        method, target, _ = head.start.split(" ", 2)
+        request = Request(len(self.requests), method, unquote(target), head.fields)
+        self.requests.append(request)
+        fault = self.plan(request)
+        if fault is Fault.RESET_BEFORE:
+            writer.transport.abort()
+            return False
+        if fault is Fault.HANG:
+            while not self.released.is_set():
+                await asyncio.sleep(0.05)
+            writer.transport.abort()
+            return False
+        if fault in (Fault.ERROR, Fault.SLOW_DOWN):
+            await reader.readexactly(head.length or 0)
+            writer.write(_error(fault))
+            await writer.drain()
+            return True
+        length = head.length or 0
+        if fault is Fault.CUT_UPLOAD and length:
+            to_store.write(head.raw + await reader.readexactly(length // 2))
+            await to_store.drain()
+            to_store.transport.abort()
+            writer.transport.abort()
+            return False
+        to_store.write(head.raw)
+        await self._copy(reader, to_store, length, flip=fault is Fault.FLIP_UPLOAD)
+        answer = await _read_head(store)
+        if answer is None or fault is Fault.RESET_AFTER:
+            writer.transport.abort()
+            return False
+        return await self._answer(method, answer, store, writer, fault)
+
+    async def _answer(
+        self, method: str, answer: _Head, store: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault | None
+    ) -> bool:
+        writer.write(answer.raw)
+        status = int(answer.start.split(" ")[1])
+        if method == "HEAD" or status in (204, 304):
+            await writer.drain()
+            return True
+        if answer.fields.get("transfer-encoding") == "chunked":
+            while True:
+                size = await store.readline()
+                length = int(size.strip().split(b";")[0], 16)
+                writer.write(size + await store.readexactly(length + 2))
+                await writer.drain()
+                if length == 0:
+                    return True
+        length = answer.length or 0
+        if fault is Fault.CUT_DOWNLOAD and length:
+            writer.write(await store.readexactly(length // 2))
+            await writer.drain()
+            writer.transport.abort()
+            return False
+        await self._copy(store, writer, length, flip=fault is Fault.FLIP_DOWNLOAD)
+        return True
+
+    async def _copy(
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, length: int, *, flip: bool
+    ) -> None:
+        """Copy ``length`` bytes at the proxy's pace; ``flip`` changes a bit in the middle."""
+        done = 0
+        while done < length:
+            chunk = bytearray(await source.readexactly(min(CHUNK, length - done)))
+            if flip and done <= length // 2 < done + len(chunk):
+                chunk[length // 2 - done] ^= 1
+            done += len(chunk)
+            target.write(bytes(chunk))
+            await target.drain()
+            if self.bytes_per_second:
+                now = time.monotonic()
+                self._free_at = max(now, self._free_at) + len(chunk) / self.bytes_per_second
+                await asyncio.sleep(self._free_at - now)
+            if self.down:
+                raise ConnectionAbortedError
+        await target.drain()
+
+
+async def _read_head(reader: asyncio.StreamReader) -> _Head | None:
+    """Read a request's or an answer's head; None where the connection ended."""
+    try:
+        raw = await reader.readuntil(b"\r\n\r\n")
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+    start, *lines = raw.decode("latin-1").rstrip("\r\n").split("\r\n")
+    fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return _Head(start, fields, raw)
+
+
+def _error(fault: Fault) -> bytes:
+    """Return an answer as a store in trouble gives it."""
+    if fault is Fault.SLOW_DOWN:
+        body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
+        line = "503 Service Unavailable"
+    else:
+        body, line = b"", "500 Internal Server Error"
+    head = f"HTTP/1.1 {line}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@contextmanager
+def proxy_before(endpoint: str) -> Iterator[StoreProxy]:
+    """Run a proxy in front of ``endpoint`` on a port of its own."""
+    parts = urlsplit(endpoint)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    proxy = StoreProxy(
+        f"http://127.0.0.1:{listener.getsockname()[1]}", _upstream=(parts.hostname or "", parts.port or 80)
+    )
+    started, loop = threading.Event(), asyncio.new_event_loop()
+    ended = asyncio.Event()
+
+    async def run() -> None:
+        async with await asyncio.start_server(proxy.serve, sock=listener, limit=1 << 20):
+            started.set()
+            await ended.wait()
+        proxy.released.set()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),), name="store-proxy", daemon=True)
+    thread.start()
+    if not started.wait(10):
+        raise TimeoutError("the proxy did not start within 10 s")
+    try:
+        yield proxy
+    finally:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(ended.set)
+        thread.join(10)

@@ -1,0 +1,382 @@
+"""Scores are those of a plain computation whatever batches, ranks and stage; the best checkpoint is chosen by them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from finetune_core.contract import CheckpointRecord, EvaluationConfig, Outcome, Result
+from finetune_trainer.plan import Inputs
+from finetune_trainer.storage.scores import ScoreFile
+from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.training.selection import Selection, begin, best_first
+from tests.trainer import tiny
+from tests.trainer.gangs import step_rows, train_all
+from tests.trainer.objectstore import ObjectStore, free_port
+from tests.trainer.pods import run_config
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def wild_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with weights so large that each prompt is answered differently."""
+    folder = tmp_path_factory.mktemp("wild")
+    torch.manual_seed(11)
+    config = AutoConfig.from_pretrained(tiny_model, initializer_range=0.4, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def unused_tokens(model: Path) -> list[int]:
+    """Return some tokens that are in no text."""
+    used = {token for ids, _ in texts(model, 7) for token in ids}
+    return [token for token in range(4, 64) if token not in used][:20]
+
+
+def texts(model: Path, count: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    made = []
+    for row in tiny.rows(count, seed=3):
+        prompt = tokenizer(tiny.TEMPLATE.replace("{prompt}", row["question"]))["input_ids"]
+        ids = [*prompt, *tokenizer(row["reply"])["input_ids"], tokenizer.eos_token_id]
+        made.append((ids, [(len(prompt), len(ids))]))
+    return made
+
+
+def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int], sizes: list[int]) -> list[Any]:
+    """Return what `score_many` finds on ``world`` ranks, the answers of all ranks together."""
+    port, ranks = free_port(), []
+    for rank in range(world):
+        asked = {
+            "model": str(model),
+            "scratch": str(folder),
+            "examples": texts(model, 7),
+            "stages": stages,
+            "sizes": sizes,
+            "newTokens": NEW_TOKENS,
+            "suffix": "w3 w4",
+            "suppressed": unused_tokens(model),
+            "out": str(folder / f"found-{world}-{rank}.json"),
+        }
+        file = folder / f"asked-{world}-{rank}.json"
+        file.write_text(json.dumps(asked))
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "DS_ACCELERATOR": "cpu",
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, "-m", "tests.trainer.score_many", str(file)]
+        ranks.append(subprocess.Popen(command, env=environment))
+    assert [process.wait(240) for process in ranks] == [0] * world
+    found = [json.loads((folder / f"found-{world}-{rank}.json").read_text()) for rank in range(world)]
+    for case, *others in zip(*found, strict=True):
+        for other in others:
+            assert other["perplexity"] == case["perplexity"]
+            case["answers"] |= other["answers"]
+    return list(found[0])
+
+
+def plain_scores(model: Path) -> dict[str, Any]:
+    """Compute the same with transformers alone, one text at a time."""
+    tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    suppressed = unused_tokens(model)
+    sums, counts = [0.0, 0.0, 0.0], [0, 0, 0]
+    answers = {}
+    for number, (ids, [(first, _)]) in enumerate(texts(model, 7)):
+        with torch.no_grad():
+            logits = plain(torch.tensor([ids])).logits[0, :-1].double()
+        without = logits.clone()
+        without[:, suppressed] = float("-inf")
+        wanted = torch.tensor(ids[1:])
+        keep = torch.tensor([place >= first for place in range(1, len(ids))])
+        for kind, (scores, chosen) in enumerate([(logits, keep), (logits, keep | True), (without, keep)]):
+            nll = -scores.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+            sums[kind] += float(nll[chosen].sum())
+            counts[kind] += int(chosen.sum())
+        text, new = list(ids[:first]), []
+        while len(new) < NEW_TOKENS:
+            with torch.no_grad():
+                scores = plain(torch.tensor([[*text, *new]])).logits[0, -1]
+            scores[suppressed] = float("-inf")
+            token = int(scores.argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            new.append(token)
+        answers[str(number)] = tokenizer.decode(new).split("w3 w4")[0]
+    means = [math.exp(total / count) for total, count in zip(sums, counts, strict=True)]
+    return {"perplexity": means[0], "all": means[1], "hidden": means[2], "answers": answers}
+
+
+def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model: Path, tmp_path: Path) -> None:
+    """Mean-of-means evaluation, and left against right padding in generation."""
+    torch.set_num_threads(1)
+    plain = plain_scores(wild_model)
+    found = scored_by_ranks(wild_model, tmp_path, 1, stages=[1], sizes=[1, 2, 8, 32])
+    found += scored_by_ranks(wild_model, tmp_path, 2, stages=[2, 3], sizes=[1, 8])
+    assert len(found) == 8
+    assert len(set(plain["answers"].values())) > 1
+    for case in found:
+        where = (case["stage"], case["size"])
+        # In nats, because that is what is summed up: a perplexity of thousands multiplies its rounding.
+        assert math.log(case["perplexity"]) == pytest.approx(math.log(plain["perplexity"]), rel=1e-6), where
+        assert math.log(case["all"]) == pytest.approx(math.log(plain["all"]), rel=1e-6), where
+        assert case["answers"] == plain["answers"], where
+        # Without some tokens their share of the probability goes to the others.
+        assert math.log(case["hidden"]) == pytest.approx(math.log(plain["hidden"]), rel=1e-6), where
+        assert case["hidden"] < case["perplexity"]
+
+
+# Choice of the best
+
+
+def evaluated(*values: float | None, score: bool = False) -> list[StepRow]:
+    kind = "task_score" if score else "perplexity"
+    return [
+        StepRow(step=step, epoch=0, learning_rate=1, tokens=1, seconds=1, **{kind: value})
+        for step, value in enumerate(values, start=1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "best", "step", "waited", "exhausted"),
+    [
+        ({"patience": 2}, evaluated(5.0, 4.0, None, 4.5), 4.0, 2, 1, False),
+        ({"patience": 2}, evaluated(5.0, 4.0, 4.5, 4.0), 4.0, 2, 2, True),
+        ({"patience": 2, "min_delta": 0.5}, evaluated(5.0, 4.6, 4.4, 4.0), 4.4, 3, 1, False),
+        ({"patience": 1, "min_delta": 1.0}, evaluated(5.0, 4.5), 5.0, 1, 1, True),
+        ({"patience": 2, "best_by": "TaskScore"}, evaluated(0.1, 0.3, 0.3, score=True), 0.3, 2, 1, False),
+        ({"best_by": "TaskScore"}, evaluated(0.0, 0.0, 0.0, score=True), 0.0, 1, 2, False),
+    ],
+)
+def test_patience_and_the_best_follow_from_the_step_log(
+    config: dict[str, Any], rows: list[StepRow], best: float, step: int, waited: int, exhausted: bool
+) -> None:
+    selection = begin(EvaluationConfig(artifact_from="Best", **config), rows)
+    assert (selection.best, selection.best_step, selection.waited) == (best, step, waited)
+    assert selection.exhausted is exhausted
+    assert Selection.model_validate_json(selection.to_json()) == selection
+
+
+def record(step: int, perplexity: float | None, task_score: float | None = None) -> CheckpointRecord:
+    return CheckpointRecord.model_validate(
+        {
+            "run": 1,
+            "step": step,
+            "uri": "",
+            "bytes": 1,
+            "manifestSha256": "",
+            "perplexity": perplexity,
+            "taskScore": task_score,
+            "time": "2026-11-24T00:00:00Z",
+        }
+    )
+
+
+def test_the_best_checkpoint_by_perplexity_and_by_score() -> None:
+    records = [record(1, 5.0, 0.5), record(2, 4.0, 0.25), record(3, 4.5, 0.5), record(4, None), record(5, 4.0, 0.25)]
+    assert [item.step for item in best_first(records, "Perplexity")] == [2, 5, 3, 1]
+    assert [item.step for item in best_first(records, "TaskScore")] == [3, 1, 2, 5]
+
+
+# Real runs
+
+SUMS = [*tiny.WORDS[:10], "####", *(str(number) for number in range(10)), "because", "so", ":", "Answer"]
+
+
+@pytest.fixture(scope="module")
+def sum_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("sums"), SUMS)
+
+
+def sum_rows(first: int, last: int) -> list[dict[str, str]]:
+    """Return rows as GSM8K has them: an explanation, then the number."""
+    return [
+        {"question": f"w{number}", "answer": f"because w{number} so #### {number % 10}"}
+        for number in range(first, last)
+    ]
+
+
+def sum_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
+    config = run_config(
+        store,
+        name,
+        method="Full",
+        dataset__task="GSM8K",
+        optimization__learningRate=5e-3,
+        optimization__maxSteps=60,
+        optimization__globalBatchSize=5,
+        optimization__microBatchSize=2,
+        storage__checkpointEverySteps=100,
+        evaluation__everySteps=15,
+        **changes,
+    )
+    config["dataset"]["format"]["promptCompletion"]["completionField"] = "answer"
+    config["evaluation"]["generation"] = {"maxNewTokens": 10, "batchSize": 3}
+    return config
+
+
+def scores_of(store: ObjectStore, name: str, run: int = 1) -> ScoreFile:
+    return ScoreFile.model_validate_json(store.read(f"runs/default/{name}/uid-1/evaluation/{run:06d}.json"))
+
+
+@pytest.fixture(scope="module")
+def runs(
+    store: ObjectStore, sum_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Result, dict[str, Any]]]:
+    """Several jobs on one gang of two ranks."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    rows = tiny.write_jsonl(folder / "rows.jsonl", sum_rows(0, 10))
+    few = tiny.write_jsonl(folder / "few.jsonl", sum_rows(2, 5))
+    plain = Inputs(model=sum_model, train=rows, validation=rows)
+    configs = {
+        "by-score": sum_config(
+            store,
+            "by-score",
+            optimization__zeroStage=3,
+            evaluation__bestBy="TaskScore",
+            evaluation__artifactFrom="Best",
+        ),
+        "with-tokens": sum_config(store, "with-tokens", dataset__test={"volume": {"claimName": "d", "path": "few"}}),
+        "patience": sum_config(store, "patience", evaluation__patience=2, evaluation__minDelta=100.0),
+    }
+    tokens = configs["with-tokens"]
+    tokens["model"]["addedTokens"] = ["<A>", "</A>"]
+    form = tokens["dataset"]["format"]["promptCompletion"]
+    form |= {"template": "{prompt}<A>", "completionSuffix": "</A>"}
+    tokens["evaluation"]["basePrompt"] = "Answer : {prompt}"
+    cut_off = sum_config(store, "cut-off")
+    configs |= {"cut-off": cut_off, "resumed": cut_off}
+    cut_off["optimization"]["maxSteps"] = 45
+    results = train_all(
+        list(configs.values()),
+        [plain, plain.model_copy(update={"test": few}), plain, plain, plain],
+        folder,
+        credentials=store.credentials,
+        faults=[None, None, None, {"kind": "told", "step": 30, "rank": 1}, None],
+    )
+    return {name: (result, configs[name]) for name, result in zip(configs, results, strict=True)}
+
+
+def test_trap_8_answers_of_an_overfit_set_end_by_themselves(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    """The end token is learned: each answer is the gold answer to the letter, well below maxNewTokens."""
+    for name in ("by-score", "with-tokens"):
+        scores = scores_of(store, name)
+        assert scores.tuned_answers
+        for answer in scores.tuned_answers:
+            assert answer.answer == answer.gold["answer"], name
+
+
+def test_base_and_tuned_model_are_scored_and_the_result_has_both(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    result, _ = runs["by-score"]
+    assert result.outcome is Outcome.COMPLETED
+    evaluation = result.evaluation
+    assert evaluation is not None
+    assert evaluation == scores_of(store, "by-score").evaluation.rounded()
+    assert (evaluation.rows, evaluation.examples) == ("Validation", 10)
+    base, tuned = evaluation.base, evaluation.tuned
+    assert base is not None
+    assert tuned is not None
+    assert (base.task_score, tuned.task_score) == (0.0, 1.0)
+    assert (base.graded, tuned.graded, tuned.scores) == (10, 10, {"exact": 1.0})
+    assert tuned.perplexity < 1.5 < base.perplexity
+    assert tuned.all_token_perplexity is not None
+    assert tuned.all_token_perplexity > tuned.perplexity  # prompts are not learned
+    assert "100.0% of the answers right (the base model 0.0%)" in result.message
+    assert len(result.to_termination_message().encode()) <= 1024
+    assert Result.from_termination_message(result.to_termination_message()) == result
+
+
+def test_the_best_checkpoint_by_score_is_committed_before_the_next_step_and_exported(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    result, _ = runs["by-score"]
+    rows = {row.step: row for row in step_rows(store, "by-score")}
+    shares = {step: row.task_score for step, row in rows.items() if row.perplexity is not None}
+    assert list(shares) == [15, 30, 45, 60]
+    best = min(step for step, share in shares.items() if share == max(shares.values(), key=lambda value: value or 0))
+    evaluation = result.evaluation
+    assert evaluation is not None
+    chosen = evaluation.tuned_step
+    assert chosen is not None
+    assert shares[chosen] == shares[best] == 1.0
+    folders = {key.split("/")[-2] for key in store.keys("runs/default/by-score/uid-1/checkpoints/")}
+    assert f"000001-{chosen:09d}" in folders
+
+
+def test_the_test_set_and_the_base_prompt_are_used_and_the_base_has_no_added_tokens(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore, sum_model: Path
+) -> None:
+    result, _ = runs["with-tokens"]
+    evaluation = result.evaluation
+    assert evaluation is not None
+    assert (evaluation.rows, evaluation.examples) == ("Test", 3)
+    assert evaluation.base is not None
+    assert evaluation.tuned is not None
+    assert evaluation.tuned.task_score == 1.0
+    tokenizer = AutoTokenizer.from_pretrained(sum_model)
+    base = AutoModelForCausalLM.from_pretrained(sum_model, dtype=torch.float32)
+    total, count = 0.0, 0
+    for row in sum_rows(2, 5):
+        prompt = tokenizer(f"Answer : {row['question']}")["input_ids"]
+        ids = [*prompt, *tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            scores = base(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        picked = scores.gather(1, torch.tensor(ids[1:])[:, None])[len(prompt) - 1 :]
+        total, count = total - float(picked.sum()), count + len(picked)
+    assert evaluation.base.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+    for answer in scores_of(store, "with-tokens").base_answers:
+        assert "<A>" not in answer.answer
+
+
+def test_patience_stops_early_and_still_makes_an_artifact(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    result, _ = runs["patience"]
+    assert result.outcome is Outcome.EARLY_STOPPED
+    assert result.exit_code == 0
+    assert step_rows(store, "patience")[-1].step == 45  # the first evaluation is the best, two more are not better
+    assert result.artifact is not None
+    assert result.artifact.step == 45  # artifactFrom is Last
+    assert result.message.endswith("stopped early, because 2 evaluations in a row brought no improvement")
+    pointer = json.loads(store.read("runs/default/patience/uid-1/ARTIFACT"))
+    assert pointer["outcome"] == "EarlyStopped"
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    """What is chosen must not depend on when a run was told to stop."""
+    assert runs["cut-off"][0].outcome is Outcome.STOPPED
+    assert runs["cut-off"][0].message == "told to stop: the checkpoint of step 30 is committed"
+    assert runs["resumed"][0].outcome is Outcome.COMPLETED
+    # The same job but for its patience, and undisturbed.
+    expected = {row.step: row.perplexity for row in step_rows(store, "patience")}
+    found = {row.step: row.perplexity for row in step_rows(store, "cut-off") if row.perplexity is not None}
+    assert found == {step: expected[step] for step in (15, 30, 45)}
+    assert all(value is not None for value in found.values())
+    # The base model is scored once a job.
+    first, second = scores_of(store, "cut-off", 1), scores_of(store, "cut-off", 2)
+    assert first.evaluation.tuned is None
+    assert second.evaluation.base == first.evaluation.base
+    assert second.evaluation.tuned is not None

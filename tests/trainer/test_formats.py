@@ -1,0 +1,348 @@
+"""Rows become examples: which tokens are learned, what is a bad row, and where the files of a split come from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from finetune_core.api.dataset import DatasetSpec
+from finetune_core.errors import UserError
+from finetune_trainer.data.dataset import Limit, check_columns, limit_of, make_examples
+from finetune_trainer.data.examples import ExampleSet
+from finetune_trainer.data.hub import card_configs, split_files
+from finetune_trainer.data.order import batches_per_epoch, global_batch
+from finetune_trainer.data.reader import read_rows
+from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
+from finetune_trainer.training.batches import Batches
+from tests.trainer import tiny
+from tests.trainer.data_hub import COMMIT, Hub, served
+
+SOURCE = {"s3": {"uri": "s3://finetune/train.jsonl"}}
+PROMPT_COMPLETION = {
+    "promptCompletion": {
+        "promptField": "question",
+        "completionField": "reply",
+        "template": tiny.TEMPLATE,
+        "completionSuffix": " w59",
+    }
+}
+CHAT = (
+    "{% for message in messages %}{{ '<' + message['role'] + '>' }}{{ ' ' + message['content'] + ' ' }}"
+    "{% if message['role'] == 'assistant' %}{{ '<end>' + ' w58 ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    found = load_tokenizer(tiny.write_model(tmp_path_factory.mktemp("tokenizer")))
+    found.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<system>"]})
+    return found
+
+
+def spec(form: dict[str, Any] = PROMPT_COMPLETION, **options: Any) -> DatasetSpec:
+    return DatasetSpec.model_validate({"train": SOURCE, "format": form, "maxLength": 64} | options)
+
+
+def made(
+    folder: Path,
+    rows: list[Any],
+    tokenizer: Any,
+    dataset: DatasetSpec,
+    *,
+    limit: Limit | None = None,
+    keep_rows: bool = False,
+) -> tuple[ExampleSet, list[str]]:
+    path = tiny.write_jsonl(folder / "train.jsonl", rows)
+    return make_examples(
+        read_rows(path, "dataset.train"),
+        "s3://b/train.jsonl",
+        "dataset.train",
+        dataset,
+        tokenize_with(tokenizer),
+        limit=limit or limit_of(dataset, None),
+        keep_rows=keep_rows,
+    )
+
+
+def learned(examples: ExampleSet, tokenizer: Any) -> list[list[str]]:
+    """The words that are learned, of each example."""
+    return [
+        [tokenizer.decode([int(example.ids[at])]) for first, last in example.spans for at in range(max(first, 1), last)]
+        for example in examples
+    ]
+
+
+def test_trap_7_prompt_and_padding_are_not_learned(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"question": "w1 w2", "reply": "w3"}, {"question": "w4", "reply": "w5 w6"}]
+    examples, _ = made(tmp_path, rows, tokenizer, spec())
+    assert learned(examples, tokenizer) == [["w3", "w59", "<end>"], ["w5", "w6", "w59", "<end>"]]
+    share = Batches(examples, rank=0, world_size=1, pad=1, capacity=None).share([0, 1], 8)
+    (batch,) = Batches(examples, rank=0, world_size=1, pad=1, capacity=None).tensors(share)
+    assert batch.tokens == share.tokens == sum(example.supervised_tokens for example in examples) == 7
+    other, _ = made(tmp_path, [{**row, "question": "w7 w8 w9"} for row in rows], tokenizer, spec())
+    assert learned(other, tokenizer) == learned(examples, tokenizer)
+
+
+def test_trap_8_the_last_learned_token_is_the_end(tmp_path: Path, tokenizer: Any) -> None:
+    end = tokenizer.eos_token_id
+    for form, row in (
+        (PROMPT_COMPLETION, {"question": "w1", "reply": "w2"}),
+        ({"text": {}}, {"text": "w1 w2 w3"}),
+    ):
+        examples, _ = made(tmp_path, [row], tokenizer, spec(form))
+        assert int(examples[0].ids[-1]) == end
+        assert examples[0].spans[-1][1] == len(examples[0].ids)
+
+
+def test_every_token_of_plain_text_is_learned(tmp_path: Path, tokenizer: Any) -> None:
+    examples, _ = made(tmp_path, [{"text": "w1 w2 w3"}], tokenizer, spec({"text": {}}))
+    assert learned(examples, tokenizer) == [["w2", "w3", "<end>"]]
+    assert int(examples[0].ids[0]) == tokenizer.convert_tokens_to_ids("w1")
+
+
+def test_only_the_assistants_turns_of_a_conversation_are_learned(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = CHAT
+    turns = [
+        ("system", "w0"),
+        ("user", "w1"),
+        ("assistant", "w2 w3"),
+        ("user", "w4"),
+        ("assistant", "w5"),
+        ("user", "w6"),
+    ]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    examples, _ = made(tmp_path, [row], tokenizer, spec({"messages": {}}))
+    assert learned(examples, tokenizer) == [["w2", "w3", "<end>", "w5", "<end>"]]
+    text = " ".join(tokenizer.decode([int(token)]) for token in examples[0].ids)
+    assert text == "<system> w0 <user> w1 <assistant> w2 w3 <end> w58 <user> w4 <assistant> w5 <end>"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "problem"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "w1"}]}, "has no message of the assistant"),
+        (CHAT, {"messages": [{"role": "assistant", "content": " "}]}, "has an empty answer in message 1"),
+        (CHAT, {"messages": [{"role": "assistant"}]}, "has no text as content of message 1"),
+        (CHAT, {"messages": "w1"}, "has a 'messages' that is not a list of messages"),
+        (CHAT, {"other": 1}, "has no 'messages'"),
+        (
+            "{{ 'w' + messages | length | string + ' ' }}" + CHAT,
+            {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]},
+            "has a message 2 that the model's chat template does not put unchanged behind the messages before it",
+        ),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            {"messages": [{"role": "assistant", "content": "w1"}]},
+            "can't be rendered by the model's chat template: roles must alternate",
+        ),
+    ],
+)
+def test_a_conversation_that_teaches_nothing_certain_is_a_bad_row(
+    template: str, row: dict[str, Any], problem: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(UserError) as caught:
+        made(tmp_path, [row], tokenizer, spec({"messages": {}}))
+    assert str(caught.value).startswith(f"dataset.train: s3://b/train.jsonl line 1 {problem}")
+
+
+def test_a_tokenizer_without_chat_template_is_named(tmp_path: Path) -> None:
+    plain = load_tokenizer(tiny.write_model(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"^dataset.format.messages: the model's tokenizer has no chat template"):
+        made(tmp_path, [{"messages": []}], plain, spec({"messages": {}}))
+
+
+def test_trap_10_rows_that_can_not_be_used_are_named_counted_and_skipped_or_fatal(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"question": "w1", "reply": "w2"},
+        {"question": "w1"},
+        {"question": "w1", "reply": "   "},
+        {"question": "w1", "reply": 5},
+        {"question": "w1", "reply": " ".join(["w2"] * 70)},
+    ]
+    skip = spec(badRows="Skip", longRows="Skip")
+    examples, notices = made(tmp_path, rows, tokenizer, skip, keep_rows=True)
+    assert len(examples) == 1
+    assert examples.rows[0].fields == rows[0]
+    assert notices == [
+        "dataset.train: 3 rows were skipped and 1 kept (badRows: Skip); the first: s3://b/train.jsonl line 2 has no"
+        " 'reply'",
+        "dataset.train: 1 row was skipped and 1 kept (longRows: Skip); the first: s3://b/train.jsonl line 5 has 75"
+        " tokens, more than dataset.maxLength 64",
+    ]  # fmt: skip
+    for index, sentence in ((1, "has no 'reply'"), (2, "has an empty 'reply'"), (3, "has a 'reply' that is not text")):
+        with pytest.raises(UserError, match=rf"line 1 {sentence} \(set dataset.badRows to Skip"):
+            made(tmp_path, rows[index : index + 1], tokenizer, spec())
+    with pytest.raises(UserError, match=r"line 1 has 75 tokens, more than the model's context of 32"):
+        made(tmp_path, rows[4:], tokenizer, spec(), limit=limit_of(spec(), 32))
+    with pytest.raises(UserError, match=r"^dataset.train: s3://b/train.jsonl has no row left to use; dataset.train: 1"):
+        made(tmp_path, rows[1:2], tokenizer, skip)
+
+
+def test_parquet_rows_are_read_and_named_by_their_number(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "train.parquet"
+    table = pyarrow.table({"question": ["w1", "w2", None], "reply": ["w3", "w4", "w5"]})
+    parquet.write_table(table, path, row_group_size=2)
+    check_columns(path, "dataset.train", spec().format)
+    rows = list(read_rows(path, "dataset.train"))
+    assert [(row.number, row.unit, row.fields["reply"]) for row in rows] == [
+        (1, "row", "w3"),
+        (2, "row", "w4"),
+        (3, "row", "w5"),
+    ]
+    with pytest.raises(UserError, match=r"^dataset.train: s3://b/t.parquet row 3 has no 'question'"):
+        make_examples(
+            rows, "s3://b/t.parquet", "dataset.train", spec(), tokenize_with(tokenizer), limit=limit_of(spec(), None)
+        )
+    with pytest.raises(UserError, match=r"no column 'text' in train.parquet; it has 'question', 'reply'"):
+        check_columns(path, "dataset.train", spec({"text": {}}).format)
+
+
+def test_tokens_are_kept_in_files_that_ranks_share(tmp_path: Path, tokenizer: Any) -> None:
+    examples, _ = made(tmp_path, tiny.rows(20, seed=4), tokenizer, spec(), keep_rows=True)
+    examples.save(tmp_path / "tokens")
+    loaded = ExampleSet.load(tmp_path / "tokens")
+    assert loaded.digest == examples.digest
+    assert [tuple(map(int, example.ids)) for example in loaded] == [tuple(map(int, e.ids)) for e in examples]
+    assert [example.spans for example in loaded] == [example.spans for example in examples]
+    assert loaded.rows == examples.rows
+    assert ExampleSet.empty().digest != examples.digest
+    assert len(ExampleSet.empty()) == 0
+
+
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_trap_28_no_row_twice_or_left_out_whatever_the_number_of_ranks(
+    capacity: int | None, tmp_path: Path, tokenizer: Any
+) -> None:
+    """Resumed after step 5 on another number of ranks: what is consumed is the single run's list."""
+    examples, _ = made(tmp_path, tiny.rows(37, seed=4), tokenizer, spec())
+
+    def consumed(steps: range, world: int) -> list[list[int]]:
+        found = []
+        for step in steps:
+            batch = global_batch(step, rows=37, global_batch_size=6, seed=7)
+            shares = [
+                Batches(examples, rank=rank, world_size=world, pad=1, capacity=capacity).share(batch, 2)
+                for rank in range(world)
+            ]
+            assert len({len(share.own) for share in shares}) == 1
+            found.append(sorted(row for share in shares for micro in share.own for rows in micro for row in rows))
+        return found
+
+    single = consumed(range(1, 15), 1)
+    assert consumed(range(1, 6), 2) + consumed(range(6, 15), 4) == single
+    assert batches_per_epoch(37, 6) == 7
+    for epoch in (single[:7], single[7:]):
+        assert sorted(row for batch in epoch for row in batch) == list(range(37))
+
+
+def test_generation_ends_at_the_end_token_and_at_an_added_suffix(tokenizer: Any) -> None:
+    assert stop_ids(tokenizer, spec().format) == [1]
+    suffix = {"promptCompletion": {**PROMPT_COMPLETION["promptCompletion"], "completionSuffix": "<user>"}}
+    assert stop_ids(tokenizer, spec(suffix).format) == [1, tokenizer.convert_tokens_to_ids("<user>")]
+    assert stop_ids(tokenizer, spec({"text": {}}).format) == [1]
+
+
+FILES = [
+    "README.md",
+    "main/train-00000-of-00001.parquet",
+    "main/test-00000-of-00001.parquet",
+    "socratic/train-0.parquet",
+]
+CARD = """---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train-*
+  - {split: test, path: [main/test-*]}
+- config_name: socratic
+  data_files: socratic/*
+---
+text
+"""
+
+
+@pytest.mark.parametrize(
+    ("card", "subset", "split", "found"),
+    [
+        (CARD, "main", "train", ["main/train-00000-of-00001.parquet"]),
+        (CARD, "main", "test", ["main/test-00000-of-00001.parquet"]),
+        (CARD, "socratic", "train", ["socratic/train-0.parquet"]),
+        (CARD, None, "train", "dataset.train.huggingFace.subset: must be one of main, socratic"),
+        (CARD, "main", "dev", "dataset.train.huggingFace.split: must be one of train, test"),
+        ("", "main", "test", ["main/test-00000-of-00001.parquet"]),
+        ("", None, "train", "dataset.train.huggingFace.subset: must be set: there are files of the split in main, soc"),
+        ("", "other", "train", "dataset.train.huggingFace.subset: there is no folder 'other' with data files"),
+        ("", "main", "dev", "dataset.train.huggingFace.split: no data file is called after 'dev'; there are main/"),
+    ],
+)
+def test_the_files_of_a_split(card: str, subset: str | None, split: str, found: list[str] | str) -> None:
+    def find() -> list[str]:
+        return split_files(FILES, card_configs(card), subset=subset, split=split, field="dataset.train.huggingFace")
+
+    if isinstance(found, list):
+        assert find() == found
+        return
+    with pytest.raises(UserError) as caught:
+        find()
+    assert str(caught.value).startswith(found)
+
+
+def test_a_split_is_downloaded_at_one_commit_from_the_hub(tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads its endpoint when it is imported."""
+    lines = [b'{"question": "w1", "reply": "w2"}\n', b'{"question": "w3"}\n']
+    files = {"README.md": b"", "train-1.jsonl": lines[1], "train-0.jsonl": lines[0], "test.jsonl": b"{}"}
+    program = """
+import json, os, sys
+from pathlib import Path
+from finetune_core.api.sources import HuggingFaceDataSource
+from finetune_trainer.data.hub import fetch_first_file, fetch_split
+from finetune_trainer.data.reader import read_rows
+source = HuggingFaceDataSource.model_validate(json.loads(sys.argv[1]))
+try:
+    place = (source, "dataset.train", sys.argv[3] or None, Path(sys.argv[2]))
+    most = {"first": 100, "nothing": 10}.get(sys.argv[4])
+    folder = fetch_split(*place) if most is None else (fetch_first_file(*place, most_bytes=most) or [None])[0]
+except Exception as error:
+    print(type(error).__name__, error)
+else:
+    print(folder and [row.place("acme/rows") for row in read_rows(folder, "dataset.train")])
+"""
+
+    def fetch(hub: Hub, token: str = "", fetch: str = "all", **source: Any) -> str:
+        asked = {"repo": "acme/rows", "split": "train", **source}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        done = subprocess.run(
+            [sys.executable, "-c", program, json.dumps(asked), str(folder), token, fetch],
+            env={"HF_ENDPOINT": hub.endpoint, "HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    with served(Hub("acme/rows", files, token="secret")) as hub:
+        assert fetch(hub, "secret") == "['acme/rows/train-0.jsonl line 1', 'acme/rows/train-1.jsonl line 1']"
+        assert f"/datasets/acme/rows/resolve/{COMMIT}/train-0.jsonl" in hub.asked
+        assert not any("test.jsonl" in path for path in hub.asked)
+        assert fetch(hub, "secret", revision="v9") == (
+            "UserError dataset.train.huggingFace.revision: acme/rows has no revision 'v9'"
+        )
+        assert fetch(hub).startswith("OutsideFailure dataset.train.huggingFace: acme/rows is gated and no token is set")
+        assert fetch(hub, "secret", fetch="first") == "['acme/rows/train-0.jsonl line 1']"
+        assert fetch(hub, "secret", fetch="nothing") == "None"
+        assert fetch(hub, "secret", split="dev").startswith(
+            "UserError dataset.train.huggingFace.split: no data file is called after 'dev'"
+        )

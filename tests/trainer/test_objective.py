@@ -1,0 +1,179 @@
+"""The loss of a model on its own, without ranks: chunks, dropout, recomputation, and packed examples that must not see
+each other with any attention backend.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from finetune_core.api.method import LoRASpec
+from finetune_core.errors import UserError
+from finetune_trainer.data.batches import Batch, collate, dropout_seed
+from finetune_trainer.data.examples import Example
+from finetune_trainer.training.dropout import kept
+from finetune_trainer.training.head import LossHead
+from finetune_trainer.training.isolation import check_model
+from finetune_trainer.training.model import add_adapters, enable_gradient_checkpointing, trained_parameters
+from finetune_trainer.training.objective import Objective
+
+TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"]
+FIRST = Example((4, 9, 17, 25, 33, 41, 1), [(3, 7)])
+SECOND = Example((5, 12, 19, 26, 1), [(2, 5)])
+
+
+class OneProcess:
+    """The part of the engine that the checks use, around a model that is not sharded."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Any, forward: Any = None) -> None:
+        self.model, self.objective = model, Objective(model)
+        self.forward = forward or model
+
+    def train(self, mode: bool = True) -> None:
+        self.model.train(mode)
+
+    def loss(self, batch: Batch, *, whole_logits: bool = False) -> torch.Tensor:
+        return self.objective.loss(self.forward, batch, whole_logits=whole_logits)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        return self.objective.logits(self.forward, batch)
+
+    def use_whole_logits(self) -> None:
+        self.objective.whole_logits = True
+
+
+def model_of(folder: Path, *, attention: str = "sdpa", dropout: str = "0", recompute: bool = False) -> Any:
+    """An adapted tiny model whose adapters are not zero any more."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    base.config.use_cache = False
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    base.config.tie_word_embeddings = False
+    if recompute:
+        enable_gradient_checkpointing(base)
+    model = add_adapters(base, LoRASpec(rank=4, alpha=8, dropout=dropout), targets=TARGETS, seed=1, base_name="tiny")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.normal_(0, 0.1, generator=generator)
+    return model.train()
+
+
+def batch_of(*sequences: list[Example], packed: bool = False) -> Batch:
+    numbers = {id(FIRST): 1, id(SECOND): 2}
+    keyed = [[(example, dropout_seed(7, 3, numbers[id(example)])) for example in line] for line in sequences]
+    return collate(keyed, pad=1, packed=packed)
+
+
+def gradients(engine: OneProcess, batch: Batch) -> dict[str, torch.Tensor]:
+    engine.model.zero_grad()
+    engine.loss(batch).backward()
+    return {name: parameter.grad.clone() for name, parameter in trained_parameters(engine.model).items()}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_trap_9_packing_contamination(attention: str, training: bool, tiny_model: Path) -> None:
+    engine = OneProcess(model_of(tiny_model, attention=attention, dropout="0.1"))
+    engine.train(training)
+    with torch.no_grad():
+        alone = engine.logits(batch_of([SECOND]))
+        packed = engine.logits(batch_of([FIRST, SECOND], packed=True))[-len(alone) :]
+        joined = Example((*FIRST.ids, *SECOND.ids), [(len(FIRST.ids) + 2, len(FIRST.ids) + 5)])
+        contaminated = engine.logits(collate([[(joined, 1)]], pad=1, packed=False))
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+    assert float((contaminated - alone).abs().max()) > 0.05
+    check_model(engine, [FIRST, SECOND], pad=1, packing=True)  # type: ignore[arg-type]
+    assert not engine.objective.whole_logits
+
+
+def test_a_backend_that_leaks_is_refused(tiny_model: Path) -> None:
+    """A mask of ones is what joins packed examples in transformers; here a model's own code adds it."""
+    model = model_of(tiny_model)
+
+    def leaking(**inputs: Any) -> Any:
+        return model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+
+    with pytest.raises(UserError, match=r"^dataset.packing: must be false for this model: its attention lets packed"):
+        check_model(OneProcess(model, leaking), [FIRST, SECOND], pad=1, packing=True)  # type: ignore[arg-type]
+    check_model(OneProcess(model, leaking), [FIRST], pad=1, packing=False)  # type: ignore[arg-type]
+
+
+def test_a_model_that_changes_logits_after_its_head_gets_its_loss_from_whole_logits(tiny_model: Path) -> None:
+    model = model_of(tiny_model)
+
+    def capped(**inputs: Any) -> Any:
+        outputs = model(**inputs)
+        outputs.logits = 3 * torch.tanh(outputs.logits / 3)
+        return outputs
+
+    engine = OneProcess(model, capped)
+    check_model(engine, [FIRST, SECOND], pad=1, packing=False)  # type: ignore[arg-type]
+    assert engine.objective.whole_logits
+    batch = batch_of([FIRST])
+    logits = 3 * torch.tanh(model(input_ids=batch.input_ids).logits[0, 2:6] / 3)
+    wanted = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
+    assert float(engine.loss(batch).detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
+
+
+def test_packed_and_padded_examples_have_the_same_loss_gradient_and_dropout(tiny_model: Path) -> None:
+    engine = OneProcess(model_of(tiny_model, dropout="0.3"))
+    padded, packed = batch_of([FIRST], [SECOND]), batch_of([FIRST, SECOND], packed=True)
+    assert float(engine.loss(padded).detach()) == pytest.approx(float(engine.loss(packed).detach()), rel=1e-6)
+    wanted = gradients(engine, padded)
+    for name, gradient in gradients(engine, packed).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_trap_12_checkpointing_without_input_grads(tiny_model: Path) -> None:
+    batch = batch_of([FIRST], [SECOND])
+    wanted = gradients(OneProcess(model_of(tiny_model, dropout="0.3")), batch)
+    found = gradients(OneProcess(model_of(tiny_model, dropout="0.3", recompute=True)), batch)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_loss_in_chunks_is_the_loss_and_keeps_the_logits_of_one_chunk_only(tiny_model: Path) -> None:
+    batch = batch_of([FIRST], [SECOND])
+    wanted = gradients(OneProcess(model_of(tiny_model, dropout="0.3")), batch)
+    model = model_of(tiny_model, dropout="0.3")
+    engine = OneProcess(model)
+    head: LossHead = engine.objective._head  # type: ignore[assignment]  # its size is no option of the objective
+    head._chunk_rows = 2
+    largest = 0
+    logits = head._logits
+
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, len(hidden))
+        return logits(hidden)
+
+    head._logits = counted
+    for name, gradient in gradients(engine, batch).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert largest == 2
+
+
+def test_dropout_is_a_function_of_token_layer_and_feature() -> None:
+    keys = batch_of([FIRST, SECOND], packed=True).dropout_keys
+    mask = kept(keys, 4096, 0.25)
+    assert float(mask.float().mean()) == pytest.approx(0.75, abs=0.01)
+    assert float(mask.float().mean(dim=-1).std()) < 0.02
+    assert torch.equal(mask, kept(keys, 4096, 0.25))
+    other = kept(keys ^ 12345, 4096, 0.25)
+    agreement = float((mask == other).float().mean())
+    assert agreement == pytest.approx(0.75**2 + 0.25**2, abs=0.02)
+    assert kept(torch.tensor([0, 1, -1, 1 << 40]), 8, 0.5).int().tolist() == [
+        [0, 0, 0, 0, 1, 1, 1, 1],
+        [0, 0, 1, 1, 0, 0, 0, 1],
+        [0, 0, 0, 0, 1, 1, 1, 1],
+        [0, 1, 0, 1, 0, 0, 0, 0],
+    ], "the masks of a run must not change with a version of torch"

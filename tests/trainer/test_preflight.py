@@ -1,0 +1,329 @@
+"""Preflight finds before the training what the training would end with, says it in the same sentences, and tells what
+is final from what may still appear."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_core.contract import RESULT_LIMIT_BYTES
+from finetune_core.preflight import PREFLIGHT_SECONDS, FindingKind, PreflightResult
+from finetune_trainer.preflight import program
+from finetune_trainer.preflight.findings import Findings
+from finetune_trainer.preflight.rows import whole_rows
+from finetune_trainer.settings import Paths
+from tests.trainer.hub import TOKEN, Hub, running_hub
+from tests.trainer.objectstore import BUCKET, ObjectStore, free_port, write_credentials
+from tests.trainer.pods import run_config
+from tests.trainer.swallowing import swallowing_store
+
+FIELD = "dataset__format__promptCompletion"
+FINAL, OUTSIDE = FindingKind.FINAL, FindingKind.OUTSIDE
+Check = Callable[..., list[tuple[FindingKind, str]]]
+
+
+@pytest.fixture
+def paths(tmp_path: Path, store: ObjectStore) -> Paths:
+    return Paths(
+        run_file=tmp_path / "run.json",
+        credentials=store.credentials,
+        storage_ca_file=tmp_path / "no-ca",
+        hub_token_file=tmp_path / "hub-token",
+        termination_log=tmp_path / "termination-log",
+        scratch=tmp_path / "scratch",
+        volumes=tmp_path / "volumes",
+    )
+
+
+@pytest.fixture
+def check(paths: Paths, store: ObjectStore, request: pytest.FixtureRequest) -> Check:
+    """Return a function that runs all checks in this process and returns what they found."""
+
+    def run(*, credentials: Path | None = None, **changes: Any) -> list[tuple[FindingKind, str]]:
+        name = request.node.name.replace("[", "-").replace("]", "").replace(" ", "-")
+        paths.run_file.write_text(json.dumps(run_config(store, name, world__nodes=1, **changes)))
+        findings = Findings()
+        program.examine(findings, paths.model_copy(update={"credentials": credentials or paths.credentials}))
+        return [(finding.kind, finding.message) for finding in findings.result.findings]
+
+    return run
+
+
+def test_nothing_is_found_where_nothing_is_wrong_and_nothing_is_left_behind(check: Check, store: ObjectStore) -> None:
+    assert check() == []
+    assert [key for key in store.keys("runs/") if "preflight" in key] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "sentence"),
+    [
+        (
+            {f"{FIELD}__completionField": "answer"},
+            FINAL,
+            "dataset.format.promptCompletion.completionField: no column 'answer' in train.jsonl;"
+            " it has 'question', 'reply'",
+        ),
+        (
+            {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/data/absent.jsonl"}}},
+            FINAL,
+            f"dataset.train.s3.uri: there is no object s3://{BUCKET}/data/absent.jsonl",
+        ),
+        (
+            {"dataset__test": {"volume": {"claimName": "rows", "path": "test.jsonl"}}},
+            FINAL,
+            "dataset.test.volume.path: there is no 'test.jsonl' in volume 'rows'",
+        ),
+        (
+            {"model": {"s3": {"uri": f"s3://{BUCKET}/data"}}},
+            FINAL,
+            "model.s3.uri: there is no config.json: it must be a folder with a model in transformers' layout",
+        ),
+        ({"dataset__maxLength": 12}, FINAL, "tokens, more than dataset.maxLength 12 (set dataset.longRows to Skip"),
+        (
+            {"dataset__format": {"messages": {"messagesField": "reply"}}},
+            FINAL,
+            "dataset.format.messages: the model's tokenizer has no chat template",
+        ),
+        (
+            {"model__addedTokens": ["answer"]},
+            FINAL,
+            "model.addedTokens: must not hold 'answer': the model's tokenizer has it already",
+        ),
+        (
+            {"storage__uri": "s3://no-such-bucket/runs"},
+            OUTSIDE,
+            "storage.uri: bucket 'no-such-bucket' does not exist at {endpoint}",
+        ),
+    ],
+    ids=["column", "no data", "no test rows", "no model", "long row", "no template", "token twice", "no bucket"],
+)
+def test_the_cause_is_named(
+    changes: dict[str, Any], kind: FindingKind, sentence: str, check: Check, store: ObjectStore
+) -> None:
+    found = check(**changes)
+    assert found, "nothing was found"
+    assert found[0][0] is kind, found
+    assert sentence.format(endpoint=store.endpoint) in found[0][1]
+
+
+def test_everything_that_is_wrong_is_told_in_one_look(check: Check) -> None:
+    found = check(
+        **{f"{FIELD}__completionField": "answer"},
+        dataset__test={"s3": {"uri": f"s3://{BUCKET}/data/absent.jsonl"}},
+        model={"s3": {"uri": f"s3://{BUCKET}/nowhere"}},
+    )
+    assert {message.split(":")[0] for _, message in found} == {
+        "model.s3.uri",
+        "dataset.format.promptCompletion.completionField",
+        "dataset.test.s3.uri",
+    }
+
+
+def test_refused_credentials_and_a_silent_store_lie_outside_and_are_said_once(
+    check: Check, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_credentials(tmp_path / "wrong", "test-access", "another-secret")
+    ((kind, sentence),) = check(credentials=tmp_path / "wrong")
+    assert kind is OUTSIDE
+    assert sentence.startswith(f"storage.credentialsSecretRef: {store.endpoint} refused the credentials")
+    assert "another-secret" not in sentence
+    (tmp_path / "empty").mkdir()
+    ((kind, sentence),) = check(credentials=tmp_path / "empty")
+    assert (kind, "has no key AWS_ACCESS_KEY_ID" in sentence) == (OUTSIDE, True)
+    monkeypatch.setattr(program, "STORE_CHECK_SECONDS", 1.0)
+    ((kind, sentence),) = check(storage__endpoint=f"http://127.0.0.1:{free_port()}")
+    assert (kind, "can't be reached" in sentence) == (OUTSIDE, True)
+
+
+def test_a_store_that_ignores_if_none_match_is_refused(check: Check, store: ObjectStore) -> None:
+    with swallowing_store(store.endpoint) as endpoint:
+        ((kind, sentence),) = check(storage__endpoint=endpoint)
+    assert kind is FINAL
+    assert sentence.startswith(f"storage.endpoint: {endpoint} must honour If-None-Match")
+    assert [key for key in store.keys("runs/") if "/preflight/" in key] == []
+
+
+@pytest.fixture
+def broken_model(tmp_path: Path, tiny_model: Path) -> tuple[Path, dict[str, Any]]:
+    """A copy of the model in a volume, and the change of the spec that names it."""
+    folder = tmp_path / "volumes" / "models" / "copy"
+    shutil.copytree(tiny_model, folder)
+    return folder, {"model": {"volume": {"claimName": "models", "path": "copy"}}}
+
+
+def _cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _split(folder: Path, *, lost_file: bool) -> None:
+    """Name the weights in an index, with a tensor, or a whole file, that is not there."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    weights = {"model.norm.weight": "model-00001-of-00002.safetensors"}
+    weights["lost.weight"] = f"model-0000{2 if lost_file else 1}-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut off": (_cut, "model.safetensors has {size} bytes and must have"),
+    "no file": (lambda folder: _split(folder, lost_file=True), "there is no model-00002-of-00002.safetensors"),
+    "no tensor": (
+        lambda folder: _split(folder, lost_file=False),
+        "model-00001-of-00002.safetensors has no tensor 'lost.weight'",
+    ),
+    "pickle": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x02" + bytes(64)),
+        "model.safetensors is no whole safetensors file (66 bytes)",
+    ),
+    "pointer": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "model.safetensors is a pointer of Git LFS",
+    ),
+    "other names": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "weights.safetensors"),
+        "there must be a model.safetensors or a model.safetensors.index.json",
+    ),
+    "unknown type": (lambda folder: (folder / "config.json").write_text('{"model_type": "abacus"}'), "`abacus`"),
+    "no language model": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
+        "config.json names model_type 'vit', which is no causal language model",
+    ),
+    "no tokenizer": (
+        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+        "its tokenizer can't be loaded",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_an_incomplete_model_is_named_by_its_file(
+    name: str, broken_model: tuple[Path, dict[str, Any]], check: Check
+) -> None:
+    folder, change = broken_model
+    assert check(**change) == []
+    damage, sentence = BREAKS[name]
+    damage(folder)
+    size = (folder / "model.safetensors").stat().st_size if (folder / "model.safetensors").exists() else 0
+    ((kind, found),) = check(**change)
+    assert kind is FINAL
+    assert found.startswith("model")
+    assert sentence.format(size=size) in found
+
+
+def test_rows_are_looked_at_in_the_beginning_of_a_large_file(
+    check: Check, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.preflight.rows.SAMPLE_BYTES", 4096)
+    good = json.dumps({"question": "w1 w2", "reply": "w2 w1"}) + "\n"
+    bad = json.dumps({"question": "w1", "reply": ""}) + "\n"
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "early.jsonl").write_text(good * 3 + bad + good * 1000)
+    (folder / "late.jsonl").write_text(good * 1000 + bad)
+    (folder / "skipped.jsonl").write_text(bad * 1000 + good)
+    store.upload("large", folder)
+    ((kind, sentence),) = check(dataset__train={"s3": {"uri": f"s3://{BUCKET}/large/early.jsonl"}})
+    assert (kind, "large/early.jsonl line 4 has an empty 'reply'" in sentence) == (FINAL, True)
+    assert check(dataset__train={"s3": {"uri": f"s3://{BUCKET}/large/late.jsonl"}}) == []
+    skipped = {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/large/skipped.jsonl"}}, "dataset__badRows": "Skip"}
+    assert check(**skipped) == [], "rows to learn from may follow the ones that were looked at"
+
+
+def test_a_row_is_cut_at_a_line_break_outside_of_quotes() -> None:
+    assert whole_rows(b'a,b\n1,"x\ny"\n2,"z\n', quoted=True) == b'a,b\n1,"x\ny"\n'
+    assert whole_rows(b'{"a": "\\"x"}\n{"b', quoted=False) == b'{"a": "\\"x"}\n'
+    assert whole_rows(b"no row ends here", quoted=False) == b""
+
+
+@pytest.fixture
+def hub(tiny_model: Path) -> Iterator[Hub]:
+    with running_hub({"team/tiny": tiny_model}) as running:
+        yield running
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the program ended."""
+
+    code: int
+    result: PreflightResult
+    log: str
+
+    @property
+    def memory_mebibytes(self) -> int:
+        """Its largest resident set, as it says."""
+        (found,) = re.findall(r"with (\d+) MiB at most", self.log)
+        return int(found)
+
+
+def _program(paths: Paths, **environment: str) -> Ended:
+    """Run the program as a pod does."""
+    options = {"run-file": paths.run_file, "credentials": paths.credentials, "scratch": paths.scratch}
+    options |= {"termination-log": paths.termination_log, "hub-token-file": paths.hub_token_file}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-X", "importtime", "-m", "finetune_trainer", "preflight", *arguments]
+    home = {"HOME": str(paths.scratch), "PATH": "/nonexistent"}
+    log = paths.termination_log.with_suffix(".log")
+    with log.open("wb") as stream:
+        done = subprocess.run(
+            command, env=home | environment, stdout=stream, stderr=stream, timeout=2 * PREFLIGHT_SECONDS, check=False
+        )
+    text = paths.termination_log.read_text()
+    result = PreflightResult.from_termination_message(text)
+    assert result is not None, log.read_text()
+    assert len(text.encode()) <= RESULT_LIMIT_BYTES
+    return Ended(done.returncode, result, log.read_text())
+
+
+def test_a_model_on_the_hub_is_looked_at_without_its_weights(hub: Hub, paths: Paths, store: ObjectStore) -> None:
+    paths.hub_token_file.write_text(TOKEN)
+    paths.run_file.write_text(json.dumps(run_config(store, "hub", model={"huggingFace": {"repo": "team/tiny"}})))
+    ended = _program(paths, HF_ENDPOINT=hub.endpoint)
+    assert (ended.code, ended.result.findings) == (0, []), ended.log
+    fetched = {request.rsplit("/", 1)[-1] for request in hub.requests if request.startswith("GET /team/tiny/resolve")}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= fetched
+    assert not (paths.scratch / "preflight/model/model.safetensors").exists()
+    modules = {line.rsplit("|", 1)[-1].strip() for line in ended.log.splitlines() if line.startswith("import time:")}
+    assert "transformers" in modules
+    assert not [name for name in modules if name.split(".")[0] == "torch"], "torch takes seconds and hundreds of MiB"
+
+
+def test_what_the_hub_refuses_is_told_apart(hub: Hub, paths: Paths, store: ObjectStore) -> None:
+    def found(token: str, **model: str) -> tuple[int, str]:
+        paths.hub_token_file.write_text(token)
+        source = {"repo": "team/tiny"} | model
+        paths.run_file.write_text(json.dumps(run_config(store, "hub", model={"huggingFace": source})))
+        ended = _program(paths, HF_ENDPOINT=hub.endpoint)
+        return ended.code, ended.result.sentence
+
+    code, sentence = found("hf_wrong")
+    assert code == 75
+    assert sentence == "model.huggingFace: team/tiny does not exist, or the token gives no access to it"
+    code, sentence = found(TOKEN, revision="v9")
+    assert (code, sentence) == (64, "model.huggingFace.revision: team/tiny has no revision 'v9'")
+    hub.gated.add("team/tiny")
+    code, sentence = found(TOKEN)
+    assert (code, "team/tiny is gated and the token gives no access to it" in sentence) == (75, True)
+
+
+def test_the_program_needs_little_memory_and_leaves_a_whole_result(paths: Paths, store: ObjectStore) -> None:
+    long_key = "/".join(["x" * 200] * 4)
+    changes: dict[str, Any] = {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/{long_key}.jsonl"}}}
+    changes["dataset__test"] = {"s3": {"uri": f"s3://{BUCKET}/{long_key}-2.jsonl"}}
+    paths.run_file.write_text(json.dumps(run_config(store, "whole", **changes)))
+    ended = _program(paths)
+    assert ended.code == 64, ended.log
+    assert ended.result.findings[0].kind is FINAL
+    assert ended.result.findings[0].message.startswith(f"dataset.train.s3.uri: there is no object s3://{BUCKET}/xxx")
+    assert "Traceback" not in ended.log
+    # The pod's limit is 1 GiB.
+    assert ended.memory_mebibytes < 400

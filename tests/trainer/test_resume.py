@@ -1,0 +1,139 @@
+"""A run that was interrupted is the same run: bit for bit in the same world, to 1e-6 in another, no row lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from minio.commonconfig import CopySource
+
+from finetune_core.layout import checkpoint_folder
+from finetune_trainer.plan import Inputs
+from finetune_trainer.storage.checkpoints import TrainerState
+from tests.trainer import tiny
+from tests.trainer.gangs import rows_consumed, step_rows, train_all
+from tests.trainer.objectstore import BUCKET, ObjectStore
+from tests.trainer.pods import run_config
+from tests.trainer.test_recovery import artifact_files
+
+STEPS, INTERRUPTED = 14, 4
+CASES = [(method, stage) for method in ("LoRA", "Full") for stage in (0, 2, 3)]
+CHANGED = [("LoRA", 2, 1, 2), ("LoRA", 3, 1, 0), ("Full", 0, 1, 3), ("Full", 2, 2, 3), ("LoRA", 0, 2, 3)]
+"""Method and stage of the interrupted run; world size and stage of the one that resumes."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the runs of this module are made."""
+
+    store: ObjectStore
+    inputs: Inputs
+
+    def config(self, name: str, method: str, stage: int, world: int) -> dict[str, Any]:
+        return run_config(
+            self.store,
+            name.lower(),
+            world__nodes=world,
+            method=method,
+            optimization__zeroStage=stage,
+            optimization__maxSteps=STEPS,
+            optimization__weightDecay=0.01,
+            storage__checkpointEverySteps=100,
+            dataset__validation=None,
+        )
+
+    def losses(self, name: str) -> dict[int, float | None]:
+        rows = step_rows(self.store, name.lower())
+        assert len(rows) == len({row.step for row in rows}), "no step was trained twice"
+        return {row.step: row.loss for row in rows}
+
+    def copy(self, name: str, target: str) -> None:
+        """Copy a run in the bucket, so that it can be resumed in more than one way."""
+        prefix = f"runs/default/{name.lower()}/uid-1/"
+        for key in self.store.keys(prefix):
+            to = key.replace(f"/{name.lower()}/", f"/{target.lower()}/")
+            self.store.client.copy_object(BUCKET, to, CopySource(BUCKET, key))
+
+
+@pytest.fixture(scope="module")
+def bench(store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    rows = tiny.write_jsonl(tmp_path_factory.mktemp("resume-data") / "train.jsonl", tiny.rows(20, seed=1))
+    return Bench(store, Inputs(model=tiny_model, train=rows, validation=None))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On two ranks: each case undisturbed, interrupted, and resumed; then the changed ones that have two ranks."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    configs, faults = [], []
+    for method, stage in CASES:
+        configs += [bench.config(f"{kind}-{method}-{stage}", method, stage, 2) for kind in ("whole", "cut")]
+        faults += [None, {"kind": "stop", "step": INTERRUPTED + 1}]
+    train_all(configs, bench.inputs, folder, credentials=bench.store.credentials, faults=faults)
+    for method, stage, world, to_stage in CHANGED:
+        bench.copy(f"cut-{method}-{stage}", f"changed-{method}-{stage}-{world}-{to_stage}")
+    configs = [bench.config(f"cut-{method}-{stage}", method, stage, 2) for method, stage in CASES]
+    configs += [
+        bench.config(f"changed-{method}-{stage}-2-{to_stage}", method, to_stage, 2)
+        for method, stage, world, to_stage in CHANGED
+        if world == 2
+    ]
+    train_all(configs, bench.inputs, folder / "resumed", credentials=bench.store.credentials)
+    return folder
+
+
+@pytest.mark.parametrize(("method", "stage"), CASES)
+def test_in_the_same_world_losses_and_weights_are_the_same_bits(
+    method: str, stage: int, two_ranks: Path, bench: Bench
+) -> None:
+    whole, cut = bench.losses(f"whole-{method}-{stage}"), bench.losses(f"cut-{method}-{stage}")
+    assert sorted(cut) == list(range(1, STEPS + 1))
+    assert cut == whole
+    expected = artifact_files(bench.store, f"whole-{method}-{stage}".lower())
+    assert artifact_files(bench.store, f"cut-{method}-{stage}".lower()) == expected
+    index = CASES.index((method, stage))
+    before, after = (
+        rows_consumed(two_ranks, 2 * index + 1, 2),
+        rows_consumed(two_ranks / "resumed", index, 2),
+    )
+    assert (max(before), min(after)) == (INTERRUPTED, INTERRUPTED + 1)
+    assert {**before, **after} == rows_consumed(two_ranks, 2 * index, 2)
+
+
+def test_in_another_world_or_stage_the_losses_go_on_and_no_row_is_lost_or_repeated(
+    two_ranks: Path, bench: Bench, tmp_path: Path
+) -> None:
+    alone = [case for case in CHANGED if case[2] == 1]
+    configs = [
+        bench.config(f"changed-{method}-{stage}-1-{to_stage}", method, to_stage, 1)
+        for method, stage, _, to_stage in alone
+    ]
+    train_all(configs, bench.inputs, tmp_path, credentials=bench.store.credentials)
+    for method, stage, world, to_stage in CHANGED:
+        case = f"{method}-{stage}-{world}-{to_stage}"
+        whole, changed = bench.losses(f"whole-{method}-{stage}"), bench.losses(f"changed-{case}")
+        assert sorted(changed) == list(range(1, STEPS + 1)), case
+        first = INTERRUPTED + 1
+        # Equal up to the order in which a process adds up: one rank adds what two ranks summed apart.
+        assert changed[first] == pytest.approx(whole[first], rel=1e-7), case
+        for step in range(first, STEPS + 1):
+            assert changed[step] == pytest.approx(whole[step], rel=1e-6), (case, step)
+    for index, (method, stage, _, _) in enumerate(alone):
+        whole_rows = rows_consumed(two_ranks, 2 * CASES.index((method, stage)), 2)
+        resumed = rows_consumed(tmp_path, index, 1)
+        assert resumed == {step: rows for step, rows in whole_rows.items() if step > INTERRUPTED}
+
+
+def test_a_checkpoint_of_adapters_holds_no_base_weight_and_names_its_base(two_ranks: Path, bench: Bench) -> None:
+    prefix = f"runs/default/cut-lora-2/uid-1/{checkpoint_folder(1, INTERRUPTED)}"
+    keys = bench.store.keys(prefix)
+    sizes = {key.rpartition("/")[2]: len(bench.store.read(key)) for key in keys}
+    assert all(name.endswith((".safetensors", ".json")) or name == "COMMIT" for name in sizes)
+    state = TrainerState.model_validate_json(bench.store.read(f"{prefix}/trainer.json"))
+    assert state.base_sha256 is not None
+    trained = 2 * 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)  # two layers, rank 4, seven matrices each
+    tensors = 12 * trained  # the fp32 value and both moments
+    held = sum(size for name, size in sizes.items() if name.startswith("state-"))
+    assert tensors <= held <= tensors * 1.02 + 2 * 8192, "data, and the names of the tensors"

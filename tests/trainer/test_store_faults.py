@@ -1,0 +1,314 @@
+"""Whatever the store does to a request, a COMMIT means that the checkpoint verifies; and what can pass passes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_core.layout import COMMIT, MANIFEST, Manifest, checkpoint_folder, parse_uri
+from finetune_trainer.errors import OutsideFailure
+from finetune_trainer.storage.checkpoints import (
+    Damaged,
+    commit_folder,
+    committed,
+    fetch_folder,
+    retain,
+    upload_files,
+)
+from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.lineage import RunRecord, take_run
+from finetune_trainer.storage.root import RunRoot
+from tests.trainer.objectstore import (
+    ACCESS_KEY,
+    BUCKET,
+    SECRET_KEY,
+    ObjectStore,
+    minio_binary,
+    running_store,
+    write_credentials,
+)
+from tests.trainer.storeproxy import Fault, Request, StoreProxy, proxy_before
+
+FULL = re.compile("XMinioStorageFull|no space left on device")
+SEED = {"state-00000-of-00002.safetensors": b"zero" * 20_000, "state-00001-of-00002.safetensors": b"one" * 20_000}
+
+
+@pytest.fixture(scope="module")
+def proxy(empty_store: ObjectStore) -> Iterator[StoreProxy]:
+    with proxy_before(empty_store.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def healthy(proxy: StoreProxy) -> Iterator[StoreProxy]:
+    yield proxy
+    proxy.plan, proxy.down, proxy.bytes_per_second = (lambda request: None), False, None
+    proxy.released.clear()
+
+
+def root_at(endpoint: str, credentials: Path, name: str, *, budget: float = 20, **options: object) -> RunRoot:
+    """A run's root behind ``endpoint``; tries follow each other at once."""
+    store = Store(
+        endpoint, "us-east-1", credentials, budget_seconds=budget, read_seconds=2, wait=lambda delay: None, **options
+    )  # type: ignore[arg-type]
+    return RunRoot(store, parse_uri(f"s3://{BUCKET}/faults/{name}"))
+
+
+def write_files(folder: Path) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for name, data in SEED.items():
+        (folder / name).write_bytes(data)
+    return sorted(folder.iterdir())
+
+
+def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
+    """What the ranks of a run do in the background, in one thread: upload, commit, retain."""
+    target = checkpoint_folder(1, step)
+    for last_try in (False, False, True):
+        uploaded = upload_files(root, target, files)
+        try:
+            commit_folder(root, target, Manifest(kind="Checkpoint", run=1, step=step, files=uploaded))
+            break
+        except Damaged:
+            if last_try:
+                raise
+    retain(root, 1, keep=[])
+
+
+def fails(root: RunRoot, files: list[Path], step: int) -> bool:
+    """Try to commit, and tell whether that failed."""
+    try:
+        commit_checkpoint(root, files, step)
+    except OutsideFailure:
+        return True
+    return False
+
+
+def assert_every_commit_verifies(store: ObjectStore, prefix: str) -> int:
+    """Look at the bucket itself, past the proxy and past the trainer's code; return how many COMMITs there are."""
+    commits = [key for key in store.keys(prefix) if key.endswith(f"/{COMMIT}")]
+    for key in commits:
+        folder = key.removesuffix(f"/{COMMIT}")
+        encoded = store.read(f"{folder}/{MANIFEST}")
+        assert hashlib.sha256(encoded).hexdigest() == store.read(key).decode()
+        for file in json.loads(encoded)["files"]:
+            assert hashlib.sha256(store.read(f"{folder}/{file['name']}")).hexdigest() == file["sha256"], file
+    return len(commits)
+
+
+@pytest.mark.parametrize("fault", [fault for fault in Fault if fault is not Fault.HANG])
+def test_a_fault_on_any_request_leaves_no_commit_that_does_not_verify(
+    fault: Fault, healthy: StoreProxy, empty_store: ObjectStore, tmp_path: Path
+) -> None:
+    files = write_files(tmp_path / "files")
+    name = fault.name.lower()
+    root = root_at(healthy.endpoint, empty_store.credentials, name)
+    take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    first = len(healthy.requests)
+    commit_checkpoint(root, files, 1)
+    count = len(healthy.requests) - first
+    assert count >= 8
+    for index in range(count + 2):
+        first = len(healthy.requests)
+        healthy.plan = lambda request, at=first + index: fault if request.index == at else None
+        commit_checkpoint(root, files, index + 2)
+        assert assert_every_commit_verifies(empty_store, f"faults/{name}/") >= 1
+    assert committed(root)[-1].step == count + 3, "one fault is passed by trying again"
+    fetch_folder(root, checkpoint_folder(1, count + 3), tmp_path / "fetched")
+
+
+@pytest.mark.parametrize("fault", [Fault.ERROR, Fault.RESET_AFTER, Fault.FLIP_UPLOAD])
+def test_a_store_that_stays_broken_from_any_request_on_commits_nothing_false(
+    fault: Fault, healthy: StoreProxy, empty_store: ObjectStore, tmp_path: Path
+) -> None:
+    files, name = write_files(tmp_path / "files"), f"stays-{fault.name.lower()}"
+    root = root_at(healthy.endpoint, empty_store.credentials, name, budget=0)
+    take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    failures = 0
+    for index in range(9):
+        first = len(healthy.requests)
+        healthy.plan = lambda request, at=first + index: fault if request.index >= at else None
+        failures += fails(root, files, index + 1)
+        assert_every_commit_verifies(empty_store, f"faults/{name}/")
+    # What has no body can't be changed on its way to the store.
+    assert failures >= (4 if fault is Fault.FLIP_UPLOAD else 9)
+
+
+def test_a_hang_ends_with_the_reading_time_and_is_tried_again(
+    healthy: StoreProxy, empty_store: ObjectStore, tmp_path: Path
+) -> None:
+    root = root_at(healthy.endpoint, empty_store.credentials, "hang")
+    first = len(healthy.requests)
+    healthy.plan = lambda request: Fault.HANG if request.index == first else None
+    began = time.monotonic()
+    root.write("object", b"data")
+    assert 2 <= time.monotonic() - began < 20
+    assert root.read("object") == b"data"
+
+
+def test_wrong_bytes_on_the_way_back_are_fetched_again_before_they_count_as_damage(
+    healthy: StoreProxy, empty_store: ObjectStore, tmp_path: Path
+) -> None:
+    root = root_at(healthy.endpoint, empty_store.credentials, "flipped")
+    take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    commit_checkpoint(root, write_files(tmp_path / "files"), 1)
+    seen: list[Request] = []
+
+    def once(request: Request) -> Fault | None:
+        if request.method == "GET" and "state-00001" in request.path:
+            seen.append(request)
+            return Fault.FLIP_DOWNLOAD if len(seen) == 1 else None
+        return None
+
+    healthy.plan = once
+    fetch_folder(root, checkpoint_folder(1, 1), tmp_path / "fetched")
+    assert len(seen) == 2
+    healthy.plan = lambda request: Fault.FLIP_DOWNLOAD if "state-00001" in request.path else None
+    with pytest.raises(Damaged, match=r"state-00001-of-00002\.safetensors is not what was committed"):
+        fetch_folder(root, checkpoint_folder(1, 1), tmp_path / "again")
+
+
+def test_back_off_grows_and_the_budget_ends_it(
+    healthy: StoreProxy, empty_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy.plan = lambda request: Fault.SLOW_DOWN
+    delays: list[float] = []
+    said: list[str] = []
+    now = [0.0]
+
+    def wait(seconds: float) -> None:
+        delays.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr("finetune_trainer.storage.client.time.monotonic", lambda: now[0])
+    store = Store(healthy.endpoint, "us-east-1", empty_store.credentials, wait=wait).patient(60, said.append)
+    with pytest.raises(OutsideFailure, match="SlowDown"):
+        store.read(BUCKET, "key")
+    assert delays == [0.5, 1, 2, 4, 8, 10, 10, 10, 10]
+    assert len(said) == len(delays) + 1
+    assert all("SlowDown" in sentence for sentence in said)
+
+
+def test_rotated_credentials_and_a_bucket_that_comes_back_are_waited_for_in_the_background(
+    empty_store: ObjectStore, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    write_credentials(keys, "old", "rotated-away")
+    said: list[str] = []
+
+    def rotate(_: float) -> None:
+        if len(said) == 2:
+            write_credentials(keys, ACCESS_KEY, SECRET_KEY)
+
+    impatient = Store(empty_store.endpoint, "us-east-1", keys, wait=rotate)
+    with pytest.raises(OutsideFailure, match=r"credentialsSecretRef: .* refused the credentials.*InvalidAccessKeyId"):
+        impatient.read(BUCKET, "key")
+    store = impatient.patient(60, said.append)
+    store.write(BUCKET, "rotated", b"done")
+    assert ["refused the credentials" in sentence for sentence in said] == [True, True, False]
+    assert said[-1] == ""
+
+    said.clear()
+
+    def make_bucket(_: float) -> None:
+        if len(said) == 2:
+            empty_store.client.make_bucket("comes-back")
+
+    Store(empty_store.endpoint, "us-east-1", keys, wait=make_bucket).patient(60, said.append).write(
+        "comes-back", "key", b"done"
+    )
+    assert "bucket 'comes-back' does not exist" in said[0]
+
+
+def test_a_wrong_clock_is_named_and_passes(
+    empty_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from datetime import datetime, timedelta
+
+    from minio import time as minio_time
+
+    right, said = minio_time.utcnow, []
+    offset = [timedelta(hours=3)]
+
+    def skewed() -> datetime:
+        return right() + offset[0]
+
+    def set_clock(_: float) -> None:
+        offset[0] = timedelta(0)
+
+    monkeypatch.setattr(minio_time, "utcnow", skewed)
+    store = Store(empty_store.endpoint, "us-east-1", empty_store.credentials, wait=set_clock)
+    store.patient(60, said.append).write(BUCKET, "clock", b"done")
+    assert "RequestTimeTooSkewed" in said[0]
+    assert "clock of this node" in said[0]
+
+
+def test_a_full_disk_is_waited_for_and_named(tmp_path: Path) -> None:
+    """MinIO on a file system of 40 MB of its own."""
+    binary = minio_binary()
+    if binary is None:
+        pytest.skip("no MinIO program: set FINETUNE_MINIO, or build the cluster's tools")
+    folder = tmp_path / "small"
+    (folder / "data").mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder / "data")], capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a file system of its own needs root: {mounted.stderr.decode().strip()}")
+    try:
+        with running_store(binary, folder) as small:
+            ballast = tmp_path / "ballast"
+            ballast.write_bytes(b"\1" * 4_000_000)
+            said: list[str] = []
+
+            def free(_: float) -> None:
+                if len(said) == 2:
+                    for item in small.client.list_objects(BUCKET, "ballast/", recursive=True):
+                        small.client.remove_object(BUCKET, item.object_name)
+
+            store = Store(small.endpoint, "us-east-1", small.credentials, budget_seconds=0, wait=free)
+            assert fill(store, ballast) > 1
+            root = RunRoot(store.patient(60, said.append), parse_uri(f"s3://{BUCKET}/full"))
+            take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+            files = write_files(tmp_path / "files")
+            (files[0]).write_bytes(b"\2" * 8_000_000)
+            said.clear()
+            commit_checkpoint(root, files, 1)
+            assert assert_every_commit_verifies(small, "full/") == 1
+            assert FULL.search(said[0])
+    finally:
+        subprocess.run(["umount", "-l", str(folder / "data")], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fill(store: Store, ballast: Path) -> int:
+    """Write objects until the store has no room, and return how many there was room for."""
+    for number in range(40):
+        try:
+            store.upload(BUCKET, f"ballast/{number}", ballast)
+        except OutsideFailure as failure:
+            if FULL.search(str(failure)) is None:
+                raise
+            return number
+    raise AssertionError("the store never filled up")
+
+
+def test_uploads_that_were_cut_off_are_aborted_at_the_next_start(empty_store: ObjectStore, tmp_path: Path) -> None:
+    root = root_at(empty_store.endpoint, empty_store.credentials, "stale")
+    client = empty_store.client
+    ours = f"faults/stale/{checkpoint_folder(1, 5)}/state-00000-of-00001.safetensors"
+    for key in (ours, "faults/stale-of-another-job/object"):
+        upload = client._create_multipart_upload(BUCKET, key, {})
+        client._upload_part(BUCKET, key, b"x" * 5_000_000, None, upload, 1)
+    assert root.abort_uploads() == [ours]
+    left = {item.object_name for item in client._list_multipart_uploads(BUCKET).uploads}
+    assert left == {"faults/stale-of-another-job/object"}
+    assert root.abort_uploads() == []

@@ -1,0 +1,49 @@
+"""Extended base models in the bucket: `<storage.uri>/_bases/<digest>/`, written once for all jobs that compute with the
+same one. The digest is that of the manifest, so a folder's name says what is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from finetune_core.layout import BASES, COMMIT, MANIFEST, Location, Manifest, ManifestFile, digest
+from finetune_trainer.storage.checkpoints import PARALLEL_TRANSFERS, Damaged, upload_files
+from finetune_trainer.storage.root import RunRoot
+
+BLOCK_BYTES = 1 << 20
+
+
+def bases_root(root: RunRoot) -> RunRoot:
+    """Return the folder of all bases beside the namespaces; ``root`` is a run's, `<uri>/<namespace>/<name>/<runId>`."""
+    parts = root.location.prefix.split("/")[:-3]
+    return RunRoot(root.store, Location(root.location.bucket, "/".join([*parts, BASES])))
+
+
+def publish_base(root: RunRoot, folder: Path) -> str:
+    """Upload the model in ``folder`` unless it is there already, and return its `s3://` address.
+
+    Two jobs that write the same base at once write the same bytes to the same keys. Raises Damaged where the store
+    has other bytes than were sent.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+        described = list(pool.map(_described, files))
+    manifest = Manifest(kind="Base", run=0, step=0, files=described)
+    bases, key = bases_root(root), digest(manifest.encode())
+    if bases.read(f"{key}/{COMMIT}") is None:
+        uploaded = upload_files(bases, key, files)
+        if uploaded != described:
+            raise Damaged(f"{bases.uri(key)} is not what was sent")
+        bases.write(f"{key}/{MANIFEST}", manifest.encode())
+        bases.create(f"{key}/{COMMIT}", key.encode())
+    return bases.uri(key)
+
+
+def _described(path: Path) -> ManifestFile:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            sha256.update(block)
+    return ManifestFile(name=path.name, bytes=path.stat().st_size, sha256=sha256.hexdigest())
