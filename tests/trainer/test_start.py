@@ -296,8 +296,8 @@ def test_adapters_are_resumed_on_their_own_base_and_seed_only(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"training\.seed: is 2, but the checkpoint of step 5 was trained with 1"):
         with_rows.check(state, seed=2)
     save_file({"weight": np.full(8, 3, dtype=np.float32)}, extended / "model.safetensors")
-    with pytest.raises(UserError, match="model: is not what the checkpoint of step 5 .* rows of the added tokens"):
+    with pytest.raises(UserError, match=r"model: is not what the checkpoint of step 5 .* rows of the added tokens"):
         Ground.of(adapters=True, base=base, extended=extended).check(state, seed=1)
     (base / "model.safetensors").rename(base / "other.safetensors")
-    with pytest.raises(UserError, match="the base model's weights is .*, not .*; name that revision again"):
+    with pytest.raises(UserError, match=r"the base model's weights is .*, not .*; name that revision again"):
         Ground.of(adapters=True, base=base, extended=extended).check(state, seed=1)
