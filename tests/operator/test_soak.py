@@ -66,6 +66,7 @@ class Soak:
             report_base_url="https://operator:8443",
             ca_bundle=lambda: "CA",
             instance="test",
+            preflight="Skip",
             now=self.now,
             clock=self.clock,
         )
