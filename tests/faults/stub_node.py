@@ -197,7 +197,8 @@ class StubNode:
         return sorted(self._gangs.get(_gang_of(pod), {}).values(), key=_index)
 
     def _is_complete(self, pod: Manifest) -> bool:
-        size = next(int(item["value"]) for item in pod["spec"]["containers"][0]["env"] if item["name"] == "PET_NNODES")
+        sizes = [item["value"] for item in pod["spec"]["containers"][0].get("env", []) if item["name"] == "PET_NNODES"]
+        size = int(sizes[0]) if sizes else 1
         running = [other for other in self._gang(pod) if other["status"]["phase"] == "Running"]
         return len(running) == size
 
