@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -88,6 +89,20 @@ def test_trap_21_told_at_some_moment_one_process_makes_all_leave(
         attempt.pods[pod].process.send_signal(signal.SIGTERM)
     took = assert_left_together(attempt, store, name, time.monotonic())
     print(f"{moment}, {whom} of pod {pod}: {took:.1f} s")
+
+
+def test_a_pod_that_waits_for_a_store_leaves_at_once(store: ObjectStore, pods: StartPods) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        attempt = pods(run_config(store, "silent", world__nodes=1, storage__endpoint=endpoint))
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        attempt.pods[0].process.send_signal(signal.SIGTERM)
+        told_at = time.monotonic()
+        with connection:
+            assert attempt.wait(SLACK * 5) == [143]
+    print(f"waiting for the store: {time.monotonic() - told_at:.1f} s")
+    assert attempt.pods[0].result.message == "told to stop before training began: there is nothing to save"
 
 
 @pytest.mark.long
