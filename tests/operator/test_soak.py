@@ -123,7 +123,7 @@ class Soak:
         if fate < 0.2:
             server.end_pods(self.choose.choice([0, 1, 75, 143]), DONE)
         elif fate < 0.25:
-            server.delete_pod(0)
+            server.ask_deletion(0)
         self.tell(namespace)
 
     def end(self) -> None:
