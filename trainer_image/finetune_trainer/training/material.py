@@ -204,7 +204,7 @@ def load_model(plan: WorkerPlan) -> Any:
     config, folder = plan.config, base_folder(plan)
     targets = _targets(plan, skeleton(plan.inputs.model))
     sharding = shard_new_models(config.optimization, config.world.size)
-    model = load_base(folder, DTYPES[config.optimization.precision])
+    model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
     # transformers looks whether it still lives, also when it generates.
     model.sharding = sharding
     if config.optimization.gradient_checkpointing:
