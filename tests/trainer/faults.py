@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 
+from finetune_core.contract import Phase
 from finetune_trainer.data.batches import IGNORED
 from finetune_trainer.errors import StopAgreed
 from finetune_trainer.storage.root import RunRoot
@@ -24,14 +25,16 @@ from finetune_trainer.training import loop, saving
 from finetune_trainer.training.batches import Batches
 from finetune_trainer.training.engine import Engine
 from finetune_trainer.training.gang import Gang
+from finetune_trainer.training.progress import Progress
 
 
 @contextmanager
 def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     """Do ``fault`` from its `step` on: {"kind": "noise", "share": s, "growth": g, "steps": n}, {"kind": "rate",
     "factor": f}, {"kind": "gradient"}, which happens once, {"kind": "stop"}, as SIGTERM does, {"kind": "told",
-    "rank": r}: a rank is told while rows are scored after the step, {"kind": "budget", "seconds": s} for
-    uploads, or {"kind": "kill", "rank": r, "point": p, "count": n}: signal 9 to itself (see `POINTS`)."""
+    "rank": r}: a rank is told while rows are scored after the step, {"kind": "phase", "phase": p}: rank 0 is told as it
+    begins with p, {"kind": "budget", "seconds": s} for uploads, or {"kind": "kill", "rank": r, "point": p, "count": n}:
+    signal 9 to itself (see `POINTS`)."""
     if fault is None:
         yield
         return
@@ -41,6 +44,7 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
         "gradient": _gradient,
         "stop": _stop,
         "told": _told,
+        "phase": _phase,
         "budget": _budget,
         "kill": _kill,
     }
@@ -120,6 +124,21 @@ def _told(fault: dict[str, Any]) -> Iterator[None]:
         mock.patch.object(loop.Training, "_evaluate", told_meanwhile),
         mock.patch.object(Gang, "told", told),
     ):
+        yield
+
+
+@contextmanager
+def _phase(fault: dict[str, Any]) -> Iterator[None]:
+    begin, now = Progress.phase, {"told": False}
+
+    def phase(self: Progress, phase: Phase) -> None:
+        now["told"] = now["told"] or phase.value == fault["phase"]
+        begin(self, phase)
+
+    def told(_: Gang) -> bool:
+        return now["told"]
+
+    with mock.patch.object(Progress, "phase", phase), mock.patch.object(Gang, "told", told):
         yield
 
 

@@ -264,12 +264,21 @@ def runs(
     cut_off = sum_config(store, "cut-off")
     configs |= {"cut-off": cut_off, "resumed": cut_off}
     cut_off["optimization"]["maxSteps"] = 45
+    early, late = sum_config(store, "told-early"), sum_config(store, "told-late")
+    for config in (early, late):
+        config["optimization"]["maxSteps"] = 4
+    configs |= {"told-early": early, "told-late": late, "after-late": late}
+    faults: dict[str, dict[str, Any]] = {
+        "cut-off": {"kind": "told", "step": 30, "rank": 1},
+        "told-early": {"kind": "phase", "phase": "Generating"},
+        "told-late": {"kind": "phase", "phase": "Exporting"},
+    }
     results = train_all(
         list(configs.values()),
-        [plain, plain.model_copy(update={"test": few}), plain, plain, plain],
+        [plain.model_copy(update={"test": few if name == "with-tokens" else None}) for name in configs],
         folder,
         credentials=store.credentials,
-        faults=[None, None, None, {"kind": "told", "step": 30, "rank": 1}, None],
+        faults=[faults.get(name) for name in configs],
     )
     return {name: (result, configs[name]) for name, result in zip(configs, results, strict=True)}
 
@@ -380,3 +389,16 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(
     assert first.evaluation.tuned is None
     assert second.evaluation.base == first.evaluation.base
     assert second.evaluation.tuned is not None
+
+
+def test_told_to_stop_in_base_scoring_and_in_export(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    early, late, after = (runs[name][0] for name in ("told-early", "told-late", "after-late"))
+    assert (early.outcome, late.outcome, after.outcome) == (Outcome.STOPPED, Outcome.STOPPED, Outcome.COMPLETED)
+    assert early.message == "told to stop: no step was finished yet"
+    assert late.message == "told to stop: what was trained is committed"
+    assert after.artifact is not None
+    assert after.artifact.step == 4
+    # Nothing is trained twice: the second run exports what the first had committed.
+    assert {key.split("/")[-1][:6] for key in store.keys("runs/default/told-late/uid-1/metrics/")} == {"000001"}
