@@ -58,10 +58,22 @@ class Measured:
         )
 
 
+def write_model(folder: Path) -> Path:
+    """Write a Llama of 4 million parameters with the tests' tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny.write_model(folder)
+    torch.manual_seed(7)
+    config = LlamaConfig.from_pretrained(folder)
+    config.update({"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4})
+    config.update({"num_key_value_heads": 4, "head_dim": 64})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def measure(folder: Path, binary: Path) -> list[tuple[Measured, Measured]]:
     """Return what runs with and without checkpoints took, in pairs."""
-    from tests.bench.step import write_model
-
     (folder / "minio").mkdir()
     model = write_model(folder / "model")
     rows = tiny.write_jsonl(folder / "train.jsonl", tiny.rows(64, seed=1))
@@ -74,7 +86,7 @@ def measure(folder: Path, binary: Path) -> list[tuple[Measured, Measured]]:
                 name,
                 world__nodes=1,
                 dataset__validation=None,
-                lora={"rank": 8, "alpha": 16},
+                lora={"rank": 16, "alpha": 16},
                 optimization__zeroStage=1,
                 optimization__maxSteps=STEPS,
                 optimization__globalBatchSize=8,
