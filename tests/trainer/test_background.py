@@ -80,11 +80,26 @@ def test_no_step_waits_for_the_store_and_what_fails_for_a_while_is_made_up_for(
     write_credentials(keys, ACCESS_KEY, SECRET_KEY)
     attempt.wait_for(lambda: newest_commit(store, "background") > start, "checkpoints with the new credentials")
 
+    assert_no_key_is_told(attempt)
     attempt.pods[0].process.send_signal(signal.SIGTERM)
     assert attempt.wait() == [143]
     result = attempt.pods[0].result
     assert result.message == f"told to stop: the checkpoint of step {result.step} is committed"
     assert newest_commit(store, "background") == result.step
+
+
+def assert_no_key_is_told(attempt: Attempt) -> None:
+    """The keys lie in the Secret's files and nowhere else: log, files of the attempt, arguments, environment."""
+    secrets = (SECRET_KEY.encode(), b"rotated-away")
+    folder = attempt.pods[0].log.parent
+    for path in folder.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert not any(secret in data for secret in secrets), path
+    for pid in [attempt.pods[0].process.pid, *attempt.pods[0].workers()]:
+        for name in ("cmdline", "environ"):
+            data = (Path("/proc") / str(pid) / name).read_bytes()
+            assert not any(secret in data for secret in secrets), name
 
 
 def test_a_store_that_stays_away_from_one_rank_ends_all_with_its_sentence_after_the_budget(

@@ -145,7 +145,7 @@ def test_reports_tell_the_run_from_loading_to_its_result(
     assert evaluation.tuned is not None
     assert evaluation.tuned.perplexity == pytest.approx(rows[-1].perplexity, rel=1e-6)
     assert evaluation.base.perplexity > evaluation.tuned.perplexity
-    assert attempt.pods[0].result.evaluation == evaluation
+    assert attempt.pods[0].result.evaluation == evaluation.rounded()
     assert [report.step for report in report_server.reports] == sorted(report.step for report in report_server.reports)
 
 

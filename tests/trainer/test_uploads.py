@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 import pytest
 import torch
 
-from finetune_core.contract import CheckpointRecord
+from finetune_core.contract import CheckpointRecord, StorageConfig
 from finetune_trainer.storage.checkpoints import TrainerState
 from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.training.saving import is_due
 from finetune_trainer.training.uploads import Snapshot, Uploads
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
@@ -91,3 +92,20 @@ def test_a_failure_ends_the_thread_and_is_kept(store: Store) -> None:
     assert uploads.failure is store.failure
     assert not uploads.busy, "nobody may wait for what will never be committed"
     assert uploads.take_done() == []
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "elapsed", "due"),
+    [
+        ({"checkpoint_every_steps": 5}, 10, 0.0, True),
+        ({"checkpoint_every_steps": 5}, 11, 1e6, False),
+        ({"checkpoint_every_minutes": 2}, 11, 119.0, False),
+        ({"checkpoint_every_minutes": 2}, 11, 120.0, True),
+        ({}, 10, 1e6, False),
+    ],
+)
+def test_a_checkpoint_is_due_by_steps_or_by_minutes(
+    every: dict[str, int], step: int, elapsed: float, due: bool
+) -> None:
+    storage = StorageConfig(uri="s3://b/r", endpoint="http://h", region="r", keep_last=2, **every)
+    assert is_due(storage, step, elapsed) is due

@@ -49,6 +49,13 @@ SLOW_UPLOAD_SECONDS = 120.0
 """An upload that takes longer while the next checkpoint waits is worth a word to a person."""
 
 
+def is_due(storage: StorageConfig, step: int, elapsed: float) -> bool:
+    """Return whether a checkpoint is due after ``step``, ``elapsed`` seconds after the last snapshot."""
+    if storage.checkpoint_every_steps is not None:
+        return step % storage.checkpoint_every_steps == 0
+    return storage.checkpoint_every_minutes is not None and elapsed >= 60 * storage.checkpoint_every_minutes
+
+
 class Saver:
     """The checkpoints of this run."""
 
@@ -134,10 +141,10 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Return whether the job asks for a checkpoint after ``step``; a collective where minutes count."""
+        due = is_due(self._storage, step, self._clock() - self._saved_at)
         if self._storage.checkpoint_every_steps is not None:
-            return step % self._storage.checkpoint_every_steps == 0
-        minutes = self._storage.checkpoint_every_minutes or 0
-        return self._gang.agree(self._gang.is_first and self._clock() - self._saved_at >= 60 * minutes)
+            return due
+        return self._gang.agree(self._gang.is_first and due)
 
     def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow], *, must: bool = False) -> None:
         """Take a snapshot of the engine's state and leave the rest to the background; all ranks call it.
