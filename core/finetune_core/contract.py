@@ -280,6 +280,10 @@ class ArtifactRecord(ContractModel):
     manifest_sha256: Annotated[str, Field(max_length=64)]
 
 
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
 class ScoreRecord(ContractModel):
     """How well a model does on a set of rows."""
 
@@ -294,6 +298,15 @@ class ScoreRecord(ContractModel):
     graded: Annotated[int, Field(ge=0)] = 0
     """Answers that were graded; rows whose gold answer can't be graded against are left out."""
 
+    def rounded(self) -> ScoreRecord:
+        """Return the record with six significant digits."""
+        values = self.model_dump()
+        scores = {name: _rounded(value) for name, value in self.scores.items()}
+        return ScoreRecord.model_validate(
+            {name: _rounded(value) if isinstance(value, float) else value for name, value in values.items()}
+            | {"scores": scores}
+        )
+
 
 class EvaluationRecord(ContractModel):
     """Base model and tuned model on the same rows."""
@@ -305,6 +318,11 @@ class EvaluationRecord(ContractModel):
     tuned: ScoreRecord | None = None
     tuned_step: Annotated[int, Field(ge=0)] | None = None
     """Step of the checkpoint that `tuned` speaks of: the one that was exported."""
+
+    def rounded(self) -> EvaluationRecord:
+        """Return the record with six significant digits: a termination message has room for no more."""
+        base, tuned = (record.rounded() if record is not None else None for record in (self.base, self.tuned))
+        return self.model_copy(update={"base": base, "tuned": tuned})
 
 
 class Incident(ContractModel):

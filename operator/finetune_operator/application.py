@@ -107,6 +107,7 @@ class Replica:
             report_base_url=settings.report_base_url,
             ca_bundle=self._certificates.ca_bundle,
             instance=settings.pod_name,
+            preflight=settings.preflight,
             checkpoint_annotations=settings.checkpoint_annotations,
         )
         return Controller(

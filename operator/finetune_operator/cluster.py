@@ -38,6 +38,12 @@ class ApiError(Exception):
         self.reason = reason
         self.message = message
 
+    @property
+    def is_refusal(self) -> bool:
+        """Whether it was the object that was not taken, by a quota, a policy or a webhook: asking at once is no use."""
+        webhook_down = self.status == 500 and "webhook" in self.message
+        return webhook_down or (400 <= self.status < 500 and self.status not in (401, 408, 409, 429))
+
 
 async def load_configuration(settings: Settings) -> Any:
     """Return the client configuration: the pod's service account, or the kubeconfig file that is set."""
@@ -178,6 +184,17 @@ class Cluster:
         )
         items: list[Manifest] = page["items"]
         return items
+
+    async def create_pod(self, manifest: Manifest) -> Manifest:
+        """Create a pod."""
+        path = _path("", "v1", "pods", manifest["metadata"]["namespace"])
+        return await self._request(Allowed.CREATE_POD, path, body=manifest, query={"fieldManager": FIELD_MANAGER})
+
+    async def delete_pod(self, namespace: str, name: str, uid: str) -> None:
+        """Delete the pod with this uid; one that is gone already is fine."""
+        await self._delete(
+            Allowed.DELETE_POD, _path("", "v1", "pods", namespace, name), {"preconditions": {"uid": uid}}
+        )
 
     async def annotate_pod(self, namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
         """Set annotations of the pod with this uid, through its status: the spec can't be changed there."""

@@ -12,12 +12,13 @@ from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, PastAtte
 from finetune_core.contract import Report
 from finetune_operator import messages
 from finetune_operator.attempts import Settlement
-from finetune_operator.observed import ChildObservation, ContainerState, PodObservation
+from finetune_operator.observed import ChildObservation, PodObservation
+from finetune_operator.preflight import Check
 from finetune_operator.problems import OutsideError
 from finetune_operator.verdict import Verdict
+from finetune_operator.waiting import pod_detail
 
 MESSAGE_LIMIT = 2048
-_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,8 @@ class View:
     usage: UsageStatus | None = None
     plan: PlanStatus | None = None
     """What the attempt that is about to start was resolved to."""
+    check: Check | None = None
+    """The check before attempt 1; None after it, and where nothing is known of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,8 @@ def _succeeded(view: View, *, is_running: bool) -> _State:
         return _State("True" if view.settled.succeeded else "False", view.settled.reason, view.settled.message)
     if view.problem is not None:
         return _State("Unknown", view.problem.reason, view.problem.message)
+    if view.check is not None and view.check.is_wanted:
+        return _State("Unknown", Reason.PREFLIGHT, view.check.cause or messages.PREFLIGHT_RUNS)
     attempts = view.attempts
     current = attempts.current
     last = attempts.recent[-1] if attempts.recent else None
@@ -170,7 +175,18 @@ def _accepted(view: View) -> _State:
         return _State("False", Reason.BAD_INPUT, view.invalid)
     if view.problem is not None:
         return _State("False", view.problem.reason, view.problem.message)
+    if view.check is not None and view.check.is_wanted:
+        return _checked(view.check)
     return _State("True", Reason.VALID, messages.VALID)
+
+
+def _checked(check: Check) -> _State:
+    """Return what is known of what the job needs, before attempt 1."""
+    if check.settled is not None and check.settled.reason == Reason.BAD_INPUT:
+        return _State("False", Reason.BAD_INPUT, check.settled.message)
+    if cause := check.settled.message if check.settled is not None else check.cause:
+        return _State("False", Reason.OUTSIDE_FAILURE, cause)
+    return _State("Unknown", Reason.PREFLIGHT, messages.PREFLIGHT_RUNS)
 
 
 def _scheduled(view: View) -> _State:
@@ -222,22 +238,7 @@ def waiting_detail(view: View) -> str:
     if not view.pods:
         return view.hint or messages.NO_PODS
     for pod in sorted(view.pods, key=lambda pod: pod.index):
-        if detail := _pod_detail(pod, view.hint):
+        if detail := pod_detail(pod, view.hint):
             return messages.waiting_pod(pod.name, detail)
     running = sum(pod.running for pod in view.pods)
     return messages.waiting_for_reports(view.nodes, running)
-
-
-def _pod_detail(pod: PodObservation, hint: str) -> str:
-    """Return why ``pod`` does not run, where that is known."""
-    if pod.unschedulable:
-        return pod.unschedulable
-    container = pod.container
-    if container is None or container.state is not ContainerState.WAITING:
-        return ""
-    if container.reason in _IMAGE_REASONS:
-        # The kubelet alternates between ErrImagePull and ImagePullBackOff; both end with the same detail.
-        return messages.image_pull(container.message.split("ErrImagePull: ")[-1] or container.reason)
-    if container.reason == "ContainerCreating":
-        return hint
-    return f"{container.reason}: {container.message}" if container.message else container.reason

@@ -4,12 +4,14 @@ Called by `reconcile` while an attempt waits; the newest warning becomes part of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 from finetune_core.api.status import CurrentAttempt
 from finetune_operator.attempts import World
 from finetune_operator.cluster import Cluster
 from finetune_operator.memory import JobMemory
+from finetune_operator.observed import PodObservation
 from finetune_operator.problems import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS
 
 
@@ -37,6 +39,14 @@ class HintReader:
         uids = waiting or ([world.child.uid] if world.child else [])
         memory.hint_read_at = self._clock()
         memory.hint = await self._newest_warning(namespace, uids)
+
+    async def read_pod(self, memory: JobMemory, namespace: str, pod: PodObservation | None, now: datetime) -> None:
+        """Update the hint for one pod that is waited for: the newest warning about it, once it is some seconds old."""
+        if pod is None or pod.running or pod.ended or (now - pod.created_at).total_seconds() < EVENTS_AFTER_SECONDS:
+            memory.hint = ""
+        elif memory.hint_read_at is None or self._clock() - memory.hint_read_at >= EVENTS_EVERY_SECONDS:
+            memory.hint_read_at = self._clock()
+            memory.hint = await self._newest_warning(namespace, [pod.uid])
 
     async def _newest_warning(self, namespace: str, uids: list[str]) -> str:
         for uid in uids:

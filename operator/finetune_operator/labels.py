@@ -11,6 +11,8 @@ from finetune_operator.keyqueue import Key
 JOB_NAME = f"{GROUP}/job-name"
 JOB_UID = f"{GROUP}/job-uid"
 ATTEMPT = f"{GROUP}/attempt"
+PREFLIGHT = f"{GROUP}/preflight"
+"""On preflight pods, in the place of an attempt's number: the number of the try."""
 MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGER = "finetune-operator"
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
@@ -31,6 +33,11 @@ REPORTED_KINDS_SELECTOR = JOB_NAME
 def attempt_labels(job_name: str, job_uid: str, attempt: int) -> dict[str, str]:
     """Return the labels of everything that belongs to an attempt."""
     return {JOB_NAME: job_name, JOB_UID: job_uid, ATTEMPT: str(attempt), MANAGED_BY: MANAGER}
+
+
+def preflight_labels(job_name: str, job_uid: str, number: int) -> dict[str, str]:
+    """Return the labels of everything that belongs to a try of the preflight check."""
+    return {JOB_NAME: job_name, JOB_UID: job_uid, PREFLIGHT: str(number), MANAGED_BY: MANAGER}
 
 
 def key_of(namespace: str | None, labels: Mapping[str, str]) -> Key | None:

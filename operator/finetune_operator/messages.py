@@ -13,6 +13,7 @@ SETTLED = "the job has ended"
 NO_CHECKPOINT = "no checkpoint is committed yet"
 NO_PODS = "no pod exists yet"
 SCHEDULED = "every pod has a node"
+PREFLIGHT_RUNS = "store, model and data are being checked before any GPU is asked for"
 BETWEEN_ATTEMPTS = "no attempt exists at the moment"
 NO_ARTIFACT = "every pod ended with exit code 0, but no result names a committed artifact"
 CHILD_DELETED = "the PyTorchJob was deleted by somebody else"
@@ -139,9 +140,30 @@ def pending_deadline(seconds: int, waiting_for: str) -> str:
     return f"not all pods ran within the {seconds} s of `runPolicy.pendingDeadlineSeconds`: {waiting_for or NO_PODS}"
 
 
+def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
+    """Return the sentence about a preflight pod that ended without a result. It must not hold a job for ever."""
+    why = f" ({reason})" if reason and reason != "Error" else ""
+    line = f": {last_line}" if last_line else ""
+    return (
+        f"the preflight pod ended with exit code {exit_code}{why} and left no result{line};"
+        " `runPolicy.preflight: Skip` starts without the check"
+    )
+
+
+def preflight_deadline(seconds: int, waiting_for: str) -> str:
+    """Return the sentence about a job whose check did not pass in time."""
+    what = waiting_for or PREFLIGHT_RUNS
+    return f"the preflight check did not pass within the {seconds} s of `runPolicy.pendingDeadlineSeconds`: {what}"
+
+
 def queued(queue: str) -> str:
     """Return the sentence about an attempt that Kueue holds."""
     return f"waits for admission by the queue {queue}"
+
+
+def most_attempts(number: int) -> str:
+    """Return the sentence about a job that can't be started again, however its attempts ended."""
+    return f"{number} attempts were started, the most that a job can have; create it anew with the same `storage.runId`"
 
 
 def waiting_for_reports(nodes: int, running: int) -> str:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from finetune_core.contract import Result
-from finetune_operator.labels import ATTEMPT, LAST_CHECKPOINT_TIME, REPLICA_INDEX, TRAINING_CONTAINER
+from finetune_operator.labels import ATTEMPT, LAST_CHECKPOINT_TIME, PREFLIGHT, REPLICA_INDEX, TRAINING_CONTAINER
 
 
 class ContainerState(StrEnum):
@@ -123,11 +123,21 @@ def parse_time(text: str | None) -> datetime | None:
 
 def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
     """Return the observation of a pod; None where its labels are not those of an attempt's pod."""
-    metadata, spec, status = pod["metadata"], pod.get("spec", {}), pod.get("status", {})
-    labels = metadata.get("labels", {})
+    labels = pod["metadata"].get("labels", {})
     attempt, index = labels.get(ATTEMPT, ""), labels.get(REPLICA_INDEX, "")
     if not (attempt.isdigit() and index.isdigit()):
         return None
+    return _observation(pod, int(attempt), int(index))
+
+
+def parse_preflight_pod(pod: Mapping[str, Any]) -> PodObservation | None:
+    """Return the observation of a pod, with the try as `index` and attempt 0; None where it is not a preflight pod."""
+    number = pod["metadata"].get("labels", {}).get(PREFLIGHT, "")
+    return _observation(pod, 0, int(number)) if number.isdigit() else None
+
+
+def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObservation:
+    metadata, spec, status = pod["metadata"], pod.get("spec", {}), pod.get("status", {})
     conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
     disruption = conditions.get("DisruptionTarget", {})
     disrupted = disruption.get("status") == "True"
@@ -139,8 +149,8 @@ def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
     return PodObservation(
         name=metadata["name"],
         uid=metadata["uid"],
-        attempt=int(attempt),
-        index=int(index),
+        attempt=attempt,
+        index=index,
         phase=status.get("phase", "Pending"),
         reason=status.get("reason", ""),
         message=status.get("message", ""),

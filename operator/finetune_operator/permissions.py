@@ -48,6 +48,8 @@ class Allowed(Enum):
     CREATE_CHILD = Permission("kubeflow.org", "pytorchjobs", "create")
     DELETE_CHILD = Permission("kubeflow.org", "pytorchjobs", "delete")
     LIST_PODS = Permission("", "pods", "list")
+    CREATE_POD = Permission("", "pods", "create")
+    DELETE_POD = Permission("", "pods", "delete")
     WATCH_PODS = Permission("", "pods", "watch")
     ANNOTATE_POD = Permission("", "pods/status", "patch", Scope.ANNOTATIONS)
     GET_CONFIG_MAP = Permission("", "configmaps", "get")

@@ -120,9 +120,7 @@ def _create_problem(error: ApiError, name: str) -> Exception:
     if error.status == 404 and not error.reason:
         # The server's plain "404 page not found": it does not know the kind. A missing namespace has a reason.
         return OutsideError(Reason.BACKEND_UNAVAILABLE, messages.backend_missing())
-    webhook_down = error.status == 500 and "webhook" in error.message
-    refused = 400 <= error.status < 500 and error.status not in (401, 408, 429)
-    if webhook_down or refused:
+    if error.is_refusal:
         message = messages.backend_refused("PyTorchJob", name, error.message)
         return OutsideError(Reason.BACKEND_UNAVAILABLE, message)
     return error

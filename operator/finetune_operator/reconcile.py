@@ -31,6 +31,8 @@ from finetune_operator.memory import Memory
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ChildObservation
 from finetune_operator.observer import Observer
+from finetune_operator.preflight import Check
+from finetune_operator.preflights import Preflights
 from finetune_operator.problems import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, OutsideError
 from finetune_operator.record import Look, Record, parse_look, parse_record
 from finetune_operator.recorder import Recorder
@@ -66,11 +68,13 @@ class Reconciler:
         report_base_url: str,
         ca_bundle: Callable[[], str],
         instance: str,
+        preflight: str,
         checkpoint_annotations: bool = True,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the world, and the time, from outside. ``ca_bundle`` returns the CA of the report server."""
+        """Take the world, and the time, from outside. ``ca_bundle`` returns the CA of the report server; ``preflight``
+        (Run or Skip) is what jobs get that do not say it."""
         self._cluster = cluster
         self._memory = memory
         self._report_base_url = report_base_url
@@ -89,6 +93,7 @@ class Reconciler:
         )
         self._settled_jobs = SettledJobs(cluster, backend, self._writer)
         self._hints = HintReader(cluster, clock)
+        self._preflights = Preflights(cluster, self._hints, self._objects, is_default=preflight == "Run", clock=clock)
         self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations)
         self._metrics = metrics
         self._now = now
@@ -118,15 +123,19 @@ class Reconciler:
             config = self._resolve(look, step)
         except UserError as error:
             return await self._refuse(look, str(error))
+        checking = await self._preflights.look(look, can_open=step.next is Next.OPEN) if _is_first(look) else None
+        if checking is not None and checking.holds:
+            return await self._check_first(look, world, checking, config)
         await self._read_hint(look, step, world)
 
         if _must_be_written_first(look, step):
-            await self._writer.write(look, self._view(look, step, world, config))
+            await self._writer.write(look, self._view(look, step, world, config, checking=checking))
             if step.next is Next.OPEN:
                 self._objects.forgive(look.memory)
             return Outcome(after=0)
         child, problem = await self._act(look, step, world.child, config)
-        later = await self._writer.write(look, self._view(look, step, world, config, child, problem))
+        view = self._view(look, step, world, config, child, problem, checking=checking)
+        later = await self._writer.write(look, view)
         await self._annotations.tell(look, world.pods)
         return Outcome(after=_earliest(step.wait_seconds, later, self._next_look(look, step, child, problem)))
 
@@ -147,6 +156,8 @@ class Reconciler:
         config: RunConfig | None,
         child: ChildObservation | None = None,
         problem: OutsideError | None = None,
+        *,
+        checking: Check | None = None,
     ) -> View:
         current = step.attempts.current
         resources = look.job.spec.resources
@@ -171,6 +182,7 @@ class Reconciler:
             ending_pods=len(world.pods) if current is None or world.held else 0,
             usage=world.usage,
             plan=plan_of(config) if config is not None else None,
+            check=checking,
         )
 
     def _next_look(
@@ -188,6 +200,15 @@ class Reconciler:
         return EVENTS_AFTER_SECONDS if age < EVENTS_AFTER_SECONDS else EVENTS_EVERY_SECONDS
 
     # ---- act ----
+
+    async def _check_first(self, look: Look, world: World, checking: Check, config: RunConfig | None) -> Outcome:
+        """Bring the check before attempt 1 a step further: the record first, then its objects."""
+        soon = None
+        if checking.record == look.stored.preflight and checking.settled is None:
+            soon = await self._preflights.act(look, checking, config)
+        step = Step(attempts=look.stored.attempts, next=Next.WATCH, settled=checking.settled)
+        later = await self._writer.write(look, self._view(look, step, world, config, checking=checking))
+        return Outcome(after=_earliest(soon, later, checking.wait_seconds))
 
     async def _act(
         self, look: Look, step: Step, child: ChildObservation | None, config: RunConfig | None
@@ -226,6 +247,11 @@ class Reconciler:
         self._objects.postpone(record.memory, problem)
         await self._writer.write(record, _bare_view(record, invalid=message, problem=problem))
         return Outcome(after=self._objects.seconds_to_retry(record.memory))
+
+
+def _is_first(look: Look) -> bool:
+    """Tell whether no attempt was opened yet."""
+    return not look.stored.attempts.started
 
 
 def _must_be_written_first(look: Look, step: Step) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CERTIFICATE_SOURCES = ("Operator", "Secret")
+PREFLIGHT = ("Run", "Skip")
 SWITCH = ("on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -23,6 +24,8 @@ class Settings:
 
     trainer_image: str
     """Image of jobs that name none."""
+    preflight: str
+    """Run or Skip: what happens before attempt 1 of jobs that do not say it."""
     namespace: str
     """Namespace of the operator: its certificate Secret and report Service."""
     certificate_secret: str
@@ -91,6 +94,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         parser.add_argument(flag, default=value, required=value is None, help=shown, **options)  # type: ignore[arg-type]
 
     add("--trainer-image", None, "image of jobs that set no podTemplate.image")
+    add("--preflight", "Run", "check jobs before GPUs are asked for, unless they say otherwise", choices=PREFLIGHT)
     add("--namespace", "finetune-system", "the operator's own namespace")
     add("--certificate-secret", "finetune-operator-certificates", "Secret for the CA and the certificate of reports")
     add("--certificate-from", "Operator", "who keeps the certificate in the Secret", choices=CERTIFICATE_SOURCES)
@@ -115,6 +119,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         parser.error("--resync-seconds must be greater than 0")
     return Settings(
         trainer_image=values.trainer_image,
+        preflight=values.preflight,
         namespace=values.namespace,
         certificate_secret=values.certificate_secret,
         certificate_from=values.certificate_from,

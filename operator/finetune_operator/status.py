@@ -20,6 +20,7 @@ def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) ->
     update: dict[str, object] = {
         "observed_generation": view.generation,
         "attempts": view.attempts,
+        "preflight": view.check.record if view.check is not None else stored.preflight,
         "image": fixed_image(stored.image or view.image, view.pods),
         "plan": view.plan or stored.plan,
         "usage": view.usage or stored.usage,

@@ -82,6 +82,8 @@ def _of_condition(condition: Condition, moment: str, attempt: int) -> list[Notic
         return [replace(notice, recurs=True)]
     if kind == ConditionType.RUNNING and status == "True":
         return [_notice(EventReason.RUNNING, condition.message, False, str(attempt))]
+    if kind == ConditionType.CHECKPOINT_AVAILABLE and condition.reason == Reason.CHECKPOINT_OVERDUE:
+        return [replace(_notice(condition.reason, condition.message, True, moment), recurs=True)]
     if kind == ConditionType.CHECKPOINT_AVAILABLE and status == "True":
         return [_notice(EventReason.CHECKPOINT_AVAILABLE, condition.message, False, "first")]
     return []

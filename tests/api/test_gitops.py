@@ -42,6 +42,7 @@ async def _reconcile(cluster: Cluster, key: Key) -> None:
         metrics=Metrics(),
         trainer_image=settings.trainer_image,
         report_base_url=settings.report_base_url,
+        preflight="Skip",
         ca_bundle=lambda: "no certificate",
         instance="test",
     )

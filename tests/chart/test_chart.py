@@ -211,6 +211,7 @@ def _toggles() -> Iterator[tuple[str, Manifest, str]]:
     yield "tag", {"image": {"repository": "r", "tag": "7"}}, '"r:7"'
     yield "pull secrets", {"imagePullSecrets": [{"name": "registry"}]}, "name: registry"
     yield "trainer", {"trainer": {"image": "own/trainer:2"}}, "own/trainer:2"
+    yield "preflight", {"preflight": "Skip"}, "value: Skip"
     yield "log level", {"logLevel": "debug"}, "value: debug"
     yield "workers", {"workers": 3}, 'value: "3"'
     yield "resync", {"resyncSeconds": 60}, 'value: "60"'
@@ -241,6 +242,7 @@ def test_every_value_shows(values: Manifest, expected: str) -> None:
         {"replicas": 6},
         {"podMonitor": {"interval": "often"}},
         {"logLevel": "loud"},
+        {"preflight": "Maybe"},
         {"imge": {}},
         {"watchNamespaces": ["Team_A"]},
         {"trainer": {"image": ""}},

@@ -80,7 +80,7 @@ def test_a_missing_field_is_on_the_line_of_its_section(lines_of) -> None:
         ('"1e-3"', "1e-3", "spec.training.learningRate: must be a string"),
         ("  method: LoRA", "  deepspeed: {overrides: '{'}\n  method: LoRA", "spec.deepspeed.overrides: must be"),
         ("  method: LoRA", "  deepspeed: {overrides: '{\"bf16\": 1}'}\n  method: LoRA", "must not hold bf16"),
-        ("  method: LoRA", "  runPolicy: {preflight: Run}\n  method: LoRA", "refused by the operator"),
+        ("  method: LoRA", "  tracking: {tensorBoard: {}}\n  method: LoRA", "refused by the operator"),
         ("rank: 8", "rank: !!python/object:os.system 8", "must not have the tag"),
         ("rank: 8", "rank: .nan", "must be a finite number"),
         ("rank: 8", "? [a] \n    : 8", "must have a string as key"),

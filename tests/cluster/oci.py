@@ -43,6 +43,8 @@ class Image:
     files: Mapping[str, Path]
     links: Mapping[str, str]
     command: Sequence[str]
+    is_entry_point: bool = False
+    """Arguments of a container are put behind the command, and not in its place."""
 
 
 def pause(program: Path) -> Image:
@@ -61,7 +63,10 @@ def write_archive(image: Image, target: Path) -> None:
         {
             "architecture": "amd64",
             "os": "linux",
-            "config": {"Cmd": list(image.command), "Env": ["PATH=/bin"]},
+            "config": {
+                "Entrypoint" if image.is_entry_point else "Cmd": list(image.command),
+                "Env": ["PATH=/bin"],
+            },
             "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
         }
     ).encode()

@@ -13,11 +13,13 @@ from finetune_core.contract import (
     IDENTITY_VARIABLES,
     RESULT_LIMIT_BYTES,
     ArtifactRecord,
+    EvaluationRecord,
     Identity,
     Outcome,
     Phase,
     Report,
     Result,
+    ScoreRecord,
     report_audience,
 )
 from finetune_core.errors import UserError
@@ -116,3 +118,30 @@ def test_times_survive_the_wire() -> None:
 
 def test_each_job_has_its_own_audience() -> None:
     assert report_audience("a") != report_audience("b")
+
+
+def test_a_result_with_all_scores_of_a_task_keeps_its_message() -> None:
+    """ViGGO has the most scores: five for each model."""
+    names = ("strict", "orderFree", "function", "attributes", "values")
+    score = ScoreRecord(
+        perplexity=1.0234567890123,
+        all_token_perplexity=12.345678901234,
+        task_score=0.94736842105263,
+        scores={name: 0.94736842105263 - index / 7 for index, name in enumerate(names)},
+        graded=1083,
+    )
+    evaluation = EvaluationRecord(rows="Validation", examples=1083, base=score, tuned=score, tuned_step=4000).rounded()
+    assert evaluation.base is not None
+    assert evaluation.base.scores["orderFree"] == 0.804511
+    root = f"s3://{'b' * 30}/{'n' * 20}/{'j' * 30}/{'u' * 36}"
+    message = "the artifact is the model of step 4000, validation perplexity 1.023, 94.7% of the answers right"
+    result = Result(
+        outcome=Outcome.COMPLETED,
+        message=message,
+        step=4000,
+        artifact=ArtifactRecord(uri=f"{root}/artifacts/000001", step=4000, bytes=41_258_000, manifest_sha256="0" * 64),
+        evaluation=evaluation,
+    )
+    text = result.to_termination_message()
+    assert len(text.encode()) <= RESULT_LIMIT_BYTES
+    assert Result.from_termination_message(text) == result

@@ -81,3 +81,25 @@ def test_accumulation_leaves_the_micro_batch() -> None:
 def test_checkpoints_come_every_hundred_steps_unless_said_otherwise() -> None:
     assert resolve(job(storage={"checkpoint": {}}), report=None).storage.checkpoint_every_steps == 100
     assert resolve(job(storage={"checkpoint": {"everySteps": 7}}), report=None).storage.checkpoint_every_steps == 7
+
+
+def test_storage_reaches_the_run_file() -> None:
+    plain = resolve(job(), report=None).storage
+    assert (plain.credentials, plain.addressing, plain.encryption, plain.keep_best) == ("Secret", None, None, 1)
+    strict = resolve(
+        job(
+            storage={
+                "credentialsSecretRef": None,
+                "addressing": "VirtualHosted",
+                "encryption": {"kms": {"keyId": "key"}},
+                "checkpoint": {"everyMinutes": 5, "keepLast": 3, "keepBest": 2},
+            }
+        ),
+        report=None,
+    ).storage
+    assert (strict.credentials, strict.addressing) == ("Identity", "VirtualHosted")
+    assert strict.encryption is not None
+    assert strict.encryption.kms is not None
+    assert strict.encryption.kms.key_id == "key"
+    assert (strict.checkpoint_every_steps, strict.checkpoint_every_minutes) == (None, 5)
+    assert (strict.keep_last, strict.keep_best) == (3, 2)

@@ -1,10 +1,13 @@
 """What the schema accepts and this version can't run is refused with the field's path, never silently ignored."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune_core.api import FineTuneJob
+from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
 from finetune_core.validation.overrides import OWNED, override_problems
@@ -13,7 +16,6 @@ from tests.core.jobs import quickstart
 
 VALUES: dict[str, Any] = {
     "tracking": {"tensorBoard": {}},
-    "runPolicy.preflight": "Run",
 }
 
 
@@ -74,3 +76,14 @@ def test_overrides_that_are_no_object_are_refused(text: str, word: str) -> None:
 )
 def test_quantities_become_bytes(quantity: int | str, amount: int) -> None:
     assert to_bytes(quantity) == amount
+
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_can_be_run(path: Path) -> None:
+    jobs = [document for document in yaml.safe_load_all(path.read_text()) if document["kind"] == "FineTuneJob"]
+    assert jobs
+    for document in jobs:
+        assert unrunnable(FineTuneJobSpec.model_validate(document["spec"])) == []

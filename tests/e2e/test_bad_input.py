@@ -59,7 +59,10 @@ def test_bad_data_ends_the_job_with_its_name(
     assert stalled is not None
     assert stalled.status == "True"
     assert job.status is not None
-    assert job.status.attempts.started == 1
+    # The check before the first attempt found it: no GPU was asked for.
+    assert job.status.attempts.started == 0
+    assert job.status.preflight is not None
+    assert (job.status.preflight.tries, job.status.preflight.verdict) == (1, "Impossible")
 
 
 def _ended(cluster: Cluster, namespace: str, name: str) -> FineTuneJob:
@@ -84,8 +87,13 @@ def test_refused_credentials_are_named_and_retried_slowly(installed: Cluster, na
     seconds = time.monotonic() - started
     print(f"refused credentials named after {seconds:.1f} s")
     assert job.status is not None
-    # With a back-off of 10 s that doubles, a minute has room for three attempts.
-    assert job.status.attempts.started <= 3
+    assert job.status.preflight is not None
+    accepted = condition(job, ConditionType.ACCEPTED)
+    assert accepted is not None
+    assert (accepted.status, accepted.reason) == ("False", "OutsideFailure")
+    # With a back-off of 10 s that doubles, a minute has room for three tries.
+    assert job.status.preflight.tries <= 3
+    assert job.status.attempts.started == 0
     # The job is not lost: with the right keys it goes on by itself.
     right = {"AWS_ACCESS_KEY_ID": installed.minio.access_key, "AWS_SECRET_ACCESS_KEY": installed.minio.secret_key}
     steps.apply(installed, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": right})

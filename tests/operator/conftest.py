@@ -126,7 +126,9 @@ def stand_in(cluster: Cluster) -> Callable[[str], str]:
             name = f"localhost/stand-in:{uuid.uuid5(uuid.NAMESPACE_OID, script).hex[:12]}"
             links = {f"bin/{command}": "busybox" for command in BUSYBOX_COMMANDS}
             archive = cluster.layout.temporary / "stand-in.tar"
-            write_archive(Image(name, {"bin/busybox": BUSYBOX}, links, ["/bin/sh", "-c", script]), archive)
+            # As in the trainer's image: the operator sets arguments, never the command.
+            command = ["/bin/sh", "-c", script]
+            write_archive(Image(name, {"bin/busybox": BUSYBOX}, links, command, is_entry_point=True), archive)
             cluster.run(["ctr", "--namespace=k8s.io", "images", "import", archive])
             archive.unlink()
             made[script] = name

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune_operator.cluster import ApiError
 from finetune_operator.keyqueue import Key
-from finetune_operator.labels import TRAINING_CONTAINER
+from finetune_operator.labels import PREFLIGHT, TRAINING_CONTAINER
 
 Manifest = dict[str, Any]
 
@@ -44,6 +44,11 @@ class ModelServer:
         self.children: dict[str, Manifest] = {}
         self.config_maps: dict[str, Manifest] = {}
         self.pods: list[Manifest] = []
+        self.checks: list[Manifest] = []
+        """Preflight pods that exist."""
+        self.tried: list[str] = []
+        """Names of all preflight pods that ever did."""
+        self.refuses_pods = ""
         self.events: list[Manifest] = []
         self.writes: list[str] = []
         self.created: list[str] = []
@@ -101,8 +106,29 @@ class ModelServer:
         if self.config_maps.pop(name, None):
             self._wrote(f"delete configmap {name}")
 
-    async def list_pods(self, _namespace: str, _selector: str) -> list[Manifest]:
-        return copy.deepcopy(self.pods)
+    async def create_pod(self, manifest: Manifest) -> Manifest:
+        name = manifest["metadata"]["name"]
+        if self.refuses_pods:
+            raise ApiError(403, "Forbidden", self.refuses_pods)
+        if any(check["metadata"]["name"] == name for check in self.checks):
+            raise ApiError(409, "AlreadyExists", name)
+        check = copy.deepcopy(manifest)
+        check["metadata"] |= {"uid": f"uid-{name}", "creationTimestamp": self.now.isoformat()}
+        container = {"name": TRAINING_CONTAINER, "state": {"running": {"startedAt": self.now.isoformat()}}}
+        check["status"] = {"phase": "Running", "containerStatuses": [container]}
+        self.checks.append(check)
+        self.tried.append(name)
+        self._wrote(f"create pod {name}")
+        return copy.deepcopy(check)
+
+    async def delete_pod(self, _namespace: str, name: str, uid: str) -> None:
+        gone = [check for check in self.checks if (check["metadata"]["name"], check["metadata"]["uid"]) == (name, uid)]
+        if gone:
+            self.checks.remove(gone[0])
+            self._wrote(f"delete pod {name}")
+
+    async def list_pods(self, _namespace: str, selector: str) -> list[Manifest]:
+        return copy.deepcopy(self.checks if PREFLIGHT in selector else [*self.pods, *self.checks])
 
     async def list_warnings(self, _namespace: str, _uid: str) -> list[Manifest]:
         return []
@@ -142,7 +168,18 @@ class ModelServer:
             pod["status"]["phase"] = "Succeeded" if exit_code == 0 else "Failed"
         return bool(running)
 
-    def delete_pod(self, index: int) -> bool:
+    def end_check(self, exit_code: int, message: str = "") -> bool:
+        """End the preflight pod that runs; False where none does."""
+        for check in self.checks:
+            (container,) = check["status"]["containerStatuses"]
+            if "running" in container["state"] and "deletionTimestamp" not in check["metadata"]:
+                end = {"exitCode": exit_code, "message": message, "finishedAt": self.now.isoformat()}
+                container["state"] = {"terminated": end}
+                check["status"]["phase"] = "Succeeded" if exit_code == 0 else "Failed"
+                return True
+        return False
+
+    def ask_deletion(self, index: int) -> bool:
         """Ask for the deletion of a running pod; False where it does not run."""
         for pod in self.pods:
             if pod["metadata"]["labels"]["training.kubeflow.org/replica-index"] == str(index):

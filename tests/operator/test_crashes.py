@@ -11,6 +11,7 @@ import pytest
 
 from finetune_core.contract import CheckpointRecord, Outcome, Phase, Report, RunConfig
 from finetune_core.names import attempt_name
+from finetune_core.preflight import Finding, FindingKind, PreflightResult
 from finetune_operator.keyqueue import Key
 from finetune_operator.memory import Memory
 from finetune_operator.metrics import Metrics
@@ -43,6 +44,25 @@ def sets(**policy: Any) -> Action:
     return lambda world: world.set_policy(**policy)
 
 
+def found(kind: FindingKind, sentence: str) -> str:
+    """Return the termination message of a check that found one thing."""
+    return PreflightResult(findings=[Finding(kind=kind, message=sentence)]).to_termination_message()
+
+
+def checked(exit_code: int, message: str = "") -> Action:
+    """Return the end of the check that runs."""
+    return lambda world: world.end_check(exit_code, message)
+
+
+def lose_check(world: ModelServer) -> bool:
+    """Somebody deletes the preflight pod that runs, and its kubelet is dead: it stays Terminating."""
+    for check in world.checks:
+        if "running" in check["status"]["containerStatuses"][0]["state"]:
+            check["metadata"] |= {"deletionTimestamp": world.now.isoformat(), "deletionGracePeriodSeconds": 2}
+            return True
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Life:
     """What happens to a job, and how it ends."""
@@ -56,13 +76,17 @@ class Life:
     pods_run: bool = True
 
 
+CHECKED = {"preflight": "Run"}
+FINAL = found(FindingKind.FINAL, "dataset.train.s3.uri: there is no object")
+OUTSIDE = found(FindingKind.OUTSIDE, "storage.uri: bucket 'b' does not exist")
+
 LIVES: dict[str, Life] = {
     "succeeds at once": Life(script=[during(1, ends(0, DONE))], reason="Completed", counts=(1, 0, 0)),
     "crashes, then succeeds": Life(
         script=[during(1, ends(1)), during(2, ends(0, DONE))], reason="Completed", counts=(2, 1, 0)
     ),
     "loses a pod, then succeeds": Life(
-        script=[during(1, lambda world: world.delete_pod(1)), during(2, ends(0, DONE))],
+        script=[during(1, lambda world: world.ask_deletion(1)), during(2, ends(0, DONE))],
         reason="Completed",
         counts=(2, 0, 1),
     ),
@@ -127,6 +151,50 @@ LIVES: dict[str, Life] = {
         reason="DeadlineExceeded",
         counts=(1, 0, 0),
     ),
+    "passes its check": Life(
+        script=[checked(0), during(1, ends(0, DONE))], policy=CHECKED, reason="Completed", counts=(1, 0, 0)
+    ),
+    "is impossible by its check": Life(
+        script=[checked(64, FINAL)], policy=CHECKED, reason="BadInput", counts=(0, 0, 0)
+    ),
+    "waits for a bucket, a broken pod and a lost one, then succeeds": Life(
+        script=[checked(75, OUTSIDE), checked(1), lose_check, checked(0), during(1, ends(0, DONE))],
+        policy=CHECKED,
+        reason="Completed",
+        counts=(1, 0, 0),
+    ),
+    "is checked for too long": Life(
+        script=[checked(75, OUTSIDE)],
+        policy=CHECKED | {"pendingDeadlineSeconds": 60},
+        reason="DeadlineExceeded",
+        counts=(0, 0, 0),
+    ),
+    "is suspended while it is checked": Life(
+        script=[
+            lambda world: bool(world.checks) and world.set_policy(suspend=True),
+            once("Suspended", sets(suspend=False)),
+            checked(0),
+            during(1, ends(0, DONE)),
+        ],
+        policy=CHECKED,
+        reason="Completed",
+        counts=(1, 0, 0),
+    ),
+    "is cancelled while it is checked": Life(
+        script=[lambda world: bool(world.checks) and world.set_policy(cancel=True)],
+        policy=CHECKED,
+        reason="Cancelled",
+        counts=(0, 0, 0),
+    ),
+    "skips a check that does not end": Life(
+        script=[
+            lambda world: bool(world.checks) and world.set_policy(preflight="Skip"),
+            during(1, ends(0, DONE)),
+        ],
+        policy=CHECKED,
+        reason="Completed",
+        counts=(1, 0, 0),
+    ),
     "runs for too long": Life(
         script=[during(1, ends(1))],
         policy={"activeDeadlineSeconds": 60},
@@ -147,6 +215,7 @@ def reconciler(server: ModelServer, trainer_image: str = "trainer:1", memory: Me
         report_base_url="https://operator:8443",
         ca_bundle=lambda: "CA",
         instance="test",
+        preflight="Skip",
         now=lambda: server.now,
         clock=lambda: server.now.timestamp(),
     )
@@ -196,6 +265,9 @@ def _essence(server: ModelServer) -> dict[str, Any]:
         "recent": [(past["number"], past["verdict"], past["reason"]) for past in attempts["recent"]],
         "artifact": status.get("artifact"),
         "created": server.created,
+        "tried": server.tried,
+        "checks": [check["metadata"]["name"] for check in server.checks],
+        "preflight": {name: status.get("preflight", {}).get(name) for name in ("tries", "verdict")},
         "left": (sorted(server.children), sorted(server.config_maps)),
     }
 

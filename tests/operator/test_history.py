@@ -19,6 +19,7 @@ from finetune_core.contract import (
 )
 from finetune_operator.conditions import View, compute_conditions
 from finetune_operator.history import checkpoints_of, merge_history, merge_report, percentage, thin
+from finetune_operator.transitions import notices
 from tests.operator.worlds import NOW
 
 
@@ -131,6 +132,10 @@ def test_a_store_that_takes_no_checkpoint_becomes_a_condition() -> None:
     overdue = conditions[ConditionType.CHECKPOINT_AVAILABLE]
     assert (overdue.status, overdue.reason) == ("True", Reason.CHECKPOINT_OVERDUE)
     assert overdue.message == "step 20 is committed; 3 min of training are not saved: the store answered 503"
+    before = FineTuneJobStatus()
+    after = status.model_copy(update={"conditions": list(conditions.values())})
+    told_people = [notice for notice in notices(before, after, NOW) if notice.reason == Reason.CHECKPOINT_OVERDUE]
+    assert [(notice.warning, notice.note) for notice in told_people] == [(True, overdue.message)]
     healthy = View(now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, report=report())
     conditions = {condition.type: condition for condition in compute_conditions(FineTuneJobStatus(), status, healthy)}
     assert conditions[ConditionType.CHECKPOINT_AVAILABLE].reason == Reason.COMMITTED

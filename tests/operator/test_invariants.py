@@ -82,7 +82,7 @@ def _happenings(chance: random.Random) -> list[tuple[Callable[[ModelServer], Any
         (lambda world: world.end_pods(chance.choice((1, 75, 137, 143))), 3),
         (lambda world: world.end_pods(0, DONE), 0.3),
         (lambda world: world.end_pods(64), 0.1),
-        (lambda world: world.delete_pod(chance.choice((0, 1))), 2),
+        (lambda world: world.ask_deletion(chance.choice((0, 1))), 2),
         (lambda world: world.set_policy(suspend=chance.random() < 0.3), 2),
         (lambda world: world.created and world.set_policy(cancel=True), 0.05),
         (lambda world: world.set_policy(activeDeadlineSeconds=chance.choice((60, 3600, 36000))), 0.3),

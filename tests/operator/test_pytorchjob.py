@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE
+from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE, STORAGE_CA_FILE
 from finetune_core.names import attempt_name
 from finetune_operator.pods import AttemptPlan
 from finetune_operator.pytorchjob import build_pytorchjob, parse_pytorchjob
@@ -110,3 +110,20 @@ def test_a_pytorchjob_is_read_back() -> None:
 
 if __name__ == "__main__":
     GOLDEN.write_text(text(), encoding="utf-8")
+
+
+def test_a_store_with_an_authority_of_its_own_and_the_pods_identity() -> None:
+    """No Secret is mounted where none is named; the certificates come under the name that the trainer reads."""
+    storage = {"uri": "s3://bucket/x", "caConfigMapRef": {"name": "company", "key": "root.pem"}}
+    spec = template(storage=storage, podTemplate={"serviceAccountName": "trainer"})["spec"]
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    mounts = {mount["name"]: mount for mount in spec["containers"][0]["volumeMounts"]}
+    assert "storage-credentials" not in volumes
+    assert "storage-credentials" not in mounts
+    assert spec["serviceAccountName"] == "trainer"
+    assert volumes["storage-ca"]["configMap"] == {
+        "name": "company",
+        "defaultMode": 0o440,
+        "items": [{"key": "root.pem", "path": PurePosixPath(STORAGE_CA_FILE).name}],
+    }
+    assert mounts["storage-ca"]["mountPath"] == str(PurePosixPath(STORAGE_CA_FILE).parent)

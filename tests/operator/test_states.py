@@ -19,6 +19,7 @@ from finetune_core.contract import Phase, Report
 from finetune_operator.attempts import Settlement
 from finetune_operator.conditions import View, compute_conditions
 from finetune_operator.observed import ChildObservation
+from finetune_operator.preflight import Check, Next
 from finetune_operator.problems import OutsideError
 from finetune_operator.verdict import Verdict
 from tests.operator.test_verdict import TABLE
@@ -38,6 +39,16 @@ ATTEMPTS = (
 )
 POLICIES = tuple(RunPolicySpec(**policy) for policy in ({}, {"suspend": True}, {"cancel": True}, {"queueName": "gpu"}))
 CHILDREN = tuple(ChildObservation(name="c", uid="u", owner_uid="o", replicas=1, suspended=it) for it in (False, True))
+CHECKS = (
+    None,
+    *(Check(record=None, next=Next.WATCH, cause=cause) for cause in ("", "no bucket")),
+    *(
+        Check(record=None, next=Next.SETTLE, settled=Settlement(succeeded=False, reason=reason, message="m"))
+        for reason in (Reason.BAD_INPUT, Reason.DEADLINE_EXCEEDED)
+    ),
+    Check(record=None, next=Next.REMOVE, is_given_up=True),
+    Check(record=None, next=Next.OPEN),
+)
 REPORT = Report(
     run=1,
     pod_uid="u",
@@ -72,11 +83,13 @@ PROBLEMS = (
 
 @pytest.mark.parametrize("attempts", ATTEMPTS, ids=["none", "between", "running", "ending", "cancelled", "late"])
 def test_every_condition_that_can_be_computed_is_explained(attempts: AttemptsStatus) -> None:
-    views = itertools.product(SETTLED, PROBLEMS, (None, REPORT, OVERDUE), ("", "spec.a: must"), POLICIES, CHILDREN)
-    for settled, problem, report, invalid, policy, child in views:
+    checks = CHECKS if not attempts.started else (None,)
+    reports = (None, REPORT, OVERDUE)
+    views = itertools.product(SETTLED, PROBLEMS, reports, ("", "spec.a: must"), POLICIES, CHILDREN, checks)
+    for settled, problem, report, invalid, policy, child, check in views:
         view = View(
             now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, settled=settled, problem=problem,
-            report=report, invalid=invalid, policy=policy, child=child, ending_pods=1,
+            report=report, invalid=invalid, policy=policy, child=child, ending_pods=1, check=check,
         )  # fmt: skip
         stored = FineTuneJobStatus()
         conditions = compute_conditions(stored, stored.model_copy(update={"attempts": attempts}), view)

@@ -4,7 +4,11 @@ gradient that is infinite. After a rollback a fault of the rate is gone, as if i
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,23 +17,85 @@ from unittest import mock
 
 import torch
 
+from finetune_core.contract import Phase
 from finetune_trainer.data.batches import IGNORED
 from finetune_trainer.errors import StopAgreed
-from finetune_trainer.training import loop
+from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.training import loop, saving
 from finetune_trainer.training.batches import Batches
 from finetune_trainer.training.engine import Engine
+from finetune_trainer.training.gang import Gang
+from finetune_trainer.training.progress import Progress
 
 
 @contextmanager
 def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     """Do ``fault`` from its `step` on: {"kind": "noise", "share": s, "growth": g, "steps": n}, {"kind": "rate",
-    "factor": f}, {"kind": "gradient"}, which happens once, or {"kind": "stop"}, as SIGTERM does."""
+    "factor": f}, {"kind": "gradient"}, which happens once, {"kind": "stop"}, as SIGTERM does, {"kind": "told",
+    "rank": r}: a rank is told while rows are scored after the step, {"kind": "phase", "phase": p}: rank 0 is told as it
+    begins with p, {"kind": "budget", "seconds": s} for uploads, or {"kind": "kill", "rank": r, "point": p, "count": n}:
+    signal 9 to itself (see `POINTS`)."""
     if fault is None:
         yield
         return
-    patch = {"noise": _noise, "rate": _rate, "gradient": _gradient, "stop": _stop}[fault["kind"]]
+    patches = {
+        "noise": _noise,
+        "rate": _rate,
+        "gradient": _gradient,
+        "stop": _stop,
+        "told": _told,
+        "phase": _phase,
+        "budget": _budget,
+        "kill": _kill,
+    }
+    patch = patches[fault["kind"]]
     with patch(fault):
         yield
+
+
+POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed")
+"""Where a rank can be killed: before a backward pass; between two tensors of a snapshot; while a file is on its way;
+before the manifest, before COMMIT, and after COMMIT before the run knows of it."""
+
+
+def _kill(fault: dict[str, Any]) -> Any:
+    """Kill the rank with signal 9 when it comes to the point for the n-th time."""
+    point, left = fault["point"], itertools.count(fault["count"] - 1, -1)
+
+    def die() -> None:
+        if int(os.environ["RANK"]) == fault["rank"] and next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def soon() -> None:
+        if int(os.environ["RANK"]) == fault["rank"] and next(left) == 0:
+            threading.Timer(fault.get("delay", 0.0), os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    def patched(owner: type, name: str, suffix: str, *, after: bool = False, act: Any = die) -> Any:
+        made = getattr(owner, name)
+
+        def call(self: Any, *arguments: Any, **options: Any) -> Any:
+            hit = not suffix or str(arguments[0]).endswith(suffix)
+            if hit and not after:
+                act()
+            answer = made(self, *arguments, **options)
+            if hit and after:
+                act()
+            return answer
+
+        return mock.patch.object(owner, name, call)
+
+    return {
+        "accumulation": lambda: patched(Engine, "backward", ""),
+        "snapshot": lambda: patched(Engine, "read_state", ""),
+        "upload": lambda: patched(RunRoot, "upload", "", act=soon),
+        "manifest": lambda: patched(RunRoot, "write", "/manifest.json"),
+        "commit": lambda: patched(RunRoot, "create", "/COMMIT"),
+        "committed": lambda: patched(RunRoot, "create", "/COMMIT", after=True),
+    }[point]()
+
+
+def _budget(fault: dict[str, Any]) -> Any:
+    return mock.patch.object(saving, "BACKGROUND_BUDGET_SECONDS", fault["seconds"])
 
 
 def _stop(fault: dict[str, Any]) -> Any:
@@ -41,6 +107,39 @@ def _stop(fault: dict[str, Any]) -> Any:
         return made(self, step)
 
     return mock.patch.object(loop.Training, "_one_step", one_step)
+
+
+@contextmanager
+def _told(fault: dict[str, Any]) -> Iterator[None]:
+    evaluate, now = loop.Training._evaluate, {"told": False}
+
+    def told_meanwhile(self: loop.Training, questions: Any) -> Any:
+        now["told"] = self.step == fault["step"] and self._gang.rank == fault["rank"]
+        return evaluate(self, questions)
+
+    def told(_: Gang) -> bool:
+        return now["told"]
+
+    with (
+        mock.patch.object(loop.Training, "_evaluate", told_meanwhile),
+        mock.patch.object(Gang, "told", told),
+    ):
+        yield
+
+
+@contextmanager
+def _phase(fault: dict[str, Any]) -> Iterator[None]:
+    begin, now = Progress.phase, {"told": False}
+
+    def phase(self: Progress, phase: Phase) -> None:
+        now["told"] = now["told"] or phase.value == fault["phase"]
+        begin(self, phase)
+
+    def told(_: Gang) -> bool:
+        return now["told"]
+
+    with mock.patch.object(Progress, "phase", phase), mock.patch.object(Gang, "told", told):
+        yield
 
 
 @contextmanager

@@ -19,6 +19,39 @@ from tests.trainer.objectstore import ObjectStore, free_port
 RUN_SECONDS = 240
 
 
+def write_plans(
+    configs: list[dict[str, Any]],
+    inputs: Inputs | list[Inputs],
+    folder: Path,
+    *,
+    credentials: Path,
+    faults: list[dict[str, Any] | None] | None = None,
+    attempt: int = 1,
+) -> list[Path]:
+    """Write what each rank of `many_runs` reads, and return the files in the order of ranks."""
+    files = []
+    for rank in range(configs[0]["world"]["nodes"]):
+        scratch = folder / f"rank-{rank}"
+        identity = Identity(
+            namespace="default", name="test", uid="u", attempt=attempt, pod_name="p", pod_uid="p", node_rank=rank
+        )
+        plans = []
+        for index, config in enumerate(configs):
+            plan = WorkerPlan(
+                paths=Paths(credentials=credentials, scratch=scratch),
+                identity=identity,
+                config=RunConfig.model_validate(config),
+                inputs=inputs[index] if isinstance(inputs, list) else inputs,
+                folder=scratch / f"run-{index}",
+            )
+            plans.append({"plan": json.loads(plan.to_json()), "fault": faults[index] if faults else None})
+        scratch.mkdir(parents=True)
+        file = folder / f"plans-{rank}.json"
+        file.write_text(json.dumps(plans))
+        files.append(file)
+    return files
+
+
 def train_all(
     configs: list[dict[str, Any]],
     inputs: Inputs | list[Inputs],
@@ -35,24 +68,7 @@ def train_all(
     world = configs[0]["world"]["nodes"]
     port = free_port()
     ranks = []
-    for rank in range(world):
-        plans = []
-        for index, config in enumerate(configs):
-            scratch = folder / f"rank-{rank}"
-            identity = Identity(
-                namespace="default", name="test", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=rank
-            )
-            plan = WorkerPlan(
-                paths=Paths(credentials=credentials, scratch=scratch),
-                identity=identity,
-                config=RunConfig.model_validate(config),
-                inputs=inputs[index] if isinstance(inputs, list) else inputs,
-                folder=scratch / f"run-{index}",
-            )
-            plans.append({"plan": json.loads(plan.to_json()), "fault": faults[index] if faults else None})
-        (folder / f"rank-{rank}").mkdir(parents=True)
-        file = folder / f"plans-{rank}.json"
-        file.write_text(json.dumps(plans))
+    for rank, file in enumerate(write_plans(configs, inputs, folder, credentials=credentials, faults=faults)):
         environment = {
             **os.environ,
             "PATH": "/nonexistent",

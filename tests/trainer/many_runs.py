@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from finetune_trainer.errors import Diverged, Stopped
+from finetune_trainer.errors import Diverged, OutsideFailure, Stopped
 from finetune_trainer.outcomes import Standing
 from finetune_trainer.plan import WorkerPlan
 from finetune_trainer.training import environment
@@ -39,6 +39,8 @@ def main() -> None:
                 results.append({"outcome": "Diverged", "message": str(error)})
             except Stopped as error:
                 results.append({"outcome": "Stopped", "message": str(error)})
+            except OutsideFailure as error:
+                results.append({"outcome": "OutsideFailure", "message": str(error)})
     (plans[0].paths.scratch / "results.json").write_text(json.dumps(results))
     gang.farewell()
     sys.stdout.flush()

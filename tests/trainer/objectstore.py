@@ -6,10 +6,11 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import urllib3
 from minio import Minio
@@ -58,10 +59,20 @@ class ObjectStore:
 
 
 @contextmanager
-def running_store(binary: Path, folder: Path) -> Iterator[ObjectStore]:
+def running_store(
+    binary: Path,
+    folder: Path,
+    *,
+    variables: Mapping[str, str] | None = None,
+    certificates: Path | None = None,
+    region: str = "us-east-1",
+) -> Iterator[ObjectStore]:
+    """Run a server on ``folder``; ``variables`` join its environment, and with ``certificates`` (public.crt,
+    private.key and the authority's ca.crt) it speaks TLS under the name localhost."""
     port = free_port()
     environment = {
         **os.environ,
+        **(variables or {}),
         "MINIO_ROOT_USER": ACCESS_KEY,
         "MINIO_ROOT_PASSWORD": SECRET_KEY,
         "HOME": str(folder),
@@ -69,15 +80,26 @@ def running_store(binary: Path, folder: Path) -> Iterator[ObjectStore]:
         "MINIO_UPDATE": "off",
     }
     command = [str(binary), "server", "--quiet", "--address", f"127.0.0.1:{port}", str(folder / "data")]
+    if certificates is not None:
+        command[2:2] = ["--certs-dir", str(certificates)]
+    authority = certificates / "ca.crt" if certificates is not None else None
     with (folder / "minio.log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        endpoint = f"http://127.0.0.1:{port}"
-        wait_ready(endpoint, server, folder / "minio.log")
+        endpoint = f"http://127.0.0.1:{port}" if certificates is None else f"https://localhost:{port}"
+        connections = urllib3.PoolManager(ca_certs=str(authority) if authority else None)
+        wait_ready(endpoint, server, folder / "minio.log", connections)
         credentials = folder / "credentials"
         write_credentials(credentials, ACCESS_KEY, SECRET_KEY)
-        client = Minio(f"127.0.0.1:{port}", ACCESS_KEY, SECRET_KEY, secure=False, region="us-east-1")
-        client.make_bucket(BUCKET)
+        client = Minio(
+            urlsplit(endpoint).netloc,
+            ACCESS_KEY,
+            SECRET_KEY,
+            secure=certificates is not None,
+            region=region,
+            http_client=connections,
+        )
+        client.make_bucket(BUCKET, location=region)
         yield ObjectStore(endpoint, credentials, client)
     finally:
         server.terminate()
@@ -94,13 +116,20 @@ def write_credentials(folder: Path, access_key: str, secret_key: str) -> None:
     (folder / "AWS_SECRET_ACCESS_KEY").write_text(secret_key)
 
 
-def wait_ready(endpoint: str, server: subprocess.Popen[bytes], log: Path, seconds: float = 30) -> None:
+def wait_ready(
+    endpoint: str,
+    server: subprocess.Popen[bytes],
+    log: Path,
+    connections: urllib3.PoolManager | None = None,
+    seconds: float = 30,
+) -> None:
+    connections = connections or urllib3.PoolManager()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise RuntimeError(f"MinIO ended with {server.returncode}: {log.read_text()[-2000:]}")
         try:
-            if urllib3.request("GET", f"{endpoint}/minio/health/ready", timeout=2, retries=False).status == 200:
+            if connections.request("GET", f"{endpoint}/minio/health/ready", timeout=2, retries=False).status == 200:
                 return
         except urllib3.exceptions.HTTPError:
             pass

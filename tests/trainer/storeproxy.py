@@ -12,7 +12,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -44,6 +44,8 @@ class Request:
     method: str
     path: str
     """Bucket, key and query as they were asked for, decoded."""
+    fields: Mapping[str, str] = field(repr=False, compare=False)
+    """The head's fields, their names in lower case."""
 
 
 @dataclass
@@ -107,7 +109,7 @@ class StoreProxy:
     ) -> bool:
         """Forward one request and its answer; return whether the connection goes on."""
         method, target, _ = head.start.split(" ", 2)
-        request = Request(len(self.requests), method, unquote(target))
+        request = Request(len(self.requests), method, unquote(target), head.fields)
         self.requests.append(request)
         fault = self.plan(request)
         if fault is Fault.RESET_BEFORE:

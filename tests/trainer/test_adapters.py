@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,10 @@ class Trained:
     config: dict[str, Any]
 
     def adapted(self, base: Path, dtype: torch.dtype) -> Any:
-        """What anybody gets who follows adapter_config.json."""
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), self.artifact).eval()
+        """What anybody gets who follows adapter_config.json; unless it is told not to, peft computes a bf16 adapter in
+        fp32, which is not what the engine did."""
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        return PeftModel.from_pretrained(model, self.artifact, autocast_adapter_dtype=False).eval()
 
     def ids(self) -> torch.Tensor:
         return torch.tensor([AutoTokenizer.from_pretrained(self.artifact)(PROMPT)["input_ids"]])
@@ -128,7 +131,7 @@ def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
             plain = AutoModelForCausalLM.from_pretrained(run.model, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(run.artifact)
             plain.resize_token_embeddings(len(tokenizer))
-            without = PeftModel.from_pretrained(plain, run.artifact).eval()
+            without = PeftModel.from_pretrained(plain, run.artifact, autocast_adapter_dtype=False).eval()
             with torch.no_grad():
                 assert float((without(ids).logits - wanted).abs().max()) > 0.1
                 rows = load_file(run.artifact / NEW_ROWS_FILE)
@@ -139,7 +142,7 @@ def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
 
 def as_the_engine_had_it(run: Trained) -> Any:
     """The model that the trainer builds, with the weights of the last checkpoint."""
-    folder = run.checkpoint.parent / "again"
+    folder = Path(tempfile.mkdtemp(dir=run.checkpoint.parent)) / "attempt"
     config = {**run.config, "optimization": {**run.config["optimization"], "zeroStage": 2}}
     identity = Identity(namespace="n", name="n", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0)
     train = tiny.write_jsonl(run.checkpoint.parent / "train.jsonl", tiny.rows(4, seed=1))
@@ -290,10 +293,10 @@ def test_trap_29_adapter_extended_base_and_merged_model_agree(name: str, trained
         wanted = engine_model(ids).logits
         torch.testing.assert_close(adapted(ids).logits, wanted, rtol=0, atol=1e-5)
         torch.testing.assert_close(merged(ids).logits, wanted, rtol=0, atol=1e-5)
-    asked = {"max_new_tokens": 12, "do_sample": False, "use_cache": True, "pad_token_id": 1}
+    end = load_tokenizer(run.artifact).convert_tokens_to_ids("<END_A>")
+    asked = {"max_new_tokens": 12, "do_sample": False, "use_cache": True, "pad_token_id": 1, "eos_token_id": [1, end]}
     assert merged.generate(ids, **asked).tolist() == adapted.generate(input_ids=ids, **asked).tolist()
     assert merged.config.vocab_size == adapted.config.vocab_size == 64 + len(TOKENS)
-    end = load_tokenizer(run.artifact).convert_tokens_to_ids("<END_A>")
     assert merged.generation_config.eos_token_id == [1, end]
 
 

@@ -150,7 +150,7 @@ def test_a_rank_without_examples_computes_a_dummy() -> None:
         assert dummy.targets.tolist() == [IGNORED]
 
 
-def test_the_rate_is_a_function_of_the_step() -> None:
+def test_trap_22_the_rate_is_a_function_of_the_step() -> None:
     base = {
         "learning_rate": 1.0, "global_batch_size": 1, "micro_batch_size": 1, "weight_decay": 0, "gradient_clipping": 1,
         "precision": "fp32", "gradient_checkpointing": False, "seed": 1, "zero_stage": 1,

@@ -261,11 +261,24 @@ def runs(
     form = tokens["dataset"]["format"]["promptCompletion"]
     form |= {"template": "{prompt}<A>", "completionSuffix": "</A>"}
     tokens["evaluation"]["basePrompt"] = "Answer : {prompt}"
+    cut_off = sum_config(store, "cut-off")
+    configs |= {"cut-off": cut_off, "resumed": cut_off}
+    cut_off["optimization"]["maxSteps"] = 45
+    early, late = sum_config(store, "told-early"), sum_config(store, "told-late")
+    for config in (early, late):
+        config["optimization"]["maxSteps"] = 4
+    configs |= {"told-early": early, "told-late": late, "after-late": late}
+    faults: dict[str, dict[str, Any]] = {
+        "cut-off": {"kind": "told", "step": 30, "rank": 1},
+        "told-early": {"kind": "phase", "phase": "Generating"},
+        "told-late": {"kind": "phase", "phase": "Exporting"},
+    }
     results = train_all(
         list(configs.values()),
-        [plain, plain.model_copy(update={"test": few}), plain],
+        [plain.model_copy(update={"test": few if name == "with-tokens" else None}) for name in configs],
         folder,
         credentials=store.credentials,
+        faults=[faults.get(name) for name in configs],
     )
     return {name: (result, configs[name]) for name, result in zip(configs, results, strict=True)}
 
@@ -288,7 +301,7 @@ def test_base_and_tuned_model_are_scored_and_the_result_has_both(
     assert result.outcome is Outcome.COMPLETED
     evaluation = result.evaluation
     assert evaluation is not None
-    assert evaluation == scores_of(store, "by-score").evaluation
+    assert evaluation == scores_of(store, "by-score").evaluation.rounded()
     assert (evaluation.rows, evaluation.examples) == ("Validation", 10)
     base, tuned = evaluation.base, evaluation.tuned
     assert base is not None
@@ -357,3 +370,35 @@ def test_patience_stops_early_and_still_makes_an_artifact(
     assert result.message.endswith("stopped early, because 2 evaluations in a row brought no improvement")
     pointer = json.loads(store.read("runs/default/patience/uid-1/ARTIFACT"))
     assert pointer["outcome"] == "EarlyStopped"
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    """What is chosen must not depend on when a run was told to stop."""
+    assert runs["cut-off"][0].outcome is Outcome.STOPPED
+    assert runs["cut-off"][0].message == "told to stop: the checkpoint of step 30 is committed"
+    assert runs["resumed"][0].outcome is Outcome.COMPLETED
+    # The same job but for its patience, and undisturbed.
+    expected = {row.step: row.perplexity for row in step_rows(store, "patience")}
+    found = {row.step: row.perplexity for row in step_rows(store, "cut-off") if row.perplexity is not None}
+    assert found == {step: expected[step] for step in (15, 30, 45)}
+    assert all(value is not None for value in found.values())
+    # The base model is scored once a job.
+    first, second = scores_of(store, "cut-off", 1), scores_of(store, "cut-off", 2)
+    assert first.evaluation.tuned is None
+    assert second.evaluation.base == first.evaluation.base
+    assert second.evaluation.tuned is not None
+
+
+def test_told_to_stop_in_base_scoring_and_in_export(
+    runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
+) -> None:
+    early, late, after = (runs[name][0] for name in ("told-early", "told-late", "after-late"))
+    assert (early.outcome, late.outcome, after.outcome) == (Outcome.STOPPED, Outcome.STOPPED, Outcome.COMPLETED)
+    assert early.message == "told to stop: no step was finished yet"
+    assert late.message == "told to stop: what was trained is committed"
+    assert after.artifact is not None
+    assert after.artifact.step == 4
+    # Nothing is trained twice: the second run exports what the first had committed.
+    assert {key.split("/")[-1][:6] for key in store.keys("runs/default/told-late/uid-1/metrics/")} == {"000001"}

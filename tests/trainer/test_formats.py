@@ -307,22 +307,24 @@ def test_a_split_is_downloaded_at_one_commit_from_the_hub(tmp_path: Path) -> Non
 import json, os, sys
 from pathlib import Path
 from finetune_core.api.sources import HuggingFaceDataSource
-from finetune_trainer.data.hub import fetch_split
+from finetune_trainer.data.hub import fetch_first_file, fetch_split
 from finetune_trainer.data.reader import read_rows
 source = HuggingFaceDataSource.model_validate(json.loads(sys.argv[1]))
 try:
-    folder = fetch_split(source, "dataset.train", sys.argv[3] or None, Path(sys.argv[2]))
+    place = (source, "dataset.train", sys.argv[3] or None, Path(sys.argv[2]))
+    most = {"first": 100, "nothing": 10}.get(sys.argv[4])
+    folder = fetch_split(*place) if most is None else (fetch_first_file(*place, most_bytes=most) or [None])[0]
 except Exception as error:
     print(type(error).__name__, error)
 else:
-    print([row.place("acme/rows") for row in read_rows(folder, "dataset.train")])
+    print(folder and [row.place("acme/rows") for row in read_rows(folder, "dataset.train")])
 """
 
-    def fetch(hub: Hub, token: str = "", **source: Any) -> str:
+    def fetch(hub: Hub, token: str = "", fetch: str = "all", **source: Any) -> str:
         asked = {"repo": "acme/rows", "split": "train", **source}
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         done = subprocess.run(
-            [sys.executable, "-c", program, json.dumps(asked), str(folder), token],
+            [sys.executable, "-c", program, json.dumps(asked), str(folder), token, fetch],
             env={"HF_ENDPOINT": hub.endpoint, "HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
             capture_output=True,
             text=True,
@@ -339,6 +341,8 @@ else:
             "UserError dataset.train.huggingFace.revision: acme/rows has no revision 'v9'"
         )
         assert fetch(hub).startswith("OutsideFailure dataset.train.huggingFace: acme/rows is gated and no token is set")
+        assert fetch(hub, "secret", fetch="first") == "['acme/rows/train-0.jsonl line 1']"
+        assert fetch(hub, "secret", fetch="nothing") == "None"
         assert fetch(hub, "secret", split="dev").startswith(
             "UserError dataset.train.huggingFace.split: no data file is called after 'dev'"
         )

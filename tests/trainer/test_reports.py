@@ -18,7 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from finetune_core.contract import CurvePoint, Phase, Report
+from finetune_trainer.data.examples import Example, example_set
 from finetune_trainer.reporting import MOST_POINTS, Speed, Tokens, thin
+from finetune_trainer.training.batches import Batches
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import step_rows
 from tests.trainer.objectstore import ObjectStore
@@ -143,7 +145,7 @@ def test_reports_tell_the_run_from_loading_to_its_result(
     assert evaluation.tuned is not None
     assert evaluation.tuned.perplexity == pytest.approx(rows[-1].perplexity, rel=1e-6)
     assert evaluation.base.perplexity > evaluation.tuned.perplexity
-    assert attempt.pods[0].result.evaluation == evaluation
+    assert attempt.pods[0].result.evaluation == evaluation.rounded()
     assert [report.step for report in report_server.reports] == sorted(report.step for report in report_server.reports)
 
 
@@ -157,6 +159,19 @@ def test_a_thinned_curve_keeps_its_ends_and_its_evaluations() -> None:
     assert [point.step for point in kept] == sorted({point.step for point in kept})
     many = [CurvePoint(step=step, perplexity=2.0) for step in range(500)]
     assert len(thin(many)) == MOST_POINTS
+
+
+def test_trap_27_padding_does_not_count_as_throughput() -> None:
+    """A batch of which half is padding: real tokens per second are half of the computed positions, as they are."""
+    lengths = (2, 10, 2, 6)
+    examples = example_set([Example(range(length), [(1, length)]) for length in lengths])
+    batches = Batches(examples, rank=0, world_size=1, pad=0, capacity=None)
+    (batch,) = batches.tensors(batches.share(range(4), 4))
+    assert batch.input_ids.numel() == 40
+    assert (batch.real_tokens, batch.tokens) == (20, 16)
+    speed = Speed(now=0.0)
+    speed.step(now=2.0, tokens=Tokens(batch.tokens, batch.real_tokens, batch.input_ids.numel()))
+    assert speed.per_second() == (8.0, 10.0, 20.0)
 
 
 def test_speed_and_remaining_time_come_from_a_sliding_window() -> None:

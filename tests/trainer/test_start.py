@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from finetune_core.contract import Identity
+from finetune_core.errors import UserError
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, checkpoint_folder, digest
 from finetune_trainer.errors import NewerRun
 from finetune_trainer.storage.artifact import committed_result, publish
@@ -25,6 +26,7 @@ from finetune_trainer.storage.checkpoints import (
 )
 from finetune_trainer.storage.lineage import CheckpointId, Rollback, lineage, read_records
 from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.training.ground import Ground
 from finetune_trainer.training.start import Start, restart_run, start_run
 from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.test_recovery import root_of
@@ -275,3 +277,27 @@ def test_the_bucket_holds_what_the_listing_says(root: RunRoot, empty_store: Obje
     )
     stored = empty_store.client.stat_object(BUCKET, f"{root.location.prefix}/{checkpoint_folder(1, 5)}/{OBJECTS[0]}")
     assert stored.metadata["x-amz-meta-sha256"] == digest((tmp_path / OBJECTS[0]).read_bytes())
+
+
+def test_adapters_are_resumed_on_their_own_base_and_seed_only(tmp_path: Path) -> None:
+    base, extended = tmp_path / "base", tmp_path / "extended"
+    for folder, value in ((base, 1), (extended, 2)):
+        folder.mkdir()
+        save_file({"weight": np.full(8, value, dtype=np.float32)}, folder / "model.safetensors")
+    plain, with_rows = (Ground.of(adapters=True, base=base, extended=where) for where in (base, extended))
+    assert plain.rows_sha256 is None
+    assert with_rows.rows_sha256 not in (None, with_rows.base_sha256)
+    assert Ground.of(adapters=False, base=base, extended=base) == Ground()
+    state = TrainerState(
+        step=5, epoch=0, batch_in_epoch=0, seed=1, updates=5, tokens=5, world_size=1, zero_stage=0, rows=20,
+        base_sha256=with_rows.base_sha256, rows_sha256=with_rows.rows_sha256,
+    )  # fmt: skip
+    with_rows.check(state, seed=1)
+    with pytest.raises(UserError, match=r"training\.seed: is 2, but the checkpoint of step 5 was trained with 1"):
+        with_rows.check(state, seed=2)
+    save_file({"weight": np.full(8, 3, dtype=np.float32)}, extended / "model.safetensors")
+    with pytest.raises(UserError, match=r"model: is not what the checkpoint of step 5 .* rows of the added tokens"):
+        Ground.of(adapters=True, base=base, extended=extended).check(state, seed=1)
+    (base / "model.safetensors").rename(base / "other.safetensors")
+    with pytest.raises(UserError, match=r"the base model's weights is .*, not .*; name that revision again"):
+        Ground.of(adapters=True, base=base, extended=extended).check(state, seed=1)

@@ -52,7 +52,7 @@ def data_file(source: DataSource, name: str, paths: Paths, store: Store, folder:
             raise UserError(f"{name}.volume.path", "must name a file")
         return path
     if source.hugging_face is not None:
-        return fetch_split(source.hugging_face, name, _token(source.hugging_face, name, paths), folder)
+        return fetch_split(source.hugging_face, name, data_token(source.hugging_face, name, paths), folder)
     if source.s3 is None:
         raise UserError(name, "must be one of huggingFace, s3, volume")
     location = parse_uri(source.s3.uri)
@@ -63,7 +63,7 @@ def data_file(source: DataSource, name: str, paths: Paths, store: Store, folder:
     return path
 
 
-def _token(source: HuggingFaceDataSource, name: str, paths: Paths) -> str | None:
+def data_token(source: HuggingFaceDataSource, name: str, paths: Paths) -> str | None:
     """Return the token for a data set; None where the job names none."""
     return (paths.hub_data_tokens / name).read_text().strip() if source.token_secret_ref is not None else None
 

@@ -57,7 +57,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [get, list, watch, create, delete]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [list, watch]
+  verbs: [list, watch, create, delete]
 {{- if .Values.checkpointAnnotations }}
 # Metadata of pods, through their status: what a pod runs can't be changed there.
 - apiGroups: [""]

@@ -30,6 +30,8 @@ class ConditionType(StrEnum):
 class Reason(StrEnum):
     """Reasons of conditions. Those of `Succeeded` are the one word in kubectl's State column."""
 
+    PREFLIGHT = "Preflight"
+    OUTSIDE_FAILURE = "OutsideFailure"
     QUEUED = "Queued"
     STARTING = "Starting"
     RUNNING = "Running"

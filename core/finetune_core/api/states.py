@@ -34,6 +34,16 @@ CONDITIONS: Mapping[ConditionType, str] = {
 }
 
 REASONS: Mapping[Reason, Explanation] = {
+    Reason.PREFLIGHT: Explanation(
+        "A small pod without GPUs checks store, model and data before any GPU is asked for, or something that it needs"
+        " is waited for.",
+        "Read the message of `Accepted`: it names what is missing. `runPolicy.preflight: Skip` starts without a check.",
+    ),
+    Reason.OUTSIDE_FAILURE: Explanation(
+        "Something outside the spec is missing or refuses: a Secret or a key of it, credentials, a bucket, an endpoint,"
+        " a volume, an image, a quota. It is looked at again after 10 s to 5 min.",
+        "Put right what the message names; the job goes on by itself.",
+    ),
     Reason.QUEUED: Explanation(
         "The attempt exists, but no pod does yet: the queue of `runPolicy.queueName` holds it, or a quota is used up.",
         "Wait. If it lasts, read the message; under Kueue look at the Workload of the PyTorchJob in `status.child`, and"
@@ -114,7 +124,7 @@ REASONS: Mapping[Reason, Explanation] = {
     Reason.SETTLED: Explanation("The job has ended; see `Succeeded`."),
 }
 
-_WAITS = (Reason.QUEUED, Reason.STARTING, Reason.RUNNING, Reason.RETRYING, Reason.SUSPENDED)
+_WAITS = (Reason.PREFLIGHT, Reason.QUEUED, Reason.STARTING, Reason.RUNNING, Reason.RETRYING, Reason.SUSPENDED)
 _OUTSIDE = (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE)
 _DONE = (Reason.COMPLETED, Reason.EARLY_STOPPED)
 _STOPPING = (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED)
@@ -128,7 +138,11 @@ STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
         "True": _DONE,
         "False": _FAILED,
     },
-    ConditionType.ACCEPTED: {"True": (Reason.VALID,), "False": (Reason.BAD_INPUT, *_OUTSIDE)},
+    ConditionType.ACCEPTED: {
+        "Unknown": (Reason.PREFLIGHT,),
+        "True": (Reason.VALID,),
+        "False": (Reason.BAD_INPUT, Reason.OUTSIDE_FAILURE, *_OUTSIDE),
+    },
     ConditionType.SCHEDULED: {"True": (Reason.SCHEDULED,), "False": (Reason.WAITING_FOR_PODS, Reason.SETTLED)},
     ConditionType.RUNNING: {"True": (Reason.RUNNING,), "False": (Reason.WAITING_FOR_PODS, Reason.SETTLED)},
     ConditionType.CHECKPOINT_AVAILABLE: {

@@ -111,6 +111,21 @@ class AttemptsStatus(StatusModel):
     """End of the back-off, while the job waits for it."""
 
 
+class PreflightStatus(StatusModel):
+    """The check before the first attempt."""
+
+    start_time: datetime
+    """When it was begun, or begun anew after a suspension; `runPolicy.pendingDeadlineSeconds` counts from here."""
+    tries: Count = 0
+    """Tries that have ended."""
+    verdict: Annotated[str, Field(max_length=32)] = ""
+    """What the last try came to: Passed, Impossible, or Waiting for something outside; empty before the first."""
+    message: Text = ""
+    """What it found, for people."""
+    next_try_time: datetime | None = None
+    """When the next try starts, while something outside is waited for."""
+
+
 class ProgressStatus(StatusModel):
     """How far the run is."""
 
@@ -304,6 +319,8 @@ class FineTuneJobStatus(StatusModel):
     """Generation of the spec that the status speaks of."""
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=by_key("type"))] = []
     """All known conditions, from the first write on."""
+    preflight: PreflightStatus | None = None
+    """The check before the first attempt."""
     attempts: AttemptsStatus = AttemptsStatus()
     """How often the job was started."""
     image: Annotated[str, Field(max_length=704)] | None = None

@@ -30,10 +30,7 @@ class NotYet:
 
 NOT_YET_REASON = "this version of the operator can't run anything else"
 
-NOT_YET = (
-    NotYet("tracking", (None,), "be absent"),
-    NotYet("runPolicy.preflight", (None, "Skip"), "be Skip"),
-)
+NOT_YET = (NotYet("tracking", (None,), "be absent"),)
 
 
 def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:

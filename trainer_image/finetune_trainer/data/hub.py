@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,21 +26,52 @@ def fetch_split(source: HuggingFaceDataSource, name: str, token: str | None, fol
 
     Raises UserError for a split or subset that is not there, OutsideFailure where the hub refuses.
     """
+    _fetch(source, name, token, folder, lambda files, sizes: files)
+    return folder
+
+
+def fetch_first_file(
+    source: HuggingFaceDataSource, name: str, token: str | None, folder: Path, *, most_bytes: int
+) -> tuple[Path, bool] | None:
+    """As `fetch_split`, but only the split's first file, and None where that has more than ``most_bytes``.
+
+    Returns the folder, and whether the file is all there is of the split.
+    """
+
+    def first(files: list[str], sizes: Mapping[str, int]) -> list[str]:
+        return [file for file in files[:1] if sizes[file] <= most_bytes]
+
+    fetched, found = _fetch(source, name, token, folder, first)
+    return (folder, fetched == found) if fetched else None
+
+
+def _fetch(
+    source: HuggingFaceDataSource,
+    name: str,
+    token: str | None,
+    folder: Path,
+    choose: Callable[[list[str], Mapping[str, int]], list[str]],
+) -> tuple[list[str], list[str]]:
+    """Download what ``choose`` takes of a split's files (and their sizes); return what was taken, and all of them."""
     from huggingface_hub import HfApi, snapshot_download
 
     field = f"{name}.huggingFace"
 
-    def download() -> Path:
+    def download() -> tuple[list[str], list[str]]:
         api = HfApi(token=token or False)
-        info = api.dataset_info(source.repo, revision=source.revision)
-        commit, files = info.sha, [sibling.rfilename for sibling in info.siblings or ()]
+        info = api.dataset_info(source.repo, revision=source.revision, files_metadata=True)
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        commit, files = info.sha, list(sizes)
         card = ""
         if CARD in files:
             path = api.hf_hub_download(
                 source.repo, CARD, repo_type="dataset", revision=commit, local_dir=folder.with_suffix(".card")
             )
             card = Path(path).read_text()
-        wanted = split_files(files, card_configs(card), subset=source.subset, split=source.split, field=field)
+        found = split_files(files, card_configs(card), subset=source.subset, split=source.split, field=field)
+        wanted = choose(found, sizes)
+        if not wanted:
+            return [], found
         snapshot_download(
             source.repo,
             repo_type="dataset",
@@ -50,7 +81,7 @@ def fetch_split(source: HuggingFaceDataSource, name: str, token: str | None, fol
             allow_patterns=[_literal(file) for file in wanted],
             max_workers=PARALLEL_DOWNLOADS,
         )
-        return folder
+        return wanted, found
 
     return ask_hub(download, field=field, repo=source.repo, revision=source.revision, has_token=token is not None)
 

@@ -11,9 +11,10 @@ from finetune_core.api.sources import DataSource, S3Source
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import NoRowsError, check_columns, limit_of, make_examples
+from finetune_trainer.data.hub import fetch_first_file
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import tokenize_with
-from finetune_trainer.inputs import data_file, source_name
+from finetune_trainer.inputs import data_file, data_token, source_name
 from finetune_trainer.preflight.model import ModelFacts
 from finetune_trainer.settings import Paths
 from finetune_trainer.storage.client import Store
@@ -22,7 +23,8 @@ SAMPLE_ROWS = 1000
 SAMPLE_BYTES = 4 * 1024 * 1024
 """Read of a text file in the store; a shorter one is read whole."""
 WHOLE_BYTES = 64 * 1024 * 1024
-"""Largest parquet file in the store that is fetched for its first rows: its columns are described at its end."""
+"""Largest file that is fetched whole for its first rows: parquet describes its columns at its end, and the hub's
+files are fetched whole."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,13 @@ def check_rows(
 
 def _sample(source: DataSource, name: str, paths: Paths, store: Store, folder: Path) -> Sample | None:
     """Bring the beginning of a data file here; None where nothing can be told from a beginning."""
-    if source.s3 is None:
-        return Sample(data_file(source, name, paths, store, folder), is_whole=True)
-    return _stored_sample(source.s3, name, store, folder)
+    if source.s3 is not None:
+        return _stored_sample(source.s3, name, store, folder)
+    if source.hugging_face is not None:
+        token = data_token(source.hugging_face, name, paths)
+        found = fetch_first_file(source.hugging_face, name, token, folder, most_bytes=WHOLE_BYTES)
+        return Sample(*found) if found is not None else None
+    return Sample(data_file(source, name, paths, store, folder), is_whole=True)
 
 
 def _stored_sample(source: S3Source, name: str, store: Store, folder: Path) -> Sample | None:

@@ -36,7 +36,7 @@ def committed_result(root: RunRoot) -> Result | None:
             bytes=pointer.bytes,
             manifest_sha256=pointer.manifest_sha256,
         ),
-        evaluation=scores.evaluation if scores is not None else None,
+        evaluation=scores.evaluation.rounded() if scores is not None else None,
     )
 
 

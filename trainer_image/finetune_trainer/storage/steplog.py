@@ -37,6 +37,8 @@ class StepRow(ContractModel):
     backward_seconds: float = 0.0
     update_seconds: float = 0.0
     """Optimizer and its communication."""
+    cpu_seconds: float = 0.0
+    """CPU time of the training thread in this step: what others of the process take of the core shows beside it."""
     checkpoint_seconds: float = 0.0
     """How long training stood still for checkpoints since the step before."""
     mfu: float | None = None

@@ -82,6 +82,7 @@ class Engine:
             # Gathered once a micro-batch however many chunks it computes: ranks may differ in that.
             set_z3_leaf_module(self._objective.head, True)
         self._stage = optimization.zero_stage
+        self._linked = False
         self._optimization = optimization
         self.device = device
         optimizer = torch.optim.AdamW(
@@ -163,6 +164,7 @@ class Engine:
         for group in self._zero.param_groups:
             group["lr"] = rate
         self.module.step()
+        self._link_moments()
 
     def discard(self) -> None:
         """Forget the accumulated gradient: the step is left out."""
@@ -211,6 +213,16 @@ class Engine:
         for key in (FIRST_MOMENT, SECOND_MOMENT):
             tensors[key] = safe_get_full_optimizer_state(parameter, key)
         return tensors
+
+    def _link_moments(self) -> None:
+        """Let parameters find their moments after the first update, at ZeRO 1 and 2.
+
+        DeepSpeed does so when the first of the optimizer's groups was updated, and the others have no moments yet.
+        """
+        if self._stage in (1, 2) and not self._linked:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+            self._linked = True
 
     def prepare_state(self, updates: int) -> None:
         """Create the optimizer's state as after ``updates`` updates, so that `write_state` can fill it.

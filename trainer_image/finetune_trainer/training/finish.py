@@ -65,7 +65,8 @@ def finish(
         shutil.rmtree(target)
         patience = plan.config.evaluation.patience if stopped_early else None
         message = sentence(chosen, scores.evaluation, patience=patience)
-        update = {"message": message, "checkpoint": chosen.uri, "evaluation": scores.evaluation}
+        evaluation = scores.evaluation.rounded() if scores.evaluation is not None else None
+        update = {"message": message, "checkpoint": chosen.uri, "evaluation": evaluation}
         return result.model_copy(update=update).model_dump(mode="json")
 
     result = Result.model_validate(gang.share(publish_chosen, until_told=True))

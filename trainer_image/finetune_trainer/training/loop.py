@@ -127,7 +127,7 @@ class Training:
         whatever the number of ranks and micro-batches: the engine averages over ranks, hence the factor. Raises
         StopAgreed before the update.
         """
-        started, watch = time.monotonic(), Stopwatch(self._gang.device)
+        started, started_cpu, watch = time.monotonic(), time.thread_time(), Stopwatch(self._gang.device)
         gang, optimization = self._gang, self._config.optimization
         with watch.part(DATA):
             share = self._batches.step(step, optimization)
@@ -168,6 +168,7 @@ class Training:
                 tokens=share.tokens,
                 padded_tokens=int(padded),
                 seconds=time.monotonic() - started,
+                cpu_seconds=time.thread_time() - started_cpu,
                 data_seconds=watch.seconds(DATA),
                 forward_seconds=watch.seconds(FORWARD),
                 backward_seconds=watch.seconds(BACKWARD),

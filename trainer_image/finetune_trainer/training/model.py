@@ -5,6 +5,7 @@ Adapter weights come from (seed, name) on the CPU in fp32: the same for every st
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Collection, Sequence
@@ -20,6 +21,7 @@ from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
 from finetune_trainer.errors import first_line
 from finetune_trainer.training.base import Skeleton
+from finetune_trainer.training.mapped import letting_go
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -74,18 +76,22 @@ def adapts_an_embedding(bones: Skeleton, targets: Collection[str]) -> bool:
     return any(_fits(name, target) for name in embeddings for target in targets)
 
 
-def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the base model; raises UserError where its files don't make a whole causal language model."""
+def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> PreTrainedModel:
+    """Load the base model; raises UserError where its files don't make a whole causal language model.
+
+    ``sharded``: its weights are copied into the shards of the ranks, so none of the files' pages is needed twice.
+    """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with letting_go(folder) if sharded else contextlib.nullcontext():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
     shared = {key for key, _ in getattr(model, "all_tied_weights_keys", {}).items()}

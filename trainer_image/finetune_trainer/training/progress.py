@@ -165,6 +165,8 @@ class Progress:
 
     def checkpointing(self, *, age: float, problem: str) -> None:
         """Note the age of what would be resumed from, and why it grows beyond what the job asks for."""
+        if problem.partition(":")[0] != self._checkpoint_problem.partition(":")[0]:
+            say(f"checkpoints: {problem}" if problem else "checkpoints are committed again")
         self._checkpoint_age, self._checkpoint_problem = round(age), problem
 
     def end(self, result: Result) -> None:

@@ -37,14 +37,23 @@ from finetune_trainer.training.start import Start
 from finetune_trainer.training.state import snapshot, write_snapshot
 from finetune_trainer.training.uploads import Snapshot, Uploads
 
+MOST_WAITING = 4
 WAITING_BYTES = 1 << 30
-"""Memory of a rank for snapshots that wait for the one under way; beyond it the newest replaces those that wait."""
+"""Snapshots that wait for the one under way, and a rank's memory for them; beyond one of both the newest replaces
+those that wait: a store that was away is not fed with what retention deletes at once."""
 DRAIN_SECONDS = 0.2
 """How often ranks that wait for the last COMMIT look at each other."""
 MOST_UPLOADS = 3
 """Tries to bring a checkpoint to the bucket whose listing then shows something else than was uploaded."""
 SLOW_UPLOAD_SECONDS = 120.0
 """An upload that takes longer while the next checkpoint waits is worth a word to a person."""
+
+
+def is_due(storage: StorageConfig, step: int, elapsed: float) -> bool:
+    """Return whether a checkpoint is due after ``step``, ``elapsed`` seconds after the last snapshot."""
+    if storage.checkpoint_every_steps is not None:
+        return step % storage.checkpoint_every_steps == 0
+    return storage.checkpoint_every_minutes is not None and elapsed >= 60 * storage.checkpoint_every_minutes
 
 
 class Saver:
@@ -132,10 +141,10 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Return whether the job asks for a checkpoint after ``step``; a collective where minutes count."""
+        due = is_due(self._storage, step, self._clock() - self._saved_at)
         if self._storage.checkpoint_every_steps is not None:
-            return step % self._storage.checkpoint_every_steps == 0
-        minutes = self._storage.checkpoint_every_minutes or 0
-        return self._gang.agree(self._gang.is_first and self._clock() - self._saved_at >= 60 * minutes)
+            return due
+        return self._gang.agree(self._gang.is_first and due)
 
     def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow], *, must: bool = False) -> None:
         """Take a snapshot of the engine's state and leave the rest to the background; all ranks call it.
@@ -148,10 +157,12 @@ class Saver:
         self._number += 1
         taken = Snapshot(self._number, state.model_copy(update=self._ground), tensors, rows, must)
         with self._uploads.held() as waiting:
-            if gang.agree(waiting.bytes + taken.bytes > WAITING_BYTES):
+            # A run that was told to stop has no time for what its last checkpoint makes up for.
+            full = waiting.count >= MOST_WAITING or waiting.bytes + taken.bytes > WAITING_BYTES
+            if gang.agree(full or gang.told()):
                 # What has begun on one rank has to be finished by all.
                 begun = gang.most((waiting.first or self._number) - 1)
-                taken.rows = [*waiting.drop(waiting.replaceable(begun, by_best=must)), *rows]
+                taken.rows = [*waiting.drop(waiting.replaceable(begun)), *rows]
             self._uploads.put(taken)
         self._saved_at = self._clock()
 

@@ -116,6 +116,11 @@ class Waiting:
     _current: Snapshot | None
 
     @property
+    def count(self) -> int:
+        """How many snapshots wait."""
+        return len(self._snapshots)
+
+    @property
     def bytes(self) -> int:
         """Memory that it takes on this rank."""
         return sum(snapshot.bytes for snapshot in self._snapshots)
@@ -131,6 +136,8 @@ class Waiting:
         self._snapshots[:] = [item for item in self._snapshots if item.number not in numbers]
         return rows
 
-    def replaceable(self, begun: int, *, by_best: bool) -> list[int]:
-        """Return the numbers of snapshots above ``begun`` that a newer one makes up for: best ones only by a better."""
-        return [item.number for item in self._snapshots if item.number > begun and (by_best or not item.must)]
+    def replaceable(self, begun: int) -> list[int]:
+        """Return the numbers of snapshots above ``begun`` that a newer one makes up for; where all of them are best
+        ones, the oldest, which the later ones beat."""
+        open_ = [item for item in self._snapshots if item.number > begun]
+        return [item.number for item in open_ if not item.must] or [item.number for item in open_[:1]]

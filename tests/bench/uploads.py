@@ -1,0 +1,129 @@
+"""Measures what uploads in the background cost the training thread, with MinIO throttled to 5 MB/s.
+
+In: nothing. Out: two ratios, with checkpoints against without: the training thread's CPU time over the same steps, and
+the 99th percentile of the time of a step. Runs of both kinds take turns in one process; the median of the pairs counts.
+
+    python -m tests.bench.uploads
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from finetune_trainer.plan import Inputs
+from finetune_trainer.storage.steplog import StepRow
+from tests.trainer import tiny
+from tests.trainer.gangs import step_rows, train_all
+from tests.trainer.objectstore import minio_binary, running_store
+from tests.trainer.pods import run_config
+from tests.trainer.storeproxy import proxy_before
+
+PAIRS = 5
+STEPS = 120
+WARM_UP = 10
+"""First steps are left out: memory is allocated in them."""
+EVERY = 10
+"""Steps between two checkpoints: about as long as the upload of one takes."""
+NEVER = 1_000_000
+BYTES_PER_SECOND = 5_000_000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one run took."""
+
+    cpu_seconds: float
+    """Of the training thread, over all counted steps."""
+    p99_seconds: float
+    """99th percentile of the time of a step."""
+    stall_seconds: float
+    """Mean time that training waited for a snapshot, which is not part of a step."""
+
+    @classmethod
+    def of(cls, rows: list[StepRow]) -> Measured:
+        """Take the numbers of a run from its step log."""
+        counted = rows[WARM_UP:]
+        stalls = [row.checkpoint_seconds for row in counted if row.checkpoint_seconds]
+        return cls(
+            cpu_seconds=sum(row.cpu_seconds for row in counted),
+            p99_seconds=statistics.quantiles((row.seconds for row in counted), n=100, method="inclusive")[98],
+            stall_seconds=statistics.fmean(stalls) if stalls else 0.0,
+        )
+
+
+def write_model(folder: Path) -> Path:
+    """Write a Llama of 4 million parameters with the tests' tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny.write_model(folder)
+    torch.manual_seed(7)
+    config = LlamaConfig.from_pretrained(folder)
+    config.update({"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4})
+    config.update({"num_key_value_heads": 4, "head_dim": 64})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def measure(folder: Path, binary: Path) -> list[tuple[Measured, Measured]]:
+    """Return what runs with and without checkpoints took, in pairs."""
+    (folder / "minio").mkdir()
+    model = write_model(folder / "model")
+    rows = tiny.write_jsonl(folder / "train.jsonl", tiny.rows(64, seed=1))
+    with running_store(binary, folder / "minio") as store, proxy_before(store.endpoint) as proxy:
+        proxy.bytes_per_second = BYTES_PER_SECOND
+        names = [(f"uploads-{number}-{every}", every) for number in range(PAIRS) for every in (EVERY, NEVER)]
+        configs = [
+            run_config(
+                store,
+                name,
+                world__nodes=1,
+                dataset__validation=None,
+                lora={"rank": 16, "alpha": 16},
+                optimization__zeroStage=1,
+                optimization__maxSteps=STEPS,
+                optimization__globalBatchSize=8,
+                optimization__microBatchSize=8,
+                storage__checkpointEverySteps=every,
+                storage__endpoint=proxy.endpoint,
+            )
+            for name, every in names
+        ]
+        inputs = Inputs(model=model, train=rows, validation=None)
+        train_all(configs, inputs, folder / "runs", credentials=store.credentials, seconds=1200)
+        taken = [Measured.of(step_rows(store, name)) for name, _ in names]
+    return list(zip(taken[::2], taken[1::2], strict=True))
+
+
+def run() -> None:
+    """Measure and print the table."""
+    binary = minio_binary()
+    if binary is None:
+        sys.exit("error: no MinIO program: run `python -m tests.cluster build`, or set FINETUNE_MINIO")
+    with tempfile.TemporaryDirectory() as temporary:
+        pairs = measure(Path(temporary), binary)
+    table = Table(title=f"with checkpoints every {EVERY} steps at 5 MB/s, against without (median of {PAIRS} pairs)")
+    for column in ("of the training thread", "with", "without", "ratio", "ratios from to"):
+        table.add_column(column, justify="right")
+    for what, name in (("CPU time of the steps", "cpu_seconds"), ("p99 of a step", "p99_seconds")):
+        ratios = sorted(getattr(with_, name) / getattr(without, name) for with_, without in pairs)
+        table.add_row(
+            what,
+            *(f"{statistics.median(getattr(pair[side], name) for pair in pairs):.3f} s" for side in (0, 1)),
+            f"{statistics.median(ratios):.3f}",
+            f"{ratios[0]:.3f} {ratios[-1]:.3f}",
+        )
+    stall = statistics.median(with_.stall_seconds for with_, _ in pairs)
+    table.add_row("stall of a snapshot", f"{stall:.3f} s", "", "", "")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run()

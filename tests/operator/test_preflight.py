@@ -1,0 +1,186 @@
+"""What comes next in the check before attempt 1, as a table: only findings end a job, a broken pod never does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from finetune_core.api.run_policy import RunPolicySpec
+from finetune_core.api.status import PreflightStatus
+from finetune_core.preflight import Finding, FindingKind, PreflightResult
+from finetune_core.resolve import resolve
+from finetune_operator.observed import ContainerObservation, ContainerState, PodObservation, parse_preflight_pod
+from finetune_operator.preflight import Next, Situation, check
+from finetune_operator.preflight_pod import TryPlan, build_preflight_config_map, build_preflight_pod
+from tests.operator.worlds import NOW, at, job, pod
+
+NONE = PreflightResult(findings=[]).to_termination_message()
+PLAN = TryPlan(number=3, name="quickstart-1234-preflight-3", image="trainer:1")
+
+
+def found(*kinds: FindingKind) -> str:
+    findings = [Finding(kind=kind, message=f"field: {kind}") for kind in kinds]
+    return PreflightResult(findings=findings).to_termination_message()
+
+
+def situation(*pods: PodObservation, **changes: Any) -> Situation:
+    return replace(Situation(now=NOW, policy=RunPolicySpec(), is_wanted=True, pods=pods), **changes)
+
+
+def record(**changes: Any) -> PreflightStatus:
+    return PreflightStatus(start_time=at(-30)).model_copy(update=changes)
+
+
+def waits(reason: str, message: str = "") -> ContainerObservation:
+    return ContainerObservation(state=ContainerState.WAITING, reason=reason, message=message)
+
+
+def test_the_record_is_written_before_a_pod_exists() -> None:
+    begun = check(None, situation())
+    assert (begun.next, begun.record) == (Next.WATCH, PreflightStatus(start_time=NOW))
+    assert check(begun.record, situation()).next is Next.CREATE
+
+
+@pytest.mark.parametrize(
+    ("ended", "verdict", "sentence"),
+    [
+        (pod(1, exit_code=0, message=NONE), "Passed", ""),
+        (pod(1, exit_code=0), "Passed", ""),
+        (pod(1, exit_code=64, message=found(FindingKind.FINAL)), "Impossible", "field: Final"),
+        (pod(1, exit_code=64, message=found(FindingKind.FINAL, FindingKind.OUTSIDE)), "Impossible", "field: Final"),
+        (pod(1, exit_code=75, message=found(FindingKind.OUTSIDE)), "Waiting", "field: Outside"),
+        (pod(1, exit_code=1, message="Traceback\n  ...\nKeyError: 'x'\n"), "Waiting", "KeyError: 'x'; `runPolicy.pre"),
+        (pod(1, exit_code=2, message="usage: ...\nerror: unrecognized arguments"), "Waiting", "exit code 2"),
+        (pod(1, exit_code=64, message="not a result"), "Waiting", "exit code 64"),
+        (pod(1, exit_code=137, reason="OOMKilled"), "Waiting", "exit code 137 (OOMKilled)"),
+        (pod(1, phase="Failed", reason_="Evicted", message_="low on disk", container=None), "Waiting", "low on disk"),
+        (pod(1, deleted=-1, grace=2), "Waiting", "was deleted"),
+        (pod(1, exit_code=143, deleted=-1, grace=2), "Waiting", "was deleted"),
+        (pod(1, exit_code=64, message=found(FindingKind.FINAL), deleted=-1, grace=2), "Impossible", "field: Final"),
+    ],
+)
+def test_a_try_is_judged_by_its_findings_alone(ended: PodObservation, verdict: str, sentence: str) -> None:
+    step = check(record(), situation(ended))
+    assert step.record is not None
+    assert (step.next, step.record.tries, step.record.verdict) == (Next.WATCH, 1, verdict)
+    assert sentence in step.record.message
+    assert (step.record.next_try_time == at(10)) == (verdict == "Waiting")
+    assert step.cause == (step.record.message if verdict == "Waiting" else "")
+
+
+def test_the_pauses_grow_from_10_s_to_5_min() -> None:
+    pauses = []
+    for tries in range(8):
+        ended = pod(tries + 1, exit_code=75, message=found(FindingKind.OUTSIDE))
+        step = check(record(tries=tries), situation(ended))
+        assert step.record is not None
+        assert step.record.next_try_time is not None
+        pauses.append((step.record.next_try_time - NOW).total_seconds())
+    assert pauses == [10, 20, 40, 80, 160, 300, 300, 300]
+
+
+@pytest.mark.parametrize("verdict", ["Passed", "Impossible", "Waiting"])
+def test_what_is_left_of_a_try_goes_before_anything_else_happens(verdict: str) -> None:
+    ended = pod(1, exit_code=0)
+    step = check(record(tries=1, verdict=verdict), situation(ended))
+    assert (step.next, list(step.leftovers)) == (Next.REMOVE, [ended])
+    going = replace(ended, delete_deadline=NOW)
+    assert check(record(tries=1, verdict=verdict), situation(going)).next is not Next.REMOVE
+
+
+def test_a_verdict_is_acted_on() -> None:
+    assert check(record(tries=1, verdict="Passed"), situation()).next is Next.OPEN
+    ended = check(record(tries=1, verdict="Impossible", message="no rows"), situation())
+    assert (ended.next, ended.settled and ended.settled.message) == (Next.SETTLE, "no rows")
+    waiting = record(tries=1, verdict="Waiting", message="no bucket", next_try_time=at(4))
+    step = check(waiting, situation())
+    assert (step.next, step.wait_seconds, step.cause) == (Next.WATCH, 4, "no bucket")
+    step = check(waiting, situation(now=at(4)))
+    assert (step.next, step.number, step.cause) == (Next.CREATE, 2, "no bucket")
+
+
+@pytest.mark.parametrize(
+    ("stuck", "hint", "sentence"),
+    [
+        (pod(1, container=None, unschedulable='persistentvolumeclaim "data" not found'), "", 'claim "data" not found'),
+        (pod(1, container=waits("ImagePullBackOff", "x: ErrImagePull: not found")), "", "image can't be pulled: not"),
+        (pod(1, container=waits("ContainerCreating")), 'FailedMount: secret "keys" not found', '"keys" not found'),
+        (pod(1, container=waits("CreateContainerConfigError", "no key")), "", "CreateContainerConfigError: no key"),
+    ],
+)
+def test_a_pod_that_is_stuck_names_what_it_waits_for(stuck: PodObservation, hint: str, sentence: str) -> None:
+    step = check(record(), situation(stuck, hint=hint))
+    assert step.next is Next.WATCH
+    assert sentence in step.cause
+    fresh = replace(stuck, created_at=at(-2))
+    assert check(record(), situation(fresh, hint=hint)).cause == "", "a pod needs seconds to start"
+
+
+def test_an_earlier_cause_stays_until_a_try_says_otherwise() -> None:
+    step = check(record(tries=1, verdict="Waiting", message="no bucket"), situation(pod(2)))
+    assert (step.next, step.cause) == (Next.WATCH, "no bucket")
+
+
+def test_the_pending_deadline_ends_a_job_that_waits_and_leaves_no_pod() -> None:
+    policy = RunPolicySpec(pending_deadline_seconds=60)
+    waiting = record(start_time=at(-60), tries=1, verdict="Waiting", message="no bucket", next_try_time=at(9))
+    ended = check(waiting, situation(policy=policy))
+    assert ended.settled is not None
+    assert (ended.settled.reason, "no bucket" in ended.settled.message) == ("DeadlineExceeded", True)
+    assert check(waiting, situation(pod(2), policy=policy)).next is Next.REMOVE
+    soon = check(waiting.model_copy(update={"start_time": at(-57)}), situation(policy=policy))
+    assert (soon.next, soon.wait_seconds) == (Next.WATCH, 3)
+
+
+def test_a_check_that_is_not_wanted_goes_and_begins_anew_later() -> None:
+    step = check(record(), situation(pod(1), is_wanted=False))
+    assert (step.next, step.is_wanted) == (Next.REMOVE, False)
+    step = check(record(), situation(is_wanted=False))
+    assert (step.next, step.record) == (Next.OPEN, None)
+    passed = record(tries=1, verdict="Passed")
+    assert check(passed, situation(is_wanted=False)).record == passed
+
+
+def test_the_pod_asks_for_no_gpu_and_mounts_what_the_attempt_will() -> None:
+    resources = {"nodes": 2, "gpusPerNode": 8, "gpuProduct": "NVIDIA-H100", "cpu": "16", "memory": "200Gi"}
+    template = {
+        "nodeSelector": {"zone": "a"},
+        "labels": {"team": "nlp"},
+        "env": [{"name": "HF_ENDPOINT", "value": "x"}],
+    }
+    spec = job(resources=resources, podTemplate=template)
+    manifest = build_preflight_pod(spec, PLAN)
+    (container,) = manifest["spec"]["containers"]
+    assert container["args"] == ["preflight"]
+    assert container["image"] == "trainer:1"
+    assert {*container["resources"]["limits"], *container["resources"]["requests"]} == {"cpu", "memory"}
+    assert manifest["spec"]["nodeSelector"] == {"zone": "a"}
+    assert {variable["name"] for variable in container["env"]} == {"HOME", "HF_ENDPOINT"}
+    assert {volume["name"] for volume in manifest["spec"]["volumes"]} == {
+        "run",
+        "storage-credentials",
+        "scratch",
+        "tmp",
+    }
+    assert {mount["name"] for mount in container["volumeMounts"]} == {"run", "storage-credentials", "scratch", "tmp"}
+    assert manifest["spec"]["automountServiceAccountToken"] is False
+    assert manifest["spec"]["restartPolicy"] == "Never"
+    assert manifest["metadata"]["labels"]["team"] == "nlp"
+    assert "finetune.dev/attempt" not in manifest["metadata"]["labels"]
+    (owner,) = manifest["metadata"]["ownerReferences"]
+    assert owner["uid"] == spec.metadata.uid
+    config_map = build_preflight_config_map(spec, PLAN, resolve(spec, report=None))
+    assert config_map["metadata"]["name"] == manifest["metadata"]["name"] == PLAN.name
+    assert list(config_map["data"]) == ["run.json"]
+
+
+def test_a_preflight_pod_is_recognised_by_its_label() -> None:
+    manifest = build_preflight_pod(job(), PLAN)
+    manifest["metadata"] |= {"uid": "u", "creationTimestamp": NOW.isoformat()}
+    parsed = parse_preflight_pod(manifest)
+    assert parsed is not None
+    assert (parsed.index, parsed.name) == (3, PLAN.name)
+    del manifest["metadata"]["labels"]["finetune.dev/preflight"]
+    assert parse_preflight_pod(manifest) is None

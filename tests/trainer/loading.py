@@ -1,0 +1,60 @@
+"""One rank that loads a model as the trainer does and prints what it took: `python -m tests.trainer.loading`.
+
+Prints JSON: peak of resident memory while loading above what the process had before, in bytes, all of it and the
+anonymous part (pages of mapped files can be dropped at any time), and the bytes of parameters that the rank holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+
+def resident() -> tuple[int, int]:
+    """Return resident bytes, and the anonymous part of them."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(1024 * int(lines[name].split()[0]) for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
+
+
+def main() -> None:
+    folder, stage = Path(sys.argv[1]), int(sys.argv[2])
+    from finetune_trainer.training import environment
+
+    environment.prepare(Path(sys.argv[3]))
+    import torch
+
+    from finetune_core.contract import OptimizationConfig
+    from finetune_trainer.training.engine import shard_new_models
+    from finetune_trainer.training.gang import Gang
+    from finetune_trainer.training.model import load_base, trained_parameters
+
+    gang = Gang(device=torch.device("cpu"))
+    optimization = OptimizationConfig(
+        learning_rate=1, global_batch_size=2, micro_batch_size=1, schedule="Constant", warmup_steps=0, weight_decay=0,
+        gradient_clipping=1, precision="bf16", gradient_checkpointing=False, seed=1, zero_stage=stage,
+    )  # fmt: skip
+    sharding = shard_new_models(optimization, gang.world_size)
+    before, peak, done = resident(), [0, 0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            for index, value in enumerate(resident()):
+                peak[index] = max(peak[index], value - before[index])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load_base(folder, torch.bfloat16, sharded=sharding is not None)
+    done.set()
+    watcher.join()
+    parameters = trained_parameters(model).values()
+    held = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in parameters)
+    print(json.dumps({"peak": peak[0], "anonymous": peak[1], "held": held}), flush=True)
+    gang.farewell()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

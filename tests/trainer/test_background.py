@@ -1,0 +1,142 @@
+"""Checkpoints are committed in the background: no step waits for the store, and training goes on while it can."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_core.contract import Outcome
+from finetune_trainer.plan import Inputs
+from tests.trainer import tiny
+from tests.trainer.conftest import StartPods
+from tests.trainer.gangs import train_all
+from tests.trainer.objectstore import ACCESS_KEY, SECRET_KEY, ObjectStore, write_credentials
+from tests.trainer.pods import Attempt, run_config
+from tests.trainer.storeproxy import Fault, StoreProxy, proxy_before
+from tests.trainer.test_recovery import committed_steps
+
+ENDLESS = {
+    "world__nodes": 1,
+    "method": "Full",
+    "optimization__maxSteps": 1_000_000,
+    "storage__checkpointEverySteps": 10,
+    "dataset__validation": None,
+}
+
+
+@pytest.fixture
+def proxy(store: ObjectStore) -> Iterator[StoreProxy]:
+    with proxy_before(store.endpoint) as running:
+        yield running
+
+
+def newest_step(attempt: Attempt) -> int:
+    """Return the newest step in the log."""
+    found = re.findall(r"^step (\d+)/", attempt.output, re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+
+def newest_commit(store: ObjectStore, name: str) -> int:
+    return max(committed_steps(store, name), default=0)
+
+
+def test_no_step_waits_for_the_store_and_what_fails_for_a_while_is_made_up_for(
+    store: ObjectStore, proxy: StoreProxy, pods: StartPods, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    write_credentials(keys, ACCESS_KEY, SECRET_KEY)
+    attempt = pods(run_config(store, "background", storage__endpoint=proxy.endpoint, **ENDLESS), credentials=keys)
+    attempt.wait_for(lambda: newest_step(attempt) >= 1, "the first step")
+
+    # 0.9 MB of state at 20 kB/s take most of a minute: dozens of steps and several snapshots pass meanwhile.
+    proxy.bytes_per_second = 20_000
+    seen = len(proxy.requests)
+    start = newest_step(attempt)
+    attempt.wait_for(lambda: newest_step(attempt) >= start + 60, "60 steps while an upload is under way")
+    commits = [request for request in proxy.requests[seen:] if request.path.endswith("/COMMIT")]
+    assert len(commits) <= 2, "the store was not slow enough to show anything"
+    proxy.bytes_per_second = None
+    attempt.wait_for(lambda: newest_commit(store, "background") >= start + 50, "what waited is committed")
+
+    proxy.down = True
+    attempt.wait_for(lambda: "training goes on: storage.endpoint: http" in attempt.output, "the trainer says it")
+    start, committed = newest_step(attempt), newest_commit(store, "background")
+    attempt.wait_for(lambda: newest_step(attempt) >= start + 40, "40 steps without a store")
+    assert newest_commit(store, "background") == committed
+    proxy.down = False
+    attempt.wait_for(lambda: newest_commit(store, "background") > start, "checkpoints after the store is back")
+    attempt.wait_for(lambda: "checkpoints are committed again" in attempt.output, "the trainer says that too")
+
+    write_credentials(keys, ACCESS_KEY, "rotated-away")
+    said = attempt.output.count("training goes on")
+    attempt.wait_for(lambda: attempt.output.count("training goes on") > said, "the trainer says it again")
+    start = newest_step(attempt)
+    attempt.wait_for(lambda: newest_step(attempt) >= start + 20, "20 steps with refused credentials")
+    assert "storage.credentialsSecretRef" in attempt.output
+    write_credentials(keys, ACCESS_KEY, SECRET_KEY)
+    attempt.wait_for(lambda: newest_commit(store, "background") > start, "checkpoints with the new credentials")
+
+    assert_no_key_is_told(attempt)
+    attempt.pods[0].process.send_signal(signal.SIGTERM)
+    assert attempt.wait() == [143]
+    result = attempt.pods[0].result
+    assert result.message == f"told to stop: the checkpoint of step {result.step} is committed"
+    assert newest_commit(store, "background") == result.step
+
+
+def assert_no_key_is_told(attempt: Attempt) -> None:
+    """The keys lie in the Secret's files and nowhere else: log, files of the attempt, arguments, environment."""
+    secrets = (SECRET_KEY.encode(), b"rotated-away")
+    folder = attempt.pods[0].log.parent
+    for path in folder.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert not any(secret in data for secret in secrets), path
+    for pid in [attempt.pods[0].process.pid, *attempt.pods[0].workers()]:
+        for name in ("cmdline", "environ"):
+            data = (Path("/proc") / str(pid) / name).read_bytes()
+            assert not any(secret in data for secret in secrets), name
+
+
+def test_a_store_that_stays_away_from_one_rank_ends_all_with_its_sentence_after_the_budget(
+    store: ObjectStore, proxy: StoreProxy, tiny_model: Path, tmp_path: Path
+) -> None:
+    proxy.plan = lambda request: (
+        Fault.ERROR if request.method == "PUT" and "state-00001-of-00002" in request.path else None
+    )
+    config = run_config(store, "budget", storage__endpoint=proxy.endpoint, **{**ENDLESS, "world__nodes": 2})
+    rows = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.rows(20, seed=1))
+    inputs = Inputs(model=tiny_model, train=rows, validation=None)
+    fault = {"kind": "budget", "seconds": 3}
+    (result,) = train_all([config], inputs, tmp_path / "gang", credentials=store.credentials, faults=[fault])
+    assert result.outcome is Outcome.OUTSIDE_FAILURE
+    assert result.message.startswith(f"storage.endpoint: {proxy.endpoint}")
+    assert committed_steps(store, "budget") == []
+    log = (tmp_path / "gang" / "rank-0.log").read_text()
+    steps = [int(step) for step in re.findall(r"^step (\d+)/", log, re.MULTILINE)]
+    assert max(steps) > 20, "training went on until the budget was spent"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_server_that_is_down_for_three_minutes_costs_nothing(
+    store: ObjectStore, proxy: StoreProxy, pods: StartPods
+) -> None:
+    import time
+
+    attempt = pods(run_config(store, "away", storage__endpoint=proxy.endpoint, **ENDLESS))
+    attempt.wait_for(lambda: newest_commit(store, "away") > 0, "the first checkpoint")
+    proxy.down = True
+    until = time.monotonic() + 180
+    start = newest_step(attempt)
+    attempt.wait_for(lambda: time.monotonic() > until, "three minutes", seconds=300)
+    assert newest_step(attempt) > start + 100
+    proxy.down = False
+    reached = newest_step(attempt)
+    attempt.wait_for(lambda: newest_commit(store, "away") > reached, "checkpoints after the store is back")
+    attempt.pods[0].process.send_signal(signal.SIGTERM)
+    assert attempt.wait() == [143]

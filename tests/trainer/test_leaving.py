@@ -1,0 +1,248 @@
+"""Told to stop at any moment, or stalled: all ranks leave together, in time, and say why."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_core.contract import Outcome, RunConfig
+from finetune_trainer import cgroup
+from finetune_trainer.outcomes import Standing, WorkerEnd, decide, read_outcome
+from finetune_trainer.training.environment import memory_sentence
+from tests.trainer.conftest import StartPods
+from tests.trainer.objectstore import ObjectStore, free_port
+from tests.trainer.pods import Attempt, run_config
+
+LEAVE_SECONDS = 25.0
+SLACK = 3.0
+"""The machine may be busy: a test fails at this many times the bound, and prints how long it took."""
+
+
+def long_run(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
+    """Return a job that is busy with everything: evaluations, answers, checkpoints."""
+    config = run_config(
+        store,
+        name,
+        dataset__task="GSM8K",
+        optimization__maxSteps=5000,
+        storage__checkpointEverySteps=7,
+        evaluation__everySteps=5,
+        evaluation__bestBy="TaskScore",
+        **changes,
+    )
+    config["evaluation"]["generation"] = {"maxNewTokens": 30, "batchSize": 2}
+    # The gold answers have no number after ####, so nothing is gradable: what counts here is that answers are made.
+    return config
+
+
+def committed(store: ObjectStore, name: str) -> list[int]:
+    keys = store.keys(f"runs/default/{name}/uid-1/checkpoints/")
+    return sorted(int(key.split("/")[-2].split("-")[1]) for key in keys if key.endswith("/COMMIT"))
+
+
+def assert_left_together(attempt: Attempt, store: ObjectStore, name: str, told_at: float) -> float:
+    """Wait for the end of all pods that were told to stop at ``told_at``; return the seconds that it took."""
+    codes = attempt.wait(SLACK * LEAVE_SECONDS)
+    took = time.monotonic() - told_at
+    assert codes == [143] * len(codes), attempt.output
+    steps = {pod.result.step for pod in attempt.pods}
+    done = [int(step) for step in re.findall(r"^step (\d+)/", attempt.output, re.MULTILINE)]
+    for pod in attempt.pods:
+        assert pod.result.outcome is Outcome.STOPPED
+        assert pod.result.message.startswith("told to stop"), pod.result
+    if done:
+        # Nothing that was trained is lost: the newest checkpoint is of the last step.
+        assert len(steps) == 1, attempt.output
+        assert committed(store, name)[-1] == steps.pop() >= max(done), attempt.output
+    assert "Traceback" not in attempt.output
+    return took
+
+
+@pytest.mark.parametrize(
+    ("moment", "whom", "pod"),
+    [
+        ("fetching model and data", "PID 1", 1),
+        ("fetching model and data", "worker", 0),
+        ("step 6/", "worker", 1),
+    ],
+)
+def test_trap_21_told_at_some_moment_one_process_makes_all_leave(
+    moment: str, whom: str, pod: int, store: ObjectStore, pods: StartPods
+) -> None:
+    name = f"told-{moment.split()[0]}-{whom[0]}{pod}".lower().replace("/", "")
+    attempt = pods(long_run(store, name))
+    attempt.wait_for(lambda: moment in attempt.pods[0].output, moment)
+    if whom == "worker":
+        attempt.wait_for(lambda: bool(attempt.pods[pod].workers()), "the worker")
+        os.kill(attempt.pods[pod].workers()[0], signal.SIGTERM)
+    else:
+        attempt.pods[pod].process.send_signal(signal.SIGTERM)
+    took = assert_left_together(attempt, store, name, time.monotonic())
+    print(f"{moment}, {whom} of pod {pod}: {took:.1f} s")
+
+
+def test_a_pod_that_waits_for_a_store_leaves_at_once(store: ObjectStore, pods: StartPods) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        attempt = pods(run_config(store, "silent", world__nodes=1, storage__endpoint=endpoint))
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        attempt.pods[0].process.send_signal(signal.SIGTERM)
+        told_at = time.monotonic()
+        with connection:
+            assert attempt.wait(SLACK * 5) == [143]
+    print(f"waiting for the store: {time.monotonic() - told_at:.1f} s")
+    assert attempt.pods[0].result.message == "told to stop before training began: there is nothing to save"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(540)
+@pytest.mark.parametrize("part", range(10))
+def test_trap_21_told_at_random_moments_all_ranks_leave_with_a_checkpoint(
+    part: int, store: ObjectStore, pods: StartPods
+) -> None:
+    """Fifty moments in ten parts: from the start of the pods to well into training, any process."""
+    rng = random.Random(part)
+    for round_ in range(5):
+        name = f"random-{part}-{round_}"
+        attempt = pods(long_run(store, name))
+        began = time.monotonic()
+        wanted = rng.uniform(0.0, 30.0)
+        pod, to_worker = rng.randrange(2), rng.random() < 0.5
+        attempt.wait_for(lambda since=began, until=wanted: time.monotonic() - since > until, "the random moment")
+        workers = attempt.pods[pod].workers() if to_worker else []
+        os.kill(workers[0] if workers else attempt.pods[pod].process.pid, signal.SIGTERM)
+        took = assert_left_together(attempt, store, name, time.monotonic())
+        steps = len(re.findall(r"^step ", attempt.pods[0].output, re.MULTILINE))
+        print(f"{name}: told after {wanted:.1f} s and {steps} steps, {'worker' if workers else 'PID 1'}: {took:.1f} s")
+
+
+STALL = """
+import os, sys, threading
+from pathlib import Path
+import torch
+from finetune_trainer.outcomes import Standing
+from finetune_trainer.training.gang import Gang
+from finetune_trainer.watchdog import Watchdog
+standing = Standing(step=12, phase="Training")
+watchdog = Watchdog(Path(sys.argv[1]), int(os.environ["RANK"]), 2.0, standing)
+with watchdog.allow(60):
+    gang = Gang(device=torch.device("cpu"), watchdog=watchdog, stall_seconds=2.0)
+def a_call_that_hangs():
+    threading.Event().wait()
+for step in range(1000):
+    gang.check_stop()
+    if gang.rank == 1 and step == 5:
+        a_call_that_hangs()
+"""
+
+
+def test_a_stall_ends_every_rank_with_75_and_stack_traces(tmp_path: Path) -> None:
+    port, ranks = free_port(), []
+    for rank in range(3):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+        with (tmp_path / f"{rank}.log").open("wb") as log:
+            command = [sys.executable, "-c", STALL, str(tmp_path)]
+            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        assert [process.wait(120) for process in ranks] == [75, 75, 75]
+    finally:
+        for process in ranks:
+            process.kill()
+    outcomes = [read_outcome(tmp_path, rank) for rank in range(3)]
+    for rank, outcome in enumerate(outcomes):
+        text = (tmp_path / f"{rank}.log").read_text()
+        assert f"the stacks of all threads of rank {rank}:" in text
+        assert ("a_call_that_hangs" if rank == 1 else "check_stop") in text
+        assert outcome is not None
+        assert outcome.result.outcome is Outcome.OUTSIDE_FAILURE
+        assert "s in phase Training, after step 12 (stability.stallTimeoutSeconds is 2)" in outcome.result.message
+    # Whoever noticed first decides; the others left because of it.
+    assert not all(outcome.caused_by_peer for outcome in outcomes if outcome)
+
+
+@pytest.mark.long
+def test_a_frozen_rank_is_ended_by_its_launcher(store: ObjectStore, pods: StartPods) -> None:
+    """SIGSTOP is the hardest hang: the rank can't end itself, and holds all others."""
+    attempt = pods(long_run(store, "frozen") | {"stability": {"stallTimeoutSeconds": 6}})
+    attempt.wait_for(lambda: "step 3/" in attempt.output, "step 3", 270)
+    os.kill(attempt.pods[1].workers()[0], signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    assert attempt.wait(SLACK * 75) == [75, 75], attempt.output
+    print(f"frozen rank: all left after {time.monotonic() - stopped_at:.1f} s")
+    waiting, frozen = attempt.pods
+    assert "stability.stallTimeoutSeconds is 6" in waiting.result.message
+    assert "the stacks of all threads of rank 0:" in waiting.output
+    assert "in _reduce" in waiting.output  # where it waits for the frozen one
+    assert "rank 1 gave no sign of life any more in phase" in frozen.result.message
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("error", "phase", "step", "sentence"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1 GiB",
+            "Training",
+            12,
+            "out of memory in phase Training, after step 12: 2.50 GiB more were asked for on a GPU of 79.10 GiB: lower"
+            " training.microBatchSize (it is 2), set training.gradientCheckpointing, or take a larger GPU",
+        ),
+        (
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+            " 4194304000 bytes. Error code 12",
+            "Generating",
+            0,
+            "out of memory in phase Generating: 4,000 MiB more were asked for: lower"
+            " evaluation.generation.batchSize (it is 8) or evaluation.generation.maxNewTokens",
+        ),
+        (
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB",
+            "Loading",
+            0,
+            "out of memory in phase Loading: 20.00 MiB more were asked for on a GPU of 79.10 GiB: the model itself does"
+            " not fit, take a larger GPU or more processes with deepspeed.zeroStage 3",
+        ),
+    ],
+)
+def test_lack_of_memory_is_told_with_phase_amount_and_remedy(
+    error: str, phase: str, step: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "memory_limit", lambda: None)
+
+    class Nowhere:
+        endpoint = "http://127.0.0.1:1"
+
+    config = RunConfig.model_validate(run_config(Nowhere(), "memory", world__device="GPU"))  # type: ignore[arg-type]
+    assert memory_sentence(RuntimeError(error), Standing(step=step, phase=phase), config) == sentence
+
+
+def test_a_kill_for_lack_of_memory_says_what_the_rank_was_doing() -> None:
+    killed = WorkerEnd(1, -9, None, last_seen="in phase Evaluating, after step 40")
+    result = decide([killed], out_of_memory=True, memory_limit=6 << 30)
+    assert result.outcome is Outcome.OUT_OF_MEMORY
+    assert result.message == (
+        "out of memory: rank 1 was killed in phase Evaluating, after step 40 because the pod reached its memory limit"
+        " of 6.00 GiB: raise resources.memory, or lower training.microBatchSize or dataset.maxLength"
+    )

@@ -1,0 +1,111 @@
+"""The queue of snapshots: what is replaced, what is not, and that no step log is lost; without a store and torch's
+ranks, because only the order of events matters here."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+
+import pytest
+import torch
+
+from finetune_core.contract import CheckpointRecord, StorageConfig
+from finetune_trainer.storage.checkpoints import TrainerState
+from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.training.saving import is_due
+from finetune_trainer.training.uploads import Snapshot, Uploads
+
+NOW = datetime(2026, 11, 24, tzinfo=UTC)
+
+
+def snapshot(number: int, *, must: bool = False) -> Snapshot:
+    state = TrainerState(
+        step=number, epoch=0, batch_in_epoch=0, seed=1, updates=number, tokens=1, world_size=1, zero_stage=0, rows=1
+    )
+    row = StepRow(step=number, epoch=0, loss=1.0, learning_rate=1.0, gradient_norm=1.0, tokens=1, seconds=1.0)
+    return Snapshot(number, state, {"weight/master": torch.zeros(256)}, [row], must)
+
+
+class Store:
+    """Commits when it is let, and remembers what."""
+
+    def __init__(self) -> None:
+        self.committed: list[Snapshot] = []
+        self.begun = threading.Semaphore(0)
+        self.let = threading.Semaphore(0)
+        self.failure: Exception | None = None
+
+    def __call__(self, taken: Snapshot) -> CheckpointRecord:
+        self.begun.release()
+        assert self.let.acquire(timeout=20)
+        if self.failure is not None:
+            raise self.failure
+        self.committed.append(taken)
+        return CheckpointRecord(run=1, step=taken.state.step, uri="s3://b/c", bytes=1, manifest_sha256="a", time=NOW)
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+def test_what_waits_is_replaced_but_not_the_best_and_no_step_is_lost(store: Store) -> None:
+    uploads = Uploads(store)
+    uploads.put(snapshot(1))
+    assert store.begun.acquire(timeout=20)
+    for taken in (snapshot(2), snapshot(3, must=True), snapshot(4)):
+        uploads.put(taken)
+    with uploads.held() as waiting:
+        assert (waiting.count, waiting.first, waiting.bytes) == (3, 2, 3 * 1024)
+        # Another rank has begun with 2 already: it has to be finished here too.
+        assert waiting.replaceable(2) == [4]
+        assert waiting.replaceable(1) == [2, 4]
+        rows = waiting.drop([2, 4])
+    assert [row.step for row in rows] == [2, 4]
+    store.let.release(2)
+    uploads.wait(20)
+    assert [taken.number for taken in store.committed] == [1, 3]
+    assert [record.step for record in uploads.take_done()] == [1, 3]
+    assert uploads.take_done() == []
+    assert not uploads.busy
+
+
+def test_of_best_ones_the_oldest_goes_because_the_later_ones_beat_it(store: Store) -> None:
+    uploads = Uploads(store)
+    for number in (1, 2, 3):
+        uploads.put(snapshot(number, must=True))
+    assert store.begun.acquire(timeout=20)
+    with uploads.held() as waiting:
+        assert waiting.replaceable(1) == [2]
+        assert waiting.replaceable(3) == []
+    store.let.release(3)
+    uploads.wait(20)
+
+
+def test_a_failure_ends_the_thread_and_is_kept(store: Store) -> None:
+    uploads = Uploads(store)
+    store.failure = RuntimeError("the store is gone")
+    uploads.put(snapshot(1))
+    uploads.put(snapshot(2))
+    store.let.release()
+    uploads.wait(20)
+    assert uploads.failure is store.failure
+    assert not uploads.busy, "nobody may wait for what will never be committed"
+    assert uploads.take_done() == []
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "elapsed", "due"),
+    [
+        ({"checkpoint_every_steps": 5}, 10, 0.0, True),
+        ({"checkpoint_every_steps": 5}, 11, 1e6, False),
+        ({"checkpoint_every_minutes": 2}, 11, 119.0, False),
+        ({"checkpoint_every_minutes": 2}, 11, 120.0, True),
+        ({}, 10, 1e6, False),
+    ],
+)
+def test_a_checkpoint_is_due_by_steps_or_by_minutes(
+    every: dict[str, int], step: int, elapsed: float, due: bool
+) -> None:
+    storage = StorageConfig(uri="s3://b/r", endpoint="http://h", region="r", keep_last=2, **every)
+    assert is_due(storage, step, elapsed) is due

@@ -1,0 +1,136 @@
+"""A process that has loaded torch once and forks ranks of `many_runs` from there: a gang starts within a second, so
+that it can be killed many times over. In: lines of JSON on standard input; out: the ids of ranks and how they ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.trainer.objectstore import free_port
+
+END_SECONDS = 120.0
+
+
+class Zygote:
+    """The test's side: starts gangs and waits for them."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def gang(self, plans: Sequence[Path], logs: Path) -> list[int]:
+        """Run one rank for each file of plans; return how each ended: an exit status, or minus a signal's number."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        port = free_port()
+        for rank, file in enumerate(plans):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": str(len(plans)),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            order = {"file": str(file), "environment": environment, "log": str(logs / f"rank-{rank}.log")}
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+        ends: dict[int, int] = {}
+        deadline = time.monotonic() + END_SECONDS
+        while len(ends) < len(plans):
+            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"ranks still run after {END_SECONDS} s: {ends}"
+            told = json.loads(self._process.stdout.readline())
+            ends[told["rank"]] = told["status"]
+        return [ends[rank] for rank in range(len(plans))]
+
+
+@contextlib.contextmanager
+def zygote() -> Iterator[Zygote]:
+    """Load torch once for the block."""
+    environment = {
+        **os.environ,
+        "PATH": "/nonexistent",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
+    }
+    command = [sys.executable, "-m", "tests.trainer.zygote"]
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    try:
+        yield Zygote(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _fork(order: dict[str, Any]) -> int:
+    """Start a rank and return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(order["environment"])
+    sys.argv = ["many_runs", order["file"]]
+    status = 1
+    try:
+        from tests.trainer import many_runs
+
+        many_runs.main()
+        status = 0
+    finally:
+        # What the parent has open is not this rank's to flush or close.
+        if status:
+            import traceback
+
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    from finetune_trainer.training import environment
+
+    environment.prepare(Path(tempfile.mkdtemp(prefix="zygote-")))
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+
+    from finetune_trainer.training import gang, progress, train  # noqa: F401
+    from tests.trainer import faults  # noqa: F401
+
+    ranks: dict[int, int] = {}
+    pending = b""
+    while True:
+        ready, _, _ = select.select([0], [], [], 0.02)
+        if ready:
+            data = os.read(0, 65536)
+            if not data:
+                return
+            pending += data
+            *lines, pending = pending.split(b"\n")
+            for line in lines:
+                order = json.loads(line)
+                ranks[_fork(order)] = int(order["environment"]["RANK"])
+        while ranks:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            if not ended:
+                break
+            told = {"rank": ranks.pop(ended), "status": os.waitstatus_to_exitcode(status)}
+            os.write(1, f"{json.dumps(told)}\n".encode())
+
+
+if __name__ == "__main__":
+    main()
