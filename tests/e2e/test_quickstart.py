@@ -98,6 +98,14 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
     assert artifact is not None
     best = [checkpoint for checkpoint in job.status.checkpoints if checkpoint.best]
     assert [checkpoint.step for checkpoint in best] == [artifact.step]
+    evaluation = job.status.evaluation
+    assert evaluation is not None
+    assert evaluation.base is not None
+    assert evaluation.tuned is not None
+    assert (evaluation.rows, evaluation.tuned_step) == ("Validation", artifact.step)
+    # The checkpoint was loaded back, and is what was scored while it was trained.
+    assert float(evaluation.tuned.perplexity or 0) == pytest.approx(float(best[0].perplexity or 0), rel=0.01)
+    assert float(evaluation.base.perplexity or 0) > float(evaluation.tuned.perplexity or 0)
 
     target = tmp_path / "adapter"
     command = [sys.executable, "-m", "finetune_cli", "download", "quickstart", "-n", namespace, "-o", str(target)]

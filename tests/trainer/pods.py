@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,9 +136,15 @@ class Attempt:
 
 
 def start_pods(
-    config: dict[str, Any], folder: Path, *, credentials: Path, attempt: int = 1, arguments: tuple[str, ...] = ()
+    config: dict[str, Any],
+    folder: Path,
+    *,
+    credentials: Path,
+    attempt: int = 1,
+    arguments: tuple[str, ...] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> Attempt:
-    """Start one launcher per node of ``config``."""
+    """Start one launcher per node of ``config``; ``variables`` are added to its environment."""
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.json"
     run_file.write_text(json.dumps(config))
@@ -161,6 +167,7 @@ def start_pods(
             "PET_NODE_RANK": str(rank),
             "PET_MASTER_ADDR": "127.0.0.1",
             "PET_MASTER_PORT": str(port),
+            **(variables or {}),
         }
         command = [sys.executable, "-m", "finetune_trainer", "--run-file", str(run_file), "--scratch", str(scratch)]
         command += ["--credentials", str(credentials), "--termination-log", str(termination_log), *arguments]

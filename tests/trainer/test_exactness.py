@@ -24,13 +24,14 @@ from finetune_trainer.data.order import global_batch
 from finetune_trainer.plan import Inputs
 from finetune_trainer.training.model import add_adapters
 from tests.trainer import tiny
-from tests.trainer.gangs import step_rows, train_all
+from tests.trainer.gangs import RUN_SECONDS, step_rows, train_all
 from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config
 
 STEPS = 20
 RATE = 1e-3
 GLOBAL_BATCH = 6
+MATRIX_SECONDS = 1800
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Rows = list[dict[str, str]]
 
@@ -133,6 +134,7 @@ def run(
     *,
     rows: Rows = TRAIN,
     scored: Rows = VALIDATION,
+    seconds: float = RUN_SECONDS,
     **changes: Any,
 ) -> dict[Case, list[float]]:
     """Train all cases (of one world size) in one gang; return their losses."""
@@ -142,7 +144,7 @@ def run(
         validation=tiny.write_jsonl(folder / "validation.jsonl", scored),
     )
     configs = [case.config(store, **changes) for case in cases]
-    train_all(configs, inputs, folder, credentials=store.credentials)
+    train_all(configs, inputs, folder, credentials=store.credentials, seconds=seconds)
     losses = {case: [row.loss for row in step_rows(store, case.name)] for case in cases}
     assert all(len(found) == STEPS for found in losses.values())
     return losses
@@ -190,6 +192,7 @@ def test_trap_5_topology_dependent_loss(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(MATRIX_SECONDS + 60)
 @pytest.mark.parametrize("method", ["LoRA", "Full"])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_trap_5_topology_dependent_loss_in_every_combination(
@@ -203,7 +206,7 @@ def test_trap_5_topology_dependent_loss_in_every_combination(
     cases += [Case(world, method, stage, offload="optimizer") for stage in (1, 2, 3)]
     cases += [Case(world, method, 3, offload="both"), Case(world, method, 3, micro=1, recompute=True, offload="both")]
     cases += [Case(world, method, stage, packing=True, micro=1) for stage in (0, 1, 2, 3)]
-    assert_like_plain(run(cases, store, tiny_model, tmp_path), plain, store)
+    assert_like_plain(run(cases, store, tiny_model, tmp_path, seconds=MATRIX_SECONDS), plain, store)
 
 
 def test_bf16_is_near_fp32_and_equal_to_itself(

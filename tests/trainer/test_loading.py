@@ -1,4 +1,4 @@
-"""Loading under ZeRO-3: a node's memory stays under its shard and one weight file a rank."""
+"""Loading: incomplete files are named; under ZeRO-3 a node holds its shard and one weight file a rank, no more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from finetune_core.errors import UserError
+from finetune_trainer.training.base import check_complete
+from finetune_trainer.training.model import load_base
 from tests.trainer import tiny
 from tests.trainer.objectstore import free_port
 
@@ -40,12 +45,33 @@ def load(folder: Path, scratch: Path, stage: int) -> list[dict[str, int]]:
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
+def test_a_weights_file_that_is_missing_or_cut_short_is_named(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path / "model", files="60KB")
+    check_complete(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=rf"^model: its files are incomplete: {files[1].name} \("):
+        check_complete(folder)
+    files[1].unlink()
+    with pytest.raises(UserError, match=rf"names {files[1].name}, which is not there$"):
+        check_complete(folder)
+
+
+def test_a_model_that_lacks_a_weight_is_refused_and_not_made_up(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path / "model", tied=False)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 weights, such as model.layers.1.mlp.up_proj.weight$"):
+        load_base(folder, torch.float32)
+
+
 @pytest.mark.long
 def test_a_node_holds_its_shard_and_a_weight_file_a_rank_while_it_loads(tmp_path: Path) -> None:
     """120 million parameters in eight files; what the bound allows beside (4 GiB for a model of any size) is held to
     256 MiB a rank here, because the model is small."""
-    import torch
-
     torch.set_default_dtype(torch.bfloat16)
     try:
         folder = tiny.write_model(
@@ -71,5 +97,5 @@ def test_a_node_holds_its_shard_and_a_weight_file_a_rank_while_it_loads(tmp_path
     assert sum(rank["held"] for rank in ranks) < 1.05 * model
     assert sum(rank["peak"] for rank in ranks) < model + RANKS * (largest + 256 * MIB)
     whole = load(folder, tmp_path, 2)
-    print(f"at stage 2 {sum(rank['anonymous'] for rank in whole) / MIB:.0f} MiB anonymous over both ranks")
+    print(f"at stage 2 both ranks hold {sum(rank['held'] for rank in whole) / MIB:.0f} MiB")
     assert sum(rank["held"] for rank in whole) > 1.9 * model

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune_core.contract import OptimizationConfig
 from finetune_trainer.plan import Inputs
-from finetune_trainer.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT
+from finetune_trainer.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, engine_config
 from finetune_trainer.training.model import load_base
 from finetune_trainer.training.state import owners, snapshot
 from tests.trainer import tiny
@@ -47,6 +48,21 @@ def test_trap_19_a_save_gathers_one_parameter_at_a_time() -> None:
         assert {name.rpartition("/")[0] for name in kept} == set(own)
         # What was gathered before is gone when the next parameter is: the copies that are kept are not counted here.
         assert engine.peak <= 2 * largest
+
+
+def test_overrides_are_merged_into_deepspeeds_configuration_last() -> None:
+    optimization = OptimizationConfig(
+        learning_rate=1, global_batch_size=8, micro_batch_size=2, schedule="Constant", warmup_steps=0, weight_decay=0,
+        gradient_clipping=1, precision="bf16", gradient_checkpointing=False, seed=1, zero_stage=3,
+        offload_optimizer=True, offload_parameters=True,
+        overrides='{"zero_optimization": {"overlap_comm": true, "offload_param": {"pin_memory": true}}, "a": 1}',
+    )  # fmt: skip
+    config = engine_config(optimization, 4)
+    zero = config["zero_optimization"]
+    assert (config["a"], zero["stage"], zero["overlap_comm"]) == (1, 3, True)
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert zero["offload_optimizer"] == {"device": "cpu"}
+    assert config["train_batch_size"] == 8
 
 
 @pytest.mark.long

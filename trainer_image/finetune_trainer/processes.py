@@ -51,6 +51,8 @@ class Workers:
         self._folder = folder
         self._silence = silence_seconds
         self._frozen: set[int] = set()
+        self._signs: dict[int, tuple[float, float]] = {}
+        """Newest sign of life of each rank, and when it was first seen (monotonic)."""
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._killed: set[int] = set()
 
@@ -120,7 +122,13 @@ class Workers:
         """Kill workers that give no sign of life: a stopped process can't end itself, and holds all others."""
         for rank in running:
             sign = read_sign_of_life(self._folder, rank)
-            if sign is not None and time.time() - sign[1] > self._silence and rank not in self._frozen:
+            if sign is None or rank in self._frozen:
+                continue
+            # How long it has not changed is measured here: the machine's clock may be set meanwhile.
+            stamp, since = self._signs.get(rank, (None, 0.0))
+            if stamp != sign[1]:
+                self._signs[rank] = (sign[1], time.monotonic())
+            elif time.monotonic() - since > self._silence:
                 self._frozen.add(rank)
                 self._children[rank].kill()
 

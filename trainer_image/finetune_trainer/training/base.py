@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -101,6 +101,23 @@ class Weights:
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             part = file.get_slice(name)
             return torch.cat([part[row : row + 1] for row in rows])
+
+
+def check_complete(folder: Path) -> None:
+    """Raise UserError where a weights file of the model in ``folder`` is missing or shorter than its header says."""
+    index = folder / INDEX
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, KeyError, AttributeError):
+        raise UserError("model", f"its files are incomplete: {INDEX} is not an index of weights") from None
+    for path in sorted({*(folder / name for name in names), *folder.glob("*.safetensors")}):
+        if not path.is_file():
+            raise UserError("model", f"its files are incomplete: {INDEX} names {path.name}, which is not there")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError("model", f"its files are incomplete: {path.name} ({first_line(error)})") from error
 
 
 def new_row(token: str, *, matrix: str, width: int, spread: float, seed: int) -> torch.Tensor:

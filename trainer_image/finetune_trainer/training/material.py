@@ -19,7 +19,7 @@ from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
 from finetune_trainer.inputs import source_name
 from finetune_trainer.plan import WorkerPlan
-from finetune_trainer.training.base import Skeleton, extend_base, skeleton
+from finetune_trainer.training.base import Skeleton, check_complete, extend_base, skeleton
 from finetune_trainer.training.engine import shard_new_models
 from finetune_trainer.training.export import NewRows, check_mergeable, new_rows
 from finetune_trainer.training.model import (
@@ -103,6 +103,7 @@ def prepare(plan: WorkerPlan) -> Prepared:
 
     Raises UserError for rows that the job does not allow, and for target modules that the model does not have.
     """
+    check_complete(plan.inputs.model)
     bones, config = skeleton(plan.inputs.model), plan.config
     targets = _targets(plan, bones)
     untie = bones.tied and adapts_an_embedding(bones, targets)
@@ -120,6 +121,10 @@ def prepare(plan: WorkerPlan) -> Prepared:
     tokenize = tokenize_with(tokenizer)
     limit = limit_of(config.dataset, bones.context)
     notices: list[str] = []
+    if config.model.added_tokens and targets and not adapts_an_embedding(bones, targets):
+        notices.append(
+            "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
+        )
     data_sha256 = ""
     for name, source, path in _files(plan):
         examples, left_out = make_examples(
