@@ -249,3 +249,7 @@ def print_gates(console: Console, rows: Sequence[tuple[str, str, str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+if __name__ == "__main__":
+    run()
