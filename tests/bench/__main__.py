@@ -15,7 +15,7 @@ import sys
 BENCHES = {
     "step": "the trainer's optimizer step against a plain PyTorch loop",
     "peers": "the trainer against Hugging Face's Trainer and trl on the same rows",
-    "uploads": "training with checkpoints uploaded in the background against training without",
+    "uploads": "the training thread with checkpoints at 5 MB/s against none",
     "fleet": "the operator with thousands of jobs beside training-operator",
 }
 """Module of this package, and what it measures."""
