@@ -18,6 +18,7 @@ from tests.cluster.layout import BRIDGE
 from tests.operator.conftest import Installed, condition, small_job
 from tests.operator.programs import OperatorProgram, operator_program
 from tests.operator.test_on_cluster import RUNS, child_name, pods_run, post, report, running
+from tests.operator.test_preflight_on_cluster import RUN, checks
 from tests.operator.test_reports_on_cluster import token_or_none
 from tests.operator.test_two_replicas import owner_of_the_slice
 from tests.operator.worlds import REPOSITORY
@@ -138,7 +139,7 @@ def release(request: pytest.FixtureRequest, installed: Installed, namespace: str
 def test_every_call_is_granted_and_every_grant_is_used(release: Release, namespace: str, stand_in: StandIn) -> None:
     installed = release.installed
     granted = grants(installed.cluster, release.user)
-    live_through(release, namespace, stand_in(RUNS))
+    live_through(release, namespace, stand_in(checks(None, RUNS)))
     wait_for(
         "every granted verb to be used",
         lambda: not release.unused(granted),
@@ -157,12 +158,12 @@ def test_every_call_is_granted_and_every_grant_is_used(release: Release, namespa
 
 
 def live_through(release: Release, namespace: str, image: str) -> None:
-    """Let the operator do everything that it ever does: begin, wait, meet a conflict, retry, refuse a report, go."""
+    """Let the operator do everything that it ever does: check, begin, wait, meet a conflict, take a report, retry."""
     installed, program = release.installed, release.program
     conflict = small_job("localhost/busybox:1", resources=TOO_MANY_GPUS)
     conflict["metadata"] = {"name": "conflict"}
     installed.apply(conflict, namespace)
-    installed.apply(small_job(image), namespace)
+    installed.apply(small_job(image, runPolicy=RUN), namespace)
     job = installed.job(namespace, "conflict")
     foreign: dict[str, Any] = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": child_name(job)}}
     installed.apply(foreign, namespace)
