@@ -166,6 +166,7 @@ def test_a_quota_that_is_used_up_is_named_and_waited_for(
     installed.wait(namespace, "the job to run", one_runs, 90)
 
 
+@pytest.mark.long
 def test_what_is_missing_for_too_long_ends_the_job_with_its_name(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
