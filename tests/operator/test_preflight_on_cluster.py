@@ -130,8 +130,8 @@ def test_a_secret_a_claim_and_an_image_that_come_late_are_waited_for_by_name(
     keys = ["--from-literal=AWS_ACCESS_KEY_ID=a", "--from-literal=AWS_SECRET_ACCESS_KEY=b"]
     installed.cluster.kubectl("create", "secret", "generic", "late-keys", "-n", namespace, *keys)
     claim, volume = _volume(namespace)
-    installed.apply(claim, namespace)
     installed.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(volume))
+    installed.apply(claim, namespace)
     push(installed, image, late_image)
     try:
         for name in ("secret", "claim", "image"):
