@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.order import global_batch
 from finetune_trainer.plan import Inputs
+from finetune_trainer.training.head import CHUNK_LOGITS
 from finetune_trainer.training.model import add_adapters
 from tests.trainer import tiny
 from tests.trainer.gangs import RUN_SECONDS, step_rows, train_all
@@ -252,8 +253,10 @@ def uneven_rows() -> Rows:
 def test_ranks_with_one_and_a_thousand_tokens_and_ranks_with_none_do_not_hang(
     store: ObjectStore, tmp_path: Path
 ) -> None:
-    """Four ranks, two examples a step, and a single row to evaluate."""
-    model = tiny.write_model(tmp_path / "long", max_position_embeddings=1100)
+    """Four ranks, two examples a step, and a single row to evaluate. The vocabulary is so large that the head of the
+    rank with 1,000 tokens works in two chunks while the others have one: under ZeRO-3 that must be no collective."""
+    model = tiny.write_model(tmp_path / "long", max_position_embeddings=1100, vocab_size=40_000)
+    assert CHUNK_LOGITS < 1000 * 40_000
     rows = uneven_rows()
     cases = [Case(4, "Full", 3, micro=1), Case(4, "LoRA", 2, micro=2, packing=True), Case(4, "LoRA", 0)]
     changes = {
