@@ -8,11 +8,13 @@ In: nothing. Out: a table per measurement; each compares two things in the same 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
+import subprocess
+import sys
 
 BENCHES = {
     "step": "the trainer's optimizer step against a plain PyTorch loop",
+    "peers": "the trainer against Hugging Face's Trainer and trl on the same rows",
     "uploads": "the training thread with checkpoints at 5 MB/s against none",
     "fleet": "the operator with thousands of jobs beside training-operator",
 }
@@ -30,8 +32,9 @@ def main() -> None:
     parser.add_argument("--only", choices=BENCHES, help="one measurement (default: all)")
     chosen = parser.parse_args().only
     for name in [chosen] if chosen else BENCHES:
-        print(f"load average {os.getloadavg()[0]:.1f}", flush=True)
-        importlib.import_module(f"tests.bench.{name}").run()
+        print(f"{name}, load average {os.getloadavg()[0]:.1f}", flush=True)
+        # Each in a process of its own: none inherits another's memory, threads or settings.
+        subprocess.run([sys.executable, "-m", f"tests.bench.{name}"], check=True)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,13 @@ async def follow(admin: Admin, path: str, namespace: str, fleet: Fleet, is_over:
 
 
 async def create_all(admin: Admin, path: str, manifests: Sequence[Manifest], fleet: Fleet) -> None:
-    """Create the objects, as many at a time as the client has connections."""
+    """Create the objects, 16 at a time; a job's time begins with its own request."""
+    turns = asyncio.Semaphore(16)
 
     async def create(manifest: Manifest) -> None:
-        fleet.created[manifest["metadata"]["name"]] = time.monotonic()
-        await admin.call("POST", path, manifest)
+        async with turns:
+            fleet.created[manifest["metadata"]["name"]] = time.monotonic()
+            await admin.call("POST", path, manifest)
 
     await asyncio.gather(*(create(manifest) for manifest in manifests))
 
@@ -249,3 +251,7 @@ def print_gates(console: Console, rows: Sequence[tuple[str, str, str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+if __name__ == "__main__":
+    run()

@@ -154,3 +154,7 @@ def run(pairs: int = 5) -> None:
             f"{ratios[0]:.2f} {ratios[-1]:.2f}",
         )
     Console().print(table)
+
+
+if __name__ == "__main__":
+    run()

@@ -126,7 +126,13 @@ class World:
 
 
 async def _create_all(admin: Admin, path: str, jobs: Sequence[Manifest]) -> None:
-    await asyncio.gather(*(admin.call("POST", path, job) for job in jobs))
+    turns = asyncio.Semaphore(16)
+
+    async def create(job: Manifest) -> None:
+        async with turns:
+            await admin.call("POST", path, job)
+
+    await asyncio.gather(*(create(job) for job in jobs))
 
 
 def job(*words: str, name: str = "job", **spec: Any) -> Manifest:
