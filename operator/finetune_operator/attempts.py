@@ -137,6 +137,9 @@ def _final(attempts: AttemptsStatus, world: World) -> Settlement | None:
     if is_active_deadline_over(world.policy, world.usage.active_seconds):
         message = messages.active_deadline(world.policy.active_deadline_seconds or 0)
         return Settlement(succeeded=False, reason=Reason.DEADLINE_EXCEEDED, message=message)
+    if attempts.started >= MOST_ATTEMPTS:  # names have room for three digits
+        message = messages.most_attempts(MOST_ATTEMPTS)
+        return Settlement(succeeded=False, reason=Reason.RETRIES_EXHAUSTED, message=message)
     return None
 
 

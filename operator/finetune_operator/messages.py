@@ -161,6 +161,11 @@ def queued(queue: str) -> str:
     return f"waits for admission by the queue {queue}"
 
 
+def most_attempts(number: int) -> str:
+    """Return the sentence about a job that can't be started again, however its attempts ended."""
+    return f"{number} attempts were started, the most that a job can have; create it anew with the same `storage.runId`"
+
+
 def waiting_for_reports(nodes: int, running: int) -> str:
     """Return the sentence about pods that run, but have not reported."""
     if running < nodes:

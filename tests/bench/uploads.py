@@ -3,7 +3,7 @@
 In: nothing. Out: two ratios, with checkpoints against without: the training thread's CPU time over the same steps, and
 the 99th percentile of the time of a step. Runs of both kinds take turns in one process; the median of the pairs counts.
 
-    python -m tests.bench.uploads
+    python -m tests.bench --only uploads
 """
 
 from __future__ import annotations
@@ -123,7 +123,3 @@ def run() -> None:
     stall = statistics.median(with_.stall_seconds for with_, _ in pairs)
     table.add_row("stall of a snapshot", f"{stall:.3f} s", "", "", "")
     Console().print(table)
-
-
-if __name__ == "__main__":
-    run()

@@ -19,8 +19,8 @@ from tests.e2e.test_recovery import _losses
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 DELETIONS = 3
-STEPS = 400
-CHANGES = {"spec__training__maxSteps": STEPS, "spec__evaluation__everySteps": 100}
+STEPS = 240
+CHANGES = {"spec__training__maxSteps": STEPS, "spec__evaluation__everySteps": 80}
 
 
 def _run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder:

@@ -18,7 +18,8 @@ import aiohttp
 
 from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_core.contract import EXIT_CODES, ArtifactRecord, Outcome, Result
-from finetune_operator.labels import ATTEMPT, JOB_NAME, REPLICA_INDEX, TRAINING_CONTAINER
+from finetune_core.preflight import PreflightResult
+from finetune_operator.labels import ATTEMPT, JOB_NAME, PREFLIGHT, REPLICA_INDEX, TRAINING_CONTAINER
 from tests.faults.admin import MERGE_PATCH, Admin, Manifest, RefusedError
 
 SCRIPT = "stub-node/script"
@@ -27,6 +28,7 @@ HEARTBEAT_SECONDS = 2.0
 TRIES, RETRY_SECONDS = 20, 0.2
 TERMINATION_SECONDS = 0.5
 """What a trainer takes to commit and leave after SIGTERM."""
+PASSES = "passes"
 DISRUPTIONS = ("drained", "deleted", "vanished", "lost")
 STRATEGIC = "application/strategic-merge-patch+json"
 GANG = "training.kubeflow.org/job-name"
@@ -99,9 +101,11 @@ class StubNode:
     # ---- pods ----
 
     async def _watch(self) -> None:
-        async for event in self._admin.watch(f"/api/v1/pods?labelSelector={GANG}"):
+        async for event in self._admin.watch("/api/v1/pods"):
             pod = event["object"]
-            uid = pod["metadata"]["uid"]
+            uid, labels = pod["metadata"]["uid"], pod["metadata"].get("labels", {})
+            if GANG not in labels and PREFLIGHT not in labels:
+                continue
             gang = self._gangs.setdefault(_gang_of(pod), {})
             if event["type"] == "DELETED":
                 self._pods.pop(uid, None)
@@ -193,7 +197,8 @@ class StubNode:
         return sorted(self._gangs.get(_gang_of(pod), {}).values(), key=_index)
 
     def _is_complete(self, pod: Manifest) -> bool:
-        size = next(int(item["value"]) for item in pod["spec"]["containers"][0]["env"] if item["name"] == "PET_NNODES")
+        sizes = [item["value"] for item in pod["spec"]["containers"][0].get("env", []) if item["name"] == "PET_NNODES"]
+        size = int(sizes[0]) if sizes else 1
         running = [other for other in self._gang(pod) if other["status"]["phase"] == "Running"]
         return len(running) == size
 
@@ -203,7 +208,9 @@ class StubNode:
         if word in DISRUPTIONS:
             await self._until_recorded(pods)
         last = pods[-1]
-        if word == "done":
+        if word == PASSES:
+            await self.end(pod, 0, PreflightResult(findings=[]).to_termination_message())
+        elif word == "done":
             for each in pods:
                 await self.end(each, 0, message(Outcome.COMPLETED))
         elif word.startswith("exit-"):
@@ -303,7 +310,9 @@ class StubNode:
 
 
 def word_of(pod: Manifest) -> str:
-    """Return what the script says of the pod's attempt."""
+    """Return what the script says of the pod's attempt; a preflight pod finds nothing wrong."""
+    if PREFLIGHT in pod["metadata"]["labels"]:
+        return PASSES
     words = pod["metadata"].get("annotations", {}).get(SCRIPT, "").split()
     attempt = int(pod["metadata"]["labels"].get(ATTEMPT, "1"))
     return words[min(attempt, len(words)) - 1] if words else ""
@@ -314,11 +323,12 @@ def _ns(pod: Manifest) -> str:
 
 
 def _gang_of(pod: Manifest) -> str:
-    return f"{_ns(pod)}/{pod['metadata']['labels'][GANG]}"
+    metadata = pod["metadata"]
+    return f"{metadata['namespace']}/{metadata['labels'].get(GANG, metadata['name'])}"
 
 
 def _index(pod: Manifest) -> int:
-    return int(pod["metadata"]["labels"][REPLICA_INDEX])
+    return int(pod["metadata"]["labels"].get(REPLICA_INDEX, "0"))
 
 
 def _job_path(pod: Manifest) -> str:

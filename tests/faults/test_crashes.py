@@ -25,6 +25,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "loses a pod by deletion": (("deleted", "done"), {}),
     "loses a pod without a trace": (("vanished", "done"), {}),
     "loses a node": (("lost", "done"), {}),
+    "is checked first": (("done",), {"runPolicy": {"preflight": "Run"}}),
     "is suspended and resumed": (("suspended", "done"), {}),
     "is cancelled": (("cancelled",), {}),
     "runs too long": (("run",), {"runPolicy": {"activeDeadlineSeconds": 60}}),

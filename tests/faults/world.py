@@ -15,6 +15,7 @@ from typing import Any
 from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_operator.labels import ATTEMPT
 from tests.cluster import Cluster, wait_for
+from tests.cluster.layout import API_URL
 from tests.faults.admin import Admin, Manifest, RefusedError, admin_context
 from tests.faults.loops import LoopThread
 from tests.faults.operators import OperatorProcess, install
@@ -125,7 +126,13 @@ class World:
 
 
 async def _create_all(admin: Admin, path: str, jobs: Sequence[Manifest]) -> None:
-    await asyncio.gather(*(admin.call("POST", path, job) for job in jobs))
+    turns = asyncio.Semaphore(16)
+
+    async def create(job: Manifest) -> None:
+        async with turns:
+            await admin.call("POST", path, job)
+
+    await asyncio.gather(*(create(job) for job in jobs))
 
 
 def job(*words: str, name: str = "job", **spec: Any) -> Manifest:
@@ -150,8 +157,8 @@ def condition(manifest: Manifest, kind: str) -> Manifest:
 
 
 @contextlib.contextmanager
-def running_world(folder: Path, *, delay: float = 0.2, **settings: str) -> Iterator[World]:
-    """Bring all of it up, without starting the operator; end it afterwards."""
+def running_world(folder: Path, *, delay: float = 0.2, direct: bool = False, **settings: str) -> Iterator[World]:
+    """Bring all of it up, without starting the operator; end it afterwards. ``direct``: past the proxy."""
     with Cluster.start(with_node=False, flags=SHORT_NODE_LOSS) as cluster:
         install(cluster)
         loop = LoopThread(cluster, "world")
@@ -178,7 +185,9 @@ def running_world(folder: Path, *, delay: float = 0.2, **settings: str) -> Itera
 
         admin, node = loop.run(bring_up())
         loop.spawn(note_children(admin))
-        operator = OperatorProcess(cluster, folder, server=f"https://127.0.0.1:{proxy.port}", **settings)
+        operator = OperatorProcess(
+            cluster, folder, server=API_URL if direct else f"https://127.0.0.1:{proxy.port}", **settings
+        )
         try:
             yield World(cluster, loop, admin, node, proxy, operator, created)
         finally:

@@ -387,3 +387,33 @@ def _report(*checkpoints: int) -> Report:
         run=1, pod_uid="p", phase=Phase.ENDED, ranks=2, step=max(checkpoints), total_steps=60, epoch=0.5, metrics={},
         history=[], checkpoints=records,
     )  # fmt: skip
+
+
+class _Late(ModelServer):
+    """A server that shows the pods of a finished child one read too late, as between two reads under load."""
+
+    late = 0
+
+    async def list_pods(self, namespace: str, selector: str) -> list[dict[str, Any]]:
+        pods = await super().list_pods(namespace, selector)
+        ended = [pod for pod in pods if "terminated" in pod["status"]["containerStatuses"][0]["state"]]
+        if ended and not self.late:
+            self.late += 1
+            return []
+        return pods
+
+
+async def test_an_attempt_that_ends_between_the_reads_of_pods_and_child_is_judged_by_its_pods() -> None:
+    server = _Late(job_manifest(), NOW)
+    operator = reconciler(server)
+    for _ in range(6):
+        await operator.reconcile(KEY)
+        server.pass_time(1)
+    assert server.end_pods(0, DONE)
+    child = next(iter(server.children.values()))
+    server._set_child_condition(child, "Succeeded", "True")
+    for _ in range(3):
+        await operator.reconcile(KEY)
+    assert server.late == 1
+    assert _reason(server) == "Completed"
+    assert server.job["status"]["attempts"]["charged"] == 0

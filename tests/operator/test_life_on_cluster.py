@@ -240,10 +240,10 @@ def test_a_scaled_child_is_noticed_and_costs_a_free_attempt(
     installed.apply(small_job(stand_in(RUNS)), namespace)
     job = installed.wait(namespace, "both pods", running)
     installed.cluster.kubectl("scale", "pytorchjob", child_name(job), "--replicas=1", "-n", namespace)
-    job = installed.wait(namespace, "the end of attempt 1", lambda job: job["status"]["attempts"]["recent"])
-    past = job["status"]["attempts"]["recent"][0]
-    assert (past["verdict"], past["reason"]) == ("Free", "ChildChanged")
-    assert "scaled to 1 workers" in past["message"]
+    seen = lambda job: (job["status"]["attempts"].get("current") or {}).get("cause")  # noqa: E731
+    cause = installed.wait(namespace, "the cause", seen)["status"]["attempts"]["current"]["cause"]
+    assert (cause["verdict"], cause["reason"]) == ("Free", "ChildChanged")
+    assert "scaled to 1 workers" in cause["message"]
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -80,6 +80,14 @@ def test_suspensions_are_never_charged_however_often(reason: str) -> None:
     assert backoff(step.attempts, []).total_seconds() == 10
 
 
+def test_a_job_that_was_suspended_998_times_ends_with_its_last_attempt() -> None:
+    closed = AttemptsStatus(started=999, free=999, recent=[past(999, "Free", -9, "Suspended")])
+    end = advance(closed, empty())
+    assert end.settled is not None
+    assert (end.next, end.settled.reason) == (Next.SETTLE, "RetriesExhausted")
+    assert advance(closed.model_copy(update={"started": 998}), empty()).next is Next.OPEN
+
+
 # ---- cancel ----
 
 

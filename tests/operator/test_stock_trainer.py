@@ -19,7 +19,7 @@ from tests.operator.stock_trainer import SAVED_EVERY, STEPS
 from tests.operator.test_on_cluster import RUNS, pods_run, running
 from tests.operator.worlds import REPOSITORY
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(500)]
 
 CRASH_AT = 40
 

@@ -16,7 +16,7 @@ from finetune_trainer.settings import Paths
 from finetune_trainer.storage.steplog import StepRow
 from tests.trainer.objectstore import ObjectStore, free_port
 
-RUN_SECONDS = 240
+RUN_SECONDS = 480
 
 
 def write_plans(

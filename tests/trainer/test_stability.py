@@ -145,9 +145,10 @@ def test_what_follows_an_alarm(
     assert raised is None if order is None else isinstance(raised, order)
     if isinstance(raised, RollBack):
         rollback = raised.rollback
-        assert (rollback.step, rollback.rate_factor) == (alarm.first - 1, 0.3)
+        # The loss of step 61 is that of what the update of step 60 left; and a rise may have begun unseen.
+        assert (rollback.step, rollback.rate_factor) == (62 if alarm is INFINITE else 56, 0.3)
         last = 64 if alarm is INFINITE else 72
-        assert [step for step in range(55, 80) if left_out(step, [rollback])] == list(range(alarm.first, last + 1))
+        assert [step for step in range(50, 80) if left_out(step, [rollback])] == list(range(alarm.first - 1, last + 1))
     if isinstance(raised, Diverged):
         assert "lower training.learningRate (it is 0.001)" in str(raised)
 

@@ -61,10 +61,11 @@ def test_what_waits_is_replaced_but_not_the_best_and_no_step_is_lost(store: Stor
         assert waiting.replaceable(2) == [4]
         assert waiting.replaceable(1) == [2, 4]
         rows = waiting.drop([2, 4])
-    assert [row.step for row in rows] == [2, 4]
+    assert [row.step for row in rows] == [4]
     store.let.release(2)
     uploads.wait(20)
     assert [taken.number for taken in store.committed] == [1, 3]
+    assert [[row.step for row in taken.rows] for taken in store.committed] == [[1], [2, 3]]
     assert [record.step for record in uploads.take_done()] == [1, 3]
     assert uploads.take_done() == []
     assert not uploads.busy

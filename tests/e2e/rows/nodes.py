@@ -16,12 +16,13 @@ from tests.cluster import wait_for
 from tests.cluster.layout import FIRST_NODE, GPU_COUNT, GPU_RESOURCE, SECOND_NODE
 from tests.cluster.oci import BUSYBOX_IMAGE
 from tests.cluster.second_node import TOLERATION
+from tests.e2e.rows.milestones import RETRIED, SEEN, accounted, cause, next_attempt
 from tests.e2e.rows.observer import Manifest
 from tests.e2e.rows.row import Row
 from tests.e2e.rows.scripts import RUNS, at_first
 from tests.e2e.rows.sidecar import SIDECAR
 from tests.e2e.rows.stage import JOB, Stage
-from tests.e2e.rows.table import FREE_THEN_DONE, RETRIED, SEEN, accounted, cause, next_attempt
+from tests.e2e.rows.table import free_then_done
 
 NODE_LOST = 55.0
 TOLERATED = 30.0
@@ -164,7 +165,7 @@ NODES = (
         script=at_first(RUNS, worker=None),
         spec={"podTemplate": ON_BOTH_NODES},
         fault=is_drained,
-        attempts=FREE_THEN_DONE("EvictionByEvictionAPI"),
+        attempts=free_then_done("EvictionByEvictionAPI"),
         words=("EvictionByEvictionAPI",),
         milestones=RETRIED,
         check=drained,
@@ -174,7 +175,7 @@ NODES = (
         script=at_first(RUNS, worker=None),
         spec={"podTemplate": ON_SECOND_NODE, "resources": {"gpusPerNode": GPU_COUNT // 2, "device": "GPU"}},
         fault=is_preempted,
-        attempts=FREE_THEN_DONE("PreemptionByScheduler"),
+        attempts=free_then_done("PreemptionByScheduler"),
         words=("PreemptionByScheduler",),
         milestones=RETRIED,
         check=preempted,
@@ -184,7 +185,7 @@ NODES = (
         script=at_first(RUNS, worker=None),
         spec={"podTemplate": ON_BOTH_NODES},
         fault=loses_its_kubelet,
-        attempts=FREE_THEN_DONE("DeletionByTaintManager"),
+        attempts=free_then_done("DeletionByTaintManager"),
         words=("DeletionByTaintManager",),
         milestones=LOSS,
         check=lost,
@@ -194,7 +195,7 @@ NODES = (
         script=at_first(RUNS, worker=None),
         spec={"podTemplate": ON_BOTH_NODES},
         fault=is_cut_off,
-        attempts=FREE_THEN_DONE("DeletionByTaintManager"),
+        attempts=free_then_done("DeletionByTaintManager"),
         words=("DeletionByTaintManager",),
         milestones=LOSS,
         check=lost,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from finetune_core.contract import Incident, Remedy, RunConfig
 from finetune_trainer.errors import Diverged
 from finetune_trainer.storage.lineage import Rollback
-from finetune_trainer.training.stability import NON_FINITE, Alarm
+from finetune_trainer.training.stability import NON_FINITE, RECENT, Alarm
 
 RATE_FACTOR = 0.3
 MOST_ROLLBACKS = 3
@@ -52,9 +52,9 @@ def react(
     elif remedy == "RollBack":
         order = RollBack(
             Rollback(
-                step=alarm.first - 1,
+                step=_last_good(alarm),
                 rate_factor=RATE_FACTOR,
-                skip_from=alarm.first,
+                skip_from=_skip_from(alarm),
                 skip_to=_skip_to(alarm),
                 reason=sentence,
             )
@@ -77,6 +77,21 @@ def left_out(step: int, rollbacks: Sequence[Rollback]) -> bool:
     return any(rollback.skip_from <= step <= rollback.skip_to for rollback in rollbacks)
 
 
+def _last_good(alarm: Alarm) -> int:
+    """Return the last step whose checkpoint can be trusted.
+
+    The loss of a step is that of the weights which the step before it left, so the first bad loss may be the work of
+    that one's update. A rising loss may have begun before it stood out: of the recent steps none is trusted.
+    """
+    last = alarm.first - 2
+    return max(0, last if alarm.kind in NON_FINITE else min(last, alarm.step - RECENT))
+
+
+def _skip_from(alarm: Alarm) -> int:
+    """Return the first step whose data is left out: that of the update which may have done it."""
+    return max(1, alarm.first - 1)
+
+
 def _skip_to(alarm: Alarm) -> int:
     """Return the last step whose data is left out; a single gradient says nothing about what follows it."""
     return alarm.step + (0 if alarm.kind in NON_FINITE else SKIPPED_BEYOND)
@@ -85,8 +100,8 @@ def _skip_to(alarm: Alarm) -> int:
 def _action(remedy: Remedy, alarm: Alarm) -> str:
     if remedy == "RollBack":
         return (
-            f"back to the last checkpoint before step {alarm.first}, with {RATE_FACTOR} times the rate and without the"
-            f" data of steps {alarm.first} to {_skip_to(alarm)}"
+            f"back to a checkpoint of step {_last_good(alarm)} or before, with {RATE_FACTOR} times the rate and without"
+            f" the data of steps {_skip_from(alarm)} to {_skip_to(alarm)}"
         )
     if remedy == "Fail":
         return "training ends"

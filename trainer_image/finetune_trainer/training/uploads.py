@@ -131,9 +131,15 @@ class Waiting:
         return self._snapshots[0].number if self._snapshots else 0
 
     def drop(self, numbers: Sequence[int]) -> list[StepRow]:
-        """Forget snapshots and return their steps, which the next one has to log."""
-        rows = [row for item in self._snapshots if item.number in numbers for row in item.rows]
-        self._snapshots[:] = [item for item in self._snapshots if item.number not in numbers]
+        """Forget snapshots; their steps go to the next that stays. Return those that the newest has to log."""
+        rows: list[StepRow] = []
+        kept = []
+        for item in self._snapshots:
+            rows += item.rows
+            if item.number not in numbers:
+                item.rows, rows = rows, []
+                kept.append(item)
+        self._snapshots[:] = kept
         return rows
 
     def replaceable(self, begun: int) -> list[int]:

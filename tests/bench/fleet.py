@@ -1,0 +1,257 @@
+"""Measures the operator with thousands of jobs (gates R2 to R4), and training-operator on the same API server in the
+same run: 1000 PyTorchJobs without, then 1000 FineTuneJobs with our operator above it. A stub node ends the pods.
+
+In: nothing but the cluster's programs. Out: two tables. `FINETUNE_BENCH_JOBS` makes it smaller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from finetune_core.api import FineTuneJob
+from finetune_operator.pods import AttemptPlan
+from finetune_operator.pytorchjob import build_pytorchjob
+from tests.faults.admin import Admin, Manifest
+from tests.faults.operators import OperatorProcess
+from tests.faults.world import CHILDREN, JOBS, World, job, running_world, settled
+
+JOBS_NEW = int(os.environ.get("FINETUNE_BENCH_JOBS", "1000"))
+JOBS_IDLE = 5 * JOBS_NEW
+PATIENCE_SECONDS = 900
+PROBE_SECONDS = 0.05
+
+
+@dataclass
+class Fleet:
+    """What happened to each of many jobs, seen by a watch: seconds from its creation."""
+
+    created: dict[str, float] = field(default_factory=dict)
+    told: dict[str, float] = field(default_factory=dict)
+    """First status."""
+    ended: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, moments: dict[str, float]) -> list[float]:
+        """Return the seconds from creation, sorted."""
+        return sorted(moments[name] - self.created[name] for name in moments)
+
+    def span(self, moments: dict[str, float]) -> float:
+        """Return the seconds from the first creation to the last of ``moments``."""
+        return max(moments.values()) - min(self.created.values())
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the value below which ``share`` of the sorted values lie."""
+    return values[min(len(values) - 1, int(share * len(values)))]
+
+
+async def follow(admin: Admin, path: str, namespace: str, fleet: Fleet, is_over: Callable[[Manifest], bool]) -> None:
+    """Note when each object of a namespace gets its first status and when it ends."""
+    async for event in admin.watch(path):
+        manifest = event["object"]
+        if manifest["metadata"]["namespace"] != namespace:
+            continue
+        name, now = manifest["metadata"]["name"], time.monotonic()
+        if manifest.get("status", {}).get("conditions"):
+            fleet.told.setdefault(name, now)
+        if is_over(manifest):
+            fleet.ended.setdefault(name, now)
+
+
+async def create_all(admin: Admin, path: str, manifests: Sequence[Manifest], fleet: Fleet) -> None:
+    """Create the objects, 16 at a time; a job's time begins with its own request."""
+    turns = asyncio.Semaphore(16)
+
+    async def create(manifest: Manifest) -> None:
+        async with turns:
+            fleet.created[manifest["metadata"]["name"]] = time.monotonic()
+            await admin.call("POST", path, manifest)
+
+    await asyncio.gather(*(create(manifest) for manifest in manifests))
+
+
+def child_is_over(manifest: Manifest) -> bool:
+    """Whether a PyTorchJob has succeeded."""
+    conditions = manifest.get("status", {}).get("conditions") or []
+    return any(item["type"] == "Succeeded" and item["status"] == "True" for item in conditions)
+
+
+def one_pod(*words: str, name: str, **spec: Any) -> Manifest:
+    """Return a job of one pod."""
+    manifest = job(*words, name=name, **spec)
+    manifest["spec"]["resources"]["nodes"] = 1
+    return manifest
+
+
+def measure_children(world: World) -> tuple[Fleet, int]:
+    """Run PyTorchJobs such as our operator makes, without it; return times and training-operator's memory."""
+    namespace = world.namespace()
+    manifests = []
+    for number in range(JOBS_NEW):
+        raw = one_pod("done", name=f"job-{number}")
+        raw["metadata"] |= {"namespace": namespace, "uid": f"uid-{number}", "generation": 1}
+        plan = AttemptPlan(
+            number=1, name=f"job-{number}", image="localhost/trainer:1", report_base_url="https://operator"
+        )
+        child = build_pytorchjob(FineTuneJob.model_validate(raw), plan)
+        del child["metadata"]["ownerReferences"]
+        child["metadata"]["labels"] = {}
+        manifests.append(child)
+    path = f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs"
+    fleet = run_fleet(world, CHILDREN, path, namespace, manifests, child_is_over)
+    resident = resident_bytes(world.cluster.components["training-operator"].pid)
+    return fleet, resident
+
+
+def run_fleet(
+    world: World,
+    watched: str,
+    path: str,
+    namespace: str,
+    manifests: Sequence[Manifest],
+    is_over: Callable[[Manifest], bool],
+) -> Fleet:
+    """Create the objects and wait until all have ended."""
+    fleet = Fleet()
+    world.loop.spawn(follow(world.admin, watched, namespace, fleet, is_over))
+    world.loop.run(create_all(world.admin, path, manifests, fleet), PATIENCE_SECONDS)
+    world.wait("all to end", lambda: len(fleet.ended) == len(manifests), PATIENCE_SECONDS, 0.5)
+    return fleet
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the resident memory of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@contextmanager
+def lag_of(operator: OperatorProcess) -> Iterator[list[float]]:
+    """Ask the operator's health server 20 times a second: it answers from the loop that does all the work, so how long
+    it takes bounds the loop's lag from above. Yields the seconds."""
+    taken: list[float] = []
+    over = threading.Event()
+
+    def probe() -> None:
+        while not over.wait(PROBE_SECONDS):
+            began = time.monotonic()
+            operator.answers("/healthz")
+            taken.append(time.monotonic() - began)
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        over.set()
+        thread.join()
+
+
+def looks(operator: OperatorProcess) -> float:
+    """Return how many looks the operator has had."""
+    return operator.metric("finetune_reconciles_total")
+
+
+def writes(operator: OperatorProcess) -> float:
+    """Return how many status writes it has made."""
+    return operator.metric("finetune_status_writes_total")
+
+
+def restart(world: World, jobs: int) -> tuple[float, float, float]:
+    """Restart the operator; return seconds until it is ready and until it has looked at every job, and its writes."""
+    world.operator.stop()
+    began = time.monotonic()
+    world.operator.start()
+    world.operator.wait_ready(120)
+    ready = time.monotonic() - began
+    world.wait("a look at every job", lambda: looks(world.operator) >= jobs, PATIENCE_SECONDS)
+    return ready, time.monotonic() - began, writes(world.operator)
+
+
+def run() -> None:
+    """Measure and print."""
+    console = Console(width=120)
+    with tempfile.TemporaryDirectory() as folder, running_world(Path(folder), direct=True) as world:
+        beneath, go_memory = measure_children(world)
+        console.print(f"training-operator alone: {beneath.span(beneath.ended):.0f} s")
+        world.operator.start()
+        world.operator.wait_ready(120)
+        namespace = world.namespace()
+        manifests = [one_pod("done", name=f"job-{number}") for number in range(JOBS_NEW)]
+        path = f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
+        with lag_of(world.operator) as lag:
+            above = run_fleet(world, JOBS, path, namespace, manifests, settled)
+        our_memory = world.operator.memory()
+        status_writes = writes(world.operator)
+        print_side_by_side(console, beneath, above, go_memory, our_memory["VmHWM"])
+
+        rows: list[tuple[str, str, str]] = []
+        rows.append((f"R3 {JOBS_NEW} new jobs: all have a status after", f"{above.span(above.told):.1f} s", "30 s"))
+        rows.append(("R3 status writes a job", f"{status_writes / JOBS_NEW:.1f}", ""))
+        rows.append(("R3 RSS, highest", f"{our_memory['VmHWM'] / 1e6:.0f} MB", "150 MB"))
+        rows.append(("R3 loop lag p99", f"{percentile(sorted(lag), 0.99) * 1000:.0f} ms", ""))
+        ready, all_seen, written = restart(world, JOBS_NEW)
+        rows.append((f"R2 restart with {JOBS_NEW} settled jobs: ready after", f"{ready:.1f} s", "15 s"))
+        rows.append(("R2 all looked at after", f"{all_seen:.1f} s", ""))
+        rows.append(("R2 status writes", f"{written:.0f}", "0"))
+
+        idle = [one_pod("run", name=f"idle-{n}", runPolicy={"suspend": True}) for n in range(JOBS_IDLE - JOBS_NEW)]
+        world.loop.run(create_all(world.admin, path, idle, Fleet()), PATIENCE_SECONDS)
+        told = lambda: sum("status" in found for found in world.jobs(namespace)) == JOBS_IDLE  # noqa: E731
+        world.wait("all statuses", told, PATIENCE_SECONDS, 2)
+        ready, all_seen, written = restart(world, JOBS_IDLE)
+        rows.append((f"R4 restart with {JOBS_IDLE} idle jobs: ready after", f"{ready:.1f} s", ""))
+        rows.append(("R4 all looked at (a whole resync) after", f"{all_seen:.1f} s", "30 s"))
+        rows.append(("R4 status writes", f"{written:.0f}", "0"))
+        before = looks(world.operator)
+        with lag_of(world.operator) as lag:
+            world.wait("the next resync", lambda: looks(world.operator) >= before + JOBS_IDLE, PATIENCE_SECONDS, 0.5)
+        rows.append(("R4 loop lag in a resync p99", f"{percentile(sorted(lag), 0.99) * 1000:.0f} ms", "100 ms"))
+        rows.append(("R4 RSS", f"{world.operator.memory()['VmRSS'] / 1e6:.0f} MB", "250 MB"))
+        print_gates(console, rows)
+
+
+def print_side_by_side(console: Console, beneath: Fleet, above: Fleet, go_memory: int, our_memory: int) -> None:
+    """Print training-operator alone beside FineTuneJobs above it."""
+    table = Table(title=f"{JOBS_NEW} jobs of one pod, load average {os.getloadavg()[0]:.1f}")
+    for column in ("", "PyTorchJob", "FineTuneJob", "ratio"):
+        table.add_column(column, justify="right")
+
+    def row(name: str, go: float, ours: float, unit: str) -> None:
+        table.add_row(name, f"{go:.2f} {unit}", f"{ours:.2f} {unit}", f"{ours / go:.2f}")
+
+    row("all ended after", beneath.span(beneath.ended), above.span(above.ended), "s")
+    row("jobs per second", JOBS_NEW / beneath.span(beneath.ended), JOBS_NEW / above.span(above.ended), "")
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        go, ours = (percentile(fleet.seconds(fleet.told), share) for fleet in (beneath, above))
+        row(f"created to first status, {name}", go, ours, "s")
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        go, ours = (percentile(fleet.seconds(fleet.ended), share) for fleet in (beneath, above))
+        row(f"created to ended, {name}", go, ours, "s")
+    row("memory of the operator", go_memory / 1e6, our_memory / 1e6, "MB")
+    console.print(table)
+
+
+def print_gates(console: Console, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Print the gates' figures beside their bars."""
+    table = Table(title=f"gates, load average {os.getloadavg()[0]:.1f}")
+    for column in ("gate", "figure", "bar on 2 idle cores"):
+        table.add_column(column, justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run()

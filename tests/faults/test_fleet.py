@@ -1,0 +1,118 @@
+"""R1 for many, and R15: fifty kills at random moments over three hundred jobs, and an upgrade and rollback under live
+jobs."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.faults.operators import OperatorProcess
+from tests.faults.world import World, job, settled
+from tests.operator.worlds import REPOSITORY
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+
+PREVIOUS = "2433999"
+"""The first version that ran jobs; an operator of before the Lease, the clocks and the plan in the status."""
+
+
+@pytest.mark.long
+def test_random_kills_double_and_lose_no_job(world: World) -> None:
+    choose = random.Random(5)
+    namespace = world.namespace()
+    lives = [("done",), ("exit-75", "done"), ("drained", "done"), ("exit-64",)]
+    jobs = [job(*lives[number % 4], name=f"job-{number}") for number in range(300)]
+    world.create(namespace, *jobs)
+    kills = 0
+    next_kill = time.monotonic()
+
+    def all_settled() -> bool:
+        nonlocal kills, next_kill
+        world.keep_operator_alive()
+        if kills < 50 and time.monotonic() > next_kill:
+            world.operator.stop()
+            kills += 1
+            next_kill = time.monotonic() + choose.uniform(0.5, 4)
+            return False
+        return kills == 50 and all(settled(found) for found in world.jobs(namespace))
+
+    began = time.monotonic()
+    world.wait("300 jobs to end", all_settled, 1200, interval=0.1)
+    print(f"300 jobs ended {time.monotonic() - began:.1f} s after the first kill")
+    found = world.jobs(namespace)
+    started = sum(each["status"]["attempts"]["started"] for each in found)
+    ever = Counter(attempt for where, attempt in world.created.values() if where == namespace)
+    assert sum(ever.values()) == started, "no child was doubled, none is missing"
+    assert len(world.children(namespace)) == 300
+    verdicts = Counter(each["status"]["attempts"]["recent"][-1]["verdict"] for each in found)
+    assert verdicts == {"Succeeded": 225, "Permanent": 75}
+
+
+def previous_release(folder: Path) -> Path | None:
+    """Unpack the previous version's packages; None where the history does not reach back."""
+    archive = subprocess.run(
+        ["git", "archive", PREVIOUS, "core", "operator"], cwd=REPOSITORY, capture_output=True, check=False
+    )
+    if archive.returncode != 0:
+        return None
+    subprocess.run(["tar", "--extract", f"--directory={folder}"], input=archive.stdout, check=True)
+    return folder
+
+
+def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path) -> None:
+    source = previous_release(tmp_path)
+    if source is None:
+        pytest.skip(f"the history does not reach back to {PREVIOUS}")
+    namespace = world.namespace()
+    world.operator.stop()
+    server = f"https://127.0.0.1:{world.proxy.port}"
+    previous = OperatorProcess(world.cluster, tmp_path, server=server, source=source, ports=(18444, 18081))
+    try:
+        previous.start()
+        previous.wait_ready()
+        world.create(namespace, *(job("run", name=f"job-{number}") for number in range(5)))
+        world.wait("both pods of each", lambda: _running(world, namespace) == 5, 90)
+        before = _objects(world, namespace)
+        for turn in range(2):
+            previous.stop()
+            world.operator.start()
+            world.operator.wait_ready()
+            _all_looked_at(world, namespace, "the new version")
+            assert _objects(world, namespace) == before, f"upgrade {turn}"
+            world.operator.stop()
+            previous.start()
+            previous.wait_ready()
+            _all_looked_at(world, namespace, "the previous version")
+            assert _objects(world, namespace) == before, f"rollback {turn}"
+    finally:
+        previous.close()
+
+
+def _running(world: World, namespace: str) -> int:
+    attempts = [found.get("status", {}).get("attempts", {}) for found in world.jobs(namespace)]
+    return sum(len(each.get("current", {}).get("pods", [])) == 2 for each in attempts)
+
+
+def _objects(world: World, namespace: str) -> tuple[list[str], list[str], list[int]]:
+    """Return the uids of children and pods, and the attempts that were started."""
+    return (
+        sorted(child["metadata"]["uid"] for child in world.children(namespace)),
+        sorted(pod["metadata"]["uid"] for pod in world.pods(namespace)),
+        [found["status"]["attempts"]["started"] for found in world.jobs(namespace)],
+    )
+
+
+def _all_looked_at(world: World, namespace: str, who: str) -> None:
+    began = time.monotonic()
+    paths = [f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs/job-{number}" for number in range(5)]
+
+    def looked() -> bool:
+        seen = Counter(record.request.path for record in world.proxy.records if record.at > began)
+        return all(seen[path] >= 2 for path in paths)
+
+    world.wait(f"two looks of {who} at each job", looked, 90)

@@ -1,0 +1,181 @@
+"""R5, R6, R8: an API server that refuses, is away, hangs or breaks a watch. The operator ends at most once, to lose its
+Lease; nothing is asked more often than once a second, and soon after the recovery every job is where it should be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+
+from tests.faults.rules import Answer, Drop, EditEvents, Rule, StreamError
+from tests.faults.world import World, job
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+NOT_THE_LEASE = r"^(?!.*/leases)"
+Outage = Callable[[World], AbstractContextManager[None]]
+
+
+def answering(*answers: Answer, path: str = "") -> Outage:
+    """Return an outage in which every request gets this answer."""
+    return lambda world: world.proxy.fault(*(Rule(answer, path=path) for answer in answers))
+
+
+@contextmanager
+def refused(world: World) -> Iterator[None]:
+    """Nothing listens on the API server's port."""
+    world.loop.run(world.proxy.stop())
+    try:
+        yield
+    finally:
+        world.loop.run(world.proxy.start())
+
+
+OUTAGES: dict[str, tuple[Outage, float, int]] = {
+    # What happens, for how long, and how often the operator may end: once where it can't renew its Lease.
+    "500": (answering(Answer(500, "InternalError")), 120, 1),
+    "refused": (refused, 120, 1),
+    "429": (answering(Answer(429, "TooManyRequests", {"Retry-After": "2"}), path=NOT_THE_LEASE), 60, 0),
+    "403": (answering(Answer(403, "Forbidden"), path=NOT_THE_LEASE), 30, 0),
+}
+
+
+def go_through(world: World, outage: Outage, seconds: float) -> int:
+    """Change the world during an outage, and see it told afterwards; return how often the operator ended."""
+    namespace = world.namespace()
+    world.create(namespace, *(job("run", name=f"job-{number}") for number in range(5)))
+    world.wait("five attempts", lambda: len(_recorded(world, namespace)) == 5)
+    ended, began = 0, time.monotonic()
+    with outage(world):
+        world.loop.run(world.proxy.end_watches())
+        victim = world.children(namespace)[0]
+        path = f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs/{victim['metadata']['name']}"
+        world.call("DELETE", path)
+
+        def is_over() -> bool:
+            nonlocal ended
+            if world.operator.pid is None:
+                ended += 1
+                world.keep_operator_alive()
+            return time.monotonic() - began > seconds
+
+        world.wait("the outage's end", is_over, seconds + 30)
+    asked = Counter(
+        (record.request.verb, record.request.path)
+        for record in world.proxy.records
+        if record.at > began and not 200 <= record.status < 300
+    )
+    busiest = asked.most_common(1)[0] if asked else (None, 0)
+    assert busiest[1] <= max(5, seconds), f"at most once a second: {busiest}"
+
+    def has_converged() -> bool:
+        world.keep_operator_alive()
+        attempts = [found["status"]["attempts"] for found in world.jobs(namespace)]
+        return sorted(each["started"] for each in attempts) == [1, 1, 1, 1, 2] and sum(a["free"] for a in attempts) == 1
+
+    recovered = time.monotonic()
+    # 30 s, and 10 s of back-off before the second attempt; three times that on a busy machine.
+    world.wait("the lost child's second attempt", has_converged, 3 * 40)
+    print(f"converged {time.monotonic() - recovered:.1f} s after the outage; the operator ended {ended} times")
+    return ended
+
+
+def _recorded(world: World, namespace: str) -> list[str]:
+    """Return the jobs of which both pods are recorded."""
+    return [
+        found["metadata"]["name"]
+        for found in world.jobs(namespace)
+        if len(found.get("status", {}).get("attempts", {}).get("current", {}).get("pods", [])) == 2
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", OUTAGES)
+def test_an_outage_of_the_api_server_is_survived(world: World, name: str) -> None:
+    outage, seconds, most = OUTAGES[name]
+    assert go_through(world, outage, seconds) <= most
+
+
+BREAKS = {
+    "an error in the stream": StreamError(500, "InternalError"),
+    "an expired version in the stream": StreamError(410, "Expired"),
+    "an expired version": Answer(410, "Expired"),
+    "an event that is none": EditEvents(lambda event: [{"type": "ADDED"}]),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "an expired version")) for name in BREAKS]
+)
+def test_a_broken_watch_ends_the_process_or_heals(world: World, name: str) -> None:
+    rule = Rule(BREAKS[name], verbs=frozenset({"watch"}), path="finetunejobs|pytorchjobs|pods", times=6)
+    with world.proxy.fault(rule):
+        world.loop.run(world.proxy.end_watches())
+        namespace = world.namespace()
+        world.create(namespace, job("run"))
+
+        def is_told() -> bool:
+            world.keep_operator_alive()
+            return bool(world.job(namespace).get("status"))
+
+        began = time.monotonic()
+        world.wait("the first status", is_told, 3 * 75)
+        world.wait("the broken watch", lambda: rule.applied, 60)
+    print(f"{name}: told after {time.monotonic() - began:.1f} s")
+
+    def heals() -> bool:
+        world.keep_operator_alive()
+        return _recorded(world, namespace) == ["job"]
+
+    world.wait("both pods in the status", heals, 3 * 75)
+
+
+@pytest.mark.long
+def test_an_operator_that_sees_nothing_any_more_says_so(world: World) -> None:
+    with world.proxy.fault(Rule(Drop(), verbs=frozenset({"list", "watch"}), path=NOT_THE_LEASE)):
+        world.loop.run(world.proxy.end_watches())
+        # Three periods of 30 s; the bar is three minutes.
+        world.wait("/healthz to be red", lambda: not world.operator.answers("/healthz"), 180)
+    world.operator.restart()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kill", "away", "bar"), [(True, 8, 15), (False, 20, 75)], ids=["killed", "frozen"])
+def test_an_api_server_that_is_killed_or_frozen_is_found_again(
+    world: World, kill: bool, away: float, bar: float
+) -> None:
+    server = world.cluster.components["api-server"]
+    began = time.monotonic()
+    if kill:
+        server.stop()
+    else:
+        os.kill(server.pid, signal.SIGSTOP)
+    world.wait("the time to pass", lambda: time.monotonic() - began > away, away + 10)
+    if kill:
+        server.start()
+    else:
+        os.kill(server.pid, signal.SIGCONT)
+    server.wait_ready()
+    recovered = time.monotonic()
+    namespace = world.wait("a namespace", lambda: _namespace(world), 60)
+    world.create(namespace, job("run"))
+
+    def is_told() -> bool:
+        world.keep_operator_alive()
+        return bool(world.job(namespace).get("status"))
+
+    world.wait("the first status", is_told, 3 * bar)
+    print(f"told {time.monotonic() - recovered:.1f} s after the server was ready again")
+
+
+def _namespace(world: World) -> str | None:
+    """Return a new namespace; None while the server does not take it."""
+    try:
+        return world.namespace()
+    except (OSError, TimeoutError):
+        return None

@@ -1,0 +1,109 @@
+"""R7: watches that lose, repeat or reorder events, deletions that nobody told, and a server that shows the past."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.essence import essence
+from tests.faults.rules import (
+    WRITES,
+    Answer,
+    CutWatch,
+    EditEvents,
+    Fault,
+    Rule,
+    ServeOld,
+    dropping,
+    duplicating,
+    swapping,
+)
+from tests.faults.test_crashes import begin, finish
+from tests.faults.world import World, job
+
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
+
+WATCHED = "finetunejobs|pytorchjobs|pods"
+DISTURBANCES: dict[str, Callable[[], Fault]] = {
+    "every second event is lost": lambda: EditEvents(dropping(lambda number: number % 2 == 0)),
+    "every event is lost": lambda: EditEvents(dropping(lambda number: True)),
+    "every event comes twice": lambda: EditEvents(duplicating),
+    "events change places": lambda: EditEvents(swapping()),
+    "every watch ends after three events": lambda: CutWatch(3),
+}
+LIVES = ("succeeds", "fails outside once", "is drained")
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_disturbed_watches_change_nothing_but_the_time(world: World, name: str) -> None:
+    faultless = [begin(world, life) for life in LIVES]
+    finish(world, faultless, 120)
+    rules = [Rule(DISTURBANCES[name](), verbs=frozenset({"watch"}), path=kind) for kind in WATCHED.split("|")]
+    with world.proxy.fault(*rules):
+        world.loop.run(world.proxy.end_watches())
+        trials = [begin(world, life) for life in LIVES]
+        # One resync period, 30 s, for each step that nobody told of.
+        finish(world, trials, 300)
+    assert any(rule.applied for rule in rules)
+    for trial, twin in zip(trials, faultless, strict=True):
+        assert essence(world, trial.namespace) == essence(world, twin.namespace), trial
+
+
+def test_deletions_in_the_gap_before_an_expired_watch_are_found(world: World) -> None:
+    namespace = world.namespace()
+    world.create(namespace, job("run", name="one"), job("run", name="two"))
+    for name in ("one", "two"):
+        world.wait_job(namespace, "both pods", lambda found: len(_pods(found)) == 2, name=name)
+    child = next(
+        each for each in world.children(namespace) if each["metadata"]["labels"]["finetune.dev/job-name"] == "one"
+    )
+    blind = Rule(Answer(500, "InternalError"), verbs=frozenset({"watch"}), path=WATCHED)
+    with world.proxy.fault(blind):
+        world.loop.run(world.proxy.end_watches())
+        world.wait("a watch that fails", lambda: blind.applied)
+        world.call("DELETE", f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs/{child['metadata']['name']}")
+        world.call("DELETE", f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs/two")
+    with world.proxy.fault(Rule(Answer(410, "Expired"), verbs=frozenset({"watch"}), path=WATCHED, times=3)):
+        world.wait("attempt 2", lambda: _lives(world, namespace), 3 * 60)
+    world.wait("the deleted job's child to be gone", lambda: len(world.children(namespace)) == 1, 30)
+
+
+def _lives(world: World, namespace: str) -> bool:
+    world.keep_operator_alive()
+    return bool(world.job(namespace, "one")["status"]["attempts"]["started"] == 2)
+
+
+def _pods(found: dict[str, object]) -> list[object]:
+    status = found["status"]
+    assert isinstance(status, dict)
+    return list(status["attempts"].get("current", {}).get("pods", []))
+
+
+def test_a_server_that_shows_the_past_leads_to_nothing_foreign(world: World) -> None:
+    """The job is deleted and applied again under its name; lists and watches still show the one before."""
+    namespace = world.namespace()
+    world.create(namespace, job("run"))
+    first = world.wait_job(namespace, "both pods", lambda found: len(_pods(found)) == 2)
+    past = world.call("GET", f"/api/v1/namespaces/{namespace}/pods")["metadata"]["resourceVersion"]
+    world.call("DELETE", f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs/job")
+    world.wait("the first job's objects to be gone", lambda: not world.children(namespace), 60)
+    before = len(world.proxy.records)
+    with world.proxy.fault(Rule(ServeOld(past), verbs=frozenset({"list", "watch"}), path=WATCHED)):
+        world.loop.run(world.proxy.end_watches())
+        world.create(namespace, job("run"))
+        second = world.wait_job(namespace, "a child of its own", lambda found: found["status"].get("child"), 120)
+    second = world.wait_job(namespace, "both pods", lambda found: len(_pods(found)) == 2, 120)
+    assert second["metadata"]["uid"] != first["metadata"]["uid"]
+    assert second["status"]["attempts"]["started"] == 1
+    assert {pod["uid"] for pod in _pods(second)}.isdisjoint({pod["uid"] for pod in _pods(first)})  # type: ignore[index]
+    assert [child["metadata"]["ownerReferences"][0]["uid"] for child in world.children(namespace)] == [
+        second["metadata"]["uid"]
+    ]
+    written = [
+        record.request.path
+        for record in world.proxy.records[before:]
+        if record.request.verb in WRITES and record.request.namespace == namespace
+    ]
+    old_child = first["status"]["child"]["name"]
+    assert not [path for path in written if old_child in path]
