@@ -17,7 +17,7 @@ from tests.cluster.audit import Call, calls
 from tests.cluster.layout import BRIDGE
 from tests.operator.conftest import Installed, condition, small_job
 from tests.operator.programs import OperatorProgram, operator_program
-from tests.operator.test_on_cluster import RUNS, child_name, pods_run, post, report, running
+from tests.operator.test_on_cluster import RUNS, child_name, post, report, running
 from tests.operator.test_preflight_on_cluster import RUN, checks
 from tests.operator.test_reports_on_cluster import token_or_none
 from tests.operator.test_two_replicas import owner_of_the_slice
@@ -188,7 +188,7 @@ def live_through(release: Release, namespace: str, image: str) -> None:
     token = wait_for(
         "the pod's token", lambda: token_or_none(installed, namespace, pod["name"]), 60, evidence=program.evidence
     )
-    wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
+    wait_for("both pods to run", lambda: phases_of(installed, namespace) == ["Running"] * 2, 60)
     secret = installed.cluster.get("secret", f"{release.account}-certificates", "-n", release.name)
     server, ca = f"https://{ADDRESS}:{REPORT_PORT}", secret["data"]["ca.crt"]
     body = report(pod["uid"]).to_json()
@@ -202,6 +202,12 @@ def live_through(release: Release, namespace: str, image: str) -> None:
     program.environment = {**program.environment, **pod_of(installed, release.name, "second")}
     program.start()
     program.wait_ready()
+
+
+def phases_of(installed: Installed, namespace: str) -> list[str]:
+    """Return the phases of the quickstart's pods; those of the job that finds no node stay Pending."""
+    pods = installed.cluster.get("pods", "-n", namespace, "-l", "finetune.dev/job-name=quickstart")["items"]
+    return [pod["status"]["phase"] for pod in pods]
 
 
 def annotated(installed: Installed, namespace: str) -> bool:

@@ -130,8 +130,8 @@ def test_a_secret_a_claim_and_an_image_that_come_late_are_waited_for_by_name(
     keys = ["--from-literal=AWS_ACCESS_KEY_ID=a", "--from-literal=AWS_SECRET_ACCESS_KEY=b"]
     installed.cluster.kubectl("create", "secret", "generic", "late-keys", "-n", namespace, *keys)
     claim, volume = _volume(namespace)
-    installed.apply(claim, namespace)
     installed.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(volume))
+    installed.apply(claim, namespace)
     push(installed, image, late_image)
     try:
         for name in ("secret", "claim", "image"):
@@ -166,6 +166,7 @@ def test_a_quota_that_is_used_up_is_named_and_waited_for(
     installed.wait(namespace, "the job to run", one_runs, 90)
 
 
+@pytest.mark.long
 def test_what_is_missing_for_too_long_ends_the_job_with_its_name(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:

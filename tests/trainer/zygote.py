@@ -24,8 +24,9 @@ END_SECONDS = 120.0
 class Zygote:
     """The test's side: starts gangs and waits for them."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+        self._told = b""
 
     def gang(self, plans: Sequence[Path], logs: Path) -> list[int]:
         """Run one rank for each file of plans; return how each ended: an exit status, or minus a signal's number."""
@@ -41,13 +42,16 @@ class Zygote:
                 "MASTER_PORT": str(port),
             }
             order = {"file": str(file), "environment": environment, "log": str(logs / f"rank-{rank}.log")}
-            print(json.dumps(order), file=self._process.stdin, flush=True)
+            self._process.stdin.write(f"{json.dumps(order)}\n".encode())
         ends: dict[int, int] = {}
         deadline = time.monotonic() + END_SECONDS
         while len(ends) < len(plans):
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"ranks still run after {END_SECONDS} s: {ends}"
-            told = json.loads(self._process.stdout.readline())
+            while b"\n" not in self._told:
+                ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+                assert ready, f"ranks still run after {END_SECONDS} s: {ends}"
+                self._told += os.read(self._process.stdout.fileno(), 65536)
+            line, _, self._told = self._told.partition(b"\n")
+            told = json.loads(line)
             ends[told["rank"]] = told["status"]
         return [ends[rank] for rank in range(len(plans))]
 
@@ -64,9 +68,7 @@ def zygote() -> Iterator[Zygote]:
         "DS_ACCELERATOR": "cpu",
     }
     command = [sys.executable, "-m", "tests.trainer.zygote"]
-    process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     try:
         yield Zygote(process)
     finally:

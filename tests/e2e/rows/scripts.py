@@ -13,6 +13,8 @@ IMAGE = Image(
     {"bin/busybox": BUSYBOX},
     {f"bin/{command}": "busybox" for command in COMMANDS},
     ["/bin/sh", "-c", 'eval "$SCRIPT"'],
+    # As in the trainer's image: the operator sets arguments, never the command.
+    is_entry_point=True,
 )
 
 RUNS = "trap 'exit 143' TERM; while :; do sleep 0.2; done"
