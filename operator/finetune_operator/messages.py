@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from finetune_core.contract import ExitCode
@@ -54,14 +55,16 @@ def pod_deleted(name: str) -> str:
     return f"pod {name} was deleted"
 
 
-def pod_vanished(name: str) -> str:
-    """Return the sentence about a pod that is gone."""
-    return f"pod {name} is gone"
+def pods_vanished(names: Sequence[str]) -> str:
+    """Return the sentence about pods that are gone."""
+    return f"pod {names[0]} is gone" if len(names) == 1 else f"pods {', '.join(names)} are gone"
 
 
-def pod_replaced(name: str) -> str:
-    """Return the sentence about a pod in whose place another one stands."""
-    return f"pod {name} was deleted and another one took its place"
+def pods_replaced(names: Sequence[str]) -> str:
+    """Return the sentence about pods in whose place others stand."""
+    if len(names) == 1:
+        return f"pod {names[0]} was deleted and another one took its place"
+    return f"pods {', '.join(names)} were deleted and others took their places"
 
 
 def pod_disrupted(name: str, reason: str) -> str:

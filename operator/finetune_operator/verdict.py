@@ -227,15 +227,21 @@ def _disruption(
             return Ruling(verdict=Verdict.FREE, reason=Cause.POD_DELETED, message=message, node=pod.node)
     if failures:
         return None  # the backend's clean-up after the failure may have taken the missing pods
+    return _missing(current, pods)
+
+
+def _missing(current: CurrentAttempt, pods: Sequence[PodObservation]) -> Ruling | None:
+    """Return which recorded pods are gone or are others of the same name; all of them, since nothing tells any more
+    which one somebody removed and which the backend removed after it."""
     present = {pod.index: pod.uid for pod in pods}
-    for record in current.pods:
-        if record.index not in present:
-            message, reason = messages.pod_vanished(record.name), Cause.POD_VANISHED
-        elif present[record.index] != record.uid:
-            message, reason = messages.pod_replaced(record.name), Cause.POD_REPLACED
-        else:
-            continue
-        return Ruling(verdict=Verdict.FREE, reason=reason, message=message, node=record.node)
+    gone = [record for record in current.pods if record.index not in present]
+    if gone:
+        message = messages.pods_vanished([record.name for record in gone])
+        return Ruling(verdict=Verdict.FREE, reason=Cause.POD_VANISHED, message=message, node=gone[0].node)
+    replaced = [record for record in current.pods if present[record.index] != record.uid]
+    if replaced:
+        message = messages.pods_replaced([record.name for record in replaced])
+        return Ruling(verdict=Verdict.FREE, reason=Cause.POD_REPLACED, message=message, node=replaced[0].node)
     return None
 
 

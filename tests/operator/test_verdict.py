@@ -231,6 +231,14 @@ def test_verdict(name: str) -> None:
     assert ruled(pods) == expected
 
 
+def test_all_pods_that_are_gone_are_named() -> None:
+    """The operator looked too late to see which one a person deleted: training-operator removed the other."""
+    ruling = _judge([])
+    assert ruling is not None
+    assert (ruling.verdict, ruling.reason) == (Verdict.FREE, "PodVanished")
+    assert ruling.message == "pods job-1-worker-0, job-1-worker-1 are gone"
+
+
 def test_a_sidecar_does_not_hide_that_training_ended() -> None:
     pods = [pod(i, exit_code=0, message=DONE, phase="Running") for i in (0, 1)]
     assert ruled(pods) == ("Succeeded", "Completed")
