@@ -82,7 +82,7 @@ unit: venv ## The tests that need no cluster
 .PHONY: test
 test: lint ## Lint, unit tests, and end-to-end tests on a real cluster
 	@$(PYTHON) -m tests.cluster prepare
-	@$(PYTEST) -m "not long" --numprocesses $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder
+	@$(PYTEST) -m "not long" --numprocesses $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder --durations 15
 
 .PHONY: test-long
 test-long: venv ## The tests that take longer than a coffee

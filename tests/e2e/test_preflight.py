@@ -24,6 +24,7 @@ def _names_the_bucket(job: FineTuneJob) -> bool:
     return accepted is not None and accepted.status == "False" and LATE_BUCKET in accepted.message
 
 
+@pytest.mark.long
 def test_a_bucket_that_comes_late_is_waited_for_and_then_used(installed: Cluster, namespace: str, tiny_job) -> None:
     storage = tiny_job("late")["spec"]["storage"] | {"uri": f"s3://{LATE_BUCKET}/runs"}
     steps.apply(installed, tiny_job("late", spec__storage=storage, spec__training__maxSteps=2), namespace)

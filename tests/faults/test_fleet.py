@@ -64,6 +64,7 @@ def previous_release(folder: Path) -> Path | None:
     return folder
 
 
+@pytest.mark.long
 def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path) -> None:
     source = previous_release(tmp_path)
     if source is None:

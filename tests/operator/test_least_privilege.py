@@ -103,7 +103,7 @@ def _anywhere(grant: Grant, served: list[str]) -> Grant:
     return replace(grant, namespace="") if grant.namespace in served else grant
 
 
-@pytest.fixture(params=["wide", pytest.param("narrow", marks=pytest.mark.long)])
+@pytest.fixture(params=["wide", "narrow"])
 def release(request: pytest.FixtureRequest, installed: Installed, namespace: str, tmp_path: Path) -> Iterator[Release]:
     """A fresh release, of all namespaces or of the test's and another; the installed operator makes room for it."""
     cluster, name = installed.cluster, str(request.param)
@@ -136,6 +136,7 @@ def release(request: pytest.FixtureRequest, installed: Installed, namespace: str
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
+@pytest.mark.long
 def test_every_call_is_granted_and_every_grant_is_used(release: Release, namespace: str, stand_in: StandIn) -> None:
     installed = release.installed
     granted = grants(installed.cluster, release.user)

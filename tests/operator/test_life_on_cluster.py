@@ -182,6 +182,7 @@ def _only_kueue_wrote(now: Manifest, written: Manifest) -> None:
     assert [entry["time"] for entry in by_operator] == [now["metadata"]["creationTimestamp"]]
 
 
+@pytest.mark.long
 def test_a_queue_that_resumes_while_old_pods_still_save_costs_a_free_attempt(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
@@ -272,6 +273,7 @@ def test_the_ttl_removes_everything_but_the_job(installed: Installed, namespace:
     assert job["status"] == before["status"]
 
 
+@pytest.mark.long
 def test_a_namespace_goes_also_while_the_operator_is_down(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
@@ -288,6 +290,7 @@ def test_a_namespace_goes_also_while_the_operator_is_down(
         installed.cluster.kubectl("create", "namespace", namespace)
 
 
+@pytest.mark.long
 def test_the_image_of_attempt_1_is_run_by_later_attempts_also_after_an_upgrade(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:

@@ -225,6 +225,7 @@ def test_bf16_is_near_fp32_and_equal_to_itself(
         assert artifact_bytes(store, first.name) == artifact_bytes(store, second.name), first
 
 
+@pytest.mark.long
 def test_dropout_belongs_to_the_example_whatever_computes_it(
     store: ObjectStore, plain: dict[str, Plain], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -250,6 +251,7 @@ def uneven_rows() -> Rows:
     return made
 
 
+@pytest.mark.long
 def test_ranks_with_one_and_a_thousand_tokens_and_ranks_with_none_do_not_hang(
     store: ObjectStore, tmp_path: Path
 ) -> None:
