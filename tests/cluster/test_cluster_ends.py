@@ -28,7 +28,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 OWNER = f"""
 import json, sys
 from pathlib import Path
+import signal
 from tests.cluster import Cluster
+# Where the tests run in the background, a shell has switched it off.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with Cluster.start(Path(sys.argv[1]), verbose=False) as cluster:
     for node in sys.argv[2:]:
         cluster.second_node()

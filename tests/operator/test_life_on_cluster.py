@@ -206,7 +206,9 @@ def test_a_queue_that_resumes_while_old_pods_still_save_costs_a_free_attempt(
         assert counts(job) == (2, 0, 1)
         past = job["status"]["attempts"]["recent"][0]
         assert (past["verdict"], past["reason"]) == ("Free", "ResumedTooEarly")
-        kueue.admit(child_name(job, 2), PodSetInfo())
+        second = child_name(job, 2)
+        installed.wait(namespace, "its child", lambda job: job["status"].get("child", {}).get("name") == second)
+        kueue.admit(second, PodSetInfo())
         installed.wait(namespace, "both pods", running)
 
 

@@ -157,6 +157,7 @@ def test_a_deleted_pod_is_a_free_retry(installed: Installed, namespace: str, sta
 def test_a_deleted_child_is_a_free_retry(installed: Installed, namespace: str, stand_in: StandIn) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
     job = installed.wait(namespace, "both pods", running)
+    wait_for("both pods to run", lambda: pods_run(installed, namespace), 30)
     installed.cluster.kubectl("delete", "pytorchjob", child_name(job), "-n", namespace, "--wait=false")
     job = installed.wait(namespace, "attempt 2", lambda job: job["status"]["attempts"]["started"] == 2)
     assert (job["status"]["attempts"]["charged"], job["status"]["attempts"]["free"]) == (0, 1)

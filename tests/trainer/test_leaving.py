@@ -140,10 +140,14 @@ with watchdog.allow(60):
     gang = Gang(device=torch.device("cpu"), watchdog=watchdog, stall_seconds=2.0)
 def a_call_that_hangs():
     threading.Event().wait()
-for step in range(1000):
-    gang.check_stop()
-    if gang.rank == 1 and step == 5:
-        a_call_that_hangs()
+try:
+    for step in range(1000):
+        gang.check_stop()
+        if gang.rank == 1 and step == 5:
+            a_call_that_hangs()
+finally:
+    # As a worker does: a rank that says why it stalls is not interrupted by its peers' leaving.
+    watchdog.claim_end()
 """
 
 

@@ -205,7 +205,7 @@ def test_rotated_credentials_and_a_bucket_that_comes_back_are_waited_for_in_the_
     said: list[str] = []
 
     def rotate(_: float) -> None:
-        if len(said) == 2:
+        if len(said) >= 2:  # several uploads fail at once
             write_credentials(keys, ACCESS_KEY, SECRET_KEY)
 
     impatient = Store(empty_store.endpoint, "us-east-1", keys, wait=rotate)

@@ -57,11 +57,15 @@ class Watchdog:
             self.pat()
             self._allowance = before
 
+    def claim_end(self) -> None:
+        """Make sure that one thread alone says how the process ends: the first that asks goes on, for any other this
+        never returns."""
+        if not self._leaving.acquire(blocking=False):
+            threading.Event().wait()
+
     def leave(self, message: str, *, caused_by_peer: bool) -> None:
         """Write stack traces and outcome and end the process; never returns."""
-        if not self._leaving.acquire(blocking=False):
-            # Another thread is ending the process already; this one has nothing left to do.
-            threading.Event().wait()
+        self.claim_end()
         print(f"{message}; the stacks of all threads of rank {self._rank}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()

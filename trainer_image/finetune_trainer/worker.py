@@ -98,6 +98,9 @@ def _run(plan: WorkerPlan, standing: Standing, stop: StopFlag) -> Result:
                 raise PeerLost(f"another rank left: {first_line(error)}") from error
             raise
     except Exception as error:
+        if isinstance(error, PeerLost):
+            # A stalled rank tells its peers before it ends; their leaving is no cause of its own.
+            watchdog.claim_end()
         if progress is not None:
             progress.end(outcome_of(error, step=standing.step, checkpoint=standing.checkpoint).result)
         if isinstance(error, SHARED_BY_ALL) and not isinstance(error, PeerLost):
