@@ -164,28 +164,3 @@ def test_a_job_that_can_not_be_run_ends_with_the_fields_path(cluster: Cluster, n
     assert conditions["Accepted"]["message"].startswith("spec.deepspeed.overrides: must be JSON")
     assert conditions["Stalled"]["status"] == "True"
     assert cluster.get("pytorchjobs", "-n", namespace)["items"] == []
-
-
-def conditions_of(cluster: Cluster, namespace: str) -> dict[str, dict[str, Any]]:
-    """Return the conditions of the job by type."""
-    found = cluster.get("ftj", "drift", "-n", namespace)["status"]["conditions"]
-    return {condition["type"]: condition for condition in found}
-
-
-def test_a_change_that_can_not_be_honoured_is_said_and_the_attempt_goes_on(cluster: Cluster, namespace: str) -> None:
-    cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(job()))
-    let_the_operator_run(cluster, namespace, "drift")
-
-    def set_suspend(value: str) -> dict[str, dict[str, Any]]:
-        patch = f'{{"spec": {{"runPolicy": {{"suspend": {value}}}}}}}'
-        cluster.kubectl("patch", "ftj", "drift", "-n", namespace, "--type=merge", "-p", patch)
-        let_the_operator_run(cluster, namespace, "drift")
-        return conditions_of(cluster, namespace)
-
-    said = set_suspend("true")
-    assert said["Accepted"]["status"] == "False"
-    assert said["Accepted"]["message"].startswith("spec.runPolicy.suspend: must be false")
-    assert (said["Stalled"]["status"], said["Succeeded"]["status"]) == ("False", "Unknown")
-    assert len(cluster.get("pytorchjobs", "-n", namespace)["items"]) == 1
-    assert set_suspend("false")["Accepted"]["status"] == "True"
-    cluster.kubectl("delete", "ftj", "drift", "-n", namespace)

@@ -54,8 +54,10 @@ class Machine:
     interfaces: list[str]
 
     @staticmethod
-    def now() -> Machine:
-        mounts = [line.split(" ", 1)[1] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    def now(own: Path) -> Machine:
+        """Look at the machine; what other tests mount in their folders at the same time is theirs, not of ``own``."""
+        lines = [line.split(" ", 1)[1] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        mounts = [line for line in lines if "/pytest-of-" not in line or str(own) in line]
         return Machine(sorted(mounts), sorted(path.name for path in Path("/sys/class/net").iterdir()))
 
 
@@ -82,7 +84,7 @@ class Owner:
         wait_for("every process to end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.processes), 30)
         wait_for("the state folder to go", lambda: not self.state.exists(), 30)
         assert cgroups.existing(self.state.name) == []
-        assert Machine.now() == before
+        assert Machine.now(self.state.parent) == before
         everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
         assert not network_namespaces(everyone) & self.networks
 
@@ -117,7 +119,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_an_owner_killed_by_9_leaves_nothing_behind_of_two_nodes(tmp_path: Path) -> None:
-    before = Machine.now()
+    before = Machine.now(tmp_path)
     with owner(tmp_path / "killed", SECOND_NODE.name) as owned:
         commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in owned.processes]
         for seconds in (b"1000", b"2000"):
@@ -130,7 +132,7 @@ def test_an_owner_killed_by_9_leaves_nothing_behind_of_two_nodes(tmp_path: Path)
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    before = Machine.now()
+    before = Machine.now(tmp_path)
     with owner(tmp_path / "interrupted") as owned:
         # A terminal sends it to the whole group.
         os.killpg(owned.process.pid, signal.SIGINT)
@@ -141,11 +143,11 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_start_that_fails_leaves_nothing_behind_and_shows_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = Machine.now()
+    before = Machine.now(tmp_path)
     monkeypatch.setenv("FINETUNE_TOOL_ETCD", "/bin/false")
     with pytest.raises(ClusterError, match="the end of"):
         Cluster.start(tmp_path / "broken", verbose=False)
-    assert Machine.now() == before
+    assert Machine.now(tmp_path) == before
     assert not (tmp_path / "broken").exists()
     assert cgroups.existing("broken") == []
 

@@ -251,6 +251,7 @@ def test_a_wrong_clock_is_named_and_passes(
     assert "clock of this node" in said[0]
 
 
+@pytest.mark.long
 def test_a_full_disk_is_waited_for_and_named(tmp_path: Path) -> None:
     """MinIO on a file system of 40 MB of its own."""
     binary = minio_binary()
