@@ -41,6 +41,7 @@ def wait_for(
         if time.monotonic() >= deadline:
             reason = f"\n{evidence()}" if evidence else ""
             raise ClusterError(f"waited {timeout:g} s for {what}{reason}")
+        # The interval between two looks; the deadline bounds them all.
         time.sleep(interval)
 
 

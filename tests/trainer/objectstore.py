@@ -133,5 +133,6 @@ def wait_ready(
                 return
         except urllib3.exceptions.HTTPError:
             pass
+        # The interval between two looks; the loop is bounded.
         time.sleep(0.1)
     raise TimeoutError(f"MinIO was not ready after {seconds} s: {log.read_text()[-2000:]}")

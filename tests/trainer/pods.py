@@ -123,6 +123,7 @@ class Attempt:
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds} s for {what}:\n{self.output}"
             assert any(pod.process.poll() is None for pod in self.pods), f"ended before {what}:\n{self.output}"
+            # The interval between two looks; the deadline bounds them all.
             time.sleep(0.05)
 
     def end(self) -> None:
