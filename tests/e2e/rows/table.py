@@ -42,8 +42,9 @@ from tests.e2e.rows.row import Row, condition, on_job
 from tests.e2e.rows.scripts import DONE, FILLS_ITS_MEMORY, RUNS, at_first, says
 from tests.e2e.rows.stage import Stage
 
-ANY_LOSS = "PodVanished|PodReplaced"
-"""A pod that is gone at once: what is seen first is its absence or the one that training-operator made instead."""
+ANY_LOSS = "PodDeleted|PodVanished|PodReplaced"
+"""A pod that is gone at once. The API server writes its deletionTimestamp and removes it in a second write: what is
+seen first is that mark, its absence, or the pod that training-operator made instead."""
 PENDING_SECONDS = ACTIVE_SECONDS = 60.0
 """The shortest that the API allows."""
 
