@@ -28,8 +28,13 @@ CHILDREN = "/apis/kubeflow.org/v1/pytorchjobs"
 SHORT_NODE_LOSS = {
     "controller-manager": [
         "--node-monitor-period=1s",
-        "--node-monitor-grace-period=10s",
-        "--node-startup-grace-period=10s",
+        "--node-monitor-grace-period=20s",
+        "--node-startup-grace-period=20s",
+        # Tens of nodes are lost at once here: unset, one in ten seconds is tainted, and none at all where most of a
+        # small cluster is away.
+        "--node-eviction-rate=10",
+        "--secondary-node-eviction-rate=10",
+        "--large-cluster-size-threshold=0",
     ]
 }
 
