@@ -130,7 +130,8 @@ class Cluster:
             query = {"limit": str(LIST_CHUNK)} | ({"continue": token} if token else {})
             path = _path(GROUP, VERSION, PLURAL, namespace)
             page = await self._request(Allowed.LIST_JOBS, path, query=query, accept=METADATA_ONLY)
-            for item in page["items"]:
+            # An empty list of metadata has null where a list of objects has [].
+            for item in page["items"] or ():
                 yield Key(item["metadata"]["namespace"], item["metadata"]["name"])
             token = page["metadata"].get("continue", "")
             if not token:
