@@ -88,7 +88,9 @@ def test_scores_stand_side_by_side_and_incidents_below() -> None:
     assert ["scores", "40", "test", "rows", "base", "step", "100"] in lines
     assert ["right", "answers", "0", "0.975"] in lines
     assert ["function", "0.125", "1"] in lines
-    assert "31 LossSpike (3.2, threshold 1.1) RollBack went back to step 25" in " ".join(word for line in lines for word in line)
+    assert "31 LossSpike (3.2, threshold 1.1) RollBack went back to step 25" in " ".join(
+        word for line in lines for word in line
+    )
 
 
 def test_a_damaged_checkpoint_is_named() -> None:
