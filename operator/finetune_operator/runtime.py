@@ -62,6 +62,7 @@ def _settings(*, confined: bool) -> kopf.OperatorSettings:
     settings.watching.label_selectors["", "v1", "pods"] = REPORTED_KINDS_SELECTOR
     settings.watching.label_selectors["kubeflow.org", "v1", "pytorchjobs"] = REPORTED_KINDS_SELECTOR
     settings.queueing.worker_limit = None  # a limit holds slots of idle objects; our own workers are the limit
+    settings.queueing.idle_timeout = 0.5  # a task and the object itself stay that long: 5 s are all jobs at a restart
     settings.scanning.disabled = confined  # needs a list of CRDs, which an operator of some namespaces has not
     return settings
 
