@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,10 @@ def start_pods(
     attempt: int = 1,
     arguments: tuple[str, ...] = (),
     variables: Mapping[str, str] | None = None,
+    within: Sequence[str] = (),
 ) -> Attempt:
-    """Start one launcher per node of ``config``; ``variables`` are added to its environment."""
+    """Start one launcher per node of ``config``; ``variables`` are added to its environment. ``within`` is a program
+    that becomes the launcher's command, which it gets as its last arguments."""
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.json"
     run_file.write_text(json.dumps(config))
@@ -172,6 +174,7 @@ def start_pods(
         }
         command = [sys.executable, "-m", "finetune_trainer", "--run-file", str(run_file), "--scratch", str(scratch)]
         command += ["--credentials", str(credentials), "--termination-log", str(termination_log), *arguments]
+        command = [*within, *command]
         with log.open("wb") as stream:
             process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
         started.pods.append(Pod(process, scratch, log, termination_log))

@@ -75,7 +75,7 @@ def spoil(root: RunRoot, key: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
 @pytest.mark.parametrize("name", OBJECTS)
-def test_damage_to_any_object_of_the_newest_falls_back_and_names_the_object(
+def test_trap_16_damage_to_any_object_of_the_newest_falls_back_and_names_the_object(
     root: RunRoot, tmp_path: Path, name: str, how: str
 ) -> None:
     assert begin(root, tmp_path).run == 1
@@ -224,7 +224,7 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
     assert (third.parent.run, third.parent.step) == (2, 14)
 
 
-def test_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_is_cleared_next_time(
+def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_is_cleared(
     root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(root, tmp_path)
@@ -255,7 +255,7 @@ def test_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_
     assert {key.split("/")[1] for key in (entry.key for entry in root.entries("checkpoints/"))} == {"000001-000000005"}
 
 
-def test_retention_keeps_the_best_of_the_lineage_and_what_is_on_its_way(root: RunRoot, tmp_path: Path) -> None:
+def test_trap_18_retention_keeps_the_best_of_the_lineage_and_what_is_on_its_way(root: RunRoot, tmp_path: Path) -> None:
     begin(root, tmp_path)
     for step, perplexity in ((1, 9.0), (2, 3.0), (3, 2.0), (4, 5.0), (5, 6.0)):
         commit(root, 1, step, tmp_path, perplexity=perplexity)
