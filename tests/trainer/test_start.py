@@ -285,7 +285,8 @@ def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_check
     assert TrainerState.model_validate_json((tmp_path / "resume" / TRAINER_FILE).read_text()).step == 10
     assert lineage(read_records(root), committed(root)) == [(1, 10)]
     with pytest.raises(NewerRun):
-        retain(root, 1, [])
+        commit(root, 1, 15, tmp_path)
+    assert retain(root, 1, []) == []
     assert committed(root) == [(1, 10)]
 
 
