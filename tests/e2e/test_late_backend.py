@@ -1,6 +1,6 @@
 """A cluster without Kubeflow: the operator starts, the job says what is missing, and runs once it is installed; also
-where that, a Secret, a claim and an image come ten minutes late. On a cluster of its own, because every other test needs
-the backend."""
+where that, a Secret, a claim and an image come ten minutes late. On a cluster of its own, because every other test
+needs the backend."""
 
 from __future__ import annotations
 
