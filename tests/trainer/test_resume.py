@@ -19,9 +19,7 @@ from tests.trainer.pods import run_config
 from tests.trainer.test_recovery import artifact_files
 
 STEPS, INTERRUPTED = 14, 4
-RATE = 1e-4
-"""The default for adapters. At 1e-3 stages 0 and 3 differ by 1.4e-5 after 14 steps of full fine-tuning with weight
-decay, without any interruption: what the stages round differently, AdamW amplifies."""
+RATE, DECAY = 1e-3, 0.1
 CASES = [(method, stage) for method in ("LoRA", "Full") for stage in (0, 2, 3)]
 CHANGED = [("LoRA", 2, 1, 2), ("LoRA", 3, 1, 0), ("Full", 0, 1, 3), ("Full", 2, 2, 3), ("LoRA", 0, 2, 3)]
 """Method and stage of the interrupted run; world size and stage of the one that resumes."""
@@ -42,7 +40,7 @@ class Bench:
             method=method,
             optimization__zeroStage=stage,
             optimization__maxSteps=STEPS,
-            optimization__weightDecay=0.01,
+            optimization__weightDecay=DECAY,
             optimization__learningRate=RATE,
             storage__checkpointEverySteps=100,
             dataset__validation=None,
@@ -122,6 +120,8 @@ def test_in_another_world_or_stage_the_losses_go_on_and_no_row_is_lost_or_repeat
         first = INTERRUPTED + 1
         # Equal up to the order in which a process adds up: one rank adds what two ranks summed apart.
         assert changed[first] == pytest.approx(whole[first], rel=1e-7), case
+        worst = max(abs(changed[step] - whole[step]) / whole[step] for step in range(first, STEPS + 1))
+        print(f"{case}: largest relative difference of a loss {worst:.2g}")
         for step in range(first, STEPS + 1):
             assert changed[step] == pytest.approx(whole[step], rel=1e-6), (case, step)
     for index, (method, stage, _, _) in enumerate(alone):
