@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from finetune_cli.state import ending, metric, obstacle, sentence, state, status_of
+from finetune_cli.state import ending, metric, obstacle, scores_by_name, sentence, state, status_of
 from finetune_cli.text import duration, number, size
 from finetune_core.api.job import FineTuneJob
 
@@ -19,7 +19,14 @@ def news(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
 
     Progress alone is worth a line every five percent: a log of a long run stays readable.
     """
-    return [*_state(shown, job), *_attempts(shown, job), *_progress(shown, job), *_results(shown, job)]
+    return [
+        *_state(shown, job),
+        *_attempts(shown, job),
+        *_progress(shown, job),
+        *_incidents(shown, job),
+        *_results(shown, job),
+        *_scores(shown, job),
+    ]
 
 
 def _state(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
@@ -60,12 +67,36 @@ def _progress(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     yield ", ".join(words)
 
 
+def _incidents(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
+    known = {(seen.step, seen.kind) for seen in status_of(shown).incidents} if shown else set()
+    for found in status_of(job).incidents:
+        if (found.step, found.kind) not in known:
+            yield f"{found.kind} at step {found.step} ({found.action}): {found.message}"
+
+
+def _scores(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
+    evaluation, before = status_of(job).evaluation, status_of(shown).evaluation if shown else None
+    if evaluation is None:
+        return
+    for model, scores, known in (
+        ("base model", evaluation.base, before.base if before else None),
+        ("tuned model", evaluation.tuned, before.tuned if before else None),
+    ):
+        if scores is not None and scores != known:
+            values = ", ".join(f"{name} {number(value)}" for name, value in scores_by_name(scores).items())
+            yield f"{model} on {evaluation.examples} {evaluation.rows.lower()} rows: {values}"
+
+
 def _results(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     known = {(point.run, point.step) for point in status_of(shown).checkpoints} if shown else set()
     for point in status_of(job).checkpoints:
         if (point.run, point.step) not in known:
             score = f", perplexity {number(point.perplexity)}" if point.perplexity is not None else ""
             yield f"checkpoint of step {point.step} committed ({size(point.bytes)}{score})"
+    whole = {(point.run, point.step) for point in status_of(shown).checkpoints if not point.damaged} if shown else known
+    for point in status_of(job).checkpoints:
+        if point.damaged and ((point.run, point.step) in whole or (point.run, point.step) not in known):
+            yield f"checkpoint of step {point.step} is damaged: {point.damaged}"
     artifact = status_of(job).artifact
     if artifact and not (shown and status_of(shown).artifact):
         yield f"artifact of step {artifact.step} ({size(artifact.bytes)}): {artifact.uri}"

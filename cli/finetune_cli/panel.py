@@ -13,13 +13,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from finetune_cli.state import ending, metric, obstacle, sentence, state, status_of
+from finetune_cli.state import ending, metric, obstacle, scores_by_name, sentence, state, status_of
 from finetune_cli.text import duration, number, size, sparkline
 from finetune_core.api.job import FineTuneJob
-from finetune_core.api.status import CheckpointStatus, FineTuneJobStatus
+from finetune_core.api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, IncidentStatus
 
 CHECKPOINTS_SHOWN = 5
 ATTEMPTS_SHOWN = 5
+INCIDENTS_SHOWN = 5
 SILENCE = timedelta(seconds=30)
 """Reports come every few seconds; a running job that is silent for longer deserves a word."""
 
@@ -34,6 +35,10 @@ def render(job: FineTuneJob, now: datetime) -> RenderableType:
         parts += [Text(), curves]
     if status.checkpoints:
         parts += [Text(), _checkpoints(status.checkpoints)]
+    if status.evaluation:
+        parts += [Text(), _evaluation(status.evaluation)]
+    if status.incidents:
+        parts += [Text(), _incidents(status.incidents)]
     if attempts := _attempts(status, now):
         parts += [Text(), attempts]
     if status.artifact:
@@ -119,10 +124,35 @@ def _checkpoints(checkpoints: list[CheckpointStatus]) -> RenderableType:
     shown = checkpoints[-CHECKPOINTS_SHOWN:]
     shown = [point for point in checkpoints if point.best and point not in shown] + shown
     for point in shown:
-        marks = " ".join(word for word, holds in (("best", point.best), ("last", point.last)) if holds)
-        perplexity = number(point.perplexity) if point.perplexity is not None else "–"
-        table.add_row("", str(point.step), size(point.bytes), perplexity, Text(marks, style="bold"))
+        marks = Text(" ".join(word for word, holds in (("best", point.best), ("last", point.last)) if holds), "bold")
+        if point.damaged:
+            marks = Text(f"damaged: {point.damaged}", style="red")
+        table.add_row("", str(point.step), size(point.bytes), _or_dash(point.perplexity), marks)
     return table
+
+
+def _evaluation(evaluation: EvaluationStatus) -> RenderableType:
+    """Return every score of the base model and of the tuned one, side by side."""
+    of_step = f"step {evaluation.tuned_step}" if evaluation.tuned_step is not None else "tuned"
+    table = _table("scores", f"{evaluation.examples} {evaluation.rows.lower()} rows", "base", of_step)
+    for column in (2, 3):
+        table.columns[column].justify = "right"
+    base, tuned = scores_by_name(evaluation.base), scores_by_name(evaluation.tuned)
+    for name in {**base, **tuned}:
+        table.add_row("", name, _or_dash(base.get(name)), Text(_or_dash(tuned.get(name)), style="bold"))
+    return table
+
+
+def _incidents(incidents: list[IncidentStatus]) -> RenderableType:
+    table = _table("incidents", "step", "what", "done", "")
+    for incident in incidents[-INCIDENTS_SHOWN:]:
+        what = Text(f"{incident.kind} ({incident.value}, threshold {incident.threshold})", style="yellow")
+        table.add_row("", str(incident.step), what, incident.action, Text(incident.message))
+    return table
+
+
+def _or_dash(value: str | None) -> str:
+    return number(value) if value is not None else "–"
 
 
 def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from finetune_core.api.conditions import Condition, ConditionType
 from finetune_core.api.job import FineTuneJob
-from finetune_core.api.status import FineTuneJobStatus, MetricValue
+from finetune_core.api.status import FineTuneJobStatus, MetricValue, Scores
 
 NOT_SEEN = "Pending"
 NOT_SEEN_SENTENCE = (
@@ -82,3 +82,15 @@ def ending(job: FineTuneJob) -> Ending | None:
 def metric(job: FineTuneJob, name: str) -> MetricValue | None:
     """Return the newest value of a metric."""
     return next((found for found in status_of(job).metrics if found.name == name), None)
+
+
+def scores_by_name(scores: Scores | None) -> dict[str, str]:
+    """Return every score that was measured under the name that people see; nothing where the model was not scored."""
+    if scores is None:
+        return {}
+    measured = {
+        "perplexity": scores.perplexity,
+        "perplexity of all tokens": scores.all_token_perplexity,
+        "right answers": scores.task_score,
+    } | {score.name: score.value for score in scores.scores}
+    return {name: value for name, value in measured.items() if value is not None}

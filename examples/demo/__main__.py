@@ -34,7 +34,7 @@ from finetune_cli.text import duration, size
 from finetune_cli.watch import show_until_ended, view_on
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
-from tests.cluster import Cluster, ClusterError
+from tests.cluster import Cluster, ClusterError, unusable_because
 from tests.cluster.__main__ import build
 from tests.cluster.progress import say, step
 
@@ -78,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
-    """Run all phases and return the exit code."""
+    """Run all phases and return the exit code; raises ClusterError at once where no cluster can run."""
+    if reason := unusable_because():
+        raise ClusterError(reason)
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     measured = Measurements(command)

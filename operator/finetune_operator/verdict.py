@@ -8,7 +8,7 @@ second, so the caller judges at first sight of every change and keeps what was d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
@@ -223,11 +223,23 @@ def _disruption(
             message = messages.pod_disrupted(pod.name, Cause.NODE_LOST)
             return Ruling(verdict=Verdict.FREE, reason=Cause.NODE_LOST, message=message, node=pod.node)
         if pod.delete_requested_at and not _finished_before(pod) and early(pod.delete_requested_at):
-            message = messages.pod_deleted(pod.name)
-            return Ruling(verdict=Verdict.FREE, reason=Cause.POD_DELETED, message=message, node=pod.node)
+            return _deleted(pod, current, _missing(current, pods))
     if failures:
         return None  # the backend's clean-up after the failure may have taken the missing pods
     return _missing(current, pods)
+
+
+def _deleted(pod: PodObservation, current: CurrentAttempt, missing: Ruling | None) -> Ruling:
+    """Return the ruling about a deleted pod, while recorded ones may be gone already.
+
+    A pod that was deleted by force is gone at once, and training-operator, which saw its mark, deletes the ones that
+    are left: then what is gone comes first, and the sentence says both.
+    """
+    message = messages.pod_deleted(pod.name)
+    if missing is None:
+        return Ruling(verdict=Verdict.FREE, reason=Cause.POD_DELETED, message=message, node=pod.node)
+    is_recorded = any(record.uid == pod.uid for record in current.pods)
+    return replace(missing, message=f"{missing.message}; {message}") if is_recorded else missing
 
 
 def _missing(current: CurrentAttempt, pods: Sequence[PodObservation]) -> Ruling | None:

@@ -83,6 +83,28 @@ def test_a_finished_job_shows_its_artifact_and_no_attempts() -> None:
     assert "attempts" not in text
 
 
+def test_scores_stand_side_by_side_and_incidents_below() -> None:
+    lines = [line.strip("│ ").split() for line in drawn(job("succeeded")).splitlines()]
+    assert ["scores", "40", "test", "rows", "base", "step", "100"] in lines
+    assert ["right", "answers", "0", "0.975"] in lines
+    assert ["function", "0.125", "1"] in lines
+    assert "31 LossSpike (3.2, threshold 1.1) RollBack went back to step 25" in " ".join(
+        word for line in lines for word in line
+    )
+
+
+def test_a_damaged_checkpoint_is_named() -> None:
+    found = stored("running")
+    found["status"]["checkpoints"][0]["damaged"] = "manifest.json is missing"
+    damaged = FineTuneJob.model_validate(found)
+    assert "damaged: manifest.json is missing" in drawn(damaged)
+    step = found["status"]["checkpoints"][0]["step"]
+    line = f"checkpoint of step {step} is damaged: manifest.json is missing"
+    assert line in news(job("running"), damaged)
+    assert line in news(None, damaged)
+    assert news(damaged, damaged) == []
+
+
 def test_a_failed_job_shows_the_sentence() -> None:
     assert "✘ BadInput  s3://finetune/data/train.jsonl: row 1 has no field `sentense`" in drawn(job("failed"))
 
@@ -135,4 +157,9 @@ def test_watching_ends_with_the_job() -> None:
     end = show_until_ended(iter([job("running"), job("succeeded"), job("failed")]), LineView(written.append))
     assert end.succeeded
     assert any("artifact of step 100 (9.8 MB)" in line for line in written)
+    told = [line.partition("tuned model")[2] for line in written if "tuned model" in line]
+    assert told == [
+        " on 40 test rows: perplexity 1.002, right answers 0.975, strict 0.975, function 1",
+    ]
+    assert any("LossSpike at step 31 (RollBack): went back to step 25" in line for line in written)
     assert ending(job("failed")) == show_until_ended([job("failed")], LineView(written.append))

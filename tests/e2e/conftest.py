@@ -48,7 +48,7 @@ def namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[st
     installed.kubectl("delete", "namespace", name, "--wait=false")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_job() -> MakeJob:
     """Return a function that makes a job of a few seconds from the quickstart file."""
 

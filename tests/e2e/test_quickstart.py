@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 DATA = Path(os.environ.get("FINETUNE_TEST_DATA", steps.REPOSITORY.parent / "shared" / "data"))
 VALIDATION_ROWS = 24
-TRAINING_STEPS = 24
+TRAINING_STEPS = 20
+ROWS_PER_STEP = 8
 
 LOAD_ADAPTER = """
 import json, sys
@@ -45,6 +46,7 @@ def _quickstart(cluster: Cluster, name: str) -> dict[str, object]:
     changes: dict[str, object] = {
         "metadata__name": name,
         "spec__training__maxSteps": TRAINING_STEPS,
+        "spec__training__globalBatchSize": ROWS_PER_STEP,
         "spec__evaluation__everySteps": TRAINING_STEPS // 2,
         "spec__storage__checkpoint__everySteps": TRAINING_STEPS // 2,
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from finetune_core.names import attempt_name, worker_name
 from tests.cluster import Cluster
 from tests.cluster.waiting import wait_for
 from tests.e2e.bucket import RunFolder
+from tests.e2e.secrecy import assert_no_key_is_told
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -44,17 +47,36 @@ def _run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder
     return RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/{job.metadata.name}/{job.metadata.uid}")
 
 
+@pytest.fixture(scope="module")
+def undisturbed_losses(installed: Cluster, tiny_job) -> Iterator[Callable[[], dict[int, float]]]:
+    """Begin the undisturbed twin of the disturbed runs: the same spec, another run. Return what awaits its losses."""
+    namespace = f"test-{secrets.token_hex(4)}"
+    steps.make_namespace(installed, namespace)
+    steps.apply(installed, tiny_job("undisturbed", **LONG_RUN), namespace)
+
+    def losses() -> dict[int, float]:
+        twin = steps.wait_for_condition(installed, namespace, "undisturbed", ConditionType.SUCCEEDED, timeout=420)
+        with installed.enter():
+            return _losses(_run_folder(installed, namespace, twin))
+
+    yield losses
+    installed.kubectl("delete", "namespace", namespace, "--wait=false")
+
+
 @pytest.mark.parametrize("how", ["gracefully", "by force"])
-def test_a_deleted_pod_costs_no_step_and_no_retry(installed: Cluster, namespace: str, tiny_job, how: str) -> None:
+def test_a_deleted_pod_costs_no_step_and_no_retry(
+    installed: Cluster,
+    namespace: str,
+    tiny_job,
+    undisturbed_losses: Callable[[], dict[int, float]],
+    how: str,
+) -> None:
     steps.apply(installed, tiny_job("disturbed", **LONG_RUN), namespace)
     job = steps.wait_for_job(installed, namespace, "disturbed", "a checkpoint", _checkpointed(20), 300)
     victim = worker_name(attempt_name("disturbed", job.metadata.uid, 1), 1)
     force = ["--force", "--grace-period=0"] if how == "by force" else []
     installed.kubectl("delete", "pod", victim, "-n", namespace, "--wait=false", *force)
-    # The undisturbed twin runs meanwhile: the same spec, another run.
-    steps.apply(installed, tiny_job("undisturbed", **LONG_RUN), namespace)
     job = steps.wait_for_condition(installed, namespace, "disturbed", ConditionType.SUCCEEDED, timeout=420)
-    twin = steps.wait_for_condition(installed, namespace, "undisturbed", ConditionType.SUCCEEDED, timeout=420)
 
     assert job.status is not None
     attempts = job.status.attempts
@@ -67,14 +89,15 @@ def test_a_deleted_pod_costs_no_step_and_no_retry(installed: Cluster, namespace:
         parent = records[1]["parent"]
         assert parent is not None, "the second run must go on from a checkpoint of the first"
         assert parent["step"] >= 20
-        losses, expected = _losses(run), _losses(_run_folder(installed, namespace, twin))
+        losses = _losses(run)
     assert sorted(losses) == list(range(1, 301))
-    assert losses == expected, "a resumed run must be the same run, bit for bit"
+    assert losses == undisturbed_losses(), "a resumed run must be the same run, bit for bit"
 
 
 def test_an_operator_killed_in_mid_run_loses_and_doubles_nothing(installed: Cluster, namespace: str, tiny_job) -> None:
     steps.apply(installed, tiny_job("survivor", **LONG_RUN), namespace)
     job = steps.wait_for_job(installed, namespace, "survivor", "a checkpoint", _checkpointed(20), 300)
+    assert_no_key_is_told(installed, namespace, attempt_name("survivor", job.metadata.uid, 1))
     pods_before = _pod_uids(installed, namespace)
     restarts = _operator_restarts(installed)
     os.kill(_operator_process(installed), signal.SIGKILL)

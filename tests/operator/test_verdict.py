@@ -239,6 +239,23 @@ def test_all_pods_that_are_gone_are_named() -> None:
     assert ruling.message == "pods job-1-worker-0, job-1-worker-1 are gone"
 
 
+def test_what_is_gone_comes_before_what_the_backend_deleted_after_it() -> None:
+    ruling = _judge([pod(0, deleted=1)])
+    assert ruling is not None
+    assert ruling.reason == "PodVanished"
+    assert ruling.message == "pod job-1-worker-1 is gone; pod job-1-worker-0 was deleted"
+    ruling = _judge([pod(0, deleted=1, exit_code=143, finished=2)])
+    assert ruling is not None
+    assert ruling.reason == "PodVanished"
+
+
+def test_a_pod_in_the_place_of_another_is_named_once() -> None:
+    ruling = _judge([pod(0), pod(1, uid="another", deleted=1)])
+    assert ruling is not None
+    assert ruling.reason == "PodReplaced"
+    assert ruling.message == "pod job-1-worker-1 was deleted and another one took its place"
+
+
 def test_a_sidecar_does_not_hide_that_training_ended() -> None:
     pods = [pod(i, exit_code=0, message=DONE, phase="Running") for i in (0, 1)]
     assert ruled(pods) == ("Succeeded", "Completed")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,11 @@ def run_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
     return config
 
 
+def children(process: int) -> list[int]:
+    """Return the ids of a process's children."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 @dataclass
 class Pod:
     """One launcher process."""
@@ -94,9 +99,8 @@ class Pod:
         return self.log.read_text()
 
     def workers(self) -> list[int]:
-        """Process ids of the workers."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(child) for child in children.split()]
+        """Process ids of the workers (of a wrapper: the launcher's)."""
+        return children(self.process.pid)
 
 
 @dataclass
@@ -144,10 +148,10 @@ def start_pods(
     attempt: int = 1,
     arguments: tuple[str, ...] = (),
     variables: Mapping[str, str] | None = None,
-    within: Sequence[str] = (),
+    wrapper: tuple[str, ...] = (),
 ) -> Attempt:
-    """Start one launcher per node of ``config``; ``variables`` are added to its environment. ``within`` is a program
-    that becomes the launcher's command, which it gets as its last arguments."""
+    """Start one launcher per node of ``config``; ``variables`` are added to its environment, and ``wrapper`` is a
+    command that starts it in its place."""
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.json"
     run_file.write_text(json.dumps(config))
@@ -172,9 +176,9 @@ def start_pods(
             "PET_MASTER_PORT": str(port),
             **(variables or {}),
         }
-        command = [sys.executable, "-m", "finetune_trainer", "--run-file", str(run_file), "--scratch", str(scratch)]
+        command = [*wrapper, sys.executable, "-m", "finetune_trainer", "--run-file", str(run_file)]
+        command += ["--scratch", str(scratch)]
         command += ["--credentials", str(credentials), "--termination-log", str(termination_log), *arguments]
-        command = [*within, *command]
         with log.open("wb") as stream:
             process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
         started.pods.append(Pod(process, scratch, log, termination_log))

@@ -101,7 +101,7 @@ def test_it_trains_with_a_read_only_root_no_home_no_compiler_and_an_unknown_user
         everything(store, "confined", optimization__maxSteps=40),
         folder=anywhere / "attempt",
         credentials=credentials,
-        within=unshared(CONFINE, str(REPOSITORY), str(prefix), str(anywhere), USER),
+        wrapper=tuple(unshared(CONFINE, str(REPOSITORY), str(prefix), str(anywhere), USER)),
     )
     (pod,) = attempt.pods
     attempt.wait_for(lambda: "step 2/" in attempt.output, "the second step")
@@ -186,7 +186,7 @@ def test_a_kill_by_the_kernel_is_told_with_phase_amount_and_remedy(
         optimization__globalBatchSize=12,
         optimization__microBatchSize=12,
     )
-    attempt = pods(config, within=limited)
+    attempt = pods(config, wrapper=tuple(limited))
     assert attempt.wait() == [66], attempt.output
     result = attempt.pods[0].result
     print(result.message)

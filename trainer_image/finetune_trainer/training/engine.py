@@ -323,12 +323,15 @@ def _prevent_compilation() -> None:
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: matrices decay, vectors (norms, biases) don't, as in GPT-3 and Llama."""
+    """Return the optimizer's groups: matrices decay, vectors (norms, biases) don't, as in GPT-3 and Llama.
+
+    Told apart by their full shapes: of a model that was built sharded each tensor itself is empty and a vector.
+    """
     parameters = list(trained_parameters(model).values())
     if weight_decay == 0:
         return [{"params": parameters, "weight_decay": 0.0}]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if len(full_shape(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if len(full_shape(p)) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
