@@ -77,7 +77,13 @@ class Store:
             secure=address.scheme == "https",
             http_client=urllib3.PoolManager(
                 timeout=urllib3.Timeout(connect=5, read=60),
-                retries=urllib3.Retry(total=2, backoff_factor=0.5, status_forcelist=[500, 502, 503, 504]),
+                # MinIO asks to come back after a minute whenever it answers 503: nobody waits that long in silence.
+                retries=urllib3.Retry(
+                    total=2,
+                    backoff_factor=0.5,
+                    status_forcelist=[500, 502, 503, 504],
+                    respect_retry_after_header=False,
+                ),
                 cert_reqs="CERT_REQUIRED",
                 ssl_context=_trust(certificates),
             ),

@@ -48,8 +48,12 @@ def object_store(cluster: Cluster) -> Minio:
     """Return a client of the cluster's MinIO, to be used inside ``cluster.enter()``."""
     store = cluster.minio
     address = urllib3.util.parse_url(store.endpoint).netloc or ""
-    # A pool of its own: minio's would go through a proxy that the environment may name for the world outside.
-    pool = urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=60), retries=urllib3.Retry(total=3))
+    # A pool of its own: minio's would go through a proxy that the environment may name for the world outside. A server
+    # that was just started asks to come back after a minute; it is there in a moment.
+    retries = urllib3.Retry(
+        total=10, backoff_factor=0.2, backoff_max=2, status_forcelist=[503], respect_retry_after_header=False
+    )
+    pool = urllib3.PoolManager(timeout=urllib3.Timeout(connect=5, read=60), retries=retries)
     return Minio(
         address,
         access_key=store.access_key,

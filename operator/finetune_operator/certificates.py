@@ -29,6 +29,8 @@ BACKDATED = timedelta(minutes=10)
 """Certificates begin a little in the past, for nodes whose clocks lag."""
 
 CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY = "ca.crt", "ca.key", "tls.crt", "tls.key"
+_SERVED = (CA_CERTIFICATE, CERTIFICATE, KEY)
+"""Keys of a Secret that somebody else keeps, in the order of `Serving`."""
 
 
 class CertificateError(Exception):
@@ -101,13 +103,22 @@ def server_context() -> ssl.SSLContext:
 
 
 def load_into(context: ssl.SSLContext, certificates: Serving) -> None:
-    """Make ``context`` present the certificate; connections from now on see it, also after a renewal."""
+    """Make ``context`` present the certificate; connections from now on see it, also after a renewal.
+
+    Raises:
+        CertificateError: key and certificate don't belong together; ``context`` is as it was.
+    """
     # The ssl module loads keys from files only; the folder is the pod's memory-backed /tmp and is removed at once.
     with tempfile.TemporaryDirectory() as folder:
         certificate, key = Path(folder, CERTIFICATE), Path(folder, KEY)
         certificate.write_text(certificates.certificate, encoding="ascii")
         key.touch(mode=0o600)
         key.write_text(certificates.key, encoding="ascii")
+        try:
+            # First into one that nobody uses: a pair that fails would leave half of itself in a context that serves.
+            server_context().load_cert_chain(certificate, key)
+        except ssl.SSLError as error:
+            raise CertificateError(f"{KEY} must be the private key of {CERTIFICATE}, both PEM: {error}") from error
         context.load_cert_chain(certificate, key)
 
 
@@ -158,14 +169,16 @@ class ExternalCertificates:
         """Return what the Secret holds; raises CertificateError where it can't serve ``hostname`` now."""
         secret = await self._cluster.get_secret(self._namespace, self._name)
         data = (secret or {}).get("data") or {}
-        missing = [name for name in (CA_CERTIFICATE, CERTIFICATE, KEY) if not data.get(name)]
+        missing = [name for name in _SERVED if not data.get(name)]
         if missing:
             raise CertificateError(f"{self._where} must exist and hold {', '.join(missing)}")
-        serving = Serving(*(base64.b64decode(data[name]).decode() for name in (CA_CERTIFICATE, CERTIFICATE, KEY)))
         try:
+            serving = Serving(*(base64.b64decode(data[name]).decode("ascii") for name in _SERVED))
+            x509.load_pem_x509_certificates(serving.ca_certificate.encode())
             hostnames = _hostnames(serving.certificate)
         except (ValueError, x509.ExtensionNotFound) as error:
-            raise CertificateError(f"{self._where}: {CERTIFICATE} must be a PEM certificate with host names") from error
+            both = f"{CA_CERTIFICATE} and {CERTIFICATE} must be PEM certificates, the latter with host names"
+            raise CertificateError(f"{self._where}: {both}") from error
         if self._hostname not in hostnames:
             raise CertificateError(f"{self._where}: {CERTIFICATE} must name {self._hostname}")
         if serving.expires <= now:

@@ -39,15 +39,23 @@ def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) ->
 def fixed_image(image: str | None, pods: Sequence[PodObservation]) -> str | None:
     """Return ``image`` with the digest that the first pod's node pulled; as it is while none has, or for ever with one.
 
-    An image that was put on the node by hand has no digest that a registry knows, and stays as it is.
+    An image that was put on the node by hand has no digest that a registry knows, and stays as it is. So does one that
+    the node also has from another repository and names by that: this one's registry need not know the other's digest.
     """
     if image is None or "@" in image:
         return image
     for pod in sorted(pods, key=lambda pod: pod.index):
-        _, separator, digest = (pod.container.image_id if pod.container else "").partition("@")
-        if separator:
+        repository, separator, digest = (pod.container.image_id if pod.container else "").partition("@")
+        if separator and _is_of(repository, image):
             return f"{image}@{digest}"
     return image
+
+
+def _is_of(repository: str, image: str) -> bool:
+    """Tell whether a node means ``image`` by ``repository``, where it writes out what a short name leaves out."""
+    folder, slash, name = image.rpartition("/")
+    wanted = folder + slash + name.partition(":")[0]
+    return f"/{repository}".endswith(f"/{wanted}")
 
 
 def plan_of(config: RunConfig) -> PlanStatus:

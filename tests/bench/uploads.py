@@ -123,3 +123,7 @@ def run() -> None:
     stall = statistics.median(with_.stall_seconds for with_, _ in pairs)
     table.add_row("stall of a snapshot", f"{stall:.3f} s", "", "", "")
     Console().print(table)
+
+
+if __name__ == "__main__":
+    run()

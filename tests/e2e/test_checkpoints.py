@@ -1,8 +1,9 @@
-"""What dies costs minutes, never the run: a whole gang, three times, and the object store."""
+"""What dies costs minutes, never the run: a whole gang, three times, the object store, a bit of a checkpoint."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from finetune_core.api.job import FineTuneJob
 from finetune_core.names import attempt_name, worker_name
 from tests.cluster import Cluster
 from tests.e2e.bucket import RunFolder
+from tests.e2e.secrecy import assert_no_key_is_told
 from tests.e2e.test_recovery import _losses
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 DELETIONS = 3
+SPOILED = 2
+"""After which deletion the newest checkpoint is damaged."""
 STEPS = 240
 CHANGES = {"spec__training__maxSteps": STEPS, "spec__evaluation__everySteps": 80}
 
@@ -34,6 +38,28 @@ def _committed_by(run: int):
         return job.status is not None and any(checkpoint.run == run for checkpoint in job.status.checkpoints)
 
     return reached
+
+
+def _told(text: str):
+    """Return whether a notice of the status has ``text``."""
+
+    def reached(job: FineTuneJob) -> bool:
+        return job.status is not None and any(text in notice for notice in job.status.notices)
+
+    return reached
+
+
+def _flip_a_bit_of_the_newest(cluster: Cluster, namespace: str, job: FineTuneJob) -> str:
+    """Damage a file of the newest committed checkpoint; return its key, relative to the run's folder."""
+    run = _run_folder(cluster, namespace, job)
+    with cluster.enter():
+        newest = run.verified("checkpoints")[-1]
+        (name,) = [file.name for file in newest.manifest.files if re.match("state-00000-", file.name)]
+        key = f"{newest.name}/{name}"
+        data = bytearray(run.read(key))
+    data[len(data) // 2] ^= 1
+    steps.put_file(cluster, f"runs/{namespace}/{job.metadata.name}/{job.metadata.uid}/{key}", bytes(data))
+    return key
 
 
 def _started(attempts: int):
@@ -54,12 +80,16 @@ def test_three_lost_gangs_and_a_restarted_store_end_in_the_same_model_and_cost_n
         )
         child = attempt_name("disturbed", job.metadata.uid, number)
         victims = [worker_name(child, index) for index in range(job.spec.resources.nodes)]
-        installed.kubectl("delete", "pod", *victims, "-n", namespace, "--wait=false")
+        # Both have saved and are gone afterwards; the next attempt begins after a back-off of 10 s.
+        installed.kubectl("delete", "pod", *victims, "-n", namespace, "--timeout=120s", timeout=150)
+        spoiled = _flip_a_bit_of_the_newest(installed, namespace, job) if number == SPOILED else ""
         steps.wait_for_job(installed, namespace, "disturbed", "the next attempt", _started(number + 1), 300)
+        if spoiled:
+            steps.wait_for_job(installed, namespace, "disturbed", f"{spoiled} in a notice", _told(spoiled), 300)
     last = DELETIONS + 1
     job = steps.wait_for_job(installed, namespace, "disturbed", f"a checkpoint of run {last}", _committed_by(last), 600)
     installed.components["minio"].restart()
-    _assert_no_key_is_told(installed, namespace, attempt_name("disturbed", job.metadata.uid, last))
+    assert_no_key_is_told(installed, namespace, attempt_name("disturbed", job.metadata.uid, last))
     job = steps.wait_for_condition(installed, namespace, "disturbed", ConditionType.SUCCEEDED, timeout=900)
     steps.apply(installed, tiny_job("undisturbed", **CHANGES), namespace)
     twin = steps.wait_for_condition(installed, namespace, "undisturbed", ConditionType.SUCCEEDED, timeout=900)
@@ -92,22 +122,3 @@ def test_three_lost_gangs_and_a_restarted_store_end_in_the_same_model_and_cost_n
         timeout=120,
     )  # fmt: skip
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def _assert_no_key_is_told(cluster: Cluster, namespace: str, child: str) -> None:
-    """The access key is in the Secret and nowhere else: objects, logs, arguments, the processes of the machine."""
-    secret = cluster.minio.secret_key
-    for kind in ("configmaps", "pods", "pytorchjobs", "finetunejobs", "events"):
-        assert secret not in cluster.kubectl("get", kind, "-n", namespace, "-o", "yaml"), kind
-    pods = [pod["metadata"]["name"] for pod in cluster.get("pods", "-n", namespace)["items"]]
-    assert any(name.startswith(child) for name in pods)
-    for name in pods:
-        assert secret not in cluster.kubectl("logs", name, "-n", namespace, "-c", "pytorch"), name
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it ended while we looked
-        assert secret.encode() not in command, command
-        if b"finetune_trainer" in command:
-            assert secret.encode() not in environment

@@ -1,9 +1,13 @@
-"""A cluster without Kubeflow: the operator starts, the job says what is missing, and runs once it is installed. On a
-cluster of its own, because every other test needs the backend."""
+"""A cluster without Kubeflow: the operator starts, the job says what is missing, and runs once it is installed; also
+where that, a Secret, a claim and an image come ten minutes late. On a cluster of its own, because every other test
+needs the backend."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,17 +15,22 @@ from examples.demo import steps
 from tests.cluster import Cluster, tools, wait_for
 from tests.cluster.addons import PYTORCHJOB_CRD
 from tests.cluster.fixtures import started
-from tests.e2e.rows import scripts
+from tests.e2e.rows import late, scripts
 from tests.e2e.rows.late import FIRST_TIME_DONE
-from tests.e2e.rows.observer import Observer
+from tests.e2e.rows.observer import Manifest, Observer
 from tests.e2e.rows.row import TOLERANCE, Row, condition, on_job, play, settled
-from tests.e2e.rows.stage import Stage
+from tests.e2e.rows.stage import JOB, Stage
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 PAUSE = 20.0
 """The operator's pause before its third try; the first two come 10 s apart."""
+LONGEST_PAUSE = 300.0
+"""Of the operator and of the kubelet's pulls, after ten minutes of tries."""
+LONGEST_MOUNT_PAUSE = 122.0
+"""Of the kubelet between two tries to mount a volume."""
 RUN = 5.0
+TEN_MINUTES = 600.0
 
 
 @pytest.fixture
@@ -35,22 +44,28 @@ def bare() -> Iterator[Cluster]:
         yield cluster
 
 
+def install_backend(stage: Stage) -> None:
+    """Install Kubeflow's training-operator, which was missing, and wait until it serves."""
+    stage.cluster.kubectl("create", "-f", "-", stdin=tools.TRAINING_OPERATOR.data_file().read_text())
+    stage.cluster.kubectl("wait", "--for=condition=Established", f"crd/{PYTORCHJOB_CRD}", "--timeout=30s")
+    backend = stage.cluster.components["training-operator"]
+    backend.start()
+    backend.wait_ready()
+
+
+@pytest.mark.timeout(600)
 def test_the_backend_appears_later(bare: Cluster) -> None:
-    def install_backend(stage: Stage) -> float:
+    def appears(stage: Stage) -> float:
         told = stage.job("the cause", lambda job: condition(job, "Accepted")["reason"] == "BackendUnavailable")
         assert "install Kubeflow's training-operator" in condition(told.object, "Accepted")["message"]
         assert condition(told.object, "Stalled")["status"] == "False"
-        stage.cluster.kubectl("create", "-f", "-", stdin=tools.TRAINING_OPERATOR.data_file().read_text())
-        stage.cluster.kubectl("wait", "--for=condition=Established", f"crd/{PYTORCHJOB_CRD}", "--timeout=30s")
-        backend = stage.cluster.components["training-operator"]
-        backend.start()
-        backend.wait_ready()
+        install_backend(stage)
         return stage.now()
 
     row = Row(
         name="PyTorchJob CRD that appears later",
         script=scripts.DONE,
-        fault=install_backend,
+        fault=appears,
         attempts=FIRST_TIME_DONE,
         milestones=(on_job("job ended", PAUSE + RUN, settled),),
         more_events=("BackendUnavailable",),
@@ -62,3 +77,96 @@ def test_the_backend_appears_later(bare: Cluster) -> None:
     print([(one.milestone.name, one.seconds, one.milestone.bound) for one in measured])
     assert all(one.seconds <= TOLERANCE * one.milestone.bound for one in measured), measured
     wait_for("the child", lambda: bare.get("pytorchjobs", "-n", stage.namespace)["items"], 10)
+
+
+def after_ten_minutes(make: Callable[[Stage], None], *words: str) -> Callable[[Stage], float]:
+    """What the job waits for comes ten minutes after it; until then `Accepted` names it, and nothing is charged."""
+
+    def named(job: Manifest) -> bool:
+        accepted = condition(job, "Accepted")
+        return accepted["status"] == "False" and all(word in accepted["message"] for word in words)
+
+    def fault(stage: Stage) -> float:
+        first = stage.job("the first status", lambda job: True)
+        told = stage.job(f"{words}", named)
+        print(f"{words} named after {told.at - first.at:.1f} s")
+        wait_for("ten minutes to pass", lambda: stage.now() - first.at >= TEN_MINUTES, TEN_MINUTES + 60, interval=1)
+        job = stage.observer.history("job", stage.namespace, JOB)[-1].object
+        assert named(job), condition(job, "Accepted")
+        assert condition(job, "Stalled")["status"] == "False", job["status"]["conditions"]
+        assert job["status"]["attempts"]["charged"] == 0
+        make(stage)
+        return stage.now()
+
+    return fault
+
+
+@pytest.mark.timeout(2400)
+def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster) -> None:
+    backend_serves = threading.Event()
+
+    def backend(stage: Stage) -> None:
+        install_backend(stage)
+        backend_serves.set()
+
+    def behind_the_backend(make: Callable[[Stage], None]) -> Callable[[Stage], None]:
+        """Each job waits for one thing only when its own thing is there."""
+
+        def made(stage: Stage) -> None:
+            assert backend_serves.wait(120), "the backend was not installed"
+            make(stage)
+
+        return made
+
+    def row(name: str, make: Callable[[Stage], None], words: tuple[str, ...], bound: float, **spec: Manifest) -> Row:
+        return Row(
+            name=name,
+            script=scripts.checked(scripts.DONE),
+            spec=spec,
+            fault=after_ten_minutes(make, *words),
+            attempts=FIRST_TIME_DONE,
+            milestones=(on_job("job ended", bound + RUN, settled),),
+            more_events=("BackendUnavailable" if make is backend else "OutsideFailure",),
+        )
+
+    check = {"preflight": "Run"}
+    secret = {"credentialsSecretRef": {"name": late.LATE_SECRET}}
+    claim = {"volume": {"claimName": late.LATE_CLAIM, "path": "model"}}
+    rows = [
+        row("PyTorchJob CRD", backend, ("install Kubeflow's training-operator",), LONGEST_PAUSE),
+        row(
+            "Secret",
+            behind_the_backend(late.make_secret),
+            (late.LATE_SECRET, "not found"),
+            LONGEST_MOUNT_PAUSE,
+            runPolicy=check,
+            storage=secret,
+        ),
+        row(
+            "claim",
+            behind_the_backend(late.make_claim),
+            (late.LATE_CLAIM, "not found"),
+            late.SCHEDULER_PAUSE,
+            runPolicy=check,
+            model=claim,
+        ),
+        row(
+            "image",
+            behind_the_backend(late.make_image),
+            ("can't be pulled", late.LATE_IMAGE),
+            LONGEST_PAUSE,
+            runPolicy=check,
+            podTemplate={"image": late.LATE_IMAGE},
+        ),
+    ]
+    observer = Observer()
+    with observer.watching(bare), ThreadPoolExecutor(len(rows)) as together:
+        stages = [Stage.set(bare, observer, None, row.labels) for row in rows]
+        playing = [together.submit(play, row, stage) for row, stage in zip(rows, stages, strict=True)]
+        times = {row.name: played.result() for row, played in zip(rows, playing, strict=True)}
+    for name, measured in times.items():
+        for one in measured:
+            seconds = f"{one.seconds:.1f} s after it appeared (designed {one.milestone.bound:g})"
+            print(f"{name}, ten minutes late: {one.milestone.name} {seconds}, load {os.getloadavg()[0]:.0f}")
+    late_ones = {name: measured for name, measured in times.items() if any(one.late for one in measured)}
+    assert not late_ones

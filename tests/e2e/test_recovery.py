@@ -17,6 +17,7 @@ from finetune_core.names import attempt_name, worker_name
 from tests.cluster import Cluster
 from tests.cluster.waiting import wait_for
 from tests.e2e.bucket import RunFolder
+from tests.e2e.secrecy import assert_no_key_is_told
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -96,6 +97,7 @@ def test_a_deleted_pod_costs_no_step_and_no_retry(
 def test_an_operator_killed_in_mid_run_loses_and_doubles_nothing(installed: Cluster, namespace: str, tiny_job) -> None:
     steps.apply(installed, tiny_job("survivor", **LONG_RUN), namespace)
     job = steps.wait_for_job(installed, namespace, "survivor", "a checkpoint", _checkpointed(20), 300)
+    assert_no_key_is_told(installed, namespace, attempt_name("survivor", job.metadata.uid, 1))
     pods_before = _pod_uids(installed, namespace)
     restarts = _operator_restarts(installed)
     os.kill(_operator_process(installed), signal.SIGKILL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -184,7 +185,7 @@ class StubNode:
             "ready": "running" in state,
             "restartCount": 0,
             "image": image,
-            "imageID": f"{image}@sha256:{'0' * 64}",
+            "imageID": re.sub(r"(:[^/:@]+)?(@.+)?$", "", image) + "@sha256:" + 64 * "0",
             "containerID": f"stub://{pod['metadata']['uid']}",
         }
         body = {"metadata": {"uid": pod["metadata"]["uid"]}, "status": {**status, "containerStatuses": [container]}}

@@ -224,6 +224,7 @@ class ModelServer:
     def _make_pods(self, child: Manifest) -> None:
         self._generation += 1
         worker = child["spec"]["pytorchReplicaSpecs"]["Worker"]
+        image = worker["template"]["spec"]["containers"][0]["image"].partition(":")[0]
         for index in range(worker["replicas"]):
             labels = worker["template"]["metadata"]["labels"] | {"training.kubeflow.org/replica-index": str(index)}
             name = f"{child['metadata']['name']}-worker-{index}"
@@ -234,7 +235,7 @@ class ModelServer:
                 if self.pods_run
                 else {"waiting": {"reason": "ErrImagePull", "message": "no image"}}
             )
-            container = {"name": TRAINING_CONTAINER, "state": state, "imageID": "registry/x@sha256:0123"}
+            container = {"name": TRAINING_CONTAINER, "state": state, "imageID": f"{image}@sha256:0123"}
             self.pods.append(
                 {
                     "child": child["metadata"]["name"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -82,6 +83,34 @@ async def test_a_client_with_the_ca_bundle_trusts_the_server_and_others_do_not()
                 await session.get(address)
 
 
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
+    """Let a client meet a server in memory; raises SSLError where they don't agree."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_hostname=HOST),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(10):
+        for end in list(ends):
+            try:
+                end.do_handshake()
+                ends.remove(end)
+            except ssl.SSLWantReadError:
+                continue
+    assert not ends, "the handshake has no end"
+
+
+def test_a_pair_that_does_not_fit_is_refused_and_the_server_goes_on_with_the_old_one() -> None:
+    first, second = (made(now=datetime.now(UTC)) for _ in range(2))
+    context = server_context()
+    load_into(context, first.serving)
+    with pytest.raises(CertificateError, match=r"tls\.key must be the private key of tls\.crt"):
+        load_into(context, replace(second.serving, key=first.key))
+    handshake(context, ssl.create_default_context(cadata=first.ca_certificate))
+    load_into(context, second.serving)
+    handshake(context, ssl.create_default_context(cadata=second.ca_certificate))
+
+
 class OneSecret:
     """A namespace with one Secret, whose first update another replica wins."""
 
@@ -142,11 +171,13 @@ async def test_certificates_that_somebody_else_keeps_are_used_as_they_are() -> N
     [
         (None, "n/s must exist and hold ca.crt, tls.crt, tls.key"),
         ({"tls.crt": "eA==", "tls.key": "eA=="}, "must exist and hold ca.crt"),
-        ({"tls.crt": "eA==", "tls.key": "eA==", "ca.crt": "eA=="}, "must be a PEM certificate"),
+        ({"tls.crt": "eA==", "tls.key": "eA==", "ca.crt": "eA=="}, "must be PEM certificates"),
+        (made().to_data() | {"ca.crt": "/wA="}, "must be PEM certificates"),
+        (made().to_data() | {"ca.crt": "eA=="}, "ca.crt and tls.crt must be PEM certificates"),
         (renewed(None, hostname="other", now=NOW).to_data(), f"must name {HOST}"),
         (renewed(None, hostname=HOST, now=NOW - LEAF_LIFETIME - timedelta(days=1)).to_data(), "ended at"),
     ],
-    ids=["no Secret", "no CA", "no certificate", "another host", "ended"],
+    ids=["no Secret", "no CA", "no certificate", "no text", "no CA certificate", "another host", "ended"],
 )
 async def test_a_foreign_secret_that_can_not_serve_is_refused_with_a_sentence(
     data: dict[str, str] | None, sentence: str

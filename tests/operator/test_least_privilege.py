@@ -19,7 +19,7 @@ from tests.operator.conftest import Installed, condition, small_job
 from tests.operator.programs import OperatorProgram, operator_program
 from tests.operator.test_on_cluster import RUNS, child_name, post, report, running
 from tests.operator.test_preflight_on_cluster import RUN, checks
-from tests.operator.test_reports_on_cluster import token_or_none
+from tests.operator.test_reports_on_cluster import token_of
 from tests.operator.test_two_replicas import owner_of_the_slice
 from tests.operator.worlds import REPOSITORY
 
@@ -186,9 +186,7 @@ def live_through(release: Release, namespace: str, image: str) -> None:
     installed.cluster.kubectl("delete", "configmap", child_name(job), "-n", namespace)
     job = evident("both pods", running)
     pod = job["status"]["attempts"]["current"]["pods"][0]
-    token = wait_for(
-        "the pod's token", lambda: token_or_none(installed, namespace, pod["name"]), 60, evidence=program.evidence
-    )
+    token = token_of(installed, namespace, pod["name"], program.evidence)
     wait_for("both pods to run", lambda: phases_of(installed, namespace) == ["Running"] * 2, 60)
     secret = installed.cluster.get("secret", f"{release.account}-certificates", "-n", release.name)
     server, ca = f"https://{ADDRESS}:{REPORT_PORT}", secret["data"]["ca.crt"]

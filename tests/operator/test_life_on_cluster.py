@@ -327,6 +327,36 @@ def test_the_image_of_attempt_1_is_run_by_later_attempts_also_after_an_upgrade(
         assert pod["status"]["containerStatuses"][0]["imageID"].endswith(digest)
 
 
+@pytest.mark.long
+def test_an_image_that_the_node_also_knows_from_another_registry_is_run_again(
+    installed: Installed, namespace: str, stand_in: StandIn
+) -> None:
+    """The node names it by the other registry, which has a digest that the image's own may never have seen."""
+    image, elsewhere = stand_in(f"{RUNS} # known twice"), f"{REGISTRY}/elsewhere"
+    push(installed, image, f"{elsewhere}:1")
+    other = small_job(f"{elsewhere}:1")
+    other["metadata"] = {"name": "other"}
+    installed.apply(other, namespace)
+    installed.wait(namespace, "the pull", lambda job: "@sha256:" in job["status"]["image"], name="other")
+    installed.cluster.kubectl("delete", "finetunejob", "other", "-n", namespace)
+    wait_for("the pods to be gone", lambda: objects(installed, namespace, "pods") == [], 60)
+
+    installed.apply(small_job(image), namespace)
+    wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
+    (first, _) = installed.cluster.get("pods", "-n", namespace)["items"]
+    assert first["status"]["containerStatuses"][0]["imageID"].startswith(f"{elsewhere}@sha256:")
+    victim = worker_name(child_name(installed.job(namespace)), 0)
+    installed.cluster.kubectl("delete", "pod", victim, "-n", namespace, "--wait=false")
+    later = installed.wait(namespace, "attempt 2", lambda job: counts(job)[0] == 2 and running(job))
+    assert later["status"]["image"] == image
+    wait_for(
+        "both pods to run",
+        lambda: pods_run(installed, namespace),
+        60,
+        evidence=lambda: installed.evidence(namespace),
+    )
+
+
 def push(installed: Installed, image: str, reference: str) -> None:
     """Push an image of the node to the registry as ``reference``, and forget it on the node."""
     ctr = ["ctr", "--namespace=k8s.io", "images"]

@@ -77,11 +77,7 @@ def test_expired_tokens_other_jobs_and_earlier_attempts_are_refused_counted_and_
     stranger = installed.wait(namespace, "both pods of the other", running, 90, "other")
 
     def exec_token(pod: str) -> str:
-        return wait_for(
-            f"{pod} to run",
-            lambda: token_or_none(installed, namespace, pod),
-            60,
-        )
+        return token_of(installed, namespace, pod)
 
     def first_pod(job: dict[str, Any]) -> dict[str, Any]:
         return dict(job["status"]["attempts"]["current"]["pods"][0])
@@ -118,13 +114,22 @@ def test_expired_tokens_other_jobs_and_earlier_attempts_are_refused_counted_and_
     assert post(installed, namespace, signed(fresh, key, exp=now + 7200), report(uid).to_json(), attempt=2) == 204
 
 
-def token_or_none(installed: Installed, namespace: str, pod: str) -> str | None:
-    """Return the report token of a pod; None while it does not run."""
-    done = installed.cluster.run(
-        [installed.cluster.layout.programs / "kubectl", "exec", pod, "-n", namespace, "--", "cat", TOKEN_FILE],
-        check=False,
-    )
-    return done.stdout if done.returncode == 0 else None
+def token_of(installed: Installed, namespace: str, pod: str, evidence: Callable[[], str] = str) -> str:
+    """Return the report token of a pod, once it runs; where it does not, the failure says what kubectl was told."""
+    refusals: list[str] = []
+
+    def read() -> str:
+        done = installed.cluster.run(
+            [installed.cluster.layout.programs / "kubectl", "exec", pod, "-n", namespace, "--", "cat", TOKEN_FILE],
+            check=False,
+        )
+        refusals.append(done.stderr)
+        return done.stdout if done.returncode == 0 else ""
+
+    def why() -> str:
+        return f"{refusals[-1]} ({len(refusals)} tries)\n{installed.evidence(namespace)}\n{evidence()}"
+
+    return wait_for(f"{pod} to give its token", read, 60, evidence=why)
 
 
 def presented(installed: Installed) -> str:

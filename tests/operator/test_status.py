@@ -195,7 +195,7 @@ def test_the_image_of_attempt_1_stays() -> None:
     assert status(status(), image="trainer:2").image == "trainer:1"
 
 
-REPOSITORY_DIGEST = "mirror.local/other/name@sha256:0123abcd"
+PULLED = "reg/trainer@sha256:0123abcd"
 
 
 def _pulled(index: int, image_id: str) -> Any:
@@ -206,17 +206,32 @@ def _pulled(index: int, image_id: str) -> Any:
     ("image", "image_ids", "expected"),
     [
         ("reg/trainer:1", ["", ""], "reg/trainer:1"),
-        ("reg/trainer:1", ["", REPOSITORY_DIGEST], "reg/trainer:1@sha256:0123abcd"),
+        ("reg/trainer:1", ["", PULLED], "reg/trainer:1@sha256:0123abcd"),
+        ("reg:5000/trainer", ["reg:5000/trainer@sha256:0123abcd"], "reg:5000/trainer@sha256:0123abcd"),
+        ("trainer:1", ["docker.io/library/trainer@sha256:0123abcd"], "trainer:1@sha256:0123abcd"),
+        ("me/trainer:1", ["docker.io/me/trainer@sha256:0123abcd"], "me/trainer:1@sha256:0123abcd"),
         ("reg/trainer:1", ["sha256:feed", "sha256:feed"], "reg/trainer:1"),
-        ("reg/trainer@sha256:9999", [REPOSITORY_DIGEST] * 2, "reg/trainer@sha256:9999"),
+        ("reg/trainer:1", ["mirror/trainer@sha256:0123abcd"] * 2, "reg/trainer:1"),
+        ("trainer:1", ["reg/other-trainer@sha256:0123abcd"], "trainer:1"),
+        ("reg/trainer@sha256:9999", [PULLED] * 2, "reg/trainer@sha256:9999"),
     ],
-    ids=["not pulled yet", "pulled", "put on the node by hand", "named by digest"],
+    ids=[
+        "not pulled yet",
+        "pulled",
+        "registry with a port",
+        "short name",
+        "short name of a person",
+        "put on the node by hand",
+        "known to the node from elsewhere",
+        "another image that ends alike",
+        "named by digest",
+    ],
 )
 def test_the_image_is_fixed_with_the_digest_that_a_node_pulled(image: str, image_ids: list[str], expected: str) -> None:
     pods = [_pulled(index, image_id) for index, image_id in enumerate(image_ids)]
     found = status(pods=pods, image=image)
     assert found.image == expected
-    later = status(found, pods=[_pulled(0, "x@sha256:another")], image="upgraded:2")
+    later = status(found, pods=[_pulled(0, f"{image.partition(':1')[0]}@sha256:another")], image="upgraded:2")
     assert later.image == (expected if "@" in expected else f"{image}@sha256:another")
 
 

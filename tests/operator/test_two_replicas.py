@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from finetune_core.contract import TOKEN_FILE, report_path
-from tests.cluster import ClusterError, wait_for
+from tests.cluster import Cluster, ClusterError, wait_for
 from tests.cluster.audit import Call, calls
 from tests.cluster.layout import BRIDGE
 from tests.operator.conftest import OPERATOR_NAMESPACE, REPORT_PORT, SERVICE_ACCOUNT, Installed, small_job
@@ -115,29 +115,37 @@ class Reporting:
 
     def accepted(self) -> bool:
         """Whether a report is taken just now."""
-        cluster = self.replicas.installed.cluster
-        found = cluster.run(["getent", "ahostsv4", SERVICE], check=False).stdout.split()
-        if not found:
+        installed = self.replicas.installed
+        ca = b64decode(installed.ca_certificate).decode()
+        path = report_path(self.namespace, "quickstart", 1)
+        try:
+            return post_by_name(installed.cluster, f"{SERVICE}:{REPORT_PORT}", path, self.body, self.token, ca) == 204
+        except OSError:
             return False
-        ca = b64decode(self.replicas.installed.ca_certificate).decode()
-        headers = {"Authorization": f"Bearer {self.token}"}
-        with cluster.enter():
-            connection = http.client.HTTPSConnection(
-                SERVICE, REPORT_PORT, timeout=5, context=ssl.create_default_context(cadata=ca)
-            )
-            # What the name leads to: http.client itself would ask the machine's resolver.
-            connection._create_connection = lambda _, *rest: _connect(found[0], *rest)  # type: ignore[attr-defined]
-            try:
-                connection.request("POST", report_path(self.namespace, "quickstart", 1), self.body, headers)
-                return connection.getresponse().status == 204
-            except OSError:
-                return False
-            finally:
-                connection.close()
 
 
-def _connect(address: str, timeout: float, _source: object) -> socket.socket:
-    return socket.create_connection((address, REPORT_PORT), timeout)
+def post_by_name(cluster: Cluster, server: str, path: str, body: str, token: str, ca: str) -> int:
+    """Post a report to the Service's name and port, as a pod finds it, trusting ``ca`` (PEM) only; returns the status.
+
+    Raises:
+        OSError: nobody answers, or not as the one that the certificate was made for.
+    """
+    service, _, port = server.partition(":")
+    found = cluster.run(["getent", "ahostsv4", service], check=False).stdout.split()
+    if not found:
+        raise OSError(f"{service} leads nowhere")
+    with cluster.enter():
+        context = ssl.create_default_context(cadata=ca)
+        connection = http.client.HTTPSConnection(service, int(port), timeout=5, context=context)
+        # What the name leads to: http.client itself would ask the machine's resolver.
+        connection._create_connection = lambda _, timeout, source: socket.create_connection(  # type: ignore[attr-defined]
+            (found[0], int(port)), timeout
+        )
+        try:
+            connection.request("POST", path, body, {"Authorization": f"Bearer {token}"})
+            return connection.getresponse().status
+        finally:
+            connection.close()
 
 
 @pytest.fixture

@@ -16,11 +16,17 @@ StartPods = Callable[..., Attempt]
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+def minio() -> Path:
+    """The MinIO program, for tests that run a server of their own."""
     binary = minio_binary()
     if binary is None:
         pytest.skip("no MinIO program: set FINETUNE_MINIO, or build the cluster's tools")
-    with running_store(binary, tmp_path_factory.mktemp("minio")) as store:
+    return binary
+
+
+@pytest.fixture(scope="session")
+def empty_store(minio: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    with running_store(minio, tmp_path_factory.mktemp("minio")) as store:
         yield store
 
 
@@ -44,8 +50,15 @@ def pods(tmp_path: Path, store: ObjectStore) -> Iterator[StartPods]:
     """Starts an attempt; whatever still runs at the end of the test is killed."""
     started: list[Attempt] = []
 
-    def start(config: dict[str, Any], *, attempt: int = 1, credentials: Path | None = None, **options: Any) -> Attempt:
-        folder = tmp_path / f"attempt-{len(started)}"
+    def start(
+        config: dict[str, Any],
+        *,
+        attempt: int = 1,
+        credentials: Path | None = None,
+        folder: Path | None = None,
+        **options: Any,
+    ) -> Attempt:
+        folder = folder or tmp_path / f"attempt-{len(started)}"
         begun = start_pods(config, folder, credentials=credentials or store.credentials, attempt=attempt, **options)
         started.append(begun)
         return begun

@@ -53,9 +53,10 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
         yield
 
 
-POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed")
+POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed", "retention")
 """Where a rank can be killed: before a backward pass; between two tensors of a snapshot; while a file is on its way;
-before the manifest, before COMMIT, and after COMMIT before the run knows of it."""
+before the manifest, before COMMIT, and after COMMIT before the run knows of it; before one of retention's deletions,
+of which there are two a checkpoint: COMMIT, then all else."""
 
 
 def _kill(fault: dict[str, Any]) -> Any:
@@ -91,6 +92,7 @@ def _kill(fault: dict[str, Any]) -> Any:
         "manifest": lambda: patched(RunRoot, "write", "/manifest.json"),
         "commit": lambda: patched(RunRoot, "create", "/COMMIT"),
         "committed": lambda: patched(RunRoot, "create", "/COMMIT", after=True),
+        "retention": lambda: patched(RunRoot, "delete", ""),
     }[point]()
 
 

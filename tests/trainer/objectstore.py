@@ -87,7 +87,11 @@ def running_store(
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         endpoint = f"http://127.0.0.1:{port}" if certificates is None else f"https://localhost:{port}"
-        connections = urllib3.PoolManager(ca_certs=str(authority) if authority else None)
+        # A server that is ready, but not yet initialized, asks to come back after a minute; it is there in a moment.
+        retries = urllib3.Retry(
+            30, backoff_factor=0.1, backoff_max=1, status_forcelist=[503], respect_retry_after_header=False
+        )
+        connections = urllib3.PoolManager(ca_certs=str(authority) if authority else None, retries=retries)
         wait_ready(endpoint, server, folder / "minio.log", connections)
         credentials = folder / "credentials"
         write_credentials(credentials, ACCESS_KEY, SECRET_KEY)

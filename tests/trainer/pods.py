@@ -74,6 +74,11 @@ def run_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
     return config
 
 
+def children(process: int) -> list[int]:
+    """Return the ids of a process's children."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 @dataclass
 class Pod:
     """One launcher process."""
@@ -94,9 +99,8 @@ class Pod:
         return self.log.read_text()
 
     def workers(self) -> list[int]:
-        """Process ids of the workers."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(child) for child in children.split()]
+        """Process ids of the workers (of a wrapper: the launcher's)."""
+        return children(self.process.pid)
 
 
 @dataclass
@@ -144,8 +148,10 @@ def start_pods(
     attempt: int = 1,
     arguments: tuple[str, ...] = (),
     variables: Mapping[str, str] | None = None,
+    wrapper: tuple[str, ...] = (),
 ) -> Attempt:
-    """Start one launcher per node of ``config``; ``variables`` are added to its environment."""
+    """Start one launcher per node of ``config``; ``variables`` are added to its environment, and ``wrapper`` is a
+    command that starts it in its place."""
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.json"
     run_file.write_text(json.dumps(config))
@@ -170,7 +176,8 @@ def start_pods(
             "PET_MASTER_PORT": str(port),
             **(variables or {}),
         }
-        command = [sys.executable, "-m", "finetune_trainer", "--run-file", str(run_file), "--scratch", str(scratch)]
+        command = [*wrapper, sys.executable, "-m", "finetune_trainer", "--run-file", str(run_file)]
+        command += ["--scratch", str(scratch)]
         command += ["--credentials", str(credentials), "--termination-log", str(termination_log), *arguments]
         with log.open("wb") as stream:
             process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)

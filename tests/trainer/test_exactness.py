@@ -31,6 +31,7 @@ from tests.trainer.pods import run_config
 
 STEPS = 20
 RATE = 1e-3
+DECAY = 0.1
 GLOBAL_BATCH = 6
 MATRIX_SECONDS = 1800
 DENSE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -47,7 +48,13 @@ class Plain:
 
 
 def plain_run(
-    folder: Path, method: str, train: Rows, validation: Rows, *, global_batch_size: int = GLOBAL_BATCH
+    folder: Path,
+    method: str,
+    train: Rows,
+    validation: Rows,
+    *,
+    global_batch_size: int = GLOBAL_BATCH,
+    weight_decay: float = 0.0,
 ) -> Plain:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -62,7 +69,10 @@ def plain_run(
         return -wanted.sum(), len(wanted)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    vectors = [parameter for parameter in trained if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE)
     losses = []
     for step in range(1, STEPS + 1):
         batch = global_batch(step, rows=len(train), global_batch_size=global_batch_size, seed=42)
@@ -82,9 +92,13 @@ TRAIN, VALIDATION = tiny.rows(20, seed=1), tiny.rows(7, seed=2)
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model: Path) -> dict[str, Plain]:
+def plain(tiny_model: Path) -> dict[tuple[str, float], Plain]:
+    """By method and weight decay."""
     torch.set_num_threads(1)
-    return {method: plain_run(tiny_model, method, TRAIN, VALIDATION) for method in ("LoRA", "Full")}
+    return {
+        (method, decay): plain_run(tiny_model, method, TRAIN, VALIDATION, weight_decay=decay)
+        for method, decay in itertools.product(("LoRA", "Full"), (0.0, DECAY))
+    }
 
 
 @dataclass(frozen=True)
@@ -100,11 +114,13 @@ class Case:
     packing: bool = False
     precision: str = "fp32"
     dropout: str = "0"
+    decay: float = 0.0
     repetition: int = 0
 
     @property
     def name(self) -> str:
         flags = f"{self.micro}{'r' * self.recompute}{self.offload}{'p' * self.packing}{'d' * (self.dropout != '0')}"
+        flags += "w" * (self.decay != 0)
         return f"exact-{self.world}-{self.method}-{self.stage}-{flags}-{self.precision}-{self.repetition}".lower()
 
     def config(self, store: ObjectStore, **changes: Any) -> dict[str, Any]:
@@ -116,6 +132,7 @@ class Case:
             "optimization__zeroStage": self.stage,
             "optimization__maxSteps": STEPS,
             "optimization__learningRate": RATE,
+            "optimization__weightDecay": self.decay,
             "optimization__globalBatchSize": GLOBAL_BATCH,
             "optimization__microBatchSize": self.micro,
             "optimization__gradientCheckpointing": self.recompute,
@@ -151,10 +168,12 @@ def run(
     return losses
 
 
-def assert_like_plain(losses: dict[Case, list[float]], plain: dict[str, Plain], store: ObjectStore) -> None:
+def assert_like_plain(
+    losses: dict[Case, list[float]], plain: dict[tuple[str, float], Plain], store: ObjectStore
+) -> None:
     worst = 0.0
     for case, found in losses.items():
-        wanted = plain[case.method]
+        wanted = plain[case.method, case.decay]
         worst = max(worst, *(abs(a - b) / b for a, b in zip(found, wanted.losses, strict=True)))
         assert found == pytest.approx(wanted.losses, rel=1e-6), case
         assert step_rows(store, case.name)[-1].perplexity == pytest.approx(wanted.perplexity, rel=1e-6), case
@@ -171,25 +190,27 @@ FEW = {
         Case(2, "LoRA", 0, micro=1),
         Case(2, "LoRA", 1, recompute=True, offload="optimizer"),
         Case(2, "LoRA", 2, packing=True),
-        Case(2, "LoRA", 3, micro=1, recompute=True),
-        Case(2, "Full", 0, packing=True),
+        Case(2, "LoRA", 3, micro=1, recompute=True, decay=DECAY),
+        Case(2, "Full", 0, packing=True, decay=DECAY),
         Case(2, "Full", 1, micro=1),
         Case(2, "Full", 2, recompute=True, micro=2, offload="optimizer"),
         Case(2, "Full", 3, offload="both", micro=1),
+        Case(2, "Full", 3, decay=DECAY),
     ],
 }
 
 
 @pytest.mark.parametrize("world", FEW)
 def test_trap_5_topology_dependent_loss(
-    world: int, store: ObjectStore, plain: dict[str, Plain], tiny_model: Path, tmp_path: Path
+    world: int, store: ObjectStore, plain: dict[tuple[str, float], Plain], tiny_model: Path, tmp_path: Path
 ) -> None:
     losses = run(FEW[world], store, tiny_model, tmp_path)
     assert_like_plain(losses, plain, store)
     for case in losses:
         artifact = download_artifact(store, case.name, tmp_path / case.name)
-        assert_same_weights(artifact, plain[case.method].model, case.name)
-        assert_loads_and_computes_the_same(artifact, tiny_model, plain[case.method].model)
+        wanted = plain[case.method, case.decay].model
+        assert_same_weights(artifact, wanted, case.name)
+        assert_loads_and_computes_the_same(artifact, tiny_model, wanted)
 
 
 @pytest.mark.long
@@ -197,9 +218,14 @@ def test_trap_5_topology_dependent_loss(
 @pytest.mark.parametrize("method", ["LoRA", "Full"])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_trap_5_topology_dependent_loss_in_every_combination(
-    world: int, method: str, store: ObjectStore, plain: dict[str, Plain], tiny_model: Path, tmp_path: Path
+    world: int,
+    method: str,
+    store: ObjectStore,
+    plain: dict[tuple[str, float], Plain],
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
-    """Stages x accumulation x recomputation, offload where DeepSpeed has it, and packing at every stage."""
+    """Stages x accumulation x recomputation, offload where DeepSpeed has it, packing and decay at every stage."""
     cases = [
         Case(world, method, stage, micro=micro, recompute=recompute)
         for stage, micro, recompute in itertools.product((0, 1, 2, 3), (1, 6), (False, True))
@@ -207,11 +233,12 @@ def test_trap_5_topology_dependent_loss_in_every_combination(
     cases += [Case(world, method, stage, offload="optimizer") for stage in (1, 2, 3)]
     cases += [Case(world, method, 3, offload="both"), Case(world, method, 3, micro=1, recompute=True, offload="both")]
     cases += [Case(world, method, stage, packing=True, micro=1) for stage in (0, 1, 2, 3)]
+    cases += [Case(world, method, stage, decay=DECAY) for stage in (0, 1, 2, 3)]
     assert_like_plain(run(cases, store, tiny_model, tmp_path, seconds=MATRIX_SECONDS), plain, store)
 
 
 def test_bf16_is_near_fp32_and_equal_to_itself(
-    store: ObjectStore, plain: dict[str, Plain], tiny_model: Path, tmp_path: Path
+    store: ObjectStore, plain: dict[tuple[str, float], Plain], tiny_model: Path, tmp_path: Path
 ) -> None:
     cases = [
         Case(2, method, stage, micro=1, precision="bf16", repetition=repetition)
@@ -221,13 +248,13 @@ def test_bf16_is_near_fp32_and_equal_to_itself(
     losses = run(cases, store, tiny_model, tmp_path)
     for first, second in zip(cases[::2], cases[1::2], strict=True):
         assert losses[first] == losses[second], first
-        assert losses[first] == pytest.approx(plain[first.method].losses, rel=1e-2), first
+        assert losses[first] == pytest.approx(plain[first.method, 0.0].losses, rel=1e-2), first
         assert artifact_bytes(store, first.name) == artifact_bytes(store, second.name), first
 
 
 @pytest.mark.long
 def test_dropout_belongs_to_the_example_whatever_computes_it(
-    store: ObjectStore, plain: dict[str, Plain], tiny_model: Path, tmp_path: Path
+    store: ObjectStore, plain: dict[tuple[str, float], Plain], tiny_model: Path, tmp_path: Path
 ) -> None:
     cases = [
         Case(2, "LoRA", 2, dropout="0.1"),
@@ -236,7 +263,7 @@ def test_dropout_belongs_to_the_example_whatever_computes_it(
     ]
     losses = run(cases, store, tiny_model, tmp_path)
     first = losses[cases[0]]
-    assert first != pytest.approx(plain["LoRA"].losses, rel=1e-6)
+    assert first != pytest.approx(plain["LoRA", 0.0].losses, rel=1e-6)
     for case in cases[1:]:
         assert losses[case] == pytest.approx(first, rel=1e-6), case
 
@@ -266,7 +293,8 @@ def test_ranks_with_one_and_a_thousand_tokens_and_ranks_with_none_do_not_hang(
     losses = run(cases, store, model, tmp_path, rows=rows, scored=VALIDATION[:1], **changes)
     torch.set_num_threads(1)
     wanted = {
-        method: plain_run(model, method, rows, VALIDATION[:1], global_batch_size=2) for method in ("LoRA", "Full")
+        (method, 0.0): plain_run(model, method, rows, VALIDATION[:1], global_batch_size=2)
+        for method in ("LoRA", "Full")
     }
     assert_like_plain(losses, wanted, store)
 
@@ -280,7 +308,7 @@ def test_heads_with_two_chunks_on_one_rank_and_one_on_the_other_do_not_hang(stor
     changes = {"optimization__globalBatchSize": 2, "dataset__maxLength": 1100}
     losses = run([Case(2, "Full", 3, micro=1)], store, model, tmp_path, rows=rows, scored=scored, **changes)
     torch.set_num_threads(1)
-    wanted = {"Full": plain_run(model, "Full", rows, scored, global_batch_size=2)}
+    wanted = {("Full", 0.0): plain_run(model, "Full", rows, scored, global_batch_size=2)}
     assert_like_plain(losses, wanted, store)
 
 

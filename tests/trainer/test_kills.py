@@ -1,9 +1,15 @@
-"""kill -9 of a rank at any moment: the next start goes on from something complete, and comes to the same model."""
+"""kill -9 of a rank or of a launcher at any moment: the next start goes on from something complete, and comes to the
+same model."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
+import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +18,18 @@ import pytest
 
 from finetune_trainer.plan import Inputs
 from tests.trainer import tiny
+from tests.trainer.conftest import StartPods
 from tests.trainer.faults import POINTS
 from tests.trainer.gangs import step_rows, write_plans
 from tests.trainer.objectstore import ObjectStore
-from tests.trainer.pods import run_config
+from tests.trainer.pods import children, run_config
+from tests.trainer.test_background import newest_step
 from tests.trainer.test_recovery import artifact_files, committed_steps
 from tests.trainer.test_store_faults import assert_every_commit_verifies
 from tests.trainer.zygote import Zygote, zygote
 
 STEPS, EVERY = 60, 3
-ONLY_FIRST = ("manifest", "commit", "committed")
+ONLY_FIRST = ("manifest", "commit", "committed", "retention")
 """Points that only rank 0 comes to."""
 KILLED = -9
 
@@ -33,12 +41,12 @@ def ranks() -> Iterator[Zygote]:
 
 
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
-    """Return the kill of a round: every point in turn, the rest at random."""
+    """Return the kill of a round: every point in turn, the rest at random. It comes after the round's first COMMIT."""
     point = POINTS[round_ % len(POINTS)]
     rank = 0 if point in ONLY_FIRST else rng.randrange(2)
-    # Two backward passes a step, some tensors a snapshot: all of them come after the first checkpoint of the round.
-    most = {"accumulation": 2 * 3 * EVERY, "snapshot": 60, "upload": 3}.get(point, 2)
-    least = {"accumulation": 2 * EVERY, "snapshot": 30, "upload": 2}.get(point, 2)
+    # Two backward passes a step, some tensors a snapshot, two deletions a checkpoint.
+    most = {"accumulation": 2 * 3 * EVERY, "snapshot": 60, "upload": 3, "retention": 3}.get(point, 2)
+    least = {"accumulation": 2 * EVERY, "snapshot": 30, "upload": 2, "retention": 1}.get(point, 2)
     return {
         "kind": "kill",
         "rank": rank,
@@ -49,7 +57,8 @@ def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
 
 
 def play(ranks: Zygote, store: ObjectStore, model: Path, folder: Path, rounds: int, seed: int) -> None:
-    """Kill a run ``rounds`` times and let it end; compare it with one that nobody disturbed."""
+    """Kill a run ``rounds`` times and let it end; compare it with one that nobody disturbed. Each seed begins with
+    another point."""
     rng = random.Random(seed)
     rows = tiny.write_jsonl(folder / "train.jsonl", tiny.rows(20, seed=1))
     inputs = Inputs(model=model, train=rows, validation=None)
@@ -70,15 +79,13 @@ def play(ranks: Zygote, store: ObjectStore, model: Path, folder: Path, rounds: i
     assert gang(quiet, folder / "quiet", 1, None) == [0, 0], (folder / "quiet" / "rank-0.log").read_text()
     config = run_config(store, name, **changes)
     for number in range(rounds):
-        fault, where = a_fault(number, rng), folder / f"round-{number}"
+        fault, where = a_fault(seed - 1 + number, rng), folder / f"round-{number}"
         before = committed_steps(store, name)
         ends = gang(config, where, number + 1, fault)
         log = (where / "rank-0.log").read_text()
         assert ends[fault["rank"]] == KILLED, (fault, ends, log)
         assert_every_commit_verifies(store, prefix)
-        runs = store.keys(f"{prefix}runs/")
-        parent = json.loads(store.read(runs[-1])).get("parent")
-        assert (parent["step"] if parent else None) == (before[-1] if before else None), (fault, log)
+        assert newest_parent(store, prefix) == (before[-1] if before else None), (fault, log)
     where = folder / "last"
     assert gang(config, where, rounds + 1, None) == [0, 0], (where / "rank-0.log").read_text()
     losses = {row.step: row.loss for row in step_rows(store, name)}
@@ -86,14 +93,86 @@ def play(ranks: Zygote, store: ObjectStore, model: Path, folder: Path, rounds: i
     assert artifact_files(store, name) == artifact_files(store, f"quiet-{seed}")
 
 
-def test_five_kills(ranks: Zygote, store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:
+def newest_parent(store: ObjectStore, prefix: str) -> int | None:
+    """Return the step that the newest run resumed from, None where it began with the base model."""
+    parent = json.loads(store.read(store.keys(f"{prefix}runs/")[-1])).get("parent")
+    return parent["step"] if parent else None
+
+
+def test_trap_15_five_kills_and_the_same_model(
+    ranks: Zygote, store: ObjectStore, tiny_model: Path, tmp_path: Path
+) -> None:
     play(ranks, store, tiny_model, tmp_path, rounds=5, seed=1)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
-def test_ten_kills_of_each_of_five_runs(
+def test_trap_15_ten_kills_of_each_of_five_runs(
     ranks: Zygote, store: ObjectStore, tiny_model: Path, tmp_path: Path, seed: int
 ) -> None:
     play(ranks, store, tiny_model, tmp_path, rounds=10, seed=seed)
+
+
+OWN_PROCESSES = ("--pid", "--fork", "--kill-child")
+"""How `unshare` makes the launcher PID 1, as it is in its container: with it the kernel ends everything else."""
+
+
+def is_gone(process: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_killed_launcher_takes_its_workers_along_and_the_next_attempt_comes_to_the_same_model(
+    ranks: Zygote, store: ObjectStore, pods: StartPods, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Of either pod in turn: as PID 1 of a container, and as a process among others, whose workers have to notice."""
+    unshare = shutil.which("unshare")
+    assert unshare is not None
+    rng = random.Random(7)
+    name, prefix = "headless", "runs/default/headless/uid-1/"
+    changes = {"optimization__maxSteps": 400, "storage__checkpointEverySteps": EVERY, "dataset__validation": None}
+    rows = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.rows(20, seed=1))
+    plans = write_plans(
+        [run_config(store, "quiet-headless", **changes)],
+        Inputs(model=tiny_model, train=rows, validation=None),
+        tmp_path / "quiet",
+        credentials=store.credentials,
+    )
+    assert ranks.gang(plans, tmp_path / "quiet") == [0, 0], (tmp_path / "quiet" / "rank-0.log").read_text()
+
+    config = run_config(store, name, **changes)
+    for number, (victim, contained) in enumerate(itertools.product((0, 1), (True, False)), start=1):
+        before = committed_steps(store, name)
+        wrapper = (unshare, *OWN_PROCESSES) if contained else ()
+        attempt = pods(config, attempt=number, wrapper=wrapper)
+        some = (before[-1] if before else 0) + rng.randint(2, 8 * EVERY)
+        attempt.wait_for(lambda attempt=attempt, some=some: newest_step(attempt) >= some, f"step {some}")
+        pod = attempt.pods[victim]
+        launcher = children(pod.process.pid)[0] if contained else pod.process.pid
+        workers = children(launcher)
+        assert workers
+        os.kill(launcher, signal.SIGKILL)
+        ends = attempt.wait()
+        # Who is not in a container is told to stop, tells the others, and saves; who is in one is gone at once.
+        assert contained or ends[victim] == KILLED, attempt.output
+        assert ends[1 - victim] == (75 if contained else 143), attempt.output
+        attempt_ended = time.monotonic()
+        while not all(is_gone(worker) for worker in workers):
+            assert time.monotonic() < attempt_ended + 75, f"{workers} outlive their launcher:\n{attempt.output}"
+            # The interval between two looks; the bound is above.
+            time.sleep(0.1)
+        assert_every_commit_verifies(store, prefix)
+        assert newest_parent(store, prefix) == (before[-1] if before else None), attempt.output
+        assert committed_steps(store, name)[-1:] >= before[-1:]
+    last = pods(config, attempt=5)
+    assert last.wait() == [0, 0], last.output
+    assert {row.step: row.loss for row in step_rows(store, name)} == {
+        row.step: row.loss for row in step_rows(store, "quiet-headless")
+    }
+    assert artifact_files(store, name) == artifact_files(store, "quiet-headless")

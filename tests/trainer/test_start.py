@@ -75,7 +75,7 @@ def spoil(root: RunRoot, key: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
 @pytest.mark.parametrize("name", OBJECTS)
-def test_damage_to_any_object_of_the_newest_falls_back_and_names_the_object(
+def test_trap_16_damage_to_any_object_of_the_newest_falls_back_and_names_the_object(
     root: RunRoot, tmp_path: Path, name: str, how: str
 ) -> None:
     assert begin(root, tmp_path).run == 1
@@ -224,9 +224,11 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
     assert (third.parent.run, third.parent.step) == (2, 14)
 
 
-def test_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_is_cleared_next_time(
-    root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("point", range(1, 7))
+def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_is_cleared(
+    root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
+    """Before each of its six deletions, two a checkpoint: COMMIT, then the other files, of which half are gone then."""
     begin(root, tmp_path)
     for step in (1, 2, 3, 4):
         commit(root, 1, step, tmp_path)
@@ -238,24 +240,57 @@ def test_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_
 
     def delete(bucket: str, keys: list[str]) -> None:
         calls.append(keys)
-        if len(calls) == 4:
+        if len(calls) == point:
+            real(bucket, keys[: len(keys) // 2])
             raise KilledError
         real(bucket, keys)
 
     monkeypatch.setattr(root.store, "delete", delete)
     with pytest.raises(KilledError):
         retain(root, 1, keep)
-    assert committed(root) == [(1, 3), (1, 4)], "COMMIT went first"
-    assert any("000001-000000002" in entry.key for entry in root.entries("checkpoints/"))
     monkeypatch.undo()
-    for checkpoint in committed(root):
-        fetch_folder(root, checkpoint_folder(*checkpoint), tmp_path / f"whole-{checkpoint.step}")
+    left = [(1, step) for step in (1, 2, 3, 4) if step == 4 or step > point // 2]
+    assert committed(root) == left, "COMMIT went first"
+    halves = {entry.key.rpartition("/")[2] for entry in root.entries(f"{checkpoint_folder(1, (point + 1) // 2)}/")}
+    assert halves
+    assert (COMMIT in halves) is (point % 2 == 1)
+    for checkpoint in left:
+        fetch_folder(root, checkpoint_folder(*checkpoint), tmp_path / f"whole-{checkpoint[1]}")
     commit(root, 1, 5, tmp_path)
     retain(root, 1, [CheckpointId(1, 5)])
     assert {key.split("/")[1] for key in (entry.key for entry in root.entries("checkpoints/"))} == {"000001-000000005"}
 
 
-def test_retention_keeps_the_best_of_the_lineage_and_what_is_on_its_way(root: RunRoot, tmp_path: Path) -> None:
+def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_checkpoint_of_the_lineage(
+    root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former run is still alive and deletes what the new one is reading; once that has its number, it may not."""
+    begin(root, tmp_path)
+    commit(root, 1, 5, tmp_path)
+    real, reads = root.store.download, []
+
+    def download(bucket: str, key: str, path: Path) -> object:
+        reads.append(key)
+        if len(reads) == 2:
+            commit(root, 1, 10, tmp_path)
+            assert retain(root, 1, [CheckpointId(1, 10)]) == [(1, 5)]
+        return real(bucket, key, path)
+
+    monkeypatch.setattr(root.store, "download", download)
+    start = begin(root, tmp_path, "pod-2")
+    monkeypatch.undo()
+    assert any("000000005" in key for key in reads)
+    assert start.parent is not None
+    assert (start.parent.run, start.parent.step) == (1, 10)
+    assert TrainerState.model_validate_json((tmp_path / "resume" / TRAINER_FILE).read_text()).step == 10
+    assert lineage(read_records(root), committed(root)) == [(1, 10)]
+    with pytest.raises(NewerRun):
+        commit(root, 1, 15, tmp_path)
+    assert retain(root, 1, []) == []
+    assert committed(root) == [(1, 10)]
+
+
+def test_trap_18_retention_keeps_the_best_of_the_lineage_and_what_is_on_its_way(root: RunRoot, tmp_path: Path) -> None:
     begin(root, tmp_path)
     for step, perplexity in ((1, 9.0), (2, 3.0), (3, 2.0), (4, 5.0), (5, 6.0)):
         commit(root, 1, step, tmp_path, perplexity=perplexity)

@@ -37,7 +37,6 @@ from tests.trainer.objectstore import (
     BUCKET,
     SECRET_KEY,
     ObjectStore,
-    minio_binary,
     running_store,
     write_credentials,
 )
@@ -174,10 +173,7 @@ class Strict:
 
 
 @pytest.fixture(scope="module")
-def strict(issuer: Issuer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Strict]:
-    binary = minio_binary()
-    if binary is None:
-        pytest.skip("no MinIO program: set FINETUNE_MINIO, or build the cluster's tools")
+def strict(issuer: Issuer, minio: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Strict]:
     folder = tmp_path_factory.mktemp("strict")
     certificates = write_certificates(folder / "certificates")
     variables = {
@@ -187,7 +183,7 @@ def strict(issuer: Issuer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "MINIO_IDENTITY_OPENID_CLIENT_ID": CLIENT_ID,
         "MINIO_IDENTITY_OPENID_CLAIM_NAME": "policy",
     }
-    with running_store(binary, folder, variables=variables, certificates=certificates) as store:
+    with running_store(minio, folder, variables=variables, certificates=certificates) as store:
         yield Strict(store, certificates / "ca.crt")
 
 
@@ -254,13 +250,10 @@ def test_the_bucket_in_the_host_name_and_in_the_path(strict: Strict, monkeypatch
     assert set(asked) == {f"{BUCKET}.minio.test"}
 
 
-def test_requests_are_signed_for_the_region(tmp_path: Path) -> None:
-    binary = minio_binary()
-    if binary is None:
-        pytest.skip("no MinIO program: set FINETUNE_MINIO, or build the cluster's tools")
+def test_requests_are_signed_for_the_region(minio: Path, tmp_path: Path) -> None:
     region = "eu-central-7"
     with (
-        running_store(binary, tmp_path, variables={"MINIO_REGION_NAME": region}, region=region) as store,
+        running_store(minio, tmp_path, variables={"MINIO_REGION_NAME": region}, region=region) as store,
         proxy_before(store.endpoint) as proxy,
     ):
         works(Store(proxy.endpoint, region, store.credentials, budget_seconds=0), "region")

@@ -88,7 +88,7 @@ class Workers:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             for environment in environments:
-                command = [sys.executable, "-m", "finetune_trainer.worker", str(path)]
+                command = [sys.executable, "-m", "finetune_trainer.worker", str(path), str(os.getpid())]
                 self._children[int(environment["RANK"])] = subprocess.Popen(command, env=dict(environment))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

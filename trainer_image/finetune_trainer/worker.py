@@ -1,11 +1,12 @@
-"""One training process: `python -m finetune_trainer.worker PLAN`, started by the launcher with its ranks in the
-environment. Whatever happens, it leaves `outcome-<rank>.json`.
+"""One training process: `python -m finetune_trainer.worker PLAN LAUNCHER`, started by the process with the id LAUNCHER
+with its ranks in the environment. Whatever happens, it leaves `outcome-<rank>.json`.
 
 Signal handlers come before the heavy imports, so that a SIGTERM while torch loads is not lost.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ wait in a collective, and the sooner this process is gone the sooner they notice
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1
 
 
 class StopFlag:
@@ -47,9 +49,26 @@ class StopFlag:
         return self._set
 
 
+def leave_with(launcher: int) -> None:
+    """Let the kernel tell this process to stop when its launcher ends, however that happens.
+
+    In a container everything ends with PID 1. Elsewhere a worker whose launcher was killed would train on unseen, and
+    hold the devices that the next attempt needs.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != launcher:
+        # It ended before it was watched.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main() -> int:
     """Run the worker and return its exit status."""
     stop = StopFlag()
+    leave_with(int(sys.argv[2]))
     plan = WorkerPlan.model_validate_json(Path(sys.argv[1]).read_text())
     standing = Standing()
     try:

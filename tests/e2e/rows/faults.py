@@ -21,28 +21,28 @@ def is_deleted(stage: Stage) -> float:
     """A person deletes a running pod."""
     stage.both_pods_run()
     stage.delete_pod(1)
-    return stage.pod(1, "its deletion", lambda pod: "deletionTimestamp" in pod["metadata"]).at
+    return stage.pod_deleted(1)
 
 
 def is_deleted_by_force(stage: Stage) -> float:
     """A person deletes a running pod without waiting for its end."""
     stage.both_pods_run()
     stage.delete_pod(1, force=True)
-    return stage.pod_gone(1)
+    return stage.pod_deleted(1)
 
 
 def is_deleted_while_pending(stage: Stage) -> float:
     """A person deletes a pod that has no node yet."""
     stage.job("both pods recorded", lambda job: len(job["status"]["attempts"].get("current", {}).get("pods", [])) == 2)
     stage.delete_pod(1)
-    return stage.pod_gone(1)
+    return stage.pod_deleted(1)
 
 
 def is_evicted(stage: Stage) -> float:
     """A drain evicts a running pod."""
     stage.both_pods_run()
     stage.evict_pod(1)
-    return stage.pod(1, "its eviction", lambda pod: "deletionTimestamp" in pod["metadata"]).at
+    return stage.pod_deleted(1)
 
 
 def outgrows_its_disk(stage: Stage) -> float:
@@ -102,5 +102,5 @@ def is_deleted_again_and_again(stage: Stage) -> float:
     for attempt in (1, 2, 3, 4):
         stage.both_pods_run(attempt)
         stage.delete_pod(1, attempt=attempt)
-        at = stage.pod(1, "its deletion", lambda pod: "deletionTimestamp" in pod["metadata"], attempt=attempt).at
+        at = stage.pod_deleted(1, attempt=attempt)
     return at

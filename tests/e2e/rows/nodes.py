@@ -16,13 +16,12 @@ from tests.cluster import wait_for
 from tests.cluster.layout import FIRST_NODE, GPU_COUNT, GPU_RESOURCE, SECOND_NODE
 from tests.cluster.oci import BUSYBOX_IMAGE
 from tests.cluster.second_node import TOLERATION
-from tests.e2e.rows.milestones import RETRIED, SEEN, accounted, cause, next_attempt
+from tests.e2e.rows.milestones import SEEN, accounted, cause, next_attempt
 from tests.e2e.rows.observer import Manifest
-from tests.e2e.rows.row import Row
 from tests.e2e.rows.scripts import RUNS, at_first
+from tests.e2e.rows.shapes import free
 from tests.e2e.rows.sidecar import SIDECAR
 from tests.e2e.rows.stage import JOB, Stage
-from tests.e2e.rows.table import free_then_done
 
 NODE_LOST = 55.0
 TOLERATED = 30.0
@@ -52,7 +51,7 @@ def is_drained(stage: Stage) -> float:
     selector = f"--pod-selector={JOB_UID}={stage.uid}"
     options = ["--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s"]
     stage.cluster.kubectl("drain", SECOND_NODE.name, selector, *options, timeout=90)
-    return stage.pod(worker, "its eviction", lambda pod: "deletionTimestamp" in pod["metadata"]).at
+    return stage.pod_deleted(worker)
 
 
 def loses_its_kubelet(stage: Stage) -> float:
@@ -73,7 +72,7 @@ def is_preempted(stage: Stage) -> float:
     """The scheduler makes room for a pod of higher priority, which takes all GPUs for a while."""
     stage.both_pods_run()
     stage.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(_preemptor(stage.namespace)))
-    return stage.pod(1, "its preemption", lambda pod: "deletionTimestamp" in pod["metadata"]).at
+    return stage.pod_deleted(1)
 
 
 def _preemptor(namespace: str) -> dict[str, Any]:
@@ -160,44 +159,35 @@ def _pods(stage: Stage, attempt: int) -> list[Manifest]:
 LOSS = (cause(NODE_LOST + TOLERATED + SEEN), accounted(NODE_LOST + TOLERATED + 10 + SEEN), next_attempt(FOUR_MINUTES))
 
 NODES = (
-    Row(
-        name="node drained with kubectl drain",
-        script=at_first(RUNS, worker=None),
+    free(
+        "node drained with kubectl drain",
+        "EvictionByEvictionAPI",
+        at_first(RUNS, worker=None),
+        is_drained,
         spec={"podTemplate": ON_BOTH_NODES},
-        fault=is_drained,
-        attempts=free_then_done("EvictionByEvictionAPI"),
         words=("EvictionByEvictionAPI",),
-        milestones=RETRIED,
         check=drained,
     ),
-    Row(
-        name="preempted by the scheduler",
-        script=at_first(RUNS, worker=None),
+    free(
+        "preempted by the scheduler",
+        "PreemptionByScheduler",
+        at_first(RUNS, worker=None),
+        is_preempted,
         spec={"podTemplate": ON_SECOND_NODE, "resources": {"gpusPerNode": GPU_COUNT // 2, "device": "GPU"}},
-        fault=is_preempted,
-        attempts=free_then_done("PreemptionByScheduler"),
         words=("PreemptionByScheduler",),
-        milestones=RETRIED,
         check=preempted,
     ),
-    Row(
-        name="the node's kubelet dies",
-        script=at_first(RUNS, worker=None),
-        spec={"podTemplate": ON_BOTH_NODES},
-        fault=loses_its_kubelet,
-        attempts=free_then_done("DeletionByTaintManager"),
-        words=("DeletionByTaintManager",),
-        milestones=LOSS,
-        check=lost,
-    ),
-    Row(
-        name="the node is cut off",
-        script=at_first(RUNS, worker=None),
-        spec={"podTemplate": ON_BOTH_NODES},
-        fault=is_cut_off,
-        attempts=free_then_done("DeletionByTaintManager"),
-        words=("DeletionByTaintManager",),
-        milestones=LOSS,
-        check=lost,
+    *(
+        free(
+            name,
+            "DeletionByTaintManager",
+            at_first(RUNS, worker=None),
+            fault,
+            spec={"podTemplate": ON_BOTH_NODES},
+            words=("DeletionByTaintManager",),
+            milestones=LOSS,
+            check=lost,
+        )
+        for name, fault in (("the node's kubelet dies", loses_its_kubelet), ("the node is cut off", is_cut_off))
     ),
 )

@@ -1,9 +1,13 @@
-"""Sees every change of FineTuneJobs and their pods at the moment it arrives: two watches for all rows, so that times
-are read from one history and nobody polls.
+"""Sees every change of FineTuneJobs and their pods as it arrives: two watches for all rows, so that times are read from
+one history and nobody polls.
+
+One watch may lag behind the other, and would date a cause after its consequence. Both read from one store, whose
+revisions number all writes: a write had been made when any later one was seen, and is dated by the first of these.
 """
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
 from collections import defaultdict
@@ -27,17 +31,35 @@ WATCH_SECONDS = 5
 
 @dataclass(frozen=True)
 class Sighting:
-    """A state of an object and when it was seen (`time.monotonic`)."""
+    """A state of an object and when it was seen to have been written (`time.monotonic`)."""
 
     at: float
     object: Manifest
     deleted: bool = False
 
 
+class Timeline:
+    """When each write had been made at the latest; of any number of watches on one store."""
+
+    def __init__(self) -> None:
+        self._revisions: list[int] = []
+        self._moments: list[float] = []
+
+    def date(self, revision: int, now: float) -> float:
+        """Return the moment at which the first write with ``revision`` or a later one was seen; ``now`` it arrives."""
+        later = bisect.bisect_left(self._revisions, revision)
+        if later < len(self._revisions):
+            return self._moments[later]
+        self._revisions.append(revision)
+        self._moments.append(now)
+        return now
+
+
 class Observer:
     """History of all jobs and of all their pods, by kind, namespace and name."""
 
     def __init__(self) -> None:
+        self._timeline = Timeline()
         self._seen: dict[tuple[str, str, str], list[Sighting]] = defaultdict(list)
         self._changed = threading.Condition()
         self._ended = threading.Event()
@@ -137,5 +159,6 @@ class Observer:
             seen = self._seen[kind, metadata["namespace"], metadata["name"]]
             known = seen and seen[-1].object["metadata"]["resourceVersion"] == metadata["resourceVersion"]
             if not known or deleted:
-                seen.append(Sighting(time.monotonic(), found, deleted))
+                moment = self._timeline.date(int(metadata["resourceVersion"]), time.monotonic())
+                seen.append(Sighting(moment, found, deleted))
                 self._changed.notify_all()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from finetune_core.contract import ArtifactRecord, Outcome, Result
+from finetune_core.preflight import PREFLIGHT_COMMAND, PreflightResult
 from tests.cluster.oci import BUSYBOX, BUSYBOX_COMMANDS, Image
 
 COMMANDS = (*BUSYBOX_COMMANDS, "dd")
@@ -40,3 +41,10 @@ def at_first(script: str, *, worker: int | None = 1, others: str = RUNS, later: 
     """
     mine = "true" if worker is None else f"[ $PET_NODE_RANK = {worker} ]"
     return f"if [ $FTJ_ATTEMPT -gt 1 ]; then {later}; elif {mine}; then {script}; else {others}; fi"
+
+
+def checked(script: str) -> str:
+    """Return a script that passes the check before the first attempt and runs ``script`` in attempts."""
+    answer = PreflightResult(findings=[])
+    passes = f"echo -n '{answer.to_termination_message()}' > /dev/termination-log; exit {answer.exit_code}"
+    return f'if [ "$0" = {PREFLIGHT_COMMAND} ]; then {passes}; fi; {script}'

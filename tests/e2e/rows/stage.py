@@ -113,6 +113,18 @@ class Stage:
         name = self.pod_name(worker)
         return self.observer.first("pod", self.namespace, name, "its end", lambda seen: seen.deleted, timeout).at
 
+    def pod_deleted(self, worker: int, *, attempt: int = 1) -> float:
+        """Return when a worker's pod was seen to be deleted: its mark, or its absence where it goes at once."""
+        name = self.pod_name(worker, attempt)
+        return self.observer.first(
+            "pod",
+            self.namespace,
+            name,
+            "its deletion",
+            lambda seen: seen.deleted or "deletionTimestamp" in seen.object["metadata"],
+            PATIENCE_SECONDS,
+        ).at
+
     def both_pods_run(self, attempt: int = 1) -> None:
         """Wait until both training containers run and the operator has recorded both pods with their nodes."""
         # Attempts follow each other after a back-off that doubles each time.

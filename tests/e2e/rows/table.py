@@ -40,6 +40,7 @@ from tests.e2e.rows.milestones import (
 from tests.e2e.rows.observer import Manifest
 from tests.e2e.rows.row import Row, condition, on_job
 from tests.e2e.rows.scripts import DONE, FILLS_ITS_MEMORY, RUNS, at_first, says
+from tests.e2e.rows.shapes import charged, free, permanent
 from tests.e2e.rows.stage import Stage
 
 ANY_LOSS = "PodDeleted|PodVanished|PodReplaced"
@@ -47,16 +48,6 @@ ANY_LOSS = "PodDeleted|PodVanished|PodReplaced"
 seen first is that mark, its absence, or the pod that training-operator made instead."""
 PENDING_SECONDS = ACTIVE_SECONDS = 60.0
 """The shortest that the API allows."""
-
-
-def charged_then_done(reason: str) -> tuple[tuple[str, str], ...]:
-    """Return the attempts of a job whose first one was charged and whose second one was done."""
-    return (("Charged", reason), ("Succeeded", "Completed"))
-
-
-def free_then_done(reason: str) -> tuple[tuple[str, str], ...]:
-    """Return the attempts of a job whose first one was free and whose second one was done."""
-    return (("Free", reason), ("Succeeded", "Completed"))
 
 
 OUTSIDE = "storage.endpoint: nobody answered for 600 s"
@@ -76,64 +67,25 @@ def _rests(stage: Stage, job: Manifest) -> None:
 
 
 FAST = (
-    Row(
-        name="exit 1",
-        script=at_first("exit 1"),
-        fault=exits(1),
-        attempts=charged_then_done("Crashed"),
-        words=("exit code 1",),
-        milestones=RETRIED,
-    ),
-    Row(
-        name="exit 64",
-        script=at_first(says(Outcome.BAD_INPUT, MISSING)),
-        fault=exits(64),
-        attempts=(("Permanent", "BadInput"),),
-        words=(MISSING,),
-        final=("False", "BadInput"),
-        milestones=(end(),),
-    ),
-    Row(
-        name="exit 75",
-        script=at_first(says(Outcome.OUTSIDE_FAILURE, OUTSIDE)),
-        fault=exits(75),
-        attempts=charged_then_done("OutsideFailure"),
-        words=(OUTSIDE,),
-        milestones=RETRIED,
-    ),
-    Row(
-        name="killed at its memory limit",
-        script=at_first(FILLS_ITS_MEMORY),
-        fault=exits(137),
-        attempts=(("Permanent", "OutOfMemory"),),
+    charged("exit 1", "Crashed", at_first("exit 1"), exits(1), words=("exit code 1",)),
+    permanent("exit 64", "BadInput", at_first(says(Outcome.BAD_INPUT, MISSING)), exits(64), words=(MISSING,)),
+    charged("exit 75", "OutsideFailure", at_first(says(Outcome.OUTSIDE_FAILURE, OUTSIDE)), exits(75), words=(OUTSIDE,)),
+    permanent(
+        "killed at its memory limit",
+        "OutOfMemory",
+        at_first(FILLS_ITS_MEMORY),
+        exits(137),
         words=("resources.memory",),
-        final=("False", "OutOfMemory"),
-        milestones=(end(),),
     ),
-    Row(
-        name="evicted through the eviction API",
-        script=at_first(RUNS),
-        fault=is_evicted,
-        attempts=free_then_done("EvictionByEvictionAPI"),
+    free(
+        "evicted through the eviction API",
+        "EvictionByEvictionAPI",
+        at_first(RUNS),
+        is_evicted,
         words=("{worker_1}", "EvictionByEvictionAPI"),
-        milestones=RETRIED,
     ),
-    Row(
-        name="pod deleted",
-        script=at_first(RUNS),
-        fault=is_deleted,
-        attempts=free_then_done("PodDeleted"),
-        words=("{worker_1}", "was deleted"),
-        milestones=RETRIED,
-    ),
-    Row(
-        name="pod deleted by force",
-        script=at_first(RUNS),
-        fault=is_deleted_by_force,
-        attempts=free_then_done(ANY_LOSS),
-        words=("{worker_1}",),
-        milestones=RETRIED,
-    ),
+    free("pod deleted", "PodDeleted", at_first(RUNS), is_deleted, words=("{worker_1}", "was deleted")),
+    free("pod deleted by force", ANY_LOSS, at_first(RUNS), is_deleted_by_force, words=("{worker_1}",)),
     Row(
         name="pod deleted while Pending",
         script=DONE,
@@ -154,12 +106,13 @@ FAST = (
         milestones=(says_in_running("can't be pulled", IMAGE, bound=BETWEEN_SENTENCES + SEEN),),
         check=_starting,
     ),
-    Row(
-        name="maxRetries exhausted",
-        script=at_first(says(Outcome.OUTSIDE_FAILURE, OUTSIDE), later=says(Outcome.OUTSIDE_FAILURE, OUTSIDE)),
+    charged(
+        "maxRetries exhausted",
+        "OutsideFailure",
+        at_first(says(Outcome.OUTSIDE_FAILURE, OUTSIDE), later=says(Outcome.OUTSIDE_FAILURE, OUTSIDE)),
+        exits(75),
         spec={"runPolicy": {"maxRetries": 1}},
-        fault=exits(75),
-        attempts=(("Charged", "OutsideFailure"), ("Charged", "OutsideFailure")),
+        attempts=2 * (("Charged", "OutsideFailure"),),
         words=(OUTSIDE,),
         final=("False", "RetriesExhausted"),
         milestones=(*RETRIED, end(2 * (SEEN + LEAVE_TOGETHER) + BACKOFF + STARTING)),
@@ -175,20 +128,19 @@ FAST = (
         milestones=(accounted(SEEN), PODS_GONE),
         check=_rests,
     ),
-    Row(
-        name="suspended, then resumed",
-        script=at_first(RUNS, worker=None),
-        fault=is_suspended_and_resumed,
-        attempts=free_then_done("Suspended"),
+    free(
+        "suspended, then resumed",
+        "Suspended",
+        at_first(RUNS, worker=None),
+        is_suspended_and_resumed,
         milestones=(next_attempt(SEEN),),
     ),
-    Row(
-        name="cancelled",
-        script=RUNS,
-        fault=is_ordered(cancel=True),
-        attempts=(("Permanent", "Cancelled"),),
+    permanent(
+        "cancelled",
+        "Cancelled",
+        RUNS,
+        is_ordered(cancel=True),
         words=("runPolicy.cancel",),
-        final=("False", "Cancelled"),
         milestones=(accounted(SEEN), end(SEEN + ENDING)),
     ),
 )
@@ -202,53 +154,47 @@ def _outlived(stage: Stage, job: Manifest) -> None:
 
 
 SLOW = (
-    Row(
-        name="image that cannot be pulled, pendingDeadlineSeconds 60",
-        script=DONE,
+    permanent(
+        "image that cannot be pulled, pendingDeadlineSeconds 60",
+        "DeadlineExceeded",
+        DONE,
+        begins,
         spec={"podTemplate": {"image": IMAGE}, "runPolicy": {"pendingDeadlineSeconds": int(PENDING_SECONDS)}},
-        fault=begins,
-        attempts=(("Permanent", "DeadlineExceeded"),),
         words=("pendingDeadlineSeconds", "can't be pulled", IMAGE),
-        final=("False", "DeadlineExceeded"),
         milestones=(accounted(PENDING_SECONDS + SEEN), end(PENDING_SECONDS + SEEN + ENDING)),
     ),
-    Row(
-        name="pods that no node takes, pendingDeadlineSeconds 60",
-        script=DONE,
+    permanent(
+        "pods that no node takes, pendingDeadlineSeconds 60",
+        "DeadlineExceeded",
+        DONE,
+        begins,
         spec={"podTemplate": NOWHERE, "runPolicy": {"pendingDeadlineSeconds": int(PENDING_SECONDS)}},
-        fault=begins,
-        attempts=(("Permanent", "DeadlineExceeded"),),
         words=("pendingDeadlineSeconds", "didn't match Pod's node affinity/selector"),
-        final=("False", "DeadlineExceeded"),
         milestones=(accounted(PENDING_SECONDS + SEEN), end(PENDING_SECONDS + SEEN + ENDING)),
     ),
-    Row(
-        name="activeDeadlineSeconds 60 used up",
-        script=RUNS,
+    permanent(
+        "activeDeadlineSeconds 60 used up",
+        "DeadlineExceeded",
+        RUNS,
+        runs_on,
         spec={"runPolicy": {"activeDeadlineSeconds": int(ACTIVE_SECONDS)}},
-        fault=runs_on,
-        attempts=(("Permanent", "DeadlineExceeded"),),
         words=("activeDeadlineSeconds",),
-        final=("False", "DeadlineExceeded"),
         milestones=(accounted(ACTIVE_SECONDS + SEEN), end(ACTIVE_SECONDS + SEEN + ENDING)),
     ),
-    Row(
-        name="exit 65",
-        script=at_first(says(Outcome.DIVERGED, "the loss is not finite at step 7")),
-        fault=exits(65),
-        attempts=(("Permanent", "Diverged"),),
+    permanent(
+        "exit 65",
+        "Diverged",
+        at_first(says(Outcome.DIVERGED, "the loss is not finite at step 7")),
+        exits(65),
         words=("step 7",),
-        final=("False", "Diverged"),
-        milestones=(end(),),
     ),
-    Row(
-        name="evicted by the kubelet for its own disk use",
-        script=at_first(f"dd if=/dev/zero of=/cache/x bs=1024 count=8192; {RUNS}"),
+    charged(
+        "evicted by the kubelet for its own disk use",
+        "Evicted",
+        at_first(f"dd if=/dev/zero of=/cache/x bs=1024 count=8192; {RUNS}"),
+        outgrows_its_disk,
         spec={"podTemplate": {"volumes": [SMALL_DISK]}},
-        fault=outgrows_its_disk,
-        attempts=charged_then_done("Evicted"),
         words=("{worker_1}", "exceeds the limit"),
-        milestones=RETRIED,
     ),
     Row(
         name="sidecar that never ends",

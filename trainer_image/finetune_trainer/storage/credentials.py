@@ -82,7 +82,10 @@ def identity_connections(ca_file: Path | None) -> urllib3.PoolManager:
     """Return connections for asking who the pod is: short times, a few tries, the store's certificates too."""
     return urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=IDENTITY_SECONDS, read=IDENTITY_SECONDS),
-        retries=urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
+        # Who asks tries again, within its own budget; MinIO's 503 asks to come back after a minute.
+        retries=urllib3.Retry(
+            total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504], respect_retry_after_header=False
+        ),
         cert_reqs="CERT_REQUIRED",
         ca_certs=str(ca_file) if ca_file is not None else None,
     )

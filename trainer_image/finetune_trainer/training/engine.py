@@ -16,6 +16,7 @@ import torch
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.training.fused import fuse_adapters
 from finetune_trainer.training.model import trained_parameters
 from finetune_trainer.training.objective import Objective
 
@@ -81,6 +82,8 @@ class Engine:
         if self._objective.head is not None:
             # Gathered once a micro-batch however many chunks it computes: ranks may differ in that.
             set_z3_leaf_module(self._objective.head, True)
+        if optimization.zero_stage < 3:
+            fuse_adapters(model)
         self._stage = optimization.zero_stage
         self._linked = False
         self._optimization = optimization
@@ -90,6 +93,8 @@ class Engine:
             lr=optimization.learning_rate,
             betas=BETAS,
             eps=EPSILON,
+            # One pass over the state instead of ten: it does not fit into any cache.
+            fused=True,
         )
         self.module, self._zero, _, _ = deepspeed.initialize(
             model=model,
@@ -237,7 +242,7 @@ class Engine:
         )
         for shard in shards:
             inner.state[shard] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=shard.device),
                 FIRST_MOMENT: torch.zeros_like(shard),
                 SECOND_MOMENT: torch.zeros_like(shard),
             }
@@ -318,12 +323,15 @@ def _prevent_compilation() -> None:
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: matrices decay, vectors (norms, biases) don't, as in GPT-3 and Llama."""
+    """Return the optimizer's groups: matrices decay, vectors (norms, biases) don't, as in GPT-3 and Llama.
+
+    Told apart by their full shapes: of a model that was built sharded each tensor itself is empty and a vector.
+    """
     parameters = list(trained_parameters(model).values())
     if weight_decay == 0:
         return [{"params": parameters, "weight_decay": 0.0}]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if len(full_shape(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if len(full_shape(p)) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

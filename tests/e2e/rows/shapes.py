@@ -1,0 +1,40 @@
+"""The shapes that most rows have: an attempt that is charged or free and then another that is done, or an end for good.
+The tables name what differs; whatever else a row needs goes through as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.e2e.rows.milestones import RETRIED, end
+from tests.e2e.rows.row import Row
+from tests.e2e.rows.stage import Stage
+
+Fault = Callable[[Stage], float]
+DONE_THEN = ("Succeeded", "Completed")
+
+
+def charged(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
+    """Return the row of a job whose first attempt is charged and whose second one is done."""
+    return _retried(name, ("Charged", reason), script, fault, more)
+
+
+def free(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
+    """Return the row of a job whose first attempt costs nothing and whose second one is done."""
+    return _retried(name, ("Free", reason), script, fault, more)
+
+
+def permanent(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
+    """Return the row of a job that ends with its first attempt, for ``reason``."""
+    shape: dict[str, Any] = {
+        "attempts": (("Permanent", reason),),
+        "final": ("False", reason),
+        "milestones": (end(),),
+    }
+    return Row(name=name, script=script, fault=fault, **shape | more)
+
+
+def _retried(name: str, first: tuple[str, str], script: str, fault: Fault, more: dict[str, Any]) -> Row:
+    shape: dict[str, Any] = {"attempts": (first, DONE_THEN), "milestones": RETRIED}
+    return Row(name=name, script=script, fault=fault, **shape | more)
