@@ -89,7 +89,7 @@ def two_ranks(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("method", "stage"), CASES)
-def test_in_the_same_world_losses_and_weights_are_the_same_bits(
+def test_trap_15_in_the_same_world_losses_and_weights_are_the_same_bits(
     method: str, stage: int, two_ranks: Path, bench: Bench
 ) -> None:
     whole, cut = bench.losses(f"whole-{method}-{stage}"), bench.losses(f"cut-{method}-{stage}")
