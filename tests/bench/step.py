@@ -25,6 +25,7 @@ from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.order import global_batch
 from finetune_trainer.plan import Inputs
 from finetune_trainer.training.model import add_adapters
+from tests.bench.peers.hugging_face import DENSE
 from tests.trainer import tiny
 from tests.trainer.gangs import step_rows, train_all
 from tests.trainer.objectstore import ObjectStore, minio_binary, running_store
@@ -88,7 +89,7 @@ def plain_seconds(model_folder: Path, rows: list[dict[str, str]], method: str) -
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     if method == "LoRA":
-        model = add_adapters(model, LoRASpec(rank=4, alpha=8), seed=42, base_name="bench")
+        model = add_adapters(model, LoRASpec(rank=4, alpha=8), targets=DENSE, seed=42, base_name="bench")
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)

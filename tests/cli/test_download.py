@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from finetune_core.errors import UserError
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, digest
 from tests.cli.stored import job
 from tests.trainer.objectstore import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, free_port
+from tests.trainer.storeproxy import Fault, proxy_before
 
 FILES = {"adapter_model.safetensors": b"weights" * 400_000, "adapter_config.json": b"{}", "tokenizer/vocab.json": b"[]"}
 
@@ -138,6 +140,18 @@ def test_an_address_that_nobody_answers_is_named(store: ObjectStore, artifact: A
     away = Store(spec(store), Keys(ACCESS_KEY, SECRET_KEY), address)
     with pytest.raises(UserError, match=f"{address}: cannot be reached from here .*--endpoint"):
         download(artifact, away, tmp_path / "adapter", lambda count: None)
+
+
+def test_a_store_that_asks_for_a_minute_is_asked_again_at_once(
+    store: ObjectStore, artifact: ArtifactStatus, tmp_path: Path
+) -> None:
+    with proxy_before(store.endpoint) as proxy:
+        proxy.plan = lambda request: Fault.SLOW_DOWN if request.index == 1 else None
+        source = Store(spec(store), Keys(ACCESS_KEY, SECRET_KEY), proxy.endpoint)
+        began = time.monotonic()
+        download(artifact, source, tmp_path / "adapter", lambda count: None)
+        assert time.monotonic() - began < 30
+        assert len(proxy.requests) > len(FILES) + 2
 
 
 @pytest.mark.parametrize("address", ["minio:9000", "ftp://minio", "http://", "http://minio/path"])

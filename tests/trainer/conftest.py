@@ -50,8 +50,15 @@ def pods(tmp_path: Path, store: ObjectStore) -> Iterator[StartPods]:
     """Starts an attempt; whatever still runs at the end of the test is killed."""
     started: list[Attempt] = []
 
-    def start(config: dict[str, Any], *, attempt: int = 1, credentials: Path | None = None, **options: Any) -> Attempt:
-        folder = tmp_path / f"attempt-{len(started)}"
+    def start(
+        config: dict[str, Any],
+        *,
+        attempt: int = 1,
+        credentials: Path | None = None,
+        folder: Path | None = None,
+        **options: Any,
+    ) -> Attempt:
+        folder = folder or tmp_path / f"attempt-{len(started)}"
         begun = start_pods(config, folder, credentials=credentials or store.credentials, attempt=attempt, **options)
         started.append(begun)
         return begun

@@ -201,7 +201,8 @@ def _error(fault: Fault) -> bytes:
     """Return an answer as a store in trouble gives it."""
     if fault is Fault.SLOW_DOWN:
         body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
-        line = "503 Service Unavailable"
+        # As MinIO does with each of its 503.
+        line = "503 Service Unavailable\r\nRetry-After: 60"
     else:
         body, line = b"", "500 Internal Server Error"
     head = f"HTTP/1.1 {line}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"

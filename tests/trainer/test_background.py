@@ -44,7 +44,7 @@ def newest_commit(store: ObjectStore, name: str) -> int:
     return max(committed_steps(store, name), default=0)
 
 
-def test_no_step_waits_for_the_store_and_what_fails_for_a_while_is_made_up_for(
+def test_trap_20_no_step_waits_for_the_store_and_what_fails_for_a_while_is_made_up_for(
     store: ObjectStore, proxy: StoreProxy, pods: StartPods, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"

@@ -99,14 +99,16 @@ def newest_parent(store: ObjectStore, prefix: str) -> int | None:
     return parent["step"] if parent else None
 
 
-def test_five_kills(ranks: Zygote, store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:
+def test_trap_15_five_kills_and_the_same_model(
+    ranks: Zygote, store: ObjectStore, tiny_model: Path, tmp_path: Path
+) -> None:
     play(ranks, store, tiny_model, tmp_path, rounds=5, seed=1)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
-def test_ten_kills_of_each_of_five_runs(
+def test_trap_15_ten_kills_of_each_of_five_runs(
     ranks: Zygote, store: ObjectStore, tiny_model: Path, tmp_path: Path, seed: int
 ) -> None:
     play(ranks, store, tiny_model, tmp_path, rounds=10, seed=seed)

@@ -75,7 +75,7 @@ def spoil(root: RunRoot, key: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
 @pytest.mark.parametrize("name", OBJECTS)
-def test_damage_to_any_object_of_the_newest_falls_back_and_names_the_object(
+def test_trap_16_damage_to_any_object_of_the_newest_falls_back_and_names_the_object(
     root: RunRoot, tmp_path: Path, name: str, how: str
 ) -> None:
     assert begin(root, tmp_path).run == 1
@@ -225,7 +225,7 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
 
 
 @pytest.mark.parametrize("point", range(1, 7))
-def test_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_is_cleared_next_time(
+def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_is_cleared(
     root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
     """Before each of its six deletions, two a checkpoint: COMMIT, then the other files, of which half are gone then."""
@@ -290,7 +290,7 @@ def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_check
     assert committed(root) == [(1, 10)]
 
 
-def test_retention_keeps_the_best_of_the_lineage_and_what_is_on_its_way(root: RunRoot, tmp_path: Path) -> None:
+def test_trap_18_retention_keeps_the_best_of_the_lineage_and_what_is_on_its_way(root: RunRoot, tmp_path: Path) -> None:
     begin(root, tmp_path)
     for step, perplexity in ((1, 9.0), (2, 3.0), (3, 2.0), (4, 5.0), (5, 6.0)):
         commit(root, 1, step, tmp_path, perplexity=perplexity)

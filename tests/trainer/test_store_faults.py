@@ -107,7 +107,7 @@ def assert_every_commit_verifies(store: ObjectStore, prefix: str) -> int:
 
 
 @pytest.mark.parametrize("fault", [fault for fault in Fault if fault is not Fault.HANG])
-def test_a_fault_on_any_request_leaves_no_commit_that_does_not_verify(
+def test_trap_17_a_fault_on_any_request_leaves_no_commit_that_does_not_verify(
     fault: Fault, healthy: StoreProxy, empty_store: ObjectStore, tmp_path: Path
 ) -> None:
     files = write_files(tmp_path / "files")

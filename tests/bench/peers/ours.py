@@ -90,10 +90,10 @@ def main() -> None:
         clock, rows = Clock(), list[StepRow]()
 
         class Timed(Progress):
-            def finished_step(self, row: StepRow) -> None:
+            def finished_step(self, row: StepRow, *, updates: int) -> None:
                 clock.update_ended()
                 rows.append(row)
-                super().finished_step(row)
+                super().finished_step(row, updates=updates)
 
         identity = Identity(namespace="b", name="b", uid="b", attempt=1, pod_name="p", pod_uid="p", node_rank=0)
         plan = WorkerPlan(
@@ -105,22 +105,12 @@ def main() -> None:
         )
         plan.folder.mkdir()
         gang = Gang(device=torch.device("cpu"))
-        train(plan, gang, Timed(pod_uid="p", ranks=1, reporter=None), Standing(), lambda: False)
+        train(plan, gang, Timed(pod_uid="p", ranks=1, reporter=None), Standing())
         gang.farewell()
-    lengths = _lengths(workload)
-    tokens = [(row.tokens, lengths[index]) for index, row in enumerate(rows)]
+    tokens = [(row.tokens, row.real_tokens) for row in rows]
     out.write_text(clock.measured(tokens, [row.loss for row in rows]).model_dump_json())
     sys.stdout.flush()
     os._exit(0)
-
-
-def _lengths(workload: Workload) -> list[int]:
-    """Return the real tokens of each update."""
-    from tests.bench.peers import hugging_face
-
-    tokenizer = hugging_face.AutoTokenizer.from_pretrained(workload.model)
-    lengths = [len(example["input_ids"]) for example in hugging_face.examples(workload, tokenizer)]
-    return [sum(lengths[start : start + workload.batch]) for start in range(0, len(lengths), workload.batch)]
 
 
 if __name__ == "__main__":

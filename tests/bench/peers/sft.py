@@ -1,7 +1,7 @@
 """trl's SFTTrainer with its best settings for short rows: best-fit packing, loss on completions only.
 
 Its packing spans the whole data set, so an update does not hold the same rows as the others'; the number of updates
-and the tokens of the run are the same. Without FlashAttention it lets packed rows see each other.
+and the tokens of the run are the same. transformers tells its packed rows apart by their position ids.
 
     python -m tests.bench.peers.sft WORKLOAD OUT
 """

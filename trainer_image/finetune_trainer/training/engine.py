@@ -16,6 +16,7 @@ import torch
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.training.fused import fuse_adapters
 from finetune_trainer.training.model import trained_parameters
 from finetune_trainer.training.objective import Objective
 
@@ -81,6 +82,8 @@ class Engine:
         if self._objective.head is not None:
             # Gathered once a micro-batch however many chunks it computes: ranks may differ in that.
             set_z3_leaf_module(self._objective.head, True)
+        if optimization.zero_stage < 3:
+            fuse_adapters(model)
         self._stage = optimization.zero_stage
         self._linked = False
         self._optimization = optimization
@@ -90,6 +93,8 @@ class Engine:
             lr=optimization.learning_rate,
             betas=BETAS,
             eps=EPSILON,
+            # One pass over the state instead of ten: it does not fit into any cache.
+            fused=True,
         )
         self.module, self._zero, _, _ = deepspeed.initialize(
             model=model,
@@ -237,7 +242,7 @@ class Engine:
         )
         for shard in shards:
             inner.state[shard] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=shard.device),
                 FIRST_MOMENT: torch.zeros_like(shard),
                 SECOND_MOMENT: torch.zeros_like(shard),
             }

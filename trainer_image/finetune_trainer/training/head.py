@@ -16,9 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune_trainer.data.batches import IGNORED, Batch
 from finetune_trainer.training.dropout import DropoutKeys
+from finetune_trainer.training.fused import frozen_head_loss
 
 CHUNK_LOGITS = 1 << 25
 """Logits of a chunk: 128 MiB in fp32."""
+CPU_CHUNK_LOGITS = 1 << 22
+"""Of a frozen head on the CPU, where a chunk that stays in the cache is passed over faster; there nothing is computed
+twice however many chunks there are."""
 
 
 class LossHead:
@@ -31,6 +35,7 @@ class LossHead:
         self.module = head
         self._logits = head.forward
         self.keys = keys
+        self._vocabulary = vocabulary
         self._chunk_rows = max(1, chunk_logits // vocabulary)
         self.batch: Batch | None = None
         """The batch whose loss is wanted; None: logits are, as for generation."""
@@ -44,6 +49,9 @@ class LossHead:
         if batch is None:
             return self._logits(hidden, *args, **kwargs)
         chosen = hidden.flatten(0, 1)[batch.index]
+        if self._is_frozen and chosen.requires_grad:
+            rows = max(1, CPU_CHUNK_LOGITS // self._vocabulary) if chosen.device.type == "cpu" else self._chunk_rows
+            return frozen_head_loss(chosen, self.module, batch.targets, removed=self.hidden, chunk_rows=rows)
         pieces = [
             tensor.split(self._chunk_rows)
             for tensor in (chosen, batch.targets, batch.dropout_keys.flatten()[batch.index])
@@ -54,6 +62,12 @@ class LossHead:
         # Computed again in the backward pass, or the logits of all chunks would be kept for it.
         sums = [checkpoint(self._nll, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         return torch.stack(sums).sum()
+
+    @property
+    def _is_frozen(self) -> bool:
+        """Whether the head is a plain layer that is not trained: most LoRA runs."""
+        parameters = self.module.parameters()
+        return type(self.module) is nn.Linear and not any(parameter.requires_grad for parameter in parameters)
 
     def _nll(self, hidden: torch.Tensor, targets: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         self.keys.value = keys

@@ -1,0 +1,197 @@
+"""The trainer as a restricted pod runs it: a read-only root, an unknown user without rights, no home and no compiler;
+and what a person reads when the kernel kills it at the memory limit.
+
+Namespaces and cgroups of the tests' own stand for the container, so these tests need root.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_core.contract import Outcome
+from tests.cluster import cgroups
+from tests.trainer import tiny
+from tests.trainer.conftest import StartPods
+from tests.trainer.objectstore import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, write_credentials
+from tests.trainer.pods import run_config
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces and cgroups of its own need root"),
+]
+
+REPOSITORY = Path(__file__).parents[2]
+USER = "65532"
+"""That of the image, which is in no /etc/passwd."""
+SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+CONFINE = """
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+repository=$1 prefix=$2 folder=$3 user=$4; shift 5
+mount -t tmpfs -o mode=755 tmpfs /mnt
+mkdir /mnt/repository
+mount --bind "$repository" /mnt/repository
+chown -R "$user:$user" "$folder"
+mount --bind "$folder" "$folder"
+cut -d' ' -f5 /proc/self/mountinfo | while read -r place; do
+  case $place in
+    /proc*|/sys*|/dev*|"$folder") ;;
+    *) mount -o remount,bind,ro "$place" ;;
+  esac
+done
+cd /
+setpriv=$(command -v setpriv)
+export PATH=/nonexistent HOME= PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=/mnt/repository/core:/mnt/repository/trainer_image
+exec "$setpriv" --reuid "$user" --regid "$user" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \\
+  "/mnt/repository/$prefix/bin/python" "$@"
+"""
+"""Becomes the command after its first five arguments, with the repository where any user can read it; the fifth is the
+path of Python, which lies elsewhere here."""
+
+
+def unshared(script: str, *arguments: str) -> list[str]:
+    """Return the command that runs ``script`` in mount and cgroup namespaces of its own."""
+    unshare = shutil.which("unshare", path=SYSTEM_PATH)
+    assert unshare is not None
+    return [unshare, "--mount", "--propagation", "private", "/bin/sh", "-euc", script, "confine", *arguments]
+
+
+@pytest.fixture
+def anywhere() -> Iterator[Path]:
+    """A folder that every user can reach, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def everything(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
+    """A short run of what once wanted a compiler: ZeRO-3 with both offloads, on one process."""
+    options = {
+        "world__nodes": 1,
+        "method": "Full",
+        "optimization__zeroStage": 3,
+        "optimization__offloadOptimizer": True,
+        "optimization__offloadParameters": True,
+        "optimization__precision": "bf16",
+    }
+    return run_config(store, name, **(options | changes))
+
+
+def status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def test_it_trains_with_a_read_only_root_no_home_no_compiler_and_an_unknown_user(
+    store: ObjectStore, pods: StartPods, anywhere: Path
+) -> None:
+    credentials = anywhere / "credentials"
+    write_credentials(credentials, ACCESS_KEY, SECRET_KEY)
+    prefix = Path(sys.prefix).relative_to(REPOSITORY)
+    attempt = pods(
+        everything(store, "confined", optimization__maxSteps=40),
+        folder=anywhere / "attempt",
+        credentials=credentials,
+        wrapper=tuple(unshared(CONFINE, str(REPOSITORY), str(prefix), str(anywhere), USER)),
+    )
+    (pod,) = attempt.pods
+    attempt.wait_for(lambda: "step 2/" in attempt.output, "the second step")
+    for pid in (pod.process.pid, *pod.workers()):
+        status = status_of(pid)
+        assert status["Uid"].split() == [USER] * 4
+        assert status["Groups"] == ""
+        assert (status["NoNewPrivs"], int(status["CapEff"], 16), int(status["CapBnd"], 16)) == ("1", 0, 0)
+        mounts = [line.split() for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+        writable = {mount[4] for mount in mounts if "rw" in mount[5].split(",")}
+        assert {place for place in writable if not place.startswith(("/proc", "/sys", "/dev"))} == {str(anywhere)}
+    assert attempt.wait() == [0], attempt.output
+    assert pod.result.outcome is Outcome.COMPLETED
+    assert json.loads(store.read("runs/default/confined/uid-1/ARTIFACT"))["step"] == 40
+
+
+@pytest.mark.parametrize("method", ["LoRA", "Full"])
+def test_nothing_is_compiled_where_a_compiler_is_at_hand(
+    method: str, store: ObjectStore, pods: StartPods, tmp_path: Path
+) -> None:
+    """DeepSpeed would build its shared-memory op and its optimizer for the CPU where it finds a compiler."""
+    trace, programs = tmp_path / "compiled", tmp_path / "programs"
+    programs.mkdir()
+    for name in ("cc", "c++", "gcc", "g++", "clang", "clang++", "ninja", "nvcc", "make", "ld"):
+        (programs / name).write_text(f'#!/bin/sh\necho "$0" "$@" >> {trace}\nexit 1\n')
+        (programs / name).chmod(0o755)
+    config = everything(store, f"compiler-{method.lower()}", method=method)
+    path = f"{programs}:{SYSTEM_PATH}"
+    attempt = pods(config, variables={"PATH": path, "CC": str(programs / "cc"), "CXX": str(programs / "c++")})
+    assert attempt.wait() == [0], attempt.output
+    calls = trace.read_text().splitlines() if trace.exists() else []
+    # Python itself asks a linker for the names of libraries (ctypes.util.find_library); that compiles nothing.
+    assert [call for call in calls if "-o" in call.split() and " -t " not in call] == []
+
+
+LIMIT_BYTES = 900 << 20
+LIMIT = """
+folder=$1 seen_at=$2; shift 2
+echo $$ > "$folder/cgroup.procs"
+mount --bind "$folder" "$seen_at"
+exec "$@"
+"""
+
+
+@pytest.fixture
+def limited() -> Iterator[list[str]]:
+    """A program within a cgroup of 900 MiB, which it sees as a container sees its own."""
+    name = f"finetune-memory-{os.getpid()}"
+    cgroups.create(name)
+    try:
+        folders = {folder.parent.name: folder for folder in cgroups.existing(name)}
+        if "memory" in folders:
+            folder, seen_at = folders["memory"], "/sys/fs/cgroup/memory"
+            (folder / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
+        else:
+            folder, seen_at = Path("/sys/fs/cgroup") / name, "/sys/fs/cgroup"
+            (folder / "memory.max").write_text(str(LIMIT_BYTES))
+        yield unshared(LIMIT, str(folder), seen_at)
+    finally:
+        cgroups.remove(name)
+
+
+def test_a_kill_by_the_kernel_is_told_with_phase_amount_and_remedy(
+    store: ObjectStore, pods: StartPods, limited: list[str], tmp_path: Path
+) -> None:
+    """Loading fits into the limit, the activations of 12,000 tokens don't."""
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "max_position_embeddings": 1100}
+    store.upload("models/wide", tiny.write_model(tmp_path / "wide", **shape))
+    long = " ".join(tiny.WORDS[index % 60] for index in range(980))
+    long_rows = tmp_path / "long"
+    long_rows.mkdir()
+    rows = tiny.write_jsonl(long_rows / "long.jsonl", [{"question": f"w{n}", "reply": long} for n in range(12)])
+    store.upload("long", rows.parent)
+    config = run_config(
+        store,
+        "killed-for-memory",
+        world__nodes=1,
+        model={"s3": {"uri": f"s3://{BUCKET}/models/wide"}},
+        dataset__train={"s3": {"uri": f"s3://{BUCKET}/long/long.jsonl"}},
+        dataset__validation=None,
+        dataset__maxLength=1024,
+        optimization__globalBatchSize=12,
+        optimization__microBatchSize=12,
+    )
+    attempt = pods(config, wrapper=tuple(limited))
+    assert attempt.wait() == [66], attempt.output
+    result = attempt.pods[0].result
+    print(result.message)
+    assert result.outcome is Outcome.OUT_OF_MEMORY
+    assert result.message == (
+        "out of memory: rank 0 was killed in phase Training because the pod reached its memory limit of 0.88 GiB:"
+        " raise resources.memory, or lower training.microBatchSize or dataset.maxLength"
+    )

@@ -1,0 +1,135 @@
+"""Adapted layers and a frozen head in fewer passes over memory: the losses, gradients and logits of peft and torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import Linear
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from finetune_core.api.method import LoRASpec
+from finetune_trainer.data.batches import IGNORED
+from finetune_trainer.training.fused import _AdaptedLinear, frozen_head_loss, fuse_adapters
+from finetune_trainer.training.model import add_adapters, enable_gradient_checkpointing, trained_parameters
+from finetune_trainer.training.objective import Objective
+from tests.trainer.test_exactness import DENSE
+from tests.trainer.test_objective import FIRST, SECOND, OneProcess, batch_of, gradients
+
+
+def adapted_model(folder: Path, *, dropout: str = "0", recompute: bool = False, dtype: Any = torch.float32) -> Any:
+    """The tiny model with adapters on its dense layers that are not zero any more; its head is frozen."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    base.config.use_cache = False
+    if recompute:
+        enable_gradient_checkpointing(base)
+    lora = LoRASpec(rank=4, alpha=8, dropout=dropout)
+    model = add_adapters(base, lora, targets=DENSE, seed=1, base_name="tiny")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.1, generator=generator))
+    return model.train()
+
+
+def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count how often a layer is computed in fewer passes."""
+    counted: list[int] = []
+    apply = _AdaptedLinear.apply
+    monkeypatch.setattr(_AdaptedLinear, "apply", lambda *inputs: counted.append(1) or apply(*inputs))
+    return counted
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_loss_and_gradients_of_adapted_layers_are_those_of_peft(
+    recompute: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = batch_of([FIRST], [SECOND])
+    plain = OneProcess(adapted_model(tiny_model))
+    wanted = gradients(plain, batch)
+    model = adapted_model(tiny_model, recompute=recompute)
+    engine, counted = OneProcess(model), uses(monkeypatch)
+    assert fuse_adapters(model) == 2 * len(DENSE)
+    assert float(engine.loss(batch).detach()) == pytest.approx(float(plain.loss(batch).detach()), rel=1e-6)
+    for name, gradient in gradients(engine, batch).items():
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert len(counted) >= 4 * len(DENSE)
+
+
+def test_what_is_scored_and_exported_stays_bit_for_bit_what_peft_computes(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = adapted_model(tiny_model), adapted_model(tiny_model)
+    fuse_adapters(model)
+    counted, ids = uses(monkeypatch), torch.tensor([FIRST.ids])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert torch.equal(model.eval()(ids).logits, plain.eval()(ids).logits)
+    assert counted == []
+
+
+def test_dropout_bf16_and_bias_are_computed_too(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, counted = batch_of([FIRST], [SECOND]), uses(monkeypatch)
+    plain, model = (adapted_model(tiny_model, dropout="0.3") for _ in range(2))
+    fuse_adapters(model)
+    assert torch.equal(OneProcess(model).loss(batch), OneProcess(plain).loss(batch))
+    assert counted == []  # what is dropped lies between x and A: such layers stay as they are
+
+    half = adapted_model(tiny_model, dtype=torch.bfloat16)
+    fuse_adapters(half)
+    assert float(OneProcess(half).loss(batch).detach()) == pytest.approx(
+        float(OneProcess(adapted_model(tiny_model)).loss(batch).detach()), rel=2e-2
+    )
+    assert counted
+
+    layer = next(module for module in half.modules() if isinstance(module, Linear))
+    x, weight, a, b = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 5, 6), (7, 6), (2, 6), (7, 2)))
+    bias = torch.randn(7, dtype=torch.float64)
+    for tensor in (x, a, b):
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, a, b: _AdaptedLinear.apply(x, weight, bias, a, b, 0.5), (x, a, b))
+    torch.testing.assert_close(
+        _AdaptedLinear.apply(x, weight, bias, a, b, 0.5), functional.linear(x, weight, bias) + 0.5 * (x @ a.T @ b.T)
+    )
+    assert not layer.base_layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_loss_and_gradient_under_a_frozen_head_are_those_of_cross_entropy(chunk_rows: int) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(6, 11).requires_grad_(False)
+    hidden, targets = torch.randn(8, 6), torch.tensor([1, 5, IGNORED, 0, 10, 7, IGNORED, 2])
+    for removed in (None, torch.tensor([3, 9])):
+        wanted, found = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+        logits = head(wanted)
+        if removed is not None:
+            logits = logits.index_fill(1, removed, float("-inf"))
+        expected = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        (2.5 * expected).backward()
+        loss = frozen_head_loss(found, head, targets, removed=removed, chunk_rows=chunk_rows)
+        (2.5 * loss).backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(found.grad, wanted.grad)
+
+
+def test_a_head_that_is_trained_or_adapted_keeps_autograd(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer.training import head as module
+
+    called: list[int] = []
+    fused = module.frozen_head_loss
+    monkeypatch.setattr(module, "frozen_head_loss", lambda *a, **k: called.append(1) or fused(*a, **k))
+    batch = batch_of([FIRST], [SECOND])
+    full = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    Objective(full).loss(full, batch).backward()
+    assert full.lm_head.weight.grad is not None
+    assert called == []
+    adapted = adapted_model(tiny_model)
+    frozen = OneProcess(adapted)
+    wanted = frozen.loss(batch, whole_logits=True)
+    torch.testing.assert_close(frozen.loss(batch), wanted)
+    assert len(called) == 1
