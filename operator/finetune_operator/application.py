@@ -86,6 +86,7 @@ class Replica:
         await _until_first_ends(
             watch(
                 queue=self._queue,
+                memory=self._memory,
                 activity=self._activity,
                 configuration=self._configuration,
                 namespaces=settings.watch_namespaces,

@@ -40,15 +40,25 @@ class _Connections(RESTClientObject):  # type: ignore[misc]
 def fenced_client(configuration: Any, fence: Callable[[], None]) -> Any:
     """Return an API client that calls ``fence`` right before every write; it ends the process or returns."""
     client = ApiClient(configuration)
-    client.rest_client = _Connections(_with_trace(configuration, fence))
+    client.rest_client = _Connections(_with_trace(_direct(configuration), fence))
     return client
 
 
 def lease_client(configuration: Any) -> Any:
     """Return an API client for the Lease itself: a candidate must write it to become leader."""
     client = ApiClient(configuration)
-    client.rest_client = _Connections(configuration)
+    client.rest_client = _Connections(_direct(configuration))
     return client
+
+
+def _direct(configuration: Any) -> Any:
+    """Return a copy of ``configuration`` whose sessions look for no proxy and no `.netrc` in the environment.
+
+    The client looks for both in threads of their own before every request; kopf's watches do not look at all.
+    """
+    copied = copy.copy(configuration)
+    copied.client_session_kwargs = {"trust_env": False}
+    return copied
 
 
 def _with_trace(configuration: Any, fence: Callable[[], None]) -> Any:

@@ -37,6 +37,8 @@ class ReportingAttempt:
 class JobMemory:
     """Memory of one job."""
 
+    version: str = ""
+    """metadata.resourceVersion of the job at its last look."""
     reporting: ReportingAttempt | None = None
     report: Report | None = None
     """Newest report of `reporting.attempt`."""
@@ -85,6 +87,11 @@ class Memory:
     def of(self, key: Key) -> JobMemory:
         """Return the memory of a job, new where there is none."""
         return self._jobs.setdefault(key, JobMemory())
+
+    def has_seen(self, key: Key, version: str) -> bool:
+        """Tell whether a look has read the job in this version: what it says is known then."""
+        job = self._jobs.get(key)
+        return job is not None and job.version == version
 
     def reporting(self, key: Key) -> ReportingAttempt | None:
         """Return who may report for a job; None where no attempt is known."""

@@ -108,6 +108,7 @@ class Reconciler:
             return Outcome(gone=True)
         record = parse_record(key, raw, self._memory.of(key), self._now())
         speak_of(**record.log)
+        record.memory.version = raw["metadata"]["resourceVersion"]
         if record.settled:
             self._memory.expect(key, None)
             self._metrics.jobs.show(key, record.stored)

@@ -17,6 +17,7 @@ from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_operator.health import Activity
 from finetune_operator.keyqueue import Key, KeyQueue
 from finetune_operator.labels import REPORTED_KINDS_SELECTOR, key_of
+from finetune_operator.memory import Memory
 
 
 class _EndlessBackoff:
@@ -62,6 +63,7 @@ def _settings(*, confined: bool) -> kopf.OperatorSettings:
     settings.watching.label_selectors["", "v1", "pods"] = REPORTED_KINDS_SELECTOR
     settings.watching.label_selectors["kubeflow.org", "v1", "pytorchjobs"] = REPORTED_KINDS_SELECTOR
     settings.queueing.worker_limit = None  # a limit holds slots of idle objects; our own workers are the limit
+    settings.queueing.idle_timeout = 0.5  # a task and the object itself stay that long: 5 s are all jobs at a restart
     settings.scanning.disabled = confined  # needs a list of CRDs, which an operator of some namespaces has not
     return settings
 
@@ -78,7 +80,7 @@ def _connection(configuration: Any, scheme: str | None, token: str | None) -> ko
     )
 
 
-def _registry(queue: KeyQueue, activity: Activity, configuration: Any) -> kopf.OperatorRegistry:
+def _registry(queue: KeyQueue, memory: Memory, activity: Activity, configuration: Any) -> kopf.OperatorRegistry:
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
@@ -89,10 +91,16 @@ def _registry(queue: KeyQueue, activity: Activity, configuration: Any) -> kopf.O
         return _connection(configuration, scheme, token or None)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
-    async def job_event(namespace: str | None, name: str | None, **_: Any) -> None:
+    async def job_event(
+        namespace: str | None, name: str | None, event: Mapping[str, Any], meta: Mapping[str, Any], **_: Any
+    ) -> None:
         activity.seen()
-        if namespace and name:
-            queue.add(Key(namespace, name))
+        if not (namespace and name):
+            return
+        key = Key(namespace, name)
+        # At a start and after a break every job comes again, and the resync has brought most of them already.
+        if event["type"] == "DELETED" or not memory.has_seen(key, meta.get("resourceVersion", "")):
+            queue.add(key)
 
     @kopf.on.event("", "v1", "pods", registry=registry)
     @kopf.on.event("kubeflow.org", "v1", "pytorchjobs", registry=registry)
@@ -104,10 +112,12 @@ def _registry(queue: KeyQueue, activity: Activity, configuration: Any) -> kopf.O
     return registry
 
 
-async def watch(*, queue: KeyQueue, activity: Activity, configuration: Any, namespaces: tuple[str, ...]) -> None:
+async def watch(
+    *, queue: KeyQueue, memory: Memory, activity: Activity, configuration: Any, namespaces: tuple[str, ...]
+) -> None:
     """Watch jobs, children and pods until SIGTERM, or raise where a watcher died: the process must end then."""
     await kopf.operator(
-        registry=_registry(queue, activity, configuration),
+        registry=_registry(queue, memory, activity, configuration),
         settings=_settings(confined=bool(namespaces)),
         # Unset, kopf asks the system for the user's name, and the image has no name for its user.
         identity=cast(Any, socket.gethostname()),

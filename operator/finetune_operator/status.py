@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune_core.api.status import ChildStatus, FineTuneJobStatus, PlanStatus
+from finetune_core.api.status import ChildStatus, FineTuneJobStatus, PlanStatus, UsageStatus
 from finetune_core.contract import RunConfig
 from finetune_operator.conditions import View, compute_conditions
 from finetune_operator.history import artifact_of, evaluation_of, merge_report, percentage
@@ -30,6 +30,7 @@ def compute_status(stored: FineTuneJobStatus, view: View, *, child_kind: str) ->
         update["start_time"] = view.now
     if view.settled is not None:
         update["completion_time"] = stored.completion_time or view.now
+        update["usage"] = _closed(view.usage or stored.usage)
         update |= _settled_numbers(status, view)
     status = status.model_copy(update=update)
     return status.model_copy(update={"conditions": compute_conditions(stored, status, view)})
@@ -83,6 +84,11 @@ def _child(stored: FineTuneJobStatus, view: View, kind: str) -> ChildStatus | No
     if recorded is not None and recorded.uid and recorded.name == view.child.name:
         return recorded  # the first uid stays: another one means that the child was replaced
     return ChildStatus(kind=kind, name=view.child.name, uid=view.child.uid)
+
+
+def _closed(usage: UsageStatus | None) -> UsageStatus | None:
+    """Return the usage of a job that has ended: nothing is counted any more, also of pods that still save."""
+    return usage.model_copy(update={"holders": [], "running": False}) if usage is not None else None
 
 
 def _settled_numbers(status: FineTuneJobStatus, view: View) -> dict[str, object]:

@@ -28,6 +28,19 @@ def essence(world: World, namespace: str) -> dict[str, Any]:
     }
 
 
+def differences(found: Any, expected: Any, where: str = "") -> list[str]:
+    """Return where two essences differ, each place with what was found and what was expected."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        names = sorted(found.keys() | expected.keys(), key=str)
+        parts = [differences(found.get(name), expected.get(name), f"{where}.{name}") for name in names]
+        return [line for part in parts for line in part]
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        pairs = zip(found, expected, strict=True)
+        parts = [differences(one, other, f"{where}[{number}]") for number, (one, other) in enumerate(pairs)]
+        return [line for part in parts for line in part]
+    return [] if found == expected else [f"{where}: {found!r} instead of {expected!r}"]
+
+
 def events(world: World, namespace: str) -> Counter[str]:
     """Return how often each reason was told about the job."""
     path = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"

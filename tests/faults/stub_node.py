@@ -91,8 +91,7 @@ class StubNode:
 
     async def _heartbeat(self) -> None:
         while True:
-            for node in self._alive - self._lost:
-                await self._try(partial(self._renew, node))
+            await asyncio.gather(*(self._try(partial(self._renew, node)) for node in self._alive - self._lost))
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def _renew(self, node: str) -> None:

@@ -120,6 +120,7 @@ def poison_among(world: World, good: int) -> None:
         world.create(namespace, *(job("done", name=f"good-{number}") for number in range(good)))
 
         def good_ones_are_done() -> bool:
+            world.keep_operator_alive()
             done = [found for found in world.jobs(namespace) if settled(found)]
             return len(done) == good
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import ssl
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,16 @@ from tests.operator.worlds import job_manifest
 
 JOBS = f"/apis/{GROUP}/{VERSION}/{PLURAL}"
 CHILDREN = "/apis/kubeflow.org/v1/pytorchjobs"
-SHORT_NODE_LOSS = {
+SHORT_NODE_LOSS: Mapping[str, Sequence[str]] = {
     "controller-manager": [
         "--node-monitor-period=1s",
-        "--node-monitor-grace-period=10s",
-        "--node-startup-grace-period=10s",
+        "--node-monitor-grace-period=20s",
+        "--node-startup-grace-period=20s",
+        # Tens of nodes are lost at once here: unset, one in ten seconds is tainted, and none at all where most of a
+        # small cluster is away.
+        "--node-eviction-rate=10",
+        "--secondary-node-eviction-rate=10",
+        "--large-cluster-size-threshold=0",
     ]
 }
 
@@ -157,9 +162,16 @@ def condition(manifest: Manifest, kind: str) -> Manifest:
 
 
 @contextlib.contextmanager
-def running_world(folder: Path, *, delay: float = 0.2, direct: bool = False, **settings: str) -> Iterator[World]:
+def running_world(
+    folder: Path,
+    *,
+    delay: float = 0.2,
+    direct: bool = False,
+    flags: Mapping[str, Sequence[str]] = SHORT_NODE_LOSS,
+    **settings: str,
+) -> Iterator[World]:
     """Bring all of it up, without starting the operator; end it afterwards. ``direct``: past the proxy."""
-    with Cluster.start(with_node=False, flags=SHORT_NODE_LOSS) as cluster:
+    with Cluster.start(with_node=False, flags=flags) as cluster:
         install(cluster)
         loop = LoopThread(cluster, "world")
         context = admin_context(cluster)

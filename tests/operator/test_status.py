@@ -184,6 +184,13 @@ def test_a_success_without_its_last_report_has_artifact_and_progress() -> None:
     assert condition(found, ConditionType.READY).status == "True"
 
 
+def test_the_usage_of_a_job_that_ended_is_closed_while_its_last_pods_still_save() -> None:
+    running = UsageStatus(gpu_seconds=80, active_seconds=10, last_update_time=at(0), holders=["pod-1"], running=True)
+    failed = Settlement(succeeded=False, reason="BadInput", message="no rows")
+    found = status(usage=running, settled=failed, attempts=AttemptsStatus(started=1)).usage
+    assert found == UsageStatus(gpu_seconds=80, active_seconds=10, last_update_time=at(0))
+
+
 def test_the_image_of_attempt_1_stays() -> None:
     assert status(status(), image="trainer:2").image == "trainer:1"
 
