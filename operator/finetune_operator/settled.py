@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 
+from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
 from finetune_operator.backend import Backend
 from finetune_operator.cluster import Cluster
@@ -38,6 +39,9 @@ class SettledJobs:
         child = await self._backend.observe(record.key.namespace, name)
         if child is not None and child.owner_uid != record.uid:
             child = None
+        if child is None and record.condition_is(ConditionType.SUCCEEDED, "False"):
+            # An operator that ended between the two leaves a ConfigMap whose child was never created.
+            await remove_config_map(self._cluster, record.key.namespace, name, record.uid)
         age = (record.now - ended).total_seconds()
         waits = []
         if (ttl := time_to_live(record.raw)) is not None:

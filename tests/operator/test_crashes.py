@@ -228,13 +228,16 @@ async def live(life: Life, crash_after: int | None = None) -> ModelServer:
     operator = reconciler(server)
     events = list(life.script)
     for _ in range(400):
+        was_settled = _reason(server, settled=True)
         try:
             outcome = await operator.reconcile(KEY)
         except CrashedError:
             operator = reconciler(server)
             continue
+        if was_settled:
+            return server  # the look after the end tidies up
         if _reason(server, settled=True):
-            return server
+            continue
         if events and outcome.after != 0 and events[0](server):
             events.pop(0)
             continue

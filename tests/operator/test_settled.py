@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 
 from finetune_operator.settled import time_to_live
-from tests.operator.model import ModelServer
+from tests.operator.model import CrashedError, Manifest, ModelServer
 from tests.operator.test_crashes import DONE, KEY, Life, during, ends, live, reconciler
+from tests.operator.worlds import NOW, job_manifest
 
 
 async def ended(**policy: object) -> ModelServer:
@@ -56,11 +60,44 @@ async def test_a_ttl_of_zero_removes_at_once_and_one_that_is_set_later_counts_fr
 
 
 async def test_somebody_elses_objects_under_the_names_stay() -> None:
-    server = await ended(ttlSecondsAfterFinished=0)
+    server = await ended()
+    server.set_policy(ttlSecondsAfterFinished=0)
     for kept in (*server.children.values(), *server.config_maps.values()):
         kept["metadata"]["ownerReferences"][0]["uid"] = "another"
     await reconciler(server).reconcile(KEY)
     assert len(server.children) == len(server.config_maps) == 1
+
+
+async def test_a_run_file_whose_child_was_never_created_goes_with_its_job() -> None:
+    job = job_manifest(runPolicy={"pendingDeadlineSeconds": 60})
+    server = ModelServer(job, NOW, crash_after=_writes_until_the_run_file(await _begun(job)))
+    with pytest.raises(CrashedError):
+        await _reconcile_until(server, lambda: False)
+    assert (len(server.config_maps), server.children) == (1, {})
+    # Nobody looks until the deadline is over.
+    server.pass_time(100)
+    await _reconcile_until(server, lambda: bool(server.job["status"].get("completionTime")))
+    await reconciler(server).reconcile(KEY)
+    assert server.config_maps == {}
+
+
+async def _begun(job: Manifest) -> ModelServer:
+    server = ModelServer(copy.deepcopy(job), NOW)
+    await _reconcile_until(server, lambda: bool(server.children))
+    return server
+
+
+def _writes_until_the_run_file(server: ModelServer) -> int:
+    return 1 + next(number for number, what in enumerate(server.writes) if "create configmap" in what)
+
+
+async def _reconcile_until(server: ModelServer, reached: Callable[[], bool]) -> None:
+    operator = reconciler(server)
+    for _ in range(20):
+        await operator.reconcile(KEY)
+        if reached():
+            return
+    raise AssertionError(server.job.get("status"))
 
 
 @pytest.mark.parametrize(
