@@ -36,9 +36,9 @@ SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CONFINE = """
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
 repository=$1 prefix=$2 folder=$3 user=$4; shift 5
-mount -t tmpfs -o mode=755 tmpfs /mnt
-mkdir /mnt/repository
-mount --bind "$repository" /mnt/repository
+mount -t tmpfs -o mode=755 tmpfs /srv
+mkdir /srv/repository
+mount --bind "$repository" /srv/repository
 chown -R "$user:$user" "$folder"
 mount --bind "$folder" "$folder"
 cut -d' ' -f5 /proc/self/mountinfo | while read -r place; do
@@ -50,9 +50,9 @@ done
 cd /
 setpriv=$(command -v setpriv)
 export PATH=/nonexistent HOME= PYTHONDONTWRITEBYTECODE=1
-export PYTHONPATH=/mnt/repository/core:/mnt/repository/trainer_image
+export PYTHONPATH=/srv/repository/core:/srv/repository/trainer_image
 exec "$setpriv" --reuid "$user" --regid "$user" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \\
-  "/mnt/repository/$prefix/bin/python" "$@"
+  "/srv/repository/$prefix/bin/python" "$@"
 """
 """Becomes the command after its first five arguments, with the repository where any user can read it; the fifth is the
 path of Python, which lies elsewhere here."""
@@ -139,9 +139,11 @@ def test_nothing_is_compiled_where_a_compiler_is_at_hand(
 
 LIMIT_BYTES = 900 << 20
 LIMIT = """
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
 folder=$1 seen_at=$2; shift 2
 echo $$ > "$folder/cgroup.procs"
 mount --bind "$folder" "$seen_at"
+export PATH=/nonexistent
 exec "$@"
 """
 

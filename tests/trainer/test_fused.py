@@ -18,7 +18,7 @@ from finetune_trainer.training.fused import _AdaptedLinear, frozen_head_loss, fu
 from finetune_trainer.training.model import add_adapters, enable_gradient_checkpointing, trained_parameters
 from finetune_trainer.training.objective import Objective
 from tests.trainer.test_exactness import DENSE
-from tests.trainer.test_objective import FIRST, SECOND, OneProcess, batch_of, gradients
+from tests.trainer.test_objective import FIRST, SECOND, OneProcess, batch_of, gradients, model_of
 
 
 def adapted_model(folder: Path, *, dropout: str = "0", recompute: bool = False, dtype: Any = torch.float32) -> Any:
@@ -59,6 +59,19 @@ def test_loss_and_gradients_of_adapted_layers_are_those_of_peft(
         assert gradient.abs().sum() > 0, name
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
     assert len(counted) >= 4 * len(DENSE)
+
+
+def test_an_adapted_head_still_turns_logits_into_the_loss(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both take over the head's forward: fused first, as the engine does it, then the objective."""
+    batch = batch_of([FIRST], [SECOND])
+    wanted = gradients(OneProcess(model_of(tiny_model)), batch)
+    model = model_of(tiny_model)
+    fuse_adapters(model)
+    engine, counted = OneProcess(model), uses(monkeypatch)
+    assert engine.loss(batch).shape == ()
+    for name, gradient in gradients(engine, batch).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert counted
 
 
 def test_what_is_scored_and_exported_stays_bit_for_bit_what_peft_computes(

@@ -78,12 +78,13 @@ class Engine:
         from deepspeed.utils import set_z3_leaf_module
 
         _prevent_compilation()
+        if optimization.zero_stage < 3:
+            # Before the objective, which takes over what the head computes, be it adapted or not.
+            fuse_adapters(model)
         self._objective = Objective(model)
         if self._objective.head is not None:
             # Gathered once a micro-batch however many chunks it computes: ranks may differ in that.
             set_z3_leaf_module(self._objective.head, True)
-        if optimization.zero_stage < 3:
-            fuse_adapters(model)
         self._stage = optimization.zero_stage
         self._linked = False
         self._optimization = optimization
