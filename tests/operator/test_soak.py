@@ -3,6 +3,7 @@ in queue or memory, and what the operator holds does not grow with the events it
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import random
 import resource
@@ -106,6 +107,8 @@ class Soak:
         while (key := self.queue.pop()) is not None:
             await self.controller._look(key)
             self.queue.done(key)
+            # The model's answers never wait: without a turn the loop would keep the cancelled timer of every look.
+            await asyncio.sleep(0)
 
     def happen(self) -> None:
         """Let time pass, and something happen to one of the jobs."""
