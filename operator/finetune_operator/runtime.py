@@ -6,10 +6,12 @@ kopf adds no finalizer and no annotation.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import random
 import socket
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import kopf
 
@@ -17,7 +19,14 @@ from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_operator.health import Activity
 from finetune_operator.keyqueue import Key, KeyQueue
 from finetune_operator.labels import REPORTED_KINDS_SELECTOR, key_of
+from finetune_operator.leadership import end_process
 from finetune_operator.memory import Memory
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS: Final = 15.0
+"""What kopf gets for its end: two seconds for its workers, five for what hangs, and room on a busy machine."""
+WATCH_EXIT_CODE: Final = 1
 
 
 class _EndlessBackoff:
@@ -115,8 +124,13 @@ def _registry(queue: KeyQueue, memory: Memory, activity: Activity, configuration
 async def watch(
     *, queue: KeyQueue, memory: Memory, activity: Activity, configuration: Any, namespaces: tuple[str, ...]
 ) -> None:
-    """Watch jobs, children and pods until SIGTERM, or raise where a watcher died: the process must end then."""
-    await kopf.operator(
+    """Watch jobs, children and pods until SIGTERM, or raise where a watcher died: the process must end then.
+
+    Where kopf does not come to its end it ends the process itself: kopf waits without a bound for its other watches,
+    and one that misses its cancellation would leave an operator that lists but watches nothing.
+    """
+    others = asyncio.all_tasks()
+    roots = await kopf.spawn_tasks(
         registry=_registry(queue, memory, activity, configuration),
         settings=_settings(confined=bool(namespaces)),
         # Unset, kopf asks the system for the user's name, and the image has no name for its user.
@@ -125,3 +139,15 @@ async def watch(
         clusterwide=not namespaces,
         namespaces=namespaces,
     )
+    watching = asyncio.ensure_future(kopf.run_tasks(roots, ignored=others))
+    try:
+        await asyncio.wait(roots, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        watching.cancel()
+        await asyncio.wait([watching], timeout=STOP_SECONDS)
+        raise
+    await asyncio.wait([watching], timeout=STOP_SECONDS)
+    if not watching.done():
+        logger.error("a watch has ended, and the others did not follow within %.0f s: the process ends", STOP_SECONDS)
+        end_process(WATCH_EXIT_CODE)
+    await watching

@@ -17,10 +17,11 @@ def assert_no_key_is_told(cluster: Cluster, namespace: str, child: str) -> None:
     for kind in ("configmaps", "pods", "pytorchjobs", "finetunejobs", "events"):
         objects = cluster.kubectl("get", kind, "-n", namespace, "-o", "yaml")
         assert not any(form in objects for form in forms), kind
-    pods = [pod["metadata"]["name"] for pod in cluster.get("pods", "-n", namespace)["items"]]
+    metadata = [pod["metadata"] for pod in cluster.get("pods", "-n", namespace)["items"]]
+    pods = [pod["name"] for pod in metadata if "deletionTimestamp" not in pod]
     assert any(name.startswith(child) for name in pods)
     for name in pods:
-        assert secret not in cluster.kubectl("logs", name, "-n", namespace, "-c", "pytorch"), name
+        assert secret not in cluster.kubectl("logs", name, "-n", namespace, "--all-containers"), name
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
