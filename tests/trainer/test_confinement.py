@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,10 +36,11 @@ USER = "65532"
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CONFINE = """
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
-repository=$1 prefix=$2 folder=$3 user=$4; shift 5
+repository=$1 packages=$2 folder=$3 user=$4 base=$5 python=$6; shift 7
 mount -t tmpfs -o mode=755 tmpfs /srv
-mkdir /srv/repository
+mkdir /srv/repository /srv/base
 mount --bind "$repository" /srv/repository
+mount --bind "$base" /srv/base
 chown -R "$user:$user" "$folder"
 mount --bind "$folder" "$folder"
 cut -d' ' -f5 /proc/self/mountinfo | while read -r place; do
@@ -49,13 +51,13 @@ cut -d' ' -f5 /proc/self/mountinfo | while read -r place; do
 done
 cd /
 setpriv=$(command -v setpriv)
-export PATH=/nonexistent HOME= PYTHONDONTWRITEBYTECODE=1
-export PYTHONPATH=/srv/repository/core:/srv/repository/trainer_image
+export PATH=/nonexistent HOME= PYTHONDONTWRITEBYTECODE=1 LD_LIBRARY_PATH=/srv/base/lib
+export PYTHONPATH="/srv/repository/core:/srv/repository/trainer_image:/srv/repository/$packages"
 exec "$setpriv" --reuid "$user" --regid "$user" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \\
-  "/srv/repository/$prefix/bin/python" "$@"
+  "/srv/base/bin/$python" "$@"
 """
-"""Becomes the command after its first five arguments, with the repository where any user can read it; the fifth is the
-path of Python, which lies elsewhere here."""
+"""Becomes the command after its first arguments, with the repository and Python where any user can read them; the last
+of those arguments is the path of Python outside."""
 
 
 def unshared(script: str, *arguments: str) -> list[str]:
@@ -96,12 +98,14 @@ def test_it_trains_with_a_read_only_root_no_home_no_compiler_and_an_unknown_user
 ) -> None:
     credentials = anywhere / "credentials"
     write_credentials(credentials, ACCESS_KEY, SECRET_KEY)
-    prefix = Path(sys.prefix).relative_to(REPOSITORY)
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = Path(sysconfig.get_path("purelib")).relative_to(REPOSITORY)
+    places = [str(REPOSITORY), str(packages), str(anywhere), USER, sys.base_prefix, python]
     attempt = pods(
         everything(store, "confined", optimization__maxSteps=40),
         folder=anywhere / "attempt",
         credentials=credentials,
-        wrapper=tuple(unshared(CONFINE, str(REPOSITORY), str(prefix), str(anywhere), USER)),
+        wrapper=tuple(unshared(CONFINE, *places)),
     )
     (pod,) = attempt.pods
     attempt.wait_for(lambda: "step 2/" in attempt.output, "the second step")

@@ -27,6 +27,8 @@ def prepare(scratch: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HOME"] = str(scratch)
+    # torch looks for a temporary folder as it is imported, and a read-only root has none.
+    os.environ.setdefault("TMPDIR", str(scratch))
     # The image's user has no name in /etc/passwd, which Python's getpass asks for.
     os.environ.setdefault("USER", "finetune")
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_HOME"):
