@@ -16,7 +16,7 @@ from finetune_operator.observed import ChildObservation, PodObservation
 from finetune_operator.preflight import Check
 from finetune_operator.problems import OutsideError
 from finetune_operator.verdict import Verdict
-from finetune_operator.waiting import pod_detail
+from finetune_operator.waiting import attempt_detail
 
 MESSAGE_LIMIT = 2048
 
@@ -234,11 +234,5 @@ def _checkpoint_available(status: FineTuneJobStatus, view: View) -> _State:
 
 
 def waiting_detail(view: View) -> str:
-    """Return what the attempt waits for, as one sentence; empty pods included."""
-    if not view.pods:
-        return view.hint or messages.NO_PODS
-    for pod in sorted(view.pods, key=lambda pod: pod.index):
-        if detail := pod_detail(pod, view.hint):
-            return messages.waiting_pod(pod.name, detail)
-    running = sum(pod.running for pod in view.pods)
-    return messages.waiting_for_reports(view.nodes, running)
+    """Return what the attempt waits for, as one sentence."""
+    return attempt_detail(view.pods, view.nodes, view.hint)

@@ -3,6 +3,8 @@ tells the memory of reports which pods may report."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
 from finetune_operator.attempts import World
@@ -13,6 +15,7 @@ from finetune_operator.memory import Memory, ReportingAttempt
 from finetune_operator.observed import ChildObservation, PodObservation, parse_pod
 from finetune_operator.record import Look
 from finetune_operator.usage import account
+from finetune_operator.waiting import attempt_detail
 
 
 class Observer:
@@ -44,7 +47,7 @@ class Observer:
             pods=pods,
             checkpoints=look.stored.checkpoints,
             usage=account(look.stored.usage, pods, gpus=look.job.spec.resources.gpus_per_node, now=look.now),
-            waiting_for=_waiting_for(look),
+            waiting_for=_waiting_for(look, pods),
             final_result=report.result if report else None,
         )
 
@@ -76,10 +79,10 @@ class Observer:
         self._memory.expect(look.key, reporting)
 
 
-def _waiting_for(look: Look) -> str:
-    """Return what the stored conditions say that the attempt waits for."""
-    for kind in (ConditionType.ACCEPTED, ConditionType.RUNNING):
-        for condition in look.stored.conditions:
-            if condition.type == kind and condition.status == "False":
-                return condition.message
-    return ""
+def _waiting_for(look: Look, pods: Sequence[PodObservation]) -> str:
+    """Return what the attempt waits for: what the status says, unless its pods say something newer."""
+    stored = {condition.type: condition.message for condition in look.stored.conditions if condition.status == "False"}
+    own = [pod for pod in pods if pod.attempt == look.stored.attempts.started]
+    if own and ConditionType.ACCEPTED not in stored:
+        return attempt_detail(own, look.job.spec.resources.nodes, look.memory.hint)
+    return stored.get(ConditionType.ACCEPTED) or stored.get(ConditionType.RUNNING, "")

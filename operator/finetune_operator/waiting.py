@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from finetune_operator import messages
 from finetune_operator.observed import ContainerState, PodObservation
 
@@ -21,3 +23,13 @@ def pod_detail(pod: PodObservation, hint: str) -> str:
     if container.reason == "ContainerCreating":
         return hint
     return f"{container.reason}: {container.message}" if container.message else container.reason
+
+
+def attempt_detail(pods: Sequence[PodObservation], nodes: int, hint: str) -> str:
+    """Return what an attempt of ``nodes`` pods waits for, of which ``pods`` exist, as one sentence."""
+    if not pods:
+        return hint or messages.NO_PODS
+    for pod in sorted(pods, key=lambda pod: pod.index):
+        if detail := pod_detail(pod, hint):
+            return messages.waiting_pod(pod.name, detail)
+    return messages.waiting_for_reports(nodes, sum(pod.running for pod in pods))

@@ -288,6 +288,22 @@ async def test_a_crash_after_any_write_changes_nothing(name: str) -> None:
         assert _essence(crashed) == expected, f"crash after write {crash_after}: {crashed.writes[crash_after - 1]}"
 
 
+async def test_a_deadline_names_what_pods_wait_for_that_the_status_never_saw() -> None:
+    policy = {"pendingDeadlineSeconds": 60}
+    faultless = await live(LIVES["never comes to run"])
+    at_child = next(number for number, write in enumerate(faultless.writes, start=1) if write.startswith("create quick"))
+    server = ModelServer(job_manifest(runPolicy=policy), NOW, crash_after=at_child, pods_run=False)
+    with pytest.raises(CrashedError):
+        while True:
+            await reconciler(server).reconcile(KEY)
+    server.pass_time(61)
+    while not _reason(server, settled=True):
+        outcome = await reconciler(server).reconcile(KEY)
+        server.pass_time(outcome.after or 0)
+    (message,) = (item["message"] for item in server.job["status"]["conditions"] if item["type"] == "Succeeded")
+    assert "worker-0: " in message, "the pods that exist say what they wait for"
+
+
 async def test_a_settled_job_is_written_no_more() -> None:
     server = await live(LIVES["succeeds at once"])
     writes = list(server.writes)
