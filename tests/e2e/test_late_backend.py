@@ -47,7 +47,13 @@ def bare() -> Iterator[Cluster]:
 def install_backend(stage: Stage) -> None:
     """Install Kubeflow's training-operator, which was missing, and wait until it serves."""
     stage.cluster.kubectl("create", "-f", "-", stdin=tools.TRAINING_OPERATOR.data_file().read_text())
-    stage.cluster.kubectl("wait", "--for=condition=Established", f"crd/{PYTORCHJOB_CRD}", "--timeout=30s")
+
+    def is_established() -> bool:
+        # `kubectl wait` fails where the API server has not written a first condition yet.
+        conditions = stage.cluster.get("crd", PYTORCHJOB_CRD).get("status", {}).get("conditions") or []
+        return any(item["type"] == "Established" and item["status"] == "True" for item in conditions)
+
+    wait_for("the CRD to be established", is_established, 30)
     backend = stage.cluster.components["training-operator"]
     backend.start()
     backend.wait_ready()
