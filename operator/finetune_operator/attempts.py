@@ -68,6 +68,8 @@ class World:
     """What the status says that the attempt waits for; empty where it waits for nothing."""
     final_result: Result | None
     """From the final report of the current attempt."""
+    last_phase: str = ""
+    """What the trainer was doing by its newest report of the current attempt; empty where it has not reported."""
 
     @property
     def held(self) -> bool:
@@ -175,6 +177,7 @@ def _during(attempts: AttemptsStatus, current: CurrentAttempt, world: World) -> 
         pods=pods,
         nodes=world.nodes,
         final_result=world.final_result,
+        last_phase=world.last_phase,
     )
     if ruling is not None and ruling.verdict is Verdict.SUCCEEDED:
         settled = Settlement(succeeded=True, reason=ruling.reason, message=ruling.message, result=ruling.result)

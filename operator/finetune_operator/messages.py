@@ -45,9 +45,12 @@ def exit_sentence(exit_code: int | None, reason: str) -> str:
     return f"the training container ended with exit code {exit_code}" + (f" ({reason})" if reason else "")
 
 
-def out_of_memory(limit: str) -> str:
-    """Return the sentence about a container that the kernel killed at its memory limit."""
-    return f"the kernel killed the trainer at its memory limit{limit}; raise `resources.memory`"
+def out_of_memory(limit: str, phase: str) -> str:
+    """Return the sentence about a container that the kernel killed at its memory limit, PID 1 included: what the
+    trainer did, as it last reported (empty: it had not), and how much it had (empty: nobody knows)."""
+    when, amount = f" in phase {phase}" if phase else "", f" of {limit}" if limit else ""
+    remedy = "raise `resources.memory`, or lower `training.microBatchSize` or `dataset.maxLength`"
+    return f"out of memory: the kernel killed the trainer{when} at its memory limit{amount}; {remedy}"
 
 
 def pod_deleted(name: str) -> str:

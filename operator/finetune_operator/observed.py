@@ -70,6 +70,8 @@ class PodObservation:
     unschedulable: str = ""
     """The scheduler's sentence, while it finds no node."""
     container: ContainerObservation | None = None
+    memory_limit: str = ""
+    """Of the training container, as it was asked for, such as 64Gi."""
     checkpoint_time: str = ""
     """Annotation that tells schedulers when the job last saved."""
 
@@ -164,8 +166,14 @@ def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObserva
         disrupted_at=parse_time(disruption.get("lastTransitionTime")) if disrupted else None,
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
         container=_parse_container(status.get("containerStatuses", [])),
+        memory_limit=_memory_limit(spec.get("containers", [])),
         checkpoint_time=metadata.get("annotations", {}).get(LAST_CHECKPOINT_TIME, ""),
     )
+
+
+def _memory_limit(containers: list[Mapping[str, Any]]) -> str:
+    training = next((container for container in containers if container["name"] == TRAINING_CONTAINER), {})
+    return str(training.get("resources", {}).get("limits", {}).get("memory", ""))
 
 
 def _parse_container(statuses: list[Mapping[str, Any]]) -> ContainerObservation | None:

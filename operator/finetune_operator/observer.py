@@ -49,6 +49,7 @@ class Observer:
             usage=account(look.stored.usage, pods, gpus=look.job.spec.resources.gpus_per_node, now=look.now),
             waiting_for=_waiting_for(look, pods),
             final_result=report.result if report else None,
+            last_phase=report.phase.value if report else "",
         )
 
     async def _pods(self, look: Look) -> list[PodObservation]:

@@ -67,11 +67,12 @@ def judge(
     pods: Sequence[PodObservation],
     nodes: int,
     final_result: Result | None,
+    last_phase: str = "",
 ) -> Ruling | None:
     """Return why the attempt ends, or None while it goes on.
 
     ``pods`` are the attempt's own; ``child_uid`` is what the status recorded (empty: never seen);
-    ``final_result`` comes from the final report of this attempt.
+    ``final_result`` comes from the final report of this attempt, ``last_phase`` from the newest one (empty: none).
     """
     if success := _success(pods, nodes, final_result):
         return success
@@ -79,7 +80,7 @@ def judge(
         # A queue took the attempt's place away: it gives it back, and the child stays as it is.
         return None
     failures = [pod for pod in pods if _failed_by_itself(pod)]
-    if permanent := _permanent(failures):
+    if permanent := _permanent(failures, last_phase):
         return permanent
     if not failures and _resumed_too_early(child):
         return Ruling(verdict=Verdict.FREE, reason=Cause.RESUMED_TOO_EARLY, message=messages.RESUMED_TOO_EARLY)
@@ -171,7 +172,7 @@ def _failed_by_itself(pod: PodObservation) -> bool:
     return finished < first or (finished == first and not signalled)
 
 
-def _permanent(failures: Sequence[PodObservation]) -> Ruling | None:
+def _permanent(failures: Sequence[PodObservation], last_phase: str) -> Ruling | None:
     for code, reason in _PERMANENT_REASONS.items():
         for pod in failures:
             container = pod.container
@@ -180,7 +181,9 @@ def _permanent(failures: Sequence[PodObservation]) -> Ruling | None:
             killed = container.reason == "OOMKilled" and code is ExitCode.OUT_OF_MEMORY
             if container.exit_code == code or killed:
                 result = container.result
-                fallback = messages.out_of_memory("") if killed else messages.exit_sentence(container.exit_code, "")
+                fallback = messages.exit_sentence(container.exit_code, "")
+                if killed:
+                    fallback = messages.out_of_memory(pod.memory_limit, last_phase)
                 return Ruling(
                     verdict=Verdict.PERMANENT,
                     reason=reason,

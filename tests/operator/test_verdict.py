@@ -294,6 +294,16 @@ def test_the_trainers_sentence_is_the_message() -> None:
     assert ruling.node == "node-0"
 
 
+def test_a_kill_for_lack_of_memory_says_when_how_much_and_what_to_change() -> None:
+    killed = pod(0, exit_code=137, reason="OOMKilled", memory_limit="64Gi")
+    ruling = _judge([killed, pod(1)], last_phase="Training")
+    assert ruling is not None
+    assert "in phase Training at its memory limit of 64Gi; raise `resources.memory`" in ruling.message
+    ruling = _judge([pod(0, exit_code=137, reason="OOMKilled"), pod(1)])
+    assert ruling is not None
+    assert "killed the trainer at its memory limit; raise" in ruling.message
+
+
 def test_a_container_that_can_be_judged_by_its_pod_only() -> None:
     waiting = ContainerObservation(state=ContainerState.WAITING)
     failed = pod(1, container=waiting, phase="Failed", reason_="Evicted", message_="low on memory")

@@ -75,7 +75,7 @@ FAST = (
         "OutOfMemory",
         at_first(FILLS_ITS_MEMORY),
         exits(137),
-        words=("resources.memory",),
+        words=("memory limit of 100Mi", "resources.memory"),
     ),
     free(
         "evicted through the eviction API",
