@@ -79,14 +79,16 @@ class Owner:
     state: Path
     processes: list[int]
     networks: set[str]
+    everyone: list[int]
+    """All processes of the machine while the cluster ran. The kernel gives the number of a namespace that is gone to
+    the next one at once: a process that began later may be in somebody else's of the same number."""
 
     def assert_nothing_is_left(self, before: Machine) -> None:
         wait_for("every process to end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.processes), 30)
         wait_for("the state folder to go", lambda: not self.state.exists(), 30)
         assert cgroups.existing(self.state.name) == []
         assert Machine.now(self.state.parent) == before
-        everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        assert not network_namespaces(everyone) & self.networks
+        assert not network_namespaces(self.everyone) & self.networks
 
 
 @contextlib.contextmanager
@@ -105,7 +107,8 @@ def owner(state: Path, *nodes: str) -> Iterator[Owner]:
         assert word == "running"
         processes = descendants(int(watcher))
         outside = network_namespaces([os.getpid()])
-        yield Owner(process, state, processes, network_namespaces(processes) - outside)
+        everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        yield Owner(process, state, processes, network_namespaces(processes) - outside, everyone)
     finally:
         process.kill()
         process.communicate()
