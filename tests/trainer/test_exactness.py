@@ -237,6 +237,7 @@ def test_trap_5_topology_dependent_loss_in_every_combination(
     assert_like_plain(run(cases, store, tiny_model, tmp_path, seconds=MATRIX_SECONDS), plain, store)
 
 
+@pytest.mark.long
 def test_bf16_is_near_fp32_and_equal_to_itself(
     store: ObjectStore, plain: dict[tuple[str, float], Plain], tiny_model: Path, tmp_path: Path
 ) -> None:
