@@ -93,9 +93,9 @@ def _results(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
         if (point.run, point.step) not in known:
             score = f", perplexity {number(point.perplexity)}" if point.perplexity is not None else ""
             yield f"checkpoint of step {point.step} committed ({size(point.bytes)}{score})"
-    whole = {(point.run, point.step) for point in status_of(shown).checkpoints if not point.damaged} if shown else known
+    told = {(point.run, point.step) for point in status_of(shown).checkpoints if point.damaged} if shown else set()
     for point in status_of(job).checkpoints:
-        if point.damaged and ((point.run, point.step) in whole or (point.run, point.step) not in known):
+        if point.damaged and (point.run, point.step) not in told:
             yield f"checkpoint of step {point.step} is damaged: {point.damaged}"
     artifact = status_of(job).artifact
     if artifact and not (shown and status_of(shown).artifact):

@@ -34,7 +34,7 @@ def _is_plain(layer: Linear) -> bool:
     """Whether ``layer`` is a frozen `nn.Linear` with one adapter of the paper's kind."""
     return (
         type(layer.base_layer) is nn.Linear
-        # The head computes the loss in its own way (`LossHead`).
+        # Nobody has taken its place: neither an earlier call nor the head's loss (`LossHead`).
         and "forward" not in vars(layer)
         and not layer.base_layer.weight.requires_grad
         and (layer.base_layer.bias is None or not layer.base_layer.bias.requires_grad)
