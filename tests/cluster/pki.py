@@ -38,9 +38,9 @@ class Authority:
         # RSA in the old PKCS#1 form, because training-operator's certificate rotator reads nothing else.
         self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         self._name = _subject(AUTHORITY_NAME, ())
-        builder = _builder(self._name, self._name, self._key)
+        builder = begin(self._name, self._name, self._key)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        builder = builder.add_extension(_key_usage(signs_certificates=True), critical=True)
+        builder = builder.add_extension(key_usage(signs_certificates=True), critical=True)
         builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(AUTHORITY_NAME)]), critical=False)
         self._certificate = builder.sign(self._key, hashes.SHA256())
         self.pair = self._write("ca", self._certificate, self._key)
@@ -62,9 +62,9 @@ class Authority:
         key: PrivateKey = (
             rsa.generate_private_key(65537, 2048) if old_format else ec.generate_private_key(ec.SECP256R1())
         )
-        builder = _builder(_subject(name, organizations), self._name, key)
+        builder = begin(_subject(name, organizations), self._name, key)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        builder = builder.add_extension(_key_usage(signs_certificates=False), critical=True)
+        builder = builder.add_extension(key_usage(signs_certificates=False), critical=True)
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         if hosts:
@@ -102,7 +102,10 @@ def _subject(name: str, organizations: Sequence[str]) -> x509.Name:
     return x509.Name([*parts, x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: PrivateKey) -> x509.CertificateBuilder:
+def begin(
+    subject: x509.Name, issuer: x509.Name, key: PrivateKey, lifetime: datetime.timedelta = LIFETIME
+) -> x509.CertificateBuilder:
+    """Return a certificate that is valid from five minutes ago; extensions and signature are still to come."""
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -111,11 +114,12 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: PrivateKey) -> x509.Cer
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(minutes=5))
-        .not_valid_after(now + LIFETIME)
+        .not_valid_after(now + lifetime)
     )
 
 
-def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    """Return what a key may be used for: a server's, or also an authority's."""
     return x509.KeyUsage(
         digital_signature=True,
         key_encipherment=True,

@@ -11,7 +11,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tests.cluster import Cluster, wait_for
 from tests.cluster.api import answers
 from tests.cluster.audit import calls
 from tests.cluster.layout import BRIDGE
+from tests.cluster.pki import begin, key_usage
 from tests.operator.conftest import Installed, small_job
 from tests.operator.programs import OperatorProgram, operator_program
 from tests.operator.test_on_cluster import RUNS, child_name, pods_run, report, running
@@ -43,6 +44,7 @@ SECRET = "reports-tls"
 ADDRESS = "10.251.0.11"
 REPORT_PORT, HEALTH_PORT = 18643, 18680
 RESYNC_SECONDS = 5
+LIFETIME = timedelta(days=90)
 
 
 def _name(text: str) -> x509.Name:
@@ -64,9 +66,9 @@ class Signer:
 
     def _authority(self, subject: x509.Name, issuer: x509.Name, key: rsa.RSAPrivateKey, below: int | None) -> str:
         return _signed(
-            _begun(subject, issuer, key)
+            begin(subject, issuer, key, LIFETIME)
             .add_extension(x509.BasicConstraints(ca=True, path_length=below), critical=True)
-            .add_extension(_usage(signs=True), critical=True)
+            .add_extension(key_usage(signs_certificates=True), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(_authority_of(self.root_key), critical=False),
             self.root_key,
@@ -76,10 +78,10 @@ class Signer:
         """Return a Secret's data for a new key: names without a subject, the chain below the root, the root beside."""
         key = rsa.generate_private_key(65537, 2048)
         leaf = _signed(
-            _begun(x509.Name([]), _name(f"{self.name} issuing"), key)
+            begin(x509.Name([]), _name(f"{self.name} issuing"), key, LIFETIME)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=True)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(signs=False), critical=True)
+            .add_extension(key_usage(signs_certificates=False), critical=True)
             .add_extension(_authority_of(self.key), critical=False),
             self.key,
         )
@@ -88,39 +90,12 @@ class Signer:
         return {"tls.crt": leaf + self.certificate, "tls.key": secret, "ca.crt": self.root}
 
 
-def _begun(subject: x509.Name, issuer: x509.Name, key: rsa.RSAPrivateKey) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=1))
-        .not_valid_after(now + timedelta(days=90))
-    )
-
-
 def _signed(builder: x509.CertificateBuilder, key: rsa.RSAPrivateKey) -> str:
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
 
 
 def _authority_of(key: rsa.RSAPrivateKey) -> x509.AuthorityKeyIdentifier:
     return x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
-
-
-def _usage(*, signs: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        key_encipherment=True,
-        key_cert_sign=signs,
-        crl_sign=signs,
-        content_commitment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def write_secret(cluster: Cluster, data: dict[str, str]) -> None:

@@ -1,8 +1,8 @@
 """The rows in which something outside the spec appears later than the job: the job says what it waits for, nothing is
 charged, and it runs once the thing is there.
 
-Where the times come from: the kubelet tries mounts and pulls again after pauses that double; a claim wakes
-the scheduler.
+Where the times come from: the kubelet tries mounts and pulls again after pauses that double; a claim is
+bound by the volume controller, which wakes the scheduler.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ LATE_IMAGE = "localhost/late-trainer:1"
 KUBELET_PAUSE = 40.0
 """Longest pause of the kubelet between two tries in the first minute."""
 SCHEDULER_PAUSE = 10.0
+VOLUME_PAUSE = 15.0
+"""Between two looks of the volume controller (`--pvclaimbinder-sync-period`) at a claim that it did not bind at once."""
 RUN = 5.0
 """Two small pods from the moment at which nothing holds them to their end."""
 
@@ -112,7 +114,7 @@ LATE = (
         spec={"model": {"volume": {"claimName": LATE_CLAIM, "path": "model"}}},
         fault=appears(make_claim, LATE_CLAIM, "not found"),
         attempts=FIRST_TIME_DONE,
-        milestones=_ends(SCHEDULER_PAUSE + RUN),
+        milestones=_ends(VOLUME_PAUSE + SCHEDULER_PAUSE + RUN),
         check=_volume_deleted,
     ),
 )
