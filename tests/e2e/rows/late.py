@@ -24,7 +24,7 @@ KUBELET_PAUSE = 40.0
 """Longest pause of the kubelet between two tries in the first minute."""
 SCHEDULER_PAUSE = 10.0
 VOLUME_PAUSE = 15.0
-"""Between two looks of the volume controller (`--pvclaimbinder-sync-period`) at a claim that it did not bind at once."""
+"""Between two looks of the volume controller (`--pvclaimbinder-sync-period`) at a claim it did not bind at once."""
 RUN = 5.0
 """Two small pods from the moment at which nothing holds them to their end."""
 
