@@ -10,7 +10,7 @@ import pytest
 
 from tests.trainer import tiny
 from tests.trainer.objectstore import ObjectStore, minio_binary, running_store
-from tests.trainer.pods import Attempt, start_pods
+from tests.trainer.pods import Attempt, fill_bucket, start_pods
 
 StartPods = Callable[..., Attempt]
 
@@ -37,11 +37,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(empty_store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
-    data = tmp_path_factory.mktemp("data")
-    tiny.write_jsonl(data / "train.jsonl", tiny.rows(20, seed=1))
-    tiny.write_jsonl(data / "validation.jsonl", tiny.rows(7, seed=2))
-    empty_store.upload("models/tiny", tiny_model)
-    empty_store.upload("data", data)
+    fill_bucket(empty_store, tiny_model, tmp_path_factory.mktemp("data"))
     return empty_store
 
 

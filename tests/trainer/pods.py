@@ -14,10 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from finetune_core.contract import Result, RunConfig
+from tests.trainer import tiny
 from tests.trainer.objectstore import BUCKET, ObjectStore, free_port
-from tests.trainer.tiny import TEMPLATE
 
 START_SECONDS = 90.0
+
+
+def fill_bucket(store: ObjectStore, model: Path, folder: Path) -> None:
+    """Put the model and data, written to ``folder`` first, where `run_config` says that they are."""
+    folder.mkdir(exist_ok=True)
+    tiny.write_jsonl(folder / "train.jsonl", tiny.rows(20, seed=1))
+    tiny.write_jsonl(folder / "validation.jsonl", tiny.rows(7, seed=2))
+    store.upload("models/tiny", model)
+    store.upload("data", folder)
 
 
 def run_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
@@ -30,7 +39,7 @@ def run_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
             "train": {"s3": {"uri": f"s3://{BUCKET}/data/train.jsonl"}},
             "validation": {"s3": {"uri": f"s3://{BUCKET}/data/validation.jsonl"}},
             "format": {
-                "promptCompletion": {"promptField": "question", "completionField": "reply", "template": TEMPLATE}
+                "promptCompletion": {"promptField": "question", "completionField": "reply", "template": tiny.TEMPLATE}
             },
             "maxLength": 64,
         },

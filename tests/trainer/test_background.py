@@ -15,9 +15,11 @@ from tests.trainer import tiny
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import train_all
 from tests.trainer.objectstore import ACCESS_KEY, SECRET_KEY, ObjectStore, write_credentials
-from tests.trainer.pods import Attempt, run_config
+from tests.trainer.pods import Attempt, fill_bucket, run_config
+from tests.trainer.smallstore import FULL, fill, make_room, small_store
 from tests.trainer.storeproxy import Fault, StoreProxy, proxy_before
 from tests.trainer.test_recovery import committed_steps
+from tests.trainer.test_store_faults import assert_every_commit_verifies
 
 ENDLESS = {
     "world__nodes": 1,
@@ -140,3 +142,29 @@ def test_a_server_that_is_down_for_three_minutes_costs_nothing(
     attempt.wait_for(lambda: newest_commit(store, "away") > reached, "checkpoints after the store is back")
     attempt.pods[0].process.send_signal(signal.SIGTERM)
     assert attempt.wait() == [143]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_training_goes_on_beside_a_full_disk_and_commits_once_there_is_room(
+    minio: Path, tiny_model: Path, pods: StartPods, tmp_path: Path
+) -> None:
+    with small_store(minio, tmp_path / "small") as small:
+        fill_bucket(small, tiny_model, tmp_path / "bucket")
+        attempt = pods(run_config(small, "full", **ENDLESS), credentials=small.credentials)
+        attempt.wait_for(lambda: newest_commit(small, "full") > 0, "the first checkpoint")
+        assert fill(small, tmp_path) > 1
+        attempt.wait_for(lambda: FULL.search(attempt.output), "the trainer says that the disk is full")
+        start = newest_step(attempt)
+        attempt.wait_for(lambda: newest_step(attempt) >= start + 40, "40 steps beside a full disk")
+        assert attempt.output.count("training goes on") > attempt.output.count("checkpoints are committed again")
+        assert_every_commit_verifies(small, "runs/default/full/")
+
+        assert make_room(small) > 1
+        reached = newest_step(attempt)
+        attempt.wait_for(lambda: newest_commit(small, "full") > reached, "checkpoints after there is room again")
+        attempt.wait_for(lambda: "checkpoints are committed again" in attempt.output, "the trainer says that too")
+        attempt.pods[0].process.send_signal(signal.SIGTERM)
+        assert attempt.wait() == [143]
+        assert newest_commit(small, "full") == attempt.pods[0].result.step
+        assert assert_every_commit_verifies(small, "runs/default/full/") > 0

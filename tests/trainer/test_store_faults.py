@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +29,11 @@ from tests.trainer.objectstore import (
     BUCKET,
     SECRET_KEY,
     ObjectStore,
-    running_store,
     write_credentials,
 )
+from tests.trainer.smallstore import FULL, PURGE_SECONDS, fill, make_room, small_store
 from tests.trainer.storeproxy import Fault, Request, StoreProxy, proxy_before
 
-FULL = re.compile("XMinioStorageFull|no space left on device")
-PURGE_SECONDS = 5
-"""What MinIO deletes lies in its trash first, which it empties every 5 minutes unless told otherwise."""
 SEED = {"state-00000-of-00002.safetensors": b"zero" * 20_000, "state-00001-of-00002.safetensors": b"one" * 20_000}
 
 
@@ -255,58 +249,30 @@ def test_a_wrong_clock_is_named_and_passes(
 
 @pytest.mark.long
 def test_a_full_disk_is_waited_for_and_named(minio: Path, tmp_path: Path) -> None:
-    """MinIO on a file system of 40 MB of its own; somebody deletes what is not needed while an upload is tried."""
-    folder = tmp_path / "small"
-    (folder / "data").mkdir(parents=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder / "data")], capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"a file system of its own needs root: {mounted.stderr.decode().strip()}")
-    try:
-        with running_store(minio, folder, variables={"MINIO_DELETE_CLEANUP_INTERVAL": f"{PURGE_SECONDS}s"}) as small:
-            ballast = tmp_path / "ballast"
-            ballast.write_bytes(b"\1" * 4_000_000)
-            store = Store(small.endpoint, "us-east-1", small.credentials, budget_seconds=0)
-            assert fill(store, ballast) > 1
-            said: list[str] = []
-            freed: list[int] = []
+    """Somebody deletes what is not needed while an upload is tried."""
+    with small_store(minio, tmp_path / "small") as small:
+        assert fill(small, tmp_path) > 1
+        said: list[str] = []
+        freed: list[int] = []
 
-            def heard(sentence: str) -> None:
-                said.append(sentence)
-                if len(said) >= 2 and not freed:
-                    names = [item.object_name for item in small.client.list_objects(BUCKET, "ballast/", recursive=True)]
-                    for name in names:
-                        small.client.remove_object(BUCKET, name)
-                    freed.append(len(names))
+        def heard(sentence: str) -> None:
+            said.append(sentence)
+            if len(said) >= 2 and not freed:
+                freed.append(make_room(small))
 
-            files = write_files(tmp_path / "files")
-            files[0].write_bytes(b"\2" * 8_000_000)
-            root = RunRoot(store.patient(BACKGROUND_BUDGET_SECONDS, heard), parse_uri(f"s3://{BUCKET}/full"))
-            take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
-            began = time.monotonic()
-            commit_checkpoint(root, files, 1)
-            assert assert_every_commit_verifies(small, "full/") == 1
-            assert freed
-            assert all(FULL.search(sentence) for sentence in said if sentence), said
-            assert said[-1] == ""
-            # Up to one round of MinIO's cleaning and the pause between two tries after it; three times at most.
-            assert time.monotonic() - began < 3 * (PURGE_SECONDS + LONGEST_DELAY_SECONDS + 10)
-    finally:
-        subprocess.run(["umount", "-l", str(folder / "data")], check=True)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def fill(store: Store, ballast: Path) -> int:
-    """Write objects until the store has no room, and return how many there was room for."""
-    for number in range(40):
-        try:
-            store.upload(BUCKET, f"ballast/{number}", ballast)
-        except OutsideFailure as failure:
-            if FULL.search(str(failure)) is None:
-                raise
-            return number
-    raise AssertionError("the store never filled up")
+        files = write_files(tmp_path / "files")
+        files[0].write_bytes(b"\2" * 8_000_000)
+        store = Store(small.endpoint, "us-east-1", small.credentials, budget_seconds=0)
+        root = RunRoot(store.patient(BACKGROUND_BUDGET_SECONDS, heard), parse_uri(f"s3://{BUCKET}/full"))
+        take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+        began = time.monotonic()
+        commit_checkpoint(root, files, 1)
+        assert assert_every_commit_verifies(small, "full/") == 1
+        assert freed
+        assert all(FULL.search(sentence) for sentence in said if sentence), said
+        assert said[-1] == ""
+        # Up to one round of MinIO's cleaning and the pause between two tries after it; three times at most.
+        assert time.monotonic() - began < 3 * (PURGE_SECONDS + LONGEST_DELAY_SECONDS + 10)
 
 
 def test_uploads_that_were_cut_off_are_aborted_at_the_next_start(empty_store: ObjectStore, tmp_path: Path) -> None:
