@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
-from finetune_cli.store import Entry, Store
+from finetune_cli.store import Entry, MissingError, Store
 from finetune_cli.text import number, size
 from finetune_core.api.job import FineTuneJob
 from finetune_core.layout import COMMIT, MANIFEST, Location, Manifest, digest, parse_uri, run_root
@@ -57,18 +57,29 @@ def look(store: Store, root: Location, *, verify: bool, progress: Callable[[str]
 
     ``progress`` is told the name of each folder before it is looked at.
     """
+    found = []
+    for (run, step), files in sorted(_folders(store, root).items()):
+        place = Location(root.bucket, next(iter(files.values())).key.rpartition("/")[0])
+        progress(place.uri())
+        try:
+            found.append(_look_at(store, place, run, step, files, verify=verify))
+        except MissingError:
+            # A run that goes on removes old checkpoints, COMMIT before the rest: without it this one is no more.
+            left = _folders(store, root).get((run, step), {})
+            if COMMIT in left:
+                found.append(_look_at(store, place, run, step, left, verify=verify))
+    return _marked(found)
+
+
+def _folders(store: Store, root: Location) -> dict[tuple[int, int], dict[str, Entry]]:
+    """Return the objects of each checkpoint folder, by run and step and then by name."""
     folders: dict[tuple[int, int], dict[str, Entry]] = {}
     start = len(root.key("checkpoints")) + 1
     for entry in store.entries(root.bucket, root.key("checkpoints") + "/"):
         match = re.fullmatch(r"(\d+)-(\d+)/(.+)", entry.key[start:])
         if match:
             folders.setdefault((int(match[1]), int(match[2])), {})[match[3]] = entry
-    found = []
-    for (run, step), files in sorted(folders.items()):
-        place = Location(root.bucket, next(iter(files.values())).key.rpartition("/")[0])
-        progress(place.uri())
-        found.append(_look_at(store, place, run, step, files, verify=verify))
-    return _marked(found)
+    return folders
 
 
 def _look_at(store: Store, place: Location, run: int, step: int, files: Mapping[str, Entry], *, verify: bool) -> Found:

@@ -57,6 +57,10 @@ class Entry:
     modified: datetime
 
 
+class MissingError(UserError):
+    """An object, or its bucket, that does not exist."""
+
+
 class Store:
     """Reads objects; every failure says which address or key it is about."""
 
@@ -165,7 +169,7 @@ class Store:
             if error.code in ("NoSuchKey", "NoSuchBucket"):
                 bucket = subject.removeprefix("s3://").partition("/")[0]
                 missing = f"bucket `{bucket}`" if error.code == "NoSuchBucket" else "it"
-                raise UserError(subject, f"{missing} does not exist in the store at {self.endpoint}") from error
+                raise MissingError(subject, f"{missing} does not exist in the store at {self.endpoint}") from error
             if error.code in REFUSED:
                 raise UserError(self.endpoint, f"refused the credentials for {subject} ({error.code})") from error
             raise UserError(subject, f"the store at {self.endpoint} answered {error.code}: {error.message}") from error

@@ -69,6 +69,24 @@ def test_sizes_and_commits_are_compared_and_with_verify_every_byte(source: Store
     assert len(told) == 4
 
 
+def test_what_a_run_removes_or_somebody_deletes_while_it_is_looked_at(
+    store: ObjectStore, source: Store, root: Location
+) -> None:
+    removed = root.key("checkpoints/000001-000000020")
+    damaged = f"{root.key('checkpoints/000001-000000040')}/{STATE}"
+
+    def meanwhile(folder: str) -> None:
+        if folder.endswith("000020"):
+            for name in (COMMIT, MANIFEST, STATE, "trainer.json"):
+                store.client.remove_object(BUCKET, f"{removed}/{name}")
+        if folder.endswith("000040"):
+            store.client.remove_object(BUCKET, damaged)
+
+    found = look(source, root, verify=True, progress=meanwhile)
+    assert [(item.step, item.state) for item in found] == [(40, DAMAGED), (60, DAMAGED), (80, UNFINISHED)]
+    assert found[0].problem == f"{STATE} is missing"
+
+
 def test_a_truncated_file_and_a_missing_manifest_show_without_reading_all(
     store: ObjectStore, source: Store, root: Location
 ) -> None:
