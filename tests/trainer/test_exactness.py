@@ -116,12 +116,15 @@ class Case:
     dropout: str = "0"
     decay: float = 0.0
     repetition: int = 0
+    data: str = ""
+    """Of another model or other rows than usual: a run of the same name would find the usual one's artifact."""
 
     @property
     def name(self) -> str:
         flags = f"{self.micro}{'r' * self.recompute}{self.offload}{'p' * self.packing}{'d' * (self.dropout != '0')}"
         flags += "w" * (self.decay != 0)
-        return f"exact-{self.world}-{self.method}-{self.stage}-{flags}-{self.precision}-{self.repetition}".lower()
+        kind = f"{self.data or 'exact'}-{self.world}-{self.method}-{self.stage}"
+        return f"{kind}-{flags}-{self.precision}-{self.repetition}".lower()
 
     def config(self, store: ObjectStore, **changes: Any) -> dict[str, Any]:
         options = {
@@ -286,7 +289,12 @@ def test_ranks_with_one_and_a_thousand_tokens_and_ranks_with_none_do_not_hang(
     """Four ranks, two examples a step, and a single row to evaluate."""
     model = tiny.write_model(tmp_path / "long", max_position_embeddings=1100)
     rows = uneven_rows()
-    cases = [Case(4, "Full", 3, micro=1), Case(4, "LoRA", 2, micro=2, packing=True), Case(4, "LoRA", 0)]
+    data = "uneven"
+    cases = [
+        Case(4, "Full", 3, micro=1, data=data),
+        Case(4, "LoRA", 2, micro=2, packing=True, data=data),
+        Case(4, "LoRA", 0, data=data),
+    ]
     changes = {
         "optimization__globalBatchSize": 2,
         "dataset__maxLength": 1100,
@@ -307,7 +315,9 @@ def test_heads_with_two_chunks_on_one_rank_and_one_on_the_other_do_not_hang(stor
     assert CHUNK_LOGITS < 1000 * 40_000
     rows, scored = uneven_rows(), VALIDATION[:1]
     changes = {"optimization__globalBatchSize": 2, "dataset__maxLength": 1100}
-    losses = run([Case(2, "Full", 3, micro=1)], store, model, tmp_path, rows=rows, scored=scored, **changes)
+    losses = run(
+        [Case(2, "Full", 3, micro=1, data="chunks")], store, model, tmp_path, rows=rows, scored=scored, **changes
+    )
     torch.set_num_threads(1)
     wanted = {("Full", 0.0): plain_run(model, "Full", rows, scored, global_batch_size=2)}
     assert_like_plain(losses, wanted, store)
