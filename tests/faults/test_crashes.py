@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,6 +45,7 @@ TOGETHER = (
     ("succeeds", "is drained"),
 )
 """Which crash beside each other: few, because each start of the operator looks at all of them before it goes on."""
+LEAST_CRASHES = 10
 LIST_SECONDS = 1.0
 """Between two lists of all jobs: hundreds of them at every look would take the time that the operator needs."""
 
@@ -56,17 +58,19 @@ class Trial:
     namespace: str
     after: int = 0
     tell: bool = False
+    kill: Kill | None = None
 
 
 def begin(world: World, scenario: str, after: int = 0, *, tell: bool = False) -> Trial:
     """Create the job of a scenario in a namespace of its own."""
     words, spec = SCENARIOS[scenario]
     namespace = world.namespace()
+    kill = None
     if after:
         kill = Kill(number=after, victim=lambda: world.operator.pid, namespace=namespace, tell=tell)
         world.proxy.kills = [*world.proxy.kills, kill]
     world.create(namespace, job(*words, **spec))
-    return Trial(scenario, namespace, after, tell)
+    return Trial(scenario, namespace, after, tell, kill)
 
 
 def finish(world: World, trials: list[Trial], timeout: float) -> None:
@@ -91,8 +95,15 @@ def end_is_told(world: World, namespace: str) -> bool:
     return condition(world.job(namespace), "Succeeded")["reason"] in events(world, namespace)
 
 
-def crash_after_every_write(world: World, scenarios: tuple[str, ...], *, tell: tuple[bool, ...], timeout: float) -> int:
-    """Compare every crash with the fault-free run of its scenario; return the number of crashes."""
+def writes_in(world: World, namespace: str) -> int:
+    """Return how many writes the operator has made in a namespace."""
+    return sum(record.wrote and record.request.namespace == namespace for record in world.proxy.records)
+
+
+def crash_after_every_write(
+    world: World, scenarios: tuple[str, ...], *, tell: tuple[bool, ...], timeout: float
+) -> None:
+    """Compare every crash with the fault-free run of its scenario."""
     faultless = [begin(world, scenario) for scenario in scenarios]
     finish(world, faultless, timeout)
     for trial in faultless:
@@ -100,10 +111,7 @@ def crash_after_every_write(world: World, scenarios: tuple[str, ...], *, tell: t
         world.wait("the last event", partial(end_is_told, world, trial.namespace))
     expected = {trial.scenario: essence(world, trial.namespace) for trial in faultless}
     told = {trial.scenario: events(world, trial.namespace) for trial in faultless}
-    writes = {
-        trial.scenario: sum(r.wrote and r.request.namespace == trial.namespace for r in world.proxy.records)
-        for trial in faultless
-    }
+    writes = {trial.scenario: writes_in(world, trial.namespace) for trial in faultless}
     trials = [
         begin(world, scenario, after, tell=told_first)
         for scenario in scenarios
@@ -111,10 +119,16 @@ def crash_after_every_write(world: World, scenarios: tuple[str, ...], *, tell: t
         for told_first in tell
     ]
     finish(world, trials, timeout)
-    # A crash between a status and its event loses the event: that job has one write fewer than its fault-free twin.
-    assert sum(kill.done for kill in world.proxy.kills) >= 0.8 * len(trials)
-    print(f"{len(trials)} crashes; writes of each fault-free run: {writes}")
-    wrong = []
+    crashed = Counter(trial.scenario for trial in trials if trial.kill is not None and trial.kill.done)
+    print(f"crashes {dict(crashed)}; writes of each fault-free run: {writes}")
+    # Some runs need fewer writes than the fault-free one, as a restart sees at once what that one saw in two looks: a
+    # trial that did not crash has come to its end before the write that it was to crash after.
+    wrong = [
+        f"{trial} did not crash"
+        for trial in trials
+        if writes_in(world, trial.namespace) >= trial.after and trial.kill is not None and not trial.kill.done
+    ]
+    wrong += [f"{scenario}: {crashed[scenario]} crashes" for scenario in scenarios if crashed[scenario] < LEAST_CRASHES]
     for trial in trials:
         if differs := differences(essence(world, trial.namespace), expected[trial.scenario]):
             wrong.append(f"{trial}, of {writes[trial.scenario]} writes: {differs}")
@@ -125,18 +139,16 @@ def crash_after_every_write(world: World, scenarios: tuple[str, ...], *, tell: t
         # Each start of the operator would look at them, too.
         world.call("DELETE", f"/apis/{GROUP}/{VERSION}/namespaces/{trial.namespace}/{PLURAL}/job")
     assert not wrong, "\n".join(wrong)
-    return len(trials)
 
 
 def test_a_crash_after_any_write_changes_nothing(world: World) -> None:
-    assert crash_after_every_write(world, QUICK, tell=(False,), timeout=240) >= 10
+    crash_after_every_write(world, QUICK, tell=(False,), timeout=240)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("scenarios", TOGETHER, ids=", ".join)
 def test_a_crash_after_any_write_of_any_scenario_changes_nothing(world: World, scenarios: tuple[str, ...]) -> None:
-    crashes = crash_after_every_write(world, scenarios, tell=(False, True), timeout=900)
-    assert crashes >= 10 * len(scenarios)
+    crash_after_every_write(world, scenarios, tell=(False, True), timeout=900)
 
 
 def test_every_scenario_is_crashed() -> None:
