@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from finetune_operator.labels import ATTEMPT, JOB_NAME
 from tests.faults.operators import OperatorProcess
 from tests.faults.world import World, job, settled
 from tests.operator.worlds import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
+CONVERGED_SECONDS = 30
 PREVIOUS = "2433999"
 """The first version that ran jobs; an operator of before the Lease, the clocks and the plan in the status."""
 
@@ -31,18 +33,22 @@ def test_random_kills_double_and_lose_no_job(world: World) -> None:
     kills = 0
     next_kill = last_kill = time.monotonic()
 
-    def all_settled() -> bool:
+    def all_killed() -> bool:
         nonlocal kills, next_kill, last_kill
         world.keep_operator_alive()
-        if kills < 50 and time.monotonic() > next_kill:
+        if time.monotonic() > next_kill:
             world.operator.stop()
             kills, last_kill = kills + 1, time.monotonic()
             next_kill = last_kill + choose.uniform(0.5, 4)
-            return False
-        return kills == 50 and all(settled(found) for found in world.jobs(namespace))
+        return kills == 50
 
     began = time.monotonic()
-    world.wait("300 jobs to end", all_settled, 1200, interval=0.1)
+    world.wait("50 kills", all_killed, 600, interval=0.1)
+    over = ended_attempts(world, namespace)
+    world.keep_operator_alive()
+    world.wait("what had ended to be told", lambda: over <= told_attempts(world, namespace), 3 * CONVERGED_SECONDS)
+    print(f"{len(over)} attempts that had ended are told {time.monotonic() - last_kill:.1f} s after the last kill")
+    world.wait("300 jobs to end", lambda: all(settled(found) for found in world.jobs(namespace)), 1200)
     ended = time.monotonic()
     print(f"300 jobs ended {ended - began:.1f} s after the first of 50 kills, {ended - last_kill:.1f} s after the last")
     found = world.jobs(namespace)
@@ -52,6 +58,27 @@ def test_random_kills_double_and_lose_no_job(world: World) -> None:
     assert len(world.children(namespace)) == 300
     verdicts = Counter(each["status"]["attempts"]["recent"][-1]["verdict"] for each in found)
     assert verdicts == {"Succeeded": 225, "Permanent": 75}
+
+
+def ended_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
+    """Return job and number of the attempts whose PyTorchJob has ended."""
+    return {
+        (child["metadata"]["labels"][JOB_NAME], int(child["metadata"]["labels"][ATTEMPT]))
+        for child in world.children(namespace)
+        if any(
+            each["type"] in ("Succeeded", "Failed") and each["status"] == "True"
+            for each in child.get("status", {}).get("conditions") or []
+        )
+    }
+
+
+def told_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
+    """Return job and number of the attempts whose end stands in a status."""
+    return {
+        (found["metadata"]["name"], attempt["number"])
+        for found in world.jobs(namespace)
+        for attempt in found.get("status", {}).get("attempts", {}).get("recent", [])
+    }
 
 
 def previous_release(folder: Path) -> Path | None:
