@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import tempfile
 import threading
 import time
@@ -153,8 +152,8 @@ def measure_new(world: World) -> float:
     path = f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
     children = Fleet()
     world.loop.spawn(follow(world.admin, CHILDREN, namespace, children, child_is_over))
-    pid = world.cluster.components[TRAINING_OPERATOR].pid
-    os.kill(pid, signal.SIGSTOP)
+    below = world.cluster.components[TRAINING_OPERATOR]
+    below.freeze()
     try:
         fleet = Fleet()
         world.loop.spawn(follow(world.admin, JOBS, namespace, fleet, settled))
@@ -164,7 +163,7 @@ def measure_new(world: World) -> float:
         world.call("DELETE", path)
         world.wait("the children to be gone", lambda: not world.children(namespace), PATIENCE_SECONDS, 2)
     finally:
-        os.kill(pid, signal.SIGCONT)
+        below.thaw()
     return max(fleet.span(fleet.told), max(children.seen.values()) - min(fleet.created.values()))
 
 

@@ -85,6 +85,18 @@ class Component:
         process = self._process
         wait_for(f"{self.name} to end after signal {signal_number}", lambda: process.poll() is not None, timeout)
 
+    def freeze(self) -> None:
+        """Stop it with SIGSTOP: it does nothing, and its connections stay."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on; also ``nsenter``, which stops with the program that it waits for: the cluster could not end,
+        because nobody would wait for the killed program."""
+        frozen = self.pid
+        if self._process is not None:
+            os.kill(self._process.pid, signal.SIGCONT)
+        os.kill(frozen, signal.SIGCONT)
+
     def restart(self) -> None:
         """Kill it, start it again, and wait until it serves."""
         self.stop()

@@ -3,8 +3,6 @@ Lease; nothing is asked more often than once a second, and soon after the recove
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -154,12 +152,12 @@ def test_an_api_server_that_is_killed_or_frozen_is_found_again(
     if kill:
         server.stop()
     else:
-        os.kill(server.pid, signal.SIGSTOP)
+        server.freeze()
     world.wait("the time to pass", lambda: time.monotonic() - began > away, away + 10)
     if kill:
         server.start()
     else:
-        os.kill(server.pid, signal.SIGCONT)
+        server.thaw()
     server.wait_ready()
     recovered = time.monotonic()
     namespace = world.wait("a namespace", lambda: _namespace(world), 60)

@@ -4,8 +4,6 @@ again when it ends by itself, as the kubelet does with a container."""
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 import threading
 import uuid
@@ -47,17 +45,6 @@ class OperatorProgram(Component):
         if self._keeper is not None:
             self._keeper.join()
         super().stop(*arguments, **options)  # type: ignore[arg-type]
-
-    def freeze(self) -> None:
-        """Stop it with SIGSTOP: it does nothing, and its connections stay."""
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """Let it go on; also ``nsenter``, which stops with the program that it waits for."""
-        frozen = self.pid
-        if self._process is not None:
-            os.kill(self._process.pid, signal.SIGCONT)
-        os.kill(frozen, signal.SIGCONT)
 
     def _keep(self) -> None:
         while not self._stopped.wait(RESTART_SECONDS):

@@ -20,7 +20,7 @@ from tests.trainer.pods import run_config
 
 DATA = Path(os.environ.get("FINETUNE_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "viggo"
 TEMPLATE = "Sentence: {prompt}\nMeaning: "
-STEPS, HELD_OUT, SHOWN = 90, 40, 4
+STEPS, BATCH, HELD_OUT, SHOWN = 240, 8, 40, 4
 SECONDS = 1400
 FEW_TOKENS = 96
 """Of an answer: the longest gold answer of the held-out rows is shorter."""
@@ -65,7 +65,7 @@ def test_lora_teaches_viggo_to_a_model_that_can_not_do_it(store: ObjectStore, tm
         optimization__schedule="Linear",
         optimization__warmupSteps=5,
         optimization__maxSteps=STEPS,
-        optimization__globalBatchSize=16,
+        optimization__globalBatchSize=BATCH,
         optimization__microBatchSize=1,
         optimization__precision="bf16",
         storage__checkpointEverySteps=STEPS,
@@ -85,7 +85,7 @@ def test_lora_teaches_viggo_to_a_model_that_can_not_do_it(store: ObjectStore, tm
     assert record.base is not None
     assert record.tuned is not None
     rows = step_rows(store, "viggo")
-    table = Table(title=f"SmolLM2-135M on {HELD_OUT} held-out rows of ViGGO, LoRA r 8, {STEPS} steps of 16 rows, bf16")
+    table = Table(title=f"SmolLM2-135M on {HELD_OUT} held-out rows of ViGGO, LoRA r 8, {STEPS} steps of {BATCH} rows, bf16")
     for column in ("", "perplexity", *record.tuned.scores):
         table.add_column(column, justify="right")
     for name, score in (("base", record.base), ("tuned", record.tuned)):
