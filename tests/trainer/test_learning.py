@@ -85,7 +85,9 @@ def test_lora_teaches_viggo_to_a_model_that_can_not_do_it(store: ObjectStore, tm
     assert record.base is not None
     assert record.tuned is not None
     rows = step_rows(store, "viggo")
-    table = Table(title=f"SmolLM2-135M on {HELD_OUT} held-out rows of ViGGO, LoRA r 8, {STEPS} steps of {BATCH} rows, bf16")
+    table = Table(
+        title=f"SmolLM2-135M on {HELD_OUT} held-out rows of ViGGO, LoRA r 8, {STEPS} steps of {BATCH} rows, bf16"
+    )
     for column in ("", "perplexity", *record.tuned.scores):
         table.add_column(column, justify="right")
     for name, score in (("base", record.base), ("tuned", record.tuned)):
