@@ -55,9 +55,10 @@ def plain_run(
     *,
     global_batch_size: int = GLOBAL_BATCH,
     weight_decay: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Plain:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if method == "LoRA":
         model = add_adapters(model, LoRASpec(rank=4, alpha=8), targets=DENSE, seed=42, base_name="tiny")
 
@@ -315,12 +316,18 @@ def test_heads_with_two_chunks_on_one_rank_and_one_on_the_other_do_not_hang(stor
     assert CHUNK_LOGITS < 1000 * 40_000
     rows, scored = uneven_rows(), VALIDATION[:1]
     changes = {"optimization__globalBatchSize": 2, "dataset__maxLength": 1100}
-    losses = run(
-        [Case(2, "Full", 3, micro=1, data="chunks")], store, model, tmp_path, rows=rows, scored=scored, **changes
-    )
+    case = Case(2, "Full", 3, micro=1, data="chunks")
+    found = run([case], store, model, tmp_path, rows=rows, scored=scored, **changes)[case]
     torch.set_num_threads(1)
-    wanted = {("Full", 0.0): plain_run(model, "Full", rows, scored, global_batch_size=2)}
-    assert_like_plain(losses, wanted, store)
+    single, exact = (
+        plain_run(model, "Full", rows, scored, global_batch_size=2, dtype=dtype).losses
+        for dtype in (torch.float32, torch.float64)
+    )
+    # Adam divides the gradients of 40,000 rarely seen tokens by their own size, rounding included: in fp32 the plain
+    # loop itself is 4.4e-6 away from fp64. The trainer may not be further away than another order of the same sums is.
+    rounding, own = (max(abs(a - b) / b for a, b in zip(losses, exact, strict=True)) for losses in (single, found))
+    print(f"largest relative difference to fp64: plain fp32 {rounding:.2g}, two ranks {own:.2g}")
+    assert own <= 2 * rounding
 
 
 def download_artifact(store: ObjectStore, name: str, target: Path) -> Path:

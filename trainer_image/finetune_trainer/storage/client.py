@@ -333,6 +333,11 @@ class Store:
             )
         if error.code == "NoSuchBucket":
             return f"storage.uri: bucket {bucket!r} does not exist at {self.endpoint}"
+        if error.code == "IncompleteBody":
+            # What MinIO answers to a write that runs out of room in its middle.
+            return (
+                f"storage.endpoint: {self.endpoint} took only a part of an object ({error.code}): its disk may be full"
+            )
         return f"storage.endpoint: {self.endpoint} answered {error.code}: {error.message}"
 
 
