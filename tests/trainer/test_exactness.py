@@ -319,15 +319,11 @@ def test_heads_with_two_chunks_on_one_rank_and_one_on_the_other_do_not_hang(stor
     case = Case(2, "Full", 3, micro=1, data="chunks")
     found = run([case], store, model, tmp_path, rows=rows, scored=scored, **changes)[case]
     torch.set_num_threads(1)
-    single, exact = (
-        plain_run(model, "Full", rows, scored, global_batch_size=2, dtype=dtype).losses
-        for dtype in (torch.float32, torch.float64)
-    )
     # Adam divides the gradients of 40,000 rarely seen tokens by their own size, rounding included: in fp32 the plain
-    # loop itself is 4.4e-6 away from fp64. The trainer may not be further away than another order of the same sums is.
-    rounding, own = (max(abs(a - b) / b for a, b in zip(losses, exact, strict=True)) for losses in (single, found))
-    print(f"largest relative difference to fp64: plain fp32 {rounding:.2g}, two ranks {own:.2g}")
-    assert own <= 2 * rounding
+    # loop, which adds all logits of a row at once, is itself 4.4e-6 away from what it computes in fp64.
+    plain = plain_run(model, "Full", rows, scored, global_batch_size=2, dtype=torch.float64)
+    print(f"largest relative difference {max(abs(a - b) / b for a, b in zip(found, plain.losses, strict=True)):.2g}")
+    assert found == pytest.approx(plain.losses, rel=1e-6)
 
 
 def download_artifact(store: ObjectStore, name: str, target: Path) -> Path:
