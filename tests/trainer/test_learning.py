@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import random
 from pathlib import Path
@@ -104,4 +105,5 @@ def test_lora_teaches_viggo_to_a_model_that_can_not_do_it(store: ObjectStore, tm
     assert record.base.task_score <= 0.1
     assert record.tuned.task_score >= 0.3
     assert record.tuned.scores["function"] >= 0.8
-    assert record.tuned.perplexity < 0.2 * record.base.perplexity
+    # In nats a token: a perplexity has its floor at 1, and the base model's is not far above it.
+    assert math.log(record.tuned.perplexity) < 0.1 * math.log(record.base.perplexity)
