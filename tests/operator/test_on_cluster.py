@@ -165,13 +165,18 @@ def test_a_deleted_child_is_a_free_retry(installed: Installed, namespace: str, s
 
 def test_an_operator_killed_in_mid_run_doubles_nothing(installed: Installed, namespace: str, stand_in: StandIn) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
-    job = installed.wait(namespace, "both pods", running)
+    job = installed.wait(namespace, "both pods, and since when they run", _all_told)
     before = installed.cluster.kubectl("get", "pods", "-n", namespace, "-o", "jsonpath={.items[*].metadata.uid}")
     installed.operator.restart()
     wait_for("a look at every job", lambda: _reconciles(installed) >= 1, 30)
     assert installed.job(namespace)["status"]["attempts"] == job["status"]["attempts"]
     after = installed.cluster.kubectl("get", "pods", "-n", namespace, "-o", "jsonpath={.items[*].metadata.uid}")
     assert after == before
+
+
+def _all_told(job: dict[str, Any]) -> bool:
+    """Also since when both pods run, which a write of its own tells."""
+    return running(job) and "runningTime" in job["status"]["attempts"]["current"]
 
 
 def test_deleting_the_job_leaves_nothing_also_while_the_operator_is_down(
