@@ -23,6 +23,7 @@ def helm_program() -> str:
     try:
         return str(clients()["helm"])
     except ClusterError as error:
+        # It comes over the network: without one a developer still runs the tests that need no helm.
         pytest.skip(f"helm can't be had (set FINETUNE_HELM to its path): {error}")
 
 

@@ -17,6 +17,7 @@ def started() -> Iterator[Cluster]:
     """Yield a running cluster and end it; skip where none can run. The body of a fixture."""
     reason = unusable_because()
     if reason:
+        # A cluster needs root and namespaces of its own: without them a developer still runs all other tests.
         pytest.skip(reason)
     with Cluster.start() as running:
         yield running

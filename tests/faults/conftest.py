@@ -14,6 +14,7 @@ from tests.faults.world import World, running_world
 def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """All of it, up for the whole package."""
     if reason := unusable_because():
+        # The control plane needs namespaces of its own, which only root makes.
         pytest.skip(reason)
     with running_world(tmp_path_factory.mktemp("faults")) as running:
         yield running

@@ -121,14 +121,11 @@ def crash_after_every_write(
     finish(world, trials, timeout)
     crashed = Counter(trial.scenario for trial in trials if trial.kill is not None and trial.kill.done)
     print(f"crashes {dict(crashed)}; writes of each fault-free run: {writes}")
-    # Some runs need fewer writes than the fault-free one, as a restart sees at once what that one saw in two looks: a
-    # trial that did not crash has come to its end before the write that it was to crash after.
-    wrong = [
-        f"{trial} did not crash"
-        for trial in trials
-        if writes_in(world, trial.namespace) >= trial.after and trial.kill is not None and not trial.kill.done
-    ]
-    wrong += [f"{scenario}: {crashed[scenario]} crashes" for scenario in scenarios if crashed[scenario] < LEAST_CRASHES]
+    # Some runs need fewer writes than the fault-free one, as a restart sees at once what that one saw in two looks:
+    # their last kills never come. Most must, and some of each scenario.
+    wrong = [f"{scenario}: {crashed[scenario]} crashes" for scenario in scenarios if crashed[scenario] < LEAST_CRASHES]
+    if crashed.total() < 0.8 * len(trials):
+        wrong.append(f"{crashed.total()} of {len(trials)} trials crashed")
     for trial in trials:
         if differs := differences(essence(world, trial.namespace), expected[trial.scenario]):
             wrong.append(f"{trial}, of {writes[trial.scenario]} writes: {differs}")

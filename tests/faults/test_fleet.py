@@ -96,6 +96,7 @@ def previous_release(folder: Path) -> Path | None:
 def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path) -> None:
     source = previous_release(tmp_path)
     if source is None:
+        # The old version comes from the history, which a shallow clone and a source archive lack.
         pytest.skip(f"the history does not reach back to {PREVIOUS}")
     namespace = world.namespace()
     world.operator.stop()

@@ -20,6 +20,7 @@ def minio() -> Path:
     """The MinIO program, for tests that run a server of their own."""
     binary = minio_binary()
     if binary is None:
+        # There is nothing real to write to then; make test builds MinIO first, so there nothing is skipped.
         pytest.skip("no MinIO program: set FINETUNE_MINIO, or build the cluster's tools")
     return binary
 

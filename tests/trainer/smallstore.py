@@ -30,6 +30,7 @@ def small_store(minio: Path, folder: Path) -> Iterator[ObjectStore]:
     command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder / "data")]
     mounted = subprocess.run(command, capture_output=True)
     if mounted.returncode != 0:
+        # A disk that really is full needs a small file system, which only root mounts.
         pytest.skip(f"a file system of its own needs root: {mounted.stderr.decode().strip()}")
     try:
         with running_store(minio, folder, variables={"MINIO_DELETE_CLEANUP_INTERVAL": f"{PURGE_SECONDS}s"}) as small:
