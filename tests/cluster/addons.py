@@ -94,7 +94,8 @@ def apply_objects(api: Api, credentials: Credentials) -> None:
     for name, port in (("minio", MINIO_PORT), ("registry", REGISTRY_PORT)):
         for path, manifest in _machine_service(name, port):
             api.apply(path, manifest)
-    api.apply(f"{CRD_PATH}/{PYTORCHJOB_CRD}", tools.TRAINING_OPERATOR.data_file().read_text())
+    (definition,) = tools.TRAINING_OPERATOR.data_files()
+    api.apply(f"{CRD_PATH}/{PYTORCHJOB_CRD}", definition.read_text())
     for path, manifest in _training_operator_objects(credentials):
         api.apply(path, manifest)
 

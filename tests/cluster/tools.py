@@ -31,8 +31,8 @@ class Tool:
     """One binary.
 
     ``folder`` below ``tools/`` holds its go.mod; ``package`` is what is compiled; ``stamps_version`` puts the
-    Kubernetes version into the binary, which clients and kubelet compare; ``data`` is a file of the module at
-    ``package`` that comes along (CRDs).
+    Kubernetes version into the binary, which clients and kubelet compare; ``data`` are the files that come along
+    (CRDs), a pattern below the folder of the module at ``package``, or at ``data_from`` where ``package`` is our own.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Tool:
     package: str
     stamps_version: bool = False
     data: str | None = None
+    data_from: str | None = None
 
     @property
     def variable(self) -> str:
@@ -90,11 +91,14 @@ class Tool:
     def missing(self) -> bool:
         return not os.environ.get(self.variable) and not self.cached.exists()
 
-    def data_file(self) -> Path:
-        """Return the file that came along with the module."""
+    def data_files(self) -> list[Path]:
+        """Return the files that came along with the module."""
         if self.data is None:
-            raise ValueError(f"{self.name} has no data file")
-        return self.cached.parent / Path(self.data).name
+            raise ValueError(f"{self.name} has no data files")
+        found = sorted(self.cached.parent.glob(Path(self.data).name))
+        if not found:
+            raise ClusterError(f"{self.name}: {Path(self.data).name} is missing in {self.cached.parent}")
+        return found
 
 
 def _kubernetes(name: str) -> Tool:
@@ -117,6 +121,14 @@ TRAINING_OPERATOR = Tool(
 )
 DEVICE_PLUGIN = Tool("device-plugin", "device-plugin", ".")
 PAUSE = Tool("pause", "pause", ".")
+CERT_MANAGER = Tool(
+    "cert-manager",
+    "cert-manager",
+    ".",
+    data="deploy/crds/cert-manager.io_*.yaml",
+    data_from="github.com/cert-manager/cert-manager/pkg/controller",
+)
+"""Not among ``ALL``: one long test needs it, and has it built."""
 
 ALL = (
     PAUSE,
@@ -176,8 +188,13 @@ def _build(tool: Tool) -> None:
     try:
         _go(tool, ["build", *tool.build_arguments, "-o", str(unfinished), tool.package])
         if tool.data is not None:
-            module = _go(tool, ["list", "-mod=readonly", "-f", "{{.Module.Dir}}", tool.package]).strip()
-            shutil.copyfile(Path(module) / tool.data, tool.data_file())
+            package = tool.data_from or tool.package
+            module = _go(tool, ["list", "-mod=readonly", "-f", "{{.Module.Dir}}", package]).strip()
+            found = sorted(Path(module).glob(tool.data))
+            if not found:
+                raise ClusterError(f"{tool.name}: {module} has no {tool.data}")
+            for file in found:
+                shutil.copyfile(file, tool.cached.with_name(file.name))
         unfinished.rename(tool.cached)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -1,19 +1,17 @@
-"""The certificate of the report server as cert-manager keeps it, by the chart's value: it comes late, is renewed, and
-one day another authority signs it. cert-manager itself is not here: the test writes the Secret as it does."""
+"""The certificate of the report server as a Secret holds it by the chart's value: it comes late, is renewed, can't
+serve, and one day another authority signs it. The test writes the Secret as cert-manager does, with an intermediate
+authority and with mistakes; test_cert_manager.py has cert-manager itself write it."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import ssl
-import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography import x509
@@ -21,29 +19,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-from finetune_core.contract import CA_FILE, report_path
-from tests.cluster import Cluster, wait_for
-from tests.cluster.api import answers
-from tests.cluster.audit import calls
-from tests.cluster.layout import BRIDGE
+from tests.cluster import Cluster
 from tests.cluster.pki import begin, key_usage
 from tests.operator.conftest import Installed, small_job
-from tests.operator.programs import OperatorProgram, operator_program
-from tests.operator.test_on_cluster import RUNS, child_name, pods_run, report, running
-from tests.operator.test_reports_on_cluster import token_of
-from tests.operator.test_two_replicas import owner_of_the_slice, post_by_name
-from tests.operator.worlds import REPOSITORY
+from tests.operator.kept_certificates import SECRET, Release, installed_release
+from tests.operator.test_on_cluster import RUNS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(400)]
 
 StandIn = Callable[[str], str]
-RELEASE = SPACE = "issued"
-ACCOUNT = f"{RELEASE}-finetune-operator"
-SERVICE = f"{ACCOUNT}.{SPACE}.svc"
-SECRET = "reports-tls"
-ADDRESS = "10.251.0.11"
-REPORT_PORT, HEALTH_PORT = 18643, 18680
-RESYNC_SECONDS = 5
+NAMESPACE = "issued"
 LIFETIME = timedelta(days=90)
 
 
@@ -98,15 +83,15 @@ def _authority_of(key: rsa.RSAPrivateKey) -> x509.AuthorityKeyIdentifier:
     return x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
 
 
-def write_secret(cluster: Cluster, data: dict[str, str]) -> None:
+def write_secret(cluster: Cluster, host: str, data: dict[str, str]) -> None:
     """Write the Secret as cert-manager's issuing controller does: applied by the server, under its own name."""
     metadata = {
         "name": SECRET,
-        "namespace": SPACE,
+        "namespace": NAMESPACE,
         "labels": {"controller.cert-manager.io/fao": "true"},
         "annotations": {
             "cert-manager.io/certificate-name": "reports",
-            "cert-manager.io/alt-names": SERVICE,
+            "cert-manager.io/alt-names": host,
             "cert-manager.io/issuer-kind": "ClusterIssuer",
             "cert-manager.io/issuer-name": "company",
         },
@@ -118,138 +103,47 @@ def write_secret(cluster: Cluster, data: dict[str, str]) -> None:
 
 
 @pytest.fixture
-def program(installed: Installed, tmp_path: Path) -> Iterator[OperatorProgram]:
-    """A release that gets its certificate from the Secret, which is not there yet; its operator is not started."""
-    cluster = installed.cluster
-    certificate = {"existingSecret": SECRET}
-    values = {"replicas": 0, "crds": {"enabled": False}, "reports": {"certificate": certificate, "port": REPORT_PORT}}
-    chart = str(REPOSITORY / "charts/finetune-operator")
-    install = ["install", RELEASE, chart, "-n", SPACE, "--create-namespace", "--values", "-"]
-    cluster.helm(*install, stdin=json.dumps(values))
-    cluster.run(["ip", "address", "replace", f"{ADDRESS}/32", "dev", BRIDGE])
-    installed.operator.stop(signal.SIGTERM)
-    (container,) = cluster.get("deployment", ACCOUNT, "-n", SPACE)["spec"]["template"]["spec"]["containers"]
-    chosen = {item["name"]: item.get("value", "") for item in container["env"]}
-    program = operator_program(
-        cluster,
-        tmp_path,
-        namespace=SPACE,
-        account=ACCOUNT,
-        health_port=HEALTH_PORT,
-        name=RELEASE,
-        settings={
-            # What the value made of the Deployment is what counts here.
-            **{name: chosen[name] for name in ("FINETUNE_CERTIFICATE_SECRET", "FINETUNE_CERTIFICATE_FROM")},
-            "FINETUNE_POD_IP": ADDRESS,
-            "FINETUNE_POD_UID": owner_of_the_slice(installed, RELEASE, SPACE),
-            "FINETUNE_REPORT_PORT": str(REPORT_PORT),
-            "FINETUNE_RESYNC_SECONDS": str(RESYNC_SECONDS),
-        },
-    )
-    yield program
-    program.stop(signal.SIGTERM)
-    installed.operator.start()
-    installed.operator.wait_ready()
-    cluster.helm("uninstall", RELEASE, "-n", SPACE)
-    cluster.kubectl("delete", "namespace", SPACE, "--wait=false")
+def release(installed: Installed, tmp_path: Path) -> Iterator[Release]:
+    with installed_release(installed, tmp_path, NAMESPACE, NAMESPACE) as release:
+        yield release
 
 
-def presented(cluster: Cluster) -> str:
-    """Return the certificate that the report server presents now; empty while nobody answers."""
-    with cluster.enter():
-        try:
-            return ssl.get_server_certificate((ADDRESS, REPORT_PORT), timeout=5)
-        except OSError:
-            return ""
-
-
-def leaf_of(data: dict[str, str]) -> str:
-    return data["tls.crt"].partition("-----END CERTIFICATE-----")[0]
-
-
-def until_presented(program: OperatorProgram, cluster: Cluster, data: dict[str, str]) -> float:
-    """Wait until the server presents what ``data`` holds and return the seconds that it took."""
-    began = time.monotonic()
-    wait_for(
-        "the certificate to be presented",
-        lambda: leaf_of(data).strip() in presented(cluster),
-        60,
-        evidence=program.evidence,
-        interval=0.2,
-    )
-    return time.monotonic() - began
-
-
-def test_a_certificate_that_cert_manager_keeps_is_waited_for_served_and_exchanged(
-    program: OperatorProgram, installed: Installed, namespace: str, stand_in: StandIn
+def test_a_certificate_that_somebody_keeps_is_waited_for_served_and_exchanged(
+    release: Release, installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
-    cluster, host, company = installed.cluster, SERVICE, Signer("company")
-    program.start()
-    missing = f"Secret {SPACE}/{SECRET} must exist and hold ca.crt, tls.crt, tls.key"
-    wait_for(
-        "the missing Secret to be named", lambda: missing in program.log.read_text(), 60, evidence=program.evidence
-    )
-    with cluster.enter():
-        assert not answers(f"http://127.0.0.1:{HEALTH_PORT}/readyz"), "an operator that can't take reports is not ready"
-        assert answers(f"http://127.0.0.1:{HEALTH_PORT}/healthz"), "nor is it to be killed"
+    cluster, host, company = installed.cluster, release.host, Signer("company")
+    release.start_without_a_certificate()
     first = company.issue(host)
-    write_secret(cluster, first)
-    until_presented(program, cluster, first)
-    program.wait_ready()
-    process = program.pid
+    write_secret(cluster, host, first)
+    release.until_presented(first["tls.crt"])
+    release.program.wait_ready()
+    process = release.program.pid
 
     installed.apply(small_job(stand_in(RUNS)), namespace)
-    job = installed.wait(namespace, "both pods", running, 90)
-    pod = job["status"]["attempts"]["current"]["pods"][0]
-    token = token_of(installed, namespace, pod["name"], program.evidence)
-    wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
-    trusted = trust_of(installed, namespace, job, 1)
-    assert trusted == first["ca.crt"]
-
-    def posted(attempt: int, pod: dict[str, Any], token: str, ca: str) -> int:
-        path, body = report_path(namespace, "quickstart", attempt), report(pod["uid"]).to_json()
-        return post_by_name(cluster, f"{host}:{REPORT_PORT}", path, body, token, ca)
-
-    def taken() -> bool:
-        try:
-            return posted(1, pod, token, trusted) == 204
-        except OSError:
-            return False  # the name leads nowhere yet
-
-    wait_for("a report to be taken", taken, 60, evidence=program.evidence)
+    attempt = release.attempt(namespace, 1)
+    assert attempt.trusted == first["ca.crt"]
+    attempt.until_taken()
 
     renewed = company.issue(host)
-    write_secret(cluster, renewed)
-    took = until_presented(program, cluster, renewed)
+    write_secret(cluster, host, renewed)
+    took = release.until_presented(renewed["tls.crt"])
     print(f"a renewed certificate is presented after {took:.1f} s (load {os.getloadavg()[0]:.1f})")
-    assert posted(1, pod, token, trusted) == 204, "the attempt that runs trusts what signed the new one too"
+    assert attempt.post() == 204, "the attempt that runs trusts what signed the new one too"
 
     # One that can't serve, such as a mistaken Certificate makes, takes nothing away.
-    write_secret(cluster, company.issue("elsewhere.example.com"))
-    refusal = f"tls.crt must name {host}"
-    wait_for("the refusal", lambda: refusal in program.log.read_text(), 60, evidence=program.evidence)
-    assert posted(1, pod, token, trusted) == 204
+    write_secret(cluster, host, company.issue("elsewhere.example.com"))
+    release.until_logged(f"tls.crt must name {host}")
+    assert attempt.post() == 204
 
     successor = Signer("successor").issue(host)
-    write_secret(cluster, successor)
-    until_presented(program, cluster, successor)
+    write_secret(cluster, host, successor)
+    release.until_presented(successor["tls.crt"])
     with pytest.raises(ssl.SSLCertVerificationError):
-        posted(1, pod, token, trusted)
-    cluster.kubectl("delete", "pod", pod["name"], "-n", namespace, "--wait=false")
-    second = lambda job: job["status"]["attempts"]["started"] == 2 and running(job)  # noqa: E731
-    job = installed.wait(namespace, "attempt 2", second, 120)
-    pod = job["status"]["attempts"]["current"]["pods"][0]
-    token = token_of(installed, namespace, pod["name"], program.evidence)
-    assert trust_of(installed, namespace, job, 2) == successor["ca.crt"]
-    assert posted(2, pod, token, successor["ca.crt"]) == 204
+        attempt.post()
+    cluster.kubectl("delete", "pod", attempt.pod["name"], "-n", namespace, "--wait=false")
+    second = release.attempt(namespace, 2)
+    assert second.trusted == successor["ca.crt"]
+    assert second.post() == 204
 
-    assert program.pid == process, "nothing of it needed a restart"
-    user = f"system:serviceaccount:{SPACE}:{ACCOUNT}"
-    made = [call for call in calls(cluster.layout.audit_log, user) if call.resource == "secrets"]
-    assert {(call.verb, call.name) for call in made} == {("get", SECRET)}, "it is read, and never written"
-
-
-def trust_of(installed: Installed, namespace: str, job: dict[str, Any], attempt: int) -> str:
-    """Return the authority that the pods of an attempt trust."""
-    found = installed.cluster.get("configmap", child_name(job, attempt), "-n", namespace)
-    return str(found["data"][Path(CA_FILE).name])
+    assert release.program.pid == process, "nothing of it needed a restart"
+    assert release.reads_of_secrets() == {("get", SECRET)}, "it is read, and never written"

@@ -1,0 +1,203 @@
+"""The certificate of the report server kept by cert-manager itself: asked for with the YAML of the chart's README,
+signed by a company's ClusterIssuer, renewed by hand, with another kind of key, and after its authority was renewed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import ssl
+import time
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from tests.cluster import Cluster, wait_for
+from tests.cluster.cert_manager import cert_manager
+from tests.cluster.component import Component
+from tests.operator.conftest import Installed, small_job
+from tests.operator.kept_certificates import CHART, SECRET, Release, installed_release
+from tests.operator.test_on_cluster import RUNS
+
+# The first time, cert-manager is built.
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1200)]
+
+StandIn = Callable[[str], str]
+ISSUER_NAMESPACE = "cert-manager"
+ISSUE_SECONDS = 60
+AUTHORITY = f"""
+apiVersion: cert-manager.io/v1
+kind: Issuer
+metadata: {{name: root, namespace: {ISSUER_NAMESPACE}}}
+spec: {{selfSigned: {{}}}}
+---
+apiVersion: cert-manager.io/v1
+kind: Certificate
+metadata: {{name: company, namespace: {ISSUER_NAMESPACE}}}
+spec:
+  isCA: true
+  commonName: company
+  secretName: company-ca
+  privateKey: {{algorithm: ECDSA, size: 256, rotationPolicy: Never}}
+  issuerRef: {{name: root}}
+---
+apiVersion: cert-manager.io/v1
+kind: ClusterIssuer
+metadata: {{name: company}}
+spec: {{ca: {{secretName: company-ca}}}}
+"""
+"""What a company has before it installs this chart."""
+
+
+def certificate_of_the_readme() -> dict[str, Any]:
+    """Return the Certificate that the chart's README tells to apply."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", (CHART / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    found: dict[str, Any] = yaml.safe_load(block)
+    return found
+
+
+class Keeper:
+    """What people do with a Certificate of cert-manager, and what comes of it."""
+
+    def __init__(self, cluster: Cluster, program: Component, namespace: str, name: str) -> None:
+        self._cluster = cluster
+        self._program = program
+        self._name = name
+        self._in = ("-n", namespace)
+
+    def data(self) -> dict[str, str]:
+        """Return what its Secret holds."""
+        name = self._certificate()["spec"]["secretName"]
+        data = self._cluster.get("secret", name, *self._in)["data"]
+        return {key: b64decode(value).decode() for key, value in data.items()}
+
+    def until_issued(self, revision: int) -> dict[str, str]:
+        """Wait until cert-manager has issued it for the ``revision``-th time; returns what the Secret holds."""
+
+        def issued() -> bool:
+            status = self._certificate().get("status", {})
+            conditions = {item["type"]: item["status"] for item in status.get("conditions", [])}
+            return status.get("revision") == revision and conditions == {"Ready": "True"}
+
+        what = f"revision {revision} of Certificate {self._name}"
+        wait_for(what, issued, ISSUE_SECONDS, evidence=self._evidence, interval=0.2)
+        return self.data()
+
+    def renew(self) -> dict[str, str]:
+        """Ask for a new one as `cmctl renew` does, and return what the Secret holds then."""
+        revision = self._certificate()["status"]["revision"]
+        condition = {"type": "Issuing", "status": "True", "reason": "ManuallyTriggered", "message": "by a test"}
+        patch = [{"op": "add", "path": "/status/conditions/-", "value": condition}]
+        self._patch("--subresource=status", "--type=json", patch)
+        return self.until_issued(revision + 1)
+
+    def change(self, private_key: dict[str, Any]) -> None:
+        """Change how its key is made."""
+        self._patch("--type=merge", {"spec": {"privateKey": private_key}})
+
+    def _patch(self, *arguments: Any) -> None:
+        *options, patch = arguments
+        self._cluster.kubectl("patch", "certificate", self._name, *self._in, *options, "--patch", json.dumps(patch))
+
+    def _certificate(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._cluster.get("certificate", self._name, *self._in)
+        return found
+
+    def _evidence(self) -> str:
+        kinds = "issuers,clusterissuers,certificates,certificaterequests"
+        return self._cluster.kubectl("describe", kinds, *self._in) + self._program.evidence()
+
+
+def leaf(data: dict[str, str]) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(data["tls.crt"].encode())
+
+
+@pytest.fixture
+def issuing(installed: Installed) -> Iterator[Component]:
+    """cert-manager with a company's ClusterIssuer."""
+    cluster = installed.cluster
+    cluster.kubectl("create", "namespace", ISSUER_NAMESPACE)
+    with cert_manager(cluster, ISSUER_NAMESPACE) as program:
+        cluster.kubectl("apply", "-f", "-", stdin=AUTHORITY)
+        Keeper(cluster, program, ISSUER_NAMESPACE, "company").until_issued(1)
+        yield program
+    cluster.kubectl("delete", "namespace", ISSUER_NAMESPACE, "--wait=false")
+
+
+@pytest.fixture
+def release(installed: Installed, issuing: Component, tmp_path: Path) -> Iterator[Release]:
+    """The release of the README's command, in whose names its Certificate is written."""
+    with installed_release(installed, tmp_path, "finetune-operator", "finetune-system") as release:
+        yield release
+
+
+def test_cert_manager_issues_the_certificate_and_renews_it_under_a_running_attempt(
+    release: Release, issuing: Component, installed: Installed, namespace: str, stand_in: StandIn
+) -> None:
+    cluster, wanted = installed.cluster, certificate_of_the_readme()
+    assert wanted["spec"]["secretName"] == SECRET
+    reports = Keeper(cluster, issuing, wanted["metadata"]["namespace"], wanted["metadata"]["name"])
+    authority = Keeper(cluster, issuing, ISSUER_NAMESPACE, "company")
+    release.start_without_a_certificate()
+
+    began = time.monotonic()
+    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(wanted))
+    first = reports.until_issued(1)
+    tell("Certificate applied, issued", began)
+    release.until_presented(first["tls.crt"])
+    tell("Certificate applied, presented", began)
+    release.program.wait_ready()
+    tell("Certificate applied, operator ready", began)
+    process = release.program.pid
+
+    installed.apply(small_job(stand_in(RUNS)), namespace)
+    attempt = release.attempt(namespace, 1)
+    assert attempt.trusted == first["ca.crt"] == authority.data()["tls.crt"]
+    attempt.until_taken()
+
+    began = time.monotonic()
+    renewed = reports.renew()
+    release.until_presented(renewed["tls.crt"])
+    tell("renewed, presented", began)
+    assert leaf(renewed).serial_number != leaf(first).serial_number
+    assert isinstance(leaf(renewed).public_key(), rsa.RSAPublicKey)
+    assert attempt.post() == 204, "the attempt that runs trusts what signed the new one too"
+
+    began = time.monotonic()
+    reports.change({"algorithm": "ECDSA", "size": 256})
+    elliptic = reports.until_issued(3)
+    release.until_presented(elliptic["tls.crt"])
+    tell("key of another kind, presented", began)
+    assert isinstance(leaf(elliptic).public_key(), ec.EllipticCurvePublicKey)
+    assert attempt.post() == 204
+
+    # A new certificate of the authority for the key that it has: what the attempt trusts still verifies the server's.
+    again = authority.renew()
+    below = reports.renew()
+    assert below["ca.crt"] == again["tls.crt"] != attempt.trusted
+    release.until_presented(below["tls.crt"])
+    assert attempt.post() == 204
+
+    authority.change({"rotationPolicy": "Always"})
+    authority.renew()
+    foreign = reports.renew()
+    release.until_presented(foreign["tls.crt"])
+    with pytest.raises(ssl.SSLCertVerificationError):
+        attempt.post()
+    cluster.kubectl("delete", "pod", attempt.pod["name"], "-n", namespace, "--wait=false")
+    second = release.attempt(namespace, 2)
+    assert second.trusted == foreign["ca.crt"]
+    assert second.post() == 204
+
+    assert release.program.pid == process, "nothing of it needed a restart"
+    assert release.reads_of_secrets() == {("get", SECRET)}, "it is read, and never written"
+
+
+def tell(what: str, began: float) -> None:
+    print(f"{what}: {time.monotonic() - began:.1f} s (load {os.getloadavg()[0]:.1f})")
