@@ -1,5 +1,6 @@
 """Measures the operator with thousands of jobs (gates R2 to R4), and training-operator on the same API server in the
-same run: 1000 PyTorchJobs without, then 1000 FineTuneJobs with our operator above it. A stub node ends the pods.
+same run: 1000 PyTorchJobs without, then 1000 FineTuneJobs with our operator above it. A stub node ends the pods. First
+comes what the writes of R3 take when nobody reads, watches or decides (`floor`).
 
 In: nothing but the cluster's programs. Out: two tables. `FINETUNE_BENCH_JOBS` makes it smaller.
 """
@@ -23,6 +24,7 @@ from rich.table import Table
 from finetune_core.api import FineTuneJob
 from finetune_operator.pods import AttemptPlan
 from finetune_operator.pytorchjob import build_pytorchjob
+from tests.bench import floor
 from tests.faults.admin import Admin, Manifest
 from tests.faults.operators import OperatorProcess
 from tests.faults.world import CHILDREN, JOBS, World, job, running_world, settled
@@ -211,6 +213,9 @@ def restart(world: World, jobs: int) -> tuple[float, float, float]:
 def run() -> None:
     """Measure and print."""
     console = Console(width=120)
+    manifests = [one_pod("done", name=f"job-{number}") for number in range(JOBS_NEW)]
+    bare_writes = floor.measure(one_pod("done", name=floor.SAMPLE), manifests, UNTHROTTLED)
+    console.print(f"a bare client's writes for {JOBS_NEW} jobs: {bare_writes:.1f} s")
     with (
         tempfile.TemporaryDirectory() as folder,
         running_world(Path(folder), direct=True, flags=UNTHROTTLED, resync_seconds=str(RESYNC_SECONDS)) as world,
@@ -221,7 +226,6 @@ def run() -> None:
         world.operator.wait_ready(120)
         rows: list[tuple[str, str, str]] = []
         namespace = world.namespace()
-        manifests = [one_pod("done", name=f"job-{number}") for number in range(JOBS_NEW)]
         path = f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
         children = Fleet()
         world.loop.spawn(follow(world.admin, CHILDREN, namespace, children, child_is_over))
@@ -236,6 +240,9 @@ def run() -> None:
 
         both = max(above.span(above.told), max(children.seen.values()) - min(above.created.values()))
         rows.append((f"R3 {JOBS_NEW} new jobs: all have a child and a status after", f"{both:.1f} s", "30 s"))
+        rows.append(
+            ("R3 the same writes by a bare client, ratio", f"{bare_writes:.1f} s, {both / bare_writes:.2f}", "")
+        )
         rows.append(("R3 looks a job", f"{looked / JOBS_NEW:.1f}", ""))
         rows.append(("R3 status writes a job", f"{status_writes / JOBS_NEW:.1f}", ""))
         rows.append(("R3 RSS, highest", f"{our_memory['VmHWM'] / 1e6:.0f} MB", "150 MB"))

@@ -1,0 +1,154 @@
+"""The writes of an operator without the operator: what gate R3 costs the two cores whoever makes them.
+
+A bare client repeats, for many jobs, the requests by which a job comes to its first attempt: the job, the status that
+opens the attempt, ConfigMap, PyTorchJob, event, the status that names the child. It reads nothing, watches nothing and
+decides nothing; training-operator and the stub node do their part as ever.
+
+In: the jobs. Out: seconds, which `fleet` puts beside R3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_core.api import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from finetune_operator.cluster import FIELD_MANAGER
+from tests.faults.admin import Admin, Manifest
+from tests.faults.stub_node import SCRIPT
+from tests.faults.world import JOBS, World, running_world
+
+SAMPLE = "the-sample"
+APPLY = "application/apply-patch+yaml"
+CLIENTS = 16
+"""Jobs that are written at a time, as many as the operator has connections."""
+PATIENCE_SECONDS = 600
+_SERVER_FIELDS = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the operator wrote for one job, as text in which names, uid and namespace are replaced."""
+
+    namespace: str
+    uid: str
+    opened: str
+    """Status that opens attempt 1."""
+    running: str
+    """Status that names its child."""
+    config_map: str
+    child: str
+    event: str
+
+    def of(self, text: str, *, name: str, uid: str, namespace: str) -> Manifest:
+        """Return what ``text`` would be for another job."""
+        for mine, other in ((self.uid, uid), (SAMPLE, name), (self.namespace, namespace)):
+            text = text.replace(mine, other)
+        manifest: Manifest = json.loads(text)
+        return manifest
+
+
+def measure(sample_job: Manifest, jobs: Sequence[Manifest], flags: Mapping[str, Sequence[str]]) -> float:
+    """Return the seconds that the writes for ``jobs`` take on a control plane of their own, with programs that are
+    started with ``flags``. ``sample_job`` is one more of them, whose name is `SAMPLE`."""
+    with tempfile.TemporaryDirectory() as folder, running_world(Path(folder), direct=True, flags=flags) as world:
+        world.operator.start()
+        world.operator.wait_ready(120)
+        sample = take_sample(world, sample_job)
+        world.operator.stop()
+        return write_all(world, sample, jobs)
+
+
+def take_sample(world: World, job: Manifest) -> Sample:
+    """Let the operator, which runs, write for ``job``, whose name is `SAMPLE`; return what it wrote.
+
+    The pods that are made from the sample end as ``job`` asks; its own wait until it was looked at.
+    """
+    namespace = world.namespace()
+    statuses: list[Manifest] = []
+
+    async def follow() -> None:
+        async for event in world.admin.watch(JOBS):
+            if event["object"]["metadata"]["namespace"] == namespace and "status" in event["object"]:
+                statuses.append(event["object"]["status"])
+
+    world.loop.spawn(follow())
+    words = job["spec"]["podTemplate"]["annotations"][SCRIPT]
+    waiting = json.loads(json.dumps(job))
+    waiting["spec"]["podTemplate"]["annotations"][SCRIPT] = "run"
+    world.create(namespace, waiting)
+    opens = lambda status: status["attempts"]["started"] == 1  # noqa: E731
+    named = lambda status: opens(status) and "child" in status  # noqa: E731
+    world.wait("the child to be named", lambda: any(named(status) for status in statuses))
+    (child,) = world.children(namespace)
+    template = child["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+    template["metadata"]["annotations"][SCRIPT] = words
+    uid = child["metadata"]["ownerReferences"][0]["uid"]
+
+    def owned(kind: str) -> Manifest:
+        found = world.loop.run(world.admin.list_all(f"/api/v1/namespaces/{namespace}/{kind}"))
+        return next(item for item in found if uid in json.dumps(item["metadata"].get("ownerReferences", [])))
+
+    events = world.loop.run(world.admin.list_all(f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"))
+    return Sample(
+        namespace=namespace,
+        uid=uid,
+        opened=json.dumps(next(status for status in statuses if opens(status))),
+        running=json.dumps(next(status for status in statuses if named(status))),
+        config_map=json.dumps(_to_create(owned("configmaps"))),
+        child=json.dumps(_to_create(child)),
+        event=json.dumps(_to_create(next(item for item in events if item["regarding"].get("uid") == uid))),
+    )
+
+
+def _to_create(manifest: Manifest) -> Manifest:
+    """Return an object as it was before the server took it."""
+    metadata = {name: value for name, value in manifest["metadata"].items() if name not in _SERVER_FIELDS}
+    return {name: value for name, value in manifest.items() if name not in ("status", "metadata")} | {
+        "metadata": metadata
+    }
+
+
+def write_all(world: World, sample: Sample, jobs: Sequence[Manifest]) -> float:
+    """Create ``jobs`` and all that the operator would write until each has its child; return the seconds it took."""
+    namespace = world.namespace()
+    began = time.monotonic()
+    world.loop.run(_write_all(world.admin, sample, jobs, namespace), PATIENCE_SECONDS)
+    return time.monotonic() - began
+
+
+async def _write_all(admin: Admin, sample: Sample, jobs: Sequence[Manifest], namespace: str) -> None:
+    turns = asyncio.Semaphore(CLIENTS)
+
+    async def write(job: Manifest) -> None:
+        async with turns:
+            await _write(admin, sample, job, namespace)
+
+    await asyncio.gather(*(write(job) for job in jobs))
+
+
+async def _write(admin: Admin, sample: Sample, job: Manifest, namespace: str) -> None:
+    path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}"
+    metadata = (await admin.call("POST", path, job))["metadata"]
+    mine: dict[str, Any] = {"name": metadata["name"], "uid": metadata["uid"], "namespace": namespace}
+
+    async def apply(text: str, version: str) -> str:
+        guard = {"name": metadata["name"], "namespace": namespace, "resourceVersion": version}
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": guard, "status": sample.of(text, **mine)}
+        query = f"fieldManager={FIELD_MANAGER}&force=true"
+        answer = await admin.call("PATCH", f"{path}/{metadata['name']}/status?{query}", body, content_type=APPLY)
+        return str(answer["metadata"]["resourceVersion"])
+
+    version = await apply(sample.opened, metadata["resourceVersion"])
+    await admin.call("POST", f"/api/v1/namespaces/{namespace}/configmaps", sample.of(sample.config_map, **mine))
+    children = f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs"
+    await admin.call("POST", children, sample.of(sample.child, **mine))
+    await apply(sample.running, version)
+    events = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
+    await admin.call("POST", events, sample.of(sample.event, **mine))
