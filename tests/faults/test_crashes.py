@@ -47,11 +47,14 @@ TOGETHER = (
 )
 """Which crash beside each other: few, because each start of the operator looks at all of them before it goes on."""
 AGAIN = (8, 3, 1, 1)
-"""All trials run beside each other first; those whose kill never came are begun again, so many at a time.
+"""All trials begin at once first; those whose kill never came are begun again, so many at a time.
 
 One operator serves all of them, so each also goes through the kills of the others, and a restart sees at once what the
-fault-free run saw in two looks: such a trial needs fewer writes than that run, and may end before its own kill. Alone,
-two changes that follow each other within moments may still come into one look."""
+fault-free run saw in two looks: such a trial needs fewer writes than that run, and may end before its own kill. Without
+others, two changes that follow each other within moments may still come into one look."""
+WAVE_SECONDS = 15.0
+"""From one beginning of so many to the next: longer than most scenarios take; what happens in the longer ones, which
+mostly wait, does not fall together then."""
 SPARE, SPARE_OF_SCENARIO = 0.05, 0.1
 """Shares of a group's trials, and of each scenario's, that may be left without a crash at most."""
 STATUS = "patch finetunejobs/job/status"
@@ -75,6 +78,8 @@ class Trial:
 
     point: Point
     namespace: str
+    operator_since: float
+    """When the operator was started that it began with."""
     kill: Kill | None = None
 
     @property
@@ -88,6 +93,8 @@ class End:
     """What a trial came to."""
 
     trial: Trial
+    undisturbed: bool
+    """One operator served it from its beginning to its end: a run without faults."""
     writes: tuple[str, ...]
     """Of the operator, in order."""
     essence: dict[str, Any]
@@ -103,28 +110,7 @@ def begin(world: World, point: Point) -> Trial:
         kill = Kill(number=point.after, victim=lambda: world.operator.pid, namespace=namespace, tell=point.tell)
         world.proxy.kills = [*world.proxy.kills, kill]
     world.create(namespace, job(*words, **spec))
-    return Trial(point, namespace, kill)
-
-
-def finish(world: World, trials: Sequence[Trial], timeout: float) -> None:
-    """Wait until all jobs have ended and nothing more is written about them, starting the operator again whenever it
-    is killed."""
-    waiting = {trial.namespace: trial for trial in trials}
-    listed_at = 0.0
-
-    def all_over() -> bool:
-        nonlocal listed_at
-        world.keep_operator_alive()
-        if time.monotonic() - listed_at < LIST_SECONDS:
-            return False
-        listed_at = time.monotonic()
-        for found in world.jobs():
-            trial = waiting.get(found["metadata"]["namespace"])
-            if trial is not None and settled(found) and (trial.crashed or is_silent(world, found)):
-                del waiting[trial.namespace]
-        return not waiting and world.operator.pid is not None
-
-    world.wait(f"{len(trials)} jobs to end", all_over, timeout)
+    return Trial(point, namespace, world.operator.started_at, kill)
 
 
 def is_silent(world: World, ended: Manifest) -> bool:
@@ -145,16 +131,39 @@ def writes_in(world: World, namespace: str) -> tuple[str, ...]:
     return tuple(f"{verb} {HASH.sub('-hash-', path)}" for verb, path in paths)
 
 
-def run_all(world: World, points: Sequence[Point], timeout: float) -> list[End]:
-    """Run as many jobs beside each other, each until its end."""
-    trials = [begin(world, point) for point in points]
-    finish(world, trials, timeout)
+def run_all(world: World, points: Sequence[Point], together: int, timeout: float) -> list[End]:
+    """Run a job for each point, ``together`` at a time, until all have ended and nothing more is written about them;
+    start the operator again whenever it is killed."""
+    queue = list(points)
+    waiting: dict[str, Trial] = {}
+    over: list[tuple[Trial, bool]] = []
+    next_at = listed_at = 0.0
+
+    def all_over() -> bool:
+        nonlocal next_at, listed_at
+        world.keep_operator_alive()
+        if queue and time.monotonic() >= next_at:
+            waiting.update((trial.namespace, trial) for trial in [begin(world, point) for point in queue[:together]])
+            del queue[:together]
+            next_at = time.monotonic() + WAVE_SECONDS
+        if time.monotonic() - listed_at < LIST_SECONDS:
+            return False
+        listed_at = time.monotonic()
+        for found in world.jobs():
+            trial = waiting.get(found["metadata"]["namespace"])
+            if trial is not None and settled(found) and (trial.crashed or is_silent(world, found)):
+                undisturbed = not trial.crashed and trial.operator_since == world.operator.started_at
+                over.append((waiting.pop(trial.namespace), undisturbed))
+        return not queue and not waiting and world.operator.pid is not None
+
+    world.wait(f"{len(points)} jobs to end", all_over, timeout)
     ends = []
-    for trial in trials:
+    for trial, undisturbed in over:
         place = trial.namespace
         ends.append(
             End(
                 trial,
+                undisturbed,
                 essence=essence(world, place),
                 events=events(world, place),
                 # Last, because the proxy notes a write a moment after its object is there.
@@ -178,16 +187,14 @@ def compare(found: End, expected: End) -> Iterator[str]:
     assert trial.kill is not None
     if not trial.kill.done and len(found.writes) >= trial.point.after:
         yield f"{trial}: no kill, in spite of {found.writes}"
-
-
-def compare_alone(found: End, expected: End) -> Iterator[str]:
-    """Yield what differs where a run alone came to no kill: a second run without faults. Two changes of its status came
-    into one look, and nothing else may be missing."""
-    if found.events != expected.events:
-        yield f"{found.trial}: events {found.events} instead of {expected.events}"
+    if not found.undisturbed:
+        return
+    # A second run without faults: two changes of its status came into one look, and nothing else may be missing.
+    if lost := expected.events - found.events:
+        yield f"{trial}: no events {lost}"
     others, wanted = ([write for write in each.writes if write != STATUS] for each in (found, expected))
     if others != wanted:
-        yield f"{found.trial}: {others} instead of {wanted}"
+        yield f"{trial}: {others} instead of {wanted}"
 
 
 def crash_after_every_write(
@@ -195,7 +202,7 @@ def crash_after_every_write(
 ) -> None:
     """Compare every crash with the fault-free run of its scenario; begin again until at most the share ``spare`` of all
     trials is left without one."""
-    fault_free = run_all(world, [Point(name) for name in scenarios], timeout)
+    fault_free = run_all(world, [Point(name) for name in scenarios], len(scenarios), timeout)
     expected = {found.trial.point.scenario: found for found in fault_free}
     writes = {scenario: len(found.writes) for scenario, found in expected.items()}
     points = [
@@ -209,21 +216,18 @@ def crash_after_every_write(
     for together in (len(points), *AGAIN):
         begun = time.monotonic()
         # Kills that fall close together disturb each other least.
-        queue = sorted(left, key=lambda point: point.after / writes[point.scenario])
-        batches = [queue[first : first + together] for first in range(0, len(queue), together)]
-        ends = [found for batch in batches for found in run_all(world, batch, timeout)]
+        left = sorted(left, key=lambda point: point.after / writes[point.scenario])
+        ends = run_all(world, left, together, timeout)
         wrong += [line for found in ends for line in compare(found, expected[found.trial.point.scenario])]
         left = [found.trial.point for found in ends if not found.trial.crashed]
         seconds = time.monotonic() - begun
-        print(f"{len(ends)} trials, {together} at a time: {len(ends) - len(left)} crashed, {seconds:.0f} s")
+        print(f"{len(ends)} trials {together} at a time: {len(ends) - len(left)} crashed, {seconds:.0f} s", flush=True)
         if len(left) <= spare * len(points):
             break
-    else:
-        for found in ends:
-            if not found.trial.crashed:
-                scenario = found.trial.point.scenario
-                print(f"{found.trial.point}: even alone {len(found.writes)} of {writes[scenario]} writes")
-                wrong += compare_alone(found, expected[scenario])
+    for found in ends:
+        if not found.trial.crashed:
+            point, how = found.trial.point, "without any fault" if found.undisturbed else "beside others"
+            print(f"{point}: {len(found.writes)} of {writes[point.scenario]} writes, {how}")
     print(f"{len(points) - len(left)} of {len(points)} trials crashed; writes of each fault-free run: {writes}")
     missed, tried = (Counter(point.scenario for point in each) for each in (left, points))
     wrong += [
