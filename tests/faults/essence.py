@@ -9,7 +9,7 @@ from typing import Any
 from tests.faults.world import World
 
 _TIMES = re.compile(r"[tT]ime$")
-_HASH = re.compile(r"-[0-9a-f]{8}-(?=\d)")
+HASH = re.compile(r"-[0-9a-f]{8}-(?=\d)")
 _CLOCK = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|\+00:00)")
 _GONE = ("PodDeleted", "PodVanished", "PodReplaced", "ChildFailed", "DeletionByTaintManager", "EvictionByEvictionAPI")
 """Free endings: which of them is told depends on whether the operator was there to see the pod go."""
@@ -61,5 +61,5 @@ def _plain(value: Any, key: str = "") -> Any:
         # Its digest is known once the operator saw a pod that runs; an attempt may come and go while it is away.
         return str(value).partition("@")[0]
     if isinstance(value, str):
-        return "time" if _TIMES.search(key) else _CLOCK.sub("time", _HASH.sub("-hash-", value))
+        return "time" if _TIMES.search(key) else _CLOCK.sub("time", HASH.sub("-hash-", value))
     return value

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,8 @@ class OperatorProcess:
         ``source`` is the checkout whose operator runs; ``settings`` become `FINETUNE_...` variables.
         """
         self.log = folder / "operator.log"
+        self.started_at = 0.0
+        """When it was last started, on the monotonic clock."""
         self._cluster = cluster
         self._health = f"http://127.0.0.1:{ports[1]}"
         self._nursery: subprocess.Popen[str] | None = None
@@ -103,6 +106,7 @@ class OperatorProcess:
                 start_new_session=True,
             )
         assert self._nursery.stdin is not None
+        self.started_at = time.monotonic()
         self._nursery.stdin.write(f"{self.log}\n")
         self._nursery.stdin.flush()
         self._waiting = True

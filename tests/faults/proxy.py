@@ -71,6 +71,9 @@ class Kill:
     """Pass the answer on before the kill, so that the victim may have read it."""
     writes: int = field(default=0, init=False)
     done: bool = field(default=False, init=False)
+    """The write came."""
+    struck: bool = field(default=False, init=False)
+    """The victim ran then; one that had been killed meanwhile did not."""
 
     def is_due(self, request: Request) -> bool:
         """Count a successful write, and tell whether it was the last one."""
@@ -263,6 +266,7 @@ def _kill(kill: Kill) -> None:
     pid = kill.victim()
     if pid is not None:
         os.kill(pid, signal.SIGKILL)
+        kill.struck = True
 
 
 async def _edited(stream: aiohttp.StreamReader, fault: Fault | None) -> AsyncIterator[bytes]:
