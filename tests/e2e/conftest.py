@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 
 from examples.demo import steps
-from examples.trails.generate import generate
 from tests.cluster import Cluster
 from tests.cluster.fixtures import cluster  # noqa: F401  (the fixture)
-from tests.e2e.tiny_model import make_tiny_model
-
-TINY_MODEL = f"s3://{steps.BUCKET}/models/tiny"
+from tests.e2e.tiny_model import TINY_MODEL, put_tiny_model_and_rows
 
 Manifest = dict[str, Any]
 MakeJob = Callable[..., Manifest]
@@ -32,10 +29,7 @@ def operated(cluster: Cluster) -> Cluster:  # noqa: F811
 @pytest.fixture(scope="session")
 def installed(operated: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     """The cluster with the operator, a tiny model and rows of hiking-trail sentences."""
-    steps.make_bucket(operated)
-    steps.name_object_store(operated)
-    steps.put_base_model(operated, make_tiny_model(tmp_path_factory.mktemp("tiny")), "models/tiny")
-    steps.put_rows(operated, generate())
+    put_tiny_model_and_rows(operated, tmp_path_factory.mktemp("tiny"))
     return operated
 
 

@@ -1,6 +1,6 @@
 """A cluster without Kubeflow: the operator starts, the job says what is missing, and runs once it is installed; also
-where that, a Secret, a claim and an image come ten minutes late. On a cluster of its own, because every other test
-needs the backend."""
+where that, a Secret, a claim, an image and a bucket come ten minutes late. On a cluster of its own, because every
+other test needs the backend."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from examples.demo import steps
-from tests.cluster import Cluster, tools, wait_for
+from finetune_operator.preflight import Verdict
+from tests.cluster import Cluster, images, tools, wait_for
 from tests.cluster.addons import PYTORCHJOB_CRD
 from tests.cluster.fixtures import started
+from tests.e2e.bucket import RunFolder
 from tests.e2e.rows import late, scripts
 from tests.e2e.rows.late import FIRST_TIME_DONE
 from tests.e2e.rows.observer import Manifest, Observer
 from tests.e2e.rows.row import TOLERANCE, Row, condition, on_job, play, settled
-from tests.e2e.rows.stage import JOB, Stage
+from tests.e2e.rows.stage import JOB, PATIENCE_SECONDS, Stage
+from tests.e2e.tiny_model import put_tiny_model_and_rows
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
@@ -30,6 +34,12 @@ LONGEST_PAUSE = 300.0
 LONGEST_MOUNT_PAUSE = 122.0
 """Of the kubelet between two tries to mount a volume."""
 RUN = 5.0
+CHECK = 20.0
+"""Of the real trainer before the first attempt, as documented."""
+TRAINING = 60.0
+"""Two pods of the real trainer from the moment at which nothing holds them to their end: 8 steps of a tiny model."""
+TOLD = 300.0
+"""Until a check of the real trainer has said something: its image must be pulled."""
 TEN_MINUTES = 600.0
 
 
@@ -85,7 +95,9 @@ def test_the_backend_appears_later(bare: Cluster) -> None:
     wait_for("the child", lambda: bare.get("pytorchjobs", "-n", stage.namespace)["items"], 10)
 
 
-def after_ten_minutes(make: Callable[[Stage], None], *words: str) -> Callable[[Stage], float]:
+def after_ten_minutes(
+    make: Callable[[Stage], None], *words: str, patience: float = PATIENCE_SECONDS
+) -> Callable[[Stage], float]:
     """What the job waits for comes ten minutes after it; until then `Accepted` names it, and nothing is charged."""
 
     def named(job: Manifest) -> bool:
@@ -94,7 +106,7 @@ def after_ten_minutes(make: Callable[[Stage], None], *words: str) -> Callable[[S
 
     def fault(stage: Stage) -> float:
         first = stage.job("the first status", lambda job: True)
-        told = stage.job(f"{words}", named)
+        told = stage.job(f"{words}", named, patience)
         print(f"{words} named after {told.at - first.at:.1f} s")
         wait_for("ten minutes to pass", lambda: stage.now() - first.at >= TEN_MINUTES, TEN_MINUTES + 60, interval=1)
         job = stage.observer.history("job", stage.namespace, JOB)[-1].object
@@ -107,8 +119,36 @@ def after_ten_minutes(make: Callable[[Stage], None], *words: str) -> Callable[[S
     return fault
 
 
+def bucket_row(make: Callable[[Stage], None], spec: Manifest) -> Row:
+    """Return the row of the job with the real trainer, ``spec``: only its check looks for the bucket it writes to."""
+
+    def artifact_is_there(stage: Stage, job: Manifest) -> None:
+        with stage.cluster.enter():
+            run = RunFolder(stage.cluster, f"{uri}/{stage.namespace}/{JOB}/{job['metadata']['uid']}")
+            assert len(run.verified("artifacts")) == 1
+
+    uri = f"s3://{late.LATE_BUCKET}/runs"
+    real = {"image": images.ensure(images.TRAINER), "env": []}
+    changes = {"podTemplate": real, "runPolicy": {"preflight": "Run"}, "storage": spec["storage"] | {"uri": uri}}
+    found = LONGEST_PAUSE + CHECK
+    return Row(
+        name="bucket",
+        script="",
+        spec={**spec, **changes},
+        fault=after_ten_minutes(make, f"bucket '{late.LATE_BUCKET}' does not exist", patience=TOLD),
+        attempts=FIRST_TIME_DONE,
+        milestones=(
+            on_job("check passed", found, lambda job: job["status"]["preflight"].get("verdict") == Verdict.PASSED),
+            on_job("job ended", found + TRAINING, settled),
+        ),
+        more_events=("OutsideFailure", "Running", "CheckpointAvailable"),
+        check=artifact_is_there,
+    )
+
+
 @pytest.mark.timeout(2400)
-def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster) -> None:
+def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster, tiny_job, tmp_path: Path) -> None:
+    put_tiny_model_and_rows(bare, tmp_path)
     backend_serves = threading.Event()
 
     def backend(stage: Stage) -> None:
@@ -138,6 +178,7 @@ def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster) -> None:
         )
 
     check = {"preflight": "Run"}
+    short = {"spec__training__maxSteps": 8, "spec__storage__checkpoint": {"everySteps": 4}}
     secret = {"credentialsSecretRef": {"name": late.LATE_SECRET}}
     claim = {"volume": {"claimName": late.LATE_CLAIM, "path": "model"}}
     rows = [
@@ -166,6 +207,7 @@ def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster) -> None:
             runPolicy=check,
             podTemplate={"image": late.LATE_IMAGE},
         ),
+        bucket_row(behind_the_backend(late.make_bucket), tiny_job(JOB, **short)["spec"]),
     ]
     observer = Observer()
     with observer.watching(bare), ThreadPoolExecutor(len(rows)) as together:

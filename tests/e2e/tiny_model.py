@@ -8,7 +8,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from examples.demo import steps
+from examples.trails.generate import generate
+from tests.cluster import Cluster
+
+TINY_MODEL = f"s3://{steps.BUCKET}/models/tiny"
 VOCABULARY = 320
+
+
+def put_tiny_model_and_rows(cluster: Cluster, folder: Path) -> None:
+    """Put the model, made in ``folder``, and rows of hiking-trail sentences where `TINY_MODEL` and the quickstart file
+    look for them."""
+    steps.make_bucket(cluster)
+    steps.name_object_store(cluster)
+    steps.put_base_model(cluster, make_tiny_model(folder), "models/tiny")
+    steps.put_rows(cluster, generate())
 
 
 def make_tiny_model(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from examples.demo import steps
 from tests.e2e.rows.observer import Manifest
 from tests.e2e.rows.row import Milestone, Row, condition, on_job, settled
 from tests.e2e.rows.scripts import DONE, IMAGE
@@ -20,6 +21,7 @@ from tests.e2e.rows.stage import Stage
 LATE_SECRET = "late-keys"
 LATE_CLAIM = "late-claim"
 LATE_IMAGE = "localhost/late-trainer:1"
+LATE_BUCKET = "late-bucket"
 KUBELET_PAUSE = 40.0
 """Longest pause of the kubelet between two tries in the first minute."""
 SCHEDULER_PAUSE = 10.0
@@ -54,6 +56,11 @@ def make_secret(stage: Stage) -> None:
 def make_image(stage: Stage) -> None:
     """Put the image on the node."""
     stage.cluster.import_image(replace(IMAGE, name=LATE_IMAGE))
+
+
+def make_bucket(stage: Stage) -> None:
+    """Create the bucket in the object store."""
+    steps.make_bucket(stage.cluster, LATE_BUCKET)
 
 
 def make_claim(stage: Stage) -> None:
