@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.essence import differences, essence
+from tests.faults.essence import differences
 from tests.faults.rules import (
     WRITES,
     Answer,
@@ -22,7 +22,7 @@ from tests.faults.rules import (
     duplicating,
     swapping,
 )
-from tests.faults.test_crashes import begin, finish
+from tests.faults.trials import Point, run_all
 from tests.faults.world import World, job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
@@ -39,29 +39,31 @@ LIVES = ("succeeds", "fails outside once", "is drained")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shared_world: World) -> list[dict[str, Any]]:
-    """What the lives come to where nothing is disturbed."""
+def undisturbed(shared_world: World) -> dict[str, Any]:
+    """What each life comes to where nothing is disturbed."""
     shared_world.keep_operator_alive()
-    trials = [begin(shared_world, life) for life in LIVES]
-    finish(shared_world, trials, 120)
-    return [essence(shared_world, trial.namespace) for trial in trials]
+    return live(shared_world, 120)
+
+
+def live(world: World, timeout: float) -> dict[str, Any]:
+    """Let the lives run beside each other, and return what each came to."""
+    ends = run_all(world, [Point(life) for life in LIVES], len(LIVES), timeout)
+    return {end.trial.point.scenario: end.essence for end in ends}
 
 
 @pytest.mark.parametrize("name", DISTURBANCES)
-def test_disturbed_watches_change_nothing_but_the_time(
-    world: World, undisturbed: list[dict[str, Any]], name: str
-) -> None:
+def test_disturbed_watches_change_nothing_but_the_time(world: World, undisturbed: dict[str, Any], name: str) -> None:
     rules = [Rule(DISTURBANCES[name](), verbs=frozenset({"watch"}), path=kind) for kind in WATCHED.split("|")]
     with world.proxy.fault(*rules):
         world.loop.run(world.proxy.end_watches())
         began = time.monotonic()
-        trials = [begin(world, life) for life in LIVES]
         # One resync period, 30 s, for each step that nobody told of.
-        finish(world, trials, 300)
+        found = live(world, 300)
         print(f"{name}: {len(LIVES)} jobs ended after {time.monotonic() - began:.1f} s")
     assert any(rule.applied for rule in rules)
-    for trial, expected in zip(trials, undisturbed, strict=True):
-        assert not differences(essence(world, trial.namespace), expected), trial
+    assert found.keys() == undisturbed.keys()
+    for life, expected in undisturbed.items():
+        assert not differences(found[life], expected), life
 
 
 def test_deletions_in_the_gap_before_an_expired_watch_are_found(world: World) -> None:
