@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from finetune_core.contract import CA_FILE, report_path
 from tests.cluster import Cluster, wait_for
 from tests.cluster.api import answers
@@ -120,6 +122,16 @@ class Attempt:
         path, body = report_path(self.namespace, "quickstart", self.number), report(self.pod["uid"]).to_json()
         server = f"{self.release.host}:{REPORT_PORT}"
         return post_by_name(self.release.cluster, server, path, body, self.token, self.trusted)
+
+    def assert_only_the_next_one_trusts(self, authority: str) -> None:
+        """Show that a server with a certificate of a new ``authority`` (PEM) is believed from the next attempt on."""
+        with pytest.raises(ssl.SSLCertVerificationError):
+            self.post()
+        name = self.pod["name"]
+        self.release.cluster.kubectl("delete", "pod", name, "-n", self.namespace, "--wait=false")
+        following = self.release.attempt(self.namespace, self.number + 1)
+        assert following.trusted == authority
+        assert following.post() == 204
 
     def until_taken(self) -> None:
         """Wait until the Service's name leads to the server and a report is taken."""

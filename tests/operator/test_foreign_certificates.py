@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import ssl
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -138,12 +137,7 @@ def test_a_certificate_that_somebody_keeps_is_waited_for_served_and_exchanged(
     successor = Signer("successor").issue(host)
     write_secret(cluster, host, successor)
     release.until_presented(successor["tls.crt"])
-    with pytest.raises(ssl.SSLCertVerificationError):
-        attempt.post()
-    cluster.kubectl("delete", "pod", attempt.pod["name"], "-n", namespace, "--wait=false")
-    second = release.attempt(namespace, 2)
-    assert second.trusted == successor["ca.crt"]
-    assert second.post() == 204
+    attempt.assert_only_the_next_one_trusts(successor["ca.crt"])
 
     assert release.program.pid == process, "nothing of it needed a restart"
     assert release.reads_of_secrets() == {("get", SECRET)}, "it is read, and never written"
