@@ -44,10 +44,11 @@ for line in sys.stdin:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
+    print("started", flush=True)
     status = os.waitpid(child, 0)[1]
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
-"""Forks an operator for every line, which names its log, and prints how it ended."""
+"""Forks an operator for every line, which names its log, and prints that it did, and how it ended."""
 
 
 def install(cluster: Cluster) -> None:
@@ -109,6 +110,9 @@ class OperatorProcess:
         self.started_at = time.monotonic()
         self._nursery.stdin.write(f"{self.log}\n")
         self._nursery.stdin.flush()
+        assert self._nursery.stdout is not None
+        # The nursery imports first: until it has forked, an operator that starts looks like one that has ended.
+        assert self._nursery.stdout.readline() == "started\n", self.evidence()
         self._waiting = True
 
     @property

@@ -42,8 +42,6 @@ LIVES = ("succeeds", "fails outside once", "is drained")
 def undisturbed(shared_world: World) -> dict[str, Any]:
     """What each life comes to where nothing is disturbed."""
     shared_world.keep_operator_alive()
-    # One that is about to start would be taken for one that has ended.
-    shared_world.operator.wait_ready()
     return live(shared_world, 120)
 
 
