@@ -10,6 +10,7 @@ In: the jobs. Out: seconds, which `fleet` puts beside R3.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import tempfile
 import time
@@ -80,7 +81,7 @@ def take_sample(world: World, job: Manifest) -> Sample:
 
     world.loop.spawn(follow())
     words = job["spec"]["podTemplate"]["annotations"][SCRIPT]
-    waiting = json.loads(json.dumps(job))
+    waiting = copy.deepcopy(job)
     waiting["spec"]["podTemplate"]["annotations"][SCRIPT] = "run"
     world.create(namespace, waiting)
     opens = lambda status: status["attempts"]["started"] == 1  # noqa: E731
