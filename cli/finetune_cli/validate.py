@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune_cli.yaml_lines import Document, load
 from finetune_core.api.job import API_VERSION, GROUP, KIND
-from finetune_core.validation.job import is_job, validate_job
+from finetune_core.validation.check import is_job, validate_job
 from finetune_core.validation.problems import Path as FieldPath
 from finetune_core.validation.problems import Problem, Refusal, dotted
 

@@ -8,8 +8,8 @@ import os
 import sys
 
 from finetune_operator.application import run
-from finetune_operator.logs import configure_logging
-from finetune_operator.settings import parse_settings
+from finetune_operator.process.logs import configure_logging
+from finetune_operator.process.settings import parse_settings
 
 
 def main() -> None:

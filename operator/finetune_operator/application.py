@@ -9,23 +9,23 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from finetune_operator.certificates import CertificateStore, ExternalCertificates, server_context
-from finetune_operator.cluster import Cluster, load_configuration
-from finetune_operator.connections import lease_client
 from finetune_operator.controller import Controller
-from finetune_operator.endpoints import Announcer, ReportEndpoint
-from finetune_operator.health import Activity, HealthServer
-from finetune_operator.keyqueue import KeyQueue
-from finetune_operator.leadership import Leadership, TimedLease
-from finetune_operator.memory import Memory
-from finetune_operator.metrics import Metrics
-from finetune_operator.pytorchjob import PyTorchJobBackend
+from finetune_operator.kube.cluster import Cluster, load_configuration
+from finetune_operator.kube.connections import lease_client
+from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
+from finetune_operator.process.health import Activity, HealthServer
+from finetune_operator.process.leadership import Leadership, TimedLease
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.process.settings import Settings
+from finetune_operator.queue.keyqueue import KeyQueue
+from finetune_operator.queue.memory import Memory
 from finetune_operator.reconcile import Reconciler
-from finetune_operator.report_server import ReportServer
-from finetune_operator.runtime import watch
-from finetune_operator.serving import CertificateSource, ServingCertificates
-from finetune_operator.settings import Settings
-from finetune_operator.tokens import TokenReviewer
+from finetune_operator.reports.certificates import CertificateStore, ExternalCertificates, server_context
+from finetune_operator.reports.endpoints import Announcer, ReportEndpoint
+from finetune_operator.reports.server import ReportServer
+from finetune_operator.reports.serving import CertificateSource, ServingCertificates
+from finetune_operator.reports.tokens import TokenReviewer
+from finetune_operator.watches import watch
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from finetune_operator.cluster import ApiError, Cluster
-from finetune_operator.health import Activity
-from finetune_operator.keyqueue import Key, KeyQueue
-from finetune_operator.logs import speak_of
-from finetune_operator.memory import Memory
-from finetune_operator.metrics import Metrics
+from finetune_operator.kube.cluster import ApiError, Cluster
+from finetune_operator.process.health import Activity
+from finetune_operator.process.logs import speak_of
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.keyqueue import Key, KeyQueue
+from finetune_operator.queue.memory import Memory
 from finetune_operator.reconcile import Reconciler
 
 logger = logging.getLogger(__name__)

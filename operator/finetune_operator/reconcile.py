@@ -18,27 +18,27 @@ from finetune_core.contract import ReportConfig, RunConfig, report_path
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
 from finetune_core.validation.runnable import unrunnable
-from finetune_operator.attempt_objects import AttemptObjects
-from finetune_operator.attempts import Next, Settlement, Step, World, advance, own_pods
-from finetune_operator.backend import Backend
-from finetune_operator.checkpoint_annotations import CheckpointAnnotations
-from finetune_operator.cluster import Cluster
-from finetune_operator.conditions import View
-from finetune_operator.hints import HintReader
-from finetune_operator.keyqueue import Key
-from finetune_operator.logs import speak_of
-from finetune_operator.memory import Memory
-from finetune_operator.metrics import Metrics
-from finetune_operator.observed import ChildObservation
-from finetune_operator.observer import Observer
-from finetune_operator.preflight import Check
-from finetune_operator.preflights import Preflights
-from finetune_operator.problems import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, OutsideError
-from finetune_operator.record import Look, Record, parse_look, parse_record
-from finetune_operator.recorder import Recorder
+from finetune_operator.act.annotations import CheckpointAnnotations
+from finetune_operator.act.attempt_objects import AttemptObjects
+from finetune_operator.act.preflight_objects import Preflights
+from finetune_operator.decide.attempts import Next, Settlement, Step, World, advance, own_pods
+from finetune_operator.decide.preflight import Check
+from finetune_operator.kube.cluster import Cluster
+from finetune_operator.objects.backends.backend import Backend
+from finetune_operator.objects.observed import ChildObservation
+from finetune_operator.observe.hints import HintReader
+from finetune_operator.observe.observer import Observer
+from finetune_operator.observe.record import Look, Record, parse_look, parse_record
+from finetune_operator.process.logs import speak_of
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.problems import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, OutsideError
 from finetune_operator.settled import SettledJobs
-from finetune_operator.status import plan_of
-from finetune_operator.status_writer import StatusWriter
+from finetune_operator.status.compute import plan_of
+from finetune_operator.status.conditions import View
+from finetune_operator.status.recorder import Recorder
+from finetune_operator.status.writer import StatusWriter
 
 ACTIVE_LOOK_SECONDS = 60.0
 """An attempt is looked at this often though no event came: a lost event costs a minute."""

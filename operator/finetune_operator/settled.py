@@ -8,12 +8,12 @@ import logging
 
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
-from finetune_operator.backend import Backend
-from finetune_operator.cluster import Cluster
-from finetune_operator.observed import ChildObservation
-from finetune_operator.record import Record
-from finetune_operator.run_file import remove_config_map
-from finetune_operator.status_writer import StatusWriter
+from finetune_operator.kube.cluster import Cluster
+from finetune_operator.objects.backends.backend import Backend
+from finetune_operator.objects.observed import ChildObservation
+from finetune_operator.objects.run_file import remove_config_map
+from finetune_operator.observe.record import Record
+from finetune_operator.status.writer import StatusWriter
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from finetune_core.api.job import API_VERSION, KIND
-from finetune_core.validation.job import Verdict, validate_spec
+from finetune_core.validation.check import Verdict, validate_spec
 from tests.api.mutations import change, mutations, mutations_in_place, to_text, with_abyss
 from tests.api.server import Answer, Server
 from tests.api.strategies import SPEC, Schema, SchemaPath, jobs, leaves

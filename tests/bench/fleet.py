@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_core.api import FineTuneJob
-from finetune_operator.pods import AttemptPlan
-from finetune_operator.pytorchjob import build_pytorchjob
+from finetune_operator.objects.backends.pytorchjob import build_pytorchjob
+from finetune_operator.objects.pods import AttemptPlan
 from tests.bench import floor
 from tests.faults.admin import Admin, Manifest
 from tests.faults.operators import OperatorProcess

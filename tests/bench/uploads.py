@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from finetune_trainer.plan import Inputs
+from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.steplog import StepRow
 from tests.trainer import tiny
 from tests.trainer.gangs import step_rows, train_all

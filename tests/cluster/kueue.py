@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from finetune_operator.certificates import load_into, renewed, server_context
+from finetune_operator.reports.certificates import load_into, renewed, server_context
 from tests.cluster.cluster import Cluster
 from tests.cluster.layout import HOST_ADDRESS
 

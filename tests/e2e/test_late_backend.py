@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from examples.demo import steps
-from finetune_operator.preflight import Verdict
+from finetune_operator.decide.preflight import Verdict
 from tests.cluster import Cluster, images, tools, wait_for
 from tests.cluster.addons import PYTORCHJOB_CRD
 from tests.cluster.fixtures import started

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_operator.labels import ATTEMPT, JOB_NAME
+from finetune_operator.objects.labels import ATTEMPT, JOB_NAME
 from tests.faults.operators import OperatorProcess
 from tests.faults.world import World, job, settled
 from tests.operator.worlds import REPOSITORY

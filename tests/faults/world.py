@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_core.api import GROUP, PLURAL, VERSION
-from finetune_operator.labels import ATTEMPT
+from finetune_operator.objects.labels import ATTEMPT
 from tests.cluster import Cluster, wait_for
 from tests.cluster.layout import API_URL
 from tests.faults.admin import Admin, Manifest, RefusedError, admin_context

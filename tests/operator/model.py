@@ -8,9 +8,9 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
-from finetune_operator.cluster import ApiError
-from finetune_operator.keyqueue import Key
-from finetune_operator.labels import PREFLIGHT, TRAINING_CONTAINER
+from finetune_operator.kube.cluster import ApiError
+from finetune_operator.objects.labels import PREFLIGHT, TRAINING_CONTAINER
+from finetune_operator.queue.keyqueue import Key
 
 Manifest = dict[str, Any]
 

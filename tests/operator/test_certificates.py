@@ -11,7 +11,8 @@ import pytest
 from aiohttp import ClientSession, ClientSSLError, web
 from aiohttp.test_utils import TestServer
 
-from finetune_operator.certificates import (
+from finetune_operator.kube.cluster import ApiError
+from finetune_operator.reports.certificates import (
     LEAF_LIFETIME,
     CertificateError,
     Certificates,
@@ -22,7 +23,6 @@ from finetune_operator.certificates import (
     renewed,
     server_context,
 )
-from finetune_operator.cluster import ApiError
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 HOST = "localhost"

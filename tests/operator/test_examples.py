@@ -12,8 +12,8 @@ import yaml
 
 from finetune_core.api import FineTuneJob
 from finetune_core.names import attempt_name
-from finetune_operator.pods import AttemptPlan
-from finetune_operator.pytorchjob import build_pytorchjob
+from finetune_operator.objects.backends.pytorchjob import build_pytorchjob
+from finetune_operator.objects.pods import AttemptPlan
 from tests.operator.worlds import REPOSITORY, UID
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -17,9 +17,9 @@ from finetune_core.contract import (
     Report,
     ScoreRecord,
 )
-from finetune_operator.conditions import View, compute_conditions
-from finetune_operator.history import checkpoints_of, merge_history, merge_report, percentage, thin
-from finetune_operator.transitions import notices
+from finetune_operator.status.conditions import View, compute_conditions
+from finetune_operator.status.history import checkpoints_of, merge_history, merge_report, percentage, thin
+from finetune_operator.status.transitions import notices
 from tests.operator.worlds import NOW
 
 

@@ -16,13 +16,13 @@ from finetune_core.api.status import (
     ProgressStatus,
     UsageStatus,
 )
-from finetune_operator.cluster import ApiError
-from finetune_operator.keyqueue import Key
-from finetune_operator.logs import JsonFormatter, speak_of
-from finetune_operator.memory import JobMemory
-from finetune_operator.metrics import Metrics
-from finetune_operator.record import Record
-from finetune_operator.recorder import Recorder
+from finetune_operator.kube.cluster import ApiError
+from finetune_operator.observe.record import Record
+from finetune_operator.process.logs import JsonFormatter, speak_of
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.memory import JobMemory
+from finetune_operator.status.recorder import Recorder
 from tests.operator.worlds import NOW, UID, at
 
 KEY = Key("team", "quickstart")

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from finetune_operator.keyqueue import Key, KeyQueue, backoff_seconds
+from finetune_operator.queue.keyqueue import Key, KeyQueue, backoff_seconds
 
 A, B = Key("team", "a"), Key("team", "b")
 

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from finetune_core.api.status import FineTuneJobStatus
-from finetune_operator.history import merge_report
-from finetune_operator.kubeflow import RuntimeStatus, to_report
+from finetune_core.contract.stock_reports import RuntimeStatus, to_report
+from finetune_operator.status.history import merge_report
 from tests.operator.worlds import NOW
 
 BEGIN: dict[str, Any] = {"progressPercentage": 0, "metrics": [{"name": "total_steps", "value": "200"}]}

@@ -13,8 +13,8 @@ import pytest
 from kubernetes.aio.client import V1Lease, V1LeaseSpec, V1ObjectMeta
 from kubernetes.aio.client.exceptions import ApiException
 
-from finetune_operator import leadership as leadership_module
-from finetune_operator.leadership import LEASE_SECONDS, RENEW_DEADLINE_SECONDS, Leadership, TimedLease
+from finetune_operator.process import leadership as leadership_module
+from finetune_operator.process.leadership import LEASE_SECONDS, RENEW_DEADLINE_SECONDS, Leadership, TimedLease
 
 
 class EndedError(Exception):

@@ -8,8 +8,8 @@ import pytest
 
 from finetune_core.api.status import AttemptsStatus
 from finetune_core.contract import Outcome
-from finetune_operator.accounting import SUSPENSIONS, backoff
-from finetune_operator.attempts import Next, advance
+from finetune_operator.decide.accounting import SUSPENSIONS, backoff
+from finetune_operator.decide.attempts import Next, advance
 from tests.operator.test_attempts import empty, past, running, world
 from tests.operator.worlds import at, checkpoint, child, current, pod, result
 

@@ -12,8 +12,8 @@ import yaml
 
 from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE, STORAGE_CA_FILE
 from finetune_core.names import attempt_name
-from finetune_operator.pods import AttemptPlan
-from finetune_operator.pytorchjob import build_pytorchjob, parse_pytorchjob
+from finetune_operator.objects.backends.pytorchjob import build_pytorchjob, parse_pytorchjob
+from finetune_operator.objects.pods import AttemptPlan
 from tests.operator.worlds import UID, job
 
 GOLDEN = Path(__file__).parent / "golden" / "quickstart.yaml"

@@ -10,12 +10,12 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from finetune_core.contract import REPORT_LIMIT_BYTES, CheckpointRecord, Phase, Report, report_path
-from finetune_operator.cluster import ApiError
-from finetune_operator.keyqueue import Key, KeyQueue
-from finetune_operator.memory import Memory, ReportingAttempt
-from finetune_operator.metrics import Metrics
-from finetune_operator.report_server import ReportServer
-from finetune_operator.tokens import TokenPod, TokenReviewer
+from finetune_operator.kube.cluster import ApiError
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.keyqueue import Key, KeyQueue
+from finetune_operator.queue.memory import Memory, ReportingAttempt
+from finetune_operator.reports.server import ReportServer
+from finetune_operator.reports.tokens import TokenPod, TokenReviewer
 from tests.operator.worlds import NOW, UID
 
 KEY = Key("team", "quickstart")

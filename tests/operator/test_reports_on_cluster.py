@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from finetune_core.contract import TOKEN_FILE, report_audience
-from finetune_operator.certificates import LEAF_LIFETIME, from_data, renewed
+from finetune_operator.reports.certificates import LEAF_LIFETIME, from_data, renewed
 from tests.cluster import wait_for
 from tests.cluster.layout import HOST_ADDRESS
 from tests.operator.conftest import (

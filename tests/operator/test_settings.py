@@ -8,12 +8,12 @@ import logging
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from finetune_operator.health import Activity, HealthServer
-from finetune_operator.keyqueue import KeyQueue
-from finetune_operator.leadership import Leadership, TimedLease
-from finetune_operator.logs import JsonFormatter
-from finetune_operator.metrics import Metrics
-from finetune_operator.settings import parse_settings
+from finetune_operator.process.health import Activity, HealthServer
+from finetune_operator.process.leadership import Leadership, TimedLease
+from finetune_operator.process.logs import JsonFormatter
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.process.settings import parse_settings
+from finetune_operator.queue.keyqueue import KeyQueue
 
 
 def waiting_leadership() -> Leadership:

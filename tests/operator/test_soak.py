@@ -15,11 +15,11 @@ import pytest
 
 from finetune_core.contract import Outcome
 from finetune_operator.controller import Controller
-from finetune_operator.health import Activity
-from finetune_operator.keyqueue import Key, KeyQueue
-from finetune_operator.memory import Memory
-from finetune_operator.metrics import Metrics
-from finetune_operator.pytorchjob import PyTorchJobBackend
+from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
+from finetune_operator.process.health import Activity
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.keyqueue import Key, KeyQueue
+from finetune_operator.queue.memory import Memory
 from finetune_operator.reconcile import Reconciler
 from tests.operator.model import Manifest, ModelServer
 from tests.operator.worlds import NOW, job_manifest, result

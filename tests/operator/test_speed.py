@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from finetune_core.api.status import ProgressStatus
-from finetune_operator.budget import WriteBudget
-from finetune_operator.memory import JobMemory
-from finetune_operator.speed import WINDOW, StepWindow, eta_seconds
+from finetune_operator.queue.memory import JobMemory
+from finetune_operator.queue.speed import WINDOW, StepWindow, eta_seconds
+from finetune_operator.status.budget import WriteBudget
 from tests.operator.worlds import NOW
 
 

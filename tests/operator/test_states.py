@@ -16,12 +16,12 @@ from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.states import STATES
 from finetune_core.api.status import AttemptCause, AttemptsStatus, CurrentAttempt, FineTuneJobStatus, PastAttempt
 from finetune_core.contract import Phase, Report
-from finetune_operator.attempts import Settlement
-from finetune_operator.conditions import View, compute_conditions
-from finetune_operator.observed import ChildObservation
-from finetune_operator.preflight import Check, Next
-from finetune_operator.problems import OutsideError
-from finetune_operator.verdict import Verdict
+from finetune_operator.decide.attempts import Settlement
+from finetune_operator.decide.preflight import Check, Next
+from finetune_operator.decide.verdict import Verdict
+from finetune_operator.objects.observed import ChildObservation
+from finetune_operator.queue.problems import OutsideError
+from finetune_operator.status.conditions import View, compute_conditions
 from tests.operator.test_verdict import TABLE
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)

@@ -19,13 +19,13 @@ from finetune_core.api.status import (
 )
 from finetune_core.contract import ArtifactRecord, Outcome, Phase, Report, Result
 from finetune_core.resolve import resolve
-from finetune_operator.attempts import Settlement
-from finetune_operator.conditions import View
-from finetune_operator.keyqueue import Key
-from finetune_operator.observed import ContainerObservation, ContainerState
-from finetune_operator.problems import OutsideError
-from finetune_operator.status import compute_status, is_news, is_transition, plan_of
-from finetune_operator.transitions import event_manifest, notices
+from finetune_operator.decide.attempts import Settlement
+from finetune_operator.objects.observed import ContainerObservation, ContainerState
+from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.problems import OutsideError
+from finetune_operator.status.compute import compute_status, is_news, is_transition, plan_of
+from finetune_operator.status.conditions import View
+from finetune_operator.status.transitions import event_manifest, notices
 from tests.operator.worlds import UID, at, child, current, job, pod
 
 WAITING = ContainerState.WAITING

@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 from finetune_core.api import FineTuneJobStatus
-from finetune_operator.budget import BURST, WRITES_PER_SECOND
-from finetune_operator.keyqueue import Key
-from finetune_operator.memory import LEAST_SECONDS_BETWEEN_NUMBERS, JobMemory
-from finetune_operator.metrics import Metrics
-from finetune_operator.record import Record
-from finetune_operator.recorder import Recorder
-from finetune_operator.status_writer import StatusWriter
+from finetune_operator.observe.record import Record
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.memory import LEAST_SECONDS_BETWEEN_NUMBERS, JobMemory
+from finetune_operator.status.budget import BURST, WRITES_PER_SECOND
+from finetune_operator.status.recorder import Recorder
+from finetune_operator.status.writer import StatusWriter
 from tests.operator.test_status import report, view
 from tests.operator.worlds import UID, at
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.kubeflow import CA_VARIABLE, SERVER_URL_VARIABLE, TOKEN_VARIABLE
+from finetune_core.contract.stock_reports import CA_VARIABLE, SERVER_URL_VARIABLE, TOKEN_VARIABLE
 from tests.cluster import wait_for
 from tests.operator.conftest import Installed, condition, small_job
 from tests.operator.stock_trainer import SAVED_EVERY, STEPS

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from finetune_core.api.status import UsageStatus
-from finetune_operator.observed import ContainerObservation, ContainerState, PodObservation
-from finetune_operator.usage import account
+from finetune_operator.objects.observed import ContainerObservation, ContainerState, PodObservation
+from finetune_operator.observe.usage import account
 from tests.operator.worlds import at, pod
 
 

@@ -18,14 +18,15 @@ from unittest import mock
 import torch
 
 from finetune_core.contract import Phase
+from finetune_trainer import loop
+from finetune_trainer.checkpoints import saver as saving
 from finetune_trainer.data.batches import IGNORED
-from finetune_trainer.errors import StopAgreed
+from finetune_trainer.data.shares import Batches
+from finetune_trainer.engine.engine import Engine
+from finetune_trainer.pod.errors import StopAgreed
+from finetune_trainer.ranks.gang import Gang
+from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.training import loop, saving
-from finetune_trainer.training.batches import Batches
-from finetune_trainer.training.engine import Engine
-from finetune_trainer.training.gang import Gang
-from finetune_trainer.training.progress import Progress
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_core.contract import Identity, Result, RunConfig
-from finetune_trainer.plan import Inputs, WorkerPlan
-from finetune_trainer.settings import Paths
+from finetune_trainer.pod.plan import Inputs, WorkerPlan
+from finetune_trainer.pod.settings import Paths
 from finetune_trainer.storage.steplog import StepRow
 from tests.trainer.objectstore import ObjectStore, free_port
 

@@ -21,15 +21,15 @@ def resident() -> tuple[int, int]:
 
 def main() -> None:
     folder, stage = Path(sys.argv[1]), int(sys.argv[2])
-    from finetune_trainer.training import environment
+    from finetune_trainer.ranks import process as environment
 
     environment.prepare(Path(sys.argv[3]))
     import torch
 
     from finetune_core.contract import OptimizationConfig
-    from finetune_trainer.training.engine import shard_new_models
-    from finetune_trainer.training.gang import Gang
-    from finetune_trainer.training.model import load_base, trained_parameters
+    from finetune_trainer.engine.engine import shard_new_models
+    from finetune_trainer.model.load import load_base, trained_parameters
+    from finetune_trainer.ranks.gang import Gang
 
     gang = Gang(device=torch.device("cpu"))
     optimization = OptimizationConfig(

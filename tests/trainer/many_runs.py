@@ -12,10 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from finetune_trainer.errors import Diverged, OutsideFailure, Stopped
-from finetune_trainer.outcomes import Standing
-from finetune_trainer.plan import WorkerPlan
-from finetune_trainer.training import environment
+from finetune_trainer.pod.errors import Diverged, OutsideFailure, Stopped
+from finetune_trainer.pod.outcomes import Standing
+from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.ranks import process as environment
 
 
 def main() -> None:
@@ -23,9 +23,9 @@ def main() -> None:
     plans = [WorkerPlan.model_validate(run["plan"]) for run in runs]
     results = []
     environment.prepare(plans[0].paths.scratch)
-    from finetune_trainer.training.gang import Gang
-    from finetune_trainer.training.progress import Progress
-    from finetune_trainer.training.train import train
+    from finetune_trainer.ranks.gang import Gang
+    from finetune_trainer.reporting.progress import Progress
+    from finetune_trainer.train import train
     from tests.trainer.faults import recorded, scripted
 
     gang = Gang(device=environment.device(plans[0].config.world))

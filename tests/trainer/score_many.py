@@ -13,7 +13,7 @@ import torch
 
 from finetune_core.contract import EvaluationConfig, GenerationConfig, OptimizationConfig
 from finetune_trainer.data.examples import Example, example_set
-from finetune_trainer.training import environment
+from finetune_trainer.ranks import process as environment
 
 
 def main() -> None:
@@ -21,11 +21,11 @@ def main() -> None:
     environment.prepare(Path(asked["scratch"]))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune_trainer.training.batches import Batches
-    from finetune_trainer.training.engine import Engine
-    from finetune_trainer.training.evaluation import Scorer, all_tokens
-    from finetune_trainer.training.gang import Gang
-    from finetune_trainer.training.generation import Decoding, answers
+    from finetune_trainer.data.shares import Batches
+    from finetune_trainer.engine.engine import Engine
+    from finetune_trainer.evaluation.generation import Decoding, answers
+    from finetune_trainer.evaluation.scorer import Scorer, all_tokens
+    from finetune_trainer.ranks.gang import Gang
 
     gang = Gang(device=torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])

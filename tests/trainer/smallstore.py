@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.errors import OutsideFailure
+from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.storage.client import Store
 from tests.trainer.objectstore import BUCKET, ObjectStore, running_store
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune_core.contract import Outcome
-from finetune_trainer.plan import Inputs
+from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import train_all

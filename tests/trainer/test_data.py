@@ -18,8 +18,8 @@ from finetune_trainer.data.examples import Example
 from finetune_trainer.data.order import batches_per_epoch, cursor, global_batch, micro_batches
 from finetune_trainer.data.packing import best_fit_decreasing, pack
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.training.schedule import rate
-from finetune_trainer.training.state import owners
+from finetune_trainer.decisions.schedule import rate
+from finetune_trainer.engine.state import owners
 
 
 def write(tmp_path: Path, name: str, text: str) -> Path:

@@ -15,10 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune_core.contract import CheckpointRecord, EvaluationConfig, Outcome, Result
-from finetune_trainer.plan import Inputs
-from finetune_trainer.storage.scores import ScoreFile
+from finetune_trainer.decisions.selection import Selection, begin, best_first
+from finetune_trainer.pod.plan import Inputs
+from finetune_trainer.storage.score_file import ScoreFile
 from finetune_trainer.storage.steplog import StepRow
-from finetune_trainer.training.selection import Selection, begin, best_first
 from tests.trainer import tiny
 from tests.trainer.gangs import step_rows, train_all
 from tests.trainer.objectstore import ObjectStore, free_port

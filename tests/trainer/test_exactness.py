@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.order import global_batch
-from finetune_trainer.plan import Inputs
-from finetune_trainer.training.head import CHUNK_LOGITS
-from finetune_trainer.training.model import add_adapters
+from finetune_trainer.loss.head import CHUNK_LOGITS
+from finetune_trainer.model.load import add_adapters
+from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
 from tests.trainer.gangs import RUN_SECONDS, step_rows, train_all
 from tests.trainer.objectstore import ObjectStore

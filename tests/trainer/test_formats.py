@@ -16,11 +16,11 @@ from finetune_core.api.dataset import DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.dataset import Limit, check_columns, limit_of, make_examples
 from finetune_trainer.data.examples import ExampleSet
-from finetune_trainer.data.hub import card_configs, split_files
 from finetune_trainer.data.order import batches_per_epoch, global_batch
 from finetune_trainer.data.reader import read_rows
+from finetune_trainer.data.shares import Batches
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
-from finetune_trainer.training.batches import Batches
+from finetune_trainer.sources.hub_data import card_configs, split_files
 from tests.trainer import tiny
 from tests.trainer.data_hub import COMMIT, Hub, served
 
@@ -307,7 +307,7 @@ def test_a_split_is_downloaded_at_one_commit_from_the_hub(tmp_path: Path) -> Non
 import json, os, sys
 from pathlib import Path
 from finetune_core.api.sources import HuggingFaceDataSource
-from finetune_trainer.data.hub import fetch_first_file, fetch_split
+from finetune_trainer.sources.hub_data import fetch_first_file, fetch_split
 from finetune_trainer.data.reader import read_rows
 source = HuggingFaceDataSource.model_validate(json.loads(sys.argv[1]))
 try:

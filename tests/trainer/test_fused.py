@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from finetune_core.api.method import LoRASpec
 from finetune_trainer.data.batches import IGNORED
-from finetune_trainer.training.fused import _AdaptedLinear, frozen_head_loss, fuse_adapters
-from finetune_trainer.training.model import add_adapters, enable_gradient_checkpointing, trained_parameters
-from finetune_trainer.training.objective import Objective
+from finetune_trainer.loss.kernels import _AdaptedLinear, frozen_head_loss, fuse_adapters
+from finetune_trainer.loss.objective import Objective
+from finetune_trainer.model.load import add_adapters, enable_gradient_checkpointing, trained_parameters
 from tests.trainer.test_exactness import DENSE
 from tests.trainer.test_objective import FIRST, SECOND, OneProcess, batch_of, gradients, model_of
 
@@ -131,7 +131,7 @@ def test_loss_and_gradient_under_a_frozen_head_are_those_of_cross_entropy(chunk_
 
 
 def test_a_head_that_is_trained_or_adapted_keeps_autograd(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer.training import head as module
+    from finetune_trainer.loss import head as module
 
     called: list[int] = []
     fused = module.frozen_head_loss

@@ -14,8 +14,8 @@ from tests.trainer.objectstore import free_port
 PROGRAM = """
 import os, torch
 from finetune_core.errors import UserError
-from finetune_trainer.errors import PeerLost
-from finetune_trainer.training.gang import Gang
+from finetune_trainer.pod.errors import PeerLost
+from finetune_trainer.ranks.gang import Gang
 gang = Gang(device=torch.device("cpu"))
 def work():
     if gang.rank == 1:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.plan import Inputs
+from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
 from tests.trainer.conftest import StartPods
 from tests.trainer.faults import POINTS

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from examples.demo.base_model import base_model
 from finetune_core.contract import Outcome
-from finetune_trainer.plan import Inputs
+from finetune_trainer.pod.plan import Inputs
 from tests.trainer.gangs import step_rows, train_all
 from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from finetune_core.contract import Outcome, RunConfig
-from finetune_trainer import cgroup
-from finetune_trainer.outcomes import Standing, WorkerEnd, decide, read_outcome
-from finetune_trainer.training.environment import memory_sentence
+from finetune_trainer.pod import cgroup
+from finetune_trainer.pod.outcomes import Standing, WorkerEnd, decide, read_outcome
+from finetune_trainer.ranks.process import memory_sentence
 from tests.trainer.conftest import StartPods
 from tests.trainer.objectstore import ObjectStore, free_port
 from tests.trainer.pods import Attempt, run_config
@@ -131,9 +131,9 @@ STALL = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from finetune_trainer.outcomes import Standing
-from finetune_trainer.training.gang import Gang
-from finetune_trainer.watchdog import Watchdog
+from finetune_trainer.pod.outcomes import Standing
+from finetune_trainer.ranks.gang import Gang
+from finetune_trainer.ranks.watchdog import Watchdog
 standing = Standing(step=12, phase="Training")
 watchdog = Watchdog(Path(sys.argv[1]), int(os.environ["RANK"]), 2.0, standing)
 with watchdog.allow(60):

@@ -16,11 +16,11 @@ from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.batches import Batch, collate, dropout_seed
 from finetune_trainer.data.examples import Example
-from finetune_trainer.training.dropout import kept
-from finetune_trainer.training.head import LossHead
-from finetune_trainer.training.isolation import check_model
-from finetune_trainer.training.model import add_adapters, enable_gradient_checkpointing, trained_parameters
-from finetune_trainer.training.objective import Objective
+from finetune_trainer.engine.checks import check_model
+from finetune_trainer.loss.dropout import kept
+from finetune_trainer.loss.head import LossHead
+from finetune_trainer.loss.objective import Objective
+from finetune_trainer.model.load import add_adapters, enable_gradient_checkpointing, trained_parameters
 
 TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"]
 FIRST = Example((4, 9, 17, 25, 33, 41, 1), [(3, 7)])

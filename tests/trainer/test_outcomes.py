@@ -6,9 +6,9 @@ import pytest
 
 from finetune_core.contract import Outcome, Result
 from finetune_core.errors import UserError
-from finetune_trainer.cgroup import cpu_limit, oom_kills, parse_cpu_max, threads_per_process
-from finetune_trainer.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, Stopped
-from finetune_trainer.outcomes import WorkerEnd, WorkerOutcome, decide, outcome_of
+from finetune_trainer.pod.cgroup import cpu_limit, oom_kills, parse_cpu_max, threads_per_process
+from finetune_trainer.pod.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, Stopped
+from finetune_trainer.pod.outcomes import WorkerEnd, WorkerOutcome, decide, outcome_of
 
 KILLED = -9
 

@@ -17,10 +17,10 @@ import pytest
 
 from finetune_core.contract import RESULT_LIMIT_BYTES
 from finetune_core.preflight import PREFLIGHT_SECONDS, FindingKind, PreflightResult
+from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight import program
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.rows import whole_rows
-from finetune_trainer.settings import Paths
 from tests.trainer.hub import TOKEN, Hub, running_hub
 from tests.trainer.objectstore import BUCKET, ObjectStore, free_port, write_credentials
 from tests.trainer.pods import run_config

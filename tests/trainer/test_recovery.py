@@ -13,7 +13,7 @@ import pytest
 
 from finetune_core.contract import Outcome
 from finetune_core.layout import checkpoint_folder, parse_uri
-from finetune_trainer.plan import Inputs
+from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.lineage import RunRecord, take_run
 from finetune_trainer.storage.root import RunRoot

@@ -19,8 +19,8 @@ from cryptography.x509.oid import NameOID
 
 from finetune_core.contract import CurvePoint, Phase, Report
 from finetune_trainer.data.examples import Example, example_set
-from finetune_trainer.reporting import MOST_POINTS, Speed, Tokens, thin
-from finetune_trainer.training.batches import Batches
+from finetune_trainer.data.shares import Batches
+from finetune_trainer.reporting.reporter import MOST_POINTS, Speed, Tokens, thin
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import step_rows
 from tests.trainer.objectstore import ObjectStore

@@ -10,7 +10,7 @@ import pytest
 from minio.commonconfig import CopySource
 
 from finetune_core.layout import checkpoint_folder
-from finetune_trainer.plan import Inputs
+from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.checkpoints import TrainerState
 from tests.trainer import tiny
 from tests.trainer.gangs import rows_consumed, step_rows, train_all

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from finetune_core.contract import Outcome, Result, RunConfig
-from finetune_trainer.errors import Diverged
-from finetune_trainer.plan import Inputs
+from finetune_trainer.decisions.recovery import SKIPPED_BEYOND, RollBack, left_out, react
+from finetune_trainer.decisions.schedule import rate
+from finetune_trainer.decisions.stability import Alarm, AlarmKind, Watch, non_finite, observe, replay
+from finetune_trainer.pod.errors import Diverged
+from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.lineage import Rollback, RunRecord
-from finetune_trainer.training.remedy import SKIPPED_BEYOND, RollBack, left_out, react
-from finetune_trainer.training.schedule import rate
-from finetune_trainer.training.stability import Alarm, AlarmKind, Watch, non_finite, observe, replay
 from tests.trainer import curves, tiny
 from tests.trainer.gangs import step_rows, train_all
 from tests.trainer.objectstore import ObjectStore

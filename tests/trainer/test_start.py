@@ -12,7 +12,9 @@ from safetensors.numpy import save_file
 from finetune_core.contract import Identity
 from finetune_core.errors import UserError
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, checkpoint_folder, digest
-from finetune_trainer.errors import NewerRun
+from finetune_trainer.checkpoints.start import Start, restart_run, start_run
+from finetune_trainer.model.digest import Ground
+from finetune_trainer.pod.errors import NewerRun
 from finetune_trainer.storage.artifact import committed_result, publish
 from finetune_trainer.storage.checkpoints import (
     TRAINER_FILE,
@@ -26,8 +28,6 @@ from finetune_trainer.storage.checkpoints import (
 )
 from finetune_trainer.storage.lineage import CheckpointId, Rollback, lineage, read_records
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.training.ground import Ground
-from finetune_trainer.training.start import Start, restart_run, start_run
 from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.test_recovery import root_of
 

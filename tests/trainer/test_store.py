@@ -9,7 +9,7 @@ import pytest
 from minio.error import S3Error
 
 from finetune_core.layout import COMMIT, Manifest, checkpoint_folder
-from finetune_trainer.errors import NewerRun, OutsideFailure
+from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.storage.artifact import committed_result, publish
 from finetune_trainer.storage.checkpoints import (
     Damaged,

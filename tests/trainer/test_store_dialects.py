@@ -28,7 +28,7 @@ from finetune_cli.store import Store as CliStore
 from finetune_core.api.storage import EncryptionSpec, StorageSpec
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
-from finetune_trainer.errors import OutsideFailure
+from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.lineage import RunRecord, take_run
 from finetune_trainer.storage.root import RunRoot

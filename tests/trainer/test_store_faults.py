@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, checkpoint_folder, parse_uri
-from finetune_trainer.errors import OutsideFailure
-from finetune_trainer.settings import BACKGROUND_BUDGET_SECONDS
+from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS
 from finetune_trainer.storage.checkpoints import (
     Damaged,
     commit_folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_trainer.tasks import TASKS, Grade
+from finetune_trainer.evaluation.graders import TASKS, Grade
 
 MEANING = {"mr": "inform(name[Portal], genres[puzzle, shooter], rating[good])"}
 NUMBER = {"answer": "12 x 80 = 960, and 40 more make 1,000.\n#### 1,000"}

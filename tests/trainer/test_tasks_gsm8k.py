@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.tasks import summarise
-from finetune_trainer.tasks.gsm8k import extract, grade
+from finetune_trainer.evaluation.graders import summarise
+from finetune_trainer.evaluation.graders.gsm8k import extract, grade
 
 DATA = Path(os.environ.get("FINETUNE_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "gsm8k"
 OWN_ROWS = ["3 jars of 4 pears are 3*4=<<3*4=12>>12 pears.\n#### 12", "A loss.\n#### -8", "Much.\n#### 1,575,000"]

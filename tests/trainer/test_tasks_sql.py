@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.tasks import summarise
-from finetune_trainer.tasks.sql import grade
-from finetune_trainer.tasks.sql_sandbox import QueryFailed, Sandbox
-from finetune_trainer.tasks.sql_text import Condition, demands, expansions, statements
+from finetune_trainer.evaluation.graders import summarise
+from finetune_trainer.evaluation.graders.sql import grade
+from finetune_trainer.evaluation.graders.sql_sandbox import QueryFailed, Sandbox
+from finetune_trainer.evaluation.graders.sql_text import Condition, demands, expansions, statements
 
 DATA = Path(os.environ.get("FINETUNE_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "sql"
 EVERY = 40

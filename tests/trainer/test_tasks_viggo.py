@@ -10,8 +10,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from finetune_trainer.tasks import TASKS, summarise
-from finetune_trainer.tasks.viggo import ATTRIBUTES, FUNCTIONS, LISTS, Attribute, Representation, grade, parse
+from finetune_trainer.evaluation.graders import TASKS, summarise
+from finetune_trainer.evaluation.graders.viggo import (
+    ATTRIBUTES,
+    FUNCTIONS,
+    LISTS,
+    Attribute,
+    Representation,
+    grade,
+    parse,
+)
 
 DATA = Path(os.environ.get("FINETUNE_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "viggo"
 OWN_ROWS = [

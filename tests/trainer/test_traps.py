@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_core.contract import OptimizationConfig
-from finetune_trainer.plan import Inputs
-from finetune_trainer.training.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, engine_config
-from finetune_trainer.training.model import load_base
-from finetune_trainer.training.state import owners, snapshot
+from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, engine_config
+from finetune_trainer.engine.state import owners, snapshot
+from finetune_trainer.model.load import load_base
+from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
 from tests.trainer.gangs import train_all
 from tests.trainer.objectstore import ObjectStore

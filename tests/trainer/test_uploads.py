@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from finetune_core.contract import CheckpointRecord, StorageConfig
+from finetune_trainer.checkpoints.saver import is_due
+from finetune_trainer.checkpoints.uploads import Snapshot, Uploads
 from finetune_trainer.storage.checkpoints import TrainerState
 from finetune_trainer.storage.steplog import StepRow
-from finetune_trainer.training.saving import is_due
-from finetune_trainer.training.uploads import Snapshot, Uploads
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 

@@ -104,13 +104,12 @@ def _fork(order: dict[str, Any]) -> int:
 
 def main() -> None:
     """Serve until the input ends."""
-    from finetune_trainer.training import environment
+    from finetune_trainer.ranks import process as environment
 
     environment.prepare(Path(tempfile.mkdtemp(prefix="zygote-")))
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
 
-    from finetune_trainer.training import gang, progress, train  # noqa: F401
     from tests.trainer import faults  # noqa: F401
 
     ranks: dict[int, int] = {}

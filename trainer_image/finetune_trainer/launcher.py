@@ -27,13 +27,13 @@ from finetune_core.contract import (
     RunConfig,
 )
 from finetune_core.errors import UserError
-from finetune_trainer import cgroup
-from finetune_trainer.errors import OutsideFailure, Stopped
-from finetune_trainer.inputs import fetch_inputs
-from finetune_trainer.outcomes import decide, outcome_of
-from finetune_trainer.plan import Inputs, WorkerPlan, open_root
+from finetune_trainer.pod import cgroup
+from finetune_trainer.pod.errors import OutsideFailure, Stopped
+from finetune_trainer.pod.outcomes import decide, outcome_of
+from finetune_trainer.pod.plan import Inputs, WorkerPlan, open_root
+from finetune_trainer.pod.settings import FROZEN_SECONDS, PEER_WAIT_SECONDS, STORE_CHECK_SECONDS, Paths
 from finetune_trainer.processes import STOP_SIGNALS, Workers, worker_environment
-from finetune_trainer.settings import FROZEN_SECONDS, PEER_WAIT_SECONDS, STORE_CHECK_SECONDS, Paths
+from finetune_trainer.sources.inputs import fetch_inputs
 from finetune_trainer.storage.artifact import committed_result
 from finetune_trainer.storage.root import RunRoot
 

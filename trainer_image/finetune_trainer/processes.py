@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from finetune_core.contract import ExitCode
-from finetune_trainer.outcomes import WorkerEnd, read_outcome, read_sign_of_life
-from finetune_trainer.plan import WorkerPlan
-from finetune_trainer.settings import ALL_LEAVE_SECONDS, PEERS_LEAVE_SECONDS
+from finetune_trainer.pod.outcomes import WorkerEnd, read_outcome, read_sign_of_life
+from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.pod.settings import ALL_LEAVE_SECONDS, PEERS_LEAVE_SECONDS
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HEARTBEAT_SECONDS = 1.0

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from finetune_core.contract import Outcome, Result
 from finetune_core.errors import UserError
-from finetune_trainer.errors import Diverged, OutOfMemory, OutsideFailure, PeerLost, Stopped
-from finetune_trainer.outcomes import Standing, WorkerOutcome, outcome_of, write_outcome
-from finetune_trainer.plan import WorkerPlan
-from finetune_trainer.reporting import Reporter
-from finetune_trainer.settings import PEER_WAIT_SECONDS
-from finetune_trainer.watchdog import Watchdog
+from finetune_trainer.pod.errors import Diverged, OutOfMemory, OutsideFailure, PeerLost, Stopped
+from finetune_trainer.pod.outcomes import Standing, WorkerOutcome, outcome_of, write_outcome
+from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
+from finetune_trainer.ranks.watchdog import Watchdog
+from finetune_trainer.reporting.reporter import Reporter
 
 SHARED_BY_ALL = (UserError, OutsideFailure, Diverged, Stopped)
 """What every rank ends with together: rank 0 stays until the others have read why. With anything else the others
@@ -86,14 +86,14 @@ def main() -> int:
 
 def _run(plan: WorkerPlan, standing: Standing, stop: StopFlag) -> Result:
     """Join the gang and train; rank 0 also reports, and ends with the final report."""
-    from finetune_trainer.training import environment
+    from finetune_trainer.ranks import process as environment
 
     environment.prepare(plan.paths.scratch)
     import torch
 
-    from finetune_trainer.training.gang import Gang, first_line, is_peer_failure
-    from finetune_trainer.training.progress import Progress
-    from finetune_trainer.training.train import train
+    from finetune_trainer.ranks.gang import Gang, first_line, is_peer_failure
+    from finetune_trainer.reporting.progress import Progress
+    from finetune_trainer.train import train
 
     device = environment.device(plan.config.world)
     stall_seconds = plan.config.stability.stall_timeout_seconds

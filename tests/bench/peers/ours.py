@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 from finetune_core.contract import Identity, RunConfig
-from finetune_trainer.outcomes import Standing
-from finetune_trainer.plan import Inputs, WorkerPlan
-from finetune_trainer.settings import Paths
+from finetune_trainer.pod.outcomes import Standing
+from finetune_trainer.pod.plan import Inputs, WorkerPlan
+from finetune_trainer.pod.settings import Paths
+from finetune_trainer.ranks import process as environment
 from finetune_trainer.storage.steplog import StepRow
-from finetune_trainer.training import environment
 from tests.bench.peers.workload import LORA_ALPHA, LORA_RANK, TEMPLATE, Clock, Workload
 from tests.trainer.objectstore import BUCKET, free_port
 
@@ -82,9 +82,9 @@ def main() -> None:
         environment.prepare(scratch)
         import torch
 
-        from finetune_trainer.training.gang import Gang
-        from finetune_trainer.training.progress import Progress
-        from finetune_trainer.training.train import train
+        from finetune_trainer.ranks.gang import Gang
+        from finetune_trainer.reporting.progress import Progress
+        from finetune_trainer.train import train
 
         torch.set_num_threads(workload.threads)
         clock, rows = Clock(), list[StepRow]()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finetune_operator.labels import JOB_NAME, JOB_UID
+from finetune_operator.objects.labels import JOB_NAME, JOB_UID
 from tests.cluster import wait_for
 from tests.cluster.layout import FIRST_NODE, GPU_COUNT, GPU_RESOURCE, SECOND_NODE
 from tests.cluster.oci import BUSYBOX_IMAGE

@@ -21,7 +21,7 @@ from kubernetes import client, watch
 
 from examples.demo import steps
 from finetune_core.api.job import GROUP, PLURAL, VERSION
-from finetune_operator.labels import JOB_UID
+from finetune_operator.objects.labels import JOB_UID
 from tests.cluster import Cluster, ClusterError
 
 Manifest = dict[str, Any]

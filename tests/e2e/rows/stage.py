@@ -12,7 +12,7 @@ from typing import Any
 
 from examples.demo import steps
 from finetune_core.names import attempt_name, worker_name
-from finetune_operator.labels import TRAINING_CONTAINER
+from finetune_operator.objects.labels import TRAINING_CONTAINER
 from tests.cluster import Cluster
 from tests.cluster.second_node import SecondNode
 from tests.e2e.rows import scripts

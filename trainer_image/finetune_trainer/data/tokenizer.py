@@ -15,7 +15,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError
 from finetune_trainer.data.formats import Tokenize
-from finetune_trainer.errors import first_line
+from finetune_trainer.pod.errors import first_line
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from finetune_core.errors import UserError
 from finetune_core.preflight import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
-from finetune_trainer.errors import OutsideFailure
+from finetune_trainer.pod.errors import OutsideFailure
 
 T = TypeVar("T")
 

@@ -19,11 +19,11 @@ from typing import NoReturn
 from finetune_core.contract import RunConfig
 from finetune_core.preflight import PREFLIGHT_SECONDS, FindingKind, PreflightResult
 from finetune_trainer.launcher import read_config
-from finetune_trainer.model_files import model_files
-from finetune_trainer.plan import open_root
+from finetune_trainer.pod.plan import open_root
+from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.store import check_store
-from finetune_trainer.settings import STORE_CHECK_SECONDS, Paths
+from finetune_trainer.sources.model_files import model_files
 from finetune_trainer.storage.artifact import committed_result
 from finetune_trainer.storage.root import RunRoot
 
@@ -81,7 +81,7 @@ def _examine_inputs(
 ) -> None:
     """Look at model and rows, as far as they can be reached."""
     _keep_torch_out()
-    from finetune_trainer.preflight.model import ModelFacts, check_model
+    from finetune_trainer.preflight.model_check import ModelFacts, check_model
     from finetune_trainer.preflight.rows import check_rows
 
     def look_at_model() -> ModelFacts:

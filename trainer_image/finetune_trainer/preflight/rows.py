@@ -11,12 +11,12 @@ from finetune_core.api.sources import DataSource, S3Source
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import NoRowsError, check_columns, limit_of, make_examples
-from finetune_trainer.data.hub import fetch_first_file
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import tokenize_with
-from finetune_trainer.inputs import data_file, data_token, source_name
-from finetune_trainer.preflight.model import ModelFacts
-from finetune_trainer.settings import Paths
+from finetune_trainer.pod.settings import Paths
+from finetune_trainer.preflight.model_check import ModelFacts
+from finetune_trainer.sources.hub_data import fetch_first_file
+from finetune_trainer.sources.inputs import data_file, data_token, source_name
 from finetune_trainer.storage.client import Store
 
 SAMPLE_ROWS = 1000

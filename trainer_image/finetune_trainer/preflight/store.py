@@ -6,7 +6,7 @@ import secrets
 
 from finetune_core.errors import UserError
 from finetune_core.layout import probe_key
-from finetune_trainer.errors import OutsideFailure
+from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.storage.root import RunRoot
 
 

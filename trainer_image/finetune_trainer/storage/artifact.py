@@ -10,7 +10,7 @@ from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Manifest, ar
 from finetune_trainer.storage.checkpoints import Damaged, commit_folder, read_manifest, upload_files
 from finetune_trainer.storage.lineage import check_fence
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.storage.scores import read_scores
+from finetune_trainer.storage.score_file import read_scores
 
 
 def committed_result(root: RunRoot) -> Result | None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetune_core.contract import CheckpointRecord, ContractModel
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, checkpoint_folder, digest
-from finetune_trainer.errors import NewerRun, OutsideFailure
+from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.storage.client import Entry
 from finetune_trainer.storage.lineage import CheckpointId, check_fence
 from finetune_trainer.storage.root import RunRoot

@@ -28,8 +28,8 @@ from minio.error import InvalidResponseError, S3Error, ServerError
 from minio.sse import Sse, SseKMS, SseS3
 
 from finetune_core.api.storage import EncryptionSpec
-from finetune_trainer.errors import OutsideFailure
-from finetune_trainer.settings import STORE_BUDGET_SECONDS
+from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.pod.settings import STORE_BUDGET_SECONDS
 from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_connections
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from finetune_core.contract import ContractModel
 from finetune_core.layout import run_key
-from finetune_trainer.errors import NewerRun
+from finetune_trainer.pod.errors import NewerRun
 from finetune_trainer.storage.root import RunRoot
 
 

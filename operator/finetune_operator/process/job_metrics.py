@@ -1,0 +1,122 @@
+"""Prometheus series of every job, read from the status that was computed last: made by its first look, gone with the
+job, or an hour after it ended, so that settled jobs do not pile up in Prometheus.
+
+The labels are `job_namespace` and `job_name`, because `namespace` and `job` are Prometheus' own for what it scrapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from finetune_core.api import FineTuneJobStatus
+from finetune_operator.queue.keyqueue import Key
+
+SHOWN_AFTER_THE_END: Final = timedelta(hours=1)
+LABELS: Final = ("job_namespace", "job_name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobNumbers:
+    """What is shown of a job: a few hundred bytes, where a status has many thousand."""
+
+    step: int | None = None
+    total_steps: int | None = None
+    eta_seconds: int | None = None
+    loss: float | None = None
+    perplexity: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    checkpoint_time: datetime | None = None
+    started: int = 0
+    charged: int = 0
+    free: int = 0
+    gpu_seconds: int = 0
+    ended: datetime | None = None
+
+
+def numbers_of(status: FineTuneJobStatus) -> JobNumbers:
+    """Return the numbers of a status."""
+    progress, attempts = status.progress, status.attempts
+    metrics = {metric.name: float(metric.value) for metric in status.metrics}
+    return JobNumbers(
+        step=progress.step if progress else None,
+        total_steps=progress.total_steps if progress else None,
+        eta_seconds=progress.eta_seconds if progress else None,
+        loss=metrics.get("loss"),
+        perplexity=metrics.get("perplexity"),
+        tokens_per_second=_number(progress.tokens_per_second) if progress else None,
+        mfu=_number(progress.mfu) if progress else None,
+        checkpoint_time=status.checkpoints[-1].time if status.checkpoints else None,
+        started=attempts.started,
+        charged=attempts.charged,
+        free=attempts.free,
+        gpu_seconds=status.usage.gpu_seconds if status.usage else 0,
+        ended=status.completion_time,
+    )
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float(text)
+
+
+class JobSeries(Collector):
+    """Collects the series of all jobs at each scrape."""
+
+    def __init__(self, now: Callable[[], datetime]) -> None:
+        """Know no job yet; ``now`` tells how old a checkpoint is."""
+        self._now = now
+        self._jobs: dict[Key, JobNumbers] = {}
+
+    def show(self, key: Key, status: FineTuneJobStatus) -> None:
+        """Show ``status`` from now on."""
+        self._jobs[key] = numbers_of(status)
+
+    def drop(self, key: Key) -> None:
+        """Show nothing any more of a job that no longer exists."""
+        self._jobs.pop(key, None)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the series: those of numbers that are known."""
+        now = self._now()
+        shown = [(key, job) for key, job in list(self._jobs.items()) if not _is_over(job, now)]
+        for name, text, value in GAUGES:
+            family = GaugeMetricFamily(f"finetune_job_{name}", text, labels=LABELS)
+            for key, job in shown:
+                if (number := value(job)) is not None:
+                    family.add_metric(key, number)
+            yield family
+        age = GaugeMetricFamily(
+            "finetune_job_checkpoint_age_seconds", "Seconds since the newest checkpoint was committed.", labels=LABELS
+        )
+        attempts = GaugeMetricFamily(
+            "finetune_job_attempts", "Attempts: started, charged to maxRetries, free.", labels=(*LABELS, "kind")
+        )
+        gpus = CounterMetricFamily("finetune_job_gpu_seconds", "Seconds that GPUs were held.", labels=LABELS)
+        for key, job in shown:
+            if job.checkpoint_time is not None:
+                age.add_metric(key, (now - job.checkpoint_time).total_seconds())
+            for kind, count in (("started", job.started), ("charged", job.charged), ("free", job.free)):
+                attempts.add_metric((*key, kind), count)
+            gpus.add_metric(key, job.gpu_seconds)
+        yield from (age, attempts, gpus)
+
+
+def _is_over(job: JobNumbers, now: datetime) -> bool:
+    return job.ended is not None and now - job.ended > SHOWN_AFTER_THE_END
+
+
+GAUGES: Final[tuple[tuple[str, str, Callable[[JobNumbers], float | None]], ...]] = (
+    ("step", "Global batches consumed.", lambda job: job.step),
+    ("total_steps", "Global batches of the whole run.", lambda job: job.total_steps),
+    ("eta_seconds", "Estimated seconds to the last step.", lambda job: job.eta_seconds),
+    ("loss", "Newest training loss.", lambda job: job.loss),
+    ("perplexity", "Newest validation perplexity.", lambda job: job.perplexity),
+    ("tokens_per_second", "Tokens per second over all processes.", lambda job: job.tokens_per_second),
+    ("mfu", "Model FLOPs utilisation, 0 to 1.", lambda job: job.mfu),
+)

@@ -1,0 +1,242 @@
+"""Merges a report into the status: progress, newest values, curves, checkpoints. Pure; called by `status`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+from finetune_core.api.status import (
+    CHECKPOINT_LIMIT,
+    HISTORY_LIMIT,
+    INCIDENT_LIMIT,
+    NOTICE_LIMIT,
+    ArtifactStatus,
+    CheckpointStatus,
+    EvaluationStatus,
+    FineTuneJobStatus,
+    HistoryPoint,
+    IncidentStatus,
+    MetricValue,
+    NamedScore,
+    ProgressStatus,
+    Scores,
+)
+from finetune_core.contract import (
+    ArtifactRecord,
+    CheckpointName,
+    CheckpointRecord,
+    CurvePoint,
+    EvaluationRecord,
+    Incident,
+    Phase,
+    Report,
+    ScoreRecord,
+)
+from finetune_core.contract.stock_reports import METRIC_LIMIT, KubeflowReport
+from finetune_operator.queue.speed import eta_seconds
+
+PERCENT = 100
+
+
+def decimal(value: float) -> str:
+    """Return ``value`` with six significant digits: the API holds no floats."""
+    return f"{value:.6g}"
+
+
+def _optional(value: float | None) -> str | None:
+    return None if value is None else decimal(value)
+
+
+def merge_report(
+    stored: FineTuneJobStatus, report: Report, received: datetime, seconds_per_step: float | None = None
+) -> FineTuneJobStatus:
+    """Return ``stored`` with what ``report`` says. A trainer that still loads knows less than the status does.
+
+    ``seconds_per_step`` is the speed that the operator observed.
+    """
+    if isinstance(report, KubeflowReport):
+        return _merge_kubeflow(stored, report, received, seconds_per_step)
+    loading = report.total_steps == 0
+    update: dict[str, object] = {}
+    if not loading:
+        update["progress"] = progress_of(report, received, stored.progress, seconds_per_step)
+        update["history"] = merge_history(stored.history, report.history, report.resumed_from_step)
+    if report.metrics:
+        update["metrics"] = [
+            MetricValue(name=name, value=decimal(value), step=report.step)
+            for name, value in sorted(report.metrics.items())
+        ]
+    if report.run > 0 and (report.checkpoints or report.phase is not Phase.LOADING):
+        update["checkpoints"] = checkpoints_of(report.checkpoints, report.best)
+    if report.notices:
+        update["notices"] = merge_notices(stored.notices, report.notices)
+    if report.evaluation is not None:
+        update["evaluation"] = evaluation_of(report.evaluation)
+    if report.incidents:
+        update["incidents"] = merge_incidents(stored.incidents, report.incidents)
+    return stored.model_copy(update=update)
+
+
+def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """Return what was told so far, each sentence once, the newest last: an attempt repeats its own in every report."""
+    return [*(sentence for sentence in old if sentence not in new), *dict.fromkeys(new)][-NOTICE_LIMIT:]
+
+
+def _merge_kubeflow(
+    stored: FineTuneJobStatus, report: KubeflowReport, received: datetime, seconds_per_step: float | None
+) -> FineTuneJobStatus:
+    """Return ``stored`` with what Kubeflow's client says; what it does not repeat stays."""
+    old = stored.progress
+    step, total = _position(report, old)
+    done = report.told_percentage == 100
+    progress = ProgressStatus(
+        step=step,
+        total_steps=total,
+        epoch=decimal(report.epoch) if report.epoch or old is None else old.epoch,
+        percentage=100 if done else percentage(step, total),
+        eta_seconds=0 if done else eta_seconds(step, total, seconds_per_step, old),
+        last_update_time=received,
+    )
+    metrics = {metric.name: metric for metric in stored.metrics}
+    for name, value in report.metrics.items():
+        text = decimal(value)
+        if name not in metrics or metrics[name].value != text:
+            metrics[name] = MetricValue(name=name, value=text, step=step)
+    loss = metrics.get("loss")
+    points = [] if loss is None else [HistoryPoint(step=loss.step, loss=loss.value)]
+    history = {point.step: point for point in [*stored.history, *points] if point.step <= step}
+    return stored.model_copy(
+        update={
+            "progress": progress,
+            "metrics": [metrics[name] for name in sorted(metrics)][:METRIC_LIMIT],
+            "history": thin([history[number] for number in sorted(history)], HISTORY_LIMIT),
+        }
+    )
+
+
+def _position(report: KubeflowReport, old: ProgressStatus | None) -> tuple[int, int]:
+    """Return step and last step. A client that never tells steps is taken at its percentage, as steps out of 100.
+
+    At its beginning transformers says 0 %, also after a resume, and at its end no step: the status knows better.
+    """
+    told, total = report.told_step, report.told_total
+    if told is None and total is None and (old is None or old.total_steps == PERCENT):
+        return report.told_percentage or 0, PERCENT
+    known = old.step if old else 0
+    return known if told is None else told, total or (old.total_steps if old else PERCENT)
+
+
+def progress_of(
+    report: Report, received: datetime, stored: ProgressStatus | None, seconds_per_step: float | None
+) -> ProgressStatus:
+    """Return the progress that ``report`` tells; the trainer's own estimate only where the operator has none."""
+    eta = eta_seconds(report.step, report.total_steps, seconds_per_step, stored)
+    return ProgressStatus(
+        step=report.step,
+        total_steps=report.total_steps,
+        epoch=decimal(report.epoch),
+        percentage=percentage(report.step, report.total_steps),
+        eta_seconds=report.eta_seconds if eta is None else eta,
+        tokens_per_second=_optional(report.tokens_per_second),
+        checkpoint_age_seconds=report.checkpoint_age_seconds,
+        mfu=_optional(report.mfu),
+        last_update_time=received,
+    )
+
+
+def percentage(step: int, total: int) -> int:
+    """Return step / total in whole percent, rounded down: 100 means done."""
+    return min(100, 100 * step // total) if total else 0
+
+
+def merge_history(old: Sequence[HistoryPoint], new: Iterable[CurvePoint], resumed_from_step: int) -> list[HistoryPoint]:
+    """Return the curve: old points up to the step that the run resumed from, then the report's.
+
+    What an earlier run computed beyond its last checkpoint was lost and is computed anew, so it is not shown.
+    """
+    kept = [point for point in old if point.step <= resumed_from_step]
+    told = [
+        HistoryPoint(step=point.step, loss=_optional(point.loss), perplexity=_optional(point.perplexity))
+        for point in new
+        if point.step > resumed_from_step or not kept
+    ]
+    merged = {point.step: point for point in [*kept, *told]}
+    return thin([merged[step] for step in sorted(merged)], HISTORY_LIMIT)
+
+
+def thin(points: Sequence[HistoryPoint], limit: int) -> list[HistoryPoint]:
+    """Return at most ``limit`` points: the one nearest to its neighbours goes first, ends stay.
+
+    Points with a perplexity are rarer than those with a loss only, so they go last.
+    """
+    result = list(points)
+    while len(result) > limit:
+        inner = range(1, len(result) - 1)
+        victim = min(
+            inner, key=lambda i: (result[i].perplexity is not None, result[i + 1].step - result[i - 1].step, i)
+        )
+        del result[victim]
+    return result
+
+
+def evaluation_of(record: EvaluationRecord) -> EvaluationStatus:
+    """Return base and tuned model's scores as the status shows them."""
+    return EvaluationStatus(
+        rows=record.rows,
+        examples=record.examples,
+        base=_scores(record.base),
+        tuned=_scores(record.tuned),
+        tuned_step=record.tuned_step,
+    )
+
+
+def _scores(record: ScoreRecord | None) -> Scores | None:
+    if record is None:
+        return None
+    return Scores(
+        perplexity=decimal(record.perplexity),
+        all_token_perplexity=_optional(record.all_token_perplexity),
+        task_score=_optional(record.task_score),
+        scores=[NamedScore(name=name, value=decimal(value)) for name, value in record.scores.items()],
+        graded=record.graded,
+    )
+
+
+def merge_incidents(old: Sequence[IncidentStatus], new: Iterable[Incident]) -> list[IncidentStatus]:
+    """Return all incidents, each once: a trainer that was started again does not repeat the earlier ones."""
+    told = [IncidentStatus(**incident.model_dump()) for incident in new]
+    return [*(incident for incident in old if incident not in told), *told][-INCIDENT_LIMIT:]
+
+
+def checkpoints_of(records: Sequence[CheckpointRecord], named: CheckpointName | None = None) -> list[CheckpointStatus]:
+    """Return the checkpoints in the bucket, the newest and the best whole ones marked.
+
+    ``named`` is what the trainer calls the best; one that does not say so means the least perplexity.
+    """
+    records = records[-CHECKPOINT_LIMIT:]
+    whole = [record for record in records if not record.damaged]
+    scored = [record for record in whole if record.perplexity is not None]
+    if named is not None:
+        scored = [record for record in whole if (record.run, record.step) == (named.run, named.step)]
+    best = min(scored, key=lambda record: record.perplexity or 0.0) if scored else None
+    return [
+        CheckpointStatus(
+            run=record.run,
+            step=record.step,
+            uri=record.uri,
+            bytes=record.bytes,
+            manifest_sha256=record.manifest_sha256,
+            perplexity=_optional(record.perplexity),
+            task_score=_optional(record.task_score),
+            time=record.time.astimezone(UTC).replace(microsecond=0),
+            last=bool(whole) and record is whole[-1],
+            best=record is best,
+            damaged=record.damaged,
+        )
+        for record in records
+    ]
+
+
+def artifact_of(record: ArtifactRecord) -> ArtifactStatus:
+    """Return the artifact as the status shows it."""
+    return ArtifactStatus(uri=record.uri, step=record.step, bytes=record.bytes, manifest_sha256=record.manifest_sha256)

@@ -1,0 +1,196 @@
+"""Runs a query that a model wrote, in sqlite in memory: it can read the example's tables and do nothing else.
+
+In come CREATE TABLE statements, rows and queries; out come rows, or `QueryFailed` with the reason. A query can't write,
+attach files, load extensions, hang or fill the memory. The bounds count sqlite's instructions, not seconds, so that a
+grade does not depend on how busy a machine is; seconds are only the last resort.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from enum import Enum
+from types import TracebackType
+from typing import NamedTuple
+
+from finetune_trainer.evaluation.graders.sql_text import Kind, Value, expansions, statements, tokens
+
+MAX_ROWS = 1000
+MAX_INSTRUCTIONS = 400_000
+"""Of sqlite's virtual machine, a hundred times what a join of three generated tables takes."""
+MAX_SECONDS = 5.0
+MAX_TABLES = 20
+_HANDLER_EVERY = 1000
+_MAX_EXPANSIONS = 5000
+_MAX_VALUE_BYTES = 4000
+"""Of a value or a row; with the instructions it bounds what a sort can hold."""
+_LIMITS = {
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 10_000,
+    sqlite3.SQLITE_LIMIT_COLUMN: 200,
+    sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 100,
+    sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 20,
+    sqlite3.SQLITE_LIMIT_VDBE_OP: 50_000,
+    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
+    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 200,
+    sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 1,
+    sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
+}
+_READING = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
+_CREATING = _READING | {
+    sqlite3.SQLITE_CREATE_TABLE,
+    sqlite3.SQLITE_CREATE_INDEX,
+    sqlite3.SQLITE_INSERT,
+    sqlite3.SQLITE_UPDATE,
+    sqlite3.SQLITE_REINDEX,
+}
+_REFUSED_FUNCTIONS = frozenset({"load_extension", "random", "randomblob", "fts3_tokenizer"})
+"""Functions that reach outside, or whose result is another one each time."""
+
+Cell = int | float | str | bytes | None
+
+
+class QueryFailed(Exception):  # noqa: N818  (what happened to a query, not an error of ours)
+    """The query or the tables could not be run; the text is one of few, so that it can be counted."""
+
+
+class Affinity(Enum):
+    """What a column makes of the values put into it (sqlite.org/datatype3.html, 3)."""
+
+    NUMBER = "INTEGER, REAL or NUMERIC"
+    TEXT = "TEXT"
+    NONE = "BLOB"
+
+
+class Column(NamedTuple):
+    """A column of a table as sqlite understood its declaration."""
+
+    name: str
+    affinity: Affinity
+    key: bool
+    """It alone is the table's primary key."""
+
+
+class Sandbox:
+    """A database in memory with the tables of an example; closes with the block."""
+
+    def __init__(self, create_tables: str) -> None:
+        """Raise QueryFailed unless ``create_tables`` is made of CREATE TABLE statements that sqlite accepts."""
+        self._connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
+        for limit, value in _LIMITS.items():
+            self._connection.setlimit(limit, value)
+        self._allowed: frozenset[int] = _CREATING
+        self._connection.set_authorizer(self._authorize)
+        try:
+            self._own("PRAGMA temp_store = MEMORY")
+            self._create(create_tables)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def tables(self) -> Mapping[str, tuple[Column, ...]]:
+        """Return the tables and their columns, in the order of creation."""
+        names = [str(row[0]) for row in self._own("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY rowid")]
+        return {name: tuple(self._columns(name)) for name in names if not name.startswith("sqlite_")}
+
+    def insert(self, table: str, rows: Sequence[Sequence[Value]]) -> None:
+        """Add rows with a value for each column; a row that the table refuses is left out."""
+        if rows:
+            name = table.replace('"', '""')
+            places = ", ".join("?" * len(rows[0]))
+            statement = f'INSERT OR IGNORE INTO "{name}" VALUES ({places})'  # noqa: S608  (quoted above)
+            self._connection.set_authorizer(None)
+            self._connection.execute("BEGIN")
+            for row in rows:
+                with suppress(sqlite3.Error):
+                    self._connection.execute(statement, row)
+            self._connection.execute("COMMIT")
+            self._connection.set_authorizer(self._authorize)
+
+    def run(self, query: str, *, reverse: bool = False) -> list[tuple[Cell, ...]]:
+        """Return the rows of ``query``, a single SELECT.
+
+        With ``reverse`` sqlite visits rows the other way round where the query does not order them: a result that
+        changes was not determined by the query (sqlite.org/pragma.html#pragma_reverse_unordered_selects).
+        """
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
+        self._own(f"PRAGMA reverse_unordered_selects = {int(reverse)}")
+        self._allowed = _READING
+        first = next(iter(tokens(query[:1000])), None)
+        if first is None or first.kind is not Kind.WORD or first.text not in {"select", "with", "values"}:
+            raise QueryFailed("is not a SELECT")
+        return self._bounded(query)
+
+    def _create(self, create_tables: str) -> None:
+        parts = statements(create_tables)
+        if not parts or len(parts) > MAX_TABLES:
+            raise QueryFailed(f"must have 1 to {MAX_TABLES} CREATE TABLE statements")
+        for part in parts:
+            if [token.text for token in tokens(part)[:2]] != ["create", "table"]:
+                raise QueryFailed("is not a CREATE TABLE statement")
+            self._bounded(part)
+
+    def _bounded(self, statement: str) -> list[tuple[Cell, ...]]:
+        """Run a foreign statement."""
+        if len(statement) > _LIMITS[sqlite3.SQLITE_LIMIT_SQL_LENGTH]:
+            raise QueryFailed("is too long")
+        if expansions(statement) > _MAX_EXPANSIONS:
+            raise QueryFailed("nests too many common table expressions")
+        calls = 0
+        deadline = time.monotonic() + MAX_SECONDS
+
+        def spent() -> bool:
+            nonlocal calls
+            calls += 1
+            return calls * _HANDLER_EVERY > MAX_INSTRUCTIONS or time.monotonic() > deadline
+
+        self._connection.set_progress_handler(spent, _HANDLER_EVERY)
+        try:
+            cursor = self._connection.execute(statement)
+            rows: list[tuple[Cell, ...]] = cursor.fetchmany(MAX_ROWS + 1)
+            cursor.close()
+        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
+            raise QueryFailed("takes too long" if "interrupted" in str(error) else "fails in sqlite") from error
+        finally:
+            self._connection.set_progress_handler(None, 0)
+        if len(rows) > MAX_ROWS:
+            raise QueryFailed(f"returns more than {MAX_ROWS} rows")
+        return rows
+
+    def _own(self, statement: str) -> list[tuple[Cell, ...]]:
+        """Run a statement of ours, which the authorizer would refuse."""
+        self._connection.set_authorizer(None)
+        try:
+            return self._connection.execute(statement).fetchall()
+        finally:
+            self._connection.set_authorizer(self._authorize)
+
+    def _columns(self, table: str) -> list[Column]:
+        name = table.replace('"', '""')
+        rows = self._own(f'PRAGMA table_info("{name}")')
+        keys = [row[1] for row in rows if row[5]]
+        return [Column(str(row[1]), _affinity(str(row[2])), [row[1]] == keys) for row in rows]
+
+    def _authorize(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        """Return whether sqlite may compile an action (sqlite.org/c3ref/c_alter_table.html)."""
+        refused = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _REFUSED_FUNCTIONS
+        return sqlite3.SQLITE_OK if action in self._allowed and not refused else sqlite3.SQLITE_DENY
+
+
+def _affinity(declared: str) -> Affinity:
+    """Return the affinity of a declared type, by the rules of sqlite.org/datatype3.html, 3.1."""
+    upper = declared.upper()
+    if "INT" in upper:
+        return Affinity.NUMBER
+    if any(part in upper for part in ("CHAR", "CLOB", "TEXT")):
+        return Affinity.TEXT
+    return Affinity.NONE if "BLOB" in upper or not upper else Affinity.NUMBER

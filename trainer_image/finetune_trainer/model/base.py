@@ -1,0 +1,206 @@
+"""The base model on disk as the run computes with it: the given one, or a copy with the job's added tokens in tokenizer
+and embeddings, and with the output head untied where LoRA changes an embedding.
+
+Made before anything is loaded, so that loading, ZeRO-3 and export all see one ordinary model folder. A new row
+follows from (seed, token) alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from finetune_core.errors import UserError
+from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.pod.errors import first_line
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DEFAULT_SPREAD = 0.02
+"""Standard deviation of new rows where the model's configuration has no initializer_range: GPT-2's."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a model's configuration tells about its modules, without any weight."""
+
+    model: Any
+    """On the meta device."""
+    input_name: str
+    """Module name of the input embedding, such as `model.embed_tokens`."""
+    output_name: str | None
+    """Module name of the output head, such as `lm_head`."""
+    tied: bool
+    """Both share one weight."""
+    context: int | None
+    """Longest text that the model reads, in tokens."""
+
+
+def skeleton(folder: Path) -> Skeleton:
+    """Return the skeleton of the model in ``folder``; raises UserError where it is no causal language model.
+
+    Comes before the model is loaded: it ends ZeRO-3's sharding of new models (of a run before in this process).
+    """
+    unset_hf_deepspeed_config()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    inner, head = model.get_input_embeddings(), model.get_output_embeddings()
+    text = config.get_text_config()
+    return Skeleton(
+        model=model,
+        input_name=names[id(inner)],
+        output_name=names[id(head)] if head is not None else None,
+        tied=head is not None and (head.weight is inner.weight or bool(getattr(text, "tie_word_embeddings", False))),
+        context=getattr(text, "max_position_embeddings", None),
+    )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The safetensors files of a model folder."""
+
+    folder: Path
+    files: Mapping[str, str]
+    """File of each tensor."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Weights:
+        """Read which file holds which tensor."""
+        if (folder / INDEX).is_file():
+            return cls(folder, json.loads((folder / INDEX).read_text())["weight_map"])
+        files: dict[str, str] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path.name)
+        return cls(folder, files)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor; its bytes are read from the file as they are used."""
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Return some rows of a matrix."""
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
+            part = file.get_slice(name)
+            return torch.cat([part[row : row + 1] for row in rows])
+
+
+def check_complete(folder: Path) -> None:
+    """Raise UserError where a weights file of the model in ``folder`` is missing or shorter than its header says."""
+    index = folder / INDEX
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, KeyError, AttributeError):
+        raise UserError("model", f"its files are incomplete: {INDEX} is not an index of weights") from None
+    for path in sorted({*(folder / name for name in names), *folder.glob("*.safetensors")}):
+        if not path.is_file():
+            raise UserError("model", f"its files are incomplete: {INDEX} names {path.name}, which is not there")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError("model", f"its files are incomplete: {path.name} ({first_line(error)})") from error
+
+
+def new_row(token: str, *, matrix: str, width: int, spread: float, seed: int) -> torch.Tensor:
+    """Return the first value of an added token's row (width,) in fp32: normal with standard deviation ``spread``,
+    as the model's own initialisation draws it. ``matrix`` is `input` or `output`."""
+    digest = hashlib.blake2b(f"{seed}/{matrix}/{token}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.empty(width, dtype=torch.float32).normal_(0, spread, generator=generator)
+
+
+def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: bool, seed: int) -> None:
+    """Write the model folder ``source`` to ``target`` with ``tokens`` added and, with ``untie``, a head of its own.
+
+    Files without an embedding are linked, not copied. Raises UserError where the embeddings can't be found.
+    """
+    target.mkdir(parents=True)
+    bones, weights = skeleton(source), Weights.of(source)
+    tokenizer = load_tokenizer(source)
+    ids = add_tokens(tokenizer, tokens)
+    tokenizer.save_pretrained(target)
+    config = json.loads((source / CONFIG).read_text())
+    text = config.get("text_config", config)
+    input_key = f"{bones.input_name}.weight"
+    if input_key not in weights.files or bones.output_name is None:
+        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor {input_key}")
+    output_key = f"{bones.output_name}.weight"
+    spread = float(text.get("initializer_range") or DEFAULT_SPREAD)
+    old = weights.tensor(input_key)
+    rows = max(old.shape[0], max(ids, default=-1) + 1)
+
+    def extended(weight: torch.Tensor, matrix: str) -> torch.Tensor:
+        grown = torch.zeros((rows, weight.shape[1]), dtype=weight.dtype)
+        grown[: weight.shape[0]] = weight
+        for token, row in zip(tokens, ids, strict=True):
+            grown[row] = new_row(token, matrix=matrix, width=weight.shape[1], spread=spread, seed=seed).to(weight.dtype)
+        return grown
+
+    changed = {input_key: extended(old, "input")}
+    if bones.tied and untie:
+        # A head of its own that begins as the tied one was: each new row is drawn once for both.
+        changed[output_key] = changed[input_key].clone()
+    elif not bones.tied:
+        changed[output_key] = extended(weights.tensor(output_key), "output")
+    bias = f"{bones.output_name}.bias"
+    if bias in weights.files:
+        old_bias = weights.tensor(bias)
+        changed[bias] = torch.cat([old_bias, old_bias.new_zeros(rows - old_bias.shape[0])])
+    text["vocab_size"] = config["vocab_size"] = rows
+    if untie:
+        text["tie_word_embeddings"] = config["tie_word_embeddings"] = False
+    (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_weights(weights, target, changed, beside=weights.files[input_key])
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and path.is_file() and not (target / path.name).exists():
+            (target / path.name).write_bytes(path.read_bytes())
+
+
+def _write_weights(weights: Weights, target: Path, changed: Mapping[str, torch.Tensor], *, beside: str) -> None:
+    """Write the files that hold a changed tensor (a new one goes into file ``beside``), link the others."""
+    places = {**dict.fromkeys(changed, beside), **weights.files}
+    files = sorted(set(places.values()))
+    for name in files:
+        inside = [key for key, place in places.items() if place == name]
+        if not any(key in changed for key in inside):
+            _link(weights.folder / name, target / name)
+            continue
+        with safe_open(weights.folder / name, framework="pt") as file:
+            tensors = {key: changed[key] if key in changed else file.get_tensor(key) for key in sorted(inside)}
+        save_file(tensors, target / name, {"format": "pt"})
+    if len(files) > 1 or (weights.folder / INDEX).is_file():
+        write_index(target, places)
+
+
+def write_index(folder: Path, files: Mapping[str, str]) -> None:
+    """Write the index of a model's several files; ``files`` says which of them holds each tensor."""
+    size = sum((folder / name).stat().st_size for name in set(files.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` another name of ``source``; a symbolic one where they lie on different volumes."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        target.symlink_to(source.resolve())

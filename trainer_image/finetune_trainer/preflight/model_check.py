@@ -1,0 +1,129 @@
+"""Checks a base model without fetching its weights: every file that its index names is there and whole, its
+configuration is of a known language model, its tokenizer loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from finetune_core.errors import UserError
+from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.pod.errors import first_line
+from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HEADER_PIECE_BYTES = 128 * 1024
+"""Read at first: nearly every header is shorter, so that one request is enough."""
+LARGEST_HEADER_BYTES = 100_000_000
+"""The safetensors library refuses longer ones."""
+PARALLEL_READS = 4
+LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the checks of the rows need to know of the model."""
+
+    tokenizer: Any
+    context: int | None
+    """Tokens that the model reads at most; None where its configuration names no limit."""
+
+
+def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) -> ModelFacts:
+    """Check the weights by their headers, and load configuration and tokenizer from copies in ``folder``.
+
+    Raises UserError that names the file.
+    """
+    check_weights(files)
+    folder.mkdir()
+    small = [name for name in files.sizes if name.endswith(MODEL_SUFFIXES) and not name.endswith(WEIGHTS_SUFFIX)]
+    files.fetch(small, folder)
+    context = check_configuration(folder, files.field)
+    tokenizer = load_tokenizer(folder)
+    add_tokens(tokenizer, added_tokens)
+    return ModelFacts(tokenizer, context)
+
+
+def check_weights(files: ModelFiles) -> None:
+    """Raise UserError where a file of weights is missing, cut off, or lacks a tensor that the index puts there."""
+    tensors = _tensors_by_file(files)
+    missing = sorted(name for name in tensors if name not in files.sizes)
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(files.field, f"there is no {missing[0]}{others}, which {INDEX_FILE} names")
+
+    def check(item: tuple[str, list[str]]) -> None:
+        name, expected = item
+        header = read_header(files, name)
+        lost = next((tensor for tensor in expected if tensor not in header), None)
+        if lost is not None:
+            raise UserError(files.field, f"{name} has no tensor {lost!r}, which {INDEX_FILE} puts there")
+
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        list(pool.map(check, tensors.items()))
+
+
+def _tensors_by_file(files: ModelFiles) -> Mapping[str, list[str]]:
+    """Return the files that transformers loads, each with the tensors that must be in it."""
+    if SINGLE_FILE in files.sizes:
+        return {SINGLE_FILE: []}
+    if INDEX_FILE not in files.sizes:
+        raise UserError(files.field, f"there must be a {SINGLE_FILE} or a {INDEX_FILE}")
+    try:
+        weights = json.loads(files.read(INDEX_FILE, 0, files.sizes[INDEX_FILE]))["weight_map"]
+        found: dict[str, list[str]] = {}
+        for tensor, name in weights.items():
+            found.setdefault(name, []).append(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(files.field, f"{INDEX_FILE} must be JSON with a weight_map ({first_line(error)})") from error
+    return found
+
+
+def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
+    """Return the header of a safetensors file: name, dtype, shape and place of each tensor.
+
+    Format: 8 bytes with the header's length (little endian), the header in JSON, then the tensors' bytes. Raises
+    UserError where the file is another format's, or ends before its last tensor.
+    """
+    size = files.sizes[name]
+    piece = files.read(name, 0, min(size, HEADER_PIECE_BYTES))
+    if piece.startswith(LFS_POINTER):
+        raise UserError(files.field, f"{name} is a pointer of Git LFS, not the file: fetch it with `git lfs pull`")
+    length = int.from_bytes(piece[:8], "little")
+    if len(piece) < 8 or not 2 <= length <= LARGEST_HEADER_BYTES or 8 + length > size:
+        raise UserError(files.field, f"{name} is no whole safetensors file ({size} bytes)")
+    if 8 + length > len(piece):
+        piece += files.read(name, len(piece), 8 + length - len(piece))
+    try:
+        header = json.loads(piece[8 : 8 + length])
+        header.pop("__metadata__", None)
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(files.field, f"{name} has a broken safetensors header ({first_line(error)})") from error
+    if end != size:
+        raise UserError(files.field, f"{name} has {size} bytes and must have {end}: it is not complete")
+    checked: Mapping[str, Any] = header
+    return checked
+
+
+def check_configuration(folder: Path, field: str) -> int | None:
+    """Return the model's context in tokens; raises UserError where config.json is not a known language model's."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UserError(field, f"its config.json can't be used: {first_line(error)}") from error
+    text = config.get_text_config()
+    known = {config.model_type, text.model_type} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if not known:
+        raise UserError(field, f"config.json names model_type {config.model_type!r}, which is no causal language model")
+    context = getattr(text, "max_position_embeddings", None)
+    return context if isinstance(context, int) and context > 0 else None

@@ -1,0 +1,229 @@
+"""What rank 0 knows about the run, told three ways: a line a step in the log, reports, rows of the step log."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from finetune_core.contract import (
+    CheckpointName,
+    CheckpointRecord,
+    CurvePoint,
+    EvaluationRecord,
+    Incident,
+    Phase,
+    Report,
+    Result,
+    ScoreRecord,
+)
+from finetune_trainer.reporting.reporter import Reporter, Speed, Tokens, thin
+from finetune_trainer.storage.steplog import StepRow
+
+MOST_NOTICES = 8
+NOTICE_LENGTH = 512
+MOST_CHECKPOINTS = 100
+MOST_INCIDENTS = 20
+
+
+def say(text: str) -> None:
+    """Write a line to the pod's log at once."""
+    print(text, flush=True)
+
+
+def step_line(row: StepRow, total_steps: int, tokens_per_second: float | None) -> str:
+    """Return the log line of a step: `step 20/100 loss 1.234 rate 1e-03 norm 0.52 485 tok/s`."""
+    loss = f"loss {row.loss:.4f}" if row.loss is not None else "left out" if not row.applied else "loss not finite"
+    score = f" ppl {row.perplexity:.4g}" if row.perplexity is not None else ""
+    norm = f" norm {row.gradient_norm:.3g}" if row.gradient_norm is not None else ""
+    speed = f" {tokens_per_second:.0f} tok/s" if tokens_per_second is not None else ""
+    return f"step {row.step}/{total_steps} {loss}{score} rate {row.learning_rate:.3g}{norm}{speed}"
+
+
+def score_text(record: ScoreRecord) -> str:
+    """Return a score as a person reads it: `perplexity 12.3, 45 of 50 answers right (90.0%)`."""
+    text = f"perplexity {record.perplexity:.4g}"
+    if record.task_score is None:
+        return text
+    return f"{text}, {record.task_score:.1%} of {record.graded} answers right"
+
+
+class Progress:
+    """The state that reports are made of; it exists on rank 0 only."""
+
+    def __init__(
+        self, *, pod_uid: str, ranks: int, reporter: Reporter | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Begin to report, in phase Loading."""
+        self._pod_uid = pod_uid
+        self._ranks = ranks
+        self._reporter = reporter
+        self._clock = clock
+        self._speed = Speed(clock())
+        self._phase = Phase.LOADING
+        self._run = self._step = self._total_steps = self._resumed_from = 0
+        self._epoch = 0.0
+        self._metrics: dict[str, float] = {}
+        self._points: list[CurvePoint] = []
+        self._checkpoints: list[CheckpointRecord] = []
+        self._checkpoint_age: int | None = None
+        self._checkpoint_problem = ""
+        self._notices: list[str] = []
+        self._pending: list[StepRow] = []
+        self._newest: StepRow | None = None
+        self._mfu: float | None = None
+        self._best: CheckpointName | None = None
+        self._evaluation: EvaluationRecord | None = None
+        self._incidents: list[Incident] = []
+        if reporter is not None:
+            reporter.start()
+        self._publish(urgent=True)
+
+    def begin(self, *, run: int, total_steps: int, history: Sequence[StepRow]) -> None:
+        """Note what is known before a run's first step."""
+        self._run, self._total_steps = run, total_steps
+        self._step, self._epoch = 0, 0.0
+        self._pending, self._newest = [], history[-1] if history else None
+        self._points = [CurvePoint(step=row.step, loss=row.loss, perplexity=row.perplexity) for row in history]
+        if history:
+            self._show(history[-1])
+            scored = [row.perplexity for row in history if row.perplexity is not None]
+            self._metrics |= {"perplexity": scored[-1]} if scored else {}
+        self._resumed_from = self._step
+        self._speed = Speed(self._clock())
+        self._publish(urgent=True)
+
+    def notice(self, *texts: str) -> None:
+        """Tell a person something that is no failure."""
+        for text in texts:
+            say(f"notice: {text}")
+        self._notices = [*self._notices, *(text[:NOTICE_LENGTH] for text in texts)][-MOST_NOTICES:]
+
+    def phase(self, phase: Phase) -> None:
+        """Note what the run is doing now."""
+        self._phase = phase
+        self._publish(urgent=True)
+
+    def finished_step(self, row: StepRow, *, updates: int) -> None:
+        """Note a finished step; its evaluation, if one is due, comes with `scored`. ``updates`` were applied so far."""
+        self._speed.step(self._clock(), Tokens(row.tokens, row.real_tokens, row.padded_tokens))
+        self._pending.append(row)
+        self._newest = row
+        self._points.append(CurvePoint(step=row.step, loss=row.loss))
+        self._show(row)
+        self._metrics["skippedUpdates"] = row.step - updates
+        self._publish()
+
+    def scored(self, step: int, perplexity: float, task_score: float | None) -> None:
+        """Note an evaluation after ``step``, the newest one."""
+        values = {"perplexity": perplexity} | ({"taskScore": task_score} if task_score is not None else {})
+        self._metrics |= values
+        scores = {"perplexity": perplexity, "task_score": task_score}
+        if self._newest is not None and self._newest.step == step:
+            self._newest = self._newest.model_copy(update=scores)
+            # A step of an earlier run, whose evaluation was cut off, is written once more.
+            self._pending = [*(row for row in self._pending if row.step != step), self._newest]
+        if self._points:
+            self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
+
+    def evaluated(self, evaluation: EvaluationRecord) -> None:
+        """Note what is known of base and tuned model's scores."""
+        self._evaluation = evaluation
+        for name, record in (("base", evaluation.base), ("tuned", evaluation.tuned)):
+            if record is not None:
+                say(f"{name} model on {evaluation.examples} {evaluation.rows.lower()} rows: {score_text(record)}")
+        self._publish(urgent=True)
+
+    def incident(self, incident: Incident) -> None:
+        """Note what the stability monitor noticed."""
+        self._incidents = [*self._incidents, incident][-MOST_INCIDENTS:]
+        self.notice(incident.message)
+        self._publish(urgent=True)
+
+    def log_step(self) -> None:
+        """Write the newest step's line."""
+        if self._pending:
+            say(step_line(self._pending[-1], self._total_steps, self._speed.per_second().real))
+
+    def pending_rows(self) -> list[StepRow]:
+        """Return the steps since the last call: the next segment of the step log."""
+        rows, self._pending = self._pending, []
+        return rows
+
+    def saved(
+        self,
+        record: CheckpointRecord | None,
+        checkpoints: Sequence[CheckpointRecord],
+        best: CheckpointRecord | None,
+    ) -> None:
+        """Note the committed checkpoints; ``record`` is the new one, ``best`` the best."""
+        self._checkpoints = list(checkpoints)[-MOST_CHECKPOINTS:]
+        self._best = CheckpointName(run=best.run, step=best.step) if best is not None else None
+        if record is not None:
+            say(f"checkpoint of step {record.step} committed: {record.bytes / 1e6:.1f} MB at {record.uri}")
+        self._publish(urgent=True)
+
+    def checkpointing(self, *, age: float, problem: str) -> None:
+        """Note the age of what would be resumed from, and why it grows beyond what the job asks for."""
+        if problem.partition(":")[0] != self._checkpoint_problem.partition(":")[0]:
+            say(f"checkpoints: {problem}" if problem else "checkpoints are committed again")
+        self._checkpoint_age, self._checkpoint_problem = round(age), problem
+
+    def end(self, result: Result) -> None:
+        """Send the final report."""
+        self._phase = Phase.ENDED
+        if self._reporter is not None:
+            self._reporter.close(self._report(result))
+
+    def _show(self, row: StepRow) -> None:
+        self._step, self._epoch = row.step, row.epoch
+        self._mfu = row.mfu if row.applied else self._mfu
+        known = {
+            "loss": row.loss,
+            "learningRate": row.learning_rate,
+            "gradientNorm": row.gradient_norm,
+            "memoryBytes": row.memory_bytes or None,
+            "memoryPeakBytes": row.memory_peak_bytes or None,
+        }
+        if row.applied:
+            known |= {
+                "dataSeconds": row.data_seconds,
+                "forwardSeconds": row.forward_seconds,
+                "backwardSeconds": row.backward_seconds,
+                "updateSeconds": row.update_seconds,
+                "stepSeconds": row.seconds,
+                "checkpointSeconds": row.checkpoint_seconds,
+            }
+        self._metrics |= {name: value for name, value in known.items() if value is not None}
+
+    def _publish(self, *, urgent: bool = False) -> None:
+        if self._reporter is not None:
+            self._reporter.update(self._report(None), urgent=urgent)
+
+    def _report(self, result: Result | None) -> Report:
+        speed = self._speed.per_second()
+        rates = {"supervisedTokensPerSecond": speed.supervised, "paddedTokensPerSecond": speed.padded}
+        metrics = self._metrics | {name: value for name, value in rates.items() if value is not None}
+        return Report(
+            run=self._run,
+            pod_uid=self._pod_uid,
+            phase=self._phase,
+            ranks=self._ranks,
+            step=self._step,
+            total_steps=self._total_steps,
+            epoch=self._epoch,
+            eta_seconds=self._speed.eta_seconds(self._total_steps - self._step),
+            tokens_per_second=speed.real,
+            mfu=self._mfu,
+            metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
+            resumed_from_step=self._resumed_from,
+            history=thin(self._points),
+            checkpoints=self._checkpoints,
+            checkpoint_age_seconds=self._checkpoint_age,
+            checkpoint_problem=self._checkpoint_problem[:NOTICE_LENGTH],
+            best=self._best,
+            notices=self._notices,
+            evaluation=self._evaluation,
+            incidents=self._incidents,
+            result=result,
+        )

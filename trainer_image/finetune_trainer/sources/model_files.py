@@ -1,0 +1,195 @@
+"""Where the files of a base model lie, and how to look at them without fetching them all: their names and sizes, and
+pieces of them. The launcher fetches a model through this, the preflight check reads only headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from finetune_core.api.sources import HuggingFaceSource, ModelSpec, S3Source, VolumeSource
+from finetune_core.errors import UserError
+from finetune_core.layout import parse_uri
+from finetune_trainer.pod.settings import HUB_SECONDS, Paths
+from finetune_trainer.sources.hub import ask_hub
+from finetune_trainer.storage.client import Store
+
+T = TypeVar("T")
+
+MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""What transformers reads of a model folder; weights in pickle formats are left where they are."""
+WEIGHTS_SUFFIX = ".safetensors"
+PARALLEL_DOWNLOADS = 4
+
+
+class ModelFiles(Protocol):
+    """The files directly in a model's folder."""
+
+    field: str
+    """Path of the spec's field that names the folder."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of each file, by name."""
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Return ``length`` bytes of a file from ``start`` on, fewer where it ends."""
+
+    def fetch(self, names: Iterable[str], folder: Path) -> None:
+        """Write whole files into ``folder``."""
+
+
+def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
+    """Return access to the files of a model; raises UserError where they are not a model's."""
+    files: ModelFiles
+    if source.volume is not None:
+        files = LocalFiles(volume_path(source.volume, paths, "model"), "model.volume.path")
+    elif source.s3 is not None:
+        files = StoreFiles(source.s3, store)
+    elif source.hugging_face is not None:
+        files = HubFiles(source.hugging_face, hub_token(paths))
+    else:
+        raise UserError("model", "must be one of huggingFace, s3, volume")
+    if "config.json" not in files.sizes:
+        raise UserError(
+            files.field, "there is no config.json: it must be a folder with a model in transformers' layout"
+        )
+    if not any(name.endswith(WEIGHTS_SUFFIX) for name in files.sizes):
+        raise UserError(files.field, "there are no *.safetensors weights; other formats are not read")
+    return files
+
+
+def volume_path(source: VolumeSource, paths: Paths, name: str) -> Path:
+    """Return the path of a volume source; raises UserError where it is not there or leads out of the volume."""
+    base = paths.volumes / source.claim_name
+    path = base / source.path
+    if not path.resolve().is_relative_to(base.resolve()):
+        raise UserError(f"{name}.volume.path", "must not lead out of the volume")
+    if not path.exists():
+        raise UserError(f"{name}.volume.path", f"there is no {source.path!r} in volume {source.claim_name!r}")
+    return path
+
+
+def hub_token(paths: Paths) -> str | None:
+    """Return the token for the hub; None where the job names none."""
+    return paths.hub_token_file.read_text().strip() if paths.hub_token_file.is_file() else None
+
+
+class LocalFiles:
+    """A folder on this machine."""
+
+    def __init__(self, folder: Path, field: str) -> None:
+        """Look at ``folder``; anything else than a folder has no files."""
+        self.field = field
+        self.folder = folder
+        names = folder.iterdir() if folder.is_dir() else ()
+        self.sizes: Mapping[str, int] = {path.name: path.stat().st_size for path in names if path.is_file()}
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Return a piece of a file."""
+        with (self.folder / name).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def fetch(self, names: Iterable[str], folder: Path) -> None:
+        """Link files into ``folder``: a volume may hold more than the scratch folder."""
+        for name in names:
+            (folder / name).symlink_to((self.folder / name).resolve())
+
+
+class StoreFiles:
+    """A folder in the object store."""
+
+    field = "model.s3.uri"
+
+    def __init__(self, source: S3Source, store: Store) -> None:
+        """List the folder; raises OutsideFailure where the store does not answer."""
+        self._location, self._store = parse_uri(source.uri), store
+        start = len(self._location.prefix) + 1 if self._location.prefix else 0
+        prefix = self._location.key("") + "/" if self._location.prefix else ""
+        entries = [(entry.key[start:], entry) for entry in store.entries(self._location.bucket, prefix)]
+        self.sizes: Mapping[str, int] = {name: entry.bytes for name, entry in entries if "/" not in name}
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Return a piece of an object."""
+        data = self._store.read_range(self._location.bucket, self._location.key(name), start, length)
+        return self._there(name, data)
+
+    def fetch(self, names: Iterable[str], folder: Path) -> None:
+        """Download objects, several at a time."""
+
+        def download(name: str) -> None:
+            stored = self._store.download(self._location.bucket, self._location.key(name), folder / name)
+            self._there(name, stored)
+
+        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+            list(pool.map(download, names))
+
+    def _there(self, name: str, found: T | None) -> T:
+        if found is None:
+            raise UserError(self.field, f"{name} vanished while it was read")
+        return found
+
+
+class HubFiles:
+    """A repository on the Hugging Face Hub."""
+
+    field = "model.huggingFace.repo"
+
+    def __init__(self, source: HuggingFaceSource, token: str | None) -> None:
+        """List the repository; raises UserError for an unknown revision, OutsideFailure where the hub refuses."""
+        self._repo, self._revision, self._token = source.repo, source.revision, token
+        self.sizes: Mapping[str, int] = self._asked(self._list)
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Return a piece of a file."""
+
+        def get() -> bytes:
+            from huggingface_hub import hf_hub_url
+            from huggingface_hub.utils._headers import build_hf_headers
+            from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+            wanted = {"Range": f"bytes={start}-{start + length - 1}"}
+            headers = build_hf_headers(token=self._token or False) | wanted
+            url = hf_hub_url(self._repo, name, revision=self._revision)
+            response = get_session().get(url, headers=headers, timeout=HUB_SECONDS)
+            hf_raise_for_status(response)
+            return bytes(response.content[:length])
+
+        return self._asked(get)
+
+    def fetch(self, names: Iterable[str], folder: Path) -> None:
+        """Download files, several at a time; what a broken download left is used."""
+
+        def download() -> None:
+            from huggingface_hub import snapshot_download
+
+            snapshot_download(
+                self._repo,
+                revision=self._revision,
+                local_dir=folder,
+                token=self._token or False,
+                allow_patterns=list(names),
+                max_workers=PARALLEL_DOWNLOADS,
+            )
+
+        self._asked(download)
+
+    def _list(self) -> Mapping[str, int]:
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        tree = HfApi().list_repo_tree(self._repo, revision=self._revision, token=self._token or False)
+        return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+
+    def _asked(self, request: Callable[[], T]) -> T:
+        """Ask the hub, and say in a sentence what it refused."""
+        return ask_hub(
+            request,
+            field="model.huggingFace",
+            repo=self._repo,
+            revision=self._revision,
+            has_token=self._token is not None,
+        )

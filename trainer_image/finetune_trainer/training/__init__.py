@@ -1,1 +1,0 @@
-"""The training itself: ranks, model, engine, loop, evaluation, checkpoints, export."""
