@@ -1,0 +1,292 @@
+"""The written pages agree with the repository: rooms, paths, links, decisions and recipes.
+
+The tests read README.md, CONTRIBUTING.md, CHANGELOG.md and the pages in docs/ and compare them with the files of the
+repository. `python -m tests.core.test_docs` writes the column "imports" of docs/architecture.md anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PARTS = {
+    "core": "core/finetune_core",
+    "operator": "operator/finetune_operator",
+    "trainer": "trainer_image/finetune_trainer",
+    "cli": "cli/finetune_cli",
+}
+"""Folder of each import package, by the name that docs/decisions.md uses."""
+FOLDERS = (*PARTS.values(), "charts", "crds", "examples", "locks", "tests", "docs", ".ci")
+GENERATED = "<!-- Generated"
+HAND_WRITTEN = sorted(page for page in DOCS.glob("*.md") if GENERATED not in page.read_text(encoding="utf-8")[:400])
+PAGES = sorted(
+    [
+        *DOCS.glob("*.md"),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        ROOT / "charts/finetune-operator/README.md",
+        ROOT / "examples/trails/README.md",
+        ROOT / "tests/cluster/README.md",
+    ]
+)
+ROOM_ROW = re.compile(r"^\| `([\w/.-]+)` \| (.*?) \| (.*?) \| (.*?) \|$", re.MULTILINE)
+CODE = re.compile(r"^```.*?^```|(`+)(.+?)\1", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
+HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
+
+
+def text_of(page: Path) -> str:
+    """Return the text of a page."""
+    return page.read_text(encoding="utf-8")
+
+
+# ---- rooms ----
+
+
+def packages() -> set[str]:
+    """Return the folders of all packages in the four import packages, relative to the repository."""
+    inits = (init for part in PARTS.values() for init in (ROOT / part).rglob("__init__.py"))
+    return {init.parent.relative_to(ROOT).as_posix() for init in inits}
+
+
+class Room(NamedTuple):
+    """A row of the tables of docs/architecture.md that describes a package."""
+
+    purpose: str
+    imports: str
+    tests: str
+
+
+def rooms() -> dict[str, Room]:
+    """Return the rows of the tables in docs/architecture.md whose first cell is a folder of an import package."""
+    found = ROOM_ROW.findall(text_of(DOCS / "architecture.md"))
+    return {path: Room(*cells) for path, *cells in found if path.startswith(tuple(PARTS.values()))}
+
+
+def imports_of(package: str) -> str:
+    """Return what the modules of a package import, as the column "imports" of docs/architecture.md says it.
+
+    Rooms of the same import package come first, then those of the core, then libraries. A module that lies beside the
+    rooms appears with its own name.
+    """
+    inside: set[str] = set()
+    core: set[str] = set()
+    libraries: set[str] = set()
+    own = next(part for part in PARTS.values() if package.startswith(part)).rpartition("/")[2]
+    for module in sorted((ROOT / package).glob("*.py")):
+        for name in _imported(module):
+            top, _, rest = name.partition(".")
+            room = _room(top, rest) if top.startswith("finetune_") else ""
+            if top == own and room and f"{ROOT / package}" != f"{_folder(top) / room}":
+                inside.add(room)
+            elif top == "finetune_core" and top != own:
+                core.add(room)
+            elif not top.startswith("finetune_") and top not in sys.stdlib_module_names:
+                libraries.add(top)
+    if package in PARTS.values():
+        inside = {room for room in inside if (ROOT / package / room).is_dir()}
+    parts = (
+        ", ".join(sorted(inside)),
+        f"core: {', '.join(sorted(room or 'finetune_core' for room in core))}" if core else "",
+        ", ".join(sorted(libraries)),
+    )
+    return "; ".join(part for part in parts if part)
+
+
+def _imported(module: Path) -> Iterator[str]:
+    """Yield the dotted name of everything that a module imports, at its top or in a function."""
+    for node in ast.walk(ast.parse(text_of(module))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _folder(top: str) -> Path:
+    return next(ROOT / part for part in PARTS.values() if part.endswith(f"/{top}"))
+
+
+def _room(top: str, rest: str) -> str:
+    """Return the path, below its import package, of the innermost package or of the module beside the packages."""
+    folder, names = _folder(top), []
+    for name in rest.split("."):
+        if not (folder / name / "__init__.py").is_file():
+            is_module = not names and (folder / f"{name}.py").is_file()
+            return name if is_module else "/".join(names)
+        folder, names = folder / name, [*names, name]
+    return "/".join(names)
+
+
+def test_every_package_is_a_row_of_the_architecture_and_every_row_a_package() -> None:
+    assert set(rooms()) == packages()
+
+
+@pytest.mark.parametrize("package", sorted(packages()))
+def test_a_row_says_what_its_package_imports(package: str) -> None:
+    assert rooms()[package].imports == imports_of(package), "run: .venv/bin/python -m tests.core.test_docs"
+
+
+@pytest.mark.parametrize("package", sorted(packages()))
+def test_a_row_says_what_its_package_is_for_and_how_to_test_it(package: str) -> None:
+    row = rooms()[package]
+    assert len(row.purpose) > 30
+    assert re.search(r"`make unit ROOM=[a-z]+`|`\.venv/bin/python -m pytest .+`", row.tests)
+
+
+# ---- paths ----
+
+
+@cache
+def files() -> frozenset[str]:
+    """Return the paths of all files of the repository that a page may name, relative to the repository."""
+    found = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
+    inside = {path.relative_to(ROOT).as_posix() for path in found if "__pycache__" not in path.parts}
+    return frozenset(inside | {path.name for path in ROOT.iterdir()})
+
+
+def named_paths(text: str) -> Iterator[str]:
+    """Yield every word in the code spans and code blocks of ``text`` that looks like a path of this repository."""
+    for match in CODE.finditer(text):
+        for word in re.split(r"[\s\"'=,()|]+", match[0].strip("`")):
+            path = word.strip("`.:;").partition("::")[0]
+            top = path.partition("/")[0]
+            is_below = bool(top) and "/" in path and (ROOT / top).is_dir()
+            is_module = re.fullmatch(r"\w[\w/*-]*\.(py|md|go)", path) is not None
+            is_dotted = re.fullmatch(r"(finetune_(core|cli|operator|trainer)|tests|examples)(\.\w+)+", path) is not None
+            if (is_below or is_module or is_dotted) and "<" not in path and "://" not in word:
+                yield path
+
+
+def exists(path: str) -> bool:
+    """Return whether ``path`` is a file, folder, glob pattern or dotted module of the repository.
+
+    A path may leave its beginning out: `decide/verdict.py` stands for the module in the operator.
+    """
+    if re.fullmatch(r"\w+(\.\w+)+", path) and not path.endswith((".py", ".md", ".go")):
+        top, *names = path.split(".")
+        base = next((ROOT / part for part in PARTS.values() if part.endswith(f"/{top}")), ROOT / top)
+        module = base.joinpath(*names)
+        return any(
+            place.is_dir() or place.with_suffix(".py").is_file()
+            for place in (module, module.parent)  # the last name may be an attribute of a module
+        )
+    if "*" in path:
+        return any(ROOT.glob(path))
+    return (ROOT / path).exists() or any(file.endswith(f"/{path.strip('/')}") for file in files())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_path_that_a_page_names_exists(page: Path) -> None:
+    beside = page.parent
+    missing = {path for path in named_paths(text_of(page)) if not exists(path) and not (beside / path).exists()}
+    assert missing == set()
+
+
+# ---- links ----
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub makes of the headings of a page."""
+    found: dict[str, int] = {}
+    result = set()
+    for _, heading in HEADING.findall(re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)):
+        words = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower())
+        slug = words.replace(" ", "-")
+        result.add(f"{slug}-{found[slug]}" if slug in found else slug)
+        found[slug] = found.get(slug, 0) + 1
+    return result
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for target in LINK.findall(text_of(page)):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target} leads nowhere"
+        assert not anchor or anchor in anchors(file), f"{target} names no heading of {file.name}"
+
+
+# ---- pages ----
+
+
+@pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: page.name)
+def test_a_page_begins_by_saying_for_whom_it_is(page: Path) -> None:
+    title, _, rest = text_of(page).partition("\n\n")
+    assert title.startswith("# ")
+    assert rest.startswith("This page is for ")
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    links = set(LINK.findall(text_of(ROOT / "README.md")))
+    assert {f"docs/{page.name}" for page in DOCS.glob("*.md")} - links == set()
+    assert {"CONTRIBUTING.md", "CHANGELOG.md"} <= links
+
+
+# ---- decisions ----
+
+
+def test_every_decision_stands_under_a_room_and_the_room_leads_to_its_decisions() -> None:
+    sections = re.split(r"^#{2,3} ", text_of(DOCS / "decisions.md"), flags=re.MULTILINE)
+    assert "\n- **" not in sections[0]
+    for section in sections[1:]:
+        heading, _, body = section.partition("\n")
+        if "\n- **" not in body:
+            continue
+        part, _, room = heading.partition("/")
+        folder = f"{PARTS[part]}/{room}".rstrip("/")
+        assert folder in rooms(), f"{heading} is no room"
+        link = f"decisions.md#{heading.replace('/', '')}"
+        assert link in rooms()[folder].purpose, f"the row of {folder} must link {link}"
+
+
+# ---- recipes ----
+
+RECIPE = re.compile(r"^## .+?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+GREP = re.compile(r"^\$ (git grep -l[wE]* .+)$", re.MULTILINE)
+
+
+def recipes() -> dict[str, str]:
+    """Return the text of each recipe of docs/extending.md that shows a `git grep` command, by its heading."""
+    found = RECIPE.findall(text_of(DOCS / "extending.md"))
+    return {text.partition("\n")[0].removeprefix("## "): text for text in found if GREP.search(text)}
+
+
+@pytest.mark.parametrize("heading", recipes())
+def test_a_recipe_names_every_file_that_its_example_touches(heading: str) -> None:
+    """Each recipe shows the command that finds its example: what the command prints must stand in the recipe."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the git repository")
+    text = recipes()[heading]
+    named = set(named_paths(text))
+    for command in GREP.findall(text):
+        result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        touched = result.stdout.split()
+        assert touched, f"{command} finds nothing"
+        missing = [file for file in touched if not any(file == path or file.endswith(f"/{path}") for path in named)]
+        assert missing == [], command
+
+
+def write_imports() -> None:
+    """Write the column "imports" of docs/architecture.md anew."""
+    page = DOCS / "architecture.md"
+
+    def row(match: re.Match[str]) -> str:
+        path, purpose, _, tests = match.groups()
+        return f"| `{path}` | {purpose} | {imports_of(path)} | {tests} |" if path in packages() else match[0]
+
+    page.write_text(ROOM_ROW.sub(row, text_of(page)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_imports()
