@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -160,7 +161,7 @@ def named_paths(text: str) -> Iterator[str]:
             path = word.strip("`.:;").partition("::")[0]
             top = path.partition("/")[0]
             is_below = bool(top) and "/" in path and (ROOT / top).is_dir()
-            is_module = re.fullmatch(r"\w[\w/*-]*\.(py|md|go)", path) is not None
+            is_module = re.fullmatch(r"\w[\w/*-]*\.(py|md|go)|pyproject\.toml", path) is not None
             is_dotted = re.fullmatch(r"(finetune_(core|cli|operator|trainer)|tests|examples)(\.\w+)+", path) is not None
             if (is_below or is_module or is_dotted) and "<" not in path and "://" not in word:
                 yield path
@@ -171,7 +172,7 @@ def exists(path: str) -> bool:
 
     A path may leave its beginning out: `decide/verdict.py` stands for the module in the operator.
     """
-    if re.fullmatch(r"\w+(\.\w+)+", path) and not path.endswith((".py", ".md", ".go")):
+    if re.fullmatch(r"\w+(\.\w+)+", path) and not path.endswith((".py", ".md", ".go", ".toml")):
         top, *names = path.split(".")
         base = next((ROOT / part for part in PARTS.values() if part.endswith(f"/{top}")), ROOT / top)
         module = base.joinpath(*names)
@@ -180,7 +181,7 @@ def exists(path: str) -> bool:
             for place in (module, module.parent)  # the last name may be an attribute of a module
         )
     if "*" in path:
-        return any(ROOT.glob(path))
+        return any(fnmatch(file, pattern) for file in files() for pattern in (path, f"*/{path}"))
     return (ROOT / path).exists() or any(file.endswith(f"/{path.strip('/')}") for file in files())
 
 
