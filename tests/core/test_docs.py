@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
+
+from finetune_operator.process.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -232,6 +235,26 @@ def test_the_readme_leads_to_every_page() -> None:
     links = set(LINK.findall(text_of(ROOT / "README.md")))
     assert {f"docs/{page.name}" for page in DOCS.glob("*.md")} - links == set()
     assert {"CONTRIBUTING.md", "CHANGELOG.md"} <= links
+
+
+def test_the_job_of_the_readme_is_the_quickstart() -> None:
+    block = re.search(r"```yaml\n(.*?)```", text_of(ROOT / "README.md"), re.DOTALL)
+    assert block is not None
+    assert yaml.safe_load(block[1]) == yaml.safe_load(text_of(ROOT / "examples/quickstart.yaml"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "charts/finetune-operator/README.md"])
+def test_the_oldest_kubernetes_is_the_one_that_the_chart_accepts(page: str) -> None:
+    chart = yaml.safe_load(text_of(ROOT / "charts/finetune-operator/Chart.yaml"))
+    oldest = re.findall(r"Kubernetes (\d+\.\d+) or newer", text_of(ROOT / page))
+    assert [f">={version}.0-0" for version in oldest] == [chart["kubeVersion"]]
+
+
+def test_every_metric_is_explained_and_every_explained_metric_exists() -> None:
+    explained = set(re.findall(r"`(finetune_\w+)(?:\{\w+\})?`", text_of(DOCS / "observability.md")))
+    rendered = Metrics().render().decode()
+    kinds = dict(re.findall(r"^# TYPE (finetune_\w+) (\w+)$", rendered, re.MULTILINE))
+    assert explained == {name for name in kinds if not name.endswith("_created")}
 
 
 # ---- decisions ----
