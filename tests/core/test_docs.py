@@ -19,8 +19,6 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from finetune_operator.process.metrics import Metrics
-
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PARTS = {
@@ -248,13 +246,6 @@ def test_the_oldest_kubernetes_is_the_one_that_the_chart_accepts(page: str) -> N
     chart = yaml.safe_load(text_of(ROOT / "charts/finetune-operator/Chart.yaml"))
     oldest = re.findall(r"Kubernetes (\d+\.\d+) or newer", text_of(ROOT / page))
     assert [f">={version}.0-0" for version in oldest] == [chart["kubeVersion"]]
-
-
-def test_every_metric_is_explained_and_every_explained_metric_exists() -> None:
-    explained = set(re.findall(r"`(finetune_\w+)(?:\{\w+\})?`", text_of(DOCS / "observability.md")))
-    rendered = Metrics().render().decode()
-    kinds = dict(re.findall(r"^# TYPE (finetune_\w+) (\w+)$", rendered, re.MULTILINE))
-    assert explained == {name for name in kinds if not name.endswith("_created")}
 
 
 # ---- decisions ----
