@@ -1,4 +1,4 @@
-"""docs/observability.md explains every Prometheus metric that the operator serves, and no metric that does not exist."""
+"""docs/observability.md explains every Prometheus metric that the operator serves, and no other metric."""
 
 from __future__ import annotations
 
