@@ -19,6 +19,9 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from finetune_core import layout
+from finetune_core.contract import ExitCode
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PARTS = {
@@ -246,6 +249,30 @@ def test_the_oldest_kubernetes_is_the_one_that_the_chart_accepts(page: str) -> N
     chart = yaml.safe_load(text_of(ROOT / "charts/finetune-operator/Chart.yaml"))
     oldest = re.findall(r"Kubernetes (\d+\.\d+) or newer", text_of(ROOT / page))
     assert [f">={version}.0-0" for version in oldest] == [chart["kubeVersion"]]
+
+
+def test_the_exit_codes_of_the_architecture_are_those_of_the_contract() -> None:
+    section = text_of(DOCS / "architecture.md").partition("\n## Exit codes\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| (\w+) \|", section, re.MULTILINE) == [
+        "code",
+        *(str(int(code)) for code in ExitCode),
+        "other",
+    ]
+
+
+def test_the_tree_of_the_bucket_names_every_folder_of_the_layout() -> None:
+    tree = text_of(DOCS / "storage.md")
+    keys = (
+        layout.run_key(1),
+        layout.metrics_key(1, 1),
+        layout.checkpoint_folder(1, 1),
+        layout.artifact_folder(1),
+        layout.evaluation_key(1),
+        layout.probe_key("t"),
+    )
+    assert [key for key in keys if f"\n  {key.partition('/')[0]}/<" not in tree] == []
+    assert f"\n  {layout.ARTIFACT_POINTER} " in tree
+    assert f"<uri>/{layout.BASES}/" in tree
 
 
 # ---- decisions ----
