@@ -122,7 +122,8 @@ def _folder(top: str) -> Path:
 
 def _room(top: str, rest: str) -> str:
     """Return the path, below its import package, of the innermost package or of the module beside the packages."""
-    folder, names = _folder(top), []
+    folder = _folder(top)
+    names: list[str] = []
     for name in rest.split("."):
         if not (folder / name / "__init__.py").is_file():
             is_module = not names and (folder / f"{name}.py").is_file()
