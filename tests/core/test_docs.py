@@ -320,6 +320,13 @@ def test_a_recipe_names_every_file_that_its_example_touches(heading: str) -> Non
         assert missing == [], command
 
 
+def test_every_name_of_code_in_a_recipe_exists() -> None:
+    sources = (path for folder in (*PARTS.values(), "tests", "examples") for path in (ROOT / folder).rglob("*.py"))
+    words = {word for path in sources for word in re.findall(r"\w+", text_of(path))}
+    names = re.findall(r"`(\w+)`", text_of(DOCS / "extending.md"))
+    assert [name for name in names if name not in words] == []
+
+
 def write_imports() -> None:
     """Write the column "imports" of docs/architecture.md anew."""
     page = DOCS / "architecture.md"
