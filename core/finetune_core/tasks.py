@@ -202,10 +202,10 @@ def main_score_text(task: str, value: float, *, answers: int | None = None) -> s
 
     ``value``: mean over the graded answers, from 0 to 1. ``answers``: number of graded answers; None leaves it out.
     """
-    score = TASKS[task].main_score
-    if score.unit is Unit.RIGHT_OR_WRONG:
+    credit = _partial_credit(task)
+    if credit is None:
         return f"{value:.1%} of {'the' if answers is None else answers} answers right"
-    return f"{score.name} {value:.1%}" + (f" (mean of {answers} answers)" if answers is not None else "")
+    return f"{credit.name} {value:.1%}" + (f" (mean of {answers} answers)" if answers is not None else "")
 
 
 def main_score_label(task: str) -> str | None:
@@ -213,5 +213,12 @@ def main_score_label(task: str) -> str | None:
 
     None where the mean of a partial credit is the main score: a table shows that value under the score's own name.
     """
+    return "right answers" if _partial_credit(task) is None else None
+
+
+def _partial_credit(task: str) -> Score | None:
+    """Return the main score of ``task`` if answers get partial credit for it, else None; ``task`` may be `None`."""
     declared = TASKS.get(task)
-    return None if declared is not None and declared.main_score.unit is Unit.PARTIAL_CREDIT else "right answers"
+    if declared is None or declared.main_score.unit is Unit.RIGHT_OR_WRONG:
+        return None
+    return declared.main_score
