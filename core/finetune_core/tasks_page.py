@@ -1,6 +1,6 @@
-"""Writes docs/tasks.md, the page about tasks and their scores, from the declarations in `tasks.py`: `make docs`.
+"""Writes docs/tasks.md, the page about tasks and their scores, from the declarations in `tasks.py`.
 
-A test holds the committed page equal to the generated one.
+`make docs` runs this module. `tests/core/test_tasks_page.py` fails where the committed page is not the generated one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Run `.venv/bin/python -m pytest tests/core tests/trainer/test_tasks*.py` while y
 
 
 def tasks_page() -> str:
-    """Return the text of docs/tasks.md."""
+    """Return the text of docs/tasks.md: an introduction, a section for each task, and how to add a task."""
     parts = [_INTRODUCTION]
     for task in TASKS.values():
         parts += _section(task)
@@ -89,7 +89,7 @@ def _section(task: Task) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the page into a folder."""
+    """Write the page into the folder that the command line names."""
     parser = argparse.ArgumentParser(
         description="Write the page about the tasks of FineTuneJob.",
         epilog="example: python -m finetune_core.tasks_page docs",
