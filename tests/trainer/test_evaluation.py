@@ -58,7 +58,7 @@ def texts(model: Path, count: int) -> list[tuple[list[int], list[tuple[int, int]
 
 
 def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int], sizes: list[int]) -> list[Any]:
-    """Run `score_many` on ``world`` ranks; return the figures for each stage and size, with the answers of all ranks."""
+    """Run `score_many` on ``world`` ranks; return its figures and the answers of all ranks for each stage and size."""
     port, ranks = free_port(), []
     for rank in range(world):
         asked = {
@@ -113,7 +113,8 @@ def plain_scores(model: Path) -> dict[str, Any]:
             nll = -scores.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
             sums[kind] += float(nll[chosen].sum())
             counts[kind] += int(chosen.sum())
-        text, new = list(ids[:first]), []
+        text = list(ids[:first])
+        new: list[int] = []
         while len(new) < NEW_TOKENS:
             with torch.no_grad():
                 scores = plain(torch.tensor([[*text, *new]])).logits[0, -1]
@@ -367,9 +368,8 @@ def test_patience_stops_early_and_still_makes_an_artifact(
     result, _ = runs["patience"]
     assert result.outcome is Outcome.EARLY_STOPPED
     assert result.exit_code == 0
-    assert (
-        step_rows(store, "patience")[-1].step == 45
-    )  # the first evaluation stays the best, so patience ends the run after two more
+    # The first evaluation stays the best, so patience ends the run after two more.
+    assert step_rows(store, "patience")[-1].step == 45
     assert result.artifact is not None
     assert result.artifact.step == 45  # evaluation.artifactFrom is Last
     assert result.message.endswith("stopped early, because 2 evaluations in a row brought no improvement")

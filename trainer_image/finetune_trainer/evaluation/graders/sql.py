@@ -42,10 +42,11 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
 
     Rows are compared as a multiset, and in order only where the reference query has an ORDER BY. Columns are compared
     by place and not by name, numbers by value. As in test-suite accuracy (Zhong et al. 2020, Distilled Test Suites),
-    several databases are made, so that similar queries differ from the reference query on at least one. A database is usable only if the reference query
-    returns something on it, because otherwise every query without a result would be right, and if the order in which
-    sqlite visits rows does not change the result. A row is left out where fewer than ``ENOUGH`` usable databases are
-    found, or where sqlite can't run the row's tables or query.
+    several databases are made, so that similar queries differ from the reference query on at least one of them.
+
+    A database is usable only if the reference query returns something on it, because otherwise every query without a
+    result would be right, and only if the order in which sqlite visits rows does not change the result. A row is left
+    out where fewer than ``ENOUGH`` usable databases are found, or where sqlite can't run the row's tables or query.
     """
     context, query = str(row.get("context", "")), str(row.get("answer", ""))
     with ExitStack() as stack:
