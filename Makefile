@@ -76,8 +76,8 @@ demo: venv ## The whole product on this machine, without GPUs (METHOD=full: ever
 	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
 
 .PHONY: unit
-unit: venv ## The tests that need no cluster
-	@$(PYTEST) -m "not cluster and not long"
+unit: venv ## The tests that need no cluster (ROOM=graders: only those of one folder of the packages or of tests/)
+	@files=$$($(if $(ROOM),$(PYTHON) -m tests.rooms $(ROOM))); $(PYTEST) -m "not cluster and not long" $$files
 
 .PHONY: test
 test: lint ## Lint, unit tests, and end-to-end tests on a real cluster
