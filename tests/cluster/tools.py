@@ -151,7 +151,7 @@ CONTROL_PLANE = (ETCD, API_SERVER, CONTROLLER_MANAGER, TRAINING_OPERATOR)
 
 
 def pinned_version(folder: str, module: str) -> str:
-    """Return the version of ``module`` in the file ``tools/<folder>/go.mod``, for example ``"v1.34.2"``."""
+    """Return the version of ``module`` in the file ``tools/<folder>/go.mod``, for example ``"v1.34.4"``."""
     text = (TOOLS_FOLDER / folder / "go.mod").read_text()
     found = re.search(rf"^\s*(?:require )?{re.escape(module)} (v\S+)", text, re.MULTILINE)
     if not found:
