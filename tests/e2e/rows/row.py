@@ -60,8 +60,8 @@ class Row:
     """Verdict and reason of every attempt that ends, in order. A reason may list alternatives, such as
     ``"PodDeleted|PodVanished"``."""
     words: tuple[str, ...] = ()
-    """Words that the message of the first ended attempt contains, or the message of the condition if no attempt
-    ends."""
+    """Words that the message of the first ended attempt contains. ``{worker_1}`` stands for the name of worker 1's
+    pod."""
     final: tuple[str, str] | None = ("True", "Completed")
     """Status and reason of the condition Succeeded at the end. None means that the job does not end."""
     open_attempts: int = 1
