@@ -96,14 +96,37 @@ def test_three_lost_gangs_and_a_restarted_store_end_in_the_same_model_and_cost_n
     assert job.status.artifact is not None
 
     listed = installed.run(
-        [sys.executable, "-m", "finetune_cli", "checkpoints", "disturbed", "-n", namespace, "--verify", "-o", "json",
-         "--endpoint", installed.minio.endpoint],
+        [
+            sys.executable,
+            "-m",
+            "finetune_cli",
+            "checkpoints",
+            "disturbed",
+            "-n",
+            namespace,
+            "--verify",
+            "-o",
+            "json",
+            "--endpoint",
+            installed.minio.endpoint,
+        ],
         timeout=120,
-    ).stdout  # fmt: skip
+    ).stdout
     assert {(item["run"], item["step"]) for item in json.loads(listed)["checkpoints"]} == committed
     installed.run(
-        [sys.executable, "-m", "finetune_cli", "download", "disturbed", "-n", namespace, "-o",
-         str(tmp_path / "adapter"), "--endpoint", installed.minio.endpoint],
+        [
+            sys.executable,
+            "-m",
+            "finetune_cli",
+            "download",
+            "disturbed",
+            "-n",
+            namespace,
+            "-o",
+            str(tmp_path / "adapter"),
+            "--endpoint",
+            installed.minio.endpoint,
+        ],
         timeout=120,
-    )  # fmt: skip
+    )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -31,7 +31,7 @@ from tests.e2e.tiny_model import put_tiny_model_and_rows
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 PAUSE = 20.0
-"""Seconds of the operator's pause before its third try. The pauses before are 10 s."""
+"""Seconds of the operator's pause before its third try. The first two pauses are 10 s."""
 LONGEST_PAUSE = 300.0
 """Seconds of the longest pause, after ten minutes of tries, of the operator and of the kubelet's image pulls."""
 LONGEST_MOUNT_PAUSE = 122.0
