@@ -55,9 +55,8 @@ def unit_test_files(room: str) -> list[Path]:
         files |= {file for file in TESTS.rglob("test_*.py") if _uses(file, folder)}
     chosen = sorted(file for file in files if not _is_left_out(file))
     if not chosen:
-        raise RoomError(
-            f"every test of {room!r} needs the cluster or is long; run: .venv/bin/python -m pytest tests/{room}"
-        )
+        paths = " ".join(str(file.relative_to(REPOSITORY)) for file in sorted(files))
+        raise RoomError(f"every test of {room!r} needs the cluster or is long; run: .venv/bin/python -m pytest {paths}")
     return chosen
 
 

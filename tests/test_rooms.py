@@ -43,5 +43,7 @@ def test_an_unknown_room_gets_the_list_of_rooms() -> None:
 
 
 def test_a_room_whose_tests_all_need_the_cluster_says_how_to_run_them() -> None:
-    with pytest.raises(RoomError, match=r"every test of 'faults' needs the cluster or is long; run: .* tests/faults"):
+    with pytest.raises(
+        RoomError, match=r"every test of 'faults' needs the cluster or is long; run: .* tests/faults/test_crashes.py"
+    ):
         unit_test_files("faults")

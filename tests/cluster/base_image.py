@@ -15,7 +15,7 @@ from tests.cluster.waiting import ClusterError
 
 SUITE = "bookworm"
 PACKAGES = ("ca-certificates", "python3", "python3-pip", "python3-venv")
-# These folders are not needed at run time and are half of the image's size.
+# Folders that are not needed at run time. They are half of the image's size.
 DROPPED = (
     "var/cache/apt",
     "var/lib/apt/lists",

@@ -66,8 +66,8 @@ def unusable_because() -> str | None:
 
 
 class Cluster:
-    """A running cluster, made by ``Cluster.start()``. It is a context manager that ends the cluster at the end of the
-    block.
+    """A running cluster, made by ``Cluster.start()``. As a context manager the object ends the
+    cluster at the end of the block.
 
     ``components`` holds the cluster's programs by name: etcd, api-server, controller-manager, scheduler, containerd,
     kubelet, device-plugin, coredns, minio, registry and training-operator. Tests stop and start the programs to cause

@@ -1,5 +1,5 @@
-"""The image registry of the clusters. Its storage is in the cache folder, and a server on the loopback address runs
-while images are pushed without a cluster."""
+"""The image registry of the clusters. The storage of the registry is in the cache folder. A server on the loopback
+address runs while images are pushed without a cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second node behaves like a machine of its own. Its pods and those of the first node reach each other until the
+"""A second node behaves like a machine of its own. Pods of the second and the first node reach each other until the
 connection is cut, and a stopped node leaves no process."""
 
 from __future__ import annotations

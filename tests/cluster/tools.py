@@ -129,7 +129,7 @@ CERT_MANAGER = Tool(
     data="deploy/crds/cert-manager.io_*.yaml",
     data_from="github.com/cert-manager/cert-manager/pkg/controller",
 )
-"""Not in ``ALL``, because only one long test needs cert-manager. That test builds the program."""
+"""Not in ``ALL``, because only one long test needs cert-manager and builds the program itself."""
 
 ALL = (
     PAUSE,

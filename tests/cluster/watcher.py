@@ -1,4 +1,5 @@
-"""The process that removes a cluster after the cluster's owner has ended. It also starts the cluster's namespaces.
+"""The process that removes a cluster after the cluster's owner has ended. The process also starts the cluster's
+namespaces.
 
 ``Cluster`` starts the process as ``python -m tests.cluster.watcher STATE_FOLDER CGROUP OWNER_PID`` in a session of its
 own, so that neither Ctrl-C nor a closed terminal reaches it. The process's standard input is a pipe that only the owner

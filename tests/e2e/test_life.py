@@ -1,4 +1,4 @@
-"""A job that is suspended, preempted by its queue, or deleted and applied again loses no step. It resumes from the
+"""A job that is suspended, preempted by its queue, or deleted and applied again loses no step. The job resumes from the
 checkpoint that its pods commit after SIGTERM."""
 
 from __future__ import annotations

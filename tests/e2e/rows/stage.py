@@ -31,7 +31,7 @@ class Stage:
     observer: Observer
     namespace: str
     node: SecondNode | None
-    """The second node. It is None for rows that lose no node."""
+    """The second node, or None for rows that lose no node."""
 
     @classmethod
     def set(
