@@ -21,7 +21,7 @@ from finetune_core.contract import Phase
 from finetune_trainer import loop
 from finetune_trainer.checkpoints import saver as saving
 from finetune_trainer.data.batches import IGNORED
-from finetune_trainer.data.shares import Batches
+from finetune_trainer.data.micro_batches import Batches
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang

@@ -27,7 +27,7 @@ def main() -> None:
     import torch
 
     from finetune_core.contract import OptimizationConfig
-    from finetune_trainer.engine.engine import shard_new_models
+    from finetune_trainer.engine.config import shard_new_models
     from finetune_trainer.model.load import load_base, trained_parameters
     from finetune_trainer.ranks.gang import Gang
 

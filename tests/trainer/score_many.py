@@ -21,7 +21,7 @@ def main() -> None:
     environment.prepare(Path(asked["scratch"]))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune_trainer.data.shares import Batches
+    from finetune_trainer.data.micro_batches import Batches
     from finetune_trainer.engine.engine import Engine
     from finetune_trainer.evaluation.generation import Decoding, answers
     from finetune_trainer.evaluation.scorer import Scorer, all_tokens

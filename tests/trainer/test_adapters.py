@@ -19,14 +19,17 @@ from finetune_core.api.method import LoRASpec
 from finetune_core.contract import Identity, RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import Manifest
-from finetune_trainer.checkpoints.export import ADAPTER_FILE, NEW_ROWS_FILE, Export, NewRows, export, new_rows
+from finetune_trainer.checkpoints.export import ADAPTER_FILE, NEW_ROWS_FILE, Export, export
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.engine.state import load_weights
-from finetune_trainer.material import load_model, prepare
-from finetune_trainer.model.base import Skeleton, Weights, extend_base, new_row, skeleton
+from finetune_trainer.model.added_rows import NewRows, new_rows
+from finetune_trainer.model.extended_base import extend_base, new_row
 from finetune_trainer.model.load import adapted_modules, add_adapters, trained_parameters
+from finetune_trainer.model.structure import Skeleton, skeleton
+from finetune_trainer.model.weight_files import Weights
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.preparation import load_model, prepare
 from tests.trainer import tiny
 from tests.trainer.gangs import train_all
 from tests.trainer.objectstore import BUCKET, ObjectStore

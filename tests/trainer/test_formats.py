@@ -16,9 +16,9 @@ from finetune_core.api.dataset import DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.dataset import Limit, check_columns, limit_of, make_examples
 from finetune_trainer.data.examples import ExampleSet
+from finetune_trainer.data.micro_batches import Batches
 from finetune_trainer.data.order import batches_per_epoch, global_batch
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.shares import Batches
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
 from finetune_trainer.sources.hub_data import card_configs, split_files
 from tests.trainer import tiny

@@ -18,7 +18,7 @@ import pytest
 from finetune_core.contract import Outcome, RunConfig
 from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.outcomes import Standing, WorkerEnd, decide, read_outcome
-from finetune_trainer.ranks.process import memory_sentence
+from finetune_trainer.ranks.memory import memory_sentence
 from tests.trainer.conftest import StartPods
 from tests.trainer.objectstore import ObjectStore, free_port
 from tests.trainer.pods import Attempt, run_config

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_core.errors import UserError
-from finetune_trainer.model.base import check_complete
 from finetune_trainer.model.load import load_base
+from finetune_trainer.model.weight_files import check_complete
 from tests.trainer import tiny
 from tests.trainer.objectstore import free_port
 

@@ -19,8 +19,9 @@ from cryptography.x509.oid import NameOID
 
 from finetune_core.contract import CurvePoint, Phase, Report
 from finetune_trainer.data.examples import Example, example_set
-from finetune_trainer.data.shares import Batches
-from finetune_trainer.reporting.reporter import MOST_POINTS, Speed, Tokens, thin
+from finetune_trainer.data.micro_batches import Batches
+from finetune_trainer.reporting.curve import MOST_POINTS, thin
+from finetune_trainer.reporting.throughput import Speed, Tokens
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import step_rows
 from tests.trainer.objectstore import ObjectStore

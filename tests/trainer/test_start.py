@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from finetune_core.contract import Identity
 from finetune_core.errors import UserError
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, checkpoint_folder, digest
-from finetune_trainer.checkpoints.start import Start, restart_run, start_run
+from finetune_trainer.checkpoints.resume import Start, restart_run, start_run
 from finetune_trainer.model.digest import Ground
 from finetune_trainer.pod.errors import NewerRun
 from finetune_trainer.storage.artifact import committed_result, publish

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_core.contract import OptimizationConfig
-from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, engine_config
+from finetune_trainer.engine.config import engine_config
+from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT
 from finetune_trainer.engine.state import owners, snapshot
 from finetune_trainer.model.load import load_base
 from finetune_trainer.pod.plan import Inputs

@@ -13,8 +13,8 @@ from finetune_trainer.checkpoints.saver import Saver
 from finetune_trainer.engine.engine import MASTER, Engine
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.evaluation.records import Scores
-from finetune_trainer.material import Data, base_folder
 from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.preparation import Data, base_folder
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.sources.inputs import source_name

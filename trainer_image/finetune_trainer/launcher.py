@@ -30,12 +30,12 @@ from finetune_core.errors import UserError
 from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.errors import OutsideFailure, Stopped
 from finetune_trainer.pod.outcomes import decide, outcome_of
-from finetune_trainer.pod.plan import Inputs, WorkerPlan, open_root
+from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import FROZEN_SECONDS, PEER_WAIT_SECONDS, STORE_CHECK_SECONDS, Paths
 from finetune_trainer.processes import STOP_SIGNALS, Workers, worker_environment
 from finetune_trainer.sources.inputs import fetch_inputs
 from finetune_trainer.storage.artifact import committed_result
-from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.root import RunRoot, open_root
 
 NAME_RETRY_SECONDS = 0.5
 LOOK_SECONDS = 0.1

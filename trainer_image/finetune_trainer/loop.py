@@ -9,10 +9,10 @@ import torch
 
 from finetune_core.contract import Phase
 from finetune_core.planning.choices import total_steps
+from finetune_trainer.checkpoints.resume import Start
 from finetune_trainer.checkpoints.saver import Saver
-from finetune_trainer.checkpoints.start import Start
+from finetune_trainer.data.micro_batches import Batches, Share
 from finetune_trainer.data.order import batches_per_epoch, cursor
-from finetune_trainer.data.shares import Batches, Share
 from finetune_trainer.decisions.recovery import left_out, react
 from finetune_trainer.decisions.replay import Past
 from finetune_trainer.decisions.schedule import rate
@@ -20,10 +20,10 @@ from finetune_trainer.decisions.stability import Alarm, non_finite, observe
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.evaluation.perplexity import summed_loss
 from finetune_trainer.evaluation.scorer import Questions, Scorer
-from finetune_trainer.material import Data
 from finetune_trainer.pod.errors import StopAgreed, Stopped
 from finetune_trainer.pod.outcomes import Standing
 from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.preparation import Data
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.meter import BACKWARD, DATA, FORWARD, UPDATE, Stopwatch, memory_of, mfu, shape_of
 from finetune_trainer.reporting.progress import Progress

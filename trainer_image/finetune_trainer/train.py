@@ -10,9 +10,9 @@ from typing import Any
 
 from finetune_core.contract import Phase, Result
 from finetune_core.layout import checkpoint_folder
+from finetune_trainer.checkpoints.resume import Start, past_steps, read_trainer_state, restart_run, start_run
 from finetune_trainer.checkpoints.saver import Saver
-from finetune_trainer.checkpoints.start import Start, past_steps, read_trainer_state, restart_run, start_run
-from finetune_trainer.data.shares import Batches
+from finetune_trainer.data.micro_batches import Batches
 from finetune_trainer.decisions.recovery import RollBack
 from finetune_trainer.decisions.replay import Past, past_of
 from finetune_trainer.engine.checks import check_model
@@ -23,7 +23,12 @@ from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import prepare_questions, validation_questions
 from finetune_trainer.finish import finish
 from finetune_trainer.loop import Training
-from finetune_trainer.material import (
+from finetune_trainer.model.digest import Ground
+from finetune_trainer.model.load import trained_parameters
+from finetune_trainer.pod.errors import StopAgreed, Stopped
+from finetune_trainer.pod.outcomes import Standing
+from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.preparation import (
     Data,
     base_folder,
     load_data,
@@ -31,16 +36,11 @@ from finetune_trainer.material import (
     prepare,
     same_on_all_nodes,
 )
-from finetune_trainer.model.digest import Ground
-from finetune_trainer.model.load import trained_parameters
-from finetune_trainer.pod.errors import StopAgreed, Stopped
-from finetune_trainer.pod.outcomes import Standing
-from finetune_trainer.pod.plan import WorkerPlan, open_root
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress, say
 from finetune_trainer.storage.checkpoints import TrainerState, fetch_folder
 from finetune_trainer.storage.lineage import Rollback
-from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.root import RunRoot, open_root
 
 
 def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, standing: Standing) -> Result:

@@ -91,7 +91,9 @@ def _run(plan: WorkerPlan, standing: Standing, stop: StopFlag) -> Result:
     environment.prepare(plan.paths.scratch)
     import torch
 
-    from finetune_trainer.ranks.gang import Gang, first_line, is_peer_failure
+    from finetune_trainer.ranks import memory
+    from finetune_trainer.ranks.gang import Gang
+    from finetune_trainer.ranks.peer_errors import first_line, is_peer_failure
     from finetune_trainer.reporting.progress import Progress
     from finetune_trainer.train import train
 
@@ -109,10 +111,10 @@ def _run(plan: WorkerPlan, standing: Standing, stop: StopFlag) -> Result:
         try:
             result = train(plan, gang, progress, standing)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise OutOfMemory(environment.memory_sentence(error, standing, plan.config)) from error
+            raise OutOfMemory(memory.memory_sentence(error, standing, plan.config)) from error
         except RuntimeError as error:
-            if environment.is_host_out_of_memory(error):
-                raise OutOfMemory(environment.memory_sentence(error, standing, plan.config)) from error
+            if memory.is_host_out_of_memory(error):
+                raise OutOfMemory(memory.memory_sentence(error, standing, plan.config)) from error
             if is_peer_failure(error):
                 raise PeerLost(f"another rank left: {first_line(error)}") from error
             raise

@@ -19,30 +19,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from finetune_core.contract import ContractModel
-from finetune_core.errors import UserError
 from finetune_trainer.engine.engine import MASTER
 from finetune_trainer.engine.state import stored_tensors
-from finetune_trainer.model.base import INDEX, Weights, write_index
+from finetune_trainer.model.added_rows import NewRows, check_mergeable, new_rows
 from finetune_trainer.model.load import DTYPES
+from finetune_trainer.model.weight_files import INDEX, Weights, write_index
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NEW_ROWS_FILE = "new_embeddings.safetensors"
 """The rows of added tokens, under the names that Anyscale's and IBM's tools write: with them an adapter is complete
 without the extended base."""
-INPUT_ROWS, OUTPUT_ROWS = "input_embeddings", "output_embeddings"
 MERGED_FOLDER = "merged"
 PEFT_PREFIX = "base_model.model."
 LARGEST_FILE = "5GB"
-
-
-class NewRows(ContractModel):
-    """Where the rows of added tokens lie in the base."""
-
-    ids: list[int]
-    input_key: str
-    output_key: str | None = None
-    """None where both embeddings began with the same rows: they are stored once."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +88,6 @@ def _save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], target:
     config.save_pretrained(str(target))
 
 
-def new_rows(base: Path, rows: NewRows, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the added tokens' rows (tokens, hidden) as the run computed with them."""
-    weights = Weights.of(base)
-    found = {INPUT_ROWS: weights.rows(rows.input_key, rows.ids).to(dtype)}
-    if rows.output_key is not None:
-        found[OUTPUT_ROWS] = weights.rows(rows.output_key, rows.ids).to(dtype)
-    return found
-
-
 @dataclass(frozen=True)
 class Update:
     """What an adapter adds to one weight of the base: scale * B @ A, of an embedding or a transposed layer its
@@ -146,14 +126,6 @@ def updates(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, 
             embedding or bool(getattr(module, "fan_in_fan_out", False)),
         )
     return found
-
-
-def check_mergeable(names: Sequence[str], base: Path) -> None:
-    """Raise UserError where an adapter's weight can't be merged into the base's files: they call it otherwise."""
-    files = Weights.of(base).files
-    absent = next((name for name in names if name not in files), None)
-    if absent is not None:
-        raise UserError("storage.artifact", f"must be Adapter: the model's files have no tensor {absent} to merge into")
 
 
 def _save_merged(base: Weights, changes: Mapping[str, Update], target: Path, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from finetune_core.contract import CheckpointRecord, StorageConfig
 from finetune_core.layout import Manifest, ManifestFile, checkpoint_folder
-from finetune_trainer.checkpoints.start import Start
+from finetune_trainer.checkpoints.resume import Start
 from finetune_trainer.checkpoints.uploads import Snapshot, Uploads
 from finetune_trainer.decisions.selection import BestBy, best_first
 from finetune_trainer.engine.engine import Engine

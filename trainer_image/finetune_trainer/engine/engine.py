@@ -6,8 +6,6 @@ Everything here that depends on DeepSpeed's internals is in this module, so that
 from __future__ import annotations
 
 import gc
-import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,57 +14,15 @@ import torch
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.engine.config import engine_config, prevent_compilation
 from finetune_trainer.loss.kernels import fuse_adapters
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.load import trained_parameters
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-BUCKET_ELEMENTS = 50_000_000
 MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 """The three tensors of a trained parameter: fp32 value, and AdamW's moments under torch's names."""
-
-
-def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration, with the job's overrides merged in last.
-
-    Accumulation is the loop's business (a partial batch has fewer micro-batches), so the engine counts one.
-    """
-    zero: dict[str, Any] = {
-        "stage": optimization.zero_stage,
-        "overlap_comm": False,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
-    }
-    if optimization.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if optimization.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
-    config: dict[str, Any] = {
-        "train_batch_size": optimization.micro_batch_size * world_size,
-        "train_micro_batch_size_per_gpu": optimization.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimization.gradient_clipping,
-        "bf16": {"enabled": optimization.precision == "bf16"},
-        # In bf16 the sum of many micro-batches loses what the last of them add. At stage 1 DeepSpeed would take
-        # another optimizer for it, which skips no update that is not finite.
-        "data_types": {"grad_accum_dtype": None if optimization.zero_stage == 1 else "fp32"},
-        "zero_optimization": zero,
-        # torch's AdamW wherever the state lies: DeepSpeed's own for the CPU would be compiled at run time, and its
-        # updates differ.
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-    }
-    return merged(config, json.loads(optimization.overrides)) if optimization.overrides else config
-
-
-def merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``config`` with ``overrides`` on top, objects merged key by key."""
-    result = dict(config)
-    for key, value in overrides.items():
-        below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return result
 
 
 class Engine:
@@ -77,7 +33,7 @@ class Engine:
         import deepspeed
         from deepspeed.utils import set_z3_leaf_module
 
-        _prevent_compilation()
+        prevent_compilation()
         if optimization.zero_stage < 3:
             # Before the objective, which takes over what the head computes, be it adapted or not.
             fuse_adapters(model)
@@ -280,20 +236,6 @@ class Engine:
                 parameter.data.copy_(value)
 
 
-def shard_new_models(optimization: OptimizationConfig, world_size: int) -> Any:
-    """Let transformers shard models over the ranks while it builds them (ZeRO-3), as long as the returned object
-    lives; None at other stages."""
-    if optimization.zero_stage != 3:
-        return None
-    import deepspeed
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    _prevent_compilation()
-    # Sharding looks at DeepSpeed's own view of the ranks, which else comes with the engine.
-    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    return HfDeepSpeedConfig(engine_config(optimization, world_size))
-
-
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """Return the shape of a parameter, of which this rank may hold a shard only."""
     return getattr(parameter, "ds_shape", parameter.shape)
@@ -309,18 +251,6 @@ def assign(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if torch.distributed.get_rank() == 0:
             parameter.copy_(value)
-
-
-def _prevent_compilation() -> None:
-    """Keep DeepSpeed from compiling an op at run time.
-
-    On the CPU the communication backend would compile a shared-memory op where a compiler is found, and probing all
-    ops takes a second: an empty table answers "not compatible" for each.
-    """
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__ = {}
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

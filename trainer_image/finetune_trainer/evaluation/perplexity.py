@@ -8,7 +8,7 @@ import math
 import torch
 
 from finetune_trainer.data.batches import Batch
-from finetune_trainer.data.shares import Batches
+from finetune_trainer.data.micro_batches import Batches
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from finetune_core.contract import EvaluationRecord, ScoreRecord
 from finetune_trainer.evaluation.scorer import Sample, Scorer
 from finetune_trainer.evaluation.sets import base_questions, tuned_questions
-from finetune_trainer.material import Data
 from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.preparation import Data
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.storage.root import RunRoot

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from finetune_core.contract import EvaluationConfig, Phase, ScoreRecord
 from finetune_trainer.data.examples import Example, ExampleSet, example_set
-from finetune_trainer.data.shares import Batches
+from finetune_trainer.data.micro_batches import Batches
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.evaluation.generation import Decoding, answers
 from finetune_trainer.evaluation.graders import TASKS, Grade, Task, summarise

@@ -15,9 +15,9 @@ from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
 from finetune_trainer.evaluation.scorer import Questions
-from finetune_trainer.material import Data
-from finetune_trainer.model.base import skeleton
+from finetune_trainer.model.structure import skeleton
 from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.preparation import Data
 from finetune_trainer.sources.inputs import source_name
 
 BASE_FOLDER = "base-questions"

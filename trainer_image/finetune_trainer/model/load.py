@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
-from finetune_trainer.model.base import Skeleton
-from finetune_trainer.model.pages import letting_go
+from finetune_trainer.model.mmap_memory import letting_go
+from finetune_trainer.model.structure import Skeleton
 from finetune_trainer.pod.errors import first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

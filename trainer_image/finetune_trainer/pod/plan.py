@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune_core.contract import ContractModel, Identity, RunConfig
-from finetune_core.layout import parse_uri
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.storage.client import Store
-from finetune_trainer.storage.root import RunRoot
 
 
 class Inputs(ContractModel):
@@ -29,17 +26,3 @@ class WorkerPlan(ContractModel):
     inputs: Inputs
     folder: Path
     """Where the workers of this attempt write: outcomes, snapshots."""
-
-
-def open_root(config: RunConfig, paths: Paths) -> RunRoot:
-    """Return the run's root in the bucket."""
-    storage = config.storage
-    store = Store(
-        storage.endpoint,
-        storage.region,
-        paths.credentials if storage.credentials == "Secret" else None,
-        addressing=storage.addressing,
-        encryption=storage.encryption,
-        ca_file=paths.storage_ca_file if paths.storage_ca_file.is_file() else None,
-    )
-    return RunRoot(store, parse_uri(storage.uri))

@@ -19,13 +19,12 @@ from typing import NoReturn
 from finetune_core.contract import RunConfig
 from finetune_core.preflight import PREFLIGHT_SECONDS, FindingKind, PreflightResult
 from finetune_trainer.launcher import read_config
-from finetune_trainer.pod.plan import open_root
 from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.store import check_store
 from finetune_trainer.sources.model_files import model_files
 from finetune_trainer.storage.artifact import committed_result
-from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.root import RunRoot, open_root
 
 
 class TimeIsUp(BaseException):

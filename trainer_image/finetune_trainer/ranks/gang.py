@@ -14,16 +14,16 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, StopAgreed, Stopped
+from finetune_trainer.pod.errors import PeerLost, StopAgreed, Stopped
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
+from finetune_trainer.ranks.peer_errors import describe_error, first_line, peers, unpack_answer
 from finetune_trainer.ranks.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -44,9 +44,6 @@ COLLECTIVE_MARGIN_SECONDS = 120.0
 SILENCE_SECONDS = 30.0
 """A rank whose heartbeat stands still for this long is lost; a process that is killed closes no connection that the
 rendezvous store would notice."""
-SHARED_ERRORS: Mapping[str, type[Exception]] = {
-    kind.__name__: kind for kind in (OutsideFailure, NewerRun, Diverged, OutOfMemory, StopAgreed, Stopped)
-}
 
 
 class Gang:
@@ -166,11 +163,11 @@ class Gang:
         self._shared += 1
         key = f"{self._channel}shared/{self._shared}"
         if not self.is_first:
-            return _unpack(json.loads(self._await(key, self._share_seconds)))
+            return unpack_answer(json.loads(self._await(key, self._share_seconds)))
         try:
             value = self._in_thread(work) if until_told else work()
         except Exception as error:
-            self._set(key, _described(error))
+            self._set(key, describe_error(error))
             raise
         self._set(key, {"value": value})
         return value
@@ -191,20 +188,20 @@ class Gang:
             answer = {"value": self._in_thread(work) if until_told else work()}
         except StopAgreed as error:
             # Told, but another rank may be done or have failed: rank 0 says what all do.
-            answer = _described(error)
+            answer = describe_error(error)
         except Exception as error:
-            self._set(key if self.is_first else f"{key}/{self.rank}", _described(error))
+            self._set(key if self.is_first else f"{key}/{self.rank}", describe_error(error))
             raise
         if not self.is_first:
             self._set(f"{key}/{self.rank}", answer)
-            return list(_unpack(json.loads(self._await(key, self._share_seconds))))
+            return list(unpack_answer(json.loads(self._await(key, self._share_seconds))))
         others = [json.loads(self._await_rank(f"{key}/{rank}", rank)) for rank in range(1, self.world_size)]
         answers = [answer, *others]
         failed = next((other for other in others if "error" in other), None)
         if "error" in answer:
             failed = failed or answer
         self._set(key, failed or {"value": [each["value"] for each in answers]})
-        return [_unpack(each) for each in ([failed] if failed else answers)]
+        return [unpack_answer(each) for each in ([failed] if failed else answers)]
 
     def together(self, work: Callable[[], T], *, until_told: bool = False) -> T:
         """Let every rank do its own ``work`` and return what this one made, once all are done.
@@ -321,64 +318,5 @@ class Gang:
             time.sleep(2 * HEARTBEAT_SECONDS)
 
 
-class peers:  # noqa: N801  (reads as a block: `with peers():`)
-    """Turns what torch raises when another rank is gone into PeerLost."""
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        """Raise PeerLost in place of a failed collective."""
-        if isinstance(error, RuntimeError | dist.DistError) and is_peer_failure(error):
-            raise PeerLost(f"another rank left: {first_line(error)}") from error
-
-
-PEER_MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "tcpstore")
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Return whether torch reports a lost rank: it has no class of its own for gloo, only a text."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(mark in text for mark in PEER_MARKS)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, shortened: what a person needs of a C++ error."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 class _TimeIsUpError(Exception):
     """What was waited for is not there yet."""
-
-
-def _described(error: Exception) -> dict[str, Any]:
-    """Return an error as JSON, so that other ranks can raise it too."""
-    return {"error": _error_name(error), "message": _error_parts(error)}
-
-
-def _error_name(error: Exception) -> str:
-    """Return the name of the nearest class that can be raised again on another rank."""
-    names = [kind.__name__ for kind in type(error).__mro__]
-    return next((name for name in names if name == "UserError" or name in SHARED_ERRORS), names[0])
-
-
-def _error_parts(error: Exception) -> list[str]:
-    return [error.subject, error.problem] if isinstance(error, UserError) else [str(error)]
-
-
-def _unpack(answer: Mapping[str, Any]) -> Any:
-    """Return the value that rank 0 made, or raise what it raised."""
-    if "error" in answer:
-        raise _shared_error(answer["error"], answer["message"])
-    return answer["value"]
-
-
-def _shared_error(name: str, parts: Sequence[str]) -> Exception:
-    """Return the error that another rank had; a crash there is a lost peer here."""
-    if name == "UserError":
-        return UserError(*parts)
-    if name == StopAgreed.__name__:
-        return StopAgreed()
-    if name in SHARED_ERRORS:
-        return SHARED_ERRORS[name](*parts)
-    return PeerLost(f"another rank failed: {name}: {parts[0]}")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_core.contract import Phase, RunConfig, WorldConfig
-from finetune_trainer.pod import cgroup
+from finetune_core.contract import WorldConfig
 from finetune_trainer.pod.errors import OutsideFailure
-from finetune_trainer.pod.outcomes import Standing
 
 if TYPE_CHECKING:
     import torch
@@ -59,44 +56,3 @@ def device(world: WorldConfig) -> torch.device:
     chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(chosen)
     return chosen
-
-
-def is_host_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch's CPU allocator got no memory: it has no class of its own for that."""
-    return "can't allocate memory" in str(error)
-
-
-def memory_sentence(error: BaseException, standing: Standing, config: RunConfig) -> str:
-    """Return the sentence for lack of memory: in which phase, how much was asked for, and what to change."""
-    text = str(error)
-    asked = re.search(r"(?:tried to allocate|Unable to allocate) ([0-9.]+ ?(?:[KMGT]i?B|bytes)?)", text, re.IGNORECASE)
-    amount = f": {_readable(asked[1])} more were asked for" if asked else ""
-    capacity = re.search(r"total capacity of ([0-9.]+ [KMGT]iB)", text)
-    limit = cgroup.memory_limit()
-    if capacity:
-        amount += f" on a GPU of {capacity[1]}"
-    elif limit is not None and config.world.device == "CPU":
-        amount += f" in a pod of {limit / 2**30:.2f} GiB"
-    return f"out of memory {standing.where()}{amount}: {_memory_remedy(standing, config)}"
-
-
-def _readable(amount: str) -> str:
-    """Return an amount of memory as people read it: torch's CPU allocator speaks in bytes."""
-    number = amount.removesuffix("bytes").strip()
-    return f"{int(number) / 2**20:,.0f} MiB" if number.isdigit() else amount
-
-
-def _memory_remedy(standing: Standing, config: RunConfig) -> str:
-    """Return what to change, by what the process was doing."""
-    optimization, pod = config.optimization, "resources.memory" if config.world.device == "CPU" else "a larger GPU"
-    if standing.phase == Phase.GENERATING.value:
-        size = config.evaluation.generation.batch_size
-        return f"lower evaluation.generation.batchSize (it is {size}) or evaluation.generation.maxNewTokens"
-    if standing.phase in (Phase.LOADING.value, Phase.EXPORTING.value):
-        more = "more processes with deepspeed.zeroStage 3" if optimization.zero_stage < 3 else "more processes"
-        return f"the model itself does not fit, take {pod} or {more}"
-    smaller = f"lower training.microBatchSize (it is {optimization.micro_batch_size})"
-    if optimization.micro_batch_size == 1:
-        smaller = f"lower dataset.maxLength (it is {config.dataset.max_length})"
-    checkpointing = "" if optimization.gradient_checkpointing else ", set training.gradientCheckpointing"
-    return f"{smaller}{checkpointing}, or take {pod}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from finetune_core.planning.flops import ModelShape, peak_flops, training_flops, utilisation
-from finetune_trainer.model.base import Skeleton
+from finetune_trainer.model.structure import Skeleton
 
 PAGE_BYTES = 4096
 DATA, FORWARD, BACKWARD, UPDATE = "data", "forward", "backward", "update"

@@ -17,7 +17,9 @@ from finetune_core.contract import (
     Result,
     ScoreRecord,
 )
-from finetune_trainer.reporting.reporter import Reporter, Speed, Tokens, thin
+from finetune_trainer.reporting.curve import thin
+from finetune_trainer.reporting.reporter import Reporter
+from finetune_trainer.reporting.throughput import Speed, Tokens
 from finetune_trainer.storage.steplog import StepRow
 
 MOST_NOTICES = 8

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_core.layout import Location
+from finetune_core.contract import RunConfig
+from finetune_core.layout import Location, parse_uri
+from finetune_trainer.pod.settings import Paths
 from finetune_trainer.storage.client import Entry, Store, Stored
 
 
@@ -58,3 +60,17 @@ class RunRoot:
     def uri(self, key: str) -> str:
         """Return the `s3://` address of a key."""
         return self.location.uri(key)
+
+
+def open_root(config: RunConfig, paths: Paths) -> RunRoot:
+    """Return the run's root in the bucket."""
+    storage = config.storage
+    store = Store(
+        storage.endpoint,
+        storage.region,
+        paths.credentials if storage.credentials == "Secret" else None,
+        addressing=storage.addressing,
+        encryption=storage.encryption,
+        ca_file=paths.storage_ca_file if paths.storage_ca_file.is_file() else None,
+    )
+    return RunRoot(store, parse_uri(storage.uri))

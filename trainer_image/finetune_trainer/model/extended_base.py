@@ -11,113 +11,21 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
-from finetune_trainer.pod.errors import first_line
+from finetune_trainer.model.structure import skeleton
+from finetune_trainer.model.weight_files import INDEX, Weights, write_index
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DEFAULT_SPREAD = 0.02
 """Standard deviation of new rows where the model's configuration has no initializer_range: GPT-2's."""
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """What a model's configuration tells about its modules, without any weight."""
-
-    model: Any
-    """On the meta device."""
-    input_name: str
-    """Module name of the input embedding, such as `model.embed_tokens`."""
-    output_name: str | None
-    """Module name of the output head, such as `lm_head`."""
-    tied: bool
-    """Both share one weight."""
-    context: int | None
-    """Longest text that the model reads, in tokens."""
-
-
-def skeleton(folder: Path) -> Skeleton:
-    """Return the skeleton of the model in ``folder``; raises UserError where it is no causal language model.
-
-    Comes before the model is loaded: it ends ZeRO-3's sharding of new models (of a run before in this process).
-    """
-    unset_hf_deepspeed_config()
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
-    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    inner, head = model.get_input_embeddings(), model.get_output_embeddings()
-    text = config.get_text_config()
-    return Skeleton(
-        model=model,
-        input_name=names[id(inner)],
-        output_name=names[id(head)] if head is not None else None,
-        tied=head is not None and (head.weight is inner.weight or bool(getattr(text, "tie_word_embeddings", False))),
-        context=getattr(text, "max_position_embeddings", None),
-    )
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The safetensors files of a model folder."""
-
-    folder: Path
-    files: Mapping[str, str]
-    """File of each tensor."""
-
-    @classmethod
-    def of(cls, folder: Path) -> Weights:
-        """Read which file holds which tensor."""
-        if (folder / INDEX).is_file():
-            return cls(folder, json.loads((folder / INDEX).read_text())["weight_map"])
-        files: dict[str, str] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path.name)
-        return cls(folder, files)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor; its bytes are read from the file as they are used."""
-        with safe_open(self.folder / self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Return some rows of a matrix."""
-        with safe_open(self.folder / self.files[name], framework="pt") as file:
-            part = file.get_slice(name)
-            return torch.cat([part[row : row + 1] for row in rows])
-
-
-def check_complete(folder: Path) -> None:
-    """Raise UserError where a weights file of the model in ``folder`` is missing or shorter than its header says."""
-    index = folder / INDEX
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except (ValueError, KeyError, AttributeError):
-        raise UserError("model", f"its files are incomplete: {INDEX} is not an index of weights") from None
-    for path in sorted({*(folder / name for name in names), *folder.glob("*.safetensors")}):
-        if not path.is_file():
-            raise UserError("model", f"its files are incomplete: {INDEX} names {path.name}, which is not there")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError("model", f"its files are incomplete: {path.name} ({first_line(error)})") from error
 
 
 def new_row(token: str, *, matrix: str, width: int, spread: float, seed: int) -> torch.Tensor:
@@ -189,13 +97,6 @@ def _write_weights(weights: Weights, target: Path, changed: Mapping[str, torch.T
         save_file(tensors, target / name, {"format": "pt"})
     if len(files) > 1 or (weights.folder / INDEX).is_file():
         write_index(target, places)
-
-
-def write_index(folder: Path, files: Mapping[str, str]) -> None:
-    """Write the index of a model's several files; ``files`` says which of them holds each tensor."""
-    size = sum((folder / name).stat().st_size for name in set(files.values()))
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
-from finetune_trainer.checkpoints.export import NewRows, check_mergeable, new_rows
 from finetune_trainer.data.dataset import limit_of, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
-from finetune_trainer.engine.engine import shard_new_models
-from finetune_trainer.model.base import Skeleton, check_complete, extend_base, skeleton
+from finetune_trainer.engine.config import shard_new_models
+from finetune_trainer.model.added_rows import NewRows, check_mergeable, new_rows
+from finetune_trainer.model.extended_base import extend_base
 from finetune_trainer.model.load import (
     DTYPES,
     adapted,
@@ -29,6 +29,8 @@ from finetune_trainer.model.load import (
     enable_gradient_checkpointing,
     load_base,
 )
+from finetune_trainer.model.structure import Skeleton, skeleton
+from finetune_trainer.model.weight_files import check_complete
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.sources.inputs import source_name
 
