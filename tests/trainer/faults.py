@@ -21,7 +21,7 @@ from finetune_core.contract import Phase
 from finetune_trainer import loop
 from finetune_trainer.checkpoints import saver as saving
 from finetune_trainer.data.batches import IGNORED
-from finetune_trainer.data.micro_batches import Batches
+from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
@@ -102,21 +102,21 @@ def _budget(fault: dict[str, Any]) -> Any:
 
 
 def _stop(fault: dict[str, Any]) -> Any:
-    made = loop.Training._one_step
+    made = loop.TrainingLoop._train_step
 
-    def one_step(self: loop.Training, step: int) -> Any:
+    def one_step(self: loop.TrainingLoop, step: int) -> Any:
         if step >= fault["step"]:
             raise StopAgreed
         return made(self, step)
 
-    return mock.patch.object(loop.Training, "_one_step", one_step)
+    return mock.patch.object(loop.TrainingLoop, "_train_step", one_step)
 
 
 @contextmanager
 def _told(fault: dict[str, Any]) -> Iterator[None]:
-    evaluate, now = loop.Training._evaluate, {"told": False}
+    evaluate, now = loop.TrainingLoop._evaluate, {"told": False}
 
-    def told_meanwhile(self: loop.Training, questions: Any) -> Any:
+    def told_meanwhile(self: loop.TrainingLoop, questions: Any) -> Any:
         now["told"] = self.step == fault["step"] and self._gang.rank == fault["rank"]
         return evaluate(self, questions)
 
@@ -124,8 +124,8 @@ def _told(fault: dict[str, Any]) -> Iterator[None]:
         return now["told"]
 
     with (
-        mock.patch.object(loop.Training, "_evaluate", told_meanwhile),
-        mock.patch.object(Gang, "told", told),
+        mock.patch.object(loop.TrainingLoop, "_evaluate", told_meanwhile),
+        mock.patch.object(Gang, "stop_requested", told),
     ):
         yield
 
@@ -141,30 +141,30 @@ def _phase(fault: dict[str, Any]) -> Iterator[None]:
     def told(_: Gang) -> bool:
         return now["told"]
 
-    with mock.patch.object(Progress, "phase", phase), mock.patch.object(Gang, "told", told):
+    with mock.patch.object(Progress, "phase", phase), mock.patch.object(Gang, "stop_requested", told):
         yield
 
 
 @contextmanager
 def recorded(file: Path) -> Iterator[None]:
     """Write down the rows that this rank consumes in each step, a JSON line a step."""
-    made = Batches.step
+    made = MicroBatcher.plan_step
 
-    def step(self: Batches, number: int, optimization: Any) -> Any:
+    def step(self: MicroBatcher, number: int, optimization: Any) -> Any:
         share = made(self, number, optimization)
-        own = [row for micro in share.own for sequence in micro for row in sequence]
+        own = [row for micro in share.micro_batches for sequence in micro for row in sequence]
         with file.open("a") as lines:
             print(json.dumps({"step": number, "own": own}), file=lines)
         return share
 
-    with mock.patch.object(Batches, "step", step):
+    with mock.patch.object(MicroBatcher, "plan_step", step):
         yield
 
 
 def _noise(fault: dict[str, Any]) -> Any:
-    made = Batches.tensors
+    made = MicroBatcher.tensors
 
-    def tensors(self: Batches, share: Any, *, step: int = 0) -> Iterator[Any]:
+    def tensors(self: MicroBatcher, share: Any, *, step: int = 0) -> Iterator[Any]:
         for batch in made(self, share, step=step):
             late = step - fault["step"]
             if not 0 <= late < fault["steps"]:
@@ -176,25 +176,25 @@ def _noise(fault: dict[str, Any]) -> Any:
             wrong = torch.randint(4, 60, batch.targets.shape, generator=generator)
             yield batch._replace(targets=torch.where(hit & (batch.targets != IGNORED), wrong, batch.targets))
 
-    return mock.patch.object(Batches, "tensors", tensors)
+    return mock.patch.object(MicroBatcher, "tensors", tensors)
 
 
 def _rate(fault: dict[str, Any]) -> Any:
-    made = loop.rate
+    made = loop.learning_rate_at
 
     def rate(step: int, total: int, optimization: Any, rollbacks: Any = ()) -> float:
         factor = fault["factor"] if step >= fault["step"] and not rollbacks else 1.0
         return made(step, total, optimization, rollbacks) * factor
 
-    return mock.patch.object(loop, "rate", rate)
+    return mock.patch.object(loop, "learning_rate_at", rate)
 
 
 @contextmanager
 def _gradient(fault: dict[str, Any]) -> Iterator[None]:
-    step_of, backward = loop.Training._one_step, Engine.backward
+    step_of, backward = loop.TrainingLoop._train_step, Engine.backward
     now: dict[str, Any] = {"step": 0, "done": False}
 
-    def one_step(self: loop.Training, step: int) -> Any:
+    def one_step(self: loop.TrainingLoop, step: int) -> Any:
         now["step"] = step
         return step_of(self, step)
 
@@ -205,7 +205,7 @@ def _gradient(fault: dict[str, Any]) -> Iterator[None]:
         backward(self, loss, last=last)
 
     with (
-        mock.patch.object(loop.Training, "_one_step", one_step),
+        mock.patch.object(loop.TrainingLoop, "_train_step", one_step),
         mock.patch.object(Engine, "backward", infinite),
     ):
         yield

@@ -21,9 +21,9 @@ def resident() -> tuple[int, int]:
 
 def main() -> None:
     folder, stage = Path(sys.argv[1]), int(sys.argv[2])
-    from finetune_trainer.ranks import process as environment
+    from finetune_trainer.ranks import process
 
-    environment.prepare(Path(sys.argv[3]))
+    process.prepare_environment(Path(sys.argv[3]))
     import torch
 
     from finetune_core.contract import OptimizationConfig
@@ -52,7 +52,7 @@ def main() -> None:
     parameters = trained_parameters(model).values()
     held = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in parameters)
     print(json.dumps({"peak": peak[0], "anonymous": peak[1], "held": held}), flush=True)
-    gang.farewell()
+    gang.final_barrier()
     os._exit(0)
 
 

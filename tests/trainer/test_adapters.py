@@ -19,17 +19,17 @@ from finetune_core.api.method import LoRASpec
 from finetune_core.contract import Identity, RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import Manifest
-from finetune_trainer.checkpoints.export import ADAPTER_FILE, NEW_ROWS_FILE, Export, export
+from finetune_trainer.checkpoints.export import ADAPTER_FILE, NEW_ROWS_FILE, ExportOptions, export_artifact
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.engine.state import load_weights
-from finetune_trainer.model.added_rows import NewRows, new_rows
-from finetune_trainer.model.extended_base import extend_base, new_row
+from finetune_trainer.model.added_rows import AddedRows, read_added_rows
+from finetune_trainer.model.extended_base import extend_base, initial_row
 from finetune_trainer.model.load import adapted_modules, add_adapters, trained_parameters
-from finetune_trainer.model.structure import Skeleton, skeleton
-from finetune_trainer.model.weight_files import Weights
+from finetune_trainer.model.structure import ModelStructure, read_structure
+from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.preparation import load_model, prepare
+from finetune_trainer.preparation import load_model, prepare_node
 from tests.trainer import tiny
 from tests.trainer.gangs import train_all
 from tests.trainer.objectstore import BUCKET, ObjectStore
@@ -156,7 +156,7 @@ def as_the_engine_had_it(run: Trained) -> Any:
         inputs=Inputs(model=run.model, train=train),
         folder=folder,
     )
-    prepare(plan)
+    prepare_node(plan)
     model = load_model(plan)
     load_weights(trained_parameters(model), sorted(run.checkpoint.iterdir())[-1])
     return model.eval()
@@ -165,14 +165,14 @@ def as_the_engine_had_it(run: Trained) -> Any:
 def test_trap_2_zero_3_leaves_no_tensor_empty(trained: dict[str, Trained]) -> None:
     for name, run in trained.items():
         adapter = load_file(run.artifact / ADAPTER_FILE)
-        table = expected_shapes(skeleton(run.model), added=len(TOKENS))
+        table = expected_shapes(read_structure(run.model), added=len(TOKENS))
         assert {key: tuple(value.shape) for key, value in adapter.items()} == table, name
         assert all(value.abs().sum() > 0 for value in adapter.values()), name
 
 
-def expected_shapes(bones: Skeleton, *, added: int, rank: int = 4) -> dict[str, tuple[int, ...]]:
+def expected_shapes(structure: ModelStructure, *, added: int, rank: int = 4) -> dict[str, tuple[int, ...]]:
     """Shapes of an adapter's tensors from the model's architecture alone."""
-    config = bones.model.config
+    config = structure.model.config
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size + added
     head = hidden // config.num_attention_heads * config.num_key_value_heads
     table = {}
@@ -209,8 +209,8 @@ def test_trap_3_a_7b_adapter_with_its_rows_is_at_most_41_3_mb(tmp_path: Path) ->
     )
     with torch.device("meta"):
         base = LlamaForCausalLM(config).to(torch.bfloat16)
-    bones = Skeleton(base, "model.embed_tokens", "lm_head", tied=False, context=4096)
-    targets = adapted_modules(bones, LoRASpec(), added_tokens=True)
+    structure = ModelStructure(base, "model.embed_tokens", "lm_head", tied=False, context=4096)
+    targets = adapted_modules(structure, LoRASpec(), added_tokens=True)
     model = add_adapters(base, LoRASpec(), targets=targets, seed=1, base_name="7b")
     shapes = {name: parameter.shape for name, parameter in trained_parameters(model).items()}
     parameters = 20_566_080
@@ -225,15 +225,15 @@ def test_trap_3_a_7b_adapter_with_its_rows_is_at_most_41_3_mb(tmp_path: Path) ->
     base_folder = tmp_path / "base"
     base_folder.mkdir()
     save_file(rows, base_folder / "model.safetensors")
-    options = Export(
+    options = ExportOptions(
         kind="Adapter",
         precision="bf16",
         base=base_folder,
         base_name="7b",
-        new_rows=NewRows(ids=[0, 1, 2, 3], input_key="in.weight", output_key="out.weight"),
+        added_rows=AddedRows(ids=[0, 1, 2, 3], input_key="in.weight", output_key="out.weight"),
         stop_ids=[2],
     )
-    files = export(
+    files = export_artifact(
         model, load_tokenizer(tiny.write_model(tmp_path / "tiny")), checkpoint, tmp_path / "artifact", options
     )
     sizes = {path.name: path.stat().st_size for path in files}
@@ -251,8 +251,10 @@ def test_trap_4_new_rows_follow_from_seed_and_token_alone(tmp_path: Path, traine
         folder = tmp_path / str(number)
         extend_base(model, folder, tokens=tokens, untie=False, seed=42)
         ids = [load_tokenizer(folder).convert_tokens_to_ids(token) for token in TOKENS]
-        rows = new_rows(
-            folder, NewRows(ids=ids, input_key="model.embed_tokens.weight", output_key="lm_head.weight"), torch.float32
+        rows = read_added_rows(
+            folder,
+            AddedRows(ids=ids, input_key="model.embed_tokens.weight", output_key="lm_head.weight"),
+            torch.float32,
         )
         digests.append(hashlib.sha256(b"".join(value.numpy().tobytes() for value in rows.values())).hexdigest())
     assert len(set(digests)) == 1
@@ -261,7 +263,9 @@ def test_trap_4_new_rows_follow_from_seed_and_token_alone(tmp_path: Path, traine
     ]
     assert len({state["rowsSha256"] for state in states}) == 1
     assert states[0]["rowsSha256"] != states[0]["baseSha256"]
-    first, second = (new_row("<a>", matrix=matrix, width=4096, spread=0.02, seed=1) for matrix in ("input", "output"))
+    first, second = (
+        initial_row("<a>", matrix=matrix, width=4096, spread=0.02, seed=1) for matrix in ("input", "output")
+    )
     assert float(first.std()) == pytest.approx(0.02, rel=0.05)
     assert not torch.equal(first, second)
 
@@ -274,7 +278,7 @@ def test_trap_11_every_adapter_learns_and_the_base_does_not(trained: dict[str, T
         assert all(steps[0][key].abs().sum() > 0 for key in zero_at_first), name
         moved = [key for key in steps[0] if not torch.equal(steps[0][key], steps[1][key])]
         assert set(moved) == set(steps[0]), name
-        given, extended = Weights.of(run.model), Weights.of(run.base)
+        given, extended = WeightFiles.of(run.model), WeightFiles.of(run.base)
         for key in given.files:
             weight = given.tensor(key)
             assert torch.equal(extended.tensor(key)[: weight.shape[0]], weight), (name, key)
@@ -343,10 +347,10 @@ def test_trap_23_tokenizer_with_added_tokens(tmp_path: Path) -> None:
 
 
 def test_targets_are_all_dense_layers_and_both_embeddings_where_tokens_are_added(tiny_model: Path) -> None:
-    bones = skeleton(tiny_model)
+    structure = read_structure(tiny_model)
     dense = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert adapted_modules(bones, LoRASpec(), added_tokens=False) == dense
-    assert adapted_modules(bones, LoRASpec(), added_tokens=True) == sorted([*dense, "embed_tokens", "lm_head"])
-    assert adapted_modules(bones, LoRASpec(target_modules=["v_proj"]), added_tokens=True) == ["v_proj"]
+    assert adapted_modules(structure, LoRASpec(), added_tokens=False) == dense
+    assert adapted_modules(structure, LoRASpec(), added_tokens=True) == sorted([*dense, "embed_tokens", "lm_head"])
+    assert adapted_modules(structure, LoRASpec(target_modules=["v_proj"]), added_tokens=True) == ["v_proj"]
     with pytest.raises(UserError, match=r"^lora.targetModules: must name modules of the model, and 'q_prj' is none"):
-        adapted_modules(bones, LoRASpec(target_modules=["v_proj", "q_prj"]), added_tokens=False)
+        adapted_modules(structure, LoRASpec(target_modules=["v_proj", "q_prj"]), added_tokens=False)

@@ -16,7 +16,7 @@ from finetune_core.api.dataset import DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.dataset import Limit, check_columns, limit_of, make_examples
 from finetune_trainer.data.examples import ExampleSet
-from finetune_trainer.data.micro_batches import Batches
+from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.data.order import batches_per_epoch, global_batch
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
@@ -84,8 +84,8 @@ def test_trap_7_prompt_and_padding_are_not_learned(tmp_path: Path, tokenizer: An
     rows = [{"question": "w1 w2", "reply": "w3"}, {"question": "w4", "reply": "w5 w6"}]
     examples, _ = made(tmp_path, rows, tokenizer, spec())
     assert learned(examples, tokenizer) == [["w3", "w59", "<end>"], ["w5", "w6", "w59", "<end>"]]
-    share = Batches(examples, rank=0, world_size=1, pad=1, capacity=None).share([0, 1], 8)
-    (batch,) = Batches(examples, rank=0, world_size=1, pad=1, capacity=None).tensors(share)
+    share = MicroBatcher(examples, rank=0, world_size=1, pad=1, capacity=None).plan_rows([0, 1], 8)
+    (batch,) = MicroBatcher(examples, rank=0, world_size=1, pad=1, capacity=None).tensors(share)
     assert batch.tokens == share.tokens == sum(example.supervised_tokens for example in examples) == 7
     other, _ = made(tmp_path, [{**row, "question": "w7 w8 w9"} for row in rows], tokenizer, spec())
     assert learned(other, tokenizer) == learned(examples, tokenizer)
@@ -232,11 +232,13 @@ def test_trap_28_no_row_twice_or_left_out_whatever_the_number_of_ranks(
         for step in steps:
             batch = global_batch(step, rows=37, global_batch_size=6, seed=7)
             shares = [
-                Batches(examples, rank=rank, world_size=world, pad=1, capacity=capacity).share(batch, 2)
+                MicroBatcher(examples, rank=rank, world_size=world, pad=1, capacity=capacity).plan_rows(batch, 2)
                 for rank in range(world)
             ]
-            assert len({len(share.own) for share in shares}) == 1
-            found.append(sorted(row for share in shares for micro in share.own for rows in micro for row in rows))
+            assert len({len(share.micro_batches) for share in shares}) == 1
+            found.append(
+                sorted(row for share in shares for micro in share.micro_batches for rows in micro for row in rows)
+            )
         return found
 
     single = consumed(range(1, 15), 1)

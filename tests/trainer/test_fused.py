@@ -117,14 +117,14 @@ def test_loss_and_gradient_under_a_frozen_head_are_those_of_cross_entropy(chunk_
     torch.manual_seed(0)
     head = nn.Linear(6, 11).requires_grad_(False)
     hidden, targets = torch.randn(8, 6), torch.tensor([1, 5, IGNORED, 0, 10, 7, IGNORED, 2])
-    for removed in (None, torch.tensor([3, 9])):
+    for excluded in (None, torch.tensor([3, 9])):
         wanted, found = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
         logits = head(wanted)
-        if removed is not None:
-            logits = logits.index_fill(1, removed, float("-inf"))
+        if excluded is not None:
+            logits = logits.index_fill(1, excluded, float("-inf"))
         expected = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         (2.5 * expected).backward()
-        loss = frozen_head_loss(found, head, targets, removed=removed, chunk_rows=chunk_rows)
+        loss = frozen_head_loss(found, head, targets, excluded=excluded, chunk_rows=chunk_rows)
         (2.5 * loss).backward()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(found.grad, wanted.grad)
@@ -143,6 +143,6 @@ def test_a_head_that_is_trained_or_adapted_keeps_autograd(tiny_model: Path, monk
     assert called == []
     adapted = adapted_model(tiny_model)
     frozen = OneProcess(adapted)
-    wanted = frozen.loss(batch, whole_logits=True)
+    wanted = frozen.loss(batch, full_logits=True)
     torch.testing.assert_close(frozen.loss(batch), wanted)
     assert len(called) == 1

@@ -22,12 +22,12 @@ def work():
         {event}
     return gang.rank
 try:
-    print(gang.each(work), flush=True)
+    print(gang.gather(work), flush=True)
 except Exception as error:
     print(type(error).__name__, error, flush=True)
     if isinstance(error, PeerLost):
         os._exit(0)
-gang.farewell()
+gang.final_barrier()
 os._exit(0)
 """
 

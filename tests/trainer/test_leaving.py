@@ -17,8 +17,8 @@ import pytest
 
 from finetune_core.contract import Outcome, RunConfig
 from finetune_trainer.pod import cgroup
-from finetune_trainer.pod.outcomes import Standing, WorkerEnd, decide, read_outcome
-from finetune_trainer.ranks.memory import memory_sentence
+from finetune_trainer.pod.outcomes import WorkerEnd, WorkerStatus, decide, read_outcome
+from finetune_trainer.ranks.memory import out_of_memory_message
 from tests.trainer.conftest import StartPods
 from tests.trainer.objectstore import ObjectStore, free_port
 from tests.trainer.pods import Attempt, run_config
@@ -131,11 +131,11 @@ STALL = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from finetune_trainer.pod.outcomes import Standing
+from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.ranks.watchdog import Watchdog
-standing = Standing(step=12, phase="Training")
-watchdog = Watchdog(Path(sys.argv[1]), int(os.environ["RANK"]), 2.0, standing)
+status = WorkerStatus(step=12, phase="Training")
+watchdog = Watchdog(Path(sys.argv[1]), int(os.environ["RANK"]), 2.0, status)
 with watchdog.allow(60):
     gang = Gang(device=torch.device("cpu"), watchdog=watchdog, stall_seconds=2.0)
 def a_call_that_hangs():
@@ -239,7 +239,7 @@ def test_lack_of_memory_is_told_with_phase_amount_and_remedy(
         endpoint = "http://127.0.0.1:1"
 
     config = RunConfig.model_validate(run_config(Nowhere(), "memory", world__device="GPU"))  # type: ignore[arg-type]
-    assert memory_sentence(RuntimeError(error), Standing(step=step, phase=phase), config) == sentence
+    assert out_of_memory_message(RuntimeError(error), WorkerStatus(step=step, phase=phase), config) == sentence
 
 
 def test_a_kill_for_lack_of_memory_says_what_the_rank_was_doing() -> None:

@@ -19,9 +19,9 @@ from cryptography.x509.oid import NameOID
 
 from finetune_core.contract import CurvePoint, Phase, Report
 from finetune_trainer.data.examples import Example, example_set
-from finetune_trainer.data.micro_batches import Batches
-from finetune_trainer.reporting.curve import MOST_POINTS, thin
-from finetune_trainer.reporting.throughput import Speed, Tokens
+from finetune_trainer.data.micro_batches import MicroBatcher
+from finetune_trainer.reporting.curve import MAX_POINTS, downsample
+from finetune_trainer.reporting.throughput import Throughput, Tokens
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import step_rows
 from tests.trainer.objectstore import ObjectStore
@@ -152,31 +152,31 @@ def test_reports_tell_the_run_from_loading_to_its_result(
 
 def test_a_thinned_curve_keeps_its_ends_and_its_evaluations() -> None:
     points = [CurvePoint(step=step, loss=1.0, perplexity=2.0 if step % 50 == 0 else None) for step in range(1, 1001)]
-    kept = thin(points)
-    assert len(kept) == MOST_POINTS
+    kept = downsample(points)
+    assert len(kept) == MAX_POINTS
     assert kept[0].step == 1
     assert kept[-1].step == 1000
     assert [point.step for point in kept if point.perplexity] == list(range(50, 1001, 50))
     assert [point.step for point in kept] == sorted({point.step for point in kept})
     many = [CurvePoint(step=step, perplexity=2.0) for step in range(500)]
-    assert len(thin(many)) == MOST_POINTS
+    assert len(downsample(many)) == MAX_POINTS
 
 
 def test_trap_27_padding_does_not_count_as_throughput() -> None:
     """A batch of which half is padding: real tokens per second are half of the computed positions, as they are."""
     lengths = (2, 10, 2, 6)
     examples = example_set([Example(range(length), [(1, length)]) for length in lengths])
-    batches = Batches(examples, rank=0, world_size=1, pad=0, capacity=None)
-    (batch,) = batches.tensors(batches.share(range(4), 4))
+    batches = MicroBatcher(examples, rank=0, world_size=1, pad=0, capacity=None)
+    (batch,) = batches.tensors(batches.plan_rows(range(4), 4))
     assert batch.input_ids.numel() == 40
     assert (batch.real_tokens, batch.tokens) == (20, 16)
-    speed = Speed(now=0.0)
+    speed = Throughput(now=0.0)
     speed.step(now=2.0, tokens=Tokens(batch.tokens, batch.real_tokens, batch.input_ids.numel()))
     assert speed.per_second() == (8.0, 10.0, 20.0)
 
 
 def test_speed_and_remaining_time_come_from_a_sliding_window() -> None:
-    speed = Speed(now=0.0)
+    speed = Throughput(now=0.0)
     assert speed.eta_seconds(10) is None
     for step in range(1, 101):
         speed.step(now=float(step if step <= 50 else 50 + 2 * (step - 50)), tokens=Tokens(10, 20, 40))

@@ -13,9 +13,16 @@ import pytest
 import torch
 
 from finetune_core.contract import Outcome, Result, RunConfig
-from finetune_trainer.decisions.recovery import SKIPPED_BEYOND, RollBack, left_out, react
-from finetune_trainer.decisions.schedule import rate
-from finetune_trainer.decisions.stability import Alarm, AlarmKind, Watch, non_finite, observe, replay
+from finetune_trainer.decisions.recovery import SKIPPED_STEPS_AFTER_ALARM, RollbackRequired, is_skipped, plan_recovery
+from finetune_trainer.decisions.schedule import learning_rate_at
+from finetune_trainer.decisions.stability import (
+    Alarm,
+    AlarmKind,
+    MonitorState,
+    monitor_after,
+    non_finite_alarm,
+    observe,
+)
 from finetune_trainer.pod.errors import Diverged
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.lineage import Rollback, RunRecord
@@ -32,9 +39,9 @@ WITHIN = 8
 
 def alarms(curve: Curve) -> list[Alarm]:
     """Return what the monitor says about a curve of losses and gradient norms."""
-    watch, found = Watch(), []
+    watch, found = MonitorState(), []
     for step, (loss, norm) in enumerate(curve, start=1):
-        alarm = non_finite(step, loss, norm)
+        alarm = non_finite_alarm(step, loss, norm)
         if alarm is None:
             watch, alarm = observe(watch, step, loss, norm)
         if alarm is not None:
@@ -104,11 +111,11 @@ def test_one_odd_batch_is_no_alarm_and_several_are() -> None:
 
 def test_what_the_monitor_remembers_does_not_depend_on_a_resume() -> None:
     curve = [(2.0 / math.sqrt(step), 1.0 / step) for step in range(1, 90)]
-    straight = Watch()
+    straight = MonitorState()
     for step, (loss, norm) in enumerate(curve, start=1):
         straight, _ = observe(straight, step, loss, norm)
-    assert replay((step, loss, norm) for step, (loss, norm) in enumerate(curve, start=1)) == straight
-    assert Watch.model_validate_json(straight.to_json()) == straight
+    assert monitor_after((step, loss, norm) for step, (loss, norm) in enumerate(curve, start=1)) == straight
+    assert MonitorState.model_validate_json(straight.to_json()) == straight
 
 
 def config_of(**stability: Any) -> RunConfig:
@@ -127,28 +134,30 @@ INFINITE = Alarm(kind=AlarmKind.NON_FINITE_GRADIENT, step=64, first=64, value=ma
     ("alarm", "stability", "before", "action", "order"),
     [
         (SPIKE, {"onExplodingLoss": "Record"}, 0, "Record", None),
-        (SPIKE, {"onExplodingLoss": "RollBack"}, 0, "RollBack", RollBack),
-        (SPIKE, {"onExplodingLoss": "RollBack"}, 2, "RollBack", RollBack),
+        (SPIKE, {"onExplodingLoss": "RollBack"}, 0, "RollBack", RollbackRequired),
+        (SPIKE, {"onExplodingLoss": "RollBack"}, 2, "RollBack", RollbackRequired),
         (SPIKE, {"onExplodingLoss": "RollBack"}, 3, "Fail", Diverged),
         (SPIKE, {"onExplodingLoss": "Fail"}, 0, "Fail", Diverged),
         (INFINITE, {}, 0, "Fail", Diverged),
         (INFINITE, {"onNonFinite": "Record"}, 0, "Record", None),
-        (INFINITE, {"onNonFinite": "RollBack"}, 0, "RollBack", RollBack),
+        (INFINITE, {"onNonFinite": "RollBack"}, 0, "RollBack", RollbackRequired),
     ],
 )
 def test_what_follows_an_alarm(
     alarm: Alarm, stability: dict[str, str], before: int, action: str, order: type[Exception] | None
 ) -> None:
     earlier = [Rollback(step=1, rate_factor=0.3, skip_from=2, skip_to=3, reason="")] * before
-    incident, raised = react(alarm, config_of(**stability), earlier)
+    incident, raised = plan_recovery(alarm, config_of(**stability), earlier)
     assert (incident.step, incident.action, incident.kind) == (64, action, alarm.kind.value)
     assert raised is None if order is None else isinstance(raised, order)
-    if isinstance(raised, RollBack):
+    if isinstance(raised, RollbackRequired):
         rollback = raised.rollback
         # The loss of step 61 is that of what the update of step 60 left; and a rise may have begun unseen.
         assert (rollback.step, rollback.rate_factor) == (62 if alarm is INFINITE else 56, 0.3)
         last = 64 if alarm is INFINITE else 72
-        assert [step for step in range(50, 80) if left_out(step, [rollback])] == list(range(alarm.first - 1, last + 1))
+        assert [step for step in range(50, 80) if is_skipped(step, [rollback])] == list(
+            range(alarm.first - 1, last + 1)
+        )
     if isinstance(raised, Diverged):
         assert "lower training.learningRate (it is 0.001)" in str(raised)
 
@@ -157,8 +166,8 @@ def test_trap_22_the_rate_is_a_function_of_step_and_rollbacks_alone() -> None:
     optimization = config_of().optimization.model_copy(update={"schedule": "Linear", "warmup_steps": 10})
     first = Rollback(step=40, rate_factor=0.3, skip_from=44, skip_to=50, reason="")
     second = Rollback(step=60, rate_factor=0.3, skip_from=61, skip_to=61, reason="")
-    plain = [rate(step, 100, optimization) for step in range(1, 101)]
-    lowered = [rate(step, 100, optimization, [first, second]) for step in range(1, 101)]
+    plain = [learning_rate_at(step, 100, optimization) for step in range(1, 101)]
+    lowered = [learning_rate_at(step, 100, optimization, [first, second]) for step in range(1, 101)]
     assert plain[0] == pytest.approx(1e-4)  # the first step of the warm-up, not zero
     assert plain[9] == pytest.approx(1e-3)
     assert lowered[:40] == plain[:40]
@@ -258,7 +267,7 @@ def test_a_fault_is_rolled_back_and_a_step_that_is_not_finite_is_left_out(
     (rollback,) = record.rollbacks
     assert (record.parent.run, record.parent.step) == (1, rollback.step)
     assert record.rate_factor == rollback.rate_factor == 0.3
-    noticed = rollback.skip_to - SKIPPED_BEYOND
+    noticed = rollback.skip_to - SKIPPED_STEPS_AFTER_ALARM
     assert FAULT <= noticed < FAULT + WITHIN
     assert f"notice: step {noticed}: the loss" in log
     rows = {row.step: row for row in step_rows(store, "fault-noise")}
@@ -291,7 +300,7 @@ def test_every_fault_ends_within_two_percent_of_the_clean_run(
     clean = final_loss(store, f"all-{world}-clean")
     for name in faults:
         (rollback,) = record_of(store, f"all-{world}-{name}", 2).rollbacks
-        noticed = rollback.skip_to - (0 if name == "gradient" else SKIPPED_BEYOND)
+        noticed = rollback.skip_to - (0 if name == "gradient" else SKIPPED_STEPS_AFTER_ALARM)
         assert FAULT <= noticed < FAULT + WITHIN, (name, rollback)
         assert final_loss(store, f"all-{world}-{name}") == pytest.approx(clean, rel=0.02), (name, rollback)
 

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from finetune_core.contract import Identity
 from finetune_core.errors import UserError
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, checkpoint_folder, digest
-from finetune_trainer.checkpoints.resume import Start, restart_run, start_run
-from finetune_trainer.model.digest import Ground
+from finetune_trainer.checkpoints.resume import RunStart, start_run, start_run_after_rollback
+from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.pod.errors import NewerRun
 from finetune_trainer.storage.artifact import committed_result, publish
 from finetune_trainer.storage.checkpoints import (
@@ -43,7 +43,7 @@ def identity(pod: str = "pod-1", attempt: int = 1) -> Identity:
     return Identity(namespace="default", name="job", uid="u", attempt=attempt, pod_name="p", pod_uid=pod, node_rank=0)
 
 
-def begin(root: RunRoot, folder: Path, pod: str = "pod-1") -> Start:
+def begin(root: RunRoot, folder: Path, pod: str = "pod-1") -> RunStart:
     return start_run(root, identity(pod), folder / "resume")
 
 
@@ -92,7 +92,7 @@ def test_trap_16_damage_to_any_object_of_the_newest_falls_back_and_names_the_obj
     fetched = TrainerState.model_validate_json((tmp_path / "resume" / TRAINER_FILE).read_text())
     assert fetched.step == 5
     if (name, how) != (COMMIT, "delete"):
-        (damaged,) = start.others
+        (damaged,) = start.other_checkpoints
         assert damaged.step == 10
         assert name in damaged.damaged
 
@@ -167,7 +167,7 @@ def test_a_crash_right_after_a_rollback_does_not_resume_into_the_branch_that_div
     for step in (5, 10, 15):
         commit(root, 1, step, tmp_path)
     rollback = Rollback(step=5, rate_factor=0.3, skip_from=6, skip_to=16, reason="the loss exploded at step 16")
-    second = restart_run(root, identity(), 1, rollback, tmp_path / "resume")
+    second = start_run_after_rollback(root, identity(), 1, rollback, tmp_path / "resume")
     assert (second.run, second.parent and second.parent.step) == (2, 5)
     # Killed here, before its first checkpoint.
     third = begin(root, tmp_path, "pod-2")
@@ -187,7 +187,7 @@ def test_a_run_that_was_fenced_can_not_roll_back(root: RunRoot, tmp_path: Path) 
     begin(root, tmp_path, "pod-2")
     rollback = Rollback(step=5, rate_factor=0.3, skip_from=6, skip_to=7, reason="")
     with pytest.raises(NewerRun, match="run 1 ended"):
-        restart_run(root, identity(), 1, rollback, tmp_path / "resume")
+        start_run_after_rollback(root, identity(), 1, rollback, tmp_path / "resume")
 
 
 def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, tmp_path: Path) -> None:
@@ -319,10 +319,10 @@ def test_adapters_are_resumed_on_their_own_base_and_seed_only(tmp_path: Path) ->
     for folder, value in ((base, 1), (extended, 2)):
         folder.mkdir()
         save_file({"weight": np.full(8, value, dtype=np.float32)}, folder / "model.safetensors")
-    plain, with_rows = (Ground.of(adapters=True, base=base, extended=where) for where in (base, extended))
+    plain, with_rows = (BaseDigests.of(adapters=True, base=base, extended=where) for where in (base, extended))
     assert plain.rows_sha256 is None
     assert with_rows.rows_sha256 not in (None, with_rows.base_sha256)
-    assert Ground.of(adapters=False, base=base, extended=base) == Ground()
+    assert BaseDigests.of(adapters=False, base=base, extended=base) == BaseDigests()
     state = TrainerState(
         step=5, epoch=0, batch_in_epoch=0, seed=1, updates=5, tokens=5, world_size=1, zero_stage=0, rows=20,
         base_sha256=with_rows.base_sha256, rows_sha256=with_rows.rows_sha256,
@@ -332,7 +332,7 @@ def test_adapters_are_resumed_on_their_own_base_and_seed_only(tmp_path: Path) ->
         with_rows.check(state, seed=2)
     save_file({"weight": np.full(8, 3, dtype=np.float32)}, extended / "model.safetensors")
     with pytest.raises(UserError, match=r"model: is not what the checkpoint of step 5 .* rows of the added tokens"):
-        Ground.of(adapters=True, base=base, extended=extended).check(state, seed=1)
+        BaseDigests.of(adapters=True, base=base, extended=extended).check(state, seed=1)
     (base / "model.safetensors").rename(base / "other.safetensors")
     with pytest.raises(UserError, match=r"the base model's weights is .*, not .*; name that revision again"):
-        Ground.of(adapters=True, base=base, extended=extended).check(state, seed=1)
+        BaseDigests.of(adapters=True, base=base, extended=extended).check(state, seed=1)

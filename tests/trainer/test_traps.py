@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.engine.config import engine_config
 from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT
-from finetune_trainer.engine.state import owners, snapshot
+from finetune_trainer.engine.state import assign_owners, take_snapshot
 from finetune_trainer.model.load import load_base
 from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
@@ -27,12 +27,12 @@ class Gathered:
     """Stands for an engine that gathers whole parameters, and counts how many bytes of them are alive."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.names = shapes
+        self.parameter_shapes = shapes
         self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
         self.peak = 0
 
     def read_state(self, name: str) -> dict[str, torch.Tensor]:
-        made = {kind: torch.zeros(self.names[name]) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)}
+        made = {kind: torch.zeros(self.parameter_shapes[name]) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)}
         for tensor in made.values():
             self.alive.add(tensor)
         self.peak = max(self.peak, sum(tensor.nbytes for tensor in self.alive))
@@ -44,8 +44,8 @@ def test_trap_19_a_save_gathers_one_parameter_at_a_time() -> None:
     largest = max(3 * 4 * math.prod(shape) for shape in shapes.values())
     for rank in range(2):
         engine = Gathered(shapes)
-        kept = snapshot(engine, rank=rank, world_size=2)  # type: ignore[arg-type]
-        own = [name for name, owner in owners(shapes, 2).items() if owner == rank]
+        kept = take_snapshot(engine, rank=rank, world_size=2)  # type: ignore[arg-type]
+        own = [name for name, owner in assign_owners(shapes, 2).items() if owner == rank]
         assert {name.rpartition("/")[0] for name in kept} == set(own)
         # What was gathered before is gone when the next parameter is: the copies that are kept are not counted here.
         assert engine.peak <= 2 * largest

@@ -104,9 +104,9 @@ def _fork(order: dict[str, Any]) -> int:
 
 def main() -> None:
     """Serve until the input ends."""
-    from finetune_trainer.ranks import process as environment
+    from finetune_trainer.ranks import process
 
-    environment.prepare(Path(tempfile.mkdtemp(prefix="zygote-")))
+    process.prepare_environment(Path(tempfile.mkdtemp(prefix="zygote-")))
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
 

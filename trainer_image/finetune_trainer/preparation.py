@@ -1,5 +1,7 @@
-"""What a run is made of, loaded from local files: the first rank of a node prepares base model and tokens on disk,
-then every rank loads tokenizer, examples and model.
+"""Prepares base model and training rows as local files, and loads them.
+
+`train.py` calls `prepare_node` on the first rank of each node, which writes the files that all ranks of the node share.
+Then `train.py` calls `load_data` and `load_model` on every rank.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
 from finetune_trainer.engine.config import shard_new_models
-from finetune_trainer.model.added_rows import NewRows, check_mergeable, new_rows
+from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
 from finetune_trainer.model.extended_base import extend_base
 from finetune_trainer.model.load import (
     DTYPES,
@@ -29,107 +31,97 @@ from finetune_trainer.model.load import (
     enable_gradient_checkpointing,
     load_base,
 )
-from finetune_trainer.model.structure import Skeleton, skeleton
+from finetune_trainer.model.structure import ModelStructure, read_structure
 from finetune_trainer.model.weight_files import check_complete
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.sources.inputs import source_name
 
 
-class Prepared(ContractModel):
-    """What the first rank of a node says about what it wrote for the others."""
+class PreparationSummary(ContractModel):
+    """What `prepare_node` wrote on one node. Every rank of the gang receives the summary."""
 
     notices: list[str]
-    """One sentence for each kind of row that was left out."""
+    """Sentences for people, for example one for each kind of row that was skipped."""
     context: int
-    """Longest example in tokens that model and job allow."""
+    """Length in tokens of the longest example that the model and `dataset.maxLength` allow."""
     data_sha256: str
-    """Of the training rows as token ids."""
+    """sha256 over the token ids of the training rows."""
     model_context: int
-    """Longest text in tokens that the model reads, dataset.maxLength where it has no limit."""
-    new_rows: NewRows | None = None
-    """Where the added tokens' rows lie in the base."""
-    new_rows_sha256: str | None = None
-    """Of these rows."""
+    """Longest text in tokens that the model can read; `dataset.maxLength` where the model has no limit."""
+    added_rows: AddedRows | None = None
+    """Where the embedding rows of `model.addedTokens` lie in the base model; None without added tokens."""
+    added_rows_sha256: str | None = None
+    """sha256 over the values of these embedding rows in fp32."""
 
 
-def same_on_all_nodes(answers: Sequence[object]) -> Prepared:
-    """Return what all nodes prepared; ``answers`` are those of their first ranks, None of the others.
+def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
+    """Return the summary on which all nodes agree.
 
-    Raises UserError where the nodes read different data: a branch or a file changed between them.
+    ``answers`` has one entry for each rank: the summary as JSON from the first rank of a node, None from other ranks.
+    Raises UserError where two nodes read different data, because a branch or a file changed between their reads.
     """
-    prepared = [Prepared.model_validate(answer) for answer in answers if answer is not None]
-    if len({(one.data_sha256, one.new_rows_sha256) for one in prepared}) > 1:
+    summaries = [PreparationSummary.model_validate(answer) for answer in answers if answer is not None]
+    if len({(summary.data_sha256, summary.added_rows_sha256) for summary in summaries}) > 1:
         raise UserError(
             "dataset.train",
             "the nodes of this job read different rows: it changed while they started; name a commit as `revision`, or"
             " a file that nobody writes to",
         )
-    return prepared[0]
+    return summaries[0]
 
 
 @dataclass(frozen=True)
-class Data:
-    """Tokenizer and examples."""
+class TrainingData:
+    """The tokenizer and the tokenised rows of a job, loaded on one rank."""
 
     tokenizer: Any
-    bones: Skeleton
-    """The model as the run computes with it, without weights."""
+    structure: ModelStructure
+    """The base model without weights, as the run trains it."""
     train: ExampleSet
     validation: ExampleSet
     test: ExampleSet
     capacity: int | None
-    """Most tokens of a packed sequence; None: one example a sequence."""
+    """Most tokens of a packed sequence. None means that each sequence holds one example."""
     stop_ids: list[int]
-    """Tokens that end a generated answer."""
-    prepared: Prepared
+    """Token ids that end a generated answer."""
+    summary: PreparationSummary
 
     @property
     def pad(self) -> int:
-        """Return the id that fills short rows; nothing sees it, so any will do."""
+        """Return the token id that fills short rows. Any id would do, because no position attends to padding."""
         return int(self.tokenizer.eos_token_id)
 
 
-def base_folder(plan: WorkerPlan) -> Path:
-    """Return the folder of the base model that the run computes with, once `prepare` has been there."""
-    extended = plan.folder / "base"
-    return extended if extended.is_dir() else plan.inputs.model
+def prepare_node(plan: WorkerPlan) -> PreparationSummary:
+    """Write the files that the ranks of this node share: the tokenised rows, and an extended base model where needed.
 
-
-def _targets(plan: WorkerPlan, bones: Skeleton) -> list[str]:
-    config = plan.config
-    return adapted_modules(bones, config.lora, added_tokens=bool(config.model.added_tokens)) if config.lora else []
-
-
-def prepare(plan: WorkerPlan) -> Prepared:
-    """Write what the ranks of this node share: the extended base where one is needed, and the tokenised rows.
-
-    Raises UserError for rows that the job does not allow, and for target modules that the model does not have.
+    Raises UserError for rows that the job does not allow, and for LoRA target modules that the model does not have.
     """
     check_complete(plan.inputs.model)
-    bones, config = skeleton(plan.inputs.model), plan.config
-    targets = _targets(plan, bones)
-    untie = bones.tied and adapts_an_embedding(bones, targets)
+    structure, config = read_structure(plan.inputs.model), plan.config
+    targets = _adapter_targets(plan, structure)
+    untie = structure.tied and adapts_an_embedding(structure, targets)
     if config.model.added_tokens or untie:
         extend_base(
             plan.inputs.model,
-            plan.folder / "base",
+            _extended_folder(plan),
             tokens=config.model.added_tokens,
             untie=untie,
             seed=config.optimization.seed,
         )
     if config.storage.artifact != "Adapter":
-        check_mergeable([f"{name}.weight" for name in adapted(bones, targets)], base_folder(plan))
-    tokenizer = load_tokenizer(base_folder(plan))
+        check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
+    tokenizer = load_tokenizer(base_model_folder(plan))
     tokenize = tokenize_with(tokenizer)
-    limit = limit_of(config.dataset, bones.context)
+    limit = limit_of(config.dataset, structure.context)
     notices: list[str] = []
-    if config.model.added_tokens and targets and not adapts_an_embedding(bones, targets):
+    if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
         notices.append(
             "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
         )
     data_sha256 = ""
-    for name, source, path in _files(plan):
-        examples, left_out = make_examples(
+    for name, source, path in _data_files(plan):
+        examples, skipped_rows = make_examples(
             read_rows(path, f"dataset.{name}"),
             source_name(source),
             f"dataset.{name}",
@@ -138,40 +130,84 @@ def prepare(plan: WorkerPlan) -> Prepared:
             limit=limit,
             keep_rows=config.dataset.task != "None" and name != "train",
         )
-        examples.save(plan.folder / "tokens" / name)
-        notices += left_out
+        examples.save(_tokens_folder(plan) / name)
+        notices += skipped_rows
+        # The training rows come first in `_data_files`.
         data_sha256 = data_sha256 or examples.digest
-    rows = _new_rows(plan, bones, tokenizer)
-    return Prepared(
+    rows = _added_rows(plan, structure, tokenizer)
+    return PreparationSummary(
         notices=notices,
         context=limit.tokens,
         data_sha256=data_sha256,
-        model_context=bones.context or config.dataset.max_length,
-        new_rows=rows,
-        new_rows_sha256=_digest(plan, rows),
+        model_context=structure.context or config.dataset.max_length,
+        added_rows=rows,
+        added_rows_sha256=_rows_sha256(plan, rows),
     )
 
 
-def _new_rows(plan: WorkerPlan, bones: Skeleton, tokenizer: Any) -> NewRows | None:
-    """Return where the added tokens' rows lie."""
-    if not plan.config.model.added_tokens:
-        return None
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in plan.config.model.added_tokens]
-    once = bones.tied or bones.output_name is None
-    output_key = None if once else f"{bones.output_name}.weight"
-    return NewRows(ids=ids, input_key=f"{bones.input_name}.weight", output_key=output_key)
+def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
+    """Load the tokenizer and the tokenised rows that `prepare_node` wrote."""
+    tokenizer = load_tokenizer(base_model_folder(plan))
+    present = {name for name, _, _ in _data_files(plan)}
+    sets = {
+        name: ExampleSet.load(_tokens_folder(plan) / name) if name in present else ExampleSet.empty()
+        for name in ("train", "validation", "test")
+    }
+    dataset = plan.config.dataset
+    return TrainingData(
+        tokenizer=tokenizer,
+        structure=read_structure(base_model_folder(plan)),
+        train=sets["train"],
+        validation=sets["validation"],
+        test=sets["test"],
+        capacity=summary.context if dataset.packing else None,
+        stop_ids=stop_ids(tokenizer, dataset.format),
+        summary=summary,
+    )
 
 
-def _digest(plan: WorkerPlan, rows: NewRows | None) -> str | None:
-    if rows is None:
-        return None
-    sha256 = hashlib.sha256()
-    for tensor in new_rows(base_folder(plan), rows, DTYPES["fp32"]).values():
-        sha256.update(tensor.numpy().tobytes())
-    return sha256.hexdigest()
+def load_model(plan: WorkerPlan) -> Any:
+    """Return the model to train: the base model, with LoRA adapters where the method is LoRA.
+
+    Under ZeRO-3 all ranks must call this function together, because each rank keeps only its shard of the weights while
+    they are read.
+    """
+    config, folder = plan.config, base_model_folder(plan)
+    targets = _adapter_targets(plan, read_structure(plan.inputs.model))
+    sharding = shard_new_models(config.optimization, config.world.size)
+    model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
+    # transformers holds only a weak reference to the object that switches sharding on, and checks it in `generate` too.
+    model.sharding = sharding
+    if config.optimization.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if config.lora is None:
+        return model
+    return add_adapters(
+        model, config.lora, targets=targets, seed=config.optimization.seed, base_name=source_name(config.model)
+    )
 
 
-def _files(plan: WorkerPlan) -> list[tuple[str, DataSource, Path]]:
+def base_model_folder(plan: WorkerPlan) -> Path:
+    """Return the folder of the base model that the run trains: the extended copy where `prepare_node` wrote one."""
+    extended = _extended_folder(plan)
+    return extended if extended.is_dir() else plan.inputs.model
+
+
+def _extended_folder(plan: WorkerPlan) -> Path:
+    return plan.folder / "base"
+
+
+def _tokens_folder(plan: WorkerPlan) -> Path:
+    return plan.folder / "tokens"
+
+
+def _adapter_targets(plan: WorkerPlan, structure: ModelStructure) -> list[str]:
+    config = plan.config
+    return adapted_modules(structure, config.lora, added_tokens=bool(config.model.added_tokens)) if config.lora else []
+
+
+def _data_files(plan: WorkerPlan) -> list[tuple[str, DataSource, Path]]:
+    """Return name, source and local file of each data set that the job has, the training rows first."""
     dataset, inputs = plan.config.dataset, plan.inputs
     given = (
         ("train", dataset.train, inputs.train),
@@ -181,43 +217,21 @@ def _files(plan: WorkerPlan) -> list[tuple[str, DataSource, Path]]:
     return [(name, source, path) for name, source, path in given if source is not None and path is not None]
 
 
-def load_data(plan: WorkerPlan, prepared: Prepared) -> Data:
-    """Load what `prepare` wrote."""
-    tokenizer = load_tokenizer(base_folder(plan))
-    folder = plan.folder / "tokens"
-    present = {name for name, _, _ in _files(plan)}
-    sets = {
-        name: ExampleSet.load(folder / name) if name in present else ExampleSet.empty()
-        for name in ("train", "validation", "test")
-    }
-    dataset = plan.config.dataset
-    return Data(
-        tokenizer=tokenizer,
-        bones=skeleton(base_folder(plan)),
-        train=sets["train"],
-        validation=sets["validation"],
-        test=sets["test"],
-        capacity=prepared.context if dataset.packing else None,
-        stop_ids=stop_ids(tokenizer, dataset.format),
-        prepared=prepared,
-    )
+def _added_rows(plan: WorkerPlan, structure: ModelStructure, tokenizer: Any) -> AddedRows | None:
+    """Return where the embedding rows of the added tokens lie, None without added tokens."""
+    if not plan.config.model.added_tokens:
+        return None
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in plan.config.model.added_tokens]
+    # An untied head begins as a copy of the input embedding, so the rows of both are stored once.
+    stored_once = structure.tied or structure.output_name is None
+    output_key = None if stored_once else f"{structure.output_name}.weight"
+    return AddedRows(ids=ids, input_key=f"{structure.input_name}.weight", output_key=output_key)
 
 
-def load_model(plan: WorkerPlan) -> Any:
-    """Return the model that is trained: the base, with adapters where the method is LoRA.
-
-    A collective under ZeRO-3, which shards the weights while they are read.
-    """
-    config, folder = plan.config, base_folder(plan)
-    targets = _targets(plan, skeleton(plan.inputs.model))
-    sharding = shard_new_models(config.optimization, config.world.size)
-    model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
-    # transformers looks whether it still lives, also when it generates.
-    model.sharding = sharding
-    if config.optimization.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    if config.lora is None:
-        return model
-    return add_adapters(
-        model, config.lora, targets=targets, seed=config.optimization.seed, base_name=source_name(config.model)
-    )
+def _rows_sha256(plan: WorkerPlan, rows: AddedRows | None) -> str | None:
+    if rows is None:
+        return None
+    sha256 = hashlib.sha256()
+    for tensor in read_added_rows(base_model_folder(plan), rows, DTYPES["fp32"]).values():
+        sha256.update(tensor.numpy().tobytes())
+    return sha256.hexdigest()

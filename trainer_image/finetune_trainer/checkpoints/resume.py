@@ -1,7 +1,7 @@
-"""The beginning of a run in the bucket: choose what to resume from, take the run number, bring back the past.
+"""The start of a run: choose the checkpoint to resume from, fetch it, and take the next run number in the bucket.
 
-Rank 0 does this for all, at each start of the gang (`start_run`) and at each rollback (`restart_run`); what comes out
-is JSON, because it is shared at the rendezvous store.
+Rank 0 does this for all ranks. `train.py` calls `start_run` at the start of an attempt and `start_run_after_rollback`
+after a rollback. Both return a `RunStart`, which travels to the other ranks as JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finetune_core.contract import CheckpointRecord, ContractModel, Identity
 from finetune_core.layout import checkpoint_folder
-from finetune_trainer.model.digest import Ground
+from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.storage.checkpoints import (
     TRAINER_FILE,
@@ -40,74 +40,83 @@ from finetune_trainer.storage.steplog import StepRow, read_history
 
 log = logging.getLogger(__name__)
 
-MOST_TRIES = 20
+MAX_TRIES = 20
 
 
-class Start(ContractModel):
-    """How a run begins."""
+class RunStart(ContractModel):
+    """Where a run starts: its number, the checkpoint that it resumes from, and what else the bucket holds."""
 
     run: int
+    """Number of this run, from 1. Every start of a job's ranks takes the next number."""
     parent: ParentRecord | None = None
+    """The checkpoint that the run resumes from. None where training starts from the base model."""
     ancestors: list[CheckpointRecord] = []
-    """The committed checkpoints that this run continues, oldest first."""
-    others: list[CheckpointRecord] = []
-    """Committed checkpoints on branches that were left, and damaged ones."""
+    """The committed checkpoints that this run continues, oldest first. The last one is `parent`."""
+    other_checkpoints: list[CheckpointRecord] = []
+    """All other committed checkpoints in the bucket: those that a rollback abandoned, and damaged ones."""
     notices: list[str] = []
-    ground: Ground = Ground()
+    """Sentences for people, for example why a checkpoint was not used."""
+    base_digests: BaseDigests = BaseDigests()
     rollbacks: list[Rollback] = []
-    """Returns to earlier checkpoints that hold for this run too."""
+    """All rollbacks of the job so far. Each of them still changes the learning rate and the skipped steps of this
+    run."""
 
 
-class Choice(ContractModel):
-    """What is resumed from, and what was passed over."""
+class ResumeChoice(ContractModel):
+    """The checkpoint to resume from, and the checkpoints that could not be used."""
 
     parent: ParentRecord | None = None
     damaged: dict[str, str] = {}
-    """What is wrong, by the folder of each checkpoint that was passed over."""
+    """What is wrong with each checkpoint that could not be used, by its folder, for example
+    `checkpoints/000001-000120`."""
     notices: list[str] = []
 
 
-def start_run(root: RunRoot, identity: Identity, target: Path) -> Start:
-    """Take the next run number and fetch the checkpoint that it resumes from into ``target``.
+def start_run(root: RunRoot, identity: Identity, target: Path) -> RunStart:
+    """Take the next run number, and fetch the checkpoint to resume from into the folder ``target``.
 
-    A former run that is still alive may commit until the number is taken; then the choice is made again.
+    A former run that is still alive may commit one more checkpoint before the number is taken. The choice is then made
+    again, with the next number. Raises OutsideFailure where other writers take every number.
     """
     taken: set[int] = set()
-    for _ in range(MOST_TRIES):
+    for _ in range(MAX_TRIES):
         records = read_records(root)
         known = {run: record for run, record in records.items() if run not in taken}
         candidates = lineage(known, committed(root))
-        choice = _choose(root, candidates, target)
+        choice = _choose_checkpoint(root, candidates, target)
         run = max(records, default=0) + 1
-        # The newest run's, whichever checkpoint is resumed from: its own may be lost, what it had learned is not.
+        # The newest run knows all rollbacks. They still hold where an older run's checkpoint is resumed from, for
+        # example because the newest run's own checkpoints are lost.
         rollbacks = known[max(known)].rollbacks if known else []
         if not take_run(root, run, _record(identity, choice, rollbacks)):
             continue
         taken.add(run)
         if lineage(known, committed(root)) == candidates:
             _abort_stale_uploads(root)
-            return _describe(root, run, choice, rollbacks)
-    raise OutsideFailure(f"no run number could be taken in {MOST_TRIES} tries: other writers are active")
+            return _run_start(root, run, choice, rollbacks)
+    raise OutsideFailure(f"no run number could be taken in {MAX_TRIES} tries: other writers are active")
 
 
-def restart_run(root: RunRoot, identity: Identity, run: int, rollback: Rollback, target: Path) -> Start:
-    """Take the number after ``run``, which ends with ``rollback``, and fetch the checkpoint that it goes back to.
+def start_run_after_rollback(root: RunRoot, identity: Identity, run: int, rollback: Rollback, target: Path) -> RunStart:
+    """Take the number after ``run``, which ends with ``rollback``, and fetch the checkpoint of ``rollback.step`` or
+    earlier into ``target``.
 
-    Where that one is damaged an older one of the lineage serves, at last the base model. Raises NewerRun where another
-    start of the job was faster.
+    Where a checkpoint is damaged, the next older one of the lineage is used, and the base model where none is left.
+    Raises NewerRun where another start of the job has taken a number since.
     """
     records = read_records(root)
     candidates = [item for item in lineage(records, committed(root)) if item.step <= rollback.step]
-    choice = _choose(root, candidates, target)
+    choice = _choose_checkpoint(root, candidates, target)
     returned = choice.parent.step if choice.parent else 0
     rollbacks = [*records[run].rollbacks, rollback.model_copy(update={"step": returned})]
     if max(records) != run or not take_run(root, run + 1, _record(identity, choice, rollbacks)):
         raise NewerRun(f"another run of this job has started, so run {run} ended")
-    return _describe(root, run + 1, choice, rollbacks)
+    return _run_start(root, run + 1, choice, rollbacks)
 
 
 def _abort_stale_uploads(root: RunRoot) -> None:
-    """Free what cut-off uploads of former runs still hold in the store; not being allowed to is no failure."""
+    """Abort the multipart uploads that former runs left unfinished, because the store keeps their parts. A store that
+    does not permit the abort is no reason to fail."""
     try:
         aborted = root.abort_uploads()
     except OutsideFailure as failure:
@@ -117,7 +126,7 @@ def _abort_stale_uploads(root: RunRoot) -> None:
         log.info("aborted %d stale multipart uploads, among them %s", len(aborted), aborted[0])
 
 
-def _record(identity: Identity, choice: Choice, rollbacks: Sequence[Rollback]) -> RunRecord:
+def _record(identity: Identity, choice: ResumeChoice, rollbacks: Sequence[Rollback]) -> RunRecord:
     return RunRecord(
         attempt=identity.attempt,
         pod_uid=identity.pod_uid,
@@ -127,10 +136,12 @@ def _record(identity: Identity, choice: Choice, rollbacks: Sequence[Rollback]) -
     )
 
 
-def _choose(root: RunRoot, candidates: Sequence[CheckpointId], target: Path) -> Choice:
-    """Return the first candidate whose every byte verifies, fetched into ``target``, and why others were not.
+def _choose_checkpoint(root: RunRoot, candidates: Sequence[CheckpointId], target: Path) -> ResumeChoice:
+    """Return the first of ``candidates`` whose every byte verifies, fetched into ``target``, and why the earlier ones
+    do not.
 
-    Folders of the newest candidate's run without COMMIT are told too: an upload was cut off, or COMMIT was deleted.
+    Notices also name the folders without COMMIT that are newer than the chosen checkpoint. Such a folder is left where
+    an upload was cut off, or where somebody deleted COMMIT.
     """
     damaged: dict[str, str] = {}
     notices: list[str] = []
@@ -156,25 +167,34 @@ def _choose(root: RunRoot, candidates: Sequence[CheckpointId], target: Path) -> 
     if chosen is None and candidates:
         notices.append("no checkpoint could be used: training starts from the base model")
     parent = ParentRecord(run=chosen.run, step=chosen.step) if chosen else None
-    return Choice(parent=parent, damaged=damaged, notices=notices)
+    return ResumeChoice(parent=parent, damaged=damaged, notices=notices)
 
 
-def _describe(root: RunRoot, run: int, choice: Choice, rollbacks: list[Rollback]) -> Start:
-    """Return the start with the inventory of the bucket: what the run continues, and the rest."""
+def _run_start(root: RunRoot, run: int, choice: ResumeChoice, rollbacks: list[Rollback]) -> RunStart:
+    """Return the start of ``run`` with all committed checkpoints of the bucket, divided into those that the run
+    continues and the rest."""
     stored = {CheckpointId(record.run, record.step): record for record in inventory(root, choice.damaged)}
-    whole = [key for key, record in stored.items() if not record.damaged]
-    own = [stored[item] for item in reversed(lineage(read_records(root), whole))]
+    undamaged = [key for key, record in stored.items() if not record.damaged]
+    own = [stored[item] for item in reversed(lineage(read_records(root), undamaged))]
     rest = [record for record in stored.values() if record not in own]
-    return Start(run=run, parent=choice.parent, ancestors=own, others=rest, notices=choice.notices, rollbacks=rollbacks)
+    return RunStart(
+        run=run,
+        parent=choice.parent,
+        ancestors=own,
+        other_checkpoints=rest,
+        notices=choice.notices,
+        rollbacks=rollbacks,
+    )
 
 
-def past_steps(root: RunRoot, start: Start) -> list[StepRow]:
-    """Return the steps that led to the start, from the bucket's step log."""
+def read_steps_before(root: RunRoot, start: RunStart) -> list[StepRow]:
+    """Return the rows of all steps that led to the parent checkpoint of ``start``, read from the step log in the
+    bucket, oldest first."""
     if start.parent is None:
         return []
     return read_history(root, read_records(root), start.parent.run, start.parent.step)
 
 
 def read_trainer_state(folder: Path) -> TrainerState:
-    """Return the training state of a fetched checkpoint that is not a tensor."""
+    """Return the part of a fetched checkpoint's training state that is not a tensor, such as step and seed."""
     return TrainerState.model_validate_json((folder / TRAINER_FILE).read_text())

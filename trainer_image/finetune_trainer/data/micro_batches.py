@@ -1,5 +1,8 @@
-"""The micro-batches of this rank, for a training step and for an evaluation: which rows, in which sequences, as which
-tensors. All ranks make equally many, dummies of weight 0 included, because ZeRO's collectives need it.
+"""Which micro-batches each rank computes, of a training step or of an evaluation set, and their tensors.
+
+`loop.py` plans one global batch for each optimizer step, and `evaluation/` plans whole example sets. Every rank gets
+the same number of micro-batches, because ZeRO's collectives need equally many forward passes on every rank. A rank
+that has fewer rows fills up with empty micro-batches.
 """
 
 from __future__ import annotations
@@ -15,46 +18,49 @@ from finetune_trainer.data.packing import pack
 
 
 @dataclass(frozen=True)
-class Share:
-    """What this rank computes of a set of rows."""
+class MicroBatchPlan:
+    """The micro-batches that one rank computes of a set of rows, such as a global batch."""
 
     rows: Sequence[int]
-    """All rows, over all ranks."""
+    """Indices of all rows, those of the other ranks included."""
     tokens: int
-    """Supervised tokens of all rows."""
-    own: Sequence[Sequence[Sequence[int]]]
-    """This rank's micro-batches of sequences of rows; equally many on every rank, empty ones are dummies."""
+    """Number of supervised tokens in all rows, those of the other ranks included."""
+    micro_batches: Sequence[Sequence[Sequence[int]]]
+    """This rank's micro-batches: each is a list of sequences, and each sequence a list of row indices. Every rank has
+    the same number of micro-batches, some of which may be empty."""
 
 
 @dataclass(frozen=True)
-class Batches:
-    """Makes micro-batches of ``examples`` for one of ``world_size`` ranks."""
+class MicroBatcher:
+    """Makes the micro-batches of ``examples`` for one of ``world_size`` ranks."""
 
     examples: ExampleSet
     rank: int
     world_size: int
     pad: int
+    """Token id that fills short sequences."""
     capacity: int | None
-    """Most tokens of a packed sequence; None: one example a sequence."""
+    """Most tokens of a packed sequence. None means that each sequence holds one example."""
     seed: int = 0
 
-    def step(self, step: int, optimization: OptimizationConfig) -> Share:
-        """Return this rank's share of the global batch that ``step`` (from 1) consumes."""
+    def plan_step(self, step: int, optimization: OptimizationConfig) -> MicroBatchPlan:
+        """Return this rank's part of the global batch of ``step``, which counts from 1."""
         rows = global_batch(
             step,
             rows=len(self.examples),
             global_batch_size=optimization.global_batch_size,
             seed=optimization.seed,
         )
-        return self.share(rows, optimization.micro_batch_size)
+        return self.plan_rows(rows, optimization.micro_batch_size)
 
-    def share(self, rows: Sequence[int], micro_batch_size: int) -> Share:
-        """Return this rank's share of ``rows``: its micro-batches of ``micro_batch_size`` sequences."""
+    def plan_rows(self, rows: Sequence[int], micro_batch_size: int) -> MicroBatchPlan:
+        """Return this rank's part of ``rows``, in micro-batches of at most ``micro_batch_size`` sequences."""
         lengths = self.examples.lengths
         sequences: Sequence[Sequence[int]] = (
             [[row] for row in rows]
             if self.capacity is None
-            # Rows that only the base model is asked may be longer than those that are trained on.
+            # Only rows that are never trained on can be longer than the capacity, such as those of the base model with
+            # `evaluation.basePrompt`.
             else pack(
                 rows, lengths, capacity=max(self.capacity, *(lengths[row] for row in rows), 1), ranks=self.world_size
             )
@@ -62,12 +68,13 @@ class Batches:
         own = micro_batches(
             sequences, lengths, rank=self.rank, world_size=self.world_size, micro_batch_size=micro_batch_size
         )
-        return Share(rows, sum(self.examples[row].supervised_tokens for row in rows), own)
+        return MicroBatchPlan(rows, sum(self.examples[row].supervised_tokens for row in rows), own)
 
-    def tensors(self, share: Share, *, step: int = 0) -> Iterator[Batch]:
-        """Return the tensors of this rank's micro-batches; dropout follows from (seed, ``step``, row)."""
-        for micro in share.own:
+    def tensors(self, plan: MicroBatchPlan, *, step: int = 0) -> Iterator[Batch]:
+        """Yield the tensors of each micro-batch of ``plan``. Dropout depends on (seed, ``step``, row) only."""
+        for micro_batch in plan.micro_batches:
             sequences = [
-                [(self.examples[row], dropout_seed(self.seed, step, row)) for row in sequence] for sequence in micro
+                [(self.examples[row], dropout_seed(self.seed, step, row)) for row in sequence]
+                for sequence in micro_batch
             ]
             yield collate(sequences, pad=self.pad, packed=self.capacity is not None)

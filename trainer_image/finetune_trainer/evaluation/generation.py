@@ -122,7 +122,7 @@ class _Told(StoppingCriteria):  # type: ignore[misc]  # transformers has no type
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Return (B,) whether each answer is complete."""
-        return torch.full((input_ids.shape[0],), self._gang.told(), device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self._gang.stop_requested(), device=input_ids.device)
 
 
 class _Suffix(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here

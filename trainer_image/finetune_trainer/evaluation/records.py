@@ -11,7 +11,7 @@ from finetune_core.contract import EvaluationRecord, ScoreRecord
 from finetune_trainer.evaluation.scorer import Sample, Scorer
 from finetune_trainer.evaluation.sets import base_questions, tuned_questions
 from finetune_trainer.pod.plan import WorkerPlan
-from finetune_trainer.preparation import Data
+from finetune_trainer.preparation import TrainingData
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.storage.root import RunRoot
@@ -26,7 +26,7 @@ class Scores:
         plan: WorkerPlan,
         gang: Gang,
         root: RunRoot,
-        data: Data,
+        data: TrainingData,
         scorer: Scorer,
         run: int,
         progress: Progress | None,
@@ -52,7 +52,7 @@ class Scores:
         """
         if self._base is None or self._tuned is None:
             return
-        found = self._gang.share(self._found, until_told=True)
+        found = self._gang.run_on_rank_0(self._found, until_stop=True)
         if found is not None:
             self._know(ScoreFile.model_validate(found))
             return
@@ -88,7 +88,7 @@ class Scores:
     def _write(self) -> None:
         file = self._file
         assert file is not None
-        self._gang.share(lambda: write_scores(self._root, self._run, file), until_told=True)
+        self._gang.run_on_rank_0(lambda: write_scores(self._root, self._run, file), until_stop=True)
 
 
 def _answers(samples: list[Sample]) -> list[AnswerRecord]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from finetune_core.contract import EvaluationConfig, Phase, ScoreRecord
 from finetune_trainer.data.examples import Example, ExampleSet, example_set
-from finetune_trainer.data.micro_batches import Batches
+from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.evaluation.generation import Decoding, answers
 from finetune_trainer.evaluation.graders import TASKS, Grade, Task, summarise
@@ -56,7 +56,7 @@ class Scorer:
         self,
         engine: Engine,
         gang: Gang,
-        batches: Batches,
+        batches: MicroBatcher,
         config: EvaluationConfig,
         task: str,
         *,
@@ -126,18 +126,18 @@ class Scorer:
                 samples.append(Sample(text[:SAMPLE_LENGTH], gold, grade.scores, grade.problem))
         self.samples = samples[:MOST_SAMPLES]
         own = summarise(grades)
-        graded, *right = self._gang.total([own.graded, *(own.right.get(name, 0) for name in task.scores)])
+        graded, *right = self._gang.sum_over_ranks([own.graded, *(own.right.get(name, 0) for name in task.scores)])
         shares = {name: count / graded for name, count in zip(task.scores, right, strict=True)} if graded else {}
         return {"task_score": shares.get(task.main_score), "scores": shares, "graded": int(graded)}
 
     @contextmanager
     def _without(self, ids: Sequence[int]) -> Iterator[None]:
         """Compute without the rows of some tokens inside the block."""
-        self._engine.hide_tokens(ids)
+        self._engine.exclude_tokens(ids)
         try:
             yield
         finally:
-            self._engine.hide_tokens(())
+            self._engine.exclude_tokens(())
 
 
 def all_tokens(examples: ExampleSet) -> ExampleSet:

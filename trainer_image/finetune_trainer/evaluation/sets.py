@@ -15,9 +15,9 @@ from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
 from finetune_trainer.evaluation.scorer import Questions
-from finetune_trainer.model.structure import skeleton
+from finetune_trainer.model.structure import read_structure
 from finetune_trainer.pod.plan import WorkerPlan
-from finetune_trainer.preparation import Data
+from finetune_trainer.preparation import TrainingData
 from finetune_trainer.sources.inputs import source_name
 
 BASE_FOLDER = "base-questions"
@@ -51,7 +51,7 @@ def prepare_questions(plan: WorkerPlan) -> list[str]:
     path = plan.inputs.test if rows == "Test" else plan.inputs.validation
     if rows is None or source is None or path is None or not _base_differs(config):
         return []
-    context = skeleton(plan.inputs.model).context
+    context = read_structure(plan.inputs.model).context
     # A prompt of its own may be longer than dataset.maxLength, for example with examples in it.
     limit = Limit(context, f"the model's context of {context}") if context else Limit(UNLIMITED, "anything")
     form = base_format(config.dataset, config.evaluation.base_prompt)
@@ -78,23 +78,23 @@ def _one_line(config: RunConfig, examples: ExampleSet) -> bool:
     return form is not None and not any("\n" in str(row.fields.get(form.completion_field)) for row in examples.rows)
 
 
-def tuned_questions(plan: WorkerPlan, data: Data) -> Questions | None:
+def tuned_questions(plan: WorkerPlan, data: TrainingData) -> Questions | None:
     """Return the rows as the tuned model reads them, None where there are none."""
     rows = _rows(plan.config)
     return _asked(plan, data, rows) if rows is not None else None
 
 
-def validation_questions(plan: WorkerPlan, data: Data) -> Questions | None:
+def validation_questions(plan: WorkerPlan, data: TrainingData) -> Questions | None:
     """Return the validation rows as the tuned model reads them: what checkpoints are chosen by."""
     return _asked(plan, data, "Validation") if plan.config.dataset.validation is not None else None
 
 
-def _asked(plan: WorkerPlan, data: Data, rows: Literal["Validation", "Test"]) -> Questions:
+def _asked(plan: WorkerPlan, data: TrainingData, rows: Literal["Validation", "Test"]) -> Questions:
     examples = data.test if rows == "Test" else data.validation
     return Questions(rows, examples, data.tokenizer, data.stop_ids, _suffix(plan.config.dataset.format))
 
 
-def base_questions(plan: WorkerPlan, data: Data) -> Questions | None:
+def base_questions(plan: WorkerPlan, data: TrainingData) -> Questions | None:
     """Return the rows as the base model reads them, None where there are none."""
     tuned, config = tuned_questions(plan, data), plan.config
     if tuned is None:

@@ -1,7 +1,8 @@
-"""Lets go of pages of mapped weight files while a model is read from them.
+"""Frees the memory of memory-mapped weight files while a model is loaded from them.
 
-Under ZeRO-3 one rank of the gang maps every weight file until the last tensor is copied. The kernel would take the
-pages back when memory gets short, but until then they count as this process's memory, a whole model beside its shard.
+`load.py` uses this module under ZeRO-3, where a rank maps every weight file until the last tensor is copied into a
+shard. The kernel would free the pages when memory gets short. Until then the pages count as memory of this process: a
+whole model beside this rank's shard.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DONTNEED = 4
-"""`MADV_DONTNEED` of Linux: drop the pages; a later access reads the file again."""
+"""`MADV_DONTNEED` of Linux's madvise(2): free the pages. A later access reads them from the file again."""
 INTERVAL_SECONDS = 0.05
 
 
 @contextmanager
-def letting_go(folder: Path) -> Iterator[None]:
-    """While the block runs, drop pages of this process's mappings of files in ``folder`` again and again.
+def release_mapped_pages(folder: Path) -> Iterator[None]:
+    """While the block runs, free the pages of this process's mappings of weight files in ``folder``, every
+    INTERVAL_SECONDS.
 
-    Only for files that are read and never written through the mapping: changes would be dropped too.
+    Use this only for files that are read, because changes that were written through a mapping would be lost.
     """
     prefixes = {str(folder.resolve()), *(str(path.resolve()) for path in folder.glob("*.safetensors"))}
     done = threading.Event()
 
     def drop() -> None:
         while not done.wait(INTERVAL_SECONDS):
-            drop_pages(prefixes)
+            release_pages(prefixes)
 
     dropper = threading.Thread(target=drop, name="mapped pages", daemon=True)
     dropper.start()
@@ -39,8 +41,9 @@ def letting_go(folder: Path) -> Iterator[None]:
         dropper.join()
 
 
-def drop_pages(prefixes: set[str]) -> int:
-    """Drop the pages of all mappings of files whose path begins with one of ``prefixes``; return their bytes."""
+def release_pages(prefixes: set[str]) -> int:
+    """Free the pages of all mappings of files whose path begins with one of ``prefixes``. Return the size of these
+    mappings in bytes."""
     libc = ctypes.CDLL(None, use_errno=True)
     dropped = 0
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -48,7 +51,7 @@ def drop_pages(prefixes: set[str]) -> int:
         if len(fields) < 6 or not any(fields[5].startswith(prefix) for prefix in prefixes):
             continue
         start, end = (int(bound, 16) for bound in fields[0].split("-"))
-        # The mapping may be gone by now: then there is nothing to drop, and the call says so.
+        # The loader may have removed the mapping since. madvise then returns an error, and nothing is left to free.
         if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED) == 0:
             dropped += end - start
     return dropped

@@ -1,4 +1,7 @@
-"""Structure."""
+"""The modules of a base model without its weights: a model on torch's meta device, built from `config.json`.
+
+`preparation.py` uses the structure to choose LoRA's target modules, and `reporting/meter.py` to count FLOPs.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,27 @@ from finetune_trainer.pod.errors import first_line
 
 
 @dataclass(frozen=True)
-class Skeleton:
-    """What a model's configuration tells about its modules, without any weight."""
+class ModelStructure:
+    """The modules of a model, as its configuration describes them, without any weight."""
 
     model: Any
-    """On the meta device."""
+    """The transformers model on the meta device."""
     input_name: str
-    """Module name of the input embedding, such as `model.embed_tokens`."""
+    """Module name of the input embedding, for example `model.embed_tokens`."""
     output_name: str | None
-    """Module name of the output head, such as `lm_head`."""
+    """Module name of the output head, for example `lm_head`; None where the model has no head."""
     tied: bool
-    """Both share one weight."""
+    """Whether input embedding and output head share one weight."""
     context: int | None
-    """Longest text that the model reads, in tokens."""
+    """Length in tokens of the longest text that the model can read; None where the configuration has no limit."""
 
 
-def skeleton(folder: Path) -> Skeleton:
-    """Return the skeleton of the model in ``folder``; raises UserError where it is no causal language model.
+def read_structure(folder: Path) -> ModelStructure:
+    """Return the structure of the model in ``folder``. Raises UserError where the folder holds no causal language
+    model.
 
-    Comes before the model is loaded: it ends ZeRO-3's sharding of new models (of a run before in this process).
+    Call this before the model is loaded, because it switches off the ZeRO-3 sharding of new models that a former run in
+    this process may have left on.
     """
     unset_hf_deepspeed_config()
     try:
@@ -45,7 +50,7 @@ def skeleton(folder: Path) -> Skeleton:
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     inner, head = model.get_input_embeddings(), model.get_output_embeddings()
     text = config.get_text_config()
-    return Skeleton(
+    return ModelStructure(
         model=model,
         input_name=names[id(inner)],
         output_name=names[id(head)] if head is not None else None,

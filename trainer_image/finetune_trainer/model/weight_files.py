@@ -1,4 +1,5 @@
-"""Weight files."""
+"""The safetensors files of a model folder: which file holds which tensor, whether the files are complete, and their
+index."""
 
 from __future__ import annotations
 
@@ -17,16 +18,16 @@ INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightFiles:
     """The safetensors files of a model folder."""
 
     folder: Path
     files: Mapping[str, str]
-    """File of each tensor."""
+    """File name by tensor name, for example `model-00001-of-00002.safetensors` for `lm_head.weight`."""
 
     @classmethod
-    def of(cls, folder: Path) -> Weights:
-        """Read which file holds which tensor."""
+    def of(cls, folder: Path) -> WeightFiles:
+        """Read from the index, or else from the files' headers, which file holds which tensor."""
         if (folder / INDEX).is_file():
             return cls(folder, json.loads((folder / INDEX).read_text())["weight_map"])
         files: dict[str, str] = {}
@@ -36,12 +37,12 @@ class Weights:
         return cls(folder, files)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor; its bytes are read from the file as they are used."""
+        """Return the tensor ``name``. Its bytes are read from the file when they are used."""
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Return some rows of a matrix."""
+        """Return the given ``rows`` of the matrix ``name``, as a tensor (rows, columns)."""
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             part = file.get_slice(name)
             return torch.cat([part[row : row + 1] for row in rows])
@@ -65,7 +66,7 @@ def check_complete(folder: Path) -> None:
 
 
 def write_index(folder: Path, files: Mapping[str, str]) -> None:
-    """Write the index of a model's several files; ``files`` says which of them holds each tensor."""
+    """Write the index of a model that has several weight files. ``files`` maps each tensor name to a file name."""
     size = sum((folder / name).stat().st_size for name in set(files.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -37,7 +37,7 @@ class WorkerOutcome(ContractModel):
 
 
 @dataclass
-class Standing:
+class WorkerStatus:
     """How far this process has come: what a result says beside the outcome. The loop keeps it current."""
 
     step: int = 0
@@ -87,11 +87,11 @@ def read_outcome(folder: Path, rank: int) -> WorkerOutcome | None:
     return WorkerOutcome.model_validate_json(path.read_text()) if path.is_file() else None
 
 
-def write_sign_of_life(folder: Path, rank: int, standing: Standing) -> None:
+def write_sign_of_life(folder: Path, rank: int, status: WorkerStatus) -> None:
     """Note that worker ``rank`` is not frozen, and how far it is: all that is left of one that is killed."""
     path = folder / f"alive-{rank}"
     temporary = path.with_suffix(".part")
-    temporary.write_text(standing.where())
+    temporary.write_text(status.where())
     temporary.replace(path)
 
 

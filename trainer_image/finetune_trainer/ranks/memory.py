@@ -1,4 +1,8 @@
-"""Lack of memory."""
+"""Lack of memory: recognises the error of torch's CPU allocator, and makes the sentence that tells a person what to
+change.
+
+`worker.py` calls these functions when an error ends the training.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,21 @@ import re
 
 from finetune_core.contract import Phase, RunConfig
 from finetune_trainer.pod import cgroup
-from finetune_trainer.pod.outcomes import Standing
+from finetune_trainer.pod.outcomes import WorkerStatus
 
 
 def is_host_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch's CPU allocator got no memory: it has no class of its own for that."""
+    """Return whether ``error`` says that torch's CPU allocator got no memory. torch raises a plain RuntimeError in this
+    case."""
     return "can't allocate memory" in str(error)
 
 
-def memory_sentence(error: BaseException, standing: Standing, config: RunConfig) -> str:
-    """Return the sentence for lack of memory: in which phase, how much was asked for, and what to change."""
+def out_of_memory_message(error: BaseException, status: WorkerStatus, config: RunConfig) -> str:
+    """Return the sentence for lack of memory: the phase and step, how much memory was requested, and which field to
+    change.
+
+    ``error`` is what torch or NumPy raised; its message holds the requested amount.
+    """
     text = str(error)
     asked = re.search(r"(?:tried to allocate|Unable to allocate) ([0-9.]+ ?(?:[KMGT]i?B|bytes)?)", text, re.IGNORECASE)
     amount = f": {_readable(asked[1])} more were asked for" if asked else ""
@@ -25,22 +34,22 @@ def memory_sentence(error: BaseException, standing: Standing, config: RunConfig)
         amount += f" on a GPU of {capacity[1]}"
     elif limit is not None and config.world.device == "CPU":
         amount += f" in a pod of {limit / 2**30:.2f} GiB"
-    return f"out of memory {standing.where()}{amount}: {_memory_remedy(standing, config)}"
+    return f"out of memory {status.where()}{amount}: {_advice(status, config)}"
 
 
 def _readable(amount: str) -> str:
-    """Return an amount of memory as people read it: torch's CPU allocator speaks in bytes."""
+    """Return an amount of memory in MiB where ``amount`` counts bytes, as torch's CPU allocator does: `1,024 MiB`."""
     number = amount.removesuffix("bytes").strip()
     return f"{int(number) / 2**20:,.0f} MiB" if number.isdigit() else amount
 
 
-def _memory_remedy(standing: Standing, config: RunConfig) -> str:
-    """Return what to change, by what the process was doing."""
+def _advice(status: WorkerStatus, config: RunConfig) -> str:
+    """Return which fields of the job to change. The advice depends on the phase in which memory ran out."""
     optimization, pod = config.optimization, "resources.memory" if config.world.device == "CPU" else "a larger GPU"
-    if standing.phase == Phase.GENERATING.value:
+    if status.phase == Phase.GENERATING.value:
         size = config.evaluation.generation.batch_size
         return f"lower evaluation.generation.batchSize (it is {size}) or evaluation.generation.maxNewTokens"
-    if standing.phase in (Phase.LOADING.value, Phase.EXPORTING.value):
+    if status.phase in (Phase.LOADING.value, Phase.EXPORTING.value):
         more = "more processes with deepspeed.zeroStage 3" if optimization.zero_stage < 3 else "more processes"
         return f"the model itself does not fit, take {pod} or {more}"
     smaller = f"lower training.microBatchSize (it is {optimization.micro_batch_size})"

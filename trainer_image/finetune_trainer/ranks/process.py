@@ -1,4 +1,8 @@
-"""The process around torch: variables to set before the first import, the device, what lack of memory looks like."""
+"""The process around torch: environment variables that must be set before torch is imported, and the device of the
+rank.
+
+`worker.py` calls both functions at its start.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,19 @@ if TYPE_CHECKING:
     import torch
 
 
-def prepare(scratch: Path) -> None:
-    """Keep DeepSpeed and transformers quiet and from compiling; call before anything imports torch.
+def prepare_environment(scratch: Path) -> None:
+    """Set environment variables and log levels so that DeepSpeed and transformers compile nothing, download nothing and
+    log little. Call this function before anything imports torch.
 
-    Caches go to ``scratch``, because the root may be read-only and HOME empty.
+    All caches go below ``scratch``, because the container's root may be read-only and HOME may be empty.
     """
     os.environ["DS_BUILD_OPS"] = "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HOME"] = str(scratch)
-    # torch looks for a temporary folder as it is imported, and a read-only root has none.
+    # torch needs a temporary folder as soon as it is imported, and a read-only root has none.
     os.environ.setdefault("TMPDIR", str(scratch))
-    # The image's user has no name in /etc/passwd, which Python's getpass asks for.
+    # Python's `getpass.getuser` needs a name, and the image's user has none in /etc/passwd.
     os.environ.setdefault("USER", "finetune")
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_HOME"):
         os.environ.setdefault(variable, str(scratch / variable.lower()))
@@ -38,10 +43,10 @@ def prepare(scratch: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def device(world: WorldConfig) -> torch.device:
-    """Return this process's device; raises OutsideFailure where the pod sees fewer GPUs than it has processes.
+def select_device(world: WorldConfig) -> torch.device:
+    """Return the device of this rank. Raises OutsideFailure where the pod sees fewer GPUs than it has worker processes.
 
-    It never falls back to the CPU: a run on the wrong device would be a hundred times slower without a word.
+    A missing GPU is never replaced by the CPU, because the run would silently be a hundred times slower.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Curve."""
+"""The loss curve of a report, which has room for few points. `progress.py` chooses the points here."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from finetune_core.contract import CurvePoint
 
-MOST_POINTS = 60
+MAX_POINTS = 60
+"""Most points of the loss curve in one report."""
 
 
-def thin(points: Sequence[CurvePoint], limit: int = MOST_POINTS) -> list[CurvePoint]:
-    """Return at most ``limit`` points: first, last, the newest evaluations, and an even choice of the others.
+def downsample(points: Sequence[CurvePoint], limit: int = MAX_POINTS) -> list[CurvePoint]:
+    """Return at most ``limit`` of ``points``: the first, the last, the newest evaluations, and an even choice of the
+    rest.
 
-    Evaluations are rare and worth more; they get at most half of the room.
+    Points with an evaluation are rare and matter more than others. They get at most half of the points.
     """
     if len(points) <= limit:
         return list(points)
@@ -24,7 +26,8 @@ def thin(points: Sequence[CurvePoint], limit: int = MOST_POINTS) -> list[CurvePo
 
 
 def _even(items: Sequence[int], count: int) -> list[int]:
-    """Return ``count`` of ``items`` in even distances with the last one among them, all where there are fewer."""
+    """Return ``count`` of ``items`` at even distances, always with the last item. Return all items where there are at
+    most ``count``."""
     if len(items) <= count:
         return list(items)
     return [items[(index + 1) * len(items) // count - 1] for index in range(count)]

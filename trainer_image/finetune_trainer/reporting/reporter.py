@@ -1,6 +1,7 @@
-"""Rank 0's reports to the operator: a thread posts the newest one every few seconds; losing them harms nothing.
+"""Sends the reports of rank 0 to the operator. A thread posts the newest report every few seconds.
 
-The training thread only replaces the report; it never waits for the network but for the last one.
+`progress.py` replaces the report whenever something changes. The training thread waits for the network only at the end,
+for the final report. A report that is lost does no harm, because the next one holds everything.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 5.0
 FINAL_TRIES = 3
+"""How often the final report is tried."""
 
 
 class Reporter:
     """Posts the newest report from a thread of its own."""
 
     def __init__(self, config: ReportConfig, paths: Paths, clock: Callable[[], float] = time.monotonic) -> None:
-        """Prepare; nothing is sent before `start`."""
+        """Prepare the HTTP session. Nothing is sent before `start`."""
         self._config = config
         self._ca_file = paths.ca_file
         self._token_file = paths.report_token_file
         self._clock = clock
         self._session = requests.Session()
-        # Proxies and .netrc of the environment are not meant for the operator's Service.
+        # The environment's proxies and .netrc are not meant for the operator's Service inside of the cluster.
         self._session.trust_env = False
         self._newest: Report | None = None
         self._changed = threading.Condition()
@@ -40,18 +42,20 @@ class Reporter:
         self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
 
     def start(self) -> None:
-        """Begin to post."""
+        """Start the thread that posts reports."""
         self._thread.start()
 
     def update(self, report: Report, *, urgent: bool = False) -> None:
-        """Replace the report that is posted next; ``urgent`` posts it now and not at the next interval."""
+        """Replace the report that is posted next. An ``urgent`` report is posted at once, and not at the next
+        interval."""
         with self._changed:
             self._newest = report
             if urgent:
                 self._changed.notify()
 
     def close(self, final: Report) -> None:
-        """Stop the thread and post the final report; a few tries, then it is left to the termination message."""
+        """Stop the thread and post the final report, in at most FINAL_TRIES tries. Where all tries fail, the operator
+        reads the result from the pod's termination message."""
         with self._changed:
             self._closed = True
             self._changed.notify()
