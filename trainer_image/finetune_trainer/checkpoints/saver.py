@@ -44,9 +44,9 @@ WAITING_BYTES = 1 << 30
 rank. Beyond either limit the newest snapshot replaces waiting ones. After an outage of the store the run therefore does
 not upload old checkpoints that retention would delete at once."""
 POLL_SECONDS = 0.2
-"""How often the ranks that wait for the last COMMIT compare their state."""
+"""Interval in seconds at which the ranks that wait for the last COMMIT compare their state."""
 MAX_UPLOAD_TRIES = 3
-"""How often a checkpoint is uploaded again where the bucket's listing does not show what was uploaded."""
+"""How many times a checkpoint is uploaded where the bucket's listing does not show what was uploaded."""
 SLOW_UPLOAD_SECONDS = 120.0
 """An upload that takes longer than this, while the next checkpoint waits, is reported as a problem."""
 
@@ -59,7 +59,7 @@ def is_due(storage: StorageConfig, step: int, elapsed: float) -> bool:
 
 
 class Saver:
-    """The checkpoints of one run."""
+    """The checkpoints of one run: those that exist, and those on their way to the bucket."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Saver:
         best_by: BestBy,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Continue from the checkpoints in ``start``. ``folder`` takes the local files of each checkpoint until their
+        """Continue from the checkpoints in ``start``. The files of each checkpoint lie below ``folder`` until their
         upload is done."""
         self._gang = gang
         self._background_gang = gang.background()

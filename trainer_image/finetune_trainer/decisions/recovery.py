@@ -85,16 +85,16 @@ def is_skipped(step: int, rollbacks: Sequence[Rollback]) -> bool:
 def _last_good(alarm: Alarm) -> int:
     """Return the last step whose checkpoint can be trusted.
 
-    The loss of a step is that of the weights which the step before left. The first bad loss may therefore come from the
-    update before it, so that update is not trusted either. A rising loss may have begun before it stood out, so none of
-    the recent steps is trusted after such an alarm.
+    The loss of a step is computed with the weights that the step before left. The update before the first bad loss may
+    therefore be the cause, and is not trusted. A rising loss may have begun before it stood out, so after such an alarm
+    none of the recent steps is trusted.
     """
     last = alarm.first - 2
     return max(0, last if alarm.kind in NON_FINITE else min(last, alarm.step - RECENT))
 
 
 def _skip_from(alarm: Alarm) -> int:
-    """Return the first step to skip: the one whose update may have caused the alarm."""
+    """Return the first step to skip, which is the step whose update may have caused the alarm."""
     return max(1, alarm.first - 1)
 
 

@@ -1,6 +1,6 @@
 """The learning rate as a pure function of the step, so that no schedule state has to be saved or restored.
 
-`loop.py` calls it for every optimizer step.
+`loop.py` calls `learning_rate_at` for every optimizer step.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def learning_rate_at(
 ) -> float:
     """Return the learning rate of the update at ``step``, which counts from 1 to ``total_steps``.
 
-    During warm-up the rate rises linearly, and reaches its peak at the last warm-up step. No step has rate 0.
-    Afterwards a linear or cosine schedule falls towards zero, which the step after the last one would have. Each
-    rollback lowers the rate of all steps after the step that it returned to.
+    During warm-up the rate rises linearly, and reaches its peak at the last warm-up step. No step has rate 0. After the
+    warm-up a linear or cosine schedule falls towards zero, which the step after the last step would have. Each rollback
+    lowers the rate of all steps after the step that the rollback returned to.
     """
     factor = math.prod(rollback.rate_factor for rollback in rollbacks if step > rollback.step)
     peak, warmup = optimization.learning_rate * factor, optimization.warmup_steps

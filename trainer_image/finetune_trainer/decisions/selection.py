@@ -20,15 +20,17 @@ class Selection(ContractModel):
 
     best_by: BestBy
     min_delta: float
-    """An evaluation counts as better only where it improves on the best by more than this value."""
+    """An evaluation counts as an improvement only where it is better than the best evaluation by more than this
+    value."""
     patience: int | None = None
-    """The run stops after so many evaluations in a row without improvement. None means never."""
+    """The run stops after this number of evaluations in a row without improvement. None means that the run never stops
+    early."""
     best: float | None = None
     """Perplexity or task score of the best evaluation, None before the first."""
     best_step: int = 0
     """Step of the best evaluation, 0 before the first."""
     evaluations_without_improvement: int = 0
-    """Number of evaluations since the best one."""
+    """Number of evaluations since the best evaluation."""
 
     @property
     def exhausted(self) -> bool:
@@ -36,7 +38,7 @@ class Selection(ContractModel):
         return self.patience is not None and self.evaluations_without_improvement >= self.patience
 
     def improves(self, value: float) -> bool:
-        """Return whether ``value`` is better than the best one by more than `min_delta`."""
+        """Return whether ``value`` is better than the best value by more than `min_delta`."""
         if self.best is None:
             return True
         gain = self.best - value if self.best_by == "Perplexity" else value - self.best
@@ -62,11 +64,11 @@ def selection_after(config: EvaluationConfig, history: Iterable[StepRow] = ()) -
 
 
 def best_first(records: Iterable[CheckpointRecord], best_by: BestBy) -> list[CheckpointRecord]:
-    """Return the records that have the value which ``best_by`` names, the best one first. Of equal ones the earlier
-    comes first.
+    """Return the records that have the value which ``best_by`` names, the best record first. Of equal records the
+    earlier comes first.
 
-    By TaskScore, the lower perplexity decides between equal scores: many checkpoints have the same number of right
-    answers.
+    With TaskScore, the lower perplexity decides between equal scores, because many checkpoints have the same number of
+    right answers.
     """
 
     def order(record: CheckpointRecord) -> tuple[float, float, int, int]:

@@ -1,10 +1,10 @@
 """The stability monitor: raises an alarm when training goes wrong without an error.
 
-`loop.py` calls it after every step. The monitor is a pure function of the losses and gradient norms over all ranks, so
-every rank has the same alarms. It sees the loss of each global batch and the norm of its gradient before clipping. An
-alarm compares the last 8 steps with the 32 steps before them by robust statistics: the median, and a trimmed mean of
-the differences between neighbouring steps. A falling loss hardly widens these differences, so neither one odd batch nor
-the normal course of a run raises an alarm.
+`loop.py` calls the monitor after every step. The monitor is a pure function of the losses and gradient norms over all
+ranks, so every rank has the same alarms. Its input is the loss of each global batch and the norm of the gradient before
+clipping. An alarm compares the last 8 steps with the 32 steps before them (the baseline) by robust statistics: the
+median, and a trimmed mean of the differences between neighbouring steps. A falling loss hardly widens these
+differences, so neither one odd batch nor the normal course of a run raises an alarm.
 """
 
 from __future__ import annotations
@@ -22,38 +22,41 @@ RECENT = 8
 """Number of newest steps in which a fault must show."""
 BASELINE = 32
 MIN_BASELINE = 12
-"""Number of steps before the recent ones that the recent steps are compared with. With fewer than MIN_BASELINE nothing
-is compared."""
+"""The recent steps are compared with the BASELINE steps before them, or with fewer in a young run, but never with fewer
+than MIN_BASELINE."""
 PERSISTENT = 4
 """How many of the recent steps must stand out. A shorter spike heals by itself (KillLossSpike of llm-foundry also waits
 for 4)."""
 
 SPIKE_DEVIATIONS, SPIKE_MIN_RISE = 5.0, math.log(1.25)
-"""How far the log-loss of a step must lie above its level for a spike: in standard deviations, and at least so much."""
+"""How far the log-loss of a step must lie above the median of the baseline for a spike: a number of standard
+deviations, and a least distance."""
 DOUBLED, DOUBLED_DEVIATIONS = math.log(2.0), 3.0
-"""Twice the level of the loss is also a spike in a run with noisy batches (the threshold of llm-foundry), where it is
-at least so many standard deviations above the level."""
+"""In a run with noisy batches, twice the median loss of the baseline is a spike too (the threshold of llm-foundry),
+provided that the loss lies at least DOUBLED_DEVIATIONS standard deviations above the median."""
 GRADIENT_DEVIATIONS, GRADIENT_MIN_RISE = 8.0, math.log(4.0)
-"""How far the log of the gradient norm must lie above its level for an alarm: in standard deviations, and at least so
-much."""
+"""How far the log of the gradient norm must lie above the median of the baseline for an alarm: a number of standard
+deviations, and a least distance."""
 GRADIENT_LOSS_DEVIATIONS = 1.5
-"""How many standard deviations the mean loss must have risen for a gradient alarm. A large gradient alone is no fault,
-because adapters begin with none."""
+"""For a gradient alarm the mean recent loss must have risen by this number of standard deviations too. A large gradient
+alone is no fault, because adapters begin with none."""
 DRIFT_DEVIATIONS, DRIFT_MIN_RISE = 6.5, math.log(1.15)
-"""How far the mean log-loss of the recent steps must lie above its level for an alarm: in standard deviations of that
-mean, and at least so much."""
+"""How far the mean log-loss of the recent steps must lie above the median of the baseline for an alarm: a number of
+standard deviations of the mean, and a least distance."""
 DRIFT_BEGINS = 2.0
-"""A drift is reported to begin at the first recent step whose loss is so many standard deviations above the level."""
+"""A drift is reported to begin at the first recent step whose log-loss lies this number of standard deviations above
+the median of the baseline."""
 ABOVE_START = math.log(1.5)
-"""How far the log of the loss may lie above the losses of the first steps."""
+"""How far the log-loss may lie above the median log-loss of the first steps."""
 ABOVE_BEST = math.log(1.5)
-"""How far the log of the mean recent loss may lie above the lowest level so far."""
+"""How far the mean recent log-loss may lie above the lowest median of a baseline so far."""
 MIN_DEVIATION = 0.02
 """Smallest standard deviation of the log of the loss that is assumed. In an unusually smooth run any small change would
 otherwise stand out."""
 TRIMMED, TRIMMED_MEAN = 0.9, 0.6574
-"""The largest tenth of the differences is left out. For a normal distribution, the mean size of the rest is 2 (phi(0) -
-phi(1.645)) / 0.9 standard deviations. This is robust enough here, and less noisy than the median absolute deviation."""
+"""The largest tenth of the differences is left out. For a normal distribution, the mean size of the remaining
+differences is 2 (phi(0) - phi(1.645)) / 0.9 standard deviations. This estimate is robust enough here, and less noisy
+than the median absolute deviation."""
 START_STEPS = 3
 """Number of first steps whose losses define the start of a run."""
 

@@ -71,7 +71,8 @@ class Engine:
     # One optimizer step
 
     def forward(self, **inputs: Any) -> Any:
-        """Call the model."""
+        """Call the model with ``inputs``, the keyword arguments of its forward function, and return the model's
+        output."""
         return self.module(**inputs)
 
     def loss(self, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:

@@ -26,8 +26,8 @@ class AddedRows(ContractModel):
     input_key: str
     """Tensor name of the input embedding, for example `model.embed_tokens.weight`."""
     output_key: str | None = None
-    """Tensor name of the output head, for example `lm_head.weight`. None where both began with the same rows, which are
-    then stored once."""
+    """Tensor name of the output head, for example `lm_head.weight`. None where both embeddings began with the same
+    rows, which are then stored once."""
 
 
 def read_added_rows(base: Path, rows: AddedRows, dtype: torch.dtype) -> dict[str, torch.Tensor]:

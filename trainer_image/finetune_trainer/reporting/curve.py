@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from finetune_core.contract import CurvePoint
 
 MAX_POINTS = 60
-"""Most points of the loss curve in one report."""
+"""Largest number of points of the loss curve in one report."""
 
 
 def downsample(points: Sequence[CurvePoint], limit: int = MAX_POINTS) -> list[CurvePoint]:
     """Return at most ``limit`` of ``points``: the first, the last, the newest evaluations, and an even choice of the
     rest.
 
-    Points with an evaluation are rare and matter more than others. They get at most half of the points.
+    Points with an evaluation are rare and tell more, but get at most half of the ``limit``.
     """
     if len(points) <= limit:
         return list(points)

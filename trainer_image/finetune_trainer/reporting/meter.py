@@ -21,8 +21,8 @@ DATA, FORWARD, BACKWARD, UPDATE = "data", "forward", "backward", "update"
 
 
 class Stopwatch:
-    """Adds up the time of a step's parts in seconds. On a GPU it uses CUDA events, so that the CPU never waits for the
-    GPU."""
+    """Adds up the time of a step's parts in seconds. On a GPU the times come from CUDA events, so that the CPU does not
+    wait for the GPU after each part."""
 
     def __init__(self, device: torch.device) -> None:
         """Begin with no time in any part."""
@@ -90,8 +90,8 @@ def model_shape(structure: ModelStructure, trained: int, *, adapters: bool) -> M
 def mfu(
     shape: ModelShape | None, lengths: list[int], seconds: float, *, devices: int, device: torch.device
 ) -> float | None:
-    """Return the model FLOPs utilisation of a step, between 0 and 1. ``lengths`` are the sequence lengths without
-    padding. None on a CPU."""
+    """Return the model FLOPs utilisation of a step, between 0 and 1; None on a CPU. ``lengths`` are the sequence
+    lengths without padding."""
     if shape is None or device.type != "cuda":
         return None
     flops = training_flops(shape, sum(lengths), sum(length * length for length in lengths))

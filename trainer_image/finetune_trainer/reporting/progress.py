@@ -38,7 +38,7 @@ def log_line(text: str) -> None:
 
 
 def step_line(row: StepRow, total_steps: int, tokens_per_second: float | None) -> str:
-    """Return the log line of a step, for example `step 20/100 loss 1.234 rate 1e-03 norm 0.52 485 tok/s`."""
+    """Return the log line of a step, for example `step 20/100 loss 1.2340 rate 0.001 norm 0.52 485 tok/s`."""
     loss = f"loss {row.loss:.4f}" if row.loss is not None else "left out" if not row.applied else "loss not finite"
     score = f" ppl {row.perplexity:.4g}" if row.perplexity is not None else ""
     norm = f" norm {row.gradient_norm:.3g}" if row.gradient_norm is not None else ""
@@ -55,7 +55,7 @@ def score_text(record: ScoreRecord) -> str:
 
 
 class Progress:
-    """Collects the state that reports to the operator are made of. Only rank 0 has one."""
+    """Collects the state that reports to the operator are made of. Only rank 0 has a `Progress`."""
 
     def __init__(
         self, *, pod_uid: str, ranks: int, reporter: Reporter | None, clock: Callable[[], float] = time.monotonic
@@ -87,8 +87,8 @@ class Progress:
         self._publish(urgent=True)
 
     def begin(self, *, run: int, total_steps: int, history: Sequence[StepRow]) -> None:
-        """Note what is known before the first step of a run: its number, its steps, and ``history``, the rows of the
-        steps before the run."""
+        """Note what is known before the first step of a run: the run's number, ``total_steps``, and ``history``, the
+        rows of all steps before the run."""
         self._run, self._total_steps = run, total_steps
         self._step, self._epoch = 0, 0.0
         self._pending, self._newest = [], history[-1] if history else None
@@ -113,8 +113,8 @@ class Progress:
         self._publish(urgent=True)
 
     def finished_step(self, row: StepRow, *, updates: int) -> None:
-        """Note a finished step. Its evaluation, if one is due, follows with `scored`. ``updates`` is the number of
-        updates applied so far."""
+        """Note a finished step. ``updates`` is the number of updates applied so far. If an evaluation of the step is
+        due, its scores follow with `scored`."""
         self._speed.step(self._clock(), Tokens(row.tokens, row.real_tokens, row.padded_tokens))
         self._pending.append(row)
         self._newest = row
@@ -166,7 +166,8 @@ class Progress:
         checkpoints: Sequence[CheckpointRecord],
         best: CheckpointRecord | None,
     ) -> None:
-        """Note the committed ``checkpoints``. ``record`` is the newly committed one, and ``best`` the best one."""
+        """Note the committed ``checkpoints``. ``record`` is the checkpoint that was just committed, and ``best`` the
+        best checkpoint."""
         self._checkpoints = list(checkpoints)[-MAX_CHECKPOINTS:]
         self._best = CheckpointName(run=best.run, step=best.step) if best is not None else None
         if record is not None:

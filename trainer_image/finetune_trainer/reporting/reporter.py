@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 5.0
 FINAL_TRIES = 3
-"""How often the final report is tried."""
+"""Number of tries for the final report."""
 
 
 class Reporter:
-    """Posts the newest report from a thread of its own."""
+    """Posts the newest report to the operator, from a thread of its own."""
 
     def __init__(self, config: ReportConfig, paths: Paths, clock: Callable[[], float] = time.monotonic) -> None:
         """Prepare the HTTP session. Nothing is sent before `start`."""

@@ -6,7 +6,7 @@ import collections
 from typing import NamedTuple
 
 RATE_WINDOW = 50
-"""Number of steps over which tokens per second and remaining time are taken."""
+"""Number of newest steps over which tokens per second and remaining time are computed."""
 
 
 class Tokens(NamedTuple):
