@@ -13,7 +13,7 @@ from typing import Any
 from finetune_core.contract import Identity, Result, RunConfig
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 from tests.trainer.objectstore import ObjectStore, free_port
 
 RUN_SECONDS = 480

@@ -17,7 +17,7 @@ import pytest
 
 from finetune_core.contract import Outcome, RunConfig
 from finetune_trainer.pod import cgroup
-from finetune_trainer.pod.outcomes import Standing, WorkerEnd, decide, read_outcome
+from finetune_trainer.pod.outcomes import Standing, WorkerExit, read_outcome, result_of_pod
 from finetune_trainer.ranks.process import memory_sentence
 from tests.trainer.conftest import StartPods
 from tests.trainer.objectstore import ObjectStore, free_port
@@ -243,8 +243,8 @@ def test_lack_of_memory_is_told_with_phase_amount_and_remedy(
 
 
 def test_a_kill_for_lack_of_memory_says_what_the_rank_was_doing() -> None:
-    killed = WorkerEnd(1, -9, None, last_seen="in phase Evaluating, after step 40")
-    result = decide([killed], out_of_memory=True, memory_limit=6 << 30)
+    killed = WorkerExit(1, -9, None, last_seen="in phase Evaluating, after step 40")
+    result = result_of_pod([killed], out_of_memory=True, memory_limit=6 << 30)
     assert result.outcome is Outcome.OUT_OF_MEMORY
     assert result.message == (
         "out of memory: rank 1 was killed in phase Evaluating, after step 40 because the pod reached its memory limit"

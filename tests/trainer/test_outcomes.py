@@ -8,19 +8,19 @@ from finetune_core.contract import Outcome, Result
 from finetune_core.errors import UserError
 from finetune_trainer.pod.cgroup import cpu_limit, oom_kills, parse_cpu_max, threads_per_process
 from finetune_trainer.pod.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, Stopped
-from finetune_trainer.pod.outcomes import WorkerEnd, WorkerOutcome, decide, outcome_of
+from finetune_trainer.pod.outcomes import WorkerExit, WorkerOutcome, outcome_of, result_of_pod
 
 KILLED = -9
 
 
-def said(rank: int, error: Exception) -> WorkerEnd:
+def said(rank: int, error: Exception) -> WorkerExit:
     """A worker that wrote its outcome."""
     outcome = outcome_of(error)
-    return WorkerEnd(rank, outcome.result.exit_code, outcome)
+    return WorkerExit(rank, outcome.result.exit_code, outcome)
 
 
-def done(rank: int) -> WorkerEnd:
-    return WorkerEnd(rank, 0, WorkerOutcome(result=Result(outcome=Outcome.COMPLETED, message="done")))
+def done(rank: int) -> WorkerExit:
+    return WorkerExit(rank, 0, WorkerOutcome(result=Result(outcome=Outcome.COMPLETED, message="done")))
 
 
 BAD, DIVERGED, MEMORY = UserError("dataset.train", "is empty"), Diverged("nan"), OutOfMemory("no memory")
@@ -41,17 +41,17 @@ OUTSIDE, PEER, STOP, CRASH = OutsideFailure("store"), PeerLost("rank left"), Sto
         # What a peer caused decides only where there is nothing else.
         ([said(0, PEER), said(1, STOP)], False, 143),
         ([said(0, PEER), said(1, PEER)], False, 75),
-        ([said(0, PEER), WorkerEnd(1, KILLED, None)], False, 1),
-        ([said(0, PEER), WorkerEnd(1, KILLED, None)], True, 66),
+        ([said(0, PEER), WorkerExit(1, KILLED, None)], False, 1),
+        ([said(0, PEER), WorkerExit(1, KILLED, None)], True, 66),
         # A kill for lack of memory explains signal 9 and nothing else.
-        ([WorkerEnd(0, 3, None)], True, 1),
+        ([WorkerExit(0, 3, None)], True, 1),
         # What the launcher killed followed a peer.
-        ([said(0, MEMORY), WorkerEnd(1, KILLED, None, ended_by_launcher=True)], True, 66),
-        ([done(0), WorkerEnd(1, KILLED, None, ended_by_launcher=True)], False, 0),
+        ([said(0, MEMORY), WorkerExit(1, KILLED, None, killed_by_launcher=True)], True, 66),
+        ([done(0), WorkerExit(1, KILLED, None, killed_by_launcher=True)], False, 0),
     ],
 )
-def test_the_cause_decides(ends: list[WorkerEnd], out_of_memory: bool, code: int) -> None:
-    assert decide(ends, out_of_memory=out_of_memory).exit_code == code
+def test_the_cause_decides(ends: list[WorkerExit], out_of_memory: bool, code: int) -> None:
+    assert result_of_pod(ends, out_of_memory=out_of_memory).exit_code == code
 
 
 def test_a_newer_run_is_a_failure_from_outside() -> None:

@@ -20,7 +20,7 @@ from finetune_core.preflight import PREFLIGHT_SECONDS, FindingKind, PreflightRes
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight import program
 from finetune_trainer.preflight.findings import Findings
-from finetune_trainer.preflight.rows import whole_rows
+from finetune_trainer.preflight.row_check import complete_rows
 from tests.trainer.hub import TOKEN, Hub, running_hub
 from tests.trainer.objectstore import BUCKET, ObjectStore, free_port, write_credentials
 from tests.trainer.pods import run_config
@@ -222,7 +222,7 @@ def test_an_incomplete_model_is_named_by_its_file(
 def test_rows_are_looked_at_in_the_beginning_of_a_large_file(
     check: Check, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune_trainer.preflight.rows.SAMPLE_BYTES", 4096)
+    monkeypatch.setattr("finetune_trainer.preflight.row_check.HEAD_BYTES", 4096)
     good = json.dumps({"question": "w1 w2", "reply": "w2 w1"}) + "\n"
     bad = json.dumps({"question": "w1", "reply": ""}) + "\n"
     folder = tmp_path / "large"
@@ -239,9 +239,9 @@ def test_rows_are_looked_at_in_the_beginning_of_a_large_file(
 
 
 def test_a_row_is_cut_at_a_line_break_outside_of_quotes() -> None:
-    assert whole_rows(b'a,b\n1,"x\ny"\n2,"z\n', quoted=True) == b'a,b\n1,"x\ny"\n'
-    assert whole_rows(b'{"a": "\\"x"}\n{"b', quoted=False) == b'{"a": "\\"x"}\n'
-    assert whole_rows(b"no row ends here", quoted=False) == b""
+    assert complete_rows(b'a,b\n1,"x\ny"\n2,"z\n', quoted=True) == b'a,b\n1,"x\ny"\n'
+    assert complete_rows(b'{"a": "\\"x"}\n{"b', quoted=False) == b'{"a": "\\"x"}\n'
+    assert complete_rows(b"no row ends here", quoted=False) == b""
 
 
 @pytest.fixture

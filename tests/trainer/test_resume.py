@@ -11,7 +11,7 @@ from minio.commonconfig import CopySource
 
 from finetune_core.layout import checkpoint_folder
 from finetune_trainer.pod.plan import Inputs
-from finetune_trainer.storage.checkpoints import TrainerState
+from finetune_trainer.storage.checkpoint_folders import TrainerState
 from tests.trainer import tiny
 from tests.trainer.gangs import rows_consumed, step_rows, train_all
 from tests.trainer.objectstore import BUCKET, ObjectStore

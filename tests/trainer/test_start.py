@@ -16,16 +16,15 @@ from finetune_trainer.checkpoints.start import Start, restart_run, start_run
 from finetune_trainer.model.digest import Ground
 from finetune_trainer.pod.errors import NewerRun
 from finetune_trainer.storage.artifact import committed_result, publish
-from finetune_trainer.storage.checkpoints import (
+from finetune_trainer.storage.checkpoint_folders import (
     TRAINER_FILE,
     TrainerState,
-    commit_folder,
     committed,
     fetch_folder,
     retain,
     to_keep,
-    upload_files,
 )
+from finetune_trainer.storage.commit import commit_folder, upload_files
 from finetune_trainer.storage.lineage import CheckpointId, Rollback, lineage, read_records
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer.objectstore import BUCKET, ObjectStore
@@ -201,7 +200,7 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
     commit(root, 2, 14, tmp_path)
     (tmp_path / "adapter").write_bytes(b"second")
     result = publish(root, 2, 14, [tmp_path / "adapter"])
-    before = {entry.key for entry in root.entries("")}
+    before = {entry.key for entry in root.list_objects("")}
 
     # Frozen between its look at the fence and COMMIT: that one write gets through, into a branch nobody follows.
     frozen = checkpoint_folder(1, 15)
@@ -217,7 +216,7 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
         with pytest.raises(NewerRun):
             write()
     assert committed_result(root) == result
-    assert before <= {entry.key for entry in root.entries("")}
+    assert before <= {entry.key for entry in root.list_objects("")}
     assert lineage(read_records(root), committed(root))[:2] == [(2, 14), (2, 12)]
     third = begin(root, tmp_path, "pod-3")
     assert third.parent is not None
@@ -251,14 +250,16 @@ def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_wh
     monkeypatch.undo()
     left = [(1, step) for step in (1, 2, 3, 4) if step == 4 or step > point // 2]
     assert committed(root) == left, "COMMIT went first"
-    halves = {entry.key.rpartition("/")[2] for entry in root.entries(f"{checkpoint_folder(1, (point + 1) // 2)}/")}
+    halves = {entry.key.rpartition("/")[2] for entry in root.list_objects(f"{checkpoint_folder(1, (point + 1) // 2)}/")}
     assert halves
     assert (COMMIT in halves) is (point % 2 == 1)
     for checkpoint in left:
         fetch_folder(root, checkpoint_folder(*checkpoint), tmp_path / f"whole-{checkpoint[1]}")
     commit(root, 1, 5, tmp_path)
     retain(root, 1, [CheckpointId(1, 5)])
-    assert {key.split("/")[1] for key in (entry.key for entry in root.entries("checkpoints/"))} == {"000001-000000005"}
+    assert {key.split("/")[1] for key in (entry.key for entry in root.list_objects("checkpoints/"))} == {
+        "000001-000000005"
+    }
 
 
 def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_checkpoint_of_the_lineage(

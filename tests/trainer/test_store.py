@@ -11,17 +11,15 @@ from minio.error import S3Error
 from finetune_core.layout import COMMIT, Manifest, checkpoint_folder
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.storage.artifact import committed_result, publish
-from finetune_trainer.storage.checkpoints import (
-    Damaged,
-    commit_folder,
+from finetune_trainer.storage.checkpoint_folders import (
     committed,
     fetch_folder,
     inventory,
     retain,
     to_keep,
-    upload_files,
 )
 from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
 from finetune_trainer.storage.lineage import (
     CheckpointId,
     ParentRecord,
@@ -137,7 +135,7 @@ def test_retention_keeps_last_best_and_parent_and_clears_what_was_never_committe
     keep = to_keep(line, [CheckpointId(1, 2)], keep_last=1, keep_best=1, parent=CheckpointId(1, 4))
     assert retain(root, 2, keep) == [(1, 1), (1, 3), (1, 5), (2, 6)]
     assert committed(root) == [(1, 2), (1, 4), (2, 7)]
-    assert not root.entries("checkpoints/000001-000000009/")
+    assert not root.list_objects("checkpoints/000001-000000009/")
     assert [(item.run, item.step) for item in inventory(root)] == [(1, 2), (1, 4), (2, 7)]
 
 

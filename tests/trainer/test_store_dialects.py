@@ -206,8 +206,8 @@ def works(store: Store, key: str) -> None:
     assert not root.create("runs/000001.json", b"another writer")
     root.write("object", b"data")
     assert root.read("object") == b"data"
-    assert [entry.key for entry in root.entries("")] == ["object", "runs/000001.json"]
-    assert root.abort_uploads() == []
+    assert [entry.key for entry in root.list_objects("")] == ["object", "runs/000001.json"]
+    assert root.abort_multipart_uploads() == []
     root.delete(["object"])
     assert root.read("object") is None
 

@@ -13,15 +13,9 @@ import pytest
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, checkpoint_folder, parse_uri
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS
-from finetune_trainer.storage.checkpoints import (
-    Damaged,
-    commit_folder,
-    committed,
-    fetch_folder,
-    retain,
-    upload_files,
-)
+from finetune_trainer.storage.checkpoint_folders import committed, fetch_folder, retain
 from finetune_trainer.storage.client import LONGEST_DELAY_SECONDS, Store
+from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
 from finetune_trainer.storage.lineage import RunRecord, take_run
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer.objectstore import (
@@ -185,7 +179,7 @@ def test_back_off_grows_and_the_budget_ends_it(
         now[0] += seconds
 
     monkeypatch.setattr("finetune_trainer.storage.client.time.monotonic", lambda: now[0])
-    store = Store(healthy.endpoint, "us-east-1", empty_store.credentials, wait=wait).patient(60, said.append)
+    store = Store(healthy.endpoint, "us-east-1", empty_store.credentials, wait=wait).for_background(60, said.append)
     with pytest.raises(OutsideFailure, match="SlowDown"):
         store.read(BUCKET, "key")
     assert delays == [0.5, 1, 2, 4, 8, 10, 10, 10, 10]
@@ -207,7 +201,7 @@ def test_rotated_credentials_and_a_bucket_that_comes_back_are_waited_for_in_the_
     impatient = Store(empty_store.endpoint, "us-east-1", keys, wait=rotate)
     with pytest.raises(OutsideFailure, match=r"credentialsSecretRef: .* refused the credentials.*InvalidAccessKeyId"):
         impatient.read(BUCKET, "key")
-    store = impatient.patient(60, said.append)
+    store = impatient.for_background(60, said.append)
     store.write(BUCKET, "rotated", b"done")
     assert ["refused the credentials" in sentence for sentence in said] == [True, True, False]
     assert said[-1] == ""
@@ -218,7 +212,7 @@ def test_rotated_credentials_and_a_bucket_that_comes_back_are_waited_for_in_the_
         if len(said) == 2:
             empty_store.client.make_bucket("comes-back")
 
-    Store(empty_store.endpoint, "us-east-1", keys, wait=make_bucket).patient(60, said.append).write(
+    Store(empty_store.endpoint, "us-east-1", keys, wait=make_bucket).for_background(60, said.append).write(
         "comes-back", "key", b"done"
     )
     assert "bucket 'comes-back' does not exist" in said[0]
@@ -242,7 +236,7 @@ def test_a_wrong_clock_is_named_and_passes(
 
     monkeypatch.setattr(minio_time, "utcnow", skewed)
     store = Store(empty_store.endpoint, "us-east-1", empty_store.credentials, wait=set_clock)
-    store.patient(60, said.append).write(BUCKET, "clock", b"done")
+    store.for_background(60, said.append).write(BUCKET, "clock", b"done")
     assert "RequestTimeTooSkewed" in said[0]
     assert "clock of this node" in said[0]
 
@@ -263,7 +257,7 @@ def test_a_full_disk_is_waited_for_and_named(minio: Path, tmp_path: Path) -> Non
         files = write_files(tmp_path / "files")
         files[0].write_bytes(b"\2" * 8_000_000)
         store = Store(small.endpoint, "us-east-1", small.credentials, budget_seconds=0)
-        root = RunRoot(store.patient(BACKGROUND_BUDGET_SECONDS, heard), parse_uri(f"s3://{BUCKET}/full"))
+        root = RunRoot(store.for_background(BACKGROUND_BUDGET_SECONDS, heard), parse_uri(f"s3://{BUCKET}/full"))
         take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
         began = time.monotonic()
         commit_checkpoint(root, files, 1)
@@ -282,7 +276,7 @@ def test_uploads_that_were_cut_off_are_aborted_at_the_next_start(empty_store: Ob
     for key in (ours, "faults/stale-of-another-job/object"):
         upload = client._create_multipart_upload(BUCKET, key, {})
         client._upload_part(BUCKET, key, b"x" * 5_000_000, None, upload, 1)
-    assert root.abort_uploads() == [ours]
+    assert root.abort_multipart_uploads() == [ours]
     left = {item.object_name for item in client._list_multipart_uploads(BUCKET).uploads}
     assert left == {"faults/stale-of-another-job/object"}
-    assert root.abort_uploads() == []
+    assert root.abort_multipart_uploads() == []

@@ -12,8 +12,8 @@ import torch
 from finetune_core.contract import CheckpointRecord, StorageConfig
 from finetune_trainer.checkpoints.saver import is_due
 from finetune_trainer.checkpoints.uploads import Snapshot, Uploads
-from finetune_trainer.storage.checkpoints import TrainerState
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.checkpoint_folders import TrainerState
+from finetune_trainer.storage.step_log import StepRow
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 

@@ -27,8 +27,8 @@ from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.meter import BACKWARD, DATA, FORWARD, UPDATE, Stopwatch, memory_of, mfu, shape_of
 from finetune_trainer.reporting.progress import Progress
-from finetune_trainer.storage.checkpoints import TrainerState
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.checkpoint_folders import TrainerState
+from finetune_trainer.storage.step_log import StepRow
 
 
 class Training:

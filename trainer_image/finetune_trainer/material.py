@@ -14,10 +14,10 @@ from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
 from finetune_trainer.checkpoints.export import NewRows, check_mergeable, new_rows
-from finetune_trainer.data.dataset import limit_of, make_examples
+from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
+from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
 from finetune_trainer.engine.engine import shard_new_models
 from finetune_trainer.model.base import Skeleton, check_complete, extend_base, skeleton
 from finetune_trainer.model.load import (
@@ -118,8 +118,8 @@ def prepare(plan: WorkerPlan) -> Prepared:
     if config.storage.artifact != "Adapter":
         check_mergeable([f"{name}.weight" for name in adapted(bones, targets)], base_folder(plan))
     tokenizer = load_tokenizer(base_folder(plan))
-    tokenize = tokenize_with(tokenizer)
-    limit = limit_of(config.dataset, bones.context)
+    tokenize = tokenize_functions(tokenizer)
+    limit = length_limit(config.dataset, bones.context)
     notices: list[str] = []
     if config.model.added_tokens and targets and not adapts_an_embedding(bones, targets):
         notices.append(

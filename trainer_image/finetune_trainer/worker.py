@@ -19,6 +19,7 @@ from finetune_trainer.pod.errors import Diverged, OutOfMemory, OutsideFailure, P
 from finetune_trainer.pod.outcomes import Standing, WorkerOutcome, outcome_of, write_outcome
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
+from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.ranks.watchdog import Watchdog
 from finetune_trainer.reporting.reporter import Reporter
 
@@ -26,27 +27,7 @@ SHARED_BY_ALL = (UserError, OutsideFailure, Diverged, Stopped)
 """What every rank ends with together: rank 0 stays until the others have read why. With anything else the others
 wait in a collective, and the sooner this process is gone the sooner they notice."""
 
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
-
-
-class StopFlag:
-    """Becomes true at SIGTERM; the loop looks at it, the handler does nothing else."""
-
-    def __init__(self) -> None:
-        """Listen from now on; what came since the launcher started this process has waited."""
-        self._set = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._told)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-    def _told(self, *_: object) -> None:
-        self._set = True
-
-    def __call__(self) -> bool:
-        """Return whether this process was told to stop."""
-        return self._set
 
 
 def leave_with(launcher: int) -> None:

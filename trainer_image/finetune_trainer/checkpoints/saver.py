@@ -24,18 +24,11 @@ from finetune_trainer.engine.state import snapshot, write_snapshot
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS, STOP_COMMIT_SECONDS
 from finetune_trainer.ranks.gang import Gang
-from finetune_trainer.storage.checkpoints import (
-    TRAINER_FILE,
-    Damaged,
-    TrainerState,
-    commit_folder,
-    retain,
-    to_keep,
-    upload_files,
-)
+from finetune_trainer.storage.checkpoint_folders import TRAINER_FILE, TrainerState, retain, to_keep
+from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
 from finetune_trainer.storage.lineage import CheckpointId
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.storage.steplog import StepRow, write_segment
+from finetune_trainer.storage.step_log import StepRow, write_segment
 
 MOST_WAITING = 4
 WAITING_BYTES = 1 << 30
@@ -72,7 +65,7 @@ class Saver:
         """Continue from ``start``; snapshots are written into ``folder`` on their way to the bucket."""
         self._gang = gang
         self._meeting = gang.background()
-        self._root = root.patient(BACKGROUND_BUDGET_SECONDS, self._heard)
+        self._root = root.for_background(BACKGROUND_BUDGET_SECONDS, self._heard)
         self._keeper = root
         self._run = self.run = start.run
         self._parent = CheckpointId(start.parent.run, start.parent.step) if start.parent else None

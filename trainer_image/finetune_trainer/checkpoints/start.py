@@ -16,9 +16,8 @@ from finetune_core.contract import CheckpointRecord, ContractModel, Identity
 from finetune_core.layout import checkpoint_folder
 from finetune_trainer.model.digest import Ground
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
-from finetune_trainer.storage.checkpoints import (
+from finetune_trainer.storage.checkpoint_folders import (
     TRAINER_FILE,
-    Damaged,
     TrainerState,
     check_readable,
     committed,
@@ -26,6 +25,7 @@ from finetune_trainer.storage.checkpoints import (
     inventory,
     uncommitted,
 )
+from finetune_trainer.storage.commit import Damaged
 from finetune_trainer.storage.lineage import (
     CheckpointId,
     ParentRecord,
@@ -36,7 +36,7 @@ from finetune_trainer.storage.lineage import (
     take_run,
 )
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.storage.steplog import StepRow, read_history
+from finetune_trainer.storage.step_log import StepRow, read_history
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def restart_run(root: RunRoot, identity: Identity, run: int, rollback: Rollback,
 def _abort_stale_uploads(root: RunRoot) -> None:
     """Free what cut-off uploads of former runs still hold in the store; not being allowed to is no failure."""
     try:
-        aborted = root.abort_uploads()
+        aborted = root.abort_multipart_uploads()
     except OutsideFailure as failure:
         log.warning("stale multipart uploads can't be aborted: %s", failure)
         return

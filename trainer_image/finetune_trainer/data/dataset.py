@@ -12,7 +12,7 @@ from typing import Literal
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.examples import ExampleSet, ExampleWriter
-from finetune_trainer.data.formats import Tokenize, columns_of, renderer
+from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_columns
 from finetune_trainer.data.reader import Row, read_rows
 
 COLUMN_CHECK_ROWS = 100
@@ -24,7 +24,7 @@ class NoRowsError(UserError):
 
 
 @dataclass(frozen=True)
-class Limit:
+class LengthLimit:
     """The longest example in tokens, and what sets it."""
 
     tokens: int
@@ -32,11 +32,11 @@ class Limit:
     """As in `more than dataset.maxLength 512`."""
 
 
-def limit_of(dataset: DatasetSpec, context: int | None) -> Limit:
+def length_limit(dataset: DatasetSpec, context: int | None) -> LengthLimit:
     """Return the limit of a job whose model reads at most ``context`` tokens, where that is known."""
     if context is not None and context < dataset.max_length:
-        return Limit(context, f"the model's context of {context}")
-    return Limit(dataset.max_length, f"dataset.maxLength {dataset.max_length}")
+        return LengthLimit(context, f"the model's context of {context}")
+    return LengthLimit(dataset.max_length, f"dataset.maxLength {dataset.max_length}")
 
 
 def check_columns(path: Path, name: str, form: DatasetFormat) -> None:
@@ -53,7 +53,7 @@ def check_columns(path: Path, name: str, form: DatasetFormat) -> None:
         raise UserError(name, f"{path.name} has no rows")
     if parsed == 0:
         return  # Every row is broken: reading all of them says how, by row.
-    for option, column in columns_of(form).items():
+    for option, column in required_columns(form).items():
         if column not in columns:
             raise UserError(
                 option,
@@ -66,9 +66,9 @@ def make_examples(
     source: str,
     name: str,
     dataset: DatasetSpec,
-    tokenize: Tokenize,
+    tokenize: TokenizeFunctions,
     *,
-    limit: Limit,
+    limit: LengthLimit,
     keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
     """Return the examples of ``rows``, and a sentence for each kind of row that was skipped.

@@ -16,7 +16,7 @@ Chat = Callable[[Sequence[Mapping[str, Any]], bool], Sequence[int]]
 """Token ids of a conversation, with True those that the template puts before an answer of the assistant too."""
 
 
-class Tokenize(NamedTuple):
+class TokenizeFunctions(NamedTuple):
     """The ways that text becomes token ids."""
 
     prompt: Callable[[str], Sequence[int]]
@@ -33,7 +33,7 @@ Render = Callable[[Mapping[str, Any]], Example | str]
 """From a row's fields to its example, or to what is wrong with the row."""
 
 
-def columns_of(form: DatasetFormat) -> Mapping[str, str]:
+def required_columns(form: DatasetFormat) -> Mapping[str, str]:
     """Return the columns that a format reads, by the path of the field that names each."""
     if form.prompt_completion is not None:
         path = "dataset.format.promptCompletion"
@@ -48,7 +48,7 @@ def columns_of(form: DatasetFormat) -> Mapping[str, str]:
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
 
 
-def renderer(form: DatasetFormat, tokenize: Tokenize) -> Render:
+def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
     """Return the function that makes examples of rows; raises UserError where the tokenizer has no chat template."""
     if form.prompt_completion is not None:
         return _prompt_completion(form.prompt_completion, tokenize)
@@ -74,7 +74,7 @@ def _field(fields: Mapping[str, Any], column: str) -> tuple[str, str | None]:
     return value, None
 
 
-def _prompt_completion(form: PromptCompletionFormat, tokenize: Tokenize) -> Render:
+def _prompt_completion(form: PromptCompletionFormat, tokenize: TokenizeFunctions) -> Render:
     """The prompt is tokenised alone and the completion after it, because that is what the model sees when it
     answers."""
 
@@ -93,7 +93,7 @@ def _prompt_completion(form: PromptCompletionFormat, tokenize: Tokenize) -> Rend
     return render
 
 
-def _text(form: TextFormat, tokenize: Tokenize) -> Render:
+def _text(form: TextFormat, tokenize: TokenizeFunctions) -> Render:
     def render(fields: Mapping[str, Any]) -> Example | str:
         text, problem = _field(fields, form.text_field)
         if problem:
@@ -106,7 +106,7 @@ def _text(form: TextFormat, tokenize: Tokenize) -> Render:
     return render
 
 
-def _messages(form: MessagesFormat, tokenize: Tokenize, chat: Chat) -> Render:
+def _messages(form: MessagesFormat, tokenize: TokenizeFunctions, chat: Chat) -> Render:
     def render(fields: Mapping[str, Any]) -> Example | str:
         found = fields.get(form.messages_field)
         if isinstance(found, str):

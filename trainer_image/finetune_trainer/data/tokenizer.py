@@ -14,7 +14,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError
-from finetune_trainer.data.formats import Tokenize
+from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.pod.errors import first_line
 
 
@@ -43,7 +43,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
-def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
+def tokenize_functions(tokenizer: PreTrainedTokenizerBase) -> TokenizeFunctions:
     """Return the functions that examples are made with."""
     end = tokenizer.eos_token_id
 
@@ -68,7 +68,7 @@ def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
             raise ValueError(first_line(error)) from error
         return ids
 
-    return Tokenize(prompt, completion, end, chat if tokenizer.chat_template else None)
+    return TokenizeFunctions(prompt, completion, end, chat if tokenizer.chat_template else None)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat) -> list[int]:

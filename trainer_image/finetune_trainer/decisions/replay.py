@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from finetune_core.contract import ContractModel, EvaluationConfig
 from finetune_trainer.decisions.selection import Selection, begin
 from finetune_trainer.decisions.stability import Watch, replay
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 
 
 class Past(ContractModel):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from finetune_core.contract import Outcome, Result
-from finetune_trainer.pod.outcomes import Standing, WorkerOutcome, write_outcome, write_sign_of_life
+from finetune_trainer.pod.outcomes import Standing, WorkerOutcome, write_heartbeat, write_outcome
 
 LOOK_SECONDS = 1.0
 ANNOUNCE_SECONDS = 5.0
@@ -84,7 +84,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            write_sign_of_life(self._folder, self._rank, self._standing)
+            write_heartbeat(self._folder, self._rank, self._standing)
             silent = time.monotonic() - self._seen
             if silent > self._limit + self._allowance:
                 self.leave(

@@ -18,7 +18,7 @@ from finetune_core.contract import (
     ScoreRecord,
 )
 from finetune_trainer.reporting.reporter import Reporter, Speed, Tokens, thin
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 
 MOST_NOTICES = 8
 NOTICE_LENGTH = 512

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune_core.contract import ArtifactRecord, Outcome, Result
 from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Manifest, artifact_folder
-from finetune_trainer.storage.checkpoints import Damaged, commit_folder, read_manifest, upload_files
+from finetune_trainer.storage.commit import Damaged, commit_folder, read_manifest, upload_files
 from finetune_trainer.storage.lineage import check_fence
 from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.storage.score_file import read_scores

@@ -53,7 +53,7 @@ DIGEST_METADATA = "sha256"
 """User metadata of every uploaded file, for people who look at the bucket with other tools."""
 
 
-class Entry(NamedTuple):
+class ListedObject(NamedTuple):
     """An object in a listing."""
 
     key: str
@@ -62,7 +62,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
+class ObjectDigest:
     """What was written or read: size and sha256."""
 
     bytes: int
@@ -125,7 +125,7 @@ class Store:
         """Return the same access with another budget for retries."""
         return self._copy(_budget=seconds)
 
-    def patient(self, seconds: float, heard: Callable[[str], None]) -> Store:
+    def for_background(self, seconds: float, heard: Callable[[str], None]) -> Store:
         """Return the same access for work in the background: nothing is final within ``seconds``.
 
         Refused credentials may be rotated, a bucket may come back. ``heard`` is told the sentence of every failed
@@ -163,26 +163,28 @@ class Store:
 
         return self._retried(get, bucket, missing=None)
 
-    def download(self, bucket: str, key: str, path: Path) -> Stored | None:
+    def download(self, bucket: str, key: str, path: Path) -> ObjectDigest | None:
         """Write an object to ``path`` and return its size and digest; None where it does not exist."""
 
-        def get() -> Stored:
+        def get() -> ObjectDigest:
             hasher, size = hashlib.sha256(), 0
             with self._open(bucket, key) as response, path.open("wb") as file:
                 while chunk := response.read(CHUNK_BYTES):
                     hasher.update(chunk)
                     size += file.write(chunk)
-            return Stored(size, hasher.hexdigest())
+            return ObjectDigest(size, hasher.hexdigest())
 
         return self._retried(get, bucket, missing=None)
 
-    def entries(self, bucket: str, prefix: str) -> list[Entry]:
+    def list_objects(self, bucket: str, prefix: str) -> list[ListedObject]:
         """Return all objects below ``prefix``, ordered by key."""
 
-        def objects() -> list[Entry]:
+        def objects() -> list[ListedObject]:
             found = self._client.list_objects(bucket, prefix=prefix, recursive=True)
             try:
-                return [Entry(item.object_name, item.size, item.last_modified or datetime.now(UTC)) for item in found]
+                return [
+                    ListedObject(item.object_name, item.size, item.last_modified or datetime.now(UTC)) for item in found
+                ]
             except (ValueError, AttributeError) as error:
                 raise urllib3.exceptions.HTTPError(f"its listing can't be read: {error}") from error
 
@@ -199,7 +201,7 @@ class Store:
             bucket,
         )
 
-    def upload(self, bucket: str, key: str, path: Path) -> Stored:
+    def upload(self, bucket: str, key: str, path: Path) -> ObjectDigest:
         """Create or replace an object with the content of ``path`` and return the file's size and digest."""
         hasher = hashlib.sha256()
         with path.open("rb") as file:
@@ -222,7 +224,7 @@ class Store:
                 )
 
         self._retried(put, bucket)
-        return Stored(size, hasher.hexdigest())
+        return ObjectDigest(size, hasher.hexdigest())
 
     def create(self, bucket: str, key: str, data: bytes) -> bool:
         """Create an object unless it exists; return whether ``data`` is now its content by this call.
@@ -255,7 +257,7 @@ class Store:
 
         self._retried(remove, bucket)
 
-    def abort_uploads(self, bucket: str, prefix: str) -> list[str]:
+    def abort_multipart_uploads(self, bucket: str, prefix: str) -> list[str]:
         """Abort the multipart uploads below ``prefix`` that nobody finished; return their keys.
 
         MinIO knows no prefixes here, only whole keys and the whole bucket, so its answer is sifted; what it forgot at

@@ -80,7 +80,7 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
 
 def run_numbers(root: RunRoot) -> list[int]:
     """Return the run numbers that were taken, ascending."""
-    matches = (re.fullmatch(r"runs/(\d+)\.json", entry.key) for entry in root.entries("runs/"))
+    matches = (re.fullmatch(r"runs/(\d+)\.json", entry.key) for entry in root.list_objects("runs/"))
     return sorted(int(match[1]) for match in matches if match)
 
 

@@ -59,7 +59,7 @@ def write_segment(root: RunRoot, run: int, segment: int, rows: Iterable[StepRow]
 def read_history(root: RunRoot, records: Mapping[int, RunRecord], run: int, step: int) -> list[StepRow]:
     """Return the rows that led to ``step`` of ``run``: its own, before them its ancestors' up to each parent."""
     keys: dict[int, list[str]] = {}
-    for entry in root.entries("metrics/"):
+    for entry in root.list_objects("metrics/"):
         match = re.fullmatch(r"metrics/(\d+)-\d+\.jsonl", entry.key)
         if match:
             keys.setdefault(int(match[1]), []).append(entry.key)

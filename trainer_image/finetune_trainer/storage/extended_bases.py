@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetune_core.layout import BASES, COMMIT, MANIFEST, Location, Manifest, ManifestFile, digest
-from finetune_trainer.storage.checkpoints import PARALLEL_TRANSFERS, Damaged, upload_files
+from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, Damaged, upload_files
 from finetune_trainer.storage.root import RunRoot
 
 BLOCK_BYTES = 1 << 20

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from finetune_core.contract import CheckpointRecord, ContractModel
-from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, checkpoint_folder, digest
-from finetune_trainer.pod.errors import NewerRun, OutsideFailure
-from finetune_trainer.storage.client import Entry
+from finetune_core.layout import COMMIT, Manifest, ManifestFile, checkpoint_folder
+from finetune_trainer.storage.client import ListedObject
+from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, Damaged, check_sizes, read_manifest
 from finetune_trainer.storage.lineage import CheckpointId, check_fence
 from finetune_trainer.storage.root import RunRoot
 
@@ -25,12 +25,7 @@ TRAINER_FILE = "trainer.json"
 STATE_GLOB = "state-*.safetensors"
 OWN_FILES = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]*\.(safetensors|json)")
 """What is read of a checkpoint: whatever else a manifest names is not even fetched."""
-PARALLEL_TRANSFERS = 4
 DAMAGE_LENGTH = 256
-
-
-class Damaged(OutsideFailure):
-    """A committed folder whose bytes are not those that its manifest names; the message names the object."""
 
 
 class TrainerState(ContractModel):
@@ -65,56 +60,6 @@ class TrainerState(ContractModel):
     """Of a LoRA run: digest of the base model's weights, which the checkpoint does not hold."""
     rows_sha256: str | None = None
     """Of a LoRA run with added tokens: digest of the base extended by their rows, as they were drawn from the seed."""
-
-
-def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Path | None = None) -> list[ManifestFile]:
-    """Upload ``files`` into ``folder`` and return what the manifest says about them: by their names, or by their paths
-    ``below`` a local folder."""
-
-    def upload(path: Path) -> ManifestFile:
-        name = path.relative_to(below).as_posix() if below is not None else path.name
-        stored = root.upload(f"{folder}/{name}", path)
-        return ManifestFile(name=name, bytes=stored.bytes, sha256=stored.sha256)
-
-    with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-        return list(pool.map(upload, files))
-
-
-def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
-    """Write the manifest, see that all lies there, look at the fence, write COMMIT; return the manifest's sha256.
-
-    Raises Damaged where the listing is not what the manifest says, and NewerRun where a later run exists: its
-    lineage must not change any more.
-    """
-    data = manifest.encode()
-    root.write(f"{folder}/{MANIFEST}", data)
-    written = root.read(f"{folder}/{MANIFEST}")
-    if written != data:
-        raise Damaged(f"{folder}/{MANIFEST} reads back as something else than was written")
-    start = len(folder) + 1
-    check_sizes(folder, manifest, {entry.key[start:]: entry for entry in root.entries(f"{folder}/")})
-    check_fence(root, manifest.run)
-    if not root.create(f"{folder}/{COMMIT}", digest(data).encode()):
-        raise NewerRun(f"{folder}/{COMMIT} is somebody else's: another process writes as run {manifest.run}")
-    return digest(data)
-
-
-def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
-    """Return a committed folder's manifest and its sha256; raises Damaged where they don't fit together."""
-    commit, data = root.read(f"{folder}/{COMMIT}"), root.read(f"{folder}/{MANIFEST}")
-    if commit is None:
-        raise Damaged(f"{folder}/{COMMIT} is missing")
-    text = commit.decode(errors="replace").strip()
-    if re.fullmatch("[0-9a-f]{64}", text) is None:
-        raise Damaged(f"{folder}/{COMMIT} does not hold a sha256")
-    if data is None:
-        raise Damaged(f"{folder}/{MANIFEST} is missing")
-    if digest(data) != text:
-        raise Damaged(f"{folder}/{MANIFEST} is not what was committed (its sha256 is not that in {folder}/{COMMIT})")
-    try:
-        return Manifest.model_validate_json(data), digest(data)
-    except ValidationError as error:
-        raise Damaged(f"{folder}/{MANIFEST} is no manifest of this version") from error
 
 
 def fetch_folder(root: RunRoot, folder: str, target: Path) -> tuple[Manifest, str]:
@@ -158,9 +103,9 @@ def check_readable(folder: Path) -> None:
             raise Damaged(f"{path.name} is no safetensors file ({error})") from error
 
 
-def _folders(entries: Sequence[Entry]) -> dict[CheckpointId, dict[str, Entry]]:
+def _folders(entries: Sequence[ListedObject]) -> dict[CheckpointId, dict[str, ListedObject]]:
     """Return the objects of each checkpoint folder by file name."""
-    folders: dict[CheckpointId, dict[str, Entry]] = {}
+    folders: dict[CheckpointId, dict[str, ListedObject]] = {}
     for entry in entries:
         match = re.fullmatch(r"checkpoints/(\d+)-(\d+)/(.+)", entry.key)
         if match:
@@ -170,12 +115,12 @@ def _folders(entries: Sequence[Entry]) -> dict[CheckpointId, dict[str, Entry]]:
 
 def committed(root: RunRoot) -> list[CheckpointId]:
     """Return all committed checkpoints, by run and step."""
-    return sorted(key for key, files in _folders(root.entries("checkpoints/")).items() if COMMIT in files)
+    return sorted(key for key, files in _folders(root.list_objects("checkpoints/")).items() if COMMIT in files)
 
 
 def uncommitted(root: RunRoot) -> list[CheckpointId]:
     """Return the checkpoints of which something lies in the bucket, but no COMMIT."""
-    return sorted(key for key, files in _folders(root.entries("checkpoints/")).items() if COMMIT not in files)
+    return sorted(key for key, files in _folders(root.list_objects("checkpoints/")).items() if COMMIT not in files)
 
 
 def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[CheckpointRecord]:
@@ -184,7 +129,7 @@ def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[C
     ``damaged`` says what is known to be wrong, by folder; what shows already in sizes and small files is added.
     """
     records = []
-    for checkpoint, files in sorted(_folders(root.entries("checkpoints/")).items()):
+    for checkpoint, files in sorted(_folders(root.list_objects("checkpoints/")).items()):
         if COMMIT not in files:
             continue
         folder = checkpoint_folder(*checkpoint)
@@ -214,15 +159,6 @@ def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[C
     return records
 
 
-def check_sizes(folder: str, manifest: Manifest, files: Mapping[str, Entry]) -> None:
-    """Raise Damaged where the listing lacks a file of the manifest or shows another size."""
-    for file in manifest.files:
-        if file.name not in files:
-            raise Damaged(f"{folder}/{file.name} is missing")
-        if files[file.name].bytes != file.bytes:
-            raise Damaged(f"{folder}/{file.name} is not what was committed (it has {files[file.name].bytes} bytes)")
-
-
 def to_keep(
     newest_first: Sequence[CheckpointId],
     best_first: Sequence[CheckpointId],
@@ -244,7 +180,7 @@ def retain(root: RunRoot, run: int, keep: Collection[CheckpointId]) -> list[Chec
     before anything is deleted where a later run may be reading; looked at again before each folder, because a
     frozen process may go on at any point.
     """
-    folders = _folders(root.entries("checkpoints/"))
+    folders = _folders(root.list_objects("checkpoints/"))
     newest = max((key for key, files in folders.items() if key.run == run and COMMIT in files), default=None)
     if newest is None:
         return []
