@@ -18,7 +18,7 @@ import pytest
 from finetune_core.contract import RESULT_LIMIT_BYTES
 from finetune_core.preflight import PREFLIGHT_SECONDS, FindingKind, PreflightResult
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.preflight import program
+from finetune_trainer.preflight import entrypoint
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.row_check import complete_rows
 from tests.trainer.hub import TOKEN, Hub, running_hub
@@ -52,7 +52,7 @@ def check(paths: Paths, store: ObjectStore, request: pytest.FixtureRequest) -> C
         name = request.node.name.replace("[", "-").replace("]", "").replace(" ", "-")
         paths.run_file.write_text(json.dumps(run_config(store, name, world__nodes=1, **changes)))
         findings = Findings()
-        program.examine(findings, paths.model_copy(update={"credentials": credentials or paths.credentials}))
+        entrypoint.run_checks(findings, paths.model_copy(update={"credentials": credentials or paths.credentials}))
         return [(finding.kind, finding.message) for finding in findings.result.findings]
 
     return run
@@ -139,7 +139,7 @@ def test_refused_credentials_and_a_silent_store_lie_outside_and_are_said_once(
     (tmp_path / "empty").mkdir()
     ((kind, sentence),) = check(credentials=tmp_path / "empty")
     assert (kind, "has no key AWS_ACCESS_KEY_ID" in sentence) == (OUTSIDE, True)
-    monkeypatch.setattr(program, "STORE_CHECK_SECONDS", 1.0)
+    monkeypatch.setattr(entrypoint, "STORE_CHECK_SECONDS", 1.0)
     ((kind, sentence),) = check(storage__endpoint=f"http://127.0.0.1:{free_port()}")
     assert (kind, "can't be reached" in sentence) == (OUTSIDE, True)
 

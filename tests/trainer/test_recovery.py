@@ -15,7 +15,7 @@ from finetune_core.contract import Outcome
 from finetune_core.layout import checkpoint_folder, parse_uri
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.client import Store
-from finetune_trainer.storage.lineage import RunRecord, take_run
+from finetune_trainer.storage.lineage import RunRecord, claim_run_number
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer import tiny
 from tests.trainer.conftest import StartPods
@@ -151,7 +151,7 @@ def test_a_newer_run_fences_an_older_one_that_is_still_alive(store: ObjectStore,
     changes: dict[str, Any] = {**LONG, "optimization__maxSteps": 5000}
     first = pods(run_config(store, "fenced", **changes))
     first.wait_for(lambda: bool(committed_steps(store, "fenced")), "the first checkpoint")
-    assert take_run(root_of(store, "fenced"), 2, RunRecord(attempt=2, pod_uid="other"))
+    assert claim_run_number(root_of(store, "fenced"), 2, RunRecord(attempt=2, pod_uid="other"))
     assert first.wait() == [75, 75]
     at_the_end = committed_steps(store, "fenced")
     for pod in first.pods:

@@ -19,9 +19,9 @@ from finetune_trainer.storage.artifact import committed_result, publish
 from finetune_trainer.storage.checkpoint_folders import (
     TRAINER_FILE,
     TrainerState,
+    apply_retention,
     committed,
     fetch_folder,
-    retain,
     to_keep,
 )
 from finetune_trainer.storage.commit import commit_folder, upload_files
@@ -175,7 +175,7 @@ def test_a_crash_right_after_a_rollback_does_not_resume_into_the_branch_that_div
     assert (third.parent.run, third.parent.step) == (1, 5)
     assert third.rollbacks == second.rollbacks == [rollback]
     commit(root, 3, 8, tmp_path)
-    retain(root, 3, to_keep([CheckpointId(3, 8)], [], keep_last=2, keep_best=1, parent=CheckpointId(1, 5)))
+    apply_retention(root, 3, to_keep([CheckpointId(3, 8)], [], keep_last=2, keep_best=1, parent=CheckpointId(1, 5)))
     assert committed(root) == [(1, 5), (3, 8)]
     assert lineage(read_records(root), committed(root)) == [(3, 8), (1, 5)]
 
@@ -210,7 +210,7 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
     (tmp_path / "adapter").write_bytes(b"first")
     for write in (
         lambda: commit(root, 1, 20, tmp_path),
-        lambda: retain(root, 1, keep=[]),
+        lambda: apply_retention(root, 1, keep=[]),
         lambda: publish(root, 1, 20, [tmp_path / "adapter"]),
     ):
         with pytest.raises(NewerRun):
@@ -246,7 +246,7 @@ def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_wh
 
     monkeypatch.setattr(root.store, "delete", delete)
     with pytest.raises(KilledError):
-        retain(root, 1, keep)
+        apply_retention(root, 1, keep)
     monkeypatch.undo()
     left = [(1, step) for step in (1, 2, 3, 4) if step == 4 or step > point // 2]
     assert committed(root) == left, "COMMIT went first"
@@ -256,7 +256,7 @@ def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_wh
     for checkpoint in left:
         fetch_folder(root, checkpoint_folder(*checkpoint), tmp_path / f"whole-{checkpoint[1]}")
     commit(root, 1, 5, tmp_path)
-    retain(root, 1, [CheckpointId(1, 5)])
+    apply_retention(root, 1, [CheckpointId(1, 5)])
     assert {key.split("/")[1] for key in (entry.key for entry in root.list_objects("checkpoints/"))} == {
         "000001-000000005"
     }
@@ -274,7 +274,7 @@ def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_check
         reads.append(key)
         if len(reads) == 2:
             commit(root, 1, 10, tmp_path)
-            assert retain(root, 1, [CheckpointId(1, 10)]) == [(1, 5)]
+            assert apply_retention(root, 1, [CheckpointId(1, 10)]) == [(1, 5)]
         return real(bucket, key, path)
 
     monkeypatch.setattr(root.store, "download", download)
@@ -287,7 +287,7 @@ def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_check
     assert lineage(read_records(root), committed(root)) == [(1, 10)]
     with pytest.raises(NewerRun):
         commit(root, 1, 15, tmp_path)
-    assert retain(root, 1, []) == []
+    assert apply_retention(root, 1, []) == []
     assert committed(root) == [(1, 10)]
 
 
@@ -298,7 +298,7 @@ def test_trap_18_retention_keeps_the_best_of_the_lineage_and_what_is_on_its_way(
     root.write(f"{checkpoint_folder(1, 6)}/state-00000-of-00002.safetensors", b"under way")
     newest_first = [CheckpointId(1, step) for step in (5, 4, 3, 2, 1)]
     best_first = [CheckpointId(1, step) for step in (3, 2, 4, 5, 1)]
-    retain(root, 1, to_keep(newest_first, best_first, keep_last=1, keep_best=2, parent=None))
+    apply_retention(root, 1, to_keep(newest_first, best_first, keep_last=1, keep_best=2, parent=None))
     assert committed(root) == [(1, 2), (1, 3), (1, 5)]
     assert root.read(f"{checkpoint_folder(1, 6)}/state-00000-of-00002.safetensors") == b"under way"
 

@@ -30,7 +30,7 @@ from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.storage.client import Store
-from finetune_trainer.storage.lineage import RunRecord, take_run
+from finetune_trainer.storage.lineage import RunRecord, claim_run_number
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer.objectstore import (
     ACCESS_KEY,
@@ -202,7 +202,7 @@ def minio_names(monkeypatch: pytest.MonkeyPatch) -> None:
 def works(store: Store, key: str) -> None:
     """Do everything that the trainer does with a store."""
     root = RunRoot(store, parse_uri(f"s3://{BUCKET}/dialects/{key}"))
-    assert take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    assert claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     assert not root.create("runs/000001.json", b"another writer")
     root.write("object", b"data")
     assert root.read("object") == b"data"

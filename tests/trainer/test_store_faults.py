@@ -13,10 +13,10 @@ import pytest
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, checkpoint_folder, parse_uri
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS
-from finetune_trainer.storage.checkpoint_folders import committed, fetch_folder, retain
+from finetune_trainer.storage.checkpoint_folders import apply_retention, committed, fetch_folder
 from finetune_trainer.storage.client import LONGEST_DELAY_SECONDS, Store
 from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
-from finetune_trainer.storage.lineage import RunRecord, take_run
+from finetune_trainer.storage.lineage import RunRecord, claim_run_number
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer.objectstore import (
     ACCESS_KEY,
@@ -70,7 +70,7 @@ def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
         except Damaged:
             if last_try:
                 raise
-    retain(root, 1, keep=[])
+    apply_retention(root, 1, keep=[])
 
 
 def fails(root: RunRoot, files: list[Path], step: int) -> bool:
@@ -101,7 +101,7 @@ def test_trap_17_a_fault_on_any_request_leaves_no_commit_that_does_not_verify(
     files = write_files(tmp_path / "files")
     name = fault.name.lower()
     root = root_at(healthy.endpoint, empty_store.credentials, name)
-    take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     first = len(healthy.requests)
     commit_checkpoint(root, files, 1)
     count = len(healthy.requests) - first
@@ -121,7 +121,7 @@ def test_a_store_that_stays_broken_from_any_request_on_commits_nothing_false(
 ) -> None:
     files, name = write_files(tmp_path / "files"), f"stays-{fault.name.lower()}"
     root = root_at(healthy.endpoint, empty_store.credentials, name, budget=0)
-    take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     failures = 0
     for index in range(9):
         first = len(healthy.requests)
@@ -148,7 +148,7 @@ def test_wrong_bytes_on_the_way_back_are_fetched_again_before_they_count_as_dama
     healthy: StoreProxy, empty_store: ObjectStore, tmp_path: Path
 ) -> None:
     root = root_at(healthy.endpoint, empty_store.credentials, "flipped")
-    take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     commit_checkpoint(root, write_files(tmp_path / "files"), 1)
     seen: list[Request] = []
 
@@ -258,7 +258,7 @@ def test_a_full_disk_is_waited_for_and_named(minio: Path, tmp_path: Path) -> Non
         files[0].write_bytes(b"\2" * 8_000_000)
         store = Store(small.endpoint, "us-east-1", small.credentials, budget_seconds=0)
         root = RunRoot(store.for_background(BACKGROUND_BUDGET_SECONDS, heard), parse_uri(f"s3://{BUCKET}/full"))
-        take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+        claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
         began = time.monotonic()
         commit_checkpoint(root, files, 1)
         assert assert_every_commit_verifies(small, "full/") == 1

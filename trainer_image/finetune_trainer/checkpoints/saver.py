@@ -24,7 +24,7 @@ from finetune_trainer.engine.state import snapshot, write_snapshot
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS, STOP_COMMIT_SECONDS
 from finetune_trainer.ranks.gang import Gang
-from finetune_trainer.storage.checkpoint_folders import TRAINER_FILE, TrainerState, retain, to_keep
+from finetune_trainer.storage.checkpoint_folders import TRAINER_FILE, TrainerState, apply_retention, to_keep
 from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
 from finetune_trainer.storage.lineage import CheckpointId
 from finetune_trainer.storage.root import RunRoot
@@ -267,7 +267,7 @@ class Saver:
             parent=self._parent,
         )
         try:
-            retain(self._keeper, self._run, keep)
+            apply_retention(self._keeper, self._run, keep)
         except NewerRun:
             raise
         except OutsideFailure as failure:

@@ -31,9 +31,9 @@ from finetune_trainer.storage.lineage import (
     ParentRecord,
     Rollback,
     RunRecord,
+    claim_run_number,
     lineage,
     read_records,
-    take_run,
 )
 from finetune_trainer.storage.root import RunRoot
 from finetune_trainer.storage.step_log import StepRow, read_history
@@ -81,7 +81,7 @@ def start_run(root: RunRoot, identity: Identity, target: Path) -> Start:
         run = max(records, default=0) + 1
         # The newest run's, whichever checkpoint is resumed from: its own may be lost, what it had learned is not.
         rollbacks = known[max(known)].rollbacks if known else []
-        if not take_run(root, run, _record(identity, choice, rollbacks)):
+        if not claim_run_number(root, run, _record(identity, choice, rollbacks)):
             continue
         taken.add(run)
         if lineage(known, committed(root)) == candidates:
@@ -101,7 +101,7 @@ def restart_run(root: RunRoot, identity: Identity, run: int, rollback: Rollback,
     choice = _choose(root, candidates, target)
     returned = choice.parent.step if choice.parent else 0
     rollbacks = [*records[run].rollbacks, rollback.model_copy(update={"step": returned})]
-    if max(records) != run or not take_run(root, run + 1, _record(identity, choice, rollbacks)):
+    if max(records) != run or not claim_run_number(root, run + 1, _record(identity, choice, rollbacks)):
         raise NewerRun(f"another run of this job has started, so run {run} ended")
     return _describe(root, run + 1, choice, rollbacks)
 

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine, assign, full_shape
+from finetune_trainer.storage.checkpoint_folders import STATE_GLOB
 from finetune_trainer.storage.commit import Damaged
 
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
-STATE_GLOB = "state-*.safetensors"
 
 
 def owners(shapes: Mapping[str, Sequence[int]], world_size: int) -> dict[str, int]:

@@ -172,7 +172,7 @@ def to_keep(
     return kept | ({parent} if parent is not None else set())
 
 
-def retain(root: RunRoot, run: int, keep: Collection[CheckpointId]) -> list[CheckpointId]:
+def apply_retention(root: RunRoot, run: int, keep: Collection[CheckpointId]) -> list[CheckpointId]:
     """Delete every checkpoint folder of this and older runs that is not in ``keep``; return those deleted.
 
     Only after a COMMIT of ``run`` itself, and nothing above its newest: that may be on its way. COMMIT goes first,

@@ -30,7 +30,7 @@ from minio.sse import Sse, SseKMS, SseS3
 from finetune_core.api.storage import EncryptionSpec
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import STORE_BUDGET_SECONDS
-from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_connections
+from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_http_pool
 
 T = TypeVar("T")
 
@@ -69,6 +69,12 @@ class ObjectDigest:
     sha256: str
 
 
+def digest_of_file(path: Path) -> ObjectDigest:
+    """Return the size and sha256 of a local file."""
+    with path.open("rb") as file:
+        return ObjectDigest(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
 class Store:
     """Access to one store; the bucket is named with each call because model and data may lie in other ones."""
 
@@ -94,8 +100,8 @@ class Store:
         parts = urlsplit(endpoint)
         self.endpoint = endpoint
         self._budget = budget_seconds
-        self._patient = False
-        self._heard: Callable[[str], None] = _nobody
+        self._retry_refusals = False
+        self._on_attempt: Callable[[str], None] = _ignore
         self._wait = wait
         self._sse = _encryption(encryption)
         self._http = urllib3.PoolManager(
@@ -112,7 +118,7 @@ class Store:
             credentials=(
                 CredentialFiles(credentials)
                 if credentials is not None
-                else PodIdentity(region, identity_connections(ca_file))
+                else PodIdentity(region, identity_http_pool(ca_file))
             ),
             http_client=self._http,
         )
@@ -125,13 +131,13 @@ class Store:
         """Return the same access with another budget for retries."""
         return self._copy(_budget=seconds)
 
-    def for_background(self, seconds: float, heard: Callable[[str], None]) -> Store:
+    def for_background(self, seconds: float, on_attempt: Callable[[str], None]) -> Store:
         """Return the same access for work in the background: nothing is final within ``seconds``.
 
-        Refused credentials may be rotated, a bucket may come back. ``heard`` is told the sentence of every failed
+        Refused credentials may be rotated, a bucket may come back. ``on_attempt`` is told the sentence of every failed
         try, and an empty one once a try has worked.
         """
-        return self._copy(_budget=seconds, _patient=True, _heard=heard)
+        return self._copy(_budget=seconds, _retry_refusals=True, _on_attempt=on_attempt)
 
     def _copy(self, **changes: object) -> Store:
         copy = object.__new__(Store)
@@ -203,12 +209,8 @@ class Store:
 
     def upload(self, bucket: str, key: str, path: Path) -> ObjectDigest:
         """Create or replace an object with the content of ``path`` and return the file's size and digest."""
-        hasher = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                hasher.update(chunk)
-        size = path.stat().st_size
-        metadata = {DIGEST_METADATA: hasher.hexdigest()}
+        digest = digest_of_file(path)
+        metadata = {DIGEST_METADATA: digest.sha256}
 
         def put() -> None:
             with path.open("rb") as file:
@@ -216,7 +218,7 @@ class Store:
                     bucket,
                     key,
                     file,
-                    size,
+                    digest.bytes,
                     part_size=PART_BYTES,
                     num_parallel_uploads=2,
                     metadata=metadata,
@@ -224,7 +226,7 @@ class Store:
                 )
 
         self._retried(put, bucket)
-        return ObjectDigest(size, hasher.hexdigest())
+        return digest
 
     def create(self, bucket: str, key: str, data: bytes) -> bool:
         """Create an object unless it exists; return whether ``data`` is now its content by this call.
@@ -313,11 +315,11 @@ class Store:
                 final = False
             else:
                 if failed:
-                    self._heard("")
+                    self._on_attempt("")
                 return done
             failed = True
-            self._heard(cause)
-            if (final and not self._patient) or time.monotonic() + delay > deadline:
+            self._on_attempt(cause)
+            if (final and not self._retry_refusals) or time.monotonic() + delay > deadline:
                 raise OutsideFailure(cause)
             self._wait(delay)
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
@@ -343,7 +345,7 @@ class Store:
         return f"storage.endpoint: {self.endpoint} answered {error.code}: {error.message}"
 
 
-def _nobody(sentence: str) -> None:
+def _ignore(sentence: str) -> None:
     """Nobody wants to hear of single tries."""
 
 

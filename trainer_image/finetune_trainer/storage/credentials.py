@@ -78,7 +78,7 @@ def _reason(error: Exception) -> str:
     return text.partition("?")[0].rpartition(">: ")[2][:200] or type(error).__name__
 
 
-def identity_connections(ca_file: Path | None) -> urllib3.PoolManager:
+def identity_http_pool(ca_file: Path | None) -> urllib3.PoolManager:
     """Return connections for asking who the pod is: short times, a few tries, the store's certificates too."""
     return urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=IDENTITY_SECONDS, read=IDENTITY_SECONDS),

@@ -4,18 +4,16 @@ same one. The digest is that of the manifest, so a folder's name says what is in
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetune_core.layout import BASES, COMMIT, MANIFEST, Location, Manifest, ManifestFile, digest
+from finetune_trainer.storage.client import digest_of_file
 from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, Damaged, upload_files
 from finetune_trainer.storage.root import RunRoot
 
-BLOCK_BYTES = 1 << 20
 
-
-def bases_root(root: RunRoot) -> RunRoot:
+def extended_bases_root(root: RunRoot) -> RunRoot:
     """Return the folder of all bases beside the namespaces; ``root`` is a run's, `<uri>/<namespace>/<name>/<runId>`."""
     parts = root.location.prefix.split("/")[:-3]
     return RunRoot(root.store, Location(root.location.bucket, "/".join([*parts, BASES])))
@@ -29,9 +27,9 @@ def publish_base(root: RunRoot, folder: Path) -> str:
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-        described = list(pool.map(_described, files))
+        described = list(pool.map(_manifest_file, files))
     manifest = Manifest(kind="Base", run=0, step=0, files=described)
-    bases, key = bases_root(root), digest(manifest.encode())
+    bases, key = extended_bases_root(root), digest(manifest.encode())
     if bases.read(f"{key}/{COMMIT}") is None:
         uploaded = upload_files(bases, key, files)
         if uploaded != described:
@@ -41,9 +39,6 @@ def publish_base(root: RunRoot, folder: Path) -> str:
     return bases.uri(key)
 
 
-def _described(path: Path) -> ManifestFile:
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            sha256.update(block)
-    return ManifestFile(name=path.name, bytes=path.stat().st_size, sha256=sha256.hexdigest())
+def _manifest_file(path: Path) -> ManifestFile:
+    content = digest_of_file(path)
+    return ManifestFile(name=path.name, bytes=content.bytes, sha256=content.sha256)

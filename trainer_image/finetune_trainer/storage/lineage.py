@@ -94,7 +94,7 @@ def read_records(root: RunRoot) -> dict[int, RunRecord]:
     return records
 
 
-def take_run(root: RunRoot, run: int, record: RunRecord) -> bool:
+def claim_run_number(root: RunRoot, run: int, record: RunRecord) -> bool:
     """Take run number ``run``; False where another writer has it."""
     return root.create(run_key(run), record.to_json().encode())
 

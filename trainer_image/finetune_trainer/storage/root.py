@@ -53,9 +53,9 @@ class RunRoot:
         """Abort all multipart uploads below the root that nobody finished; return their keys in the bucket."""
         return self.store.abort_multipart_uploads(self.location.bucket, self.location.key("") + "/")
 
-    def for_background(self, seconds: float, heard: Callable[[str], None]) -> RunRoot:
+    def for_background(self, seconds: float, on_attempt: Callable[[str], None]) -> RunRoot:
         """Return the same root for work in the background; see `Store.for_background`."""
-        return RunRoot(self.store.for_background(seconds, heard), self.location)
+        return RunRoot(self.store.for_background(seconds, on_attempt), self.location)
 
     def uri(self, key: str) -> str:
         """Return the `s3://` address of a key."""
