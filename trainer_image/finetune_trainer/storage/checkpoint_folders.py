@@ -1,7 +1,8 @@
-"""Checkpoints in the bucket: files, manifest, COMMIT last; verified reading, inventory, retention.
+"""Checkpoint folders in the bucket, `checkpoints/<run>-<step>/`: download with verification, inventory and retention.
+`checkpoints/saver.py` and `checkpoints/start.py` call this module.
 
-Nothing without COMMIT exists. COMMIT holds the manifest's sha256, the manifest each file's: what was read back
-is what was written, or it is passed over with a sentence that says why.
+The folders follow the commit protocol of `commit.py`. A folder whose bytes do not match its manifest is skipped, and
+the reason is reported.
 """
 
 from __future__ import annotations
@@ -24,54 +25,61 @@ from finetune_trainer.storage.root import RunRoot
 TRAINER_FILE = "trainer.json"
 STATE_GLOB = "state-*.safetensors"
 OWN_FILES = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]*\.(safetensors|json)")
-"""What is read of a checkpoint: whatever else a manifest names is not even fetched."""
+"""Names of the files that are downloaded from a checkpoint. Any other file is ignored, even if the manifest names
+it.
+"""
 DAMAGE_LENGTH = 256
 
 
 class TrainerState(ContractModel):
-    """`trainer.json` of a checkpoint: all of the training state that is not a tensor.
+    """`trainer.json` of a checkpoint: the part of the training state that is not a tensor.
 
-    There is no state of random generators to keep: the order of rows and dropout follow from (seed, epoch) and
-    (seed, step).
+    No state of random number generators is stored, because the order of rows follows from (seed, epoch) and dropout
+    from (seed, step).
     """
 
     version: int = 1
     step: int
-    """Global batches consumed; with the batch size and the seed it is the cursor in the data."""
+    """Global batches consumed so far. Together with batch size and seed, this number determines the position in the
+    data."""
     epoch: int
     batch_in_epoch: int
     seed: int
     updates: int
-    """Optimizer updates applied: AdamW's step count."""
+    """Optimizer updates applied so far, which is the step count of AdamW."""
     tokens: int
-    """Supervised tokens seen."""
+    """Supervised tokens trained on so far."""
     world_size: int
     zero_stage: int
     rows: int
-    """Training rows, to notice that the data changed."""
+    """Number of training rows, with which a resuming run detects that the data has changed."""
     data_sha256: str | None = None
-    """Of the training rows as token ids."""
+    """sha256 of the token ids of all training rows."""
     perplexity: float | None = None
-    """Validation perplexity at this step, where it was scored."""
+    """Validation perplexity at this step, if the step was evaluated."""
     task_score: float | None = None
-    """Share of right answers at this step, where they choose the best checkpoint."""
+    """Share of correct answers on the validation set at this step, if the best checkpoint is chosen by task score."""
     best_perplexity: float | None = None
     base_sha256: str | None = None
-    """Of a LoRA run: digest of the base model's weights, which the checkpoint does not hold."""
+    """sha256 of the base model's weights in a LoRA run, whose checkpoints do not hold these weights."""
     rows_sha256: str | None = None
-    """Of a LoRA run with added tokens: digest of the base extended by their rows, as they were drawn from the seed."""
+    """sha256 of the extended base model in a LoRA run with added tokens. The embedding rows of the added tokens are as
+    they were initialized from the seed."""
 
 
 def fetch_folder(root: RunRoot, folder: str, target: Path) -> tuple[Manifest, str]:
-    """Download a committed checkpoint and verify every byte; raises Damaged with the object's key.
+    """Download a committed checkpoint into ``target`` and verify the sha256 of every file. Return the manifest and its
+    sha256.
 
-    Only safetensors and JSON files are fetched: what else lies there, or stands in the manifest, is never opened.
+    Raises Damaged with the key of the damaged object. Only safetensors and JSON files are downloaded, even if the
+    manifest names others, because no other format of the trainer's checkpoints is safe to open.
     """
     manifest, manifest_sha256 = read_manifest(root, folder)
     target.mkdir(parents=True, exist_ok=True)
 
     def fetch(file: ManifestFile) -> None:
-        # Once more before it counts as damaged: the network may flip bits too.
+        # A file with a wrong digest is downloaded once more before it counts as damaged, because the error may have
+        # happened in transit.
         for last_try in (False, True):
             stored = root.download(f"{folder}/{file.name}", target / file.name)
             if stored is None:
@@ -88,7 +96,7 @@ def fetch_folder(root: RunRoot, folder: str, target: Path) -> tuple[Manifest, st
 
 
 def check_readable(folder: Path) -> None:
-    """Raise Damaged where the files of a fetched checkpoint are not of the formats that their names say."""
+    """Raise Damaged if `trainer.json` or a state file of a downloaded checkpoint can't be parsed."""
     try:
         TrainerState.model_validate_json((folder / TRAINER_FILE).read_bytes())
     except FileNotFoundError as error:
@@ -104,7 +112,7 @@ def check_readable(folder: Path) -> None:
 
 
 def _folders(entries: Sequence[ListedObject]) -> dict[CheckpointId, dict[str, ListedObject]]:
-    """Return the objects of each checkpoint folder by file name."""
+    """Return the objects of each checkpoint folder, by checkpoint and file name."""
     folders: dict[CheckpointId, dict[str, ListedObject]] = {}
     for entry in entries:
         match = re.fullmatch(r"checkpoints/(\d+)-(\d+)/(.+)", entry.key)
@@ -114,19 +122,20 @@ def _folders(entries: Sequence[ListedObject]) -> dict[CheckpointId, dict[str, Li
 
 
 def committed(root: RunRoot) -> list[CheckpointId]:
-    """Return all committed checkpoints, by run and step."""
+    """Return all checkpoints that have a COMMIT object, ordered by run and step."""
     return sorted(key for key, files in _folders(root.list_objects("checkpoints/")).items() if COMMIT in files)
 
 
 def uncommitted(root: RunRoot) -> list[CheckpointId]:
-    """Return the checkpoints of which something lies in the bucket, but no COMMIT."""
+    """Return the checkpoints that have objects in the bucket but no COMMIT, ordered by run and step."""
     return sorted(key for key, files in _folders(root.list_objects("checkpoints/")).items() if COMMIT not in files)
 
 
 def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[CheckpointRecord]:
-    """Return the records of all committed checkpoints, oldest first.
+    """Return the records of all committed checkpoints, ordered by run and step.
 
-    ``damaged`` says what is known to be wrong, by folder; what shows already in sizes and small files is added.
+    ``damaged`` maps folders that are known to be damaged to the reason. Damage that shows in sizes, manifest or
+    `trainer.json` is added, because these are read anyway; the other files are not downloaded.
     """
     records = []
     for checkpoint, files in sorted(_folders(root.list_objects("checkpoints/")).items()):
@@ -167,18 +176,22 @@ def to_keep(
     keep_best: int,
     parent: CheckpointId | None,
 ) -> set[CheckpointId]:
-    """Return the checkpoints of a lineage that retention leaves: the newest, the best, the run's parent."""
+    """Return the checkpoints of a lineage that retention keeps: the ``keep_last`` newest (at least one), the
+    ``keep_best`` best, and the parent of the run."""
     kept = {*newest_first[: max(1, keep_last)], *best_first[:keep_best]}
     return kept | ({parent} if parent is not None else set())
 
 
 def apply_retention(root: RunRoot, run: int, keep: Collection[CheckpointId]) -> list[CheckpointId]:
-    """Delete every checkpoint folder of this and older runs that is not in ``keep``; return those deleted.
+    """Delete every checkpoint folder that is not in ``keep`` and is older than the newest committed checkpoint of
+    ``run``. Return the deleted checkpoints that were committed.
 
-    Only after a COMMIT of ``run`` itself, and nothing above its newest: that may be on its way. COMMIT goes first,
-    so that a crash in the middle leaves nothing that looks whole, and the next retention clears it. Raises NewerRun
-    before anything is deleted where a later run may be reading; looked at again before each folder, because a
-    frozen process may go on at any point.
+    Nothing is deleted before ``run`` has committed a checkpoint of its own. Newer folders are left alone, because their
+    upload may still be running. COMMIT is deleted first, so that a folder that is deleted only in part no longer counts
+    as a checkpoint and the next retention deletes the rest.
+
+    Raises NewerRun if a later run exists, because the later run may be reading a checkpoint. The fence is checked again
+    before each folder, because this process may have been frozen for a while at any point.
     """
     folders = _folders(root.list_objects("checkpoints/"))
     newest = max((key for key, files in folders.items() if key.run == run and COMMIT in files), default=None)

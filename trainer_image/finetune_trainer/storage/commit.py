@@ -1,6 +1,9 @@
-"""The commit protocol of folders in the bucket: files first, then the manifest, then COMMIT.
+"""The commit protocol of folders in the bucket, which makes an upload of many files atomic. The files are written
+first, then a manifest with their sizes and sha256, and last the object COMMIT with the sha256 of the manifest.
 
-A folder counts only once its COMMIT object exists."""
+A folder without COMMIT does not count. Checkpoints and artifacts are written with `upload_files` and `commit_folder`,
+and read with `read_manifest`.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ PARALLEL_TRANSFERS = 4
 
 
 class Damaged(OutsideFailure):
-    """A committed folder whose bytes are not those that its manifest names; the message names the object."""
+    """A committed folder does not hold the bytes that its manifest names. The message names the object."""
 
 
 def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Path | None = None) -> list[ManifestFile]:
-    """Upload ``files`` into ``folder`` and return what the manifest says about them: by their names, or by their paths
-    ``below`` a local folder."""
+    """Upload ``files`` into ``folder`` and return their entries for the manifest. The names in the manifest are file
+    names, or paths relative to the local folder ``below``."""
 
     def upload(path: Path) -> ManifestFile:
         name = path.relative_to(below).as_posix() if below is not None else path.name
@@ -38,10 +41,11 @@ def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Pa
 
 
 def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
-    """Write the manifest, see that all lies there, look at the fence, write COMMIT; return the manifest's sha256.
+    """Write the manifest, verify that all files are in the bucket, check the fence, and write COMMIT. Return the sha256
+    of the manifest.
 
-    Raises Damaged where the listing is not what the manifest says, and NewerRun where a later run exists: its
-    lineage must not change any more.
+    Raises Damaged if the listing differs from the manifest. Raises NewerRun if a later run of the job exists, because
+    the later run may already have resumed from the earlier checkpoints.
     """
     data = manifest.encode()
     root.write(f"{folder}/{MANIFEST}", data)
@@ -57,7 +61,8 @@ def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
 
 
 def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
-    """Return a committed folder's manifest and its sha256; raises Damaged where they don't fit together."""
+    """Return a committed folder's manifest and its sha256. Raises Damaged if COMMIT or manifest is missing, or if they
+    do not match."""
     commit, data = root.read(f"{folder}/{COMMIT}"), root.read(f"{folder}/{MANIFEST}")
     if commit is None:
         raise Damaged(f"{folder}/{COMMIT} is missing")
@@ -75,7 +80,7 @@ def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
 
 
 def check_sizes(folder: str, manifest: Manifest, files: Mapping[str, ListedObject]) -> None:
-    """Raise Damaged where the listing lacks a file of the manifest or shows another size."""
+    """Raise Damaged if the listing lacks a file of the manifest or shows another size."""
     for file in manifest.files:
         if file.name not in files:
             raise Damaged(f"{folder}/{file.name} is missing")

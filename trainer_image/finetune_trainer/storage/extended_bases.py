@@ -1,5 +1,8 @@
-"""Extended base models in the bucket: `<storage.uri>/_bases/<digest>/`, written once for all jobs that compute with the
-same one. The digest is that of the manifest, so a folder's name says what is in it.
+"""Base models that were extended by embedding rows for added tokens, in `<storage.uri>/_bases/<digest>/`. LoRA
+artifacts refer to such a folder, and all jobs that extend a base model alike share one folder.
+
+The digest is the sha256 of the manifest, so that equal content has an equal folder name. `finish.py` calls
+`publish_base`.
 """
 
 from __future__ import annotations
@@ -14,16 +17,17 @@ from finetune_trainer.storage.root import RunRoot
 
 
 def extended_bases_root(root: RunRoot) -> RunRoot:
-    """Return the folder of all bases beside the namespaces; ``root`` is a run's, `<uri>/<namespace>/<name>/<runId>`."""
+    """Return the root of all extended bases. The folder is a sibling of the namespaces; ``root`` is the root of a run,
+    `<uri>/<namespace>/<name>/<runId>`."""
     parts = root.location.prefix.split("/")[:-3]
     return RunRoot(root.store, Location(root.location.bucket, "/".join([*parts, BASES])))
 
 
 def publish_base(root: RunRoot, folder: Path) -> str:
-    """Upload the model in ``folder`` unless it is there already, and return its `s3://` address.
+    """Upload the model in ``folder`` unless the bucket holds it already, and return its `s3://` address.
 
-    Two jobs that write the same base at once write the same bytes to the same keys. Raises Damaged where the store
-    has other bytes than were sent.
+    Two jobs that upload the same model at the same time write the same bytes to the same keys. Raises Damaged if the
+    store holds other bytes than were sent.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:

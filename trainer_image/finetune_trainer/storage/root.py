@@ -1,4 +1,6 @@
-"""The root of one run in the bucket: every key of the layout is read and written below it through this class."""
+"""The root of one run in the bucket, with the store and credentials to access it. All modules that read or write the
+bucket's layout use `RunRoot`.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ from finetune_trainer.storage.client import ListedObject, ObjectDigest, Store
 
 @dataclass(frozen=True)
 class RunRoot:
-    """`<uri>/<namespace>/<name>/<runId>` with the store that it lies in; keys are relative to it."""
+    """The prefix `<uri>/<namespace>/<name>/<runId>` in an object store. All keys are relative to this prefix."""
 
     store: Store
     location: Location
 
     def read(self, key: str) -> bytes | None:
-        """Return an object's bytes, None where it does not exist."""
+        """Return an object's bytes, or None if the object does not exist."""
         return self.store.read(self.location.bucket, self.location.key(key))
 
     def write(self, key: str, data: bytes) -> None:
@@ -28,33 +30,34 @@ class RunRoot:
         self.store.write(self.location.bucket, self.location.key(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create an object unless it exists; return whether ``data`` is now its content by this call."""
+        """Create an object unless the key exists. Return whether this call has created the object with the content
+        ``data``."""
         return self.store.create(self.location.bucket, self.location.key(key), data)
 
     def upload(self, key: str, path: Path) -> ObjectDigest:
-        """Create or replace an object with a file's content."""
+        """Create or replace an object with the content of a local file."""
         return self.store.upload(self.location.bucket, self.location.key(key), path)
 
     def download(self, key: str, path: Path) -> ObjectDigest | None:
-        """Write an object to a file; None where it does not exist."""
+        """Write an object to a local file. Return None if the object does not exist."""
         return self.store.download(self.location.bucket, self.location.key(key), path)
 
     def list_objects(self, folder: str) -> list[ListedObject]:
-        """Return the objects below ``folder`` (with a slash at its end) with relative keys."""
+        """Return the objects below ``folder``, for example `checkpoints/`, with keys relative to the root."""
         start = len(self.location.key("")) + 1 if self.location.prefix else 0
         found = self.store.list_objects(self.location.bucket, self.location.key(folder))
         return [entry._replace(key=entry.key[start:]) for entry in found]
 
     def delete(self, keys: list[str]) -> None:
-        """Delete objects."""
+        """Delete objects. A key that does not exist is no error."""
         self.store.delete(self.location.bucket, [self.location.key(key) for key in keys])
 
     def abort_multipart_uploads(self) -> list[str]:
-        """Abort all multipart uploads below the root that nobody finished; return their keys in the bucket."""
+        """Abort all unfinished multipart uploads below the root, and return their full keys in the bucket."""
         return self.store.abort_multipart_uploads(self.location.bucket, self.location.key("") + "/")
 
     def for_background(self, seconds: float, on_attempt: Callable[[str], None]) -> RunRoot:
-        """Return the same root for work in the background; see `Store.for_background`."""
+        """Return the same root for background work, as described at `Store.for_background`."""
         return RunRoot(self.store.for_background(seconds, on_attempt), self.location)
 
     def uri(self, key: str) -> str:
@@ -63,7 +66,7 @@ class RunRoot:
 
 
 def open_run_root(config: RunConfig, paths: Paths) -> RunRoot:
-    """Return the run's root in the bucket."""
+    """Return the root of the run that the run file describes, with access to its object store."""
     storage = config.storage
     store = Store(
         storage.endpoint,
