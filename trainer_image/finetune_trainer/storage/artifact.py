@@ -1,7 +1,7 @@
 """Commits the artifact of a run (the trained model) and reads back the result of a run whose artifact is committed.
 
-The pointer object `ARTIFACT` names the artifact. The first run that creates the pointer wins, and every later attempt of
-the job returns that result.
+The pointer object `ARTIFACT` names the artifact. The first run that creates the pointer wins, and every later attempt
+of the job returns that result.
 """
 
 from __future__ import annotations
