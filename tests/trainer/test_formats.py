@@ -1,4 +1,4 @@
-"""Rows become examples: which tokens are learned, what is a bad row, and where the files of a split come from."""
+"""Rows become examples: which tokens are supervised, which rows are bad, and which files belong to a split."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def made(
 
 
 def learned(examples: ExampleSet, tokenizer: Any) -> list[list[str]]:
-    """The words that are learned, of each example."""
+    """Return the supervised words of each example."""
     return [
         [tokenizer.decode([int(example.ids[at])]) for first, last in example.spans for at in range(max(first, 1), last)]
         for example in examples
@@ -229,7 +229,8 @@ def test_tokens_are_kept_in_files_that_ranks_share(tmp_path: Path, tokenizer: An
 def test_trap_28_no_row_twice_or_left_out_whatever_the_number_of_ranks(
     capacity: int | None, tmp_path: Path, tokenizer: Any
 ) -> None:
-    """Resumed after step 5 on another number of ranks: what is consumed is the single run's list."""
+    """A run that resumes after step 5 on another number of ranks consumes the same rows in the same steps as a single
+    process without interruption."""
     examples, _ = made(tmp_path, tiny.rows(37, seed=4), tokenizer, spec())
 
     def consumed(steps: range, world: int) -> list[list[int]]:
@@ -305,7 +306,7 @@ def test_the_files_of_a_split(card: str, subset: str | None, split: str, found: 
 
 
 def test_a_split_is_downloaded_at_one_commit_from_the_hub(tmp_path: Path) -> None:
-    """In a process of its own: huggingface_hub reads its endpoint when it is imported."""
+    """The download runs in a process of its own, because huggingface_hub reads its endpoint when it is imported."""
     lines = [b'{"question": "w1", "reply": "w2"}\n', b'{"question": "w3"}\n']
     files = {"README.md": b"", "train-1.jsonl": lines[1], "train-0.jsonl": lines[0], "test.jsonl": b"{}"}
     program = """

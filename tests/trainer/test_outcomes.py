@@ -1,4 +1,6 @@
-"""The exit code of a pod, as a table: a cause decides before its consequences."""
+"""The exit code of a pod for several combinations of worker exits: a likely cause takes precedence over its
+consequences.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ KILLED = -9
 
 
 def said(rank: int, error: Exception) -> WorkerExit:
-    """A worker that wrote its outcome."""
+    """Return the exit of a worker that reported ``error`` in its outcome file."""
     outcome = outcome_of(error)
     return WorkerExit(rank, outcome.result.exit_code, outcome)
 
@@ -38,14 +40,14 @@ OUTSIDE, PEER, STOP, CRASH = OutsideFailure("store"), PeerLost("rank left"), Sto
         ([said(0, MEMORY), said(1, CRASH)], False, 66),
         ([said(0, MEMORY), said(1, DIVERGED)], False, 65),
         ([said(0, DIVERGED), said(1, BAD)], False, 64),
-        # What a peer caused decides only where there is nothing else.
+        # A lost peer determines the result only if no worker reports another cause.
         ([said(0, PEER), said(1, STOP)], False, 143),
         ([said(0, PEER), said(1, PEER)], False, 75),
         ([said(0, PEER), WorkerExit(1, KILLED, None)], False, 1),
         ([said(0, PEER), WorkerExit(1, KILLED, None)], True, 66),
-        # A kill for lack of memory explains signal 9 and nothing else.
+        # An out-of-memory kill of the cgroup explains a worker that ended by signal 9, but no other exit status.
         ([WorkerExit(0, 3, None)], True, 1),
-        # What the launcher killed followed a peer.
+        # A worker that the launcher killed counts as a consequence of another worker's exit.
         ([said(0, MEMORY), WorkerExit(1, KILLED, None, killed_by_launcher=True)], True, 66),
         ([done(0), WorkerExit(1, KILLED, None, killed_by_launcher=True)], False, 0),
     ],

@@ -1,5 +1,6 @@
-"""Preflight finds before the training what the training would end with, says it in the same sentences, and tells what
-is final from what may still appear."""
+"""The preflight checks find in advance what would end the training, and report it in the same sentences. Errors in the
+spec are final, while missing things outside the job may still appear.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def paths(tmp_path: Path, store: ObjectStore) -> Paths:
 
 @pytest.fixture
 def check(paths: Paths, store: ObjectStore, request: pytest.FixtureRequest) -> Check:
-    """Return a function that runs all checks in this process and returns what they found."""
+    """A function that runs all checks in this process and returns their findings."""
 
     def run(*, credentials: Path | None = None, **changes: Any) -> list[tuple[FindingKind, str]]:
         name = request.node.name.replace("[", "-").replace("]", "").replace(" ", "-")
@@ -154,7 +155,7 @@ def test_a_store_that_ignores_if_none_match_is_refused(check: Check, store: Obje
 
 @pytest.fixture
 def broken_model(tmp_path: Path, tiny_model: Path) -> tuple[Path, dict[str, Any]]:
-    """A copy of the model in a volume, and the change of the spec that names it."""
+    """A copy of the model on a volume that a test may break, and the change of the spec that names the copy."""
     folder = tmp_path / "volumes" / "models" / "copy"
     shutil.copytree(tiny_model, folder)
     return folder, {"model": {"volume": {"claimName": "models", "path": "copy"}}}
@@ -166,7 +167,7 @@ def _cut(folder: Path) -> None:
 
 
 def _split(folder: Path, *, lost_file: bool) -> None:
-    """Name the weights in an index, with a tensor, or a whole file, that is not there."""
+    """Replace the single weight file by an index that names a missing tensor, or a missing file."""
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     weights = {"model.norm.weight": "model-00001-of-00002.safetensors"}
     weights["lost.weight"] = f"model-0000{2 if lost_file else 1}-of-00002.safetensors"
@@ -252,7 +253,7 @@ def hub(tiny_model: Path) -> Iterator[Hub]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How the program ended."""
+    """Exit code, result and log of a finished preflight process."""
 
     code: int
     result: PreflightResult
@@ -260,13 +261,13 @@ class Ended:
 
     @property
     def memory_mebibytes(self) -> int:
-        """Its largest resident set, as it says."""
+        """The peak resident memory in MiB that the process printed."""
         (found,) = re.findall(r"with (\d+) MiB at most", self.log)
         return int(found)
 
 
 def _program(paths: Paths, **environment: str) -> Ended:
-    """Run the program as a pod does."""
+    """Run `python -m finetune_trainer preflight` as a pod does, and return its result."""
     options = {"run-file": paths.run_file, "credentials": paths.credentials, "scratch": paths.scratch}
     options |= {"termination-log": paths.termination_log, "hub-token-file": paths.hub_token_file}
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
@@ -325,5 +326,5 @@ def test_the_program_needs_little_memory_and_leaves_a_whole_result(paths: Paths,
     assert ended.result.findings[0].kind is FINAL
     assert ended.result.findings[0].message.startswith(f"dataset.train.s3.uri: there is no object s3://{BUCKET}/xxx")
     assert "Traceback" not in ended.log
-    # The pod's limit is 1 GiB.
+    # The memory limit of the preflight pod is 1 GiB.
     assert ended.memory_mebibytes < 400

@@ -1,4 +1,6 @@
-"""Whatever ends a run, the next attempt continues it and comes to the same model."""
+"""After a crash, a SIGTERM or damage, the next attempt continues the run, and the final model equals that of an
+undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ def artifact_files(store: ObjectStore, name: str) -> dict[str, bytes]:
 def undisturbed(
     store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[float], dict[str, bytes]]]:
-    """Losses and artifact of the same jobs without any disturbance."""
+    """Losses and artifact files of the same jobs without any disturbance, by method."""
     folder = tmp_path_factory.mktemp("undisturbed")
     inputs = Inputs(
         model=tiny_model,

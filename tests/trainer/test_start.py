@@ -1,4 +1,4 @@
-"""What a start of the gang resumes from, whatever happened to the bucket meanwhile; against a real object store."""
+"""Which checkpoint a starting run resumes from, whatever happened to the bucket before, against a real object store."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def begin(root: RunRoot, folder: Path, pod: str = "pod-1") -> Start:
 
 
 def commit(root: RunRoot, run: int, step: int, folder: Path, *, perplexity: float | None = None) -> None:
-    """Commit a checkpoint of two small shards, as the ranks of ``run`` do."""
+    """Commit a checkpoint of two small state files, as the ranks of run ``run`` do."""
     state = TrainerState(
         step=step, epoch=0, batch_in_epoch=step, seed=1, updates=step, tokens=step, world_size=2, zero_stage=2,
         rows=20, perplexity=perplexity,
@@ -62,7 +62,7 @@ def commit(root: RunRoot, run: int, step: int, folder: Path, *, perplexity: floa
 
 
 def spoil(root: RunRoot, key: str, how: str) -> None:
-    """Do to an object what a bad disk does."""
+    """Damage an object as a failing disk does."""
     data = bytearray(root.read(key) or b"")
     if how == "delete":
         root.delete([key])
@@ -106,7 +106,7 @@ def test_where_nothing_is_whole_training_starts_from_the_base_model(root: RunRoo
 
 
 class Evil:
-    """Leaves a trace when it is unpickled."""
+    """Creates the file ``trace`` when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -123,7 +123,8 @@ class Evil:
 def test_a_malicious_pickle_among_the_files_is_never_opened(
     root: RunRoot, tmp_path: Path, place: str | None, problem: str
 ) -> None:
-    """Somebody with write access to the bucket commits a checkpoint that verifies; its pickles stay closed."""
+    """Somebody with write access to the bucket commits a checkpoint with pickle files that verifies. The trainer never
+    unpickles them."""
     trace = tmp_path / "unpickled"
     evil = pickle.dumps(Evil(trace))
     pickle.loads(evil)  # noqa: S301  (the trap works)
@@ -152,7 +153,7 @@ def test_a_malicious_pickle_among_the_files_is_never_opened(
     start = begin(root, tmp_path)
     assert start.parent is not None
     assert start.parent.step == (10 if place is None else 5)
-    # What has another name than the trainer's own files is not even fetched.
+    # Only files with the names of the trainer's own files are downloaded.
     fetched = sorted(path.name for path in (tmp_path / "resume").iterdir())
     assert fetched == sorted([TRAINER_FILE, OBJECTS[0], OBJECTS[1]])
     assert "".join(start.notices).endswith(problem)
@@ -168,7 +169,7 @@ def test_a_crash_right_after_a_rollback_does_not_resume_into_the_branch_that_div
     rollback = Rollback(step=5, rate_factor=0.3, skip_from=6, skip_to=16, reason="the loss exploded at step 16")
     second = restart_run(root, identity(), 1, rollback, tmp_path / "resume")
     assert (second.run, second.parent and second.parent.step) == (2, 5)
-    # Killed here, before its first checkpoint.
+    # The process of run 2 is killed here, before its first checkpoint.
     third = begin(root, tmp_path, "pod-2")
     assert third.run == 3
     assert third.parent is not None
@@ -190,7 +191,8 @@ def test_a_run_that_was_fenced_can_not_roll_back(root: RunRoot, tmp_path: Path) 
 
 
 def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, tmp_path: Path) -> None:
-    """Run 1 stops just before each of its writes; run 2 resumes, retains and publishes; then run 1 goes on."""
+    """Run 1 is frozen before each of its writes. Run 2 resumes, deletes old checkpoints and publishes its artifact, and
+    then run 1 continues."""
     begin(root, tmp_path)
     for step in (5, 10):
         commit(root, 1, step, tmp_path)
@@ -202,11 +204,12 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
     result = publish(root, 2, 14, [tmp_path / "adapter"])
     before = {entry.key for entry in root.list_objects("")}
 
-    # Frozen between its look at the fence and COMMIT: that one write gets through, into a branch nobody follows.
+    # If run 1 was frozen after it had checked the fence and before it wrote COMMIT, this one write succeeds. The
+    # checkpoint belongs to an abandoned branch, from which no later run resumes.
     frozen = checkpoint_folder(1, 15)
     root.write(f"{frozen}/{MANIFEST}", b"{}")
     assert root.create(f"{frozen}/{COMMIT}", digest(b"{}").encode())
-    # All that comes after looks at the fence again.
+    # All later writes check the fence again.
     (tmp_path / "adapter").write_bytes(b"first")
     for write in (
         lambda: commit(root, 1, 20, tmp_path),
@@ -227,7 +230,8 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
 def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_is_cleared(
     root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
-    """Before each of its six deletions, two a checkpoint: COMMIT, then the other files, of which half are gone then."""
+    """Retention is killed at each of its six deletions. For each checkpoint, retention deletes first COMMIT and then
+    the other files, half of which are gone when the process is killed."""
     begin(root, tmp_path)
     for step in (1, 2, 3, 4):
         commit(root, 1, step, tmp_path)
@@ -235,7 +239,7 @@ def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_wh
     real, calls = root.store.delete, []
 
     class KilledError(Exception):
-        """Stands for the end of the process."""
+        """Stands for the end of the killed process."""
 
     def delete(bucket: str, keys: list[str]) -> None:
         calls.append(keys)
@@ -265,7 +269,8 @@ def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_wh
 def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_checkpoint_of_the_lineage(
     root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The former run is still alive and deletes what the new one is reading; once that has its number, it may not."""
+    """The former run is still alive and deletes a checkpoint that the new run is reading. Once the new run has claimed
+    its run number, the former run may not delete any more."""
     begin(root, tmp_path)
     commit(root, 1, 5, tmp_path)
     real, reads = root.store.download, []
@@ -304,7 +309,7 @@ def test_trap_18_retention_keeps_the_best_of_the_lineage_and_what_is_on_its_way(
 
 
 def test_the_bucket_holds_what_the_listing_says(root: RunRoot, empty_store: ObjectStore, tmp_path: Path) -> None:
-    """The tests above look through the trainer's own client; this one looks past it."""
+    """The other tests read the bucket with the trainer's own client; this test uses minio-py directly."""
     begin(root, tmp_path)
     commit(root, 1, 5, tmp_path)
     keys = empty_store.keys(f"{root.location.prefix}/")

@@ -1,4 +1,4 @@
-"""The object store protocol against a real MinIO: conditional writes, fence, verified folders, retention, retries."""
+"""The storage protocol against a real MinIO: conditional writes, fencing, verified folders, retention and retries."""
 
 from __future__ import annotations
 
@@ -144,14 +144,14 @@ def test_retention_keeps_last_best_and_parent_and_clears_what_was_never_committe
     [
         ({}, [], []),
         ({1: None}, [(1, 5), (1, 10)], [(1, 10), (1, 5)]),
-        # Run 2 went back to step 5 and has committed nothing yet: step 10 is a branch that was left.
+        # Run 2 resumed from step 5 and has not committed a checkpoint yet, so step 10 belongs to an abandoned branch.
         ({1: None, 2: (1, 5)}, [(1, 5), (1, 10)], [(1, 5)]),
         ({1: None, 2: (1, 5)}, [(1, 5), (1, 10), (2, 8)], [(2, 8), (1, 5)]),
-        # The parent was deleted: older ones of its run still lead here.
+        # The parent checkpoint was deleted, so older checkpoints of the parent's run come next.
         ({1: None, 2: (1, 10), 3: (2, 12)}, [(1, 5), (2, 20)], [(1, 5)]),
-        # A run that started from the base model leaves all that was before.
+        # A run that started from the base model abandons all earlier checkpoints.
         ({1: None, 2: None}, [(1, 5)], []),
-        # A record that names itself ends the search.
+        # A record that names its own run as the parent ends the search.
         ({1: None, 2: (2, 5)}, [(1, 5), (2, 5)], [(2, 5)]),
     ],
 )

@@ -1,4 +1,6 @@
-"""Whatever the store does to a request, a COMMIT means that the checkpoint verifies; and what can pass passes."""
+"""Whatever happens to a request, every COMMIT in the bucket belongs to a checkpoint that verifies, and temporary
+failures are retried.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def healthy(proxy: StoreProxy) -> Iterator[StoreProxy]:
 
 
 def root_at(endpoint: str, credentials: Path, name: str, *, budget: float = 20, **options: object) -> RunRoot:
-    """A run's root behind ``endpoint``; tries follow each other at once."""
+    """Return a run's root behind ``endpoint``, with a client that retries without a pause."""
     store = Store(
         endpoint, "us-east-1", credentials, budget_seconds=budget, read_seconds=2, wait=lambda delay: None, **options
     )  # type: ignore[arg-type]
@@ -60,7 +62,7 @@ def write_files(folder: Path) -> list[Path]:
 
 
 def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
-    """What the ranks of a run do in the background, in one thread: upload, commit, retain."""
+    """Do in one thread what the ranks of a run do in the background: upload, commit, and delete old checkpoints."""
     target = checkpoint_folder(1, step)
     for last_try in (False, False, True):
         uploaded = upload_files(root, target, files)
@@ -74,7 +76,7 @@ def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
 
 
 def fails(root: RunRoot, files: list[Path], step: int) -> bool:
-    """Try to commit, and tell whether that failed."""
+    """Return whether committing a checkpoint failed."""
     try:
         commit_checkpoint(root, files, step)
     except OutsideFailure:
@@ -83,7 +85,8 @@ def fails(root: RunRoot, files: list[Path], step: int) -> bool:
 
 
 def assert_every_commit_verifies(store: ObjectStore, prefix: str) -> int:
-    """Look at the bucket itself, past the proxy and past the trainer's code; return how many COMMITs there are."""
+    """Verify every committed folder by reading the bucket directly, without the proxy and the trainer's code. Return
+    the number of COMMIT objects."""
     commits = [key for key in store.keys(prefix) if key.endswith(f"/{COMMIT}")]
     for key in commits:
         folder = key.removesuffix(f"/{COMMIT}")
@@ -128,7 +131,7 @@ def test_a_store_that_stays_broken_from_any_request_on_commits_nothing_false(
         healthy.plan = lambda request, at=first + index: fault if request.index >= at else None
         failures += fails(root, files, index + 1)
         assert_every_commit_verifies(empty_store, f"faults/{name}/")
-    # What has no body can't be changed on its way to the store.
+    # Only requests with a body can be changed on their way to the store.
     assert failures >= (4 if fault is Fault.FLIP_UPLOAD else 9)
 
 
@@ -195,7 +198,7 @@ def test_rotated_credentials_and_a_bucket_that_comes_back_are_waited_for_in_the_
     said: list[str] = []
 
     def rotate(_: float) -> None:
-        if len(said) >= 2:  # several uploads fail at once
+        if len(said) >= 2:  # several uploads fail before the keys are replaced
             write_credentials(keys, ACCESS_KEY, SECRET_KEY)
 
     impatient = Store(empty_store.endpoint, "us-east-1", keys, wait=rotate)
@@ -243,7 +246,7 @@ def test_a_wrong_clock_is_named_and_passes(
 
 @pytest.mark.long
 def test_a_full_disk_is_waited_for_and_named(minio: Path, tmp_path: Path) -> None:
-    """Somebody deletes what is not needed while an upload is tried."""
+    """Somebody deletes other objects while an upload is being retried."""
     with small_store(minio, tmp_path / "small") as small:
         assert fill(small, tmp_path) > 1
         said: list[str] = []
@@ -265,7 +268,8 @@ def test_a_full_disk_is_waited_for_and_named(minio: Path, tmp_path: Path) -> Non
         assert freed
         assert all(FULL.search(sentence) for sentence in said if sentence), said
         assert said[-1] == ""
-        # Up to one round of MinIO's cleaning and the pause between two tries after it; three times at most.
+        # The upload may take one interval of MinIO's trash clean-up and one pause between attempts; the bound is three
+        # times that, because the machine may be busy.
         assert time.monotonic() - began < 3 * (PURGE_SECONDS + LONGEST_DELAY_SECONDS + 10)
 
 
