@@ -21,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """A served repository, and the requests for it."""
+    """The repository that the server offers, and a record of the requests for the repository."""
 
     repo: str
     files: dict[str, bytes]

@@ -15,7 +15,8 @@ from pathlib import Path
 
 
 def resident() -> tuple[int, int]:
-    """Return the resident memory of this process in bytes, and the anonymous part of it."""
+    """Return the resident memory of this process, and the part of the resident memory that is anonymous, both in
+    bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(1024 * int(lines[name].split()[0]) for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
 

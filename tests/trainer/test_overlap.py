@@ -29,7 +29,8 @@ def send(attempt: Attempt, number: int) -> None:
 def test_a_frozen_attempt_that_thaws_after_the_artifact_was_committed_changes_nothing(
     store: ObjectStore, pods: StartPods
 ) -> None:
-    # The first attempt has more steps than the second, so it is still in training when it continues.
+    # The first attempt has more steps than the second, so the first attempt is still in training when its processes
+    # continue.
     first = pods(run_config(store, "frozen", **{**CHANGES, "optimization__maxSteps": 5000}))
     first.wait_for(lambda: bool(committed_steps(store, "frozen")), "the first checkpoint")
     send(first, signal.SIGSTOP)

@@ -147,8 +147,8 @@ def test_what_follows_an_alarm(
     assert raised is None if order is None else isinstance(raised, order)
     if isinstance(raised, RollBack):
         rollback = raised.rollback
-        # The loss at step 61 results from the update of step 60, so step 60 is skipped too. For a rise, the rollback
-        # goes further back, because the rise may have begun before it was noticed.
+        # The loss at step 61 results from the update of step 60, so step 60 is skipped too. For a rising loss, the
+        # rollback goes further back, because the rise may have begun before the monitor noticed the rise.
         assert (rollback.step, rollback.rate_factor) == (62 if alarm is INFINITE else 56, 0.3)
         last = 64 if alarm is INFINITE else 72
         assert [step for step in range(50, 80) if left_out(step, [rollback])] == list(range(alarm.first - 1, last + 1))

@@ -123,8 +123,8 @@ class Evil:
 def test_a_malicious_pickle_among_the_files_is_never_opened(
     root: RunRoot, tmp_path: Path, place: str | None, problem: str
 ) -> None:
-    """Somebody with write access to the bucket commits a checkpoint with pickle files that verifies. The trainer never
-    unpickles them."""
+    """Somebody with write access to the bucket commits a checkpoint that verifies and contains pickle files. The
+    trainer never unpickles such files."""
     trace = tmp_path / "unpickled"
     evil = pickle.dumps(Evil(trace))
     pickle.loads(evil)  # noqa: S301  (the trap works)

@@ -49,8 +49,8 @@ def test_trap_19_a_save_gathers_one_parameter_at_a_time() -> None:
         kept = snapshot(engine, rank=rank, world_size=2)  # type: ignore[arg-type]
         own = [name for name, owner in owners(shapes, 2).items() if owner == rank]
         assert {name.rpartition("/")[0] for name in kept} == set(own)
-        # At most two gathered parameters are alive at once, because the previous one is freed when the next one has been
-        # gathered. The copies that the snapshot keeps are not counted.
+        # At most two gathered parameters are alive at once, because the previous parameter is freed when the next has
+        # been gathered. The copies that the snapshot keeps are not counted.
         assert engine.peak <= 2 * largest
 
 

@@ -28,7 +28,8 @@ def snapshot(number: int, *, must: bool = False) -> Snapshot:
 
 
 class Store:
-    """Stands for the store: commits a snapshot only when the test allows it, and records the committed snapshots."""
+    """Stands for the store. A snapshot is committed only when the test allows the commit, and the committed snapshots
+    are recorded."""
 
     def __init__(self) -> None:
         self.committed: list[Snapshot] = []

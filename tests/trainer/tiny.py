@@ -1,5 +1,5 @@
-"""A tiny, randomly initialized Llama with a word tokenizer, and rows that the model can learn. The tests create them,
-so nothing has to be downloaded.
+"""A tiny, randomly initialized Llama with a word tokenizer, and rows that the model can learn. The tests create model
+and rows, so nothing has to be downloaded.
 """
 
 from __future__ import annotations

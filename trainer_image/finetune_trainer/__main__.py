@@ -1,5 +1,5 @@
 """`python -m finetune_trainer`: the entry point of the trainer image and PID 1 of every training pod. With the argument
-`preflight` it is PID 1 of the preflight pod, which checks a job before the operator requests GPUs.
+`preflight` the program is PID 1 of the preflight pod, which checks a job before the operator requests GPUs.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class Example(NamedTuple):
 
     @property
     def supervised_tokens(self) -> int:
-        """Number of tokens that contribute to the loss. The first token of a text never does, because no position
-        predicts it."""
+        """Number of tokens that contribute to the loss. The first token of a text does not contribute, because no
+        position predicts the first token."""
         return sum(last - max(first, 1) for first, last in self.spans)
 
     @property
@@ -95,8 +95,8 @@ class ExampleSet(Sequence[Example]):
         folder.mkdir(parents=True, exist_ok=True)
         for name in ARRAYS:
             np.save(folder / f"{name}.npy", self._arrays[name])
-        # Parquet has types that JSON lacks, such as dates and bytes. Writing them as text is enough, because no grader
-        # reads such columns.
+        # Parquet has types that JSON lacks, such as dates and bytes. Such values are written as text, because no grader
+        # reads them.
         (folder / ROWS_FILE).write_text(json.dumps([asdict(row) for row in self.rows], default=str))
 
     @classmethod

@@ -60,11 +60,11 @@ def micro_batches(
     micro_batch_size: int,
 ) -> list[list[Sequence[int]]]:
     """Return the micro-batches of rank ``rank``. Each micro-batch is a list of sequences, and each sequence is a list
-    of rows, several if they are packed. A rank without work left gets empty micro-batches.
+    of rows, several if the rows are packed. A rank without work left gets empty micro-batches.
 
     All ranks get the same number of micro-batches. Sequences are distributed in the order of falling length, so that
-    sequences that are computed together are about equally long. Their order within a global batch does not change the
-    loss.
+    sequences that are computed together are about equally long. The order of the sequences within a global batch does
+    not change the loss.
     """
 
     def length(sequence: Sequence[int]) -> int:

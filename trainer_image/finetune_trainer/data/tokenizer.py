@@ -19,7 +19,8 @@ from finetune_trainer.pod.errors import first_line
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from the model's folder. Raises UserError if there is none or if it has no end token."""
+    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer or if the tokenizer has no
+    end token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

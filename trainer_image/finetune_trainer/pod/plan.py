@@ -1,7 +1,7 @@
-"""The worker plan: what the launcher writes to `plan.json` for its worker processes. It holds the run file, the
+"""The worker plan: what the launcher writes to `plan.json` for its worker processes. The plan holds the run file, the
 identity of the attempt, and the local paths of model and data.
 
-Also reads the run file, which the operator mounts into the pod.
+`read_run_file` reads the run file, which the operator mounts into the pod.
 """
 
 from __future__ import annotations

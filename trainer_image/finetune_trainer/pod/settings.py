@@ -1,5 +1,5 @@
 """Paths of the files that the trainer reads and writes, and its time budgets. `__main__.py` fills `Paths` from the
-command line, and the launcher passes them to the workers in the worker plan.
+command line, and the launcher passes the paths to the workers in the worker plan.
 """
 
 from __future__ import annotations

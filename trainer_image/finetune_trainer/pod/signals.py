@@ -11,8 +11,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 class StopFlag:
     """Becomes true when this process receives SIGTERM or SIGINT. The main thread checks the flag between two pieces of
-    work, because a signal handler must not do more than set it.
-    """
+    work, because a signal handler should do no work of its own."""
 
     def __init__(self) -> None:
         """Install the signal handlers and unblock the signals. A signal that arrived while the signals were blocked is

@@ -31,7 +31,8 @@ from finetune_trainer.storage.root import RunRoot, open_run_root
 
 
 class ChecksTimedOut(BaseException):
-    """The checks took longer than their time limit. A BaseException, so that no check can catch it by accident."""
+    """The checks took longer than their time limit. The class is a BaseException, so that no `except Exception` of a
+    check or a library can catch the time-out."""
 
 
 def run(paths: Paths) -> int:
@@ -106,7 +107,8 @@ def _check_inputs(
 
 
 def _hide_torch() -> None:
-    """Make transformers believe that torch is not installed. It loads tokenizers and configurations without torch."""
+    """Make transformers believe that torch is not installed. transformers loads tokenizers and configurations without
+    torch."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # `import torch` raises ModuleNotFoundError while sys.modules holds None for it.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""Collects the results of the preflight checks. A check raises the trainer's own exceptions; `Findings` turns them into
-findings and goes on with the next check, so that one preflight run reports every problem of a job.
+"""Collects the results of the preflight checks. A check raises the trainer's own exceptions; `Findings` turns the
+exceptions into findings and goes on with the next check, so that one preflight run reports every problem of a job.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def fetch_folder(root: RunRoot, folder: str, target: Path) -> tuple[Manifest, st
     sha256.
 
     Raises Damaged with the key of the damaged object. Only safetensors and JSON files are downloaded, even if the
-    manifest names others, because no other format of the trainer's checkpoints is safe to open.
+    manifest names other files, because other formats, such as pickle, may execute code when they are opened.
     """
     manifest, manifest_sha256 = read_manifest(root, folder)
     target.mkdir(parents=True, exist_ok=True)

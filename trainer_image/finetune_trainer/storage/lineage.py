@@ -32,7 +32,7 @@ class ParentRecord(ContractModel):
 
 
 class Rollback(ContractModel):
-    """A rollback to an earlier checkpoint. It applies to all later steps of the lineage."""
+    """A rollback to an earlier checkpoint. The rollback applies to all later steps of the lineage."""
 
     step: int
     """Step of the checkpoint that training returned to. Later steps use the learning rate times `rate_factor`."""

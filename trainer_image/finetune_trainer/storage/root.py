@@ -1,5 +1,5 @@
-"""The root of one run in the bucket, with the store and credentials to access it. All modules that read or write the
-bucket's layout use `RunRoot`.
+"""The root of one run in the bucket, with the store and credentials to access the bucket. All modules that read or
+write the bucket's layout use `RunRoot`.
 """
 
 from __future__ import annotations
