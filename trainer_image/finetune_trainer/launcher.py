@@ -34,7 +34,7 @@ from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.processes import WorkerProcesses, worker_environments
 from finetune_trainer.sources.inputs import fetch_inputs
 from finetune_trainer.storage.artifact import committed_result
-from finetune_trainer.storage.root import RunRoot, open_run_root
+from finetune_trainer.storage.root import RunRoot, open_root
 
 DNS_RETRY_SECONDS = 0.5
 POLL_SECONDS = 0.1
@@ -96,7 +96,7 @@ def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, 
     """Return the local inputs once they are downloaded and the DNS name of rank 0 resolves. If the run's artifact is
     committed already, return the result of the run instead.
     """
-    root = open_run_root(config, paths)
+    root = open_root(config, paths)
     done = committed_result(RunRoot(root.store.with_budget(STORE_CHECK_SECONDS), root.location))
     if done is not None:
         return done

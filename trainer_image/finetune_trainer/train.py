@@ -40,7 +40,7 @@ from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress, say
 from finetune_trainer.storage.checkpoint_folders import TrainerState, fetch_folder
 from finetune_trainer.storage.lineage import Rollback
-from finetune_trainer.storage.root import RunRoot, open_run_root
+from finetune_trainer.storage.root import RunRoot, open_root
 
 
 def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, standing: Standing) -> Result:
@@ -60,7 +60,7 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, standing: Sta
 
 def _train(plan: WorkerPlan, gang: Gang, progress: Progress | None, standing: Standing) -> Result:
     gang.check_stop()
-    root = open_run_root(plan.config, plan.paths)
+    root = open_root(plan.config, plan.paths)
     answers = gang.each(lambda: _prepare(plan) if gang.local_rank == 0 else None, until_told=True)
     data = gang.together(lambda: load_data(plan, same_on_all_nodes(answers)), until_told=True)
     start = _start(plan, gang, root)

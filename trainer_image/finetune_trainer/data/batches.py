@@ -1,5 +1,5 @@
 """Builds the tensors of a micro-batch: token ids, right-padded or packed, and the target token of each position that
-has a loss. `shares.py` calls `collate`.
+has a loss. `micro_batches.py` calls `collate`.
 
 No attention mask is used. With causal attention, a token can't attend to padding on its right, and packed examples are
 separated by their position ids, which a mask of ones would override.

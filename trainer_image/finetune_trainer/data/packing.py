@@ -1,4 +1,4 @@
-"""Packs the examples of a global batch into sequences by best-fit decreasing. `shares.py` calls `pack`.
+"""Packs the examples of a global batch into sequences by best-fit decreasing. `micro_batches.py` calls `pack`.
 
 The functions depend only on the lengths, so all ranks compute the same sequences without communication. Each global
 batch is packed by itself, so a packed run and a padded run consume the same examples in the same step.

@@ -27,7 +27,7 @@ class OutOfMemory(Exception):  # noqa: N818
 
 
 class Stopped(Exception):  # noqa: N818
-    """The process received SIGTERM, and the finished steps are committed in a checkpoint (exit code 143)."""
+    """The process received SIGTERM, and all finished steps, if any, are committed in a checkpoint (exit code 143)."""
 
 
 class StopAgreed(Exception):  # noqa: N818

@@ -29,7 +29,7 @@ PRECEDENCE: Sequence[Outcome] = (
 
 
 class WorkerOutcome(ContractModel):
-    """Content of `outcome-<rank>.json`."""
+    """What a worker writes to `outcome-<rank>.json` before it exits."""
 
     result: Result
     caused_by_peer: bool = False

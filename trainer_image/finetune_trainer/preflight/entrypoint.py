@@ -27,7 +27,7 @@ from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.store_check import check_store
 from finetune_trainer.sources.model_files import model_files
 from finetune_trainer.storage.artifact import committed_result
-from finetune_trainer.storage.root import RunRoot, open_run_root
+from finetune_trainer.storage.root import RunRoot, open_root
 
 
 class ChecksTimedOut(BaseException):
@@ -61,7 +61,7 @@ def run_checks(findings: Findings, paths: Paths) -> None:
     artifact is committed already.
     """
     config = findings.collect("the run file", partial(read_run_file, paths.run_file))
-    root = findings.collect("storage", partial(open_run_root, config, paths)) if config is not None else None
+    root = findings.collect("storage", partial(open_root, config, paths)) if config is not None else None
     if config is None or root is None:
         return
     folder = paths.scratch / "preflight"

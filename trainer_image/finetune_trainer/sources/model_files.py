@@ -22,6 +22,10 @@ T = TypeVar("T")
 MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Suffixes of the files that transformers reads from a model folder. Weights in pickle formats are never downloaded."""
 WEIGHTS_SUFFIX = ".safetensors"
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+"""Index of a model with several weight files, which maps each tensor to the file that holds it."""
 
 
 class ModelFiles(Protocol):
@@ -53,9 +57,9 @@ def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
         files = HubFiles(source.hugging_face, hub_token(paths))
     else:
         raise UserError("model", "must be one of huggingFace, s3, volume")
-    if "config.json" not in files.sizes:
+    if CONFIG_FILE not in files.sizes:
         raise UserError(
-            files.field, "there is no config.json: it must be a folder with a model in transformers' layout"
+            files.field, f"there is no {CONFIG_FILE}: it must be a folder with a model in transformers' layout"
         )
     if not any(name.endswith(WEIGHTS_SUFFIX) for name in files.sizes):
         raise UserError(files.field, "there are no *.safetensors weights; other formats are not read")

@@ -1,5 +1,5 @@
 """Checkpoint folders in the bucket, `checkpoints/<run>-<step>/`: download with verification, inventory and retention.
-`checkpoints/saver.py` and `checkpoints/start.py` call this module.
+The modules of `checkpoints/` call this module.
 
 The folders follow the commit protocol of `commit.py`. A folder whose bytes do not match its manifest is skipped, and
 the reason is reported.

@@ -65,7 +65,7 @@ class RunRoot:
         return self.location.uri(key)
 
 
-def open_run_root(config: RunConfig, paths: Paths) -> RunRoot:
+def open_root(config: RunConfig, paths: Paths) -> RunRoot:
     """Return the root of the run that the run file describes, with access to its object store."""
     storage = config.storage
     store = Store(
