@@ -1,5 +1,7 @@
-"""Scripted faults of a training run, done to the run itself inside of a rank: wrong targets, a rate that is too high, a
-gradient that is infinite. After a rollback a fault of the rate is gone, as if its cause had been the rate.
+"""Scripted faults of a training run. A fault is injected inside a rank by patching the trainer: wrong targets, a
+learning rate that is too high, an infinite gradient, a kill.
+
+After a rollback, a fault of the learning rate does not return, as if the rate had been its cause.
 """
 
 from __future__ import annotations
@@ -32,11 +34,19 @@ from finetune_trainer.storage.root import RunRoot
 
 @contextmanager
 def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
-    """Do ``fault`` from its `step` on: {"kind": "noise", "share": s, "growth": g, "steps": n}, {"kind": "rate",
-    "factor": f}, {"kind": "gradient"}, which happens once, {"kind": "stop"}, as SIGTERM does, {"kind": "told",
-    "rank": r}: a rank is told while rows are scored after the step, {"kind": "phase", "phase": p}: rank 0 is told as it
-    begins with p, {"kind": "budget", "seconds": s} for uploads, or {"kind": "kill", "rank": r, "point": p, "count": n}:
-    signal 9 to itself (see `POINTS`)."""
+    """Inject ``fault`` into the trainer while the block runs. A fault is a dictionary of one of these kinds; `step` is
+    the first step with the fault:
+
+    - {"kind": "noise", "step": s, "share": s, "growth": g, "steps": n} replaces targets by random words
+    - {"kind": "rate", "step": s, "factor": f} multiplies the learning rate
+    - {"kind": "gradient", "step": s} makes one gradient infinite
+    - {"kind": "stop", "step": s} stops all ranks as SIGTERM does
+    - {"kind": "told", "step": s, "rank": r} stops rank r during the evaluation after the step
+    - {"kind": "phase", "phase": p} stops rank 0 at the beginning of phase p
+    - {"kind": "budget", "seconds": s} sets the time budget of background uploads
+    - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches a point of `POINTS` for the n-th
+      time
+    """
     if fault is None:
         yield
         return
@@ -56,13 +66,14 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
 
 
 POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed", "retention")
-"""Where a rank can be killed: before a backward pass; between two tensors of a snapshot; while a file is on its way;
-before the manifest, before COMMIT, and after COMMIT before the run knows of it; before one of retention's deletions,
-of which there are two a checkpoint: COMMIT, then all else."""
+"""Points at which a rank can be killed: before a backward pass; between two tensors of a snapshot; during the upload of
+a file; before the manifest; before COMMIT; after COMMIT but before the run has recorded it; before a deletion of
+retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
+"""
 
 
 def _kill(fault: dict[str, Any]) -> Any:
-    """Kill the rank with signal 9 when it comes to the point for the n-th time."""
+    """Return a patch that kills the rank with SIGKILL when the rank reaches the point for the n-th time."""
     point, left = fault["point"], itertools.count(fault["count"] - 1, -1)
 
     def die() -> None:
@@ -148,7 +159,7 @@ def _phase(fault: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def recorded(file: Path) -> Iterator[None]:
-    """Write down the rows that this rank consumes in each step, a JSON line a step."""
+    """Record the rows that this rank consumes in each step, as one JSON line per step."""
     made = MicroBatcher.plan_step
 
     def step(self: MicroBatcher, number: int, optimization: Any) -> Any:

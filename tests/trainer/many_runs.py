@@ -1,8 +1,8 @@
-"""One rank that trains several plans one after the other in one process: `python -m tests.trainer.many_runs FILE`.
+"""One rank that trains several plans one after another in one process: `python -m tests.trainer.many_runs FILE`.
 
-Loading torch takes longer than training the tiny model; a table of runs pays for it once. What each came to is written
-into `results.json` of the rank's scratch folder; a run may have a scripted fault (`faults`), and
-leaves the rows that it consumed in `rows-<rank>.jsonl` of its folder.
+Importing torch takes longer than training the tiny model, so many runs share one import. The results are written to
+`results.json` in the rank's scratch folder. A run may have a scripted fault (see `faults.py`), and writes the rows that
+it consumed to `rows-<rank>.jsonl` in its folder.
 """
 
 from __future__ import annotations

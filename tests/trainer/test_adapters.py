@@ -1,4 +1,6 @@
-"""An adapter with added tokens is complete and loads in plain peft; adapter, extended base and merged model agree."""
+"""An adapter with added tokens is complete and loads in plain peft. The adapter, the extended base model and the merged
+model compute the same logits.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ FORMAT = {
     }
 }
 SHARD_EVERYTHING = '{"zero_optimization": {"stage3_param_persistence_threshold": 0}}'
-"""Otherwise ZeRO-3 keeps parameters as small as these whole on every rank."""
+"""Without this setting, ZeRO-3 keeps small parameters whole on every rank, and the tiny model has only small ones."""
 PROMPT = "<START_Q>w1 w2 w3<END_Q><START_A>w3"
 
 
@@ -56,14 +58,14 @@ class Trained:
     name: str
     artifact: Path
     base: Path
-    """The extended base, as it was downloaded from where adapter_config.json says."""
+    """The extended base model, downloaded from the address in adapter_config.json."""
     checkpoint: Path
     model: Path
     config: dict[str, Any]
 
     def adapted(self, base: Path, dtype: torch.dtype) -> Any:
-        """What anybody gets who follows adapter_config.json; unless it is told not to, peft computes a bf16 adapter in
-        fp32, which is not what the engine did."""
+        """Load the adapter as any user would who follows adapter_config.json. `autocast_adapter_dtype=False` keeps a
+        bf16 adapter in bf16; by default peft would compute in fp32, which the engine did not."""
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         return PeftModel.from_pretrained(model, self.artifact, autocast_adapter_dtype=False).eval()
 
@@ -81,7 +83,7 @@ def fetch(store: ObjectStore, prefix: str, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """LoRA with added tokens on a tied and on an untied base, in fp32 and in bf16."""
+    """LoRA runs with added tokens on a base model with tied and with untied embeddings, in fp32 and in bf16."""
     folder = tmp_path_factory.mktemp("adapters")
     models = {tied: tiny.write_model(folder / f"tied-{tied}", tied=tied, files="60KB") for tied in (False, True)}
     rows = {
@@ -120,8 +122,9 @@ def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
-    """Whatever the seed of the process that loads it: logits are bit-equal in the dtype that the engine computed in,
-    with the extended base, and with the plain base and the rows of the adapter."""
+    """The logits are bit-equal to the engine's, for the extended base model and for the plain base model with the
+    adapter's embedding rows. Neither depends on the seed of the loading process, and the dtype is that in which the
+    engine computed."""
     for name in ("untied", "untied-bf16", "tied-bf16"):
         run, dtype = trained[name], torch.bfloat16 if "bf16" in name else torch.float32
         engine_model = as_the_engine_had_it(run)
@@ -144,7 +147,7 @@ def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
 
 
 def as_the_engine_had_it(run: Trained) -> Any:
-    """The model that the trainer builds, with the weights of the last checkpoint."""
+    """Return the model as the trainer builds it, with the weights of the last checkpoint."""
     folder = Path(tempfile.mkdtemp(dir=run.checkpoint.parent)) / "attempt"
     config = {**run.config, "optimization": {**run.config["optimization"], "zeroStage": 2}}
     identity = Identity(namespace="n", name="n", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0)
@@ -171,7 +174,7 @@ def test_trap_2_zero_3_leaves_no_tensor_empty(trained: dict[str, Trained]) -> No
 
 
 def expected_shapes(structure: ModelStructure, *, added: int, rank: int = 4) -> dict[str, tuple[int, ...]]:
-    """Shapes of an adapter's tensors from the model's architecture alone."""
+    """Return the expected shapes of an adapter's tensors, derived only from the model's architecture."""
     config = structure.model.config
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size + added
     head = hidden // config.num_attention_heads * config.num_key_value_heads
@@ -220,7 +223,7 @@ def test_trap_3_a_7b_adapter_with_its_rows_is_at_most_41_3_mb(tmp_path: Path) ->
     save_file(
         {f"{name}/master": torch.zeros(shape) for name, shape in shapes.items()}, checkpoint / "state-0.safetensors"
     )
-    # Only the rows matter of the base: four of each matrix.
+    # Of the base model only the embedding rows of the four added tokens are read, so the file holds nothing else.
     rows = {name: torch.zeros((4, 4096), dtype=torch.bfloat16) for name in ("in.weight", "out.weight")}
     base_folder = tmp_path / "base"
     base_folder.mkdir()
@@ -326,7 +329,8 @@ def test_an_extended_base_is_stored_once_for_all_runs(store: ObjectStore, traine
 
 
 def test_trap_23_tokenizer_with_added_tokens(tmp_path: Path) -> None:
-    """Llama's kind of tokenizer, which puts a mark before words; an added token changes nothing around it."""
+    """A tokenizer of Llama's kind puts a space mark before words. An added token must not change how the text around it
+    is tokenized."""
     tokenizer = load_tokenizer(tiny.write_llama_tokenizer(tmp_path))
     before = len(tokenizer)
     ids = add_tokens(tokenizer, TOKENS)

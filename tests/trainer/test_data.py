@@ -1,4 +1,6 @@
-"""Rows keep their line numbers, every row is seen once an epoch, every rank does the same number of micro-batches."""
+"""Rows keep their line numbers, every row is consumed once per epoch, and every rank computes the same number of
+micro-batches.
+"""
 
 from __future__ import annotations
 

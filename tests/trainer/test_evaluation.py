@@ -18,7 +18,7 @@ from finetune_core.contract import CheckpointRecord, EvaluationConfig, Outcome, 
 from finetune_trainer.decisions.selection import Selection, best_first, selection_after
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.score_file import ScoreFile
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 from tests.trainer import tiny
 from tests.trainer.gangs import step_rows, train_all
 from tests.trainer.objectstore import ObjectStore, free_port

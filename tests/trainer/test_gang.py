@@ -1,4 +1,6 @@
-"""Ranks that wait at the rendezvous store for a rank that is gone leave, each with the sentence for it."""
+"""Ranks that wait at the rendezvous store for a rank that has exited leave as well, each with the right error
+message.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ os._exit(0)
 
 
 def run_ranks(event: str, folder: Path, world: int = 3) -> list[str]:
-    """Let rank 1 have ``event`` while the others wait; return what each rank printed."""
+    """Start ``world`` ranks, run the code ``event`` on rank 1 while the other ranks wait, and return what each rank
+    printed."""
     program, port = PROGRAM.replace("{event}", event), free_port()
     ranks = []
     for rank in range(world):

@@ -1,5 +1,5 @@
-"""The loss of a model on its own, without ranks: chunks, dropout, recomputation, and packed examples that must not see
-each other with any attention backend.
+"""The loss of a model in one process: chunks, dropout, gradient checkpointing, and packed examples, which must not
+attend to each other with any attention backend.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SECOND = Example((5, 12, 19, 26, 1), [(2, 5)])
 
 
 class OneProcess:
-    """The part of the engine that the checks use, around a model that is not sharded."""
+    """The part of the engine's interface that `check_model` needs, around a model that is not sharded."""
 
     device = torch.device("cpu")
 
@@ -50,7 +50,7 @@ class OneProcess:
 
 
 def model_of(folder: Path, *, attention: str = "sdpa", dropout: str = "0", recompute: bool = False) -> Any:
-    """An adapted tiny model whose adapters are not zero any more."""
+    """Return a tiny model with non-zero adapters."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     base.config.use_cache = False
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
@@ -94,7 +94,8 @@ def test_trap_9_packing_contamination(attention: str, training: bool, tiny_model
 
 
 def test_a_backend_that_leaks_is_refused(tiny_model: Path) -> None:
-    """A mask of ones is what joins packed examples in transformers; here a model's own code adds it."""
+    """In transformers, an attention mask of ones joins packed examples. Here the forward function of the model adds
+    such a mask."""
     model = model_of(tiny_model)
 
     def leaking(**inputs: Any) -> Any:

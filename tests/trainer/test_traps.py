@@ -1,4 +1,6 @@
-"""Traps of training that need no table of runs: what a snapshot holds at once, what small updates come to in bf16."""
+"""Traps of training that need no series of runs: the memory of a snapshot, DeepSpeed's configuration, and small updates
+in bf16.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from tests.trainer.pods import run_config
 
 
 class Gathered:
-    """Stands for an engine that gathers whole parameters, and counts how many bytes of them are alive."""
+    """Stands for an engine that gathers whole parameters, and counts the bytes of gathered parameters that are
+    alive."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.parameter_shapes = shapes
@@ -47,7 +50,8 @@ def test_trap_19_a_save_gathers_one_parameter_at_a_time() -> None:
         kept = take_snapshot(engine, rank=rank, world_size=2)  # type: ignore[arg-type]
         own = [name for name, owner in assign_owners(shapes, 2).items() if owner == rank]
         assert {name.rpartition("/")[0] for name in kept} == set(own)
-        # What was gathered before is gone when the next parameter is: the copies that are kept are not counted here.
+        # At most two gathered parameters are alive at once, because the previous parameter is freed when the next has
+        # been gathered. The copies that the snapshot keeps are not counted.
         assert engine.peak <= 2 * largest
 
 
@@ -68,7 +72,8 @@ def test_overrides_are_merged_into_deepspeeds_configuration_last() -> None:
 
 @pytest.mark.long
 def test_trap_13_bf16_masters_lose_no_updates(store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:
-    """200 updates at rate 3e-5 are far below the resolution of bf16 weights, and move the fp32 masters all the same."""
+    """At a learning rate of 3e-5, each of 200 updates is far below the resolution of bf16 weights. The fp32 master
+    weights must change nevertheless."""
     steps = 200
     options: dict[str, Any] = {
         "world__nodes": 1,

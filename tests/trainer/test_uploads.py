@@ -1,5 +1,6 @@
-"""The queue of snapshots: what is replaced, what is not, and that no step log is lost; without a store and torch's
-ranks, because only the order of events matters here."""
+"""The queue of snapshots: which snapshots are replaced by newer ones, which are not, and that no row of the step log is
+lost. Neither store nor ranks are needed, because only the order of events matters.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import torch
 from finetune_core.contract import CheckpointRecord, StorageConfig
 from finetune_trainer.checkpoints.saver import is_due
 from finetune_trainer.checkpoints.uploads import Snapshot, UploadQueue
-from finetune_trainer.storage.checkpoints import TrainerState
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.checkpoint_folders import TrainerState
+from finetune_trainer.storage.step_log import StepRow
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
@@ -27,7 +28,8 @@ def snapshot(number: int, *, required: bool = False) -> Snapshot:
 
 
 class Store:
-    """Commits when it is let, and remembers what."""
+    """Stands for the store. A snapshot is committed only when the test allows the commit, and the committed snapshots
+    are recorded."""
 
     def __init__(self) -> None:
         self.committed: list[Snapshot] = []
@@ -57,7 +59,7 @@ def test_what_waits_is_replaced_but_not_the_best_and_no_step_is_lost(store: Stor
         uploads.put(taken)
     with uploads.hold() as waiting:
         assert (waiting.count, waiting.first, waiting.bytes) == (3, 2, 3 * 1024)
-        # Another rank has begun with 2 already: it has to be finished here too.
+        # Another rank has begun to upload snapshot 2, so this rank must upload it too.
         assert waiting.replaceable(2) == [4]
         assert waiting.replaceable(1) == [2, 4]
         rows = waiting.drop([2, 4])

@@ -22,8 +22,8 @@ from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.sources.inputs import source_name
 from finetune_trainer.storage.artifact import publish
-from finetune_trainer.storage.bases import publish_base
-from finetune_trainer.storage.checkpoints import fetch_folder
+from finetune_trainer.storage.checkpoint_folders import fetch_folder
+from finetune_trainer.storage.extended_bases import publish_base
 from finetune_trainer.storage.root import RunRoot
 
 

@@ -31,8 +31,8 @@ from finetune_trainer.preparation import TrainingData
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.meter import BACKWARD, DATA, FORWARD, UPDATE, Stopwatch, memory_usage, mfu, model_shape
 from finetune_trainer.reporting.progress import Progress
-from finetune_trainer.storage.checkpoints import TrainerState
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.checkpoint_folders import TrainerState
+from finetune_trainer.storage.step_log import StepRow
 
 
 class TrainingLoop:

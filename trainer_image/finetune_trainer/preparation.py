@@ -15,10 +15,10 @@ from typing import Any
 from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
-from finetune_trainer.data.dataset import limit_of, make_examples
+from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
+from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
 from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
 from finetune_trainer.model.extended_base import extend_base
@@ -112,8 +112,8 @@ def prepare_node(plan: WorkerPlan) -> PreparationSummary:
     if config.storage.artifact != "Adapter":
         check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
     tokenizer = load_tokenizer(base_model_folder(plan))
-    tokenize = tokenize_with(tokenizer)
-    limit = limit_of(config.dataset, structure.context)
+    tokenize = tokenize_functions(tokenizer)
+    limit = length_limit(config.dataset, structure.context)
     notices: list[str] = []
     if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
         notices.append(

@@ -47,7 +47,7 @@ from finetune_trainer.preparation import (
 )
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress, log_line
-from finetune_trainer.storage.checkpoints import TrainerState, fetch_folder
+from finetune_trainer.storage.checkpoint_folders import TrainerState, fetch_folder
 from finetune_trainer.storage.lineage import Rollback
 from finetune_trainer.storage.root import RunRoot, open_root
 

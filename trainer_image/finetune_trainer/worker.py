@@ -22,6 +22,7 @@ from finetune_trainer.pod.errors import Diverged, OutOfMemory, OutsideFailure, P
 from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_of, write_outcome
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
+from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.ranks.watchdog import Watchdog
 from finetune_trainer.reporting.reporter import Reporter
 
@@ -29,30 +30,8 @@ ERRORS_OF_ALL_RANKS = (UserError, OutsideFailure, Diverged, Stopped)
 """Errors that end every rank in the same way. Rank 0 waits until the other ranks have read the error from the
 rendezvous store, which lives in rank 0. After any other error the process leaves at once, because the other ranks wait
 in a collective and notice the sooner that this rank is gone."""
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
 """Option of `prctl(2)`: the signal that the kernel sends to this process when its parent ends."""
-
-
-class StopFlag:
-    """Becomes true at SIGTERM or SIGINT. The training loop reads the flag, and the handler does nothing else."""
-
-    def __init__(self) -> None:
-        """Install the handlers. Signals that came since the launcher started this process are blocked until now, and
-        are delivered here."""
-        self._set = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-    def _on_signal(self, *_: object) -> None:
-        self._set = True
-
-    def __call__(self) -> bool:
-        """Return whether this process received SIGTERM or SIGINT."""
-        return self._set
 
 
 def end_with_launcher(launcher: int) -> None:

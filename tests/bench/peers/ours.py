@@ -15,7 +15,7 @@ from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.ranks import process
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 from tests.bench.peers.workload import LORA_ALPHA, LORA_RANK, TEMPLATE, Clock, Workload
 from tests.trainer.objectstore import BUCKET, free_port
 

@@ -16,9 +16,8 @@ from finetune_core.contract import CheckpointRecord, ContractModel, Identity
 from finetune_core.layout import checkpoint_folder
 from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
-from finetune_trainer.storage.checkpoints import (
+from finetune_trainer.storage.checkpoint_folders import (
     TRAINER_FILE,
-    Damaged,
     TrainerState,
     check_readable,
     committed,
@@ -26,17 +25,18 @@ from finetune_trainer.storage.checkpoints import (
     inventory,
     uncommitted,
 )
+from finetune_trainer.storage.commit import Damaged
 from finetune_trainer.storage.lineage import (
     CheckpointId,
     ParentRecord,
     Rollback,
     RunRecord,
+    claim_run_number,
     lineage,
     read_records,
-    take_run,
 )
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.storage.steplog import StepRow, read_history
+from finetune_trainer.storage.step_log import StepRow, read_history
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def start_run(root: RunRoot, identity: Identity, target: Path) -> RunStart:
         # The newest run knows all rollbacks. They still hold where an older run's checkpoint is resumed from, for
         # example because the newest run's own checkpoints are lost.
         rollbacks = known[max(known)].rollbacks if known else []
-        if not take_run(root, run, _record(identity, choice, rollbacks)):
+        if not claim_run_number(root, run, _record(identity, choice, rollbacks)):
             continue
         taken.add(run)
         if lineage(known, committed(root)) == candidates:
@@ -109,7 +109,7 @@ def start_run_after_rollback(root: RunRoot, identity: Identity, run: int, rollba
     choice = _choose_checkpoint(root, candidates, target)
     returned = choice.parent.step if choice.parent else 0
     rollbacks = [*records[run].rollbacks, rollback.model_copy(update={"step": returned})]
-    if max(records) != run or not take_run(root, run + 1, _record(identity, choice, rollbacks)):
+    if max(records) != run or not claim_run_number(root, run + 1, _record(identity, choice, rollbacks)):
         raise NewerRun(f"another run of this job has started, so run {run} ended")
     return _run_start(root, run + 1, choice, rollbacks)
 
@@ -118,7 +118,7 @@ def _abort_stale_uploads(root: RunRoot) -> None:
     """Abort the multipart uploads that former runs left unfinished, because the store keeps their parts. A store that
     does not permit the abort is no reason to fail."""
     try:
-        aborted = root.abort_uploads()
+        aborted = root.abort_multipart_uploads()
     except OutsideFailure as failure:
         log.warning("stale multipart uploads can't be aborted: %s", failure)
         return

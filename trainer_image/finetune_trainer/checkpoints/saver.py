@@ -25,18 +25,11 @@ from finetune_trainer.engine.state import take_snapshot, write_snapshot
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS, STOP_COMMIT_SECONDS
 from finetune_trainer.ranks.gang import Gang
-from finetune_trainer.storage.checkpoints import (
-    TRAINER_FILE,
-    Damaged,
-    TrainerState,
-    commit_folder,
-    retain,
-    to_keep,
-    upload_files,
-)
+from finetune_trainer.storage.checkpoint_folders import TRAINER_FILE, TrainerState, apply_retention, to_keep
+from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
 from finetune_trainer.storage.lineage import CheckpointId
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.storage.steplog import StepRow, write_segment
+from finetune_trainer.storage.step_log import StepRow, write_segment
 
 MAX_WAITING = 4
 WAITING_BYTES = 1 << 30
@@ -75,7 +68,7 @@ class Saver:
         upload is done."""
         self._gang = gang
         self._background_gang = gang.background()
-        self._root = root.patient(BACKGROUND_BUDGET_SECONDS, self._note_upload_problem)
+        self._root = root.for_background(BACKGROUND_BUDGET_SECONDS, self._note_upload_problem)
         self._retention_root = root
         self._run = self.run = start.run
         self._parent = CheckpointId(start.parent.run, start.parent.step) if start.parent else None
@@ -292,7 +285,7 @@ class Saver:
             parent=self._parent,
         )
         try:
-            retain(self._retention_root, self._run, keep)
+            apply_retention(self._retention_root, self._run, keep)
         except NewerRun:
             raise
         except OutsideFailure as failure:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 
 from finetune_core.contract import CheckpointRecord
-from finetune_trainer.storage.checkpoints import TrainerState
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.checkpoint_folders import TrainerState
+from finetune_trainer.storage.step_log import StepRow
 
 
 @dataclass

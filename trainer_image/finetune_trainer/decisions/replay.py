@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from finetune_core.contract import ContractModel, EvaluationConfig
 from finetune_trainer.decisions.selection import Selection, selection_after
 from finetune_trainer.decisions.stability import MonitorState, monitor_after
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 
 
 class ReplayedDecisions(ContractModel):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from finetune_core.contract import CheckpointRecord, ContractModel, EvaluationConfig
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 
 BestBy = Literal["Perplexity", "TaskScore"]
 

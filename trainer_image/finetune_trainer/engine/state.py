@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine, assign_parameter, full_shape
-from finetune_trainer.storage.checkpoints import Damaged
+from finetune_trainer.storage.checkpoint_folders import STATE_GLOB
+from finetune_trainer.storage.commit import Damaged
 
 STATE_KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
-STATE_GLOB = "state-*.safetensors"
 
 
 def assign_owners(shapes: Mapping[str, Sequence[int]], world_size: int) -> dict[str, int]:

@@ -10,10 +10,10 @@ from typing import Literal
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.contract import RunConfig
-from finetune_trainer.data.dataset import Limit, make_examples
+from finetune_trainer.data.dataset import LengthLimit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
+from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
 from finetune_trainer.evaluation.scorer import Questions
 from finetune_trainer.model.structure import read_structure
 from finetune_trainer.pod.plan import WorkerPlan
@@ -53,14 +53,14 @@ def prepare_questions(plan: WorkerPlan) -> list[str]:
         return []
     context = read_structure(plan.inputs.model).context
     # A prompt of its own may be longer than dataset.maxLength, for example with examples in it.
-    limit = Limit(context, f"the model's context of {context}") if context else Limit(UNLIMITED, "anything")
+    limit = LengthLimit(context, f"the model's context of {context}") if context else LengthLimit(UNLIMITED, "anything")
     form = base_format(config.dataset, config.evaluation.base_prompt)
     examples, notices = make_examples(
         read_rows(path, "evaluation.basePrompt"),
         source_name(source),
         "evaluation.basePrompt",
         config.dataset.model_copy(update={"format": form, "long_rows": "Skip", "bad_rows": "Skip"}),
-        tokenize_with(load_tokenizer(plan.inputs.model)),
+        tokenize_functions(load_tokenizer(plan.inputs.model)),
         limit=limit,
         keep_rows=config.dataset.task != "None",
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
-from finetune_trainer.storage.checkpoints import TrainerState
+from finetune_trainer.storage.checkpoint_folders import TrainerState
 
 CHUNK_BYTES = 4 << 20
 PARALLEL_FILES = 4

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from finetune_core.contract import Outcome, Result
-from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, write_outcome, write_sign_of_life
+from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, write_heartbeat, write_outcome
 
 INTERVAL_SECONDS = 1.0
 ANNOUNCE_SECONDS = 5.0
@@ -97,7 +97,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            write_sign_of_life(self._folder, self._rank, self._status)
+            write_heartbeat(self._folder, self._rank, self._status)
             silent = time.monotonic() - self._progress_at
             if silent > self._limit + self._allowance:
                 self.end_process(

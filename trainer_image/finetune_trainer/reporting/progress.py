@@ -24,7 +24,7 @@ from finetune_core.contract import (
 from finetune_trainer.reporting.curve import downsample
 from finetune_trainer.reporting.reporter import Reporter
 from finetune_trainer.reporting.throughput import Throughput, Tokens
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 
 MAX_NOTICES = 8
 NOTICE_LENGTH = 512

@@ -44,7 +44,7 @@ def read_scores(root: RunRoot, run: int) -> ScoreFile | None:
 
 def newest_base(root: RunRoot) -> ScoreFile | None:
     """Return the newest file in which the base model's score stands, without what that run's tuned model came to."""
-    for entry in sorted(root.entries("evaluation/"), key=lambda entry: entry.key, reverse=True):
+    for entry in sorted(root.list_objects("evaluation/"), key=lambda entry: entry.key, reverse=True):
         data = root.read(entry.key)
         if data is None:
             continue

@@ -1,4 +1,6 @@
-"""Checks the object store as the run will use it: an object is written, read back, refused a second time, deleted."""
+"""Checks that the object store supports every request that a run makes: one object is created, read back, refused a
+second creation, and deleted. `preflight/entrypoint.py` calls `check_store`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from finetune_trainer.storage.root import RunRoot
 
 
 def check_store(root: RunRoot) -> None:
-    """Go through an object's life below the run's root.
+    """Create, read and delete a probe object below the run's root.
 
-    Raises OutsideFailure where the store refuses or can't be reached, UserError where it ignores `If-None-Match`:
-    run numbers and artifacts are fenced with it, so that two attempts would overwrite each other.
+    Raises OutsideFailure if the store refuses a request or can't be reached. Raises UserError if the store ignores
+    `If-None-Match`, because two attempts could then overwrite each other's run records and artifacts.
     """
     key = probe_key(secrets.token_hex(8))
     first, second = b"written by the preflight check", b"must not replace what is there"

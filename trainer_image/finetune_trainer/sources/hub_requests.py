@@ -1,6 +1,8 @@
-"""Asks the Hugging Face Hub, and says in a sentence what it refused: for models and data sets alike.
+"""Runs requests to the Hugging Face Hub, for models and data sets alike, and turns the client's errors into sentences
+for the user.
 
-A person can be granted access while a job waits, so only what the spec itself makes impossible is final.
+An error that a user may remove while the job waits, such as missing access to a gated repository, becomes
+OutsideFailure. Only an error in the spec itself becomes UserError.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ from typing import TypeVar
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import OutsideFailure, first_line
 
+PARALLEL_DOWNLOADS = 4
+"""Number of files that are downloaded at the same time."""
 T = TypeVar("T")
 
 
-def ask_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, has_token: bool) -> T:
-    """Return what ``request`` gets; ``field`` is the path of the source, such as `dataset.train.huggingFace`.
+def call_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, has_token: bool) -> T:
+    """Run ``request`` and return its result. ``field`` is the path of the source in the spec, for example
+    `dataset.train.huggingFace`.
 
-    Raises UserError for an unknown revision, OutsideFailure for everything that may change by itself.
+    Raises UserError for an unknown revision, and OutsideFailure for every error that may disappear without a change of
+    the spec.
     """
     import httpx2
     from huggingface_hub.errors import (
@@ -36,7 +42,7 @@ def ask_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, h
     except GatedRepoError as error:
         raise OutsideFailure(f"{field}: {repo} is gated and {access}") from error
     except RepositoryNotFoundError as error:
-        # The hub does not tell a private repository from none.
+        # The hub answers alike for a private repository and for one that does not exist.
         raise OutsideFailure(f"{field}: {repo} does not exist, or {access}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         raise OutsideFailure(f"{field}: {repo} can't be read: {first_line(error)}") from error
