@@ -128,9 +128,9 @@ def _stop(fault: dict[str, Any]) -> Any:
 def _told(fault: dict[str, Any]) -> Iterator[None]:
     evaluate, now = loop.TrainingLoop._evaluate, {"told": False}
 
-    def told_meanwhile(self: loop.TrainingLoop, questions: Any) -> Any:
+    def told_meanwhile(self: loop.TrainingLoop, validation: Any) -> Any:
         now["told"] = self.step == fault["step"] and self._gang.rank == fault["rank"]
-        return evaluate(self, questions)
+        return evaluate(self, validation)
 
     def told(_: Gang) -> bool:
         return now["told"]

@@ -23,7 +23,7 @@ def main() -> None:
 
     from finetune_trainer.data.micro_batches import MicroBatcher
     from finetune_trainer.engine.engine import Engine
-    from finetune_trainer.evaluation.generation import Decoding, answers
+    from finetune_trainer.evaluation.generation import Decoding, generate_answers
     from finetune_trainer.evaluation.scorer import Scorer, all_tokens
     from finetune_trainer.ranks.gang import Gang
 
@@ -64,7 +64,7 @@ def main() -> None:
             )
             prompts = [list(example.ids[: example.prompt_tokens]) for example in examples]
             own: dict[int, str] = {}
-            for batch in answers(engine, gang, prompts, decoding):
+            for batch in generate_answers(engine, gang, prompts, decoding):
                 own |= batch
             engine.exclude_tokens(asked["suppressed"])
             hidden = scorer.perplexity(examples)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from finetune_core.contract import CheckpointRecord, EvaluationConfig, Outcome, Result
 from finetune_trainer.decisions.selection import Selection, best_first, selection_after
 from finetune_trainer.pod.plan import Inputs
-from finetune_trainer.storage.score_file import ScoreFile
+from finetune_trainer.storage.evaluation_file import EvaluationFile
 from finetune_trainer.storage.step_log import StepRow
 from tests.trainer import tiny
 from tests.trainer.gangs import step_rows, train_all
@@ -241,8 +241,8 @@ def sum_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
     return config
 
 
-def scores_of(store: ObjectStore, name: str, run: int = 1) -> ScoreFile:
-    return ScoreFile.model_validate_json(store.read(f"runs/default/{name}/uid-1/evaluation/{run:06d}.json"))
+def scores_of(store: ObjectStore, name: str, run: int = 1) -> EvaluationFile:
+    return EvaluationFile.model_validate_json(store.read(f"runs/default/{name}/uid-1/evaluation/{run:06d}.json"))
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from finetune_trainer.decisions.replay import ReplayedDecisions
 from finetune_trainer.decisions.schedule import learning_rate_at
 from finetune_trainer.decisions.stability import Alarm, non_finite_alarm, observe
 from finetune_trainer.engine.engine import Engine
-from finetune_trainer.evaluation.perplexity import summed_loss
-from finetune_trainer.evaluation.scorer import Questions, Scorer
+from finetune_trainer.evaluation.scorer import Scorer
+from finetune_trainer.evaluation.sets import EvaluationSet
 from finetune_trainer.pod.errors import StopAgreed, Stopped
 from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.plan import WorkerPlan
@@ -48,7 +48,7 @@ class TrainingLoop:
         batches: MicroBatcher,
         saver: Saver,
         scorer: Scorer,
-        validation: Questions | None,
+        validation: EvaluationSet | None,
         progress: Progress | None,
         status: WorkerStatus,
         start: RunStart,
@@ -188,7 +188,7 @@ class TrainingLoop:
             with stopwatch.part(DATA):
                 micro_batch = next(tensors).to(gang.device)
             with stopwatch.part(FORWARD):
-                loss = summed_loss(self._engine, micro_batch)
+                loss = self._engine.loss(micro_batch)
             nll += loss.detach()
             positions += micro_batch.input_ids.numel()
             with stopwatch.part(BACKWARD):
@@ -275,11 +275,11 @@ class TrainingLoop:
             self._save(perplexity, task_score, required=required)
         self._report_checkpoints()
 
-    def _evaluate(self, questions: Questions) -> tuple[float, float | None]:
+    def _evaluate(self, validation: EvaluationSet) -> tuple[float, float | None]:
         """Return the validation perplexity, and the task score where `evaluation.bestBy` is TaskScore."""
-        perplexity, task_score = self._scorer.perplexity(questions.examples), None
+        perplexity, task_score = self._scorer.perplexity(validation.examples), None
         if self._config.evaluation.best_by == "TaskScore":
-            task_score = self._scorer.task_scores(questions)["task_score"]
+            task_score = self._scorer.task_scores(validation).main
         self._set_phase(Phase.TRAINING)
         return perplexity, task_score
 

@@ -27,9 +27,9 @@ from finetune_trainer.decisions.replay import ReplayedDecisions, replay_decision
 from finetune_trainer.engine.checks import check_model
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.engine.state import load_state, load_weights
-from finetune_trainer.evaluation.records import Scores
+from finetune_trainer.evaluation.comparison import ModelComparison
 from finetune_trainer.evaluation.scorer import Scorer
-from finetune_trainer.evaluation.sets import prepare_questions, validation_questions
+from finetune_trainer.evaluation.sets import prepare_base_model_set, validation_set
 from finetune_trainer.finish import finish
 from finetune_trainer.loop import TrainingLoop
 from finetune_trainer.model.digest import BaseDigests
@@ -68,7 +68,7 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
         while True:
             run = Run(plan, gang, root, data, start, progress, status)
             try:
-                run.scores.base(is_base=start.parent is None)
+                run.comparison.score_base_model(is_base=start.parent is None)
                 stopped_early = run.loop.run()
                 return finish(
                     plan,
@@ -78,7 +78,7 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
                     model=run.model,
                     engine=run.engine,
                     saver=run.saver,
-                    scores=run.scores,
+                    comparison=run.comparison,
                     stopped_early=stopped_early,
                     progress=progress,
                 )
@@ -101,7 +101,7 @@ def _prepare_and_load_data(plan: WorkerPlan, gang: Gang) -> TrainingData:
 def _prepare(plan: WorkerPlan) -> object:
     """Write the files that the ranks of this node share, and return their `PreparationSummary` as JSON."""
     summary = prepare_node(plan)
-    notices = [*summary.notices, *prepare_questions(plan)]
+    notices = [*summary.notices, *prepare_base_model_set(plan)]
     return summary.model_copy(update={"notices": notices}).model_dump(mode="json")
 
 
@@ -212,7 +212,7 @@ class Run:
             context=data.summary.model_context,
             phase=set_phase,
         )
-        self.scores = Scores(plan, gang, root, data, scorer, start.run, progress)
+        self.comparison = ModelComparison(plan, gang, root, data, scorer, start.run, progress)
         history = read_steps_before(root, start) if gang.is_first else []
         replayed = gang.run_on_rank_0(
             lambda: replay_decisions(config.evaluation, history).model_dump(mode="json"), until_stop=True
@@ -225,7 +225,7 @@ class Run:
             batches=batches,
             saver=self.saver,
             scorer=scorer,
-            validation=validation_questions(plan, data),
+            validation=validation_set(plan, data),
             progress=progress,
             status=status,
             start=start,
@@ -242,4 +242,4 @@ class Run:
     def close(self) -> None:
         """Free the memory of the model and the engine, so that the next run can load them again."""
         self.engine.close()
-        del self.engine, self.model, self.loop, self.scores
+        del self.engine, self.model, self.loop, self.comparison

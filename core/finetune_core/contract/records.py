@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from finetune_core.api.evaluation import ScoredRows
 from finetune_core.contract.wire import ContractModel, Remedy
+from finetune_core.tasks import SCORE_LIMIT, ScoreName
 
 
 class CheckpointRecord(ContractModel):
@@ -54,7 +56,7 @@ class ScoreRecord(ContractModel):
     """The same over the tokens of prompts and answers, as in the study that the project repeats."""
     task_score: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of right answers by the task's main score."""
-    scores: Annotated[dict[Annotated[str, Field(max_length=32)], float], Field(max_length=8)] = {}
+    scores: Annotated[dict[ScoreName, float], Field(max_length=SCORE_LIMIT)] = {}
     """Every score of the task, by name."""
     graded: Annotated[int, Field(ge=0)] = 0
     """Answers that were graded; rows whose gold answer can't be graded against are left out."""
@@ -72,7 +74,7 @@ class ScoreRecord(ContractModel):
 class EvaluationRecord(ContractModel):
     """Base model and tuned model on the same rows."""
 
-    rows: Literal["Validation", "Test"]
+    rows: ScoredRows
     examples: Annotated[int, Field(ge=0)]
     """Rows of the set; `graded` says how many of them were answered and graded."""
     base: ScoreRecord | None = None

@@ -78,7 +78,8 @@ class Engine:
     def loss(self, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
         """Return the summed negative log-likelihood (nats) of the supervised tokens of ``batch``, a scalar in fp32.
 
-        With ``full_logits`` the logits of all positions are computed first, which is slow and takes much memory.
+        With ``full_logits`` the logits of all positions are computed first, which is slow and takes much memory. An
+        empty micro-batch gives a zero through which gradients flow, so that every rank runs the same backward pass.
         """
         return self._objective.loss(self.module, batch, full_logits=full_logits)
 

@@ -21,6 +21,7 @@ from finetune_core.contract import (
     Result,
     ScoreRecord,
 )
+from finetune_core.tasks import main_score_text
 from finetune_trainer.reporting.curve import downsample
 from finetune_trainer.reporting.reporter import Reporter
 from finetune_trainer.reporting.throughput import Throughput, Tokens
@@ -46,12 +47,12 @@ def step_line(row: StepRow, total_steps: int, tokens_per_second: float | None) -
     return f"step {row.step}/{total_steps} {loss}{score} rate {row.learning_rate:.3g}{norm}{speed}"
 
 
-def score_text(record: ScoreRecord) -> str:
+def score_text(record: ScoreRecord, task: str) -> str:
     """Return a model's scores for people, for example `perplexity 12.3, 90.0% of 50 answers right`."""
     text = f"perplexity {record.perplexity:.4g}"
     if record.task_score is None:
         return text
-    return f"{text}, {record.task_score:.1%} of {record.graded} answers right"
+    return f"{text}, {main_score_text(task, record.task_score, answers=record.graded)}"
 
 
 class Progress:
@@ -136,12 +137,13 @@ class Progress:
         if self._points:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
 
-    def evaluated(self, evaluation: EvaluationRecord) -> None:
-        """Note the scores of the base model and of the tuned model, as far as they are known."""
+    def evaluated(self, evaluation: EvaluationRecord, task: str) -> None:
+        """Note the known scores of the base model and of the tuned model. ``task`` is `dataset.task`."""
         self._evaluation = evaluation
         for name, record in (("base", evaluation.base), ("tuned", evaluation.tuned)):
             if record is not None:
-                log_line(f"{name} model on {evaluation.examples} {evaluation.rows.lower()} rows: {score_text(record)}")
+                rows = f"{evaluation.examples} {evaluation.rows.lower()} rows"
+                log_line(f"{name} model on {rows}: {score_text(record, task)}")
         self._publish(urgent=True)
 
     def incident(self, incident: Incident) -> None:
