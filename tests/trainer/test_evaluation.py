@@ -155,7 +155,7 @@ def evaluated(*values: float | None, score: bool = False) -> list[StepRow]:
 
 
 @pytest.mark.parametrize(
-    ("config", "rows", "best", "step", "waited", "exhausted"),
+    ("config", "rows", "best", "step", "evaluations_without_improvement", "exhausted"),
     [
         ({"patience": 2}, evaluated(5.0, 4.0, None, 4.5), 4.0, 2, 1, False),
         ({"patience": 2}, evaluated(5.0, 4.0, 4.5, 4.0), 4.0, 2, 2, True),

@@ -207,7 +207,8 @@ class TrainingLoop:
         self._record_step(row, None)
 
     def _record_step(self, row: StepRow, batch_plan: MicroBatchPlan | None) -> None:
-        """Advance to the step of ``row``, and let rank 0 report the row with memory, utilisation and time for saving.
+        """Advance to the step of ``row``. Rank 0 also reports the row, with memory, utilisation and the time for saving
+        added.
 
         ``batch_plan`` is None for a skipped step.
         """

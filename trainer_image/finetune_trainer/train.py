@@ -56,8 +56,8 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
     """Train, write checkpoints and publish the artifact. Return the result, which is the same on every rank.
 
     ``progress`` is None on all ranks but rank 0. ``status`` is kept current on every rank. At every micro-batch, every
-    evaluation batch and every wait for the object store, the ranks agree on whether any of them received SIGTERM.
-    After SIGTERM `train` raises Stopped, once everything that was trained is committed. The other exceptions of
+    evaluation batch and every wait for the object store, the ranks agree on whether any rank received SIGTERM. After
+    SIGTERM `train` raises Stopped, once everything that was trained is committed. The other exceptions of
     `pod/errors.py` can be raised too.
     """
     try:

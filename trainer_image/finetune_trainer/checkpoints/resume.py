@@ -47,7 +47,7 @@ class RunStart(ContractModel):
     """Where a run starts: its number, the checkpoint that it resumes from, and what else the bucket holds."""
 
     run: int
-    """Number of this run, from 1. Every start of a job's ranks takes the next number."""
+    """Number of this run, from 1. Every start of the job's ranks takes the next number, and so does every rollback."""
     parent: ParentRecord | None = None
     """The checkpoint that the run resumes from. None where training starts from the base model."""
     ancestors: list[CheckpointRecord] = []

@@ -24,7 +24,7 @@ class Snapshot:
     """The part of the training state that one rank stores after a step, copied to CPU memory."""
 
     number: int
-    """Counts the snapshots of this run from 1. A snapshot has the same number on every rank."""
+    """Number of the snapshot within the run, from 1. A snapshot has the same number on every rank."""
     state: TrainerState
     """The training state that is not a tensor, such as step, seed and validation perplexity."""
     tensors: Mapping[str, torch.Tensor]

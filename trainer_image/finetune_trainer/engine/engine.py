@@ -84,7 +84,7 @@ class Engine:
         return self._objective.loss(self.module, batch, full_logits=full_logits)
 
     def use_full_logits(self) -> None:
-        """From now on compute every loss as with ``full_logits``."""
+        """From now on compute every loss from the logits of all positions, as `loss` does with ``full_logits``."""
         self._objective.full_logits = True
 
     def logits(self, batch: Batch) -> torch.Tensor:
