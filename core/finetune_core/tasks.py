@@ -1,4 +1,4 @@
-"""The tasks whose generated answers can be graded: one declaration for each value of `dataset.task`.
+"""Declares the tasks whose generated answers can be graded, one declaration for each value of `dataset.task`.
 
 The enum and the texts of the API fields, the names of the scores, the CLI's label and docs/tasks.md are made from
 `TASKS`. The trainer binds a grading function to each name (`finetune_trainer/evaluation/graders/__init__.py`).
@@ -22,11 +22,14 @@ SCORE_LIMIT = 8
 SCORE_NAME_LENGTH = 32
 """Longest name of a score in characters."""
 
+PERPLEXITY = "perplexity"
+"""Label of a model's perplexity in every table of scores, therefore no name of a score."""
+
 ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
 
 
 class Unit(StrEnum):
-    """What a grader gives one answer for a score; the reported value is the mean over all graded answers."""
+    """The values that a grader can give one answer for a score; the mean over all graded answers is reported."""
 
     RIGHT_OR_WRONG = "share of right answers"
     """The grader returns True or False, so that the mean is the share of right answers."""
@@ -59,20 +62,20 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Declaration of a task. Raises ValueError where a declaration does not fit the status and the reports."""
+    """Declaration of a task; raises ValueError where status and reports have no room for the scores."""
 
     name: str
     """Value of `dataset.task`, for example ``GSM8K``."""
     grading: str
-    """What the grader does, as a verb with its object: the text of `dataset.task` sets the task's name before it."""
+    """Verb and object that follow the task's name in the text of `dataset.task`, for example ``runs the query``."""
     description: str
-    """Sentences for docs/tasks.md: what the model is asked, what counts as an answer, and what is left out."""
+    """Sentences for docs/tasks.md about the prompt, the answers that count, and the rows that are left out."""
     columns: tuple[Column, ...]
     scores: tuple[Score, ...]
     main: str
-    """Name of the score that `status.evaluation.*.taskScore` and `evaluation.bestBy: TaskScore` use."""
+    """Name of the score that the field `taskScore` shows and that `evaluation.bestBy: TaskScore` compares."""
     example_answer: str
-    """An answer that gets every score in full for the row that the columns' examples make."""
+    """Answer that gets the highest value of every score for the row that consists of the columns' examples."""
 
     def __post_init__(self) -> None:
         names = self.score_names
@@ -82,6 +85,8 @@ class Task:
             raise ValueError(f"{self.name}: the name of a score must have at most {SCORE_NAME_LENGTH} characters")
         if self.main not in names:
             raise ValueError(f"{self.name}: `main` must name one of the scores, and {self.main} is none of them")
+        if PERPLEXITY in names:
+            raise ValueError(f"{self.name}: no score may be called {PERPLEXITY}, which tables show beside the scores")
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -182,7 +187,7 @@ TASKS: Mapping[str, Task] = {task.name: task for task in (VIGGO, GSM8K, SQL)}
 """Every task that `dataset.task` can name, in the order in which the API lists them."""
 
 TaskName = Annotated[str, GetPydanticSchema(lambda _type, _handler: core_schema.literal_schema([NO_TASK, *TASKS]))]
-"""`dataset.task`: the name of a task, or `None`. The schema and the errors are those of a Literal of these names."""
+"""Type of `dataset.task`. Schema and errors are those of a Literal that lists `None` and the names of all tasks."""
 
 
 def task_field_text() -> str:
@@ -192,13 +197,13 @@ def task_field_text() -> str:
 
 
 def score_names_text() -> str:
-    """Return the description of the field that holds the name of a score: every score with its task."""
+    """Return the description of the field that holds a score's name; the description lists all names by task."""
     named = [f"{', '.join(task.score_names)} ({task.name})" for task in TASKS.values()]
     return f"Such as {', '.join(named)}."
 
 
 def main_score_text(task: str, value: float, *, answers: int | None = None) -> str:
-    """Return how a sentence names the main score of ``task``: ``90.0% of 50 answers right``.
+    """Return the main score of ``task`` as part of a sentence, for example ``90.0% of 50 answers right``.
 
     ``value``: mean over the graded answers, from 0 to 1. ``answers``: number of graded answers; None leaves it out.
     """
@@ -209,9 +214,9 @@ def main_score_text(task: str, value: float, *, answers: int | None = None) -> s
 
 
 def main_score_label(task: str) -> str | None:
-    """Return the label under which a table shows the main score of ``task``.
+    """Return the label of the main score of ``task`` in a table of scores, for example ``right answers``.
 
-    None where the mean of a partial credit is the main score: a table shows that value under the score's own name.
+    None where answers get partial credit for the main score, because a table already has that score by its own name.
     """
     return "right answers" if _partial_credit(task) is None else None
 

@@ -1,6 +1,6 @@
-"""Writes docs/tasks.md, the page about tasks and their scores, from the declarations in `tasks.py`: `make docs`.
+"""Writes docs/tasks.md, the page about tasks and their scores, from the declarations in `tasks.py`.
 
-A test holds the committed page equal to the generated one.
+`make docs` runs this module. `tests/core/test_tasks_page.py` fails where the committed page is not the generated one.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ The three tasks are examples to copy: [GSM8K](#gsm8k) is the smallest.
    a score, or a number from 0 to 1 where the declaration says `unit=Unit.PARTIAL_CREDIT`.
 2. `trainer_image/finetune_trainer/evaluation/graders/<task>.py`: write `grade(answer, row) -> Grade`, a pure function
    without torch. It returns `Grade.of(TASK, {{score: value}})`, with a `problem` if the answer can't be read, or
-   `Grade.left_out(problem)` if the row is at fault. It never raises because of the answer or the row, because nobody
-   has checked either before.
+   `Grade.left_out(problem)` if the row can't be used. It never raises because of the answer or the row: a model may
+   write any text, and a data file may hold any value.
 3. `trainer_image/finetune_trainer/evaluation/graders/__init__.py`: add the function to `GRADERS`.
 4. `tests/trainer/test_tasks_<task>.py`: test the grader with right answers, with each way of being wrong, and with rows
    that can't be used. `tests/trainer/test_tasks.py` checks by itself that the task has a grader, that the grader reads
@@ -55,13 +55,13 @@ The three tasks are examples to copy: [GSM8K](#gsm8k) is the smallest.
 5. `make crds docs`: generate the CRD's enum, docs/api.md and this page.
 6. `CHANGELOG.md`: say what can be graded now.
 
-`finetune watch`, the status, reports and `evaluation.bestBy` need no change: they show scores by their declared names.
+`finetune watch`, the status, the reports and `evaluation.bestBy` need no change, because they use the declared names.
 Run `.venv/bin/python -m pytest tests/core tests/trainer/test_tasks*.py` while you write.
 """
 
 
 def tasks_page() -> str:
-    """Return the text of docs/tasks.md."""
+    """Return the text of docs/tasks.md: an introduction, a section for each task, and how to add a task."""
     parts = [_INTRODUCTION]
     for task in TASKS.values():
         parts += _section(task)
@@ -89,7 +89,7 @@ def _section(task: Task) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the page into a folder."""
+    """Write the page into the folder that the command line names."""
     parser = argparse.ArgumentParser(
         description="Write the page about the tasks of FineTuneJob.",
         epilog="example: python -m finetune_core.tasks_page docs",

@@ -1,4 +1,4 @@
-"""The declared tasks: docs/tasks.md is generated from them, and a declaration that the status has no room for fails."""
+"""docs/tasks.md and the API field follow the declared tasks, and a declaration with too many scores is refused."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def test_the_field_takes_every_declared_task_and_nothing_else() -> None:
         ({"scores": (Score(name="exact", meaning=""),) * 2}, "different names"),
         ({"scores": (Score(name="e" * (SCORE_NAME_LENGTH + 1), meaning=""),)}, "at most 32 characters"),
         ({"main": "other"}, "other is none of them"),
+        ({"scores": (Score(name="perplexity", meaning=""),), "main": "perplexity"}, "no score may be called"),
     ],
 )
 def test_a_declaration_that_does_not_fit_is_refused(change: dict[str, Any], problem: str) -> None:

@@ -1,4 +1,4 @@
-"""Counts of the problems in grades, for the tests of the graders."""
+"""Counts the problems that graders report; `test_tasks_viggo.py` and its neighbours use the counts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from finetune_trainer.evaluation.graders import Grade
 
 
 def left_out(grades: Sequence[Grade]) -> Counter[str]:
-    """Return how often each problem of a row kept an answer from being graded."""
+    """Return the problems of rows that could not be used, each with the number of such rows."""
     return Counter(grade.problem for grade in grades if not grade.is_graded)
 
 
 def unreadable(grades: Sequence[Grade]) -> Counter[str]:
-    """Return how often each problem of a graded answer was found."""
+    """Return the problems of graded answers that could not be read, each with the number of such answers."""
     return Counter(grade.problem for grade in grades if grade.is_graded and grade.problem)

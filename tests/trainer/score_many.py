@@ -1,5 +1,7 @@
-"""One rank that scores one model in many ways: `python -m tests.trainer.score_many FILE`, the answers as JSON in FILE's
-`out`. For the tests that no figure depends on batch size, rank count or ZeRO stage.
+"""One rank that scores a model with several batch sizes and ZeRO stages: `python -m tests.trainer.score_many FILE`.
+
+FILE is JSON: model, examples, stages and sizes. The rank writes perplexities and answers as JSON to the path `out` that
+FILE names. `test_evaluation.py` starts one or two ranks and compares their figures with those of plain transformers.
 """
 
 from __future__ import annotations

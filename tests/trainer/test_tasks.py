@@ -27,7 +27,7 @@ def grade(task: str, answer: str, gold: dict[str, str]) -> Grade:
 
 
 class ReadColumns(Mapping[str, object]):
-    """A row that notes which of its columns are read."""
+    """A row that records the names of the columns that a grader reads."""
 
     def __init__(self, columns: dict[str, str]) -> None:
         self._columns = columns
@@ -130,22 +130,22 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
 @pytest.mark.parametrize(
     ("task", "gold", "answer", "right"),
     [
-        # attributes in another order: not strict, but order-free
+        # Attributes in another order are right for orderFree, but not for strict.
         ("ViGGO", MEANING, "inform(rating[good], name[Portal], genres[puzzle, shooter])", {"orderFree"}),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle, shooter], rating[good])", {"strict", "orderFree"}),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle], rating[good])", set()),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle, shooter], rating[good]) inform(name[Portal])", set()),
-        # text after ####, and thousands with and without a comma
+        # The number counts with or without text behind and commas inside, but not without ####.
         ("GSM8K", NUMBER, "#### 1000", {"exact"}),
         ("GSM8K", NUMBER, "so #### $1,000. That is what is left.", {"exact"}),
         ("GSM8K", NUMBER, "#### 1,000,000", set()),
         ("GSM8K", NUMBER, "#### 10 or 1000", set()),
         ("GSM8K", NUMBER, "The answer is 1000", set()),
-        # empty == empty must not count: the literal of the gold query is among the generated rows
+        # Two empty results must not count as equal, so the generated rows contain the literal of the reference query.
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Nowhere'", set()),
         ("SQL", FOUND, "SELECT name FROM boat WHERE 1 = 0", set()),
         ("SQL", FOUND, "SELECT b.name FROM boat AS b WHERE b.harbour = 'Quay'", {"execution"}),
-        # duplicates count, order only where the gold query orders
+        # Duplicate rows count, and order counts only where the reference query has an ORDER BY.
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' UNION ALL SELECT name FROM boat", set()),
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' ORDER BY name DESC", {"execution"}),
         ("SQL", SORTED, "SELECT name FROM boat ORDER BY length", set()),

@@ -1,4 +1,4 @@
-"""The GSM8K grader: the number after #### decides, as a number."""
+"""The GSM8K grader compares the numbers after ####, however the numbers are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ViGGO grader: published rows are right against themselves, and each way of being wrong costs the right scores."""
+"""The ViGGO grader gives published rows every score, and each mutation of an answer loses the expected scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GOLD = "inform(name[Harbour Lights], rating[good], genres[puzzle, racing], platf
 
 
 def scores(answer: str, gold: str = GOLD) -> set[str]:
-    """Return the names of the scores that are right."""
+    """Return the names of the scores that ``answer`` gets against the reference ``gold``."""
     return {name for name, right in grade(answer, {"mr": gold}).scores.items() if right}
 
 

@@ -222,7 +222,7 @@ class NamedScore(StatusModel):
 
     name: Annotated[ScoreName, Field(description=score_names_text())]
     value: Decimal
-    """Share of right answers, from 0 to 1."""
+    """Mean over the graded answers, from 0 to 1; the share of right answers where an answer is right or wrong."""
 
 
 class Scores(StatusModel):

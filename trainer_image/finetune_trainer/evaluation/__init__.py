@@ -1,5 +1,5 @@
-"""How good a model is on the rows of an evaluation set: perplexity, generated answers, grades, and the file with both.
+"""Measures how good a model is on an evaluation set: perplexity, generated answers and their grades.
 
-`train.py`, `loop.py` and `finish.py` call this package. It belongs here what measures a model; `decisions/` compares
-the figures and chooses the best checkpoint, `reporting/` shows them.
+`train.py`, `loop.py` and `finish.py` call this package. Code that chooses a checkpoint by the measured figures belongs
+into `decisions/`, code that shows the figures to people belongs into `reporting/`.
 """

@@ -37,7 +37,7 @@ class ModelComparison:
         run: int,
         progress: Progress | None,
     ) -> None:
-        """Begin without scores; nothing is ever scored where the job has neither test nor validation rows.
+        """Begin without scores. No model is scored where the job has neither test nor validation rows.
 
         ``run``: number of the run whose file is written. ``progress``: exists on rank 0 only.
         """
@@ -52,14 +52,14 @@ class ModelComparison:
 
     @property
     def evaluation(self) -> EvaluationRecord | None:
-        """Return the scores that are known, None before `score_base_model` and where no rows are scored."""
+        """Return the scores that are known, None before `score_base_model` and where no model is scored."""
         return self._file.evaluation if self._file is not None else None
 
     def score_base_model(self, *, is_base: bool) -> None:
         """Score the base model, or take the scores that an earlier run of the job wrote; a collective.
 
-        ``is_base``: whether the engine still holds the base model. Otherwise a base model without stored scores can't
-        be scored any more, and a notice says so.
+        ``is_base``: whether the engine holds the base model. Where the engine holds a checkpoint and the bucket has no
+        scores of the base model, a notice says that these scores are missing.
         """
         if self._base_set is None or self._tuned_set is None:
             return

@@ -125,7 +125,7 @@ class _StopRequested(StoppingCriteria):  # type: ignore[misc]  # transformers ha
         self._gang = gang
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return (B,) whether each answer is complete."""
+        """Return a tensor (B,) of booleans, all true once this process has received SIGTERM."""
         return torch.full((input_ids.shape[0],), self._gang.stop_requested(), device=input_ids.device)
 
 
@@ -139,7 +139,7 @@ class _SuffixReached(StoppingCriteria):  # type: ignore[misc]  # transformers ha
         self._tail = len(suffix_ids) + SUFFIX_SLACK
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return (B,) whether each answer is complete."""
+        """Return a tensor (B,) of booleans, true where the newest tokens of an answer contain the suffix."""
         start = max(self._width, input_ids.shape[1] - self._tail)
         tails = self._decoding.tokenizer.batch_decode(input_ids[:, start:])
         return torch.tensor([self._decoding.suffix in tail for tail in tails], device=input_ids.device)

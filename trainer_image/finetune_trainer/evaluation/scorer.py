@@ -40,7 +40,7 @@ class TaskScores:
     graded: int
     """Number of graded answers over all ranks."""
     answers: Sequence[AnswerRecord]
-    """Some answers of this rank with their grades."""
+    """The first answers that this rank generated, with their grades, at most `MOST_STORED_ANSWERS`."""
 
 
 class Scorer:
@@ -144,6 +144,6 @@ class Scorer:
 def all_tokens(examples: ExampleSet) -> ExampleSet:
     """Return the same texts with every token supervised, prompt and answer, as the script of Anyscale's study did it.
 
-    The study also counted padding tokens. They are left out here, because the perplexity would depend on the batch.
+    The study also counted padding tokens. This function has none, because perplexity would depend on the batch size.
     """
     return example_set([Example(example.ids, [(0, len(example.ids))]) for example in examples])

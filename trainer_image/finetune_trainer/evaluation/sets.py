@@ -46,7 +46,7 @@ class EvaluationSet:
 
 
 def _scored_rows(config: RunConfig) -> ScoredRows | None:
-    """Return which rows base model and tuned model are scored with, None where the job has neither."""
+    """Return which rows base model and tuned model are scored with, None where the job has no such rows."""
     if config.dataset.test is not None:
         return "Test"
     return "Validation" if config.dataset.validation is not None else None
@@ -70,7 +70,10 @@ def _base_differs(config: RunConfig) -> bool:
 
 
 def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
-    """Write the rows as the base model reads them, if the tuned model reads another form; return notices."""
+    """Write the rows in the form that the base model reads, if the tuned model reads another form.
+
+    Return one notice for each kind of row that was left out.
+    """
     config, rows = plan.config, _scored_rows(plan.config)
     source = config.dataset.test if rows == "Test" else config.dataset.validation
     path = plan.inputs.test if rows == "Test" else plan.inputs.validation

@@ -1,7 +1,7 @@
-"""`evaluation/<run>.json` in the bucket: the scores of base model and tuned model, and some generated answers.
+"""Reads and writes `evaluation/<run>.json` in the bucket: scores of base model and tuned model, and some answers.
 
-`evaluation/comparison.py` writes the base model's scores before training, and every later run of the job reads them
-again. `artifact.py` reads the file of the run whose artifact is committed.
+`evaluation/comparison.py` writes the base model's scores before training, and every later run of the job reads the
+scores again. `artifact.py` reads the file of the run whose artifact is committed.
 """
 
 from __future__ import annotations

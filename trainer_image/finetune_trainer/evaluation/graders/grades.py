@@ -25,8 +25,8 @@ class Grade:
     def of(cls, task: Task, scores: Mapping[str, bool | float], *, problem: str = "") -> Grade:
         """Return the grade of an answer; a score of ``task`` that ``scores`` does not have is wrong, or 0.
 
-        Raises ValueError for a value that ``task`` does not declare: a bool where an answer is right or wrong, a number
-        from 0 to 1 where it gets partial credit.
+        Raises ValueError for a value that ``task`` does not allow. A score with the unit RIGHT_OR_WRONG needs True or
+        False, a score with the unit PARTIAL_CREDIT needs a number from 0 to 1.
         """
         if not scores.keys() <= set(task.score_names):
             raise ValueError(f"{task.name} declares no score {', '.join(scores.keys() - set(task.score_names))}")
@@ -41,12 +41,12 @@ class Grade:
 
     @classmethod
     def left_out(cls, problem: str) -> Grade:
-        """Return the grade of an answer whose row is at fault, for example because its reference can't be parsed."""
+        """Return the grade of an answer whose row can't be used, for example because the reference can't be parsed."""
         return cls(problem=problem)
 
     @property
     def is_graded(self) -> bool:
-        """Return False for an answer that counts neither as right nor as wrong, because its row is at fault."""
+        """Return False for an answer that counts neither as right nor as wrong, because the row can't be used."""
         return bool(self.scores)
 
 
@@ -57,7 +57,7 @@ class ScoreSums:
     graded: int
     """Number of graded answers."""
     sums: Mapping[str, float]
-    """Sum of each score of the task over the graded answers; of a right-or-wrong score, the number of right ones."""
+    """Sum of each score over the graded answers; for a score with True and False, the number of right answers."""
 
     @classmethod
     def of(cls, task: Task, grades: Iterable[Grade]) -> ScoreSums:
@@ -72,7 +72,7 @@ class ScoreSums:
         return {name: total / self.graded for name, total in self.sums.items()} if self.graded else {}
 
     def as_vector(self) -> list[float]:
-        """Return the count and the sums as numbers to be added up over ranks; `with_vector` takes the total."""
+        """Return the count and the sums as a list that ranks can add up elementwise."""
         return [self.graded, *self.sums.values()]
 
     def with_vector(self, vector: Iterable[float]) -> ScoreSums:

@@ -25,13 +25,13 @@ DATABASES = 5
 ENOUGH = 2
 """Fewest usable databases with which an answer can be graded."""
 ATTEMPTS = 20
-"""Most databases that are made for a row in search of usable ones."""
+"""Most databases that are made for a row to find ``DATABASES`` usable databases."""
 
 Rows = list[tuple[Cell, ...]]
 
 
 class Case(NamedTuple):
-    """A database, and the rows that the reference query returns on it."""
+    """A database, and the rows that the reference query returns on the database."""
 
     sandbox: Sandbox
     expected: Rows
@@ -42,10 +42,11 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
 
     Rows are compared as a multiset, and in order only where the reference query has an ORDER BY. Columns are compared
     by place and not by name, numbers by value. As in test-suite accuracy (Zhong et al. 2020, Distilled Test Suites),
-    several databases tell the reference query from similar queries. A database is usable only if the reference query
-    returns something on it, because otherwise every query without a result would be right, and if the order in which
-    sqlite visits rows does not change the result. A row is left out where fewer than ``ENOUGH`` usable databases are
-    found, or where sqlite can't run the row's tables or query.
+    several databases are made, so that similar queries differ from the reference query on at least one of them.
+
+    A database is usable only if the reference query returns something on it, because otherwise every query without a
+    result would be right, and only if the order in which sqlite visits rows does not change the result. A row is left
+    out where fewer than ``ENOUGH`` usable databases are found, or where sqlite can't run the row's tables or query.
     """
     context, query = str(row.get("context", "")), str(row.get("answer", ""))
     with ExitStack() as stack:
@@ -88,7 +89,7 @@ def _cases(stack: ExitStack, context: str, query: str) -> tuple[bool, list[Case]
 
 
 def _seeds(context: str, query: str) -> Iterator[Random]:
-    """Yield a generator for each database. All depend on the row alone, so that every machine gives the same grade."""
+    """Yield a random generator for each database, seeded by the row alone, so that a grade can be repeated."""
     for attempt in range(ATTEMPTS):
         digest = hashlib.sha256(f"{attempt}\n{context}\n{query}".encode(errors="surrogatepass")).digest()
         yield Random(digest)  # noqa: S311  (rows, not secrets)
@@ -106,5 +107,5 @@ def _same(left: Rows, right: Rows, ordered: bool) -> bool:
 
 
 def _plain(row: tuple[Cell, ...]) -> tuple[Cell, ...]:
-    """Return the row with floats of ten digits, because sums and averages depend on the order of rows in the last."""
+    """Return the row with floats of ten digits, because the order of addition changes the last digits of a sum."""
     return tuple(float(f"{cell:.10g}") if isinstance(cell, float) else cell for cell in row)

@@ -1,4 +1,4 @@
-"""Generates rows that tell a reference query from similar queries.
+"""Generates rows on which a reference query and similar queries return different results.
 
 Some rows match the query's literals, others narrowly miss them. `sql.py` calls `generate` with the tables, the query's
 requirements and a random generator. No value is NULL, because the questions of the data set never say what a missing
@@ -23,7 +23,7 @@ _RANDOM_ROWS = 5
 """Fewest random rows of a table, beside those that match or miss the query."""
 _ALL = range(100, 1000)
 _SMALL, _MIDDLE, _LARGE = _ALL[:300], _ALL[300:600], _ALL[600:]
-"""Thirds of the numbers with three digits, which as text sort in the same order as numbers do."""
+"""Lower, middle and upper numbers of three digits, because texts of three digits sort in the order of the numbers."""
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
@@ -44,7 +44,7 @@ def generate(tables: Tables, requirements: RowRequirements, random: Random) -> d
 
 
 class RowGenerator:
-    """Generates the rows of one database; the values of a column are the same few in all of its rows."""
+    """Generates the rows of one database; a column without a condition draws its values from a small pool."""
 
     def __init__(self, requirements: RowRequirements, random: Random) -> None:
         self._requirements = requirements
@@ -117,7 +117,10 @@ class RowGenerator:
         return self._random.choice(near or self._pool(column))
 
     def _random_value(self, column: Column) -> Value:
-        """Return a random value; half of them lie near a literal if the query compares the column with literals."""
+        """Return a random value for ``column``.
+
+        If the query compares the column with literals, half of the values are a literal or lie near a literal.
+        """
         conditions = self._requirements.conditions.get(column.name.lower(), [])
         if conditions and self._random.random() < 0.5:
             literal = self._random.choice(conditions).literal
@@ -139,7 +142,7 @@ class RowGenerator:
         return f"{WORDS[(number - _ALL[0]) * len(WORDS) // len(_ALL)]} {number}"
 
     def _satisfying(self, condition: Condition, column: Column) -> list[Value]:
-        """Return values that satisfy ``condition``, or values near its literal if none of these does."""
+        """Return values that satisfy ``condition``, or values near the condition's literal if none satisfies."""
         literal = condition.literal
         if condition.operator == "like":
             filled = str(literal).replace("_", "a")

@@ -54,7 +54,7 @@ Cell = int | float | str | bytes | None
 
 
 class QueryFailed(Exception):  # noqa: N818  (what happened to a query, not an error of ours)
-    """The query or the tables could not be run; the texts are few, so that equal reasons can be counted."""
+    """A query or a CREATE TABLE statement could not be run; the messages are few, so that they can be counted."""
 
 
 class Affinity(Enum):
@@ -75,7 +75,7 @@ class Column(NamedTuple):
 
 
 class Sandbox:
-    """A database in memory with the tables of one row of the evaluation set; a context manager that closes it."""
+    """A database in memory with the tables of one row of the evaluation set; a `with` block closes the database."""
 
     def __init__(self, create_tables: str) -> None:
         """Raise QueryFailed unless ``create_tables`` is made of CREATE TABLE statements that sqlite accepts."""
