@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ SLACK = 3.0
 """Factor by which a test may exceed the time bound, because the machine may be busy. The tests print the time that was
 needed.
 """
+
+
+def is_past(moment: float) -> bool:
+    """Return whether the monotonic clock is past ``moment``."""
+    return time.monotonic() > moment
 
 
 def long_run(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
@@ -124,7 +130,7 @@ def test_trap_21_told_at_random_moments_all_ranks_leave_with_a_checkpoint(
         began = time.monotonic()
         wanted = rng.uniform(0.0, 30.0)
         pod, to_worker = rng.randrange(2), rng.random() < 0.5
-        attempt.wait_for(lambda since=began, until=wanted: time.monotonic() - since > until, "the random moment")
+        attempt.wait_for(partial(is_past, began + wanted), "the random moment")
         workers = attempt.pods[pod].workers() if to_worker else []
         os.kill(workers[0] if workers else attempt.pods[pod].process.pid, signal.SIGTERM)
         took = assert_left_together(attempt, store, name, time.monotonic())
