@@ -32,7 +32,7 @@ class LengthLimit:
     """The maximal length of an example in tokens, and where the limit comes from."""
 
     tokens: int
-    because: str
+    origin: str
     """Source of the limit, as a phrase that follows "more than": `dataset.maxLength 512`."""
 
 
@@ -101,7 +101,7 @@ def make_examples(
             continue
         length = len(rendered.ids)
         if length > limit.tokens:
-            problem = f"{row.place(source)} has {length} tokens, more than {limit.because}"
+            problem = f"{row.place(source)} has {length} tokens, more than {limit.origin}"
             refuse("longRows", dataset.long_rows, problem)
         elif rendered.supervised_tokens < 1:
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} has no token to learn")
