@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from finetune_operator.kube.cluster import ApiError, Cluster
-from finetune_operator.process.health import Activity
-from finetune_operator.process.logs import speak_of
+from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.process.health import WatchActivity
+from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key, KeyQueue
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import Key, WorkQueue
 from finetune_operator.reconcile import Reconciler
 
 logger = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ class Controller:
     def __init__(
         self,
         *,
-        queue: KeyQueue,
+        queue: WorkQueue,
         reconciler: Reconciler,
-        cluster: Cluster,
+        cluster: KubeClient,
         memory: Memory,
-        activity: Activity,
+        activity: WatchActivity,
         metrics: Metrics,
     ) -> None:
         """Reconcile the keys of ``queue`` with ``reconciler``."""
@@ -79,7 +79,7 @@ class Controller:
     async def _look(self, key: Key) -> None:
         """Look at a job once; whatever goes wrong concerns this job only and is tried again after its back-off."""
         started = time.monotonic()
-        speak_of(job=str(key))
+        set_log_fields(job=str(key))
         try:
             async with asyncio.timeout(LOOK_SECONDS):
                 outcome = await self._reconciler.reconcile(key)
@@ -104,7 +104,7 @@ class Controller:
             elif outcome.after is not None:
                 self._queue.add_after(key, outcome.after)
         finally:
-            speak_of()
+            set_log_fields()
             self._metrics.reconcile_seconds.observe(time.monotonic() - started)
 
     def _failed(self, key: Key, error: Exception) -> None:

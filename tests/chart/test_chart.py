@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from finetune_core.api.crd import CRD_FILE, chart_template, crd_yaml
-from finetune_operator.kube.permissions import Allowed, Scope
+from finetune_operator.kube.rbac import Allowed, Scope
 from finetune_operator.process.settings import parse_settings
 from tests.chart.helm import CHART, helm, helm_program
 

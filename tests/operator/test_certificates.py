@@ -11,13 +11,13 @@ import pytest
 from aiohttp import ClientSession, ClientSSLError, web
 from aiohttp.test_utils import TestServer
 
-from finetune_operator.kube.cluster import ApiError
+from finetune_operator.kube.client import ApiError
 from finetune_operator.reports.certificates import (
     LEAF_LIFETIME,
     CertificateError,
     Certificates,
-    CertificateStore,
     ExternalCertificates,
+    SelfSignedCertificates,
     from_data,
     load_into,
     renewed,
@@ -131,8 +131,8 @@ class OneSecret:
         return manifest
 
 
-def store(cluster: OneSecret) -> CertificateStore:
-    return CertificateStore(cluster, namespace="n", name="s", hostname=HOST)  # type: ignore[arg-type]
+def store(cluster: OneSecret) -> SelfSignedCertificates:
+    return SelfSignedCertificates(cluster, namespace="n", name="s", hostname=HOST)  # type: ignore[arg-type]
 
 
 async def test_an_empty_secret_is_filled_once() -> None:

@@ -15,8 +15,8 @@ from finetune_core.names import attempt_name
 from finetune_core.preflight import Finding, FindingKind, PreflightResult
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
 from tests.operator.model import CrashedError, ModelServer, Script
 from tests.operator.worlds import NOW, UID, job_manifest, result

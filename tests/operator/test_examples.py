@@ -13,7 +13,7 @@ import yaml
 from finetune_core.api import FineTuneJob
 from finetune_core.names import attempt_name
 from finetune_operator.objects.backends.pytorchjob import build_pytorchjob
-from finetune_operator.objects.pods import AttemptPlan
+from finetune_operator.objects.pod_template import AttemptSpec
 from tests.operator.worlds import REPOSITORY, UID
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,7 +27,7 @@ def rendered(path: Path) -> str:
     manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
     manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}
     job = FineTuneJob.model_validate(manifest)
-    plan = AttemptPlan(
+    plan = AttemptSpec(
         number=1,
         name=attempt_name(job.metadata.name, UID, 1),
         image="trainer:1",

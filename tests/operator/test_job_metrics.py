@@ -16,12 +16,12 @@ from finetune_core.api.status import (
     ProgressStatus,
     UsageStatus,
 )
-from finetune_operator.kube.cluster import ApiError
+from finetune_operator.kube.client import ApiError
 from finetune_operator.observe.record import Record
-from finetune_operator.process.logs import JsonFormatter, speak_of
+from finetune_operator.process.logs import JsonFormatter, set_log_fields
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key
 from finetune_operator.queue.memory import JobMemory
+from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.recorder import Recorder
 from tests.operator.worlds import NOW, UID, at
 
@@ -98,14 +98,14 @@ def test_what_is_not_known_is_no_series() -> None:
 
 def test_lines_of_a_look_name_job_uid_and_attempt_also_those_of_libraries() -> None:
     record = logging.LogRecord("kubernetes", logging.WARNING, "file", 1, "retry", (), None)
-    speak_of(job="team/a", uid="u", attempt=2)
+    set_log_fields(job="team/a", uid="u", attempt=2)
     try:
         line = json.loads(JsonFormatter().format(record))
         assert (line["job"], line["uid"], line["attempt"]) == ("team/a", "u", 2)
         record.attempt = 3
         assert json.loads(JsonFormatter().format(record))["attempt"] == 3
     finally:
-        speak_of()
+        set_log_fields()
     assert "job" not in json.loads(JsonFormatter().format(logging.LogRecord("n", 20, "f", 1, "m", (), None)))
 
 

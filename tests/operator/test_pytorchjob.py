@@ -13,14 +13,14 @@ import yaml
 from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE, STORAGE_CA_FILE
 from finetune_core.names import attempt_name
 from finetune_operator.objects.backends.pytorchjob import build_pytorchjob, parse_pytorchjob
-from finetune_operator.objects.pods import AttemptPlan
+from finetune_operator.objects.pod_template import AttemptSpec
 from tests.operator.worlds import UID, job
 
 GOLDEN = Path(__file__).parent / "golden" / "quickstart.yaml"
 
 
-def plan(number: int = 1) -> AttemptPlan:
-    return AttemptPlan(
+def plan(number: int = 1) -> AttemptSpec:
+    return AttemptSpec(
         number=number,
         name=attempt_name("quickstart", UID, number),
         image="trainer:1",

@@ -10,12 +10,12 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from finetune_core.contract import REPORT_LIMIT_BYTES, CheckpointRecord, Phase, Report, report_path
-from finetune_operator.kube.cluster import ApiError
+from finetune_operator.kube.client import ApiError
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key, KeyQueue
 from finetune_operator.queue.memory import Memory, ReportingAttempt
+from finetune_operator.queue.work_queue import Key, WorkQueue
 from finetune_operator.reports.server import ReportServer
-from finetune_operator.reports.tokens import TokenPod, TokenReviewer
+from finetune_operator.reports.token_review import TokenPod, TokenReviewer
 from tests.operator.worlds import NOW, UID
 
 KEY = Key("team", "quickstart")
@@ -74,13 +74,13 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def queue() -> KeyQueue:
-    return KeyQueue()
+def queue() -> WorkQueue:
+    return WorkQueue()
 
 
 @pytest.fixture
 async def client(
-    reviews: Reviews, memory: Memory, metrics: Metrics, queue: KeyQueue
+    reviews: Reviews, memory: Memory, metrics: Metrics, queue: WorkQueue
 ) -> AsyncIterator[TestClient[Any, Any]]:
     reviewer = TokenReviewer(reviews)  # type: ignore[arg-type]
     server = ReportServer(memory=memory, queue=queue, reviewer=reviewer, metrics=metrics, now=lambda: NOW)
@@ -95,7 +95,7 @@ async def post(client: TestClient[Any, Any], token: str | None, data: str, path:
 
 
 async def test_a_report_of_rank_0_is_remembered_and_queues_the_job(
-    client: TestClient[Any, Any], memory: Memory, queue: KeyQueue
+    client: TestClient[Any, Any], memory: Memory, queue: WorkQueue
 ) -> None:
     assert await post(client, "good", body()) == 204
     report = memory.of(KEY).report
@@ -200,7 +200,7 @@ async def test_an_attempt_speaks_with_one_voice(client: TestClient[Any, Any], me
 
 
 async def test_reports_wait_out_an_api_server_that_reviews_no_token(
-    reviews: Reviews, memory: Memory, metrics: Metrics, queue: KeyQueue
+    reviews: Reviews, memory: Memory, metrics: Metrics, queue: WorkQueue
 ) -> None:
     async def fails(_token: str, _audience: str) -> dict[str, Any]:
         raise ApiError(500, "InternalError", "etcd")
@@ -212,7 +212,7 @@ async def test_reports_wait_out_an_api_server_that_reviews_no_token(
 
 
 async def test_reports_of_nothing_but_numbers_cost_no_look_before_they_may_be_written(
-    client: TestClient[Any, Any], memory: Memory, queue: KeyQueue
+    client: TestClient[Any, Any], memory: Memory, queue: WorkQueue
 ) -> None:
     memory.of(KEY).status_written_at = time.monotonic() + 3600  # whatever the machine does, the ten seconds last
     assert await post(client, "good", body()) == 204

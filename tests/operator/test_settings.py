@@ -8,17 +8,17 @@ import logging
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from finetune_operator.process.health import Activity, HealthServer
-from finetune_operator.process.leadership import Leadership, TimedLease
+from finetune_operator.process.health import HealthServer, WatchActivity
+from finetune_operator.process.leader_election import LeaderElector, TimedLeaseLock
 from finetune_operator.process.logs import JsonFormatter
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.settings import parse_settings
-from finetune_operator.queue.keyqueue import KeyQueue
+from finetune_operator.queue.work_queue import WorkQueue
 
 
-def waiting_leadership() -> Leadership:
+def waiting_leadership() -> LeaderElector:
     """Return the leadership of a replica that has no Lease."""
-    return Leadership(TimedLease("operator", "system", "me", None, lambda: 0.0))
+    return LeaderElector(TimedLeaseLock("operator", "system", "me", None, lambda: 0.0))
 
 
 def test_flags_win_over_the_environment() -> None:
@@ -53,10 +53,10 @@ def test_a_log_line_is_json_with_the_job() -> None:
 
 async def test_healthz_turns_red_after_three_silent_periods_and_readyz_waits_for_the_first_list() -> None:
     now = [0.0]
-    activity = Activity(clock=lambda: now[0])
+    activity = WatchActivity(clock=lambda: now[0])
     leadership = waiting_leadership()
     health = HealthServer(
-        activity=activity, queue=KeyQueue(), metrics=Metrics(), leadership=leadership, resync_seconds=300
+        activity=activity, queue=WorkQueue(), metrics=Metrics(), leadership=leadership, resync_seconds=300
     )
     async with TestClient(TestServer(health.application())) as client:
 
@@ -78,7 +78,7 @@ async def test_healthz_turns_red_after_three_silent_periods_and_readyz_waits_for
 
 def test_silence_ages_and_news_make_young() -> None:
     now = [0.0]
-    activity = Activity(clock=lambda: now[0])
+    activity = WatchActivity(clock=lambda: now[0])
     assert not activity.ready
     now[0] = 900.0
     assert activity.age() == 900

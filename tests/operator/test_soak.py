@@ -16,10 +16,10 @@ import pytest
 from finetune_core.contract import Outcome
 from finetune_operator.controller import Controller
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
-from finetune_operator.process.health import Activity
+from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key, KeyQueue
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import Key, WorkQueue
 from finetune_operator.reconcile import Reconciler
 from tests.operator.model import Manifest, ModelServer
 from tests.operator.worlds import NOW, job_manifest, result
@@ -57,7 +57,7 @@ class Soak:
         self.seconds = 0.0
         self.servers = Servers()
         self.memory, self.metrics = Memory(self.clock), Metrics()
-        self.queue = KeyQueue(clock=self.clock, jitter=self.choose.random)
+        self.queue = WorkQueue(clock=self.clock, jitter=self.choose.random)
         reconciler = Reconciler(
             cluster=self.servers,  # type: ignore[arg-type]
             backend=PyTorchJobBackend(self.servers),  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ class Soak:
             reconciler=reconciler,
             cluster=self.servers,  # type: ignore[arg-type]
             memory=self.memory,
-            activity=Activity(clock=self.clock),
+            activity=WatchActivity(clock=self.clock),
             metrics=self.metrics,
         )
         self.born = 0

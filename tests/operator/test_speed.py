@@ -87,6 +87,6 @@ def test_new_numbers_of_a_job_wait_for_its_ten_seconds_and_for_their_place() -> 
     assert memory.seconds_to_numbers(100.0) == 0
     memory.status_written_at = 100.0
     assert memory.seconds_to_numbers(104.0) == 6
-    memory.numbers_at = 115.0
+    memory.progress_write_at = 115.0
     assert memory.seconds_to_numbers(104.0) == 11
     assert memory.seconds_to_numbers(115.0) == 0

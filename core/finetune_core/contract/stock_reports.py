@@ -56,12 +56,12 @@ class RuntimeStatus(_Wire):
     trainer_status: TrainerStatus
 
 
-class KubeflowReport(Report):
+class StockReport(Report):
     """A report that says less than ours: what is None is not known, and what the status has of it stays."""
 
-    told_step: int | None
-    told_total: int | None
-    told_percentage: int | None
+    reported_step: int | None
+    reported_total: int | None
+    reported_percentage: int | None
 
 
 def environment(base_url: str, namespace: str, name: str) -> dict[str, str]:
@@ -76,7 +76,7 @@ def environment(base_url: str, namespace: str, name: str) -> dict[str, str]:
     }
 
 
-def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> KubeflowReport:
+def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
     """Return the report of an attempt with ``ranks`` training processes.
 
     Raises ValueError where a number is not finite or a step is no whole number.
@@ -86,7 +86,7 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> KubeflowReport
     step, total = _count(numbers.pop(_STEP, None)), _count(numbers.pop(_TOTAL, None))
     epoch = numbers.pop(_EPOCH, numbers.pop("epoch", 0.0))
     metrics = {_NAMES.get(name, name): value for name, value in list(numbers.items())[:METRIC_LIMIT]}
-    return KubeflowReport(
+    return StockReport(
         run=0,
         pod_uid=pod_uid,
         phase=Phase.TRAINING,
@@ -98,9 +98,9 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> KubeflowReport
         metrics=metrics,
         history=[],
         checkpoints=[],
-        told_step=step,
-        told_total=total,
-        told_percentage=told.progress_percentage,
+        reported_step=step,
+        reported_total=total,
+        reported_percentage=told.progress_percentage,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_core.api import API_VERSION, GROUP, KIND, FineTuneJob
-from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.work_queue import Key
 
 JOB_NAME = f"{GROUP}/job-name"
 JOB_UID = f"{GROUP}/job-uid"
@@ -26,7 +26,7 @@ REPLICA_INDEX = "training.kubeflow.org/replica-index"
 """Set by training-operator on every pod."""
 TRAINING_CONTAINER = "pytorch"
 """The container name that PyTorchJob requires."""
-REPORTED_KINDS_SELECTOR = JOB_NAME
+OWNED_OBJECTS_SELECTOR = JOB_NAME
 """Server-side selector of the watches on pods and PyTorchJobs: only objects that carry the label."""
 
 
@@ -40,7 +40,7 @@ def preflight_labels(job_name: str, job_uid: str, number: int) -> dict[str, str]
     return {JOB_NAME: job_name, JOB_UID: job_uid, PREFLIGHT: str(number), MANAGED_BY: MANAGER}
 
 
-def key_of(namespace: str | None, labels: Mapping[str, str]) -> Key | None:
+def job_key(namespace: str | None, labels: Mapping[str, str]) -> Key | None:
     """Return the key of the job that a labelled object belongs to."""
     name = labels.get(JOB_NAME)
     return Key(namespace, name) if namespace and name else None

@@ -10,14 +10,14 @@ from finetune_core.api import FineTuneJob
 from finetune_core.contract import RUN_FILE, RunConfig
 from finetune_core.preflight import PREFLIGHT_COMMAND
 from finetune_operator.objects.labels import ATTEMPT, owner_reference, preflight_labels
-from finetune_operator.objects.pods import AttemptPlan, pod_template
+from finetune_operator.objects.pod_template import AttemptSpec, pod_template
 
 RESOURCES = {
     "requests": {"cpu": "100m", "memory": "256Mi"},
     "limits": {"cpu": "1", "memory": "1Gi"},
 }
 """The checks take about 150 MiB; the limit leaves room for a large tokenizer."""
-GRACE_SECONDS = 2
+PREFLIGHT_GRACE_SECONDS = 2
 """There is nothing to save."""
 ONLY_FOR_TRAINING = ("report-token", "shared-memory")
 """Volumes that a check does not need."""
@@ -26,7 +26,7 @@ Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TryPlan:
+class PreflightSpec:
     """What a try is built from, beside the job itself."""
 
     number: int
@@ -35,7 +35,7 @@ class TryPlan:
     image: str
 
 
-def build_preflight_pod(job: FineTuneJob, plan: TryPlan) -> Manifest:
+def build_preflight_pod(job: FineTuneJob, plan: PreflightSpec) -> Manifest:
     """Return the pod of a try.
 
     It runs where `podTemplate` allows, on any kind of node: `gpuProduct` would make it wait for the GPUs that it is
@@ -44,7 +44,7 @@ def build_preflight_pod(job: FineTuneJob, plan: TryPlan) -> Manifest:
     whole = job.spec.model_copy(
         update={"resources": job.spec.resources.model_copy(update={"gpus_per_node": 0, "gpu_product": None})}
     )
-    attempt = AttemptPlan(number=1, name=plan.name, image=plan.image, report_base_url="")
+    attempt = AttemptSpec(number=1, name=plan.name, image=plan.image, report_base_url="")
     template = pod_template(job.model_copy(update={"spec": whole}), attempt)
     metadata, spec = template["metadata"], template["spec"]
     labels = {name: value for name, value in metadata["labels"].items() if name != ATTEMPT}
@@ -61,7 +61,7 @@ def build_preflight_pod(job: FineTuneJob, plan: TryPlan) -> Manifest:
     container.pop("ports")
     spec |= {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": PREFLIGHT_GRACE_SECONDS,
         "volumes": [item for item in spec["volumes"] if item["name"] not in ONLY_FOR_TRAINING],
     }
     return {
@@ -73,7 +73,7 @@ def build_preflight_pod(job: FineTuneJob, plan: TryPlan) -> Manifest:
     }
 
 
-def build_preflight_config_map(job: FineTuneJob, plan: TryPlan, config: RunConfig) -> Manifest:
+def build_preflight_config_map(job: FineTuneJob, plan: PreflightSpec, config: RunConfig) -> Manifest:
     """Return the ConfigMap of a try: the run file that attempt 1 would get."""
     return {
         "apiVersion": "v1",
@@ -84,7 +84,7 @@ def build_preflight_config_map(job: FineTuneJob, plan: TryPlan, config: RunConfi
     }
 
 
-def _metadata(job: FineTuneJob, plan: TryPlan) -> Manifest:
+def _metadata(job: FineTuneJob, plan: PreflightSpec) -> Manifest:
     return {
         "name": plan.name,
         "namespace": job.metadata.namespace,
@@ -93,5 +93,5 @@ def _metadata(job: FineTuneJob, plan: TryPlan) -> Manifest:
     }
 
 
-def _labels(job: FineTuneJob, plan: TryPlan) -> dict[str, str]:
+def _labels(job: FineTuneJob, plan: PreflightSpec) -> dict[str, str]:
     return preflight_labels(job.metadata.name, job.metadata.uid, plan.number)

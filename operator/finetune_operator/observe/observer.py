@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
 from finetune_operator.decide.attempts import World
-from finetune_operator.kube.cluster import Cluster
-from finetune_operator.objects.backends.backend import Backend
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.labels import JOB_UID
-from finetune_operator.objects.observed import ChildObservation, PodObservation, parse_pod
+from finetune_operator.objects.observations import ChildObservation, PodObservation, parse_pod
 from finetune_operator.observe.record import Look
 from finetune_operator.observe.usage import account
 from finetune_operator.observe.waiting import attempt_detail
@@ -21,7 +21,7 @@ from finetune_operator.queue.memory import Memory, ReportingAttempt
 class Observer:
     """Turns the API server's objects into the values that decisions are made from."""
 
-    def __init__(self, cluster: Cluster, backend: Backend, memory: Memory) -> None:
+    def __init__(self, cluster: KubeClient, backend: Backend, memory: Memory) -> None:
         """Read with ``cluster`` and ``backend``."""
         self._cluster = cluster
         self._backend = backend

@@ -14,14 +14,14 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from finetune_operator.process.leadership import Leadership
+from finetune_operator.process.leader_election import LeaderElector
 from finetune_operator.process.metrics import CONTENT_TYPE, Metrics
-from finetune_operator.queue.keyqueue import KeyQueue
+from finetune_operator.queue.work_queue import WorkQueue
 
 SILENT_PERIODS = 3
 
 
-class Activity:
+class WatchActivity:
     """When the world was last seen."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -60,10 +60,10 @@ class HealthServer:
     def __init__(
         self,
         *,
-        activity: Activity,
-        queue: KeyQueue,
+        activity: WatchActivity,
+        queue: WorkQueue,
         metrics: Metrics,
-        leadership: Leadership,
+        leadership: LeaderElector,
         resync_seconds: float,
     ) -> None:
         """Judge ``activity`` by ``resync_seconds``."""

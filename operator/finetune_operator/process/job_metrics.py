@@ -15,14 +15,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from finetune_core.api import FineTuneJobStatus
-from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.work_queue import Key
 
 SHOWN_AFTER_THE_END: Final = timedelta(hours=1)
 LABELS: Final = ("job_namespace", "job_name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobNumbers:
+class JobMetrics:
     """What is shown of a job: a few hundred bytes, where a status has many thousand."""
 
     step: int | None = None
@@ -40,11 +40,11 @@ class JobNumbers:
     ended: datetime | None = None
 
 
-def numbers_of(status: FineTuneJobStatus) -> JobNumbers:
+def numbers_of(status: FineTuneJobStatus) -> JobMetrics:
     """Return the numbers of a status."""
     progress, attempts = status.progress, status.attempts
     metrics = {metric.name: float(metric.value) for metric in status.metrics}
-    return JobNumbers(
+    return JobMetrics(
         step=progress.step if progress else None,
         total_steps=progress.total_steps if progress else None,
         eta_seconds=progress.eta_seconds if progress else None,
@@ -65,13 +65,13 @@ def _number(text: str | None) -> float | None:
     return None if text is None else float(text)
 
 
-class JobSeries(Collector):
+class JobMetricsCollector(Collector):
     """Collects the series of all jobs at each scrape."""
 
     def __init__(self, now: Callable[[], datetime]) -> None:
         """Know no job yet; ``now`` tells how old a checkpoint is."""
         self._now = now
-        self._jobs: dict[Key, JobNumbers] = {}
+        self._jobs: dict[Key, JobMetrics] = {}
 
     def show(self, key: Key, status: FineTuneJobStatus) -> None:
         """Show ``status`` from now on."""
@@ -107,11 +107,11 @@ class JobSeries(Collector):
         yield from (age, attempts, gpus)
 
 
-def _is_over(job: JobNumbers, now: datetime) -> bool:
+def _is_over(job: JobMetrics, now: datetime) -> bool:
     return job.ended is not None and now - job.ended > SHOWN_AFTER_THE_END
 
 
-GAUGES: Final[tuple[tuple[str, str, Callable[[JobNumbers], float | None]], ...]] = (
+GAUGES: Final[tuple[tuple[str, str, Callable[[JobMetrics], float | None]], ...]] = (
     ("step", "Global batches consumed.", lambda job: job.step),
     ("total_steps", "Global batches of the whole run.", lambda job: job.total_steps),
     ("eta_seconds", "Estimated seconds to the last step.", lambda job: job.eta_seconds),

@@ -14,7 +14,7 @@ JOB_FIELDS = ("job", "uid", "attempt")
 _subject: ContextVar[Mapping[str, object]] = ContextVar("subject", default={})  # noqa: B039  (never changed in place)
 
 
-def speak_of(**fields: object) -> None:
+def set_log_fields(**fields: object) -> None:
     """Give every further line of the running task these job fields, also lines of libraries; none ends it."""
     _subject.set(fields)
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from finetune_operator.process.job_metrics import JobSeries
+from finetune_operator.process.job_metrics import JobMetricsCollector
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -19,7 +19,7 @@ class Metrics:
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         """Register every metric."""
         self._registry = CollectorRegistry()
-        self.jobs = JobSeries(now)
+        self.jobs = JobMetricsCollector(now)
         self._registry.register(self.jobs)
         self.reconciles = Counter(
             "finetune_reconciles", "Looks at a job, by result.", ["result"], registry=self._registry

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from finetune_core.contract import Report
-from finetune_core.contract.stock_reports import KubeflowReport
-from finetune_operator.queue.keyqueue import Key
-from finetune_operator.queue.problems import OutsideError
+from finetune_core.contract.stock_reports import StockReport
+from finetune_operator.queue.retryable import RetryableError
 from finetune_operator.queue.speed import StepWindow
+from finetune_operator.queue.work_queue import Key
 
-LEAST_SECONDS_BETWEEN_NUMBERS = 10.0
+MIN_SECONDS_BETWEEN_PROGRESS_WRITES = 10.0
 """Between two writes of a job's status for nothing but new numbers."""
 
 
@@ -49,9 +49,9 @@ class JobMemory:
     """When an event of a reason was last created, on the monotonic clock."""
     status_written_at: float | None = None
     """On the monotonic clock."""
-    numbers_at: float | None = None
+    progress_write_at: float | None = None
     """When new numbers have their place among the writes of all jobs, once they asked for one."""
-    problem: OutsideError | None = None
+    problem: RetryableError | None = None
     """What the last try to create the attempt met."""
     retry_at: float = 0.0
     """When it is tried again, on the monotonic clock."""
@@ -64,7 +64,7 @@ class JobMemory:
     def seconds_to_numbers(self, now: float) -> float:
         """Return how long new numbers wait before they are written; 0 where they may be now."""
         own = self.status_written_at
-        due = max(now if own is None else own + LEAST_SECONDS_BETWEEN_NUMBERS, self.numbers_at or 0.0)
+        due = max(now if own is None else own + MIN_SECONDS_BETWEEN_PROGRESS_WRITES, self.progress_write_at or 0.0)
         return max(0.0, due - now)
 
 
@@ -119,7 +119,7 @@ class Memory:
         """Keep ``report`` as the newest of the job's attempt."""
         job = self.of(key)
         job.report, job.reported_at = report, received
-        step = report.told_step if isinstance(report, KubeflowReport) else report.step
+        step = report.reported_step if isinstance(report, StockReport) else report.step
         if report.total_steps and step is not None:
             job.speed.note(self._clock(), step)
 

@@ -1,7 +1,7 @@
 """CA and certificate of the report server: made here, kept in the operator's own Secret.
 
 The CA lives 10 years and goes into every attempt's ConfigMap; the certificate lives 90 days and is renewed after
-60. Making and judging are pure functions of the time; `CertificateStore` reads and writes the Secret.
+60. Making and judging are pure functions of the time; `SelfSignedCertificates` reads and writes the Secret.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from finetune_operator.kube.cluster import ApiError, Cluster
+from finetune_operator.kube.client import ApiError, KubeClient
 
 CA_LIFETIME = timedelta(days=3650)
 LEAF_LIFETIME = timedelta(days=90)
@@ -122,10 +122,10 @@ def load_into(context: ssl.SSLContext, certificates: Serving) -> None:
         context.load_cert_chain(certificate, key)
 
 
-class CertificateStore:
+class SelfSignedCertificates:
     """Keeps the certificates in the Secret that the chart created empty."""
 
-    def __init__(self, cluster: Cluster, *, namespace: str, name: str, hostname: str) -> None:
+    def __init__(self, cluster: KubeClient, *, namespace: str, name: str, hostname: str) -> None:
         """Use the Secret ``namespace/name`` for a server called ``hostname``."""
         self._cluster = cluster
         self._namespace = namespace
@@ -157,7 +157,7 @@ class CertificateStore:
 class ExternalCertificates:
     """Certificates that somebody else keeps, such as cert-manager: a Secret of type kubernetes.io/tls with ca.crt."""
 
-    def __init__(self, cluster: Cluster, *, namespace: str, name: str, hostname: str) -> None:
+    def __init__(self, cluster: KubeClient, *, namespace: str, name: str, hostname: str) -> None:
         """Read the Secret ``namespace/name`` for a server called ``hostname``; it is never written."""
         self._cluster = cluster
         self._where = f"Secret {namespace}/{name}"

@@ -20,11 +20,11 @@ from pydantic import ValidationError
 
 from finetune_core.contract import REPORT_LIMIT_BYTES, Report, report_audience
 from finetune_core.contract import stock_reports as kubeflow
-from finetune_operator.process.logs import speak_of
+from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key, KeyQueue
 from finetune_operator.queue.memory import Memory, ReportingAttempt
-from finetune_operator.reports.tokens import ReviewUnavailableError, TokenPod, TokenReviewer
+from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.reports.token_review import ReviewUnavailableError, TokenPod, TokenReviewer
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class ReportServer:
         self,
         *,
         memory: Memory,
-        queue: KeyQueue,
+        queue: WorkQueue,
         reviewer: TokenReviewer,
         metrics: Metrics,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -151,7 +151,7 @@ class ReportServer:
         """Remember the report; return the answer to one that is refused."""
         key = Key(request.match_info["namespace"], request.match_info["name"])
         known = self._memory.reporting(key)
-        speak_of(job=str(key), **({"uid": known.uid, "attempt": known.attempt} if known else {}))
+        set_log_fields(job=str(key), **({"uid": known.uid, "attempt": known.attempt} if known else {}))
         try:
             reporting = self._expected(key)
             pod = await self._speaker(key, request, reporting)
@@ -197,7 +197,7 @@ class ReportServer:
     def _check_one_voice(self, key: Key, report: Report) -> None:
         """Refuse Kubeflow's words where the attempt already reports in our own: they say more."""
         known = self._memory.of(key).report
-        if isinstance(report, kubeflow.KubeflowReport) and not isinstance(known, kubeflow.KubeflowReport | None):
+        if isinstance(report, kubeflow.StockReport) and not isinstance(known, kubeflow.StockReport | None):
             raise RefusalError(HTTPStatus.CONFLICT, "this attempt reports in full already")
 
     def _refused(self, status: HTTPStatus, message: str) -> web.Response:

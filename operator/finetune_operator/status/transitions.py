@@ -14,9 +14,9 @@ from finetune_core.api import API_VERSION, KIND
 from finetune_core.api.conditions import Condition, ConditionType, Reason
 from finetune_core.api.status import FineTuneJobStatus
 from finetune_operator.decide.verdict import Verdict
-from finetune_operator.kube.cluster import Manifest
+from finetune_operator.kube.client import Manifest
 from finetune_operator.objects.labels import MANAGER
-from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.work_queue import Key
 
 NOTE_LIMIT = 1024
 _WANTED = (Reason.SUSPENDED, Reason.CANCELLED)

@@ -12,14 +12,14 @@ from typing import Any
 from finetune_core.api import FineTuneJob
 from finetune_core.api.conditions import Reason
 from finetune_operator import messages
-from finetune_operator.kube.cluster import ApiError, Cluster, Manifest
+from finetune_operator.kube.client import ApiError, KubeClient, Manifest
 from finetune_operator.objects.labels import QUEUE_NAME, QUEUE_PRIORITY, attempt_labels, owner_reference
-from finetune_operator.objects.observed import ChildObservation, controller_uid, parse_time
-from finetune_operator.objects.pods import AttemptPlan, pod_template
-from finetune_operator.queue.problems import OutsideError
+from finetune_operator.objects.observations import ChildObservation, controller_uid, parse_time
+from finetune_operator.objects.pod_template import AttemptSpec, pod_template
+from finetune_operator.queue.retryable import RetryableError
 
 
-def build_pytorchjob(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
+def build_pytorchjob(job: FineTuneJob, plan: AttemptSpec) -> Manifest:
     """Return the PyTorchJob of an attempt."""
     resources = job.spec.resources
     labels = attempt_labels(job.metadata.name, job.metadata.uid, plan.number)
@@ -81,11 +81,11 @@ class PyTorchJobBackend:
 
     kind = "PyTorchJob"
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: KubeClient) -> None:
         """Use ``cluster`` for every request."""
         self._cluster = cluster
 
-    def build(self, job: FineTuneJob, plan: AttemptPlan) -> Manifest:
+    def build(self, job: FineTuneJob, plan: AttemptSpec) -> Manifest:
         """Return the PyTorchJob of an attempt."""
         return build_pytorchjob(job, plan)
 
@@ -102,7 +102,7 @@ class PyTorchJobBackend:
         if existing is None:
             raise ApiError(409, "Conflict", f"PyTorchJob {name} was deleted while it was created")
         if existing.owner_uid != owner:
-            raise OutsideError(Reason.NAME_CONFLICT, messages.name_conflict(self.kind, name))
+            raise RetryableError(Reason.NAME_CONFLICT, messages.name_conflict(self.kind, name))
         return existing
 
     async def observe(self, namespace: str, name: str) -> ChildObservation | None:
@@ -119,8 +119,8 @@ def _create_problem(error: ApiError, name: str) -> Exception:
     """Return what stands in the way: a missing kind, a webhook, a policy; or the error where it is the server's."""
     if error.status == 404 and not error.reason:
         # The server's plain "404 page not found": it does not know the kind. A missing namespace has a reason.
-        return OutsideError(Reason.BACKEND_UNAVAILABLE, messages.backend_missing())
+        return RetryableError(Reason.BACKEND_UNAVAILABLE, messages.backend_missing())
     if error.is_refusal:
         message = messages.backend_refused("PyTorchJob", name, error.message)
-        return OutsideError(Reason.BACKEND_UNAVAILABLE, message)
+        return RetryableError(Reason.BACKEND_UNAVAILABLE, message)
     return error

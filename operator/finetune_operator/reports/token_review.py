@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from finetune_operator.kube.cluster import ApiError, Cluster
+from finetune_operator.kube.client import ApiError, KubeClient
 
 CACHE_SECONDS = 60.0
 CACHE_ENTRIES = 4096
@@ -53,7 +53,7 @@ def parse_review(status: Mapping[str, Any], audience: str) -> TokenPod | None:
 class TokenReviewer:
     """Asks the API server about tokens; refusals are kept too, so that a wrong token costs one review a minute."""
 
-    def __init__(self, cluster: Cluster, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, cluster: KubeClient, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Take ``clock`` (seconds) from outside, so that tests are exact."""
         self._cluster = cluster
         self._clock = clock

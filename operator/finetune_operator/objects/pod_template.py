@@ -37,7 +37,7 @@ GPU_PRODUCT_LABEL = "nvidia.com/gpu.product"
 ISTIO_INJECTION = "sidecar.istio.io/inject"
 USER = 65532
 """User and group of the pods; volumes get the group."""
-GRACE_SECONDS = 90
+TERMINATION_GRACE_SECONDS = 90
 """Time to commit a checkpoint after SIGTERM. Node loss shows after about 50 s, its taint is tolerated for 30 s and
 a dead pod is waited for 60 s beyond its grace period: with 90 s a new attempt starts within four minutes."""
 UNREACHABLE_SECONDS = 30
@@ -50,7 +50,7 @@ Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttemptPlan:
+class AttemptSpec:
     """What an attempt is built from, beside the job itself."""
 
     number: int
@@ -61,7 +61,7 @@ class AttemptPlan:
     """Address of the report server."""
 
 
-def pod_template(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
+def pod_template(job: FineTuneJob, plan: AttemptSpec) -> Manifest:
     """Return the template of every pod of the attempt."""
     template = job.spec.pod_template
     labels = dict(template.labels) | attempt_labels(job.metadata.name, job.metadata.uid, plan.number)
@@ -74,7 +74,7 @@ def pod_template(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
         "serviceAccountName": template.service_account_name,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": TERMINATION_GRACE_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,
@@ -97,7 +97,7 @@ def pod_template(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
     return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
 
 
-def _container(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
+def _container(job: FineTuneJob, plan: AttemptSpec) -> Manifest:
     """The image's own entry point runs: in exec form it is PID 1 and gets SIGTERM."""
     return {
         "name": TRAINING_CONTAINER,
@@ -115,7 +115,7 @@ def _container(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
     }
 
 
-def _environment(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
+def _environment(job: FineTuneJob, plan: AttemptSpec) -> list[Manifest]:
     values = {
         "namespace": {"value": job.metadata.namespace},
         "name": {"value": job.metadata.name},
@@ -206,7 +206,7 @@ def _mounts(job: FineTuneJob) -> list[Manifest]:
     return mounts
 
 
-def _volumes(job: FineTuneJob, plan: AttemptPlan) -> list[Manifest]:
+def _volumes(job: FineTuneJob, plan: AttemptSpec) -> list[Manifest]:
     token = {
         "audience": report_audience(job.metadata.uid),
         "expirationSeconds": TOKEN_SECONDS,

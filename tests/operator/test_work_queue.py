@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from finetune_operator.queue.keyqueue import Key, KeyQueue, backoff_seconds
+from finetune_operator.queue.work_queue import Key, WorkQueue, backoff_seconds
 
 A, B = Key("team", "a"), Key("team", "b")
 
@@ -27,17 +27,17 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def queue(clock: Clock) -> KeyQueue:
-    return KeyQueue(clock=clock, jitter=lambda: 0.0)
+def queue(clock: Clock) -> WorkQueue:
+    return WorkQueue(clock=clock, jitter=lambda: 0.0)
 
 
-def test_a_hundred_additions_are_one_look(queue: KeyQueue) -> None:
+def test_a_hundred_additions_are_one_look(queue: WorkQueue) -> None:
     for _ in range(100):
         queue.add(A)
     assert (queue.pop(), queue.pop()) == (A, None)
 
 
-def test_a_key_in_work_is_not_given_out_twice_but_comes_again(queue: KeyQueue) -> None:
+def test_a_key_in_work_is_not_given_out_twice_but_comes_again(queue: WorkQueue) -> None:
     queue.add(A)
     assert queue.pop() == A
     queue.add(A)
@@ -46,13 +46,13 @@ def test_a_key_in_work_is_not_given_out_twice_but_comes_again(queue: KeyQueue) -
     assert queue.pop() == A
 
 
-def test_keys_come_in_the_order_of_their_first_addition(queue: KeyQueue) -> None:
+def test_keys_come_in_the_order_of_their_first_addition(queue: WorkQueue) -> None:
     for key in (A, B, A):
         queue.add(key)
     assert [queue.pop(), queue.pop()] == [A, B]
 
 
-def test_the_earlier_of_two_times_counts(queue: KeyQueue, clock: Clock) -> None:
+def test_the_earlier_of_two_times_counts(queue: WorkQueue, clock: Clock) -> None:
     queue.add_after(A, 10)
     queue.add_after(A, 5)
     queue.add_after(A, 20)
@@ -65,7 +65,7 @@ def test_the_earlier_of_two_times_counts(queue: KeyQueue, clock: Clock) -> None:
     assert queue.pop() is None
 
 
-def test_failures_back_off_and_a_success_resets(queue: KeyQueue) -> None:
+def test_failures_back_off_and_a_success_resets(queue: WorkQueue) -> None:
     delays = [queue.retry(A) for _ in range(4)]
     assert delays == [0.2, 0.4, 0.8, 1.6]
     queue.forgive(A)
@@ -78,7 +78,7 @@ def test_back_off_is_bounded_and_jitter_only_shortens_it() -> None:
     assert backoff_seconds(1, jitter=0, least=10) == 10
 
 
-def test_a_dropped_key_leaves_nothing_behind(queue: KeyQueue, clock: Clock) -> None:
+def test_a_dropped_key_leaves_nothing_behind(queue: WorkQueue, clock: Clock) -> None:
     queue.retry(A)
     queue.drop(A)
     clock.now = 1000
@@ -87,7 +87,7 @@ def test_a_dropped_key_leaves_nothing_behind(queue: KeyQueue, clock: Clock) -> N
 
 
 async def test_waiting_workers_share_the_keys() -> None:
-    queue = KeyQueue()
+    queue = WorkQueue()
     workers = [asyncio.ensure_future(queue.get()) for _ in range(2)]
     await asyncio.sleep(0)
     queue.add(A)

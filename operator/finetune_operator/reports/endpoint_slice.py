@@ -14,7 +14,7 @@ from typing import Final
 
 import aiohttp
 
-from finetune_operator.kube.cluster import ApiError, Cluster, Manifest
+from finetune_operator.kube.client import ApiError, KubeClient, Manifest
 from finetune_operator.objects.labels import MANAGER
 
 logger = logging.getLogger(__name__)
@@ -75,10 +75,10 @@ def leads_to(stored: Manifest, wanted: Manifest) -> bool:
     )
 
 
-class Announcer:
+class EndpointSlicePublisher:
     """Keeps the slice true while this process leads."""
 
-    def __init__(self, cluster: Cluster, endpoint: ReportEndpoint) -> None:
+    def __init__(self, cluster: KubeClient, endpoint: ReportEndpoint) -> None:
         """Announce ``endpoint``."""
         self._cluster = cluster
         self._wanted = slice_manifest(endpoint)

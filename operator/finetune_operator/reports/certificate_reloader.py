@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 import aiohttp
 
-from finetune_operator.kube.cluster import ApiError
+from finetune_operator.kube.client import ApiError
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.reports.certificates import CertificateError, Serving, load_into
 
@@ -27,7 +27,7 @@ class CertificateSource(Protocol):
         """Return certificates that are good at ``now``; raises CertificateError where there are none."""
 
 
-class ServingCertificates:
+class CertificateReloader:
     """The certificates in use, renewed while the server runs."""
 
     def __init__(self, source: CertificateSource, context: ssl.SSLContext, metrics: Metrics) -> None:
@@ -55,9 +55,9 @@ class ServingCertificates:
         """Look every ``seconds``, for ever; a failure leaves days to try again."""
         while True:
             await asyncio.sleep(seconds)
-            await self.load_patiently()
+            await self.load_with_retries()
 
-    async def load_patiently(self) -> None:
+    async def load_with_retries(self) -> None:
         """Load, and try again every few seconds: the API server may be away, the Secret may come later."""
         while True:
             try:

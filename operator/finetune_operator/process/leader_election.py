@@ -32,7 +32,7 @@ CALL_SECONDS: Final = 3.0
 LOST_EXIT_CODE: Final = 1
 
 
-class TimedLease(LeaseLock):  # type: ignore[misc]
+class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
     """The Lease. A call that fails, in whatever way, answers False; none takes longer than three seconds."""
 
     def __init__(self, name: str, namespace: str, identity: str, client: Any, clock: Callable[[], float]) -> None:
@@ -98,12 +98,12 @@ def end_process(code: int) -> None:
     os._exit(code)
 
 
-class Leadership:
+class LeaderElector:
     """Gets, keeps and gives back the Lease."""
 
     def __init__(
         self,
-        lease: TimedLease,
+        lease: TimedLeaseLock,
         *,
         end: Callable[[int], None] = end_process,
         clock: Callable[[], float] = time.monotonic,

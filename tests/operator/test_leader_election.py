@@ -13,8 +13,13 @@ import pytest
 from kubernetes.aio.client import V1Lease, V1LeaseSpec, V1ObjectMeta
 from kubernetes.aio.client.exceptions import ApiException
 
-from finetune_operator.process import leadership as leadership_module
-from finetune_operator.process.leadership import LEASE_SECONDS, RENEW_DEADLINE_SECONDS, Leadership, TimedLease
+from finetune_operator.process import leader_election
+from finetune_operator.process.leader_election import (
+    LEASE_SECONDS,
+    RENEW_DEADLINE_SECONDS,
+    LeaderElector,
+    TimedLeaseLock,
+)
 
 
 class EndedError(Exception):
@@ -70,33 +75,33 @@ def server() -> OneLease:
 
 
 @pytest.fixture
-def candidate(server: OneLease, clock: Clock) -> Leadership:
-    lease = TimedLease("operator", "system", "me_1", None, clock)
+def candidate(server: OneLease, clock: Clock) -> LeaderElector:
+    lease = TimedLeaseLock("operator", "system", "me_1", None, clock)
     lease.api_instance = server
 
     def end(code: int) -> None:
         raise EndedError(code)
 
-    return Leadership(lease, end=end, clock=clock)
+    return LeaderElector(lease, end=end, clock=clock)
 
 
 def nothing() -> None:
     """Called when the Lease could be read."""
 
 
-async def test_an_empty_lease_is_taken_at_once(candidate: Leadership, server: OneLease) -> None:
+async def test_an_empty_lease_is_taken_at_once(candidate: LeaderElector, server: OneLease) -> None:
     await candidate.acquire(nothing)
     assert server.spec is not None
     assert server.spec.holder_identity == "me_1"
     candidate.check()
 
 
-def test_nothing_may_be_written_without_the_lease(candidate: Leadership) -> None:
+def test_nothing_may_be_written_without_the_lease(candidate: LeaderElector) -> None:
     with pytest.raises(EndedError):
         candidate.check()
 
 
-async def test_a_leader_that_stood_still_may_write_nothing(candidate: Leadership, clock: Clock) -> None:
+async def test_a_leader_that_stood_still_may_write_nothing(candidate: LeaderElector, clock: Clock) -> None:
     await candidate.acquire(nothing)
     clock.now += RENEW_DEADLINE_SECONDS - 0.1
     candidate.check()
@@ -106,11 +111,11 @@ async def test_a_leader_that_stood_still_may_write_nothing(candidate: Leadership
 
 
 async def test_a_wall_clock_set_forward_takes_no_lease_from_its_holder(
-    server: OneLease, clock: Clock, candidate: Leadership, monkeypatch: pytest.MonkeyPatch
+    server: OneLease, clock: Clock, candidate: LeaderElector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.held_by("other_1")
     assert not await candidate._try()
-    jump = leadership_module.time.time() + 3600
+    jump = leader_election.time.time() + 3600
     monkeypatch.setattr("kubernetes.aio.leaderelection.leaderelection.time.time", lambda: jump)
     assert not await candidate._try()
     assert server.writes == 0
@@ -119,9 +124,9 @@ async def test_a_wall_clock_set_forward_takes_no_lease_from_its_holder(
 
 
 async def test_a_leader_that_finds_another_holder_ends(
-    server: OneLease, candidate: Leadership, monkeypatch: pytest.MonkeyPatch
+    server: OneLease, candidate: LeaderElector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leadership_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(leader_election, "RETRY_SECONDS", 0.0)
     await candidate.acquire(nothing)
     server.held_by("other_1")
     with pytest.raises(EndedError):
@@ -139,9 +144,9 @@ async def test_a_leader_that_finds_another_holder_ends(
     ids=lambda error: type(error).__name__,
 )
 async def test_an_error_counts_as_not_renewed_until_the_deadline(
-    server: OneLease, clock: Clock, candidate: Leadership, monkeypatch: pytest.MonkeyPatch, error: Exception
+    server: OneLease, clock: Clock, candidate: LeaderElector, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(leadership_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(leader_election, "RETRY_SECONDS", 0.0)
     await candidate.acquire(nothing)
     tries = []
 
@@ -157,15 +162,15 @@ async def test_an_error_counts_as_not_renewed_until_the_deadline(
 
 
 async def test_a_call_that_hangs_is_given_up(
-    server: OneLease, candidate: Leadership, monkeypatch: pytest.MonkeyPatch
+    server: OneLease, candidate: LeaderElector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leadership_module, "CALL_SECONDS", 0.01)
+    monkeypatch.setattr(leader_election, "CALL_SECONDS", 0.01)
     server.before = lambda: asyncio.sleep(60)
     assert not await candidate._try()
 
 
 async def test_a_released_lease_has_no_holder_and_a_foreign_one_is_left_alone(
-    server: OneLease, candidate: Leadership
+    server: OneLease, candidate: LeaderElector
 ) -> None:
     await candidate.acquire(nothing)
     await candidate.release()

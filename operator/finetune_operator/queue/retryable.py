@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune_core.api.conditions import Reason
 
 
-class OutsideError(Exception):
+class RetryableError(Exception):
     """An object can't be created for a reason that the job's author can't put right in the spec."""
 
     def __init__(self, reason: Reason, message: str) -> None:

@@ -9,14 +9,14 @@ from finetune_core.api import FineTuneJob
 from finetune_core.api.conditions import Reason
 from finetune_core.contract import CA_FILE, RUN_FILE, RunConfig
 from finetune_operator import messages
-from finetune_operator.kube.cluster import ApiError, Cluster, Manifest
+from finetune_operator.kube.client import ApiError, KubeClient, Manifest
 from finetune_operator.objects.labels import attempt_labels, owner_reference
-from finetune_operator.objects.observed import controller_uid
-from finetune_operator.objects.pods import AttemptPlan
-from finetune_operator.queue.problems import OutsideError
+from finetune_operator.objects.observations import controller_uid
+from finetune_operator.objects.pod_template import AttemptSpec
+from finetune_operator.queue.retryable import RetryableError
 
 
-def build_config_map(job: FineTuneJob, plan: AttemptPlan, config: RunConfig, ca_bundle: str) -> Manifest:
+def build_config_map(job: FineTuneJob, plan: AttemptSpec, config: RunConfig, ca_bundle: str) -> Manifest:
     """Return the ConfigMap of an attempt."""
     return {
         "apiVersion": "v1",
@@ -35,8 +35,8 @@ def build_config_map(job: FineTuneJob, plan: AttemptPlan, config: RunConfig, ca_
     }
 
 
-async def create_config_map(cluster: Cluster, manifest: Manifest) -> None:
-    """Create the ConfigMap, or accept the one of an earlier try; raises OutsideError where it can't be."""
+async def create_config_map(cluster: KubeClient, manifest: Manifest) -> None:
+    """Create the ConfigMap, or accept the one of an earlier try; raises RetryableError where it can't be."""
     metadata = manifest["metadata"]
     try:
         await cluster.create_config_map(manifest)
@@ -44,15 +44,15 @@ async def create_config_map(cluster: Cluster, manifest: Manifest) -> None:
         if error.status != 409:
             if error.status in (400, 403, 422):
                 message = messages.backend_refused("ConfigMap", metadata["name"], error.message)
-                raise OutsideError(Reason.BACKEND_UNAVAILABLE, message) from error
+                raise RetryableError(Reason.BACKEND_UNAVAILABLE, message) from error
             raise
         existing = await cluster.get_config_map(metadata["namespace"], metadata["name"])
         if existing is not None and controller_uid(existing) != controller_uid(manifest):
             problem = messages.name_conflict("ConfigMap", metadata["name"])
-            raise OutsideError(Reason.NAME_CONFLICT, problem) from error
+            raise RetryableError(Reason.NAME_CONFLICT, problem) from error
 
 
-async def remove_config_map(cluster: Cluster, namespace: str, name: str, owner_uid: str) -> None:
+async def delete_config_map(cluster: KubeClient, namespace: str, name: str, owner_uid: str) -> None:
     """Delete the ConfigMap if it exists and belongs to the job with ``owner_uid``."""
     existing = await cluster.get_config_map(namespace, name)
     if existing is not None and controller_uid(existing) == owner_uid:

@@ -17,8 +17,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-FIRST_DELAY_SECONDS = 0.2
-LONGEST_DELAY_SECONDS = 300.0
+BASE_DELAY_SECONDS = 0.2
+MAX_DELAY_SECONDS = 300.0
 
 
 class Key(NamedTuple):
@@ -32,17 +32,17 @@ class Key(NamedTuple):
         return f"{self.namespace}/{self.name}"
 
 
-def backoff_seconds(failures: int, *, jitter: float, least: float = FIRST_DELAY_SECONDS) -> float:
+def backoff_seconds(failures: int, *, jitter: float, least: float = BASE_DELAY_SECONDS) -> float:
     """Return the delay after ``failures`` failures in a row (at least 1): doubled each time, at most 300 s.
 
     ``jitter`` from 0 to 1 takes away up to a quarter, so that keys which failed together come back apart.
     """
     # 2**40 is far beyond the cap: the exponent stays bounded for a key that has failed for weeks.
-    delay = min(LONGEST_DELAY_SECONDS, least * 2.0 ** min(failures - 1, 40))
+    delay = min(MAX_DELAY_SECONDS, least * 2.0 ** min(failures - 1, 40))
     return delay * (1 - jitter / 4)
 
 
-class KeyQueue:
+class WorkQueue:
     """Queue of keys with deduplication, delays and per-key back-off; for one event loop."""
 
     def __init__(
@@ -90,7 +90,7 @@ class KeyQueue:
         heapq.heappush(self._heap, (due, key))
         self._changed.set()
 
-    def retry(self, key: Key, *, least: float = FIRST_DELAY_SECONDS) -> float:
+    def retry(self, key: Key, *, least: float = BASE_DELAY_SECONDS) -> float:
         """Queue ``key`` after its back-off and return the seconds; ``least`` is the first delay."""
         self._failures[key] = self._failures.get(key, 0) + 1
         delay = backoff_seconds(self._failures[key], jitter=self._jitter(), least=least)

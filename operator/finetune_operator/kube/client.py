@@ -14,10 +14,10 @@ from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
 
 from finetune_core.api import API_VERSION, GROUP, KIND, PLURAL, VERSION
-from finetune_operator.kube.connections import fenced_client
-from finetune_operator.kube.permissions import Allowed
+from finetune_operator.kube.fencing import fenced_client
+from finetune_operator.kube.rbac import Allowed
 from finetune_operator.process.settings import Settings
-from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.work_queue import Key
 
 Manifest = dict[str, Any]
 
@@ -71,7 +71,7 @@ def _error(status: int, body: bytes) -> ApiError:
     return ApiError(status, "", body.decode(errors="replace").strip()[:512])
 
 
-class Cluster:
+class KubeClient:
     """Requests that the operator makes, one method for each."""
 
     def __init__(self, configuration: Any, fence: Callable[[], None]) -> None:
