@@ -73,15 +73,15 @@ class Replica:
             await self._lease_client.close()
 
     async def _wait_and_lead(self) -> None:
-        await self._leadership.acquire(self._activity.stood_by)
-        self._activity.began_to_lead()
-        await _until_first_ends(self._lead(), self._leadership.keep())
+        await self._leadership.acquire(self._activity.lease_read)
+        self._activity.started_leading()
+        await _until_first_ends(self._lead(), self._leadership.renew_forever())
 
     async def _lead(self) -> None:
         """Do what only the leader does: take reports, watch, reconcile."""
         settings = self._settings
         await self._certificates.load_with_retries()
-        await self._reports.start(settings.pod_ip, settings.report_port, self._context)
+        await self._reports.start(settings.report_port, settings.pod_ip, self._context)
         controller = self._controller()
         await _until_first_ends(
             watch(
@@ -91,7 +91,7 @@ class Replica:
                 configuration=self._configuration,
                 namespaces=settings.watch_namespaces,
             ),
-            self._certificates.keep(settings.resync_seconds),
+            self._certificates.reload_forever(settings.resync_seconds),
             *self._announcements(),
             controller.resync(settings.watch_namespaces, settings.resync_seconds),
             *(controller.work() for _ in range(settings.workers)),
@@ -133,7 +133,7 @@ class Replica:
             pod_name=settings.pod_name,
             pod_uid=settings.pod_uid,
         )
-        return [EndpointSlicePublisher(self._cluster, endpoint).keep()]
+        return [EndpointSlicePublisher(self._cluster, endpoint).publish_forever()]
 
 
 def _certificate_source(settings: Settings, cluster: KubeClient) -> CertificateSource:
@@ -145,7 +145,7 @@ def _certificate_source(settings: Settings, cluster: KubeClient) -> CertificateS
 
 async def run(settings: Settings) -> None:
     """Run the operator until SIGTERM; raises what ended it otherwise, and the process ends with it."""
-    await Replica(settings, await load_configuration(settings)).run()
+    await Replica(settings, await load_configuration(settings.kubeconfig)).run()
 
 
 def _stop_signal() -> asyncio.Event:

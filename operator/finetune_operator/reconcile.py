@@ -104,14 +104,14 @@ class Reconciler:
         if raw is None or "deletionTimestamp" in raw["metadata"]:
             # Owner references clear its objects away, also while no operator runs.
             self._memory.forget(key)
-            self._metrics.jobs.drop(key)
+            self._metrics.jobs.remove(key)
             return Outcome(gone=True)
-        record = parse_record(key, raw, self._memory.of(key), self._now())
+        record = parse_record(key, raw, self._memory.job(key), self._now())
         set_log_fields(**record.log)
-        record.memory.version = raw["metadata"]["resourceVersion"]
+        record.memory.resource_version = raw["metadata"]["resourceVersion"]
         if record.settled:
-            self._memory.expect(key, None)
-            self._metrics.jobs.show(key, record.stored)
+            self._memory.set_reporting_attempt(key, None)
+            self._metrics.jobs.update(key, record.stored)
             return Outcome(after=await self._settled_jobs.tidy(record))
         try:
             look = parse_look(record)

@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 import kopf
 
 from finetune_core.api import GROUP, PLURAL, VERSION
+from finetune_operator.kube.resources import PODS, PYTORCHJOBS
 from finetune_operator.objects.labels import OWNED_OBJECTS_SELECTOR, job_key
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.leader_election import end_process
@@ -69,8 +70,10 @@ def _settings(*, confined: bool) -> kopf.OperatorSettings:
     settings.watching.server_timeout = 300  # behind load balancers a watch can fall silent
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500
-    settings.watching.label_selectors["", "v1", "pods"] = OWNED_OBJECTS_SELECTOR
-    settings.watching.label_selectors["kubeflow.org", "v1", "pytorchjobs"] = OWNED_OBJECTS_SELECTOR
+    settings.watching.label_selectors[PODS.group, PODS.version, PODS.plural] = OWNED_OBJECTS_SELECTOR
+    settings.watching.label_selectors[PYTORCHJOBS.group, PYTORCHJOBS.version, PYTORCHJOBS.plural] = (
+        OWNED_OBJECTS_SELECTOR
+    )
     settings.queueing.worker_limit = None  # a limit holds slots of idle objects; our own workers are the limit
     settings.queueing.idle_timeout = 0.5  # a task and the object itself stay that long: 5 s are all jobs at a restart
     settings.scanning.disabled = confined  # needs a list of CRDs, which an operator of some namespaces has not
@@ -103,18 +106,18 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
     async def job_event(
         namespace: str | None, name: str | None, event: Mapping[str, Any], meta: Mapping[str, Any], **_: Any
     ) -> None:
-        activity.seen()
+        activity.event_received()
         if not (namespace and name):
             return
         key = Key(namespace, name)
         # At a start and after a break every job comes again, and the resync has brought most of them already.
-        if event["type"] == "DELETED" or not memory.has_seen(key, meta.get("resourceVersion", "")):
+        if event["type"] == "DELETED" or not memory.has_read(key, meta.get("resourceVersion", "")):
             queue.add(key)
 
-    @kopf.on.event("", "v1", "pods", registry=registry)
-    @kopf.on.event("kubeflow.org", "v1", "pytorchjobs", registry=registry)
+    @kopf.on.event(PODS.group, PODS.version, PODS.plural, registry=registry)
+    @kopf.on.event(PYTORCHJOBS.group, PYTORCHJOBS.version, PYTORCHJOBS.plural, registry=registry)
     async def owned_event(namespace: str | None, labels: Mapping[str, str], **_: Any) -> None:
-        activity.seen()
+        activity.event_received()
         if key := job_key(namespace, labels):
             queue.add(key)
 

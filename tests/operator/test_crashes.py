@@ -382,16 +382,16 @@ async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_check
         pod["metadata"]["deletionTimestamp"] = server.now.isoformat()
     await operator.reconcile(KEY)
     assert server.job["status"]["attempts"].get("current") is None
-    reporting = memory.reporting(KEY)
+    reporting = memory.reporting_attempt(KEY)
     assert reporting is not None
     assert (reporting.attempt, len(reporting.pod_uids)) == (1, 2)
-    memory.remember(KEY, _report(20), server.now)
+    memory.store_report(KEY, _report(20), server.now)
     await operator.reconcile(KEY)
-    memory.remember(KEY, _report(20, 46), server.now)
+    memory.store_report(KEY, _report(20, 46), server.now)
     # The pods go before new numbers may be written again.
     server.pods = []
     outcome = await operator.reconcile(KEY)
-    assert memory.reporting(KEY) is None
+    assert memory.reporting_attempt(KEY) is None
     assert outcome.after is not None
     server.pass_time(outcome.after)
     await operator.reconcile(KEY)

@@ -50,7 +50,7 @@ def series(metrics: Metrics) -> dict[str, float]:
 
 def test_every_number_of_a_job_is_a_series_and_goes_with_the_job() -> None:
     metrics = Metrics(now=lambda: at(90))
-    metrics.jobs.show(KEY, full_status())
+    metrics.jobs.update(KEY, full_status())
     job = '{job_name="quickstart",job_namespace="team"}'
     kinds = {
         kind: f'{{job_name="quickstart",job_namespace="team",kind="{kind}"}}' for kind in ("started", "charged", "free")
@@ -70,7 +70,7 @@ def test_every_number_of_a_job_is_a_series_and_goes_with_the_job() -> None:
         f"finetune_job_gpu_seconds_total{job}": 3600,
     }
     assert {_sorted(name): value for name, value in series(metrics).items()} == expected
-    metrics.jobs.drop(KEY)
+    metrics.jobs.remove(KEY)
     assert series(metrics) == {}
 
 
@@ -82,7 +82,7 @@ def _sorted(name: str) -> str:
 def test_a_settled_job_is_shown_for_an_hour() -> None:
     moment = [at(0)]
     metrics = Metrics(now=lambda: moment[0])
-    metrics.jobs.show(KEY, full_status(completion_time=NOW))
+    metrics.jobs.update(KEY, full_status(completion_time=NOW))
     moment[0] = at(3599)
     assert series(metrics)
     moment[0] = at(3601)
@@ -91,7 +91,7 @@ def test_a_settled_job_is_shown_for_an_hour() -> None:
 
 def test_what_is_not_known_is_no_series() -> None:
     metrics = Metrics()
-    metrics.jobs.show(KEY, FineTuneJobStatus())
+    metrics.jobs.update(KEY, FineTuneJobStatus())
     shown = {name.partition("{")[0] for name in series(metrics)}
     assert shown == {"finetune_job_attempts", "finetune_job_gpu_seconds_total"}
 

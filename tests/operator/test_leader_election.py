@@ -130,7 +130,7 @@ async def test_a_leader_that_finds_another_holder_ends(
     await candidate.acquire(nothing)
     server.held_by("other_1")
     with pytest.raises(EndedError):
-        await candidate.keep()
+        await candidate.renew_forever()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ async def test_an_error_counts_as_not_renewed_until_the_deadline(
 
     server.before = fail
     with pytest.raises(EndedError):
-        await candidate.keep()
+        await candidate.renew_forever()
     assert len(tries) == 4  # at 0, 3, 6 and 9 s: the deadline is 10 s
 
 

@@ -64,7 +64,7 @@ def reviews() -> Reviews:
 @pytest.fixture
 def memory() -> Memory:
     memory = Memory()
-    memory.expect(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset({"pod-0", "pod-1"})))
+    memory.set_reporting_attempt(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset({"pod-0", "pod-1"})))
     return memory
 
 
@@ -98,7 +98,7 @@ async def test_a_report_of_rank_0_is_remembered_and_queues_the_job(
     client: TestClient[Any, Any], memory: Memory, queue: WorkQueue
 ) -> None:
     assert await post(client, "good", body()) == 204
-    report = memory.of(KEY).report
+    report = memory.job(KEY).report
     assert report is not None
     assert report.step == 5
     assert queue.pop() == KEY
@@ -126,7 +126,7 @@ async def test_a_refused_report_is_counted_and_never_shown(
     client: TestClient[Any, Any], memory: Memory, metrics: Metrics, token: str | None, data: str, path: str, status: int
 ) -> None:
     assert await post(client, token, data, path) == status
-    assert memory.of(KEY).report is None
+    assert memory.job(KEY).report is None
     assert f'finetune_reports_refused_total{{code="{status}"}} 1.0' in metrics.render().decode()
 
 
@@ -137,11 +137,11 @@ async def test_a_token_is_reviewed_once_a_minute(client: TestClient[Any, Any], r
 
 
 def test_a_new_attempt_forgets_the_report_of_the_old_one(memory: Memory) -> None:
-    memory.remember(KEY, Report.model_validate_json(body()), NOW)
-    memory.expect(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset()))
-    assert memory.of(KEY).report is not None
-    memory.expect(KEY, ReportingAttempt(uid=UID, attempt=3, pod_uids=frozenset()))
-    assert memory.of(KEY).report is None
+    memory.store_report(KEY, Report.model_validate_json(body()), NOW)
+    memory.set_reporting_attempt(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset()))
+    assert memory.job(KEY).report is not None
+    memory.set_reporting_attempt(KEY, ReportingAttempt(uid=UID, attempt=3, pod_uids=frozenset()))
+    assert memory.job(KEY).report is None
 
 
 async def test_answers_of_the_api_server_age() -> None:
@@ -166,7 +166,7 @@ async def test_kubeflows_protocol_is_taken_with_200_and_the_same_token(
     client: TestClient[Any, Any], memory: Memory
 ) -> None:
     assert await post(client, "good", KUBEFLOW_BODY, KUBEFLOW_PATH) == 200
-    report = memory.of(KEY).report
+    report = memory.job(KEY).report
     assert report is not None
     assert (report.step, report.total_steps, report.pod_uid) == (5, 100, "pod-0")
 
@@ -187,14 +187,14 @@ async def test_kubeflows_protocol_is_refused_for_the_same_reasons(
     client: TestClient[Any, Any], memory: Memory, metrics: Metrics, token: str | None, data: str, code: int
 ) -> None:
     assert await post(client, token, data, KUBEFLOW_PATH) == code
-    assert memory.of(KEY).report is None
+    assert memory.job(KEY).report is None
     assert f'finetune_reports_refused_total{{code="{code}"}} 1.0' in metrics.render().decode()
 
 
 async def test_an_attempt_speaks_with_one_voice(client: TestClient[Any, Any], memory: Memory) -> None:
     assert await post(client, "good", body()) == 204
     assert await post(client, "good", KUBEFLOW_BODY, KUBEFLOW_PATH) == 409
-    report = memory.of(KEY).report
+    report = memory.job(KEY).report
     assert report is not None
     assert report.metrics == {"loss": 1.5}
 
@@ -214,7 +214,7 @@ async def test_reports_wait_out_an_api_server_that_reviews_no_token(
 async def test_reports_of_nothing_but_numbers_cost_no_look_before_they_may_be_written(
     client: TestClient[Any, Any], memory: Memory, queue: WorkQueue
 ) -> None:
-    memory.of(KEY).status_written_at = time.monotonic() + 3600  # whatever the machine does, the ten seconds last
+    memory.job(KEY).status_written_at = time.monotonic() + 3600  # whatever the machine does, the ten seconds last
     assert await post(client, "good", body()) == 204
     assert queue.pop() == KEY, "the first report of an attempt is news"
     queue.done(KEY)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from finetune_core.contract import TOKEN_FILE, report_audience
-from finetune_operator.reports.certificates import LEAF_LIFETIME, from_data, renewed
+from finetune_operator.reports.certificates import LEAF_LIFETIME, from_secret_data, renew_if_due
 from tests.cluster import wait_for
 from tests.cluster.layout import HOST_ADDRESS
 from tests.operator.conftest import (
@@ -141,10 +141,10 @@ def presented(installed: Installed) -> str:
 def ending_in(days: int, data: dict[str, str]) -> dict[str, str]:
     """Return the Secret's data with a certificate of the same CA that ends in ``days``."""
     then = datetime.now(UTC) - LEAF_LIFETIME + timedelta(days=days)
-    old = from_data(data)
+    old = from_secret_data(data)
     assert old is not None
-    elsewhere = renewed(old, hostname="elsewhere", now=then)
-    return renewed(elsewhere, hostname=HOST_ADDRESS, now=then).to_data()
+    elsewhere = renew_if_due(old, hostname="elsewhere", now=then)
+    return renew_if_due(elsewhere, hostname=HOST_ADDRESS, now=then).to_data()
 
 
 @pytest.mark.long

@@ -65,13 +65,13 @@ async def test_healthz_turns_red_after_three_silent_periods_and_readyz_waits_for
                 return response.status
 
         assert (await status("/healthz"), await status("/readyz")) == (200, 503)
-        activity.listed()
+        activity.jobs_listed()
         assert await status("/readyz") == 200
         now[0] = 900.0
         assert await status("/healthz") == 200
         now[0] = 901.0
         assert await status("/healthz") == 503
-        activity.seen()
+        activity.event_received()
         assert await status("/healthz") == 200
         assert await status("/metrics") == 200
 
@@ -82,5 +82,5 @@ def test_silence_ages_and_news_make_young() -> None:
     assert not activity.ready
     now[0] = 900.0
     assert activity.age() == 900
-    activity.listed()
+    activity.jobs_listed()
     assert (activity.age(), activity.ready) == (0, True)

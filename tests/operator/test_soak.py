@@ -164,7 +164,7 @@ async def test_nothing_grows_and_nothing_stays(events: int) -> None:
         assert len(soak.memory) == len(soak.queue) == soak.queue.delayed == 0
         assert not soak.queue._heap
         assert not soak.queue._failures
-        assert not soak.queue._busy
+        assert not soak.queue._processing
         gc.collect()
         held.append(resident_bytes())
     assert soak.metrics.reconciles.labels(result="error")._value.get() == 0

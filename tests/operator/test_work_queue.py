@@ -66,21 +66,21 @@ def test_the_earlier_of_two_times_counts(queue: WorkQueue, clock: Clock) -> None
 
 
 def test_failures_back_off_and_a_success_resets(queue: WorkQueue) -> None:
-    delays = [queue.retry(A) for _ in range(4)]
+    delays = [queue.add_rate_limited(A) for _ in range(4)]
     assert delays == [0.2, 0.4, 0.8, 1.6]
-    queue.forgive(A)
-    assert queue.retry(A) == 0.2
+    queue.forget(A)
+    assert queue.add_rate_limited(A) == 0.2
 
 
 def test_back_off_is_bounded_and_jitter_only_shortens_it() -> None:
     assert backoff_seconds(1000, jitter=0) == 300
     assert backoff_seconds(1000, jitter=1) == 225
-    assert backoff_seconds(1, jitter=0, least=10) == 10
+    assert backoff_seconds(1, jitter=0, base=10) == 10
 
 
 def test_a_dropped_key_leaves_nothing_behind(queue: WorkQueue, clock: Clock) -> None:
-    queue.retry(A)
-    queue.drop(A)
+    queue.add_rate_limited(A)
+    queue.discard(A)
     clock.now = 1000
     assert queue.pop() is None
     assert queue.delayed == 0

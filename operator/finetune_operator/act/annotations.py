@@ -49,5 +49,5 @@ class CheckpointAnnotations:
                 await self._cluster.annotate_pod(look.key.namespace, pod.name, pod.uid, {LAST_CHECKPOINT_TIME: value})
             except ApiError as error:
                 # Nothing of the job depends on it; the next look tries again.
-                if error.status not in (404, 409):
+                if not (error.is_not_found or error.is_conflict):
                     logger.warning("pod %s was not annotated: %s", pod.name, error, extra=look.log)

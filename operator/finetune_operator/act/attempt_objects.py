@@ -71,7 +71,7 @@ class AttemptObjects:
         """Keep ``problem``, and when to try again: after 10 s, doubled up to 5 min."""
         memory.failures += 1
         memory.problem = problem
-        memory.retry_at = self._clock() + backoff_seconds(memory.failures, jitter=0, least=FIRST_RETRY_SECONDS)
+        memory.retry_at = self._clock() + backoff_seconds(memory.failures, jitter=0, base=FIRST_RETRY_SECONDS)
 
     def forgive(self, memory: JobMemory) -> None:
         """Forget what stood in the way: it is gone, or it stood in the way of an attempt that has ended since."""

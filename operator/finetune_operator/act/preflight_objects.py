@@ -12,7 +12,8 @@ from finetune_core.names import preflight_name
 from finetune_operator import messages
 from finetune_operator.act.attempt_objects import AttemptObjects
 from finetune_operator.decide.preflight import Check, Next, Situation, check
-from finetune_operator.kube.client import ApiError, KubeClient, Manifest
+from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.config_map import create_config_map, delete_config_map
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import PodObservation, controller_uid, parse_preflight_pod
@@ -103,7 +104,7 @@ class Preflights:
         try:
             await self._cluster.create_pod(pod)
         except ApiError as error:
-            if error.status == 409:
+            if error.is_conflict:
                 await self._accept_existing(look, pod)
             elif error.is_refusal:
                 message = messages.backend_refused("Pod", name, error.message)

@@ -157,7 +157,7 @@ def _cause(record: PreflightStatus) -> str:
 
 def _recorded(record: PreflightStatus, verdict: Verdict, message: str, now: datetime) -> PreflightStatus:
     """Account a try: once, because its pod is a leftover afterwards."""
-    pause = backoff_seconds(record.tries + 1, jitter=0, least=FIRST_RETRY_SECONDS)
+    pause = backoff_seconds(record.tries + 1, jitter=0, base=FIRST_RETRY_SECONDS)
     return record.model_copy(
         update={
             "tries": record.tries + 1,

@@ -1,69 +1,91 @@
-"""Every verb that the operator uses, in one table: requests name their entry, the chart's roles equal the table."""
+"""The table of RBAC permissions that the operator needs: every verb on every resource.
+
+`client.py` names an entry of the table in each request. A test compares the table with the roles in the Helm chart,
+so that the chart grants exactly these permissions.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
-from finetune_core.api import GROUP, PLURAL
+from finetune_operator.kube.resources import (
+    CONFIG_MAPS,
+    CRDS,
+    ENDPOINT_SLICES,
+    EVENTS,
+    FINETUNEJOBS,
+    LEASES,
+    PODS,
+    PYTORCHJOBS,
+    SECRETS,
+    TOKEN_REVIEWS,
+    Resource,
+)
 
 
-class Scope(StrEnum):
-    """Where a permission is needed."""
+class RoleScope(StrEnum):
+    """The kind of role that grants a permission."""
 
     JOBS = "jobs"
-    """In every served namespace: a ClusterRole, or a Role in each of `watchNamespaces`."""
+    """Needed in every served namespace: a ClusterRole, or a Role in each namespace of the chart's `watchNamespaces`."""
     ANNOTATIONS = "annotations"
-    """As JOBS, unless the annotation for schedulers is switched off."""
+    """As JOBS, but not granted where the chart switches the checkpoint annotation of pods off."""
     CLUSTER = "cluster"
-    """Of cluster-wide objects: a ClusterRole in any case."""
+    """For cluster-scoped resources: always a ClusterRole."""
     DISCOVERY = "discovery"
-    """Of cluster-wide objects, only where all namespaces are served: kopf notices CRDs that are installed later."""
+    """For CRDs, needed only where all namespaces are served: kopf then notices CRDs that are installed later."""
     OWN = "own"
-    """In the operator's own namespace, of one object by name."""
+    """In the operator's own namespace, limited to one object by `resourceNames`."""
     OWN_NEW = "own-new"
-    """In the operator's own namespace; a role can't name what is yet to be created."""
+    """In the operator's own namespace without `resourceNames`, because RBAC can't limit `create` to a name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Permission:
-    """One verb on one resource."""
+class PolicyRule:
+    """One verb on one resource, and the kind of role that grants the verb."""
 
-    group: str
-    resource: str
+    resource: Resource
     verb: str
-    scope: Scope = Scope.JOBS
+    scope: RoleScope = RoleScope.JOBS
+    subresource: str = ""
+    """For example ``"status"``; empty for the resource itself."""
+
+    @property
+    def rbac_resource(self) -> str:
+        """The resource as an RBAC rule writes it, for example ``"pods"`` or ``"pods/status"``."""
+        return f"{self.resource.plural}/{self.subresource}" if self.subresource else self.resource.plural
 
 
-class Allowed(Enum):
-    """The table."""
+class Permission(Enum):
+    """The permission table."""
 
-    GET_JOB = Permission(GROUP, PLURAL, "get")
-    LIST_JOBS = Permission(GROUP, PLURAL, "list")
-    WATCH_JOBS = Permission(GROUP, PLURAL, "watch")
-    APPLY_STATUS = Permission(GROUP, f"{PLURAL}/status", "patch")
-    GET_CHILD = Permission("kubeflow.org", "pytorchjobs", "get")
-    LIST_CHILDREN = Permission("kubeflow.org", "pytorchjobs", "list")
-    WATCH_CHILDREN = Permission("kubeflow.org", "pytorchjobs", "watch")
-    CREATE_CHILD = Permission("kubeflow.org", "pytorchjobs", "create")
-    DELETE_CHILD = Permission("kubeflow.org", "pytorchjobs", "delete")
-    LIST_PODS = Permission("", "pods", "list")
-    CREATE_POD = Permission("", "pods", "create")
-    DELETE_POD = Permission("", "pods", "delete")
-    WATCH_PODS = Permission("", "pods", "watch")
-    ANNOTATE_POD = Permission("", "pods/status", "patch", Scope.ANNOTATIONS)
-    GET_CONFIG_MAP = Permission("", "configmaps", "get")
-    CREATE_CONFIG_MAP = Permission("", "configmaps", "create")
-    DELETE_CONFIG_MAP = Permission("", "configmaps", "delete")
-    CREATE_EVENT = Permission("events.k8s.io", "events", "create")
-    LIST_EVENTS = Permission("events.k8s.io", "events", "list")
-    REVIEW_TOKEN = Permission("authentication.k8s.io", "tokenreviews", "create", Scope.CLUSTER)
-    LIST_CRDS = Permission("apiextensions.k8s.io", "customresourcedefinitions", "list", Scope.DISCOVERY)
-    WATCH_CRDS = Permission("apiextensions.k8s.io", "customresourcedefinitions", "watch", Scope.DISCOVERY)
-    GET_CERTIFICATES = Permission("", "secrets", "get", Scope.OWN)
-    UPDATE_CERTIFICATES = Permission("", "secrets", "update", Scope.OWN)
-    GET_LEASE = Permission("coordination.k8s.io", "leases", "get", Scope.OWN)
-    UPDATE_LEASE = Permission("coordination.k8s.io", "leases", "update", Scope.OWN)
-    GET_ENDPOINTS = Permission("discovery.k8s.io", "endpointslices", "get", Scope.OWN)
-    UPDATE_ENDPOINTS = Permission("discovery.k8s.io", "endpointslices", "update", Scope.OWN)
-    CREATE_ENDPOINTS = Permission("discovery.k8s.io", "endpointslices", "create", Scope.OWN_NEW)
+    GET_JOB = PolicyRule(FINETUNEJOBS, "get")
+    LIST_JOBS = PolicyRule(FINETUNEJOBS, "list")
+    WATCH_JOBS = PolicyRule(FINETUNEJOBS, "watch")
+    APPLY_STATUS = PolicyRule(FINETUNEJOBS, "patch", subresource="status")
+    GET_CHILD = PolicyRule(PYTORCHJOBS, "get")
+    LIST_CHILDREN = PolicyRule(PYTORCHJOBS, "list")
+    WATCH_CHILDREN = PolicyRule(PYTORCHJOBS, "watch")
+    CREATE_CHILD = PolicyRule(PYTORCHJOBS, "create")
+    DELETE_CHILD = PolicyRule(PYTORCHJOBS, "delete")
+    LIST_PODS = PolicyRule(PODS, "list")
+    CREATE_POD = PolicyRule(PODS, "create")
+    DELETE_POD = PolicyRule(PODS, "delete")
+    WATCH_PODS = PolicyRule(PODS, "watch")
+    ANNOTATE_POD = PolicyRule(PODS, "patch", RoleScope.ANNOTATIONS, subresource="status")
+    GET_CONFIG_MAP = PolicyRule(CONFIG_MAPS, "get")
+    CREATE_CONFIG_MAP = PolicyRule(CONFIG_MAPS, "create")
+    DELETE_CONFIG_MAP = PolicyRule(CONFIG_MAPS, "delete")
+    CREATE_EVENT = PolicyRule(EVENTS, "create")
+    LIST_EVENTS = PolicyRule(EVENTS, "list")
+    REVIEW_TOKEN = PolicyRule(TOKEN_REVIEWS, "create", RoleScope.CLUSTER)
+    LIST_CRDS = PolicyRule(CRDS, "list", RoleScope.DISCOVERY)
+    WATCH_CRDS = PolicyRule(CRDS, "watch", RoleScope.DISCOVERY)
+    GET_CERTIFICATES = PolicyRule(SECRETS, "get", RoleScope.OWN)
+    UPDATE_CERTIFICATES = PolicyRule(SECRETS, "update", RoleScope.OWN)
+    GET_LEASE = PolicyRule(LEASES, "get", RoleScope.OWN)
+    UPDATE_LEASE = PolicyRule(LEASES, "update", RoleScope.OWN)
+    GET_ENDPOINT_SLICE = PolicyRule(ENDPOINT_SLICES, "get", RoleScope.OWN)
+    UPDATE_ENDPOINT_SLICE = PolicyRule(ENDPOINT_SLICES, "update", RoleScope.OWN)
+    CREATE_ENDPOINT_SLICE = PolicyRule(ENDPOINT_SLICES, "create", RoleScope.OWN_NEW)

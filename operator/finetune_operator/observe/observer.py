@@ -72,12 +72,12 @@ class Observer:
         attempts = look.stored.attempts
         uids = frozenset(pod.uid for pod in pods if pod.attempt == attempts.started)
         if attempts.current is None and not uids:
-            self._memory.close(look.key)
+            self._memory.stop_reporting(look.key)
             return
         resources = look.job.spec.resources
         ranks = resources.nodes * max(1, resources.gpus_per_node)
         reporting = ReportingAttempt(uid=look.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
-        self._memory.expect(look.key, reporting)
+        self._memory.set_reporting_attempt(look.key, reporting)
 
 
 def _waiting_for(look: Look, pods: Sequence[PodObservation]) -> str:

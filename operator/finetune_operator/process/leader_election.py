@@ -1,9 +1,11 @@
-"""Which of several operators works: the one that holds a Lease. Candidates wait here until they get it; a leader
-that can't renew it in time, or finds another holder, ends its process at once.
+"""Leader election among the replicas of the operator by a Lease, after the model of client-go's leaderelection.
 
-The election itself is the client library's. What it lacks is added here: a time limit for every call, errors that
-count as "not renewed" instead of ending the election unnoticed, and the monotonic clock, which also runs while the
-process is frozen and does not jump when the machine's time is set.
+Candidates wait until they acquire the Lease. A leader that can't renew the Lease in time, or finds another holder, ends
+its process at once. `application.py` calls `LeaderElector`; every write calls `LeaderElector.check`.
+
+The client library implements the election. This module adds a time limit for every call, treats errors as "not
+renewed" instead of ending the election unnoticed, and measures time with the monotonic clock. The monotonic clock also
+runs while the process is frozen, and does not jump when the machine's time is set.
 """
 
 from __future__ import annotations
@@ -24,66 +26,73 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS: Final = 15.0
-"""A candidate takes a Lease that nobody has renewed for this long."""
+"""A candidate takes over a Lease that has not been renewed for this long."""
 RENEW_DEADLINE_SECONDS: Final = 10.0
-"""A leader that has not renewed for this long ends: five seconds before anybody else may begin."""
+"""A leader that has not renewed for this long ends its process, five seconds before another replica may lead."""
 RETRY_SECONDS: Final = 2.0
 CALL_SECONDS: Final = 3.0
+"""Time limit of each call to the API server about the Lease."""
 LOST_EXIT_CODE: Final = 1
 
 
 class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
-    """The Lease. A call that fails, in whatever way, answers False; none takes longer than three seconds."""
+    """Reads and writes the Lease. A failed call returns False, and no call takes longer than three seconds."""
 
     def __init__(self, name: str, namespace: str, identity: str, client: Any, clock: Callable[[], float]) -> None:
-        """Use the Lease ``namespace/name``, which the chart creates, in the name of ``identity``."""
+        """Use the Lease ``namespace/name``, which the chart creates, with ``identity`` as the holder identity."""
         super().__init__(name, namespace, identity, client)
         self._clock = clock
-        self._seen: tuple[str | None, str | None] | None = None
-        self._seen_at = 0.0
-        self.trouble = ""
-        """Why the last call failed; empty where it did not."""
+        self._record: tuple[str | None, str | None] | None = None
+        self._record_changed_at = 0.0
+        self.last_error = ""
+        """Why the last call failed; empty where it succeeded."""
 
     @property
     def holder(self) -> str | None:
-        """Who held it when it was last read."""
-        return self._seen[0] if self._seen else None
+        """Identity of the holder when the Lease was last read; None or empty where there was no holder."""
+        return self._record[0] if self._record else None
 
     async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
-        """Read it, and note when somebody last renewed it as this process's clock counts."""
+        """Read the Lease; returns (found, record), or (False, ApiException) where the call failed.
+
+        The time of a change of the record is kept on the monotonic clock of this process.
+        """
         try:
             async with asyncio.timeout(CALL_SECONDS):
                 found, answer = await super().get(name, namespace)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             found, answer = False, ApiException(status=0, reason=str(error) or type(error).__name__)
-        self.trouble = "" if found else f"it can't be read: {answer.status} {answer.reason}"
+        self.last_error = "" if found else f"it can't be read: {answer.status} {answer.reason}"
         if found:
-            seen = (answer.holder_identity, answer.renew_time)
-            if seen != self._seen:
-                self._seen, self._seen_at = seen, self._clock()
+            record = (answer.holder_identity, answer.renew_time)
+            if record != self._record:
+                self._record, self._record_changed_at = record, self._clock()
         return found, answer
 
     async def create(self, name: str, namespace: str, election_record: Any) -> bool:
-        """Refuse: the chart creates the Lease, so that the operator needs no permission to create any."""
-        self.trouble = f"Lease {namespace}/{name} must exist; the chart creates it"
+        """Return False, because the chart creates the Lease and the operator has no permission to create Leases."""
+        self.last_error = f"Lease {namespace}/{name} must exist; the chart creates it"
         return False
 
     async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
-        """Take or renew it; the server refuses where somebody else was faster."""
-        others = self.holder not in (None, "", self.identity)
-        if others and self._clock() - self._seen_at < LEASE_SECONDS:
-            return False  # the library judged by the wall clock, which somebody has set forward
+        """Acquire or renew the Lease; return False where the call failed or another replica wrote the Lease first."""
+        is_held_by_another = self.holder not in (None, "", self.identity)
+        if is_held_by_another and self._clock() - self._record_changed_at < LEASE_SECONDS:
+            return False  # the library compares wall clock times, and the wall clock may have been set forward
         try:
             async with asyncio.timeout(CALL_SECONDS):
                 updated = bool(await super().update(name, namespace, updated_record))
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            self.trouble = f"it can't be written: {str(error) or type(error).__name__}"
+            self.last_error = f"it can't be written: {str(error) or type(error).__name__}"
             return False
-        self.trouble = "" if updated else "the API server refused the update"
+        self.last_error = "" if updated else "the API server refused the update"
         return updated
 
-    async def give_back(self) -> None:
-        """Clear the holder, so that another candidate need not wait; raises what the library raises."""
+    async def clear_holder(self) -> None:
+        """Remove this process as holder, so that another candidate need not wait for the Lease to expire.
+
+        Raises the exceptions of the client library.
+        """
         async with asyncio.timeout(CALL_SECONDS):
             lease = await self.api_instance.read_namespaced_lease(self.name, self.namespace)
             if lease.spec is None or lease.spec.holder_identity != self.identity:
@@ -93,13 +102,13 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
 
 
 def end_process(code: int) -> None:
-    """End at once: no clean-up of a former leader may write anything any more."""
+    """End the process at once with exit code ``code``; no clean-up runs, because clean-up might write."""
     logging.shutdown()
     os._exit(code)
 
 
 class LeaderElector:
-    """Gets, keeps and gives back the Lease."""
+    """Acquires, renews and releases the Lease."""
 
     def __init__(
         self,
@@ -108,7 +117,7 @@ class LeaderElector:
         end: Callable[[int], None] = end_process,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Hold nothing yet. ``end`` is called with an exit code when the Lease is lost and must not return."""
+        """Hold no Lease yet. ``end`` is called with an exit code when the Lease is lost and must not return."""
         self._lease = lease
         self._end = end
         self._clock = clock
@@ -119,42 +128,42 @@ class LeaderElector:
                 lease_duration=int(LEASE_SECONDS),
                 renew_deadline=RENEW_DEADLINE_SECONDS,
                 retry_period=RETRY_SECONDS,
-                # The library would run this beside its own renewal and not notice how it ends.
-                onstarted_leading=_nothing,
-                onstopped_leading=_nothing,
+                # `application.py` runs the leader's work, because the library would not notice an error in a callback.
+                onstarted_leading=_no_callback,
+                onstopped_leading=_no_callback,
             )
         )
 
     @property
-    def leads(self) -> bool:
-        """Whether this process got the Lease and did not give it back."""
+    def is_leader(self) -> bool:
+        """Whether this process has acquired the Lease and has not released the Lease."""
         return self._renewed_at is not None
 
     def age(self) -> float:
-        """Return the seconds since the Lease was renewed; 0 without it."""
+        """Return the seconds since this process last renewed the Lease; 0.0 where this process is not the leader."""
         return self._clock() - self._renewed_at if self._renewed_at is not None else 0.0
 
-    async def acquire(self, seen: Callable[[], None]) -> None:
-        """Wait for the Lease, for ever; ``seen`` is called whenever it could be read."""
-        told = ""
+    async def acquire(self, lease_read: Callable[[], None]) -> None:
+        """Wait without limit until this process holds the Lease; call ``lease_read`` after each successful read."""
+        logged = ""
         while not await self._try():
-            news = self._lease.trouble or f"{self._lease.holder} holds it"
-            if not self._lease.trouble:
-                seen()
-            if news != told:
-                logger.info("waiting for the Lease %s: %s", self._lease.name, news)
-                told = news
+            state = self._lease.last_error or f"{self._lease.holder} holds it"
+            if not self._lease.last_error:
+                lease_read()
+            if state != logged:
+                logger.info("waiting for the Lease %s: %s", self._lease.name, state)
+                logged = state
             await asyncio.sleep(RETRY_SECONDS)
-        seen()
+        lease_read()
         logger.info("%s leads: it got the Lease %s", self._lease.identity, self._lease.name)
 
-    async def keep(self) -> None:
-        """Renew the Lease, for ever; the process ends where that fails for too long."""
+    async def renew_forever(self) -> None:
+        """Renew the Lease every 2 s. Never returns; the process ends where renewals fail for 10 s."""
         while True:
             await asyncio.sleep(RETRY_SECONDS)
             self.check()
             try:
-                # Whatever the calls wait for: at the deadline the process ends.
+                # The time-out makes sure that the process ends at the deadline, even while a call hangs.
                 async with asyncio.timeout(RENEW_DEADLINE_SECONDS - self.age()):
                     renewed = await self._try()
             except TimeoutError:
@@ -164,25 +173,25 @@ class LeaderElector:
             self.check()
 
     def check(self) -> None:
-        """End the process where the Lease was not renewed in time. Called before every write."""
-        if self.leads and self.age() < RENEW_DEADLINE_SECONDS:
+        """End the process where the Lease was not renewed in time; `kube/fencing.py` calls this before every write."""
+        if self.is_leader and self.age() < RENEW_DEADLINE_SECONDS:
             return
-        self._lost(f"not renewed for {self.age():.0f} s ({self._lease.trouble or 'the process stood still'})")
+        self._lost(f"not renewed for {self.age():.0f} s ({self._lease.last_error or 'the process stood still'})")
 
     async def release(self) -> None:
-        """Give the Lease back once nothing writes any more."""
-        if not self.leads:
+        """Release the Lease. The caller must make sure that this process writes nothing any more."""
+        if not self.is_leader:
             return
         self._renewed_at = None
         try:
-            await self._lease.give_back()
+            await self._lease.clear_holder()
         except (ApiException, aiohttp.ClientError, OSError, TimeoutError) as error:
             logger.warning("the Lease was not given back, the next leader waits for its end: %s", error)
         else:
             logger.info("the Lease %s was given back", self._lease.name)
 
     async def _try(self) -> bool:
-        # Counted from before the calls: the server's clock for the Lease starts after that.
+        # The time before the calls counts, so that the Lease never expires earlier than this process assumes.
         asked = self._clock()
         if not await self._election.try_acquire_or_renew():
             return False
@@ -194,5 +203,5 @@ class LeaderElector:
         self._end(LOST_EXIT_CODE)
 
 
-async def _nothing() -> None:
-    """Do nothing: what a leader does is started by `application`."""
+async def _no_callback() -> None:
+    """Do nothing; the library requires callbacks."""

@@ -1,4 +1,8 @@
-"""What lies outside a job's spec and stands in its way: shown in its conditions and tried again, never final."""
+"""Errors that the operator shows in a job's conditions and retries, and the intervals of such retries.
+
+A missing CRD, a webhook or a quota is such an error: a change outside the job's spec can remove the cause, so the
+error never ends the job. `objects/` and `act/` raise `RetryableError`; `reconcile.py` writes it into the status.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,18 @@ from finetune_core.api.conditions import Reason
 
 
 class RetryableError(Exception):
-    """An object can't be created for a reason that the job's author can't put right in the spec."""
+    """An object of the job can't be created at the moment, for a cause outside the job's spec."""
 
     def __init__(self, reason: Reason, message: str) -> None:
-        """Keep the condition's ``reason`` and ``message``."""
+        """Keep ``reason`` and ``message`` for the condition in which the error is shown."""
         super().__init__(message)
         self.reason = reason
         self.message = message
 
 
 FIRST_RETRY_SECONDS = 10.0
-"""First pause before what failed is tried again; doubled up to 5 minutes."""
+"""Delay before the first retry. The delay doubles with each further failure, up to 5 minutes (`backoff_seconds`)."""
 EVENTS_AFTER_SECONDS = 5.0
-"""A pod that has been waiting this long is asked for its warning events."""
+"""Age at which a pod that does not run yet has its warning events read."""
 EVENTS_EVERY_SECONDS = 10.0
-"""How often a waiting pod's events are read."""
+"""Interval between two reads of the warning events of a pod that does not run yet."""

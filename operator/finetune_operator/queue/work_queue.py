@@ -1,9 +1,11 @@
-"""The queue of jobs to reconcile: keys only, no event bodies. Watches, timers, reports and the resync put keys in,
-the workers take them out.
+"""The work queue of jobs to reconcile, after the model of client-go's workqueue.
 
-As client-go's work queue: a key that waits is not queued twice (`_dirty`), a key in work is not given to a second
-worker (`_busy`) but comes again afterwards if it was added meanwhile; delayed keys lie in a heap; failures of a
-key back off exponentially with jitter.
+The queue holds keys (namespace and name) and no objects. `watches.py`, `controller.py` and `reports/server.py` add
+keys; the workers in `controller.py` take keys out.
+
+A key that already waits is not queued twice. A key that a worker is processing is not given to a second worker; if
+the key is added meanwhile, the key is queued again when the worker calls `done`. Failures of one key back off
+exponentially with jitter.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ MAX_DELAY_SECONDS = 300.0
 
 
 class Key(NamedTuple):
-    """Namespace and name of a FineTuneJob."""
+    """Namespace and name of a FineTuneJob, for example ``Key("team-a", "viggo-7b")``."""
 
     namespace: str
     name: str
@@ -32,57 +34,61 @@ class Key(NamedTuple):
         return f"{self.namespace}/{self.name}"
 
 
-def backoff_seconds(failures: int, *, jitter: float, least: float = BASE_DELAY_SECONDS) -> float:
-    """Return the delay after ``failures`` failures in a row (at least 1): doubled each time, at most 300 s.
+def backoff_seconds(failures: int, *, jitter: float, base: float = BASE_DELAY_SECONDS) -> float:
+    """Return the delay in seconds after ``failures`` consecutive failures (at least 1).
 
-    ``jitter`` from 0 to 1 takes away up to a quarter, so that keys which failed together come back apart.
+    The delay starts at ``base``, doubles with each failure and is at most 300 s. ``jitter`` (0 to 1) shortens the
+    delay by up to a quarter, so that keys which failed together are not retried together.
     """
-    # 2**40 is far beyond the cap: the exponent stays bounded for a key that has failed for weeks.
-    delay = min(MAX_DELAY_SECONDS, least * 2.0 ** min(failures - 1, 40))
+    # The exponent is bounded because 2.0 ** n overflows for a key that has failed for weeks.
+    delay = min(MAX_DELAY_SECONDS, base * 2.0 ** min(failures - 1, 40))
     return delay * (1 - jitter / 4)
 
 
 class WorkQueue:
-    """Queue of keys with deduplication, delays and per-key back-off; for one event loop."""
+    """Queue of job keys with deduplication, delayed keys and a back-off per key.
+
+    The queue is not thread-safe: all callers run in one event loop.
+    """
 
     def __init__(
         self, *, clock: Callable[[], float] = time.monotonic, jitter: Callable[[], float] = random.random
     ) -> None:
-        """Take ``clock`` (seconds) and ``jitter`` (0 to 1) from outside, so that tests are exact."""
+        """Create an empty queue. Tests pass their own ``clock`` (seconds) and ``jitter`` (0 to 1)."""
         self._clock = clock
         self._jitter = jitter
         self._ready: deque[tuple[Key, float]] = deque()
         self._dirty: set[Key] = set()
-        self._busy: set[Key] = set()
+        self._processing: set[Key] = set()
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, Key]] = []
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
-        """Return how many keys wait for a worker now; delayed ones do not count."""
+        """Return the number of keys that are due and wait for a worker; delayed keys are not counted."""
         return len(self._dirty)
 
     @property
     def delayed(self) -> int:
-        """Number of keys that wait for their time."""
+        """Number of keys whose delay has not passed yet."""
         return len(self._due)
 
     def oldest_age(self) -> float:
-        """Return for how many seconds the first key has been waiting for a worker."""
+        """Return for how many seconds the first key in the queue has been waiting for a worker; 0.0 if none waits."""
         return self._clock() - self._ready[0][1] if self._ready else 0.0
 
     def add(self, key: Key) -> None:
-        """Queue ``key`` now, once, however often it is added."""
+        """Queue ``key`` now. A key that already waits is not queued a second time."""
         if key in self._dirty:
             return
         self._dirty.add(key)
-        if key not in self._busy:
+        if key not in self._processing:
             self._ready.append((key, self._clock()))
             self._changed.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
-        """Queue ``key`` in ``seconds``; an earlier time that is already set stays."""
+        """Queue ``key`` in ``seconds``. If ``key`` already has an earlier due time, the earlier time is kept."""
         due = self._clock() + max(0.0, seconds)
         if key in self._due and self._due[key] <= due:
             return
@@ -90,54 +96,55 @@ class WorkQueue:
         heapq.heappush(self._heap, (due, key))
         self._changed.set()
 
-    def retry(self, key: Key, *, least: float = BASE_DELAY_SECONDS) -> float:
-        """Queue ``key`` after its back-off and return the seconds; ``least`` is the first delay."""
+    def add_rate_limited(self, key: Key) -> float:
+        """Count a failure of ``key``, queue ``key`` after its back-off, and return that back-off in seconds."""
         self._failures[key] = self._failures.get(key, 0) + 1
-        delay = backoff_seconds(self._failures[key], jitter=self._jitter(), least=least)
+        delay = backoff_seconds(self._failures[key], jitter=self._jitter())
         self.add_after(key, delay)
         return delay
 
-    def forgive(self, key: Key) -> None:
-        """Reset the back-off of ``key`` after a success."""
+    def forget(self, key: Key) -> None:
+        """Reset the failure count of ``key`` after a reconcile that succeeded."""
         self._failures.pop(key, None)
 
-    def drop(self, key: Key) -> None:
-        """Forget delays and failures of a job that no longer exists."""
+    def discard(self, key: Key) -> None:
+        """Drop the delay and the failure count of a job that no longer exists."""
         self._failures.pop(key, None)
         self._due.pop(key, None)
 
     def pop(self) -> Key | None:
-        """Take the next key, or None where none is due; the taker calls `done` afterwards."""
+        """Return the next key that is due, or None. The caller must call `done` after processing the key."""
         self._promote()
         if not self._ready:
             return None
         key, _ = self._ready.popleft()
         self._dirty.discard(key)
-        self._busy.add(key)
+        self._processing.add(key)
         return key
 
     async def get(self) -> Key:
-        """Wait for the next key; the taker calls `done` afterwards."""
+        """Wait for the next key and return the key. The caller must call `done` after processing the key."""
         while (key := self.pop()) is None:
             self._changed.clear()
-            # The time-out is the moment at which a delayed key is due: nothing has gone wrong then.
+            # The time-out is suppressed because it only marks the moment at which a delayed key becomes due.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._seconds_to_next()):
                     await self._changed.wait()
         return key
 
     def done(self, key: Key) -> None:
-        """Give ``key`` back after work; it comes again at once if it was added meanwhile."""
-        self._busy.discard(key)
+        """Mark ``key`` as processed. A key that was added during the processing is queued again at once."""
+        self._processing.discard(key)
         if key in self._dirty:
             self._ready.append((key, self._clock()))
             self._changed.set()
 
     def _promote(self) -> None:
+        """Queue every delayed key whose due time has come."""
         now = self._clock()
         while self._heap and self._heap[0][0] <= now:
             due, key = heapq.heappop(self._heap)
-            # An entry whose time was replaced by an earlier one, or whose key was dropped, is void.
+            # `_due` no longer holds the time of a heap entry that `discard` or an earlier due time made obsolete.
             if self._due.get(key) == due:
                 del self._due[key]
                 self.add(key)

@@ -1,5 +1,8 @@
-"""The certificate that the report server presents, and the CA that attempts get to trust it: loaded before the first
-report, looked at again at every resync, exchanged while the server runs. Called by `application`."""
+"""Loads the report server's certificate into its TLS context, and reloads a renewed certificate while it serves.
+
+`application.py` loads the certificate before the server starts, runs `reload_forever`, and passes `ca_bundle` to the
+reconciler, which puts the CA into the ConfigMap of every attempt.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,9 @@ import ssl
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
-import aiohttp
-
-from finetune_operator.kube.client import ApiError
+from finetune_operator.kube.client import REQUEST_ERRORS
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.reports.certificates import CertificateError, Serving, load_into
+from finetune_operator.reports.certificates import CertificateError, ServingCertificate, load_certificate
 
 logger = logging.getLogger(__name__)
 
@@ -21,47 +22,50 @@ RETRY_SECONDS: Final = 5.0
 
 
 class CertificateSource(Protocol):
-    """Where certificates come from."""
+    """The place that certificates come from: `SelfSignedCertificates` or `ExternalCertificates`."""
 
-    async def current(self, now: datetime) -> Serving:
-        """Return certificates that are good at ``now``; raises CertificateError where there are none."""
+    async def current(self, now: datetime) -> ServingCertificate:
+        """Return the certificate that is valid at ``now``; raises CertificateError where there is none."""
 
 
 class CertificateReloader:
-    """The certificates in use, renewed while the server runs."""
+    """Keeps a TLS context up to date with the certificates of a source."""
 
     def __init__(self, source: CertificateSource, context: ssl.SSLContext, metrics: Metrics) -> None:
-        """Load what ``source`` has into ``context``."""
+        """Load certificates of ``source`` into ``context``; nothing is loaded yet."""
         self._source = source
         self._context = context
         self._metrics = metrics
-        self._current: Serving | None = None
+        self._current: ServingCertificate | None = None
 
     def ca_bundle(self) -> str:
-        """Return the CA that goes into the attempts' ConfigMaps."""
+        """Return the PEM text of the CA that the training pods must trust."""
         assert self._current is not None, "load() comes first"
         return self._current.ca_certificate
 
     async def load(self) -> None:
-        """Read the certificates, and present them from now on."""
-        certificates = await self._source.current(datetime.now(UTC))
-        if certificates != self._current:
-            load_into(self._context, certificates)
-            self._current = certificates
-            self._metrics.certificate_expiry.set(certificates.expires.timestamp())
-            logger.info("certificate in use until %s", certificates.expires.isoformat())
+        """Read the certificate from the source; present a changed certificate to all new connections."""
+        certificate = await self._source.current(datetime.now(UTC))
+        if certificate != self._current:
+            load_certificate(self._context, certificate)
+            self._current = certificate
+            self._metrics.certificate_expiry.set(certificate.expires.timestamp())
+            logger.info("certificate in use until %s", certificate.expires.isoformat())
 
-    async def keep(self, seconds: float) -> None:
-        """Look every ``seconds``, for ever; a failure leaves days to try again."""
+    async def reload_forever(self, seconds: float) -> None:
+        """Load the certificate again every ``seconds``. Never returns.
+
+        A failure is retried after 5 s. Retries have 30 days, because a certificate is renewed so long before its end.
+        """
         while True:
             await asyncio.sleep(seconds)
             await self.load_with_retries()
 
     async def load_with_retries(self) -> None:
-        """Load, and try again every few seconds: the API server may be away, the Secret may come later."""
+        """Load the certificate, and retry every 5 s while the API server is away or the Secret does not exist yet."""
         while True:
             try:
                 return await self.load()
-            except (ApiError, CertificateError, aiohttp.ClientError, ssl.SSLError, TimeoutError) as error:
+            except (*REQUEST_ERRORS, CertificateError, ssl.SSLError) as error:
                 logger.warning("the certificates could not be loaded: %s", error)
             await asyncio.sleep(RETRY_SECONDS)

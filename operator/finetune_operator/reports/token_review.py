@@ -1,4 +1,7 @@
-"""Checks the tokens of reports with TokenReview; answers are kept for a minute by the token's hash."""
+"""Finds out which pod a report's bearer token belongs to, by a TokenReview of the API server.
+
+`server.py` calls `TokenReviewer.pod_of` for every report. Answers are cached for a minute by the hash of the token.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
-
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_error
 
 CACHE_SECONDS = 60.0
 CACHE_ENTRIES = 4096
 REVIEWS_AT_ONCE = 4
-"""Of the client's connections: a flood of wrong tokens must leave some to the reconciler."""
+"""Number of client connections that reviews may use, so that many wrong tokens leave connections to the reconciler."""
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 _SERVICE_ACCOUNT = "system:serviceaccount:"
 
 
 class ReviewUnavailableError(Exception):
-    """The API server can't be asked about a token at the moment."""
+    """The API server did not answer a TokenReview, so that the token's pod is unknown at the moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenPod:
-    """The pod that a token was made for."""
+    """The pod to which a service account token is bound."""
 
     namespace: str
     name: str
@@ -37,7 +38,10 @@ class TokenPod:
 
 
 def parse_review(status: Mapping[str, Any], audience: str) -> TokenPod | None:
-    """Return the pod of a reviewed token; None where the token is no good for ``audience`` or is no pod's."""
+    """Return the pod of a reviewed token from `status` of a TokenReview.
+
+    Returns None where the token is not valid for ``audience`` or is not bound to a pod.
+    """
     if not status.get("authenticated") or audience not in status.get("audiences", []):
         return None
     user = status.get("user", {})
@@ -51,29 +55,32 @@ def parse_review(status: Mapping[str, Any], audience: str) -> TokenPod | None:
 
 
 class TokenReviewer:
-    """Asks the API server about tokens; refusals are kept too, so that a wrong token costs one review a minute."""
+    """Reviews tokens and caches the answers. Refusals are cached too: a wrong token costs one review a minute."""
 
-    def __init__(self, cluster: KubeClient, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take ``clock`` (seconds) from outside, so that tests are exact."""
-        self._cluster = cluster
+    def __init__(self, client: KubeClient, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Send reviews with ``client``. Tests pass their own ``clock`` (monotonic seconds)."""
+        self._client = client
         self._clock = clock
-        self._turn = asyncio.Semaphore(REVIEWS_AT_ONCE)
-        self._answers: OrderedDict[bytes, tuple[float, TokenPod | None]] = OrderedDict()
+        self._slots = asyncio.Semaphore(REVIEWS_AT_ONCE)
+        self._cache: OrderedDict[bytes, tuple[float, TokenPod | None]] = OrderedDict()
 
     async def pod_of(self, token: str, audience: str) -> TokenPod | None:
-        """Return the pod that ``token`` speaks for, or None; raises ReviewUnavailableError."""
+        """Return the pod to which ``token`` is bound, or None where the token is not valid for ``audience``.
+
+        Raises ReviewUnavailableError where the API server does not answer.
+        """
         digest = hashlib.sha256(f"{audience}\0{token}".encode()).digest()
-        known = self._answers.get(digest)
-        if known is not None and known[0] > self._clock():
-            return known[1]
-        async with self._turn:
+        cached = self._cache.get(digest)
+        if cached is not None and cached[0] > self._clock():
+            return cached[1]
+        async with self._slots:
             try:
-                status = await self._cluster.review_token(token, audience)
-            except (ApiError, aiohttp.ClientError, OSError, TimeoutError) as error:
-                raise ReviewUnavailableError(str(error) or type(error).__name__) from error
+                status = await self._client.review_token(token, audience)
+            except (*REQUEST_ERRORS, OSError) as error:
+                raise ReviewUnavailableError(describe_error(error)) from error
         pod = parse_review(status, audience)
-        self._answers[digest] = (self._clock() + CACHE_SECONDS, pod)
-        self._answers.move_to_end(digest)
-        while len(self._answers) > CACHE_ENTRIES:
-            self._answers.popitem(last=False)
+        self._cache[digest] = (self._clock() + CACHE_SECONDS, pod)
+        self._cache.move_to_end(digest)
+        while len(self._cache) > CACHE_ENTRIES:
+            self._cache.popitem(last=False)
         return pod

@@ -55,7 +55,7 @@ def merge_report(
     ``seconds_per_step`` is the speed that the operator observed.
     """
     if isinstance(report, StockReport):
-        return _merge_kubeflow(stored, report, received, seconds_per_step)
+        return _merge_stock_report(stored, report, received, seconds_per_step)
     loading = report.total_steps == 0
     update: dict[str, object] = {}
     if not loading:
@@ -82,7 +82,7 @@ def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
     return [*(sentence for sentence in old if sentence not in new), *dict.fromkeys(new)][-NOTICE_LIMIT:]
 
 
-def _merge_kubeflow(
+def _merge_stock_report(
     stored: FineTuneJobStatus, report: StockReport, received: datetime, seconds_per_step: float | None
 ) -> FineTuneJobStatus:
     """Return ``stored`` with what Kubeflow's client says; what it does not repeat stays."""

@@ -46,8 +46,8 @@ class Recorder:
 
     def _due(self, memory: JobMemory, reason: str) -> bool:
         """Whether ``reason`` was not told within the last minute; it counts as told now."""
-        told = memory.told.get(reason)
+        told = memory.event_created_at.get(reason)
         if told is not None and self._clock() - told < LEAST_SECONDS_BETWEEN_EVENTS:
             return False
-        memory.told[reason] = self._clock()
+        memory.event_created_at[reason] = self._clock()
         return True

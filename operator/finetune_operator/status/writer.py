@@ -44,7 +44,7 @@ class StatusWriter:
         since it was read.
         """
         status = compute_status(record.stored, view, child_kind=self._child_kind)
-        self._metrics.jobs.show(record.key, status)
+        self._metrics.jobs.update(record.key, status)
         old = record.stored if record.raw.get("status") else None
         if not is_news(old, status):
             return None
@@ -60,7 +60,7 @@ class StatusWriter:
         """Return how long new numbers still wait: for the job's ten seconds, and for their place among all jobs."""
         if memory.progress_write_at is None:
             memory.progress_write_at = self._budget.reserve()
-        return memory.seconds_to_numbers(self._clock())
+        return memory.seconds_to_progress_write(self._clock())
 
     async def forget_child(self, record: Record) -> None:
         """Write that the child of a settled job is gone; everything else stays as it is."""

@@ -1,29 +1,36 @@
-"""The one interface between the reconciler and what runs the pods: PyTorchJob now, others later."""
+"""The interface of a backend: the kind of object that runs an attempt's pods, such as PyTorchJob.
+
+Start here to add a backend: implement `Backend` in a new module and pass an instance to `Reconciler` in
+`application.py`. `act/`, `observe/` and `settled.py` call the methods.
+"""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from finetune_core.api import FineTuneJob
-from finetune_operator.kube.client import Manifest
+from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.objects.pod_template import AttemptSpec
 
 
 class Backend(Protocol):
-    """Builds, creates, observes and deletes the object of an attempt; it never changes one."""
+    """Builds, creates, observes and deletes the child object of an attempt. A child is never updated."""
 
     kind: str
-    """Kind of the object, for people."""
+    """Kind of the child as messages and `status.child` show it, for example ``"PyTorchJob"``."""
 
-    def build(self, job: FineTuneJob, plan: AttemptSpec) -> Manifest:
-        """Return the object of an attempt; a pure function, so that a retry after a crash makes the same one."""
+    def build(self, job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
+        """Return the child's manifest. The function is pure, so that a retry after a crash builds the same object."""
 
     async def create(self, manifest: Manifest) -> ChildObservation:
-        """Create the object, or return the one of an earlier try; raises RetryableError where it can't be."""
+        """Create the child, or return the child that an earlier try has created.
+
+        Raises RetryableError where the child can't be created for a cause outside the job's spec.
+        """
 
     async def observe(self, namespace: str, name: str) -> ChildObservation | None:
-        """Return the object as it is, or None where it does not exist."""
+        """Return the child as the API server has it, or None where it does not exist."""
 
     async def delete(self, namespace: str, child: ChildObservation) -> None:
-        """Delete exactly this object; its pods follow."""
+        """Delete the child with the uid of ``child``; its pods are deleted after it."""
