@@ -70,10 +70,8 @@ def _settings(*, confined: bool) -> kopf.OperatorSettings:
     settings.watching.server_timeout = 300  # behind load balancers a watch can fall silent
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500
-    settings.watching.label_selectors[PODS.group, PODS.version, PODS.plural] = OWNED_OBJECTS_SELECTOR
-    settings.watching.label_selectors[PYTORCHJOBS.group, PYTORCHJOBS.version, PYTORCHJOBS.plural] = (
-        OWNED_OBJECTS_SELECTOR
-    )
+    for owned in (PODS, PYTORCHJOBS):
+        settings.watching.label_selectors[owned.group, owned.version, owned.plural] = OWNED_OBJECTS_SELECTOR
     settings.queueing.worker_limit = None  # a limit holds slots of idle objects; our own workers are the limit
     settings.queueing.idle_timeout = 0.5  # a task and the object itself stay that long: 5 s are all jobs at a restart
     settings.scanning.disabled = confined  # needs a list of CRDs, which an operator of some namespaces has not

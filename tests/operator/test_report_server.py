@@ -219,7 +219,7 @@ async def test_reports_of_nothing_but_numbers_cost_no_look_before_they_may_be_wr
     assert queue.pop() == KEY, "the first report of an attempt is news"
     queue.done(KEY)
     assert await post(client, "good", body(step=6)) == 204
-    assert (queue.pop(), queue.delayed) == (None, 1)
+    assert (queue.pop(), len(queue._due)) == (None, 1)
     saved = CheckpointRecord(run=1, step=6, uri="s3://b/c", bytes=9, manifest_sha256="ab", time=NOW)
     assert await post(client, "good", body(step=6, checkpoints=[saved])) == 204
     assert queue.pop() == KEY, "a checkpoint is news"

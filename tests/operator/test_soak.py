@@ -161,7 +161,7 @@ async def test_nothing_grows_and_nothing_stays(events: int) -> None:
         await soak.work()
         soak.seconds += 400  # beyond the longest delay, so that void entries of the heap are gone too
         await soak.work()
-        assert len(soak.memory) == len(soak.queue) == soak.queue.delayed == 0
+        assert len(soak.memory.job_keys()) == len(soak.queue) == len(soak.queue._due) == 0
         assert not soak.queue._heap
         assert not soak.queue._failures
         assert not soak.queue._processing

@@ -83,7 +83,7 @@ def test_a_dropped_key_leaves_nothing_behind(queue: WorkQueue, clock: Clock) -> 
     queue.discard(A)
     clock.now = 1000
     assert queue.pop() is None
-    assert queue.delayed == 0
+    assert len(queue._due) == 0
 
 
 async def test_waiting_workers_share_the_keys() -> None:

@@ -76,10 +76,6 @@ class Memory:
         self._clock = clock
         self._jobs: dict[Key, JobMemory] = {}
 
-    def __len__(self) -> int:
-        """Return the number of jobs in memory."""
-        return len(self._jobs)
-
     def job_keys(self) -> list[Key]:
         """Return the keys of all jobs in memory."""
         return list(self._jobs)

@@ -69,11 +69,6 @@ class WorkQueue:
         """Return the number of keys that are due and wait for a worker; delayed keys are not counted."""
         return len(self._dirty)
 
-    @property
-    def delayed(self) -> int:
-        """Number of keys whose delay has not passed yet."""
-        return len(self._due)
-
     def oldest_age(self) -> float:
         """Return for how many seconds the first key in the queue has been waiting for a worker; 0.0 if none waits."""
         return self._clock() - self._ready[0][1] if self._ready else 0.0
