@@ -18,7 +18,7 @@ from tests.cluster.api import answers
 from tests.cluster.layout import API_URL, HOST_ADDRESS
 from tests.cluster.namespaces import children
 from tests.cluster.waiting import ClusterError, tail
-from tests.operator.programs import operator_program
+from tests.operator.operator_program import operator_program
 from tests.operator.worlds import REPOSITORY
 
 NAMESPACE = "operator-tests"

@@ -1,4 +1,4 @@
-"""The operator's CA and certificate: good for a real TLS handshake, renewed in time, kept otherwise."""
+"""Tests of `reports/certificates.py`: certificates work in a TLS handshake, and are renewed only when due."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def test_a_client_with_the_ca_bundle_trusts_the_server_and_others_do_not()
 
 
 def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
-    """Let a client meet a server in memory; raises SSLError where they don't agree."""
+    """Do a TLS handshake between ``client`` and ``server`` in memory; raises SSLError where the handshake fails."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_hostname=HOST),
@@ -112,7 +112,7 @@ def test_a_pair_that_does_not_fit_is_refused_and_the_server_goes_on_with_the_old
 
 
 class OneSecret:
-    """A namespace with one Secret, whose first update another replica wins."""
+    """A fake client with one Secret; the first ``lost_updates`` updates fail because another replica wrote first."""
 
     def __init__(self, data: dict[str, str] | None, *, lost_updates: int = 0) -> None:
         self.secret: dict[str, Any] | None = None if data is None else {"metadata": {}, "data": data}

@@ -1,4 +1,4 @@
-"""Prometheus series of jobs, lines of the log, and how often an event is told."""
+"""Tests of the Prometheus metrics of jobs, of the JSON log lines, and of the rate limit of events."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def test_a_settled_job_is_shown_for_an_hour() -> None:
     assert series(metrics) == {}
 
 
-def test_what_is_not_known_is_no_series() -> None:
+def test_a_number_that_is_not_known_has_no_series() -> None:
     metrics = Metrics()
     metrics.jobs.update(KEY, FineTuneJobStatus())
     shown = {name.partition("{")[0] for name in series(metrics)}
     assert shown == {"finetune_job_attempts", "finetune_job_gpu_seconds_total"}
 
 
-def test_lines_of_a_look_name_job_uid_and_attempt_also_those_of_libraries() -> None:
+def test_log_lines_of_a_reconcile_name_job_uid_and_attempt_also_lines_of_libraries() -> None:
     record = logging.LogRecord("kubernetes", logging.WARNING, "file", 1, "retry", (), None)
     set_log_fields(job="team/a", uid="u", attempt=2)
     try:
@@ -110,7 +110,7 @@ def test_lines_of_a_look_name_job_uid_and_attempt_also_those_of_libraries() -> N
 
 
 class Events:
-    """Takes events, or refuses them."""
+    """A fake client that records the reasons of created events, or refuses every event."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -135,7 +135,7 @@ def accepted(status: str, reason: Reason) -> FineTuneJobStatus:
     return FineTuneJobStatus(conditions=[condition])
 
 
-async def test_a_condition_that_flips_is_told_once_a_minute_for_one_reason() -> None:
+async def test_a_condition_that_flips_creates_one_event_a_minute_for_one_reason() -> None:
     events, clock, memory = Events(), [0.0], JobMemory()
     recorder = Recorder(
         events,  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ async def test_a_condition_that_flips_is_told_once_a_minute_for_one_reason() -> 
         record = Record(key=KEY, raw=raw, stored=accepted("True", Reason.VALID), now=NOW, memory=memory)
         await recorder.tell(record, accepted("False", reason))
 
-    for seconds in (59.0, 61.0, 100.0, 118.0):  # across a full minute of the clock on the wall
+    for seconds in (59.0, 61.0, 100.0, 118.0):  # all within 60 s of the first event, in two wall-clock minutes
         await flip(seconds, Reason.NAME_CONFLICT)
     assert events.reasons == ["NameConflict"]
     await flip(118.5, Reason.BACKEND_UNAVAILABLE)

@@ -1,5 +1,7 @@
-"""The election's rules at the edges that no real cluster shows on demand: clocks that jump, calls that hang, a holder
-that changed. The API server is a stand-in for one Lease; the real one is in test_two_replicas."""
+"""Tests of leader election in cases that a real cluster can't produce on demand, such as clock jumps and hanging calls.
+
+The API server is a fake with one Lease. `test_two_replicas.py` uses a real API server.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,11 @@ from finetune_operator.process.leader_election import (
 
 
 class EndedError(Exception):
-    """Stands for the end of the process."""
+    """Raised where the elector would end the process."""
 
 
 class Clock:
-    """A monotonic clock that tests set."""
+    """A fake monotonic clock whose time the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -37,7 +39,7 @@ class Clock:
 
 
 class OneLease:
-    """The API of one Lease."""
+    """A fake of the Lease API with one Lease; ``before`` runs before each call and can raise or wait."""
 
     def __init__(self) -> None:
         self.spec: V1LeaseSpec | None = None
@@ -86,7 +88,7 @@ def candidate(server: OneLease, clock: Clock) -> LeaderElector:
 
 
 def nothing() -> None:
-    """Called when the Lease could be read."""
+    """Do nothing; passed as the callback for a Lease that could be read."""
 
 
 async def test_an_empty_lease_is_taken_at_once(candidate: LeaderElector, server: OneLease) -> None:
@@ -158,7 +160,7 @@ async def test_an_error_counts_as_not_renewed_until_the_deadline(
     server.before = fail
     with pytest.raises(EndedError):
         await candidate.renew_forever()
-    assert len(tries) == 4  # at 0, 3, 6 and 9 s: the deadline is 10 s
+    assert len(tries) == 4  # the tries are at 0, 3, 6 and 9 s, because the deadline is 10 s
 
 
 async def test_a_call_that_hangs_is_given_up(

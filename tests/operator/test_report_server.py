@@ -1,4 +1,4 @@
-"""The report server: what is taken, what is refused with which code; refusals are counted and leave no trace."""
+"""Tests of the report server: accepted reports, and the HTTP status and metric of rejected reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATH = report_path("team", "quickstart", 2)
 
 
 class Reviews:
-    """Answers like the API server's TokenReview, by token."""
+    """A fake client that answers TokenReviews by the text of the token."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -94,7 +94,7 @@ async def post(client: TestClient[Any, Any], token: str | None, data: str, path:
         return response.status
 
 
-async def test_a_report_of_rank_0_is_remembered_and_queues_the_job(
+async def test_a_report_of_rank_0_is_stored_and_queues_the_job(
     client: TestClient[Any, Any], memory: Memory, queue: WorkQueue
 ) -> None:
     assert await post(client, "good", body()) == 204
@@ -144,7 +144,7 @@ def test_a_new_attempt_forgets_the_report_of_the_old_one(memory: Memory) -> None
     assert memory.job(KEY).report is None
 
 
-async def test_answers_of_the_api_server_age() -> None:
+async def test_a_token_is_reviewed_again_after_a_minute() -> None:
     reviews = Reviews()
     now = [0.0]
     reviewer = TokenReviewer(reviews, clock=lambda: now[0])  # type: ignore[arg-type]
@@ -191,7 +191,9 @@ async def test_kubeflows_protocol_is_refused_for_the_same_reasons(
     assert f'finetune_reports_refused_total{{code="{code}"}} 1.0' in metrics.render().decode()
 
 
-async def test_an_attempt_speaks_with_one_voice(client: TestClient[Any, Any], memory: Memory) -> None:
+async def test_a_stock_report_is_rejected_once_the_attempt_sends_its_own_reports(
+    client: TestClient[Any, Any], memory: Memory
+) -> None:
     assert await post(client, "good", body()) == 204
     assert await post(client, "good", KUBEFLOW_BODY, KUBEFLOW_PATH) == 409
     report = memory.job(KEY).report
@@ -211,15 +213,17 @@ async def test_reports_wait_out_an_api_server_that_reviews_no_token(
         assert await post(client, "good", body()) == 503
 
 
-async def test_reports_of_nothing_but_numbers_cost_no_look_before_they_may_be_written(
+async def test_reports_with_only_new_numbers_queue_no_reconcile_before_the_next_status_write(
     client: TestClient[Any, Any], memory: Memory, queue: WorkQueue
 ) -> None:
-    memory.job(KEY).status_written_at = time.monotonic() + 3600  # whatever the machine does, the ten seconds last
+    memory.job(KEY).status_written_at = (
+        time.monotonic() + 3600
+    )  # in the future, so that the 10 s do not pass on a slow machine
     assert await post(client, "good", body()) == 204
-    assert queue.pop() == KEY, "the first report of an attempt is news"
+    assert queue.pop() == KEY, "the first report of an attempt is reconciled at once"
     queue.done(KEY)
     assert await post(client, "good", body(step=6)) == 204
     assert (queue.pop(), len(queue._due)) == (None, 1)
     saved = CheckpointRecord(run=1, step=6, uri="s3://b/c", bytes=9, manifest_sha256="ab", time=NOW)
     assert await post(client, "good", body(step=6, checkpoints=[saved])) == 204
-    assert queue.pop() == KEY, "a checkpoint is news"
+    assert queue.pop() == KEY, "a new checkpoint is reconciled at once"

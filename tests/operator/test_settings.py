@@ -1,4 +1,4 @@
-"""Settings, logs and health: what an installation sees of the operator itself."""
+"""Tests of the command line settings, the JSON logs and the health endpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune_operator.queue.work_queue import WorkQueue
 
 
 def waiting_leadership() -> LeaderElector:
-    """Return the leadership of a replica that has no Lease."""
+    """Return the elector of a replica that does not hold the Lease."""
     return LeaderElector(TimedLeaseLock("operator", "system", "me", None, lambda: 0.0))
 
 
@@ -51,7 +51,7 @@ def test_a_log_line_is_json_with_the_job() -> None:
     assert (line["message"], line["job"], line["level"]) == ("attempt 2", "team/a", "info")
 
 
-async def test_healthz_turns_red_after_three_silent_periods_and_readyz_waits_for_the_first_list() -> None:
+async def test_healthz_fails_after_three_periods_without_activity_and_readyz_waits_for_the_first_list() -> None:
     now = [0.0]
     activity = WatchActivity(clock=lambda: now[0])
     leadership = waiting_leadership()
@@ -76,7 +76,7 @@ async def test_healthz_turns_red_after_three_silent_periods_and_readyz_waits_for
         assert await status("/metrics") == 200
 
 
-def test_silence_ages_and_news_make_young() -> None:
+def test_activity_gets_older_until_the_jobs_are_listed() -> None:
     now = [0.0]
     activity = WatchActivity(clock=lambda: now[0])
     assert not activity.ready

@@ -1,4 +1,4 @@
-"""The key queue: deduplication, delays, back-off, and nothing kept of jobs that are gone."""
+"""Tests of the work queue: deduplication, delays, back-off, and the removal of deleted jobs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ A, B = Key("team", "a"), Key("team", "b")
 
 
 class Clock:
-    """A clock that tests move."""
+    """A fake monotonic clock whose time the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -31,13 +31,13 @@ def queue(clock: Clock) -> WorkQueue:
     return WorkQueue(clock=clock, jitter=lambda: 0.0)
 
 
-def test_a_hundred_additions_are_one_look(queue: WorkQueue) -> None:
+def test_a_key_added_a_hundred_times_is_processed_once(queue: WorkQueue) -> None:
     for _ in range(100):
         queue.add(A)
     assert (queue.pop(), queue.pop()) == (A, None)
 
 
-def test_a_key_in_work_is_not_given_out_twice_but_comes_again(queue: WorkQueue) -> None:
+def test_a_key_added_while_it_is_processed_is_queued_again_after_done(queue: WorkQueue) -> None:
     queue.add(A)
     assert queue.pop() == A
     queue.add(A)
