@@ -8,9 +8,9 @@ import logging
 
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
+from finetune_operator.act.config_maps import delete_config_map
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
-from finetune_operator.objects.config_map import delete_config_map
 from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.observe.record import Record
 from finetune_operator.status.writer import StatusWriter

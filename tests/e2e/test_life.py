@@ -1,5 +1,5 @@
-"""What a person or a queue does to a running job costs no step: suspended, preempted, deleted and applied again, it
-goes on from the checkpoint that its pods committed when they were told to stop."""
+"""A job that is suspended, preempted by its queue, or deleted and applied again loses no step. The job resumes from the
+checkpoint that its pods commit after SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from tests.cluster import Cluster
 from tests.cluster.kueue import Kueue, PodSetInfo, suspending_webhook
 from tests.cluster.waiting import wait_for
 from tests.e2e.bucket import RunFolder
+from tests.e2e.jobs import JobPredicate, MakeJob, has_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 STEPS = 300
-# No checkpoint is due in the run: those that are found were committed because the pods were told to stop.
+# No checkpoint is due within the run's 300 steps, so that every checkpoint was committed because of SIGTERM.
 QUIET_RUN = {
     "spec__training__maxSteps": STEPS,
     "spec__evaluation__everySteps": 1000,
@@ -28,14 +29,14 @@ QUIET_RUN = {
 }
 
 
-def stepped(step: int):
+def stepped(step: int) -> JobPredicate:
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and job.status.progress is not None and job.status.progress.step >= step
 
     return reached
 
 
-def says(reason: Reason):
+def says(reason: Reason) -> JobPredicate:
     def reached(job: FineTuneJob) -> bool:
         conditions = job.status.conditions if job.status else []
         return any(item.type == ConditionType.SUCCEEDED and item.reason == reason for item in conditions)
@@ -53,14 +54,15 @@ def pods_gone(cluster: Cluster, namespace: str) -> None:
 
 
 def newest_step(cluster: Cluster, folder: str, run: int) -> int:
-    """Return the step of the newest checkpoint of a run below ``folder``; asserts every byte of all of them."""
+    """Return the step of the newest checkpoint of run ``run`` in ``folder``. The bytes of all checkpoints are
+    verified."""
     with cluster.enter():
         folders = RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{folder}").verified("checkpoints")
     return max(folder.manifest.step for folder in folders if folder.manifest.run == run)
 
 
 def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
-    installed: Cluster, namespace: str, tiny_job
+    installed: Cluster, namespace: str, tiny_job: MakeJob
 ) -> None:
     kueue = Kueue(installed, namespace)
     with suspending_webhook(installed, namespace):
@@ -103,7 +105,7 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
         records = run.runs()
         logged = [step for _, step in run.steps_logged()]
     assert [record["attempt"] for record in records] == [1, 1, 2]
-    # Each run goes on exactly where the one before it was told to stop, and no step was trained twice.
+    # Each run resumes at the step at which the run before it was stopped, and no step was trained twice.
     assert [record["parent"] for record in records[1:]] == [
         {"run": 1, "step": first_stop},
         {"run": 2, "step": second_stop},
@@ -115,15 +117,8 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
     assert job.status.usage.active_seconds > 0
 
 
-def has_checkpoint(step: int):
-    def reached(job: FineTuneJob) -> bool:
-        return job.status is not None and any(checkpoint.step >= step for checkpoint in job.status.checkpoints)
-
-    return reached
-
-
 def test_a_job_created_anew_with_its_run_id_resumes_and_later_finds_its_artifact(
-    installed: Cluster, namespace: str, tiny_job
+    installed: Cluster, namespace: str, tiny_job: MakeJob
 ) -> None:
     manifest = tiny_job("again", **QUIET_RUN)
     manifest["spec"]["storage"]["runId"] = "study-7"
@@ -156,7 +151,7 @@ def test_a_job_created_anew_with_its_run_id_resumes_and_later_finds_its_artifact
         assert len(run.runs()) == 2, "nothing was trained again"
 
 
-def test_cancel_commits_a_checkpoint_and_keeps_it(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_cancel_commits_a_checkpoint_and_keeps_it(installed: Cluster, namespace: str, tiny_job: MakeJob) -> None:
     steps.apply(installed, tiny_job("given-up", **QUIET_RUN), namespace)
     job = steps.wait_for_job(installed, namespace, "given-up", "some steps", stepped(30), 300)
     patch(installed, namespace, "given-up", cancel=True)

@@ -1,4 +1,5 @@
-"""The quickstart with the real base model, from `kubectl apply` to an adapter that plain peft loads."""
+"""The quickstart with the real base model, from `kubectl apply` to an adapter that peft loads without this project's
+code."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
 from tests.cluster import Cluster
 from tests.e2e.bucket import RunFolder
+from tests.e2e.jobs import MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -36,13 +38,15 @@ print(json.dumps({"adapters": len(lora), "trained": sum(bool(p.abs().sum() > 0) 
 
 
 def _viggo(split: str, rows: int | None) -> bytes:
-    """Return the first rows of a ViGGO file as it is published (csv with the columns mr and ref)."""
+    """Return the header and the first ``rows`` rows of a published ViGGO file, a CSV file with the columns mr and ref.
+    None means all rows."""
     lines = (DATA / "viggo" / f"viggo-{split}.csv").read_bytes().splitlines(keepends=True)
     return b"".join(lines[: rows + 1 if rows else None])
 
 
 def _quickstart(cluster: Cluster, name: str) -> dict[str, object]:
-    """Return the quickstart over ViGGO's rows where they are at hand, over the generated rows where not."""
+    """Return the quickstart's manifest. The job trains on ViGGO if the data set is on this machine, and otherwise on
+    generated rows."""
     changes: dict[str, object] = {
         "metadata__name": name,
         "spec__training__maxSteps": TRAINING_STEPS,
@@ -85,7 +89,7 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
         seen.append(job)
         return job.status is not None and job.status.progress is not None and job.status.progress.step > 0
 
-    # The real image of several gigabytes is pulled here, unless an earlier test did.
+    # The wait includes the pull of the trainer's image, which has several gigabytes, unless an earlier test pulled it.
     during = steps.wait_for_job(cluster, namespace, "quickstart", "a first step", running, 300)
     assert during.status is not None
     assert {condition.type for condition in during.status.conditions} == set(ConditionType)
@@ -105,7 +109,7 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
     assert evaluation.base is not None
     assert evaluation.tuned is not None
     assert (evaluation.rows, evaluation.tuned_step) == ("Validation", artifact.step)
-    # The checkpoint was loaded back, and is what was scored while it was trained.
+    # The tuned model is the best checkpoint, so that its perplexity equals the one that was measured during training.
     assert float(evaluation.tuned.perplexity or 0) == pytest.approx(float(best[0].perplexity or 0), rel=0.01)
     assert float(evaluation.base.perplexity or 0) > float(evaluation.tuned.perplexity or 0)
 
@@ -120,7 +124,8 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
         timeout=300,
     ).stdout
     adapters = json.loads(output.splitlines()[-1])
-    assert adapters["adapters"] == adapters["trained"] == 210  # 30 layers x 7 dense matrices
+    # The base model has 30 layers with 7 dense matrices each.
+    assert adapters["adapters"] == adapters["trained"] == 210
 
     with cluster.enter():
         run = RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/quickstart/{job.metadata.uid}")
@@ -130,7 +135,7 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
         assert committed == {checkpoint.step for checkpoint in job.status.checkpoints}
 
 
-def test_the_spec_stays_as_it_was_applied(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_the_spec_stays_as_it_was_applied(installed: Cluster, namespace: str, tiny_job: MakeJob) -> None:
     manifest = tiny_job("untouched", spec__training__maxSteps=2)
     steps.apply(installed, manifest, namespace)
     before = installed.get("ftj", "untouched", "-n", namespace)
@@ -142,7 +147,7 @@ def test_the_spec_stays_as_it_was_applied(installed: Cluster, namespace: str, ti
     assert after["metadata"]["generation"] == 1
 
 
-def test_full_fine_tuning_ends_with_a_model(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_full_fine_tuning_ends_with_a_model(installed: Cluster, namespace: str, tiny_job: MakeJob) -> None:
     manifest = tiny_job("full", spec__method="Full", spec__deepspeed={"zeroStage": 2}, spec__training__maxSteps=20)
     del manifest["spec"]["lora"]
     steps.apply(installed, manifest, namespace)

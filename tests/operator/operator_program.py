@@ -9,7 +9,8 @@ import json
 import sys
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +48,16 @@ class OperatorProgram(Component):
         if self._keeper is not None:
             self._keeper.join()
         super().stop(*arguments, **options)  # type: ignore[arg-type]
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Kill the program for the block, then start it again and wait until it is ready."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+            self.wait_ready()
 
     def _keep(self) -> None:
         while not self._stopped.wait(RESTART_SECONDS):

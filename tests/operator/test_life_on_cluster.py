@@ -283,14 +283,15 @@ def test_a_namespace_goes_also_while_the_operator_is_down(
 ) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
     installed.wait(namespace, "both pods", running)
-    installed.operator.stop()
+
+    def is_gone() -> bool:
+        return f"namespace/{namespace}\n" not in installed.cluster.kubectl("get", "namespaces", "-o", "name")
+
     try:
-        installed.cluster.kubectl("delete", "namespace", namespace, "--wait=false")
-        names = lambda: installed.cluster.kubectl("get", "namespaces", "-o", "name")  # noqa: E731
-        wait_for("the namespace to be gone", lambda: f"namespace/{namespace}\n" not in names(), 120)
+        with installed.operator.stopped():
+            installed.cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+            wait_for("the namespace to be gone", is_gone, 120)
     finally:
-        installed.operator.start()
-        installed.operator.wait_ready()
         installed.cluster.kubectl("create", "namespace", namespace)
 
 

@@ -190,23 +190,18 @@ def test_deleting_the_job_leaves_nothing_also_while_the_operator_is_down(
 ) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
     installed.wait(namespace, "both pods", running)
-    installed.operator.stop()
-    try:
+    with installed.operator.stopped():
         installed.cluster.kubectl("delete", "finetunejob", "quickstart", "-n", namespace, "--timeout=20s")
         kinds = "pytorchjobs,pods,configmaps"
         selector = ["-l", "app.kubernetes.io/managed-by=finetune-operator", "-n", namespace, "-o", "name"]
         wait_for("everything to be gone", lambda: not installed.cluster.kubectl("get", kinds, *selector), 60)
-    finally:
-        installed.operator.start()
-        installed.operator.wait_ready()
 
 
 def test_a_foreign_object_of_the_childs_name_is_left_alone(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
     image = stand_in(RUNS)
-    installed.operator.stop()
-    try:
+    with installed.operator.stopped():
         installed.apply(small_job(image), namespace)
         name = child_name(installed.job(namespace))
         container = {"name": "pytorch", "image": image}
@@ -218,9 +213,6 @@ def test_a_foreign_object_of_the_childs_name_is_left_alone(
             "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Worker": replica}},
         }
         installed.apply(foreign, namespace)
-    finally:
-        installed.operator.start()
-        installed.operator.wait_ready()
     uid = installed.cluster.get("pytorchjob", name, "-n", namespace)["metadata"]["uid"]
     job = installed.wait(namespace, "the conflict", lambda job: condition(job, "Accepted")["reason"] == "NameConflict")
     assert name in condition(job, "Accepted")["message"]

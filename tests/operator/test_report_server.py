@@ -204,7 +204,7 @@ async def test_a_stock_report_is_rejected_once_the_attempt_sends_its_own_reports
 async def test_reports_wait_out_an_api_server_that_reviews_no_token(
     reviews: Reviews, memory: Memory, metrics: Metrics, queue: WorkQueue
 ) -> None:
-    async def fails(_token: str, _audience: str) -> dict[str, Any]:
+    async def fails(token: str, audience: str) -> dict[str, Any]:
         raise ApiError(500, "InternalError", "etcd")
 
     reviews.review_token = fails  # type: ignore[method-assign]

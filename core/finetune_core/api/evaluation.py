@@ -9,6 +9,12 @@ from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ApiModel, DecimalString, cel
 
+BestBy = Literal["Perplexity", "TaskScore"]
+"""What orders checkpoints: the lowest validation perplexity, or the highest main score of `dataset.task`."""
+
+ScoredRows = Literal["Validation", "Test"]
+"""The rows that base model and tuned model are scored with: `dataset.test`, or `dataset.validation` without it."""
+
 
 class GenerationSpec(ApiModel):
     """Limits of the answers that are generated for `dataset.task`."""
@@ -44,7 +50,7 @@ class EvaluationSpec(ApiModel):
     base_prompt: Annotated[str, Field(max_length=8192)] | None = None
     """Template that the base model is asked with for its score; `{prompt}` stands for the prompt. Default:
     `dataset.format`'s."""
-    best_by: Literal["Perplexity", "TaskScore"] = "Perplexity"
+    best_by: BestBy = "Perplexity"
     """What makes a checkpoint the best: least validation perplexity, or the highest score of `dataset.task`."""
     patience: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Stop after this many evaluations without an improvement; absent: train to the end."""

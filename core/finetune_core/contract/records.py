@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from finetune_core.api.evaluation import ScoredRows
 from finetune_core.contract.wire import ContractModel, Remedy
+from finetune_core.tasks import SCORE_LIMIT, ScoreName
 
 
 class CheckpointRecord(ContractModel):
@@ -46,21 +48,21 @@ def _rounded(value: float) -> float:
 
 
 class ScoreRecord(ContractModel):
-    """How well a model does on a set of rows."""
+    """Scores of one model on the rows of an evaluation set."""
 
     perplexity: Annotated[float, Field(ge=0)]
-    """exp of the mean negative log-likelihood over all supervised tokens: those of the answers."""
+    """exp of the mean negative log-likelihood (nats) over all supervised tokens, which are those of the answers."""
     all_token_perplexity: Annotated[float, Field(ge=0)] | None = None
-    """The same over the tokens of prompts and answers, as in the study that the project repeats."""
+    """Perplexity over the tokens of prompts and answers, as Anyscale's study of LoRA (September 2023) reports it."""
     task_score: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of right answers by the task's main score."""
-    scores: Annotated[dict[Annotated[str, Field(max_length=32)], float], Field(max_length=8)] = {}
-    """Every score of the task, by name."""
+    """Mean of the task's main score over the graded answers; for True and False the share of right answers."""
+    scores: Annotated[dict[ScoreName, float], Field(max_length=SCORE_LIMIT)] = {}
+    """Mean of every score of the task over the graded answers, by the score's name, for example ``{"exact": 0.9}``."""
     graded: Annotated[int, Field(ge=0)] = 0
-    """Answers that were graded; rows whose gold answer can't be graded against are left out."""
+    """Number of graded answers; an answer is not graded where the row's own reference answer can't be used."""
 
     def rounded(self) -> ScoreRecord:
-        """Return the record with six significant digits."""
+        """Return the record with all scores rounded to six significant digits."""
         values = self.model_dump()
         scores = {name: _rounded(value) for name, value in self.scores.items()}
         return ScoreRecord.model_validate(
@@ -70,18 +72,18 @@ class ScoreRecord(ContractModel):
 
 
 class EvaluationRecord(ContractModel):
-    """Base model and tuned model on the same rows."""
+    """Scores of base model and tuned model on the same rows."""
 
-    rows: Literal["Validation", "Test"]
+    rows: ScoredRows
     examples: Annotated[int, Field(ge=0)]
-    """Rows of the set; `graded` says how many of them were answered and graded."""
+    """Number of rows of the evaluation set; `graded` of a score says how many rows have a graded answer."""
     base: ScoreRecord | None = None
     tuned: ScoreRecord | None = None
     tuned_step: Annotated[int, Field(ge=0)] | None = None
-    """Step of the checkpoint that `tuned` speaks of: the one that was exported."""
+    """Step of the exported checkpoint, whose scores are `tuned`."""
 
     def rounded(self) -> EvaluationRecord:
-        """Return the record with six significant digits: a termination message has room for no more."""
+        """Return the record with six significant digits, because a termination message has no room for more."""
         base, tuned = (record.rounded() if record is not None else None for record in (self.base, self.tuned))
         return self.model_copy(update={"base": base, "tuned": tuned})
 

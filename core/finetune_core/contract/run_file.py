@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_core.api.dataset import DatasetSpec
+from finetune_core.api.evaluation import BestBy
 from finetune_core.api.method import LoRASpec, Method
 from finetune_core.api.sources import ModelSpec
 from finetune_core.api.storage import EncryptionSpec
@@ -67,7 +68,7 @@ class EvaluationConfig(ContractModel):
     every_steps: int | None = None
     generation: GenerationConfig = GenerationConfig()
     base_prompt: str | None = None
-    best_by: Literal["Perplexity", "TaskScore"] = "Perplexity"
+    best_by: BestBy = "Perplexity"
     patience: Annotated[int, Field(ge=1)] | None = None
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     artifact_from: Literal["Best", "Last"]

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from finetune_core.contract import RunConfig
 from finetune_core.names import attempt_name
+from finetune_operator.act.config_maps import create_config_map, delete_config_map
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
-from finetune_operator.objects.config_map import build_config_map, create_config_map, delete_config_map
+from finetune_operator.objects.config_map import build_config_map
 from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.objects.pod_template import AttemptSpec
 from finetune_operator.observe.record import Look

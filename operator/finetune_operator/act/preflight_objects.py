@@ -11,10 +11,10 @@ from finetune_core.contract import RunConfig
 from finetune_core.names import preflight_name
 from finetune_operator import messages
 from finetune_operator.act.attempt_objects import AttemptObjects
+from finetune_operator.act.config_maps import create_config_map, delete_config_map
 from finetune_operator.decide.preflight import Check, Next, Situation, check
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.kube.manifest import Manifest
-from finetune_operator.objects.config_map import create_config_map, delete_config_map
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import PodObservation, controller_uid, parse_preflight_pod
 from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_config_map, build_preflight_pod

@@ -32,6 +32,7 @@ from finetune_core.contract import (
 from finetune_core.contract.stock_reports import client_environment
 from finetune_core.names import worker_name
 from finetune_operator.kube.manifest import Manifest
+from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
 from finetune_operator.objects.labels import REPLICA_INDEX, TRAINING_CONTAINER, attempt_labels
 
 GPU_RESOURCE = "nvidia.com/gpu"
@@ -39,11 +40,6 @@ GPU_PRODUCT_LABEL = "nvidia.com/gpu.product"
 ISTIO_INJECTION = "sidecar.istio.io/inject"
 USER = 65532
 """User and group id of the processes, and fsGroup of the volumes."""
-TERMINATION_GRACE_SECONDS = 90
-"""terminationGracePeriodSeconds of the pods: the time to commit a checkpoint after SIGTERM.
-
-A lost node is noticed after about 50 s, its taint is tolerated for 30 s, and a pod on the node is given up 60 s after
-its grace period. With 90 s a new attempt therefore starts within four minutes."""
 UNREACHABLE_SECONDS = 30
 """tolerationSeconds for nodes that are not ready or unreachable."""
 TOKEN_SECONDS = 3600
@@ -91,7 +87,7 @@ def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
         "serviceAccountName": template.service_account_name,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": TERMINATION_GRACE_SECONDS,
+        "terminationGracePeriodSeconds": TRAINING_GRACE_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,
