@@ -204,7 +204,7 @@ class FaultProxy:
     def _killer(self, request: Request, status: int) -> Kill | None:
         if request.verb not in WRITES or not 200 <= status < 300:
             return None
-        # A list, because `is_due` must count the write in every kill, also after the first kill that is due.
+        # The list is needed because `is_due` must count the write in every kill. `next` would stop at the first kill.
         due = [kill for kill in self.kills if kill.is_due(request)]
         return due[0] if due else None
 

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 CONVERGED_SECONDS = 30
 PREVIOUS = "2433999"
-"""Commit of the first version that ran jobs. Its operator had no leader election and wrote an older form of the status."""
+"""Commit of the first version that ran jobs. It had no leader election and an older form of the status."""
 
 
 @pytest.mark.long

@@ -62,7 +62,7 @@ SHARED_MEMORY_VOLUME: Final = "shared-memory"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptSpec:
-    """The inputs of an attempt's objects beside the job itself."""
+    """The values, beside the job itself, from which the child object and the ConfigMap of an attempt are built."""
 
     number: int
     """Number of the attempt, from 1."""

@@ -29,7 +29,7 @@ ONLY_FOR_TRAINING = (REPORT_TOKEN_VOLUME, SHARED_MEMORY_VOLUME)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreflightSpec:
-    """The inputs of a preflight pod beside the job itself."""
+    """The values, beside the job itself, from which a preflight pod and its ConfigMap are built."""
 
     number: int
     """Number of the try, from 1."""

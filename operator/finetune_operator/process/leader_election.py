@@ -191,7 +191,7 @@ class LeaderElector:
             logger.info("the Lease %s was given back", self._lease.name)
 
     async def _try(self) -> bool:
-        # The time before the calls counts, so that the Lease never expires earlier than this process assumes.
+        # The clock is read before the calls, so that the Lease never expires earlier than this process assumes.
         asked = self._clock()
         if not await self._election.try_acquire_or_renew():
             return False

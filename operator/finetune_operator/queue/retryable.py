@@ -22,6 +22,6 @@ class RetryableError(Exception):
 FIRST_RETRY_SECONDS = 10.0
 """Delay before the first retry. The delay doubles with each further failure, up to 5 minutes (`backoff_seconds`)."""
 EVENTS_AFTER_SECONDS = 5.0
-"""Age at which a pod that does not run yet has its warning events read."""
+"""Age in seconds at which the operator starts to read the warning events of a pod that does not run yet."""
 EVENTS_EVERY_SECONDS = 10.0
-"""Interval between two reads of the warning events of a pod that does not run yet."""
+"""Interval in seconds between two reads of the warning events of a pod that does not run yet."""
