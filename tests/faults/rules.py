@@ -112,7 +112,7 @@ Fault = Delay | Answer | Reset | Drop | ServeOld | CutWatch | StreamError | Edit
 
 @dataclass
 class Rule:
-    """Skips the first ``skip`` matching requests, then injects ``fault`` into the next ``times``; None means no limit."""
+    """Skips the first ``skip`` matching requests, then injects ``fault`` into the next ``times`` (None: no limit)."""
 
     fault: Fault
     verbs: frozenset[str] = frozenset()

@@ -1,7 +1,7 @@
 """Tests on a real cluster of the preflight check, and of Secrets, claims, images and quotas that come late.
 
-The conditions must name what the job waits for, and the job must run once the missing object exists. The images are stand-ins with
-scripts; tests/trainer and tests/e2e test the findings of the real check.
+The conditions must name what the job waits for, and the job must run once the missing object exists. The images are
+stand-ins with scripts; tests/trainer and tests/e2e test the findings of the real check.
 """
 
 from __future__ import annotations
