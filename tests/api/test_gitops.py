@@ -12,13 +12,13 @@ import pytest
 
 from finetune_core.api.conditions import ConditionType
 from finetune_core.validation.check import validate_spec
-from finetune_operator.kube.cluster import Cluster as OperatorClient
-from finetune_operator.kube.cluster import load_configuration
+from finetune_operator.kube.client import KubeClient as OperatorClient
+from finetune_operator.kube.client import load_configuration
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.settings import parse_settings
-from finetune_operator.queue.keyqueue import Key
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
 from tests.api.server import Server
 from tests.cluster import Cluster
@@ -34,7 +34,7 @@ GITOPS_MANAGERS = ("argocd-controller", "kustomize-controller")
 async def _reconcile(cluster: Cluster, key: Key) -> None:
     arguments = ["--trainer-image=localhost/busybox:1", "--namespace=default", f"--kubeconfig={cluster.kubeconfig}"]
     settings = parse_settings(arguments, {})
-    client = OperatorClient(await load_configuration(settings), fence=lambda: None)
+    client = OperatorClient(await load_configuration(settings.kubeconfig), fence=lambda: None)
     reconciler = Reconciler(
         cluster=client,
         backend=PyTorchJobBackend(client),

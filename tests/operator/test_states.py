@@ -19,8 +19,8 @@ from finetune_core.contract import Phase, Report
 from finetune_operator.decide.attempts import Settlement
 from finetune_operator.decide.preflight import Check, Next
 from finetune_operator.decide.verdict import Verdict
-from finetune_operator.objects.observed import ChildObservation
-from finetune_operator.queue.problems import OutsideError
+from finetune_operator.objects.observations import ChildObservation
+from finetune_operator.queue.retryable import RetryableError
 from finetune_operator.status.conditions import View, compute_conditions
 from tests.operator.test_verdict import TABLE
 
@@ -77,7 +77,7 @@ SETTLED = (
 )
 PROBLEMS = (
     None,
-    *(OutsideError(reason, "") for reason in (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE, Reason.BAD_INPUT)),
+    *(RetryableError(reason, "") for reason in (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE, Reason.BAD_INPUT)),
 )
 
 
@@ -106,7 +106,7 @@ def test_every_reason_in_the_code_is_one_of_the_reasons() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
-            if node.func.id in ("_State", "Settlement", "OutsideError"):
+            if node.func.id in ("_State", "Settlement", "RetryableError"):
                 texts = [
                     item for item in ast.walk(node) if isinstance(item, ast.Constant) and isinstance(item.value, str)
                 ]

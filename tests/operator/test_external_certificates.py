@@ -1,6 +1,9 @@
-"""The certificate of the report server as a Secret holds it by the chart's value: it comes late, is renewed, can't
-serve, and one day another authority signs it. The test writes the Secret as cert-manager does, with an intermediate
-authority and with mistakes; test_cert_manager.py has cert-manager itself write it."""
+"""The report server with a certificate from an existing Secret (`reports.certificate.existingSecret` of the chart).
+
+The Secret is created late, is renewed, gets an invalid certificate, and at last a certificate of another CA. The test
+writes the Secret in the way of cert-manager, with an intermediate CA. In `test_cert_manager.py` cert-manager itself
+writes the Secret.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from cryptography.x509.oid import NameOID
 from tests.cluster import Cluster
 from tests.cluster.pki import begin, key_usage
 from tests.operator.conftest import Installed, small_job
-from tests.operator.kept_certificates import SECRET, Release, installed_release
+from tests.operator.external_certificates import SECRET, Release, installed_release
 from tests.operator.test_on_cluster import RUNS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(400)]
@@ -37,7 +40,7 @@ def _name(text: str) -> x509.Name:
 
 @dataclass
 class Signer:
-    """A root with one intermediate below it, whose key signs: a CA issuer as companies have them."""
+    """A root CA with one intermediate CA, whose key signs server certificates, as companies have."""
 
     name: str
     root_key: rsa.RSAPrivateKey = field(default_factory=lambda: rsa.generate_private_key(65537, 2048))
@@ -59,7 +62,10 @@ class Signer:
         )
 
     def issue(self, host: str) -> dict[str, str]:
-        """Return a Secret's data for a new key: names without a subject, the chain below the root, the root beside."""
+        """Return the data of a Secret with a new key and certificate for ``host``.
+
+        `tls.crt` has an empty subject and includes the intermediate CA; `ca.crt` is the root CA.
+        """
         key = rsa.generate_private_key(65537, 2048)
         leaf = _signed(
             begin(x509.Name([]), _name(f"{self.name} issuing"), key, LIFETIME)
@@ -83,7 +89,7 @@ def _authority_of(key: rsa.RSAPrivateKey) -> x509.AuthorityKeyIdentifier:
 
 
 def write_secret(cluster: Cluster, host: str, data: dict[str, str]) -> None:
-    """Write the Secret as cert-manager's issuing controller does: applied by the server, under its own name."""
+    """Write the Secret by server-side apply with the field manager, labels and annotations of cert-manager."""
     metadata = {
         "name": SECRET,
         "namespace": NAMESPACE,
@@ -127,9 +133,9 @@ def test_a_certificate_that_somebody_keeps_is_waited_for_served_and_exchanged(
     write_secret(cluster, host, renewed)
     took = release.until_presented(renewed["tls.crt"])
     print(f"a renewed certificate is presented after {took:.1f} s (load {os.getloadavg()[0]:.1f})")
-    assert attempt.post() == 204, "the attempt that runs trusts what signed the new one too"
+    assert attempt.post() == 204, "the running attempt trusts the CA that signed the renewed certificate"
 
-    # One that can't serve, such as a mistaken Certificate makes, takes nothing away.
+    # A certificate for another host, such as a wrong Certificate object produces, is not loaded.
     write_secret(cluster, host, company.issue("elsewhere.example.com"))
     release.until_logged(f"tls.crt must name {host}")
     assert attempt.post() == 204
@@ -139,5 +145,5 @@ def test_a_certificate_that_somebody_keeps_is_waited_for_served_and_exchanged(
     release.until_presented(successor["tls.crt"])
     attempt.assert_only_the_next_one_trusts(successor["ca.crt"])
 
-    assert release.program.pid == process, "nothing of it needed a restart"
-    assert release.reads_of_secrets() == {("get", SECRET)}, "it is read, and never written"
+    assert release.program.pid == process, "no renewal needed a restart"
+    assert release.reads_of_secrets() == {("get", SECRET)}, "the Secret is read and never written"

@@ -1,5 +1,8 @@
-"""A release of the chart whose report certificate somebody else keeps in a Secret: its operator as a program, what its
-report server presents, and an attempt whose pod reports to it."""
+"""Helper for tests of `reports.certificate.existingSecret`: a release of the chart with a certificate from that Secret.
+
+`Release` runs the operator of the release as a program and reads the certificate that the report server presents.
+`Attempt` sends reports as a pod of an attempt does.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from tests.cluster.api import answers
 from tests.cluster.audit import calls
 from tests.cluster.layout import BRIDGE
 from tests.operator.conftest import Installed
-from tests.operator.programs import OperatorProgram, operator_program
+from tests.operator.operator_program import OperatorProgram, operator_program
 from tests.operator.test_on_cluster import child_name, pods_run, report, running
 from tests.operator.test_reports_on_cluster import token_of
 from tests.operator.test_two_replicas import owner_of_the_slice, post_by_name
@@ -36,7 +39,7 @@ RESYNC_SECONDS = 5
 
 @dataclass
 class Release:
-    """A release that takes its certificate from the Secret; its operator is started by the test."""
+    """An installed release of the chart whose report server uses the Secret; the test starts the operator."""
 
     installed: Installed
     program: OperatorProgram
@@ -49,11 +52,11 @@ class Release:
 
     @property
     def host(self) -> str:
-        """The name that training pods report to."""
+        """Host name of the report Service, to which training pods send reports."""
         return f"{self.account}.{self.namespace}.svc"
 
     def start_without_a_certificate(self) -> None:
-        """Start the operator and wait until it says that the Secret is missing; it is alive then and not ready."""
+        """Start the operator, wait until its log names the missing Secret, and check /healthz and /readyz."""
         self.program.start()
         self.until_logged(f"Secret {self.namespace}/{SECRET} must exist and hold ca.crt, tls.crt, tls.key")
         with self.cluster.enter():
@@ -66,7 +69,7 @@ class Release:
         wait_for(text, lambda: text in self.program.log.read_text(), 60, evidence=self.program.evidence)
 
     def presented(self) -> str:
-        """Return the certificate that the report server presents now; empty while nobody answers."""
+        """Return the certificate (PEM) that the report server presents; empty while no server answers."""
         with self.cluster.enter():
             try:
                 return ssl.get_server_certificate((ADDRESS, REPORT_PORT), timeout=5)
@@ -74,7 +77,7 @@ class Release:
                 return ""
 
     def until_presented(self, chain: str) -> float:
-        """Wait until the server presents the first certificate of ``chain`` (PEM); returns the seconds it took."""
+        """Wait until the server presents the first certificate of ``chain`` (PEM); return the seconds waited."""
         began = time.monotonic()
         leaf = chain.partition("-----END CERTIFICATE-----")[0].strip()
         wait_for(
@@ -87,7 +90,7 @@ class Release:
         return time.monotonic() - began
 
     def attempt(self, namespace: str, number: int) -> Attempt:
-        """Wait until the pods of an attempt of the job run, and return what the first of them needs to report."""
+        """Wait until the pods of attempt ``number`` run, and return an `Attempt` that reports as the first pod does."""
 
         def reached(job: dict[str, Any]) -> bool:
             return job["status"]["attempts"]["started"] == number and running(job)
@@ -100,7 +103,7 @@ class Release:
         return Attempt(self, namespace, number, pod, token, found["data"][Path(CA_FILE).name])
 
     def reads_of_secrets(self) -> set[tuple[str, str]]:
-        """Return verb and name of all that the operator did to Secrets, by the API server's audit log."""
+        """Return (verb, name) of every request of the operator about Secrets, from the API server's audit log."""
         user = f"system:serviceaccount:{self.namespace}:{self.account}"
         made = calls(self.cluster.layout.audit_log, user)
         return {(call.verb, call.name) for call in made if call.resource == "secrets"}
@@ -108,7 +111,7 @@ class Release:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Reports as its first pod does: by the Service's name, with the pod's token, trusting what the attempt trusts."""
+    """Sends reports as the first pod of an attempt does, with the pod's token and the CA of the attempt."""
 
     release: Release
     namespace: str
@@ -116,15 +119,16 @@ class Attempt:
     pod: dict[str, Any]
     token: str
     trusted: str
+    """PEM text of the CA in the attempt's ConfigMap."""
 
     def post(self) -> int:
-        """Post a report and return the status of the answer; raises OSError where the server is not believed."""
+        """Post a report and return the HTTP status; raises OSError where the server's certificate is not trusted."""
         path, body = report_path(self.namespace, "quickstart", self.number), report(self.pod["uid"]).to_json()
         server = f"{self.release.host}:{REPORT_PORT}"
         return post_by_name(self.release.cluster, server, path, body, self.token, self.trusted)
 
     def assert_only_the_next_one_trusts(self, authority: str) -> None:
-        """Show that a server with a certificate of a new ``authority`` (PEM) is believed from the next attempt on."""
+        """Assert that only the next attempt trusts a server certificate of the new ``authority`` (PEM)."""
         with pytest.raises(ssl.SSLCertVerificationError):
             self.post()
         name = self.pod["name"]
@@ -134,7 +138,7 @@ class Attempt:
         assert following.post() == 204
 
     def until_taken(self) -> None:
-        """Wait until the Service's name leads to the server and a report is taken."""
+        """Wait until the Service's name resolves to the server and the server accepts a report."""
 
         def taken() -> bool:
             try:
@@ -147,7 +151,10 @@ class Attempt:
 
 @contextmanager
 def installed_release(installed: Installed, folder: Path, name: str, namespace: str) -> Iterator[Release]:
-    """Install the chart in place of ``installed``, whose operator would work on the same jobs."""
+    """Install the chart as a second release.
+
+    The operator of ``installed`` is stopped meanwhile, because it would reconcile the same jobs.
+    """
     cluster = installed.cluster
     certificate = {"existingSecret": SECRET}
     values = {"replicas": 0, "crds": {"enabled": False}, "reports": {"certificate": certificate, "port": REPORT_PORT}}
@@ -167,7 +174,7 @@ def installed_release(installed: Installed, folder: Path, name: str, namespace: 
         health_port=HEALTH_PORT,
         name=name,
         settings={
-            # What the value made of the Deployment is what counts here.
+            # These variables come from the rendered Deployment, because the chart's value must set them.
             **{key: chosen[key] for key in ("FINETUNE_CERTIFICATE_SECRET", "FINETUNE_CERTIFICATE_FROM")},
             "FINETUNE_POD_IP": ADDRESS,
             "FINETUNE_POD_UID": owner_of_the_slice(installed, name, namespace),

@@ -1,5 +1,7 @@
-"""Reports in Kubeflow's words: what becomes of each defect of its client, and what is refused. The bodies are those
-that transformers 5.23 sends; its own class is run against the real operator in test_stock_trainer."""
+"""Tests of reports in Kubeflow Trainer's protocol: how wrong values of its client are handled, and what is rejected.
+
+The bodies are those that transformers 5.23 sends. `test_stock_trainer.py` runs the real client.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ LOSS = {"name": "loss", "value": "1.25"}
 
 
 def step(number: int, **metrics: float) -> dict[str, Any]:
-    """Return what the client says after a step."""
-    told = {**metrics, "current_step": number, "total_steps": 200, "current_epoch": number / 100}
-    values = [{"name": name, "value": str(value)} for name, value in told.items()]
+    """Return the body that the client sends after step ``number``."""
+    reported = {**metrics, "current_step": number, "total_steps": 200, "current_epoch": number / 100}
+    values = [{"name": name, "value": str(value)} for name, value in reported.items()]
     return {"progressPercentage": number // 2, "estimatedRemainingSeconds": 7, "metrics": values}
 
 
@@ -29,7 +31,7 @@ END: dict[str, Any] = {"progressPercentage": 100, "estimatedRemainingSeconds": 0
 
 
 def merged(*bodies: dict[str, Any], seconds_per_step: float | None = 3.0) -> FineTuneJobStatus:
-    """Return the status after these reports."""
+    """Return the status after the reports ``bodies``."""
     status = FineTuneJobStatus()
     for body in bodies:
         text = json.dumps({"trainerStatus": {"lastUpdatedTime": NOW.isoformat()} | body})
@@ -75,7 +77,7 @@ def test_the_curve_has_a_point_for_every_new_loss_and_forgets_what_a_resume_lost
     assert [(point.step, point.loss) for point in status.history] == [(10, "3"), (15, "2.5")]
 
 
-def test_the_end_is_a_hundred_percent_at_the_last_step_that_was_told() -> None:
+def test_the_end_is_a_hundred_percent_at_the_last_reported_step() -> None:
     progress = merged(step(190), END).progress
     assert progress is not None
     assert (progress.step, progress.percentage, progress.eta_seconds) == (190, 100, 0)

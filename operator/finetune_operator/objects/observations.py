@@ -1,5 +1,8 @@
-"""What the operator saw of an attempt: pods and child as values. Parsed here from what the API server sent; the
-verdict, the conditions and the messages are computed from these and never from raw objects."""
+"""Pods and child objects of an attempt as immutable values, parsed from the manifests that the API server sends.
+
+`observe/observer.py` parses the manifests. `decide/` and `status/` compute verdicts, conditions and messages from these
+values and never from manifests.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from finetune_operator.objects.labels import ATTEMPT, LAST_CHECKPOINT_TIME, PREF
 
 
 class ContainerState(StrEnum):
-    """State of the container that trains."""
+    """State of the training container; a container is in exactly one state."""
 
     WAITING = "Waiting"
     RUNNING = "Running"
@@ -23,61 +26,62 @@ class ContainerState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContainerObservation:
-    """The container `pytorch` of a pod."""
+    """The training container (named `pytorch`) of a pod."""
 
     state: ContainerState
     reason: str = ""
-    """Of waiting (ErrImagePull, ContainerCreating) or of the end (OOMKilled, Error, Completed)."""
+    """Reason of the state, for example ``"ErrImagePull"`` while waiting or ``"OOMKilled"`` after the end."""
     message: str = ""
-    """Why it waits, or its termination message."""
+    """Message of the waiting state, or the termination message of an ended container."""
     exit_code: int | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
     image_id: str = ""
-    """What the node pulled: `repository@sha256:...`, or a bare digest of an image that no registry gave."""
+    """Image that the node runs: `repository@sha256:...`, or a bare digest of an image that came from no registry."""
 
     @property
     def result(self) -> Result | None:
-        """The trainer's result; None where it left none."""
+        """The result that the trainer wrote as termination message; None where the message holds no result."""
         return Result.from_termination_message(self.message) if self.state is ContainerState.TERMINATED else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PodObservation:
-    """A pod of an attempt."""
+    """A pod of an attempt or of a preflight check. Fields without a value in the manifest are empty or None."""
 
     name: str
     uid: str
     attempt: int
     index: int
+    """Index of the worker, from 0; of a preflight pod, the number of the try."""
     phase: str = "Pending"
     reason: str = ""
-    """Why the phase is Failed: Evicted, NodeLost."""
+    """`status.reason`, set where the phase is Failed, for example ``"Evicted"``."""
     message: str = ""
     node: str = ""
     version: int = 0
-    """metadata.resourceVersion: of two pods, the one that changed last has the higher."""
+    """`metadata.resourceVersion` as a number. Of two pods, the pod that changed last has the higher number."""
     created_at: datetime
     scheduled_at: datetime | None = None
-    """When it got its node, and with it its GPUs."""
+    """When the scheduler bound the pod to a node, so that the pod holds the GPUs from then on."""
     delete_requested_at: datetime | None = None
-    """When somebody asked for its deletion."""
+    """When the deletion was requested: `metadata.deletionTimestamp` minus the grace period."""
     delete_deadline: datetime | None = None
-    """metadata.deletionTimestamp: when its grace period ends."""
+    """`metadata.deletionTimestamp`, which is the end of the grace period."""
     disruption: str = ""
-    """Reason of a DisruptionTarget condition."""
+    """Reason of the DisruptionTarget condition, for example ``"PreemptionByScheduler"``; empty where there is none."""
     disrupted_at: datetime | None = None
     unschedulable: str = ""
-    """The scheduler's sentence, while it finds no node."""
+    """Message of the PodScheduled condition while the scheduler finds no node, for example ``"0/4 nodes ..."``."""
     container: ContainerObservation | None = None
     memory_limit: str = ""
-    """Of the training container, as it was asked for, such as 64Gi."""
+    """Memory limit of the training container as the pod's spec has it, for example ``"64Gi"``."""
     checkpoint_time: str = ""
-    """Annotation that tells schedulers when the job last saved."""
+    """Value of the annotation `volcano.sh/last-checkpoint-time`; empty where the pod has no such annotation."""
 
     @property
     def ended(self) -> bool:
-        """Whether training in it has ended, whatever its sidecars do."""
+        """Whether the training container has ended. Sidecars of the pod may still run."""
         if self.container is not None and self.container.state is ContainerState.TERMINATED:
             return True
         return self.phase in ("Failed", "Succeeded")
@@ -89,42 +93,43 @@ class PodObservation:
 
     @property
     def ended_at(self) -> datetime | None:
-        """When training in it ended; None while it goes on, or where nobody knows."""
+        """When the training container ended; None while it runs and where the manifest has no time."""
         return self.container.finished_at if self.container is not None else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildObservation:
-    """The backend's object of an attempt."""
+    """The child object of an attempt, for example a PyTorchJob, in the terms that every backend shares."""
 
     name: str
     uid: str
     owner_uid: str
     deleting: bool = False
     suspended: bool = False
-    """Its queue holds it, or has just let it go and the backend has not acted on that yet."""
+    """Whether the child is suspended, for example by Kueue, or is resumed and the backend has not acted on that yet."""
     resumed_at: datetime | None = None
-    """When the backend last resumed it."""
+    """When the backend last resumed the child after a suspension."""
     failed_at: datetime | None = None
     replicas: int
+    """Number of workers in the child's spec."""
     succeeded: bool = False
     failed: bool = False
     message: str = ""
-    """The backend's sentence about its end."""
+    """Message of the condition with which the backend marked the child as failed or succeeded."""
 
     @property
     def finished(self) -> bool:
-        """Whether the backend does nothing more with it."""
+        """Whether the child has succeeded or failed, so that the backend does nothing more with the child."""
         return self.succeeded or self.failed
 
 
 def parse_time(text: str | None) -> datetime | None:
-    """Return a Kubernetes time (RFC 3339) or None."""
+    """Return ``text`` (RFC 3339, for example ``"2026-01-31T12:00:00Z"``) as a datetime; None for None or empty."""
     return datetime.fromisoformat(text) if text else None
 
 
 def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
-    """Return the observation of a pod; None where its labels are not those of an attempt's pod."""
+    """Return the observation of a pod; None where the labels of the pod are not those of an attempt's pod."""
     labels = pod["metadata"].get("labels", {})
     attempt, index = labels.get(ATTEMPT, ""), labels.get(REPLICA_INDEX, "")
     if not (attempt.isdigit() and index.isdigit()):
@@ -133,7 +138,10 @@ def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
 
 
 def parse_preflight_pod(pod: Mapping[str, Any]) -> PodObservation | None:
-    """Return the observation of a pod, with the try as `index` and attempt 0; None where it is not a preflight pod."""
+    """Return the observation of a preflight pod, with attempt 0 and the number of the try as `index`.
+
+    Returns None where ``pod`` is not a preflight pod.
+    """
     number = pod["metadata"].get("labels", {}).get(PREFLIGHT, "")
     return _observation(pod, 0, int(number)) if number.isdigit() else None
 
@@ -201,6 +209,6 @@ def _parse_container(statuses: list[Mapping[str, Any]]) -> ContainerObservation 
 
 
 def controller_uid(manifest: Mapping[str, Any]) -> str:
-    """Return the uid of the object's controlling owner; empty where it has none."""
+    """Return the uid of the owner reference with `controller: true`; empty where the object has none."""
     owners = manifest["metadata"].get("ownerReferences", [])
     return next((owner["uid"] for owner in owners if owner.get("controller")), "")

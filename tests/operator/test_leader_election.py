@@ -1,5 +1,7 @@
-"""The election's rules at the edges that no real cluster shows on demand: clocks that jump, calls that hang, a holder
-that changed. The API server is a stand-in for one Lease; the real one is in test_two_replicas."""
+"""Tests of leader election in cases that a real cluster can't produce on demand, such as clock jumps and hanging calls.
+
+The API server is a fake with one Lease. `test_two_replicas.py` uses a real API server.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,21 @@ import pytest
 from kubernetes.aio.client import V1Lease, V1LeaseSpec, V1ObjectMeta
 from kubernetes.aio.client.exceptions import ApiException
 
-from finetune_operator.process import leadership as leadership_module
-from finetune_operator.process.leadership import LEASE_SECONDS, RENEW_DEADLINE_SECONDS, Leadership, TimedLease
+from finetune_operator.process import leader_election
+from finetune_operator.process.leader_election import (
+    LEASE_SECONDS,
+    RENEW_DEADLINE_SECONDS,
+    LeaderElector,
+    TimedLeaseLock,
+)
 
 
 class EndedError(Exception):
-    """Stands for the end of the process."""
+    """Raised where the elector would end the process."""
 
 
 class Clock:
-    """A monotonic clock that tests set."""
+    """A fake monotonic clock whose time the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -33,7 +40,7 @@ class Clock:
 
 
 class OneLease:
-    """The API of one Lease."""
+    """A fake of the Lease API with one Lease; ``before`` runs before each call and can raise or wait."""
 
     def __init__(self) -> None:
         self.spec: V1LeaseSpec | None = None
@@ -71,33 +78,33 @@ def server() -> OneLease:
 
 
 @pytest.fixture
-def candidate(server: OneLease, clock: Clock) -> Leadership:
-    lease = TimedLease("operator", "system", "me_1", None, clock)
+def candidate(server: OneLease, clock: Clock) -> LeaderElector:
+    lease = TimedLeaseLock("operator", "system", "me_1", None, clock)
     lease.api_instance = server
 
     def end(code: int) -> None:
         raise EndedError(code)
 
-    return Leadership(lease, end=end, clock=clock)
+    return LeaderElector(lease, end=end, clock=clock)
 
 
 def nothing() -> None:
-    """Called when the Lease could be read."""
+    """Do nothing; passed as the callback for a Lease that could be read."""
 
 
-async def test_an_empty_lease_is_taken_at_once(candidate: Leadership, server: OneLease) -> None:
+async def test_an_empty_lease_is_taken_at_once(candidate: LeaderElector, server: OneLease) -> None:
     await candidate.acquire(nothing)
     assert server.spec is not None
     assert server.spec.holder_identity == "me_1"
     candidate.check()
 
 
-def test_nothing_may_be_written_without_the_lease(candidate: Leadership) -> None:
+def test_nothing_may_be_written_without_the_lease(candidate: LeaderElector) -> None:
     with pytest.raises(EndedError):
         candidate.check()
 
 
-async def test_a_leader_that_stood_still_may_write_nothing(candidate: Leadership, clock: Clock) -> None:
+async def test_a_leader_that_stood_still_may_write_nothing(candidate: LeaderElector, clock: Clock) -> None:
     await candidate.acquire(nothing)
     clock.now += RENEW_DEADLINE_SECONDS - 0.1
     candidate.check()
@@ -107,7 +114,7 @@ async def test_a_leader_that_stood_still_may_write_nothing(candidate: Leadership
 
 
 async def test_a_wall_clock_set_forward_takes_no_lease_from_its_holder(
-    server: OneLease, clock: Clock, candidate: Leadership, monkeypatch: pytest.MonkeyPatch
+    server: OneLease, clock: Clock, candidate: LeaderElector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.held_by("other_1")
     assert not await candidate._try()
@@ -120,13 +127,13 @@ async def test_a_wall_clock_set_forward_takes_no_lease_from_its_holder(
 
 
 async def test_a_leader_that_finds_another_holder_ends(
-    server: OneLease, candidate: Leadership, monkeypatch: pytest.MonkeyPatch
+    server: OneLease, candidate: LeaderElector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leadership_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(leader_election, "RETRY_SECONDS", 0.0)
     await candidate.acquire(nothing)
     server.held_by("other_1")
     with pytest.raises(EndedError):
-        await candidate.keep()
+        await candidate.renew_forever()
 
 
 @pytest.mark.parametrize(
@@ -140,9 +147,9 @@ async def test_a_leader_that_finds_another_holder_ends(
     ids=lambda error: type(error).__name__,
 )
 async def test_an_error_counts_as_not_renewed_until_the_deadline(
-    server: OneLease, clock: Clock, candidate: Leadership, monkeypatch: pytest.MonkeyPatch, error: Exception
+    server: OneLease, clock: Clock, candidate: LeaderElector, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(leadership_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(leader_election, "RETRY_SECONDS", 0.0)
     await candidate.acquire(nothing)
     tries = []
 
@@ -153,20 +160,20 @@ async def test_an_error_counts_as_not_renewed_until_the_deadline(
 
     server.before = fail
     with pytest.raises(EndedError):
-        await candidate.keep()
-    assert len(tries) == 4  # at 0, 3, 6 and 9 s: the deadline is 10 s
+        await candidate.renew_forever()
+    assert len(tries) == 4  # the tries are at 0, 3, 6 and 9 s, because the deadline is 10 s
 
 
 async def test_a_call_that_hangs_is_given_up(
-    server: OneLease, candidate: Leadership, monkeypatch: pytest.MonkeyPatch
+    server: OneLease, candidate: LeaderElector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leadership_module, "CALL_SECONDS", 0.01)
+    monkeypatch.setattr(leader_election, "CALL_SECONDS", 0.01)
     server.before = lambda: asyncio.sleep(60)
     assert not await candidate._try()
 
 
 async def test_a_released_lease_has_no_holder_and_a_foreign_one_is_left_alone(
-    server: OneLease, candidate: Leadership
+    server: OneLease, candidate: LeaderElector
 ) -> None:
     await candidate.acquire(nothing)
     await candidate.release()
