@@ -16,17 +16,17 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
-from finetune_cli.store import Entry, MissingError, Store
-from finetune_cli.text import number, size
+from finetune_cli.formatting import number, size
+from finetune_cli.object_store import Entry, MissingError, ObjectStoreReader
 from finetune_core.api.job import FineTuneJob
-from finetune_core.layout import COMMIT, MANIFEST, Location, Manifest, digest, parse_uri, run_root
+from finetune_core.layout import COMMIT, MANIFEST, Location, Manifest, digest, parse_uri, run_root_of
 
 COMMITTED, DAMAGED, UNFINISHED = "committed", "damaged", "unfinished"
 TRAINER_FILE = "trainer.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CheckpointFolder:
     """A checkpoint folder in the bucket."""
 
     run: int
@@ -48,11 +48,12 @@ class Found:
 
 def root_of(job: FineTuneJob) -> Location:
     """Return where the job's run lies in the bucket."""
-    storage, metadata = job.spec.storage, job.metadata
-    return parse_uri(run_root(storage.uri, metadata.namespace, metadata.name, storage.run_id or metadata.uid))
+    return parse_uri(run_root_of(job))
 
 
-def look(store: Store, root: Location, *, verify: bool, progress: Callable[[str], None]) -> list[Found]:
+def inspect_checkpoints(
+    store: ObjectStoreReader, root: Location, *, verify: bool, progress: Callable[[str], None]
+) -> list[CheckpointFolder]:
     """Return all checkpoint folders, by run and step; with ``verify`` every byte is compared with the manifest.
 
     ``progress`` is told the name of each folder before it is looked at.
@@ -62,16 +63,16 @@ def look(store: Store, root: Location, *, verify: bool, progress: Callable[[str]
         place = Location(root.bucket, next(iter(files.values())).key.rpartition("/")[0])
         progress(place.uri())
         try:
-            found.append(_look_at(store, place, run, step, files, verify=verify))
+            found.append(_inspect_folder(store, place, run, step, files, verify=verify))
         except MissingError:
             # A run that goes on removes old checkpoints, COMMIT before the rest: without it this one is no more.
             left = _folders(store, root).get((run, step), {})
             if COMMIT in left:
-                found.append(_look_at(store, place, run, step, left, verify=verify))
-    return _marked(found)
+                found.append(_inspect_folder(store, place, run, step, left, verify=verify))
+    return _with_last_and_best(found)
 
 
-def _folders(store: Store, root: Location) -> dict[tuple[int, int], dict[str, Entry]]:
+def _folders(store: ObjectStoreReader, root: Location) -> dict[tuple[int, int], dict[str, Entry]]:
     """Return the objects of each checkpoint folder, by run and step and then by name."""
     folders: dict[tuple[int, int], dict[str, Entry]] = {}
     start = len(root.key("checkpoints")) + 1
@@ -82,12 +83,14 @@ def _folders(store: Store, root: Location) -> dict[tuple[int, int], dict[str, En
     return folders
 
 
-def _look_at(store: Store, place: Location, run: int, step: int, files: Mapping[str, Entry], *, verify: bool) -> Found:
+def _inspect_folder(
+    store: ObjectStoreReader, place: Location, run: int, step: int, files: Mapping[str, Entry], *, verify: bool
+) -> CheckpointFolder:
     """Return what a folder is worth."""
     weight = sum(entry.bytes for name, entry in files.items() if name not in (COMMIT, MANIFEST))
     newest = max(entry.modified for entry in files.values())
     if COMMIT not in files:
-        return Found(run, step, UNFINISHED, place.uri(), weight, len(files), newest)
+        return CheckpointFolder(run, step, UNFINISHED, place.uri(), weight, len(files), newest)
     time, sha256 = files[COMMIT].modified, ""
     try:
         if MANIFEST not in files:
@@ -105,9 +108,11 @@ def _look_at(store: Store, place: Location, run: int, step: int, files: Mapping[
             if verify and store.digest(place.bucket, place.key(file.name)) != file.sha256:
                 raise DamageError(f"{file.name} has another sha256 than {MANIFEST} says")
     except DamageError as damage:
-        return Found(run, step, DAMAGED, place.uri(), weight, len(files), time, sha256, problem=str(damage))
+        return CheckpointFolder(run, step, DAMAGED, place.uri(), weight, len(files), time, sha256, problem=str(damage))
     perplexity = _perplexity(store.read(place.bucket, place.key(TRAINER_FILE))) if TRAINER_FILE in files else None
-    return Found(run, step, COMMITTED, place.uri(), manifest.total_bytes, len(manifest.files), time, sha256, perplexity)
+    return CheckpointFolder(
+        run, step, COMMITTED, place.uri(), manifest.total_bytes, len(manifest.files), time, sha256, perplexity
+    )
 
 
 class DamageError(Exception):
@@ -130,19 +135,19 @@ def _perplexity(encoded: bytes) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _marked(found: Sequence[Found]) -> list[Found]:
+def _with_last_and_best(found: Sequence[CheckpointFolder]) -> list[CheckpointFolder]:
     """Return the same with the newest and the best of the committed ones marked."""
     whole = [item for item in found if item.state == COMMITTED]
     last = whole[-1] if whole else None
     scored = [item for item in whole if item.perplexity is not None]
     best = min(scored, key=lambda item: item.perplexity or 0.0, default=None)
-    return [Found(**{**asdict(item), "last": item is last, "best": item is best}) for item in found]
+    return [CheckpointFolder(**{**asdict(item), "last": item is last, "best": item is best}) for item in found]
 
 
-def as_json(root: Location, found: Sequence[Found]) -> str:
+def as_json(root: Location, found: Sequence[CheckpointFolder]) -> str:
     """Return the list for pipelines."""
 
-    def plain(item: Found) -> dict[str, Any]:
+    def plain(item: CheckpointFolder) -> dict[str, Any]:
         values = asdict(item) | {"time": item.time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
         values["manifestSha256"] = values.pop("manifest_sha256")
         return {key: value for key, value in values.items() if value not in (None, "")}
@@ -150,7 +155,7 @@ def as_json(root: Location, found: Sequence[Found]) -> str:
     return json.dumps({"root": root.uri(), "checkpoints": [plain(item) for item in found]}, indent=2)
 
 
-def as_table(root: Location, found: Sequence[Found]) -> Table:
+def as_table(root: Location, found: Sequence[CheckpointFolder]) -> Table:
     """Return the list for people."""
     table = Table(title=root.uri(), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in ("run", "step", "size", "files", "perplexity"):

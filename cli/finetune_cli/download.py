@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from finetune_cli.state import sentence, state, status_of
-from finetune_cli.store import Store
+from finetune_cli.object_store import ObjectStoreReader
+from finetune_cli.state import state, state_message, status_of
 from finetune_core.api.job import KIND, FineTuneJob
 from finetune_core.api.status import ArtifactStatus
 from finetune_core.errors import UserError
@@ -27,11 +27,13 @@ def artifact_of(job: FineTuneJob) -> ArtifactStatus:
     artifact = status_of(job).artifact
     if artifact is None:
         subject = f"{KIND} {job.metadata.namespace}/{job.metadata.name}"
-        raise UserError(subject, f"has no artifact: its state is {state(job)} ({sentence(job)})")
+        raise UserError(subject, f"has no artifact: its state is {state(job)} ({state_message(job)})")
     return artifact
 
 
-def download(artifact: ArtifactStatus, store: Store, folder: Path, progress: Callable[[int], None]) -> Manifest:
+def download(
+    artifact: ArtifactStatus, store: ObjectStoreReader, folder: Path, progress: Callable[[int], None]
+) -> Manifest:
     """Fetch and verify ``artifact`` into ``folder``, which must not exist, and return its manifest.
 
     The files come into a folder beside it, which takes its name when all are there and right.
@@ -70,7 +72,7 @@ def download(artifact: ArtifactStatus, store: Store, folder: Path, progress: Cal
     return manifest
 
 
-def read_manifest(artifact: ArtifactStatus, store: Store) -> Manifest:
+def read_manifest(artifact: ArtifactStatus, store: ObjectStoreReader) -> Manifest:
     """Return the manifest that the status names, which must be committed and have the digest that the status holds."""
     place = parse_uri(artifact.uri)
     committed = store.read(place.bucket, place.key(COMMIT)).decode(errors="replace").strip()

@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from finetune_cli.state import ending, metric, obstacle, scores_by_name, sentence, state, status_of
-from finetune_cli.text import duration, number, size, sparkline
+from finetune_cli.formatting import duration, number, size, sparkline
+from finetune_cli.state import blocking_message, ending, metric, scores_by_name, state, state_message, status_of
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, IncidentStatus
 
@@ -64,9 +64,9 @@ def _color(job: FineTuneJob) -> str:
 def _state(job: FineTuneJob) -> RenderableType:
     end = ending(job)
     mark = "●" if end is None else "✔" if end.succeeded else "✘"
-    text = Text.assemble((f"{mark} {state(job)}", f"bold {_color(job)}"), "  ", sentence(job))
-    if obstacle(job):
-        text.append(f"\n  {obstacle(job)}", style="yellow")
+    text = Text.assemble((f"{mark} {state(job)}", f"bold {_color(job)}"), "  ", state_message(job))
+    if blocking_message(job):
+        text.append(f"\n  {blocking_message(job)}", style="yellow")
     return text
 
 

@@ -12,9 +12,7 @@ from finetune_core.api.job import FineTuneJob
 from finetune_core.api.status import FineTuneJobStatus, MetricValue, Scores
 
 NOT_SEEN = "Pending"
-NOT_SEEN_SENTENCE = (
-    "no operator has looked at it yet; `kubectl get pods -A -l app.kubernetes.io/name=finetune-operator`"
-)
+NOT_SEEN_MESSAGE = "no operator has looked at it yet; `kubectl get pods -A -l app.kubernetes.io/name=finetune-operator`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +21,7 @@ class Ending:
 
     succeeded: bool
     reason: str
-    sentence: str
+    message: str
 
 
 def status_of(job: FineTuneJob) -> FineTuneJobStatus:
@@ -42,14 +40,14 @@ def state(job: FineTuneJob) -> str:
     return summary.reason if summary else NOT_SEEN
 
 
-def sentence(job: FineTuneJob) -> str:
+def state_message(job: FineTuneJob) -> str:
     """Return what the job does or waits for, or how it ended.
 
     That is the summary's message; where it is empty, the message of the first step on the way that is not reached.
     """
     summary = condition(job, ConditionType.SUCCEEDED)
     if summary is None:
-        return NOT_SEEN_SENTENCE
+        return NOT_SEEN_MESSAGE
     if summary.message or summary.status != "Unknown":
         return summary.message
     for kind in (ConditionType.ACCEPTED, ConditionType.SCHEDULED, ConditionType.RUNNING):
@@ -59,14 +57,14 @@ def sentence(job: FineTuneJob) -> str:
     return ""
 
 
-def obstacle(job: FineTuneJob) -> str:
+def blocking_message(job: FineTuneJob) -> str:
     """Return what keeps an unfinished job from going on, where the summary does not say it itself; else nothing."""
     if ending(job):
         return ""
     accepted = condition(job, ConditionType.ACCEPTED)
     scheduled = condition(job, ConditionType.SCHEDULED)
     for step in (accepted, scheduled):
-        if step is not None and step.status == "False" and step.message not in ("", sentence(job)):
+        if step is not None and step.status == "False" and step.message not in ("", state_message(job)):
             return step.message
     return ""
 

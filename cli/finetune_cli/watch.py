@@ -15,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from finetune_cli.lines import news
+from finetune_cli.log_lines import new_lines
 from finetune_cli.panel import render
 from finetune_cli.state import Ending, ending
 from finetune_core.api.job import FineTuneJob
@@ -27,11 +27,11 @@ class View(ABC):
     """What `watch` writes to: ``show`` a job, ``tell`` a sentence about the connection."""
 
     @abstractmethod
-    def show(self, job: FineTuneJob) -> None:
+    def show_job(self, job: FineTuneJob) -> None:
         """Show the newest state of the job."""
 
     @abstractmethod
-    def tell(self, sentence: str) -> None:
+    def show_notice(self, sentence: str) -> None:
         """Show a sentence that is not about the job."""
 
 
@@ -52,11 +52,11 @@ class LiveView(View):
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def show(self, job: FineTuneJob) -> None:
+    def show_job(self, job: FineTuneJob) -> None:
         """Draw the newest state; a notice about the connection is out of date then."""
         self._job, self._notice = job, ""
 
-    def tell(self, sentence: str) -> None:
+    def show_notice(self, sentence: str) -> None:
         """Draw a notice below the panel until the next change."""
         self._notice = sentence
 
@@ -74,21 +74,21 @@ class LineView(View):
         self._write = write
         self._shown: FineTuneJob | None = None
 
-    def show(self, job: FineTuneJob) -> None:
+    def show_job(self, job: FineTuneJob) -> None:
         """Write what is new since the last lines."""
-        lines = news(self._shown, job)
+        lines = new_lines(self._shown, job)
         for line in lines:
-            self.tell(line)
+            self.show_notice(line)
         if lines:
             self._shown = job
 
-    def tell(self, sentence: str) -> None:
+    def show_notice(self, sentence: str) -> None:
         """Write one line."""
         self._write(f"{datetime.now():%H:%M:%S}  {sentence}")
 
 
 @contextmanager
-def view_on(console: Console) -> Iterator[View]:
+def view_for(console: Console) -> Iterator[View]:
     """Give the view that suits ``console``: a live panel on a terminal, lines elsewhere."""
     if console.is_terminal:
         with LiveView(console) as live:
@@ -100,7 +100,7 @@ def view_on(console: Console) -> Iterator[View]:
 def show_until_ended(jobs: Iterable[FineTuneJob], view: View) -> Ending:
     """Show each state of a job and return how it ended."""
     for job in jobs:
-        view.show(job)
+        view.show_job(job)
         if end := ending(job):
             return end
     raise EOFError("the stream of states ended before the job did")

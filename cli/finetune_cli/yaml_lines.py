@@ -17,13 +17,13 @@ from typing import Any
 
 import yaml
 
+from finetune_core.validation.problems import FieldPath
+
 DEPTH_LIMIT = 200
 GIVE_UP_DEPTH = 2000
 """Levels after which the rest of the text is not read: the parser's time grows with the square of the depth."""
 NODE_LIMIT = 1_000_000
 """Values of a document, aliases counted as often as they are used."""
-
-Path = tuple[str | int, ...]
 
 _TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
 _FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})
@@ -37,11 +37,11 @@ _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
-class Flaw:
+class YamlProblem:
     """Something wrong with the text itself."""
 
     line: int
-    path: Path
+    path: FieldPath
     message: str
 
 
@@ -51,17 +51,17 @@ class Document:
 
     line: int
     value: Any = None
-    lines: dict[Path, int] = field(default_factory=dict)
-    flaws: list[Flaw] = field(default_factory=list)
+    lines: dict[FieldPath, int] = field(default_factory=dict)
+    problems: list[YamlProblem] = field(default_factory=list)
 
-    def line_of(self, path: Path) -> int:
+    def line_of(self, path: FieldPath) -> int:
         """Return the line of ``path``, or of the nearest section above it that exists."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, self.line)
 
 
-def load(text: str) -> tuple[list[Document], list[Flaw]]:
+def load(text: str) -> tuple[list[Document], list[YamlProblem]]:
     """Return the documents of ``text``, and the syntax error that ends it, if any. Empty documents are left out."""
     documents: list[Document] = []
     builder: _Builder | None = None
@@ -77,11 +77,11 @@ def load(text: str) -> tuple[list[Document], list[Flaw]]:
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark or error.context_mark
         sentence = " ".join(part for part in (error.context, error.problem) if part)
-        return documents, [Flaw(mark.line + 1 if mark else 1, (), f"must be YAML: {sentence}")]
+        return documents, [YamlProblem(mark.line + 1 if mark else 1, (), f"must be YAML: {sentence}")]
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position if isinstance(error.position, int) else 0) + 1
-        return documents, [Flaw(line, (), f"must be YAML: {error.reason}")]
-    return [document for document in documents if document.value is not None or document.flaws], []
+        return documents, [YamlProblem(line, (), f"must be YAML: {error.reason}")]
+    return [document for document in documents if document.value is not None or document.problems], []
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class _Frame:
     """A mapping or list that is being read."""
 
     value: Any
-    path: Path
+    path: FieldPath
     anchor: str | None
     nodes_before: int
     key: Any = None
@@ -128,11 +128,11 @@ class _Builder:
             self._skipping += 1
             return
         if is_key and frame is not None:
-            self._flaw(event, "must have a string as key")
+            self._add_problem(event, "must have a string as key")
             frame.has_key, frame.key, self._skipping = True, None, 1
             return
         if len(self._frames) >= DEPTH_LIMIT:
-            self._flaw(event, f"must not be nested deeper than {DEPTH_LIMIT} levels")
+            self._add_problem(event, f"must not be nested deeper than {DEPTH_LIMIT} levels")
             self._put(event, None)
             self._skipping = 1
             return
@@ -158,7 +158,7 @@ class _Builder:
         try:
             value = _resolve(event)
         except ValueError as error:
-            self._flaw(event, str(error))
+            self._add_problem(event, str(error))
             value = None
         if event.anchor:
             self._anchors[event.anchor] = (value, 1)
@@ -167,9 +167,9 @@ class _Builder:
     def _alias(self, event: Any) -> None:
         value, nodes = self._anchors.get(event.anchor, (None, 0))
         if nodes == 0:
-            self._flaw(event, f"must not refer to the anchor {event.anchor}, which is not complete here")
+            self._add_problem(event, f"must not refer to the anchor {event.anchor}, which is not complete here")
         elif self._nodes + nodes > NODE_LIMIT:
-            self._flaw(event, f"must not have more than {NODE_LIMIT} values, aliases counted")
+            self._add_problem(event, f"must not have more than {NODE_LIMIT} values, aliases counted")
             value = None
         else:
             self._nodes += nodes
@@ -192,21 +192,23 @@ class _Builder:
         key = _key(value)
         frame.key = key
         if key is None:
-            self._flaw(event, "must have a string as key")
+            self._add_problem(event, "must have a string as key")
             return
         path = (*frame.path, key)
         if key in frame.value:
-            self._flaw(event, f"must not stand twice; it stands on line {self.document.lines[path]} already", path)
+            self._add_problem(
+                event, f"must not stand twice; it stands on line {self.document.lines[path]} already", path
+            )
         self.document.lines[path] = _line(event)
 
-    def _place(self, event: Any) -> Path:
+    def _place(self, event: Any) -> FieldPath:
         """Return the path of the value that begins, and remember its line where no key has done so."""
         if not self._frames:
             self.document.lines[()] = _line(event)
             return ()
         frame = self._frames[-1]
         if isinstance(frame.value, list):
-            path: Path = (*frame.path, len(frame.value))
+            path: FieldPath = (*frame.path, len(frame.value))
             self.document.lines[path] = _line(event)
             return path
         return (*frame.path, frame.key) if isinstance(frame.key, str) else frame.path
@@ -225,17 +227,17 @@ class _Builder:
             if all(isinstance(item, dict) for item in merged):
                 frame.merged += merged
             else:
-                self._flaw(event, "must be an alias of a mapping after <<")
+                self._add_problem(event, "must be an alias of a mapping after <<")
         elif frame.key is not None:
             frame.value[frame.key] = value
         frame.has_key, frame.key = False, None
 
-    def _flaw(self, event: Any, message: str, path: Path | None = None) -> None:
+    def _add_problem(self, event: Any, message: str, path: FieldPath | None = None) -> None:
         frame = self._frames[-1] if self._frames else None
         here = frame.path if frame else ()
         if path is None and frame is not None and isinstance(frame.key, str):
             here = (*here, frame.key)
-        self.document.flaws.append(Flaw(_line(event), here if path is None else path, message))
+        self.document.problems.append(YamlProblem(_line(event), here if path is None else path, message))
 
 
 def _line(event: Any) -> int:

@@ -16,6 +16,7 @@ import hashlib
 import re
 from typing import NamedTuple
 
+from finetune_core.api.job import FineTuneJob
 from finetune_core.contract import ContractModel, Outcome
 from finetune_core.errors import UserError
 
@@ -52,6 +53,12 @@ def parse_uri(uri: str) -> Location:
 def run_root(storage_uri: str, namespace: str, name: str, run_id: str) -> str:
     """Return the root of a run in the bucket."""
     return parse_uri(storage_uri).uri(namespace, name, run_id)
+
+
+def run_root_of(job: FineTuneJob) -> str:
+    """SHORT"""
+    storage, metadata = job.spec.storage, job.metadata
+    return run_root(storage.uri, metadata.namespace, metadata.name, storage.run_id or metadata.uid)
 
 
 def run_key(run: int) -> str:

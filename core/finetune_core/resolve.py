@@ -17,8 +17,8 @@ from finetune_core.contract import (
     WorldConfig,
 )
 from finetune_core.errors import UserError
-from finetune_core.layout import run_root
-from finetune_core.planning.choices import micro_batch_size, zero_stage
+from finetune_core.layout import run_root_of
+from finetune_core.planning.training_plan import micro_batch_size, zero_stage
 from finetune_core.validation.runnable import unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
@@ -33,8 +33,8 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
     if problems:
         first, others = problems[0], "".join(f"; {problem}" for problem in problems[1:])
         raise UserError(first.subject, first.problem + others)
-    processes_per_node = max(1, spec.resources.gpus_per_node)
-    world = WorldConfig(nodes=spec.resources.nodes, processes_per_node=processes_per_node, device=spec.resources.device)
+    resources = spec.resources
+    world = WorldConfig(nodes=resources.nodes, processes_per_node=resources.processes_per_node, device=resources.device)
     training = spec.training
     rate = float(training.learning_rate) if training.learning_rate else DEFAULT_LEARNING_RATE[spec.method]
     stage = zero_stage(spec.deepspeed.zero_stage, processes=world.size)
@@ -82,13 +82,8 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             stall_timeout_seconds=spec.stability.stall_timeout_seconds,
         ),
         storage=StorageConfig(
-            uri=run_root(
-                spec.storage.uri,
-                job.metadata.namespace,
-                job.metadata.name,
-                spec.storage.run_id or job.metadata.uid,
-            ),
-            endpoint=spec.storage.endpoint or f"https://s3.{spec.storage.region}.amazonaws.com",
+            uri=run_root_of(job),
+            endpoint=spec.storage.endpoint_url,
             region=spec.storage.region,
             credentials="Secret" if spec.storage.credentials_secret_ref else "Identity",
             addressing=spec.storage.addressing,

@@ -28,10 +28,10 @@ from examples.demo.base_model import base_model
 from examples.demo.measurements import JobTimes, Measurements
 from examples.trails.generate import Rows, generate, write
 from finetune_cli.download import artifact_of, download
+from finetune_cli.formatting import duration, size
+from finetune_cli.object_store import AccessKey, ObjectStoreReader
 from finetune_cli.state import Ending
-from finetune_cli.store import Keys, Store
-from finetune_cli.text import duration, size
-from finetune_cli.watch import show_until_ended, view_on
+from finetune_cli.watch import show_until_ended, view_for
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
 from tests.cluster import Cluster, ClusterError, unusable_because
@@ -96,17 +96,17 @@ def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
             end, job = run_job(cluster, steps.QUICKSTARTS[method], measured)
         (output / "job.json").write_text(json.dumps(job.to_json(), indent=2) + "\n")
         if not end.succeeded:
-            raise ClusterError(f"the job ended as {end.reason}: {end.sentence}\n{steps.evidence(cluster)}")
+            raise ClusterError(f"the job ended as {end.reason}: {end.message}\n{steps.diagnostics(cluster)}")
         with measured.phase("download"):
             fetch(cluster, job, output / "artifact")
         with measured.phase("answers"):
-            answers = ask(model, output)
+            answers = compare_answers(model, output)
         measured.exact_match = answers["exactMatch"]
-        measured.take(cluster, job)
+        measured.record_sizes(cluster, job)
         measured.write(output / "measurements.json")
-        show(answers, measured, job, output)
+        print_results(answers, measured, job, output)
         if keep:
-            stay(cluster, job)
+            keep_running(cluster, job)
         with measured.phase("clean up"):
             stack.close()
     measured.write(output / "measurements.json")
@@ -134,13 +134,13 @@ def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Endin
     say(f"kubectl apply --namespace {NAMESPACE} --filename {file}")
     with JobTimes(cluster, NAMESPACE, pods) as times, steps.jobs_in(cluster, NAMESPACE) as jobs:
         steps.apply(cluster, file, NAMESPACE)
-        with view_on(Console()) as view:
-            states = jobs.follow(name, view.tell, give_up_after=JOB_TIMEOUT_SECONDS)
+        with view_for(Console()) as view:
+            states = jobs.follow(name, view.show_notice, give_up_after=JOB_TIMEOUT_SECONDS)
             try:
                 end = show_until_ended(times.observe(states), view)
             except TimeoutError as error:
                 reason = f"{name} has not ended after {duration(JOB_TIMEOUT_SECONDS)}"
-                raise ClusterError(f"{reason}\n{steps.evidence(cluster)}") from error
+                raise ClusterError(f"{reason}\n{steps.diagnostics(cluster)}") from error
         job = jobs.get(name)
     measured.job = times.seconds
     return end, job
@@ -148,14 +148,14 @@ def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Endin
 
 def fetch(cluster: Cluster, job: FineTuneJob, folder: Path) -> None:
     """Download the artifact as `finetune download` does."""
-    keys = Keys(cluster.minio.access_key, cluster.minio.secret_key)
+    keys = AccessKey(cluster.minio.access_key, cluster.minio.secret_key)
     with cluster.enter():
-        store = Store(job.spec.storage, keys, cluster.minio.endpoint)
+        store = ObjectStoreReader(job.spec.storage, keys, cluster.minio.endpoint)
         manifest = download(artifact_of(job), store, folder, lambda count: None)
     say(f"{len(manifest.files)} files, {size(manifest.total_bytes)}, verified")
 
 
-def ask(model: Path, output: Path) -> dict[str, Any]:
+def compare_answers(model: Path, output: Path) -> dict[str, Any]:
     """Return the answers of base and tuned model to the held-out rows."""
     file = output / "answers.json"
     arguments = ["--base", model, "--tuned", output / "artifact", "--rows", output / "data" / "heldout.jsonl"]
@@ -168,7 +168,7 @@ def ask(model: Path, output: Path) -> dict[str, Any]:
     return answers
 
 
-def show(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, output: Path) -> None:
+def print_results(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, output: Path) -> None:
     """Show what base and tuned model say, how often they are right, how long it took and where everything is."""
     console = Console()
     table = Table(title="Sentences that the model has not seen", title_justify="left", show_lines=True, expand=True)
@@ -185,8 +185,8 @@ def show(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, outp
     times = Table.grid(padding=(0, 2))
     for name, seconds in measured.phases.items():
         times.add_row(name, f"{seconds:.1f} s")
-    for station, seconds in measured.job.items():
-        times.add_row(f"  apply → {station}", f"{seconds:.1f} s")
+    for milestone, seconds in measured.job.items():
+        times.add_row(f"  apply → {milestone}", f"{seconds:.1f} s")
     times.add_row("operator memory", size(measured.memory["operatorWorkingSetBytes"]))
     for checkpoint in measured.checkpoints:
         times.add_row(f"checkpoint of step {checkpoint['step']}", size(checkpoint["bytes"]))
@@ -196,7 +196,7 @@ def show(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, outp
     console.print(f"answers, figures, job: {output}/answers.json, measurements.json, job.json", highlight=False)
 
 
-def stay(cluster: Cluster, job: FineTuneJob) -> None:
+def keep_running(cluster: Cluster, job: FineTuneJob) -> None:
     """Leave the cluster up until Ctrl-C."""
     enter, name = cluster.layout.enter_script, job.metadata.name
     say("\nThe cluster stays up. In another terminal:")

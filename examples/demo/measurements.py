@@ -53,7 +53,7 @@ class Measurements:
         finally:
             self.phases[name] = round(time.monotonic() - started, 1)
 
-    def take(self, cluster: Cluster, job: FineTuneJob) -> None:
+    def record_sizes(self, cluster: Cluster, job: FineTuneJob) -> None:
         """Take the sizes of an ended job."""
         status = status_of(job)
         self.memory["operatorWorkingSetBytes"] = operator_memory(cluster)
@@ -84,13 +84,13 @@ class Measurements:
 
 
 class JobTimes:
-    """Notes when the job that is applied now reaches each station, while somebody else shows it."""
+    """Notes when the job that is applied now reaches each milestone, while somebody else shows it."""
 
     def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
         self._cluster, self._namespace, self._pods = cluster, namespace, pods
         self._applied = time.monotonic()
         self._times: dict[str, float] = {}
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch_pods, name="pods")
 
     def __enter__(self) -> JobTimes:
@@ -98,12 +98,12 @@ class JobTimes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._watcher.join()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds after `kubectl apply`, in the order of the stations."""
+        """Seconds after `kubectl apply`, in the order of the milestones."""
         return {name: round(when - self._applied, 1) for name, when in sorted(self._times.items(), key=lambda t: t[1])}
 
     def observe(self, jobs: Iterable[FineTuneJob]) -> Iterator[FineTuneJob]:
@@ -111,28 +111,28 @@ class JobTimes:
         for job in jobs:
             status = status_of(job)
             if status.conditions:
-                self._note("firstStatus")
+                self._record("firstStatus")
             if status.progress:
-                self._note("firstReport")
+                self._record("firstReport")
             if status.progress and status.progress.step:
-                self._note("firstStep")
+                self._record("firstStep")
             if status.checkpoints:
-                self._note("firstCheckpoint")
+                self._record("firstCheckpoint")
             if ending(job):
-                self._note("ended")
+                self._record("ended")
             yield job
 
-    def _note(self, station: str) -> None:
-        self._times.setdefault(station, time.monotonic())
+    def _record(self, milestone: str) -> None:
+        self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
         """Note when all pods of the first attempt run; a status would tell it later than it is."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:
             core = client.CoreV1Api(api)
-            while not self._over.wait(POD_POLL_SECONDS):
+            while not self._stopped.wait(POD_POLL_SECONDS):
                 found = core.list_namespaced_pod(self._namespace, _request_timeout=10).items
                 if len(found) >= self._pods:
-                    self._note("podsCreated")
+                    self._record("podsCreated")
                 if sum(pod.status.phase == "Running" for pod in found) >= self._pods:
-                    self._note("podsRunning")
+                    self._record("podsRunning")
                     return

@@ -20,8 +20,8 @@ from kubernetes import client, config
 from minio import Minio
 
 from examples.trails.generate import Rows, write
-from finetune_cli.jobs import Jobs
-from finetune_cli.state import condition, ending, sentence, state
+from finetune_cli.job_client import JobClient
+from finetune_cli.state import condition, ending, state, state_message
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import GROUP, PLURAL, FineTuneJob
 from tests.cluster import Cluster, ClusterError, images
@@ -135,7 +135,7 @@ def install_operator(cluster: Cluster, values: Mapping[str, Any], namespace: str
     try:
         cluster.helm(*command, stdin=json.dumps(values), timeout=HELM_TIMEOUT_SECONDS + 30)
     except ClusterError as error:
-        raise ClusterError(f"{error}\n{evidence(cluster, namespace)}") from error
+        raise ClusterError(f"{error}\n{diagnostics(cluster, namespace)}") from error
 
 
 def make_namespace(cluster: Cluster, namespace: str) -> None:
@@ -172,10 +172,10 @@ def manifest_of(path: Path, **changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def jobs_in(cluster: Cluster, namespace: str) -> Iterator[Jobs]:
+def jobs_in(cluster: Cluster, namespace: str) -> Iterator[JobClient]:
     """Give access to the FineTuneJobs of a namespace; the thread is inside the cluster's network meanwhile."""
     with cluster.enter(), kubernetes_client(cluster) as api:
-        yield Jobs(api, namespace)
+        yield JobClient(api, namespace)
 
 
 def kubernetes_client(cluster: Cluster) -> client.ApiClient:
@@ -193,7 +193,7 @@ def wait_for_job(
     what: str,
     reached: Callable[[FineTuneJob], bool],
     timeout: float,
-    tell: Callable[[str], None] = lambda sentence: None,
+    notify: Callable[[str], None] = lambda sentence: None,
 ) -> FineTuneJob:
     """Return the job as soon as ``reached`` holds for it.
 
@@ -203,14 +203,14 @@ def wait_for_job(
     newest: FineTuneJob | None = None
     with jobs_in(cluster, namespace) as jobs:
         try:
-            for newest in jobs.follow(name, tell, give_up_after=timeout):
+            for newest in jobs.follow(name, notify, give_up_after=timeout):
                 if reached(newest):
                     return newest
                 if end := ending(newest):
-                    raise ClusterError(f"{name} ended before {what}: {end.reason}: {end.sentence}")
+                    raise ClusterError(f"{name} ended before {what}: {end.reason}: {end.message}")
         except TimeoutError as error:
-            last = f"{state(newest)}: {sentence(newest)}" if newest else "never seen"
-            raise ClusterError(f"waited {timeout:g} s for {what}; {name} is {last}\n{evidence(cluster)}") from error
+            last = f"{state(newest)}: {state_message(newest)}" if newest else "never seen"
+            raise ClusterError(f"waited {timeout:g} s for {what}; {name} is {last}\n{diagnostics(cluster)}") from error
     raise AssertionError("follow has no end")
 
 
@@ -226,7 +226,7 @@ def wait_for_condition(
     return wait_for_job(cluster, namespace, name, f"{kind}={status}", reached, timeout)
 
 
-def evidence(cluster: Cluster, namespace: str = OPERATOR_NAMESPACE) -> str:
+def diagnostics(cluster: Cluster, namespace: str = OPERATOR_NAMESPACE) -> str:
     """Return what explains a failure: the pods, and the end of the operator's log."""
     pods = cluster.run(["kubectl", "get", "pods", "--all-namespaces", "--output=wide"], check=False).stdout
     selector = f"--selector=app.kubernetes.io/instance={RELEASE}"

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from finetune_core.api.pod_template import OWN_FOLDERS
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.validation.cel_rules import holds
 from finetune_core.validation.defaults import defaulted
-from finetune_core.validation.rules import holds
 
 Schema = dict[str, Any]
 SchemaPath = tuple[str, ...]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from finetune_core.api.job import API_VERSION, KIND
-from finetune_core.validation.check import Verdict, validate_spec
+from finetune_core.validation.validate_job import ValidationResult, validate_spec
 from tests.api.mutations import change, mutations, mutations_in_place, to_text, with_abyss
 from tests.api.server import Answer, Server
 from tests.api.strategies import SPEC, Schema, SchemaPath, jobs, leaves
@@ -39,7 +39,7 @@ def document(spec: Any) -> dict[str, Any]:
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "generated"}, "spec": spec}
 
 
-def agree(server: Server, spec: Any) -> tuple[Answer, Verdict]:
+def agree(server: Server, spec: Any) -> tuple[Answer, ValidationResult]:
     """Ask both sides about ``spec`` and hold them to one opinion."""
     text = to_text(document(spec))
     answer, verdict = server.create(text), validate_spec(with_abyss(spec))

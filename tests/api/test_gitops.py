@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune_core.api.conditions import ConditionType
-from finetune_core.validation.check import validate_spec
+from finetune_core.validation.validate_job import validate_spec
 from finetune_operator.kube.cluster import Cluster as OperatorClient
 from finetune_operator.kube.cluster import load_configuration
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend

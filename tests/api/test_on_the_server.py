@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from finetune_core.api.crd import CRD_FILE
-from finetune_core.validation.check import validate_job, validate_spec
+from finetune_core.validation.validate_job import validate_job, validate_spec
 from tests.api.conftest import CRD
 from tests.api.server import NAMESPACE, Server
 from tests.api.strategies import PLACES_WITH_FIELDS

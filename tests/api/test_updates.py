@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_core.validation.check import validate_spec
+from finetune_core.validation.validate_job import validate_spec
 from tests.api.mutations import MISSING, change
 from tests.api.server import Server
 from tests.api.strategies import SchemaPath, jobs

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune_core.api.condition_reasons import CONDITIONS, REASONS, STATES
 from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.api.reference import REFERENCE_FILE, reference
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.api.states import CONDITIONS, REASONS, STATES
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ import yaml
 
 from finetune_core.api import FineTuneJob
 from finetune_core.errors import UserError
-from finetune_core.planning.choices import micro_batch_size, total_steps, zero_stage
+from finetune_core.planning.training_plan import micro_batch_size, total_steps, zero_stage
 from finetune_core.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]

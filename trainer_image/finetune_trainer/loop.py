@@ -8,7 +8,7 @@ import time
 import torch
 
 from finetune_core.contract import Phase
-from finetune_core.planning.choices import total_steps
+from finetune_core.planning.training_plan import total_steps
 from finetune_trainer.checkpoints.saver import Saver
 from finetune_trainer.checkpoints.start import Start
 from finetune_trainer.data.order import batches_per_epoch, cursor

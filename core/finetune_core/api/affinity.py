@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from finetune_core.api.base import ENTRIES, ApiModel, LabelKey, LabelValue, cel
+from finetune_core.api.base import ENTRIES, ApiModel, LabelKey, LabelValue, QualifiedName, cel
 
-Key = Annotated[str, Field(min_length=1, max_length=317)]
 Weight = Annotated[int, Field(ge=1, le=100)]
 
 
@@ -28,7 +27,7 @@ class NodeSelectorRequirement(ApiModel):
         )
     )
 
-    key: Key
+    key: QualifiedName
     """Label."""
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]
     """How the label's value is compared."""
@@ -80,7 +79,7 @@ class LabelSelectorRequirement(ApiModel):
         )
     )
 
-    key: Key
+    key: QualifiedName
     """Label."""
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
     """How the label's value is compared."""
@@ -102,7 +101,7 @@ class PodAffinityTerm(ApiModel):
 
     label_selector: LabelSelector
     """Which pods."""
-    topology_key: Key
+    topology_key: QualifiedName
     """Node label whose value says what one place is, such as `kubernetes.io/hostname`."""
 
 

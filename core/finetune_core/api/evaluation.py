@@ -9,6 +9,11 @@ from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ApiModel, DecimalString, cel
 
+BestBy = Literal["Perplexity", "TaskScore"]
+ArtifactFrom = Literal["Best", "Last"]
+ScoredRows = Literal["Validation", "Test"]
+"""SHORT"""
+
 
 class GenerationSpec(ApiModel):
     """Limits of the answers that are generated for `dataset.task`."""
@@ -44,11 +49,11 @@ class EvaluationSpec(ApiModel):
     base_prompt: Annotated[str, Field(max_length=8192)] | None = None
     """Template that the base model is asked with for its score; `{prompt}` stands for the prompt. Default:
     `dataset.format`'s."""
-    best_by: Literal["Perplexity", "TaskScore"] = "Perplexity"
+    best_by: BestBy = "Perplexity"
     """What makes a checkpoint the best: least validation perplexity, or the highest score of `dataset.task`."""
     patience: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Stop after this many evaluations without an improvement; absent: train to the end."""
     min_delta: DecimalString | None = None
     """Smallest change that counts as an improvement; default 0."""
-    artifact_from: Literal["Best", "Last"] | None = None
+    artifact_from: ArtifactFrom | None = None
     """The checkpoint to export: the best, or the last; default Best with `dataset.validation`, else Last."""

@@ -15,6 +15,7 @@ from finetune_core.api.base import (
     LabelKey,
     LabelValue,
     ObjectName,
+    QualifiedName,
     by_key,
     cel,
     exactly_one_of,
@@ -71,7 +72,7 @@ class Toleration(ApiModel):
         )
     )
 
-    key: Annotated[str, Field(min_length=1, max_length=317)] | None = None
+    key: QualifiedName | None = None
     """Taint key; absent matches all."""
     operator: Literal["Exists", "Equal"] | None = None
     """How key and value are compared; absent: Equal."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from finetune_core.api.causes import CAUSES, DISRUPTIONS
+from finetune_core.api.attempt_causes import CAUSES, DISRUPTIONS
+from finetune_core.api.condition_reasons import CONDITIONS, NOTHING, REASONS, STATES
 from finetune_core.api.job import API_VERSION, KIND, NAME_RULE, SHORT_NAME, printer_columns
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.api.states import CONDITIONS, NOTHING, REASONS, STATES
 from finetune_core.api.status import FineTuneJobStatus
 from finetune_core.validation.runnable import NOT_YET
 

@@ -35,6 +35,11 @@ VolatileMemory = Annotated[
 """Size of a folder in memory or on the node's disk."""
 
 
+Device = Literal["GPU", "CPU"]
+NODES_LIMIT = 99
+"""SHORT"""
+
+
 class ResourcesSpec(ApiModel):
     """Machines: `nodes` pods with `gpusPerNode` GPUs each; one training process a GPU (one a pod without)."""
 
@@ -47,11 +52,11 @@ class ResourcesSpec(ApiModel):
         )
     )
 
-    nodes: Annotated[int, Field(ge=1, le=99)] = 1
+    nodes: Annotated[int, Field(ge=1, le=NODES_LIMIT)] = 1
     """Number of pods, each on the GPUs of one machine."""
     gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 1
     """`nvidia.com/gpu` of each pod; 0 only with `device: CPU`."""
-    device: Literal["GPU", "CPU"] = "GPU"
+    device: Device = "GPU"
     """What the trainer computes on. With GPU it never falls back to the CPU."""
     gpu_product: LabelValue = "NVIDIA-A100-SXM4-80GB"
     """Node label `nvidia.com/gpu.product` that pods with GPUs are bound to; empty means any."""
@@ -61,3 +66,13 @@ class ResourcesSpec(ApiModel):
     """Memory request and limit of each pod, at least 100Mi."""
     shared_memory: VolatileMemory = "16Gi"
     """Size of /dev/shm, which NCCL and data loading use; it counts towards `memory` and must be less."""
+
+    @property
+    def processes_per_node(self) -> int:
+        """SHORT"""
+        return max(1, self.gpus_per_node)
+
+    @property
+    def processes(self) -> int:
+        """SHORT"""
+        return self.nodes * self.processes_per_node

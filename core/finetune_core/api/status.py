@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ATOMIC, ApiModel, by_key
 from finetune_core.api.conditions import Condition
+from finetune_core.api.evaluation import ScoredRows
+from finetune_core.api.resources import NODES_LIMIT
 
+ATTEMPT_LIMIT = 999
+"""SHORT"""
+METRIC_LIMIT = 32
 HISTORY_LIMIT = 60
 CHECKPOINT_LIMIT = 100
 RECENT_ATTEMPTS_LIMIT = 20
 NOTICE_LIMIT = 8
 INCIDENT_LIMIT = 20
-MOST_HOLDERS = 198
+MOST_HOLDERS = 2 * NODES_LIMIT
 """Pods of one attempt and those of the one before that still end."""
 
 Decimal = Annotated[str, Field(max_length=32)]
@@ -61,7 +66,7 @@ class AttemptCause(StatusModel):
 class CurrentAttempt(StatusModel):
     """The attempt that exists now."""
 
-    number: Annotated[int, Field(ge=1, le=999)]
+    number: Annotated[int, Field(ge=1, le=ATTEMPT_LIMIT)]
     """1 for the first."""
     start_time: datetime
     """When it was started."""
@@ -69,7 +74,7 @@ class CurrentAttempt(StatusModel):
     """When its place was granted: at its start, or when its queue resumed it; absent while a queue holds it."""
     running_time: datetime | None = None
     """When all its pods ran for the first time since then; absent until they do."""
-    pods: Annotated[list[PodRecord], Field(max_length=99, json_schema_extra=ATOMIC)] = []
+    pods: Annotated[list[PodRecord], Field(max_length=NODES_LIMIT, json_schema_extra=ATOMIC)] = []
     """First pod seen per index."""
     cause: AttemptCause | None = None
     """Set once the attempt is known to end."""
@@ -78,7 +83,7 @@ class CurrentAttempt(StatusModel):
 class PastAttempt(StatusModel):
     """An attempt that ended."""
 
-    number: Annotated[int, Field(ge=1, le=999)]
+    number: Annotated[int, Field(ge=1, le=ATTEMPT_LIMIT)]
     """1 for the first."""
     verdict: Annotated[str, Field(max_length=32)]
     """Succeeded, Permanent, Charged or Free."""
@@ -242,7 +247,7 @@ class Scores(StatusModel):
 class EvaluationStatus(StatusModel):
     """Base model and tuned model on the same rows."""
 
-    rows: Literal["Validation", "Test"]
+    rows: ScoredRows
     """Which rows: those of `dataset.test` where there are any."""
     examples: Count
     """How many rows were scored."""
@@ -331,7 +336,7 @@ class FineTuneJobStatus(StatusModel):
     """When the job was settled."""
     progress: ProgressStatus | None = None
     """How far the run is."""
-    metrics: Annotated[list[MetricValue], Field(max_length=32, json_schema_extra=ATOMIC)] = []
+    metrics: Annotated[list[MetricValue], Field(max_length=METRIC_LIMIT, json_schema_extra=ATOMIC)] = []
     """Newest values."""
     history: Annotated[list[HistoryPoint], Field(max_length=HISTORY_LIMIT, json_schema_extra=ATOMIC)] = []
     """Loss and validation perplexity over steps, thinned as it grows."""

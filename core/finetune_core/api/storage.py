@@ -8,6 +8,10 @@ from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ApiModel, ObjectName, S3Uri, SecretKey, at_most_one_of, exactly_one_of
 
+Addressing = Literal["Path", "VirtualHosted"]
+Export = Literal["Adapter", "Merged", "Both"]
+"""SHORT"""
+
 
 class CredentialsSecretRef(ApiModel):
     """A Secret with the keys `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and optionally `AWS_SESSION_TOKEN`."""
@@ -76,7 +80,7 @@ class StorageSpec(ApiModel):
     node's role, or `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` in its environment)."""
     ca_config_map_ref: ConfigMapKeyRef | None = None
     """Certificates (PEM) that sign the endpoint's; absent: those of the image."""
-    addressing: Literal["Path", "VirtualHosted"] | None = None
+    addressing: Addressing | None = None
     """Where the bucket's name goes in a request: into the path (`https://host/bucket/key`) or into the host name
     (`https://bucket.host/key`); default: VirtualHosted at Amazon S3, Path elsewhere."""
     encryption: EncryptionSpec | None = None
@@ -86,6 +90,11 @@ class StorageSpec(ApiModel):
     its artifact and is done."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """When checkpoints are committed and how many stay."""
-    artifact: Literal["Adapter", "Merged", "Both"] | None = None
+    artifact: Export | None = None
     """What is exported after LoRA: the adapter, the base model with the adapter merged into it, or both; default
     Adapter. Must be absent with `method: Full`, which exports the model."""
+
+    @property
+    def endpoint_url(self) -> str:
+        """SHORT"""
+        return self.endpoint or f"https://s3.{self.region}.amazonaws.com"

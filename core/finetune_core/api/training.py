@@ -8,6 +8,11 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 
 from finetune_core.api.base import QUANTITY_LENGTH, ApiModel, DecimalString, cel, exactly_one_of, int_or_string, join
 
+Schedule = Literal["Linear", "Cosine", "Constant"]
+Precision = Literal["bf16", "fp32"]
+StabilityAction = Literal["Record", "RollBack", "Fail"]
+"""SHORT"""
+
 
 class TrainingSpec(ApiModel):
     """The optimisation: AdamW with a linear, cosine or constant rate."""
@@ -46,7 +51,7 @@ class TrainingSpec(ApiModel):
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Micro-batches per optimizer step; default: as many as the global batch needs. Where it is set, it times
     `microBatchSize` times the number of processes is the global batch."""
-    schedule: Literal["Linear", "Cosine", "Constant"] = "Linear"
+    schedule: Schedule = "Linear"
     """How the rate falls after the warm-up: to zero in a line, in a half cosine, or not at all."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Steps in which the rate rises from zero in a line."""
@@ -54,7 +59,7 @@ class TrainingSpec(ApiModel):
     """Decoupled weight decay of AdamW."""
     gradient_clipping: DecimalString = "1.0"
     """Largest norm of the gradient over all parameters; 0 switches clipping off."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     """Number format of the computation; never changed silently."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -99,10 +104,10 @@ class DeepSpeedSpec(ApiModel):
 class StabilitySpec(ApiModel):
     """What happens when training goes wrong without an error."""
 
-    on_non_finite: Literal["Record", "RollBack", "Fail"] = "Fail"
+    on_non_finite: StabilityAction = "Fail"
     """What follows a loss or gradient that is not a finite number. It is never applied. Record: the step is skipped and
     counted; RollBack: back to the last good checkpoint with a lower rate; Fail: the job ends as Diverged."""
-    on_exploding_loss: Literal["Record", "RollBack", "Fail"] | None = None
+    on_exploding_loss: StabilityAction | None = None
     """What follows a loss far above its recent values; absent: it is not watched."""
     stall_timeout_seconds: Annotated[int, Field(ge=60, le=86_400)] = 600
     """A step that takes longer ends the attempt, which is then retried."""

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune_core.contract.wire import ContractModel
+from finetune_core.api.status import ATTEMPT_LIMIT
+from finetune_core.contract.contract_model import ContractModel
 from finetune_core.errors import UserError
 
 RUN_FOLDER = "/etc/finetune"
@@ -36,7 +37,7 @@ class Identity(ContractModel):
     namespace: str
     name: str
     uid: str
-    attempt: Annotated[int, Field(ge=1, le=999)]
+    attempt: Annotated[int, Field(ge=1, le=ATTEMPT_LIMIT)]
     pod_name: str
     pod_uid: str
     node_rank: Annotated[int, Field(ge=0)]

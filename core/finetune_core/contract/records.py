@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from finetune_core.contract.wire import ContractModel, Remedy
+from finetune_core.api.evaluation import ScoredRows
+from finetune_core.api.training import StabilityAction
+from finetune_core.contract.contract_model import ContractModel
 
 
 class CheckpointRecord(ContractModel):
@@ -72,7 +74,7 @@ class ScoreRecord(ContractModel):
 class EvaluationRecord(ContractModel):
     """Base model and tuned model on the same rows."""
 
-    rows: Literal["Validation", "Test"]
+    rows: ScoredRows
     examples: Annotated[int, Field(ge=0)]
     """Rows of the set; `graded` says how many of them were answered and graded."""
     base: ScoreRecord | None = None
@@ -97,7 +99,7 @@ class Incident(ContractModel):
     """What was measured; text, because it may be infinite."""
     threshold: Annotated[str, Field(max_length=32)]
     """What it had to stay below."""
-    action: Remedy
+    action: StabilityAction
     message: Annotated[str, Field(max_length=512)]
 
 

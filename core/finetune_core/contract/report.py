@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune_core.api.status import CHECKPOINT_LIMIT, HISTORY_LIMIT, INCIDENT_LIMIT, METRIC_LIMIT, NOTICE_LIMIT
+from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel
 from finetune_core.contract.records import CheckpointName, CheckpointRecord, CurvePoint, EvaluationRecord, Incident
 from finetune_core.contract.result import Result
-from finetune_core.contract.wire import CONTRACT_VERSION, ContractModel
 
 REPORT_LIMIT_BYTES = 65536
 
@@ -44,12 +45,12 @@ class Report(ContractModel):
     """Tokens of prompts and answers, no padding, over all ranks."""
     mfu: Annotated[float, Field(ge=0)] | None = None
     """Model FLOPs utilisation; None where the device's peak is not known."""
-    metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=32)]
+    metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=METRIC_LIMIT)]
     """Newest values: loss, perplexity, learningRate, gradientNorm, and what `training/progress.py` adds."""
     resumed_from_step: Annotated[int, Field(ge=0)] = 0
     """First step of this run minus one: older history beyond it was left behind."""
-    history: Annotated[list[CurvePoint], Field(max_length=60)]
-    checkpoints: Annotated[list[CheckpointRecord], Field(max_length=100)]
+    history: Annotated[list[CurvePoint], Field(max_length=HISTORY_LIMIT)]
+    checkpoints: Annotated[list[CheckpointRecord], Field(max_length=CHECKPOINT_LIMIT)]
     """All committed checkpoints in the bucket, oldest first."""
     checkpoint_age_seconds: Annotated[int, Field(ge=0)] | None = None
     """Age of what would be resumed from now: since the newest commit, or since the run's first step."""
@@ -57,10 +58,10 @@ class Report(ContractModel):
     """Why that age grows beyond what the job asks for; empty while it does not."""
     best: CheckpointName | None = None
     """The best of them by `evaluation.bestBy`, on the way that led to now."""
-    notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=8)] = []
+    notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=NOTICE_LIMIT)] = []
     """Sentences that a person should know: rows skipped, a checkpoint passed over and why."""
     evaluation: EvaluationRecord | None = None
-    incidents: Annotated[list[Incident], Field(max_length=20)] = []
+    incidents: Annotated[list[Incident], Field(max_length=INCIDENT_LIMIT)] = []
     """What the stability monitor noticed, oldest first."""
     result: Result | None = None
 

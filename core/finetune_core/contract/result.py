@@ -8,10 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune_core.contract.contract_model import CONTRACT_VERSION, RESULT_LIMIT_BYTES, TerminationMessage
 from finetune_core.contract.records import ArtifactRecord, EvaluationRecord
-from finetune_core.contract.wire import CONTRACT_VERSION, ContractModel
-
-RESULT_LIMIT_BYTES = 1024
 
 
 class ExitCode(IntEnum):
@@ -53,7 +51,7 @@ EXIT_CODES: Mapping[Outcome, int] = {
 }
 
 
-class Result(ContractModel):
+class Result(TerminationMessage):
     """How an attempt ended: the termination message of every pod, and part of the final report."""
 
     version: Literal[1] = CONTRACT_VERSION
@@ -87,11 +85,3 @@ class Result(ContractModel):
             if len(text.encode()) > RESULT_LIMIT_BYTES:
                 text = self.model_copy(update=emptied).to_json()
         return text
-
-    @classmethod
-    def from_termination_message(cls, text: str) -> Result | None:
-        """Parse a container's termination message; None where it is not a result (a crash, the end of a log)."""
-        try:
-            return cls.model_validate_json(text)
-        except ValueError:
-            return None

@@ -10,10 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_core.api.dataset import DatasetSpec
+from finetune_core.api.evaluation import ArtifactFrom, BestBy
 from finetune_core.api.method import LoRASpec, Method
+from finetune_core.api.resources import Device
 from finetune_core.api.sources import ModelSpec
-from finetune_core.api.storage import EncryptionSpec
-from finetune_core.contract.wire import CONTRACT_VERSION, ContractModel, Remedy
+from finetune_core.api.storage import Addressing, EncryptionSpec, Export
+from finetune_core.api.training import Precision, Schedule, StabilityAction
+from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel
 
 
 class WorldConfig(ContractModel):
@@ -21,7 +24,7 @@ class WorldConfig(ContractModel):
 
     nodes: Annotated[int, Field(ge=1)]
     processes_per_node: Annotated[int, Field(ge=1)]
-    device: Literal["GPU", "CPU"]
+    device: Device
 
     @property
     def size(self) -> int:
@@ -37,11 +40,11 @@ class OptimizationConfig(ContractModel):
     max_steps: int | None = None
     global_batch_size: Annotated[int, Field(ge=1)]
     micro_batch_size: Annotated[int, Field(ge=1)]
-    schedule: Literal["Linear", "Cosine", "Constant"]
+    schedule: Schedule
     warmup_steps: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     gradient_clipping: Annotated[float, Field(ge=0)]
-    precision: Literal["bf16", "fp32"]
+    precision: Precision
     gradient_checkpointing: bool
     seed: int
     zero_stage: Annotated[int, Field(ge=0, le=3)]
@@ -67,17 +70,17 @@ class EvaluationConfig(ContractModel):
     every_steps: int | None = None
     generation: GenerationConfig = GenerationConfig()
     base_prompt: str | None = None
-    best_by: Literal["Perplexity", "TaskScore"] = "Perplexity"
+    best_by: BestBy = "Perplexity"
     patience: Annotated[int, Field(ge=1)] | None = None
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    artifact_from: Literal["Best", "Last"]
+    artifact_from: ArtifactFrom
 
 
 class StabilityConfig(ContractModel):
     """The `stability` section, resolved."""
 
-    on_non_finite: Remedy = "Fail"
-    on_exploding_loss: Remedy | None = None
+    on_non_finite: StabilityAction = "Fail"
+    on_exploding_loss: StabilityAction | None = None
     """None: the loss is not watched."""
     stall_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
 
@@ -91,7 +94,7 @@ class StorageConfig(ContractModel):
     region: str
     credentials: Literal["Secret", "Identity"] = "Secret"
     """Where the access key comes from: files of a Secret, or the pod's own identity."""
-    addressing: Literal["Path", "VirtualHosted"] | None = None
+    addressing: Addressing | None = None
     """Where the bucket's name goes; None: into the host name at Amazon, into the path elsewhere."""
     encryption: EncryptionSpec | None = None
     checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
@@ -99,7 +102,7 @@ class StorageConfig(ContractModel):
     """One of both is set."""
     keep_last: Annotated[int, Field(ge=1)]
     keep_best: Annotated[int, Field(ge=1)] = 1
-    artifact: Literal["Adapter", "Merged", "Both"] = "Adapter"
+    artifact: Export = "Adapter"
     """What is made of a LoRA run."""
 
 

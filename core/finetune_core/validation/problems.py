@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-Path = tuple[str | int, ...]
+FieldPath = tuple[str | int, ...]
 """Keys and list indices from the root of the object."""
 
 
@@ -22,7 +22,7 @@ class Refusal(StrEnum):
 class Problem:
     """One thing that is wrong."""
 
-    path: Path
+    path: FieldPath
     message: str
     refused_by: Refusal = Refusal.SERVER
 
@@ -31,7 +31,7 @@ class Problem:
         return f"{dotted(self.path)}: {self.message}"
 
 
-def dotted(path: Path) -> str:
+def dotted(path: FieldPath) -> str:
     """Return ``path`` as the API server writes it: `spec.podTemplate.env[0].name`."""
     text = ""
     for part in path:

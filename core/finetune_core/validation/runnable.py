@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
+from finetune_core.planning.training_plan import process_share
 from finetune_core.validation.overrides import override_problems
 
 
@@ -52,8 +53,8 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
 def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
     """A micro-batch is at most the share of one process in the global batch."""
     requested, total = spec.training.micro_batch_size, spec.training.global_batch_size
-    processes = spec.resources.nodes * max(1, spec.resources.gpus_per_node)
-    share = -(-total // processes)
+    processes = spec.resources.processes
+    share = process_share(total, processes)
     if requested is None or requested <= share:
         return []
     sentence = f"must be at most {share}, the share of one of {processes} processes in a globalBatchSize of {total}"

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.validation.problems import Path, Problem
+from finetune_core.validation.problems import FieldPath, Problem
 
 DEPTH_LIMIT = 100
 """No job is nested deeper than a dozen levels; parsers of all languages give up somewhere beyond this."""
@@ -39,7 +39,7 @@ def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
         return FineTuneJobSpec.model_validate_json(text, strict=True, by_alias=True, by_name=False), []
     except ValidationError as error:
         schema = openapi_schema(FineTuneJobSpec)
-        found: dict[Path, Problem] = {}
+        found: dict[FieldPath, Problem] = {}
         for item in error.errors(include_url=False, include_context=True):
             problem = _problem(schema, item)
             found.setdefault(problem.path, problem)
@@ -48,7 +48,7 @@ def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
 
 def _unreadable(root: Any) -> Iterator[Problem]:
     """Yield what can't even be turned into JSON. With a stack of its own: depth is what it looks for."""
-    stack: list[tuple[Any, Path]] = [(root, ("spec",))]
+    stack: list[tuple[Any, FieldPath]] = [(root, ("spec",))]
     while stack:
         node, path = stack.pop()
         if len(path) > DEPTH_LIMIT:
@@ -84,12 +84,12 @@ def _problem(schema: Schema, error: Any) -> Problem:
     return Problem(path, expectation(node, value))
 
 
-def _locate(schema: Schema, location: tuple[str | int, ...]) -> tuple[Path, Schema]:
+def _locate(schema: Schema, location: tuple[str | int, ...]) -> tuple[FieldPath, Schema]:
     """Return the path of an error, and the schema there (of an unknown field: that of its parent).
 
     Pydantic appends the member of a union to the place; that part is no field and is left out.
     """
-    path: Path = ("spec",)
+    path: FieldPath = ("spec",)
     node = schema
     for part in location:
         if isinstance(part, int) and "items" in node:

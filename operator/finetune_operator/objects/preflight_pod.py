@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_core.api import FineTuneJob
 from finetune_core.contract import RUN_FILE, RunConfig
-from finetune_core.preflight import PREFLIGHT_COMMAND
+from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND
 from finetune_operator.objects.labels import ATTEMPT, owner_reference, preflight_labels
 from finetune_operator.objects.pods import AttemptPlan, pod_template
 

@@ -14,11 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from finetune_core.api.evaluation import BestBy
 from finetune_core.contract import CheckpointRecord, StorageConfig
 from finetune_core.layout import Manifest, ManifestFile, checkpoint_folder
 from finetune_trainer.checkpoints.start import Start
 from finetune_trainer.checkpoints.uploads import Snapshot, Uploads
-from finetune_trainer.decisions.selection import BestBy, best_first
+from finetune_trainer.decisions.selection import best_first
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.engine.state import snapshot, write_snapshot
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure

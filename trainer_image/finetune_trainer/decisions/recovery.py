@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune_core.contract import Incident, Remedy, RunConfig
+from finetune_core.api.training import StabilityAction
+from finetune_core.contract import Incident, RunConfig
 from finetune_trainer.decisions.stability import NON_FINITE, RECENT, Alarm
 from finetune_trainer.pod.errors import Diverged
 from finetune_trainer.storage.lineage import Rollback
@@ -31,7 +32,7 @@ class RollBack(Exception):  # noqa: N818  (an order, raised on every rank at the
         self.rollback = rollback
 
 
-def remedy_of(alarm: Alarm, config: RunConfig) -> Remedy:
+def remedy_of(alarm: Alarm, config: RunConfig) -> StabilityAction:
     """Return what the job says about such an alarm."""
     stability = config.stability
     if alarm.kind in NON_FINITE:
@@ -97,7 +98,7 @@ def _skip_to(alarm: Alarm) -> int:
     return alarm.step + (0 if alarm.kind in NON_FINITE else SKIPPED_BEYOND)
 
 
-def _action(remedy: Remedy, alarm: Alarm) -> str:
+def _action(remedy: StabilityAction, alarm: Alarm) -> str:
     if remedy == "RollBack":
         return (
             f"back to a checkpoint of step {_last_good(alarm)} or before, with {RATE_FACTOR} times the rate and without"

@@ -5,12 +5,10 @@ that nothing about it has to be saved.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
+from finetune_core.api.evaluation import BestBy
 from finetune_core.contract import CheckpointRecord, ContractModel, EvaluationConfig
 from finetune_trainer.storage.steplog import StepRow
-
-BestBy = Literal["Perplexity", "TaskScore"]
 
 
 class Selection(ContractModel):

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune_core.contract import CONTRACT_VERSION, RESULT_LIMIT_BYTES, ContractModel, ExitCode
+from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, TerminationMessage
+from finetune_core.contract.result import ExitCode
 
 PREFLIGHT_COMMAND = "preflight"
 """Argument of the trainer image's entry point."""
@@ -37,7 +38,7 @@ class Finding(ContractModel):
     """A sentence that begins with the field's path."""
 
 
-class PreflightResult(ContractModel):
+class PreflightResult(TerminationMessage):
     """How the checks ended. No finding: the job can start."""
 
     version: Literal[1] = CONTRACT_VERSION
@@ -70,17 +71,9 @@ class PreflightResult(ContractModel):
         Notices go first, then the last findings, then the end of the first finding's sentence.
         """
         result = self
-        while len(result.to_json().encode()) > RESULT_LIMIT_BYTES:
+        while result.excess_bytes > 0:
             result = _shorter(result)
         return result.to_json()
-
-    @classmethod
-    def from_termination_message(cls, text: str) -> PreflightResult | None:
-        """Parse a container's termination message; None where it is not a preflight result."""
-        try:
-            return cls.model_validate_json(text)
-        except ValueError:
-            return None
 
 
 def _shorter(result: PreflightResult) -> PreflightResult:
@@ -90,9 +83,8 @@ def _shorter(result: PreflightResult) -> PreflightResult:
     *others, last = result.findings
     if others:
         return result.model_copy(update={"findings": others})
-    excess = len(result.to_json().encode()) - RESULT_LIMIT_BYTES
     # A character takes at most 6 bytes in JSON (\u0000), and the ellipsis takes three.
-    kept = last.message.removesuffix("…")[: -(excess // 6 + 4)]
+    kept = last.message.removesuffix("…")[: -(result.excess_bytes // 6 + 4)]
     return result.model_copy(update={"findings": [last.model_copy(update={"message": f"{kept}…" if kept else ""})]})
 
 

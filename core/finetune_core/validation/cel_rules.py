@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from finetune_core.validation.problems import Path, Problem
+from finetune_core.validation.problems import FieldPath, Problem
 
 Schema = Mapping[str, Any]
 _ABSENT = object()
 
 
-def check_rules(schema: Schema, value: Any, path: Path, old: Any = _ABSENT) -> Iterator[Problem]:
+def check_rules(schema: Schema, value: Any, path: FieldPath, old: Any = _ABSENT) -> Iterator[Problem]:
     """Yield a problem for each rule at ``value`` or below that does not hold.
 
     Rules that speak of `oldSelf` are evaluated where ``old`` has a value too, as the server does.
@@ -42,7 +42,7 @@ def check_rules(schema: Schema, value: Any, path: Path, old: Any = _ABSENT) -> I
             yield from check_rules(schema["items"], child, (*path, index))
 
 
-def check_rules_beside(schema: Schema, value: Any, path: Path, broken: Collection[Path]) -> Iterator[Problem]:
+def check_rules_beside(schema: Schema, value: Any, path: FieldPath, broken: Collection[FieldPath]) -> Iterator[Problem]:
     """Yield a problem for each rule that does not hold in the sections that hold nothing ``broken``.
 
     For a value whose structure is wrong somewhere: what can be said of the rest is said at once.

@@ -46,7 +46,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     A loss falls by orders of magnitude, so heights are logarithmic where all values are positive; longer series are
     thinned to the mean of equal stretches. Values that are not finite leave a gap.
     """
-    heights = [math.log(value) if _positive(values) and math.isfinite(value) else value for value in values]
+    heights = [math.log(value) if _all_positive(values) and math.isfinite(value) else value for value in values]
     stretches = [_stretch(heights, column, width) for column in range(min(width, len(heights)))]
     means = [sum(known) / len(known) if known else None for known in stretches]
     known = [mean for mean in means if mean is not None]
@@ -57,7 +57,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     return "".join(" " if mean is None else BARS[round((mean - low) * scale)] for mean in means)
 
 
-def _positive(values: Sequence[float]) -> bool:
+def _all_positive(values: Sequence[float]) -> bool:
     """Tell whether every finite value has a logarithm."""
     return all(value > 0 for value in values if math.isfinite(value))
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_core.contract import RESULT_LIMIT_BYTES, Outcome, Result
+from finetune_core.contract.preflight_result import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
 from finetune_core.names import attempt_name, preflight_name
-from finetune_core.preflight import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
 
 FINAL, OUTSIDE = FindingKind.FINAL, FindingKind.OUTSIDE
 findings = st.builds(

@@ -11,18 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_core.api.base import DNS_LABEL_PATTERN, LABEL_LENGTH, LABEL_VALUE_PATTERN
 from finetune_core.api.job import API_VERSION, KIND, NAME_RULE
 from finetune_core.api.pod_template import LABEL_KEY
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.validation.cel_rules import check_rules, check_rules_beside, holds
 from finetune_core.validation.defaults import defaulted
-from finetune_core.validation.problems import Path, Problem, Refusal
-from finetune_core.validation.rules import check_rules, check_rules_beside, holds
+from finetune_core.validation.problems import FieldPath, Problem, Refusal
 from finetune_core.validation.runnable import unrunnable
 from finetune_core.validation.structure import check_structure, is_json
 
-LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
-NAMESPACE = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 ANNOTATIONS_LIMIT_BYTES = 262_144
 METADATA_FIELDS = frozenset(
     {
@@ -34,7 +33,7 @@ METADATA_FIELDS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ValidationResult:
     """What would become of a job."""
 
     problems: list[Problem]
@@ -47,7 +46,7 @@ def is_job(document: Any) -> bool:
     return isinstance(document, dict) and document.get("kind") == KIND and document.get("apiVersion") == API_VERSION
 
 
-def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = None) -> Verdict:
+def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
     """Return what server and operator would say of ``document``; with ``old_spec`` of it as an update."""
     problems = [
         Problem((key,), "unknown field")
@@ -56,12 +55,12 @@ def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = 
     ]
     problems += _metadata_problems(document.get("metadata"))
     if document.get("spec") is None:
-        return Verdict([*problems, Problem(("spec",), "must be set")])
+        return ValidationResult([*problems, Problem(("spec",), "must be set")])
     verdict = validate_spec(document["spec"], old_spec=old_spec)
-    return Verdict([*problems, *verdict.problems], None if problems else verdict.stored)
+    return ValidationResult([*problems, *verdict.problems], None if problems else verdict.stored)
 
 
-def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> Verdict:
+def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
     """Return what server and operator would say of ``spec``, a parsed but otherwise unknown value."""
     schema = openapi_schema(FineTuneJobSpec)
     model, problems = check_structure(spec)
@@ -69,16 +68,16 @@ def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> Verdi
         if is_json(spec):
             broken = [problem.path for problem in problems]
             problems += check_rules_beside(schema, defaulted(schema, spec), ("spec",), broken)
-        return Verdict(problems)
+        return ValidationResult(problems)
     stored = model.to_json()
     if old_spec is None:
         problems = list(check_rules(schema, stored, ("spec",)))
     else:
         problems = list(check_rules(schema, stored, ("spec",), old_spec))
     if problems:
-        return Verdict(problems)
+        return ValidationResult(problems)
     refused = [Problem(_split(error.subject), error.problem, Refusal.OPERATOR) for error in unrunnable(model)]
-    return Verdict(refused, stored)
+    return ValidationResult(refused, stored)
 
 
 def _metadata_problems(metadata: Any) -> Iterator[Problem]:
@@ -86,7 +85,7 @@ def _metadata_problems(metadata: Any) -> Iterator[Problem]:
     if not isinstance(metadata, dict):
         yield Problem(("metadata",), "must be an object with a `name`")
         return
-    path: Path = ("metadata",)
+    path: FieldPath = ("metadata",)
     for key in metadata.keys() - METADATA_FIELDS:
         yield Problem((*path, key), "unknown field")
     name = metadata.get("name")
@@ -95,13 +94,13 @@ def _metadata_problems(metadata: Any) -> Iterator[Problem]:
     elif not holds(NAME_RULE[0], {"metadata": {"name": name}}):
         yield Problem((*path, "name"), NAME_RULE[1].split("` ", 1)[1])
     namespace = metadata.get("namespace")
-    if namespace is not None and not (isinstance(namespace, str) and re.fullmatch(NAMESPACE, namespace)):
+    if namespace is not None and not (isinstance(namespace, str) and _is_label(DNS_LABEL_PATTERN, namespace)):
         yield Problem((*path, "namespace"), "must hold only a-z, 0-9 and '-', at most 63 characters")
     for field in ("labels", "annotations"):
         yield from _label_problems((*path, field), metadata.get(field), values_are_labels=field == "labels")
 
 
-def _label_problems(path: Path, labels: Any, *, values_are_labels: bool) -> Iterator[Problem]:
+def _label_problems(path: FieldPath, labels: Any, *, values_are_labels: bool) -> Iterator[Problem]:
     if labels is None:
         return
     if not isinstance(labels, dict):
@@ -112,7 +111,7 @@ def _label_problems(path: Path, labels: Any, *, values_are_labels: bool) -> Iter
             yield Problem((*path, str(key)), "must be a key such as `team` or `example.com/team`")
         elif value is not None and not isinstance(value, str):
             yield Problem((*path, key), "must be a string; put numbers, true and false in quotes")
-        elif values_are_labels and not re.fullmatch(LABEL_VALUE, value or ""):
+        elif values_are_labels and not _is_label(LABEL_VALUE_PATTERN, value or ""):
             yield Problem(
                 (*path, key),
                 "must be at most 63 characters of a-z, A-Z, 0-9, '-', '_' and '.', and begin and end alike",
@@ -122,6 +121,11 @@ def _label_problems(path: Path, labels: Any, *, values_are_labels: bool) -> Iter
         yield Problem(path, f"must have at most {ANNOTATIONS_LIMIT_BYTES} bytes together")
 
 
-def _split(dotted: str) -> Path:
+def _is_label(pattern: str, value: str) -> bool:
+    """SHORT"""
+    return len(value) <= LABEL_LENGTH and re.fullmatch(pattern, value) is not None
+
+
+def _split(dotted: str) -> FieldPath:
     """Return the path that the subject of a UserError names."""
     return tuple(dotted.split("."))

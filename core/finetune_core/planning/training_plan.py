@@ -16,6 +16,11 @@ def zero_stage(requested: int | str, *, processes: int) -> int:
     return 2 if processes > 1 else 1
 
 
+def process_share(global_batch_size: int, processes: int) -> int:
+    """SHORT"""
+    return -(-global_batch_size // processes)
+
+
 def micro_batch_size(
     requested: int | None, *, accumulation_steps: int | None = None, global_batch_size: int, processes: int
 ) -> int:
@@ -28,7 +33,7 @@ def micro_batch_size(
         return requested
     if accumulation_steps is not None:
         return global_batch_size // (processes * accumulation_steps)
-    return min(LARGEST_PLANNED_MICRO_BATCH, -(-global_batch_size // processes))
+    return min(LARGEST_PLANNED_MICRO_BATCH, process_share(global_batch_size, processes))
 
 
 def total_steps(*, rows: int, global_batch_size: int, epochs: int | None, max_steps: int | None) -> int:

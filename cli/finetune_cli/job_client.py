@@ -19,7 +19,7 @@ import yaml
 from kubernetes import client, config, watch
 from pydantic import ValidationError
 
-from finetune_cli.text import duration
+from finetune_cli.formatting import duration
 from finetune_core.api.job import GROUP, KIND, PLURAL, VERSION, FineTuneJob
 from finetune_core.errors import UserError
 
@@ -60,7 +60,7 @@ def _default_namespace() -> str:
     return str(context["context"].get("namespace") or "default")
 
 
-class Jobs:
+class JobClient:
     """Reads FineTuneJobs of one namespace, and the Secrets that they name."""
 
     def __init__(self, api: client.ApiClient, namespace: str) -> None:
@@ -77,14 +77,14 @@ class Jobs:
                 )
             )
         except client.ApiException as error:
-            raise self._explained(name, error) from error
+            raise self._to_exception(name, error) from error
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionLostError(_cause(error)) from error
 
     def follow(
-        self, name: str, tell: Callable[[str], None], *, give_up_after: float | None = None
+        self, name: str, notify: Callable[[str], None], *, give_up_after: float | None = None
     ) -> Iterator[FineTuneJob]:
-        """Yield the job now and whenever it changes, without an end; ``tell`` hears of lost connections.
+        """Yield the job now and whenever it changes, without an end; ``notify`` hears of lost connections.
 
         Raises TimeoutError after ``give_up_after`` seconds, UserError where the job does not exist, is deleted, or
         the server goes away for ten minutes, and ConnectionLostError where it does not answer at the start.
@@ -100,8 +100,8 @@ class Jobs:
                     seen = current["metadata"]["resourceVersion"]
                     yield parse(current)
             except ConnectionLostError as error:
-                tell(f"lost the connection to the API server ({error}); trying again")
-            current, version = self._reach(name, tell)
+                notify(f"lost the connection to the API server ({error}); trying again")
+            current, version = self._list_with_retries(name, notify)
             if current["metadata"]["uid"] != uid:
                 raise UserError(self._subject(name), "was deleted and created anew; watch it again")
             if current["metadata"]["resourceVersion"] != seen:
@@ -122,7 +122,7 @@ class Jobs:
                 raise UserError(
                     subject, "you may not read it; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                 ) from error
-            raise UserError(subject, _answer(error)) from error
+            raise UserError(subject, _status_message(error)) from error
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionLostError(str(error)) from error
         return {key: base64.b64decode(value).decode() for key, value in (found.data or {}).items()}
@@ -135,12 +135,12 @@ class Jobs:
         except client.ApiException as error:
             if error.status == 404:
                 raise UserError(subject, "does not exist; the job names it in `storage.caConfigMapRef`") from error
-            raise UserError(subject, _answer(error)) from error
+            raise UserError(subject, _status_message(error)) from error
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionLostError(str(error)) from error
         return dict(found.data or {})
 
-    def _reach(self, name: str, tell: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    def _list_with_retries(self, name: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], str]:
         """Return what ``_list`` returns, with patience: an API server that restarts is back within minutes."""
         until = time.monotonic() + RECONNECT_FOR_SECONDS
         for attempt in range(RECONNECT_FOR_SECONDS):
@@ -153,7 +153,7 @@ class Jobs:
                         "API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)} ({error})"
                     ) from error
                 if attempt == 1:
-                    tell(f"the API server does not answer ({error}); trying again")
+                    notify(f"the API server does not answer ({error}); trying again")
                 # The back-off between two tries; `until` bounds them all.
                 time.sleep(delay)
         raise UserError("API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)}")
@@ -173,7 +173,7 @@ class Jobs:
                 _request_timeout=CALL_TIMEOUT_SECONDS,
             )
         except client.ApiException as error:
-            raise self._explained(name, error) from error
+            raise self._to_exception(name, error) from error
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionLostError(_cause(error)) from error
         if not found["items"]:
@@ -182,9 +182,9 @@ class Jobs:
 
     def _changes(self, name: str, resource_version: str, seconds: float) -> Iterator[dict[str, Any]]:
         """Yield the job at each change until the server ends the watch after ``seconds``."""
-        watching = watch.Watch()
+        stream = watch.Watch()
         try:
-            for event in watching.stream(
+            for event in stream.stream(
                 self._custom.list_namespaced_custom_object,
                 GROUP,
                 VERSION,
@@ -201,16 +201,16 @@ class Jobs:
         except client.ApiException as error:
             # 410: the version is too old for a watch; whoever called reads the job again.
             if error.status != 410:
-                raise self._explained(name, error) from error
+                raise self._to_exception(name, error) from error
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionLostError(_cause(error)) from error
         finally:
-            watching.stop()
+            stream.stop()
 
     def _subject(self, name: str) -> str:
         return f"{KIND} {self._namespace}/{name}"
 
-    def _explained(self, name: str, error: client.ApiException) -> Exception:
+    def _to_exception(self, name: str, error: client.ApiException) -> Exception:
         """Return what an answer of the API server means to a person."""
         if error.status == 404 and _reason(error) == "NotFound":
             return UserError(self._subject(name), "does not exist")
@@ -219,8 +219,8 @@ class Jobs:
         if error.status == 401:
             return UserError("kubeconfig", "the API server does not accept its credentials")
         if error.status == 403:
-            return UserError(self._subject(name), f"you may not read it ({_answer(error)})")
-        return ConnectionLostError(_answer(error))
+            return UserError(self._subject(name), f"you may not read it ({_status_message(error)})")
+        return ConnectionLostError(_status_message(error))
 
 
 def parse(stored: dict[str, Any]) -> FineTuneJob:
@@ -245,7 +245,7 @@ def _reason(error: client.ApiException) -> str:
     return str(body.get("reason", ""))
 
 
-def _answer(error: client.ApiException) -> str:
+def _status_message(error: client.ApiException) -> str:
     """Return the sentence of the API server."""
     return str(_status(error).get("message") or f"HTTP {error.status} {error.reason}")
 

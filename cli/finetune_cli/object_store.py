@@ -34,7 +34,7 @@ REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Expir
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class AccessKey:
     """An access key of the object store."""
 
     access: str
@@ -42,10 +42,10 @@ class Keys:
     session: str | None = None
 
 
-def keys_from(values: Mapping[str, str]) -> Keys | None:
+def access_key_from(values: Mapping[str, str]) -> AccessKey | None:
     """Return the access key in a Secret's values or in the environment, or None where it is not complete."""
     access, secret = values.get(ACCESS_KEY), values.get(SECRET_KEY)
-    return Keys(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
+    return AccessKey(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +61,14 @@ class MissingError(UserError):
     """An object, or its bucket, that does not exist."""
 
 
-class Store:
+class ObjectStoreReader:
     """Reads objects; every failure says which address or key it is about."""
 
     def __init__(
-        self, storage: StorageSpec, keys: Keys, endpoint: str | None = None, certificates: str | None = None
+        self, storage: StorageSpec, keys: AccessKey, endpoint: str | None = None, certificates: str | None = None
     ) -> None:
         """Prepare access; ``certificates`` (PEM) sign the endpoint's, None for those of this machine."""
-        self.endpoint = endpoint or storage.endpoint or f"https://s3.{storage.region}.amazonaws.com"
+        self.endpoint = endpoint or storage.endpoint_url
         address = urllib3.util.parse_url(self.endpoint)
         if address.scheme not in ("http", "https") or not address.host or address.path not in (None, "", "/"):
             raise UserError(self.endpoint, "must be an address of the form http://host:port or https://host")

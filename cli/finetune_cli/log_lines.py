@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from finetune_cli.state import ending, metric, obstacle, scores_by_name, sentence, state, status_of
-from finetune_cli.text import duration, number, size
+from finetune_cli.formatting import duration, number, size
+from finetune_cli.state import blocking_message, ending, metric, scores_by_name, state, state_message, status_of
 from finetune_core.api.job import FineTuneJob
 
 PROGRESS_EVERY_PERCENT = 5
 
 
-def news(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
+def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
     """Return the lines that tell what ``job`` has beyond the state ``shown`` last; nothing where nothing is new.
 
     Progress alone is worth a line every five percent: a log of a long run stays readable.
@@ -31,8 +31,8 @@ def news(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
 
 def _state(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     def words(seen: FineTuneJob) -> str:
-        text = f"{state(seen)}: {sentence(seen)}" if sentence(seen) else state(seen)
-        return f"{text} ({obstacle(seen)})" if obstacle(seen) else text
+        text = f"{state(seen)}: {state_message(seen)}" if state_message(seen) else state(seen)
+        return f"{text} ({blocking_message(seen)})" if blocking_message(seen) else text
 
     # While it runs the sentence may count steps; the progress lines do that.
     if shown is None or state(shown) != state(job) or (state(job) != "Running" and words(shown) != words(job)):

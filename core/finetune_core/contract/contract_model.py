@@ -6,15 +6,14 @@ malformed. Nothing here holds a secret.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
 CONTRACT_VERSION: Literal[1] = 1
-
-Remedy = Literal["Record", "RollBack", "Fail"]
-"""What is done about numbers of the training that went wrong."""
+RESULT_LIMIT_BYTES = 1024
+"""SHORT"""
 
 
 class ContractModel(BaseModel):
@@ -27,3 +26,20 @@ class ContractModel(BaseModel):
     def to_json(self) -> str:
         """Return the object as one line of JSON, absent instead of null."""
         return self.model_dump_json(by_alias=True, exclude_none=True)
+
+
+class TerminationMessage(ContractModel):
+    """SHORT"""
+
+    @property
+    def excess_bytes(self) -> int:
+        """SHORT"""
+        return len(self.to_json().encode()) - RESULT_LIMIT_BYTES
+
+    @classmethod
+    def from_termination_message(cls, text: str) -> Self | None:
+        """SHORT"""
+        try:
+            return cls.model_validate_json(text)
+        except ValueError:
+            return None

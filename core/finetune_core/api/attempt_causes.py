@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
-from finetune_core.api.states import Explanation
+from finetune_core.api.condition_reasons import Explanation
 
 
 class Cause(StrEnum):
