@@ -1,5 +1,8 @@
-"""Why attempts end, beside the reasons that a job ends with: the words in `status.attempts`, what each means and what a
-person should do. Rendered into docs/api.md; tests/operator/test_states.py holds the verdicts to it."""
+"""Why attempts end: the reasons that stand in `status.attempts` and are not reasons of the whole job.
+
+Each reason has its verdict, its meaning and an advice. `reference.py` writes the table into docs/api.md, and
+tests/operator/test_states.py checks that the operator's verdicts use exactly these reasons.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from finetune_core.api.condition_reasons import Explanation
 
 
 class Cause(StrEnum):
-    """Reasons of attempts that are not reasons of the job."""
+    """Reason of an attempt's end that is not also a reason of the job's end."""
 
     POD_DELETED = "PodDeleted"
     POD_VANISHED = "PodVanished"
@@ -80,7 +83,8 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
         ),
     ),
 }
-"""Verdict and meaning. After three free attempts in a row without a checkpoint the next one is charged all the same."""
+"""Verdict and meaning of each reason. A free attempt does not count against `runPolicy.maxRetries`. After three free
+attempts in a row without a new checkpoint, the next free end is charged nevertheless."""
 DISRUPTIONS: Mapping[str, str] = {
     "EvictionByEvictionAPI": "A node was drained, or somebody evicted the pod.",
     "PreemptionByScheduler": "A pod of higher priority took the place.",
@@ -88,4 +92,5 @@ DISRUPTIONS: Mapping[str, str] = {
     "DeletionByPodGC": "The node is gone.",
     "TerminationByKubelet": "The node shut down, or ran out of a resource.",
 }
-"""Kubernetes' own words, of the DisruptionTarget condition: free."""
+"""Reasons that Kubernetes writes into a pod's DisruptionTarget condition, with their meaning. The operator takes them
+over as reasons of free attempts."""

@@ -1,6 +1,7 @@
-"""What every condition, status and reason means and what a person should do about it: the table of docs/api.md.
+"""What each condition and each reason means, and what a person should do about it.
 
-The operator says nothing that is not listed here; tests/operator/test_states.py holds it to that.
+`reference.py` writes the tables of docs/api.md from this module. tests/operator/test_states.py checks that the operator
+sets only the conditions, statuses and reasons that are listed here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ NOTHING = "Nothing."
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A reason in a person's words."""
+    """The meaning of a reason, and the advice to a person who sees the reason."""
 
     meaning: str
     advice: str = NOTHING
@@ -128,12 +129,13 @@ _WAITS = (Reason.PREFLIGHT, Reason.QUEUED, Reason.STARTING, Reason.RUNNING, Reas
 _OUTSIDE = (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE)
 _DONE = (Reason.COMPLETED, Reason.EARLY_STOPPED)
 _STOPPING = (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED)
-"""Said already while the pods save their last checkpoint."""
+"""Reasons that `Succeeded` already carries as Unknown, while the pods save their last checkpoint."""
 _FAILED = (Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED, *_STOPPING)
 
 STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.SUCCEEDED: {
-        # BadInput while Unknown: the spec is one that this version of the operator can't read, another may.
+        # `Succeeded` is Unknown with BadInput while the operator's version can't read the spec, because another version
+        # may read the spec.
         "Unknown": (*_WAITS, *_OUTSIDE, *_STOPPING, Reason.BAD_INPUT),
         "True": _DONE,
         "False": _FAILED,
@@ -153,4 +155,4 @@ STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.RECONCILING: {"True": (Reason.IN_PROGRESS,), "False": (Reason.SETTLED,)},
     ConditionType.STALLED: {"True": _FAILED, "False": (Reason.IN_PROGRESS, Reason.SETTLED)},
 }
-"""Which condition says which reason with which status."""
+"""The reasons that each condition may carry with each status."""

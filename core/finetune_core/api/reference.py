@@ -1,4 +1,7 @@
-"""Writes docs/api.md, the API reference, from the models: `make docs`. A test holds the committed file equal to it."""
+"""Generates docs/api.md, the API reference, from the pydantic models.
+
+`make docs` runs this program. tests/core/test_reference.py checks that the committed file equals the models.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ Schema = dict[str, Any]
 
 REFERENCE_FILE = "api.md"
 FOLDED = frozenset({"spec.podTemplate.affinity"})
-"""Sections whose table holds everything below them: a section of their own for each would be mostly headings."""
+"""Sections whose table also lists all fields of their subsections, because a heading for each subsection would take
+more room than its one or two fields."""
 
 _INTRODUCTION = f"""\
 # API reference
@@ -54,7 +58,7 @@ def reference() -> str:
 
 
 def _sections(schema: Schema, path: str) -> Iterator[str]:
-    """Yield the table of a section and of every section below it."""
+    """Yield the table of a section and the tables of all its subsections."""
     if path.count(".") > 0:
         yield f"\n### {path}\n"
     yield schema.get("description", "") + "\n"
@@ -81,7 +85,7 @@ def _rows(schema: Schema, prefix: str, *, folded: bool) -> Iterator[str]:
 
 
 def _type(schema: Schema) -> str:
-    """Return type and bounds in few words."""
+    """Return a field's type and bounds in a few words, for example `integer, 1 to 512`."""
     if schema.get("x-kubernetes-int-or-string"):
         word = schema["pattern"].strip("^$")
         return f"integer or `{word}`" if word.isalpha() else "quantity"
@@ -170,7 +174,8 @@ def _columns() -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Return ``text`` for a cell of a table: outside of code, `<` begins a tag."""
+    """Return ``text`` for a cell of a Markdown table, with `|` escaped, and with `<` escaped outside of code because
+    Markdown takes it for an HTML tag."""
     parts = text.replace("|", "\\|").replace("\n", " ").split("`")
     return "`".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
 
