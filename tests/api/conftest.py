@@ -18,7 +18,7 @@ CRD = Path(__file__).resolve().parents[2] / "crds" / CRD_FILE
 
 def served(cluster: Cluster) -> bool:
     """Whether the API server answers for FineTuneJobs."""
-    command = [cluster.layout.programs / "kubectl", "get", "finetunejobs.finetune.dev"]
+    command: list[str | Path] = [cluster.layout.programs / "kubectl", "get", "finetunejobs.finetune.dev"]
     return cluster.run(command, check=False).returncode == 0
 
 

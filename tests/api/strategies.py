@@ -88,7 +88,9 @@ def _of(schema: Schema, path: SchemaPath, force: SchemaPath) -> st.SearchStrateg
 def _text(schema: Schema) -> st.SearchStrategy[str]:
     longest = schema["maxLength"]
     if "pattern" in schema:
-        return st.from_regex(schema["pattern"], fullmatch=True).filter(
+        # The pattern comes from JSON, so that the type checker can't see that it is text and not bytes.
+        pattern: str = schema["pattern"]
+        return st.from_regex(pattern, fullmatch=True).filter(
             lambda text: schema.get("minLength", 0) <= len(text) <= longest
         )
     least = schema.get("minLength", 0)
@@ -100,7 +102,7 @@ def _list(schema: Schema, path: SchemaPath, force: SchemaPath) -> st.SearchStrat
     forced = force[:1] == ("[]",)
     items = _of(schema["items"], (*path, "[]"), force[1:] if forced else ())
     least = max(schema.get("minItems", 0), int(forced))
-    kind = schema.get("x-kubernetes-list-type")
+    kind = schema.get("x-kubernetes-list-type", "atomic")
     unique = {"set": lambda item: item, "map": lambda item: item["name"]}.get(kind)
     return st.lists(items, min_size=least, max_size=max(least, min(3, schema["maxItems"])), unique_by=unique)
 

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 PLACES: dict[SchemaPath, Schema] = dict(leaves())
 
 
-def seeded(examples: int) -> Any:
+def seeded(examples: int) -> settings:
     """Return settings under which every run tries the same jobs."""
     return settings(
         max_examples=examples,

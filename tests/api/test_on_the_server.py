@@ -27,7 +27,15 @@ COLUMNS = ["NAME", "MODEL", "METHOD", "STATE", "STEP", "OF", "LOSS", "PERPLEXITY
 
 def test_it_installs_without_a_warning(cluster: Cluster, server: Server) -> None:
     kubectl = cluster.layout.programs / "kubectl"
-    command = [kubectl, "apply", "--server-side", "--force-conflicts", "--warnings-as-errors", "-f", "-"]
+    command: list[str | Path] = [
+        kubectl,
+        "apply",
+        "--server-side",
+        "--force-conflicts",
+        "--warnings-as-errors",
+        "-f",
+        "-",
+    ]
     done = cluster.run(command, stdin=CRD.read_text(encoding="utf-8"))
     assert done.stderr == ""
     conditions = {
@@ -40,7 +48,7 @@ def test_it_installs_without_a_warning(cluster: Cluster, server: Server) -> None
 
 
 def test_every_field_is_explained(cluster: Cluster, server: Server) -> None:
-    explain = [cluster.layout.programs / "kubectl", "explain", "ftj.spec", "--recursive"]
+    explain: list[str | Path] = [cluster.layout.programs / "kubectl", "explain", "ftj.spec", "--recursive"]
     # The server publishes the schema of a new CRD some seconds after it serves it.
     wait_for("the schema to be published", lambda: cluster.run(explain, check=False).returncode == 0, 60)
     text = cluster.run(explain).stdout

@@ -218,7 +218,9 @@ def run() -> None:
     console.print(f"a bare client's writes for {JOBS_NEW} jobs: {bare_writes:.1f} s")
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_world(Path(folder), direct=True, flags=UNTHROTTLED, resync_seconds=str(RESYNC_SECONDS)) as world,
+        running_world(
+            Path(folder), direct=True, flags=UNTHROTTLED, settings={"resync_seconds": str(RESYNC_SECONDS)}
+        ) as world,
     ):
         beneath, go_memory = measure_children(world)
         console.print(f"training-operator alone: {beneath.span(beneath.ended):.0f} s")

@@ -84,8 +84,13 @@ def take_sample(world: World, job: Manifest) -> Sample:
     waiting = copy.deepcopy(job)
     waiting["spec"]["podTemplate"]["annotations"][SCRIPT] = "run"
     world.create(namespace, waiting)
-    opens = lambda status: status["attempts"]["started"] == 1  # noqa: E731
-    named = lambda status: opens(status) and "child" in status  # noqa: E731
+
+    def opens(status: Manifest) -> bool:
+        return bool(status["attempts"]["started"] == 1)
+
+    def named(status: Manifest) -> bool:
+        return opens(status) and "child" in status
+
     world.wait("the child to be named", lambda: any(named(status) for status in statuses))
     (child,) = world.children(namespace)
     template = child["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]

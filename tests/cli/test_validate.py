@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from finetune_cli.main import main
 from tests.core.jobs import EXAMPLES, quickstart
+
+LinesOf = Callable[[str | bytes], tuple[int, list[str]]]
 
 GOOD = (EXAMPLES / "quickstart.yaml").read_text(encoding="utf-8")
 
@@ -25,7 +28,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 
 
 @pytest.fixture
-def lines_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def lines_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> LinesOf:
     """Return a function from the text of a file to exit code and lines without the file's name."""
 
     def check(text: str | bytes) -> tuple[int, list[str]]:
@@ -43,7 +46,7 @@ def test_a_valid_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.endswith("quickstart.yaml: quickstart valid\n")
 
 
-def test_all_problems_of_a_file_at_once_with_their_lines(lines_of) -> None:
+def test_all_problems_of_a_file_at_once_with_their_lines(lines_of: LinesOf) -> None:
     text = (
         GOOD.replace("name: quickstart", "name: Quick")
         .replace("lora: {rank: 8, alpha: 16}", "lora:\n    rank: 0\n    alfa: 16")
@@ -62,7 +65,7 @@ def test_all_problems_of_a_file_at_once_with_their_lines(lines_of) -> None:
     assert len(lines) == 5
 
 
-def test_a_missing_field_is_on_the_line_of_its_section(lines_of) -> None:
+def test_a_missing_field_is_on_the_line_of_its_section(lines_of: LinesOf) -> None:
     code, lines = lines_of(
         "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata:\n  name: a\nspec:\n  lora: {}\n"
     )
@@ -88,26 +91,26 @@ def test_a_missing_field_is_on_the_line_of_its_section(lines_of) -> None:
         ("rank: 8", "rank: *nowhere", "must not refer to the anchor nowhere"),
     ],
 )
-def test_what_is_wrong_is_said(lines_of, old: str, new: str, message: str) -> None:
+def test_what_is_wrong_is_said(lines_of: LinesOf, old: str, new: str, message: str) -> None:
     assert old in GOOD
     code, lines = lines_of(GOOD.replace(old, new))
     assert code == 1
     assert sum(message in line for line in lines) == 1, lines
 
 
-def test_documents_of_other_kinds_are_passed_over(lines_of) -> None:
+def test_documents_of_other_kinds_are_passed_over(lines_of: LinesOf) -> None:
     other = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n"
     assert lines_of(f"{other}---\n---\n{GOOD}---\n{other}")[0] == 0
     assert lines_of(other) == (0, [" no FineTuneJob in it"])
 
 
-def test_lines_count_through_all_documents(lines_of) -> None:
+def test_lines_count_through_all_documents(lines_of: LinesOf) -> None:
     code, lines = lines_of(GOOD + "---\n" + GOOD.replace("rank: 8", "rank: 0"))
     number = len(GOOD.splitlines()) + 1 + next(n for n, line in enumerate(GOOD.splitlines(), 1) if "rank: 8" in line)
     assert (code, lines) == (1, [f"{number}: spec.lora.rank: must be between 1 and 512"])
 
 
-def test_the_items_of_a_list_are_jobs(lines_of) -> None:
+def test_the_items_of_a_list_are_jobs(lines_of: LinesOf) -> None:
     bad = quickstart("lora.rank", 0)
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": [quickstart(), bad]}, indent=1)
     code, lines = lines_of(text)
@@ -116,7 +119,7 @@ def test_the_items_of_a_list_are_jobs(lines_of) -> None:
     assert '"rank": 0' in text.splitlines()[int(lines[0].split(":")[0]) - 1]
 
 
-def test_anchors_and_merges_work_as_in_kubectl(lines_of) -> None:
+def test_anchors_and_merges_work_as_in_kubectl(lines_of: LinesOf) -> None:
     text = GOOD.replace("lora: {rank: 8, alpha: 16}", "lora: &a {rank: 8, alpha: 16}").replace(
         "resources: {nodes: 2,", "resources: {<<: {nodes: 3}, nodes: 2,"
     )
@@ -160,13 +163,13 @@ def test_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     ],
     ids=["bytes", "control", "open", "deep flow", "deep", "1 MB", "long number", "surrogate"],
 )
-def test_strange_files_get_a_sentence(lines_of, text: bytes, message: str) -> None:
+def test_strange_files_get_a_sentence(lines_of: LinesOf, text: bytes, message: str) -> None:
     code, lines = lines_of(text)
     assert code == 1
     assert any(message in line for line in lines), [line[:200] for line in lines]
 
 
-def test_a_billion_laughs_end_quickly(lines_of) -> None:
+def test_a_billion_laughs_end_quickly(lines_of: LinesOf) -> None:
     laughs = "a0: &a0 ha\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
     code, lines = lines_of(GOOD + laughs)
     assert code == 1

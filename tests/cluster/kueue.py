@@ -106,7 +106,7 @@ def suspending_webhook(cluster: Cluster, namespace: str) -> Iterator[None]:
     """Serve Kueue's mutating webhook for PyTorchJobs that are created in ``namespace``, until the block ends."""
     certificates = renewed(None, hostname=HOST_ADDRESS, now=datetime.now(UTC))
     context = server_context()
-    load_into(context, certificates)
+    load_into(context, certificates.serving)
     with cluster.enter():
         server = _Server((HOST_ADDRESS, 0), _Handler, context)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

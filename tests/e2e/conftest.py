@@ -4,7 +4,7 @@ MinIO. Each test has a namespace of its own, as strict as they get."""
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ import pytest
 from examples.demo import steps
 from tests.cluster import Cluster
 from tests.cluster.fixtures import cluster  # noqa: F401  (the fixture)
+from tests.e2e.jobs import MakeJob, Manifest
 from tests.e2e.tiny_model import TINY_MODEL, put_tiny_model_and_rows
-
-Manifest = dict[str, Any]
-MakeJob = Callable[..., Manifest]
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,14 @@ from finetune_cli.state import condition
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
 from tests.cluster import Cluster
+from tests.e2e.jobs import JobPredicate, MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 WITHIN_SECONDS = 60
 
 
-def _says(*words: str):
+def _says(*words: str) -> JobPredicate:
     """Return whether a condition that is not True holds all ``words`` in its message."""
 
     def reached(job: FineTuneJob) -> bool:
@@ -45,7 +46,7 @@ def _says(*words: str):
 def test_bad_data_ends_the_job_with_its_name(
     installed: Cluster,
     namespace: str,
-    tiny_job,
+    tiny_job: MakeJob,
     changes: dict[str, Any],
     words: tuple[str, ...],
 ) -> None:
@@ -77,7 +78,9 @@ def _ended(cluster: Cluster, namespace: str, name: str) -> FineTuneJob:
     raise AssertionError("follow has no end")
 
 
-def test_refused_credentials_are_named_and_retried_slowly(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_refused_credentials_are_named_and_retried_slowly(
+    installed: Cluster, namespace: str, tiny_job: MakeJob
+) -> None:
     secret = {"name": "wrong-keys", "namespace": namespace}
     keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "not-the-secret-key"}
     steps.apply(installed, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": keys})

@@ -15,6 +15,7 @@ from finetune_core.api.job import FineTuneJob
 from finetune_core.names import attempt_name, worker_name
 from tests.cluster import Cluster
 from tests.e2e.bucket import RunFolder
+from tests.e2e.jobs import JobPredicate, MakeJob
 from tests.e2e.secrecy import assert_no_key_is_told
 from tests.e2e.test_recovery import _losses
 
@@ -31,7 +32,7 @@ def _run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder
     return RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/{job.metadata.name}/{job.metadata.uid}")
 
 
-def _committed_by(run: int):
+def _committed_by(run: int) -> JobPredicate:
     """Return whether the status lists a checkpoint that run ``run`` committed."""
 
     def reached(job: FineTuneJob) -> bool:
@@ -40,7 +41,7 @@ def _committed_by(run: int):
     return reached
 
 
-def _told(text: str):
+def _told(text: str) -> JobPredicate:
     """Return whether a notice of the status has ``text``."""
 
     def reached(job: FineTuneJob) -> bool:
@@ -62,7 +63,7 @@ def _flip_a_bit_of_the_newest(cluster: Cluster, namespace: str, job: FineTuneJob
     return key
 
 
-def _started(attempts: int):
+def _started(attempts: int) -> JobPredicate:
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and job.status.attempts.started >= attempts
 
@@ -71,7 +72,7 @@ def _started(attempts: int):
 
 @pytest.mark.long
 def test_three_lost_gangs_and_a_restarted_store_end_in_the_same_model_and_cost_no_retry(
-    installed: Cluster, namespace: str, tiny_job, tmp_path: Path
+    installed: Cluster, namespace: str, tiny_job: MakeJob, tmp_path: Path
 ) -> None:
     steps.apply(installed, tiny_job("disturbed", **CHANGES), namespace)
     for number in range(1, DELETIONS + 1):

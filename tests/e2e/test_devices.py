@@ -8,11 +8,12 @@ from examples.demo import steps
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name, worker_name
 from tests.cluster import Cluster
+from tests.e2e.jobs import MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
-def test_pods_get_the_gpus_that_they_ask_for(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_pods_get_the_gpus_that_they_ask_for(installed: Cluster, namespace: str, tiny_job: MakeJob) -> None:
     manifest = tiny_job("devices", spec__resources__gpusPerNode=2, spec__training__maxSteps=400)
     steps.apply(installed, manifest, namespace)
     job = steps.wait_for_condition(installed, namespace, "devices", ConditionType.RUNNING, timeout=300)

@@ -18,6 +18,7 @@ from tests.cluster import Cluster, images, tools, wait_for
 from tests.cluster.addons import PYTORCHJOB_CRD
 from tests.cluster.fixtures import started
 from tests.e2e.bucket import RunFolder
+from tests.e2e.jobs import MakeJob
 from tests.e2e.rows import late, scripts
 from tests.e2e.rows.late import FIRST_TIME_DONE
 from tests.e2e.rows.observer import Manifest, Observer
@@ -56,7 +57,8 @@ def bare() -> Iterator[Cluster]:
 
 def install_backend(stage: Stage) -> None:
     """Install Kubeflow's training-operator, which was missing, and wait until it serves."""
-    stage.cluster.kubectl("create", "-f", "-", stdin=tools.TRAINING_OPERATOR.data_file().read_text())
+    (crd,) = tools.TRAINING_OPERATOR.data_files()
+    stage.cluster.kubectl("create", "-f", "-", stdin=crd.read_text())
 
     def is_established() -> bool:
         # `kubectl wait` fails where the API server has not written a first condition yet.
@@ -147,7 +149,7 @@ def bucket_row(make: Callable[[Stage], None], spec: Manifest) -> Row:
 
 
 @pytest.mark.timeout(2400)
-def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster, tiny_job, tmp_path: Path) -> None:
+def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster, tiny_job: MakeJob, tmp_path: Path) -> None:
     put_tiny_model_and_rows(bare, tmp_path)
     backend_serves = threading.Event()
 

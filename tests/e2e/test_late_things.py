@@ -12,6 +12,7 @@ from finetune_cli.state import condition
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
 from tests.cluster import Cluster
+from tests.e2e.jobs import JobPredicate, MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -19,7 +20,7 @@ TOLD_SECONDS = 180
 LATE_SECRET = "late-keys"
 
 
-def _waits_for(*words: str):
+def _waits_for(*words: str) -> JobPredicate:
     """Return whether `Accepted` is False and its message holds all ``words``."""
 
     def reached(job: FineTuneJob) -> bool:
@@ -37,7 +38,7 @@ def _assert_costs_nothing(job: FineTuneJob) -> None:
     assert job.status.attempts.charged == 0
 
 
-def test_a_secret_and_a_bucket_that_appear_later(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_a_secret_and_a_bucket_that_appear_later(installed: Cluster, namespace: str, tiny_job: MakeJob) -> None:
     bucket = f"late-{namespace}"
     changes = {
         "spec__storage__credentialsSecretRef": {"name": LATE_SECRET},

@@ -16,6 +16,7 @@ from tests.cluster import Cluster
 from tests.cluster.kueue import Kueue, PodSetInfo, suspending_webhook
 from tests.cluster.waiting import wait_for
 from tests.e2e.bucket import RunFolder
+from tests.e2e.jobs import JobPredicate, MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -28,14 +29,14 @@ QUIET_RUN = {
 }
 
 
-def stepped(step: int):
+def stepped(step: int) -> JobPredicate:
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and job.status.progress is not None and job.status.progress.step >= step
 
     return reached
 
 
-def says(reason: Reason):
+def says(reason: Reason) -> JobPredicate:
     def reached(job: FineTuneJob) -> bool:
         conditions = job.status.conditions if job.status else []
         return any(item.type == ConditionType.SUCCEEDED and item.reason == reason for item in conditions)
@@ -60,7 +61,7 @@ def newest_step(cluster: Cluster, folder: str, run: int) -> int:
 
 
 def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
-    installed: Cluster, namespace: str, tiny_job
+    installed: Cluster, namespace: str, tiny_job: MakeJob
 ) -> None:
     kueue = Kueue(installed, namespace)
     with suspending_webhook(installed, namespace):
@@ -115,7 +116,7 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
     assert job.status.usage.active_seconds > 0
 
 
-def has_checkpoint(step: int):
+def has_checkpoint(step: int) -> JobPredicate:
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(checkpoint.step >= step for checkpoint in job.status.checkpoints)
 
@@ -123,7 +124,7 @@ def has_checkpoint(step: int):
 
 
 def test_a_job_created_anew_with_its_run_id_resumes_and_later_finds_its_artifact(
-    installed: Cluster, namespace: str, tiny_job
+    installed: Cluster, namespace: str, tiny_job: MakeJob
 ) -> None:
     manifest = tiny_job("again", **QUIET_RUN)
     manifest["spec"]["storage"]["runId"] = "study-7"
@@ -156,7 +157,7 @@ def test_a_job_created_anew_with_its_run_id_resumes_and_later_finds_its_artifact
         assert len(run.runs()) == 2, "nothing was trained again"
 
 
-def test_cancel_commits_a_checkpoint_and_keeps_it(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_cancel_commits_a_checkpoint_and_keeps_it(installed: Cluster, namespace: str, tiny_job: MakeJob) -> None:
     steps.apply(installed, tiny_job("given-up", **QUIET_RUN), namespace)
     job = steps.wait_for_job(installed, namespace, "given-up", "some steps", stepped(30), 300)
     patch(installed, namespace, "given-up", cancel=True)

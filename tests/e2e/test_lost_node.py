@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from tests.cluster import Cluster, wait_for
 from tests.cluster.layout import SECOND_NODE
 from tests.cluster.second_node import TOLERATION, SecondNode
 from tests.e2e.bucket import RunFolder
+from tests.e2e.jobs import JobPredicate, MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -62,14 +63,14 @@ def second_node(installed: Cluster) -> Iterator[SecondNode]:
     installed.kubectl("delete", "node", node.name)
 
 
-def _checkpoint_of(run: int):
+def _checkpoint_of(run: int) -> JobPredicate:
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(checkpoint.run == run for checkpoint in job.status.checkpoints)
 
     return reached
 
 
-def _started(number: int):
+def _started(number: int) -> JobPredicate:
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and job.status.attempts.started == number
 
@@ -89,7 +90,7 @@ def _trainers(node: SecondNode) -> list[int]:
 
 
 def test_two_trainers_of_one_job_do_no_harm(
-    installed: Cluster, namespace: str, second_node: SecondNode, tiny_job
+    installed: Cluster, namespace: str, second_node: SecondNode, tiny_job: MakeJob
 ) -> None:
     steps.apply(installed, tiny_job(NAME, **ENDLESS), namespace)
     job = steps.wait_for_job(installed, namespace, NAME, "a checkpoint of run 1", _checkpoint_of(1), 600)
@@ -135,7 +136,7 @@ def test_two_trainers_of_one_job_do_no_harm(
     assert [past.verdict for past in job.status.attempts.recent] == ["Free", "Permanent"]
 
 
-def _commits(root: RunFolder, run: int):
+def _commits(root: RunFolder, run: int) -> dict[str, datetime]:
     """Return when each checkpoint of a run was committed, by its key."""
     times = root.times("checkpoints/")
     return {key: at for key, at in times.items() if key.endswith(f"/{COMMIT}") and _run(key) == run}

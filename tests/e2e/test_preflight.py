@@ -12,6 +12,7 @@ from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
 from tests.cluster import Cluster
 from tests.e2e.bucket import RunFolder
+from tests.e2e.jobs import MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -25,7 +26,9 @@ def _names_the_bucket(job: FineTuneJob) -> bool:
 
 
 @pytest.mark.long
-def test_a_bucket_that_comes_late_is_waited_for_and_then_used(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_a_bucket_that_comes_late_is_waited_for_and_then_used(
+    installed: Cluster, namespace: str, tiny_job: MakeJob
+) -> None:
     storage = tiny_job("late")["spec"]["storage"] | {"uri": f"s3://{LATE_BUCKET}/runs"}
     steps.apply(installed, tiny_job("late", spec__storage=storage, spec__training__maxSteps=2), namespace)
     # The first pod may have to pull the image.

@@ -16,6 +16,7 @@ from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
 from tests.cluster import Cluster
 from tests.e2e.bucket import RunFolder
+from tests.e2e.jobs import MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -130,7 +131,7 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
         assert committed == {checkpoint.step for checkpoint in job.status.checkpoints}
 
 
-def test_the_spec_stays_as_it_was_applied(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_the_spec_stays_as_it_was_applied(installed: Cluster, namespace: str, tiny_job: MakeJob) -> None:
     manifest = tiny_job("untouched", spec__training__maxSteps=2)
     steps.apply(installed, manifest, namespace)
     before = installed.get("ftj", "untouched", "-n", namespace)
@@ -142,7 +143,7 @@ def test_the_spec_stays_as_it_was_applied(installed: Cluster, namespace: str, ti
     assert after["metadata"]["generation"] == 1
 
 
-def test_full_fine_tuning_ends_with_a_model(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_full_fine_tuning_ends_with_a_model(installed: Cluster, namespace: str, tiny_job: MakeJob) -> None:
     manifest = tiny_job("full", spec__method="Full", spec__deepspeed={"zeroStage": 2}, spec__training__maxSteps=20)
     del manifest["spec"]["lora"]
     steps.apply(installed, manifest, namespace)

@@ -17,6 +17,7 @@ from finetune_core.names import attempt_name, worker_name
 from tests.cluster import Cluster
 from tests.cluster.waiting import wait_for
 from tests.e2e.bucket import RunFolder
+from tests.e2e.jobs import JobPredicate, MakeJob
 from tests.e2e.secrecy import assert_no_key_is_told
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 LONG_RUN = {"spec__training__maxSteps": 300, "spec__evaluation__everySteps": 100}
 
 
-def _checkpointed(step: int):
+def _checkpointed(step: int) -> JobPredicate:
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(checkpoint.step >= step for checkpoint in job.status.checkpoints)
 
@@ -48,7 +49,7 @@ def _run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder
 
 
 @pytest.fixture(scope="module")
-def undisturbed_losses(installed: Cluster, tiny_job) -> Iterator[Callable[[], dict[int, float]]]:
+def undisturbed_losses(installed: Cluster, tiny_job: MakeJob) -> Iterator[Callable[[], dict[int, float]]]:
     """Begin the undisturbed twin of the disturbed runs: the same spec, another run. Return what awaits its losses."""
     namespace = f"test-{secrets.token_hex(4)}"
     steps.make_namespace(installed, namespace)
@@ -67,7 +68,7 @@ def undisturbed_losses(installed: Cluster, tiny_job) -> Iterator[Callable[[], di
 def test_a_deleted_pod_costs_no_step_and_no_retry(
     installed: Cluster,
     namespace: str,
-    tiny_job,
+    tiny_job: MakeJob,
     undisturbed_losses: Callable[[], dict[int, float]],
     how: str,
 ) -> None:
@@ -94,7 +95,9 @@ def test_a_deleted_pod_costs_no_step_and_no_retry(
     assert losses == undisturbed_losses(), "a resumed run must be the same run, bit for bit"
 
 
-def test_an_operator_killed_in_mid_run_loses_and_doubles_nothing(installed: Cluster, namespace: str, tiny_job) -> None:
+def test_an_operator_killed_in_mid_run_loses_and_doubles_nothing(
+    installed: Cluster, namespace: str, tiny_job: MakeJob
+) -> None:
     steps.apply(installed, tiny_job("survivor", **LONG_RUN), namespace)
     job = steps.wait_for_job(installed, namespace, "survivor", "a checkpoint", _checkpointed(20), 300)
     assert_no_key_is_told(installed, namespace, attempt_name("survivor", job.metadata.uid, 1))

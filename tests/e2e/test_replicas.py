@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -14,10 +13,10 @@ from examples.demo import steps
 from examples.demo.steps import CHART, OPERATOR_NAMESPACE, RELEASE
 from finetune_core.api.job import FineTuneJob
 from tests.cluster import Cluster, wait_for
+from tests.e2e.jobs import MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
-MakeJob = Callable[..., dict[str, Any]]
 TAKEOVER_SECONDS, REPORT_SECONDS = 20, 40
 """Promised; the test fails at three times as much."""
 

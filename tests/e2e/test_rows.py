@@ -33,7 +33,7 @@ def played(
     operated: Cluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Played]:
     """Start all rows that were selected at once, and return a function that waits for one."""
-    rows = {item.callspec.params["row"].name: item.callspec.params["row"] for item in _selected(request)}
+    rows = {row.name: row for row in _selected(request)}
     with ExitStack() as around:
         operated.import_image(scripts.IMAGE)
         if any(sidecar.LABEL in row.labels for row in rows.values()):
@@ -68,10 +68,12 @@ def _second_node(cluster: Cluster, around: ExitStack) -> SecondNode:
     return node
 
 
-def _selected(request: pytest.FixtureRequest) -> list[pytest.Function]:
-    """Return the tests of this module that the session runs."""
+def _selected(request: pytest.FixtureRequest) -> list[Row]:
+    """Return the rows of this module's tests that the session runs."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    return [item for item in items if item.module is request.module and hasattr(item, "callspec")]
+    of_this_module = [item for item in items if item.module is request.module and hasattr(item, "callspec")]
+    rows = [item.callspec.params["row"] for item in of_this_module]
+    return [row for row in rows if isinstance(row, Row)]
 
 
 def _print(request: pytest.FixtureRequest, rows: Iterable[Row], finished: dict[str, list[Measured]]) -> None:

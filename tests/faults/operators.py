@@ -69,7 +69,7 @@ class OperatorProcess:
         server: str = API_URL,
         ports: tuple[int, int] = (18443, 18080),
         source: Path = REPOSITORY,
-        **settings: str,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         """Speak to ``server`` (default: the API server itself); ``ports`` are those of reports and health.
 
@@ -90,7 +90,7 @@ class OperatorProcess:
             health_port=ports[1],
             api_url=server,
             settings={"FINETUNE_REPORT_HOST": HOST_ADDRESS, "FINETUNE_REPORT_PORT": str(ports[0])}
-            | {f"FINETUNE_{name.upper()}": value for name, value in settings.items()},
+            | {f"FINETUNE_{name.upper()}": value for name, value in (settings or {}).items()},
         )
         packages = [str(source / part) for part in ("core", "operator")]
         self._environment = {**program.environment, "PYTHONPATH": os.pathsep.join(packages)}

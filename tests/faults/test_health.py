@@ -23,7 +23,9 @@ def operator(shared_world: World, tmp_path: Path) -> Iterator[OperatorProcess]:
     """An operator with short periods in the place of the shared one."""
     shared_world.operator.stop()
     server = f"https://127.0.0.1:{shared_world.proxy.port}"
-    process = OperatorProcess(shared_world.cluster, tmp_path, server=server, resync_seconds=str(RESYNC_SECONDS))
+    process = OperatorProcess(
+        shared_world.cluster, tmp_path, server=server, settings={"resync_seconds": str(RESYNC_SECONDS)}
+    )
     process.start()
     process.wait_ready()
     yield process

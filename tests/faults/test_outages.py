@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from tests.faults.rules import Answer, Drop, EditEvents, Rule, StreamError
+from tests.faults.rules import Answer, Drop, EditEvents, Fault, Rule, StreamError
 from tests.faults.world import World, job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -99,7 +99,7 @@ def test_an_outage_of_the_api_server_is_survived(world: World, name: str) -> Non
     assert go_through(world, outage, seconds) <= most
 
 
-BREAKS = {
+BREAKS: dict[str, Fault] = {
     "an error in the stream": StreamError(500, "InternalError"),
     "an expired version in the stream": StreamError(410, "Expired"),
     "an expired version": Answer(410, "Expired"),

@@ -168,7 +168,7 @@ def running_world(
     delay: float = 0.2,
     direct: bool = False,
     flags: Mapping[str, Sequence[str]] = SHORT_NODE_LOSS,
-    **settings: str,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[World]:
     """Bring all of it up, without starting the operator; end it afterwards. ``direct``: past the proxy."""
     with Cluster.start(with_node=False, flags=flags) as cluster:
@@ -198,7 +198,7 @@ def running_world(
         admin, node = loop.run(bring_up())
         loop.spawn(note_children(admin))
         operator = OperatorProcess(
-            cluster, folder, server=API_URL if direct else f"https://127.0.0.1:{proxy.port}", **settings
+            cluster, folder, server=API_URL if direct else f"https://127.0.0.1:{proxy.port}", settings=settings
         )
         try:
             yield World(cluster, loop, admin, node, proxy, operator, created)

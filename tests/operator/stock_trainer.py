@@ -20,7 +20,7 @@ def main(folder: Path, crash_at: int | None) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    class Crash(TrainerCallback):
+    class Crash(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
         """Ends the process at a step, without a word to anybody."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -49,7 +49,7 @@ def main(folder: Path, crash_at: int | None) -> None:
         disable_tqdm=True,
     )
     callbacks = [Crash()] if crash_at else []
-    trainer = Trainer(LlamaForCausalLM(config), arguments, train_dataset=rows, callbacks=callbacks)  # type: ignore[arg-type]
+    trainer = Trainer(LlamaForCausalLM(config), arguments, train_dataset=rows, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
 
 

@@ -192,4 +192,6 @@ def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None
     for _ in range(2):
         status = merge_report(status, told.model_copy(update={"incidents": [later], "evaluation": None}), NOW)
     assert [item.step for item in status.incidents] == [12, 30]
+    assert status.evaluation is not None
+    assert status.evaluation.base is not None
     assert status.evaluation.base.perplexity == "20"

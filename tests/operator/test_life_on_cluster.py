@@ -284,8 +284,11 @@ def test_a_namespace_goes_also_while_the_operator_is_down(
     installed.operator.stop()
     try:
         installed.cluster.kubectl("delete", "namespace", namespace, "--wait=false")
-        names = lambda: installed.cluster.kubectl("get", "namespaces", "-o", "name")  # noqa: E731
-        wait_for("the namespace to be gone", lambda: f"namespace/{namespace}\n" not in names(), 120)
+
+        def is_gone() -> bool:
+            return f"namespace/{namespace}\n" not in installed.cluster.kubectl("get", "namespaces", "-o", "name")
+
+        wait_for("the namespace to be gone", is_gone, 120)
     finally:
         installed.operator.start()
         installed.operator.wait_ready()

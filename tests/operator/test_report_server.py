@@ -202,7 +202,7 @@ async def test_an_attempt_speaks_with_one_voice(client: TestClient[Any, Any], me
 async def test_reports_wait_out_an_api_server_that_reviews_no_token(
     reviews: Reviews, memory: Memory, metrics: Metrics, queue: KeyQueue
 ) -> None:
-    async def fails(_token: str, _audience: str) -> dict[str, Any]:
+    async def fails(token: str, audience: str) -> dict[str, Any]:
         raise ApiError(500, "InternalError", "etcd")
 
     reviews.review_token = fails  # type: ignore[method-assign]

@@ -104,8 +104,9 @@ def test_every_reason_in_the_code_is_one_of_the_reasons() -> None:
     (folder,) = finetune_operator.__path__
     for file in sorted(Path(folder).glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-            if name in ("_State", "Settlement", "OutsideError"):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                continue
+            if node.func.id in ("_State", "Settlement", "OutsideError"):
                 texts = [
                     item for item in ast.walk(node) if isinstance(item, ast.Constant) and isinstance(item.value, str)
                 ]

@@ -73,7 +73,7 @@ def report(**changes: Any) -> Report:
     return Report.model_validate(values | changes)
 
 
-REPORTED = {"report": report(), "reported_at": at(0)}
+REPORTED: dict[str, Any] = {"report": report(), "reported_at": at(0)}
 BETWEEN = AttemptsStatus(
     started=1,
     charged=1,

@@ -23,7 +23,7 @@ def ruled(pods: list[Any], **changes: Any) -> tuple[str, str] | None:
 
 
 def _judge(pods: list[Any], **changes: Any) -> Ruling | None:
-    values = {
+    values: dict[str, Any] = {
         "current": current(),
         "child": child(),
         "child_uid": CHILD_UID,

@@ -22,6 +22,7 @@ from finetune_trainer import loop
 from finetune_trainer.checkpoints import saver as saving
 from finetune_trainer.data.batches import IGNORED
 from finetune_trainer.data.shares import Batches
+from finetune_trainer.decisions import schedule
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks.gang import Gang
@@ -180,11 +181,10 @@ def _noise(fault: dict[str, Any]) -> Any:
 
 
 def _rate(fault: dict[str, Any]) -> Any:
-    made = loop.rate
 
     def rate(step: int, total: int, optimization: Any, rollbacks: Any = ()) -> float:
         factor = fault["factor"] if step >= fault["step"] and not rollbacks else 1.0
-        return made(step, total, optimization, rollbacks) * factor
+        return schedule.rate(step, total, optimization, rollbacks) * factor
 
     return mock.patch.object(loop, "rate", rate)
 

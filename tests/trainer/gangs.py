@@ -110,6 +110,13 @@ def step_rows(store: ObjectStore, name: str) -> list[StepRow]:
     return sorted((StepRow.model_validate_json(line) for line in lines), key=lambda row: row.step)
 
 
+def losses_of(store: ObjectStore, name: str) -> list[float]:
+    """Return the loss of each step of a run of which every step was applied."""
+    losses = [row.loss for row in step_rows(store, name)]
+    assert None not in losses, name
+    return [loss for loss in losses if loss is not None]
+
+
 def rows_consumed(folder: Path, index: int, world: int) -> dict[int, list[int]]:
     """Return the rows of each step that all ranks together consumed in the ``index``-th run of `train_all`."""
     consumed: dict[int, list[int]] = {}

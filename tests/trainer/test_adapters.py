@@ -172,7 +172,7 @@ def expected_shapes(bones: Skeleton, *, added: int, rank: int = 4) -> dict[str, 
     config = bones.model.config
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size + added
     head = hidden // config.num_attention_heads * config.num_key_value_heads
-    table = {}
+    table: dict[str, tuple[int, ...]] = {}
     for layer in range(config.num_hidden_layers):
         for module, (width, height) in {
             "self_attn.q_proj": (hidden, hidden),

@@ -156,7 +156,7 @@ def test_training_goes_on_beside_a_full_disk_and_commits_once_there_is_room(
         attempt = pods(config, credentials=small.credentials)
         attempt.wait_for(lambda: newest_commit(small, "full") > 0, "the first checkpoint")
         assert fill(small, tmp_path) > 1
-        attempt.wait_for(lambda: FULL.search(attempt.output), "the trainer says that the disk is full")
+        attempt.wait_for(lambda: FULL.search(attempt.output) is not None, "the trainer says that the disk is full")
         start = newest_step(attempt)
         attempt.wait_for(lambda: newest_step(attempt) >= start + 300, "300 steps beside a full disk")
         assert attempt.output.count("training goes on") > attempt.output.count("checkpoints are committed again")

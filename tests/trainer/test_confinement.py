@@ -174,7 +174,12 @@ def test_a_kill_by_the_kernel_is_told_with_phase_amount_and_remedy(
     store: ObjectStore, pods: StartPods, limited: list[str], tmp_path: Path
 ) -> None:
     """Loading fits into the limit, the activations of 12,000 tokens don't."""
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "max_position_embeddings": 1100}
+    shape: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 1100,
+    }
     store.upload("models/wide", tiny.write_model(tmp_path / "wide", **shape))
     long = " ".join(tiny.WORDS[index % 60] for index in range(980))
     long_rows = tmp_path / "long"

@@ -110,7 +110,7 @@ def plain_scores(model: Path) -> dict[str, Any]:
             nll = -scores.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
             sums[kind] += float(nll[chosen].sum())
             counts[kind] += int(chosen.sum())
-        text, new = list(ids[:first]), []
+        text, new = list(ids[:first]), list[int]()
         while len(new) < NEW_TOKENS:
             with torch.no_grad():
                 scores = plain(torch.tensor([[*text, *new]])).logits[0, -1]

@@ -25,7 +25,7 @@ from finetune_trainer.loss.head import CHUNK_LOGITS
 from finetune_trainer.model.load import add_adapters
 from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
-from tests.trainer.gangs import RUN_SECONDS, step_rows, train_all
+from tests.trainer.gangs import RUN_SECONDS, losses_of, step_rows, train_all
 from tests.trainer.objectstore import ObjectStore
 from tests.trainer.pods import run_config
 
@@ -167,7 +167,7 @@ def run(
     )
     configs = [case.config(store, **changes) for case in cases]
     train_all(configs, inputs, folder, credentials=store.credentials, seconds=seconds)
-    losses = {case: [row.loss for row in step_rows(store, case.name)] for case in cases}
+    losses = {case: losses_of(store, case.name) for case in cases}
     assert all(len(found) == STEPS for found in losses.values())
     return losses
 

@@ -40,7 +40,12 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count how often a layer is computed in fewer passes."""
     counted: list[int] = []
     apply = _AdaptedLinear.apply
-    monkeypatch.setattr(_AdaptedLinear, "apply", lambda *inputs: counted.append(1) or apply(*inputs))
+
+    def counting(*inputs: Any) -> Any:
+        counted.append(1)
+        return apply(*inputs)
+
+    monkeypatch.setattr(_AdaptedLinear, "apply", counting)
     return counted
 
 
@@ -134,8 +139,12 @@ def test_a_head_that_is_trained_or_adapted_keeps_autograd(tiny_model: Path, monk
     from finetune_trainer.loss import head as module
 
     called: list[int] = []
-    fused = module.frozen_head_loss
-    monkeypatch.setattr(module, "frozen_head_loss", lambda *a, **k: called.append(1) or fused(*a, **k))
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        called.append(1)
+        return frozen_head_loss(*arguments, **options)
+
+    monkeypatch.setattr(module, "frozen_head_loss", counting)
     batch = batch_of([FIRST], [SECOND])
     full = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
     Objective(full).loss(full, batch).backward()

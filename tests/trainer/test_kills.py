@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.trainer.conftest import StartPods
 from tests.trainer.faults import POINTS
 from tests.trainer.gangs import step_rows, write_plans
 from tests.trainer.objectstore import ObjectStore
-from tests.trainer.pods import children, run_config
+from tests.trainer.pods import Attempt, children, run_config
 from tests.trainer.test_background import newest_step
 from tests.trainer.test_recovery import artifact_files, committed_steps
 from tests.trainer.test_store_faults import assert_every_commit_verifies
@@ -127,6 +128,11 @@ def is_gone(process: int) -> bool:
 
 
 @pytest.mark.long
+def has_reached(attempt: Attempt, step: int) -> bool:
+    """Return whether the attempt has trained ``step``."""
+    return newest_step(attempt) >= step
+
+
 @pytest.mark.timeout(900)
 def test_a_killed_launcher_takes_its_workers_along_and_the_next_attempt_comes_to_the_same_model(
     ranks: Zygote, store: ObjectStore, pods: StartPods, tiny_model: Path, tmp_path: Path
@@ -152,7 +158,7 @@ def test_a_killed_launcher_takes_its_workers_along_and_the_next_attempt_comes_to
         wrapper = (unshare, *OWN_PROCESSES) if contained else ()
         attempt = pods(config, attempt=number, wrapper=wrapper)
         some = (before[-1] if before else 0) + rng.randint(2, 8 * EVERY)
-        attempt.wait_for(lambda attempt=attempt, some=some: newest_step(attempt) >= some, f"step {some}")
+        attempt.wait_for(partial(has_reached, attempt, some), f"step {some}")
         pod = attempt.pods[victim]
         launcher = children(pod.process.pid)[0] if contained else pod.process.pid
         workers = children(launcher)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ from tests.trainer.pods import Attempt, run_config
 LEAVE_SECONDS = 25.0
 SLACK = 3.0
 """The machine may be busy: a test fails at this many times the bound, and prints how long it took."""
+
+
+def is_past(moment: float) -> bool:
+    """Return whether the monotonic clock is past ``moment``."""
+    return time.monotonic() > moment
 
 
 def long_run(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def test_trap_21_told_at_random_moments_all_ranks_leave_with_a_checkpoint(
         began = time.monotonic()
         wanted = rng.uniform(0.0, 30.0)
         pod, to_worker = rng.randrange(2), rng.random() < 0.5
-        attempt.wait_for(lambda since=began, until=wanted: time.monotonic() - since > until, "the random moment")
+        attempt.wait_for(partial(is_past, began + wanted), "the random moment")
         workers = attempt.pods[pod].workers() if to_worker else []
         os.kill(workers[0] if workers else attempt.pods[pod].process.pid, signal.SIGTERM)
         took = assert_left_together(attempt, store, name, time.monotonic())

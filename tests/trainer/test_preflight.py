@@ -173,6 +173,12 @@ def _split(folder: Path, *, lost_file: bool) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
+def remove_tokenizer(folder: Path) -> None:
+    """Remove every file of the tokenizer."""
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
 BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut off": (_cut, "model.safetensors has {size} bytes and must have"),
     "no file": (lambda folder: _split(folder, lost_file=True), "there is no model-00002-of-00002.safetensors"),
@@ -198,7 +204,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "config.json names model_type 'vit', which is no causal language model",
     ),
     "no tokenizer": (
-        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+        remove_tokenizer,
         "its tokenizer can't be loaded",
     ),
 }

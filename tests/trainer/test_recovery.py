@@ -19,7 +19,7 @@ from finetune_trainer.storage.lineage import RunRecord, take_run
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer import tiny
 from tests.trainer.conftest import StartPods
-from tests.trainer.gangs import step_rows, train_all
+from tests.trainer.gangs import losses_of, step_rows, train_all
 from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.pods import run_config
 
@@ -67,10 +67,7 @@ def undisturbed(
     names = {method: f"undisturbed-{method}" for method in METHODS}
     configs = [run_config(store, names[method], **changes) for method, changes in METHODS.items()]
     train_all(configs, inputs, folder, credentials=store.credentials)
-    return {
-        method: ([row.loss for row in step_rows(store, name)], artifact_files(store, name))
-        for method, name in names.items()
-    }
+    return {method: (losses_of(store, name), artifact_files(store, name)) for method, name in names.items()}
 
 
 def test_a_killed_worker_ends_both_pods_and_the_next_attempt_comes_to_the_same_model(

@@ -13,7 +13,7 @@ from finetune_core.layout import checkpoint_folder
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.checkpoints import TrainerState
 from tests.trainer import tiny
-from tests.trainer.gangs import rows_consumed, step_rows, train_all
+from tests.trainer.gangs import losses_of, rows_consumed, step_rows, train_all
 from tests.trainer.objectstore import BUCKET, ObjectStore
 from tests.trainer.pods import run_config
 from tests.trainer.test_recovery import artifact_files
@@ -48,10 +48,10 @@ class Bench:
             dataset__validation=None,
         )
 
-    def losses(self, name: str) -> dict[int, float | None]:
+    def losses(self, name: str) -> dict[int, float]:
         rows = step_rows(self.store, name.lower())
         assert len(rows) == len({row.step for row in rows}), "no step was trained twice"
-        return {row.step: row.loss for row in rows}
+        return dict(zip([row.step for row in rows], losses_of(self.store, name.lower()), strict=True))
 
     def copy(self, name: str, target: str) -> None:
         """Copy a run in the bucket, so that it can be resumed in more than one way."""

@@ -301,7 +301,8 @@ def test_trap_14_an_infinite_gradient_is_left_out_at_every_stage(
     store: ObjectStore, tiny_model: Path, tmp_path: Path
 ) -> None:
     """The weights after it are those before it: the next losses are those of a run whose step was skipped."""
-    configs, faults = [], []
+    configs: list[dict[str, Any]] = []
+    faults: list[dict[str, Any] | None] = []
     for stage in (0, 1, 2, 3):
         config = fault_config(store, f"stage-{stage}", RECORD, world=2)
         config["optimization"] |= {"zeroStage": stage, "maxSteps": 8}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,12 +51,22 @@ def healthy(proxy: StoreProxy) -> Iterator[StoreProxy]:
     proxy.released.clear()
 
 
-def root_at(endpoint: str, credentials: Path, name: str, *, budget: float = 20, **options: object) -> RunRoot:
+def root_at(endpoint: str, credentials: Path, name: str, *, budget: float = 20, **options: Any) -> RunRoot:
     """A run's root behind ``endpoint``; tries follow each other at once."""
     store = Store(
         endpoint, "us-east-1", credentials, budget_seconds=budget, read_seconds=2, wait=lambda delay: None, **options
-    )  # type: ignore[arg-type]
+    )
     return RunRoot(store, parse_uri(f"s3://{BUCKET}/faults/{name}"))
+
+
+def fault_at(index: int, fault: Fault) -> Callable[[Request], Fault | None]:
+    """Return a plan that does ``fault`` to the request with the number ``index`` only."""
+    return lambda request: fault if request.index == index else None
+
+
+def fault_from(index: int, fault: Fault) -> Callable[[Request], Fault | None]:
+    """Return a plan that does ``fault`` to the request with the number ``index`` and to all later ones."""
+    return lambda request: fault if request.index >= index else None
 
 
 def write_files(folder: Path) -> list[Path]:
@@ -114,7 +125,7 @@ def test_trap_17_a_fault_on_any_request_leaves_no_commit_that_does_not_verify(
     assert count >= 8
     for index in range(count + 2):
         first = len(healthy.requests)
-        healthy.plan = lambda request, at=first + index: fault if request.index == at else None
+        healthy.plan = fault_at(first + index, fault)
         commit_checkpoint(root, files, index + 2)
         assert assert_every_commit_verifies(empty_store, f"faults/{name}/") >= 1
     assert committed(root)[-1].step == count + 3, "one fault is passed by trying again"
@@ -131,7 +142,7 @@ def test_a_store_that_stays_broken_from_any_request_on_commits_nothing_false(
     failures = 0
     for index in range(9):
         first = len(healthy.requests)
-        healthy.plan = lambda request, at=first + index: fault if request.index >= at else None
+        healthy.plan = fault_from(first + index, fault)
         failures += fails(root, files, index + 1)
         assert_every_commit_verifies(empty_store, f"faults/{name}/")
     # What has no body can't be changed on its way to the store.
@@ -231,7 +242,8 @@ def test_a_wrong_clock_is_named_and_passes(
 
     from minio import time as minio_time
 
-    right, said = minio_time.utcnow, []
+    right: Callable[[], datetime] = minio_time.utcnow
+    said: list[str] = []
     offset = [timedelta(hours=3)]
 
     def skewed() -> datetime:

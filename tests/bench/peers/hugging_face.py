@@ -16,7 +16,7 @@ DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 """All dense layers of a Llama."""
 
 
-class Timing(TrainerCallback):
+class Timing(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
     """Marks the end of each optimizer step."""
 
     def __init__(self, clock: Clock) -> None:

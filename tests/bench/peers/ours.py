@@ -108,7 +108,7 @@ def main() -> None:
         train(plan, gang, Timed(pod_uid="p", ranks=1, reporter=None), Standing())
         gang.farewell()
     tokens = [(row.tokens, row.real_tokens) for row in rows]
-    out.write_text(clock.measured(tokens, [row.loss for row in rows]).model_dump_json())
+    out.write_text(clock.measured(tokens, [row.loss for row in rows if row.loss is not None]).model_dump_json())
     sys.stdout.flush()
     os._exit(0)
 

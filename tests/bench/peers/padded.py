@@ -18,7 +18,7 @@ from tests.bench.peers import hugging_face
 from tests.bench.peers.workload import Clock, Workload
 
 
-class InOrder(Trainer):
+class InOrder(Trainer):  # type: ignore[misc]  # transformers has no types here
     """A Trainer that takes the rows as they come: all contenders see the same batches."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
