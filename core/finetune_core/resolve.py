@@ -1,5 +1,7 @@
-"""Resolves a job into the run file of an attempt: every default that depends on another field is decided here,
-once, for the operator and for the command line alike."""
+"""Resolves a job into the run file of an attempt, with a value for every default that depends on other fields.
+
+The operator calls `resolve` before each attempt, so that each default is decided in one place.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,13 @@ from finetune_core.planning.training_plan import micro_batch_size, zero_stage
 from finetune_core.validation.runnable import unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
-"""The rates of the study that the project repeats (Anyscale, September 2023)."""
+"""Peak learning rate by method, as in the study that the project repeats (Anyscale, September 2023)."""
 DEFAULT_CHECKPOINT_STEPS = 100
+"""Optimizer steps between two checkpoints."""
 
 
 def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
-    """Return the run file of ``job``; raises UserError with the field's path where the job can't be run."""
+    """Return the run file of ``job``. Raises UserError with the field's path where the job can't be run."""
     spec = job.spec
     problems = unrunnable(spec)
     if problems:

@@ -1,4 +1,8 @@
-"""What operator and trainer say to each other: the run file, what a pod is told, reports, results and exit codes."""
+"""Messages and file locations on which operator and training pods agree.
+
+The operator writes the run file, and the trainer answers with reports, results and exit codes. Models of the Kubernetes
+resource belong into `api/`.
+"""
 
 from finetune_core.contract.contract_model import CONTRACT_VERSION, RESULT_LIMIT_BYTES, ContractModel
 from finetune_core.contract.pod import (

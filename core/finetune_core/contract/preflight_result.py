@@ -1,7 +1,8 @@
-"""What the preflight pod says to the operator: its findings, as JSON in the termination message.
+"""The result of a preflight pod: its findings, as JSON in the container's termination message.
 
-A finding is final where the spec or the data's content makes the job impossible, and outside where something may
-still appear or be put right without touching the job: a Secret, credentials, a bucket, an endpoint.
+The trainer image's preflight program writes the result, and the operator's `decide/preflight.py` reads it. A finding is
+final when the spec or the content of the data makes the job impossible. A finding is an outside problem when it can be
+solved without a change of the job, for example a missing Secret, refused credentials, or an unreachable endpoint.
 """
 
 from __future__ import annotations
@@ -16,59 +17,61 @@ from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractMode
 from finetune_core.contract.result import ExitCode
 
 PREFLIGHT_COMMAND = "preflight"
-"""Argument of the trainer image's entry point."""
+"""Argument that makes the trainer image's entry point run the preflight checks."""
 PREFLIGHT_SECONDS = 120
-"""How long the checks may take together, from the first line of the program on."""
+"""Most seconds that all checks may take together, measured from the start of the program."""
 
 FINDING_LIMIT = 2048
+"""Longest message of a finding in characters."""
 
 
 class FindingKind(StrEnum):
-    """Whether trying again can help."""
+    """Whether another try of the check can succeed: never for `Final`, possibly for `Outside`."""
 
     FINAL = "Final"
     OUTSIDE = "Outside"
 
 
 class Finding(ContractModel):
-    """One thing that is wrong."""
+    """A problem that a preflight check has found."""
 
     kind: FindingKind
     message: Annotated[str, Field(max_length=FINDING_LIMIT)]
-    """A sentence that begins with the field's path."""
+    """A sentence that begins with the field's path, for example `dataset.train: s3://bucket/key does not exist`."""
 
 
 class PreflightResult(TerminationMessage):
-    """How the checks ended. No finding: the job can start."""
+    """The result of all checks. Without a finding the job can start."""
 
     version: Literal[1] = CONTRACT_VERSION
     findings: list[Finding]
-    """What is wrong, each sentence once; final ones first."""
+    """The problems, final ones first. No message occurs twice."""
     notices: list[str] = []
-    """What a person may want to know though nothing is wrong."""
+    """Remarks that a user may want to know although nothing is wrong."""
 
     @property
     def exit_code(self) -> int:
-        """The code that PID 1 exits with."""
+        """Exit code of the container: 0 without findings, 64 with a final finding, else 75."""
         if not self.findings:
             return int(ExitCode.DONE)
         return int(ExitCode.BAD_INPUT if self.is_final else ExitCode.OUTSIDE_FAILURE)
 
     @property
     def is_final(self) -> bool:
-        """Whether the job is impossible, whatever appears."""
+        """Whether a finding makes the job impossible."""
         return any(finding.kind is FindingKind.FINAL for finding in self.findings)
 
     @property
     def sentence(self) -> str:
-        """The findings in one line; where some are final, those alone: the others do not matter any more."""
+        """The findings in one line. If there are final findings, the line contains only them, because the job fails
+        whatever becomes of the others."""
         decisive = [finding for finding in self.findings if finding.kind is FindingKind.FINAL] or self.findings
         return "; ".join(finding.message for finding in decisive)
 
     def to_termination_message(self) -> str:
         """Return the result as JSON of at most 1,024 bytes.
 
-        Notices go first, then the last findings, then the end of the first finding's sentence.
+        Notices are dropped first, then the last findings, then the end of the first finding's message.
         """
         result = self
         while result.excess_bytes > 0:
@@ -77,7 +80,7 @@ class PreflightResult(TerminationMessage):
 
 
 def _shorter(result: PreflightResult) -> PreflightResult:
-    """Return ``result`` with a little less in it; at the latest an empty sentence fits."""
+    """Return ``result`` with slightly less content. Repeated calls end with an empty message, which always fits."""
     if result.notices:
         return result.model_copy(update={"notices": result.notices[:-1]})
     *others, last = result.findings
@@ -89,7 +92,7 @@ def _shorter(result: PreflightResult) -> PreflightResult:
 
 
 def ordered(findings: Sequence[Finding]) -> list[Finding]:
-    """Return the findings as a result lists them: each sentence once, final ones first."""
+    """Return the findings in the order of a result: each message once, final findings first."""
     first: dict[str, Finding] = {}
     for finding in sorted(findings, key=lambda finding: finding.kind is not FindingKind.FINAL):
         first.setdefault(finding.message, finding)

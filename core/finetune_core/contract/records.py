@@ -1,4 +1,4 @@
-"""What reports and results tell about a run: checkpoints, artifact, scores, incidents, curves."""
+"""Parts of reports and results: checkpoints, the artifact, scores, incidents and points of the curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_core.contract.contract_model import ContractModel
 
 
 class CheckpointRecord(ContractModel):
-    """A committed checkpoint, as reports list it."""
+    """A committed checkpoint."""
 
     run: Annotated[int, Field(ge=1)]
     step: Annotated[int, Field(ge=0)]
@@ -24,18 +24,19 @@ class CheckpointRecord(ContractModel):
     task_score: float | None = None
     time: datetime
     damaged: Annotated[str, Field(max_length=256)] = ""
-    """What is wrong with it, where resuming found something: the object's name and how it differs."""
+    """Name of a damaged object and how it differs from the manifest, where the trainer tried to resume from the
+    checkpoint and could not. Empty otherwise."""
 
 
 class CheckpointName(ContractModel):
-    """Which checkpoint: the run that wrote it and the step that it holds."""
+    """Names a checkpoint by the run that wrote it and the optimizer step that it holds."""
 
     run: Annotated[int, Field(ge=1)]
     step: Annotated[int, Field(ge=0)]
 
 
 class ArtifactRecord(ContractModel):
-    """The committed artifact."""
+    """The committed artifact of a job."""
 
     uri: Annotated[str, Field(max_length=512)]
     step: Annotated[int, Field(ge=0)]
@@ -72,39 +73,39 @@ class ScoreRecord(ContractModel):
 
 
 class EvaluationRecord(ContractModel):
-    """Base model and tuned model on the same rows."""
+    """Scores of the base model and of the tuned model on the same rows."""
 
     rows: ScoredRows
     examples: Annotated[int, Field(ge=0)]
-    """Rows of the set; `graded` says how many of them were answered and graded."""
+    """Number of rows in the evaluation set. `graded` of a score says for how many of them an answer was graded."""
     base: ScoreRecord | None = None
     tuned: ScoreRecord | None = None
     tuned_step: Annotated[int, Field(ge=0)] | None = None
-    """Step of the checkpoint that `tuned` speaks of: the one that was exported."""
+    """Optimizer step of the exported checkpoint, whose scores `tuned` holds."""
 
     def rounded(self) -> EvaluationRecord:
-        """Return the record with six significant digits: a termination message has room for no more."""
+        """Return the record with six significant digits, because a termination message has no room for more."""
         base, tuned = (record.rounded() if record is not None else None for record in (self.base, self.tuned))
         return self.model_copy(update={"base": base, "tuned": tuned})
 
 
 class Incident(ContractModel):
-    """Something that went wrong with the numbers of the training, and what was done."""
+    """A step whose loss or gradient norm was not finite or far too high, and what the trainer did."""
 
     step: Annotated[int, Field(ge=0)]
-    """Step at which it was noticed."""
+    """Optimizer step at which the stability monitor raised the incident."""
     kind: Annotated[str, Field(max_length=32)]
-    """Such as NonFiniteLoss, NonFiniteGradient, LossSpike."""
+    """Kind of the incident, for example NonFiniteLoss, NonFiniteGradient or LossSpike."""
     value: Annotated[str, Field(max_length=32)]
-    """What was measured; text, because it may be infinite."""
+    """Measured value as text, because it may be infinite."""
     threshold: Annotated[str, Field(max_length=32)]
-    """What it had to stay below."""
+    """Value that the measured value had to stay below."""
     action: StabilityAction
     message: Annotated[str, Field(max_length=512)]
 
 
 class CurvePoint(ContractModel):
-    """A point of the curves that the status keeps."""
+    """Training loss and validation perplexity at one optimizer step, for the curves in the status."""
 
     step: Annotated[int, Field(ge=0)]
     loss: float | None = None

@@ -1,6 +1,7 @@
-"""The run file: everything that an attempt needs to know, resolved, without secrets.
+"""The run file: all settings of an attempt, with every default resolved and without secrets.
 
-The operator writes it into the attempt's ConfigMap once; the trainer reads it and nothing else of the job.
+`resolve.py` builds it, the operator stores it in the attempt's ConfigMap, and the trainer reads no other part of the
+job.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractMode
 
 
 class WorldConfig(ContractModel):
-    """How many processes on what."""
+    """Number of training processes, and the kind of device that they compute on."""
 
     nodes: Annotated[int, Field(ge=1)]
     processes_per_node: Annotated[int, Field(ge=1)]
@@ -28,7 +29,7 @@ class WorldConfig(ContractModel):
 
     @property
     def size(self) -> int:
-        """Number of training processes."""
+        """Number of training processes over all nodes."""
         return self.nodes * self.processes_per_node
 
 
@@ -49,9 +50,9 @@ class OptimizationConfig(ContractModel):
     seed: int
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     offload_optimizer: bool = False
-    """Optimizer state lies in the memory of the node."""
+    """Whether the optimizer state lies in the node's memory instead of the GPU's."""
     offload_parameters: bool = False
-    """Parameters lie there too between uses; stage 3."""
+    """Whether parameters that are not in use lie in the node's memory instead of the GPU's. Only with ZeRO stage 3."""
     overrides: str | None = None
     """A JSON object that is merged into DeepSpeed's configuration last."""
 
@@ -65,7 +66,7 @@ class GenerationConfig(ContractModel):
 
 
 class EvaluationConfig(ContractModel):
-    """The `evaluation` section, resolved."""
+    """The `evaluation` section with every default resolved."""
 
     every_steps: int | None = None
     generation: GenerationConfig = GenerationConfig()
@@ -77,7 +78,7 @@ class EvaluationConfig(ContractModel):
 
 
 class StabilityConfig(ContractModel):
-    """The `stability` section, resolved."""
+    """The `stability` section with every default resolved."""
 
     on_non_finite: StabilityAction = "Fail"
     on_exploding_loss: StabilityAction | None = None
@@ -86,35 +87,35 @@ class StabilityConfig(ContractModel):
 
 
 class StorageConfig(ContractModel):
-    """The object store; credentials come as files."""
+    """The object store. The pod gets the credentials as files, or has its own identity."""
 
     uri: str
-    """Root of this run: `<storage.uri>/<namespace>/<name>/<runId>`."""
+    """`s3://` address of the run's root: `<storage.uri>/<namespace>/<name>/<runId>`."""
     endpoint: str
     region: str
     credentials: Literal["Secret", "Identity"] = "Secret"
-    """Where the access key comes from: files of a Secret, or the pod's own identity."""
+    """Source of the access key: files of a mounted Secret, or the pod's own identity."""
     addressing: Addressing | None = None
-    """Where the bucket's name goes; None: into the host name at Amazon, into the path elsewhere."""
+    """Place of the bucket's name in a request. None: in the host name for Amazon S3, in the path for other stores."""
     encryption: EncryptionSpec | None = None
     checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
     checkpoint_every_minutes: Annotated[int, Field(ge=1)] | None = None
-    """One of both is set."""
+    """Minutes between two checkpoints. Either this field or `checkpoint_every_steps` is set."""
     keep_last: Annotated[int, Field(ge=1)]
     keep_best: Annotated[int, Field(ge=1)] = 1
     artifact: Export = "Adapter"
-    """What is made of a LoRA run."""
+    """Form of a LoRA run's artifact."""
 
 
 class ReportConfig(ContractModel):
-    """Where reports go."""
+    """Address of the report server, and the seconds between two reports."""
 
     url: str
     interval_seconds: Annotated[float, Field(gt=0)] = 3.0
 
 
 class RunConfig(ContractModel):
-    """The run file: everything that an attempt needs to know, resolved, without secrets."""
+    """The run file: all settings of an attempt, with every default resolved and without secrets."""
 
     version: Literal[1] = CONTRACT_VERSION
     world: WorldConfig

@@ -1,15 +1,20 @@
-"""Chooses what a job leaves open about batches and ZeRO; pure functions of the spec."""
+"""Values that a job leaves open: the ZeRO stage, the micro-batch size and the number of optimizer steps.
+
+`resolve.py` calls the functions for the run file. The trainer calls `total_steps` once it has counted the rows.
+"""
 
 from __future__ import annotations
 
 LARGEST_PLANNED_MICRO_BATCH = 8
+"""Largest micro-batch, in examples, that is chosen without a request in the job."""
 
 
 def zero_stage(requested: int | str, *, processes: int) -> int:
-    """Return the ZeRO stage to run with.
+    """Return the ZeRO stage for the request `Auto` or a stage from 0 to 3.
 
-    Auto is 2 with several processes (optimizer state and gradients are sharded at the traffic of plain data
-    parallelism, arXiv 1910.02054 section 7) and 1 with one, where there is nothing to shard.
+    `Auto` is stage 2 with several processes, because stage 2 shards optimizer state and gradients at the network
+    traffic of plain data parallelism (arXiv 1910.02054, section 7). With one process nothing can be sharded, and `Auto`
+    is stage 1.
     """
     if isinstance(requested, int):
         return requested
@@ -17,17 +22,17 @@ def zero_stage(requested: int | str, *, processes: int) -> int:
 
 
 def process_share(global_batch_size: int, processes: int) -> int:
-    """SHORT"""
+    """Return the examples of a global batch that one process computes, rounded up."""
     return -(-global_batch_size // processes)
 
 
 def micro_batch_size(
     requested: int | None, *, accumulation_steps: int | None = None, global_batch_size: int, processes: int
 ) -> int:
-    """Return the examples that one process computes at once.
+    """Return the number of examples that one process computes at once.
 
-    Without a request it is what `gradientAccumulationSteps` leaves (the schema sees to it that there is no remainder),
-    and without that the process's whole share of the global batch, at most 8.
+    Without a request, `gradientAccumulationSteps` determines the number; the CRD's rules exclude a remainder. Without
+    `gradientAccumulationSteps` either, the number is the process's share of the global batch, at most 8.
     """
     if requested is not None:
         return requested
@@ -37,7 +42,8 @@ def micro_batch_size(
 
 
 def total_steps(*, rows: int, global_batch_size: int, epochs: int | None, max_steps: int | None) -> int:
-    """Return the number of global batches of the run: the last batch of an epoch is partial, never dropped."""
+    """Return the number of optimizer steps of the training. The last batch of an epoch may be smaller, and is never
+    dropped."""
     if max_steps is not None:
         return max_steps
     return -(-rows // global_batch_size) * (epochs or 1)

@@ -1,4 +1,4 @@
-"""Checks `deepspeed.overrides`: JSON syntax, and that no key is set that another field decides."""
+"""Checks `deepspeed.overrides`: the text must be a JSON object, and must not set a key that another field decides."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from finetune_core.errors import UserError
 
 PATH = "spec.deepspeed.overrides"
+"""Path of the field, for messages."""
 
 OWNED: dict[str, str] = {
     "train_batch_size": "training.globalBatchSize",
@@ -33,11 +34,11 @@ OWNED: dict[str, str] = {
     "nebula": "storage.checkpoint",
     "elasticity": "resources.nodes",
 }
-"""Keys of the DeepSpeed configuration, with the field that decides each."""
+"""Keys of the DeepSpeed configuration that users must not override, with the field that decides each key."""
 
 
 def override_problems(text: str) -> list[UserError]:
-    """Return everything that is wrong with the overrides ``text``."""
+    """Return every problem of the overrides ``text``."""
     try:
         overrides = json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
@@ -56,7 +57,7 @@ def override_problems(text: str) -> list[UserError]:
 
 
 class _DuplicateKeyError(Exception):
-    """A key that stands twice in an object."""
+    """A key occurs twice in a JSON object."""
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Validates one job as a whole: what the API server would say of `kubectl apply`, then what the operator would say.
+"""Validates a whole job: first as the API server would on `kubectl apply`, then as the operator would.
 
-In: the parsed document, for an update also the stored spec. Out: every problem with its path; where the server has
-none, the spec as it would be stored. Called by `finetune validate`.
+The input is the parsed document, and for an update also the stored spec. The result lists every problem with its path.
+Without a problem of the API server, it also holds the spec as it would be stored. `finetune validate` calls this
+module.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from finetune_core.validation.runnable import unrunnable
 from finetune_core.validation.structure import check_structure, is_json
 
 ANNOTATIONS_LIMIT_BYTES = 262_144
+"""Largest size of all annotations of an object together, as in the API server."""
 METADATA_FIELDS = frozenset(
     {
         "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid",
@@ -30,24 +32,25 @@ METADATA_FIELDS = frozenset(
         "managedFields", "selfLink",
     }
 )  # fmt: skip
+"""Fields of Kubernetes' ObjectMeta; the API server refuses any other field."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """What would become of a job."""
+    """The problems of a job, and the spec that the API server would store."""
 
     problems: list[Problem]
     stored: dict[str, Any] | None = None
-    """The spec with all defaults, where the server accepts it."""
+    """The spec with all defaults, or None when the API server refuses the job."""
 
 
 def is_job(document: Any) -> bool:
-    """Whether ``document`` means to be a FineTuneJob of the version that this program knows."""
+    """Return whether ``document`` is a FineTuneJob of the API version that this program knows."""
     return isinstance(document, dict) and document.get("kind") == KIND and document.get("apiVersion") == API_VERSION
 
 
 def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
-    """Return what server and operator would say of ``document``; with ``old_spec`` of it as an update."""
+    """Return what API server and operator would say about ``document``. With ``old_spec`` it is judged as an update."""
     problems = [
         Problem((key,), "unknown field")
         for key in document
@@ -61,7 +64,7 @@ def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = 
 
 
 def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
-    """Return what server and operator would say of ``spec``, a parsed but otherwise unknown value."""
+    """Return what API server and operator would say about ``spec``, which may be any parsed value."""
     schema = openapi_schema(FineTuneJobSpec)
     model, problems = check_structure(spec)
     if model is None:
@@ -81,7 +84,7 @@ def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> Valid
 
 
 def _metadata_problems(metadata: Any) -> Iterator[Problem]:
-    """Yield what is wrong with the name, the labels and the annotations."""
+    """Yield the problems of the name, the namespace, the labels and the annotations."""
     if not isinstance(metadata, dict):
         yield Problem(("metadata",), "must be an object with a `name`")
         return
@@ -122,10 +125,10 @@ def _label_problems(path: FieldPath, labels: Any, *, values_are_labels: bool) ->
 
 
 def _is_label(pattern: str, value: str) -> bool:
-    """SHORT"""
+    """Return whether ``value`` matches ``pattern`` and has at most 63 characters."""
     return len(value) <= LABEL_LENGTH and re.fullmatch(pattern, value) is not None
 
 
 def _split(dotted: str) -> FieldPath:
-    """Return the path that the subject of a UserError names."""
+    """Return the field path in the subject of a UserError."""
     return tuple(dotted.split("."))
