@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,25 @@ def test_json_for_pipelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "message": "must be between 1 and 512",
         "refusedBy": "server",
     }
+
+
+def test_the_documented_output_is_the_real_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (EXAMPLES.parent / "docs" / "validate.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+    console, result = blocks[0][1], next(body for language, body in blocks if language == "json")
+    monkeypatch.chdir(tmp_path)
+    two_limits = GOOD.replace("maxSteps: 80", "maxSteps: 80\n    epochs: 3")
+    Path("job.yaml").write_text(two_limits.replace("rank: 8", "rank: 0"), encoding="utf-8")
+    Path("other.yaml").write_text(GOOD.replace("sharedMemory: 256Mi", "sharedMemory: 6Gi"), encoding="utf-8")
+    shown = ""
+    for file in ("job.yaml", "other.yaml"):
+        assert main(["validate", file]) == 1
+        output = capsys.readouterr()
+        shown += f"$ finetune validate {file}\n{output.out}{output.err}"
+    assert shown == console
+    assert json.loads(run(capsys, "-o", "json", "job.yaml")[1]) == json.loads(result)
 
 
 def test_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
