@@ -1,6 +1,7 @@
-"""`finetune checkpoints`: what lies in a job's bucket, looked at anew and not taken from the status.
+"""`finetune checkpoints`: lists the checkpoints in a job's bucket, read from the bucket and not from the job's status.
 
-In: a job's store and root. Out: one entry a checkpoint folder, as a table or as JSON. Called by the command line.
+The input is the job's object store and the root of its run. The output has one entry for each checkpoint folder, as a
+table or as JSON. `main.py` calls it.
 """
 
 from __future__ import annotations
@@ -32,31 +33,32 @@ class CheckpointFolder:
     run: int
     step: int
     state: str
-    """`committed`; `damaged`: it differs from its manifest; `unfinished`: without COMMIT, as while it is uploaded."""
+    """`committed`, `damaged` (the folder differs from its manifest) or `unfinished` (COMMIT is missing, as during an
+    upload)."""
     uri: str
     bytes: int
     files: int
     time: datetime
-    """When it was committed; of an unfinished one: when its newest file came."""
+    """Time of the commit. For an unfinished checkpoint, time of its newest file."""
     manifest_sha256: str = ""
     perplexity: float | None = None
     problem: str = ""
-    """What is damaged, with the object's name."""
+    """What is damaged, with the object's name. Empty for a folder without damage."""
     last: bool = False
     best: bool = False
 
 
 def root_of(job: FineTuneJob) -> Location:
-    """Return where the job's run lies in the bucket."""
+    """Return bucket and prefix of the job's run."""
     return parse_uri(run_root_of(job))
 
 
 def inspect_checkpoints(
     store: ObjectStoreReader, root: Location, *, verify: bool, progress: Callable[[str], None]
 ) -> list[CheckpointFolder]:
-    """Return all checkpoint folders, by run and step; with ``verify`` every byte is compared with the manifest.
+    """Return all checkpoint folders, sorted by run and step. With ``verify`` every byte is compared with the manifest.
 
-    ``progress`` is told the name of each folder before it is looked at.
+    ``progress`` is called with the address of each folder before the folder is inspected.
     """
     found = []
     for (run, step), files in sorted(_folders(store, root).items()):
@@ -65,7 +67,8 @@ def inspect_checkpoints(
         try:
             found.append(_inspect_folder(store, place, run, step, files, verify=verify))
         except MissingError:
-            # A run that goes on removes old checkpoints, COMMIT before the rest: without it this one is no more.
+            # A running trainer deletes old checkpoints, COMMIT first. A folder that has lost its COMMIT is therefore
+            # being deleted and is not listed.
             left = _folders(store, root).get((run, step), {})
             if COMMIT in left:
                 found.append(_inspect_folder(store, place, run, step, left, verify=verify))
@@ -73,7 +76,7 @@ def inspect_checkpoints(
 
 
 def _folders(store: ObjectStoreReader, root: Location) -> dict[tuple[int, int], dict[str, Entry]]:
-    """Return the objects of each checkpoint folder, by run and step and then by name."""
+    """Return the objects of each checkpoint folder: by run and step, then by file name."""
     folders: dict[tuple[int, int], dict[str, Entry]] = {}
     start = len(root.key("checkpoints")) + 1
     for entry in store.entries(root.bucket, root.key("checkpoints") + "/"):
@@ -86,7 +89,7 @@ def _folders(store: ObjectStoreReader, root: Location) -> dict[tuple[int, int], 
 def _inspect_folder(
     store: ObjectStoreReader, place: Location, run: int, step: int, files: Mapping[str, Entry], *, verify: bool
 ) -> CheckpointFolder:
-    """Return what a folder is worth."""
+    """Return state, size and perplexity of a checkpoint folder."""
     weight = sum(entry.bytes for name, entry in files.items() if name not in (COMMIT, MANIFEST))
     newest = max(entry.modified for entry in files.values())
     if COMMIT not in files:
@@ -116,7 +119,7 @@ def _inspect_folder(
 
 
 class DamageError(Exception):
-    """A checkpoint that can't be resumed from; the message names the object."""
+    """The trainer can't resume from this checkpoint. The message names the damaged object."""
 
 
 def _manifest(encoded: bytes) -> Manifest:
@@ -127,7 +130,7 @@ def _manifest(encoded: bytes) -> Manifest:
 
 
 def _perplexity(encoded: bytes) -> float | None:
-    """Return the validation perplexity in a training state; None where there is none that can be read."""
+    """Return the validation perplexity in the trainer's state, or None when the state has none."""
     try:
         value = json.loads(encoded).get("perplexity")
     except (ValueError, AttributeError):
@@ -136,7 +139,7 @@ def _perplexity(encoded: bytes) -> float | None:
 
 
 def _with_last_and_best(found: Sequence[CheckpointFolder]) -> list[CheckpointFolder]:
-    """Return the same with the newest and the best of the committed ones marked."""
+    """Return ``found`` with the newest and the best committed checkpoint marked."""
     whole = [item for item in found if item.state == COMMITTED]
     last = whole[-1] if whole else None
     scored = [item for item in whole if item.perplexity is not None]
@@ -145,7 +148,7 @@ def _with_last_and_best(found: Sequence[CheckpointFolder]) -> list[CheckpointFol
 
 
 def as_json(root: Location, found: Sequence[CheckpointFolder]) -> str:
-    """Return the list for pipelines."""
+    """Return the list as JSON for programs."""
 
     def plain(item: CheckpointFolder) -> dict[str, Any]:
         values = asdict(item) | {"time": item.time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
@@ -156,7 +159,7 @@ def as_json(root: Location, found: Sequence[CheckpointFolder]) -> str:
 
 
 def as_table(root: Location, found: Sequence[CheckpointFolder]) -> Table:
-    """Return the list for people."""
+    """Return the list as a table for people."""
     table = Table(title=root.uri(), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in ("run", "step", "size", "files", "perplexity"):
         table.add_column(column, justify="right")

@@ -1,6 +1,7 @@
-"""The program `finetune`: reads the command line, runs a command, turns what a person can put right into a sentence.
+"""The program `finetune`: parses the command line, runs the command, and prints errors that a user can correct as one
+sentence.
 
-Exit codes: 0 done, 1 the job did not succeed, 2 something that a person can put right, 130 interrupted.
+Exit codes: 0 success, 1 the job did not succeed, 2 an error that a user can correct, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def watch_job(options: argparse.Namespace) -> int:
-    """Show a job until it has ended; 0 when it succeeded, else 1 with the reason."""
+    """Show a job until it has ended. Return 0 when the job succeeded, else 1 after printing the reason."""
     api, namespace = load_client()
     jobs = JobClient(api, options.namespace or namespace)
     with view_for(Console()) as view:
@@ -103,7 +104,7 @@ def watch_job(options: argparse.Namespace) -> int:
 
 
 def download_artifact(options: argparse.Namespace) -> int:
-    """Bring a job's artifact to a folder."""
+    """Download a job's artifact into a folder."""
     api, namespace = load_client()
     jobs = JobClient(api, options.namespace or namespace)
     job = jobs.get(options.name)
@@ -120,7 +121,7 @@ def download_artifact(options: argparse.Namespace) -> int:
 
 
 def list_checkpoints(options: argparse.Namespace) -> int:
-    """List what lies in a job's bucket; 0 when no checkpoint is damaged, else 1."""
+    """List the checkpoints in a job's bucket. Return 0 when no checkpoint is damaged, else 1."""
     api, namespace = load_client()
     jobs = JobClient(api, options.namespace or namespace)
     job = jobs.get(options.name)
@@ -137,7 +138,7 @@ def list_checkpoints(options: argparse.Namespace) -> int:
 
 
 def store_of(job: FineTuneJob, jobs: JobClient, endpoint: str | None = None) -> ObjectStoreReader:
-    """Return the job's store with the access key of the environment, or of the Secret that the job names."""
+    """Return a reader of the job's object store, with the access key from the environment or from the job's Secret."""
     storage = job.spec.storage
     keys = access_key_from(os.environ)
     if keys is None:
@@ -196,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
-    """Add a command that speaks of one job."""
+    """Add a command that takes the name of one job."""
     command = commands.add_parser(
         name,
         help=summary,

@@ -1,7 +1,7 @@
-"""`finetune validate`: says of job files what the API server and the operator will say, without either.
+"""`finetune validate`: reports the problems that API server and operator would find in job files, without a cluster.
 
-In: files. Out: one line for each problem, `file:line: path: what it must be`, or JSON for pipelines. The rules are the
-schema's own; `finetune_core.validation` evaluates them.
+The input is YAML or JSON files. The output has one line for each problem, `file:line: path: what it must be`, or is
+JSON for programs. `finetune_core.validation` checks the schema and the rules.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from finetune_core.validation.problems import FieldPath, Problem, Refusal, dotte
 from finetune_core.validation.validate_job import is_job, validate_job
 
 STDIN = "-"
+"""File name that stands for standard input."""
 SIZE_LIMIT = 32 << 20
-"""Bytes; the API server takes 3 MB."""
+"""Largest file in bytes. The API server accepts at most 3 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocatedProblem:
-    """A problem and where it stands."""
+    """A problem with its file, line and job."""
 
     file: str
     line: int
@@ -36,7 +37,7 @@ class LocatedProblem:
     refused_by: str
 
     def __str__(self) -> str:
-        """Return the line for people."""
+        """Return the problem as a line for people."""
         path = f"{self.path}: " if self.path else ""
         who = " (accepted by the API server, refused by the operator)" if self.refused_by == Refusal.OPERATOR else ""
         return f"{self.file}:{self.line}: {path}{self.message}{who}"
@@ -44,7 +45,7 @@ class LocatedProblem:
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """What was found in one file."""
+    """The jobs and the problems of one file."""
 
     file: str
     jobs: list[str]
@@ -52,7 +53,7 @@ class FileReport:
 
 
 def validate_files(options: argparse.Namespace) -> int:
-    """Check the files of the command line; 0 when every job is valid, else 1."""
+    """Check the files of the command line. Return 0 when every job is valid, else 1."""
     checked = [check_file(name) for name in options.files]
     if options.output == "json":
         print(json.dumps(json_report(checked), indent=2))
@@ -90,7 +91,7 @@ def print_report(checked: Sequence[FileReport]) -> None:
 
 
 def check_file(name: str) -> FileReport:
-    """Return everything that is wrong with the jobs of a file; documents of other kinds are passed over."""
+    """Return every problem of the jobs in a file. Documents of other kinds are ignored."""
     try:
         raw = sys.stdin.buffer.read(SIZE_LIMIT + 1) if name == STDIN else _read(Path(name))
         if len(raw) > SIZE_LIMIT:
@@ -123,7 +124,7 @@ def _unreadable(name: str, message: str, line: int = 1) -> FileReport:
 
 
 def _jobs(value: Any) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
-    """Yield the jobs of a document, those of a List included, each with its path in the document."""
+    """Yield the jobs of a document, also those in a List, each with its path in the document."""
     if not isinstance(value, dict):
         return
     if value.get("kind") == "List" and isinstance(value.get("items"), list):
@@ -135,7 +136,8 @@ def _jobs(value: Any) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
 
 
 def _is_meant_as_job(document: dict[str, Any]) -> bool:
-    """Whether somebody meant this to be a FineTuneJob: kind or group say so, however they are spelt."""
+    """Return whether ``document`` is meant as a FineTuneJob: its kind or its API group says so, in any
+    capitalisation."""
     kind, group = str(document.get("kind", "")), str(document.get("apiVersion", "")).split("/", maxsplit=1)[0]
     return kind.casefold() == KIND.casefold() or group.casefold() == GROUP
 

@@ -1,7 +1,7 @@
 """`finetune watch`: shows a FineTuneJob until it has ended.
 
-In: a stream of FineTuneJobs. Out: a live panel on a terminal, lines elsewhere, and how the job ended. Called by the
-command line and by the demo.
+The input is a stream of the job's states. The output is a live panel on a terminal and lines elsewhere. `main.py` and
+the demo call it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REFRESH_PER_SECOND = 4
 
 
 class View(ABC):
-    """What `watch` writes to: ``show`` a job, ``tell`` a sentence about the connection."""
+    """Shows the states of a job, and notices about the connection, to the user of `finetune watch`."""
 
     @abstractmethod
     def show_job(self, job: FineTuneJob) -> None:
@@ -32,11 +32,11 @@ class View(ABC):
 
     @abstractmethod
     def show_notice(self, sentence: str) -> None:
-        """Show a sentence that is not about the job."""
+        """Show a sentence that is not about the job, for example about a lost connection."""
 
 
 class LiveView(View):
-    """A panel that is drawn anew in place; times in it move on between changes."""
+    """A panel on the terminal that is redrawn in place. Its durations go on between two changes of the job."""
 
     def __init__(self, console: Console) -> None:
         self._job: FineTuneJob | None = None
@@ -53,11 +53,11 @@ class LiveView(View):
         self._live.stop()
 
     def show_job(self, job: FineTuneJob) -> None:
-        """Draw the newest state; a notice about the connection is out of date then."""
+        """Draw the newest state, and remove the notice because the connection works again."""
         self._job, self._notice = job, ""
 
     def show_notice(self, sentence: str) -> None:
-        """Draw a notice below the panel until the next change."""
+        """Draw a notice below the panel until the next change of the job."""
         self._notice = sentence
 
     def _renderable(self) -> RenderableType:
@@ -68,14 +68,14 @@ class LiveView(View):
 
 
 class LineView(View):
-    """A line for everything new, with the time."""
+    """A view that writes one line, with the time, for each change of the job."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self._shown: FineTuneJob | None = None
 
     def show_job(self, job: FineTuneJob) -> None:
-        """Write what is new since the last lines."""
+        """Write the changes since the last written state."""
         lines = new_lines(self._shown, job)
         for line in lines:
             self.show_notice(line)
@@ -89,7 +89,7 @@ class LineView(View):
 
 @contextmanager
 def view_for(console: Console) -> Iterator[View]:
-    """Give the view that suits ``console``: a live panel on a terminal, lines elsewhere."""
+    """Give the view that suits ``console``: a live panel for a terminal, lines otherwise."""
     if console.is_terminal:
         with LiveView(console) as live:
             yield live
@@ -98,7 +98,7 @@ def view_for(console: Console) -> Iterator[View]:
 
 
 def show_until_ended(jobs: Iterable[FineTuneJob], view: View) -> Ending:
-    """Show each state of a job and return how it ended."""
+    """Show each state of a job until the job has ended, and return how it ended."""
     for job in jobs:
         view.show_job(job)
         if end := ending(job):
