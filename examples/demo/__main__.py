@@ -1,7 +1,8 @@
-"""`make demo`: from nothing to a fine-tuned model on a real cluster on this machine, and away again.
+"""`make demo`: fine-tunes a model on a real Kubernetes cluster on this machine, and removes the cluster afterwards.
 
-It applies examples/quickstart.yaml (or quickstart-full.yaml) as it stands, shows the live status that `finetune watch`
-shows, downloads what came out and asks base and tuned model the same questions. Results: out/demo/<method>/.
+The demo applies examples/quickstart.yaml (or quickstart-full.yaml) unchanged, shows the live status as `finetune watch`
+does, downloads the artifact, and compares the answers of base model and tuned model. It writes its results to
+out/demo/<method>/.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 when the job succeeded and its model answers, 1 when something failed, 130 when interrupted."""
+    """Run the demo. Return 0 when the job succeeded and its model answers, 1 after a failure, 130 when interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo",
         description="Fine-tune a small model on a real Kubernetes cluster on this machine.",
@@ -62,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave the cluster up until Ctrl-C")
     options = parser.parse_args(arguments)
-    # A request to end is an exception in the main thread, so that the cluster is cleared away from wherever it is.
-    # SIGINT too: a shell that starts this in the background lets it be ignored.
+    # Both signals raise KeyboardInterrupt in the main thread, so that the cluster is removed wherever the program is.
+    # SIGINT is set too, because a shell that starts the program in the background makes it ignore SIGINT.
     for request in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request, signal.default_int_handler)
     command = f"make demo METHOD={options.method}"
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
-    """Run all phases and return the exit code; raises ClusterError at once where no cluster can run."""
+    """Run all phases and return the exit code. Raises ClusterError at once where this machine can't run a cluster."""
     if reason := unusable_because():
         raise ClusterError(reason)
     shutil.rmtree(output, ignore_errors=True)
@@ -114,7 +115,7 @@ def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
 
 
 def prepare(cluster: Cluster, model: Path, rows: Rows, values: dict[str, Any], measured: Measurements) -> None:
-    """Fill the object store, install the operator, make the namespace of the job."""
+    """Fill the object store, install the operator, and create the job's namespace."""
     with measured.phase("object store"):
         steps.make_bucket(cluster)
         with step("base model into MinIO"):
@@ -128,7 +129,7 @@ def prepare(cluster: Cluster, model: Path, rows: Rows, values: dict[str, Any], m
 
 
 def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Ending, FineTuneJob]:
-    """Apply the job file as it stands, show the job until it has ended, and return how, with its last state."""
+    """Apply the job file unchanged, show the job until it has ended, and return its end and its last state."""
     manifest = steps.manifest_of(file)
     name, pods = manifest["metadata"]["name"], manifest["spec"]["resources"]["nodes"]
     say(f"kubectl apply --namespace {NAMESPACE} --filename {file}")
@@ -156,7 +157,7 @@ def fetch(cluster: Cluster, job: FineTuneJob, folder: Path) -> None:
 
 
 def compare_answers(model: Path, output: Path) -> dict[str, Any]:
-    """Return the answers of base and tuned model to the held-out rows."""
+    """Return the answers of base model and tuned model to the held-out rows."""
     file = output / "answers.json"
     arguments = ["--base", model, "--tuned", output / "artifact", "--rows", output / "data" / "heldout.jsonl"]
     command = [sys.executable, "-m", "examples.demo.answers", *map(str, arguments), "--output", str(file)]
@@ -169,7 +170,8 @@ def compare_answers(model: Path, output: Path) -> dict[str, Any]:
 
 
 def print_results(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, output: Path) -> None:
-    """Show what base and tuned model say, how often they are right, how long it took and where everything is."""
+    """Print answers and scores of base model and tuned model, the duration of each phase, and the paths of the
+    results."""
     console = Console()
     table = Table(title="Sentences that the model has not seen", title_justify="left", show_lines=True, expand=True)
     for heading in ("sentence", "base model", "tuned model"):
@@ -197,7 +199,7 @@ def print_results(answers: dict[str, Any], measured: Measurements, job: FineTune
 
 
 def keep_running(cluster: Cluster, job: FineTuneJob) -> None:
-    """Leave the cluster up until Ctrl-C."""
+    """Keep the cluster running until Ctrl-C."""
     enter, name = cluster.layout.enter_script, job.metadata.name
     say("\nThe cluster stays up. In another terminal:")
     say(f"  {enter} kubectl get ftj --namespace {NAMESPACE} {name} --output yaml")

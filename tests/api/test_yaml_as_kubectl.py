@@ -1,4 +1,4 @@
-"""`finetune validate` reads YAML as kubectl does: what is a number, what is true, what a merge makes."""
+"""`finetune validate` reads the same values from YAML as kubectl: numbers, booleans, nulls, anchors and merges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`finetune checkpoints` against a real object store: what it lists is what lies there."""
+"""`finetune checkpoints` lists the checkpoints in a real object store with their true state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def commit(store: ObjectStore, root: Location, run: int, step: int, perplexity: 
 
 @pytest.fixture
 def root(store: ObjectStore, tmp_path: Path) -> Location:
-    """A run with checkpoints of all kinds: two whole ones, one damaged, one that is not committed yet."""
+    """A run with checkpoints of all kinds: two whole ones, a damaged one, and one that is not committed yet."""
     place = Location(BUCKET, f"listed/{tmp_path.name}")
     commit(store, place, 1, 20, 2.5)
     commit(store, place, 1, 40, 3.5)

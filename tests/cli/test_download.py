@@ -1,4 +1,4 @@
-"""`finetune download` against a real object store: complete and verified, or not there at all."""
+"""`finetune download` from a real object store creates a complete and verified folder, or no folder at all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def put(store: ObjectStore, key: str, content: bytes) -> None:
 
 @pytest.fixture
 def artifact(store: ObjectStore, request: pytest.FixtureRequest) -> ArtifactStatus:
-    """A committed artifact, as a trainer leaves it."""
+    """A committed artifact, as a trainer writes it."""
     folder = f"runs/{request.node.name}/artifacts/000001"
     for name, content in FILES.items():
         put(store, f"{folder}/{name}", content)
@@ -45,7 +45,7 @@ def artifact(store: ObjectStore, request: pytest.FixtureRequest) -> ArtifactStat
 
 
 def commit(store: ObjectStore, folder: str, digests: dict[str, str]) -> ArtifactStatus:
-    """Write manifest and COMMIT and return what the status says of them."""
+    """Write manifest and COMMIT, and return the artifact as the job's status describes it."""
     sizes = {name: len(FILES.get(name, b"")) for name in digests}
     files = [ManifestFile(name=name, bytes=sizes[name], sha256=sha256) for name, sha256 in digests.items()]
     encoded = Manifest(kind="Artifact", run=1, step=100, files=files).encode()
@@ -66,7 +66,7 @@ def key_of(artifact: ArtifactStatus, name: str) -> str:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return what a failed download left behind."""
+    """Return the names of the files and folders that a download has left in ``folder``."""
     return [path.name for path in folder.iterdir()]
 
 

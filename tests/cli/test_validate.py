@@ -1,4 +1,4 @@
-"""`finetune validate` names every problem with its line, and no file makes it stumble."""
+"""`finetune validate` names every problem with its line, and no input makes it crash."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ GOOD = (EXAMPLES / "quickstart.yaml").read_text(encoding="utf-8")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Run the command and return exit code and standard output."""
+    """Run the command. Return its exit code and its standard output."""
     code = main(["validate", *arguments])
     return code, capsys.readouterr().out
 
 
 @pytest.fixture
 def lines_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> LinesOf:
-    """Return a function from the text of a file to exit code and lines without the file's name."""
+    """Return a function that validates the text of a file, and returns the exit code and the lines without the file's
+    name."""
 
     def check(text: str | bytes) -> tuple[int, list[str]]:
         file = tmp_path / "job.yaml"

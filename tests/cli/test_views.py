@@ -1,4 +1,4 @@
-"""What a person sees of a job: the panel on a terminal, lines elsewhere, from stored states."""
+"""The panel (on a terminal) and the lines (elsewhere) show the stored states of a job."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_running_job_shows_how_far_it_is() -> None:
         "● Running  all 2 ranks report",
         "step 40/100",
         "412.5 tokens/s",
-        "1 min 13 s left",  # 75 s, reported 2 s ago
+        "1 min 13 s left",  # The ETA was 75 s in the report of 2 s ago.
         "0.0051  █▆▄▂▁  from 3.9",
         "1.023",
     ):

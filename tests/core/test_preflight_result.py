@@ -1,4 +1,5 @@
-"""Preflight's result fits into a termination message, keeps what decides, and is never taken for another program's."""
+"""A preflight result fits into a termination message, keeps the finding that decides, and is never confused with
+another program's message."""
 
 from __future__ import annotations
 

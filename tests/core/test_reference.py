@@ -1,4 +1,5 @@
-"""docs/api.md is the models in words, and leaves nothing out."""
+"""The committed docs/api.md equals the text that is generated from the models, and explains every condition and
+reason."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the schema accepts and this version can't run is refused with the field's path, never silently ignored."""
+"""A job that the schema accepts and this version can't run is refused with the field's path."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ VALUES: dict[str, Any] = {
 
 
 def job(path: str = "", value: Any = None) -> FineTuneJob:
-    """Return the quickstart with ``value`` at ``path`` below `spec`; None removes what is there."""
+    """Return the quickstart with ``value`` at ``path`` below `spec`. None removes the field."""
     return FineTuneJob.model_validate(quickstart(path, value))
 
 
