@@ -1,7 +1,7 @@
 """`finetune checkpoints`: lists the checkpoints in a job's bucket, read from the bucket and not from the job's status.
 
 The input is the job's object store and the root of its run. The output has one entry for each checkpoint folder, as a
-table or as JSON. `main.py` calls it.
+table or as JSON. `main.py` calls `inspect_checkpoints`.
 """
 
 from __future__ import annotations

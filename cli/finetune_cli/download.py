@@ -1,7 +1,7 @@
 """`finetune download`: downloads a job's artifact into a local folder and verifies every byte.
 
 The input is a FineTuneJob and its object store. The output is a folder that peft or transformers loads. A failed
-download leaves no folder behind. `main.py` and the demo call it.
+download leaves no folder behind. `main.py` and the demo call `download`.
 """
 
 from __future__ import annotations

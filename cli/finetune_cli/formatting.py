@@ -1,4 +1,7 @@
-"""Formats sizes, durations, measured values and one-line curves for people. `panel.py` and `log_lines.py` call it."""
+"""Formats sizes, durations, measured values and one-line curves for people.
+
+The views of a job (`panel.py` and `log_lines.py`) and the commands call these pure functions.
+"""
 
 from __future__ import annotations
 

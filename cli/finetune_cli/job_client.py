@@ -1,7 +1,7 @@
 """Reads FineTuneJobs, Secrets and ConfigMaps from the API server. No other module of the CLI talks to Kubernetes.
 
 The client is configured by a kubeconfig, as kubectl is. Problems that a user can correct are raised as UserError. The
-commands, the demo and the end-to-end tests call it.
+commands, the demo and the end-to-end tests use `JobClient`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import base64
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from finetune_cli.formatting import duration
 from finetune_core.api.job import GROUP, KIND, PLURAL, VERSION, FineTuneJob
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 
 CALL_TIMEOUT_SECONDS = (5, 30)
@@ -117,35 +118,35 @@ class JobClient:
 
     def secret(self, name: str) -> dict[str, str]:
         """Return the decoded values of a Secret. Raises UserError where the Secret is missing or may not be read."""
-        subject = f"Secret {self._namespace}/{name}"
-        try:
-            found = self._core.read_namespaced_secret(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
-        except client.ApiException as error:
-            if error.status == 404:
-                raise UserError(
-                    subject, "does not exist; the job names it in `storage.credentialsSecretRef`"
-                ) from error
-            if error.status == 403:
-                raise UserError(
-                    subject, "you may not read it; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                ) from error
-            raise UserError(subject, _status_message(error)) from error
-        except urllib3.exceptions.HTTPError as error:
-            raise ConnectionLostError(str(error)) from error
+        found = self._read(
+            self._core.read_namespaced_secret,
+            f"Secret {self._namespace}/{name}",
+            name,
+            {
+                404: "does not exist; the job names it in `storage.credentialsSecretRef`",
+                403: f"you may not read it; set {ACCESS_KEY_ID} and {SECRET_ACCESS_KEY}",
+            },
+        )
         return {key: base64.b64decode(value).decode() for key, value in (found.data or {}).items()}
 
     def config_map(self, name: str) -> dict[str, str]:
         """Return the values of a ConfigMap. Raises UserError where the ConfigMap is missing or may not be read."""
-        subject = f"ConfigMap {self._namespace}/{name}"
+        found = self._read(
+            self._core.read_namespaced_config_map,
+            f"ConfigMap {self._namespace}/{name}",
+            name,
+            {404: "does not exist; the job names it in `storage.caConfigMapRef`"},
+        )
+        return dict(found.data or {})
+
+    def _read(self, read: Callable[..., Any], subject: str, name: str, sentences: Mapping[int, str]) -> Any:
+        """Return an object that ``read`` fetches. An HTTP error raises UserError with its sentence in ``sentences``."""
         try:
-            found = self._core.read_namespaced_config_map(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
+            return read(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
         except client.ApiException as error:
-            if error.status == 404:
-                raise UserError(subject, "does not exist; the job names it in `storage.caConfigMapRef`") from error
-            raise UserError(subject, _status_message(error)) from error
+            raise UserError(subject, sentences.get(error.status) or _status_message(error)) from error
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionLostError(str(error)) from error
-        return dict(found.data or {})
 
     def _list_with_retries(self, name: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], str]:
         """Return the result of ``_list``, with retries because a restarting API server is back within minutes."""
@@ -168,8 +169,8 @@ class JobClient:
     def _list(self, name: str) -> tuple[dict[str, Any], str]:
         """Return the job, and the resourceVersion from which a watch continues.
 
-        The version is the list's. The job's own resourceVersion may be too old for a watch when the job has not changed
-        for minutes.
+        The returned resourceVersion is that of the list, because the resourceVersion of a job that has not changed for
+        minutes may be too old for a watch.
         """
         try:
             found = self._custom.list_namespaced_custom_object(

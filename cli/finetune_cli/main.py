@@ -19,10 +19,11 @@ from finetune_cli.checkpoints import DAMAGED, as_json, as_table, inspect_checkpo
 from finetune_cli.download import artifact_of, download
 from finetune_cli.formatting import size
 from finetune_cli.job_client import ConnectionLostError, JobClient, load_client
-from finetune_cli.object_store import ACCESS_KEY, SECRET_KEY, ObjectStoreReader, access_key_from
+from finetune_cli.object_store import ObjectStoreReader, access_key_from
 from finetune_cli.validate import validate_files
 from finetune_cli.watch import show_until_ended, view_for
 from finetune_core.api.job import FineTuneJob
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 
 EXAMPLES = """\
@@ -143,12 +144,14 @@ def store_of(job: FineTuneJob, jobs: JobClient, endpoint: str | None = None) -> 
     keys = access_key_from(os.environ)
     if keys is None:
         if storage.credentials_secret_ref is None:
-            raise UserError("environment", f"must have {ACCESS_KEY} and {SECRET_KEY}: the job names no Secret")
+            raise UserError(
+                "environment", f"must have {ACCESS_KEY_ID} and {SECRET_ACCESS_KEY}: the job names no Secret"
+            )
         name = storage.credentials_secret_ref.name
         keys = access_key_from(jobs.secret(name))
         if keys is None:
             raise UserError(
-                f"Secret {job.metadata.namespace}/{name}", f"must have the keys {ACCESS_KEY} and {SECRET_KEY}"
+                f"Secret {job.metadata.namespace}/{name}", f"must have the keys {ACCESS_KEY_ID} and {SECRET_ACCESS_KEY}"
             )
     reference = storage.ca_config_map_ref
     certificates = jobs.config_map(reference.name).get(reference.key) if reference else None

@@ -1,7 +1,7 @@
 """Reads objects of a job from MinIO or S3. No other module of the CLI talks to the object store.
 
 The input is the job's storage section and an access key. Failures are raised as UserError that names the bucket, the
-key or the address. `download.py`, `checkpoints.py` and the demo call it.
+key or the address. `download.py`, `checkpoints.py` and the demo call this module.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from minio import Minio
 from minio.error import InvalidResponseError, S3Error, ServerError
 
 from finetune_core.api.storage import StorageSpec
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SESSION_TOKEN
 from finetune_core.errors import UserError
 
-ACCESS_KEY = "AWS_ACCESS_KEY_ID"
-SECRET_KEY = "AWS_SECRET_ACCESS_KEY"  # noqa: S105  (the name of a variable)
-SESSION_TOKEN = "AWS_SESSION_TOKEN"  # noqa: S105  (the name of a variable)
 CHUNK_BYTES = 1 << 20
 SMALL_OBJECT_BYTES = 16 << 20
 """Largest object that is read into memory. Manifests and pointers are far smaller."""
@@ -46,7 +44,7 @@ class AccessKey:
 
 def access_key_from(values: Mapping[str, str]) -> AccessKey | None:
     """Return the access key in a Secret's values or in the environment, or None where a part of it is missing."""
-    access, secret = values.get(ACCESS_KEY), values.get(SECRET_KEY)
+    access, secret = values.get(ACCESS_KEY_ID), values.get(SECRET_ACCESS_KEY)
     return AccessKey(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
 
 

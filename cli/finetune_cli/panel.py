@@ -1,6 +1,6 @@
 """The live view of a FineTuneJob: a pure function from the job to a rich renderable.
 
-`watch.py` calls `render` four times a second, so that displayed durations go on between two changes of the job.
+`watch.py` calls `render` four times a second, so that shown durations are current between two changes of the job.
 """
 
 from __future__ import annotations

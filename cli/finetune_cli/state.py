@@ -1,6 +1,6 @@
 """The state of a FineTuneJob in words for people: state, message, obstacle and end, computed from the conditions.
 
-The functions are pure. `panel.py`, `log_lines.py` and the commands call them.
+All functions are pure. `panel.py`, `log_lines.py` and the commands call these functions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def state(job: FineTuneJob) -> str:
 def state_message(job: FineTuneJob) -> str:
     """Return what the job does or waits for, or how it ended.
 
-    This is the message of the `Succeeded` condition. Where that message is empty, it is the message of the first of
+    The message is that of the `Succeeded` condition. Where that message is empty, the message is that of the first of
     `Accepted`, `Scheduled` and `Running` that is not True.
     """
     summary = condition(job, ConditionType.SUCCEEDED)

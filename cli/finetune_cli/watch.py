@@ -1,7 +1,7 @@
 """`finetune watch`: shows a FineTuneJob until it has ended.
 
 The input is a stream of the job's states. The output is a live panel on a terminal and lines elsewhere. `main.py` and
-the demo call it.
+the demo call `show_until_ended`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class View(ABC):
 
 
 class LiveView(View):
-    """A panel on the terminal that is redrawn in place. Its durations go on between two changes of the job."""
+    """A panel on the terminal that is redrawn in place several times a second, so that shown durations are current."""
 
     def __init__(self, console: Console) -> None:
         self._job: FineTuneJob | None = None

@@ -1,11 +1,11 @@
-"""Parses YAML as kubectl does, and records the line of every key and item.
+"""Parses YAML as kubectl does, and records the line of every key and item. `validate.py` calls `load`.
 
 The result is plain values with their lines, and the problems of the text itself: syntax errors, duplicate keys, and
-aliases that expand without bound. The parser's events are processed with an own stack, so that deep nesting can't
-overflow Python's. `validate.py` calls it.
+aliases that expand without bound. The module processes the parser's events with its own stack, because recursion would
+overflow Python's stack on deep nesting.
 
-kubectl's parser and PyYAML both follow YAML 1.1, each with other exceptions. kubectl's has no timestamps, for example,
-and reads `1e-4` as a number. This module therefore decides itself what a plain scalar means.
+kubectl's parser and PyYAML both follow YAML 1.1, each with different exceptions. For example, kubectl's parser knows no
+timestamps and reads `1e-4` as a number. So this module, and not PyYAML, decides what a plain scalar means.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from __future__ import annotations
 class UserError(Exception):
     """A user's input is wrong, or something that the user must provide is missing.
 
-    The message is shown unchanged in the resource's status and on the terminal. It names the field or the file, says
-    what the value must be, and never contains a secret.
+    The message is shown unchanged in the resource's status and on the terminal. A message names the field or the file,
+    says what the value must be, and never contains a secret.
     """
 
     def __init__(self, subject: str, problem: str) -> None:

@@ -24,8 +24,8 @@ MANIFEST = "manifest.json"
 COMMIT = "COMMIT"
 ARTIFACT_POINTER = "ARTIFACT"
 BASES = "_bases"
-"""Folder beside the namespaces that holds base models with added tokens, each stored once. No namespace can have this
-name, because names of namespaces have no underscore."""
+"""Folder that holds base models with added tokens, each stored once. The folder lies where otherwise folders of
+namespaces lie. No namespace can have this name, because names of namespaces have no underscore."""
 
 
 class Location(NamedTuple):
@@ -101,8 +101,8 @@ class ManifestFile(ContractModel):
 
 
 class Manifest(ContractModel):
-    """The list of files in a checkpoint or an artifact. The object COMMIT beside it holds the sha256 of the manifest's
-    bytes."""
+    """The list of files in a checkpoint or an artifact. The object COMMIT in the same folder holds the sha256 of the
+    manifest's bytes."""
 
     version: int = 1
     kind: str

@@ -1,7 +1,7 @@
 """`make demo`: fine-tunes a model on a real Kubernetes cluster on this machine, and removes the cluster afterwards.
 
 The demo applies examples/quickstart.yaml (or quickstart-full.yaml) unchanged, shows the live status as `finetune watch`
-does, downloads the artifact, and compares the answers of base model and tuned model. It writes its results to
+does, downloads the artifact, and compares the answers of base model and tuned model. All results are written to
 out/demo/<method>/.
 """
 

@@ -1,7 +1,7 @@
 """Measures the duration of each phase of the demo, and the sizes of memory, checkpoints and artifact.
 
 The input is the phases and the states of the job. The output is the file `measurements.json`, from which
-docs/performance.md takes its figures. `__main__.py` calls it.
+docs/performance.md takes its figures. `__main__.py` uses this module.
 """
 
 from __future__ import annotations

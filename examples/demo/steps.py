@@ -1,7 +1,7 @@
-"""Functions that bring a test cluster from empty to a finished FineTuneJob.
+"""Functions that bring a test cluster from empty to a finished FineTuneJob. The demo and the end-to-end tests call
+these functions.
 
-They put data into the cluster's MinIO, install the operator, apply jobs and wait for them. The demo and the end-to-end
-tests call them.
+The functions put data into the cluster's MinIO, install the operator, apply jobs and wait for jobs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from finetune_cli.job_client import JobClient
 from finetune_cli.state import condition, ending, state, state_message
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import GROUP, PLURAL, FineTuneJob
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from tests.cluster import Cluster, ClusterError, images
 from tests.cluster.layout import HOST_ADDRESS, MINIO_PORT
 
@@ -48,7 +49,7 @@ def object_store(cluster: Cluster) -> Minio:
     """Return a client of the cluster's MinIO, which works only inside ``cluster.enter()``."""
     store = cluster.minio
     address = urllib3.util.parse_url(store.endpoint).netloc or ""
-    # The client gets an own pool, because minio's default pool would use a proxy from the environment. Retry-After is
+    # A separate pool is used, because minio's default pool would use a proxy from the environment. Retry-After is
     # ignored, because a MinIO that has just started asks for a minute and is ready much earlier.
     retries = urllib3.Retry(
         total=10, backoff_factor=0.2, backoff_max=2, status_forcelist=[503], respect_retry_after_header=False
@@ -98,8 +99,7 @@ def put_file(cluster: Cluster, key: str, content: bytes, bucket: str = BUCKET) -
 def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> None:
     """Make the cluster's MinIO reachable under the name in the job files, `minio.storage.svc`.
 
-    MinIO runs beside the cluster, so there are no pods that a Service could select. An EndpointSlice contains the
-    address.
+    MinIO runs outside of the cluster, so the Service has no pods to select. An EndpointSlice contains MinIO's address.
     """
     port = {"name": "http", "port": MINIO_PORT, "protocol": "TCP"}
     metadata = {"name": "minio", "namespace": namespace}
@@ -144,7 +144,7 @@ def make_namespace(cluster: Cluster, namespace: str) -> None:
     """Create a namespace with the strictest pod security (`restricted`), and the Secret that the job files name."""
     metadata = {"name": namespace, "labels": RESTRICTED}
     apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
-    keys = {"AWS_ACCESS_KEY_ID": cluster.minio.access_key, "AWS_SECRET_ACCESS_KEY": cluster.minio.secret_key}
+    keys = {ACCESS_KEY_ID: cluster.minio.access_key, SECRET_ACCESS_KEY: cluster.minio.secret_key}
     secret = {"name": CREDENTIALS_SECRET, "namespace": namespace}
     apply(cluster, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": keys})
 

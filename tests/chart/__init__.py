@@ -1,1 +1,1 @@
-"""Tests of the Helm chart. They render the chart with the real helm program and need no cluster."""
+"""Tests of the Helm chart, which is rendered with the real helm program. No test here needs a cluster."""

@@ -1,2 +1,4 @@
-"""Tests of the command line `finetune`. Those of checkpoints and downloads use a real MinIO, those of `follow` a real
-cluster."""
+"""Tests of the command line `finetune`.
+
+The tests of checkpoints and downloads use a real MinIO, and the tests of `follow` use a real cluster.
+"""

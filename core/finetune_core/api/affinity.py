@@ -32,7 +32,8 @@ class NodeSelectorRequirement(ApiModel):
     key: QualifiedName
     """Label key, for example `topology.kubernetes.io/zone`."""
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]
-    """How the node's label value is compared with `values`. `Exists` and `DoesNotExist` look at the key alone."""
+    """How the node's label value is compared with `values`. `Exists` and `DoesNotExist` only check whether the node has
+    the label."""
     values: Annotated[list[LabelValue], Field(min_length=1, max_length=16)] | None = None
     """Values that the label is compared with, for example `["zone-a"]`. `Gt` and `Lt` take exactly one number."""
 
@@ -84,7 +85,8 @@ class LabelSelectorRequirement(ApiModel):
     key: QualifiedName
     """Label key, for example `app.kubernetes.io/name`."""
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
-    """How the pod's label value is compared with `values`. `Exists` and `DoesNotExist` look at the key alone."""
+    """How the pod's label value is compared with `values`. `Exists` and `DoesNotExist` only check whether the pod has
+    the label."""
     values: Annotated[list[LabelValue], Field(min_length=1, max_length=16)] | None = None
     """Values that the label is compared with, for example `["web", "cache"]`."""
 

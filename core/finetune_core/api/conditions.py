@@ -69,6 +69,6 @@ class Condition(ApiModel):
     last_transition_time: datetime
     """Time at which `status` last changed."""
     reason: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Z][A-Za-z]*$")]
-    """One CamelCase word for programs, for example `WaitingForPods`."""
+    """Reason of the status as a CamelCase word for programs, for example `WaitingForPods`."""
     message: Annotated[str, Field(max_length=2048)] = ""
     """A sentence for people that names the pod, field or file that it is about."""

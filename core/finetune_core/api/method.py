@@ -11,7 +11,7 @@ from finetune_core.api.base import SET, UNIQUE, ApiModel, DecimalString, cel
 
 
 class Method(StrEnum):
-    """What is trained: low-rank adapters beside frozen weights, or every parameter."""
+    """What is trained: low-rank adapters while the model's weights are frozen, or every parameter."""
 
     LORA = "LoRA"
     FULL = "Full"

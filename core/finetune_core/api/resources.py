@@ -70,8 +70,8 @@ class ResourcesSpec(ApiModel):
     memory: Memory = "64Gi"
     """Memory request and limit of each pod, at least 100Mi."""
     shared_memory: VolatileMemory = "16Gi"
-    """Size of /dev/shm in each pod, which NCCL and data loading use. It counts towards `memory` and must be less than
-    `memory`."""
+    """Size of /dev/shm in each pod, which NCCL and data loading use. The size counts towards `memory` and must be less
+    than `memory`."""
 
     @property
     def processes_per_node(self) -> int:

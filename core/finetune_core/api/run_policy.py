@@ -33,7 +33,8 @@ class RunPolicySpec(ApiModel):
     active_deadline_seconds: Seconds | None = None
     """Most seconds in which pods of the job may run, added up over all attempts. Absent: no limit."""
     pending_deadline_seconds: Seconds | None = None
-    """Most seconds until all pods of an attempt run. The time is measured anew for each attempt. Absent: no limit."""
+    """Most seconds that the preflight check may wait for something outside the job, and most seconds from an attempt's
+    admission until all its pods run. Each attempt has its own deadline. Absent: no limit."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
     """Seconds from the end of the job until its pods and its PyTorchJob are deleted. The FineTuneJob itself stays.
     Absent: pods and PyTorchJob stay until the FineTuneJob is deleted."""

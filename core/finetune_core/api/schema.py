@@ -2,7 +2,7 @@
 made.
 
 Pydantic's JSON schema has parts that the API server refuses, such as references, titles, nullable unions, `const` and
-numeric exclusive bounds. They are rewritten here. A model that can't be expressed as a structural schema raises
+numeric exclusive bounds. This module rewrites such parts. A model that can't be expressed as a structural schema raises
 ValueError.
 """
 

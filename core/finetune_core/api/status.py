@@ -70,7 +70,7 @@ class AttemptCause(StatusModel):
     """How the end counts: Succeeded, Permanent (no retry), Charged (counts against `runPolicy.maxRetries`) or Free
     (does not count)."""
     reason: Annotated[str, Field(max_length=64)]
-    """One CamelCase word for programs, for example `PodDeleted`."""
+    """Reason of the end as a CamelCase word for programs, for example `PodDeleted`."""
     message: Text = ""
     """A sentence for people."""
     node: Annotated[str, Field(max_length=253)] = ""
@@ -106,7 +106,7 @@ class PastAttempt(StatusModel):
     """How the end counts: Succeeded, Permanent (no retry), Charged (counts against `runPolicy.maxRetries`) or Free
     (does not count)."""
     reason: Annotated[str, Field(max_length=64)]
-    """One CamelCase word for programs, for example `PodDeleted`."""
+    """Reason of the end as a CamelCase word for programs, for example `PodDeleted`."""
     message: Text = ""
     """A sentence for people."""
     node: Annotated[str, Field(max_length=253)] = ""
@@ -170,7 +170,7 @@ class ProgressStatus(StatusModel):
     """Model FLOPs utilisation, from 0 to 1: the share of the GPUs' peak that the model's own arithmetic takes."""
     checkpoint_age_seconds: Count | None = None
     """Seconds from the newest committed checkpoint of this run (without one: from the run's start) to the last report.
-    This much training would be lost with a pod."""
+    A lost pod would cost this much training."""
     last_update_time: datetime | None = None
     """Time at which the trainer last reported."""
 

@@ -18,6 +18,10 @@ RUN_FOLDER = "/etc/finetune"
 RUN_FILE = f"{RUN_FOLDER}/run.json"
 CA_FILE = f"{RUN_FOLDER}/ca.crt"
 """CA certificates of the operator's report server, a key of the attempt's ConfigMap."""
+ACCESS_KEY_ID = "AWS_ACCESS_KEY_ID"
+SECRET_ACCESS_KEY = "AWS_SECRET_ACCESS_KEY"  # noqa: S105  (the name of a variable)
+SESSION_TOKEN = "AWS_SESSION_TOKEN"  # noqa: S105  (the name of a variable)
+"""Keys of the job's credentials Secret, names of the mounted files, and environment variables of the AWS SDKs."""
 CREDENTIALS_FOLDER = "/var/run/secrets/finetune.dev/storage"
 """Folder with the files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN from the job's
 Secret."""

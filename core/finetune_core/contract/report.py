@@ -53,13 +53,13 @@ class Report(ContractModel):
     `reporting/progress.py` adds."""
     resumed_from_step: Annotated[int, Field(ge=0)] = 0
     """Last optimizer step that this run takes over from earlier runs; 0 for a new training. The operator drops the
-    earlier runs' points after this step from the curves, because this run computes those steps anew."""
+    earlier runs' points after this step from the curves, because this run computes those steps again."""
     history: Annotated[list[CurvePoint], Field(max_length=HISTORY_LIMIT)]
     checkpoints: Annotated[list[CheckpointRecord], Field(max_length=CHECKPOINT_LIMIT)]
     """All committed checkpoints in the bucket, oldest first."""
     checkpoint_age_seconds: Annotated[int, Field(ge=0)] | None = None
-    """Seconds since the newest commit of this run, or since its first step where nothing is committed yet. This much
-    training would be lost with a pod."""
+    """Seconds since the newest commit of this run, or since its first step where nothing is committed yet. A lost pod
+    would cost this much training."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
     """Why no checkpoint was committed for longer than the job asks for. Empty when checkpoints are committed in
     time."""

@@ -1,8 +1,8 @@
 """Finds what the schema accepts and the operator can't run.
 
-`resolve.py` calls `unrunnable`, so that such a job ends with `Accepted=False` and the field's path, and `finetune
-validate` calls it too. `NOT_YET` lists the fields that this version does not support; a change that supports a field
-removes its entry.
+`resolve.py` and `finetune validate` call `unrunnable`. In the cluster a job with such a problem ends with
+`Accepted=False` and the field's path. `NOT_YET` lists the fields that this version does not support; a change that
+supports a field removes its entry.
 """
 
 from __future__ import annotations
