@@ -13,7 +13,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from finetune_core.api.pod_template import OWN_FOLDERS
+from finetune_core.api.pod_template import RESERVED_FOLDERS
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.validation.cel_rules import holds
@@ -34,7 +34,7 @@ _SENTENCES = st.text(max_size=12).flatmap(
     lambda before: st.text(max_size=12).map(lambda after: f"{before}{{prompt}}{after}")
 )
 _FOLDERS = st.from_regex(r"(/[A-Za-z0-9_][-._A-Za-z0-9]{0,8}){1,3}", fullmatch=True).filter(
-    lambda path: not any(path == own or path.startswith(f"{own}/") for own in OWN_FOLDERS)
+    lambda path: not any(path == own or path.startswith(f"{own}/") for own in RESERVED_FOLDERS)
 )
 _CHOSEN: dict[SchemaPath, st.SearchStrategy[Any]] = {
     ("training", "learningRate"): _RATES,

@@ -38,48 +38,58 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
     Cause.RESUMED_TOO_EARLY: (
         "Free",
         Explanation(
-            "The queue resumed the PyTorchJob while old pods still saved; training-operator failed it for them."
+            "The queue resumed the PyTorchJob while pods of the suspended attempt still saved their checkpoint, and"
+            " training-operator took these pods for failed ones."
         ),
     ),
-    Cause.POD_DELETED: ("Free", Explanation("Somebody deleted a pod; the message names it.")),
-    Cause.POD_VANISHED: ("Free", Explanation("A pod was deleted by force, or before it ran.")),
-    Cause.POD_REPLACED: ("Free", Explanation("A pod was deleted, and training-operator made another in its place.")),
-    Cause.NODE_LOST: ("Free", Explanation("The pod's node does not answer.", "Look at the node, where it repeats.")),
+    Cause.POD_DELETED: ("Free", Explanation("Somebody deleted the pod that the message names.")),
+    Cause.POD_VANISHED: ("Free", Explanation("A pod was deleted by force, or before its container ran.")),
+    Cause.POD_REPLACED: (
+        "Free",
+        Explanation("A pod was deleted, and training-operator created another pod in its place."),
+    ),
+    Cause.NODE_LOST: ("Free", Explanation("The pod's node does not answer.", "If this repeats, check the node.")),
     Cause.CHILD_DELETED: ("Free", Explanation("Somebody deleted the PyTorchJob.", "Use `runPolicy` instead.")),
-    Cause.CHILD_REPLACED: ("Free", Explanation("Another PyTorchJob of the same name took its place.")),
+    Cause.CHILD_REPLACED: (
+        "Free",
+        Explanation("Somebody deleted the PyTorchJob, and another PyTorchJob has its name."),
+    ),
     Cause.CHILD_CHANGED: (
         "Free",
-        Explanation("Somebody scaled the PyTorchJob.", "Set `resources.nodes` of a new job instead."),
+        Explanation("Somebody scaled the PyTorchJob.", "Create a new job with another `resources.nodes`."),
     ),
     Cause.EVICTED: (
         "Charged",
         Explanation(
-            "The kubelet evicted a pod for what it used itself: memory or disk beyond its request.",
+            "The kubelet evicted a pod because the pod used more memory or disk than it requested.",
             "Raise `resources.memory`, or free disk on the node.",
         ),
     ),
     Cause.OUTSIDE_FAILURE: (
         "Charged",
         Explanation(
-            "Exit code 75: store, credentials or a peer failed for longer than the trainer waits.",
-            "Do what the message says.",
+            "Exit code 75: the object store, the credentials or another rank failed for longer than the trainer waits.",
+            "Correct what the message names.",
         ),
     ),
     Cause.CRASHED: (
         "Charged",
         Explanation(
-            "The trainer ended with an exit code that it does not give itself, or was killed.",
+            "The trainer crashed: it was killed, or ended with an exit code that the trainer never sets.",
             "Read its log: `kubectl logs`, container `pytorch`.",
         ),
     ),
-    Cause.STOPPED: ("Charged", Explanation("Exit code 143 though nobody had deleted the pod.", "Find who stops it.")),
-    Cause.POD_FAILED: ("Charged", Explanation("A pod failed without an exit code.", "Describe the pod.")),
+    Cause.STOPPED: (
+        "Charged",
+        Explanation("Exit code 143 (SIGTERM) although nobody deleted the pod.", "Find out what stops the trainer."),
+    ),
+    Cause.POD_FAILED: ("Charged", Explanation("A pod failed without an exit code.", "Run `kubectl describe pod`.")),
     Cause.CHILD_FAILED: ("Charged", Explanation("training-operator failed the PyTorchJob.", "Read the message.")),
     Cause.NO_ARTIFACT: (
         "Charged",
         Explanation(
-            "Every pod ended with 0, but no result names a committed artifact.",
-            "Check that `podTemplate.image` holds the trainer.",
+            "Every pod ended with exit code 0, but no result names a committed artifact.",
+            "Check that `podTemplate.image` is a trainer image.",
         ),
     ),
 }
@@ -87,10 +97,10 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
 attempts in a row without a new checkpoint, the next free end is charged nevertheless."""
 DISRUPTIONS: Mapping[str, str] = {
     "EvictionByEvictionAPI": "A node was drained, or somebody evicted the pod.",
-    "PreemptionByScheduler": "A pod of higher priority took the place.",
-    "DeletionByTaintManager": "The node is not ready, unreachable, or was tainted.",
-    "DeletionByPodGC": "The node is gone.",
-    "TerminationByKubelet": "The node shut down, or ran out of a resource.",
+    "PreemptionByScheduler": "A pod of higher priority took the pod's place.",
+    "DeletionByTaintManager": "The pod's node is not ready, is unreachable, or was tainted.",
+    "DeletionByPodGC": "The pod's node no longer exists.",
+    "TerminationByKubelet": "The pod's node shut down, or ran out of a resource.",
 }
 """Reasons that Kubernetes writes into a pod's DisruptionTarget condition, with their meaning. The operator takes them
 over as reasons of free attempts."""

@@ -25,7 +25,7 @@ from finetune_core.api.resources import VolatileMemory
 from finetune_core.api.sources import SecretKeyRef
 from finetune_core.api.storage import ConfigMapKeyRef
 
-OWN_FOLDERS = (
+RESERVED_FOLDERS = (
     "/etc/finetune",
     "/var/run/finetune",
     "/var/run/secrets",
@@ -38,7 +38,7 @@ OWN_FOLDERS = (
 )
 """Folders that `volumes` must not hide, because the operator mounts files there or the container needs them to
 start."""
-OWN_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
+RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
 """Prefixes of environment variables that users must not set. The operator sets `FTJ_` and `PET_` variables, and `AWS_`
 variables would override the object store's credentials."""
 
@@ -114,9 +114,10 @@ class EnvVar(ApiModel):
             exactly_one_of("value", "valueFrom"),
             cel(
                 (
-                    f"!{list(OWN_VARIABLE_PREFIXES)}.exists(prefix, self.name.startsWith(prefix))"
+                    f"!{list(RESERVED_VARIABLE_PREFIXES)}.exists(prefix, self.name.startsWith(prefix))"
                     " && self.name != 'HOME'",
-                    f"`name` must not be HOME or begin with {', '.join(OWN_VARIABLE_PREFIXES)}: the operator has these",
+                    f"`name` must not be HOME or begin with {', '.join(RESERVED_VARIABLE_PREFIXES)}:"
+                    " the operator has these",
                 )
             ),
         )
@@ -180,8 +181,9 @@ class Volume(ApiModel):
             exactly_one_of("persistentVolumeClaim", "configMap", "secret", "emptyDir", "csi"),
             cel(
                 (
-                    f"!{list(OWN_FOLDERS)}.exists(own, self.mountPath == own || self.mountPath.startsWith(own + '/'))",
-                    f"`mountPath` must not be {', '.join(OWN_FOLDERS)} or below: the pods need these themselves",
+                    f"!{list(RESERVED_FOLDERS)}"
+                    ".exists(own, self.mountPath == own || self.mountPath.startsWith(own + '/'))",
+                    f"`mountPath` must not be {', '.join(RESERVED_FOLDERS)} or below: the pods need these themselves",
                 )
             ),
         )

@@ -37,6 +37,26 @@ Text = Annotated[str, Field(max_length=1024)]
 """A sentence for people, or an `s3://` address."""
 Digest = Annotated[str, Field(max_length=64)]
 """A sha256 in hexadecimal, 64 characters long."""
+Message = Annotated[Text, Field(description="A sentence for people.")]
+
+AttemptNumber = Annotated[int, Field(ge=1, le=ATTEMPT_LIMIT, description="Number of the attempt, counted from 1.")]
+AttemptVerdict = Annotated[
+    str,
+    Field(
+        max_length=32,
+        description="How the end counts: Succeeded, Permanent (no retry), Charged (counts against"
+        " `runPolicy.maxRetries`) or Free (does not count).",
+    ),
+]
+AttemptReason = Annotated[
+    str,
+    Field(
+        max_length=64,
+        description="Reason of the end as a CamelCase word for programs, for example `PodDeleted`.",
+    ),
+]
+AttemptNode = Annotated[str, Field(max_length=253, description="Name of the node whose pod caused the end.")]
+
 Count = Annotated[int, Field(ge=0)]
 """A whole number from 0 on."""
 
@@ -69,12 +89,9 @@ class AttemptCause(StatusModel):
     verdict: Annotated[str, Field(max_length=32)]
     """How the end counts: Succeeded, Permanent (no retry), Charged (counts against `runPolicy.maxRetries`) or Free
     (does not count)."""
-    reason: Annotated[str, Field(max_length=64)]
-    """Reason of the end as a CamelCase word for programs, for example `PodDeleted`."""
-    message: Text = ""
-    """A sentence for people."""
-    node: Annotated[str, Field(max_length=253)] = ""
-    """Name of the node whose pod caused the end."""
+    reason: AttemptReason
+    message: Message = ""
+    node: AttemptNode = ""
     time: datetime
     """Time at which the cause was first seen."""
 
@@ -82,8 +99,7 @@ class AttemptCause(StatusModel):
 class CurrentAttempt(StatusModel):
     """The attempt that exists now."""
 
-    number: Annotated[int, Field(ge=1, le=ATTEMPT_LIMIT)]
-    """Number of the attempt, counted from 1."""
+    number: AttemptNumber
     start_time: datetime
     """Time at which the attempt was started."""
     admitted_time: datetime | None = None
@@ -100,17 +116,13 @@ class CurrentAttempt(StatusModel):
 class PastAttempt(StatusModel):
     """An attempt that has ended."""
 
-    number: Annotated[int, Field(ge=1, le=ATTEMPT_LIMIT)]
-    """Number of the attempt, counted from 1."""
+    number: AttemptNumber
     verdict: Annotated[str, Field(max_length=32)]
     """How the end counts: Succeeded, Permanent (no retry), Charged (counts against `runPolicy.maxRetries`) or Free
     (does not count)."""
-    reason: Annotated[str, Field(max_length=64)]
-    """Reason of the end as a CamelCase word for programs, for example `PodDeleted`."""
-    message: Text = ""
-    """A sentence for people."""
-    node: Annotated[str, Field(max_length=253)] = ""
-    """Name of the node whose pod caused the end."""
+    reason: AttemptReason
+    message: Message = ""
+    node: AttemptNode = ""
     start_time: datetime
     """Time at which the attempt was started."""
     end_time: datetime
@@ -295,8 +307,7 @@ class IncidentStatus(StatusModel):
     """Value that the measured value had to stay below."""
     action: Annotated[str, Field(max_length=32)]
     """What the trainer did: Record, RollBack or Fail."""
-    message: Text = ""
-    """A sentence for people."""
+    message: Message = ""
 
 
 class UsageStatus(StatusModel):

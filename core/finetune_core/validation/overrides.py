@@ -10,7 +10,7 @@ from finetune_core.errors import UserError
 PATH = "spec.deepspeed.overrides"
 """Path of the field, for messages."""
 
-OWNED: dict[str, str] = {
+RESERVED_KEYS: dict[str, str] = {
     "train_batch_size": "training.globalBatchSize",
     "train_micro_batch_size_per_gpu": "training.microBatchSize",
     "gradient_accumulation_steps": "training.gradientAccumulationSteps",
@@ -51,7 +51,7 @@ def override_problems(text: str) -> list[UserError]:
         return [UserError(PATH, "must be a JSON object")]
     return [
         UserError(PATH, f"must not hold {key}: `{field}` decides it")
-        for key, field in OWNED.items()
+        for key, field in RESERVED_KEYS.items()
         if _has(overrides, key)
     ]
 
