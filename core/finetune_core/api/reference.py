@@ -40,8 +40,8 @@ counts as absent. Decimals are strings (`"1e-4"`), because some tools change num
 member of a section must be set, as in a Kubernetes volume, the rule stands below the section's table.
 
 The API server refuses a job, or an update of a job, that violates the tables and rules on this page. A refused update
-does not change the running job. The operator refuses a job that it can't run with `Accepted=False`, `Stalled=True` and the
-field's path. `finetune validate FILE...` finds the problems of both kinds without a cluster ([how](validate.md)).
+does not change the running job. The operator refuses a job that it can't run with `Accepted=False`, `Stalled=True` and
+the field's path. `finetune validate FILE...` finds the problems of both kinds without a cluster ([how](validate.md)).
 
 `metadata.name`: {NAME_RULE[1].removeprefix("`metadata.name` ")}.
 """
@@ -142,8 +142,8 @@ def _not_yet() -> Iterator[str]:
 
 def _conditions() -> Iterator[str]:
     yield "\n## Conditions\n"
-    yield "Every condition is present from the first status write, with `observedGeneration`. The message of a condition"
-    yield "is a sentence that names the pod, field or file that the condition is about.\n"
+    yield "Every condition is present from the first status write, with `observedGeneration`. The message of a"
+    yield "condition is a sentence that names the pod, field or file that the condition is about.\n"
     yield from (f"- **{kind}**: {meaning}" for kind, meaning in CONDITIONS.items())
     yield "\n| condition | status | reason | meaning | what to do |"
     yield "|---|---|---|---|---|"
