@@ -1,10 +1,10 @@
-# Every command a person needs; `make` alone lists them.
+# The commands for working on the project. `make` without a target lists the commands.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 export DS_BUILD_OPS := 0
 export UV_PYTHON_DOWNLOADS := never
-# The machine's own certificates, as pip and Go use them: a company's proxy has its own authority.
+# uv uses the machine's certificates, as pip and Go do, because a company's proxy may have a certificate authority of its own.
 export UV_SYSTEM_CERTS := 1
 export FINETUNE_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
 METHOD ?= lora
@@ -12,7 +12,7 @@ PYTHON := .venv/bin/python
 HOST_PYTHON := $(or $(shell command -v python3.11),python3)
 UV := $(FINETUNE_CACHE)/uv/bin/uv
 PYTEST := $(PYTHON) -m pytest
-# Tests of two groups run at once (tests/conftest.py): most of those with a cluster wait more than they compute.
+# Two groups of tests (tests/conftest.py) run at the same time, because most tests with a cluster wait more than they compute.
 TEST_WORKERS ?= 2
 
 .PHONY: help
@@ -22,7 +22,7 @@ help: ## Show this list
 .PHONY: venv
 venv: .venv/.ready ## Make the virtual environment (.venv) from the lock
 
-# A bare Debian has Python without venv; only this one package is missing then.
+# A minimal Debian has Python without the module venv. Only the package python3-venv is installed then.
 $(UV):
 	@$(HOST_PYTHON) -m venv --clear $(FINETUNE_CACHE)/uv >/dev/null 2>&1 || { \
 	  echo "installing python3-venv"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y python3-venv >/dev/null 2>&1; \
@@ -37,7 +37,7 @@ $(UV):
 	@touch $@
 
 .PHONY: lint
-lint: venv ## Style, types, import rules
+lint: venv ## Check style, types and import rules
 	@.venv/bin/ruff check --output-format concise .
 	@.venv/bin/ruff format --check --quiet . || { echo "run: .venv/bin/ruff format ."; exit 1; }
 	@.venv/bin/mypy
@@ -49,8 +49,9 @@ crds: venv ## Generate crds/ and the chart's copy from the pydantic models
 	@$(PYTHON) -m finetune_core.api.crd --chart charts/finetune-operator/templates/crds
 
 .PHONY: docs
-docs: venv ## Generate docs/api.md from the pydantic models
+docs: venv ## Generate docs/api.md and docs/tasks.md from the models and the declared tasks
 	@$(PYTHON) -m finetune_core.api.reference docs
+	@$(PYTHON) -m finetune_core.tasks_page docs
 
 COMPILE := --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
   --python-platform x86_64-manylinux_2_28
@@ -64,31 +65,31 @@ locks: $(UV) ## Pin all dependencies with hashes and without index addresses
 	    -o locks/$$extra.txt >/dev/null; done
 
 .PHONY: cluster
-cluster: venv ## Keep a real cluster up, and say how to reach it with kubectl (NODES=2: two nodes; Ctrl-C ends it)
+cluster: venv ## Start a real cluster and print how to reach it with kubectl (NODES=2: two nodes; Ctrl-C ends it)
 	@$(PYTHON) -m tests.cluster up --nodes $(or $(NODES),1)
 
 .PHONY: images
-images: venv ## Build the operator's and the trainer's image
+images: venv ## Build the images of the operator and the trainer
 	@$(PYTHON) -m tests.cluster images
 
 .PHONY: demo
-demo: venv ## The whole product on this machine, without GPUs (METHOD=full: every parameter; KEEP=1: leave it up)
+demo: venv ## Run the whole product on this machine without GPUs (METHOD=full: all parameters; KEEP=1: keep the cluster)
 	@$(PYTHON) -m examples.demo --method $(METHOD) $(if $(KEEP),--keep)
 
 .PHONY: unit
-unit: venv ## The tests that need no cluster
-	@$(PYTEST) -m "not cluster and not long"
+unit: venv ## Run the tests that need no cluster (ROOM=graders: only those of one folder of a package or of tests/)
+	@files=$$($(if $(ROOM),$(PYTHON) -m tests.rooms $(ROOM))); $(PYTEST) -m "not cluster and not long" $$files
 
 .PHONY: test
-test: lint ## Lint, unit tests, and end-to-end tests on a real cluster
+test: lint ## Run the linters, the unit tests, and the end-to-end tests on a real cluster
 	@$(PYTHON) -m tests.cluster prepare
 	@$(PYTEST) -m "not long" --numprocesses $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder --durations 15
 
 .PHONY: test-long
-test-long: venv ## The tests that take longer than a coffee
+test-long: venv ## Run the tests that take many minutes
 	@$(PYTEST) -m long
 
-# The environment of the tests, and what the trainer is measured against.
+# This environment has the packages of .venv and the libraries that the trainer is compared with.
 .venv-bench/.ready: $(UV) locks/bench.txt pyproject.toml
 	@echo "installing the virtual environment of make bench (.venv-bench) from locks/bench.txt"
 	@$(UV) venv --quiet --allow-existing --python $(HOST_PYTHON) .venv-bench
@@ -97,5 +98,5 @@ test-long: venv ## The tests that take longer than a coffee
 	@touch $@
 
 .PHONY: bench
-bench: .venv-bench/.ready ## Measure, side by side in one run (BENCH="--only NAME": one of them)
+bench: .venv-bench/.ready ## Measure the project against alternatives (BENCH="--only NAME": one measurement)
 	@.venv-bench/bin/python -m tests.bench $(BENCH)

@@ -1,7 +1,8 @@
-"""Fixtures for every test, and how `make test` spreads the suite over two workers with pytest-xdist.
+"""The fixture `cluster` for every test, and the order and the groups in which `make test` runs the tests with
+pytest-xdist.
 
-Tests that share a cluster stay together on one worker, as do those of one file, because they share servers and
-processes; what takes longest begins first, so that the workers end together.
+Tests that share a cluster run on one worker, and so do the tests of one file, because they share servers and processes.
+The folders that take longest start first, so that both workers end at about the same time.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ __all__ = ["cluster"]
 
 TESTS = Path(__file__).parent
 FIRST = ("e2e", "trainer", "operator", "faults", "api", "cluster")
-"""Folders in the order in which they begin: training in pods and training in processes at the same time, then what
-mostly waits."""
+"""Folders of `tests/` in the order in which they start. `e2e` and `trainer` compute most and run at the same time; most
+of the others mainly wait."""
 ONE_CLUSTER = ("e2e", "operator", "faults", "api", "cluster")
-"""Folders whose tests share a cluster."""
+"""Folders of `tests/` whose tests share a cluster."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the folders that take longest to the front."""
+    """Sort the tests so that the folders of `FIRST` come first."""
     items.sort(key=lambda item: _rank(item.path.relative_to(TESTS).parts[0]))
 
 
@@ -33,14 +34,16 @@ def _rank(folder: str) -> int:
 
 
 def group_of(nodeid: str) -> str:
-    """Return the group of a test such as `tests/e2e/test_rows.py::test_row[exit 1]`: its cluster, else its file."""
+    """Return the name of the group of a test such as ``"tests/e2e/test_rows.py::test_row[exit 1]"``. The name is the
+    folder if the folder's tests share a cluster, and else the file."""
     file = nodeid.partition("::")[0]
     folder = file.split("/")[1]
     return folder if folder in ONE_CLUSTER else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Return the scheduler that keeps groups together. xdist's own groups by marker are not seen by pytest 9.2."""
+    """Return a scheduler that keeps the tests of a group on one worker. The class is needed because pytest 9.2 ignores
+    xdist's own marker for groups."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no type information

@@ -84,7 +84,9 @@ def _scores(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
         ("tuned model", evaluation.tuned, before.tuned if before else None),
     ):
         if scores is not None and scores != known:
-            values = ", ".join(f"{name} {number(value)}" for name, value in scores_by_name(scores).items())
+            values = ", ".join(
+                f"{name} {number(value)}" for name, value in scores_by_name(scores, job.spec.dataset.task).items()
+            )
             yield f"{model} on {evaluation.examples} {evaluation.rows.lower()} rows: {values}"
 
 

@@ -37,7 +37,7 @@ def render(job: FineTuneJob, now: datetime) -> RenderableType:
     if status.checkpoints:
         parts += [Text(), _checkpoints(status.checkpoints)]
     if status.evaluation:
-        parts += [Text(), _evaluation(status.evaluation)]
+        parts += [Text(), _evaluation(status.evaluation, job.spec.dataset.task)]
     if status.incidents:
         parts += [Text(), _incidents(status.incidents)]
     if attempts := _attempts(status, now):
@@ -134,13 +134,13 @@ def _checkpoints(checkpoints: list[CheckpointStatus]) -> RenderableType:
     return table
 
 
-def _evaluation(evaluation: EvaluationStatus) -> RenderableType:
+def _evaluation(evaluation: EvaluationStatus, task: str) -> RenderableType:
     """Return a table of all scores, with the base model and the tuned model side by side."""
     of_step = f"step {evaluation.tuned_step}" if evaluation.tuned_step is not None else "tuned"
     table = _table("scores", f"{evaluation.examples} {evaluation.rows.lower()} rows", "base", of_step)
     for column in (2, 3):
         table.columns[column].justify = "right"
-    base, tuned = scores_by_name(evaluation.base), scores_by_name(evaluation.tuned)
+    base, tuned = scores_by_name(evaluation.base, task), scores_by_name(evaluation.tuned, task)
     for name in {**base, **tuned}:
         table.add_row("", name, _or_dash(base.get(name)), Text(_or_dash(tuned.get(name)), style="bold"))
     return table

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from finetune_core.api.conditions import Condition, ConditionType
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.status import FineTuneJobStatus, MetricValue, Scores
+from finetune_core.tasks import main_score_label
 
 NOT_SEEN = "Pending"
 """State of a job whose status is empty."""
@@ -85,13 +86,16 @@ def metric(job: FineTuneJob, name: str) -> MetricValue | None:
     return next((found for found in status_of(job).metrics if found.name == name), None)
 
 
-def scores_by_name(scores: Scores | None) -> dict[str, str]:
-    """Return all measured scores by their displayed names. Empty when the model was not scored."""
+def scores_by_name(scores: Scores | None, task: str) -> dict[str, str]:
+    """Return the values of all scores of a model by the label that `watch` shows; empty where it was not scored.
+
+    ``task``: value of `dataset.task`.
+    """
     if scores is None:
         return {}
     measured = {
         "perplexity": scores.perplexity,
         "perplexity of all tokens": scores.all_token_perplexity,
-        "right answers": scores.task_score,
+        main_score_label(task): scores.task_score,
     } | {score.name: score.value for score in scores.scores}
-    return {name: value for name, value in measured.items() if value is not None}
+    return {name: value for name, value in measured.items() if name is not None and value is not None}

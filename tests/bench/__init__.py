@@ -1,1 +1,2 @@
-"""Measurements, side by side in one run, as ratios: `make bench`. Nothing here asserts a speed."""
+"""The measurements of `make bench`. Each measurement compares two programs in the same run and prints ratios. No
+measurement asserts a speed."""

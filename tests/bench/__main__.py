@@ -1,6 +1,7 @@
-"""`make bench`: every measurement of the project, or one of them with ``--only``.
+"""The command of `make bench`, which runs all measurements of the project, or one of them with ``--only``.
 
-In: nothing. Out: a table per measurement; each compares two things in the same run, because the machine may be busy.
+Each measurement prints tables that compare two programs. Both programs are measured in the same run, because other
+work on the machine changes absolute times.
 
     python -m tests.bench --only fleet
 """
@@ -18,11 +19,11 @@ BENCHES = {
     "uploads": "the training thread with checkpoints at 5 MB/s against none",
     "fleet": "the operator with thousands of jobs beside training-operator",
 }
-"""Module of this package, and what it measures."""
+"""The modules of this package that measure something, and what each module measures."""
 
 
 def main() -> None:
-    """Run what was chosen."""
+    """Run the measurements that the command line selects."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",
         description="Measure, side by side in one run: "
@@ -33,7 +34,8 @@ def main() -> None:
     chosen = parser.parse_args().only
     for name in [chosen] if chosen else BENCHES:
         print(f"{name}, load average {os.getloadavg()[0]:.1f}", flush=True)
-        # Each in a process of its own: none inherits another's memory, threads or settings.
+        # Each measurement runs in a process of its own, so that it inherits no memory, threads or settings from another
+        # one.
         subprocess.run([sys.executable, "-m", f"tests.bench.{name}"], check=True)
 
 

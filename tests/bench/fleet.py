@@ -1,8 +1,8 @@
-"""Measures the operator with thousands of jobs (gates R2 to R4), and training-operator on the same API server in the
-same run: 1000 PyTorchJobs without, then 1000 FineTuneJobs with our operator above it. A stub node ends the pods. First
-comes what the writes of R3 take when nobody reads, watches or decides (`floor`).
+"""Measure the operator with thousands of jobs against the limits R2 to R4 of docs/performance.md.
 
-In: nothing but the cluster's programs. Out: two tables. `FINETUNE_BENCH_JOBS` makes it smaller.
+The control plane runs 1000 PyTorchJobs with the training-operator alone, and then 1000 FineTuneJobs with our operator
+and the training-operator. A stub node ends the pods. `floor.py` first measures the writes of R3 without any operator.
+The result is two tables. `FINETUNE_BENCH_JOBS` sets a smaller number of jobs.
 """
 
 from __future__ import annotations
@@ -34,57 +34,59 @@ JOBS_IDLE = 5 * JOBS_NEW
 PATIENCE_SECONDS = 900
 PROBE_SECONDS = 0.05
 RESYNC_SECONDS = 120
-"""The operator's own 300 s would make R4 wait for its resync as long."""
+"""With the operator's default of 300 s, the measurement of R4 would wait 300 s for the next resync."""
 SCRAPE_SECONDS = 2.0
-"""Between two looks at the operator's metrics, whose text takes a while with thousands of jobs."""
+"""Seconds between two reads of the operator's metrics. With thousands of jobs a read takes the operator some time."""
 UNTHROTTLED = {"training-operator": ["--kube-api-qps=500", "--kube-api-burst=1000"]}
-"""As delivered it sends 20 requests a second, which are three jobs, whatever else could be measured."""
+"""With its default flags the training-operator sends 20 requests per second, which is enough for only three jobs per
+second and would hide what is measured."""
 API_SERVER, TRAINING_OPERATOR = "api-server", "training-operator"
 
 
 @dataclass
 class Fleet:
-    """What happened to each of many jobs, seen by a watch: seconds from its creation."""
+    """The times at which many jobs reached certain states, as a watch observed them (`time.monotonic`, by the name of
+    the job)."""
 
     created: dict[str, float] = field(default_factory=dict)
-    seen: dict[str, float] = field(default_factory=dict)
-    """First event."""
-    told: dict[str, float] = field(default_factory=dict)
-    """First status."""
+    first_event: dict[str, float] = field(default_factory=dict)
+    """Time of the first watch event of each job."""
+    first_status: dict[str, float] = field(default_factory=dict)
+    """Time of the first status with conditions."""
     ended: dict[str, float] = field(default_factory=dict)
     processor: dict[str, float] = field(default_factory=dict)
-    """Processor seconds that each program took meanwhile."""
+    """CPU seconds that each program used during the run, by the name of the program."""
 
     def seconds(self, moments: dict[str, float]) -> list[float]:
-        """Return the seconds from creation, sorted."""
+        """Return the seconds from each job's creation to its time in ``moments``, sorted."""
         return sorted(moments[name] - self.created[name] for name in moments)
 
     def span(self, moments: dict[str, float]) -> float:
-        """Return the seconds from the first creation to the last of ``moments``."""
+        """Return the seconds from the first creation of a job to the last time in ``moments``."""
         return max(moments.values()) - min(self.created.values())
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which ``share`` of the sorted values lie."""
+    """Return the percentile of sorted ``values``; ``share`` is for example 0.99."""
     return values[min(len(values) - 1, int(share * len(values)))]
 
 
 async def follow(admin: Admin, path: str, namespace: str, fleet: Fleet, is_over: Callable[[Manifest], bool]) -> None:
-    """Note when each object of a namespace gets its first status and when it ends."""
+    """Record the time of the first status and of the end of each object in a namespace."""
     async for event in admin.watch(path):
         manifest = event["object"]
         if manifest["metadata"]["namespace"] != namespace:
             continue
         name, now = manifest["metadata"]["name"], time.monotonic()
-        fleet.seen.setdefault(name, now)
+        fleet.first_event.setdefault(name, now)
         if manifest.get("status", {}).get("conditions"):
-            fleet.told.setdefault(name, now)
+            fleet.first_status.setdefault(name, now)
         if is_over(manifest):
             fleet.ended.setdefault(name, now)
 
 
 async def create_all(admin: Admin, path: str, manifests: Sequence[Manifest], fleet: Fleet) -> None:
-    """Create the objects, 16 at a time; a job's time begins with its own request."""
+    """Create the objects, at most 16 at a time. The time of a job starts with its own request."""
     turns = asyncio.Semaphore(16)
 
     async def create(manifest: Manifest) -> None:
@@ -96,20 +98,21 @@ async def create_all(admin: Admin, path: str, manifests: Sequence[Manifest], fle
 
 
 def child_is_over(manifest: Manifest) -> bool:
-    """Whether a PyTorchJob has succeeded."""
+    """Return whether the PyTorchJob has succeeded."""
     conditions = manifest.get("status", {}).get("conditions") or []
     return any(item["type"] == "Succeeded" and item["status"] == "True" for item in conditions)
 
 
 def one_pod(*words: str, name: str, **spec: Any) -> Manifest:
-    """Return a job of one pod."""
+    """Return the manifest of a job with one pod, whose stub ends as ``words`` say."""
     manifest = job(*words, name=name, **spec)
     manifest["spec"]["resources"]["nodes"] = 1
     return manifest
 
 
 def measure_children(world: World) -> tuple[Fleet, int]:
-    """Run PyTorchJobs such as our operator makes, without it; return times and training-operator's memory."""
+    """Run PyTorchJobs like those of our operator, but without our operator. Return the times and the
+    training-operator's memory in bytes."""
     namespace = world.namespace()
     manifests = []
     for number in range(JOBS_NEW):
@@ -136,7 +139,7 @@ def run_fleet(
     manifests: Sequence[Manifest],
     is_over: Callable[[Manifest], bool],
 ) -> Fleet:
-    """Create the objects and wait until all have ended."""
+    """Create the objects, wait until all have ended, and return the observed times."""
     fleet = Fleet()
     before = processor_seconds(world)
     world.loop.spawn(follow(world.admin, watched, namespace, fleet, is_over))
@@ -147,25 +150,28 @@ def run_fleet(
 
 
 def processor_seconds(world: World) -> dict[str, float]:
-    """Return the processor seconds that API server, training-operator and operator have taken so far."""
+    """Return the CPU seconds that API server, training-operator and operator have used since their start."""
     pids = {name: world.cluster.components[name].pid for name in (API_SERVER, TRAINING_OPERATOR)}
     if world.operator.pid is not None:
         pids["operator"] = world.operator.pid
-    # Field 14 and 15 of proc(5)'s stat; the program's name, in brackets, may hold blanks.
+    # The CPU times are fields 14 and 15 of /proc/PID/stat. The program's name, in parentheses, may contain spaces.
     fields = {name: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for name, pid in pids.items()}
     return {name: (int(each[11]) + int(each[12])) / os.sysconf("SC_CLK_TCK") for name, each in fields.items()}
 
 
 def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process."""
+    """Return the resident memory of a process in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
 @contextmanager
 def lag_of(operator: OperatorProcess) -> Iterator[list[float]]:
-    """Ask the operator's health server 20 times a second: it answers from the loop that does all the work, so how long
-    it takes bounds the loop's lag from above. Yields the seconds."""
+    """Request `/healthz` of the operator 20 times per second during the block, and yield the list of response times in
+    seconds.
+
+    The health server runs in the operator's event loop, so that the response time is an upper bound of the loop's lag.
+    """
     taken: list[float] = []
     over = threading.Event()
 
@@ -184,34 +190,35 @@ def lag_of(operator: OperatorProcess) -> Iterator[list[float]]:
         thread.join()
 
 
-def looks(operator: OperatorProcess) -> float:
-    """Return how many looks the operator has had."""
+def reconciles(operator: OperatorProcess) -> float:
+    """Return the number of reconciles since the operator's start."""
     return operator.metric("finetune_reconciles_total")
 
 
 def writes(operator: OperatorProcess) -> float:
-    """Return how many status writes it has made."""
+    """Return the number of status writes since the operator's start."""
     return operator.metric("finetune_status_writes_total")
 
 
-def all_looked_at(operator: OperatorProcess, jobs: int) -> bool:
-    """Whether there were as many looks as jobs, and none waits."""
-    return looks(operator) >= jobs and operator.metric("finetune_queue_depth") == 0
+def all_reconciled(operator: OperatorProcess, jobs: int) -> bool:
+    """Return whether the operator has made at least ``jobs`` reconciles and its queue is empty."""
+    return reconciles(operator) >= jobs and operator.metric("finetune_queue_depth") == 0
 
 
 def restart(world: World, jobs: int) -> tuple[float, float, float]:
-    """Restart the operator; return seconds until it is ready and until it has looked at every job, and its writes."""
+    """Restart the operator. Return the seconds until it is ready, the seconds until it has reconciled every job, and
+    the number of its status writes."""
     world.operator.stop()
     began = time.monotonic()
     world.operator.start()
     world.operator.wait_ready(120)
     ready = time.monotonic() - began
-    world.wait("a look at every job", lambda: all_looked_at(world.operator, jobs), PATIENCE_SECONDS, SCRAPE_SECONDS)
+    world.wait("a look at every job", lambda: all_reconciled(world.operator, jobs), PATIENCE_SECONDS, SCRAPE_SECONDS)
     return ready, time.monotonic() - began, writes(world.operator)
 
 
 def run() -> None:
-    """Measure and print."""
+    """Run all measurements and print the tables."""
     console = Console(width=120)
     manifests = [one_pod("done", name=f"job-{number}") for number in range(JOBS_NEW)]
     bare_writes = floor.measure(one_pod("done", name=floor.SAMPLE), manifests, UNTHROTTLED)
@@ -232,20 +239,20 @@ def run() -> None:
         children = Fleet()
         world.loop.spawn(follow(world.admin, CHILDREN, namespace, children, child_is_over))
         status_writes = writes(world.operator)
-        looked = looks(world.operator)
+        reconciled = reconciles(world.operator)
         with lag_of(world.operator) as lag:
             above = run_fleet(world, JOBS, path, namespace, manifests, settled)
-        looked = looks(world.operator) - looked
+        reconciled = reconciles(world.operator) - reconciled
         our_memory = world.operator.memory()
         status_writes = writes(world.operator) - status_writes
         print_side_by_side(console, beneath, above, go_memory, our_memory["VmHWM"])
 
-        both = max(above.span(above.told), max(children.seen.values()) - min(above.created.values()))
+        both = max(above.span(above.first_status), max(children.first_event.values()) - min(above.created.values()))
         rows.append((f"R3 {JOBS_NEW} new jobs: all have a child and a status after", f"{both:.1f} s", "30 s"))
         rows.append(
             ("R3 the same writes by a bare client, ratio", f"{bare_writes:.1f} s, {both / bare_writes:.2f}", "")
         )
-        rows.append(("R3 looks a job", f"{looked / JOBS_NEW:.1f}", ""))
+        rows.append(("R3 looks a job", f"{reconciled / JOBS_NEW:.1f}", ""))
         rows.append(("R3 status writes a job", f"{status_writes / JOBS_NEW:.1f}", ""))
         rows.append(("R3 RSS, highest", f"{our_memory['VmHWM'] / 1e6:.0f} MB", "150 MB"))
         rows.append(("R3 loop lag p99", f"{percentile(sorted(lag), 0.99) * 1000:.0f} ms", ""))
@@ -256,16 +263,22 @@ def run() -> None:
 
         idle = [one_pod("run", name=f"idle-{n}", runPolicy={"suspend": True}) for n in range(JOBS_IDLE - JOBS_NEW)]
         world.loop.run(create_all(world.admin, path, idle, Fleet()), PATIENCE_SECONDS)
-        told = lambda: sum("status" in found for found in world.jobs(namespace)) == JOBS_IDLE  # noqa: E731
-        world.wait("all statuses", told, PATIENCE_SECONDS, 2)
+
+        def all_have_a_status() -> bool:
+            return sum("status" in found for found in world.jobs(namespace)) == JOBS_IDLE
+
+        world.wait("all statuses", all_have_a_status, PATIENCE_SECONDS, 2)
         ready, all_seen, written = restart(world, JOBS_IDLE)
         rows.append((f"R4 restart with {JOBS_IDLE} idle jobs: ready after", f"{ready:.1f} s", ""))
         rows.append(("R4 all looked at (a whole resync) after", f"{all_seen:.1f} s", "30 s"))
         rows.append(("R4 status writes", f"{written:.0f}", "0"))
-        before = looks(world.operator)
+        before = reconciles(world.operator)
         with lag_of(world.operator) as lag:
             world.wait(
-                "the next resync", lambda: looks(world.operator) >= before + JOBS_IDLE, PATIENCE_SECONDS, SCRAPE_SECONDS
+                "the next resync",
+                lambda: reconciles(world.operator) >= before + JOBS_IDLE,
+                PATIENCE_SECONDS,
+                SCRAPE_SECONDS,
             )
         rows.append(("R4 loop lag in a resync p99", f"{percentile(sorted(lag), 0.99) * 1000:.0f} ms", "100 ms"))
         rows.append(("R4 RSS", f"{world.operator.memory()['VmRSS'] / 1e6:.0f} MB", "250 MB"))
@@ -273,7 +286,7 @@ def run() -> None:
 
 
 def print_side_by_side(console: Console, beneath: Fleet, above: Fleet, go_memory: int, our_memory: int) -> None:
-    """Print training-operator alone beside FineTuneJobs above it."""
+    """Print the figures of the training-operator alone (``beneath``) beside those of FineTuneJobs (``above``)."""
     table = Table(title=f"{JOBS_NEW} jobs of one pod, load average {os.getloadavg()[0]:.1f}")
     for column in ("", "PyTorchJob", "FineTuneJob", "ratio"):
         table.add_column(column, justify="right")
@@ -284,7 +297,7 @@ def print_side_by_side(console: Console, beneath: Fleet, above: Fleet, go_memory
     row("all ended after", beneath.span(beneath.ended), above.span(above.ended), "s")
     row("jobs per second", JOBS_NEW / beneath.span(beneath.ended), JOBS_NEW / above.span(above.ended), "")
     for name, share in (("p50", 0.5), ("p99", 0.99)):
-        go, ours = (percentile(fleet.seconds(fleet.told), share) for fleet in (beneath, above))
+        go, ours = (percentile(fleet.seconds(fleet.first_status), share) for fleet in (beneath, above))
         row(f"created to first status, {name}", go, ours, "s")
     for name, share in (("p50", 0.5), ("p99", 0.99)):
         go, ours = (percentile(fleet.seconds(fleet.ended), share) for fleet in (beneath, above))
@@ -299,7 +312,7 @@ def print_side_by_side(console: Console, beneath: Fleet, above: Fleet, go_memory
 
 
 def print_gates(console: Console, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Print the gates' figures beside their bars."""
+    """Print the measured figures beside their limits."""
     table = Table(title=f"gates, load average {os.getloadavg()[0]:.1f}")
     for column in ("gate", "figure", "bar on 2 idle cores"):
         table.add_column(column, justify="left")

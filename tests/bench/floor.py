@@ -1,10 +1,8 @@
-"""The writes of an operator without the operator: what gate R3 costs the two cores whoever makes them.
+"""Measure how long the writes of limit R3 take if a bare client makes them, without an operator.
 
-A bare client repeats, for many jobs, the requests by which a job comes to its first attempt: the job, the status that
-opens the attempt, ConfigMap, PyTorchJob, event, the status that names the child. It reads nothing, watches nothing and
-decides nothing; training-operator and the stub node do their part as ever.
-
-In: the jobs. Out: seconds, which `fleet` puts beside R3.
+For each of many jobs the client repeats the operator's requests up to the first attempt: the job, the status that opens
+the attempt, the ConfigMap, the PyTorchJob, the event, and the status that names the child. The client reads and watches
+nothing. The training-operator and the stub node run as usual. `fleet.py` prints the seconds beside R3.
 """
 
 from __future__ import annotations
@@ -28,27 +26,28 @@ from tests.faults.world import JOBS, World, running_world
 SAMPLE = "the-sample"
 APPLY = "application/apply-patch+yaml"
 CLIENTS = 16
-"""Jobs that are written at a time, as many as the operator has connections."""
+"""Number of jobs that are written at the same time, which is the number of the operator's connections."""
 PATIENCE_SECONDS = 600
 _SERVER_FIELDS = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the operator wrote for one job, as text in which names, uid and namespace are replaced."""
+    """The objects that the operator wrote for one job, as JSON text. `of` replaces the job's name, uid and
+    namespace."""
 
     namespace: str
     uid: str
     opened: str
-    """Status that opens attempt 1."""
+    """The status that opens attempt 1."""
     running: str
-    """Status that names its child."""
+    """The status that names the attempt's child object."""
     config_map: str
     child: str
     event: str
 
     def of(self, text: str, *, name: str, uid: str, namespace: str) -> Manifest:
-        """Return what ``text`` would be for another job."""
+        """Return the object that ``text`` describes, with the name, uid and namespace of another job."""
         for mine, other in ((self.uid, uid), (SAMPLE, name), (self.namespace, namespace)):
             text = text.replace(mine, other)
         manifest: Manifest = json.loads(text)
@@ -56,8 +55,8 @@ class Sample:
 
 
 def measure(sample_job: Manifest, jobs: Sequence[Manifest], flags: Mapping[str, Sequence[str]]) -> float:
-    """Return the seconds that the writes for ``jobs`` take on a control plane of their own, with programs that are
-    started with ``flags``. ``sample_job`` is one more of them, whose name is `SAMPLE`."""
+    """Start a control plane whose programs get ``flags``, and return the seconds that the writes for ``jobs`` take.
+    ``sample_job`` is a further job called `SAMPLE`, for which the operator writes first."""
     with tempfile.TemporaryDirectory() as folder, running_world(Path(folder), direct=True, flags=flags) as world:
         world.operator.start()
         world.operator.wait_ready(120)
@@ -67,9 +66,10 @@ def measure(sample_job: Manifest, jobs: Sequence[Manifest], flags: Mapping[str, 
 
 
 def take_sample(world: World, job: Manifest) -> Sample:
-    """Let the operator, which runs, write for ``job``, whose name is `SAMPLE`; return what it wrote.
+    """Let the running operator write for ``job``, which is called `SAMPLE`, and return the written objects.
 
-    The pods that are made from the sample end as ``job`` asks; its own wait until it was looked at.
+    The sample's own pods keep running until the objects are read. The pods that are made from the sample end as ``job``
+    says.
     """
     namespace = world.namespace()
     statuses: list[Manifest] = []
@@ -114,7 +114,7 @@ def take_sample(world: World, job: Manifest) -> Sample:
 
 
 def _to_create(manifest: Manifest) -> Manifest:
-    """Return an object as it was before the server took it."""
+    """Return the object without the fields that the API server sets."""
     metadata = {name: value for name, value in manifest["metadata"].items() if name not in _SERVER_FIELDS}
     return {name: value for name, value in manifest.items() if name not in ("status", "metadata")} | {
         "metadata": metadata
@@ -122,7 +122,8 @@ def _to_create(manifest: Manifest) -> Manifest:
 
 
 def write_all(world: World, sample: Sample, jobs: Sequence[Manifest]) -> float:
-    """Create ``jobs`` and all that the operator would write until each has its child; return the seconds it took."""
+    """Create ``jobs`` and all objects that the operator would write until each job has its child. Return the seconds
+    that the writes took."""
     namespace = world.namespace()
     began = time.monotonic()
     world.loop.run(_write_all(world.admin, sample, jobs, namespace), PATIENCE_SECONDS)

@@ -1,7 +1,9 @@
-"""Measures what the trainer costs over a plain PyTorch loop: the same model, rows, batches and optimizer.
+"""Measure the trainer's seconds per optimizer step against a plain PyTorch loop with the same model, rows, batches and
+optimizer.
 
-In: nothing. Out: a table of seconds per optimizer step and their ratio, for LoRA and Full at ZeRO 1 in one process.
-The two take turns in pairs, because the machine may be busy; the median of the pairs' ratios is what counts.
+The result is a table with the seconds of both and their ratio, for LoRA and Full with ZeRO stage 1 in one process. The
+two programs run in turns, because other work on the machine changes the times. The table shows the median of the ratios
+of all pairs.
 
     python -m tests.bench --only step
 """
@@ -33,7 +35,7 @@ from tests.trainer.pods import run_config
 
 STEPS = 16
 WARM_UP = 4
-"""First steps are left out: memory is allocated in them."""
+"""Number of first steps that are not counted, because memory is allocated in them."""
 ROWS = 64
 BATCH = 8
 RATE = 1e-3
@@ -42,19 +44,20 @@ METHODS = ("LoRA", "Full")
 
 @dataclass(frozen=True)
 class Pair:
-    """Median seconds of a step, of the trainer and of the plain loop right after it."""
+    """Median seconds of a step, of the trainer and of the plain loop that ran right after the trainer."""
 
     trainer: float
     plain: float
 
     @property
     def ratio(self) -> float:
-        """How many times as long the trainer takes."""
+        """The trainer's seconds divided by the plain loop's seconds."""
         return self.trainer / self.plain
 
 
 def write_model(folder: Path) -> Path:
-    """Write a Llama of 13 million parameters with the tests' tokenizer: its arithmetic outweighs Python's overhead."""
+    """Write a Llama model of 13 million parameters with the tests' tokenizer. The model is large enough that arithmetic
+    takes more time than Python."""
     tiny.write_model(folder)
     torch.manual_seed(7)
     config = LlamaConfig.from_pretrained(folder)
@@ -65,7 +68,7 @@ def write_model(folder: Path) -> Path:
 
 
 def trainer_seconds(store: ObjectStore, model: Path, rows: Path, method: str, name: str, folder: Path) -> float:
-    """Return the median seconds of a step of the real trainer, from its own step log."""
+    """Run the trainer and return the median seconds of a step from the trainer's step log."""
     config = run_config(
         store,
         name,
@@ -85,7 +88,8 @@ def trainer_seconds(store: ObjectStore, model: Path, rows: Path, method: str, na
 
 
 def plain_seconds(model_folder: Path, rows: list[dict[str, str]], method: str) -> float:
-    """Return the median seconds of a step of the shortest loop that computes the same, padded to the longest row."""
+    """Run the shortest loop that makes the same updates, with batches padded to their longest row. Return the median
+    seconds of a step."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     if method == "LoRA":
@@ -115,7 +119,7 @@ def plain_seconds(model_folder: Path, rows: list[dict[str, str]], method: str) -
 
 
 def measure(store: ObjectStore, pairs: int, folder: Path) -> dict[str, list[Pair]]:
-    """Return the pairs of each method, taken in turns."""
+    """Return the measured pairs of each method. The trainer and the plain loop run in turns."""
     torch.set_num_threads(1)
     model = write_model(folder / "model")
     rows = tiny.rows(ROWS, seed=1)

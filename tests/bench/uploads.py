@@ -1,7 +1,8 @@
-"""Measures what uploads in the background cost the training thread, with MinIO throttled to 5 MB/s.
+"""Measure how much background uploads of checkpoints slow down the training thread, with MinIO throttled to 5 MB/s.
 
-In: nothing. Out: two ratios, with checkpoints against without: the training thread's CPU time over the same steps, and
-the 99th percentile of the time of a step. Runs of both kinds take turns in one process; the median of the pairs counts.
+The result is two ratios of a run with checkpoints to a run without: the training thread's CPU time over the same steps,
+and the 99th percentile of the seconds of a step. Both kinds of runs take turns in one process, and the table shows the
+median of the ratios of all pairs.
 
     python -m tests.bench --only uploads
 """
@@ -28,27 +29,27 @@ from tests.trainer.storeproxy import proxy_before
 PAIRS = 5
 STEPS = 120
 WARM_UP = 10
-"""First steps are left out: memory is allocated in them."""
+"""Number of first steps that are not counted, because memory is allocated in them."""
 EVERY = 10
-"""Steps between two checkpoints: about as long as the upload of one takes."""
+"""Steps between two checkpoints, which take about as long as the upload of one checkpoint."""
 NEVER = 1_000_000
 BYTES_PER_SECOND = 5_000_000
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run took."""
+    """The figures of one run."""
 
     cpu_seconds: float
-    """Of the training thread, over all counted steps."""
+    """CPU seconds of the training thread over all counted steps."""
     p99_seconds: float
-    """99th percentile of the time of a step."""
+    """99th percentile of the seconds of a step."""
     stall_seconds: float
-    """Mean time that training waited for a snapshot, which is not part of a step."""
+    """Mean seconds that training waited for the snapshot of a checkpoint. The wait is not part of a step's seconds."""
 
     @classmethod
     def of(cls, rows: list[StepRow]) -> Measured:
-        """Take the numbers of a run from its step log."""
+        """Compute the figures of a run from its step log."""
         counted = rows[WARM_UP:]
         stalls = [row.checkpoint_seconds for row in counted if row.checkpoint_seconds]
         return cls(
@@ -59,7 +60,7 @@ class Measured:
 
 
 def write_model(folder: Path) -> Path:
-    """Write a Llama of 4 million parameters with the tests' tokenizer."""
+    """Write a Llama model of 4 million parameters with the tests' tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,13 +74,14 @@ def write_model(folder: Path) -> Path:
 
 
 def measure(folder: Path, binary: Path) -> list[tuple[Measured, Measured]]:
-    """Return what runs with and without checkpoints took, in pairs."""
+    """Run `PAIRS` pairs and return the figures of each pair: with checkpoints, without checkpoints."""
     (folder / "minio").mkdir()
     model = write_model(folder / "model")
     rows = tiny.write_jsonl(folder / "train.jsonl", tiny.rows(64, seed=1))
     with running_store(binary, folder / "minio") as store, proxy_before(store.endpoint) as proxy:
         proxy.bytes_per_second = BYTES_PER_SECOND
-        # Every other pair begins with the run without: what was run before in a process has its own effect.
+        # Every other pair starts with the run without checkpoints, because an earlier run in the same process changes
+        # the times of a later one.
         names = [
             (f"uploads-{number}-{every}", every)
             for number in range(PAIRS)
@@ -108,7 +110,7 @@ def measure(folder: Path, binary: Path) -> list[tuple[Measured, Measured]]:
 
 
 def run() -> None:
-    """Measure and print the table."""
+    """Run the measurement and print the table."""
     binary = minio_binary()
     if binary is None:
         sys.exit("error: no MinIO program: run `python -m tests.cluster build`, or set FINETUNE_MINIO")

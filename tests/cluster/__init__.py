@@ -1,7 +1,7 @@
-"""A real Kubernetes cluster on one machine, without a container engine.
+"""A real Kubernetes cluster on one machine, without a container engine, for the end-to-end tests.
 
-``Cluster.start()`` starts it, ``python -m tests.cluster`` does the same on the command line, ``fixtures`` hands one
-to pytest; README.md tells how it works.
+``Cluster.start()`` starts a cluster from Python and ``python -m tests.cluster`` starts one from the command line. The
+module `fixtures.py` gives a cluster to pytest, and README.md explains how a cluster works.
 """
 
 from tests.cluster.cluster import Cluster, ObjectStore, unusable_because

@@ -1,4 +1,7 @@
-"""The command line of the test cluster: ``python -m tests.cluster build|up|down|status|images``."""
+"""The command line of the test cluster: ``python -m tests.cluster build|prepare|up|down|status|images``.
+
+The Makefile calls the commands `prepare` (`make test`), `up` (`make cluster`) and `images` (`make images`).
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,8 @@ def build() -> None:
 
 
 def prepare() -> None:
-    """Make what the tests need; where no cluster can run, say so and make the programs that run without one."""
+    """Build and install all that the tests need. On a machine that can't run a cluster, print the reason and build only
+    the programs that also run without a cluster, such as MinIO."""
     reason = unusable_because()
     if reason:
         say(f"{reason}: tests that need it are skipped, the others run")
@@ -78,7 +82,8 @@ def prepare() -> None:
 
 
 def up(nodes: int) -> None:
-    # A request to end is an exception in the main thread, so that the cluster is ended however far it has come.
+    # SIGTERM raises KeyboardInterrupt in the main thread, so that a cluster is also ended when SIGTERM arrives while
+    # the cluster is still starting.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     try:
@@ -100,7 +105,7 @@ def up(nodes: int) -> None:
 
 
 def build_images() -> None:
-    """Print the reference of each image, as a pod names it."""
+    """Build the project's images where needed and print the reference of each image, as a pod spec names the image."""
     reason = unusable_because()
     if reason:
         raise ClusterError(reason)
@@ -120,7 +125,8 @@ def status() -> None:
 
 
 def down() -> None:
-    """End the owners of all clusters that were started by ``up``, not those of test runs; each clears away its own."""
+    """Send SIGTERM to the owner of every cluster that the command `up` started, and wait until each cluster is removed.
+    Clusters of test runs stay."""
     for layout in running():
         if not layout.kept_up.exists():
             continue
@@ -134,7 +140,8 @@ def _gone(path: Path) -> bool:
 
 
 def running() -> list[Layout]:
-    """Return the clusters in the folder for temporary files whose owner lives."""
+    """Return the layouts of the clusters whose state folder is in the folder for temporary files and whose owner
+    process still runs."""
     found = [Layout(state) for state in sorted(Path(tempfile.gettempdir()).glob(f"{STATE_PREFIX}*"))]
     return [
         layout

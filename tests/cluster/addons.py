@@ -1,5 +1,8 @@
-"""What runs beside Kubernetes: CoreDNS, MinIO, the image registry and Kubeflow's training-operator; command lines and
-the API objects they need."""
+"""CoreDNS, MinIO, the image registry and Kubeflow's training-operator, which run beside Kubernetes in the test cluster.
+
+The functions return the command line of each program and create the API objects that the programs need. `cluster.py`
+calls the functions while a cluster starts.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
 def coredns(layout: Layout, credentials: Credentials) -> list[str]:
     corefile = layout.config / "Corefile"
-    # No cache: a name that was asked for a moment too early is answered right the next time.
+    # The Corefile has no `cache` plugin, because a cached negative answer would hide a name that is created a moment
+    # later.
     corefile.write_text(f""".:53 {{
     bind {DNS_ADDRESS}
     errors
@@ -52,18 +56,19 @@ def minio(layout: Layout) -> list[str]:
 
 
 def training_operator(layout: Layout, credentials: Credentials) -> list[str]:
-    """Run it with a /tmp of its own: it looks for its certificate in a fixed folder there, and the machine's /tmp
-    belongs to everybody."""
+    """Return the command of the training-operator, which runs with a /tmp of its own. The program reads its certificate
+    from a fixed folder below /tmp, and other programs use the machine's /tmp at the same time."""
     own = layout.state / "training-operator"
     serving = own / "k8s-webhook-server" / "serving-certs"
     serving.mkdir(parents=True)
     for name, file in _webhook_files(credentials).items():
         shutil.copyfile(file, serving / name)
-    # All that it reads lies in the same folder, since what else is below /tmp is hidden from it.
+    # The bind mount hides the machine's /tmp, so all files that the training-operator reads are copied into the one
+    # folder that replaces /tmp.
     shutil.copy(tools.TRAINING_OPERATOR.path(), own / "training-operator")
     shutil.copyfile(credentials.kubeconfigs["training-operator"], own / "kubeconfig.yaml")
-    # An empty list: workers get no init container. Ours would not get one anyway; next to a Master they would, from
-    # an image that is not here.
+    # The empty list turns off the init container that the training-operator adds to workers of a job with a Master,
+    # because the cluster can't pull the init container's image.
     (own / "init-container.yaml").write_text("[]\n")
     return [
         *("unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /tmp && cd / && TMPDIR=/tmp exec "$@"', str(own)),
@@ -88,7 +93,7 @@ def _webhook_files(credentials: Credentials) -> dict[str, Path]:
 
 
 def apply_objects(api: Api, credentials: Credentials) -> None:
-    """Create the API objects of all of them."""
+    """Create the API objects of CoreDNS, MinIO, the registry and the training-operator."""
     for path, manifest in _dns_objects():
         api.apply(path, manifest)
     for name, port in (("minio", MINIO_PORT), ("registry", REGISTRY_PORT)):
@@ -121,7 +126,8 @@ def _dns_objects() -> list[tuple[str, Object]]:
         "roleRef": {"apiGroup": rbac, "kind": "ClusterRole", "name": name},
         "subjects": [{"apiGroup": rbac, "kind": "User", "name": name}],
     }
-    # Only there to hold the address, so that no other Service gets it.
+    # CoreDNS listens on the address itself. The Service only reserves the address, so that the API server gives it to
+    # no other Service.
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -136,7 +142,8 @@ def _dns_objects() -> list[tuple[str, Object]]:
 
 
 def _machine_service(name: str, port: int) -> list[tuple[str, Object]]:
-    """Give a program that runs beside the cluster a DNS name in it: ``minio.minio.svc``."""
+    """Return the objects that give a program beside the cluster a DNS name inside the cluster, such as
+    ``minio.minio.svc``."""
     metadata = {"name": name, "namespace": name}
     endpoints = {
         "apiVersion": "discovery.k8s.io/v1",

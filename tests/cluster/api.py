@@ -1,5 +1,7 @@
-"""A small client for the cluster's own HTTP interfaces, used to bring it up. Every call comes from a thread inside
-the network namespace."""
+"""A small HTTP client for the cluster's own programs, which `cluster.py` uses before kubectl can be used.
+
+Callers run in a thread inside the cluster's network namespace (`Namespaces.network`).
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,13 @@ FIELD_MANAGER = "test-cluster"
 
 Object = dict[str, Any]
 
-# Nothing here goes through a proxy that the environment may name for the world outside.
+# An empty ProxyHandler ignores proxies that environment variables name, because no proxy reaches an address inside the
+# cluster.
 _HANDLERS = [urllib.request.ProxyHandler({})]
 
 
 def answers(url: str, context: ssl.SSLContext | None = None) -> bool:
-    """Tell whether a GET of ``url`` gives a 2xx answer just now."""
+    """Return whether a GET of ``url`` is answered with a 2xx status code now."""
     try:
         with _opener(context).open(url, timeout=CALL_TIMEOUT_SECONDS):
             return True
@@ -33,7 +36,7 @@ def answers(url: str, context: ssl.SSLContext | None = None) -> bool:
 
 
 class Api:
-    """The Kubernetes API as the cluster's administrator."""
+    """A client of the Kubernetes API with the administrator's certificate."""
 
     def __init__(self, authority: Pair, administrator: Pair) -> None:
         self._context = ssl.create_default_context(cafile=str(authority.certificate))
@@ -43,7 +46,8 @@ class Api:
         return answers(f"{API_URL}/readyz", self._context)
 
     def get(self, path: str) -> Object | None:
-        """Return an object, or None where there is none."""
+        """Return the object at ``path``, such as ``/api/v1/namespaces/default``, or None if the API server answers
+        404."""
         try:
             return self._call("GET", path)
         except urllib.error.HTTPError as error:
@@ -52,7 +56,8 @@ class Api:
             raise
 
     def apply(self, path: str, manifest: Object | str) -> Object:
-        """Server-side apply of one object, given as a mapping or as YAML, to the path that names it."""
+        """Create or change one object by server-side apply and return the stored object. ``path`` names the object;
+        ``manifest`` is a mapping or YAML text."""
         body = manifest if isinstance(manifest, str) else json.dumps(manifest)
         try:
             return self._call("PATCH", f"{path}?fieldManager={FIELD_MANAGER}&force=true", body)

@@ -1,6 +1,7 @@
-"""The API server's own record of who asked for what and what it answered: the audit log, read as values.
+"""Read the API server's audit log: which account sent which request, and which status code the API server answered.
 
-Only requests of service accounts outside kube-system are recorded, without bodies: that is what tests ask about.
+The log records only requests of service accounts outside kube-system, and records no bodies, because tests ask only for
+these requests.
 """
 
 from __future__ import annotations
@@ -28,50 +29,52 @@ CREDENTIAL = "authentication.kubernetes.io/credential-id"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """One request and its answer."""
+    """One request to the API server and the status code of the answer."""
 
     received: datetime
     answered: datetime
     user: str
     credential: str
-    """Tells two tokens of one service account apart: see `credential_of`."""
+    """Value of the audit entry's credential-id, which differs between two tokens of one service account; see
+    `credential_of`."""
     agent: str
     verb: str
     group: str
     resource: str
-    """With the subresource: `finetunejobs/status`."""
+    """Plural name of the resource, with the subresource, for example ``"finetunejobs/status"``."""
     namespace: str
     name: str
     code: int
 
     @property
     def accepted(self) -> bool:
-        """Whether the server did what was asked."""
+        """Whether the API server answered with a 2xx status code."""
         return 200 <= self.code < 300
 
     @property
     def writes(self) -> bool:
-        """Whether it asked for a change of a stored object."""
+        """Whether the request changes a stored object. A TokenReview does not count, because the API server never
+        stores it."""
         return self.verb in ("create", "update", "patch", "delete") and self.resource != "tokenreviews"
 
 
 def credential_of(token: str) -> str:
-    """Return what `Call.credential` is for requests with this service-account token."""
+    """Return the value of `Call.credential` for requests that carry this service-account token."""
     claims = token.split(".")[1]
     decoded = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
     return f"JTI={decoded['jti']}"
 
 
 def calls(log: Path, user: str, *, offset: int = 0) -> Iterator[Call]:
-    """Yield the requests of ``user`` from byte ``offset`` of the log on, in the order of their answers.
+    """Yield the requests of ``user`` in the order of their answers, starting at byte ``offset`` of the log.
 
-    A watch comes twice, when it begins and when it ends.
+    A watch request appears twice: once when the watch begins and once when the watch ends.
     """
     with log.open("rb") as lines:
         lines.seek(offset)
         for line in lines:
             if not line.endswith(b"\n"):
-                return  # still being written
+                return  # The API server is still writing this line.
             entry = json.loads(line)
             if entry["user"]["username"] == user and "objectRef" in entry:
                 yield _call(entry)

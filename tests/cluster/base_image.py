@@ -1,5 +1,5 @@
-"""The base image of the project's Dockerfiles: Debian with Python, made by debootstrap from the packages that the
-machine's own apt uses."""
+"""Build the base image of the project's Dockerfiles: Debian with Python, made by debootstrap from the Debian archive
+that the machine's apt uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cluster.waiting import ClusterError
 
 SUITE = "bookworm"
 PACKAGES = ("ca-certificates", "python3", "python3-pip", "python3-venv")
-# Not needed to run, and half of the image.
+# Folders that are not needed at run time. They are half of the image's size.
 DROPPED = (
     "var/cache/apt",
     "var/lib/apt/lists",
@@ -35,12 +35,13 @@ BOOTSTRAP_TIMEOUT_SECONDS = 1200
 
 
 def base_key() -> str:
-    """Return what names the base image: a hash of its recipe."""
+    """Return a hash of the base image's recipe. The hash is part of the image's name, so that a changed recipe makes a
+    new image."""
     return hashlib.sha256(repr((SUITE, PACKAGES, DROPPED, DOCKERFILE)).encode()).hexdigest()[:12]
 
 
 def ensure_base() -> str:
-    """Return the name of the base image in buildah's storage, making it once."""
+    """Return the name of the base image in buildah's storage. The first call builds the image."""
     name = f"finetune-base-{base_key()}"
     image = f"localhost/{name}:latest"
     if not buildah.exists(image):
@@ -52,7 +53,7 @@ def ensure_base() -> str:
             _bootstrap(root)
             context.mkdir()
             (context / "Dockerfile").write_text(DOCKERFILE)
-            # tar, because ADD of a tar archive keeps owners, modes and links exactly.
+            # The files go into a tar archive because ADD of a tar archive keeps owners, modes and links exactly.
             archive = [
                 "tar",
                 "--numeric-owner",
@@ -68,7 +69,7 @@ def ensure_base() -> str:
 
 
 def _bootstrap(root: Path) -> None:
-    """Unpack and configure Debian below ``root``; its mounts stay in a namespace of their own."""
+    """Unpack and configure Debian below ``root``. debootstrap's mounts stay in a mount namespace of their own."""
     command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root), *_mirror()]
     done = subprocess.run(
         [*buildah.ISOLATED, *command], text=True, capture_output=True, timeout=BOOTSTRAP_TIMEOUT_SECONDS
@@ -81,7 +82,8 @@ def _bootstrap(root: Path) -> None:
 
 
 def _mirror() -> list[str]:
-    """Return the archive that the machine's apt uses for this suite, or nothing for debootstrap's own default."""
+    """Return a list with the URL of the Debian archive that the machine's apt uses for `SUITE`. The list is empty if
+    apt uses none, and debootstrap then takes its own default."""
     targets = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(CODENAME) $(COMPONENT) $(CREATED_BY) $(REPO_URI)"],
         text=True,

@@ -1,5 +1,7 @@
-"""buildah as root, with its storage in the cache folder and in namespaces of its own, so that no mount or process of
-it stays behind."""
+"""Run buildah as root, with its storage in the cache folder.
+
+Each call runs in mount and PID namespaces of its own, so that no mount and no process of buildah stays behind.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,16 @@ from tests.cluster.wheels import pip
 BUILD_TIMEOUT_SECONDS = 3600
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
 
-# What the machine needs to reach its package index, a step of a Dockerfile needs too.
+# A RUN step of a Dockerfile needs the machine's certificates and pip configuration to reach the machine's package
+# index.
 MACHINE_FILES = (Path("/etc/ssl/certs"), Path("/etc/pip.conf"))
 
 
 def build(name: str, dockerfile: Path, context: Path, base: str | None = None) -> str:
-    """Build a Dockerfile and return the name of the result in buildah's storage.
+    """Build a Dockerfile and return the name of the built image in buildah's storage.
 
-    ``base`` becomes the build argument BASE. A step with ``--mount=type=cache,id=uv`` or ``id=pip`` gets the cache of
-    the machine's own uv or pip, so what is there for the virtual environment is not downloaded again.
+    ``base`` becomes the build argument BASE. A RUN step with ``--mount=type=cache,id=uv`` or ``id=pip`` sees the
+    download cache of the machine's uv or pip, so that packages of the virtual environment are not downloaded again.
     """
     _share_download_caches()
     volumes = [f"--volume={path}:{path}:ro" for path in MACHINE_FILES if path.exists()]
@@ -42,7 +45,8 @@ def build(name: str, dockerfile: Path, context: Path, base: str | None = None) -
 def push(built: str, name: str, tag: str) -> None:
     """Push an image from buildah's storage into the storage of the clusters' registry.
 
-    zstd at its fastest: less work than gzip at both ends, and a smaller result.
+    The layers are compressed by zstd at level 1, which takes less CPU time than gzip on both ends and makes a smaller
+    result.
     """
     with serving() as registry:
         compression = ["--format=oci", "--compression-format=zstd", "--compression-level=1"]
@@ -51,7 +55,7 @@ def push(built: str, name: str, tag: str) -> None:
 
 
 def exists(image: str) -> bool:
-    """Tell whether an image of this name is in buildah's storage."""
+    """Return whether buildah's storage holds an image of this name."""
     found = subprocess.run(
         _command(["inspect", "--type=image", image]), capture_output=True, env=_environment(), timeout=60
     )
@@ -59,7 +63,7 @@ def exists(image: str) -> bool:
 
 
 def images_folder() -> Path:
-    """Where everything about images but the registry's storage lies."""
+    """Return the folder for buildah's storage, logs and temporary files. The registry's storage is another folder."""
     folder = cache_folder() / "images"
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     return folder
@@ -96,7 +100,7 @@ def _environment() -> dict[str, str]:
 
 
 def _share_download_caches() -> None:
-    """Put the machine's own caches of pip and uv where buildah looks for cache mounts with the ids ``pip`` and
+    """Link the machine's pip and uv caches to the folders where buildah looks for cache mounts with the ids ``pip`` and
     ``uv``."""
     mounts = images_folder() / "tmp" / "buildah-cache"
     mounts.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The cache folder: everything that is built or downloaded once and outlives a cluster."""
+"""The cache folder, which holds what is built or downloaded once and is used by all later clusters."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return ``$FINETUNE_CACHE``, else ``finetune-operator`` in the user's cache folder; it is made if it is not
-    there."""
+    """Return the path in ``$FINETUNE_CACHE``, or else the folder ``finetune-operator`` in the user's cache folder. The
+    folder is created if it does not exist."""
     named = os.environ.get("FINETUNE_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(named) if named else home / "finetune-operator"
@@ -22,7 +22,8 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold the cache folder's lock ``name``, so that two processes never build the same thing at the same time."""
+    """Hold the cache folder's lock ``name`` during the block, so that two processes never build the same thing at the
+    same time."""
     folder = cache_folder() / "locks"
     folder.mkdir(exist_ok=True)
     with (folder / name).open("w") as file:

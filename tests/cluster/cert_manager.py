@@ -1,4 +1,5 @@
-"""cert-manager in a cluster: its kinds, and its control loops as a program beside it, which is built on first use."""
+"""Run cert-manager in a test cluster: its CRDs are installed, and its controllers run as a program beside the cluster.
+The program is built on first use."""
 
 from __future__ import annotations
 
@@ -16,16 +17,19 @@ ESTABLISHED = ("wait", "crd", "--for=condition=Established", "--timeout=30s")
 
 @contextmanager
 def cert_manager(cluster: Cluster, namespace: str) -> Iterator[Component]:
-    """Install it, run it in the block, and remove it with all that was made of its kinds.
+    """Install cert-manager, run it during the block, and remove its CRDs afterwards, which also removes all objects of
+    these kinds.
 
-    ``namespace`` has the Secrets that its ClusterIssuers sign with.
+    ``namespace`` holds the Secrets with which ClusterIssuers sign.
     """
     tools.build_missing((tools.CERT_MANAGER,))
     definitions = [f"--filename={file}" for file in tools.CERT_MANAGER.data_files()]
-    # By the server: an issuer's schema is longer than the annotation in which kubectl would keep what it applied.
+    # Server-side apply is needed because the schema of an issuer is larger than the annotation in which client-side
+    # apply stores the object.
     cluster.kubectl("apply", "--server-side", *definitions)
     names = cluster.kubectl("get", *definitions, "--output=jsonpath={.items[*].metadata.name}").split()
-    # A control loop whose kind is not served yet looks for it again only seconds later.
+    # The controllers start after their CRDs are served, because a controller whose kind is missing tries again only
+    # seconds later.
     cluster.kubectl(*ESTABLISHED, *names)
     program = Component(
         "cert-manager",
@@ -34,7 +38,8 @@ def cert_manager(cluster: Cluster, namespace: str) -> Iterator[Component]:
             f"--kubeconfig={cluster.kubeconfig}",
             f"--cluster-resource-namespace={namespace}",
         ],
-        # It serves nothing; that it works shows in what becomes of an Issuer.
+        # cert-manager's controllers have no endpoint that says that they are ready, so the component counts as ready at
+        # once. Tests see it work by the status of an Issuer.
         lambda: True,
         cluster.namespaces,
         cluster.layout.logs / "cert-manager.log",

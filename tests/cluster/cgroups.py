@@ -1,6 +1,7 @@
-"""A cgroup folder of its own for each cluster, in every hierarchy of the machine, version 1 or 2.
+"""Create and remove a cgroup folder for each cluster, in every cgroup hierarchy (version 1 or 2) of the machine.
 
-The kubelet puts all pods below it (``cgroupRoot``), so clusters do not mix, and one folder is all there is to remove.
+The kubelet puts the cgroups of all pods below the folder (``cgroupRoot``). Clusters therefore don't share cgroups, and
+removing one folder is enough at the end.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ REMOVAL_TIMEOUT_SECONDS = 10
 
 
 def hierarchies() -> list[Path]:
-    """Return where the cgroup file systems are mounted."""
+    """Return the mount points of the cgroup file systems."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     return [Path(fields[1]) for fields in mounts if fields[2] in {"cgroup", "cgroup2"}]
 
 
 def create(name: str) -> None:
-    """Create the folder ``name`` in every hierarchy, with every processor and controller usable below it.
+    """Create the cgroup folder ``name`` in every hierarchy, with all CPUs and all controllers usable below the folder.
 
-    ``name`` may be a path whose parent was created the same way.
+    ``name`` may be a path whose parent folder was created by an earlier call.
     """
     for hierarchy in hierarchies():
         root, own = (hierarchy / name).parent, Path(name).name
@@ -36,7 +37,7 @@ def create(name: str) -> None:
                 (root / "cgroup.subtree_control").write_text(wanted)
         folder = root / own
         folder.mkdir(exist_ok=True)
-        # A new cpuset of version 1 starts empty, and nothing can run in an empty one.
+        # In version 1 a new cpuset has no CPUs and no memory nodes, and a process can't join such a cpuset.
         for setting in ("cpuset.cpus", "cpuset.mems"):
             file = folder / setting
             if file.exists() and not controllers.exists():
@@ -44,25 +45,26 @@ def create(name: str) -> None:
 
 
 def remove(name: str) -> None:
-    """Remove the folder ``name`` and all below it from every hierarchy; its processes have ended before."""
+    """Remove the folder ``name`` and all folders below from every hierarchy. All processes in the folders must have
+    ended."""
     for root in hierarchies():
         folder = root / name
         wait_for(f"the cgroup {folder} to be empty", partial(_removed, folder), REMOVAL_TIMEOUT_SECONDS)
 
 
 def processes(name: str) -> set[int]:
-    """Return the ids of all processes in the folder ``name`` and below it, as the machine counts."""
+    """Return the ids, in the machine's PID namespace, of all processes in the folder ``name`` and below."""
     found: set[int] = set()
     for folder in existing(name):
         for inner in _bottom_up(folder):
-            # A folder that has just been removed holds nothing.
+            # A folder that is removed during the loop has no processes.
             with contextlib.suppress(FileNotFoundError):
                 found |= {int(line) for line in (inner / "cgroup.procs").read_text().split()}
     return found
 
 
 def existing(name: str) -> list[Path]:
-    """Return the folders ``name`` that exist."""
+    """Return the cgroup folders called ``name`` that exist, one for each hierarchy."""
     return [root / name for root in hierarchies() if (root / name).exists()]
 
 
@@ -73,7 +75,7 @@ def _removed(folder: Path) -> bool:
     except FileNotFoundError:
         return not folder.exists()
     except OSError as error:
-        # The kernel frees the cgroup of a process that has just ended a little later.
+        # The kernel reports EBUSY for a short time after the last process of a cgroup has ended.
         if error.errno == errno.EBUSY:
             return False
         raise

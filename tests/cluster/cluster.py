@@ -1,4 +1,5 @@
-"""``Cluster``: starts a cluster, gives it to tests, ends it without a trace."""
+"""Start a test cluster, give tests access to the cluster, and end the cluster so that nothing of it stays on the
+machine."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ STOP_TIMEOUT_SECONDS = 120
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """How to reach MinIO: the same address from pods and from a thread inside ``Cluster.enter``."""
+    """The address and the keys of the cluster's MinIO. The endpoint is the same for pods and for a thread inside
+    ``Cluster.enter``."""
 
     endpoint: str
     access_key: str
@@ -50,12 +52,12 @@ class ObjectStore:
 
     @property
     def in_cluster_endpoint(self) -> str:
-        """The same store by its DNS name, for pods."""
+        """The endpoint with MinIO's DNS name, which only pods can resolve."""
         return f"http://minio.minio.svc.cluster.local:{MINIO_PORT}"
 
 
 def unusable_because() -> str | None:
-    """Say why no cluster can run here, or None if one can."""
+    """Return the reason why this machine can't run a cluster, or None if the machine can."""
     if sys.platform != "linux":
         return "the test cluster needs Linux"
     if os.geteuid() != 0:
@@ -64,10 +66,12 @@ def unusable_because() -> str | None:
 
 
 class Cluster:
-    """A running cluster. ``Cluster.start()`` makes one; it is its own context manager.
+    """A running cluster, made by ``Cluster.start()``. As a context manager the object ends the
+    cluster at the end of the block.
 
-    ``components`` are its programs by name (etcd, api-server, controller-manager, scheduler, containerd, kubelet,
-    device-plugin, coredns, minio, registry, training-operator); tests stop and start them to see what fails.
+    ``components`` holds the cluster's programs by name: etcd, api-server, controller-manager, scheduler, containerd,
+    kubelet, device-plugin, coredns, minio, registry and training-operator. Tests stop and start the programs to cause
+    failures.
     """
 
     def __init__(self, layout: Layout, verbose: bool) -> None:
@@ -91,14 +95,16 @@ class Cluster:
         with_node: bool = True,
         flags: Mapping[str, Sequence[str]] | None = None,
     ) -> Cluster:
-        """Start a cluster and wait until all of it works; build and install first what is missing.
+        """Start a cluster and wait until all of its programs are ready. Missing programs are built and missing packages
+        installed first.
 
-        ``state`` is a folder that must not exist yet; it is removed at the end. Without it there is one below the
-        folder for temporary files. Without ``with_node`` there are only etcd, API server, controller manager and
-        training-operator: pods are stored and never run. ``flags`` are further arguments of components, by name.
+        ``state`` is the cluster's state folder, which must not exist yet and is removed at the end; the default is a
+        new folder for temporary files. Without ``with_node`` only etcd, API server, controller manager and
+        training-operator run, so that pods are stored but never run. ``flags`` holds further command-line arguments by
+        the name of the component.
 
         Raises:
-            ClusterError: it did not start; nothing of it is left then.
+            ClusterError: the cluster did not start. Nothing of it is left on the machine.
         """
         reason = unusable_because()
         if reason:
@@ -127,11 +133,12 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    # How tests use it
+    # Methods for tests
 
     @property
     def kubeconfig(self) -> Path:
-        """The administrator's kubeconfig; its address works inside the network namespace and in pods."""
+        """Path of the administrator's kubeconfig. The server address in the file works inside the network namespace and
+        in pods."""
         return self._credentials.kubeconfigs["administrator"]
 
     @property
@@ -140,10 +147,10 @@ class Cluster:
 
     @contextlib.contextmanager
     def enter(self) -> Iterator[None]:
-        """Put the calling thread into the cluster's network: API server, MinIO, registry and pods are reachable in
-        the block, and nothing else.
+        """Move the calling thread into the cluster's network namespace during the block. The API server, MinIO, the
+        registry and pods can be reached there, and no other network.
 
-        Threads and programs started in the block are inside too, and stay there.
+        Threads and programs that start during the block are also inside, and stay inside after the block.
         """
         with self.namespaces.network():
             yield
@@ -151,7 +158,8 @@ class Cluster:
     def popen(
         self, argv: Sequence[str | Path], *, environment: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[Any]:
-        """Start a program inside the namespaces, with KUBECONFIG set; it ends with the cluster at the latest."""
+        """Start a program inside the cluster's namespaces, with KUBECONFIG set. The program is killed when the cluster
+        ends."""
         variables = {**self._environment(os.environ), **(environment or {})}
         return subprocess.Popen(self.namespaces.command([str(argument) for argument in argv]), env=variables, **options)
 
@@ -164,11 +172,11 @@ class Cluster:
         timeout: float = 120,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program inside the namespaces to its end and return what it printed.
+        """Run a program inside the cluster's namespaces, wait for its end, and return its output.
 
         Raises:
-            ClusterError: it failed (with what it printed), unless ``check`` is False, or took longer than ``timeout``
-            seconds.
+            ClusterError: the program failed and ``check`` is True, or the program took longer than ``timeout`` seconds.
+            The message holds the program's output.
         """
         source = subprocess.PIPE if stdin is not None else subprocess.DEVNULL
         pipes = {"stdin": source, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -183,20 +191,21 @@ class Cluster:
         return subprocess.CompletedProcess(list(argv), process.returncode, output, errors)
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout: float = 60) -> str:
-        """Run kubectl as administrator and return its output."""
+        """Run kubectl as the cluster's administrator and return its standard output."""
         return self.run([self.layout.programs / "kubectl", *arguments], stdin=stdin, timeout=timeout).stdout
 
     def helm(self, *arguments: str, stdin: str | None = None, timeout: float = 300) -> str:
-        """Run helm as administrator and return its output."""
+        """Run helm as the cluster's administrator and return its standard output."""
         return self.run([self.layout.programs / "helm", *arguments], stdin=stdin, timeout=timeout).stdout
 
     def second_node(self, *, reserved: bool = True) -> SecondNode:
-        """Start a second node and wait until pods can be placed on it; ``stop()`` switches it off again.
+        """Start a second node and wait until pods can be placed on the node. ``SecondNode.stop()`` ends the node.
 
-        ``reserved``: only pods with ``second_node.TOLERATION`` go there, so that it disturbs no other test.
+        With ``reserved`` the node takes only pods with ``second_node.TOLERATION``, so that pods of other tests are not
+        placed on the node.
 
         Raises:
-            ClusterError: it did not come up; the message says why.
+            ClusterError: the node did not start; the message says why.
         """
         around = Surroundings(
             self.layout, self._credentials, self._api, self.namespaces, self.run, self._cgroup, self._base_environment()
@@ -207,7 +216,8 @@ class Cluster:
         return added
 
     def import_image(self, image: oci.Image, namespaces: Namespaces | None = None) -> None:
-        """Put a small image on the first node, or into the containerd of other ``namespaces``, without pulling."""
+        """Put a small image into containerd of the first node, or of the node with ``namespaces``, without a
+        registry."""
         handle, archive = tempfile.mkstemp(suffix=".tar", dir=self.layout.temporary)
         os.close(handle)
         try:
@@ -226,14 +236,14 @@ class Cluster:
             raise ClusterError(f"importing {image.name}: {done.stdout}{done.stderr}")
 
     def get(self, *arguments: str) -> Any:
-        """Return what ``kubectl get ... --output=json`` says."""
+        """Return the parsed JSON of ``kubectl get ... --output=json``."""
         return json.loads(self.kubectl("get", *arguments, "--output=json"))
 
     def stop(self) -> None:
-        """End everything and wait until no trace is left.
+        """End the cluster and wait until its processes, cgroups, mounts and state folder are gone.
 
         Raises:
-            ClusterError: something is left; the message says what.
+            ClusterError: something of the cluster is left on the machine; the message says what.
         """
         watcher, self._watcher = self._watcher, None
         if watcher is None:
@@ -241,7 +251,7 @@ class Cluster:
         if watcher.stdin is None:
             raise ValueError("the watcher is started with a pipe")
         watcher.stdin.close()
-        watcher.stdin = None  # so that communicate() does not flush it
+        watcher.stdin = None  # communicate() would otherwise flush the closed pipe and raise ValueError.
         try:
             _, errors = watcher.communicate(timeout=STOP_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired as error:
@@ -251,7 +261,7 @@ class Cluster:
         if watcher.returncode != 0:
             raise ClusterError(f"ending the cluster failed:\n{errors.decode(errors='replace')}")
 
-    # How it comes up
+    # Start of the cluster
 
     def _bring_up(self, programs: Mapping[str, Path], *, with_node: bool, flags: Mapping[str, Sequence[str]]) -> None:
         self.layout.create()
@@ -279,7 +289,8 @@ class Cluster:
             self._start("scheduler", "kubelet", "coredns")
         with self.enter():
             addons.apply_objects(self._api, self._credentials)
-            # A controller that starts before its kind is served looks for it again only 10 s later.
+            # The CRD is created before the training-operator starts, because a controller whose kind is not served
+            # tries again only 10 s later.
             wait_for(
                 "the PyTorchJob CRD", lambda: addons.crd_established(self._api), 30, evidence=self._log("api-server")
             )

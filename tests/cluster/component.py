@@ -1,5 +1,5 @@
-"""One program of the cluster: started inside its namespaces, with a log of its own, stopped and started again by
-tests that need it to fail."""
+"""One program of a cluster, such as etcd or the kubelet. The program runs inside the cluster's namespaces and writes a
+log file of its own. Tests stop, freeze and restart components to cause failures."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.cluster.waiting import ClusterError, tail, wait_for
 
 @dataclass
 class Component:
-    """A program, its log file, and how to see that it serves.
+    """A program with its command line, its log file and a check of readiness.
 
-    ``ready`` is asked from inside the network namespace and answers without raising.
+    ``ready`` is called from inside the network namespace, returns whether the program serves, and never raises.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Component:
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
-        """Start the program; ``wait_ready`` waits for it."""
+        """Start the program without waiting. ``wait_ready`` waits until the program serves."""
         if self.running:
             raise ClusterError(f"{self.name} is already running")
         with self.log.open("ab") as log:
@@ -41,7 +41,8 @@ class Component:
                 stdout=log,
                 stderr=log,
                 env=dict(self.environment),
-                # Ctrl-C in a terminal is for the owner, who then ends the cluster in order.
+                # A session of its own keeps Ctrl-C in a terminal away from the program, because the cluster's owner
+                # ends all programs in order.
                 start_new_session=True,
             )
 
@@ -51,17 +52,17 @@ class Component:
 
     @property
     def pid(self) -> int:
-        """The id of the program itself, as the machine counts (``nsenter`` is its parent)."""
+        """The program's process id in the machine's PID namespace. ``nsenter`` is the parent process of the program."""
         if self._process is None:
             raise ClusterError(f"{self.name} was not started")
         wrapper = self._process.pid
         return wait_for(f"{self.name} to have a process", lambda: children(wrapper), 10, evidence=self.evidence)[0]
 
     def wait_ready(self) -> None:
-        """Wait until it serves.
+        """Wait until the program serves.
 
         Raises:
-            ClusterError: with the end of the log, when it ends early or is not ready in time.
+            ClusterError: the program ended or was not ready in time; the message holds the end of the log.
         """
 
         def ready() -> bool:
@@ -74,10 +75,10 @@ class Component:
         wait_for(f"{self.name} to be ready", ready, self.ready_timeout, evidence=self.evidence, interval=0.2)
 
     def stop(self, signal_number: int = signal.SIGKILL, timeout: float = 30) -> None:
-        """End the program with a signal and wait until it is gone.
+        """Send a signal to the program and wait until the program has ended.
 
-        SIGKILL unless told otherwise, because a cluster is thrown away, and because an API server that is asked
-        kindly waits for its open watches.
+        The default is SIGKILL because the cluster's data is thrown away anyway, and because an API server that receives
+        SIGTERM first waits for its open watches.
         """
         if self._process is None or not self.running:
             return
@@ -86,19 +87,19 @@ class Component:
         wait_for(f"{self.name} to end after signal {signal_number}", lambda: process.poll() is not None, timeout)
 
     def freeze(self) -> None:
-        """Stop it with SIGSTOP: it does nothing, and its connections stay."""
+        """Pause the program with SIGSTOP. The program does nothing, and its network connections stay open."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let it go on; also ``nsenter``, which stops with the program that it waits for: the cluster could not end,
-        because nobody would wait for the killed program."""
+        """Let a frozen program go on with SIGCONT. ``nsenter``, which stopped together with the program, must also go
+        on, because it has to reap the program when the cluster ends."""
         frozen = self.pid
         if self._process is not None:
             os.kill(self._process.pid, signal.SIGCONT)
         os.kill(frozen, signal.SIGCONT)
 
     def restart(self) -> None:
-        """Kill it, start it again, and wait until it serves."""
+        """Kill the program, start it again, and wait until it serves."""
         self.stop()
         self.start()
         self.wait_ready()

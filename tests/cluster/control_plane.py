@@ -1,4 +1,4 @@
-"""Command lines of etcd, the API server, the controller manager and the scheduler."""
+"""The command lines of etcd, the API server, the controller manager and the scheduler, which `cluster.py` starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def etcd(layout: Layout) -> list[str]:
         f"--listen-peer-urls={peers}",
         f"--initial-advertise-peer-urls={peers}",
         f"--initial-cluster=default={peers}",
-        # The data lives as long as the machine is up.
+        # A test cluster's data need not survive a crash of the machine, so that etcd may skip fsync.
         "--unsafe-no-fsync",
         "--log-level=warn",
     ]

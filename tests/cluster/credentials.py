@@ -1,4 +1,5 @@
-"""Who may speak as whom: the certificates of every program of one cluster, and the kubeconfig files made of them."""
+"""The certificates of every program of one cluster, and the kubeconfig files that hold the certificates. `cluster.py`
+calls `issue` once for each cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ ADMINISTRATORS = "system:masters"
 
 @dataclass(frozen=True)
 class Credentials:
-    """All pairs of one cluster."""
+    """All key pairs and kubeconfig files of one cluster."""
 
     authority: Pair
     service_accounts: Pair
@@ -23,19 +24,19 @@ class Credentials:
     api_server: Pair
     api_server_to_kubelet: Pair
     aggregation: Pair
-    # Serving certificates of the kubelets by node.
+    # Serving certificates of the kubelets, by the name of the node.
     kubelet_servers: dict[str, Pair]
     webhook: Pair
-    # Kubeconfig files by program.
+    # Kubeconfig files by program, for example ``"scheduler"``.
     kubeconfigs: dict[str, Path]
 
     def kubelet_config(self, node: NodePlace) -> Path:
-        """The kubeconfig of a node's kubelet."""
+        """Return the path of the kubeconfig of the node's kubelet."""
         return self.kubeconfigs[_kubelet_name(node)]
 
 
 def issue(layout: Layout) -> Credentials:
-    """Make a new authority and everything that it signs."""
+    """Make a new certificate authority, sign all certificates of a cluster, and write the kubeconfig files."""
     authority = Authority(layout.certificates)
     administrator = authority.issue("administrator", "administrator", organizations=[ADMINISTRATORS])
     clients = {
@@ -91,7 +92,8 @@ def _kubelet_client(authority: Authority, node: NodePlace) -> Pair:
 
 
 def _kubeconfig(layout: Layout, name: str, authority: Pair, client: Pair) -> Path:
-    """Write a kubeconfig that holds all it needs, as JSON, which is YAML too."""
+    """Write a kubeconfig with all certificates inlined and return its path. The content is JSON, which every YAML
+    parser reads."""
     content = {
         "apiVersion": "v1",
         "kind": "Config",

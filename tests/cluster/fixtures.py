@@ -1,7 +1,8 @@
-"""The fixture ``cluster`` for pytest: one cluster for the whole session, started when the first test asks for it.
+"""The pytest fixture ``cluster``: one cluster for the whole test session, which starts when the first test asks for the
+fixture.
 
-A ``conftest.py`` makes it known with ``from tests.cluster.fixtures import cluster  # noqa: F401``. Without root the
-tests that ask for it are skipped.
+A ``conftest.py`` imports the fixture by ``from tests.cluster.fixtures import cluster  # noqa: F401``. Without root,
+tests that ask for the fixture are skipped.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from tests.cluster.cluster import Cluster, unusable_because
 
 
 def started() -> Iterator[Cluster]:
-    """Yield a running cluster and end it; skip where none can run. The body of a fixture."""
+    """Start a cluster, yield it, and end it afterwards. Skip the test if the machine can't run a cluster. Fixtures use
+    this generator as their body."""
     reason = unusable_because()
     if reason:
-        # A cluster needs root and namespaces of its own: without them a developer still runs all other tests.
+        # A cluster needs root and namespaces of its own. A developer without root can still run all other tests.
         pytest.skip(reason)
     with Cluster.start() as running:
         yield running
@@ -25,5 +27,5 @@ def started() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A running cluster, shared by all tests of the session: use a namespace of your own."""
+    """A running cluster, which all tests of the session share. A test creates a Kubernetes namespace of its own."""
     yield from started()

@@ -1,9 +1,9 @@
-"""The project's images without a container engine: base image by debootstrap, Dockerfiles by buildah, result in the
-cluster's registry.
+"""Build the project's images without a container engine and put them into the storage of the clusters' registry. The
+base image is made by debootstrap, and the Dockerfiles are built by buildah.
 
-``ensure`` returns the reference that a pod names. It is made of a hash of everything that goes into the image, so
-what is unchanged is neither built nor pushed again, by any later cluster: the registry's storage lies in the cache
-folder.
+``ensure`` returns the reference that a pod spec names. The tag is a hash of all content of the image, so that an
+unchanged image is not built or pushed again. Later clusters find the image because the registry's storage is in the
+cache folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ IGNORED = {"__pycache__", ".git"}
 
 @dataclass(frozen=True)
 class Image:
-    """An image by its name in the registry, its Dockerfile, and the folder that the Dockerfile copies from."""
+    """An image: its name in the registry, its Dockerfile, and the build context from which the Dockerfile copies
+    files."""
 
     name: str
     dockerfile: Path
@@ -42,10 +43,11 @@ ALL = (OPERATOR, TRAINER)
 
 
 def ensure(image: Image) -> str:
-    """Return the image's reference inside a cluster, after building and pushing it if its content is new.
+    """Return the image's reference inside a cluster. The image is built and pushed first if no image with the same
+    content was pushed before.
 
     Raises:
-        ClusterError: the Dockerfile is not there, or a step of it failed (with the end of the log).
+        ClusterError: the Dockerfile does not exist, or a build step failed. The message holds the end of the build log.
     """
     if not image.dockerfile.exists():
         raise ClusterError(f"{image.dockerfile} is not there: nothing to build {image.name} from")
@@ -66,7 +68,7 @@ def ensure(image: Image) -> str:
 
 
 def content_key(image: Image) -> str:
-    """Return a hash of the base image, the Dockerfile, and all files it copies."""
+    """Return a hash of the base image's recipe, the Dockerfile, and all files that the Dockerfile copies."""
     text = image.dockerfile.read_text()
     digest = hashlib.sha256(f"{base_key()}\0{text}\0".encode())
     for source in copied_sources(text):
@@ -92,7 +94,7 @@ def copied_sources(dockerfile: str) -> list[str]:
 
 
 def _files(context: Path, source: str) -> Iterable[Path]:
-    """Return the files that ``source``, a path or pattern, stands for, in a fixed order."""
+    """Yield the files that ``source``, a path or a glob pattern, matches in ``context``, in a fixed order."""
     matches = sorted(context.glob(source.strip("/"))) if source.strip("/.") else [context]
     if not matches:
         raise ClusterError(f"a Dockerfile copies {source}, which is not in {context}")

@@ -1,8 +1,8 @@
-"""The first process inside a cluster's namespaces: it lays out network and mounts, then collects orphans until it is
-killed.
+"""The first process inside a cluster's namespaces. The process configures network and mounts and then reaps orphaned
+processes until it is killed.
 
-Run by the watcher under ``unshare``, as ``python -m tests.cluster.init STATE_FOLDER``. Everything it changes is the
-cluster's own and goes when it ends.
+`watcher.py` starts the process under ``unshare`` as ``python -m tests.cluster.init STATE_FOLDER``. All changes are
+inside the cluster's namespaces and vanish when the process ends.
 """
 
 from __future__ import annotations
@@ -34,24 +34,26 @@ def main() -> None:
 
 
 def network() -> None:
-    """Lay out loopback and pod bridge; no route leads out of the namespace."""
+    """Configure the loopback interface and the pods' bridge. No route leads out of the network namespace."""
     run("ip", "link", "set", "lo", "up")
-    # The API server listens on the address of the Service "kubernetes" itself, and CoreDNS on its own: no kube-proxy.
+    # No kube-proxy runs. The address of the Service "kubernetes" and CoreDNS's address are therefore addresses of the
+    # loopback interface, on which the API server and CoreDNS listen.
     for address in (SERVICE_ADDRESS, DNS_ADDRESS):
         run("ip", "address", "add", f"{address}/32", "dev", "lo")
-    # With an address of its own: a bridge takes the lowest of its ports' instead, which changes as pods come and go,
-    # and then all pods talk to the old one until their neighbour caches expire, for half a minute.
+    # The bridge gets a fixed MAC address. Without one, a bridge takes the lowest MAC address of its ports, which
+    # changes as pods start and end. Pods would then send to the old address for half a minute, until their neighbour
+    # caches expire.
     run("ip", "link", "add", BRIDGE, "address", BRIDGE_MAC, "type", "bridge")
     run("ip", "address", "add", f"{HOST_ADDRESS}/{POD_PREFIX_LENGTH}", "dev", BRIDGE)
     run("ip", "link", "set", BRIDGE, "up")
-    # Other service addresses fail at once instead of timing out.
+    # With this route a connection to any other Service address fails at once instead of timing out.
     run("ip", "route", "add", "blackhole", SERVICE_NETWORK)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
 
 
 def mounts(layout: Layout) -> None:
-    """Put the cluster's own folders over those of the machine that kubelet and containerd write to."""
-    # Where the link leads is asked before /run, which it may lead to, disappears.
+    """Mount the cluster's own folders over the machine's folders to which the kubelet and containerd write."""
+    # The link is resolved first, because /etc/resolv.conf may be a link into /run, which the next mount hides.
     resolver = Path("/etc/resolv.conf").resolve()
     for own, place in ((layout.var_lib, "/var/lib"), (layout.var_log, "/var/log")):
         own.mkdir(exist_ok=True)
@@ -64,19 +66,19 @@ def mounts(layout: Layout) -> None:
 
 
 def collect_orphans() -> None:
-    """Wait for the processes whose parents have ended, for ever."""
+    """Reap processes whose parents have ended, without end."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while True:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:
-            pass  # nobody to wait for just now
+            pass  # There is no child process at the moment.
         signal.sigtimedwait({signal.SIGCHLD}, 1)
 
 
 def run(*argv: str) -> None:
-    """Run a program, or end this one with what it complained about."""
+    """Run a program. If the program fails, end this process with the program's error output."""
     done = subprocess.run(argv, text=True, capture_output=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(argv)}: {done.stderr.strip()}")

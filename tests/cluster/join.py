@@ -1,7 +1,8 @@
-"""The process that holds a second node's namespaces: it joins them to the cluster's network, lays out the mounts, then
-waits until it is killed.
+"""The process that holds the namespaces of a second node. The process connects the node to the cluster's network, makes
+the node's mounts, and then waits until it is killed.
 
-Run as ``unshare --net --mount -- python -m tests.cluster.join STATE_FOLDER`` inside the cluster's namespaces.
+`second_node.py` starts the process inside the cluster's namespaces as ``unshare --net --mount -- python -m
+tests.cluster.join STATE_FOLDER``.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ def main() -> None:
 
 
 def leave_the_first_node() -> None:
-    """Let go of the mounts of the first node's pods, which this namespace began with."""
+    """Unmount the mounts of the first node's pods, which the new mount namespace has inherited."""
     for place in ("/var/lib", "/var/log", "/run"):
         run("umount", "--recursive", "--lazy", place)
 
 
 def network() -> None:
-    """Plug a cable into the first node's bridge; the pods of each node reach the other's through their nodes."""
-    # What happens on the first node happens in the network of the cluster's first process.
+    """Connect the node to the first node's bridge by a veth pair. The pods of one node reach the pods of the other node
+    through routes between the nodes."""
+    # The commands of the first node run in the network namespace of the cluster's first process.
     first_node = ("nsenter", "--net=/proc/1/ns/net", "--")
     cable = ("link", "add", SECOND_NODE_LINK, "type", "veth", "peer", "name", CABLE_END, "netns", str(os.getpid()))
     run(*first_node, "ip", *cable)
@@ -52,7 +54,7 @@ def network() -> None:
     run("ip", "address", "add", f"{SECOND_NODE.address}/{POD_PREFIX_LENGTH}", "dev", CABLE_END)
     run("ip", "link", "set", CABLE_END, "up")
     run("ip", "route", "add", SERVICE_NETWORK, "via", HOST_ADDRESS)
-    # A node that was there before under this name has left its route behind.
+    # An earlier second node may have left a route behind, so that `replace` is needed instead of `add`.
     run(*first_node, "ip", "route", "replace", SECOND_NODE.pod_network, "via", SECOND_NODE.address)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
 

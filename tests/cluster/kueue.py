@@ -1,10 +1,9 @@
-"""Does to PyTorchJobs what Kueue does to them, and nothing else: its webhook suspends them as they are created, its
-controller admits and evicts them. Kueue itself would need its CRDs, quotas and a queue; what the operator has to live
-with is these writes.
+"""Imitate what Kueue does to PyTorchJobs, without a Kueue. The webhook suspends new jobs, and the controller admits and
+evicts jobs. A real Kueue would need its CRDs, quotas and a queue, while the operator only sees these writes.
 
-By Kueue 0.19: the webhook sets `runPolicy.suspend` of a job with a queue's label; admission sets it to false and merges
-what the flavor asks for into every template; eviction takes the templates back as they were and suspends. Each is one
-update of the whole object.
+The behaviour is that of Kueue 0.19. The webhook sets `runPolicy.suspend` of a job with a queue label. Admission sets
+`runPolicy.suspend` to false and merges the flavor's node selector and tolerations into every pod template. Eviction
+restores the pod templates and suspends the job. Each step is one update of the whole object.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class PodSetInfo:
-    """What admission merges into a template: the flavor's, and Kueue's own labels and annotations."""
+    """What admission merges into a pod template: the node selector and tolerations of the flavor, and Kueue's own
+    labels and annotations."""
 
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: Sequence[Mapping[str, str]] = ()
@@ -42,21 +42,21 @@ class PodSetInfo:
 
 
 class Kueue:
-    """The webhook and the controller of one namespace."""
+    """Kueue's controller for the PyTorchJobs of one namespace."""
 
     def __init__(self, cluster: Cluster, namespace: str) -> None:
-        """Act in ``namespace`` only."""
+        """Admit and evict PyTorchJobs of ``namespace``."""
         self._cluster = cluster
         self._namespace = namespace
         self._originals: dict[str, Manifest] = {}
 
     def get(self, name: str) -> Manifest:
-        """Return a PyTorchJob as it is stored."""
+        """Return a PyTorchJob as the API server stores it, with its managed fields."""
         found: Manifest = self._cluster.get("pytorchjob", name, "-n", self._namespace, "--show-managed-fields")
         return found
 
     def admit(self, name: str, info: PodSetInfo) -> Manifest:
-        """Give the job its place; returns what the API server stored."""
+        """Admit the job: merge ``info`` into its pod templates and set `suspend` to false. Return the stored object."""
         job = self.get(name)
         self._originals[name] = copy.deepcopy(job["spec"]["pytorchReplicaSpecs"])
         for replica in job["spec"]["pytorchReplicaSpecs"].values():
@@ -65,19 +65,21 @@ class Kueue:
         return self._update(job)
 
     def evict(self, name: str) -> Manifest:
-        """Take the place away again; returns what the API server stored."""
+        """Evict the job: restore its pod templates and set `suspend` to true. Return the stored object."""
         job = self.get(name)
         job["spec"]["pytorchReplicaSpecs"] = self._originals.pop(name)
         job["spec"]["runPolicy"]["suspend"] = True
         return self._update(job)
 
     def is_active(self, name: str) -> bool:
-        """Whether pods of the job run, as Kueue reads it: it re-admits a job only when none does."""
+        """Return whether the job's status counts active pods. Kueue admits an evicted job again only when no pod is
+        active."""
         replicas = self.get(name).get("status", {}).get("replicaStatuses") or {}
         return any(status.get("active") for status in replicas.values())
 
     def _update(self, job: Manifest) -> Manifest:
-        """Replace the object, guarded by its resourceVersion: a conflict is the caller's to see."""
+        """Replace the object and return the stored object. The object's resourceVersion makes a conflict an error,
+        which the caller sees."""
         job.pop("status", None)
         job["metadata"].pop("managedFields", None)
         arguments = ("replace", "-f", "-", f"--field-manager={FIELD_MANAGER}", "--output=json")
@@ -86,7 +88,7 @@ class Kueue:
 
 
 def _merge(template: Manifest, info: PodSetInfo) -> None:
-    """Merge ``info`` into a template; a key that has another value already is a conflict."""
+    """Merge ``info`` into a pod template. A key that already has another value raises ValueError."""
     metadata, spec = template.setdefault("metadata", {}), template["spec"]
     for place, name, added in (
         (metadata, "labels", info.labels),
@@ -130,7 +132,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers AdmissionReviews."""
+    """Answers the API server's AdmissionReview requests."""
 
     def do_POST(self) -> None:
         review = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -142,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Requests are no news."""
+        """Log nothing, because the base class would log every request to standard error."""
 
 
 def _answer(review: Manifest) -> Manifest:

@@ -1,7 +1,6 @@
-"""Where everything of a cluster lies: the folders below its state folder, and the addresses inside its network
-namespace.
+"""The folders and files below a cluster's state folder, and the addresses inside the cluster's network namespace.
 
-The addresses are the same in every cluster, because each has a network of its own.
+The addresses are the same in every cluster, because each cluster has a network namespace of its own.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from pathlib import Path
 
 BRIDGE = "cni0"
 BRIDGE_MAC = "0a:58:0a:f4:00:01"
-"""Locally administered; its last four bytes are HOST_ADDRESS."""
+"""A locally administered MAC address, whose last four bytes are `HOST_ADDRESS`."""
 POD_NETWORK = "10.244.0.0/24"
 POD_PREFIX_LENGTH = 24
 CLUSTER_PODS = "10.244.0.0/16"
-"""The pods of every node."""
-# The machine as the pods see it; API server, MinIO and the registry listen here.
+"""The network of the pods of all nodes."""
+# The address of the machine as pods see it. The API server, MinIO and the registry listen on this address.
 HOST_ADDRESS = "10.244.0.1"
 
 SERVICE_NETWORK = "10.96.0.0/16"
@@ -51,23 +50,24 @@ CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 
 @dataclass(frozen=True)
 class NodePlace:
-    """A node's name, and where it and its pods lie in the network."""
+    """A node's name, and the addresses of the node and of its pods."""
 
     name: str
     address: str
-    """Of the kubelet."""
+    """Address of the node's kubelet, for example ``"10.244.0.1"``."""
     pod_network: str
     gateway: str
-    """Of the pods, on the node's own bridge."""
+    """Address of the node's own bridge, which is the default gateway of the node's pods."""
     last_pod: str
-    """Highest address that a pod gets."""
+    """Highest address that a pod of the node gets."""
 
 
-# The addresses above its pods' are free for machines beside the bridge: the second node's is one.
+# The addresses above `last_pod` are free for machines that are connected to the first node's bridge. The second node
+# has one of these addresses.
 FIRST_NODE = NodePlace("node-1", HOST_ADDRESS, POD_NETWORK, HOST_ADDRESS, "10.244.0.239")
 SECOND_NODE = NodePlace("node-2", "10.244.0.240", "10.244.1.0/24", "10.244.1.1", "10.244.1.239")
 SECOND_NODE_LINK = "node-2"
-"""The bridge's end of the cable to the second node."""
+"""Name of the network interface that connects the first node's bridge to the second node."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Layout:
 
     @property
     def logs(self) -> Path:
-        """One file per program."""
+        """Folder with one log file for each program."""
         return self.state / "logs"
 
     @property
@@ -91,75 +91,76 @@ class Layout:
 
     @property
     def config(self) -> Path:
-        """Configuration files of the programs."""
+        """Folder with the configuration files of the programs."""
         return self.state / "config"
 
     @property
     def audit_policy(self) -> Path:
-        """What the API server records: see `audit`."""
+        """File with the audit policy, which says what the API server records; see `audit.py`."""
         return self.config / "audit-policy.json"
 
     @property
     def audit_log(self) -> Path:
-        """The API server's record of requests, one JSON object a line."""
+        """The API server's audit log, with one JSON object in each line."""
         return self.logs / "audit.log"
 
     @property
     def temporary(self) -> Path:
-        """TMPDIR of the programs."""
+        """Folder that the programs get as TMPDIR."""
         return self.state / "tmp"
 
     @property
     def var_lib(self) -> Path:
-        """Mounted over /var/lib: the kubelet's and containerd's data."""
+        """Folder that is mounted over /var/lib and holds the kubelet's and containerd's data."""
         return self.state / "var-lib"
 
     @property
     def var_log(self) -> Path:
-        """Mounted over /var/log: the pods' logs."""
+        """Folder that is mounted over /var/log and holds the pods' logs."""
         return self.state / "var-log"
 
     @property
     def second_node(self) -> Layout:
-        """Folders of the second node's own, laid out as these."""
+        """The layout of the second node's folders, whose names are the same as those of a cluster."""
         return Layout(self.state / SECOND_NODE.name)
 
     @property
     def resolver(self) -> Path:
-        """Mounted over /etc/resolv.conf."""
+        """File that is mounted over /etc/resolv.conf."""
         return self.state / "resolv.conf"
 
     @property
     def namespaces_ready(self) -> Path:
-        """Exists once the first process has laid out network and mounts."""
+        """Empty file that the cluster's first process creates once network and mounts are configured."""
         return self.state / "namespaces-ready"
 
     @property
     def init_pid(self) -> Path:
-        """Holds the id of the cluster's first process, as the machine counts."""
+        """File with the process id, in the machine's PID namespace, of the cluster's first process."""
         return self.state / "init.pid"
 
     @property
     def owner_pid(self) -> Path:
-        """Holds the id of the process that the cluster belongs to."""
+        """File with the process id of the program that started the cluster."""
         return self.state / "owner.pid"
 
     @property
     def kept_up(self) -> Path:
-        """Exists when a person keeps the cluster up, rather than a test run."""
+        """Empty file that exists if the command `up` started the cluster, and does not exist in a test run."""
         return self.state / "kept-up"
 
     @property
     def programs(self) -> Path:
-        """kubectl and helm, for the PATH."""
+        """Folder with links to kubectl and helm, which is on the PATH inside the cluster."""
         return self.state / "programs"
 
     @property
     def enter_script(self) -> Path:
-        """Runs its arguments inside the cluster, with KUBECONFIG set and kubectl and helm on the PATH."""
+        """Shell script that runs its arguments inside the cluster, with KUBECONFIG set and kubectl and helm on the
+        PATH."""
         return self.state / "enter"
 
     def create(self) -> None:
-        """Make the folders."""
+        """Create the folders that the programs of a cluster or node need."""
         for folder in (self.logs, self.certificates, self.kubeconfigs, self.config, self.temporary):
             folder.mkdir(parents=True, exist_ok=True)

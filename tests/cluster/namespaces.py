@@ -1,4 +1,4 @@
-"""Entering a cluster's network, mount and PID namespaces, as a program or as one thread of this process."""
+"""Enter a cluster's network, mount and PID namespaces, either with a new program or with one thread of this process."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Namespaces:
-    """The namespaces of the process ``pid``, the first process of a cluster."""
+    """The network, mount and PID namespaces of the process ``pid``, which is the first process of a cluster or node."""
 
     pid: int
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """Return the command that runs ``argv`` inside all three; it ends with the cluster, whoever started it."""
+        """Return the command that runs ``argv`` inside the network, mount and PID namespaces. The kernel kills the
+        program when the cluster ends."""
         return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--pid", "--", *argv]
 
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
-        """Put the calling thread, and the threads and programs it starts meanwhile, into the network namespace."""
+        """Move the calling thread into the network namespace during the block. Threads and programs that start during
+        the block are inside too."""
         with (
             Path("/proc/thread-self/ns/net").open("rb") as before,
             Path(f"/proc/{self.pid}/ns/net").open("rb") as inside,
@@ -46,22 +48,23 @@ def _setns(descriptor: int) -> None:
 
 
 def die_with_parent(signal_number: int) -> None:
-    """Ask the kernel to send this process ``signal_number`` when its parent ends."""
+    """Ask the kernel to send ``signal_number`` to this process when its parent process ends."""
     if _libc.prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
 def children(pid: int) -> list[int]:
-    """Return the process ids of the living children of ``pid``."""
+    """Return the ids of the child processes of ``pid`` that have not ended."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            # The name, in parentheses, may hold anything; after it come the state and the parent.
+            # The name of the program is in parentheses and may hold any character. The state and the parent's id follow
+            # it.
             state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
+            continue  # The process ended during the loop.
         if int(parent) == pid and state != "Z":
             found.append(int(entry.name))
     return found

@@ -1,4 +1,4 @@
-"""A node: configuration and command lines of containerd, the kubelet and the device plugin."""
+"""The configuration files and command lines of a node's programs: containerd, the kubelet and the device plugin."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def _pod_network(place: NodePlace) -> dict[str, object]:
 def kubelet(
     layout: Layout, place: NodePlace, kubeconfig: Path, authority: Pair, server: Pair, cgroup: str, *, taint: str = ""
 ) -> list[str]:
-    """Return the command of a node's kubelet, whose pods lie below ``cgroup``; ``taint`` keeps other pods away."""
+    """Return the command of a node's kubelet, which puts the pods' cgroups below ``cgroup``. ``taint`` keeps pods
+    without the matching toleration away."""
     config = layout.config / "kubelet.json"
     config.write_text(json.dumps(_kubelet_config(layout, authority, server, cgroup), indent=2))
     labels = ",".join(f"{name}={value}" for name, value in NODE_LABELS.items())
@@ -125,9 +126,10 @@ def _kubelet_config(layout: Layout, authority: Pair, server: Pair, cgroup: str) 
         "clusterDNS": [DNS_ADDRESS],
         "clusterDomain": CLUSTER_DOMAIN,
         "resolvConf": str(layout.resolver),
-        # Devices show up in the node's status with the next update of it.
+        # The short interval makes the devices appear in the node's status soon, because the kubelet adds devices with
+        # its next update of the status.
         "nodeStatusUpdateFrequency": "2s",
-        # The disk is the machine's own: what else fills it is no reason to evict pods.
+        # The node's disk is the machine's disk, so that files of other programs must not make the kubelet evict pods.
         "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
@@ -148,13 +150,13 @@ def device_plugin() -> list[str]:
 
 
 def is_ready(api: Api, name: str) -> bool:
-    """Whether pods can be placed on the node."""
+    """Return whether the node's condition Ready is True."""
     conditions = _status(api, name).get("conditions", [])
     return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
 
 
 def has_devices(api: Api, name: str) -> bool:
-    """Whether the device plugin's devices show in the node's status."""
+    """Return whether the node's status lists all devices of the device plugin."""
     allocatable: dict[str, str] = _status(api, name).get("allocatable", {})
     return allocatable.get(GPU_RESOURCE) == str(GPU_COUNT)
 

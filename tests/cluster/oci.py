@@ -1,5 +1,5 @@
-"""The two tiny images that every node has without pulling: ``pause``, and ``busybox`` for tests that only need some
-pod."""
+"""The two small images that every node gets without a registry: ``pause``, and ``busybox`` for tests whose pods need
+only a shell."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ BUSYBOX_COMMANDS = (
 
 @dataclass(frozen=True)
 class Image:
-    """An image of one layer: ``files`` and ``links`` by their path inside."""
+    """An image with one layer. ``files`` and ``links`` map paths inside the image to source files and link targets."""
 
     name: str
     files: Mapping[str, Path]
     links: Mapping[str, str]
     command: Sequence[str]
     is_entry_point: bool = False
-    """Arguments of a container are put behind the command, and not in its place."""
+    """Whether ``command`` becomes the image's entry point. A container's arguments then follow the command instead of
+    replacing it."""
 
 
 def pause(program: Path) -> Image:
@@ -57,7 +58,7 @@ def busybox() -> Image:
 
 
 def write_archive(image: Image, target: Path) -> None:
-    """Write ``image`` as an archive that containerd imports (the format of ``docker save``)."""
+    """Write ``image`` as a tar archive in the format of ``docker save``, which containerd can import."""
     layer = _layer(image)
     config = json.dumps(
         {

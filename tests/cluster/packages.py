@@ -1,4 +1,5 @@
-"""The few Debian packages that the cluster and the image builds need; only what is missing is installed."""
+"""Install the Debian packages that the cluster and the image builds need. A package is installed only if its program is
+missing."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from tests.cluster.progress import step
 from tests.cluster.waiting import ClusterError
 
-# Package -> a file or program that shows it is there. A machine that has the program from elsewhere needs no package.
+# The key is a package and the value is a file or program of the package. A machine that has the program from another
+# source does not need the package.
 NODE_PACKAGES: Mapping[str, str] = {
     "containerd": "containerd",
     "runc": "runc",
@@ -26,7 +28,8 @@ APT_TIMEOUT_SECONDS = 900
 
 
 def install(packages: Mapping[str, str]) -> None:
-    """Install those of ``packages`` whose program is missing."""
+    """Install those of ``packages`` whose program is missing. Raises ClusterError if the packages can't be
+    installed."""
     missing = [package for package, program in packages.items() if not _present(program)]
     if not missing:
         return

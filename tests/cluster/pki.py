@@ -1,4 +1,5 @@
-"""The cluster's keys and certificates: one authority, made anew for every cluster, that signs all of them."""
+"""The keys and certificates of one cluster. Each cluster has a certificate authority of its own, which signs all
+certificates."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-# Longer than the 90 days before its end in which a certificate counts as worn out for training-operator.
+# The training-operator replaces certificates that end within 90 days, so that the lifetime is longer.
 LIFETIME = datetime.timedelta(days=365)
 
-# The name under which training-operator looks for its authority.
+# The training-operator looks for its certificate authority by this name.
 AUTHORITY_NAME = "training-operator-ca"
 
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
@@ -24,18 +25,18 @@ PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 @dataclass(frozen=True)
 class Pair:
-    """A certificate and its key, as files."""
+    """The paths of a certificate file and its private key file."""
 
     certificate: Path
     key: Path
 
 
 class Authority:
-    """Signs certificates and writes them into ``folder``."""
+    """A certificate authority, which signs certificates and writes them into ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # RSA in the old PKCS#1 form, because training-operator's certificate rotator reads nothing else.
+        # The key is RSA in PKCS#1 form, because the training-operator's certificate rotator reads no other form.
         self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         self._name = _subject(AUTHORITY_NAME, ())
         builder = begin(self._name, self._name, self._key)
@@ -54,10 +55,11 @@ class Authority:
         hosts: Sequence[str] = (),
         old_format: bool = False,
     ) -> Pair:
-        """Sign a certificate for ``name``, good for both ends of a connection, and write it to ``<file>.crt`` and
-        ``.key``.
+        """Sign a certificate for ``name``, which clients and servers may use, and write ``<file>.crt`` and
+        ``<file>.key``.
 
-        ``hosts`` are DNS names and addresses it serves; ``old_format`` makes an RSA key in PKCS#1 form.
+        ``hosts`` are the DNS names and IP addresses of a server. ``old_format`` makes an RSA key in PKCS#1 form instead
+        of an elliptic-curve key.
         """
         key: PrivateKey = (
             rsa.generate_private_key(65537, 2048) if old_format else ec.generate_private_key(ec.SECP256R1())
@@ -74,7 +76,8 @@ class Authority:
         return self._write(file, builder.sign(self._key, hashes.SHA256()), key)
 
     def service_account_keys(self) -> Pair:
-        """Write the key that signs service-account tokens; the "certificate" is its public half."""
+        """Write the key that signs service-account tokens. The field ``certificate`` of the result is the file with the
+        public key."""
         key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         pair = Pair(self._folder / "service-account.pub", self._folder / "service-account.key")
         public = key.public_key().public_bytes(
@@ -105,7 +108,8 @@ def _subject(name: str, organizations: Sequence[str]) -> x509.Name:
 def begin(
     subject: x509.Name, issuer: x509.Name, key: PrivateKey, lifetime: datetime.timedelta = LIFETIME
 ) -> x509.CertificateBuilder:
-    """Return a certificate that is valid from five minutes ago; extensions and signature are still to come."""
+    """Return a builder of a certificate that is valid from five minutes ago. The caller adds extensions and signs the
+    certificate."""
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -119,7 +123,8 @@ def begin(
 
 
 def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    """Return what a key may be used for: a server's, or also an authority's."""
+    """Return the key usage extension of a server's certificate or, with ``signs_certificates``, of a certificate
+    authority."""
     return x509.KeyUsage(
         digital_signature=True,
         key_encipherment=True,

@@ -1,4 +1,4 @@
-"""Lines that tell a person what takes long: which step of how many, and for how many seconds it has been running."""
+"""Print progress of slow steps, such as builds, with the seconds that a step has taken so far."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ REPEAT_SECONDS = 20
 
 @contextlib.contextmanager
 def step(label: str) -> Iterator[None]:
-    """Print ``label`` when the block starts, again every 20 s with the time elapsed, and once more at its end."""
+    """Print ``label`` when the block starts, again every 20 s with the elapsed time, and once more when the block
+    ends."""
     started = time.monotonic()
     ended = threading.Event()
 
@@ -37,5 +38,5 @@ def step(label: str) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Print one line of progress to standard error, so that standard output stays for results."""
+    """Print a line to standard error, because standard output is for the results of a command."""
     print(line, file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
-"""The image registry: its storage in the cache folder, and a server on the loopback address while images are pushed
-without a cluster."""
+"""The image registry of the clusters. The storage of the registry is in the cache folder. A server on the loopback
+address runs while images are pushed without a cluster."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from tests.cluster.waiting import ClusterError, tail, wait_for
 
 
 def storage() -> Path:
-    """Where pushed images lie; every cluster's registry serves them."""
+    """Return the folder with all pushed images, which the registry of every cluster serves."""
     folder = cache_folder() / "registry"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def has_image(name: str, tag: str) -> bool:
-    """Tell whether an image was pushed completely: the link is what the registry writes last."""
+    """Return whether an image was pushed completely. The registry writes the file ``link`` after all other files."""
     return (storage() / f"docker/registry/v2/repositories/{name}/_manifests/tags/{tag}/current/link").exists()
 
 
 def command(config: Path, address: str) -> list[str]:
-    """Write the configuration and return the command of a registry that listens on ``address``."""
+    """Write the configuration file and return the command of a registry that listens on ``address``, for example
+    ``"10.244.0.1:5000"``."""
     content = {
         "version": "0.1",
         "log": {"level": "warn", "accesslog": {"disabled": True}},
@@ -44,13 +45,14 @@ def command(config: Path, address: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Server:
-    """A registry in a network namespace of its own, where the address is free and always the same."""
+    """A running registry in a network namespace of its own, in which port 5000 is always free."""
 
     namespaces: Namespaces
     address: str = "127.0.0.1:5000"
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """Return the command that runs ``argv`` where this registry is reachable, and nothing else."""
+        """Return the command that runs ``argv`` in the registry's network namespace, where no other network can be
+        reached."""
         return ["nsenter", f"--net=/proc/{self.namespaces.pid}/ns/net", "--", *argv]
 
     def serves(self) -> bool:
@@ -60,10 +62,10 @@ class Server:
 
 @contextlib.contextmanager
 def serving() -> Iterator[Server]:
-    """Serve the storage while images are pushed, without a cluster.
+    """Run a registry during the block, so that images can be pushed without a cluster.
 
-    The address is the same every time because buildah remembers by address which layers a registry has: with another
-    one, a changed line of code would push five gigabytes of dependencies again.
+    The address is always the same because buildah remembers by address which layers a registry has. With a new address,
+    buildah would push five gigabytes of dependencies again after each change of the project's code.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "registry.log"

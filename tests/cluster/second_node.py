@@ -1,8 +1,9 @@
-"""A second node, started by tests that lose one: its own network and mount namespace inside the cluster's, with a
-containerd, kubelet and device plugin of its own, joined to the first node's bridge by a cable that can be cut.
+"""A second node, for tests in which a node is lost. The node has a network and a mount namespace inside the cluster's,
+with a containerd, kubelet and device plugin of its own. A veth pair, which tests can cut, connects the node to the
+first node's bridge.
 
-``Cluster.second_node`` makes one. Its processes live in the cluster's PID namespace and its pods' cgroups below the
-cluster's, so it vanishes with the cluster, however that ends.
+``Cluster.second_node`` starts the node. The node's processes are in the cluster's PID namespace and its pods' cgroups
+are below the cluster's, so that the node always ends together with the cluster.
 """
 
 from __future__ import annotations
@@ -27,37 +28,38 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TAINT_KEY = "tests.finetune.dev/second-node"
 TAINT = f"{TAINT_KEY}=:NoSchedule"
 TOLERATION = {"key": TAINT_KEY, "operator": "Exists", "effect": "NoSchedule"}
-"""What a pod needs to be placed on a reserved second node."""
+"""The toleration that a pod needs to be placed on a reserved second node."""
 END_SECONDS = 30
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a second node needs of the cluster that it joins."""
+    """The parts of the cluster that a second node needs."""
 
     layout: Layout
     credentials: Credentials
     api: Api
     namespaces: Namespaces
-    """Of the cluster, and so of the first node."""
+    """The namespaces of the cluster, which are also those of the first node."""
     run: Callable[[list[str]], object]
-    """Runs a program in them to its end."""
+    """Runs a program inside the cluster's namespaces and waits for its end."""
     cgroup: str
     environment: Mapping[str, str]
-    """Of every program of the node."""
+    """Environment variables of every program of the node."""
 
 
 class SecondNode:
-    """A running second node; its name is that of the Node object.
+    """A second node. ``name`` is the name of its Node object.
 
-    ``components`` are its containerd, kubelet and device plugin by name: ``components["kubelet"].stop()`` kills
-    exactly that one, and leaves its pods' processes running, as on a machine whose kubelet has died.
+    ``components`` holds containerd, kubelet and device-plugin. ``components["kubelet"].stop()`` kills only the kubelet
+    and leaves the processes of the pods running, as on a machine whose kubelet has died.
     """
 
     name = SECOND_NODE.name
 
     def __init__(self, around: Surroundings, *, reserved: bool) -> None:
-        """Prepare the node. ``reserved``: only pods with ``TOLERATION`` are placed on it."""
+        """Prepare the node without starting it. With ``reserved`` only pods with ``TOLERATION`` are placed on the
+        node."""
         self._around = around
         self._reserved = reserved
         self._layout = around.layout.second_node
@@ -71,15 +73,16 @@ class SecondNode:
             {**around.environment, "PYTHONPATH": str(REPOSITORY)},
         )
         self.components: dict[str, Component] = {}
-        """Filled by ``start``: what runs inside needs the namespaces first."""
+        """The node's programs by name. ``start`` fills the dictionary, because the programs need the node's namespaces
+        first."""
 
     def start(self, import_images: Callable[[SecondNode], None]) -> None:
-        """Bring the node up and wait until pods can be placed on it.
+        """Start the node and wait until pods can be placed on the node.
 
-        ``import_images`` puts the images that every node has into its containerd.
+        ``import_images`` puts the images that every node has into the node's containerd.
 
         Raises:
-            ClusterError: a part of it did not come up; the message holds the end of its log.
+            ClusterError: a program of the node did not start; the message holds the end of its log.
         """
         self._layout.create()
         cgroups.create(self._cgroup)
@@ -96,20 +99,20 @@ class SecondNode:
 
     @property
     def namespaces(self) -> Namespaces:
-        """Network and mounts of the node."""
+        """The node's network and mount namespaces."""
         return Namespaces(self._anchor.pid)
 
     def cut_off(self) -> None:
-        """Pull the cable: nothing reaches the node or its pods any more, and all of them go on running."""
+        """Cut the network connection. The node and its pods can't be reached any more and keep running."""
         self._set_link("down")
 
     def reconnect(self) -> None:
-        """Plug the cable in again."""
+        """Restore the network connection that `cut_off` cut."""
         self._set_link("up")
 
     def stop(self) -> None:
-        """Switch the machine off: every process of the node and of its pods is killed, by its id. The Node object
-        stays, as it does when a machine is lost."""
+        """Kill every process of the node and of its pods. The Node object stays in the API server, as it does when a
+        machine is lost."""
         if not self._anchor.running:
             return
         for component in self.components.values():
@@ -122,7 +125,7 @@ class SecondNode:
         self._layout.namespaces_ready.unlink(missing_ok=True)
 
     def evidence(self) -> str:
-        """Return the ends of its logs."""
+        """Return the last lines of the logs of the node's programs."""
         return "\n".join(component.evidence() for component in (self._anchor, *self.components.values()))
 
     def _define_components(self) -> None:
@@ -154,17 +157,19 @@ class SecondNode:
         self._around.run(["ip", "link", "set", SECOND_NODE_LINK, state])
 
     def _killed(self) -> bool:
-        """Kill what is left of the node; a shim may start a process while we look, so the caller looks again."""
+        """Kill all processes of the node and return whether none was found. The caller repeats the call, because a
+        container's shim may start a process during the loop."""
         left = self.processes()
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
-                continue  # it ended while we looked
+                continue  # The process ended during the loop.
         return not left
 
     def processes(self) -> set[int]:
-        """Return the ids of what runs on the node, its pods included: all in its cgroup or its mount namespace."""
+        """Return the process ids of the node, including those of its pods: all processes in the node's cgroup or mount
+        namespace."""
         anchor = self._anchor.pid
         own = Path(f"/proc/{anchor}/ns/mnt").readlink()
         found = cgroups.processes(self._cgroup)
@@ -175,5 +180,5 @@ class SecondNode:
                 if (entry / "ns/mnt").readlink() == own:
                     found.add(int(entry.name))
             except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue  # it has ended, or belongs to somebody else
+                continue  # The process has ended, or it belongs to another user.
         return found

@@ -1,4 +1,4 @@
-"""A cluster leaves nothing behind, however its owner ends, and never meets another one."""
+"""A cluster leaves nothing on the machine, however its owner process ends, and two clusters don't see each other."""
 
 from __future__ import annotations
 
@@ -48,22 +48,23 @@ with Cluster.start(Path(sys.argv[1]), verbose=False) as cluster:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a cluster could leave behind on the machine itself."""
+    """The machine's mounts and network interfaces, which a cluster must leave unchanged."""
 
     mounts: list[str]
     interfaces: list[str]
 
     @staticmethod
     def now(own: Path) -> Machine:
-        """Look at the machine; what other tests mount in their folders at the same time is theirs, not of ``own``."""
+        """Return the mounts and interfaces of now, without the mounts that other tests make in their own temporary
+        folders. Mounts below ``own`` are included."""
         lines = [line.split(" ", 1)[1] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         mounts = [line for line in lines if "/pytest-of-" not in line or str(own) in line]
         return Machine(sorted(mounts), sorted(path.name for path in Path("/sys/class/net").iterdir()))
 
 
 def network_namespaces(processes: list[int]) -> set[str]:
-    """Return the network namespaces of those of ``processes`` that still are; what belongs to others may not be
-    looked at."""
+    """Return the network namespaces of those of ``processes`` that still run. Processes that may not be inspected are
+    left out."""
     found = set()
     for pid in processes:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
@@ -73,15 +74,15 @@ def network_namespaces(processes: list[int]) -> set[str]:
 
 @dataclass
 class Owner:
-    """A program that owns a cluster, and all the processes of that cluster."""
+    """A program that owns a cluster, together with all processes of that cluster."""
 
     process: subprocess.Popen[str]
     state: Path
     processes: list[int]
     networks: set[str]
     everyone: list[int]
-    """All processes of the machine while the cluster ran. The kernel gives the number of a namespace that is gone to
-    the next one at once: a process that began later may be in somebody else's of the same number."""
+    """All processes of the machine while the cluster ran. Processes that began later are not checked, because the
+    kernel reuses the number of a removed namespace at once."""
 
     def assert_nothing_is_left(self, before: Machine) -> None:
         wait_for("every process to end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.processes), 30)
@@ -137,7 +138,7 @@ def test_an_owner_killed_by_9_leaves_nothing_behind_of_two_nodes(tmp_path: Path)
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     before = Machine.now(tmp_path)
     with owner(tmp_path / "interrupted") as owned:
-        # A terminal sends it to the whole group.
+        # A terminal sends SIGINT to the whole process group.
         os.killpg(owned.process.pid, signal.SIGINT)
         owned.process.wait(timeout=60)
         owned.assert_nothing_is_left(before)

@@ -1,4 +1,4 @@
-"""Images are built by a Dockerfile as it stands, once per content, and the kubelet pulls and runs them."""
+"""Images are built from a Dockerfile, built only once for the same content, and pulled and run by the kubelet."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The programs the cluster is made of: pinned Go modules in ``tools/``, built once each into the cache folder.
+"""The programs of a cluster: pinned Go modules in ``tools/``, each of which is built once into the cache folder.
 
-A binary is taken from the environment variable ``FINETUNE_TOOL_<NAME>`` (``FINETUNE_TOOL_KUBE_APISERVER``), else from
-the cache, else built. Its folder in the cache is named by a hash of all that goes into it, so a changed pin is a new
-folder and an interrupted build resumes with the first binary that is missing.
+A binary is taken from the environment variable ``FINETUNE_TOOL_<NAME>``, such as ``FINETUNE_TOOL_KUBE_APISERVER``. If
+the variable is not set, the binary comes from the cache or is built. A hash of all sources of a binary names its folder
+in the cache, so that a changed pin makes a new folder. An interrupted build goes on with the first missing binary.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ BUILD_TIMEOUT_SECONDS = 1800
 
 @dataclass(frozen=True)
 class Tool:
-    """One binary.
+    """One program that is built from a Go module.
 
-    ``folder`` below ``tools/`` holds its go.mod; ``package`` is what is compiled; ``stamps_version`` puts the
-    Kubernetes version into the binary, which clients and kubelet compare; ``data`` are the files that come along
-    (CRDs), a pattern below the folder of the module at ``package``, or at ``data_from`` where ``package`` is our own.
+    ``folder`` is the folder below ``tools/`` with the go.mod file, and ``package`` is the Go package to compile.
+    ``stamps_version`` puts the Kubernetes version into the binary, because clients and kubelet compare versions.
+    ``data`` is a glob pattern of files, such as CRDs, that are copied beside the binary. The pattern is relative to the
+    module of ``package``, or of ``data_from`` where ``package`` is the project's own.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Tool:
 
     @property
     def variable(self) -> str:
-        """The environment variable that names a binary to use instead."""
+        """The environment variable that names a binary to use instead, for example ``"FINETUNE_TOOL_ETCD"``."""
         return "FINETUNE_TOOL_" + re.sub(r"\W", "_", self.name).upper()
 
     @property
@@ -53,8 +54,8 @@ class Tool:
 
     @cached_property
     def build_arguments(self) -> tuple[str, ...]:
-        """The arguments of ``go build``; static, stripped, free of paths, so that the binary depends on the pins
-        alone."""
+        """The arguments of ``go build``. The binary is static, stripped and free of paths, so that it depends only on
+        the pinned modules."""
         flags = "-s -w"
         if self.stamps_version:
             version = pinned_version("kubernetes", "k8s.io/kubernetes")
@@ -65,7 +66,7 @@ class Tool:
 
     @cached_property
     def cached(self) -> Path:
-        """Where the binary lies in the cache, whether it is built yet or not."""
+        """The binary's path in the cache. The file may not exist yet."""
         digest = hashlib.sha256(repr((self.package, self.data, self.build_arguments)).encode())
         for source in sorted(self.sources.iterdir()):
             if source.suffix in {".go", ".mod", ".sum"}:
@@ -73,10 +74,10 @@ class Tool:
         return cache_folder() / f"bin-{digest.hexdigest()[:16]}" / self.name
 
     def path(self) -> Path:
-        """Return the binary to run.
+        """Return the path of the binary to run.
 
         Raises:
-            ClusterError: it is not built yet, or the environment variable names something that is not there.
+            ClusterError: the binary is not built yet, or the environment variable names a file that can't be run.
         """
         named = os.environ.get(self.variable)
         if named:
@@ -92,7 +93,7 @@ class Tool:
         return not os.environ.get(self.variable) and not self.cached.exists()
 
     def data_files(self) -> list[Path]:
-        """Return the files that came along with the module."""
+        """Return the paths of the files that were copied beside the binary by ``data``."""
         if self.data is None:
             raise ValueError(f"{self.name} has no data files")
         found = sorted(self.cached.parent.glob(Path(self.data).name))
@@ -128,7 +129,7 @@ CERT_MANAGER = Tool(
     data="deploy/crds/cert-manager.io_*.yaml",
     data_from="github.com/cert-manager/cert-manager/pkg/controller",
 )
-"""Not among ``ALL``: one long test needs it, and has it built."""
+"""Not in ``ALL``, because only one long test needs cert-manager and builds the program itself."""
 
 ALL = (
     PAUSE,
@@ -146,11 +147,11 @@ ALL = (
 
 
 CONTROL_PLANE = (ETCD, API_SERVER, CONTROLLER_MANAGER, TRAINING_OPERATOR)
-"""What a cluster without a node runs."""
+"""The programs of a cluster without a node."""
 
 
 def pinned_version(folder: str, module: str) -> str:
-    """Return the version of ``module`` in the go.mod of ``tools/<folder>``."""
+    """Return the version of ``module`` in the file ``tools/<folder>/go.mod``, for example ``"v1.34.4"``."""
     text = (TOOLS_FOLDER / folder / "go.mod").read_text()
     found = re.search(rf"^\s*(?:require )?{re.escape(module)} (v\S+)", text, re.MULTILINE)
     if not found:
@@ -159,7 +160,7 @@ def pinned_version(folder: str, module: str) -> str:
 
 
 def build_missing(wanted: Sequence[Tool] = ALL) -> None:
-    """Build every binary of ``wanted`` that is neither named by the environment nor in the cache."""
+    """Build every binary of ``wanted`` that no environment variable names and that the cache does not hold."""
     if not any(tool.missing for tool in wanted):
         return
     with locked("build"):

@@ -1,5 +1,5 @@
-"""Bounded waiting: every wait of the cluster says what it waited for and shows the end of the log that tells why it
-did not come."""
+"""Wait for a condition with a time limit. When the time is up, the error says what was waited for and shows the end of
+a log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG_TAIL_LINES = 25
 
 
 class ClusterError(RuntimeError):
-    """Something about the cluster did not work; the message is meant for a person and complete."""
+    """A part of the cluster failed. The message is complete and written for a person."""
 
 
 def wait_for(
@@ -25,13 +25,13 @@ def wait_for(
     evidence: Callable[[], str] | None = None,
     interval: float = 0.05,
 ) -> T:
-    """Return the first truthy value of ``condition``.
+    """Call ``condition`` until its result is truthy, and return the result.
 
-    ``what`` completes the sentence "waited N s for ...". ``evidence`` is asked for the reason once the time is up.
-    ``condition`` may raise ``ClusterError`` to give up early, when it is clear that waiting on is useless.
+    ``what`` completes the sentence "waited N s for ...". ``evidence`` is called when the time is up, and its result
+    becomes part of the message. ``condition`` may raise ``ClusterError`` when further waiting is useless.
 
     Raises:
-        ClusterError: after ``timeout`` seconds.
+        ClusterError: ``condition`` did not become truthy within ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -41,12 +41,12 @@ def wait_for(
         if time.monotonic() >= deadline:
             reason = f"\n{evidence()}" if evidence else ""
             raise ClusterError(f"waited {timeout:g} s for {what}{reason}")
-        # The interval between two looks; the deadline bounds them all.
+        # The pause is the interval between two calls of `condition`. The deadline bounds the whole wait.
         time.sleep(interval)
 
 
 def tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
-    """Return the last lines of a log file, headed by its path."""
+    """Return the last lines of a log file below a line with the file's path."""
     if not log.exists():
         return f"--- {log}: does not exist"
     with log.open("rb") as file:

@@ -1,10 +1,11 @@
-"""The process that outlives a cluster's owner: it holds the namespaces, and clears everything away once the owner is
-gone.
+"""The process that removes a cluster after the cluster's owner has ended. The process also starts the cluster's
+namespaces.
 
-Run by ``Cluster`` as ``python -m tests.cluster.watcher STATE_FOLDER CGROUP OWNER_PID`` in a session of its own, so
-that neither Ctrl-C nor a closed terminal reaches it. Its standard input is a pipe that only the owner holds open: its
-end means "stop", be it closed on purpose or by ``kill -9``. Should the watcher be killed itself, the kernel ends the
-cluster's processes with it; only the state folder and empty cgroup folders stay then.
+``Cluster`` starts the process as ``python -m tests.cluster.watcher STATE_FOLDER CGROUP OWNER_PID`` in a session of its
+own, so that neither Ctrl-C nor a closed terminal reaches it. The process's standard input is a pipe that only the owner
+holds open. The end of the pipe means "stop", whether the owner closed the pipe or was killed by ``kill -9``. If the
+watcher itself is killed, the kernel kills the cluster's processes, and only the state folder and empty cgroup folders
+stay.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def start_namespaces(layout: Layout) -> subprocess.Popen[bytes]:
-    """Start the cluster's first process in new namespaces and note its id."""
+    """Start the cluster's first process in new namespaces and write its process id to `Layout.init_pid`."""
     watcher = os.getpid()
 
     def end_with_the_watcher() -> None:
@@ -78,7 +79,7 @@ def start_namespaces(layout: Layout) -> subprocess.Popen[bytes]:
 
 
 def wait_for_the_end(owner: int, process: subprocess.Popen[bytes]) -> None:
-    """Return when the owner closes the pipe or ends, or the first process ends."""
+    """Return when the owner closes the pipe or ends, or when the first process ends."""
     poll = select.poll()
     poll.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
     try:
@@ -90,14 +91,15 @@ def wait_for_the_end(owner: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def end_namespaces(process: subprocess.Popen[bytes]) -> None:
-    """Kill the first process: the kernel then kills every other one in its PID namespace, and it ends last."""
+    """Kill the first process, whereupon the kernel kills all other processes of its PID namespace. The first process is
+    the last to end."""
     for first in children(process.pid):
         os.kill(first, signal.SIGKILL)
     process.wait(timeout=30)
 
 
 def keep_logs(layout: Layout) -> None:
-    """Copy the logs to where FINETUNE_KEEP_LOGS wants them."""
+    """Copy the logs to the folder that FINETUNE_KEEP_LOGS names. Without the variable nothing is copied."""
     wanted = os.environ.get(KEEP_LOGS_VARIABLE)
     if not wanted:
         return
@@ -109,7 +111,8 @@ def keep_logs(layout: Layout) -> None:
 
 
 def remove_state(layout: Layout) -> None:
-    """Remove the state folder; the mounts of the namespaces that have just ended may hold on to it for an instant."""
+    """Remove the state folder. The call repeats, because mounts of the namespaces that have just ended may keep the
+    folder busy for a moment."""
 
     def removed() -> bool:
         shutil.rmtree(layout.state, ignore_errors=True)

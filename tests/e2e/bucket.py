@@ -1,4 +1,4 @@
-"""Reads what a run left in the bucket, as a person who distrusts the status would."""
+"""Read a run's objects directly from the bucket, so that tests can compare the objects with the job's status."""
 
 from __future__ import annotations
 
@@ -11,41 +11,45 @@ from typing import Any
 from minio import Minio
 
 from examples.demo import steps
+from finetune_core.api.job import FineTuneJob
 from finetune_core.layout import ARTIFACT_POINTER, COMMIT, MANIFEST, Manifest, parse_uri
 from tests.cluster import Cluster
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A committed checkpoint or artifact."""
+    """A committed checkpoint or artifact: its folder's key, such as ``"checkpoints/000001-000120"``, and its
+    manifest."""
 
     name: str
     manifest: Manifest
 
 
 class RunFolder:
-    """The root of one run: `<storage.uri>/<namespace>/<name>/<runId>`. Use it inside ``cluster.enter()``."""
+    """The folder of one job's runs, `<storage.uri>/<namespace>/<name>/<runId>`. Methods are called inside
+    ``cluster.enter()``."""
 
     def __init__(self, cluster: Cluster, uri: str) -> None:
-        """Look at ``uri`` with the administrator's keys."""
+        """Read the objects below ``uri`` with MinIO's administrator keys."""
         self._store: Minio = steps.object_store(cluster)
         self._root = parse_uri(uri)
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Return all keys below ``prefix``, relative to the root, sorted."""
+        """Return the keys of all objects below ``prefix``, relative to the run's folder and sorted."""
         start = self._root.key(prefix)
         found = self._store.list_objects(self._root.bucket, start, recursive=True)
         return sorted(str(entry.object_name).removeprefix(self._root.prefix + "/") for entry in found)
 
     def times(self, prefix: str = "") -> dict[str, datetime]:
-        """Return when each object below ``prefix`` was written, by its key, to the second."""
+        """Return the time at which each object below ``prefix`` was written, by the object's key. The times are whole
+        seconds."""
         start = self._root.key(prefix)
         found = self._store.list_objects(self._root.bucket, start, recursive=True)
         keys = {str(entry.object_name).removeprefix(self._root.prefix + "/"): entry.last_modified for entry in found}
         return {key: at for key, at in keys.items() if at is not None}
 
     def read(self, key: str) -> bytes:
-        """Return the bytes of an object."""
+        """Return the bytes of the object ``key``, relative to the run's folder."""
         response = self._store.get_object(self._root.bucket, self._root.key(key))
         try:
             return bytes(response.read())
@@ -54,7 +58,8 @@ class RunFolder:
             response.release_conn()
 
     def verified(self, kind: str) -> list[Folder]:
-        """Return the committed folders below ``kind`` (checkpoints, artifacts); asserts every byte of them."""
+        """Return the committed folders below ``kind`` (`checkpoints` or `artifacts`). Size and hash of every file are
+        asserted."""
         folders = []
         for key in self.keys(f"{kind}/"):
             folder, _, file = key.rpartition("/")
@@ -68,18 +73,32 @@ class RunFolder:
         return folders
 
     def runs(self) -> list[dict[str, Any]]:
-        """Return the records of all runs, in order."""
+        """Return the records of all runs, ordered by the number of the run."""
         return [json.loads(self.read(key)) for key in self.keys("runs/")]
 
     def steps_logged(self) -> list[tuple[int, int]]:
-        """Return (run, step) of every line of the step log, in order."""
+        """Return a pair (run, step) for every line of the step log, in order."""
         rows = []
         for key in self.keys("metrics/"):
             run = int(key.split("/")[-1].split("-")[0])
             rows += [(run, json.loads(line)["step"]) for line in self.read(key).splitlines()]
         return rows
 
+    def losses(self) -> dict[int, float]:
+        """Return the loss of every step. A step that was trained again has the loss of the later run."""
+        losses: dict[int, float] = {}
+        for key in self.keys("metrics/"):
+            for line in self.read(key).splitlines():
+                row = json.loads(line)
+                losses[row["step"]] = row["loss"]
+        return losses
+
     def pointer(self) -> dict[str, Any]:
-        """Return what ARTIFACT names."""
+        """Return the content of the object ARTIFACT, which names the artifact's folder and the hash of its manifest."""
         pointer: dict[str, Any] = json.loads(self.read(ARTIFACT_POINTER))
         return pointer
+
+
+def run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder:
+    """Return the folder of a job that has no `storage.runId`, so that the job's uid names the folder."""
+    return RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/{job.metadata.name}/{job.metadata.uid}")

@@ -1,5 +1,5 @@
-"""One cluster for all end-to-end tests: the operator installed by its chart from its own image, models and rows in
-MinIO. Each test has a namespace of its own, as strict as they get."""
+"""Fixtures of the end-to-end tests: one cluster with the operator from its own image and chart, and with models and
+training rows in MinIO. Each test has a namespace of its own, with the `restricted` Pod Security Standard."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from tests.e2e.tiny_model import TINY_MODEL, put_tiny_model_and_rows
 
 @pytest.fixture(scope="session")
 def operated(cluster: Cluster) -> Cluster:  # noqa: F811
-    """The cluster with the operator."""
+    """The session's cluster with the operator installed."""
     steps.install_operator(cluster, steps.chart_values())
     return cluster
 
 
 @pytest.fixture(scope="session")
 def installed(operated: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    """The cluster with the operator, a tiny model and rows of hiking-trail sentences."""
+    """The cluster with the operator installed, and with a tiny model and generated rows about hiking trails in
+    MinIO."""
     put_tiny_model_and_rows(operated, tmp_path_factory.mktemp("tiny"))
     return operated
 
 
 @pytest.fixture
 def namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A namespace of the test's own, gone afterwards."""
+    """The name of a new namespace, which is deleted after the test."""
     name = f"test-{secrets.token_hex(4)}"
     steps.make_namespace(installed, name)
     yield name
@@ -42,7 +43,8 @@ def namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[st
 
 @pytest.fixture(scope="session")
 def tiny_job() -> MakeJob:
-    """Return a function that makes a job of a few seconds from the quickstart file."""
+    """Return a function that makes the manifest of a job from the quickstart file. The job trains a tiny model for a
+    few seconds."""
 
     def make(name: str, **changes: Any) -> Manifest:
         defaults: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""Looks for the object store's key where it must not be, while the pods of a job run. Called by end-to-end tests."""
+"""Search the cluster for the object store's secret key while the pods of a job run. End-to-end tests call the
+function."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from pathlib import Path
 from tests.cluster import Cluster
 
 
-def assert_no_key_is_told(cluster: Cluster, namespace: str, child: str) -> None:
-    """The access key is in the Secret and nowhere else: objects, logs, arguments, the processes of the machine."""
+def assert_no_key_leaks(cluster: Cluster, namespace: str, child: str) -> None:
+    """Assert that the secret key is in the Secret only, and not in other objects, in logs, or in command lines and
+    trainer environments of the machine's processes."""
     secret = cluster.minio.secret_key
     forms = (secret, base64.b64encode(secret.encode()).decode())
-    # The search works: where the key belongs it is found.
+    # This assertion shows that the search works, because the Secret contains the key.
     assert forms[1] in cluster.kubectl("get", "secrets", "-n", namespace, "-o", "yaml")
     for kind in ("configmaps", "pods", "pytorchjobs", "finetunejobs", "events"):
         objects = cluster.kubectl("get", kind, "-n", namespace, "-o", "yaml")
@@ -26,7 +28,7 @@ def assert_no_key_is_told(cluster: Cluster, namespace: str, child: str) -> None:
         try:
             command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it ended while we looked
+            continue  # The process ended during the loop.
         assert secret.encode() not in command, command
         if b"finetune_trainer" in command:
             assert secret.encode() not in environment

@@ -1,4 +1,4 @@
-"""What a person got wrong stands in a condition within a minute, names its cause, and makes no storm of retries."""
+"""Mistakes in a job's spec are named in a condition within a minute, and lead to few or no further attempts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WITHIN_SECONDS = 60
 
 
 def _says(*words: str) -> JobPredicate:
-    """Return whether a condition that is not True holds all ``words`` in its message."""
+    """Return a predicate that holds once the message of a condition that is not True contains all ``words``."""
 
     def reached(job: FineTuneJob) -> bool:
         conditions = job.status.conditions if job.status else []
@@ -60,14 +60,15 @@ def test_bad_data_ends_the_job_with_its_name(
     assert stalled is not None
     assert stalled.status == "True"
     assert job.status is not None
-    # The check before the first attempt found it: no GPU was asked for.
+    # The check before the first attempt found the mistake, so that no pod asked for a GPU.
     assert job.status.attempts.started == 0
     assert job.status.preflight is not None
     assert (job.status.preflight.tries, job.status.preflight.verdict) == (1, "Impossible")
 
 
 def _ended(cluster: Cluster, namespace: str, name: str) -> FineTuneJob:
-    """Return the job once it ended; the bound is three times what is promised, the figure is printed."""
+    """Return the job after its end, and print the seconds until then. The wait may last three times the promised
+    time."""
     started = time.monotonic()
     with steps.jobs_in(cluster, namespace) as jobs:
         for job in jobs.follow(name, lambda sentence: None, give_up_after=3 * WITHIN_SECONDS):
@@ -94,10 +95,10 @@ def test_refused_credentials_are_named_and_retried_slowly(
     accepted = condition(job, ConditionType.ACCEPTED)
     assert accepted is not None
     assert (accepted.status, accepted.reason) == ("False", "OutsideFailure")
-    # With a back-off of 10 s that doubles, a minute has room for three tries.
+    # The back-off of 10 s doubles each time, so that at most three tries fit into a minute.
     assert job.status.preflight.tries <= 3
     assert job.status.attempts.started == 0
-    # The job is not lost: with the right keys it goes on by itself.
+    # The job continues without further action once the Secret holds the right keys.
     right = {"AWS_ACCESS_KEY_ID": installed.minio.access_key, "AWS_SECRET_ACCESS_KEY": installed.minio.secret_key}
     steps.apply(installed, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": right})
     job = steps.wait_for_condition(installed, namespace, "refused", ConditionType.SUCCEEDED, timeout=300)

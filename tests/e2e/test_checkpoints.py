@@ -1,4 +1,5 @@
-"""What dies costs minutes, never the run: a whole gang, three times, the object store, a bit of a checkpoint."""
+"""A job survives three losses of all its pods, a damaged checkpoint and a restart of the object store, and ends with
+the same model as an undisturbed job."""
 
 from __future__ import annotations
 
@@ -14,35 +15,21 @@ from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
 from finetune_core.names import attempt_name, worker_name
 from tests.cluster import Cluster
-from tests.e2e.bucket import RunFolder
-from tests.e2e.jobs import JobPredicate, MakeJob
-from tests.e2e.secrecy import assert_no_key_is_told
-from tests.e2e.test_recovery import _losses
+from tests.e2e.bucket import run_folder
+from tests.e2e.jobs import JobPredicate, MakeJob, has_checkpoint_of_run, has_started
+from tests.e2e.secrecy import assert_no_key_leaks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 DELETIONS = 3
 SPOILED = 2
-"""After which deletion the newest checkpoint is damaged."""
+"""Number of the deletion after which the newest checkpoint is damaged."""
 STEPS = 240
 CHANGES = {"spec__training__maxSteps": STEPS, "spec__evaluation__everySteps": 80}
 
 
-def _run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder:
-    return RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/{job.metadata.name}/{job.metadata.uid}")
-
-
-def _committed_by(run: int) -> JobPredicate:
-    """Return whether the status lists a checkpoint that run ``run`` committed."""
-
-    def reached(job: FineTuneJob) -> bool:
-        return job.status is not None and any(checkpoint.run == run for checkpoint in job.status.checkpoints)
-
-    return reached
-
-
-def _told(text: str) -> JobPredicate:
-    """Return whether a notice of the status has ``text``."""
+def _has_notice(text: str) -> JobPredicate:
+    """Return a predicate that holds once a notice of the status contains ``text``."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(text in notice for notice in job.status.notices)
@@ -51,8 +38,9 @@ def _told(text: str) -> JobPredicate:
 
 
 def _flip_a_bit_of_the_newest(cluster: Cluster, namespace: str, job: FineTuneJob) -> str:
-    """Damage a file of the newest committed checkpoint; return its key, relative to the run's folder."""
-    run = _run_folder(cluster, namespace, job)
+    """Flip one bit in a file of the newest committed checkpoint. Return the file's key, relative to the run's
+    folder."""
+    run = run_folder(cluster, namespace, job)
     with cluster.enter():
         newest = run.verified("checkpoints")[-1]
         (name,) = [file.name for file in newest.manifest.files if re.match("state-00000-", file.name)]
@@ -63,13 +51,6 @@ def _flip_a_bit_of_the_newest(cluster: Cluster, namespace: str, job: FineTuneJob
     return key
 
 
-def _started(attempts: int) -> JobPredicate:
-    def reached(job: FineTuneJob) -> bool:
-        return job.status is not None and job.status.attempts.started >= attempts
-
-    return reached
-
-
 @pytest.mark.long
 def test_three_lost_gangs_and_a_restarted_store_end_in_the_same_model_and_cost_no_retry(
     installed: Cluster, namespace: str, tiny_job: MakeJob, tmp_path: Path
@@ -77,20 +58,23 @@ def test_three_lost_gangs_and_a_restarted_store_end_in_the_same_model_and_cost_n
     steps.apply(installed, tiny_job("disturbed", **CHANGES), namespace)
     for number in range(1, DELETIONS + 1):
         job = steps.wait_for_job(
-            installed, namespace, "disturbed", f"a checkpoint of run {number}", _committed_by(number), 600
+            installed, namespace, "disturbed", f"a checkpoint of run {number}", has_checkpoint_of_run(number), 600
         )
         child = attempt_name("disturbed", job.metadata.uid, number)
         victims = [worker_name(child, index) for index in range(job.spec.resources.nodes)]
-        # Both have saved and are gone afterwards; the next attempt begins after a back-off of 10 s.
+        # kubectl waits until both pods are gone, which have committed a checkpoint before. The next attempt starts
+        # after a back-off of 10 s.
         installed.kubectl("delete", "pod", *victims, "-n", namespace, "--timeout=120s", timeout=150)
         spoiled = _flip_a_bit_of_the_newest(installed, namespace, job) if number == SPOILED else ""
-        steps.wait_for_job(installed, namespace, "disturbed", "the next attempt", _started(number + 1), 300)
+        steps.wait_for_job(installed, namespace, "disturbed", "the next attempt", has_started(number + 1), 300)
         if spoiled:
-            steps.wait_for_job(installed, namespace, "disturbed", f"{spoiled} in a notice", _told(spoiled), 300)
+            steps.wait_for_job(installed, namespace, "disturbed", f"{spoiled} in a notice", _has_notice(spoiled), 300)
     last = DELETIONS + 1
-    job = steps.wait_for_job(installed, namespace, "disturbed", f"a checkpoint of run {last}", _committed_by(last), 600)
+    job = steps.wait_for_job(
+        installed, namespace, "disturbed", f"a checkpoint of run {last}", has_checkpoint_of_run(last), 600
+    )
     installed.components["minio"].restart()
-    assert_no_key_is_told(installed, namespace, attempt_name("disturbed", job.metadata.uid, last))
+    assert_no_key_leaks(installed, namespace, attempt_name("disturbed", job.metadata.uid, last))
     job = steps.wait_for_condition(installed, namespace, "disturbed", ConditionType.SUCCEEDED, timeout=900)
     steps.apply(installed, tiny_job("undisturbed", **CHANGES), namespace)
     twin = steps.wait_for_condition(installed, namespace, "undisturbed", ConditionType.SUCCEEDED, timeout=900)
@@ -99,8 +83,8 @@ def test_three_lost_gangs_and_a_restarted_store_end_in_the_same_model_and_cost_n
     attempts = job.status.attempts
     assert (attempts.started, attempts.charged, attempts.free) == (last, 0, DELETIONS), attempts
     with installed.enter():
-        run = _run_folder(installed, namespace, job)
-        losses, expected = _losses(run), _losses(_run_folder(installed, namespace, twin))
+        run = run_folder(installed, namespace, job)
+        losses, expected = run.losses(), run_folder(installed, namespace, twin).losses()
         committed = {(folder.manifest.run, folder.manifest.step) for folder in run.verified("checkpoints")}
         parents = [record.get("parent") for record in run.runs()]
     assert sorted(losses) == list(range(1, STEPS + 1))
@@ -112,14 +96,37 @@ def test_three_lost_gangs_and_a_restarted_store_end_in_the_same_model_and_cost_n
     assert job.status.artifact is not None
 
     listed = installed.run(
-        [sys.executable, "-m", "finetune_cli", "checkpoints", "disturbed", "-n", namespace, "--verify", "-o", "json",
-         "--endpoint", installed.minio.endpoint],
+        [
+            sys.executable,
+            "-m",
+            "finetune_cli",
+            "checkpoints",
+            "disturbed",
+            "-n",
+            namespace,
+            "--verify",
+            "-o",
+            "json",
+            "--endpoint",
+            installed.minio.endpoint,
+        ],
         timeout=120,
-    ).stdout  # fmt: skip
+    ).stdout
     assert {(item["run"], item["step"]) for item in json.loads(listed)["checkpoints"]} == committed
     installed.run(
-        [sys.executable, "-m", "finetune_cli", "download", "disturbed", "-n", namespace, "-o",
-         str(tmp_path / "adapter"), "--endpoint", installed.minio.endpoint],
+        [
+            sys.executable,
+            "-m",
+            "finetune_cli",
+            "download",
+            "disturbed",
+            "-n",
+            namespace,
+            "-o",
+            str(tmp_path / "adapter"),
+            "--endpoint",
+            installed.minio.endpoint,
+        ],
         timeout=120,
-    )  # fmt: skip
+    )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,4 +1,5 @@
-"""Pods that ask for `nvidia.com/gpu` get devices of their own on the node that carries the product."""
+"""Each pod that requests `nvidia.com/gpu` gets GPUs of its own, on a node with the label of the requested GPU
+product."""
 
 from __future__ import annotations
 

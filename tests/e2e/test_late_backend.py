@@ -1,6 +1,8 @@
-"""A cluster without Kubeflow: the operator starts, the job says what is missing, and runs once it is installed; also
-where that, a Secret, a claim, an image and a bucket come ten minutes late. On a cluster of its own, because every
-other test needs the backend."""
+"""Jobs that are created before Kubeflow is installed: the status names the missing backend, and the job runs after the
+installation. A second test also creates a Secret, a claim, an image and a bucket ten minutes late.
+
+The tests need a cluster of their own, because all other tests need Kubeflow from the start.
+"""
 
 from __future__ import annotations
 
@@ -29,24 +31,24 @@ from tests.e2e.tiny_model import put_tiny_model_and_rows
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 PAUSE = 20.0
-"""The operator's pause before its third try; the first two come 10 s apart."""
+"""Seconds of the operator's pause before its third try. The first two pauses are 10 s."""
 LONGEST_PAUSE = 300.0
-"""Of the operator and of the kubelet's pulls, after ten minutes of tries."""
+"""Seconds of the longest pause, after ten minutes of tries, of the operator and of the kubelet's image pulls."""
 LONGEST_MOUNT_PAUSE = 122.0
-"""Of the kubelet between two tries to mount a volume."""
+"""Seconds of the kubelet's longest pause between two attempts to mount a volume."""
 RUN = 5.0
 CHECK = 20.0
-"""Of the real trainer before the first attempt, as documented."""
+"""Seconds of the real trainer's check before the first attempt, as documented."""
 TRAINING = 60.0
-"""Two pods of the real trainer from the moment at which nothing holds them to their end: 8 steps of a tiny model."""
-TOLD = 300.0
-"""Until a check of the real trainer has said something: its image must be pulled."""
+"""Seconds of two pods of the real trainer, which train a tiny model for 8 steps."""
+NAMED_SECONDS = 300.0
+"""Seconds until the real trainer's check has reported a problem. The time includes the pull of the trainer's image."""
 TEN_MINUTES = 600.0
 
 
 @pytest.fixture
 def bare() -> Iterator[Cluster]:
-    """A cluster in which the operator was installed before Kubeflow was."""
+    """A cluster with the operator but without Kubeflow's training-operator and its CRD."""
     for cluster in started():
         cluster.components["training-operator"].stop()
         cluster.kubectl("delete", "crd", PYTORCHJOB_CRD)
@@ -56,12 +58,12 @@ def bare() -> Iterator[Cluster]:
 
 
 def install_backend(stage: Stage) -> None:
-    """Install Kubeflow's training-operator, which was missing, and wait until it serves."""
+    """Install the CRD PyTorchJob, start the training-operator, and wait until it serves."""
     (crd,) = tools.TRAINING_OPERATOR.data_files()
     stage.cluster.kubectl("create", "-f", "-", stdin=crd.read_text())
 
     def is_established() -> bool:
-        # `kubectl wait` fails where the API server has not written a first condition yet.
+        # `kubectl wait` can't be used, because it fails while the CRD has no condition yet.
         conditions = stage.cluster.get("crd", PYTORCHJOB_CRD).get("status", {}).get("conditions") or []
         return any(item["type"] == "Established" and item["status"] == "True" for item in conditions)
 
@@ -100,7 +102,8 @@ def test_the_backend_appears_later(bare: Cluster) -> None:
 def after_ten_minutes(
     make: Callable[[Stage], None], *words: str, patience: float = PATIENCE_SECONDS
 ) -> Callable[[Stage], float]:
-    """What the job waits for comes ten minutes after it; until then `Accepted` names it, and nothing is charged."""
+    """Return a fault: the missing object is created by ``make`` ten minutes after the job. Until then `Accepted` must
+    name the object with ``words``, and no attempt may be charged."""
 
     def named(job: Manifest) -> bool:
         accepted = condition(job, "Accepted")
@@ -122,7 +125,8 @@ def after_ten_minutes(
 
 
 def bucket_row(make: Callable[[Stage], None], spec: Manifest) -> Row:
-    """Return the row of the job with the real trainer, ``spec``: only its check looks for the bucket it writes to."""
+    """Return the row of a job with ``spec`` that runs the real trainer, because only the real trainer's check looks for
+    the bucket."""
 
     def artifact_is_there(stage: Stage, job: Manifest) -> None:
         with stage.cluster.enter():
@@ -137,7 +141,7 @@ def bucket_row(make: Callable[[Stage], None], spec: Manifest) -> Row:
         name="bucket",
         script="",
         spec={**spec, **changes},
-        fault=after_ten_minutes(make, f"bucket '{late.LATE_BUCKET}' does not exist", patience=TOLD),
+        fault=after_ten_minutes(make, f"bucket '{late.LATE_BUCKET}' does not exist", patience=NAMED_SECONDS),
         attempts=FIRST_TIME_DONE,
         milestones=(
             on_job("check passed", found, lambda job: job["status"]["preflight"].get("verdict") == Verdict.PASSED),
@@ -158,7 +162,8 @@ def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster, tiny_job
         backend_serves.set()
 
     def behind_the_backend(make: Callable[[Stage], None]) -> Callable[[Stage], None]:
-        """Each job waits for one thing only when its own thing is there."""
+        """Return a function that calls ``make`` after the backend is installed, so that each job then waits for only
+        one object."""
 
         def made(stage: Stage) -> None:
             assert backend_serves.wait(120), "the backend was not installed"
@@ -175,8 +180,9 @@ def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster, tiny_job
             attempts=FIRST_TIME_DONE,
             milestones=(on_job("job ended", bound + RUN, settled),),
             more_events=("BackendUnavailable" if make is backend else "OutsideFailure",),
-            # A claim that is there has no volume yet: another sentence, which is worth an event.
-            told_again="OutsideFailure" if "model" in spec else None,
+            # Once the claim exists, the message says that the claim is not bound yet. The changed message may cause one
+            # more event.
+            repeated_event="OutsideFailure" if "model" in spec else None,
         )
 
     check = {"preflight": "Run"}

@@ -1,5 +1,5 @@
-"""What a job needs and does not find is named in `Accepted` and waited for, with the real trainer: no GPU is asked for,
-no attempt is charged, and the job runs by itself once everything is there."""
+"""A job with the real trainer waits for a missing Secret and then for a missing bucket. `Accepted` names the missing
+object, no GPU is requested, no attempt is charged, and the job runs once both exist."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.e2e.jobs import JobPredicate, MakeJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
-TOLD_SECONDS = 180
+NAMED_SECONDS = 180
 LATE_SECRET = "late-keys"
 
 
 def _waits_for(*words: str) -> JobPredicate:
-    """Return whether `Accepted` is False and its message holds all ``words``."""
+    """Return a predicate that holds once `Accepted` is False and its message contains all ``words``."""
 
     def reached(job: FineTuneJob) -> bool:
         found = condition(job, ConditionType.ACCEPTED)
@@ -48,7 +48,7 @@ def test_a_secret_and_a_bucket_that_appear_later(installed: Cluster, namespace: 
     }
     steps.apply(installed, tiny_job("patient", **changes), namespace)
     applied = time.monotonic()
-    job = steps.wait_for_job(installed, namespace, "patient", "the Secret", _waits_for(LATE_SECRET), TOLD_SECONDS)
+    job = steps.wait_for_job(installed, namespace, "patient", "the Secret", _waits_for(LATE_SECRET), NAMED_SECONDS)
     print(f"the Secret is named after {time.monotonic() - applied:.1f} s")
     _assert_costs_nothing(job)
     assert installed.get("pytorchjobs", "-n", namespace)["items"] == [], "no GPU is asked for before"
@@ -57,7 +57,7 @@ def test_a_secret_and_a_bucket_that_appear_later(installed: Cluster, namespace: 
     secret = {"name": LATE_SECRET, "namespace": namespace}
     steps.apply(installed, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": keys})
     there = time.monotonic()
-    job = steps.wait_for_job(installed, namespace, "patient", "the bucket", _waits_for(bucket), TOLD_SECONDS)
+    job = steps.wait_for_job(installed, namespace, "patient", "the bucket", _waits_for(bucket), NAMED_SECONDS)
     print(f"the bucket is named {time.monotonic() - there:.1f} s after the Secret is there")
     _assert_costs_nothing(job)
 

@@ -1,5 +1,5 @@
-"""What a person or a queue does to a running job costs no step: suspended, preempted, deleted and applied again, it
-goes on from the checkpoint that its pods committed when they were told to stop."""
+"""A job that is suspended, preempted by its queue, or deleted and applied again loses no step. The job resumes from the
+checkpoint that its pods commit after SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.cluster import Cluster
 from tests.cluster.kueue import Kueue, PodSetInfo, suspending_webhook
 from tests.cluster.waiting import wait_for
 from tests.e2e.bucket import RunFolder
-from tests.e2e.jobs import JobPredicate, MakeJob
+from tests.e2e.jobs import JobPredicate, MakeJob, has_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 STEPS = 300
-# No checkpoint is due in the run: those that are found were committed because the pods were told to stop.
+# No checkpoint is due within the run's 300 steps, so that every checkpoint was committed because of SIGTERM.
 QUIET_RUN = {
     "spec__training__maxSteps": STEPS,
     "spec__evaluation__everySteps": 1000,
@@ -54,7 +54,8 @@ def pods_gone(cluster: Cluster, namespace: str) -> None:
 
 
 def newest_step(cluster: Cluster, folder: str, run: int) -> int:
-    """Return the step of the newest checkpoint of a run below ``folder``; asserts every byte of all of them."""
+    """Return the step of the newest checkpoint of run ``run`` in ``folder``. The bytes of all checkpoints are
+    verified."""
     with cluster.enter():
         folders = RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{folder}").verified("checkpoints")
     return max(folder.manifest.step for folder in folders if folder.manifest.run == run)
@@ -104,7 +105,7 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
         records = run.runs()
         logged = [step for _, step in run.steps_logged()]
     assert [record["attempt"] for record in records] == [1, 1, 2]
-    # Each run goes on exactly where the one before it was told to stop, and no step was trained twice.
+    # Each run resumes at the step at which the run before it was stopped, and no step was trained twice.
     assert [record["parent"] for record in records[1:]] == [
         {"run": 1, "step": first_stop},
         {"run": 2, "step": second_stop},
@@ -114,13 +115,6 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
     assert logged == list(range(1, STEPS + 1))
     assert job.status.usage is not None
     assert job.status.usage.active_seconds > 0
-
-
-def has_checkpoint(step: int) -> JobPredicate:
-    def reached(job: FineTuneJob) -> bool:
-        return job.status is not None and any(checkpoint.step >= step for checkpoint in job.status.checkpoints)
-
-    return reached
 
 
 def test_a_job_created_anew_with_its_run_id_resumes_and_later_finds_its_artifact(

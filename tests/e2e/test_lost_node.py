@@ -1,6 +1,9 @@
-"""A node whose kubelet dies under a trainer, and an administrator who deletes the pod by force: nobody stops what runs
-there, so two trainers of one job are alive. The store's fence keeps the old one from doing harm, and the new one loses
-nothing that was committed. (That a node is noticed to be lost, and when, is among the rows of test_rows.py.)"""
+"""Two trainers of one job run at the same time: the kubelet of a node dies, so that the old trainer keeps running after
+its pod is deleted by force. The record of the new run in the object store keeps the old trainer from committing, and
+the new trainer loses no committed step.
+
+The time that Kubernetes needs to notice a lost node is measured in test_rows.py.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,12 @@ import pytest
 from examples.demo import steps
 from finetune_cli.state import condition
 from finetune_core.api.conditions import ConditionType
-from finetune_core.api.job import FineTuneJob
 from finetune_core.layout import COMMIT
 from tests.cluster import Cluster, wait_for
 from tests.cluster.layout import SECOND_NODE
 from tests.cluster.second_node import TOLERATION, SecondNode
 from tests.e2e.bucket import RunFolder
-from tests.e2e.jobs import JobPredicate, MakeJob
+from tests.e2e.jobs import MakeJob, has_checkpoint_of_run, has_started
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -52,7 +54,8 @@ ENDLESS = {
     "spec__podTemplate": PREFERS_THE_SECOND_NODE,
 }
 RACE = timedelta(seconds=2)
-"""Between a look at the fence and the write after it, and because the store's times are whole seconds."""
+"""The old trainer may still commit for this long, because it checks the newest run's record shortly before it writes,
+and because the object store's times are whole seconds."""
 
 
 @pytest.fixture
@@ -63,29 +66,15 @@ def second_node(installed: Cluster) -> Iterator[SecondNode]:
     installed.kubectl("delete", "node", node.name)
 
 
-def _checkpoint_of(run: int) -> JobPredicate:
-    def reached(job: FineTuneJob) -> bool:
-        return job.status is not None and any(checkpoint.run == run for checkpoint in job.status.checkpoints)
-
-    return reached
-
-
-def _started(number: int) -> JobPredicate:
-    def reached(job: FineTuneJob) -> bool:
-        return job.status is not None and job.status.attempts.started == number
-
-    return reached
-
-
 def _trainers(node: SecondNode) -> list[int]:
-    """Return the ids of the trainer's processes on the node that live."""
+    """Return the ids of the trainer's processes that run on the node."""
     found = []
     for pid in node.processes():
         try:
             if b"finetune_trainer" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
+            continue  # The process ended during the loop.
     return found
 
 
@@ -93,7 +82,7 @@ def test_two_trainers_of_one_job_do_no_harm(
     installed: Cluster, namespace: str, second_node: SecondNode, tiny_job: MakeJob
 ) -> None:
     steps.apply(installed, tiny_job(NAME, **ENDLESS), namespace)
-    job = steps.wait_for_job(installed, namespace, NAME, "a checkpoint of run 1", _checkpoint_of(1), 600)
+    job = steps.wait_for_job(installed, namespace, NAME, "a checkpoint of run 1", has_checkpoint_of_run(1), 600)
     assert job.status is not None
     assert job.status.attempts.current is not None
     assert [pod.node for pod in job.status.attempts.current.pods] == [second_node.name]
@@ -106,14 +95,14 @@ def test_two_trainers_of_one_job_do_no_harm(
     pod = job.status.attempts.current.pods[0].name
     installed.kubectl("delete", "pod", pod, "-n", namespace, "--force", "--grace-period=0")
     deleted = time.monotonic()
-    steps.wait_for_job(installed, namespace, NAME, "attempt 2", _started(2), NEXT_ATTEMPT_SECONDS)
+    steps.wait_for_job(installed, namespace, NAME, "attempt 2", has_started(2), NEXT_ATTEMPT_SECONDS)
     print(f"attempt 2 started {time.monotonic() - deleted:.1f} s after the deletion")
     assert set(_trainers(second_node)) == set(orphans), "nobody has stopped the old trainer"
     with installed.enter():
         assert len(root.runs()) == 1
         alive = max(_commits(root, run=1).values())
 
-    job = steps.wait_for_job(installed, namespace, NAME, "a checkpoint of run 2", _checkpoint_of(2), 300)
+    job = steps.wait_for_job(installed, namespace, NAME, "a checkpoint of run 2", has_checkpoint_of_run(2), 300)
     wait_for("the old trainer to find that it is fenced off", lambda: not _trainers(second_node), 120)
     with installed.enter():
         taken = root.times("runs/")["runs/000002.json"]
@@ -137,7 +126,7 @@ def test_two_trainers_of_one_job_do_no_harm(
 
 
 def _commits(root: RunFolder, run: int) -> dict[str, datetime]:
-    """Return when each checkpoint of a run was committed, by its key."""
+    """Return the time of the commit of each checkpoint of run ``run``, by the key of its COMMIT object."""
     times = root.times("checkpoints/")
     return {key: at for key, at in times.items() if key.endswith(f"/{COMMIT}") and _run(key) == run}
 

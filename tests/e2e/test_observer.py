@@ -1,4 +1,4 @@
-"""The clock of the rows: what was written first is never dated after what followed from it, whichever watch lags."""
+"""The observer of the rows never dates an earlier write after a later one, even if one watch lags behind the other."""
 
 from __future__ import annotations
 

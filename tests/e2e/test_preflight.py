@@ -1,4 +1,5 @@
-"""The check before the first attempt with the real image: what it costs, and a bucket that comes late."""
+"""The check before the first attempt with the real trainer image: how many seconds the check adds to a job, and how a
+job waits for a missing bucket."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def test_a_bucket_that_comes_late_is_waited_for_and_then_used(
 ) -> None:
     storage = tiny_job("late")["spec"]["storage"] | {"uri": f"s3://{LATE_BUCKET}/runs"}
     steps.apply(installed, tiny_job("late", spec__storage=storage, spec__training__maxSteps=2), namespace)
-    # The first pod may have to pull the image.
+    # The node may have to pull the trainer's image first, which takes minutes.
     job = steps.wait_for_job(installed, namespace, "late", "the missing bucket", _names_the_bucket, 300)
     assert job.status is not None
     assert job.status.attempts.started == 0
@@ -42,7 +43,8 @@ def test_a_bucket_that_comes_late_is_waited_for_and_then_used(
     pytorchjobs = installed.get("pytorchjobs", "-n", namespace)["items"]
     assert pytorchjobs == []
 
-    # The twin has what it needs: what the check adds to a job is what lies between its two beginnings.
+    # The second job needs nothing that is missing. The check adds the time from the check's start to the start of
+    # attempt 1.
     steps.apply(installed, tiny_job("twin", spec__training__maxSteps=2), namespace)
     twin = steps.wait_for_condition(installed, namespace, "twin", ConditionType.SUCCEEDED, timeout=300)
     assert twin.status is not None

@@ -1,4 +1,5 @@
-"""The quickstart with the real base model, from `kubectl apply` to an adapter that plain peft loads."""
+"""The quickstart with the real base model, from `kubectl apply` to an adapter that peft loads without this project's
+code."""
 
 from __future__ import annotations
 
@@ -37,13 +38,15 @@ print(json.dumps({"adapters": len(lora), "trained": sum(bool(p.abs().sum() > 0) 
 
 
 def _viggo(split: str, rows: int | None) -> bytes:
-    """Return the first rows of a ViGGO file as it is published (csv with the columns mr and ref)."""
+    """Return the header and the first ``rows`` rows of a published ViGGO file, a CSV file with the columns mr and ref.
+    None means all rows."""
     lines = (DATA / "viggo" / f"viggo-{split}.csv").read_bytes().splitlines(keepends=True)
     return b"".join(lines[: rows + 1 if rows else None])
 
 
 def _quickstart(cluster: Cluster, name: str) -> dict[str, object]:
-    """Return the quickstart over ViGGO's rows where they are at hand, over the generated rows where not."""
+    """Return the quickstart's manifest. The job trains on ViGGO if the data set is on this machine, and otherwise on
+    generated rows."""
     changes: dict[str, object] = {
         "metadata__name": name,
         "spec__training__maxSteps": TRAINING_STEPS,
@@ -86,7 +89,7 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
         seen.append(job)
         return job.status is not None and job.status.progress is not None and job.status.progress.step > 0
 
-    # The real image of several gigabytes is pulled here, unless an earlier test did.
+    # The wait includes the pull of the trainer's image, which has several gigabytes, unless an earlier test pulled it.
     during = steps.wait_for_job(cluster, namespace, "quickstart", "a first step", running, 300)
     assert during.status is not None
     assert {condition.type for condition in during.status.conditions} == set(ConditionType)
@@ -106,7 +109,7 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
     assert evaluation.base is not None
     assert evaluation.tuned is not None
     assert (evaluation.rows, evaluation.tuned_step) == ("Validation", artifact.step)
-    # The checkpoint was loaded back, and is what was scored while it was trained.
+    # The tuned model is the best checkpoint, so that its perplexity equals the one that was measured during training.
     assert float(evaluation.tuned.perplexity or 0) == pytest.approx(float(best[0].perplexity or 0), rel=0.01)
     assert float(evaluation.base.perplexity or 0) > float(evaluation.tuned.perplexity or 0)
 
@@ -121,7 +124,8 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
         timeout=300,
     ).stdout
     adapters = json.loads(output.splitlines()[-1])
-    assert adapters["adapters"] == adapters["trained"] == 210  # 30 layers x 7 dense matrices
+    # The base model has 30 layers with 7 dense matrices each.
+    assert adapters["adapters"] == adapters["trained"] == 210
 
     with cluster.enter():
         run = RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/quickstart/{job.metadata.uid}")

@@ -1,4 +1,5 @@
-"""What dies costs minutes, never the run: a pod, the operator."""
+"""A job survives the deletion of a pod and a kill of the operator. No step is lost or trained into a different
+model."""
 
 from __future__ import annotations
 
@@ -12,45 +13,22 @@ import pytest
 
 from examples.demo import steps
 from finetune_core.api.conditions import ConditionType
-from finetune_core.api.job import FineTuneJob
 from finetune_core.names import attempt_name, worker_name
 from tests.cluster import Cluster
 from tests.cluster.waiting import wait_for
-from tests.e2e.bucket import RunFolder
-from tests.e2e.jobs import JobPredicate, MakeJob
-from tests.e2e.secrecy import assert_no_key_is_told
+from tests.e2e.bucket import run_folder
+from tests.e2e.jobs import MakeJob, has_checkpoint
+from tests.e2e.secrecy import assert_no_key_leaks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 LONG_RUN = {"spec__training__maxSteps": 300, "spec__evaluation__everySteps": 100}
 
 
-def _checkpointed(step: int) -> JobPredicate:
-    def reached(job: FineTuneJob) -> bool:
-        return job.status is not None and any(checkpoint.step >= step for checkpoint in job.status.checkpoints)
-
-    return reached
-
-
-def _losses(run: RunFolder) -> dict[int, float]:
-    """Return the loss of every step; a step that was trained again has the later run's."""
-    import json
-
-    losses: dict[int, float] = {}
-    for key in run.keys("metrics/"):
-        for line in run.read(key).splitlines():
-            row = json.loads(line)
-            losses[row["step"]] = row["loss"]
-    return losses
-
-
-def _run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder:
-    return RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/{job.metadata.name}/{job.metadata.uid}")
-
-
 @pytest.fixture(scope="module")
 def undisturbed_losses(installed: Cluster, tiny_job: MakeJob) -> Iterator[Callable[[], dict[int, float]]]:
-    """Begin the undisturbed twin of the disturbed runs: the same spec, another run. Return what awaits its losses."""
+    """Start an undisturbed job with the spec of the disturbed jobs. Return a function that waits for the job's end and
+    returns the loss of each step."""
     namespace = f"test-{secrets.token_hex(4)}"
     steps.make_namespace(installed, namespace)
     steps.apply(installed, tiny_job("undisturbed", **LONG_RUN), namespace)
@@ -58,7 +36,7 @@ def undisturbed_losses(installed: Cluster, tiny_job: MakeJob) -> Iterator[Callab
     def losses() -> dict[int, float]:
         twin = steps.wait_for_condition(installed, namespace, "undisturbed", ConditionType.SUCCEEDED, timeout=420)
         with installed.enter():
-            return _losses(_run_folder(installed, namespace, twin))
+            return run_folder(installed, namespace, twin).losses()
 
     yield losses
     installed.kubectl("delete", "namespace", namespace, "--wait=false")
@@ -73,7 +51,7 @@ def test_a_deleted_pod_costs_no_step_and_no_retry(
     how: str,
 ) -> None:
     steps.apply(installed, tiny_job("disturbed", **LONG_RUN), namespace)
-    job = steps.wait_for_job(installed, namespace, "disturbed", "a checkpoint", _checkpointed(20), 300)
+    job = steps.wait_for_job(installed, namespace, "disturbed", "a checkpoint", has_checkpoint(20), 300)
     victim = worker_name(attempt_name("disturbed", job.metadata.uid, 1), 1)
     force = ["--force", "--grace-period=0"] if how == "by force" else []
     installed.kubectl("delete", "pod", victim, "-n", namespace, "--wait=false", *force)
@@ -84,13 +62,13 @@ def test_a_deleted_pod_costs_no_step_and_no_retry(
     assert (attempts.started, attempts.charged, attempts.free) == (2, 0, 1), attempts
     assert [attempt.verdict for attempt in attempts.recent] == ["Free", "Succeeded"]
     with installed.enter():
-        run = _run_folder(installed, namespace, job)
+        run = run_folder(installed, namespace, job)
         records = run.runs()
         assert len(records) == 2
         parent = records[1]["parent"]
         assert parent is not None, "the second run must go on from a checkpoint of the first"
         assert parent["step"] >= 20
-        losses = _losses(run)
+        losses = run.losses()
     assert sorted(losses) == list(range(1, 301))
     assert losses == undisturbed_losses(), "a resumed run must be the same run, bit for bit"
 
@@ -99,8 +77,8 @@ def test_an_operator_killed_in_mid_run_loses_and_doubles_nothing(
     installed: Cluster, namespace: str, tiny_job: MakeJob
 ) -> None:
     steps.apply(installed, tiny_job("survivor", **LONG_RUN), namespace)
-    job = steps.wait_for_job(installed, namespace, "survivor", "a checkpoint", _checkpointed(20), 300)
-    assert_no_key_is_told(installed, namespace, attempt_name("survivor", job.metadata.uid, 1))
+    job = steps.wait_for_job(installed, namespace, "survivor", "a checkpoint", has_checkpoint(20), 300)
+    assert_no_key_leaks(installed, namespace, attempt_name("survivor", job.metadata.uid, 1))
     pods_before = _pod_uids(installed, namespace)
     restarts = _operator_restarts(installed)
     os.kill(_operator_process(installed), signal.SIGKILL)
@@ -114,7 +92,7 @@ def test_an_operator_killed_in_mid_run_loses_and_doubles_nothing(
     assert [child["metadata"]["name"] for child in children] == [attempt_name("survivor", job.metadata.uid, 1)]
     assert _pod_uids(installed, namespace) == pods_before
     with installed.enter():
-        run = _run_folder(installed, namespace, job)
+        run = run_folder(installed, namespace, job)
         assert len(run.runs()) == 1
         assert [step for _, step in run.steps_logged()] == list(range(1, 301))
     shown = [point.step for point in job.status.history]
@@ -132,7 +110,7 @@ def _operator_restarts(cluster: Cluster) -> int:
 
 
 def _operator_process(cluster: Cluster) -> int:
-    """Return the process id of the operator in its container, as the machine sees it."""
+    """Return the process id, in the machine's PID namespace, of the operator in its container."""
     (pod,) = cluster.get("pods", "-n", steps.OPERATOR_NAMESPACE)["items"]
     uid = pod["metadata"]["uid"]
     found = []
@@ -142,7 +120,7 @@ def _operator_process(cluster: Cluster) -> int:
         try:
             groups, command = (folder / "cgroup").read_text(), (folder / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
+            continue  # The process ended during the loop.
         if uid in groups.replace("_", "-") and b"finetune_operator" in command:
             found.append(int(folder.name))
     assert found, f"no process of pod {uid}"

@@ -1,5 +1,5 @@
-"""Two replicas of the operator as the chart deploys them: both are Ready, one takes the trainer's reports; when its pod
-is deleted the reports of the same attempt reach the other one."""
+"""Two replicas of the operator, installed by the chart: both are Ready, and the leader takes the trainer's reports.
+After the leader's pod is deleted, the other replica gets the reports of the same attempt."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.e2e.jobs import MakeJob
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 TAKEOVER_SECONDS, REPORT_SECONDS = 20, 40
-"""Promised; the test fails at three times as much."""
+"""Promised seconds until a new leader and until its first report. The test allows three times as much."""
 
 
 @pytest.fixture
 def two_replicas(installed: Cluster) -> Iterator[Cluster]:
-    """The release with a second replica for the length of the test."""
+    """The cluster with two replicas of the operator during the test."""
     upgrade = ["upgrade", RELEASE, str(CHART), "--namespace", OPERATOR_NAMESPACE, "--reuse-values", "--wait"]
     installed.helm(*upgrade, "--set", "replicas=2", "--timeout=120s")
     yield installed
@@ -31,7 +31,7 @@ def two_replicas(installed: Cluster) -> Iterator[Cluster]:
 
 
 def operator_pods(cluster: Cluster) -> dict[str, str]:
-    """Return the addresses of the operator's Ready pods by name."""
+    """Return the IP addresses of the operator's Ready pods, by the name of the pod."""
     found = cluster.get("pods", "-n", OPERATOR_NAMESPACE, "-l", "app.kubernetes.io/name=finetune-operator")
     return {
         pod["metadata"]["name"]: pod["status"]["podIP"]
@@ -42,13 +42,13 @@ def operator_pods(cluster: Cluster) -> dict[str, str]:
 
 
 def leader(cluster: Cluster) -> str:
-    """Return the name of the pod that holds the Lease."""
+    """Return the name of the pod that holds the Lease, or an empty string."""
     lease = cluster.get("lease", RELEASE, "-n", OPERATOR_NAMESPACE)
     return str(lease["spec"].get("holderIdentity", "")).partition("_")[0]
 
 
-def led_to(cluster: Cluster) -> list[str]:
-    """Return the addresses that the report Service leads to."""
+def service_addresses(cluster: Cluster) -> list[str]:
+    """Return the IP addresses of the Service to which trainers send reports."""
     found = cluster.get("endpointslice", f"{RELEASE}-leader", "-n", OPERATOR_NAMESPACE)
     return [address for endpoint in found["endpoints"] for address in endpoint["addresses"]]
 
@@ -65,14 +65,14 @@ def test_reports_follow_the_leader(two_replicas: Cluster, namespace: str, tiny_j
     assert job.status is not None
     assert job.status.progress is not None
     first = leader(cluster)
-    assert led_to(cluster) == [operator_pods(cluster)[first]]
+    assert service_addresses(cluster) == [operator_pods(cluster)[first]]
     cluster.kubectl("delete", "pod", first, "-n", OPERATOR_NAMESPACE, "--wait=false")
     deleted_at = time.monotonic()
     wait_for("another leader", lambda: leader(cluster) not in ("", first), 3 * TAKEOVER_SECONDS)
     took_over = time.monotonic() - deleted_at
     second = leader(cluster)
-    wait_for("reports to be led to it", lambda: led_to(cluster) == [operator_pods(cluster).get(second)], 60)
-    # What the former leader wrote last may be newer than what was seen above.
+    wait_for("reports to be led to it", lambda: service_addresses(cluster) == [operator_pods(cluster).get(second)], 60)
+    # The former leader may have written a newer step after the job was read above.
     led_at = steps.wait_for_job(cluster, namespace, "followed", "the job", lambda job: True, 60)
     assert led_at.status is not None
     assert led_at.status.progress is not None

@@ -1,7 +1,8 @@
-"""The verdict table with real pods: each row's conditions, attempts and events, and how long they take to show.
+"""The rows of the verdict table with real pods: conditions, attempts and events of each row, and the seconds until each
+milestone.
 
-The rows that a session selects play at the same time on one cluster, each in a namespace of its own; the times are
-printed beside the designed ones when all have ended.
+All selected rows run at the same time on one cluster, each in a namespace of its own. At the end the measured times are
+printed beside the bounds of the design.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Played = Callable[[Row], list[Measured]]
 def played(
     operated: Cluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Played]:
-    """Start all rows that were selected at once, and return a function that waits for one."""
+    """Start all selected rows and return a function that waits for one row and returns its measured milestones."""
     rows = {row.name: row for row in _selected(request)}
     with ExitStack() as around:
         operated.import_image(scripts.IMAGE)
@@ -69,7 +70,7 @@ def _second_node(cluster: Cluster, around: ExitStack) -> SecondNode:
 
 
 def _selected(request: pytest.FixtureRequest) -> list[Row]:
-    """Return the rows of this module's tests that the session runs."""
+    """Return the rows of those tests of this module that the session runs."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     of_this_module = [item for item in items if item.module is request.module and hasattr(item, "callspec")]
     rows = [item.callspec.params["row"] for item in of_this_module]
@@ -77,7 +78,7 @@ def _selected(request: pytest.FixtureRequest) -> list[Row]:
 
 
 def _print(request: pytest.FixtureRequest, rows: Iterable[Row], finished: dict[str, list[Measured]]) -> None:
-    """Print the table of docs/performance.md, past pytest's capturing."""
+    """Print the table for docs/performance.md to the terminal, although pytest captures the output of tests."""
     lines = [
         f"load average {os.getloadavg()[0]:.0f} at the end; seconds, in parentheses the design",
         "| what happens to one of two pods | attempt 1 | until it shows |",

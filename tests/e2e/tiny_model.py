@@ -1,7 +1,7 @@
-"""A Llama of 230,000 parameters with random weights: the tests that are about the machinery, not about learning,
-start and end within seconds with it.
+"""Make a Llama model of 230,000 parameters with random weights. With this model, jobs of tests that need no useful
+model start and end within seconds.
 
-In: a folder. Out: a model folder as `model.s3` wants it. Its tokenizer knows bytes, so any text can be tokenised.
+The result is a model folder as `model.s3` expects it. The tokenizer is byte-level, so that it accepts any text.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ VOCABULARY = 320
 
 
 def put_tiny_model_and_rows(cluster: Cluster, folder: Path) -> None:
-    """Put the model, made in ``folder``, and rows of hiking-trail sentences where `TINY_MODEL` and the quickstart file
-    look for them."""
+    """Create the tiny model in ``folder``, upload it to `TINY_MODEL`, and upload generated rows to the location that
+    the quickstart names."""
     steps.make_bucket(cluster)
     steps.name_object_store(cluster)
     steps.put_base_model(cluster, make_tiny_model(folder), "models/tiny")
@@ -26,7 +26,8 @@ def put_tiny_model_and_rows(cluster: Cluster, folder: Path) -> None:
 
 
 def make_tiny_model(folder: Path) -> Path:
-    """Write model and tokenizer into ``folder`` and return it; the same weights every time."""
+    """Write the model and its tokenizer into ``folder`` and return ``folder``. The weights are the same in every
+    call."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,5 +1,7 @@
-"""One rank that scores one model in many ways: `python -m tests.trainer.score_many FILE`, the answers as JSON in FILE's
-`out`. For the tests that no figure depends on batch size, rank count or ZeRO stage.
+"""One rank that scores a model with several batch sizes and ZeRO stages: `python -m tests.trainer.score_many FILE`.
+
+FILE is JSON: model, examples, stages and sizes. The rank writes perplexities and answers as JSON to the path `out` that
+FILE names. `test_evaluation.py` starts one or two ranks and compares their figures with those of plain transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ def main() -> None:
 
     from finetune_trainer.data.shares import Batches
     from finetune_trainer.engine.engine import Engine
-    from finetune_trainer.evaluation.generation import Decoding, answers
+    from finetune_trainer.evaluation.generation import Decoding, generate_answers
     from finetune_trainer.evaluation.scorer import Scorer, all_tokens
     from finetune_trainer.ranks.gang import Gang
 
@@ -64,7 +66,7 @@ def main() -> None:
             )
             prompts = [list(example.ids[: example.prompt_tokens]) for example in examples]
             own: dict[int, str] = {}
-            for batch in answers(engine, gang, prompts, decoding):
+            for batch in generate_answers(engine, gang, prompts, decoding):
                 own |= batch
             engine.hide_tokens(asked["suppressed"])
             hidden = scorer.perplexity(examples)

@@ -1,4 +1,7 @@
-"""Scores are those of a plain computation whatever batches, ranks and stage; the best checkpoint is chosen by them."""
+"""Scores equal those of plain transformers for every batch size, number of ranks and ZeRO stage.
+
+The best checkpoint is chosen by these scores, and real runs of two ranks report them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from finetune_core.contract import CheckpointRecord, EvaluationConfig, Outcome, Result
 from finetune_trainer.decisions.selection import Selection, begin, best_first
 from finetune_trainer.pod.plan import Inputs
-from finetune_trainer.storage.score_file import ScoreFile
+from finetune_trainer.storage.evaluation_file import EvaluationFile
 from finetune_trainer.storage.steplog import StepRow
 from tests.trainer import tiny
 from tests.trainer.gangs import step_rows, train_all
@@ -29,7 +32,7 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def wild_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with weights so large that each prompt is answered differently."""
+    """Return a tiny model with weights so large that the answers to two prompts differ."""
     folder = tmp_path_factory.mktemp("wild")
     torch.manual_seed(11)
     config = AutoConfig.from_pretrained(tiny_model, initializer_range=0.4, tie_word_embeddings=False)
@@ -39,7 +42,7 @@ def wild_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def unused_tokens(model: Path) -> list[int]:
-    """Return some tokens that are in no text."""
+    """Return the ids of 20 tokens that no text of the test contains."""
     used = {token for ids, _ in texts(model, 7) for token in ids}
     return [token for token in range(4, 64) if token not in used][:20]
 
@@ -55,7 +58,7 @@ def texts(model: Path, count: int) -> list[tuple[list[int], list[tuple[int, int]
 
 
 def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int], sizes: list[int]) -> list[Any]:
-    """Return what `score_many` finds on ``world`` ranks, the answers of all ranks together."""
+    """Run `score_many` on ``world`` ranks; return its figures and the answers of all ranks for each stage and size."""
     port, ranks = free_port(), []
     for rank in range(world):
         asked = {
@@ -94,7 +97,7 @@ def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int],
 
 
 def plain_scores(model: Path) -> dict[str, Any]:
-    """Compute the same with transformers alone, one text at a time."""
+    """Return the expected figures, computed by transformers alone with one text at a time."""
     tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     suppressed = unused_tokens(model)
     sums, counts = [0.0, 0.0, 0.0], [0, 0, 0]
@@ -125,7 +128,7 @@ def plain_scores(model: Path) -> dict[str, Any]:
 
 
 def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model: Path, tmp_path: Path) -> None:
-    """Mean-of-means evaluation, and left against right padding in generation."""
+    """Trap 6 is a perplexity that is a mean of means, trap 24 is padding that changes generated answers."""
     torch.set_num_threads(1)
     plain = plain_scores(wild_model)
     found = scored_by_ranks(wild_model, tmp_path, 1, stages=[1], sizes=[1, 2, 8, 32])
@@ -134,11 +137,11 @@ def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model:
     assert len(set(plain["answers"].values())) > 1
     for case in found:
         where = (case["stage"], case["size"])
-        # In nats, because that is what is summed up: a perplexity of thousands multiplies its rounding.
+        # Losses in nats are compared, because exp would multiply their rounding error for a perplexity of thousands.
         assert math.log(case["perplexity"]) == pytest.approx(math.log(plain["perplexity"]), rel=1e-6), where
         assert math.log(case["all"]) == pytest.approx(math.log(plain["all"]), rel=1e-6), where
         assert case["answers"] == plain["answers"], where
-        # Without some tokens their share of the probability goes to the others.
+        # Hidden tokens have no probability, so the other tokens get more and the perplexity is lower.
         assert math.log(case["hidden"]) == pytest.approx(math.log(plain["hidden"]), rel=1e-6), where
         assert case["hidden"] < case["perplexity"]
 
@@ -206,7 +209,7 @@ def sum_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sum_rows(first: int, last: int) -> list[dict[str, str]]:
-    """Return rows as GSM8K has them: an explanation, then the number."""
+    """Return rows in the form of GSM8K, whose answers are an explanation and a number after `####`."""
     return [
         {"question": f"w{number}", "answer": f"because w{number} so #### {number % 10}"}
         for number in range(first, last)
@@ -232,15 +235,15 @@ def sum_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
     return config
 
 
-def scores_of(store: ObjectStore, name: str, run: int = 1) -> ScoreFile:
-    return ScoreFile.model_validate_json(store.read(f"runs/default/{name}/uid-1/evaluation/{run:06d}.json"))
+def scores_of(store: ObjectStore, name: str, run: int = 1) -> EvaluationFile:
+    return EvaluationFile.model_validate_json(store.read(f"runs/default/{name}/uid-1/evaluation/{run:06d}.json"))
 
 
 @pytest.fixture(scope="module")
 def runs(
     store: ObjectStore, sum_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Result, dict[str, Any]]]:
-    """Several jobs on one gang of two ranks."""
+    """Train several jobs one after the other on two ranks; return the result and the run file of each by its name."""
     folder = tmp_path_factory.mktemp("evaluated")
     rows = tiny.write_jsonl(folder / "rows.jsonl", sum_rows(0, 10))
     few = tiny.write_jsonl(folder / "few.jsonl", sum_rows(2, 5))
@@ -286,7 +289,7 @@ def runs(
 def test_trap_8_answers_of_an_overfit_set_end_by_themselves(
     runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
 ) -> None:
-    """The end token is learned: each answer is the gold answer to the letter, well below maxNewTokens."""
+    """The model learns the end token, so each answer equals the reference answer and is shorter than maxNewTokens."""
     for name in ("by-score", "with-tokens"):
         scores = scores_of(store, name)
         assert scores.tuned_answers
@@ -310,7 +313,7 @@ def test_base_and_tuned_model_are_scored_and_the_result_has_both(
     assert (base.graded, tuned.graded, tuned.scores) == (10, 10, {"exact": 1.0})
     assert tuned.perplexity < 1.5 < base.perplexity
     assert tuned.all_token_perplexity is not None
-    assert tuned.all_token_perplexity > tuned.perplexity  # prompts are not learned
+    assert tuned.all_token_perplexity > tuned.perplexity  # the loss of prompt tokens is not trained
     assert "100.0% of the answers right (the base model 0.0%)" in result.message
     assert len(result.to_termination_message().encode()) <= 1024
     assert Result.from_termination_message(result.to_termination_message()) == result
@@ -364,9 +367,10 @@ def test_patience_stops_early_and_still_makes_an_artifact(
     result, _ = runs["patience"]
     assert result.outcome is Outcome.EARLY_STOPPED
     assert result.exit_code == 0
-    assert step_rows(store, "patience")[-1].step == 45  # the first evaluation is the best, two more are not better
+    # The first evaluation stays the best, so patience ends the run after two more.
+    assert step_rows(store, "patience")[-1].step == 45
     assert result.artifact is not None
-    assert result.artifact.step == 45  # artifactFrom is Last
+    assert result.artifact.step == 45  # evaluation.artifactFrom is Last
     assert result.message.endswith("stopped early, because 2 evaluations in a row brought no improvement")
     pointer = json.loads(store.read("runs/default/patience/uid-1/ARTIFACT"))
     assert pointer["outcome"] == "EarlyStopped"
@@ -375,16 +379,16 @@ def test_patience_stops_early_and_still_makes_an_artifact(
 def test_an_evaluation_that_was_cut_off_is_made_up_for(
     runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
 ) -> None:
-    """What is chosen must not depend on when a run was told to stop."""
+    """The chosen checkpoint must not depend on the step at which a run received SIGTERM."""
     assert runs["cut-off"][0].outcome is Outcome.STOPPED
     assert runs["cut-off"][0].message == "told to stop: the checkpoint of step 30 is committed"
     assert runs["resumed"][0].outcome is Outcome.COMPLETED
-    # The same job but for its patience, and undisturbed.
+    # The job "patience" trains the same steps without an interruption.
     expected = {row.step: row.perplexity for row in step_rows(store, "patience")}
     found = {row.step: row.perplexity for row in step_rows(store, "cut-off") if row.perplexity is not None}
     assert found == {step: expected[step] for step in (15, 30, 45)}
     assert all(value is not None for value in found.values())
-    # The base model is scored once a job.
+    # The second run takes the base model's scores from the file of the first run.
     first, second = scores_of(store, "cut-off", 1), scores_of(store, "cut-off", 2)
     assert first.evaluation.tuned is None
     assert second.evaluation.base == first.evaluation.base
@@ -400,5 +404,5 @@ def test_told_to_stop_in_base_scoring_and_in_export(
     assert late.message == "told to stop: what was trained is committed"
     assert after.artifact is not None
     assert after.artifact.step == 4
-    # Nothing is trained twice: the second run exports what the first had committed.
+    # The second run trains no step again, but exports the checkpoint that the first run committed.
     assert {key.split("/")[-1][:6] for key in store.keys("runs/default/told-late/uid-1/metrics/")} == {"000001"}

@@ -1,4 +1,4 @@
-"""A real model learns a real task: SmolLM2-135M scored on ViGGO by the project's own grader, before and after."""
+"""LoRA teaches ViGGO to SmolLM2-135M: the scores of the tuned model are compared with those of the base model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPLATE = "Sentence: {prompt}\nMeaning: "
 STEPS, BATCH, HELD_OUT, SHOWN = 240, 8, 40, 4
 SECONDS = 1400
 FEW_TOKENS = 96
-"""Of an answer: the longest gold answer of the held-out rows is shorter."""
+"""Longest generated answer in tokens; the longest reference answer of the held-out rows is shorter."""
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -44,7 +44,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
 @pytest.mark.timeout(SECONDS + 60)
 @pytest.mark.skipif(not DATA.is_dir(), reason="the data set is not there")
 def test_lora_teaches_viggo_to_a_model_that_can_not_do_it(store: ObjectStore, tmp_path: Path) -> None:
-    """The base model is asked with examples in the prompt; nothing of the held-out games was trained on."""
+    """The base model's prompt contains solved examples, and no held-out row is among the training rows."""
     rng = random.Random(0)
     train, held_out = read(DATA / "viggo-train.csv"), rng.sample(read(DATA / "viggo-valid.csv"), HELD_OUT)
     rng.shuffle(train)
@@ -105,5 +105,5 @@ def test_lora_teaches_viggo_to_a_model_that_can_not_do_it(store: ObjectStore, tm
     assert record.base.task_score <= 0.1
     assert record.tuned.task_score >= 0.3
     assert record.tuned.scores["function"] >= 0.8
-    # In nats a token: a perplexity has its floor at 1, and the base model's is not far above it.
+    # Losses in nats per token are compared, because perplexity is at least 1 and the base model's is close to 1.
     assert math.log(record.tuned.perplexity) < 0.05 * math.log(record.base.perplexity)

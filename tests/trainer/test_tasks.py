@@ -1,10 +1,19 @@
-"""The holes that graders have, each as one mutation of a right answer; the tasks' own tests go deeper."""
+"""Every declared task has a grader that keeps to the declaration, and no grader has one of the known holes.
+
+Each hole is one mutation of a right answer. `test_tasks_viggo.py` and its neighbours test each grader in depth.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import pytest
 
-from finetune_trainer.evaluation.graders import TASKS, Grade
+from finetune_core.errors import UserError
+from finetune_core.tasks import GSM8K, NO_TASK, TASKS, VIGGO, Score, Task, Unit
+from finetune_trainer.evaluation.graders import GRADERS, Grade, grader_of
+from finetune_trainer.evaluation.graders.grades import ScoreSums
+from finetune_trainer.storage.evaluation_file import AnswerRecord
 
 MEANING = {"mr": "inform(name[Portal], genres[puzzle, shooter], rating[good])"}
 NUMBER = {"answer": "12 x 80 = 960, and 40 more make 1,000.\n#### 1,000"}
@@ -14,28 +23,129 @@ SORTED = {"context": TABLES, "answer": "SELECT name FROM boat ORDER BY length DE
 
 
 def grade(task: str, answer: str, gold: dict[str, str]) -> Grade:
-    return TASKS[task].grade(answer, gold)
+    return GRADERS[task](answer, gold)
+
+
+class ReadColumns(Mapping[str, object]):
+    """A row that records the names of the columns that a grader reads."""
+
+    def __init__(self, columns: dict[str, str]) -> None:
+        self._columns = columns
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> object:
+        self.read.add(name)
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
+def example_row(task: Task) -> ReadColumns:
+    return ReadColumns({column.name: column.example for column in task.columns})
+
+
+def test_every_declared_task_has_a_grader_and_every_grader_a_declaration() -> None:
+    assert set(GRADERS) == set(TASKS), "declare the task in finetune_core/tasks.py and add its grader to GRADERS"
+
+
+def test_a_task_without_a_grader_ends_the_job_instead_of_scoring_nothing() -> None:
+    assert grader_of(NO_TASK) is None
+    with pytest.raises(UserError, match=r"dataset\.task: must be one of .* no grader for Haiku"):
+        grader_of("Haiku")
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
+def test_a_grader_reads_the_declared_columns_and_gives_the_example_answer_every_score(task: Task) -> None:
+    row = example_row(task)
+    grade = GRADERS[task.name](task.example_answer, row)
+    assert grade.problem == ""
+    assert {name: float(value) for name, value in grade.scores.items()} == dict.fromkeys(task.score_names, 1.0)
+    assert row.read == {column.name for column in task.columns}
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
+def test_an_empty_answer_gets_no_score_and_an_empty_row_is_left_out(task: Task) -> None:
+    assert not any(GRADERS[task.name]("", example_row(task)).scores.values())
+    assert not GRADERS[task.name](task.example_answer, {}).is_graded
+
+
+WORDS = Score(name="words", meaning="The share of words that are right.", unit=Unit.PARTIAL_CREDIT)
+PARTIAL = Task(
+    name="Words",
+    grading="compares words",
+    description="",
+    columns=(),
+    scores=(WORDS, Score(name="all", meaning="All words are right.")),
+    main="words",
+    example_answer="",
+)
+
+
+def test_a_share_goes_from_the_grader_into_the_mean_and_into_the_file() -> None:
+    grades = [
+        Grade.of(PARTIAL, {"words": 0.5}),
+        Grade.of(PARTIAL, {"words": 1, "all": True}),
+        Grade.left_out("the row is empty"),
+        Grade.of(PARTIAL, {}, problem="the answer is empty"),
+    ]
+    sums = ScoreSums.of(PARTIAL, grades)
+    assert sums.with_vector(2 * value for value in sums.as_vector()).means == sums.means
+    assert (sums.graded, sums.means) == (3, {"words": 0.5, "all": pytest.approx(1 / 3)})
+    records = [AnswerRecord(answer="", gold={}, scores=grade.scores) for grade in grades]
+    assert [record.to_json().split('"scores":')[1].split("}")[0] + "}" for record in records] == [
+        '{"words":0.5,"all":false}',
+        '{"words":1.0,"all":true}',
+        "{}",
+        '{"words":0.0,"all":false}',
+    ]
+    assert [AnswerRecord.model_validate_json(record.to_json()) for record in records] == records
+
+
+@pytest.mark.parametrize(
+    ("task", "scores"),
+    [
+        (GSM8K, {"exact": 0.5}),
+        (GSM8K, {"exact": 1}),
+        (GSM8K, {"other": True}),
+        (PARTIAL, {"words": True}),
+        (PARTIAL, {"words": 1.5}),
+        (PARTIAL, {"words": float("nan")}),
+    ],
+)
+def test_a_value_that_the_task_does_not_declare_is_refused(task: Task, scores: dict[str, bool | float]) -> None:
+    with pytest.raises(ValueError, match=task.name):
+        Grade.of(task, scores)
+
+
+def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_false() -> None:
+    record = AnswerRecord(answer="", gold={}, scores=Grade.of(VIGGO, {"function": True}).scores)
+    expected = '{"strict":false,"orderFree":false,"function":true,"attributes":false,"values":false}'
+    assert f'"scores":{expected}' in record.to_json()
 
 
 @pytest.mark.parametrize(
     ("task", "gold", "answer", "right"),
     [
-        # attributes in another order: not strict, but order-free
+        # Attributes in another order are right for orderFree, but not for strict.
         ("ViGGO", MEANING, "inform(rating[good], name[Portal], genres[puzzle, shooter])", {"orderFree"}),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle, shooter], rating[good])", {"strict", "orderFree"}),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle], rating[good])", set()),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle, shooter], rating[good]) inform(name[Portal])", set()),
-        # text after ####, and thousands with and without a comma
+        # The number counts with or without text behind and commas inside, but not without ####.
         ("GSM8K", NUMBER, "#### 1000", {"exact"}),
         ("GSM8K", NUMBER, "so #### $1,000. That is what is left.", {"exact"}),
         ("GSM8K", NUMBER, "#### 1,000,000", set()),
         ("GSM8K", NUMBER, "#### 10 or 1000", set()),
         ("GSM8K", NUMBER, "The answer is 1000", set()),
-        # empty == empty must not count: the literal of the gold query is among the generated rows
+        # Two empty results must not count as equal, so the generated rows contain the literal of the reference query.
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Nowhere'", set()),
         ("SQL", FOUND, "SELECT name FROM boat WHERE 1 = 0", set()),
         ("SQL", FOUND, "SELECT b.name FROM boat AS b WHERE b.harbour = 'Quay'", {"execution"}),
-        # duplicates count, order only where the gold query orders
+        # Duplicate rows count, and order counts only where the reference query has an ORDER BY.
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' UNION ALL SELECT name FROM boat", set()),
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' ORDER BY name DESC", {"execution"}),
         ("SQL", SORTED, "SELECT name FROM boat ORDER BY length", set()),

@@ -1,4 +1,4 @@
-"""The GSM8K grader: the number after #### decides, as a number."""
+"""The GSM8K grader compares the numbers after ####, however the numbers are written."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.evaluation.graders import summarise
+from finetune_core.tasks import GSM8K
+from finetune_trainer.evaluation.graders.grades import ScoreSums
 from finetune_trainer.evaluation.graders.gsm8k import extract, grade
+from tests.trainer.grading import left_out, unreadable
 
 DATA = Path(os.environ.get("FINETUNE_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "gsm8k"
 OWN_ROWS = ["3 jars of 4 pears are 3*4=<<3*4=12>>12 pears.\n#### 12", "A loss.\n#### -8", "Much.\n#### 1,575,000"]
 
 
 def right(answer: str, gold: str) -> bool:
-    return grade(answer, {"answer": gold}).scores["exact"]
+    return grade(answer, {"answer": gold}).scores["exact"] is True
 
 
 def published() -> list[str]:
@@ -33,8 +35,9 @@ def test_every_published_answer_has_its_number_and_is_right_against_itself() -> 
     rows = published()
     for row in rows:
         assert extract(row) == Decimal(row.split("####")[1].replace(",", "").strip())
-    summary = summarise(grade(row, {"answer": row}) for row in rows)
-    assert (summary.graded, summary.share("exact"), summary.unreadable) == (len(rows), 1.0, {})
+    grades = [grade(row, {"answer": row}) for row in rows]
+    summary = ScoreSums.of(GSM8K, grades)
+    assert (summary.graded, summary.means["exact"], unreadable(grades)) == (len(rows), 1.0, {})
 
 
 @pytest.mark.parametrize(
@@ -110,10 +113,11 @@ def test_a_price_is_its_number() -> None:
 
 
 def test_a_gold_row_without_a_number_is_counted_apart_and_a_missing_marker_by_its_reason() -> None:
-    summary = summarise([grade("#### 5", {"answer": "5"}), grade("#### 5", {}), grade("5", {"answer": "#### 5"})])
-    assert (summary.graded, summary.right) == (1, {"exact": 0})
-    assert summary.ungradable == {"the gold row has no number after ####": 2}
-    assert summary.unreadable == {"the answer has no number after ####": 1}
+    grades = [grade("#### 5", {"answer": "5"}), grade("#### 5", {}), grade("5", {"answer": "#### 5"})]
+    summary = ScoreSums.of(GSM8K, grades)
+    assert (summary.graded, summary.sums) == (1, {"exact": 0})
+    assert left_out(grades) == {"the gold row has no number after ####": 2}
+    assert unreadable(grades) == {"the answer has no number after ####": 1}
 
 
 numbers = st.decimals(-(10**9), 10**9, places=2)
@@ -129,4 +133,4 @@ def test_exactly_equal_numbers_are_equal_however_they_are_written(one: Decimal, 
 
 @given(st.text("#1,.$ -5e/\n"))
 def test_no_text_makes_the_grader_fail(answer: str) -> None:
-    assert grade(answer, {"answer": "#### 5"}).gradable
+    assert grade(answer, {"answer": "#### 5"}).is_graded

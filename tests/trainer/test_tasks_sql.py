@@ -1,4 +1,4 @@
-"""The SQL grader: the same rows are right, each mutation of a query is noticed, and no query does harm."""
+"""The SQL grader accepts queries that return the same rows, rejects mutated queries, and contains hostile queries."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.evaluation.graders import summarise
 from finetune_trainer.evaluation.graders.sql import grade
 from finetune_trainer.evaluation.graders.sql_sandbox import QueryFailed, Sandbox
-from finetune_trainer.evaluation.graders.sql_text import Condition, demands, expansions, statements
+from finetune_trainer.evaluation.graders.sql_text import Condition, expansions, row_requirements, statements
+from tests.trainer.grading import left_out
 
 DATA = Path(os.environ.get("FINETUNE_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "sql"
 EVERY = 40
-"""Of the published rows, one in so many: all of them take half a minute."""
+"""One of so many published rows is graded, because grading all rows takes half a minute."""
 BOATS = "CREATE TABLE boat (id INTEGER PRIMARY KEY, name VARCHAR, harbour VARCHAR, length INTEGER)"
 CREWS = f"{BOATS}; CREATE TABLE sailor (name VARCHAR, boat_id INTEGER, age INTEGER);"
 OWN_ROWS = [
@@ -47,11 +47,11 @@ NESTED = " ".join(["SELECT", "(" * 500, "1", ")" * 500])
 LONG = " ".join(["SELECT", "1+" * 20_000, "1"])
 LINKS = [f"c{link} AS (SELECT p.x FROM c{link - 1} p, c{link - 1} q)" for link in range(1, 60)]  # noqa: S608
 CHAIN = " ".join(["WITH c0 AS (SELECT 1 AS x),", ", ".join(LINKS), "SELECT x FROM c59"])
-"""Sixty expressions, of which sqlite would make 2^59."""
+"""A query with sixty common table expressions, of which sqlite would make 2^59 copies."""
 
 
 def right(answer: str, gold: str, context: str = BOATS) -> bool:
-    return grade(answer, {"answer": gold, "context": context}).scores["execution"]
+    return grade(answer, {"answer": gold, "context": context}).scores["execution"] is True
 
 
 def published() -> list[dict[str, object]]:
@@ -211,14 +211,14 @@ def test_mutations_of_joins_groups_and_subqueries_are_wrong(gold: str, mutants: 
 def test_two_empty_results_are_no_success() -> None:
     never = "SELECT name FROM boat WHERE length > 3 AND length < 2"
     row = {"context": BOATS, "answer": never}
-    assert not grade(never, row).gradable
-    assert not grade("SELECT name FROM boat WHERE 0", row).gradable
+    assert not grade(never, row).is_graded
+    assert not grade("SELECT name FROM boat WHERE 0", row).is_graded
     assert not right("SELECT name FROM boat WHERE 0", "SELECT name FROM boat WHERE harbour = 'a' AND length = 31415")
 
 
 def test_a_gold_query_without_a_definite_result_is_ungradable() -> None:
     for query in ("SELECT id FROM boat LIMIT 2", "SELECT harbour FROM boat ORDER BY RANDOM()"):
-        assert not grade(query, {"context": BOATS, "answer": query}).gradable
+        assert not grade(query, {"context": BOATS, "answer": query}).is_graded
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def test_a_gold_query_without_a_definite_result_is_ungradable() -> None:
     ],
 )
 def test_a_gold_row_that_sqlite_refuses_is_counted_apart_neither_right_nor_wrong(context: str, query: str) -> None:
-    summary = summarise([grade(query, {"context": context, "answer": query}), grade("SELECT 1", {})])
-    assert (summary.total, summary.graded, sum(summary.ungradable.values())) == (2, 0, 2)
+    grades = [grade(query, {"context": context, "answer": query}), grade("SELECT 1", {})]
+    assert left_out(grades).total() == 2
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_what_a_query_demands_of_rows_is_read_from_its_text() -> None:
         'SELECT T1.name FROM sailor AS T1 JOIN boat AS T2 ON T1.boat_id = T2.id WHERE T2.harbour = "Old \'Quay"'
         " AND 5 < age AND length BETWEEN -1 AND 2.5 AND T1.name NOT IN ('a', 'it''s') ORDER BY T1.age LIMIT 5 OFFSET 2"
     )
-    found = demands(query, {"name", "boat_id", "id", "harbour", "age", "length"})
+    found = row_requirements(query, {"name", "boat_id", "id", "harbour", "age", "length"})
     assert found.conditions == {
         "harbour": [Condition("=", "Old 'Quay")],
         "age": [Condition(">", 5)],
@@ -305,7 +305,7 @@ def test_what_a_query_demands_of_rows_is_read_from_its_text() -> None:
     }
     assert (found.joined, found.sorted_by) == ([("boat_id", "id")], {"age"})
     assert (found.rows, found.ordered) == (7, True)
-    assert not demands("SELECT name FROM (SELECT name FROM boat ORDER BY id LIMIT 1)", {"name", "id"}).ordered
+    assert not row_requirements("SELECT name FROM (SELECT name FROM boat ORDER BY id LIMIT 1)", {"name", "id"}).ordered
     assert statements("CREATE TABLE a (b DEFAULT ';');; CREATE TABLE c (d)") == [
         "CREATE TABLE a (b DEFAULT ';')",
         "CREATE TABLE c (d)",
@@ -325,4 +325,4 @@ def test_a_changed_literal_is_always_noticed(literal: str, data: st.DataObject) 
 @settings(max_examples=30, deadline=None)
 @given(st.text("SELECT name*FROM boat('\"`[;-/)WITH", max_size=40))
 def test_no_text_makes_the_grader_fail(answer: str) -> None:
-    assert grade(answer, {"context": BOATS, "answer": "SELECT name FROM boat"}).gradable
+    assert grade(answer, {"context": BOATS, "answer": "SELECT name FROM boat"}).is_graded

@@ -1,4 +1,4 @@
-"""The ViGGO grader: published rows are right against themselves, and each way of being wrong costs the right scores."""
+"""The ViGGO grader gives published rows every score, and each mutation of an answer loses the expected scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from finetune_trainer.evaluation.graders import TASKS, summarise
+from finetune_core.tasks import VIGGO
+from finetune_trainer.evaluation.graders.grades import ScoreSums
 from finetune_trainer.evaluation.graders.viggo import (
     ATTRIBUTES,
     FUNCTIONS,
@@ -20,6 +21,7 @@ from finetune_trainer.evaluation.graders.viggo import (
     grade,
     parse,
 )
+from tests.trainer.grading import left_out, unreadable
 
 DATA = Path(os.environ.get("FINETUNE_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "viggo"
 OWN_ROWS = [
@@ -33,7 +35,7 @@ GOLD = "inform(name[Harbour Lights], rating[good], genres[puzzle, racing], platf
 
 
 def scores(answer: str, gold: str = GOLD) -> set[str]:
-    """Return the names of the scores that are right."""
+    """Return the names of the scores that ``answer`` gets against the reference ``gold``."""
     return {name for name, right in grade(answer, {"mr": gold}).scores.items() if right}
 
 
@@ -57,9 +59,10 @@ def test_every_published_row_parses_keeps_the_order_demanded_and_is_right_agains
         assert text(representation) == row
         places = [ATTRIBUTES.index(attribute.name) for attribute in representation.attributes]
         assert places == sorted(set(places))
-    summary = summarise(grade(row, {"mr": row}) for row in rows)
-    assert (summary.graded, summary.ungradable) == (len(rows), {})
-    assert {summary.share(name) for name in TASKS["ViGGO"].scores} == {1.0}
+    grades = [grade(row, {"mr": row}) for row in rows]
+    summary = ScoreSums.of(VIGGO, grades)
+    assert (summary.graded, left_out(grades)) == (len(rows), {})
+    assert {summary.means[name] for name in VIGGO.score_names} == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -117,17 +120,19 @@ def test_a_comma_is_part_of_a_value_that_is_no_list() -> None:
 
 @pytest.mark.parametrize("gold", ["inform(name[x]", "invite(name[x])", "inform(colour[red])", ""])
 def test_a_gold_row_that_is_not_viggo_is_counted_apart(gold: str) -> None:
-    summary = summarise([grade(GOLD, {"mr": gold}), grade(GOLD, {}), grade(GOLD, {"mr": GOLD})])
-    assert (summary.total, summary.graded, sum(summary.ungradable.values())) == (3, 1, 2)
+    grades = [grade(GOLD, {"mr": gold}), grade(GOLD, {}), grade(GOLD, {"mr": GOLD})]
+    assert (ScoreSums.of(VIGGO, grades).graded, left_out(grades).total()) == (1, 2)
 
 
 def test_summaries_of_parts_add_up() -> None:
     grades = [grade(answer, {"mr": GOLD}) for answer in (GOLD, GOLD.replace("good", "poor"), "inform(", "")]
-    whole = summarise(grades)
-    assert whole == summarise(grades[:1]) + summarise(grades[1:]) == whole + summarise([])
-    assert whole.right == {"strict": 1, "orderFree": 1, "function": 3, "attributes": 2, "values": 1}
-    assert whole.unreadable == {"the answer is not a functional representation": 2}
-    assert (whole.share("strict"), summarise([]).share("strict")) == (0.25, None)
+    whole, nothing = ScoreSums.of(VIGGO, grades), ScoreSums.of(VIGGO, [])
+    for parts in ((ScoreSums.of(VIGGO, grades[:1]), ScoreSums.of(VIGGO, grades[1:])), (whole, nothing)):
+        vectors = [part.as_vector() for part in parts]
+        assert parts[0].with_vector(map(sum, zip(*vectors, strict=True))) == whole
+    assert whole.sums == {"strict": 1, "orderFree": 1, "function": 3, "attributes": 2, "values": 1}
+    assert unreadable(grades) == {"the answer is not a functional representation": 2}
+    assert (whole.means["strict"], nothing.means.get("strict")) == (0.25, None)
 
 
 words = st.text("abz'\"(.-: é0", min_size=1, max_size=8).filter(lambda word: word == " ".join(word.split()) != "")
@@ -166,4 +171,4 @@ def test_a_changed_value_is_always_noticed(gold: Representation, data: st.DataOb
 
 @given(st.text("inform(name[x], )]\"'é\n"))
 def test_no_text_makes_the_grader_fail(answer: str) -> None:
-    assert grade(answer, {"mr": GOLD}).gradable
+    assert grade(answer, {"mr": GOLD}).is_graded

@@ -8,11 +8,12 @@ from typing import Any
 
 from finetune_core.contract import CheckpointRecord, EvaluationRecord, Outcome, Phase, Result
 from finetune_core.layout import checkpoint_folder
+from finetune_core.tasks import main_score_text
 from finetune_trainer.checkpoints.export import Export, export
 from finetune_trainer.checkpoints.saver import Saver
 from finetune_trainer.engine.engine import MASTER, Engine
 from finetune_trainer.engine.state import stored_tensors
-from finetune_trainer.evaluation.records import Scores
+from finetune_trainer.evaluation.comparison import ModelComparison
 from finetune_trainer.material import Data, base_folder
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.ranks.gang import Gang
@@ -32,7 +33,7 @@ def finish(
     model: Any,
     engine: Engine,
     saver: Saver,
-    scores: Scores,
+    comparison: ModelComparison,
     stopped_early: bool,
     progress: Progress | None,
 ) -> Result:
@@ -50,10 +51,10 @@ def finish(
             fetch_folder(root, checkpoint_folder(chosen.run, chosen.step), source)
 
     gang.each(fetch, until_told=True)
-    if scores.evaluation is not None:
+    if comparison.evaluation is not None:
         for name, tensors in stored_tensors(source, (MASTER,)):
             engine.write_weight(name, tensors[MASTER])
-        scores.tuned(chosen.step)
+        comparison.score_tuned_model(chosen.step)
     if progress is not None:
         progress.phase(Phase.EXPORTING)
 
@@ -64,8 +65,8 @@ def finish(
         result = publish(root, saver.run, chosen.step, files, below=target, outcome=outcome)
         shutil.rmtree(target)
         patience = plan.config.evaluation.patience if stopped_early else None
-        message = sentence(chosen, scores.evaluation, patience=patience)
-        evaluation = scores.evaluation.rounded() if scores.evaluation is not None else None
+        message = sentence(chosen, comparison.evaluation, task=plan.config.dataset.task, patience=patience)
+        evaluation = comparison.evaluation.rounded() if comparison.evaluation is not None else None
         update = {"message": message, "checkpoint": chosen.uri, "evaluation": evaluation}
         return result.model_copy(update=update).model_dump(mode="json")
 
@@ -94,14 +95,14 @@ def export_files(plan: WorkerPlan, root: RunRoot, model: Any, data: Data, source
     return export(model, data.tokenizer, source, target, options)
 
 
-def sentence(chosen: CheckpointRecord, evaluation: EvaluationRecord | None, *, patience: int | None) -> str:
+def sentence(chosen: CheckpointRecord, evaluation: EvaluationRecord | None, *, task: str, patience: int | None) -> str:
     """Return what a person reads at the end: which step it is, how good, and why it stopped early where it did."""
     text = f"the artifact is the model of step {chosen.step}"
     if chosen.perplexity is not None:
         text += f", validation perplexity {chosen.perplexity:.4g}"
     if evaluation is not None and evaluation.tuned is not None and evaluation.tuned.task_score is not None:
         before = evaluation.base.task_score if evaluation.base is not None else None
-        text += f", {evaluation.tuned.task_score:.1%} of the answers right"
+        text += f", {main_score_text(task, evaluation.tuned.task_score)}"
         text += f" (the base model {before:.1%})" if before is not None else ""
     if patience is not None:
         evaluations = "1 evaluation" if patience == 1 else f"{patience} evaluations"

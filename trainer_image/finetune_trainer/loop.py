@@ -18,8 +18,8 @@ from finetune_trainer.decisions.replay import Past
 from finetune_trainer.decisions.schedule import rate
 from finetune_trainer.decisions.stability import Alarm, non_finite, observe
 from finetune_trainer.engine.engine import Engine
-from finetune_trainer.evaluation.perplexity import summed_loss
-from finetune_trainer.evaluation.scorer import Questions, Scorer
+from finetune_trainer.evaluation.scorer import Scorer
+from finetune_trainer.evaluation.sets import EvaluationSet
 from finetune_trainer.material import Data
 from finetune_trainer.pod.errors import StopAgreed, Stopped
 from finetune_trainer.pod.outcomes import Standing
@@ -43,7 +43,7 @@ class Training:
         batches: Batches,
         saver: Saver,
         scorer: Scorer,
-        validation: Questions | None,
+        validation: EvaluationSet | None,
         progress: Progress | None,
         standing: Standing,
         start: Start,
@@ -139,7 +139,7 @@ class Training:
             with watch.part(DATA):
                 micro = next(tensors).to(gang.device)
             with watch.part(FORWARD):
-                loss = summed_loss(self._engine, micro)
+                loss = self._engine.loss(micro)
             nll += loss.detach()
             positions += micro.input_ids.numel()
             with watch.part(BACKWARD):
@@ -248,11 +248,11 @@ class Training:
             self._save(perplexity, task_score, must=must)
         self._tell_checkpoints()
 
-    def _evaluate(self, questions: Questions) -> tuple[float, float | None]:
+    def _evaluate(self, validation: EvaluationSet) -> tuple[float, float | None]:
         """Return validation perplexity and, where checkpoints are chosen by it, the task's score."""
-        perplexity, task_score = self._scorer.perplexity(questions.examples), None
+        perplexity, task_score = self._scorer.perplexity(validation.examples), None
         if self._config.evaluation.best_by == "TaskScore":
-            task_score = self._scorer.task_scores(questions)["task_score"]
+            task_score = self._scorer.task_scores(validation).main
         self._phase(Phase.TRAINING)
         return perplexity, task_score
 

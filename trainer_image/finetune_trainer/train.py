@@ -18,9 +18,9 @@ from finetune_trainer.decisions.replay import Past, past_of
 from finetune_trainer.engine.checks import check_model
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.engine.state import load_state, load_weights
-from finetune_trainer.evaluation.records import Scores
+from finetune_trainer.evaluation.comparison import ModelComparison
 from finetune_trainer.evaluation.scorer import Scorer
-from finetune_trainer.evaluation.sets import prepare_questions, validation_questions
+from finetune_trainer.evaluation.sets import prepare_base_model_set, validation_set
 from finetune_trainer.finish import finish
 from finetune_trainer.loop import Training
 from finetune_trainer.material import (
@@ -67,9 +67,11 @@ def _train(plan: WorkerPlan, gang: Gang, progress: Progress | None, standing: St
     while True:
         run = Run(plan, gang, root, data, start, progress, standing)
         try:
-            run.scores.base(is_base=start.parent is None)
+            run.comparison.score_base_model(is_base=start.parent is None)
             stopped_early = run.training.steps()
-            return finish(plan, gang, root, data, run.model, run.engine, run.saver, run.scores, stopped_early, progress)
+            return finish(
+                plan, gang, root, data, run.model, run.engine, run.saver, run.comparison, stopped_early, progress
+            )
         except RollBack as order:
             run.close()
             start = _start_again(plan, gang, root, start, order.rollback)
@@ -78,7 +80,7 @@ def _train(plan: WorkerPlan, gang: Gang, progress: Progress | None, standing: St
 def _prepare(plan: WorkerPlan) -> object:
     """Write what the ranks of this node share, and return what there is to know about it."""
     prepared = prepare(plan)
-    notices = [*prepared.notices, *prepare_questions(plan)]
+    notices = [*prepared.notices, *prepare_base_model_set(plan)]
     return prepared.model_copy(update={"notices": notices}).model_dump(mode="json")
 
 
@@ -132,7 +134,7 @@ class Run:
             context=data.prepared.model_context,
             phase=tell,
         )
-        self.scores = Scores(plan, gang, root, data, scorer, start.run, progress)
+        self.comparison = ModelComparison(plan, gang, root, data, scorer, start.run, progress)
         history = past_steps(root, start) if gang.is_first else []
         shared = gang.share(lambda: past_of(plan.config.evaluation, history).model_dump(mode="json"), until_told=True)
         self.training = Training(
@@ -143,7 +145,7 @@ class Run:
             batches,
             self.saver,
             scorer,
-            validation_questions(plan, data),
+            validation_set(plan, data),
             progress,
             standing,
             start,
@@ -160,7 +162,7 @@ class Run:
     def close(self) -> None:
         """Free the memory of model and engine, for the run that follows."""
         self.engine.close()
-        del self.engine, self.model, self.training, self.scores
+        del self.engine, self.model, self.training, self.comparison
 
 
 def _fetched(plan: WorkerPlan, start: Start) -> Path:

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ApiModel, cel, exactly_one_of
 from finetune_core.api.sources import DataSource
+from finetune_core.tasks import NO_TASK, TaskName, task_field_text
 
 FieldName = Annotated[str, Field(min_length=1, max_length=128)]
 """Name of a column in the data files."""
@@ -82,9 +83,7 @@ class DatasetSpec(ApiModel):
     """Rows that the base model and the tuned model are scored on at the end. No checkpoint is chosen by these rows."""
     format: DatasetFormat
     """How a row becomes an example."""
-    task: Literal["None", "ViGGO", "GSM8K", "SQL"] = "None"
-    """What grades generated answers: ViGGO compares functional representations, GSM8K the number after `####`, SQL runs
-    the query. None: only perplexity is measured."""
+    task: Annotated[TaskName, Field(description=task_field_text())] = NO_TASK
     max_length: Annotated[int, Field(ge=8, le=131072)] = 512
     """Longest example in tokens, prompt and completion together."""
     packing: bool = False

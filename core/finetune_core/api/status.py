@@ -12,6 +12,7 @@ from finetune_core.api.base import ATOMIC, ApiModel, by_key
 from finetune_core.api.conditions import Condition
 from finetune_core.api.evaluation import ScoredRows
 from finetune_core.api.resources import NODES_LIMIT
+from finetune_core.tasks import SCORE_LIMIT, ScoreName, score_names_text
 
 ATTEMPT_LIMIT = 999
 """Largest number of an attempt, because names of pods have room for three digits."""
@@ -258,10 +259,9 @@ class PlanStatus(StatusModel):
 class NamedScore(StatusModel):
     """One of the scores of a task."""
 
-    name: Annotated[str, Field(max_length=32)]
-    """Such as strict, orderFree, function, attributes, values (ViGGO), exact (GSM8K), execution (SQL)."""
+    name: Annotated[ScoreName, Field(description=score_names_text())]
     value: Decimal
-    """Share of right answers, from 0 to 1."""
+    """Mean over the graded answers, from 0 to 1; the share of right answers where an answer is right or wrong."""
 
 
 class Scores(StatusModel):
@@ -273,7 +273,7 @@ class Scores(StatusModel):
     """Perplexity over the tokens of prompts and completions, as in Anyscale's study."""
     task_score: Decimal | None = None
     """Share of answers that the grader of `dataset.task` accepts, from 0 to 1."""
-    scores: Annotated[list[NamedScore], Field(max_length=8, json_schema_extra=ATOMIC)] = []
+    scores: Annotated[list[NamedScore], Field(max_length=SCORE_LIMIT, json_schema_extra=ATOMIC)] = []
     """Every score of the task."""
     graded: Count = 0
     """Answers that were graded; rows whose own answer can't be graded against are left out."""

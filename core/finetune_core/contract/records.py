@@ -10,6 +10,7 @@ from pydantic import Field
 from finetune_core.api.evaluation import ScoredRows
 from finetune_core.api.training import StabilityAction
 from finetune_core.contract.contract_model import ContractModel
+from finetune_core.tasks import SCORE_LIMIT, ScoreName
 
 
 class CheckpointRecord(ContractModel):
@@ -49,21 +50,21 @@ def _rounded(value: float) -> float:
 
 
 class ScoreRecord(ContractModel):
-    """How well a model does on a set of rows."""
+    """Scores of one model on the rows of an evaluation set."""
 
     perplexity: Annotated[float, Field(ge=0)]
-    """exp of the mean negative log-likelihood over all supervised tokens: those of the answers."""
+    """exp of the mean negative log-likelihood (nats) over all supervised tokens, which are those of the answers."""
     all_token_perplexity: Annotated[float, Field(ge=0)] | None = None
-    """The same over the tokens of prompts and answers, as in the study that the project repeats."""
+    """Perplexity over the tokens of prompts and answers, as Anyscale's study of LoRA (September 2023) reports it."""
     task_score: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of right answers by the task's main score."""
-    scores: Annotated[dict[Annotated[str, Field(max_length=32)], float], Field(max_length=8)] = {}
-    """Every score of the task, by name."""
+    """Mean of the task's main score over the graded answers; for True and False the share of right answers."""
+    scores: Annotated[dict[ScoreName, float], Field(max_length=SCORE_LIMIT)] = {}
+    """Mean of every score of the task over the graded answers, by the score's name, for example ``{"exact": 0.9}``."""
     graded: Annotated[int, Field(ge=0)] = 0
-    """Answers that were graded; rows whose gold answer can't be graded against are left out."""
+    """Number of graded answers; an answer is not graded where the row's own reference answer can't be used."""
 
     def rounded(self) -> ScoreRecord:
-        """Return the record with six significant digits."""
+        """Return the record with all scores rounded to six significant digits."""
         values = self.model_dump()
         scores = {name: _rounded(value) for name, value in self.scores.items()}
         return ScoreRecord.model_validate(

@@ -1,5 +1,5 @@
-"""The trainer against what people would use instead: transformers' Trainer with peft, and trl's SFTTrainer.
+"""Compare the trainer with the usual alternatives: transformers' Trainer with peft, and trl's SFTTrainer.
 
-Each contender is a program of its own that trains the same weights on the same rows and leaves one JSON file
-(`Measured`); `compare` runs them in turns and prints ratios.
+Each contender is a program of its own. All contenders train the same weights on the same rows and write one JSON file
+(`Measured`). `__main__.py` runs the contenders in turns and prints ratios.
 """

@@ -1,4 +1,4 @@
-"""Runs the contenders in turns and prints tokens per CPU second and memory as ratios to the padded Trainer.
+"""Run the contenders in turns and print tokens per CPU second and memory, as ratios to the padded Trainer.
 
 python -m tests.bench.peers --pairs 3
 """
@@ -30,7 +30,7 @@ BASELINE = "Trainer + peft, padded to 512"
 
 
 def contenders(endpoint: str, credentials: Path) -> dict[str, list[str]]:
-    """Return module and further arguments of each contender."""
+    """Return the module and the further arguments of each contender, by the contender's name in the table."""
     return {
         "finetune-operator, packed": ["tests.bench.peers.ours", endpoint, str(credentials)],
         BASELINE: ["tests.bench.peers.padded", "max_length"],
@@ -40,7 +40,8 @@ def contenders(endpoint: str, credentials: Path) -> dict[str, list[str]]:
 
 
 def measure(command: Sequence[str], workload: Path, out: Path, threads: int) -> Measured:
-    """Run one contender and return what it left; its output is shown where it fails."""
+    """Run one contender and return its figures. If the contender fails, end this program with the contender's
+    output."""
     module, *rest = command
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
     done = subprocess.run(
@@ -56,7 +57,8 @@ def measure(command: Sequence[str], workload: Path, out: Path, threads: int) -> 
 
 
 def check_same_work(taken: Mapping[str, Sequence[Measured]]) -> None:
-    """Refuse figures of contenders that did not do the same: losses of equal batches agree within a thousandth."""
+    """End the program if contenders did not do the same work. The losses of equal batches must agree within a
+    thousandth."""
     unpacked = [name for name in taken if not name.startswith("trl")]
     reference = taken[unpacked[0]][0].losses
     for name in unpacked[1:]:
@@ -66,7 +68,7 @@ def check_same_work(taken: Mapping[str, Sequence[Measured]]) -> None:
 
 
 def table_of(taken: Mapping[str, Sequence[Measured]]) -> Table:
-    """Return the table of medians, and ratios to the padded Trainer (pair by pair)."""
+    """Return the table of medians. The ratios to the padded Trainer are computed pair by pair."""
     table = Table(title="LoRA r 8 on SmolLM2-135M, GSM8K rows, fp32, one process")
     for column in ("", "supervised tokens / CPU s", "ratio (from, to)", "real tokens / s", "peak memory", "ratio"):
         table.add_column(column, justify="right" if column else "left")
@@ -89,7 +91,7 @@ def table_of(taken: Mapping[str, Sequence[Measured]]) -> Table:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the comparison and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.peers",
         description="Compare the trainer with transformers' Trainer + peft and with trl, in turns.",
@@ -114,7 +116,8 @@ def main() -> None:
         ]
         workload = Workload(
             model=base_model(),
-            # The Hugging Face contenders take the rows as they come, ours in its own order: the same batches.
+            # The Hugging Face contenders read the rows in the file's order, and our trainer in an order of its own. The
+            # file is sorted so that all contenders train on the same batches.
             rows=write_rows(folder / "ordered.jsonl", [rows[index] for index in order]),
             batch=options.batch,
             micro_batch=8,
@@ -124,7 +127,7 @@ def main() -> None:
             threads=options.threads,
             seed=SEED,
         )
-        # A micro-batch counts sequences: one full sequence at once, as trl packs them.
+        # Our trainer's micro-batch counts packed sequences. One full sequence at a time equals trl's setting.
         mine = {"rows": write_rows(folder / "rows.jsonl", rows), "micro_batch": 1}
         ours = workload.model_copy(update=mine)
         files = {}

@@ -1,4 +1,5 @@
-"""What the two Hugging Face contenders share: model with the same adapters, tokenised rows, arguments, the clock."""
+"""The common part of the two Hugging Face contenders: the model with the same adapters, the tokenised rows, the
+training arguments and the clock."""
 
 from __future__ import annotations
 
@@ -13,23 +14,23 @@ from tests.bench.peers.workload import LORA_ALPHA, LORA_RANK, TEMPLATE, Clock, W
 
 IGNORED = -100
 DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""All dense layers of a Llama."""
+"""The names of all dense layers of a Llama model."""
 
 
 class Timing(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-    """Marks the end of each optimizer step."""
+    """A callback that calls the clock at the end of each optimizer step."""
 
     def __init__(self, clock: Clock) -> None:
-        """Use ``clock``."""
+        """Call ``clock`` at the end of each step."""
         self._clock = clock
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Mark it."""
+        """Record the end of an optimizer step."""
         self._clock.update_ended()
 
 
 def load(workload: Workload) -> tuple[Any, Any]:
-    """Return tokenizer and model in fp32, with the adapters that our trainer begins with."""
+    """Return the tokenizer and the fp32 model, with the same initial adapters as in our trainer."""
     torch.set_num_threads(workload.threads)
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
     tokenizer.padding_side = "right"
@@ -40,7 +41,8 @@ def load(workload: Workload) -> tuple[Any, Any]:
 
 
 def examples(workload: Workload, tokenizer: Any) -> list[dict[str, list[int]]]:
-    """Return token ids and labels of every row; prompt tokens carry no loss."""
+    """Return token ids and labels of every row. The labels of prompt tokens are `IGNORED`, so that they carry no
+    loss."""
     made = []
     for row in workload.read_rows():
         prompt = tokenizer(TEMPLATE.replace("{prompt}", row["question"]))["input_ids"]
@@ -50,7 +52,7 @@ def examples(workload: Workload, tokenizer: Any) -> list[dict[str, list[int]]]:
 
 
 def arguments(workload: Workload, folder: str) -> dict[str, Any]:
-    """Return the arguments of `TrainingArguments` that make all contenders take the same updates."""
+    """Return arguments of `TrainingArguments` with which all contenders make the same updates."""
     return {
         "output_dir": folder,
         "max_steps": workload.updates,
@@ -72,5 +74,5 @@ def arguments(workload: Workload, folder: str) -> dict[str, Any]:
 
 
 def logged_losses(history: list[dict[str, Any]]) -> list[float]:
-    """Return the training loss of every step of a Trainer's log."""
+    """Return the training loss of every step from a Trainer's log history."""
     return [float(entry["loss"]) for entry in history if "loss" in entry]

@@ -1,6 +1,7 @@
-"""This project's trainer: its own loop on the DeepSpeed engine, rows packed within each global batch.
+"""The contender of this project: the trainer's own loop on the DeepSpeed engine, with rows packed within each global
+batch.
 
-python -m tests.bench.peers.ours WORKLOAD OUT STORE_ENDPOINT CREDENTIALS
+    python -m tests.bench.peers.ours WORKLOAD OUT STORE_ENDPOINT CREDENTIALS
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tests.trainer.objectstore import BUCKET, free_port
 
 
 def run_file(workload: Workload, endpoint: str, name: str) -> RunConfig:
-    """Return the run file of the same LoRA run."""
+    """Return the run file of a LoRA run that makes the same updates as the other contenders."""
     source = {"volume": {"claimName": "bench", "path": "rows"}}
     return RunConfig.model_validate(
         {
@@ -64,7 +65,7 @@ def run_file(workload: Workload, endpoint: str, name: str) -> RunConfig:
 
 
 def main() -> None:
-    """Train, and leave the figures at OUT."""
+    """Train, and write the figures to the file OUT."""
     workload = Workload.model_validate_json(Path(sys.argv[1]).read_text())
     out, endpoint, credentials = Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     os.environ |= {

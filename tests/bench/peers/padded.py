@@ -1,6 +1,7 @@
-"""transformers' Trainer with peft, every batch padded: to `max_length`, as the study did, or to its longest row.
+"""The contender with transformers' Trainer and peft. Batches are padded either to `max_length` or to the longest row of
+the batch.
 
-python -m tests.bench.peers.padded WORKLOAD OUT max_length|longest
+    python -m tests.bench.peers.padded WORKLOAD OUT max_length|longest
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from tests.bench.peers.workload import Clock, Workload
 
 
 class InOrder(Trainer):  # type: ignore[misc]  # transformers has no types here
-    """A Trainer that takes the rows as they come: all contenders see the same batches."""
+    """A Trainer that reads the rows in the data set's order, so that all contenders train on the same batches."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
 
 def main() -> None:
-    """Train, and leave the figures at OUT."""
+    """Train, and write the figures to the file OUT."""
     workload = Workload.model_validate_json(Path(sys.argv[1]).read_text())
     padding = {"max_length": "max_length", "longest": True}[sys.argv[3]]
     tokenizer, model = hugging_face.load(workload)

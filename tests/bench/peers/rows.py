@@ -1,5 +1,5 @@
-"""Rows of GSM8K for the comparison: the real ones where the shared data lies beside the checkout, else made up ones of
-the same lengths (question about 60 words, answer about 55 with its `#### number`)."""
+"""Rows of GSM8K for the comparison. If the data set is not beside the checkout, rows with random words of the same
+lengths replace it: questions of about 60 words, and answers of about 55 words with a last line `#### number`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = "she buys seven boxes of apples each day and sells half of them at noon 
 
 
 def gsm8k_rows(count: int) -> list[dict[str, str]]:
-    """Return ``count`` rows with `question` and `answer`."""
+    """Return ``count`` rows with the fields `question` and `answer`."""
     if REAL.is_file():
         with REAL.open() as file:
             return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
@@ -29,6 +29,6 @@ def _made_up(generator: random.Random) -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> Path:
-    """Write ``rows`` as jsonl and return the path."""
+    """Write ``rows`` as a JSON Lines file and return the file's path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

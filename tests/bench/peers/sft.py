@@ -1,7 +1,8 @@
-"""trl's SFTTrainer with its best settings for short rows: best-fit packing, loss on completions only.
+"""The contender with trl's SFTTrainer and its best settings for short rows: best-fit packing, and loss on completions
+only.
 
-Its packing spans the whole data set, so an update does not hold the same rows as the others'; the number of updates
-and the tokens of the run are the same. transformers tells its packed rows apart by their position ids.
+trl packs over the whole data set, so that an update holds other rows than the update of the other contenders. The
+number of updates and of tokens is the same. transformers separates packed rows by their position ids.
 
     python -m tests.bench.peers.sft WORKLOAD OUT
 """
@@ -21,7 +22,7 @@ from tests.bench.peers.workload import TEMPLATE, Clock, Workload
 
 
 def build(workload: Workload, model: Any, tokenizer: Any, folder: str, accumulation: int, clock: Clock) -> SFTTrainer:
-    """Return the trainer for ``accumulation`` packed sequences per update."""
+    """Return an SFTTrainer that accumulates ``accumulation`` packed sequences per update."""
     rows = [
         {"prompt": TEMPLATE.replace("{prompt}", row["question"]), "completion": row["answer"]}
         for row in workload.read_rows()
@@ -44,7 +45,7 @@ def build(workload: Workload, model: Any, tokenizer: Any, folder: str, accumulat
 
 
 def main() -> None:
-    """Train, and leave the figures at OUT."""
+    """Train, and write the figures to the file OUT."""
     workload = Workload.model_validate_json(Path(sys.argv[1]).read_text())
     tokenizer, model = hugging_face.load(workload)
     clock = Clock()

@@ -1,4 +1,5 @@
-"""What every contender trains, as a JSON file that they are started with, and what each of them leaves behind."""
+"""The input and the result of a contender. `__main__.py` passes a `Workload` as a JSON file, and each contender writes
+a `Measured` as a JSON file."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ TEMPLATE = "Question: {prompt}\nAnswer: "
 
 
 class Workload(BaseModel):
-    """One LoRA run: `updates` optimizer steps of `batch` rows each, in the order of the file."""
+    """One LoRA run of `updates` optimizer steps, which trains on `batch` rows per step in the order of the file."""
 
     model: Path
     """Folder of the base model."""
     rows: Path
-    """jsonl with `question` and `answer`: the rows of update 1, then of update 2, and so on."""
+    """JSON Lines file with the fields `question` and `answer`: first the rows of update 1, then those of update 2, and
+    so on."""
     batch: int
     micro_batch: int
     updates: int
@@ -29,39 +31,40 @@ class Workload(BaseModel):
     seed: int
 
     def read_rows(self) -> list[dict[str, str]]:
-        """Return the rows in the order in which they are trained on."""
+        """Return the rows in the order of training."""
         return [json.loads(line) for line in self.rows.read_text().splitlines()]
 
 
 class Measured(BaseModel):
-    """What a contender took. The first update is left out: memory is allocated in it."""
+    """The figures of one contender. Times and tokens leave out the first update, because memory is allocated in it."""
 
     supervised_tokens: int
-    """Tokens that the loss was taken on."""
+    """Number of tokens that carry a loss."""
     real_tokens: int
-    """All tokens but padding."""
+    """Number of tokens without padding."""
     cpu_seconds: float
-    """Process CPU time over all threads."""
+    """CPU seconds of the process, summed over all threads."""
     wall_seconds: float
     peak_bytes: int
-    """Largest resident set of the process."""
+    """Largest resident memory of the process, in bytes."""
     losses: list[float]
-    """Training loss of every update, the first one too."""
+    """Training loss of every update, including the first one."""
 
 
 class Clock:
-    """Marks the end of each update."""
+    """Records CPU time and wall time at the end of each update."""
 
     def __init__(self) -> None:
-        """Begin with no marks."""
+        """Start without recorded times."""
         self._marks: list[tuple[float, float]] = []
 
     def update_ended(self) -> None:
-        """Take the time of process and wall."""
+        """Record the current CPU time and wall time."""
         self._marks.append((time.process_time(), time.perf_counter()))
 
     def measured(self, tokens: list[tuple[int, int]], losses: list[float]) -> Measured:
-        """Return the figures; ``tokens`` are (supervised, real) of each update, the first one too."""
+        """Return the figures of the run. ``tokens`` holds a pair (supervised tokens, tokens without padding) for each
+        update, including the first one."""
         (cpu_from, wall_from), (cpu_to, wall_to) = self._marks[0], self._marks[-1]
         return Measured(
             supervised_tokens=sum(supervised for supervised, _ in tokens[1:]),

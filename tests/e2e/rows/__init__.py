@@ -1,2 +1,2 @@
-"""The verdict table of the operator, row by row, with real pods: each row is a job whose scripted trainer or whose
-surroundings fail in one way, and what must show in its status and events, within which time."""
+"""The rows of the operator's verdict table as end-to-end tests with real pods. In each row a scripted trainer, a pod or
+a node fails in one way. The row then says what the job's status and events must show, and within how many seconds."""

@@ -1,6 +1,5 @@
-"""How the fault of a row comes about: each function brings it about, or waits for it, and returns the moment at which
-it was seen.
-"""
+"""The faults of the rows. Each function causes a fault, or waits for the fault, and returns the time at which the fault
+was observed (`time.monotonic`)."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from tests.e2e.rows.stage import Stage, training_state
 
 
 def exits(code: int, worker: int = 1) -> Callable[[Stage], float]:
-    """The trainer of a worker ends by itself."""
+    """Return a fault: the trainer of one worker exits with ``code``."""
     return lambda stage: stage.ended(worker, code)
 
 
@@ -25,33 +24,33 @@ def is_deleted(stage: Stage) -> float:
 
 
 def is_deleted_by_force(stage: Stage) -> float:
-    """A person deletes a running pod without waiting for its end."""
+    """A person deletes a running pod with `--force --grace-period=0`."""
     stage.both_pods_run()
     stage.delete_pod(1, force=True)
     return stage.pod_deleted(1)
 
 
 def is_deleted_while_pending(stage: Stage) -> float:
-    """A person deletes a pod that has no node yet."""
+    """A person deletes a pod that is not scheduled yet."""
     stage.job("both pods recorded", lambda job: len(job["status"]["attempts"].get("current", {}).get("pods", [])) == 2)
     stage.delete_pod(1)
     return stage.pod_deleted(1)
 
 
 def is_evicted(stage: Stage) -> float:
-    """A drain evicts a running pod."""
+    """The eviction API evicts a running pod, as `kubectl drain` does."""
     stage.both_pods_run()
     stage.evict_pod(1)
     return stage.pod_deleted(1)
 
 
 def outgrows_its_disk(stage: Stage) -> float:
-    """The kubelet evicts a pod that wrote more than it may."""
+    """The kubelet evicts a pod whose volume outgrew its size limit."""
     return stage.pod(1, "its eviction", lambda pod: pod["status"].get("reason") == "Evicted").at
 
 
 def cannot_be_pulled(stage: Stage) -> float:
-    """The kubelet fails to pull the image."""
+    """The kubelet can't pull the image."""
 
     def failing(pod: Manifest) -> bool:
         return "Pull" in training_state(pod).get("waiting", {}).get("reason", "")
@@ -60,12 +59,14 @@ def cannot_be_pulled(stage: Stage) -> float:
 
 
 def begins(stage: Stage) -> float:
-    """Nothing but the first attempt's beginning: what it waits for never comes."""
+    """Return the time at which attempt 1 begins. The pods of the row never run, so that the row needs no other
+    fault."""
     return stage.job("attempt 1", lambda job: job["status"]["attempts"]["started"] == 1).at
 
 
 def runs_on(stage: Stage) -> float:
-    """Training goes on and on from the moment at which the first pod runs."""
+    """Return the time at which the first training container runs. The scripted trainer of the row never ends by
+    itself."""
     running = [
         stage.pod(worker, "its container to run", lambda pod: training_state(pod).get("running")) for worker in (0, 1)
     ]
@@ -73,7 +74,7 @@ def runs_on(stage: Stage) -> float:
 
 
 def is_ordered(**run_policy: Any) -> Callable[[Stage], float]:
-    """A person changes runPolicy while both pods run."""
+    """Return a fault: a person changes fields of `runPolicy` while both pods run."""
 
     def order(stage: Stage) -> float:
         stage.both_pods_run()
@@ -83,7 +84,8 @@ def is_ordered(**run_policy: Any) -> Callable[[Stage], float]:
 
 
 def is_suspended_and_resumed(stage: Stage) -> float:
-    """A person suspends the job, and resumes it once its pods are gone; the moment is that of resuming."""
+    """A person suspends the job, and resumes the job after its pods are gone. The returned time is the time of
+    resuming."""
     is_ordered(suspend=True)(stage)
     for worker in (0, 1):
         stage.pod_gone(worker)
@@ -92,12 +94,12 @@ def is_suspended_and_resumed(stage: Stage) -> float:
 
 
 def outlived_by_its_sidecar(stage: Stage) -> float:
-    """Training ends in every pod while a mesh's container runs on."""
+    """The training containers of all pods end while the sidecar containers keep running."""
     return max(stage.ended(worker, 0) for worker in (0, 1))
 
 
 def is_deleted_again_and_again(stage: Stage) -> float:
-    """A person deletes a pod of each of four attempts in a row, none of which committed a checkpoint."""
+    """A person deletes a pod in each of four attempts in a row, before any attempt has committed a checkpoint."""
     at = 0.0
     for attempt in (1, 2, 3, 4):
         stage.both_pods_run(attempt)

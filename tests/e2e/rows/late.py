@@ -1,8 +1,8 @@
-"""The rows in which something outside the spec appears later than the job: the job says what it waits for, nothing is
-charged, and it runs once the thing is there.
+"""The rows in which an object that the job needs, such as a Secret, is created after the job. The status must name the
+missing object, no attempt may be charged, and the job must run once the object exists.
 
-Where the times come from: the kubelet tries mounts and pulls again after pauses that double; a claim is
-bound by the volume controller, which wakes the scheduler.
+The bounds come from Kubernetes: the kubelet repeats mounts and image pulls after pauses that double. A
+PersistentVolumeClaim is bound by the volume controller, and the binding wakes the scheduler.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ LATE_CLAIM = "late-claim"
 LATE_IMAGE = "localhost/late-trainer:1"
 LATE_BUCKET = "late-bucket"
 KUBELET_PAUSE = 40.0
-"""Longest pause of the kubelet between two tries in the first minute."""
+"""Longest pause, in seconds, of the kubelet between two attempts to mount or pull within the first minute."""
 SCHEDULER_PAUSE = 10.0
 VOLUME_PAUSE = 15.0
-"""Between two looks of the volume controller (`--pvclaimbinder-sync-period`) at a claim it did not bind at once."""
+"""Seconds between two checks of an unbound claim by the volume controller (`--pvclaimbinder-sync-period`)."""
 RUN = 5.0
-"""Two small pods from the moment at which nothing holds them to their end."""
+"""Seconds that two small pods need from start to end once all that the pods wait for exists."""
 
 
-def told(stage: Stage, *words: str) -> None:
-    """Wait until the status says what the job waits for."""
+def wait_until_named(stage: Stage, *words: str) -> None:
+    """Wait until the message of the condition Running contains all ``words``."""
     stage.job(f"{words}", lambda job: all(word in condition(job, "Running")["message"] for word in words))
 
 
 def appears(make: Callable[[Stage], None], *words: str) -> Callable[[Stage], float]:
-    """What the job waits for, and names with ``words``, is made by ``make``; the moment is that of its being there."""
+    """Return a fault: wait until the status contains ``words``, then call ``make``, which creates the missing object.
+    The fault's time is the end of ``make``."""
 
     def fault(stage: Stage) -> float:
-        told(stage, *words)
+        wait_until_named(stage, *words)
         make(stage)
         return stage.now()
 
@@ -48,13 +49,13 @@ def appears(make: Callable[[Stage], None], *words: str) -> Callable[[Stage], flo
 
 
 def make_secret(stage: Stage) -> None:
-    """Create the Secret with the store's keys."""
+    """Create the Secret with the keys of the object store."""
     keys = ["--from-literal=AWS_ACCESS_KEY_ID=a", "--from-literal=AWS_SECRET_ACCESS_KEY=b"]
     stage.cluster.kubectl("create", "secret", "generic", LATE_SECRET, "-n", stage.namespace, *keys)
 
 
 def make_image(stage: Stage) -> None:
-    """Put the image on the node."""
+    """Import the image into the node's containerd."""
     stage.cluster.import_image(replace(IMAGE, name=LATE_IMAGE))
 
 
@@ -64,7 +65,7 @@ def make_bucket(stage: Stage) -> None:
 
 
 def make_claim(stage: Stage) -> None:
-    """Create the claim and a volume for it."""
+    """Create the PersistentVolumeClaim and a PersistentVolume for the claim."""
     modes = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
     folder = {"path": f"/var/lib/{stage.namespace}", "type": "DirectoryOrCreate"}
     volume = {
@@ -88,7 +89,7 @@ def _claim_reference(stage: Stage) -> dict[str, Any]:
 
 
 def _volume_deleted(stage: Stage, job: Manifest) -> None:
-    """The volume belongs to no namespace: it is taken away here."""
+    """Deleting the namespace does not delete the PersistentVolume, because PersistentVolumes belong to no namespace."""
     stage.cluster.kubectl("delete", "persistentvolume", stage.namespace, "--wait=false")
 
 

@@ -1,8 +1,8 @@
-"""What shows after a fault, and within which time it is designed to.
+"""The milestones of the rows: what the status must show after a fault, and within how many seconds by design.
 
-Where the times come from: what is seen is written at once (2 s: a look at the job and a write), but a sentence that
-changes alone waits until 10 s have passed since the last write; an attempt is closed once its pods have ended, at the
-latest 10 s after the cause; the next starts after a back-off of 10 s.
+The bounds come from the operator. Most changes are written to the status within 2 s. A change of only a message waits
+until 10 s have passed since the last write. An attempt is closed when its pods have ended, at most 10 s after the
+cause. The next attempt starts after a back-off of 10 s.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ LEAVE_TOGETHER = 10.0
 BACKOFF = 10.0
 SIDECAR_SECONDS = 60.0
 STARTING = 5.0
-"""Two small pods from their creation until their script runs."""
+"""Seconds from the creation of two small pods until their scripts run."""
 ENDING = 5.0
-"""Two small pods from SIGTERM until they are gone."""
+"""Seconds from SIGTERM until two small pods are gone."""
 
 
 def cause(bound: float = SEEN) -> Milestone:
-    """Return the milestone at which the status says why the attempt ends."""
+    """Return the milestone at which the status records why the attempt ends."""
 
     def reached(job: Manifest) -> bool:
         attempts = job["status"]["attempts"]
@@ -32,12 +32,12 @@ def cause(bound: float = SEEN) -> Milestone:
 
 
 def accounted(bound: float = SEEN + LEAVE_TOGETHER) -> Milestone:
-    """Return the milestone at which the attempt is closed and counted."""
+    """Return the milestone at which the ended attempt is listed in `status.attempts.recent`."""
     return on_job("attempt accounted", bound, lambda job: job["status"]["attempts"]["recent"])
 
 
 def next_attempt(bound: float = SEEN + LEAVE_TOGETHER + BACKOFF + SEEN, number: int = 2) -> Milestone:
-    """Return the milestone at which the next attempt has begun."""
+    """Return the milestone at which the attempt with ``number`` has started."""
     name = f"attempt {number} started"
     return on_job(name, bound, lambda job: job["status"]["attempts"]["started"] == number)
 
@@ -48,7 +48,7 @@ def end(bound: float = SEEN) -> Milestone:
 
 
 def says_in_running(*words: str, bound: float) -> Milestone:
-    """Return the milestone at which the condition Running tells what the job waits for."""
+    """Return the milestone at which the message of the condition Running contains all ``words``."""
     return on_job("cause told", bound, lambda job: all(word in condition(job, "Running")["message"] for word in words))
 
 

@@ -1,9 +1,9 @@
-"""The rows that lose a node: the gang's pods lie on two nodes, and the second one is drained, cut off, or loses its
-kubelet. They play one after another, because there is one second node.
+"""The rows in which a node is lost. The pods of the job run on two nodes, and the second node is drained, loses its
+network, or loses its kubelet. The rows run one after another, because there is only one second node.
 
-Where the times come from: the controller manager, with its own defaults, calls a node lost 40 to 55 s after its kubelet
-fell silent; the pods tolerate that for 30 s; then the deletion begins, whose grace period of 90 s nobody observes on a
-dead node, and 60 s later the pod counts as gone. All in all less than 4 minutes.
+The bounds come from Kubernetes' defaults. The controller manager marks a node as not ready 40 to 55 s after the
+kubelet's last heartbeat. The pods tolerate a node that is not ready for 30 s and are then deleted with a grace period
+of 90 s. 60 s later the operator counts a pod on a dead node as gone. The sum is less than 4 minutes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ ON_BOTH_NODES: dict[str, Any] = {
     "tolerations": [TOLERATION],
     "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [APART]}},
 }
-"""One pod on each node while there are two; both on the first one otherwise."""
+"""Fields of `podTemplate` that place one pod on each node while two nodes are usable, and otherwise both pods on the
+first node."""
 ON_SECOND_NODE: dict[str, Any] = {
     "tolerations": [TOLERATION],
     "nodeSelector": {"kubernetes.io/hostname": SECOND_NODE.name},
@@ -46,7 +47,7 @@ ON_SECOND_NODE: dict[str, Any] = {
 
 
 def is_drained(stage: Stage) -> float:
-    """An administrator drains the node of one pod."""
+    """An administrator drains the node of one pod with `kubectl drain`."""
     worker = worker_on_second_node(stage)
     selector = f"--pod-selector={JOB_UID}={stage.uid}"
     options = ["--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s"]
@@ -55,21 +56,21 @@ def is_drained(stage: Stage) -> float:
 
 
 def loses_its_kubelet(stage: Stage) -> float:
-    """The kubelet of one pod's node is killed; the pod's processes run on."""
+    """The kubelet on the node of one pod is killed, while the processes of the pod keep running."""
     worker_on_second_node(stage)
     stage.second_node.components["kubelet"].stop()
     return stage.now()
 
 
 def is_cut_off(stage: Stage) -> float:
-    """The node of one pod loses its network; its kubelet and the pod's processes run on."""
+    """The node of one pod loses its network, while the kubelet and the processes of the pod keep running."""
     worker_on_second_node(stage)
     stage.second_node.cut_off()
     return stage.now()
 
 
 def is_preempted(stage: Stage) -> float:
-    """The scheduler makes room for a pod of higher priority, which takes all GPUs for a while."""
+    """The scheduler preempts the pods for a pod of higher priority, which holds all GPUs of the node for 20 s."""
     stage.both_pods_run()
     stage.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(_preemptor(stage.namespace)))
     return stage.pod_deleted(1)
@@ -105,7 +106,8 @@ def _preemptor(namespace: str) -> dict[str, Any]:
 
 
 def worker_on_second_node(stage: Stage) -> int:
-    """Wait until both pods run and return the worker on the second node; there is exactly one."""
+    """Wait until both pods run and return the number of the worker on the second node. Exactly one worker runs
+    there."""
     stage.both_pods_run()
     nodes = {worker: stage.pod(worker, "a node", lambda pod: "nodeName" in pod["spec"]).object for worker in (0, 1)}
     found = [worker for worker, pod in nodes.items() if pod["spec"]["nodeName"] == SECOND_NODE.name]
@@ -114,18 +116,19 @@ def worker_on_second_node(stage: Stage) -> int:
 
 
 def drained(stage: Stage, job: Manifest) -> None:
-    """The next attempt ran on the other node; the drained one takes pods again."""
+    """Check that the pods of attempt 2 ran on the first node, and make the second node schedulable again."""
     _assert_ran_on_the_first_node(stage)
     stage.cluster.kubectl("uncordon", SECOND_NODE.name)
 
 
 def preempted(stage: Stage, job: Manifest) -> None:
-    """The priority class belongs to no namespace: it is taken away here."""
+    """Delete the PriorityClass, which belongs to no namespace and is therefore not deleted with the row's namespace."""
     stage.cluster.kubectl("delete", "priorityclass", stage.namespace)
 
 
 def lost(stage: Stage, job: Manifest) -> None:
-    """The next attempt began, and ended, while the old pod was still Terminating; its return changes nothing."""
+    """Check that attempt 2 started and ended while the old pod was still Terminating, and that the old node's return
+    changes no attempt."""
     _assert_ran_on_the_first_node(stage)
     old = [pod for pod in _pods(stage, attempt=1) if pod["spec"]["nodeName"] == SECOND_NODE.name]
     assert [("deletionTimestamp" in pod["metadata"]) for pod in old] == [True], "the old pod is still Terminating"

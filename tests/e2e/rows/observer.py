@@ -1,8 +1,9 @@
-"""Sees every change of FineTuneJobs and their pods as it arrives: two watches for all rows, so that times are read from
-one history and nobody polls.
+"""Record every change of FineTuneJobs and their pods with the time of the change. Two watches serve all rows, so that
+the rows need not poll.
 
-One watch may lag behind the other, and would date a cause after its consequence. Both read from one store, whose
-revisions number all writes: a write had been made when any later one was seen, and is dated by the first of these.
+One watch may lag behind the other and would then date a cause later than its consequence. The resourceVersions of all
+objects come from one counter. A write is therefore dated by the first time at which this write or any later write was
+observed.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from tests.cluster import Cluster, ClusterError
 
 Manifest = dict[str, Any]
 WATCH_SECONDS = 5
-"""Length of one watch; the next goes on where it ended."""
+"""Seconds after which one watch request ends. The next request continues at the last resourceVersion."""
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """A state of an object and when it was seen to have been written (`time.monotonic`)."""
+    """A state of an object, and the time (`time.monotonic`) by which the state had been written."""
 
     at: float
     object: Manifest
@@ -39,14 +40,15 @@ class Sighting:
 
 
 class Timeline:
-    """When each write had been made at the latest; of any number of watches on one store."""
+    """Dates writes by their resourceVersion, for any number of watches on one API server."""
 
     def __init__(self) -> None:
         self._revisions: list[int] = []
         self._moments: list[float] = []
 
     def date(self, revision: int, now: float) -> float:
-        """Return the moment at which the first write with ``revision`` or a later one was seen; ``now`` it arrives."""
+        """Return the time at which a write with ``revision`` or a later one was first observed. ``now`` is the time at
+        which this write is observed."""
         later = bisect.bisect_left(self._revisions, revision)
         if later < len(self._revisions):
             return self._moments[later]
@@ -56,7 +58,7 @@ class Timeline:
 
 
 class Observer:
-    """History of all jobs and of all their pods, by kind, namespace and name."""
+    """The recorded states of all FineTuneJobs and their pods, by kind, namespace and name."""
 
     def __init__(self) -> None:
         self._timeline = Timeline()
@@ -67,7 +69,7 @@ class Observer:
 
     @contextmanager
     def watching(self, cluster: Cluster) -> Iterator[None]:
-        """Watch in the block."""
+        """Watch FineTuneJobs and pods during the block."""
         threads = [threading.Thread(target=self._watch, args=(cluster, kind), daemon=True) for kind in ("job", "pod")]
         for thread in threads:
             thread.start()
@@ -79,12 +81,13 @@ class Observer:
                 thread.join(WATCH_SECONDS + 10)
 
     def history(self, kind: str, namespace: str, name: str) -> list[Sighting]:
-        """Return all states of an object that were seen, in order."""
+        """Return all recorded states of an object, in order."""
         with self._changed:
             return list(self._seen[kind, namespace, name])
 
     def names(self, kind: str, namespace: str) -> list[str]:
-        """Return the names of all objects that were ever seen in the namespace, in the order in which they came."""
+        """Return the names of all objects that were ever observed in the namespace, in the order in which the objects
+        appeared."""
         with self._changed:
             return [name for found, place, name in self._seen if (found, place) == (kind, namespace)]
 
@@ -97,10 +100,10 @@ class Observer:
         reached: Callable[[Sighting], Any],
         timeout: float,
     ) -> Sighting:
-        """Return the first state for which ``reached`` holds, waiting for it if it has not come yet.
+        """Return the first state for which ``reached`` holds. The call waits until such a state is observed.
 
         Raises:
-            ClusterError: after ``timeout`` seconds; the message holds the last state.
+            ClusterError: no such state was observed within ``timeout`` seconds. The message holds the last state.
         """
         deadline, looked_at = time.monotonic() + timeout, 0
         with self._changed:
@@ -127,7 +130,8 @@ class Observer:
                     try:
                         version = self._stream(api, kind, version)
                     except (urllib3.exceptions.HTTPError, client.ApiException) as error:
-                        # The API server may be away for a moment; the next watch begins with what there is then.
+                        # The API server may be unavailable for a moment. The next watch starts with a list of all
+                        # current objects.
                         print(f"watching {kind}s again after: {error}")
                         version = None
                         self._ended.wait(0.5)
@@ -138,7 +142,8 @@ class Observer:
             raise
 
     def _stream(self, api: client.ApiClient, kind: str, version: str | None) -> str | None:
-        """Note all changes since ``version`` for a few seconds; return the version to go on from."""
+        """Record all changes since the resourceVersion ``version`` for a few seconds. Return the resourceVersion at
+        which the next watch continues."""
         limits: dict[str, Any] = {"timeout_seconds": WATCH_SECONDS, "_request_timeout": WATCH_SECONDS + 5}
         if version:
             limits["resource_version"] = version

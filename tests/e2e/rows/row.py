@@ -1,6 +1,5 @@
-"""What a row is, and how it is played: bring the fault about, measure when each milestone shows, and compare
-conditions, attempts and events with what is designed.
-"""
+"""Define a row and run it: cause the fault, measure when each milestone is reached, and compare conditions, attempts
+and events with the design."""
 
 from __future__ import annotations
 
@@ -14,69 +13,74 @@ from tests.e2e.rows.observer import Manifest
 from tests.e2e.rows.stage import PATIENCE_SECONDS, Stage
 
 TOLERANCE = 3
-"""A bound is what is designed for an idle machine; a row fails at this many times as much."""
+"""The bounds of milestones hold for an idle machine. A row fails if a milestone takes longer than this factor times its
+bound."""
 EVENTS_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Milestone:
-    """Something that shows after the fault, and within how many seconds it is designed to."""
+    """A state that must be reached after the fault, and the number of seconds that the design allows."""
 
     name: str
     bound: float
     when: Callable[[Stage, float], float]
-    """Waits for it, at most the seconds given, and returns the moment it showed."""
+    """Waits for the state, for at most the given number of seconds, and returns the time at which the state was
+    reached."""
 
 
 def on_job(name: str, bound: float, reached: Callable[[Manifest], Any]) -> Milestone:
-    """Return a milestone that shows in the job's status."""
+    """Return a milestone that is reached when ``reached`` holds for the job's manifest."""
     return Milestone(name, bound, lambda stage, timeout: stage.job(name, reached, timeout).at)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A milestone with the seconds that it took."""
+    """A milestone and the seconds from the fault until the milestone was reached."""
 
     milestone: Milestone
     seconds: float
 
     @property
     def late(self) -> bool:
-        """Whether it took longer than a row may take."""
+        """Whether the milestone took longer than `TOLERANCE` times its bound."""
         return self.seconds > TOLERANCE * self.milestone.bound
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way to fail."""
+    """One way in which a job fails, with all that the job's status and events must show."""
 
     name: str
     script: str
-    """What the scripted trainer does."""
+    """Shell script that the scripted trainer runs; see `scripts.py`."""
     fault: Callable[[Stage], float]
-    """Brings the fault about, or waits for it, and returns the moment of it."""
+    """Causes the fault, or waits for it, and returns the time of the fault."""
     attempts: tuple[tuple[str, str], ...]
-    """Verdict and reason (or reasons, with | between) of every attempt that ends, in order."""
+    """Verdict and reason of every attempt that ends, in order. A reason may list alternatives, such as
+    ``"PodDeleted|PodVanished"``."""
     words: tuple[str, ...] = ()
-    """What the message of the first attempt, or of the wait, says."""
+    """Words that the message of the first ended attempt contains. ``{worker_1}`` stands for the name of worker 1's
+    pod."""
     final: tuple[str, str] | None = ("True", "Completed")
-    """Status and reason of Succeeded at the end; None: the job goes on waiting."""
+    """Status and reason of the condition Succeeded at the end. None means that the job does not end."""
     open_attempts: int = 1
-    """Attempts that go on at the end of a row without a final state."""
+    """Number of attempts that still run at the end of a row without a final state."""
     milestones: tuple[Milestone, ...]
     spec: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Of the namespace."""
+    """Labels of the row's namespace."""
     more_events: tuple[str, ...] = ()
-    """Reasons of events beside those of attempts and end."""
-    told_again: str | None = None
-    """Reason of an event that may come once more, more than a minute later, because what is waited for changes."""
+    """Reasons of further events, beside those for the start and end of attempts and for the end of the job."""
+    repeated_event: str | None = None
+    """Reason of an event that may occur once more, because the object for which the job waits changes."""
     check: Callable[[Stage, Manifest], None] = lambda stage, job: None
-    """What else is to be seen at the end."""
+    """A further check of the job's manifest at the end."""
 
 
 def play(row: Row, stage: Stage) -> list[Measured]:
-    """Play ``row`` and return its times; asserts everything but these."""
+    """Run ``row`` on ``stage`` and return the times of its milestones. All other expectations of the row are
+    asserted."""
     stage.apply(row.script, row.spec)
     fault_at = row.fault(stage)
     measured = [
@@ -93,7 +97,8 @@ def play(row: Row, stage: Stage) -> list[Measured]:
 
 
 def assert_attempts(row: Row, stage: Stage, job: Manifest) -> None:
-    """Every attempt is accounted once, as designed, and the first says why."""
+    """Assert that every ended attempt has the verdict and reason of the row, and that the first message contains the
+    row's words."""
     attempts = job["status"]["attempts"]
     found = tuple((past["verdict"], past["reason"]) for past in attempts["recent"])
     assert len(found) == len(row.attempts), attempts
@@ -109,17 +114,17 @@ def assert_attempts(row: Row, stage: Stage, job: Manifest) -> None:
 
 
 def started_by(row: Row) -> int:
-    """Return how many attempts have begun at the end."""
+    """Return the number of attempts that have started by the end of the row."""
     return len(row.attempts) + (0 if row.final else row.open_attempts)
 
 
 def words_of(row: Row, stage: Stage) -> list[str]:
-    """Return the words with the names of pods filled in."""
+    """Return the row's words with the names of the pods filled in."""
     return [word.format(worker_0=stage.pod_name(0), worker_1=stage.pod_name(1)) for word in row.words]
 
 
 def assert_conditions(row: Row, job: Manifest) -> None:
-    """The summary conditions agree with each other and with the end."""
+    """Assert that the conditions agree with each other and with the final state of the row."""
     shown = {item["type"]: item["status"] for item in job["status"]["conditions"]}
     status = row.final[0] if row.final else "Unknown"
     expected = {
@@ -137,7 +142,8 @@ def assert_conditions(row: Row, job: Manifest) -> None:
 
 
 def assert_events(row: Row, stage: Stage) -> None:
-    """One event tells the start of each attempt, one its end, one the end of the job; there are no others."""
+    """Assert that there is one event for the start of each attempt, one for each end that is no success, one for the
+    end of the job, and no others."""
     unsuccessful = [verdict for verdict, _ in row.attempts if verdict != "Succeeded"]
     expected = Counter({"AttemptStarted": started_by(row), "AttemptEnded": len(unsuccessful)})
     expected.update(row.more_events)
@@ -152,8 +158,8 @@ def assert_events(row: Row, stage: Stage) -> None:
     wait_for("all events", told, EVENTS_SECONDS, evidence=lambda: str(stage.events()), interval=0.5)
     events = stage.events()
     seen = Counter(reason for reason, _ in events)
-    if row.told_again is not None and seen[row.told_again] == expected[row.told_again] + 1:
-        expected[row.told_again] += 1
+    if row.repeated_event is not None and seen[row.repeated_event] == expected[row.repeated_event] + 1:
+        expected[row.repeated_event] += 1
     assert seen == expected, events
     notes = [note for reason, note in events if reason == "AttemptEnded"]
     for number, (verdict, _) in enumerate(row.attempts, start=1):
@@ -162,11 +168,11 @@ def assert_events(row: Row, stage: Stage) -> None:
 
 
 def condition(job: Manifest, kind: str) -> Manifest:
-    """Return a condition of a job as it is stored."""
+    """Return the condition of type ``kind`` from the job's manifest."""
     found: Manifest = next(item for item in job["status"]["conditions"] if item["type"] == kind)
     return found
 
 
 def settled(job: Manifest) -> bool:
-    """Whether the job has ended."""
+    """Return whether the job has ended."""
     return bool(condition(job, "Succeeded")["status"] != "Unknown")

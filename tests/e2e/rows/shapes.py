@@ -1,6 +1,5 @@
-"""The shapes that most rows have: an attempt that is charged or free and then another that is done, or an end for good.
-The tables name what differs; whatever else a row needs goes through as it is.
-"""
+"""Functions for the common forms of rows: a charged or free attempt that is followed by a successful one, or a job that
+ends with its first attempt. Further fields of the row are passed as keyword arguments."""
 
 from __future__ import annotations
 
@@ -16,17 +15,17 @@ DONE_THEN = ("Succeeded", "Completed")
 
 
 def charged(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
-    """Return the row of a job whose first attempt is charged and whose second one is done."""
+    """Return the row of a job whose first attempt is charged and whose second attempt succeeds."""
     return _retried(name, ("Charged", reason), script, fault, more)
 
 
 def free(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
-    """Return the row of a job whose first attempt costs nothing and whose second one is done."""
+    """Return the row of a job whose first attempt is free and whose second attempt succeeds."""
     return _retried(name, ("Free", reason), script, fault, more)
 
 
 def permanent(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
-    """Return the row of a job that ends with its first attempt, for ``reason``."""
+    """Return the row of a job that ends for good with its first attempt, for ``reason``."""
     shape: dict[str, Any] = {
         "attempts": (("Permanent", reason),),
         "final": ("False", reason),

@@ -1,6 +1,5 @@
-"""Injects a container that never ends into every pod of a namespace, as a service mesh does: a real mutating webhook,
-served by a thread inside the cluster's network.
-"""
+"""A mutating webhook that adds a sidecar container, which never ends, to every pod of a labelled namespace, as a
+service mesh does. A thread inside the cluster's network serves the webhook."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from tests.cluster.pki import Authority
 
 PORT = 9543
 LABEL = "tests.finetune.dev/sidecar"
-"""Namespaces with this label are injected into."""
+"""Key of the label of the namespaces whose pods get the sidecar. The label's value is ``"inject"``."""
 NAME = "sidecar-injector.tests.finetune.dev"
 SIDECAR = {
     "name": "mesh",
@@ -51,12 +50,12 @@ class _Injector(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the signature of http.server)
-        """Say nothing: the API server's own log has every call."""
+        """Log nothing, because the API server's log already has every call."""
 
 
 @contextmanager
 def injecting(cluster: Cluster, folder: Path) -> Iterator[None]:
-    """Serve the webhook in the block; its certificate lies in ``folder``."""
+    """Serve the webhook during the block. The webhook's certificate is written into ``folder``."""
     authority = Authority(folder)
     serving = authority.issue("injector", "injector", hosts=[HOST_ADDRESS])
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -64,7 +63,7 @@ def injecting(cluster: Cluster, folder: Path) -> Iterator[None]:
     with cluster.enter():
         server = ThreadingHTTPServer((HOST_ADDRESS, PORT), _Injector)
         server.socket = context.wrap_socket(server.socket, server_side=True)
-        # Its threads are started inside, and so stay in the cluster's network.
+        # The thread is started inside the cluster's network namespace, so that its requests stay in that namespace.
         threading.Thread(target=server.serve_forever, daemon=True).start()
     cluster.kubectl("apply", "-f", "-", stdin=json.dumps(_configuration(authority.pair.certificate)))
     try:

@@ -1,5 +1,5 @@
-"""The rows: every way to fail that the verdict table of docs/architecture.md knows and that needs one node only. Fast
-ones for every test run, slow ones for the long one."""
+"""The rows of the verdict table in docs/architecture.md that need only one node. `make test` runs the rows of FAST, and
+`make test-long` runs the rows of SLOW."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ from tests.e2e.rows.shapes import charged, free, permanent
 from tests.e2e.rows.stage import Stage
 
 ANY_LOSS = "PodDeleted|PodVanished|PodReplaced"
-"""A pod that is gone at once. The API server writes its deletionTimestamp and removes it in a second write: what is
-seen first is that mark, its absence, or the pod that training-operator made instead."""
+"""Reasons for a pod that is removed at once. The API server first writes the deletionTimestamp and then removes the
+pod. The operator may first see the timestamp, the absence of the pod, or the new pod of the training-operator."""
 PENDING_SECONDS = ACTIVE_SECONDS = 60.0
-"""The shortest that the API allows."""
+"""Seconds of both deadlines, which are the shortest that the API allows."""
 
 
 OUTSIDE = "storage.endpoint: nobody answered for 600 s"

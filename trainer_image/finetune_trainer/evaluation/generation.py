@@ -1,7 +1,7 @@
-"""Answers of the model to prompts: batched, padded on the left, greedy, and the same for any batch size and rank count.
+"""Generates the model's answers to prompts: greedy, in batches padded on the left, independent of batch size and ranks.
 
-All ranks go through equally many batches, and under ZeRO-3 through equally many forward passes of each, or they would
-wait for each other for ever.
+All ranks run equally many batches, and under ZeRO-3 equally many forward passes per batch, because every forward pass
+is a collective and the ranks would otherwise wait for each other without end. `scorer.py` calls `generate_answers`.
 """
 
 from __future__ import annotations
@@ -19,32 +19,36 @@ from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
 SUFFIX_SLACK = 4
-"""More tokens than a suffix has are looked at: they may be split otherwise behind another text."""
+"""Tokens beyond the suffix's own that are searched for the suffix, because the same text may be split into more tokens
+behind another text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How prompts become text."""
+    """Settings of the generation, the same for every prompt of an evaluation set."""
 
     tokenizer: Any
     stop_ids: Sequence[int]
-    """Tokens that end an answer."""
+    """Ids of the tokens that end an answer."""
     suffix: str
-    """Text that ends an answer and does not belong to it; may be empty."""
+    """Text that ends an answer and does not belong to the answer; may be empty."""
     suppressed: Sequence[int]
-    """Tokens that are never chosen: the base model does not know the job's added tokens."""
+    """Ids of tokens that are never chosen: for the base model those of the job's added tokens."""
     batch_size: int
+    """Prompts that one rank answers at once."""
     max_new_tokens: int
+    """Longest answer in tokens."""
     context: int
-    """Longest text that the model reads, prompt and answer together."""
+    """Longest text in tokens that the model reads, prompt and answer together."""
 
 
-def answers(
+def generate_answers(
     engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding
 ) -> Iterator[dict[int, str]]:
-    """Yield this rank's answers batch by batch, by the place of their prompt; every rank yields equally often.
+    """Yield the answers of this rank, one dictionary per batch: index of the prompt in ``prompts`` -> text.
 
-    A collective at each batch; raises StopAgreed there.
+    ``prompts``: token ids of all prompts; each rank answers a share of them. Every rank yields equally often. Each
+    batch is a collective, and raises StopAgreed before it begins if a rank received SIGTERM.
     """
     own = micro_batches(
         [[row] for row in range(len(prompts))],
@@ -65,7 +69,7 @@ def answers(
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and attention mask, both (B, T): each prompt ends at the last column, where its answer begins."""
+    """Return token ids and attention mask, both (B, T); every prompt ends at the last column."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad)
     mask = torch.zeros_like(ids)
@@ -76,11 +80,11 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tenso
 
 
 def _generate(engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
-    """Return the new token ids of each prompt."""
+    """Return the generated token ids for each of ``prompts``, without the prompt."""
     pad = int(decoding.tokenizer.eos_token_id)
     if not prompts and not engine.lockstep:
         return []
-    # Without a prompt of its own a rank computes along for the others' sake.
+    # A rank without a prompt generates from a dummy prompt, because under ZeRO-3 every forward pass is a collective.
     ids, mask = left_padded(prompts or [[pad]], pad)
     width = ids.shape[1]
     config = HuggingFaceConfig(
@@ -93,9 +97,9 @@ def _generate(engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], deco
         pad_token_id=pad,
         suppress_tokens=list(decoding.suppressed) or None,
     )
-    criteria: list[StoppingCriteria] = [_Told(gang)]
+    criteria: list[StoppingCriteria] = [_StopRequested(gang)]
     if decoding.suffix:
-        criteria.append(_Suffix(decoding, width))
+        criteria.append(_SuffixReached(decoding, width))
     with torch.no_grad():
         made = engine.model.generate(
             input_ids=ids.to(engine.device),
@@ -108,25 +112,25 @@ def _generate(engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], deco
 
 
 def _text(ids: Sequence[int], decoding: Decoding) -> str:
-    """Return the answer's text up to what ends it."""
+    """Return the text of generated token ids up to the first stop token or the suffix."""
     end = next((place for place, token in enumerate(ids) if token in decoding.stop_ids), len(ids))
     text = str(decoding.tokenizer.decode(ids[:end], skip_special_tokens=True))
     return text.split(decoding.suffix)[0] if decoding.suffix else text
 
 
-class _Told(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here
-    """Ends the batch early once this process is told to stop: its answers are not used then."""
+class _StopRequested(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here
+    """Ends a batch early once this process has received SIGTERM; the answers of this batch are not used then."""
 
     def __init__(self, gang: Gang) -> None:
         self._gang = gang
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return (B,) whether each answer is complete."""
+        """Return a tensor (B,) of booleans, all true once this process has received SIGTERM."""
         return torch.full((input_ids.shape[0],), self._gang.told(), device=input_ids.device)
 
 
-class _Suffix(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here
-    """Ends an answer that has come to its suffix."""
+class _SuffixReached(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here
+    """Ends an answer once its newest tokens contain the suffix."""
 
     def __init__(self, decoding: Decoding, width: int) -> None:
         self._decoding = decoding
@@ -135,7 +139,7 @@ class _Suffix(StoppingCriteria):  # type: ignore[misc]  # transformers has no ty
         self._tail = len(suffix_ids) + SUFFIX_SLACK
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return (B,) whether each answer is complete."""
+        """Return a tensor (B,) of booleans, true where the newest tokens of an answer contain the suffix."""
         start = max(self._width, input_ids.shape[1] - self._tail)
         tails = self._decoding.tokenizer.batch_decode(input_ids[:, start:])
         return torch.tensor([self._decoding.suffix in tail for tail in tails], device=input_ids.device)

@@ -1,5 +1,8 @@
-"""The loss of a micro-batch as a sum, and the perplexity of a whole data set: means are taken over all of the tokens
-at once, never over means, so that they don't depend on how examples are grouped."""
+"""The perplexity of a model over a whole set of examples.
+
+The mean is taken once over the supervised tokens of all ranks and never over means, so that perplexity does not depend
+on how examples are grouped into micro-batches. `scorer.py` calls this module.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,26 @@ import math
 
 import torch
 
-from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.shares import Batches
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
 LARGEST_PERPLEXITY = 1e30
-
-
-def summed_loss(engine: Engine, batch: Batch) -> torch.Tensor:
-    """Return the summed negative log-likelihood (nats) of the batch's supervised tokens, in fp32.
-
-    A dummy batch gives a zero that gradients flow through, so that every rank runs the same backward pass.
-    """
-    return engine.loss(batch)
+"""Upper bound of what is reported, because exp of a large mean loss overflows."""
 
 
 def perplexity(engine: Engine, gang: Gang, batches: Batches, *, batch_size: int) -> float:
-    """Return exp(summed negative log-likelihood / supervised tokens) over all examples; a collective."""
+    """Return exp(summed negative log-likelihood / supervised tokens) over all examples of ``batches``.
+
+    A collective: all ranks call this function and get the same value. ``batch_size``: sequences per micro-batch.
+    """
     share = batches.share(range(len(batches.examples)), batch_size)
     nll = 0.0
     engine.train(False)
     with torch.no_grad():
         for batch in batches.tensors(share):
             gang.check_stop()
-            nll += float(summed_loss(engine, batch.to(engine.device)))
+            nll += float(engine.loss(batch.to(engine.device)))
     engine.train()
     mean = gang.total([nll])[0] / max(1, share.tokens)
     return min(math.exp(mean), LARGEST_PERPLEXITY) if mean < math.log(LARGEST_PERPLEXITY) else LARGEST_PERPLEXITY

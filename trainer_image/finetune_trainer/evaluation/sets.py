@@ -1,38 +1,62 @@
-"""The rows that base and tuned model are scored with: those of `dataset.test`, else of `dataset.validation`.
+"""The evaluation sets: the rows of `dataset.test`, else of `dataset.validation`, in the form that each model reads.
 
-The base model reads them with its own tokenizer, without the job's added tokens, and in `evaluation.basePrompt` where
-there is one. Prepared on disk by the first rank of a node, like all rows.
+The base model reads the rows with its own tokenizer, without the job's added tokens, and in the template of
+`evaluation.basePrompt` if the job has one. The first rank of a node prepares these rows on disk (`train.py` calls
+`prepare_base_model_set`), and every rank loads them.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
+from finetune_core.api.evaluation import ScoredRows
 from finetune_core.contract import RunConfig
+from finetune_core.tasks import NO_TASK
 from finetune_trainer.data.dataset import Limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
-from finetune_trainer.evaluation.scorer import Questions
 from finetune_trainer.material import Data
 from finetune_trainer.model.base import skeleton
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.sources.inputs import source_name
 
-BASE_FOLDER = "base-questions"
+BASE_MODEL_SET_FOLDER = "base-model-set"
 UNLIMITED = 1 << 30
 
 
-def _rows(config: RunConfig) -> Literal["Validation", "Test"] | None:
+@dataclass(frozen=True)
+class EvaluationSet:
+    """An evaluation set in the form that either the base model or the tuned model reads."""
+
+    rows: ScoredRows
+    examples: ExampleSet
+    tokenizer: Any
+    stop_ids: Sequence[int]
+    """Ids of the tokens that end an answer."""
+    suffix: str
+    """Text that ends an answer and does not belong to the answer; may be empty."""
+    added_ids: Sequence[int] = ()
+    """Ids of `model.addedTokens`, which the base model is scored without; empty for the tuned model."""
+    one_line: bool = False
+    """Whether an answer ends with its first line. A base model often goes on with a next example after the answer."""
+
+
+def _scored_rows(config: RunConfig) -> ScoredRows | None:
+    """Return which rows base model and tuned model are scored with, None where the job has no such rows."""
     if config.dataset.test is not None:
         return "Test"
     return "Validation" if config.dataset.validation is not None else None
 
 
 def base_format(dataset: DatasetSpec, base_prompt: str | None) -> DatasetFormat:
-    """Return the format that the base model is asked in: with a prompt of its own, nothing that it was never taught
-    follows the answer, such as the suffix of a completion."""
+    """Return the format in which the base model reads rows.
+
+    With a prompt of its own the answer has no suffix, because the base model never learned the job's suffix.
+    """
     form = dataset.format.prompt_completion
     if base_prompt is None or form is None:
         return dataset.format
@@ -41,18 +65,22 @@ def base_format(dataset: DatasetSpec, base_prompt: str | None) -> DatasetFormat:
 
 
 def _base_differs(config: RunConfig) -> bool:
+    """Return whether the base model reads the rows in another form than the tuned model."""
     return bool(config.model.added_tokens) or config.evaluation.base_prompt is not None
 
 
-def prepare_questions(plan: WorkerPlan) -> list[str]:
-    """Write the rows as the base model reads them, where that is another way than the tuned model's; return notices."""
-    config, rows = plan.config, _rows(plan.config)
+def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
+    """Write the rows in the form that the base model reads, if the tuned model reads another form.
+
+    Return one notice for each kind of row that was left out.
+    """
+    config, rows = plan.config, _scored_rows(plan.config)
     source = config.dataset.test if rows == "Test" else config.dataset.validation
     path = plan.inputs.test if rows == "Test" else plan.inputs.validation
     if rows is None or source is None or path is None or not _base_differs(config):
         return []
     context = skeleton(plan.inputs.model).context
-    # A prompt of its own may be longer than dataset.maxLength, for example with examples in it.
+    # The base model's prompt may be longer than dataset.maxLength, for example because it holds solved examples.
     limit = Limit(context, f"the model's context of {context}") if context else Limit(UNLIMITED, "anything")
     form = base_format(config.dataset, config.evaluation.base_prompt)
     examples, notices = make_examples(
@@ -62,9 +90,9 @@ def prepare_questions(plan: WorkerPlan) -> list[str]:
         config.dataset.model_copy(update={"format": form, "long_rows": "Skip", "bad_rows": "Skip"}),
         tokenize_with(load_tokenizer(plan.inputs.model)),
         limit=limit,
-        keep_rows=config.dataset.task != "None",
+        keep_rows=config.dataset.task != NO_TASK,
     )
-    examples.save(plan.folder / "tokens" / BASE_FOLDER)
+    examples.save(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER)
     return notices
 
 
@@ -72,44 +100,47 @@ def _suffix(form: DatasetFormat) -> str:
     return form.prompt_completion.completion_suffix if form.prompt_completion is not None else ""
 
 
-def _one_line(config: RunConfig, examples: ExampleSet) -> bool:
-    """Return whether no right answer has more than one line."""
+def _has_one_line_references(config: RunConfig, examples: ExampleSet) -> bool:
+    """Return whether every reference answer of the evaluation set is a single line."""
     form = config.dataset.format.prompt_completion
     return form is not None and not any("\n" in str(row.fields.get(form.completion_field)) for row in examples.rows)
 
 
-def tuned_questions(plan: WorkerPlan, data: Data) -> Questions | None:
-    """Return the rows as the tuned model reads them, None where there are none."""
-    rows = _rows(plan.config)
-    return _asked(plan, data, rows) if rows is not None else None
+def tuned_model_set(plan: WorkerPlan, data: Data) -> EvaluationSet | None:
+    """Return the rows as the tuned model reads them, None where the job has neither test nor validation rows."""
+    rows = _scored_rows(plan.config)
+    return _trained_form(plan, data, rows) if rows is not None else None
 
 
-def validation_questions(plan: WorkerPlan, data: Data) -> Questions | None:
-    """Return the validation rows as the tuned model reads them: what checkpoints are chosen by."""
-    return _asked(plan, data, "Validation") if plan.config.dataset.validation is not None else None
+def validation_set(plan: WorkerPlan, data: Data) -> EvaluationSet | None:
+    """Return the validation rows as the tuned model reads them, None where the job has none.
+
+    Checkpoints are chosen by the scores of these rows.
+    """
+    return _trained_form(plan, data, "Validation") if plan.config.dataset.validation is not None else None
 
 
-def _asked(plan: WorkerPlan, data: Data, rows: Literal["Validation", "Test"]) -> Questions:
+def _trained_form(plan: WorkerPlan, data: Data, rows: ScoredRows) -> EvaluationSet:
     examples = data.test if rows == "Test" else data.validation
-    return Questions(rows, examples, data.tokenizer, data.stop_ids, _suffix(plan.config.dataset.format))
+    return EvaluationSet(rows, examples, data.tokenizer, data.stop_ids, _suffix(plan.config.dataset.format))
 
 
-def base_questions(plan: WorkerPlan, data: Data) -> Questions | None:
-    """Return the rows as the base model reads them, None where there are none."""
-    tuned, config = tuned_questions(plan, data), plan.config
+def base_model_set(plan: WorkerPlan, data: Data) -> EvaluationSet | None:
+    """Return the rows as the base model reads them, None where the job has neither test nor validation rows."""
+    tuned, config = tuned_model_set(plan, data), plan.config
     if tuned is None:
         return None
-    one_line = _one_line(config, tuned.examples)
+    one_line = _has_one_line_references(config, tuned.examples)
     if not _base_differs(config):
-        return Questions(tuned.rows, tuned.examples, tuned.tokenizer, tuned.stop_ids, tuned.suffix, one_line=one_line)
+        return replace(tuned, one_line=one_line)
     tokenizer = load_tokenizer(plan.inputs.model)
     form = base_format(config.dataset, config.evaluation.base_prompt)
-    return Questions(
+    return EvaluationSet(
         tuned.rows,
-        ExampleSet.load(plan.folder / "tokens" / BASE_FOLDER),
+        ExampleSet.load(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER),
         tokenizer,
         stop_ids(tokenizer, form),
         _suffix(form),
-        unknown_ids=[data.tokenizer.convert_tokens_to_ids(token) for token in config.model.added_tokens],
+        added_ids=[data.tokenizer.convert_tokens_to_ids(token) for token in config.model.added_tokens],
         one_line=one_line,
     )

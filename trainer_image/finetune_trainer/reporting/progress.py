@@ -17,6 +17,7 @@ from finetune_core.contract import (
     Result,
     ScoreRecord,
 )
+from finetune_core.tasks import main_score_text
 from finetune_trainer.reporting.reporter import Reporter, Speed, Tokens, thin
 from finetune_trainer.storage.steplog import StepRow
 
@@ -40,12 +41,12 @@ def step_line(row: StepRow, total_steps: int, tokens_per_second: float | None) -
     return f"step {row.step}/{total_steps} {loss}{score} rate {row.learning_rate:.3g}{norm}{speed}"
 
 
-def score_text(record: ScoreRecord) -> str:
-    """Return a score as a person reads it: `perplexity 12.3, 45 of 50 answers right (90.0%)`."""
+def score_text(record: ScoreRecord, task: str) -> str:
+    """Return the scores as one line of the log: ``perplexity 12.3, 90.0% of 50 answers right``."""
     text = f"perplexity {record.perplexity:.4g}"
     if record.task_score is None:
         return text
-    return f"{text}, {record.task_score:.1%} of {record.graded} answers right"
+    return f"{text}, {main_score_text(task, record.task_score, answers=record.graded)}"
 
 
 class Progress:
@@ -126,12 +127,12 @@ class Progress:
         if self._points:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
 
-    def evaluated(self, evaluation: EvaluationRecord) -> None:
-        """Note what is known of base and tuned model's scores."""
+    def evaluated(self, evaluation: EvaluationRecord, task: str) -> None:
+        """Note the scores of base model and tuned model that are known; ``task``: value of `dataset.task`."""
         self._evaluation = evaluation
         for name, record in (("base", evaluation.base), ("tuned", evaluation.tuned)):
             if record is not None:
-                say(f"{name} model on {evaluation.examples} {evaluation.rows.lower()} rows: {score_text(record)}")
+                say(f"{name} model on {evaluation.examples} {evaluation.rows.lower()} rows: {score_text(record, task)}")
         self._publish(urgent=True)
 
     def incident(self, incident: Incident) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from finetune_core.contract import ArtifactRecord, Outcome, Result
 from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Manifest, artifact_folder
 from finetune_trainer.storage.checkpoints import Damaged, commit_folder, read_manifest, upload_files
+from finetune_trainer.storage.evaluation_file import read_evaluation
 from finetune_trainer.storage.lineage import check_fence
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.storage.score_file import read_scores
 
 
 def committed_result(root: RunRoot) -> Result | None:
@@ -25,7 +25,7 @@ def committed_result(root: RunRoot) -> Result | None:
     _, manifest_sha256 = read_manifest(root, pointer.folder)
     if manifest_sha256 != pointer.manifest_sha256:
         raise Damaged(f"{pointer.folder} is not the artifact that {ARTIFACT_POINTER} names")
-    scores = read_scores(root, pointer.run)
+    scored = read_evaluation(root, pointer.run)
     return Result(
         outcome=pointer.outcome,
         message=f"the artifact of step {pointer.step} is committed",
@@ -36,7 +36,7 @@ def committed_result(root: RunRoot) -> Result | None:
             bytes=pointer.bytes,
             manifest_sha256=pointer.manifest_sha256,
         ),
-        evaluation=scores.evaluation.rounded() if scores is not None else None,
+        evaluation=scored.evaluation.rounded() if scored is not None else None,
     )
 
 

@@ -1,38 +1,40 @@
-"""ViGGO, GSM8K and SQL: text that a model generated and the gold row come in, named scores come out.
+"""The functions that grade generated answers, one module for each task; `sql_*` are the parts of the SQL grader.
 
-The tasks of Anyscale's study of LoRA against full fine-tuning (September 2023). Pure functions, free of torch;
-evaluation calls them through `TASKS`, by the name that stands in `dataset.task`. One module per task holds its grader
-and the sources of its rules; `sql_*` are the parts of the SQL grader.
+A grader is a pure function without torch: it gets a generated answer and its row of the evaluation set, and returns a
+`Grade`. The names, columns and scores of the tasks are declared in `finetune_core.tasks`, not here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from finetune_core.errors import UserError
+from finetune_core.tasks import NO_TASK
 from finetune_trainer.evaluation.graders import gsm8k, sql, viggo
-from finetune_trainer.evaluation.graders.grades import Grade, Summary, summarise
+from finetune_trainer.evaluation.graders.grades import Grade
 
-__all__ = ["TASKS", "Grade", "Grader", "Summary", "Task", "summarise"]
+__all__ = ["GRADERS", "Grade", "Grader", "grader_of"]
 
 
 class Grader(Protocol):
-    """Grades one generated answer against the row that it was generated for."""
+    """Grades one generated answer against the row that the prompt came from."""
 
-    def __call__(self, answer: str, gold_row: Mapping[str, object]) -> Grade:
-        """Return the scores; never raises because of what the answer or the row holds."""
-
-
-class Task(NamedTuple):
-    """A task: its grader, its scores, and the one that is compared where a single number is asked for."""
-
-    grade: Grader
-    scores: tuple[str, ...]
-    main_score: str
+    def __call__(self, answer: str, row: Mapping[str, object]) -> Grade:
+        """Return the scores of ``answer``; never raises because of what the answer or the row holds."""
 
 
-TASKS: Mapping[str, Task] = {
-    "ViGGO": Task(viggo.grade, viggo.SCORES, viggo.STRICT),
-    "GSM8K": Task(gsm8k.grade, gsm8k.SCORES, gsm8k.EXACT),
-    "SQL": Task(sql.grade, sql.SCORES, sql.EXECUTION),
-}
+GRADERS: Mapping[str, Grader] = {"ViGGO": viggo.grade, "GSM8K": gsm8k.grade, "SQL": sql.grade}
+"""The grader of each task in `finetune_core.tasks.TASKS`, by the task's name."""
+
+
+def grader_of(task: str) -> Grader | None:
+    """Return the grader of the task that `dataset.task` names, None where the job has no task.
+
+    Raises UserError for a task without a grader, so that a job never trains to the end and reports no score.
+    """
+    if task == NO_TASK:
+        return None
+    if task not in GRADERS:
+        raise UserError("dataset.task", f"must be one of {', '.join(GRADERS)}: this trainer has no grader for {task}")
+    return GRADERS[task]

@@ -1,86 +1,81 @@
-"""What a grader says about one answer, and what all grades of a set of examples add up to."""
+"""The result of grading one answer, and the means over many answers.
+
+Every grader returns a `Grade`; `scorer.py` adds the grades of all ranks up with `ScoreSums`.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+from finetune_core.tasks import Task, Unit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grade:
-    """The named scores of one answer; without any where the gold row itself can't be graded against."""
+    """The scores of one answer, made with `Grade.of` or `Grade.left_out`."""
 
-    scores: Mapping[str, bool] = field(default_factory=dict)
+    scores: Mapping[str, bool | float] = field(default_factory=dict)
+    """The value of every score of the task, from 0 to 1; True is 1. Empty where the row itself can't be used."""
     problem: str = ""
-    """Why nothing could be scored, or why the answer could not be read; few different texts, so that they count."""
+    """Why the answer could not be read, or why the row was left out. Graders use few different texts, so that equal
+    problems can be counted."""
+
+    @classmethod
+    def of(cls, task: Task, scores: Mapping[str, bool | float], *, problem: str = "") -> Grade:
+        """Return the grade of an answer; a score of ``task`` that ``scores`` does not have is wrong, or 0.
+
+        Raises ValueError for a value that ``task`` does not allow. A score with the unit RIGHT_OR_WRONG needs True or
+        False, a score with the unit PARTIAL_CREDIT needs a number from 0 to 1.
+        """
+        if not scores.keys() <= set(task.score_names):
+            raise ValueError(f"{task.name} declares no score {', '.join(scores.keys() - set(task.score_names))}")
+        whole: dict[str, bool | float] = {}
+        for score in task.scores:
+            wrong: bool | float = False if score.unit is Unit.RIGHT_OR_WRONG else 0.0
+            value = scores.get(score.name, wrong)
+            if isinstance(value, bool) is not isinstance(wrong, bool) or not 0 <= value <= 1:
+                raise ValueError(f"{value} is no value of the score {score.name} of {task.name}, a {score.unit}")
+            whole[score.name] = value if isinstance(value, bool) else float(value)
+        return cls(scores=whole, problem=problem)
+
+    @classmethod
+    def left_out(cls, problem: str) -> Grade:
+        """Return the grade of an answer whose row can't be used, for example because the reference can't be parsed."""
+        return cls(problem=problem)
 
     @property
-    def gradable(self) -> bool:
-        """False where the fault is the gold row's: such an example counts neither as right nor as wrong."""
+    def is_graded(self) -> bool:
+        """Return False for an answer that counts neither as right nor as wrong, because the row can't be used."""
         return bool(self.scores)
 
 
-def graded(names: Sequence[str], *, right: Iterable[str] = (), problem: str = "") -> Grade:
-    """Return a grade with every score of a task, those in ``right`` true."""
-    chosen = frozenset(right)
-    return Grade(scores={name: name in chosen for name in names}, problem=problem)
-
-
-def ungradable(problem: str) -> Grade:
-    """Return the grade of an example whose gold row is at fault."""
-    return Grade(problem=problem)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
-    """Grades of a set of examples as counts: shares are made of counts at the end, so parts can be added up."""
+class ScoreSums:
+    """The grades of many answers as sums, which ranks can add up before the means are taken."""
 
-    total: int
     graded: int
-    right: Mapping[str, int]
-    """Examples with this score, of ``graded``."""
-    ungradable: Mapping[str, int]
-    """Examples left out, by reason."""
-    unreadable: Mapping[str, int]
-    """Graded examples whose answer could not be read or run, by reason; they are wrong, and counted in ``graded``."""
+    """Number of graded answers."""
+    sums: Mapping[str, float]
+    """Sum of each score over the graded answers; for a score with True and False, the number of right answers."""
 
-    def share(self, score: str) -> float | None:
-        """Return the share of right answers among the graded ones, None where nothing was graded.
+    @classmethod
+    def of(cls, task: Task, grades: Iterable[Grade]) -> ScoreSums:
+        """Return the sums over ``grades``, all of ``task``."""
+        graded = [grade for grade in grades if grade.is_graded]
+        sums = {name: float(sum(grade.scores[name] for grade in graded)) for name in task.score_names}
+        return cls(graded=len(graded), sums=sums)
 
-        Raises KeyError for a name that the task has not, if anything was graded.
-        """
-        return self.right[score] / self.graded if self.graded else None
+    @property
+    def means(self) -> dict[str, float]:
+        """Return the mean of each score over the graded answers; empty where no answer was graded."""
+        return {name: total / self.graded for name, total in self.sums.items()} if self.graded else {}
 
-    def __add__(self, other: Summary) -> Summary:
-        """Return the summary of both sets together, for example of two ranks."""
-        return Summary(
-            total=self.total + other.total,
-            graded=self.graded + other.graded,
-            right=_added(self.right, other.right),
-            ungradable=_added(self.ungradable, other.ungradable),
-            unreadable=_added(self.unreadable, other.unreadable),
-        )
+    def as_vector(self) -> list[float]:
+        """Return the count and the sums as a list that ranks can add up elementwise."""
+        return [self.graded, *self.sums.values()]
 
-
-def summarise(grades: Iterable[Grade]) -> Summary:
-    """Return the counts over the grades of one task."""
-    total = counted = 0
-    right: dict[str, int] = {}
-    left_out: Counter[str] = Counter()
-    unreadable: Counter[str] = Counter()
-    for grade in grades:
-        total += 1
-        if not grade.gradable:
-            left_out[grade.problem] += 1
-            continue
-        counted += 1
-        for name, value in grade.scores.items():
-            right[name] = right.get(name, 0) + value
-        if grade.problem:
-            unreadable[grade.problem] += 1
-    return Summary(total=total, graded=counted, right=right, ungradable=dict(left_out), unreadable=dict(unreadable))
-
-
-def _added(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
-    return {name: left.get(name, 0) + right.get(name, 0) for name in [*left, *(n for n in right if n not in left)]}
+    def with_vector(self, vector: Iterable[float]) -> ScoreSums:
+        """Return the sums of all ranks: ``vector`` is the elementwise total of every rank's `as_vector`."""
+        graded, *sums = vector
+        return ScoreSums(graded=int(graded), sums=dict(zip(self.sums, sums, strict=True)))

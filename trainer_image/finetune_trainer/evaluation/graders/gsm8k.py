@@ -1,6 +1,7 @@
-"""GSM8K: a word problem is answered step by step, and only the number after `####` counts.
+"""The grader of GSM8K: a word problem is answered step by step, and only the number after `####` counts.
 
-The gold row's `answer` holds such an answer (`... 48+24 = 72 clips altogether.\\n#### 72`); so does the generated text.
+The row's column `answer` holds a reference answer, for example `48+24 = 72 clips altogether.\\n#### 72`, and the model
+answers in the same form. `evaluation/scorer.py` calls `grade` for every generated answer.
 """
 
 from __future__ import annotations
@@ -9,11 +10,8 @@ import re
 from collections.abc import Mapping
 from decimal import Decimal
 
-from finetune_trainer.evaluation.graders.grades import Grade, graded, ungradable
-
-GOLD_FIELD = "answer"
-EXACT = "exact"
-SCORES = (EXACT,)
+from finetune_core.tasks import GSM8K
+from finetune_trainer.evaluation.graders.grades import Grade
 
 _ANSWER = re.compile(
     r"""
@@ -27,18 +25,19 @@ _ANSWER = re.compile(
     """,
     re.VERBOSE,
 )
-"""`#### {answer}` (the data set's own convention, Cobbe et al. 2021), on one line, digits in ASCII.
+"""Matches `#### {number}` (the data set's own convention, Cobbe et al. 2021) on one line, with digits in ASCII.
 
-Thousands in groups of three, by comma or space. What follows may be a unit, a full stop or a sentence, but nothing that
-makes another number of it: an exponent, a fraction, a range, a calculation, a list.
+Commas or spaces may separate groups of three digits. After the number may stand a unit, a full stop or a sentence, but
+not an exponent, a fraction, a range, a calculation or a list, because each of these makes another number.
 """
 
 
 def extract(text: str) -> Decimal | None:
-    """Return the number after the first `####` that a number follows, None where there is none.
+    """Return the number after the first `####` that a number follows, None where the text has no such number.
 
-    Commas, currency signs, spaces, a trailing dot and a unit behind the number are left out, as in the study. The first
-    marker counts, as in the data set's published grader: a model that goes on writing after its answer has answered.
+    Commas, currency signs, spaces, a trailing dot and a unit behind the number are ignored, as in Anyscale's study of
+    LoRA. The first number counts, as in the data set's published grader, because a base model often goes on with
+    another problem after its answer.
     """
     match = _ANSWER.search(text)
     if match is None:
@@ -50,15 +49,15 @@ def extract(text: str) -> Decimal | None:
     return -number if signs in {"-", "\u2212"} else number
 
 
-def grade(answer: str, gold_row: Mapping[str, object]) -> Grade:
-    """Return whether ``answer`` and the row's `answer` end in the same number, compared as decimals (5 = 5.00).
+def grade(answer: str, row: Mapping[str, object]) -> Grade:
+    """Return whether ``answer`` and the row's `answer` have the same number after `####`, as decimals (5 = 5.00).
 
-    An answer without a marker is wrong, a gold row without one ungradable.
+    An answer without `####` and a number is wrong. A row without a number is left out.
     """
-    gold = extract(str(gold_row.get(GOLD_FIELD, "")))
-    if gold is None:
-        return ungradable("the gold row has no number after ####")
-    said = extract(answer)
-    if said is None:
-        return graded(SCORES, problem="the answer has no number after ####")
-    return graded(SCORES, right=[EXACT] if said == gold else [])
+    reference = extract(str(row.get("answer", "")))
+    if reference is None:
+        return Grade.left_out("the gold row has no number after ####")
+    number = extract(answer)
+    if number is None:
+        return Grade.of(GSM8K, {}, problem="the answer has no number after ####")
+    return Grade.of(GSM8K, {"exact": number == reference})

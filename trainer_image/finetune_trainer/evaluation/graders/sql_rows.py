@@ -1,7 +1,8 @@
-"""Generates rows on which a gold query says something: its literals are in them, and rows that just miss it.
+"""Generates rows on which a reference query and similar queries return different results.
 
-In come tables, what the gold query demands of rows, and a random generator; out come rows per table. There are no
-NULLs: the questions never say what a missing value means, and people take COUNT(*) and COUNT(column) for the same.
+Some rows match the query's literals, others narrowly miss them. `sql.py` calls `generate` with the tables, the query's
+requirements and a random generator. No value is NULL, because the questions of the data set never say what a missing
+value means, and people use COUNT(*) and COUNT(column) for the same.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 
 from finetune_trainer.evaluation.graders.sql_sandbox import Affinity, Column
-from finetune_trainer.evaluation.graders.sql_text import Condition, Demands, Value
+from finetune_trainer.evaluation.graders.sql_text import Condition, RowRequirements, Value
 
 WORDS = (
     "amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "indigo", "jasper", "kestrel", "lagoon",
@@ -19,37 +20,40 @@ WORDS = (
 )  # fmt: skip
 MAX_TABLE_ROWS = 60
 _RANDOM_ROWS = 5
+"""Fewest random rows of a table, beside those that match or miss the query."""
 _ALL = range(100, 1000)
 _SMALL, _MIDDLE, _LARGE = _ALL[:300], _ALL[300:600], _ALL[600:]
-"""Of three digits, so that as text they sort as they do as numbers."""
+"""Lower, middle and upper numbers of three digits, because texts of three digits sort in the order of the numbers."""
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 Tables = Mapping[str, Sequence[Column]]
 
 
-def generate(tables: Tables, demands: Demands, random: Random) -> dict[str, list[list[Value]]]:
+def generate(tables: Tables, requirements: RowRequirements, random: Random) -> dict[str, list[list[Value]]]:
     """Return rows for each table, in random order.
 
-    Witnesses satisfy every condition of the query at once, where one value can; the first does so as narrowly as it
-    can, and is there twice, so that DISTINCT and UNION show. Two rows for each condition miss it narrowly, and nothing
-    else; they hold the largest and the smallest of what the query calculates with or sorts by. The rest is random, from
-    a few values per column, so that rows meet in joins and groups; columns that the query compares share theirs.
+    - Matching rows satisfy every condition of the query at once, where one value can. The first matching row is as
+      near to the literals as possible and stands in the table twice, so that DISTINCT and UNION change the result.
+    - For each condition two rows narrowly miss the condition and satisfy the others. These two rows have the largest
+      and the smallest numbers in the columns that the query calculates with or sorts by.
+    - All other rows are random. Each column has few values, so that joins and groups find rows, and columns that the
+      query compares with each other have the same values.
     """
-    return Generator(demands, random).rows(tables)
+    return RowGenerator(requirements, random).rows(tables)
 
 
-class Generator:
-    """The values of the columns of one database."""
+class RowGenerator:
+    """Generates the rows of one database; a column without a condition draws its values from a small pool."""
 
-    def __init__(self, demands: Demands, random: Random) -> None:
-        self._demands = demands
+    def __init__(self, requirements: RowRequirements, random: Random) -> None:
+        self._requirements = requirements
         self._random = random
         self._variety = random.choice((2, 3, 5, 8))
         self._sorted_apart = random.random() < 0.7
-        """Whether columns that the query sorts by differ in nearly every row: what is tied has no definite order."""
+        """Whether a sorted column differs in nearly every row, because rows that tie have no definite order."""
         self._pools: dict[str, list[Value]] = {}
-        self._class = _classes(demands.joined)
+        self._class = _classes(requirements.joined)
 
     def rows(self, tables: Tables) -> dict[str, list[list[Value]]]:
         """Return the rows of every table."""
@@ -59,21 +63,21 @@ class Generator:
         witnesses = [self._witness(columns, turn) for turn in range(3)]
         rows = [*witnesses, list(witnesses[0])]
         for place, column in enumerate(columns):
-            for condition in self._demands.conditions.get(column.name.lower(), []):
+            for condition in self._requirements.conditions.get(column.name.lower(), []):
                 for numbers in self._random.sample((_SMALL, _LARGE), 2):
                     row = self._witness(columns, len(rows), numbers)
-                    row[place] = self._miss(condition, column)
+                    row[place] = self._near_miss(condition, column)
                     rows.append(row)
-        wanted = min(max(_RANDOM_ROWS, self._demands.rows + 3 - len(rows)), MAX_TABLE_ROWS)
-        rows += [[self._any(column) for column in columns] for _ in range(wanted)]
+        wanted = min(max(_RANDOM_ROWS, self._requirements.rows + 3 - len(rows)), MAX_TABLE_ROWS)
+        rows += [[self._random_value(column) for column in columns] for _ in range(wanted)]
         for place, column in enumerate(columns):
-            if column.key and column.name.lower() not in self._demands.conditions:
+            if column.key and column.name.lower() not in self._requirements.conditions:
                 self._make_unique(rows, place, column)
         self._random.shuffle(rows)
         return rows
 
     def _make_unique(self, rows: Sequence[list[Value]], place: int, column: Column) -> None:
-        """Give rows of a table another key where theirs is taken, or sqlite would leave them out."""
+        """Replace each primary key that another row has too, because sqlite refuses the second of two equal keys."""
         taken: set[Value] = set()
         for row in rows:
             if row[place] in taken:
@@ -84,12 +88,16 @@ class Generator:
             taken.add(row[place])
 
     def _witness(self, columns: Sequence[Column], turn: int, numbers: range | None = None) -> list[Value]:
-        """Return a row that satisfies the conditions; where no value satisfies all of a column's, they take turns."""
+        """Return a row that satisfies the conditions of the query.
+
+        Where no value satisfies all conditions of a column, ``turn`` chooses the condition that is satisfied.
+        ``numbers``: the range for columns without a condition, if their size matters.
+        """
         row: list[Value] = []
         if numbers is None:
             numbers = _MIDDLE if turn else self._random.choice((_MIDDLE[:1], _MIDDLE[-1:]))
         for column in columns:
-            conditions = self._demands.conditions.get(column.name.lower(), [])
+            conditions = self._requirements.conditions.get(column.name.lower(), [])
             if conditions:
                 candidates = [value for condition in conditions for value in self._satisfying(condition, column)]
                 best = [c for c in candidates if all(_holds(condition, c) for condition in conditions)]
@@ -98,36 +106,43 @@ class Generator:
             elif column.name.lower() in self._class:
                 row.append(self._pool(column)[turn % 2])
             else:
-                row.append(self._other(column, numbers))
+                row.append(self._free_value(column, numbers))
         return row
 
-    def _miss(self, condition: Condition, column: Column) -> Value:
-        """Return a value that does not satisfy a condition: its very literal, or one near it."""
+    def _near_miss(self, condition: Condition, column: Column) -> Value:
+        """Return a value that does not satisfy ``condition``: the condition's literal, or a value near the literal."""
         if not _holds(condition, condition.literal):
             return _typed(condition.literal, column)
         near = [value for value in _neighbours(condition.literal, column) if not _holds(condition, value)]
         return self._random.choice(near or self._pool(column))
 
-    def _any(self, column: Column) -> Value:
-        """Return a random value, near a literal of the query where there is one."""
-        conditions = self._demands.conditions.get(column.name.lower(), [])
+    def _random_value(self, column: Column) -> Value:
+        """Return a random value for ``column``.
+
+        If the query compares the column with literals, half of the values are a literal or lie near a literal.
+        """
+        conditions = self._requirements.conditions.get(column.name.lower(), [])
         if conditions and self._random.random() < 0.5:
             literal = self._random.choice(conditions).literal
             return self._random.choice([_typed(literal, column), *_neighbours(literal, column)])
-        return self._other(column, _ALL)
+        return self._free_value(column, _ALL)
 
-    def _other(self, column: Column, numbers: range) -> Value:
-        """Return a random value for a column without conditions: one of ``numbers`` where its size matters."""
+    def _free_value(self, column: Column, numbers: range) -> Value:
+        """Return a random value for a column without conditions.
+
+        The value is one of ``numbers`` if the query calculates with the column or sorts by it.
+        """
         name = column.name.lower()
-        spread = name in self._demands.numeric or (name in self._demands.sorted_by and self._sorted_apart)
+        spread = name in self._requirements.numeric or (name in self._requirements.sorted_by and self._sorted_apart)
         if not spread or name in self._class:
             return self._random.choice(self._pool(column))
         number = self._random.choice(numbers)
-        if column.affinity is Affinity.NUMBER or name in self._demands.numeric:
+        if column.affinity is Affinity.NUMBER or name in self._requirements.numeric:
             return _typed(number, column)
         return f"{WORDS[(number - _ALL[0]) * len(WORDS) // len(_ALL)]} {number}"
 
     def _satisfying(self, condition: Condition, column: Column) -> list[Value]:
+        """Return values that satisfy ``condition``, or values near the condition's literal if none satisfies."""
         literal = condition.literal
         if condition.operator == "like":
             filled = str(literal).replace("_", "a")
@@ -139,11 +154,11 @@ class Generator:
         return [value for value in values if _holds(condition, value)] or values
 
     def _pool(self, column: Column) -> list[Value]:
-        """Return the few values that a column has in this database; joined columns share theirs."""
+        """Return the few values that a column has in this database; columns that are joined have the same values."""
         name = column.name.lower()
         key = self._class.get(name, name)
         if key not in self._pools:
-            number = column.affinity is Affinity.NUMBER or name in self._demands.numeric
+            number = column.affinity is Affinity.NUMBER or name in self._requirements.numeric
             size = max(self._variety, 2)
             numbers: list[Value] = [*self._random.sample(range(1, 100), size)]
             words: list[Value] = [*self._random.sample(WORDS, size)]
@@ -152,7 +167,8 @@ class Generator:
 
 
 def _classes(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return a representative for each column that is compared with another one."""
+    """Return a representative for each column of ``pairs``; columns that are compared, also by way of a third column,
+    have the same representative."""
     representative: dict[str, str] = {}
     for left, right in pairs:
         old, new = representative.get(right, right), representative.get(left, left)
@@ -162,7 +178,7 @@ def _classes(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def _number(value: Value) -> int | float | None:
-    """Return a value as a number, if it is or reads as one."""
+    """Return ``value`` as a number, None where ``value`` is text that is not written as a number."""
     if not isinstance(value, str):
         return value
     if not _NUMBER.fullmatch(value):
@@ -171,7 +187,7 @@ def _number(value: Value) -> int | float | None:
 
 
 def _typed(value: Value, column: Column) -> Value:
-    """Return the value as the column stores it: sqlite turns numbers in a column of text into text."""
+    """Return ``value`` as the column stores it, because sqlite turns numbers in a column of text into text."""
     number = _number(value)
     if column.affinity is Affinity.NUMBER:
         return value if number is None else number
@@ -179,7 +195,7 @@ def _typed(value: Value, column: Column) -> Value:
 
 
 def _neighbours(literal: Value, column: Column) -> list[Value]:
-    """Return values around a literal: larger and smaller, as numbers and as text, and in another case."""
+    """Return values near ``literal``: larger and smaller numbers, or longer, shorter and differently cased texts."""
     number = _number(literal)
     if number is not None:
         return [_typed(number + step, column) for step in (-7, -1, 1, 2, 9)]
@@ -189,7 +205,7 @@ def _neighbours(literal: Value, column: Column) -> list[Value]:
 
 
 def _nearest(literal: Value, values: Sequence[Value]) -> Value:
-    """Return the value nearest to a literal, the first one where they aren't numbers."""
+    """Return the value that is nearest to ``literal``, or the first value where not all of them are numbers."""
     wanted = _number(literal)
     numbers = [_number(value) for value in values]
     if wanted is None or None in numbers:
@@ -198,7 +214,7 @@ def _nearest(literal: Value, values: Sequence[Value]) -> Value:
 
 
 def _holds(condition: Condition, value: Value) -> bool:
-    """Return whether a value satisfies a condition, numbers compared as numbers and all else as text."""
+    """Return whether ``value`` satisfies ``condition``; two numbers are compared as numbers, anything else as text."""
     left, right = _number(value), _number(condition.literal)
     if left is None or right is None:
         return _compare(condition.operator, str(value), str(condition.literal))
@@ -211,6 +227,7 @@ def _like_pattern(pattern: str) -> str:
 
 
 def _compare(operator: str, left: float | str, right: float | str) -> bool:
+    """Return whether the comparison ``left operator right`` holds; both sides are numbers, or both are text."""
     smaller = left < right  # type: ignore[operator]
     return {
         "=": left == right,

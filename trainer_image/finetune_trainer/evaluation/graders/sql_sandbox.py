@@ -1,8 +1,8 @@
-"""Runs a query that a model wrote, in sqlite in memory: it can read the example's tables and do nothing else.
+"""Runs queries that a model wrote, in sqlite in memory, where a query can read the row's tables and do nothing else.
 
-In come CREATE TABLE statements, rows and queries; out come rows, or `QueryFailed` with the reason. A query can't write,
-attach files, load extensions, hang or fill the memory. The bounds count sqlite's instructions, not seconds, so that a
-grade does not depend on how busy a machine is; seconds are only the last resort.
+`sql.py` makes a `Sandbox` of CREATE TABLE statements, inserts rows and runs queries. A query can't write, attach files,
+load extensions, hang or fill the memory. The bounds count sqlite's instructions, so that a grade does not depend on the
+load of the machine; a bound in seconds is the last resort.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from finetune_trainer.evaluation.graders.sql_text import Kind, Value, expansions
 
 MAX_ROWS = 1000
 MAX_INSTRUCTIONS = 400_000
-"""Of sqlite's virtual machine, a hundred times what a join of three generated tables takes."""
+"""Most instructions of sqlite's virtual machine for one query: a hundred times what a join of three tables takes."""
 MAX_SECONDS = 5.0
 MAX_TABLES = 20
 _HANDLER_EVERY = 1000
+"""Number of instructions between two checks of the bounds."""
 _MAX_EXPANSIONS = 5000
+"""Most copies of common table expressions (`sql_text.expansions`)."""
 _MAX_VALUE_BYTES = 4000
-"""Of a value or a row; with the instructions it bounds what a sort can hold."""
+"""Largest value or row; together with the instructions it bounds the memory that a sort can take."""
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_SQL_LENGTH: 10_000,
     sqlite3.SQLITE_LIMIT_COLUMN: 200,
@@ -46,17 +48,17 @@ _CREATING = _READING | {
     sqlite3.SQLITE_REINDEX,
 }
 _REFUSED_FUNCTIONS = frozenset({"load_extension", "random", "randomblob", "fts3_tokenizer"})
-"""Functions that reach outside, or whose result is another one each time."""
+"""Functions that load code, or that return another result at every call."""
 
 Cell = int | float | str | bytes | None
 
 
 class QueryFailed(Exception):  # noqa: N818  (what happened to a query, not an error of ours)
-    """The query or the tables could not be run; the text is one of few, so that it can be counted."""
+    """A query or a CREATE TABLE statement could not be run; the messages are few, so that they can be counted."""
 
 
 class Affinity(Enum):
-    """What a column makes of the values put into it (sqlite.org/datatype3.html, 3)."""
+    """How a column converts the values that are stored in it (sqlite.org/datatype3.html, 3)."""
 
     NUMBER = "INTEGER, REAL or NUMERIC"
     TEXT = "TEXT"
@@ -64,16 +66,16 @@ class Affinity(Enum):
 
 
 class Column(NamedTuple):
-    """A column of a table as sqlite understood its declaration."""
+    """A column of a table, as sqlite understood the CREATE TABLE statement."""
 
     name: str
     affinity: Affinity
     key: bool
-    """It alone is the table's primary key."""
+    """Whether the column alone is the table's primary key."""
 
 
 class Sandbox:
-    """A database in memory with the tables of an example; closes with the block."""
+    """A database in memory with the tables of one row of the evaluation set; a `with` block closes the database."""
 
     def __init__(self, create_tables: str) -> None:
         """Raise QueryFailed unless ``create_tables`` is made of CREATE TABLE statements that sqlite accepts."""
@@ -103,7 +105,7 @@ class Sandbox:
         return {name: tuple(self._columns(name)) for name in names if not name.startswith("sqlite_")}
 
     def insert(self, table: str, rows: Sequence[Sequence[Value]]) -> None:
-        """Add rows with a value for each column; a row that the table refuses is left out."""
+        """Insert rows that have a value for each column; skip rows that sqlite refuses."""
         if rows:
             name = table.replace('"', '""')
             places = ", ".join("?" * len(rows[0]))
@@ -117,10 +119,10 @@ class Sandbox:
             self._connection.set_authorizer(self._authorize)
 
     def run(self, query: str, *, reverse: bool = False) -> list[tuple[Cell, ...]]:
-        """Return the rows of ``query``, a single SELECT.
+        """Return the rows of ``query``; raise QueryFailed unless ``query`` is a single SELECT within the bounds.
 
-        With ``reverse`` sqlite visits rows the other way round where the query does not order them: a result that
-        changes was not determined by the query (sqlite.org/pragma.html#pragma_reverse_unordered_selects).
+        With ``reverse`` sqlite visits rows in the opposite order where the query does not order them. If the result
+        changes, the query does not determine it (sqlite.org/pragma.html#pragma_reverse_unordered_selects).
         """
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
         self._own(f"PRAGMA reverse_unordered_selects = {int(reverse)}")
@@ -131,6 +133,7 @@ class Sandbox:
         return self._bounded(query)
 
     def _create(self, create_tables: str) -> None:
+        """Create the tables; raise QueryFailed for any other statement."""
         parts = statements(create_tables)
         if not parts or len(parts) > MAX_TABLES:
             raise QueryFailed(f"must have 1 to {MAX_TABLES} CREATE TABLE statements")
@@ -140,7 +143,7 @@ class Sandbox:
             self._bounded(part)
 
     def _bounded(self, statement: str) -> list[tuple[Cell, ...]]:
-        """Run a foreign statement."""
+        """Return the rows of a statement from the model or the data set; raise QueryFailed beyond the bounds."""
         if len(statement) > _LIMITS[sqlite3.SQLITE_LIMIT_SQL_LENGTH]:
             raise QueryFailed("is too long")
         if expansions(statement) > _MAX_EXPANSIONS:
@@ -167,7 +170,7 @@ class Sandbox:
         return rows
 
     def _own(self, statement: str) -> list[tuple[Cell, ...]]:
-        """Run a statement of ours, which the authorizer would refuse."""
+        """Return the rows of one of this class's own statements, which the authorizer would refuse."""
         self._connection.set_authorizer(None)
         try:
             return self._connection.execute(statement).fetchall()
@@ -181,13 +184,13 @@ class Sandbox:
         return [Column(str(row[1]), _affinity(str(row[2])), [row[1]] == keys) for row in rows]
 
     def _authorize(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
-        """Return whether sqlite may compile an action (sqlite.org/c3ref/c_alter_table.html)."""
+        """Return SQLITE_OK or SQLITE_DENY for an action of a statement (sqlite.org/c3ref/c_alter_table.html)."""
         refused = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _REFUSED_FUNCTIONS
         return sqlite3.SQLITE_OK if action in self._allowed and not refused else sqlite3.SQLITE_DENY
 
 
 def _affinity(declared: str) -> Affinity:
-    """Return the affinity of a declared type, by the rules of sqlite.org/datatype3.html, 3.1."""
+    """Return the affinity of a column that is declared as type ``declared`` (sqlite.org/datatype3.html, 3.1)."""
     upper = declared.upper()
     if "INT" in upper:
         return Affinity.NUMBER

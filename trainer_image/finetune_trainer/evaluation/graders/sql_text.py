@@ -1,7 +1,7 @@
-"""Reads a SQL text as far as a grader needs to: tokens, and what a gold query asks of the rows that it will run on.
+"""Reads SQL text for the grader: tokens, statements, and what a reference query requires of generated rows.
 
-Not a parser: what a query means is sqlite's business. What is overlooked here makes the generated rows less telling,
-which `sql.py` notices, and never changes what a query returns.
+The module is no parser, because sqlite itself runs the queries. A requirement that is overlooked here makes the
+generated rows less useful, which `sql.py` notices, and never changes the result of a query.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Kind(Enum):
-    """What a token is."""
+    """The kind of a token."""
 
     WORD = "word"
     """A keyword or a name, quoted or not."""
@@ -25,12 +25,12 @@ class Kind(Enum):
 
 
 class Token(NamedTuple):
-    """A token; ``text`` without quotes, and in lower case where it is a bare word."""
+    """A token of SQL; ``text`` has no quotes, and is in lower case where the token is a keyword or a name."""
 
     kind: Kind
     text: str
     depth: int
-    """How many parentheses are open around it."""
+    """Number of parentheses that are open around the token."""
 
 
 Value = int | float | str
@@ -55,9 +55,9 @@ _AGGREGATES = frozenset({"avg", "sum", "total", "min", "max"})
 
 
 def tokens(text: str, columns: Collection[str] = ()) -> list[Token]:
-    """Return the tokens of ``text``; text in double quotes is a name where ``columns`` has it, else a string.
+    """Return the tokens of ``text``; text in double quotes is a name if ``columns`` contains the text, else a string.
 
-    That is how sqlite reads it (sqlite.org/quirks.html, double-quoted string literals).
+    sqlite reads double quotes in the same way (sqlite.org/quirks.html, double-quoted string literals).
     """
     found: list[Token] = []
     depth = 0
@@ -89,10 +89,10 @@ def statements(text: str) -> list[str]:
 
 
 def expansions(text: str) -> int:
-    """Return a bound for the number of subqueries that sqlite makes of a query's common table expressions.
+    """Return an upper bound for the number of subqueries that sqlite makes of a query's common table expressions.
 
-    sqlite copies such an expression at each use while it prepares the query, where no limit and no handler reaches it:
-    a chain in which each uses the one before twice doubles with each link.
+    sqlite copies such an expression at each use while it prepares the query, and no limit and no progress handler can
+    interrupt the preparation. In a chain where each expression uses the one before twice, the copies double each time.
     """
     words = [token.text.lower() for token in tokens(text)]
     if "with" not in words:
@@ -102,7 +102,10 @@ def expansions(text: str) -> int:
 
 
 def _named(words: Sequence[str], index: int) -> str | None:
-    """Return the name that the AS at ``index`` gives a subquery, with or without a list of columns before it."""
+    """Return the name that the AS at ``index`` gives a subquery, None where the AS names something else.
+
+    A list of columns may stand between the name and the AS.
+    """
     place = index - 1
     if place >= 0 and words[place] == ")":
         while place > 0 and words[place] != "(":
@@ -113,34 +116,35 @@ def _named(words: Sequence[str], index: int) -> str | None:
 
 
 class Condition(NamedTuple):
-    """A comparison of a column with a literal."""
+    """A comparison of a column with a literal, for example ``< 1950``."""
 
     operator: str
-    """One of = != < > <= >= like."""
+    """One of ``=``, ``!=``, ``<``, ``>``, ``<=``, ``>=`` and ``like``."""
     literal: Value
 
 
 @dataclass
-class Demands:
-    """What a query asks of the rows that it runs on; columns by name in lower case, whatever their table."""
+class RowRequirements:
+    """Properties of rows that decide what a query returns; columns are named in lower case and without their table."""
 
     conditions: dict[str, list[Condition]] = field(default_factory=dict)
+    """Comparisons with literals, by column."""
     joined: list[tuple[str, str]] = field(default_factory=list)
     """Pairs of columns that are compared with each other."""
     numeric: set[str] = field(default_factory=set)
-    """Columns that are calculated with, whatever type they are declared with."""
+    """Columns that the query calculates with or compares with numbers, whatever their declared type."""
     sorted_by: set[str] = field(default_factory=set)
     """Columns that an ORDER BY names."""
     rows: int = 0
-    """Rows that LIMIT and OFFSET reach."""
+    """Number of rows that LIMIT and OFFSET reach: the sum of both."""
     ordered: bool = False
-    """The query orders its result: an ORDER BY outside of all parentheses."""
+    """Whether an ORDER BY outside of all parentheses orders the result."""
 
 
-def demands(query: str, columns: Collection[str]) -> Demands:
-    """Return what ``query`` asks of the rows of tables that have ``columns`` (in lower case)."""
+def row_requirements(query: str, columns: Collection[str]) -> RowRequirements:
+    """Return what ``query`` requires of the rows of tables that have ``columns`` (in lower case)."""
     all_tokens = tokens(query, columns)
-    found = Demands()
+    found = RowRequirements()
     for index, token in enumerate(all_tokens):
         following = all_tokens[index + 1 :]
         if token.kind is Kind.STRING or token.kind is Kind.NUMBER:
@@ -159,7 +163,7 @@ def demands(query: str, columns: Collection[str]) -> Demands:
 
 
 def _sorting_columns(after: Sequence[Token], depth: int, columns: Collection[str]) -> Iterator[str]:
-    """Yield the columns of an ORDER BY, up to its end."""
+    """Yield the columns that an ORDER BY at parenthesis ``depth`` names; ``after``: the tokens behind ORDER."""
     for token in after:
         if token.text == "limit" or (token.text == ")" and token.depth < depth):
             return
@@ -168,13 +172,13 @@ def _sorting_columns(after: Sequence[Token], depth: int, columns: Collection[str
 
 
 def _compare(
-    found: Demands, operator: str, before: Sequence[Token], after: Sequence[Token], columns: Collection[str]
+    found: RowRequirements, operator: str, before: Sequence[Token], after: Sequence[Token], columns: Collection[str]
 ) -> None:
-    """Note what a comparison says about a column."""
+    """Add the comparison ``operator`` between the tokens ``before`` and ``after`` to ``found``."""
     left = _column(reversed(before[-6:]), columns)
     right = list(_literals(after, operator))
     if left is None:
-        # A literal first (5 < year): the column stands on the other side.
+        # The literal may stand first, as in `5 < year`.
         left = _column(iter(after[:4]), columns)
         right = [_literal(before[-1])] if before and before[-1].kind in {Kind.STRING, Kind.NUMBER} else []
         operator = _MIRRORED.get(operator, operator)
@@ -193,7 +197,7 @@ def _compare(
 
 
 def _column(near: Iterator[Token], columns: Collection[str]) -> str | None:
-    """Return the first column among the tokens before another clause or literal begins."""
+    """Return the first column in ``near``, None where a literal or another clause comes first."""
     for token in near:
         if token.kind is Kind.WORD and token.text in columns:
             return token.text
@@ -203,7 +207,7 @@ def _column(near: Iterator[Token], columns: Collection[str]) -> str | None:
 
 
 def _literals(after: Sequence[Token], operator: str) -> Iterator[Value]:
-    """Yield the literals on the right of a comparison: two of BETWEEN, all of IN, else one."""
+    """Yield the literals behind a comparison: two behind BETWEEN, all of the list behind IN, else one."""
     left = {"between": 2, "in": len(after)}.get(operator, 1)
     skipped = {"(", "not", ",", "-", "lower", "upper"} | ({"and"} if operator == "between" else set())
     sign = 1
@@ -220,7 +224,7 @@ def _literals(after: Sequence[Token], operator: str) -> Iterator[Value]:
 
 
 def _literal(token: Token) -> Value:
-    """Return the value of a literal."""
+    """Return the value of a token that is a string or a number."""
     if token.kind is Kind.STRING:
         return token.text
     return int(token.text) if token.text.isdigit() and len(token.text) < 18 else float(token.text)

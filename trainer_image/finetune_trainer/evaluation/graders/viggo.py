@@ -1,7 +1,8 @@
-"""ViGGO: a sentence about a video game is turned into a functional representation.
+"""The grader of ViGGO: a sentence about a video game is turned into a functional representation.
 
-The gold row's `mr` holds it, for example `inform(name[Dirt: Showdown], genres[driving/racing, sport])`: a function,
-then attributes, each with its value or values in square brackets, which may be empty (`request_attribute(esrb[])`).
+The row's column `mr` holds the reference, for example `inform(name[Dirt: Showdown], genres[driving/racing, sport])`: a
+function, then attributes, each with its values in square brackets. The brackets may be empty, as in
+`request_attribute(esrb[])`. `evaluation/scorer.py` calls `grade` for every generated answer.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from finetune_trainer.evaluation.graders.grades import Grade, graded, ungradable
-
-GOLD_FIELD = "mr"
+from finetune_core.tasks import VIGGO
+from finetune_trainer.evaluation.graders.grades import Grade
 
 FUNCTIONS = (
     "inform",
@@ -26,7 +26,7 @@ FUNCTIONS = (
     "recommend",
     "request_attribute",
 )
-"""The data set's dialogue acts (Juraska et al. 2019, ViGGO)."""
+"""The functions of a representation: the data set's dialogue acts (Juraska et al. 2019, ViGGO)."""
 
 ATTRIBUTES = (
     "name",
@@ -44,21 +44,13 @@ ATTRIBUTES = (
     "has_mac_release",
     "specifier",
 )
-"""In the order that the study's prompt demands; every published row keeps it: "order kept" is "order of the gold"."""
+"""The attributes of a representation, in the order that the prompt of Anyscale's study of LoRA demands.
+
+Every published row keeps this order, so an answer that has the order of its reference also has the demanded order.
+"""
 
 LISTS = frozenset({"genres", "player_perspective", "platforms"})
-"""Attributes whose value is a list: elsewhere a comma belongs to the value (`June 29, 2018`, `Sumo Digital, Inc.`)."""
-
-STRICT, ORDER_FREE, FUNCTION, NAMES, VALUES = "strict", "orderFree", "function", "attributes", "values"
-SCORES = (STRICT, ORDER_FREE, FUNCTION, NAMES, VALUES)
-"""The study's two scores, and the three parts apart.
-
-strict      function, attributes and values, all in the gold's order
-orderFree   the same, whatever the order of attributes, and of values in a list
-function    the function's name
-attributes  the names of the attributes, whatever their order; one too many or twice is wrong
-values      the attributes with their values, whatever their order (orderFree = function and values)
-"""
+"""Attributes whose value is a list. In other attributes a comma belongs to the value, as in `Sumo Digital, Inc.`."""
 
 _FUNCTION = re.compile(r"\s*(\w+)\s*\(")
 _ATTRIBUTE = re.compile(r"\s*(\w+)\s*\[")
@@ -67,24 +59,24 @@ _END = re.compile(r"\s*\)\s*\Z")
 
 
 class Attribute(NamedTuple):
-    """An attribute and its values in the order written; none where the brackets are empty."""
+    """An attribute and its values in the order of the text; ``values`` is empty where the brackets are."""
 
     name: str
     values: tuple[str, ...]
 
 
 class Representation(NamedTuple):
-    """A functional representation."""
+    """A functional representation: a function and its attributes in the order of the text."""
 
     function: str
     attributes: tuple[Attribute, ...]
 
 
 def parse(text: str) -> Representation | None:
-    """Return what ``text`` says, None where it is not one functional representation and nothing else.
+    """Return the functional representation that ``text`` is, None where ``text`` is anything else or more.
 
-    White space around names, brackets and commas says nothing, and a run of it inside a value is one space. Quotes have
-    no meaning, square brackets inside a value must be balanced, a list is split at commas outside of all brackets.
+    White space around names, brackets and commas is ignored, and white space inside a value counts as one space. Quotes
+    have no meaning. Square brackets inside a value must be balanced. A list is split at commas outside of all brackets.
     """
     match = _FUNCTION.match(text)
     if match is None:
@@ -106,42 +98,47 @@ def parse(text: str) -> Representation | None:
     return Representation(match[1], tuple(attributes))
 
 
-def grade(answer: str, gold_row: Mapping[str, object]) -> Grade:
-    """Return the five scores (see `SCORES`) of ``answer`` against the row's `mr`.
+def grade(answer: str, row: Mapping[str, object]) -> Grade:
+    """Return the five scores of ``answer`` against the representation in the row's `mr`.
 
-    Of an answer that does not parse only the function's name can be right. Ungradable is a row whose representation
-    does not parse or has a function or an attribute that the data set does not know.
+    Of an answer that does not parse, only the function's name can be right. A row is left out if its representation
+    does not parse, or has a function or an attribute that the data set does not know.
     """
-    gold = parse(str(gold_row.get(GOLD_FIELD, "")))
-    if gold is None:
-        return ungradable("the gold row is not a functional representation")
-    if gold.function not in FUNCTIONS or any(attribute.name not in ATTRIBUTES for attribute in gold.attributes):
-        return ungradable("the gold row has a function or an attribute that ViGGO does not know")
-    said = parse(answer)
-    if said is None:
+    reference = parse(str(row.get("mr", "")))
+    if reference is None:
+        return Grade.left_out("the gold row is not a functional representation")
+    unknown = any(attribute.name not in ATTRIBUTES for attribute in reference.attributes)
+    if reference.function not in FUNCTIONS or unknown:
+        return Grade.left_out("the gold row has a function or an attribute that ViGGO does not know")
+    parsed = parse(answer)
+    if parsed is None:
         name = _FUNCTION.match(answer)
-        right = [FUNCTION] if name and name[1] == gold.function else []
-        return graded(SCORES, right=right, problem="the answer is not a functional representation")
-    checks = {
-        STRICT: said == gold,
-        ORDER_FREE: said.function == gold.function and _unordered(said) == _unordered(gold),
-        FUNCTION: said.function == gold.function,
-        NAMES: _names(said) == _names(gold),
-        VALUES: _unordered(said) == _unordered(gold),
+        named = name is not None and name[1] == reference.function
+        return Grade.of(VIGGO, {"function": named}, problem="the answer is not a functional representation")
+    same_function = parsed.function == reference.function
+    same_values = _unordered(parsed) == _unordered(reference)
+    scores = {
+        "strict": parsed == reference,
+        "orderFree": same_function and same_values,
+        "function": same_function,
+        "attributes": _attribute_names(parsed) == _attribute_names(reference),
+        "values": same_values,
     }
-    return graded(SCORES, right=[name for name, right in checks.items() if right])
+    return Grade.of(VIGGO, scores)
 
 
-def _names(representation: Representation) -> Counter[str]:
+def _attribute_names(representation: Representation) -> Counter[str]:
+    """Return how often each attribute stands in ``representation``."""
     return Counter(attribute.name for attribute in representation.attributes)
 
 
 def _unordered(representation: Representation) -> Counter[tuple[str, tuple[str, ...]]]:
+    """Return the attributes with their values, equal for two representations that differ in order only."""
     return Counter((attribute.name, tuple(sorted(attribute.values))) for attribute in representation.attributes)
 
 
 def _closing_bracket(text: str, start: int) -> int | None:
-    """Return where the square bracket that opened just before ``start`` is closed."""
+    """Return the position of the bracket that closes the one just before ``start``, None where no bracket does."""
     depth = 1
     for position in range(start, len(text)):
         depth += {"[": 1, "]": -1}.get(text[position], 0)
@@ -151,7 +148,7 @@ def _closing_bracket(text: str, start: int) -> int | None:
 
 
 def _values(name: str, text: str) -> tuple[str, ...]:
-    """Return the values between an attribute's brackets."""
+    """Return the values in ``text``, which stands between the brackets of the attribute ``name``."""
     if not text.strip():
         return ()
     parts = _split(text) if name in LISTS else [text]
@@ -159,7 +156,7 @@ def _values(name: str, text: str) -> tuple[str, ...]:
 
 
 def _split(text: str) -> list[str]:
-    """Return the parts between commas that stand in no bracket."""
+    """Return the parts of ``text`` between commas; a comma inside of brackets separates nothing."""
     parts = [""]
     depth = 0
     for character in text:

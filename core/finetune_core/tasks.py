@@ -1,0 +1,229 @@
+"""Declares the tasks whose generated answers can be graded, one declaration for each value of `dataset.task`.
+
+The enum and the texts of the API fields, the names of the scores, the CLI's label and docs/tasks.md are made from
+`TASKS`. The trainer binds a grading function to each name (`finetune_trainer/evaluation/graders/__init__.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, GetPydanticSchema
+from pydantic_core import core_schema
+
+NO_TASK = "None"
+"""Value of `dataset.task` with which no answer is generated or graded."""
+
+SCORE_LIMIT = 8
+"""Largest number of scores of a task: `status.evaluation` and every report have room for so many."""
+SCORE_NAME_LENGTH = 32
+"""Longest name of a score in characters."""
+
+PERPLEXITY = "perplexity"
+"""Label of a model's perplexity in every table of scores, therefore no name of a score."""
+
+ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
+
+
+class Unit(StrEnum):
+    """The values that a grader can give one answer for a score; the mean over all graded answers is reported."""
+
+    RIGHT_OR_WRONG = "share of right answers"
+    """The grader returns True or False, so that the mean is the share of right answers."""
+    PARTIAL_CREDIT = "mean over the answers"
+    """The grader returns a number from 0 to 1, for example the share of words that are right."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One of the scores that a task's grader gives to every answer."""
+
+    name: str
+    """Name in camelCase as the status and the CLI show it, for example ``orderFree``."""
+    meaning: str
+    """Sentence that says when an answer gets the score."""
+    unit: Unit = Unit.RIGHT_OR_WRONG
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column of the evaluation set that a grader reads beside the generated answer."""
+
+    name: str
+    """Name of the column in the data file, for example ``mr``."""
+    meaning: str
+    """Sentence that says what the column must hold."""
+    example: str
+    """A value of the column, shown in docs/tasks.md."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Declaration of a task; raises ValueError where status and reports have no room for the scores."""
+
+    name: str
+    """Value of `dataset.task`, for example ``GSM8K``."""
+    grading: str
+    """Verb and object that follow the task's name in the text of `dataset.task`, for example ``runs the query``."""
+    description: str
+    """Sentences for docs/tasks.md about the prompt, the answers that count, and the rows that are left out."""
+    columns: tuple[Column, ...]
+    scores: tuple[Score, ...]
+    main: str
+    """Name of the score that the field `taskScore` shows and that `evaluation.bestBy: TaskScore` compares."""
+    example_answer: str
+    """Answer that gets the highest value of every score for the row that consists of the columns' examples."""
+
+    def __post_init__(self) -> None:
+        names = self.score_names
+        if not 1 <= len(names) <= SCORE_LIMIT or len(set(names)) < len(names):
+            raise ValueError(f"{self.name}: a task must have 1 to {SCORE_LIMIT} scores of different names")
+        if any(len(name) > SCORE_NAME_LENGTH for name in names):
+            raise ValueError(f"{self.name}: the name of a score must have at most {SCORE_NAME_LENGTH} characters")
+        if self.main not in names:
+            raise ValueError(f"{self.name}: `main` must name one of the scores, and {self.main} is none of them")
+        if PERPLEXITY in names:
+            raise ValueError(f"{self.name}: no score may be called {PERPLEXITY}, which tables show beside the scores")
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Return the names of the scores in the order in which they are reported."""
+        return tuple(score.name for score in self.scores)
+
+    @property
+    def main_score(self) -> Score:
+        """Return the score that is compared where a single number is asked for."""
+        return next(score for score in self.scores if score.name == self.main)
+
+
+VIGGO = Task(
+    name="ViGGO",
+    grading="compares functional representations",
+    description="A sentence about a video game is turned into a functional representation: a function, then attributes,"
+    " each with its value or values in square brackets (Juraska et al. 2019). White space says nothing. Of an answer"
+    " that is not one functional representation and nothing else, only the function's name can be right. A row whose"
+    " own representation does not parse, or has a function or an attribute that the data set does not know, is left"
+    " out.",
+    columns=(
+        Column(
+            name="mr",
+            meaning="The functional representation that is right.",
+            example="inform(name[Dirt: Showdown], genres[driving/racing, sport])",
+        ),
+    ),
+    scores=(
+        Score(name="strict", meaning="Function, attributes and values are right, in the order of the row's own."),
+        Score(
+            name="orderFree",
+            meaning="Function, attributes and values are right, whatever the order of attributes, and of values in a"
+            " list.",
+        ),
+        Score(name="function", meaning="The function's name is right."),
+        Score(
+            name="attributes",
+            meaning="The names of the attributes are right, whatever their order; a name too many or twice is wrong.",
+        ),
+        Score(
+            name="values",
+            meaning="The attributes with their values are right, whatever their order and the function's name.",
+        ),
+    ),
+    main="strict",
+    example_answer="inform(name[Dirt: Showdown], genres[driving/racing, sport])",
+)
+
+GSM8K = Task(
+    name="GSM8K",
+    grading="compares the number after `####`",
+    description="A word problem is answered step by step, and only the first number after `####` counts (Cobbe et al."
+    " 2021). Commas, currency signs and a unit behind the number are ignored. An answer without such a number is wrong,"
+    " a row without one is left out.",
+    columns=(
+        Column(
+            name="answer",
+            meaning="An answer that ends in `####` and the number that is right.",
+            example="Natalia sold 48/2 = 24 clips in May, and 48+24 = 72 clips altogether.\n#### 72",
+        ),
+    ),
+    scores=(Score(name="exact", meaning="The number is the row's own, compared as decimals (5 = 5.00)."),),
+    main="exact",
+    example_answer="48+24 = 72 clips.\n#### 72",
+)
+
+SQL = Task(
+    name="SQL",
+    grading="runs the query",
+    description="A question about tables is answered by a query. The answer and the row's own query run in sqlite on"
+    " the same databases, whose rows are generated so that queries of different meaning return different rows (Zhong"
+    " et al. 2020). Rows are compared in their order only where the row's own query orders them, columns by place and"
+    " not by name. A row whose tables or query sqlite can't run, or whose query returns nothing on generated rows, is"
+    " left out.",
+    columns=(
+        Column(
+            name="context",
+            meaning="The tables as 1 to 20 CREATE TABLE statements.",
+            example="CREATE TABLE head (age INTEGER)",
+        ),
+        Column(
+            name="answer",
+            meaning="A query that is right.",
+            example="SELECT COUNT(*) FROM head WHERE age > 56",
+        ),
+    ),
+    scores=(
+        Score(
+            name="execution",
+            meaning="On every generated database the query returns the same rows as the row's own query.",
+        ),
+    ),
+    main="execution",
+    example_answer="SELECT COUNT(age) FROM head WHERE age > 56",
+)
+
+TASKS: Mapping[str, Task] = {task.name: task for task in (VIGGO, GSM8K, SQL)}
+"""Every task that `dataset.task` can name, in the order in which the API lists them."""
+
+TaskName = Annotated[str, GetPydanticSchema(lambda _type, _handler: core_schema.literal_schema([NO_TASK, *TASKS]))]
+"""Type of `dataset.task`. Schema and errors are those of a Literal that lists `None` and the names of all tasks."""
+
+
+def task_field_text() -> str:
+    """Return the description of the field `dataset.task`."""
+    graded = ", ".join(f"{task.name} {task.grading}" for task in TASKS.values())
+    return f"What grades generated answers: {graded}. {NO_TASK}: only perplexity is measured."
+
+
+def score_names_text() -> str:
+    """Return the description of the field that holds a score's name; the description lists all names by task."""
+    named = [f"{', '.join(task.score_names)} ({task.name})" for task in TASKS.values()]
+    return f"Such as {', '.join(named)}."
+
+
+def main_score_text(task: str, value: float, *, answers: int | None = None) -> str:
+    """Return the main score of ``task`` as part of a sentence, for example ``90.0% of 50 answers right``.
+
+    ``value``: mean over the graded answers, from 0 to 1. ``answers``: number of graded answers; None leaves it out.
+    """
+    credit = _partial_credit(task)
+    if credit is None:
+        return f"{value:.1%} of {'the' if answers is None else answers} answers right"
+    return f"{credit.name} {value:.1%}" + (f" (mean of {answers} answers)" if answers is not None else "")
+
+
+def main_score_label(task: str) -> str | None:
+    """Return the label of the main score of ``task`` in a table of scores, for example ``right answers``.
+
+    None where answers get partial credit for the main score, because a table already has that score by its own name.
+    """
+    return "right answers" if _partial_credit(task) is None else None
+
+
+def _partial_credit(task: str) -> Score | None:
+    """Return the main score of ``task`` if answers get partial credit for it, else None; ``task`` may be `None`."""
+    declared = TASKS.get(task)
+    if declared is None or declared.main_score.unit is Unit.RIGHT_OR_WRONG:
+        return None
+    return declared.main_score

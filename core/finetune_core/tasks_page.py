@@ -1,0 +1,103 @@
+"""Writes docs/tasks.md, the page about tasks and their scores, from the declarations in `tasks.py`.
+
+`make docs` runs this module. `tests/core/test_tasks_page.py` fails where the committed page is not the generated one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune_core.tasks import NO_TASK, SCORE_LIMIT, SCORE_NAME_LENGTH, TASKS, Task
+
+TASKS_PAGE = "tasks.md"
+
+_INTRODUCTION = f"""\
+# Tasks: how generated answers are graded
+
+<!-- Generated from core/finetune_core/tasks.py by `make docs`; do not edit. -->
+
+With `dataset.task` the trainer generates an answer to the prompt of every row of the evaluation set, and a grader gives
+the answer scores. The evaluation set is `dataset.test`, else `dataset.validation`. Base model and tuned model answer
+the same rows, and `status.evaluation` shows both. With `dataset.task: {NO_TASK}`, the default, only perplexity is
+measured.
+
+- A grader reads the answer and its row. The row must have the columns that are listed here, **under these names**,
+  whatever columns `format.promptCompletion` names. `evaluation.generation.maxExamples` bounds the number of answers.
+- Every score is a value from 0 to 1 per answer. The reported value is the mean over all graded answers. Where an answer
+  is right or wrong, the mean is the *share of right answers*.
+- The **main** score is `taskScore` in the status. `evaluation.bestBy: TaskScore` chooses checkpoints by it.
+- A row that a grader can't use, for example because its reference answer can't be parsed, is left out. The answer to
+  such a row counts neither as right nor as wrong. `graded` in the status is the number of answers that counted.
+- `evaluation/<run>.json` in the bucket has the first answers of both models with their scores and problems.
+"""
+
+_RECIPE = f"""\
+## Add a task
+
+The three tasks are examples to copy: [GSM8K](#gsm8k) is the smallest.
+
+1. `core/finetune_core/tasks.py`: declare the task and add it to `TASKS`. The declaration has the name, the columns that
+   the grader reads, an example of each column, an answer that is right for these examples, 1 to {SCORE_LIMIT} scores
+   with names of at most {SCORE_NAME_LENGTH} characters, and which of them is `main`. The grader gives True or False for
+   a score, or a number from 0 to 1 where the declaration says `unit=Unit.PARTIAL_CREDIT`.
+2. `trainer_image/finetune_trainer/evaluation/graders/<task>.py`: write `grade(answer, row) -> Grade`, a pure function
+   without torch. It returns `Grade.of(TASK, {{score: value}})`, with a `problem` if the answer can't be read, or
+   `Grade.left_out(problem)` if the row can't be used. It never raises because of the answer or the row: a model may
+   write any text, and a data file may hold any value.
+3. `trainer_image/finetune_trainer/evaluation/graders/__init__.py`: add the function to `GRADERS`.
+4. `tests/trainer/test_tasks_<task>.py`: test the grader with right answers, with each way of being wrong, and with rows
+   that can't be used. `tests/trainer/test_tasks.py` checks by itself that the task has a grader, that the grader reads
+   the declared columns only, and that the example answer gets every score.
+5. `make crds docs`: generate the CRD's enum, docs/api.md and this page.
+6. `CHANGELOG.md`: say what can be graded now.
+
+`finetune watch`, the status, the reports and `evaluation.bestBy` need no change, because they use the declared names.
+Run `.venv/bin/python -m pytest tests/core tests/trainer/test_tasks*.py` while you write.
+"""
+
+
+def tasks_page() -> str:
+    """Return the text of docs/tasks.md: an introduction, a section for each task, and how to add a task."""
+    parts = [_INTRODUCTION]
+    for task in TASKS.values():
+        parts += _section(task)
+    return "\n".join([*parts, _RECIPE])
+
+
+def _section(task: Task) -> Iterator[str]:
+    """Yield the lines of the section about ``task``."""
+    yield f"## {task.name}\n"
+    yield textwrap.fill(task.description, width=120) + "\n"
+    yield "| column | holds |"
+    yield "|---|---|"
+    yield from (f"| `{column.name}` | {column.meaning} |" for column in task.columns)
+    yield "\n| score | | reported value |"
+    yield "|---|---|---|"
+    for score in task.scores:
+        name = f"`{score.name}` (main)" if score.name == task.main else f"`{score.name}`"
+        yield f"| {name} | {score.meaning} | {score.unit} |"
+    row = {column.name: column.example for column in task.columns}
+    yield "\nA row, and an answer that gets every score in full:\n"
+    yield "```"
+    yield f"row     {json.dumps(row, ensure_ascii=False)}"
+    yield f"answer  {json.dumps(task.example_answer, ensure_ascii=False)}"
+    yield "```\n"
+
+
+def main() -> None:
+    """Write the page into the folder that the command line names."""
+    parser = argparse.ArgumentParser(
+        description="Write the page about the tasks of FineTuneJob.",
+        epilog="example: python -m finetune_core.tasks_page docs",
+    )
+    parser.add_argument("folder", type=Path, help=f"folder for {TASKS_PAGE}")
+    folder: Path = parser.parse_args().folder
+    (folder / TASKS_PAGE).write_text(tasks_page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Compares base model and tuned model: both are scored on the same rows, before training and at the end.
+
+The scores go into `evaluation/<run>.json` of the bucket, into the reports and into the result. `train.py` scores the
+base model with `ModelComparison` before the first step, `finish.py` the tuned model before the export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetune_core.contract import EvaluationRecord, ScoreRecord
+from finetune_trainer.evaluation.scorer import Scorer
+from finetune_trainer.evaluation.sets import base_model_set, tuned_model_set
+from finetune_trainer.material import Data
+from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.ranks.gang import Gang
+from finetune_trainer.reporting.progress import Progress
+from finetune_trainer.storage.evaluation_file import (
+    AnswerRecord,
+    EvaluationFile,
+    newest_base_evaluation,
+    write_evaluation,
+)
+from finetune_trainer.storage.root import RunRoot
+
+
+class ModelComparison:
+    """The scores of base model and tuned model as far as they are known; the same on every rank."""
+
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        gang: Gang,
+        root: RunRoot,
+        data: Data,
+        scorer: Scorer,
+        run: int,
+        progress: Progress | None,
+    ) -> None:
+        """Begin without scores. No model is scored where the job has neither test nor validation rows.
+
+        ``run``: number of the run whose file is written. ``progress``: exists on rank 0 only.
+        """
+        self._gang = gang
+        self._root = root
+        self._scorer = scorer
+        self._run = run
+        self._task = plan.config.dataset.task
+        self._progress = progress
+        self._base_set, self._tuned_set = base_model_set(plan, data), tuned_model_set(plan, data)
+        self._file: EvaluationFile | None = None
+
+    @property
+    def evaluation(self) -> EvaluationRecord | None:
+        """Return the scores that are known, None before `score_base_model` and where no model is scored."""
+        return self._file.evaluation if self._file is not None else None
+
+    def score_base_model(self, *, is_base: bool) -> None:
+        """Score the base model, or take the scores that an earlier run of the job wrote; a collective.
+
+        ``is_base``: whether the engine holds the base model. Where the engine holds a checkpoint and the bucket has no
+        scores of the base model, a notice says that these scores are missing.
+        """
+        if self._base_set is None or self._tuned_set is None:
+            return
+        found = self._gang.share(self._stored_scores, until_told=True)
+        if found is not None:
+            self._take(EvaluationFile.model_validate(found))
+            return
+        record: ScoreRecord | None = None
+        answers: Sequence[AnswerRecord] = ()
+        if is_base:
+            record, answers = self._scorer.score(self._base_set)
+        elif self._progress is not None:
+            self._progress.notice("the base model's score is not in the bucket, and this run began with a checkpoint")
+        evaluation = EvaluationRecord(rows=self._base_set.rows, examples=len(self._tuned_set.examples), base=record)
+        self._take(EvaluationFile(evaluation=evaluation, base_answers=list(answers)))
+        self._write()
+
+    def score_tuned_model(self, step: int) -> None:
+        """Score the model that the engine holds, which is exported as checkpoint ``step``; a collective."""
+        if self._tuned_set is None or self._file is None:
+            return
+        record, answers = self._scorer.score(self._tuned_set)
+        evaluation = self._file.evaluation.model_copy(update={"tuned": record, "tuned_step": step})
+        self._take(self._file.model_copy(update={"evaluation": evaluation, "tuned_answers": list(answers)}))
+        self._write()
+
+    def _stored_scores(self) -> object:
+        found = newest_base_evaluation(self._root)
+        return found.model_dump(mode="json") if found is not None else None
+
+    def _take(self, file: EvaluationFile) -> None:
+        self._file = file
+        if self._progress is not None:
+            self._progress.evaluated(file.evaluation, self._task)
+
+    def _write(self) -> None:
+        file = self._file
+        assert file is not None
+        self._gang.share(lambda: write_evaluation(self._root, self._run, file), until_told=True)
