@@ -29,7 +29,7 @@ class PromptCompletionFormat(ApiModel):
     completion_field: FieldName = "completion"
     """Column that holds the completion."""
     template: Annotated[str, Field(max_length=8192)] = "{prompt}"
-    """Text before the completion, in which `{prompt}` stands for the prompt, for example `"Sentence: {prompt}\nMeaning:
+    """Text before the completion, in which `{prompt}` stands for the prompt, for example `"Question: {prompt} Answer:
     "`. The completion follows without a space in between."""
     completion_suffix: Annotated[str, Field(max_length=256)] = ""
     """Text after the completion, for example `<END_A>`. The suffix is learned like the completion, and generation stops

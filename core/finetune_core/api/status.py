@@ -227,7 +227,7 @@ class CheckpointStatus(StatusModel):
     perplexity: Decimal | None = None
     """Validation perplexity at this step."""
     task_score: Decimal | None = None
-    """Share of right answers at this step, where checkpoints are chosen by it."""
+    """Main score of `dataset.task` at this step, from 0 to 1. Absent where checkpoints are not compared by it."""
     time: datetime
     """Time at which the checkpoint was committed."""
     last: bool = False
@@ -257,7 +257,7 @@ class PlanStatus(StatusModel):
 
 
 class NamedScore(StatusModel):
-    """One of the scores of a task."""
+    """A score of a task on the rows of the evaluation set."""
 
     name: Annotated[ScoreName, Field(description=score_names_text())]
     value: Decimal
@@ -272,11 +272,11 @@ class Scores(StatusModel):
     all_token_perplexity: Decimal | None = None
     """Perplexity over the tokens of prompts and completions, as in Anyscale's study."""
     task_score: Decimal | None = None
-    """Share of answers that the grader of `dataset.task` accepts, from 0 to 1."""
+    """Main score of `dataset.task`, from 0 to 1: the mean over the graded answers."""
     scores: Annotated[list[NamedScore], Field(max_length=SCORE_LIMIT, json_schema_extra=ATOMIC)] = []
     """Every score of the task."""
     graded: Count = 0
-    """Answers that were graded; rows whose own answer can't be graded against are left out."""
+    """Number of graded answers. An answer is not graded where the row's own reference answer can't be used."""
 
 
 class EvaluationStatus(StatusModel):
