@@ -1,4 +1,5 @@
-"""The chart as helm renders it: strict lint, restricted pods, exactly the permissions that the operator uses."""
+"""The rendered chart passes `helm lint --strict`, runs the operator in a restricted pod, and grants exactly the
+permissions that the operator uses."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def _helm_is_there() -> None:
 
 
 def rendered(values: Manifest | None = None) -> list[Manifest]:
-    """Return the objects of the chart for a release in namespace `system`."""
+    """Return the objects that the chart renders for a release in the namespace `system`."""
     text = helm(
         "template",
         "finetune-operator",
@@ -119,7 +120,7 @@ def test_disruption_budget_and_monitor_are_there_when_asked_for() -> None:
 
 
 def granted(roles: list[Manifest]) -> set[tuple[str, str, str, str]]:
-    """Return group, resource, verb and object name of every rule."""
+    """Return group, resource, verb and object name of every rule in ``roles``."""
     found: set[tuple[str, str, str, str]] = set()
     for rule in itertools.chain.from_iterable(role["rules"] for role in roles):
         names = rule.get("resourceNames", [""])

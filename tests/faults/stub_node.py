@@ -19,7 +19,7 @@ import aiohttp
 
 from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_core.contract import EXIT_CODES, ArtifactRecord, Outcome, Result
-from finetune_core.preflight import PreflightResult
+from finetune_core.contract.preflight_result import PreflightResult
 from finetune_operator.objects.labels import ATTEMPT, JOB_NAME, PREFLIGHT, REPLICA_INDEX, TRAINING_CONTAINER
 from tests.faults.admin import MERGE_PATCH, Admin, Manifest, RefusedError
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from finetune_core.contract import CheckpointRecord, Outcome, Phase, Report, RunConfig
+from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
 from finetune_core.names import attempt_name
-from finetune_core.preflight import Finding, FindingKind, PreflightResult
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory

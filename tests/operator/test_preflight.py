@@ -9,7 +9,7 @@ import pytest
 
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import PreflightStatus
-from finetune_core.preflight import Finding, FindingKind, PreflightResult
+from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
 from finetune_core.resolve import resolve
 from finetune_operator.decide.preflight import Next, Situation, check
 from finetune_operator.objects.observations import (

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from finetune_core.contract import CREDENTIALS_FOLDER, RUN_FILE, Outcome
-from finetune_core.preflight import Finding, FindingKind, PreflightResult
+from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
 from tests.cluster import wait_for
 from tests.cluster.node import REGISTRY
 from tests.operator.conftest import Installed, condition, settled, small_job

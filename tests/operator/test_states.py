@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import finetune_operator
-from finetune_core.api.causes import CAUSES, DISRUPTIONS, Cause
+from finetune_core.api.attempt_causes import CAUSES, DISRUPTIONS, Cause
+from finetune_core.api.condition_reasons import STATES
 from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.api.run_policy import RunPolicySpec
-from finetune_core.api.states import STATES
 from finetune_core.api.status import AttemptCause, AttemptsStatus, CurrentAttempt, FineTuneJobStatus, PastAttempt
 from finetune_core.contract import Phase, Report
 from finetune_operator.decide.attempts import Settlement

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from finetune_core.contract import RESULT_LIMIT_BYTES
-from finetune_core.preflight import PREFLIGHT_SECONDS, FindingKind, PreflightResult
+from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, PreflightResult
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight import entrypoint
 from finetune_trainer.preflight.findings import Findings

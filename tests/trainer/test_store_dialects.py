@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 from minio.credentials import AssumeRoleProvider
 
-from finetune_cli.store import Keys
-from finetune_cli.store import Store as CliStore
+from finetune_cli.object_store import AccessKey
+from finetune_cli.object_store import ObjectStoreReader as CliStore
 from finetune_core.api.storage import EncryptionSpec, StorageSpec
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
@@ -215,7 +215,7 @@ def works(store: Store, key: str) -> None:
 
 def cli_store(strict: Strict, certificates: str | None, **storage: Any) -> CliStore:
     spec = {"uri": f"s3://{BUCKET}/x", "endpoint": strict.store.endpoint, **storage}
-    return CliStore(StorageSpec.model_validate(spec), Keys(ACCESS_KEY, SECRET_KEY), None, certificates)
+    return CliStore(StorageSpec.model_validate(spec), AccessKey(ACCESS_KEY, SECRET_KEY), None, certificates)
 
 
 def test_an_authority_of_ones_own_is_trusted_where_it_is_named_and_only_there(strict: Strict) -> None:
@@ -263,7 +263,7 @@ def test_requests_are_signed_for_the_region(minio: Path, tmp_path: Path) -> None
         assert all(f"/{region}/s3/aws4_request" in authorization for authorization in signed)
         cli = CliStore(
             StorageSpec.model_validate({"uri": "s3://finetune/x", "endpoint": proxy.endpoint, "region": region}),
-            Keys(ACCESS_KEY, SECRET_KEY),
+            AccessKey(ACCESS_KEY, SECRET_KEY),
         )
         assert cli.entries(BUCKET, "dialects/region/")
         assert f"/{region}/s3/aws4_request" in proxy.requests[-1].fields["authorization"]

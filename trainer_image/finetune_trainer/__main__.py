@@ -15,7 +15,7 @@ import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from finetune_core.preflight import PREFLIGHT_COMMAND  # noqa: E402
+from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND  # noqa: E402
 from finetune_trainer.launcher import run  # noqa: E402
 from finetune_trainer.pod.settings import Paths  # noqa: E402
 from finetune_trainer.preflight.entrypoint import run as preflight  # noqa: E402

@@ -12,7 +12,7 @@ import time
 import torch
 
 from finetune_core.contract import Phase
-from finetune_core.planning.choices import total_steps
+from finetune_core.planning.training_plan import total_steps
 from finetune_trainer.checkpoints.resume import RunStart
 from finetune_trainer.checkpoints.saver import Saver
 from finetune_trainer.data.micro_batches import MicroBatcher, MicroBatchPlan

@@ -16,7 +16,7 @@ from finetune_core.api.conditions import Reason
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import PreflightStatus
 from finetune_core.contract import ExitCode
-from finetune_core.preflight import PreflightResult
+from finetune_core.contract.preflight_result import PreflightResult
 from finetune_operator import messages
 from finetune_operator.decide.attempts import Settlement
 from finetune_operator.objects.observations import ContainerState, PodObservation

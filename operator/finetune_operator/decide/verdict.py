@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from finetune_core.api.causes import Cause
+from finetune_core.api.attempt_causes import Cause
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptCause, CurrentAttempt
 from finetune_core.contract import ExitCode, Outcome, Result

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from finetune_core.api import FineTuneJob
 from finetune_core.contract import RunConfig
-from finetune_core.preflight import PREFLIGHT_COMMAND
+from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.config_map import RUN_FILE_KEY, run_config_map
 from finetune_operator.objects.labels import ATTEMPT, owner_reference, preflight_labels

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune_core.contract import Incident, Remedy, RunConfig
+from finetune_core.api.training import StabilityAction
+from finetune_core.contract import Incident, RunConfig
 from finetune_trainer.decisions.stability import NON_FINITE, RECENT, Alarm
 from finetune_trainer.pod.errors import Diverged
 from finetune_trainer.storage.lineage import Rollback
@@ -33,7 +34,7 @@ class RollbackRequired(Exception):  # noqa: N818  (an order, raised on every ran
         self.rollback = rollback
 
 
-def recovery_action(alarm: Alarm, config: RunConfig) -> Remedy:
+def recovery_action(alarm: Alarm, config: RunConfig) -> StabilityAction:
     """Return the action that the job's `spec.stability` asks for after ``alarm``."""
     stability = config.stability
     if alarm.kind in NON_FINITE:
@@ -103,7 +104,7 @@ def _skip_to(alarm: Alarm) -> int:
     return alarm.step + (0 if alarm.kind in NON_FINITE else SKIPPED_STEPS_AFTER_ALARM)
 
 
-def _action(action: Remedy, alarm: Alarm) -> str:
+def _action(action: StabilityAction, alarm: Alarm) -> str:
     if action == "RollBack":
         return (
             f"back to a checkpoint of step {_last_good(alarm)} or before, with {RATE_FACTOR} times the rate and without"

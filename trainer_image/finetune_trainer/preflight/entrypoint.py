@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune_core.contract import RunConfig
-from finetune_core.preflight import PREFLIGHT_SECONDS, FindingKind, PreflightResult
+from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, PreflightResult
 from finetune_trainer.pod.plan import read_run_file
 from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
 from finetune_trainer.pod.signals import STOP_SIGNALS

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from finetune_core.contract.preflight_result import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
 from finetune_core.errors import UserError
-from finetune_core.preflight import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
 from finetune_trainer.pod.errors import OutsideFailure
 
 T = TypeVar("T")

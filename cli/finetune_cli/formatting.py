@@ -1,4 +1,7 @@
-"""Numbers as people read them: sizes, durations, measured values and curves of one line. Pure; called by the views."""
+"""Formats sizes, durations, measured values and one-line curves for people.
+
+The views of a job (`panel.py` and `log_lines.py`) and the commands call these pure functions.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import math
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
+"""Characters of a curve, from low to high."""
 
 
 def size(count: int) -> str:
-    """Return a number of bytes in decimal units: `999 B`, `11.2 MB`."""
+    """Return a number of bytes in decimal units, for example `999 B` or `11.2 MB`."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -19,7 +23,7 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span in its two largest units: `42 s`, `1 min 05 s`, `3 h 20 min`, `2 d 4 h`."""
+    """Return a time span in its two largest units, for example `42 s`, `1 min 05 s`, `3 h 20 min` or `2 d 4 h`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -31,7 +35,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: str | float) -> str:
-    """Return a measured value with four significant digits: `0.5723`, `1.004`, `242.7`, `12345`."""
+    """Return a measured value with four significant digits, for example `0.5723`, `1.004`, `242.7` or `12345`."""
     quantity = float(value)
     if not math.isfinite(quantity):
         return str(quantity)
@@ -41,12 +45,13 @@ def number(value: str | float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """Return a curve of at most ``width`` characters, the newest value at the right.
+    """Return a curve of at most ``width`` characters with the newest value at the right.
 
-    A loss falls by orders of magnitude, so heights are logarithmic where all values are positive; longer series are
-    thinned to the mean of equal stretches. Values that are not finite leave a gap.
+    The heights are logarithmic where all finite values are greater than zero, because a loss falls by orders of
+    magnitude. A longer series is divided into equal parts, and each part is drawn as its mean. A value that is not
+    finite leaves a gap.
     """
-    heights = [math.log(value) if _positive(values) and math.isfinite(value) else value for value in values]
+    heights = [math.log(value) if _all_positive(values) and math.isfinite(value) else value for value in values]
     stretches = [_stretch(heights, column, width) for column in range(min(width, len(heights)))]
     means = [sum(known) / len(known) if known else None for known in stretches]
     known = [mean for mean in means if mean is not None]
@@ -57,13 +62,13 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     return "".join(" " if mean is None else BARS[round((mean - low) * scale)] for mean in means)
 
 
-def _positive(values: Sequence[float]) -> bool:
-    """Tell whether every finite value has a logarithm."""
+def _all_positive(values: Sequence[float]) -> bool:
+    """Return whether all finite values are greater than zero, so that a logarithmic axis can show them."""
     return all(value > 0 for value in values if math.isfinite(value))
 
 
 def _stretch(values: Sequence[float], column: int, width: int) -> list[float]:
-    """Return the finite values that share a column."""
+    """Return the finite values that the character in ``column`` stands for."""
     columns = min(width, len(values))
     start, end = column * len(values) // columns, (column + 1) * len(values) // columns
     return [value for value in values[start:end] if math.isfinite(value)]

@@ -1,7 +1,7 @@
-"""Files of a job in its object store, read and verified: the only module that talks to MinIO or S3.
+"""Reads objects of a job from MinIO or S3. No other module of the CLI talks to the object store.
 
-In: a job's storage section and credentials. Out: bytes and files whose sha256 is what the manifest says, or UserError
-that names the bucket, key or address. Called by `finetune download`.
+The input is the job's storage section and an access key. Failures are raised as UserError that names the bucket, the
+key or the address. `download.py`, `checkpoints.py` and the demo call this module.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from minio import Minio
 from minio.error import InvalidResponseError, S3Error, ServerError
 
 from finetune_core.api.storage import StorageSpec
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SESSION_TOKEN
 from finetune_core.errors import UserError
 
-ACCESS_KEY = "AWS_ACCESS_KEY_ID"
-SECRET_KEY = "AWS_SECRET_ACCESS_KEY"  # noqa: S105  (the name of a variable)
-SESSION_TOKEN = "AWS_SESSION_TOKEN"  # noqa: S105  (the name of a variable)
 CHUNK_BYTES = 1 << 20
 SMALL_OBJECT_BYTES = 16 << 20
-"""More than any manifest or pointer: an object that is read into memory may not be larger."""
+"""Largest object that is read into memory. Manifests and pointers are far smaller."""
 TRIES = 3
+"""Number of tries to download an object."""
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
+"""S3 error codes that mean refused credentials."""
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
-    """An access key of the object store."""
+class AccessKey:
+    """An access key of the object store: access key id, secret key, and the session token of temporary credentials."""
 
     access: str
     secret: str
     session: str | None = None
 
 
-def keys_from(values: Mapping[str, str]) -> Keys | None:
-    """Return the access key in a Secret's values or in the environment, or None where it is not complete."""
-    access, secret = values.get(ACCESS_KEY), values.get(SECRET_KEY)
-    return Keys(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
+def access_key_from(values: Mapping[str, str]) -> AccessKey | None:
+    """Return the access key in a Secret's values or in the environment, or None where a part of it is missing."""
+    access, secret = values.get(ACCESS_KEY_ID), values.get(SECRET_ACCESS_KEY)
+    return AccessKey(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An object in a listing."""
+    """An object in a listing, with its size in bytes and the time of its last change."""
 
     key: str
     bytes: int
@@ -58,17 +58,18 @@ class Entry:
 
 
 class MissingError(UserError):
-    """An object, or its bucket, that does not exist."""
+    """The object, or its bucket, does not exist."""
 
 
-class Store:
-    """Reads objects; every failure says which address or key it is about."""
+class ObjectStoreReader:
+    """Reads objects. Each failure names the address or the key."""
 
     def __init__(
-        self, storage: StorageSpec, keys: Keys, endpoint: str | None = None, certificates: str | None = None
+        self, storage: StorageSpec, keys: AccessKey, endpoint: str | None = None, certificates: str | None = None
     ) -> None:
-        """Prepare access; ``certificates`` (PEM) sign the endpoint's, None for those of this machine."""
-        self.endpoint = endpoint or storage.endpoint or f"https://s3.{storage.region}.amazonaws.com"
+        """Create the client. ``endpoint`` replaces the job's address, and ``certificates`` (PEM) replace this machine's
+        CA certificates."""
+        self.endpoint = endpoint or storage.endpoint_url
         address = urllib3.util.parse_url(self.endpoint)
         if address.scheme not in ("http", "https") or not address.host or address.path not in (None, "", "/"):
             raise UserError(self.endpoint, "must be an address of the form http://host:port or https://host")
@@ -81,7 +82,7 @@ class Store:
             secure=address.scheme == "https",
             http_client=urllib3.PoolManager(
                 timeout=urllib3.Timeout(connect=5, read=60),
-                # MinIO asks to come back after a minute whenever it answers 503: nobody waits that long in silence.
+                # MinIO's Retry-After is a minute for every 503. A user would wait that long without any output.
                 retries=urllib3.Retry(
                     total=2,
                     backoff_factor=0.5,
@@ -98,7 +99,7 @@ class Store:
             self._minio.disable_virtual_style_endpoint()
 
     def entries(self, bucket: str, prefix: str) -> list[Entry]:
-        """Return all objects below ``prefix``, ordered by key."""
+        """Return all objects below ``prefix``, sorted by key."""
         with self._explained(f"s3://{bucket}/{prefix}"):
             found = self._minio.list_objects(bucket, prefix=prefix, recursive=True)
             return sorted(
@@ -107,13 +108,13 @@ class Store:
             )
 
     def digest(self, bucket: str, key: str) -> str:
-        """Return the sha256 of an object, which may be large."""
+        """Return the sha256 of an object in hexadecimal. The object may be larger than memory."""
         hasher = hashlib.sha256()
         self._stream(bucket, key, hasher.update)
         return hasher.hexdigest()
 
     def read(self, bucket: str, key: str) -> bytes:
-        """Return a small object."""
+        """Return the content of a small object. Raises UserError for an object that is too large."""
         found = bytearray()
 
         def add(chunk: bytes) -> None:
@@ -125,9 +126,11 @@ class Store:
         return bytes(found)
 
     def fetch(self, bucket: str, key: str, target: Path, progress: Callable[[int], None]) -> tuple[int, str]:
-        """Write an object to ``target`` and return its size and sha256; a broken transfer is started again.
+        """Write an object to ``target`` and return its size in bytes and its sha256. A broken transfer is repeated from
+        its start.
 
-        ``progress`` hears the bytes of each chunk, and a negative number when a transfer starts again.
+        ``progress`` is called with the number of bytes of each chunk, and with a negative number when a transfer is
+        repeated.
         """
         for attempt in range(1, TRIES + 1):
             sha256, written = hashlib.sha256(), 0
@@ -150,7 +153,7 @@ class Store:
         raise AssertionError("the last try returns or raises")
 
     def _stream(self, bucket: str, key: str, add: Callable[[bytes], None]) -> None:
-        """Hand an object to ``add`` in chunks; a transfer that breaks off in the middle raises urllib3's error."""
+        """Pass an object to ``add`` in chunks. Raises urllib3's error when the transfer breaks off."""
         with self._explained(f"s3://{bucket}/{key}"):
             response = self._minio.get_object(bucket, key)
         try:
@@ -162,7 +165,7 @@ class Store:
 
     @contextmanager
     def _explained(self, subject: str) -> Iterator[None]:
-        """Turn what a request inside the block fails with into a sentence about ``subject``."""
+        """Turn the errors of a request inside the block into a UserError about ``subject``."""
         try:
             yield
         except S3Error as error:
@@ -185,7 +188,7 @@ class Store:
 
 
 def _trust(certificates: str | None) -> ssl.SSLContext:
-    """Return the authorities that may sign the store's certificate."""
+    """Return a TLS context with the CA certificates that may sign the object store's certificate."""
     if certificates is None:
         return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
     try:

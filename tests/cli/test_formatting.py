@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Sizes, durations, numbers and curves are formatted for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from finetune_cli.text import duration, number, size, sparkline
+from finetune_cli.formatting import duration, number, size, sparkline
 
 
 @pytest.mark.parametrize(

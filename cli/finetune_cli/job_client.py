@@ -1,7 +1,7 @@
-"""FineTuneJobs and Secrets as the API server has them: the only module that talks to Kubernetes.
+"""Reads FineTuneJobs, Secrets and ConfigMaps from the API server. No other module of the CLI talks to Kubernetes.
 
-In: a kubeconfig by the official client's rules. Out: FineTuneJob objects, one by one as they change. What a person
-can put right comes out as UserError. Called by the commands, by the demo and by the end-to-end tests.
+The client is configured by a kubeconfig, as kubectl is. Problems that a user can correct are raised as UserError. The
+commands, the demo and the end-to-end tests use `JobClient`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import base64
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,32 @@ import yaml
 from kubernetes import client, config, watch
 from pydantic import ValidationError
 
-from finetune_cli.text import duration
+from finetune_cli.formatting import duration
 from finetune_core.api.job import GROUP, KIND, PLURAL, VERSION, FineTuneJob
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 
 CALL_TIMEOUT_SECONDS = (5, 30)
-"""Connect and read."""
+"""Timeouts for connecting and for reading the answer."""
 WATCH_SECONDS = 30
-"""The server ends each watch after this time, so that a connection that died silently is noticed soon after."""
+"""Seconds after which the API server ends a watch, so that a connection that was lost without an error is replaced
+soon."""
 RECONNECT_FOR_SECONDS = 600
+"""Seconds for which the client tries to reach an API server that does not answer."""
 RECONNECT_DELAYS_SECONDS = (1, 2, 4, 8, 15)
+"""Seconds between two tries to reach the API server. The last delay repeats."""
 SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 NOT_A_KUBECONFIG = (TypeError, AttributeError, KeyError, ValueError)
-"""What the official client raises for YAML of another form than it expects."""
+"""Exceptions that the Kubernetes client raises for a kubeconfig whose YAML has an unexpected structure."""
 
 
 class ConnectionLostError(Exception):
-    """The API server could not be reached; the next try may succeed."""
+    """The API server could not be reached. Another try may succeed."""
 
 
 def load_client() -> tuple[client.ApiClient, str]:
-    """Return a client and the namespace to use by default, from KUBECONFIG, ~/.kube/config or the pod's account."""
+    """Return a client and the default namespace, from KUBECONFIG, ~/.kube/config or the pod's service account."""
     try:
         config.load_config()
     except (config.ConfigException, OSError, yaml.YAMLError, *NOT_A_KUBECONFIG) as error:
@@ -52,7 +56,7 @@ def load_client() -> tuple[client.ApiClient, str]:
 
 
 def _default_namespace() -> str:
-    """Return the namespace of the current context; inside a pod that of the pod."""
+    """Return the namespace of the current context, or inside a pod the pod's namespace."""
     try:
         _, context = config.list_kube_config_contexts()
     except (config.ConfigException, OSError):
@@ -60,8 +64,8 @@ def _default_namespace() -> str:
     return str(context["context"].get("namespace") or "default")
 
 
-class Jobs:
-    """Reads FineTuneJobs of one namespace, and the Secrets that they name."""
+class JobClient:
+    """Reads the FineTuneJobs of one namespace, and the Secrets and ConfigMaps that the jobs name."""
 
     def __init__(self, api: client.ApiClient, namespace: str) -> None:
         self._custom = client.CustomObjectsApi(api)
@@ -69,7 +73,8 @@ class Jobs:
         self._namespace = namespace
 
     def get(self, name: str) -> FineTuneJob:
-        """Return the job; raises UserError where there is none, ConnectionLostError where nobody answers."""
+        """Return the job. Raises UserError where the job does not exist, ConnectionLostError where no API server
+        answers."""
         try:
             return parse(
                 self._custom.get_namespaced_custom_object(
@@ -77,20 +82,23 @@ class Jobs:
                 )
             )
         except client.ApiException as error:
-            raise self._explained(name, error) from error
+            raise self._to_exception(name, error) from error
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionLostError(_cause(error)) from error
 
     def follow(
-        self, name: str, tell: Callable[[str], None], *, give_up_after: float | None = None
+        self, name: str, notify: Callable[[str], None], *, give_up_after: float | None = None
     ) -> Iterator[FineTuneJob]:
-        """Yield the job now and whenever it changes, without an end; ``tell`` hears of lost connections.
+        """Yield the job now and after each change, without an end. ``notify`` gets a sentence when the connection is
+        lost.
 
-        Raises TimeoutError after ``give_up_after`` seconds, UserError where the job does not exist, is deleted, or
-        the server goes away for ten minutes, and ConnectionLostError where it does not answer at the start.
+        Raises TimeoutError after ``give_up_after`` seconds. Raises UserError when the job does not exist or is deleted,
+        or when the API server does not answer for ten minutes. Raises ConnectionLostError when no API server answers at
+        the start.
         """
         until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
-        # At the start an unreachable server is more likely a wrong kubeconfig than a restart.
+        # At the start the client does not retry, because an unreachable server then is more likely a wrong kubeconfig
+        # than a restart.
         current, version = self._list(name)
         yield parse(current)
         while (left := until - time.monotonic()) > 0:
@@ -100,8 +108,8 @@ class Jobs:
                     seen = current["metadata"]["resourceVersion"]
                     yield parse(current)
             except ConnectionLostError as error:
-                tell(f"lost the connection to the API server ({error}); trying again")
-            current, version = self._reach(name, tell)
+                notify(f"lost the connection to the API server ({error}); trying again")
+            current, version = self._list_with_retries(name, notify)
             if current["metadata"]["uid"] != uid:
                 raise UserError(self._subject(name), "was deleted and created anew; watch it again")
             if current["metadata"]["resourceVersion"] != seen:
@@ -109,39 +117,39 @@ class Jobs:
         raise TimeoutError(f"{self._subject(name)} was followed for {give_up_after} s")
 
     def secret(self, name: str) -> dict[str, str]:
-        """Return the decoded values of a Secret; raises UserError where it is missing or may not be read."""
-        subject = f"Secret {self._namespace}/{name}"
-        try:
-            found = self._core.read_namespaced_secret(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
-        except client.ApiException as error:
-            if error.status == 404:
-                raise UserError(
-                    subject, "does not exist; the job names it in `storage.credentialsSecretRef`"
-                ) from error
-            if error.status == 403:
-                raise UserError(
-                    subject, "you may not read it; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                ) from error
-            raise UserError(subject, _answer(error)) from error
-        except urllib3.exceptions.HTTPError as error:
-            raise ConnectionLostError(str(error)) from error
+        """Return the decoded values of a Secret. Raises UserError where the Secret is missing or may not be read."""
+        found = self._read(
+            self._core.read_namespaced_secret,
+            f"Secret {self._namespace}/{name}",
+            name,
+            {
+                404: "does not exist; the job names it in `storage.credentialsSecretRef`",
+                403: f"you may not read it; set {ACCESS_KEY_ID} and {SECRET_ACCESS_KEY}",
+            },
+        )
         return {key: base64.b64decode(value).decode() for key, value in (found.data or {}).items()}
 
     def config_map(self, name: str) -> dict[str, str]:
-        """Return the values of a ConfigMap; raises UserError where it is missing or may not be read."""
-        subject = f"ConfigMap {self._namespace}/{name}"
-        try:
-            found = self._core.read_namespaced_config_map(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
-        except client.ApiException as error:
-            if error.status == 404:
-                raise UserError(subject, "does not exist; the job names it in `storage.caConfigMapRef`") from error
-            raise UserError(subject, _answer(error)) from error
-        except urllib3.exceptions.HTTPError as error:
-            raise ConnectionLostError(str(error)) from error
+        """Return the values of a ConfigMap. Raises UserError where the ConfigMap is missing or may not be read."""
+        found = self._read(
+            self._core.read_namespaced_config_map,
+            f"ConfigMap {self._namespace}/{name}",
+            name,
+            {404: "does not exist; the job names it in `storage.caConfigMapRef`"},
+        )
         return dict(found.data or {})
 
-    def _reach(self, name: str, tell: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-        """Return what ``_list`` returns, with patience: an API server that restarts is back within minutes."""
+    def _read(self, read: Callable[..., Any], subject: str, name: str, sentences: Mapping[int, str]) -> Any:
+        """Return an object that ``read`` fetches. An HTTP error raises UserError with its sentence in ``sentences``."""
+        try:
+            return read(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
+        except client.ApiException as error:
+            raise UserError(subject, sentences.get(error.status) or _status_message(error)) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise ConnectionLostError(str(error)) from error
+
+    def _list_with_retries(self, name: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+        """Return the result of ``_list``, with retries because a restarting API server is back within minutes."""
         until = time.monotonic() + RECONNECT_FOR_SECONDS
         for attempt in range(RECONNECT_FOR_SECONDS):
             try:
@@ -153,15 +161,16 @@ class Jobs:
                         "API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)} ({error})"
                     ) from error
                 if attempt == 1:
-                    tell(f"the API server does not answer ({error}); trying again")
-                # The back-off between two tries; `until` bounds them all.
+                    notify(f"the API server does not answer ({error}); trying again")
+                # `until` bounds the sum of these back-offs.
                 time.sleep(delay)
         raise UserError("API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)}")
 
     def _list(self, name: str) -> tuple[dict[str, Any], str]:
-        """Return the job and the version from which a watch goes on.
+        """Return the job, and the resourceVersion from which a watch continues.
 
-        The version of the list, not of the object: that of an object which did not change for minutes is too old.
+        The returned resourceVersion is that of the list, because the resourceVersion of a job that has not changed for
+        minutes may be too old for a watch.
         """
         try:
             found = self._custom.list_namespaced_custom_object(
@@ -173,7 +182,7 @@ class Jobs:
                 _request_timeout=CALL_TIMEOUT_SECONDS,
             )
         except client.ApiException as error:
-            raise self._explained(name, error) from error
+            raise self._to_exception(name, error) from error
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionLostError(_cause(error)) from error
         if not found["items"]:
@@ -182,9 +191,9 @@ class Jobs:
 
     def _changes(self, name: str, resource_version: str, seconds: float) -> Iterator[dict[str, Any]]:
         """Yield the job at each change until the server ends the watch after ``seconds``."""
-        watching = watch.Watch()
+        stream = watch.Watch()
         try:
-            for event in watching.stream(
+            for event in stream.stream(
                 self._custom.list_namespaced_custom_object,
                 GROUP,
                 VERSION,
@@ -199,19 +208,19 @@ class Jobs:
                     raise UserError(self._subject(name), "was deleted")
                 yield event["object"]
         except client.ApiException as error:
-            # 410: the version is too old for a watch; whoever called reads the job again.
+            # 410: the resourceVersion is too old for a watch. The caller lists the job again.
             if error.status != 410:
-                raise self._explained(name, error) from error
+                raise self._to_exception(name, error) from error
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionLostError(_cause(error)) from error
         finally:
-            watching.stop()
+            stream.stop()
 
     def _subject(self, name: str) -> str:
         return f"{KIND} {self._namespace}/{name}"
 
-    def _explained(self, name: str, error: client.ApiException) -> Exception:
-        """Return what an answer of the API server means to a person."""
+    def _to_exception(self, name: str, error: client.ApiException) -> Exception:
+        """Return the exception that explains an API server's error to a user."""
         if error.status == 404 and _reason(error) == "NotFound":
             return UserError(self._subject(name), "does not exist")
         if error.status == 404:
@@ -219,12 +228,13 @@ class Jobs:
         if error.status == 401:
             return UserError("kubeconfig", "the API server does not accept its credentials")
         if error.status == 403:
-            return UserError(self._subject(name), f"you may not read it ({_answer(error)})")
-        return ConnectionLostError(_answer(error))
+            return UserError(self._subject(name), f"you may not read it ({_status_message(error)})")
+        return ConnectionLostError(_status_message(error))
 
 
 def parse(stored: dict[str, Any]) -> FineTuneJob:
-    """Return a stored object as a FineTuneJob; raises UserError where this program is older than the cluster."""
+    """Return a stored object as a FineTuneJob. Raises UserError where the cluster runs a newer version than this
+    program."""
     try:
         return FineTuneJob.model_validate(stored)
     except ValidationError as error:
@@ -234,19 +244,20 @@ def parse(stored: dict[str, Any]) -> FineTuneJob:
 
 
 def _cause(error: urllib3.exceptions.HTTPError) -> str:
-    """Return the innermost reason: urllib3 wraps it in retries and pools."""
+    """Return the innermost reason of an error, which urllib3 wraps in errors of its retries and pools."""
     reason = getattr(error, "reason", None)
     return str(reason if reason is not None else error)
 
 
 def _reason(error: client.ApiException) -> str:
-    """Return the reason in a Status object; a path that the server does not serve gives plain text instead."""
+    """Return the reason in the Status object of an error. Empty for a path that the server does not serve, because the
+    answer is plain text then."""
     body = _status(error)
     return str(body.get("reason", ""))
 
 
-def _answer(error: client.ApiException) -> str:
-    """Return the sentence of the API server."""
+def _status_message(error: client.ApiException) -> str:
+    """Return the API server's message for people."""
     return str(_status(error).get("message") or f"HTTP {error.status} {error.reason}")
 
 

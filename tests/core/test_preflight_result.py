@@ -1,4 +1,5 @@
-"""Preflight's result fits into a termination message, keeps what decides, and is never taken for another program's."""
+"""A preflight result fits into a termination message, keeps the finding that decides, and is never confused with
+another program's message."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_core.contract import RESULT_LIMIT_BYTES, Outcome, Result
+from finetune_core.contract.preflight_result import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
 from finetune_core.names import attempt_name, preflight_name
-from finetune_core.preflight import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
 
 FINAL, OUTSIDE = FindingKind.FINAL, FindingKind.OUTSIDE
 findings = st.builds(

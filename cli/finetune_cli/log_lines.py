@@ -1,23 +1,24 @@
-"""The view for logs and pipes: what became new between two states of a FineTuneJob, one line each.
+"""The view of a job for logs and pipes: one line for each change between two states of a FineTuneJob.
 
-Pure; called by `finetune watch` where the output is not a terminal.
+The functions are pure. `finetune watch` calls `new_lines` where the output is not a terminal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from finetune_cli.state import ending, metric, obstacle, scores_by_name, sentence, state, status_of
-from finetune_cli.text import duration, number, size
+from finetune_cli.formatting import duration, number, size
+from finetune_cli.state import blocking_message, ending, metric, scores_by_name, state, state_message, status_of
 from finetune_core.api.job import FineTuneJob
 
 PROGRESS_EVERY_PERCENT = 5
+"""Progress in percent of all steps after which a progress line is written."""
 
 
-def news(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
-    """Return the lines that tell what ``job`` has beyond the state ``shown`` last; nothing where nothing is new.
+def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
+    """Return the lines about everything that ``job`` has and ``shown``, the state that was written last, has not.
 
-    Progress alone is worth a line every five percent: a log of a long run stays readable.
+    A change of the step alone gives a line every five percent, so that the log of a long run stays readable.
     """
     return [
         *_state(shown, job),
@@ -31,10 +32,10 @@ def news(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
 
 def _state(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     def words(seen: FineTuneJob) -> str:
-        text = f"{state(seen)}: {sentence(seen)}" if sentence(seen) else state(seen)
-        return f"{text} ({obstacle(seen)})" if obstacle(seen) else text
+        text = f"{state(seen)}: {state_message(seen)}" if state_message(seen) else state(seen)
+        return f"{text} ({blocking_message(seen)})" if blocking_message(seen) else text
 
-    # While it runs the sentence may count steps; the progress lines do that.
+    # While the job runs, its message may contain the step, which the progress lines show already.
     if shown is None or state(shown) != state(job) or (state(job) != "Running" and words(shown) != words(job)):
         yield words(job)
 
@@ -55,7 +56,7 @@ def _progress(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
     if before is not None and progress.step == before.step:
         return
     advanced = progress.percentage - (before.percentage if before else 0)
-    # A step back is a resume from a checkpoint.
+    # A step that is lower than before is shown at once, because the job has resumed from a checkpoint.
     if before is not None and 0 <= advanced < PROGRESS_EVERY_PERCENT and progress.step < progress.total_steps:
         return
     words = [f"step {progress.step}/{progress.total_steps}"]

@@ -1,8 +1,9 @@
-"""Evaluates the CEL rules of the schema, the very strings that the API server evaluates, with a CEL library.
+"""Evaluates the CEL rules in the schema (`x-kubernetes-validations`), which are also the rules that the API server
+evaluates.
 
-In: a defaulted object and its schema, and for an update the object before. Out: the messages of the rules that do not
-hold. cel-python follows the language's definition where the faster library in Rust does not (it counts the bytes of a
-string instead of its characters).
+The input is an object with defaults and its schema, and for an update the old object. The result lists the messages of
+the violated rules. cel-python is used instead of the faster Rust library, because the Rust library deviates from the
+language's definition: it measures strings in bytes instead of characters.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from finetune_core.validation.problems import Path, Problem
+from finetune_core.validation.problems import FieldPath, Problem
 
 Schema = Mapping[str, Any]
 _ABSENT = object()
+"""Marks that there is no old value, because None may be an old value."""
 
 
-def check_rules(schema: Schema, value: Any, path: Path, old: Any = _ABSENT) -> Iterator[Problem]:
-    """Yield a problem for each rule at ``value`` or below that does not hold.
+def check_rules(schema: Schema, value: Any, path: FieldPath, old: Any = _ABSENT) -> Iterator[Problem]:
+    """Yield a problem for each violated rule at ``value`` and below.
 
-    Rules that speak of `oldSelf` are evaluated where ``old`` has a value too, as the server does.
+    Like the API server, rules with `oldSelf` are evaluated only where ``old`` has a value too.
     """
     rules = schema.get("x-kubernetes-validations")
     if rules:
@@ -38,14 +40,14 @@ def check_rules(schema: Schema, value: Any, path: Path, old: Any = _ABSENT) -> I
                 yield from check_rules(below, child, (*path, name), before)
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            # Items of lists have no past here: no rule of the API needs one.
+            # No transition rule of the API is below a list, so items are checked without an old value.
             yield from check_rules(schema["items"], child, (*path, index))
 
 
-def check_rules_beside(schema: Schema, value: Any, path: Path, broken: Collection[Path]) -> Iterator[Problem]:
-    """Yield a problem for each rule that does not hold in the sections that hold nothing ``broken``.
+def check_rules_beside(schema: Schema, value: Any, path: FieldPath, broken: Collection[FieldPath]) -> Iterator[Problem]:
+    """Yield a problem for each violated rule in the sections that contain none of the ``broken`` paths.
 
-    For a value whose structure is wrong somewhere: what can be said of the rest is said at once.
+    With this, one run of `finetune validate` reports the violated rules together with the structural problems.
     """
     if not any(place[: len(path)] == path for place in broken):
         yield from check_rules(schema, value, path)
@@ -59,7 +61,7 @@ def check_rules_beside(schema: Schema, value: Any, path: Path, broken: Collectio
 
 
 def holds(rule: str, value: Any) -> bool:
-    """Whether ``rule`` is true of ``value``."""
+    """Return whether ``rule`` is true for ``value``."""
     return _is_true(rule, _variables(value, _ABSENT))
 
 
@@ -71,7 +73,7 @@ def _variables(value: Any, old: Any) -> dict[str, Any]:
 
 
 def _is_true(rule: str, variables: dict[str, Any]) -> bool:
-    """Whether ``rule`` is true; one that can't be evaluated does not hold, as on the server."""
+    """Return whether ``rule`` is true. A rule that fails to evaluate counts as violated, as in the API server."""
     from celpy import CELEvalError
 
     try:
