@@ -1,4 +1,4 @@
-"""`python -m finetune_cli` is `finetune`."""
+"""Runs the program `finetune` for `python -m finetune_cli`."""
 
 import sys
 

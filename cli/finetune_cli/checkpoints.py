@@ -1,6 +1,7 @@
-"""`finetune checkpoints`: what lies in a job's bucket, looked at anew and not taken from the status.
+"""`finetune checkpoints`: lists the checkpoints in a job's bucket, read from the bucket and not from the job's status.
 
-In: a job's store and root. Out: one entry a checkpoint folder, as a table or as JSON. Called by the command line.
+The input is the job's object store and the root of its run. The output has one entry for each checkpoint folder, as a
+table or as JSON. `main.py` calls `inspect_checkpoints`.
 """
 
 from __future__ import annotations
@@ -16,63 +17,66 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
-from finetune_cli.store import Entry, MissingError, Store
-from finetune_cli.text import number, size
+from finetune_cli.formatting import number, size
+from finetune_cli.object_store import Entry, MissingError, ObjectStoreReader
 from finetune_core.api.job import FineTuneJob
-from finetune_core.layout import COMMIT, MANIFEST, Location, Manifest, digest, parse_uri, run_root
+from finetune_core.layout import COMMIT, MANIFEST, Location, Manifest, digest, parse_uri, run_root_of
 
 COMMITTED, DAMAGED, UNFINISHED = "committed", "damaged", "unfinished"
 TRAINER_FILE = "trainer.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CheckpointFolder:
     """A checkpoint folder in the bucket."""
 
     run: int
     step: int
     state: str
-    """`committed`; `damaged`: it differs from its manifest; `unfinished`: without COMMIT, as while it is uploaded."""
+    """`committed`, `damaged` (the folder differs from its manifest) or `unfinished` (COMMIT is missing, as during an
+    upload)."""
     uri: str
     bytes: int
     files: int
     time: datetime
-    """When it was committed; of an unfinished one: when its newest file came."""
+    """Time of the commit. For an unfinished checkpoint, time of its newest file."""
     manifest_sha256: str = ""
     perplexity: float | None = None
     problem: str = ""
-    """What is damaged, with the object's name."""
+    """What is damaged, with the object's name. Empty for a folder without damage."""
     last: bool = False
     best: bool = False
 
 
 def root_of(job: FineTuneJob) -> Location:
-    """Return where the job's run lies in the bucket."""
-    storage, metadata = job.spec.storage, job.metadata
-    return parse_uri(run_root(storage.uri, metadata.namespace, metadata.name, storage.run_id or metadata.uid))
+    """Return bucket and prefix of the job's run."""
+    return parse_uri(run_root_of(job))
 
 
-def look(store: Store, root: Location, *, verify: bool, progress: Callable[[str], None]) -> list[Found]:
-    """Return all checkpoint folders, by run and step; with ``verify`` every byte is compared with the manifest.
+def inspect_checkpoints(
+    store: ObjectStoreReader, root: Location, *, verify: bool, progress: Callable[[str], None]
+) -> list[CheckpointFolder]:
+    """Return all checkpoint folders, sorted by run and step. With ``verify`` every byte is compared with the manifest.
 
-    ``progress`` is told the name of each folder before it is looked at.
+    ``progress`` is called with the address of each folder before the folder is inspected.
     """
     found = []
     for (run, step), files in sorted(_folders(store, root).items()):
         place = Location(root.bucket, next(iter(files.values())).key.rpartition("/")[0])
         progress(place.uri())
         try:
-            found.append(_look_at(store, place, run, step, files, verify=verify))
+            found.append(_inspect_folder(store, place, run, step, files, verify=verify))
         except MissingError:
-            # A run that goes on removes old checkpoints, COMMIT before the rest: without it this one is no more.
+            # A running trainer deletes old checkpoints, COMMIT first. A folder that has lost its COMMIT is therefore
+            # being deleted and is not listed.
             left = _folders(store, root).get((run, step), {})
             if COMMIT in left:
-                found.append(_look_at(store, place, run, step, left, verify=verify))
-    return _marked(found)
+                found.append(_inspect_folder(store, place, run, step, left, verify=verify))
+    return _with_last_and_best(found)
 
 
-def _folders(store: Store, root: Location) -> dict[tuple[int, int], dict[str, Entry]]:
-    """Return the objects of each checkpoint folder, by run and step and then by name."""
+def _folders(store: ObjectStoreReader, root: Location) -> dict[tuple[int, int], dict[str, Entry]]:
+    """Return the objects of each checkpoint folder: by run and step, then by file name."""
     folders: dict[tuple[int, int], dict[str, Entry]] = {}
     start = len(root.key("checkpoints")) + 1
     for entry in store.entries(root.bucket, root.key("checkpoints") + "/"):
@@ -82,12 +86,14 @@ def _folders(store: Store, root: Location) -> dict[tuple[int, int], dict[str, En
     return folders
 
 
-def _look_at(store: Store, place: Location, run: int, step: int, files: Mapping[str, Entry], *, verify: bool) -> Found:
-    """Return what a folder is worth."""
+def _inspect_folder(
+    store: ObjectStoreReader, place: Location, run: int, step: int, files: Mapping[str, Entry], *, verify: bool
+) -> CheckpointFolder:
+    """Return state, size and perplexity of a checkpoint folder."""
     weight = sum(entry.bytes for name, entry in files.items() if name not in (COMMIT, MANIFEST))
     newest = max(entry.modified for entry in files.values())
     if COMMIT not in files:
-        return Found(run, step, UNFINISHED, place.uri(), weight, len(files), newest)
+        return CheckpointFolder(run, step, UNFINISHED, place.uri(), weight, len(files), newest)
     time, sha256 = files[COMMIT].modified, ""
     try:
         if MANIFEST not in files:
@@ -105,13 +111,15 @@ def _look_at(store: Store, place: Location, run: int, step: int, files: Mapping[
             if verify and store.digest(place.bucket, place.key(file.name)) != file.sha256:
                 raise DamageError(f"{file.name} has another sha256 than {MANIFEST} says")
     except DamageError as damage:
-        return Found(run, step, DAMAGED, place.uri(), weight, len(files), time, sha256, problem=str(damage))
+        return CheckpointFolder(run, step, DAMAGED, place.uri(), weight, len(files), time, sha256, problem=str(damage))
     perplexity = _perplexity(store.read(place.bucket, place.key(TRAINER_FILE))) if TRAINER_FILE in files else None
-    return Found(run, step, COMMITTED, place.uri(), manifest.total_bytes, len(manifest.files), time, sha256, perplexity)
+    return CheckpointFolder(
+        run, step, COMMITTED, place.uri(), manifest.total_bytes, len(manifest.files), time, sha256, perplexity
+    )
 
 
 class DamageError(Exception):
-    """A checkpoint that can't be resumed from; the message names the object."""
+    """The trainer can't resume from this checkpoint. The message names the damaged object."""
 
 
 def _manifest(encoded: bytes) -> Manifest:
@@ -122,7 +130,7 @@ def _manifest(encoded: bytes) -> Manifest:
 
 
 def _perplexity(encoded: bytes) -> float | None:
-    """Return the validation perplexity in a training state; None where there is none that can be read."""
+    """Return the validation perplexity in the trainer's state, or None when the state has none."""
     try:
         value = json.loads(encoded).get("perplexity")
     except (ValueError, AttributeError):
@@ -130,19 +138,19 @@ def _perplexity(encoded: bytes) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _marked(found: Sequence[Found]) -> list[Found]:
-    """Return the same with the newest and the best of the committed ones marked."""
+def _with_last_and_best(found: Sequence[CheckpointFolder]) -> list[CheckpointFolder]:
+    """Return ``found`` with the newest and the best committed checkpoint marked."""
     whole = [item for item in found if item.state == COMMITTED]
     last = whole[-1] if whole else None
     scored = [item for item in whole if item.perplexity is not None]
     best = min(scored, key=lambda item: item.perplexity or 0.0, default=None)
-    return [Found(**{**asdict(item), "last": item is last, "best": item is best}) for item in found]
+    return [CheckpointFolder(**{**asdict(item), "last": item is last, "best": item is best}) for item in found]
 
 
-def as_json(root: Location, found: Sequence[Found]) -> str:
-    """Return the list for pipelines."""
+def as_json(root: Location, found: Sequence[CheckpointFolder]) -> str:
+    """Return the list as JSON for programs."""
 
-    def plain(item: Found) -> dict[str, Any]:
+    def plain(item: CheckpointFolder) -> dict[str, Any]:
         values = asdict(item) | {"time": item.time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
         values["manifestSha256"] = values.pop("manifest_sha256")
         return {key: value for key, value in values.items() if value not in (None, "")}
@@ -150,8 +158,8 @@ def as_json(root: Location, found: Sequence[Found]) -> str:
     return json.dumps({"root": root.uri(), "checkpoints": [plain(item) for item in found]}, indent=2)
 
 
-def as_table(root: Location, found: Sequence[Found]) -> Table:
-    """Return the list for people."""
+def as_table(root: Location, found: Sequence[CheckpointFolder]) -> Table:
+    """Return the list as a table for people."""
     table = Table(title=root.uri(), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in ("run", "step", "size", "files", "perplexity"):
         table.add_column(column, justify="right")

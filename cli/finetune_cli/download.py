@@ -1,7 +1,7 @@
-"""`finetune download`: brings a job's artifact to a local folder, verified byte by byte.
+"""`finetune download`: downloads a job's artifact into a local folder and verifies every byte.
 
-In: a FineTuneJob and its store. Out: a folder that peft or transformers loads, complete or not there at all.
-Called by the command line and by the demo.
+The input is a FineTuneJob and its object store. The output is a folder that peft or transformers loads. A failed
+download leaves no folder behind. `main.py` and the demo call `download`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from finetune_cli.state import sentence, state, status_of
-from finetune_cli.store import Store
+from finetune_cli.object_store import ObjectStoreReader
+from finetune_cli.state import state, state_message, status_of
 from finetune_core.api.job import KIND, FineTuneJob
 from finetune_core.api.status import ArtifactStatus
 from finetune_core.errors import UserError
@@ -23,18 +23,21 @@ from finetune_core.layout import COMMIT, MANIFEST, Manifest, digest, parse_uri
 
 
 def artifact_of(job: FineTuneJob) -> ArtifactStatus:
-    """Return what came out of the job; raises UserError where nothing has come out yet."""
+    """Return the job's artifact. Raises UserError where the job has no artifact yet."""
     artifact = status_of(job).artifact
     if artifact is None:
         subject = f"{KIND} {job.metadata.namespace}/{job.metadata.name}"
-        raise UserError(subject, f"has no artifact: its state is {state(job)} ({sentence(job)})")
+        raise UserError(subject, f"has no artifact: its state is {state(job)} ({state_message(job)})")
     return artifact
 
 
-def download(artifact: ArtifactStatus, store: Store, folder: Path, progress: Callable[[int], None]) -> Manifest:
-    """Fetch and verify ``artifact`` into ``folder``, which must not exist, and return its manifest.
+def download(
+    artifact: ArtifactStatus, store: ObjectStoreReader, folder: Path, progress: Callable[[int], None]
+) -> Manifest:
+    """Download ``artifact`` into the new folder ``folder`` and return its manifest. Raises UserError where a file
+    differs.
 
-    The files come into a folder beside it, which takes its name when all are there and right.
+    The files are written into a temporary folder, which is renamed after all files are verified.
     """
     if folder.exists():
         raise UserError(str(folder), "exists already; choose another folder with `-o`")
@@ -58,7 +61,7 @@ def download(artifact: ArtifactStatus, store: Store, folder: Path, progress: Cal
                     f" {MANIFEST} says {file.bytes} bytes, sha256 {file.sha256[:12]}…",
                 )
         (partial / MANIFEST).write_bytes(manifest.encode())
-        # mkdtemp makes folders for the owner only; the result is a folder like any other.
+        # mkdtemp creates a folder that only its owner can read. The result gets the usual permissions of a new folder.
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)
@@ -70,8 +73,8 @@ def download(artifact: ArtifactStatus, store: Store, folder: Path, progress: Cal
     return manifest
 
 
-def read_manifest(artifact: ArtifactStatus, store: Store) -> Manifest:
-    """Return the manifest that the status names, which must be committed and have the digest that the status holds."""
+def read_manifest(artifact: ArtifactStatus, store: ObjectStoreReader) -> Manifest:
+    """Return the artifact's manifest. Its sha256 must equal the ones in the job's status and in the object COMMIT."""
     place = parse_uri(artifact.uri)
     committed = store.read(place.bucket, place.key(COMMIT)).decode(errors="replace").strip()
     encoded = store.read(place.bucket, place.key(MANIFEST))

@@ -1,6 +1,7 @@
-"""The program `finetune`: reads the command line, runs a command, turns what a person can put right into a sentence.
+"""The program `finetune`: parses the command line, runs the command, and prints errors that a user can correct as one
+sentence.
 
-Exit codes: 0 done, 1 the job did not succeed, 2 something that a person can put right, 130 interrupted.
+Exit codes: 0 success, 1 the job did not succeed, 2 an error that a user can correct, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from finetune_cli.checkpoints import DAMAGED, as_json, as_table, look, root_of
+from finetune_cli.checkpoints import DAMAGED, as_json, as_table, inspect_checkpoints, root_of
 from finetune_cli.download import artifact_of, download
-from finetune_cli.jobs import ConnectionLostError, Jobs, load_client
-from finetune_cli.store import ACCESS_KEY, SECRET_KEY, Store, keys_from
-from finetune_cli.text import size
+from finetune_cli.formatting import size
+from finetune_cli.job_client import ConnectionLostError, JobClient, load_client
+from finetune_cli.object_store import ObjectStoreReader, access_key_from
 from finetune_cli.validate import validate_files
-from finetune_cli.watch import show_until_ended, view_on
+from finetune_cli.watch import show_until_ended, view_for
 from finetune_core.api.job import FineTuneJob
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 
 EXAMPLES = """\
@@ -92,20 +94,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def watch_job(options: argparse.Namespace) -> int:
-    """Show a job until it has ended; 0 when it succeeded, else 1 with the reason."""
+    """Show a job until it has ended. Return 0 when the job succeeded, else 1 after printing the reason."""
     api, namespace = load_client()
-    jobs = Jobs(api, options.namespace or namespace)
-    with view_on(Console()) as view:
-        end = show_until_ended(jobs.follow(options.name, view.tell, give_up_after=options.timeout), view)
+    jobs = JobClient(api, options.namespace or namespace)
+    with view_for(Console()) as view:
+        end = show_until_ended(jobs.follow(options.name, view.show_notice, give_up_after=options.timeout), view)
     if not end.succeeded:
-        print(f"finetune: {options.name}: {end.reason}: {end.sentence}", file=sys.stderr)
+        print(f"finetune: {options.name}: {end.reason}: {end.message}", file=sys.stderr)
     return 0 if end.succeeded else 1
 
 
 def download_artifact(options: argparse.Namespace) -> int:
-    """Bring a job's artifact to a folder."""
+    """Download a job's artifact into a folder."""
     api, namespace = load_client()
-    jobs = Jobs(api, options.namespace or namespace)
+    jobs = JobClient(api, options.namespace or namespace)
     job = jobs.get(options.name)
     artifact = artifact_of(job)
     store = store_of(job, jobs, options.endpoint)
@@ -120,13 +122,13 @@ def download_artifact(options: argparse.Namespace) -> int:
 
 
 def list_checkpoints(options: argparse.Namespace) -> int:
-    """List what lies in a job's bucket; 0 when no checkpoint is damaged, else 1."""
+    """List the checkpoints in a job's bucket. Return 0 when no checkpoint is damaged, else 1."""
     api, namespace = load_client()
-    jobs = Jobs(api, options.namespace or namespace)
+    jobs = JobClient(api, options.namespace or namespace)
     job = jobs.get(options.name)
     store, root, console = store_of(job, jobs, options.endpoint), root_of(job), Console()
     with Console(stderr=True).status("looking at the bucket") as status:
-        found = look(store, root, verify=options.verify, progress=lambda folder: status.update(folder))
+        found = inspect_checkpoints(store, root, verify=options.verify, progress=lambda folder: status.update(folder))
     if options.output == "json":
         print(as_json(root, found))
     elif found:
@@ -136,24 +138,26 @@ def list_checkpoints(options: argparse.Namespace) -> int:
     return 1 if any(item.state == DAMAGED for item in found) else 0
 
 
-def store_of(job: FineTuneJob, jobs: Jobs, endpoint: str | None = None) -> Store:
-    """Return the job's store with the access key of the environment, or of the Secret that the job names."""
+def store_of(job: FineTuneJob, jobs: JobClient, endpoint: str | None = None) -> ObjectStoreReader:
+    """Return a reader of the job's object store, with the access key from the environment or from the job's Secret."""
     storage = job.spec.storage
-    keys = keys_from(os.environ)
+    keys = access_key_from(os.environ)
     if keys is None:
         if storage.credentials_secret_ref is None:
-            raise UserError("environment", f"must have {ACCESS_KEY} and {SECRET_KEY}: the job names no Secret")
+            raise UserError(
+                "environment", f"must have {ACCESS_KEY_ID} and {SECRET_ACCESS_KEY}: the job names no Secret"
+            )
         name = storage.credentials_secret_ref.name
-        keys = keys_from(jobs.secret(name))
+        keys = access_key_from(jobs.secret(name))
         if keys is None:
             raise UserError(
-                f"Secret {job.metadata.namespace}/{name}", f"must have the keys {ACCESS_KEY} and {SECRET_KEY}"
+                f"Secret {job.metadata.namespace}/{name}", f"must have the keys {ACCESS_KEY_ID} and {SECRET_ACCESS_KEY}"
             )
     reference = storage.ca_config_map_ref
     certificates = jobs.config_map(reference.name).get(reference.key) if reference else None
     if reference and not certificates:
         raise UserError(f"ConfigMap {job.metadata.namespace}/{reference.name}", f"must have the key {reference.key}")
-    return Store(storage, keys, endpoint, certificates)
+    return ObjectStoreReader(storage, keys, endpoint, certificates)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
-    """Add a command that speaks of one job."""
+    """Add a command that takes the name of one job."""
     command = commands.add_parser(
         name,
         help=summary,

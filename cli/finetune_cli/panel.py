@@ -1,6 +1,6 @@
-"""The live view of a FineTuneJob: a pure function from the job to what rich draws.
+"""The live view of a FineTuneJob: a pure function from the job to a rich renderable.
 
-Called by `finetune watch` and the demo whenever the job changes, and once a second so that times move on.
+`watch.py` calls `render` four times a second, so that shown durations are current between two changes of the job.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from finetune_cli.state import ending, metric, obstacle, scores_by_name, sentence, state, status_of
-from finetune_cli.text import duration, number, size, sparkline
+from finetune_cli.formatting import duration, number, size, sparkline
+from finetune_cli.state import blocking_message, ending, metric, scores_by_name, state, state_message, status_of
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, IncidentStatus
 
@@ -22,11 +22,12 @@ CHECKPOINTS_SHOWN = 5
 ATTEMPTS_SHOWN = 5
 INCIDENTS_SHOWN = 5
 SILENCE = timedelta(seconds=30)
-"""Reports come every few seconds; a running job that is silent for longer deserves a word."""
+"""Time without a report after which the panel shows when the last report came. A running job reports every few
+seconds."""
 
 
 def render(job: FineTuneJob, now: datetime) -> RenderableType:
-    """Return the whole view of ``job`` at the time ``now`` (with a time zone)."""
+    """Return the whole view of ``job`` at the time ``now``, which has a time zone."""
     status = status_of(job)
     parts: list[RenderableType] = [_state(job)]
     if status.progress and status.progress.total_steps:
@@ -64,9 +65,9 @@ def _color(job: FineTuneJob) -> str:
 def _state(job: FineTuneJob) -> RenderableType:
     end = ending(job)
     mark = "●" if end is None else "✔" if end.succeeded else "✘"
-    text = Text.assemble((f"{mark} {state(job)}", f"bold {_color(job)}"), "  ", sentence(job))
-    if obstacle(job):
-        text.append(f"\n  {obstacle(job)}", style="yellow")
+    text = Text.assemble((f"{mark} {state(job)}", f"bold {_color(job)}"), "  ", state_message(job))
+    if blocking_message(job):
+        text.append(f"\n  {blocking_message(job)}", style="yellow")
     return text
 
 
@@ -88,7 +89,8 @@ def _progress(job: FineTuneJob, now: datetime) -> RenderableType:
 
 
 def _pace(job: FineTuneJob, now: datetime) -> list[str]:
-    """Return speed and remaining time of an unfinished job, or since when nothing was heard."""
+    """Return speed and remaining time of an unfinished job, or the time since its last report when reports are
+    missing."""
     progress = status_of(job).progress
     assert progress is not None
     silent = now - progress.last_update_time if progress.last_update_time else timedelta()
@@ -103,7 +105,8 @@ def _pace(job: FineTuneJob, now: datetime) -> list[str]:
 
 
 def _curves(job: FineTuneJob) -> RenderableType | None:
-    """Return loss and validation perplexity: newest value, curve, where it came from; None before there is any."""
+    """Return the newest value, the curve and the first value of loss and validation perplexity, or None without any
+    value."""
     history = status_of(job).history
     table = Table.grid(padding=(0, 2))
     for label, name, values in (
@@ -132,7 +135,7 @@ def _checkpoints(checkpoints: list[CheckpointStatus]) -> RenderableType:
 
 
 def _evaluation(evaluation: EvaluationStatus, task: str) -> RenderableType:
-    """Return every score of the base model and of the tuned one, side by side."""
+    """Return a table of all scores, with the base model and the tuned model side by side."""
     of_step = f"step {evaluation.tuned_step}" if evaluation.tuned_step is not None else "tuned"
     table = _table("scores", f"{evaluation.examples} {evaluation.rows.lower()} rows", "base", of_step)
     for column in (2, 3):
@@ -156,7 +159,7 @@ def _or_dash(value: str | None) -> str:
 
 
 def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None:
-    """Return what became of each attempt; None while the first one is without a blemish."""
+    """Return a table of the attempts and their ends, or None while no attempt has ended badly."""
     attempts = status.attempts
     current = attempts.current
     ended_well = all(past.verdict == "Succeeded" for past in attempts.recent)
@@ -187,7 +190,8 @@ def _artifact(status: FineTuneJobStatus) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Return a borderless table with its title as the first column, as the other sections have it."""
+    """Return a table without borders whose first column is headed by ``title``, as in the other sections of the
+    panel."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_edge=False)
     table.add_column(title)
     for column in columns:

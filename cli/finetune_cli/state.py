@@ -1,6 +1,6 @@
-"""What a FineTuneJob's conditions say to a person: its state in a word, what it waits for, how it ended.
+"""The state of a FineTuneJob in words for people: state, message, obstacle and end, computed from the conditions.
 
-In: a FineTuneJob as the API server stores it. Out: words and sentences. Pure; called by both views and the commands.
+All functions are pure. `panel.py`, `log_lines.py` and the commands call these functions.
 """
 
 from __future__ import annotations
@@ -13,44 +13,45 @@ from finetune_core.api.status import FineTuneJobStatus, MetricValue, Scores
 from finetune_core.tasks import main_score_label
 
 NOT_SEEN = "Pending"
-NOT_SEEN_SENTENCE = (
-    "no operator has looked at it yet; `kubectl get pods -A -l app.kubernetes.io/name=finetune-operator`"
-)
+"""State of a job whose status is empty."""
+NOT_SEEN_MESSAGE = "no operator has looked at it yet; `kubectl get pods -A -l app.kubernetes.io/name=finetune-operator`"
+"""Message about a job whose status is empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a settled job ended."""
+    """How a job ended."""
 
     succeeded: bool
     reason: str
-    sentence: str
+    message: str
 
 
 def status_of(job: FineTuneJob) -> FineTuneJobStatus:
-    """Return the status, empty where the operator has not written one yet."""
+    """Return the job's status, which is empty until the operator has written one."""
     return job.status or FineTuneJobStatus()
 
 
 def condition(job: FineTuneJob, kind: ConditionType) -> Condition | None:
-    """Return the condition of ``kind``, or None before the first status."""
+    """Return the condition of type ``kind``, or None while the status is empty."""
     return next((found for found in status_of(job).conditions if found.type == kind), None)
 
 
 def state(job: FineTuneJob) -> str:
-    """Return the word that `kubectl get` shows in its State column."""
+    """Return the word in the State column of `kubectl get`."""
     summary = condition(job, ConditionType.SUCCEEDED)
     return summary.reason if summary else NOT_SEEN
 
 
-def sentence(job: FineTuneJob) -> str:
+def state_message(job: FineTuneJob) -> str:
     """Return what the job does or waits for, or how it ended.
 
-    That is the summary's message; where it is empty, the message of the first step on the way that is not reached.
+    The message is that of the `Succeeded` condition. Where that message is empty, the message is that of the first of
+    `Accepted`, `Scheduled` and `Running` that is not True.
     """
     summary = condition(job, ConditionType.SUCCEEDED)
     if summary is None:
-        return NOT_SEEN_SENTENCE
+        return NOT_SEEN_MESSAGE
     if summary.message or summary.status != "Unknown":
         return summary.message
     for kind in (ConditionType.ACCEPTED, ConditionType.SCHEDULED, ConditionType.RUNNING):
@@ -60,20 +61,20 @@ def sentence(job: FineTuneJob) -> str:
     return ""
 
 
-def obstacle(job: FineTuneJob) -> str:
-    """Return what keeps an unfinished job from going on, where the summary does not say it itself; else nothing."""
+def blocking_message(job: FineTuneJob) -> str:
+    """Return why an unfinished job can't go on, or an empty text when `state_message` says so already."""
     if ending(job):
         return ""
     accepted = condition(job, ConditionType.ACCEPTED)
     scheduled = condition(job, ConditionType.SCHEDULED)
     for step in (accepted, scheduled):
-        if step is not None and step.status == "False" and step.message not in ("", sentence(job)):
+        if step is not None and step.status == "False" and step.message not in ("", state_message(job)):
             return step.message
     return ""
 
 
 def ending(job: FineTuneJob) -> Ending | None:
-    """Return how the job ended, or None while it is not settled."""
+    """Return how the job ended, or None while the job has not ended."""
     summary = condition(job, ConditionType.SUCCEEDED)
     if summary is None or summary.status == "Unknown":
         return None

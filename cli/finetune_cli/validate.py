@@ -1,7 +1,7 @@
-"""`finetune validate`: says of job files what the API server and the operator will say, without either.
+"""`finetune validate`: reports the problems that API server and operator would find in job files, without a cluster.
 
-In: files. Out: one line for each problem, `file:line: path: what it must be`, or JSON for pipelines. The rules are the
-schema's own; `finetune_core.validation` evaluates them.
+The input is YAML or JSON files. The output has one line for each problem, `file:line: path: what it must be`, or is
+JSON for programs. `finetune_core.validation` checks the schema and the rules.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 from finetune_cli.yaml_lines import Document, load
 from finetune_core.api.job import API_VERSION, GROUP, KIND
-from finetune_core.validation.check import is_job, validate_job
-from finetune_core.validation.problems import Path as FieldPath
-from finetune_core.validation.problems import Problem, Refusal, dotted
+from finetune_core.validation.problems import FieldPath, Problem, Refusal, dotted
+from finetune_core.validation.validate_job import is_job, validate_job
 
 STDIN = "-"
+"""File name that stands for standard input."""
 SIZE_LIMIT = 32 << 20
-"""Bytes; the API server takes 3 MB."""
+"""Largest file in bytes. The API server accepts at most 3 MB."""
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """A problem and where it stands."""
+class LocatedProblem:
+    """A problem with its file, line and job."""
 
     file: str
     line: int
@@ -37,61 +37,61 @@ class Finding:
     refused_by: str
 
     def __str__(self) -> str:
-        """Return the line for people."""
+        """Return the problem as a line for people."""
         path = f"{self.path}: " if self.path else ""
         who = " (accepted by the API server, refused by the operator)" if self.refused_by == Refusal.OPERATOR else ""
         return f"{self.file}:{self.line}: {path}{self.message}{who}"
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """What was found in one file."""
+class FileReport:
+    """The jobs and the problems of one file."""
 
     file: str
     jobs: list[str]
-    findings: list[Finding]
+    problems: list[LocatedProblem]
 
 
 def validate_files(options: argparse.Namespace) -> int:
-    """Check the files of the command line; 0 when every job is valid, else 1."""
+    """Check the files of the command line. Return 0 when every job is valid, else 1."""
     checked = [check_file(name) for name in options.files]
     if options.output == "json":
-        print(json.dumps(report(checked), indent=2))
+        print(json.dumps(json_report(checked), indent=2))
     else:
-        show(checked)
-    return 1 if any(file.findings for file in checked) else 0
+        print_report(checked)
+    return 1 if any(file.problems for file in checked) else 0
 
 
-def report(checked: Sequence[Checked]) -> dict[str, Any]:
+def json_report(checked: Sequence[FileReport]) -> dict[str, Any]:
     """Return the result for programs."""
-    findings = [finding for file in checked for finding in file.findings]
+    located = [problem for file in checked for problem in file.problems]
     problems = [
-        {("refusedBy" if key == "refused_by" else key): value for key, value in asdict(finding).items()}
-        for finding in findings
+        {("refusedBy" if key == "refused_by" else key): value for key, value in asdict(problem).items()}
+        for problem in located
     ]
     return {
-        "valid": not findings,
+        "valid": not located,
         "files": len(checked),
         "jobs": sum(len(file.jobs) for file in checked),
         "problems": problems,
     }
 
 
-def show(checked: Sequence[Checked]) -> None:
+def print_report(checked: Sequence[FileReport]) -> None:
     """Print the result for people."""
     for file in checked:
-        for finding in file.findings:
-            print(finding)
-        if not file.findings:
+        for problem in file.problems:
+            print(problem)
+        if not file.problems:
             names = ", ".join(file.jobs)
             print(f"{file.file}: {names} valid" if names else f"{file.file}: no {KIND} in it")
-    count = sum(len(file.findings) for file in checked)
+    count = sum(len(file.problems) for file in checked)
     if count:
         print(f"{count} problem{'s' if count > 1 else ''}", file=sys.stderr)
 
 
-def check_file(name: str) -> Checked:
-    """Return everything that is wrong with the jobs of a file; documents of other kinds are passed over."""
+def check_file(name: str) -> FileReport:
+    """Return every problem of the jobs in a file. Documents of other kinds are ignored."""
     try:
         raw = sys.stdin.buffer.read(SIZE_LIMIT + 1) if name == STDIN else _read(Path(name))
         if len(raw) > SIZE_LIMIT:
@@ -102,16 +102,16 @@ def check_file(name: str) -> Checked:
     except UnicodeDecodeError as error:
         return _unreadable(name, f"must be UTF-8: {error.reason}", raw.count(b"\n", 0, error.start) + 1)
     documents, broken = load(text)
-    findings = [Finding(name, flaw.line, "", "", flaw.message, Refusal.SERVER) for flaw in broken]
+    problems = [LocatedProblem(name, problem.line, "", "", problem.message, Refusal.SERVER) for problem in broken]
     jobs: list[str] = []
     for document in documents:
         for prefix, job in _jobs(document.value):
             title = _name(job)
             jobs.append(title)
-            findings += _flaws(name, document, title, prefix)
-            findings += [_finding(name, document, title, prefix, problem) for problem in _problems(job)]
-    findings.sort(key=lambda finding: finding.line)
-    return Checked(name, jobs, findings)
+            problems += _yaml_problems(name, document, title, prefix)
+            problems += [_locate(name, document, title, prefix, problem) for problem in _job_problems(job)]
+    problems.sort(key=lambda problem: problem.line)
+    return FileReport(name, jobs, problems)
 
 
 def _read(path: Path) -> bytes:
@@ -119,45 +119,46 @@ def _read(path: Path) -> bytes:
         return file.read(SIZE_LIMIT + 1)
 
 
-def _unreadable(name: str, message: str, line: int = 1) -> Checked:
-    return Checked(name, [], [Finding(name, line, "", "", message, Refusal.SERVER)])
+def _unreadable(name: str, message: str, line: int = 1) -> FileReport:
+    return FileReport(name, [], [LocatedProblem(name, line, "", "", message, Refusal.SERVER)])
 
 
 def _jobs(value: Any) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
-    """Yield the jobs of a document, those of a List included, each with its path in the document."""
+    """Yield the jobs of a document, also those in a List, each with its path in the document."""
     if not isinstance(value, dict):
         return
     if value.get("kind") == "List" and isinstance(value.get("items"), list):
         for index, item in enumerate(value["items"]):
-            if isinstance(item, dict) and _means_a_job(item):
+            if isinstance(item, dict) and _is_meant_as_job(item):
                 yield ("items", index), item
-    elif _means_a_job(value):
+    elif _is_meant_as_job(value):
         yield (), value
 
 
-def _means_a_job(document: dict[str, Any]) -> bool:
-    """Whether somebody meant this to be a FineTuneJob: kind or group say so, however they are spelt."""
+def _is_meant_as_job(document: dict[str, Any]) -> bool:
+    """Return whether ``document`` is meant as a FineTuneJob: its kind or its API group says so, in any
+    capitalisation."""
     kind, group = str(document.get("kind", "")), str(document.get("apiVersion", "")).split("/", maxsplit=1)[0]
     return kind.casefold() == KIND.casefold() or group.casefold() == GROUP
 
 
-def _problems(job: dict[str, Any]) -> list[Problem]:
+def _job_problems(job: dict[str, Any]) -> list[Problem]:
     if is_job(job):
         return validate_job(job).problems
     fields = (("apiVersion", API_VERSION), ("kind", KIND))
     return [Problem((field,), f"must be {must}") for field, must in fields if job.get(field) != must]
 
 
-def _flaws(file: str, document: Document, job: str, prefix: FieldPath) -> Iterator[Finding]:
-    for flaw in document.flaws:
-        if flaw.path[: len(prefix)] == prefix:
-            path = dotted(flaw.path[len(prefix) :]) if len(flaw.path) > len(prefix) else ""
-            yield Finding(file, flaw.line, job, path, flaw.message, Refusal.SERVER)
+def _yaml_problems(file: str, document: Document, job: str, prefix: FieldPath) -> Iterator[LocatedProblem]:
+    for problem in document.problems:
+        if problem.path[: len(prefix)] == prefix:
+            path = dotted(problem.path[len(prefix) :]) if len(problem.path) > len(prefix) else ""
+            yield LocatedProblem(file, problem.line, job, path, problem.message, Refusal.SERVER)
 
 
-def _finding(file: str, document: Document, job: str, prefix: FieldPath, problem: Problem) -> Finding:
+def _locate(file: str, document: Document, job: str, prefix: FieldPath, problem: Problem) -> LocatedProblem:
     line = document.line_of((*prefix, *problem.path))
-    return Finding(file, line, job, dotted(problem.path), problem.message, problem.refused_by)
+    return LocatedProblem(file, line, job, dotted(problem.path), problem.message, problem.refused_by)
 
 
 def _name(job: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """`finetune watch`: shows a FineTuneJob until it has ended.
 
-In: a stream of FineTuneJobs. Out: a live panel on a terminal, lines elsewhere, and how the job ended. Called by the
-command line and by the demo.
+The input is a stream of the job's states. The output is a live panel on a terminal and lines elsewhere. `main.py` and
+the demo call `show_until_ended`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from finetune_cli.lines import news
+from finetune_cli.log_lines import new_lines
 from finetune_cli.panel import render
 from finetune_cli.state import Ending, ending
 from finetune_core.api.job import FineTuneJob
@@ -24,19 +24,19 @@ REFRESH_PER_SECOND = 4
 
 
 class View(ABC):
-    """What `watch` writes to: ``show`` a job, ``tell`` a sentence about the connection."""
+    """Shows the states of a job, and notices about the connection, to the user of `finetune watch`."""
 
     @abstractmethod
-    def show(self, job: FineTuneJob) -> None:
+    def show_job(self, job: FineTuneJob) -> None:
         """Show the newest state of the job."""
 
     @abstractmethod
-    def tell(self, sentence: str) -> None:
-        """Show a sentence that is not about the job."""
+    def show_notice(self, sentence: str) -> None:
+        """Show a sentence that is not about the job, for example about a lost connection."""
 
 
 class LiveView(View):
-    """A panel that is drawn anew in place; times in it move on between changes."""
+    """A panel on the terminal that is redrawn in place several times a second, so that shown durations are current."""
 
     def __init__(self, console: Console) -> None:
         self._job: FineTuneJob | None = None
@@ -52,12 +52,12 @@ class LiveView(View):
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def show(self, job: FineTuneJob) -> None:
-        """Draw the newest state; a notice about the connection is out of date then."""
+    def show_job(self, job: FineTuneJob) -> None:
+        """Draw the newest state, and remove the notice because the connection works again."""
         self._job, self._notice = job, ""
 
-    def tell(self, sentence: str) -> None:
-        """Draw a notice below the panel until the next change."""
+    def show_notice(self, sentence: str) -> None:
+        """Draw a notice below the panel until the next change of the job."""
         self._notice = sentence
 
     def _renderable(self) -> RenderableType:
@@ -68,28 +68,28 @@ class LiveView(View):
 
 
 class LineView(View):
-    """A line for everything new, with the time."""
+    """A view that writes one line, with the time, for each change of the job."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self._shown: FineTuneJob | None = None
 
-    def show(self, job: FineTuneJob) -> None:
-        """Write what is new since the last lines."""
-        lines = news(self._shown, job)
+    def show_job(self, job: FineTuneJob) -> None:
+        """Write the changes since the last written state."""
+        lines = new_lines(self._shown, job)
         for line in lines:
-            self.tell(line)
+            self.show_notice(line)
         if lines:
             self._shown = job
 
-    def tell(self, sentence: str) -> None:
+    def show_notice(self, sentence: str) -> None:
         """Write one line."""
         self._write(f"{datetime.now():%H:%M:%S}  {sentence}")
 
 
 @contextmanager
-def view_on(console: Console) -> Iterator[View]:
-    """Give the view that suits ``console``: a live panel on a terminal, lines elsewhere."""
+def view_for(console: Console) -> Iterator[View]:
+    """Give the view that suits ``console``: a live panel for a terminal, lines otherwise."""
     if console.is_terminal:
         with LiveView(console) as live:
             yield live
@@ -98,9 +98,9 @@ def view_on(console: Console) -> Iterator[View]:
 
 
 def show_until_ended(jobs: Iterable[FineTuneJob], view: View) -> Ending:
-    """Show each state of a job and return how it ended."""
+    """Show each state of a job until the job has ended, and return how it ended."""
     for job in jobs:
-        view.show(job)
+        view.show_job(job)
         if end := ending(job):
             return end
     raise EOFError("the stream of states ended before the job did")

@@ -1,11 +1,11 @@
-"""Reads YAML as kubectl does, and remembers on which line everything stands.
+"""Parses YAML as kubectl does, and records the line of every key and item. `validate.py` calls `load`.
 
-In: the text of a file with any number of documents. Out: plain values with the line of every key and item, and what is
-wrong with the text itself: syntax, duplicate keys, endless aliases. Works from the parser's events with a stack of its
-own, so that no nesting is too deep for it. Called by `validate`.
+The result is plain values with their lines, and the problems of the text itself: syntax errors, duplicate keys, and
+aliases that expand without bound. The module processes the parser's events with its own stack, because recursion would
+overflow Python's stack on deep nesting.
 
-kubectl's parser follows YAML 1.1 with exceptions (no times, `1e-4` is a number), PyYAML's with others; what a plain
-scalar means is therefore said here.
+kubectl's parser and PyYAML both follow YAML 1.1, each with different exceptions. For example, kubectl's parser knows no
+timestamps and reads `1e-4` as a number. So this module, and not PyYAML, decides what a plain scalar means.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 
 import yaml
 
-DEPTH_LIMIT = 200
-GIVE_UP_DEPTH = 2000
-"""Levels after which the rest of the text is not read: the parser's time grows with the square of the depth."""
-NODE_LIMIT = 1_000_000
-"""Values of a document, aliases counted as often as they are used."""
+from finetune_core.validation.problems import FieldPath
 
-Path = tuple[str | int, ...]
+DEPTH_LIMIT = 200
+"""Deepest nesting of a document that is accepted."""
+GIVE_UP_DEPTH = 2000
+"""Nesting depth at which parsing stops, because the parser's time grows with the square of the depth."""
+NODE_LIMIT = 1_000_000
+"""Most values in a document, where an alias counts as often as it is used."""
 
 _TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
 _FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})
@@ -33,36 +34,38 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = object()
+"""Marks the merge key `<<`."""
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
-class Flaw:
-    """Something wrong with the text itself."""
+class YamlProblem:
+    """A problem of the text itself, with its line and the path of the field."""
 
     line: int
-    path: Path
+    path: FieldPath
     message: str
 
 
 @dataclass(slots=True)
 class Document:
-    """A document of the file."""
+    """A document of the file: its value, the line of each path, and the problems of its text."""
 
     line: int
     value: Any = None
-    lines: dict[Path, int] = field(default_factory=dict)
-    flaws: list[Flaw] = field(default_factory=list)
+    lines: dict[FieldPath, int] = field(default_factory=dict)
+    problems: list[YamlProblem] = field(default_factory=list)
 
-    def line_of(self, path: Path) -> int:
-        """Return the line of ``path``, or of the nearest section above it that exists."""
+    def line_of(self, path: FieldPath) -> int:
+        """Return the line of ``path``, or of the nearest section above ``path`` that exists."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, self.line)
 
 
-def load(text: str) -> tuple[list[Document], list[Flaw]]:
-    """Return the documents of ``text``, and the syntax error that ends it, if any. Empty documents are left out."""
+def load(text: str) -> tuple[list[Document], list[YamlProblem]]:
+    """Return the documents of ``text``, and the syntax error that ends the text, if any. Empty documents are left
+    out."""
     documents: list[Document] = []
     builder: _Builder | None = None
     try:
@@ -77,19 +80,19 @@ def load(text: str) -> tuple[list[Document], list[Flaw]]:
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark or error.context_mark
         sentence = " ".join(part for part in (error.context, error.problem) if part)
-        return documents, [Flaw(mark.line + 1 if mark else 1, (), f"must be YAML: {sentence}")]
+        return documents, [YamlProblem(mark.line + 1 if mark else 1, (), f"must be YAML: {sentence}")]
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position if isinstance(error.position, int) else 0) + 1
-        return documents, [Flaw(line, (), f"must be YAML: {error.reason}")]
-    return [document for document in documents if document.value is not None or document.flaws], []
+        return documents, [YamlProblem(line, (), f"must be YAML: {error.reason}")]
+    return [document for document in documents if document.value is not None or document.problems], []
 
 
 @dataclass(slots=True)
 class _Frame:
-    """A mapping or list that is being read."""
+    """A mapping or list whose end has not been parsed yet."""
 
     value: Any
-    path: Path
+    path: FieldPath
     anchor: str | None
     nodes_before: int
     key: Any = None
@@ -98,7 +101,7 @@ class _Frame:
 
 
 class _Builder:
-    """Makes one document from its events."""
+    """Builds one document from the parser's events."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -108,7 +111,7 @@ class _Builder:
         self._skipping = 0
 
     def take(self, event: Any) -> None:
-        """Take the next event."""
+        """Process the next event."""
         if isinstance(event, yaml.CollectionStartEvent):
             self._start(event)
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -128,11 +131,11 @@ class _Builder:
             self._skipping += 1
             return
         if is_key and frame is not None:
-            self._flaw(event, "must have a string as key")
+            self._add_problem(event, "must have a string as key")
             frame.has_key, frame.key, self._skipping = True, None, 1
             return
         if len(self._frames) >= DEPTH_LIMIT:
-            self._flaw(event, f"must not be nested deeper than {DEPTH_LIMIT} levels")
+            self._add_problem(event, f"must not be nested deeper than {DEPTH_LIMIT} levels")
             self._put(event, None)
             self._skipping = 1
             return
@@ -158,7 +161,7 @@ class _Builder:
         try:
             value = _resolve(event)
         except ValueError as error:
-            self._flaw(event, str(error))
+            self._add_problem(event, str(error))
             value = None
         if event.anchor:
             self._anchors[event.anchor] = (value, 1)
@@ -167,16 +170,16 @@ class _Builder:
     def _alias(self, event: Any) -> None:
         value, nodes = self._anchors.get(event.anchor, (None, 0))
         if nodes == 0:
-            self._flaw(event, f"must not refer to the anchor {event.anchor}, which is not complete here")
+            self._add_problem(event, f"must not refer to the anchor {event.anchor}, which is not complete here")
         elif self._nodes + nodes > NODE_LIMIT:
-            self._flaw(event, f"must not have more than {NODE_LIMIT} values, aliases counted")
+            self._add_problem(event, f"must not have more than {NODE_LIMIT} values, aliases counted")
             value = None
         else:
             self._nodes += nodes
         self._put(event, value)
 
     def _put(self, event: Any, value: Any) -> None:
-        """Take ``value`` as the next key, value or item."""
+        """Add ``value`` as the next key, value or item."""
         frame = self._frames[-1] if self._frames else None
         if frame is not None and isinstance(frame.value, dict) and not frame.has_key:
             self._take_key(event, frame, value)
@@ -192,27 +195,29 @@ class _Builder:
         key = _key(value)
         frame.key = key
         if key is None:
-            self._flaw(event, "must have a string as key")
+            self._add_problem(event, "must have a string as key")
             return
         path = (*frame.path, key)
         if key in frame.value:
-            self._flaw(event, f"must not stand twice; it stands on line {self.document.lines[path]} already", path)
+            self._add_problem(
+                event, f"must not stand twice; it stands on line {self.document.lines[path]} already", path
+            )
         self.document.lines[path] = _line(event)
 
-    def _place(self, event: Any) -> Path:
-        """Return the path of the value that begins, and remember its line where no key has done so."""
+    def _place(self, event: Any) -> FieldPath:
+        """Return the path of the value that begins, and record its line unless its key has recorded one."""
         if not self._frames:
             self.document.lines[()] = _line(event)
             return ()
         frame = self._frames[-1]
         if isinstance(frame.value, list):
-            path: Path = (*frame.path, len(frame.value))
+            path: FieldPath = (*frame.path, len(frame.value))
             self.document.lines[path] = _line(event)
             return path
         return (*frame.path, frame.key) if isinstance(frame.key, str) else frame.path
 
     def _attach(self, event: Any, value: Any) -> None:
-        """Put a complete value into what holds it."""
+        """Add a complete value to the mapping or list that contains it."""
         if not self._frames:
             self.document.value = value
             return
@@ -225,17 +230,17 @@ class _Builder:
             if all(isinstance(item, dict) for item in merged):
                 frame.merged += merged
             else:
-                self._flaw(event, "must be an alias of a mapping after <<")
+                self._add_problem(event, "must be an alias of a mapping after <<")
         elif frame.key is not None:
             frame.value[frame.key] = value
         frame.has_key, frame.key = False, None
 
-    def _flaw(self, event: Any, message: str, path: Path | None = None) -> None:
+    def _add_problem(self, event: Any, message: str, path: FieldPath | None = None) -> None:
         frame = self._frames[-1] if self._frames else None
         here = frame.path if frame else ()
         if path is None and frame is not None and isinstance(frame.key, str):
             here = (*here, frame.key)
-        self.document.flaws.append(Flaw(_line(event), here if path is None else path, message))
+        self.document.problems.append(YamlProblem(_line(event), here if path is None else path, message))
 
 
 def _line(event: Any) -> int:
@@ -243,7 +248,7 @@ def _line(event: Any) -> int:
 
 
 def _key(value: Any) -> str | None:
-    """Return a key as JSON has it; None for what can't be one."""
+    """Return a key as it stands in JSON, or None for a key that JSON can't express."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -252,7 +257,7 @@ def _key(value: Any) -> str | None:
 
 
 def _resolve(event: Any) -> Any:
-    """Return what a scalar means; raises ValueError for a tag that JSON has nothing for."""
+    """Return the value of a scalar. Raises ValueError for a tag that JSON can't express."""
     text: str = event.value
     tag = event.tag
     if tag is not None and tag != "!":
@@ -266,7 +271,7 @@ def _resolve(event: Any) -> Any:
 
 
 def _plain(text: str) -> Any:
-    """Return the value of a plain scalar as kubectl reads it."""
+    """Return the value of a plain (unquoted) scalar as kubectl reads it."""
     if text in _NULL:
         return None
     if text in _TRUE or text in _FALSE:
@@ -284,17 +289,18 @@ def _plain(text: str) -> Any:
 
 
 def _number(value: float) -> int | float:
-    """Return a number as kubectl sends it: JSON has one kind of number, and `2.0` goes out as 2."""
+    """Return a number as kubectl sends it. JSON has one kind of number, so `2.0` is sent as 2."""
     if value in (math.inf, -math.inf):
         raise ValueError("must be a finite number")
     return int(value) if value.is_integer() and abs(value) < 1e21 else value
 
 
 def _integer(number: str) -> int | float:
-    """Return an integer of YAML 1.1: 0b, 0x, 0o, and octal where it begins with 0."""
+    """Return an integer in the notation of YAML 1.1: binary (0b), hexadecimal (0x), octal (0o or a leading 0) or
+    decimal."""
     sign = -1 if number[0] == "-" else 1
     digits = number.lstrip("+-").lower()
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
         return sign * int(digits, 8)
-    # int() refuses thousands of digits; a number that long is beyond every bound anyway.
+    # int() refuses thousands of digits. Such a number exceeds every bound of the schema anyway.
     return sign * int(digits, 0) if len(digits) < 100 else float("1e308")

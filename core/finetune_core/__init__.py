@@ -1,4 +1,5 @@
-"""What operator, trainer and CLI share: the resource's models, the contract between operator and pods, and names.
+"""What operator, trainer and CLI share: the models of the resource, the contract between operator and pods, and names.
 
-It is light on purpose (pydantic only), because it is imported in every pod and in every command.
+The package depends on pydantic only, because every training pod and every command imports it. A module that needs
+Kubernetes, torch or an object store belongs into operator/, trainer_image/ or cli/.
 """

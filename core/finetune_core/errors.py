@@ -1,17 +1,17 @@
-"""The one exception for what a person can put right: a wrong value in a job file, a data file or a bucket."""
+"""The exception for mistakes that a user can correct, such as a wrong value in a job file, a data file or a bucket."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A person's input is wrong or something that a person provides is missing.
+    """A user's input is wrong, or something that the user must provide is missing.
 
-    The message is shown as it is in the resource's status and on the terminal. It names the field or the file
-    and says what it must be; it never holds a secret.
+    The message is shown unchanged in the resource's status and on the terminal. A message names the field or the file,
+    says what the value must be, and never contains a secret.
     """
 
     def __init__(self, subject: str, problem: str) -> None:
-        """Join ``subject`` (a field path such as ``dataset.train`` or a file) and ``problem`` to one sentence."""
+        """Join ``subject`` (a field path such as ``dataset.train``, or a file) and ``problem`` to one sentence."""
         self.subject = subject
         self.problem = problem
         super().__init__(f"{subject}: {problem}")

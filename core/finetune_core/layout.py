@@ -1,13 +1,13 @@
-"""Keys in the object store: where runs, checkpoints, metrics and artifacts lie below a run's root.
+"""Keys in the object store: the places of runs, checkpoints, metrics and artifacts below a run's root.
 
 <uri>/<namespace>/<name>/<runId>/
-  runs/<run>.json                 taken with If-None-Match: the run number is the fence
-  metrics/<run>-<segment>.jsonl   every step, immutable segments
-  checkpoints/<run>-<step>/       files, manifest.json, COMMIT last
-  artifacts/<run>/                files, manifest.json, COMMIT last
-  evaluation/<run>.json
+  runs/<run>.json                 created with If-None-Match, so that two trainers never take the same run number
+  metrics/<run>-<segment>.jsonl   one row per optimizer step, in immutable segments
+  checkpoints/<run>-<step>/       files and manifest.json; COMMIT is written last
+  artifacts/<run>/                files and manifest.json; COMMIT is written last
+  evaluation/<run>.json           scores
   preflight/<token>               written, read back and deleted by a preflight check
-  ARTIFACT                        pointer with If-None-Match: the first one wins
+  ARTIFACT                        pointer to the artifact, created with If-None-Match so that the first writer wins
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import re
 from typing import NamedTuple
 
+from finetune_core.api.job import FineTuneJob
 from finetune_core.contract import ContractModel, Outcome
 from finetune_core.errors import UserError
 
@@ -23,7 +24,8 @@ MANIFEST = "manifest.json"
 COMMIT = "COMMIT"
 ARTIFACT_POINTER = "ARTIFACT"
 BASES = "_bases"
-"""Folder beside the namespaces (none can have this name) that holds base models with added tokens, each once."""
+"""Folder that holds base models with added tokens, each stored once. The folder lies where otherwise folders of
+namespaces lie. No namespace can have this name, because names of namespaces have no underscore."""
 
 
 class Location(NamedTuple):
@@ -42,7 +44,7 @@ class Location(NamedTuple):
 
 
 def parse_uri(uri: str) -> Location:
-    """Split `s3://bucket/prefix`; raises UserError for anything else."""
+    """Split `s3://bucket/prefix`. Raises UserError for any other text."""
     match = re.fullmatch(r"s3://([^/]+)/?(.*)", uri)
     if match is None:
         raise UserError(uri, "must be an address of the form s3://bucket/key")
@@ -50,42 +52,48 @@ def parse_uri(uri: str) -> Location:
 
 
 def run_root(storage_uri: str, namespace: str, name: str, run_id: str) -> str:
-    """Return the root of a run in the bucket."""
+    """Return the `s3://` address of a run's root, for example `s3://finetune/runs/team-a/quickstart/<runId>`."""
     return parse_uri(storage_uri).uri(namespace, name, run_id)
 
 
+def run_root_of(job: FineTuneJob) -> str:
+    """Return the `s3://` address of the root of ``job``'s run. Without `storage.runId` the job's uid names the run."""
+    storage, metadata = job.spec.storage, job.metadata
+    return run_root(storage.uri, metadata.namespace, metadata.name, storage.run_id or metadata.uid)
+
+
 def run_key(run: int) -> str:
-    """Return the key of a run's record, below the root."""
+    """Return the key of a run's record, relative to the run's root."""
     return f"runs/{run:06d}.json"
 
 
 def checkpoint_folder(run: int, step: int) -> str:
-    """Return the folder of a checkpoint, below the root."""
+    """Return the folder of a checkpoint, relative to the run's root: `checkpoints/000001-000000120`."""
     return f"checkpoints/{run:06d}-{step:09d}"
 
 
 def artifact_folder(run: int) -> str:
-    """Return the folder of a run's artifact, below the root."""
+    """Return the folder of a run's artifact, relative to the run's root."""
     return f"artifacts/{run:06d}"
 
 
 def metrics_key(run: int, segment: int) -> str:
-    """Return the key of a segment of the step log, below the root."""
+    """Return the key of a segment of the step log, relative to the run's root."""
     return f"metrics/{run:06d}-{segment:06d}.jsonl"
 
 
 def evaluation_key(run: int) -> str:
-    """Return the key of a run's scores, below the root."""
+    """Return the key of a run's scores, relative to the run's root."""
     return f"evaluation/{run:06d}.json"
 
 
 def probe_key(token: str) -> str:
-    """Return the key of the object that a preflight check writes, reads and deletes, below the root."""
+    """Return the key of the object that a preflight check writes, reads and deletes, relative to the run's root."""
     return f"preflight/{token}"
 
 
 class ManifestFile(ContractModel):
-    """A file of a checkpoint or an artifact."""
+    """A file of a checkpoint or an artifact: its name in the folder, its size, and its sha256 in hexadecimal."""
 
     name: str
     bytes: int
@@ -93,27 +101,28 @@ class ManifestFile(ContractModel):
 
 
 class Manifest(ContractModel):
-    """What a checkpoint or an artifact consists of; COMMIT holds the sha256 of its bytes."""
+    """The list of files in a checkpoint or an artifact. The object COMMIT in the same folder holds the sha256 of the
+    manifest's bytes."""
 
     version: int = 1
     kind: str
-    """Checkpoint or Artifact."""
+    """`Checkpoint` or `Artifact`."""
     run: int
     step: int
     files: list[ManifestFile]
 
     @property
     def total_bytes(self) -> int:
-        """Size of all files."""
+        """Size of all files together in bytes."""
         return sum(file.bytes for file in self.files)
 
     def encode(self) -> bytes:
-        """Return the bytes that are stored and digested."""
+        """Return the bytes that are stored, and whose sha256 COMMIT holds."""
         return self.to_json().encode()
 
 
 class ArtifactPointer(ContractModel):
-    """Content of ARTIFACT: which artifact is the run's."""
+    """Content of the object ARTIFACT, which names the folder of the run's only artifact."""
 
     version: int = 1
     run: int

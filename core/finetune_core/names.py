@@ -1,5 +1,8 @@
-"""Names of the objects that the operator makes for a job: a pure function of job and attempt, so that a crash
-after any write finds what it made."""
+"""Names of the Kubernetes objects that the operator creates for a job.
+
+A name is a pure function of the job and the attempt, so that an operator that restarts after a crash finds the objects
+that it has already created.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,15 @@ import hashlib
 def attempt_name(job_name: str, job_uid: str, attempt: int) -> str:
     """Return the name of an attempt's PyTorchJob and ConfigMap.
 
-    At most 53 characters (40 + 1 + 8 + 1 + 3): `<name>-worker-<2 digits>` then fits the 63 of a DNS label, which
-    a pod's hostname and Service need. The uid's digest keeps a job apart from an earlier one of the same name.
+    The name has at most 53 characters (40 + 1 + 8 + 1 + 3). Then `<name>-worker-<2 digits>` fits into the 63 characters
+    of a DNS label, which a pod's hostname and a Service's name need. The digest of the uid tells a job from an earlier,
+    deleted job of the same name.
     """
     return f"{job_name}-{hashlib.sha256(job_uid.encode()).hexdigest()[:8]}-{attempt}"
 
 
 def preflight_name(job_name: str, job_uid: str, number: int) -> str:
-    """Return the name of try ``number``'s preflight pod and ConfigMap: apart from every attempt's."""
+    """Return the name of the preflight pod and ConfigMap of try ``number``, which differs from every attempt's name."""
     return f"{attempt_name(job_name, job_uid, 0).removesuffix('-0')}-preflight-{number}"
 
 

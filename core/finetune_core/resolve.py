@@ -1,5 +1,7 @@
-"""Resolves a job into the run file of an attempt: every default that depends on another field is decided here,
-once, for the operator and for the command line alike."""
+"""Resolves a job into the run file of an attempt, with a value for every default that depends on other fields.
+
+The operator calls `resolve` before each attempt, so that each default is decided in one place.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +19,25 @@ from finetune_core.contract import (
     WorldConfig,
 )
 from finetune_core.errors import UserError
-from finetune_core.layout import run_root
-from finetune_core.planning.choices import micro_batch_size, zero_stage
+from finetune_core.layout import run_root_of
+from finetune_core.planning.training_plan import micro_batch_size, zero_stage
 from finetune_core.validation.runnable import unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
-"""The rates of the study that the project repeats (Anyscale, September 2023)."""
+"""Peak learning rate by method, as in the study that the project repeats (Anyscale, September 2023)."""
 DEFAULT_CHECKPOINT_STEPS = 100
+"""Optimizer steps between two checkpoints."""
 
 
 def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
-    """Return the run file of ``job``; raises UserError with the field's path where the job can't be run."""
+    """Return the run file of ``job``. Raises UserError with the field's path where the job can't be run."""
     spec = job.spec
     problems = unrunnable(spec)
     if problems:
         first, others = problems[0], "".join(f"; {problem}" for problem in problems[1:])
         raise UserError(first.subject, first.problem + others)
-    processes_per_node = max(1, spec.resources.gpus_per_node)
-    world = WorldConfig(nodes=spec.resources.nodes, processes_per_node=processes_per_node, device=spec.resources.device)
+    resources = spec.resources
+    world = WorldConfig(nodes=resources.nodes, processes_per_node=resources.processes_per_node, device=resources.device)
     training = spec.training
     rate = float(training.learning_rate) if training.learning_rate else DEFAULT_LEARNING_RATE[spec.method]
     stage = zero_stage(spec.deepspeed.zero_stage, processes=world.size)
@@ -82,13 +85,8 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             stall_timeout_seconds=spec.stability.stall_timeout_seconds,
         ),
         storage=StorageConfig(
-            uri=run_root(
-                spec.storage.uri,
-                job.metadata.namespace,
-                job.metadata.name,
-                spec.storage.run_id or job.metadata.uid,
-            ),
-            endpoint=spec.storage.endpoint or f"https://s3.{spec.storage.region}.amazonaws.com",
+            uri=run_root_of(job),
+            endpoint=spec.storage.endpoint_url,
             region=spec.storage.region,
             credentials="Secret" if spec.storage.credentials_secret_ref else "Identity",
             addressing=spec.storage.addressing,

@@ -1,7 +1,8 @@
-"""`make demo`: from nothing to a fine-tuned model on a real cluster on this machine, and away again.
+"""`make demo`: fine-tunes a model on a real Kubernetes cluster on this machine, and removes the cluster afterwards.
 
-It applies examples/quickstart.yaml (or quickstart-full.yaml) as it stands, shows the live status that `finetune watch`
-shows, downloads what came out and asks base and tuned model the same questions. Results: out/demo/<method>/.
+The demo applies examples/quickstart.yaml (or quickstart-full.yaml) unchanged, shows the live status as `finetune watch`
+does, downloads the artifact, and compares the answers of base model and tuned model. All results are written to
+out/demo/<method>/.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from examples.demo.base_model import base_model
 from examples.demo.measurements import JobTimes, Measurements
 from examples.trails.generate import Rows, generate, write
 from finetune_cli.download import artifact_of, download
+from finetune_cli.formatting import duration, size
+from finetune_cli.object_store import AccessKey, ObjectStoreReader
 from finetune_cli.state import Ending
-from finetune_cli.store import Keys, Store
-from finetune_cli.text import duration, size
-from finetune_cli.watch import show_until_ended, view_on
+from finetune_cli.watch import show_until_ended, view_for
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
 from tests.cluster import Cluster, ClusterError, unusable_because
@@ -52,7 +53,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 when the job succeeded and its model answers, 1 when something failed, 130 when interrupted."""
+    """Run the demo. Return 0 when the job succeeded and its model answers, 1 after a failure, 130 when interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo",
         description="Fine-tune a small model on a real Kubernetes cluster on this machine.",
@@ -62,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave the cluster up until Ctrl-C")
     options = parser.parse_args(arguments)
-    # A request to end is an exception in the main thread, so that the cluster is cleared away from wherever it is.
-    # SIGINT too: a shell that starts this in the background lets it be ignored.
+    # Both signals raise KeyboardInterrupt in the main thread, so that the cluster is removed wherever the program is.
+    # SIGINT is set too, because a shell that starts the program in the background makes it ignore SIGINT.
     for request in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request, signal.default_int_handler)
     command = f"make demo METHOD={options.method}"
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
-    """Run all phases and return the exit code; raises ClusterError at once where no cluster can run."""
+    """Run all phases and return the exit code. Raises ClusterError at once where this machine can't run a cluster."""
     if reason := unusable_because():
         raise ClusterError(reason)
     shutil.rmtree(output, ignore_errors=True)
@@ -96,17 +97,17 @@ def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
             end, job = run_job(cluster, steps.QUICKSTARTS[method], measured)
         (output / "job.json").write_text(json.dumps(job.to_json(), indent=2) + "\n")
         if not end.succeeded:
-            raise ClusterError(f"the job ended as {end.reason}: {end.sentence}\n{steps.evidence(cluster)}")
+            raise ClusterError(f"the job ended as {end.reason}: {end.message}\n{steps.diagnostics(cluster)}")
         with measured.phase("download"):
             fetch(cluster, job, output / "artifact")
         with measured.phase("answers"):
-            answers = ask(model, output)
+            answers = compare_answers(model, output)
         measured.exact_match = answers["exactMatch"]
-        measured.take(cluster, job)
+        measured.record_sizes(cluster, job)
         measured.write(output / "measurements.json")
-        show(answers, measured, job, output)
+        print_results(answers, measured, job, output)
         if keep:
-            stay(cluster, job)
+            keep_running(cluster, job)
         with measured.phase("clean up"):
             stack.close()
     measured.write(output / "measurements.json")
@@ -114,7 +115,7 @@ def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
 
 
 def prepare(cluster: Cluster, model: Path, rows: Rows, values: dict[str, Any], measured: Measurements) -> None:
-    """Fill the object store, install the operator, make the namespace of the job."""
+    """Fill the object store, install the operator, and create the job's namespace."""
     with measured.phase("object store"):
         steps.make_bucket(cluster)
         with step("base model into MinIO"):
@@ -128,19 +129,19 @@ def prepare(cluster: Cluster, model: Path, rows: Rows, values: dict[str, Any], m
 
 
 def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Ending, FineTuneJob]:
-    """Apply the job file as it stands, show the job until it has ended, and return how, with its last state."""
+    """Apply the job file unchanged, show the job until it has ended, and return its end and its last state."""
     manifest = steps.manifest_of(file)
     name, pods = manifest["metadata"]["name"], manifest["spec"]["resources"]["nodes"]
     say(f"kubectl apply --namespace {NAMESPACE} --filename {file}")
     with JobTimes(cluster, NAMESPACE, pods) as times, steps.jobs_in(cluster, NAMESPACE) as jobs:
         steps.apply(cluster, file, NAMESPACE)
-        with view_on(Console()) as view:
-            states = jobs.follow(name, view.tell, give_up_after=JOB_TIMEOUT_SECONDS)
+        with view_for(Console()) as view:
+            states = jobs.follow(name, view.show_notice, give_up_after=JOB_TIMEOUT_SECONDS)
             try:
                 end = show_until_ended(times.observe(states), view)
             except TimeoutError as error:
                 reason = f"{name} has not ended after {duration(JOB_TIMEOUT_SECONDS)}"
-                raise ClusterError(f"{reason}\n{steps.evidence(cluster)}") from error
+                raise ClusterError(f"{reason}\n{steps.diagnostics(cluster)}") from error
         job = jobs.get(name)
     measured.job = times.seconds
     return end, job
@@ -148,15 +149,15 @@ def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Endin
 
 def fetch(cluster: Cluster, job: FineTuneJob, folder: Path) -> None:
     """Download the artifact as `finetune download` does."""
-    keys = Keys(cluster.minio.access_key, cluster.minio.secret_key)
+    keys = AccessKey(cluster.minio.access_key, cluster.minio.secret_key)
     with cluster.enter():
-        store = Store(job.spec.storage, keys, cluster.minio.endpoint)
+        store = ObjectStoreReader(job.spec.storage, keys, cluster.minio.endpoint)
         manifest = download(artifact_of(job), store, folder, lambda count: None)
     say(f"{len(manifest.files)} files, {size(manifest.total_bytes)}, verified")
 
 
-def ask(model: Path, output: Path) -> dict[str, Any]:
-    """Return the answers of base and tuned model to the held-out rows."""
+def compare_answers(model: Path, output: Path) -> dict[str, Any]:
+    """Return the answers of base model and tuned model to the held-out rows."""
     file = output / "answers.json"
     arguments = ["--base", model, "--tuned", output / "artifact", "--rows", output / "data" / "heldout.jsonl"]
     command = [sys.executable, "-m", "examples.demo.answers", *map(str, arguments), "--output", str(file)]
@@ -168,8 +169,9 @@ def ask(model: Path, output: Path) -> dict[str, Any]:
     return answers
 
 
-def show(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, output: Path) -> None:
-    """Show what base and tuned model say, how often they are right, how long it took and where everything is."""
+def print_results(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, output: Path) -> None:
+    """Print answers and scores of base model and tuned model, the duration of each phase, and the paths of the
+    results."""
     console = Console()
     table = Table(title="Sentences that the model has not seen", title_justify="left", show_lines=True, expand=True)
     for heading in ("sentence", "base model", "tuned model"):
@@ -185,8 +187,8 @@ def show(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, outp
     times = Table.grid(padding=(0, 2))
     for name, seconds in measured.phases.items():
         times.add_row(name, f"{seconds:.1f} s")
-    for station, seconds in measured.job.items():
-        times.add_row(f"  apply → {station}", f"{seconds:.1f} s")
+    for milestone, seconds in measured.job.items():
+        times.add_row(f"  apply → {milestone}", f"{seconds:.1f} s")
     times.add_row("operator memory", size(measured.memory["operatorWorkingSetBytes"]))
     for checkpoint in measured.checkpoints:
         times.add_row(f"checkpoint of step {checkpoint['step']}", size(checkpoint["bytes"]))
@@ -196,8 +198,8 @@ def show(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, outp
     console.print(f"answers, figures, job: {output}/answers.json, measurements.json, job.json", highlight=False)
 
 
-def stay(cluster: Cluster, job: FineTuneJob) -> None:
-    """Leave the cluster up until Ctrl-C."""
+def keep_running(cluster: Cluster, job: FineTuneJob) -> None:
+    """Keep the cluster running until Ctrl-C."""
     enter, name = cluster.layout.enter_script, job.metadata.name
     say("\nThe cluster stays up. In another terminal:")
     say(f"  {enter} kubectl get ftj --namespace {NAMESPACE} {name} --output yaml")

@@ -1,7 +1,7 @@
-"""Asks the base and the tuned model for the meaning of sentences and counts the answers that are exactly right.
+"""Generates answers of the base model and of the tuned model, and counts the answers that are exactly right.
 
-In: a base model's folder, an artifact's folder (adapter or model) and a jsonl file. Out: every answer of both as JSON.
-A program of its own, started by the demo, because it needs torch:
+The input is the base model's folder, the artifact's folder (an adapter or a model) and a jsonl file of rows. The output
+is the answers of both models as JSON. The demo starts this module as a separate process, because it needs torch:
 
     python -m examples.demo.answers --base MODEL --tuned ARTIFACT --rows heldout.jsonl --output answers.json
 """
@@ -20,18 +20,20 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEMPLATE = "Sentence: {sentence}\nMeaning: "
-"""As in the job files."""
+"""Prompt template, equal to the one in the quickstart job files."""
 MAX_NEW_TOKENS = 28
-"""The longest meaning has 25 with its end token."""
+"""Most tokens of an answer. The longest reference answer has 25, its end token included."""
 BATCH = 40
+"""Number of sentences in one call of `generate`."""
 
 
 def answers(model: Any, tokenizer: Any, sentences: Sequence[str]) -> list[str]:
-    """Return the model's greedy answer to each sentence: the first line, as a meaning has one."""
+    """Return the model's greedy answer to each sentence, cut after the first line because a reference answer has one
+    line."""
     found: list[str] = []
     for start in range(0, len(sentences), BATCH):
         prompts = [TEMPLATE.format(sentence=sentence) for sentence in sentences[start : start + BATCH]]
-        # Padding stands at the left, so that every answer begins at the same place.
+        # Padding is on the left, so that all answers of a batch begin at the same position.
         batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         with torch.inference_mode():
             tokens = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
@@ -41,25 +43,25 @@ def answers(model: Any, tokenizer: Any, sentences: Sequence[str]) -> list[str]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in ``folder``; where it has no padding token, the end token pads."""
+    """Return the tokenizer in ``folder``. Where it has no padding token, the end token is used for padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
 def load(folder: Path) -> Any:
-    """Return the model in ``folder``, in fp32: CPUs without bf16 arithmetic compute it faster."""
+    """Return the model in ``folder`` in fp32, because CPUs without bf16 arithmetic compute fp32 faster."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def compare(base_folder: Path, tuned_folder: Path, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """Return both models' answers to ``rows`` and the share of each that is exactly right."""
+    """Return both models' answers to ``rows``, and for each model the share of answers that are exactly right."""
     sentences = [row["sentence"] for row in rows]
     tokenizer = load_tokenizer(base_folder)
     model = load(base_folder)
     before = answers(model, tokenizer, sentences)
     if (tuned_folder / "adapter_config.json").exists():
-        # Folded into the weights: generation costs what it costs without an adapter.
+        # The adapter is merged into the weights, so that generation takes no longer than without an adapter.
         model = PeftModel.from_pretrained(model, tuned_folder).merge_and_unload()
     else:
         model = load(tuned_folder)

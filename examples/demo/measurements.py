@@ -1,6 +1,7 @@
-"""How long each part of the demo took and what it weighed: collected while it runs, written as JSON at the end.
+"""Measures the duration of each phase of the demo, and the sizes of memory, checkpoints and artifact.
 
-In: the demo's phases and the states of its job. Out: `measurements.json`, from which docs/performance.md is copied.
+The input is the phases and the states of the job. The output is the file `measurements.json`, from which
+docs/performance.md takes its figures. `__main__.py` uses this module.
 """
 
 from __future__ import annotations
@@ -26,26 +27,27 @@ from tests.cluster import Cluster
 from tests.cluster.progress import say
 
 POD_POLL_SECONDS = 0.2
+"""Seconds between two queries for the pods."""
 
 
 @dataclass
 class Measurements:
-    """What `measurements.json` holds: seconds and bytes."""
+    """The content of `measurements.json`: durations in seconds, sizes in bytes."""
 
     command: str
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of each phase of the demo, in their order."""
     job: dict[str, float] = field(default_factory=dict)
-    """Seconds from `kubectl apply` to what happened to the job."""
+    """Seconds from `kubectl apply` to each milestone of the job."""
     memory: dict[str, int] = field(default_factory=dict)
-    """Bytes of the operator."""
+    """Bytes of the operator's memory."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     artifact: dict[str, Any] = field(default_factory=dict)
     exact_match: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Say that a phase begins, and count its seconds."""
+        """Print the name of a phase that begins, and measure its seconds."""
         say(f"\n== {name}")
         started = time.monotonic()
         try:
@@ -53,8 +55,8 @@ class Measurements:
         finally:
             self.phases[name] = round(time.monotonic() - started, 1)
 
-    def take(self, cluster: Cluster, job: FineTuneJob) -> None:
-        """Take the sizes of an ended job."""
+    def record_sizes(self, cluster: Cluster, job: FineTuneJob) -> None:
+        """Record the sizes of a job that has ended."""
         status = status_of(job)
         self.memory["operatorWorkingSetBytes"] = operator_memory(cluster)
         self.checkpoints = [{"step": point.step, "bytes": point.bytes} for point in status.checkpoints]
@@ -62,8 +64,8 @@ class Measurements:
             self.artifact = {"step": status.artifact.step, "bytes": status.artifact.bytes}
 
     def write(self, file: Path) -> None:
-        """Write everything, with date and machine."""
-        # Times of a busy machine say little: the load tells which it was.
+        """Write all measurements with the date and a description of the machine."""
+        # Other load on the machine makes the times longer, so the load average is stored with them.
         load = [round(value, 1) for value in os.getloadavg()]
         machine = {
             "cores": os.cpu_count(),
@@ -84,13 +86,13 @@ class Measurements:
 
 
 class JobTimes:
-    """Notes when the job that is applied now reaches each station, while somebody else shows it."""
+    """Records the times at which the job reaches its milestones, while another part of the program shows the job."""
 
     def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
         self._cluster, self._namespace, self._pods = cluster, namespace, pods
         self._applied = time.monotonic()
         self._times: dict[str, float] = {}
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch_pods, name="pods")
 
     def __enter__(self) -> JobTimes:
@@ -98,41 +100,42 @@ class JobTimes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._watcher.join()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds after `kubectl apply`, in the order of the stations."""
+        """Seconds from `kubectl apply` to each milestone, in the order of the milestones."""
         return {name: round(when - self._applied, 1) for name, when in sorted(self._times.items(), key=lambda t: t[1])}
 
     def observe(self, jobs: Iterable[FineTuneJob]) -> Iterator[FineTuneJob]:
-        """Pass the states of the job on."""
+        """Record the milestones in each state of the job, and yield the states unchanged."""
         for job in jobs:
             status = status_of(job)
             if status.conditions:
-                self._note("firstStatus")
+                self._record("firstStatus")
             if status.progress:
-                self._note("firstReport")
+                self._record("firstReport")
             if status.progress and status.progress.step:
-                self._note("firstStep")
+                self._record("firstStep")
             if status.checkpoints:
-                self._note("firstCheckpoint")
+                self._record("firstCheckpoint")
             if ending(job):
-                self._note("ended")
+                self._record("ended")
             yield job
 
-    def _note(self, station: str) -> None:
-        self._times.setdefault(station, time.monotonic())
+    def _record(self, milestone: str) -> None:
+        self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
-        """Note when all pods of the first attempt run; a status would tell it later than it is."""
+        """Record when all pods of the first attempt are created and run. The pods are polled, because the job's status
+        shows their state later."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:
             core = client.CoreV1Api(api)
-            while not self._over.wait(POD_POLL_SECONDS):
+            while not self._stopped.wait(POD_POLL_SECONDS):
                 found = core.list_namespaced_pod(self._namespace, _request_timeout=10).items
                 if len(found) >= self._pods:
-                    self._note("podsCreated")
+                    self._record("podsCreated")
                 if sum(pod.status.phase == "Running" for pod in found) >= self._pods:
-                    self._note("podsRunning")
+                    self._record("podsRunning")
                     return

@@ -1,7 +1,7 @@
-"""What it takes to get from an empty cluster to a finished FineTuneJob, one function each.
+"""Functions that bring a test cluster from empty to a finished FineTuneJob. The demo and the end-to-end tests call
+these functions.
 
-In: a running test cluster. Out: objects in it, files in its MinIO, and FineTuneJobs as they change. Called by the demo
-and by the end-to-end tests, in any order that makes sense for them.
+The functions put data into the cluster's MinIO, install the operator, apply jobs and wait for jobs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from kubernetes import client, config
 from minio import Minio
 
 from examples.trails.generate import Rows, write
-from finetune_cli.jobs import Jobs
-from finetune_cli.state import condition, ending, sentence, state
+from finetune_cli.job_client import JobClient
+from finetune_cli.state import condition, ending, state, state_message
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import GROUP, PLURAL, FineTuneJob
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from tests.cluster import Cluster, ClusterError, images
 from tests.cluster.layout import HOST_ADDRESS, MINIO_PORT
 
@@ -41,15 +42,15 @@ RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 HELM_TIMEOUT_SECONDS = 180
 
 
-# The object store
+# Functions for the object store
 
 
 def object_store(cluster: Cluster) -> Minio:
-    """Return a client of the cluster's MinIO, to be used inside ``cluster.enter()``."""
+    """Return a client of the cluster's MinIO, which works only inside ``cluster.enter()``."""
     store = cluster.minio
     address = urllib3.util.parse_url(store.endpoint).netloc or ""
-    # A pool of its own: minio's would go through a proxy that the environment may name for the world outside. A server
-    # that was just started asks to come back after a minute; it is there in a moment.
+    # A separate pool is used, because minio's default pool would use a proxy from the environment. Retry-After is
+    # ignored, because a MinIO that has just started asks for a minute and is ready much earlier.
     retries = urllib3.Retry(
         total=10, backoff_factor=0.2, backoff_max=2, status_forcelist=[503], respect_retry_after_header=False
     )
@@ -65,7 +66,7 @@ def object_store(cluster: Cluster) -> Minio:
 
 
 def make_bucket(cluster: Cluster, bucket: str = BUCKET) -> None:
-    """Make the bucket of the job files, if it is not there."""
+    """Create the job files' bucket if it does not exist."""
     with cluster.enter():
         store = object_store(cluster)
         if not store.bucket_exists(bucket):
@@ -73,7 +74,7 @@ def make_bucket(cluster: Cluster, bucket: str = BUCKET) -> None:
 
 
 def put_base_model(cluster: Cluster, folder: Path, key: str = MODEL_KEY, bucket: str = BUCKET) -> None:
-    """Put the files of a model into the bucket."""
+    """Upload the files of a model into the bucket."""
     with cluster.enter():
         store = object_store(cluster)
         for file in sorted(folder.iterdir()):
@@ -81,7 +82,8 @@ def put_base_model(cluster: Cluster, folder: Path, key: str = MODEL_KEY, bucket:
 
 
 def put_rows(cluster: Cluster, rows: Rows, key: str = ROWS_KEY, bucket: str = BUCKET) -> None:
-    """Put training and validation rows into the bucket; the held-out ones stay out of the job's reach."""
+    """Upload training and validation rows into the bucket. The held-out rows are not uploaded, so that no job can read
+    them."""
     with tempfile.TemporaryDirectory() as folder:
         write(rows, Path(folder))
         for name in ("train.jsonl", "validation.jsonl"):
@@ -89,15 +91,15 @@ def put_rows(cluster: Cluster, rows: Rows, key: str = ROWS_KEY, bucket: str = BU
 
 
 def put_file(cluster: Cluster, key: str, content: bytes, bucket: str = BUCKET) -> None:
-    """Put one file into the bucket."""
+    """Upload one file into the bucket."""
     with cluster.enter():
         object_store(cluster).put_object(bucket, key, io.BytesIO(content), len(content))
 
 
 def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> None:
-    """Make the cluster's MinIO answer to the name in the job files, `minio.storage.svc`.
+    """Make the cluster's MinIO reachable under the name in the job files, `minio.storage.svc`.
 
-    MinIO runs beside the cluster, so the Service has no pods to select: its EndpointSlice names the address.
+    MinIO runs outside of the cluster, so the Service has no pods to select. An EndpointSlice contains MinIO's address.
     """
     port = {"name": "http", "port": MINIO_PORT, "protocol": "TCP"}
     metadata = {"name": "minio", "namespace": namespace}
@@ -119,39 +121,39 @@ def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> Non
     )
 
 
-# The operator and its users
+# Functions for the operator and its users
 
 
 def chart_values() -> dict[str, Any]:
-    """Return the chart's values that name the images of this working tree, building what is missing."""
+    """Return the chart's values with the images of this working tree. Missing images are built."""
     repository, _, tag = images.ensure(images.OPERATOR).rpartition(":")
     return {"image": {"repository": repository, "tag": tag}, "trainer": {"image": images.ensure(images.TRAINER)}}
 
 
 def install_operator(cluster: Cluster, values: Mapping[str, Any], namespace: str = OPERATOR_NAMESPACE) -> None:
-    """Install the chart with helm and wait until the operator is ready; ``values`` are those of the chart."""
+    """Install the chart with helm and wait until the operator is ready. ``values`` are the chart's values."""
     arguments = ["--namespace", namespace, "--create-namespace", "--wait", f"--timeout={HELM_TIMEOUT_SECONDS}s"]
     command = ["upgrade", "--install", RELEASE, str(CHART), *arguments, "--values", "-"]
     try:
         cluster.helm(*command, stdin=json.dumps(values), timeout=HELM_TIMEOUT_SECONDS + 30)
     except ClusterError as error:
-        raise ClusterError(f"{error}\n{evidence(cluster, namespace)}") from error
+        raise ClusterError(f"{error}\n{diagnostics(cluster, namespace)}") from error
 
 
 def make_namespace(cluster: Cluster, namespace: str) -> None:
-    """Make a namespace as strict as they get (`restricted`), with the Secret that the job files name."""
+    """Create a namespace with the strictest pod security (`restricted`), and the Secret that the job files name."""
     metadata = {"name": namespace, "labels": RESTRICTED}
     apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
-    keys = {"AWS_ACCESS_KEY_ID": cluster.minio.access_key, "AWS_SECRET_ACCESS_KEY": cluster.minio.secret_key}
+    keys = {ACCESS_KEY_ID: cluster.minio.access_key, SECRET_ACCESS_KEY: cluster.minio.secret_key}
     secret = {"name": CREDENTIALS_SECRET, "namespace": namespace}
     apply(cluster, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": keys})
 
 
-# FineTuneJobs
+# Functions for FineTuneJobs
 
 
 def apply(cluster: Cluster, manifest: Path | Mapping[str, Any], namespace: str | None = None) -> None:
-    """`kubectl apply` a file as it stands, or an object."""
+    """`kubectl apply` a file unchanged, or an object."""
     place = ["--namespace", namespace] if namespace else []
     if isinstance(manifest, Path):
         cluster.kubectl("apply", *place, "--filename", str(REPOSITORY / manifest))
@@ -160,7 +162,8 @@ def apply(cluster: Cluster, manifest: Path | Mapping[str, Any], namespace: str |
 
 
 def manifest_of(path: Path, **changes: Any) -> dict[str, Any]:
-    """Return a job file as a mapping; `spec__training__maxSteps=10` changes what stands there."""
+    """Return a job file as a mapping. A keyword such as `spec__training__maxSteps=10` sets the field
+    `spec.training.maxSteps`."""
     manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / path).read_text())
     for place, value in changes.items():
         *parents, last = place.split("__")
@@ -172,14 +175,15 @@ def manifest_of(path: Path, **changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def jobs_in(cluster: Cluster, namespace: str) -> Iterator[Jobs]:
-    """Give access to the FineTuneJobs of a namespace; the thread is inside the cluster's network meanwhile."""
+def jobs_in(cluster: Cluster, namespace: str) -> Iterator[JobClient]:
+    """Give a client for the FineTuneJobs of a namespace. The calling thread is inside the cluster's network in the
+    block."""
     with cluster.enter(), kubernetes_client(cluster) as api:
-        yield Jobs(api, namespace)
+        yield JobClient(api, namespace)
 
 
 def kubernetes_client(cluster: Cluster) -> client.ApiClient:
-    """Return a client with the administrator's rights, to be used inside ``cluster.enter()``."""
+    """Return a client with administrator's rights, which works only inside ``cluster.enter()``."""
     configuration = client.Configuration()
     config.load_kube_config(str(cluster.kubeconfig), client_configuration=configuration)
     configuration.proxy = None
@@ -193,31 +197,31 @@ def wait_for_job(
     what: str,
     reached: Callable[[FineTuneJob], bool],
     timeout: float,
-    tell: Callable[[str], None] = lambda sentence: None,
+    notify: Callable[[str], None] = lambda sentence: None,
 ) -> FineTuneJob:
-    """Return the job as soon as ``reached`` holds for it.
+    """Return the job as soon as ``reached`` is true for its state.
 
     Raises:
-        ClusterError: not within ``timeout`` seconds, or the job ended before; the message holds its state.
+        ClusterError: ``timeout`` seconds have passed, or the job has ended before. The message has the job's state.
     """
     newest: FineTuneJob | None = None
     with jobs_in(cluster, namespace) as jobs:
         try:
-            for newest in jobs.follow(name, tell, give_up_after=timeout):
+            for newest in jobs.follow(name, notify, give_up_after=timeout):
                 if reached(newest):
                     return newest
                 if end := ending(newest):
-                    raise ClusterError(f"{name} ended before {what}: {end.reason}: {end.sentence}")
+                    raise ClusterError(f"{name} ended before {what}: {end.reason}: {end.message}")
         except TimeoutError as error:
-            last = f"{state(newest)}: {sentence(newest)}" if newest else "never seen"
-            raise ClusterError(f"waited {timeout:g} s for {what}; {name} is {last}\n{evidence(cluster)}") from error
+            last = f"{state(newest)}: {state_message(newest)}" if newest else "never seen"
+            raise ClusterError(f"waited {timeout:g} s for {what}; {name} is {last}\n{diagnostics(cluster)}") from error
     raise AssertionError("follow has no end")
 
 
 def wait_for_condition(
     cluster: Cluster, namespace: str, name: str, kind: ConditionType, status: str = "True", *, timeout: float
 ) -> FineTuneJob:
-    """Return the job as soon as its condition ``kind`` has ``status``; raises as ``wait_for_job``."""
+    """Return the job as soon as its condition ``kind`` has ``status``. Raises the same errors as ``wait_for_job``."""
 
     def reached(job: FineTuneJob) -> bool:
         found = condition(job, kind)
@@ -226,8 +230,8 @@ def wait_for_condition(
     return wait_for_job(cluster, namespace, name, f"{kind}={status}", reached, timeout)
 
 
-def evidence(cluster: Cluster, namespace: str = OPERATOR_NAMESPACE) -> str:
-    """Return what explains a failure: the pods, and the end of the operator's log."""
+def diagnostics(cluster: Cluster, namespace: str = OPERATOR_NAMESPACE) -> str:
+    """Return what helps to explain a failure: the list of pods, and the end of the operator's log."""
     pods = cluster.run(["kubectl", "get", "pods", "--all-namespaces", "--output=wide"], check=False).stdout
     selector = f"--selector=app.kubernetes.io/instance={RELEASE}"
     log = cluster.run(["kubectl", "logs", "--namespace", namespace, selector, "--tail=40"], check=False)
@@ -235,12 +239,12 @@ def evidence(cluster: Cluster, namespace: str = OPERATOR_NAMESPACE) -> str:
 
 
 def delete_job(cluster: Cluster, namespace: str, name: str) -> None:
-    """Delete a job and wait until it is gone."""
+    """Delete a job and wait until it no longer exists."""
     cluster.kubectl("delete", f"{PLURAL}.{GROUP}", name, "--namespace", namespace, "--wait=true")
 
 
 def operator_memory(cluster: Cluster, namespace: str = OPERATOR_NAMESPACE) -> int:
-    """Return the bytes that the operator's containers hold now, as the kubelet counts them (working set)."""
+    """Return the working set of the operator's containers in bytes, as the kubelet measures it."""
     summary = json.loads(cluster.kubectl("get", "--raw", "/api/v1/nodes/node-1/proxy/stats/summary"))
     containers = [
         container

@@ -1,12 +1,12 @@
-"""Makes the demo's data: sentences about hiking trails and the functional representation of each.
+"""Generates the demo's data: sentences about hiking trails, each with its functional representation.
 
-In: a seed and the number of rows. Out: `train.jsonl`, `validation.jsonl` and `heldout.jsonl` with the fields
-`sentence` and `meaning`. Called by `make demo`, by the end-to-end tests, and by hand:
+The input is a seed and the numbers of rows. The output is `train.jsonl`, `validation.jsonl` and `heldout.jsonl` with
+the fields `sentence` and `meaning`. `make demo` and the end-to-end tests call `generate`. To write the files yourself:
 
     python -m examples.trails.generate --output /tmp/trails
 
-The task is that of ViGGO (Juraska et al. 2019) with a vocabulary of its own: five functions, six attributes,
-attributes always in one order whatever the order in the sentence.
+The task resembles ViGGO (Juraska et al. 2019) with another vocabulary of five functions and six attributes. A meaning
+lists its attributes in a fixed order, whatever their order in the sentence is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "view": ("lake", "valley", "glacier", "coast", "forest"),
     "dogs": ("yes", "no"),
 }
-"""Attributes beside `name`, in the order in which a meaning lists them."""
+"""Attributes except `name` with their possible values, in the order in which a meaning lists the attributes."""
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "length": ("it is {value} long", "it runs for {value}"),
@@ -42,6 +42,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "difficulty": ("it is {value}", "the going is {value}"),
     "view": ("it looks over the {value}", "it shows you the {value}"),
 }
+"""Clauses about each attribute except `name` and `dogs`."""
 DOGS_PHRASES: dict[str, tuple[str, ...]] = {
     "yes": ("dogs are welcome", "you can bring your dog"),
     "no": ("dogs are not allowed", "leave your dog at home"),
@@ -54,16 +55,16 @@ SENTENCES: dict[str, tuple[str, ...]] = {
     "warn": ("Careful on {name}, {details}.", "Beware of {name}, {details}."),
     "review": ("We loved {name}, {details}.", "I enjoyed {name}, {details}."),
 }
-"""How each of the five functions sounds."""
+"""Sentences for each of the five functions."""
 
 T = TypeVar("T")
 Shape = tuple[str, tuple[str, ...]]
-"""A function with the attributes that it says beside the name."""
+"""A function, and the attributes except `name` that a row contains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trail:
-    """What a row says, before it is put into words."""
+    """The content of a row before it becomes a sentence."""
 
     function: str
     name: str
@@ -71,22 +72,22 @@ class Trail:
 
     @property
     def shape(self) -> Shape:
-        """The function and which attributes it speaks of, without their values."""
+        """The function and the names of its attributes, without their values."""
         return self.function, tuple(attribute for attribute, _ in self.attributes)
 
     @property
     def meaning(self) -> str:
-        """The functional representation: `inform(name[Pine Ridge], length[12 km], difficulty[hard])`."""
+        """The functional representation, for example `inform(name[Pine Ridge], length[12 km], difficulty[hard])`."""
         said = [("name", self.name), *self.attributes]
         return f"{self.function}({', '.join(f'{attribute}[{value}]' for attribute, value in said)})"
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The three sets; no meaning occurs in two of them.
+    """The three sets of rows. No meaning occurs in two sets.
 
-    Held-out rows combine what training never combines: neither their function with their attributes nor the two
-    words of their name occur together in a training row, while each word and each attribute does.
+    A held-out row combines a function with attributes, and a name's two words, that never occur together in a training
+    row. Each single word and each single attribute does occur in training rows.
     """
 
     train: list[dict[str, str]]
@@ -95,7 +96,7 @@ class Rows:
 
 
 def generate(seed: int = 7, *, train: int = 800, validation: int = 60, heldout: int = 40) -> Rows:
-    """Return the rows of ``seed``: the same seed and numbers give the same rows on every machine."""
+    """Return the rows for ``seed``. The same seed and numbers give the same rows on every machine."""
     chance = random.Random(seed)
     shapes = [(function, attributes) for function in SENTENCES for attributes in _attribute_sets()]
     names = [f"{first} {second}" for first, second in itertools.product(FIRST_WORDS, SECOND_WORDS)]
@@ -108,7 +109,7 @@ def generate(seed: int = 7, *, train: int = 800, validation: int = 60, heldout: 
 
 
 def write(rows: Rows, folder: Path) -> None:
-    """Write the three files into ``folder``, which is made if it is missing."""
+    """Write the three files into ``folder``, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "validation", "heldout"):
         lines = (json.dumps(row) + "\n" for row in getattr(rows, name))
@@ -116,19 +117,20 @@ def write(rows: Rows, folder: Path) -> None:
 
 
 def _attribute_sets() -> Iterator[tuple[str, ...]]:
-    """Yield every choice of one or two attributes beside the name, in the order of a meaning."""
+    """Yield every choice of one or two attributes except `name`, in the order of a meaning."""
     for size in (1, 2):
         yield from itertools.combinations(VALUES, size)
 
 
 def _split(items: Sequence[T], number: int, chance: random.Random) -> tuple[list[T], list[T]]:
-    """Return ``number`` items by chance, and the others."""
+    """Return ``number`` randomly chosen items, and the other items."""
     shuffled = chance.sample(items, len(items))
     return shuffled[:number], shuffled[number:]
 
 
 def _distinct(number: int, shapes: Sequence[Shape], names: Sequence[str], chance: random.Random) -> list[Trail]:
-    """Return ``number`` trails with different meanings; the shapes take turns, so that each is seen equally often."""
+    """Return ``number`` trails with different meanings. All shapes are used in turn, so that they are equally
+    frequent."""
     trails: dict[str, Trail] = {}
     turns = itertools.cycle(shapes)
     while len(trails) < number:
@@ -142,7 +144,7 @@ def _distinct(number: int, shapes: Sequence[Shape], names: Sequence[str], chance
 
 
 def _row(trail: Trail, chance: random.Random) -> dict[str, str]:
-    """Put a trail into words: the details come in any order."""
+    """Return the row of a trail, with its details in random order in the sentence."""
     details = [_phrase(attribute, value, chance) for attribute, value in trail.attributes]
     chance.shuffle(details)
     sentence = chance.choice(SENTENCES[trail.function]).format(name=trail.name, details=" and ".join(details))
@@ -150,14 +152,14 @@ def _row(trail: Trail, chance: random.Random) -> dict[str, str]:
 
 
 def _phrase(attribute: str, value: str, chance: random.Random) -> str:
-    """Return a clause that says ``value`` of ``attribute``."""
+    """Return a clause that says that ``attribute`` has ``value``."""
     if attribute == "dogs":
         return chance.choice(DOGS_PHRASES[value])
     return chance.choice(PHRASES[attribute]).format(value=value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the rows and say where they are."""
+    """Write the rows and print their numbers and their folder."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.trails.generate",
         description="Make sentences about hiking trails with their functional representations (jsonl).",

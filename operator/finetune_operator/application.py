@@ -10,21 +10,21 @@ from collections.abc import Coroutine
 from typing import Any
 
 from finetune_operator.controller import Controller
-from finetune_operator.kube.cluster import Cluster, load_configuration
-from finetune_operator.kube.connections import lease_client
+from finetune_operator.kube.client import KubeClient, load_configuration
+from finetune_operator.kube.fencing import lease_client
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
-from finetune_operator.process.health import Activity, HealthServer
-from finetune_operator.process.leadership import Leadership, TimedLease
+from finetune_operator.process.health import HealthServer, WatchActivity
+from finetune_operator.process.leader_election import LeaderElector, TimedLeaseLock
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.settings import Settings
-from finetune_operator.queue.keyqueue import KeyQueue
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reconcile import Reconciler
-from finetune_operator.reports.certificates import CertificateStore, ExternalCertificates, server_context
-from finetune_operator.reports.endpoints import Announcer, ReportEndpoint
+from finetune_operator.reports.certificate_reloader import CertificateReloader, CertificateSource
+from finetune_operator.reports.certificates import ExternalCertificates, SelfSignedCertificates, server_context
+from finetune_operator.reports.endpoint_slice import EndpointSlicePublisher, ReportEndpoint
 from finetune_operator.reports.server import ReportServer
-from finetune_operator.reports.serving import CertificateSource, ServingCertificates
-from finetune_operator.reports.tokens import TokenReviewer
+from finetune_operator.reports.token_review import TokenReviewer
 from finetune_operator.watches import watch
 
 logger = logging.getLogger(__name__)
@@ -38,14 +38,14 @@ class Replica:
         self._settings = settings
         self._configuration = configuration
         self._lease_client = lease_client(configuration)
-        lease = TimedLease(
+        lease = TimedLeaseLock(
             settings.lease, settings.namespace, settings.lease_identity(), self._lease_client, time.monotonic
         )
-        self._leadership = Leadership(lease)
-        self._cluster = Cluster(configuration, self._leadership.check)
-        self._metrics, self._queue, self._memory, self._activity = Metrics(), KeyQueue(), Memory(), Activity()
+        self._leadership = LeaderElector(lease)
+        self._cluster = KubeClient(configuration, self._leadership.check)
+        self._metrics, self._queue, self._memory, self._activity = Metrics(), WorkQueue(), Memory(), WatchActivity()
         self._context = server_context()
-        self._certificates = ServingCertificates(
+        self._certificates = CertificateReloader(
             _certificate_source(settings, self._cluster), self._context, self._metrics
         )
         self._health = HealthServer(
@@ -73,15 +73,15 @@ class Replica:
             await self._lease_client.close()
 
     async def _wait_and_lead(self) -> None:
-        await self._leadership.acquire(self._activity.stood_by)
-        self._activity.began_to_lead()
-        await _until_first_ends(self._lead(), self._leadership.keep())
+        await self._leadership.acquire(self._activity.lease_read)
+        self._activity.started_leading()
+        await _until_first_ends(self._lead(), self._leadership.renew_forever())
 
     async def _lead(self) -> None:
         """Do what only the leader does: take reports, watch, reconcile."""
         settings = self._settings
-        await self._certificates.load_patiently()
-        await self._reports.start(settings.pod_ip, settings.report_port, self._context)
+        await self._certificates.load_with_retries()
+        await self._reports.start(settings.report_port, settings.pod_ip, self._context)
         controller = self._controller()
         await _until_first_ends(
             watch(
@@ -91,7 +91,7 @@ class Replica:
                 configuration=self._configuration,
                 namespaces=settings.watch_namespaces,
             ),
-            self._certificates.keep(settings.resync_seconds),
+            self._certificates.reload_forever(settings.resync_seconds),
             *self._announcements(),
             controller.resync(settings.watch_namespaces, settings.resync_seconds),
             *(controller.work() for _ in range(settings.workers)),
@@ -133,11 +133,11 @@ class Replica:
             pod_name=settings.pod_name,
             pod_uid=settings.pod_uid,
         )
-        return [Announcer(self._cluster, endpoint).keep()]
+        return [EndpointSlicePublisher(self._cluster, endpoint).publish_forever()]
 
 
-def _certificate_source(settings: Settings, cluster: Cluster) -> CertificateSource:
-    kind = CertificateStore if settings.certificate_from == "Operator" else ExternalCertificates
+def _certificate_source(settings: Settings, cluster: KubeClient) -> CertificateSource:
+    kind = SelfSignedCertificates if settings.certificate_from == "Operator" else ExternalCertificates
     return kind(
         cluster, namespace=settings.namespace, name=settings.certificate_secret, hostname=settings.report_hostname
     )
@@ -145,7 +145,7 @@ def _certificate_source(settings: Settings, cluster: Cluster) -> CertificateSour
 
 async def run(settings: Settings) -> None:
     """Run the operator until SIGTERM; raises what ended it otherwise, and the process ends with it."""
-    await Replica(settings, await load_configuration(settings)).run()
+    await Replica(settings, await load_configuration(settings.kubeconfig)).run()
 
 
 def _stop_signal() -> asyncio.Event:

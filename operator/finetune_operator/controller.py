@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from finetune_operator.kube.cluster import ApiError, Cluster
-from finetune_operator.process.health import Activity
-from finetune_operator.process.logs import speak_of
+from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.process.health import WatchActivity
+from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key, KeyQueue
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import Key, WorkQueue
 from finetune_operator.reconcile import Reconciler
 
 logger = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ class Controller:
     def __init__(
         self,
         *,
-        queue: KeyQueue,
+        queue: WorkQueue,
         reconciler: Reconciler,
-        cluster: Cluster,
+        cluster: KubeClient,
         memory: Memory,
-        activity: Activity,
+        activity: WatchActivity,
         metrics: Metrics,
     ) -> None:
         """Reconcile the keys of ``queue`` with ``reconciler``."""
@@ -65,12 +65,12 @@ class Controller:
                 logger.warning("the jobs could not be listed: %s", error)
                 await asyncio.sleep(RESYNC_RETRY_SECONDS)
             else:
-                self._activity.listed()
+                self._activity.jobs_listed()
                 await asyncio.sleep(seconds)
 
     async def _list_all(self, namespaces: Sequence[str]) -> None:
         """Queue every job that exists, and every one remembered: a deletion that no watch told is noticed so."""
-        for key in self._memory.known():
+        for key in self._memory.job_keys():
             self._queue.add(key)
         for namespace in namespaces or (None,):
             async for key in self._cluster.list_job_keys(namespace):
@@ -79,12 +79,12 @@ class Controller:
     async def _look(self, key: Key) -> None:
         """Look at a job once; whatever goes wrong concerns this job only and is tried again after its back-off."""
         started = time.monotonic()
-        speak_of(job=str(key))
+        set_log_fields(job=str(key))
         try:
             async with asyncio.timeout(LOOK_SECONDS):
                 outcome = await self._reconciler.reconcile(key)
         except ApiError as error:
-            if error.status == 409:
+            if error.is_conflict:
                 self._count("conflict")
                 self._queue.add_after(key, CONFLICT_SECONDS)
             else:
@@ -94,22 +94,22 @@ class Controller:
         except Exception:
             # A job that no code was written for must not end the worker that serves all others.
             self._count("error")
-            delay = self._queue.retry(key)
+            delay = self._queue.add_rate_limited(key)
             logger.exception("the look failed; next in %.1f s", delay)
         else:
             self._count("ok")
-            self._queue.forgive(key)
+            self._queue.forget(key)
             if outcome.gone:
-                self._queue.drop(key)
+                self._queue.discard(key)
             elif outcome.after is not None:
                 self._queue.add_after(key, outcome.after)
         finally:
-            speak_of()
+            set_log_fields()
             self._metrics.reconcile_seconds.observe(time.monotonic() - started)
 
     def _failed(self, key: Key, error: Exception) -> None:
         self._count("error")
-        delay = self._queue.retry(key)
+        delay = self._queue.add_rate_limited(key)
         logger.warning("the look failed: %s; next in %.1f s", str(error) or type(error).__name__, delay)
 
     def _count(self, result: str) -> None:

@@ -23,17 +23,17 @@ from finetune_operator.act.attempt_objects import AttemptObjects
 from finetune_operator.act.preflight_objects import Preflights
 from finetune_operator.decide.attempts import Next, Settlement, Step, World, advance, own_pods
 from finetune_operator.decide.preflight import Check
-from finetune_operator.kube.cluster import Cluster
-from finetune_operator.objects.backends.backend import Backend
-from finetune_operator.objects.observed import ChildObservation
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.objects.backends.interface import Backend
+from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.observe.hints import HintReader
 from finetune_operator.observe.observer import Observer
 from finetune_operator.observe.record import Look, Record, parse_look, parse_record
-from finetune_operator.process.logs import speak_of
+from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.problems import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, OutsideError
+from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, RetryableError
+from finetune_operator.queue.work_queue import Key
 from finetune_operator.settled import SettledJobs
 from finetune_operator.status.compute import plan_of
 from finetune_operator.status.conditions import View
@@ -60,7 +60,7 @@ class Reconciler:
     def __init__(
         self,
         *,
-        cluster: Cluster,
+        cluster: KubeClient,
         backend: Backend,
         memory: Memory,
         metrics: Metrics,
@@ -104,14 +104,14 @@ class Reconciler:
         if raw is None or "deletionTimestamp" in raw["metadata"]:
             # Owner references clear its objects away, also while no operator runs.
             self._memory.forget(key)
-            self._metrics.jobs.drop(key)
+            self._metrics.jobs.remove(key)
             return Outcome(gone=True)
-        record = parse_record(key, raw, self._memory.of(key), self._now())
-        speak_of(**record.log)
-        record.memory.version = raw["metadata"]["resourceVersion"]
+        record = parse_record(key, raw, self._memory.job(key), self._now())
+        set_log_fields(**record.log)
+        record.memory.resource_version = raw["metadata"]["resourceVersion"]
         if record.settled:
-            self._memory.expect(key, None)
-            self._metrics.jobs.show(key, record.stored)
+            self._memory.set_reporting_attempt(key, None)
+            self._metrics.jobs.update(key, record.stored)
             return Outcome(after=await self._settled_jobs.tidy(record))
         try:
             look = parse_look(record)
@@ -156,7 +156,7 @@ class Reconciler:
         world: World,
         config: RunConfig | None,
         child: ChildObservation | None = None,
-        problem: OutsideError | None = None,
+        problem: RetryableError | None = None,
         *,
         checking: Check | None = None,
     ) -> View:
@@ -187,7 +187,7 @@ class Reconciler:
         )
 
     def _next_look(
-        self, look: Look, step: Step, child: ChildObservation | None, problem: OutsideError | None
+        self, look: Look, step: Step, child: ChildObservation | None, problem: RetryableError | None
     ) -> float | None:
         """Return when to look though no event came."""
         if problem is not None:
@@ -213,7 +213,7 @@ class Reconciler:
 
     async def _act(
         self, look: Look, step: Step, child: ChildObservation | None, config: RunConfig | None
-    ) -> tuple[ChildObservation | None, OutsideError | None]:
+    ) -> tuple[ChildObservation | None, RetryableError | None]:
         """Create or delete the attempt's objects; return the child as it is then, or what stood in the way."""
         if step.next is Next.REMOVE and child is not None:
             await self._objects.remove(look, child)
@@ -221,7 +221,7 @@ class Reconciler:
         if step.next is Next.CREATE and config is not None:
             try:
                 return await self._objects.create(look, config), None
-            except OutsideError as problem:
+            except RetryableError as problem:
                 return None, problem
         return child, None
 
@@ -244,7 +244,7 @@ class Reconciler:
 
     async def _refuse_for_now(self, record: Record, message: str) -> Outcome:
         """Start nothing, say why, and look again later: another version's CRD let the job in, or a field changed."""
-        problem = OutsideError(Reason.BAD_INPUT, message)
+        problem = RetryableError(Reason.BAD_INPUT, message)
         self._objects.postpone(record.memory, problem)
         await self._writer.write(record, _bare_view(record, invalid=message, problem=problem))
         return Outcome(after=self._objects.seconds_to_retry(record.memory))
@@ -279,7 +279,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _bare_view(
-    record: Record, *, invalid: str, settled: Settlement | None = None, problem: OutsideError | None = None
+    record: Record, *, invalid: str, settled: Settlement | None = None, problem: RetryableError | None = None
 ) -> View:
     """Return the view of a job of which nothing but its record is known."""
     return View(

@@ -8,10 +8,10 @@ import logging
 
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
-from finetune_operator.kube.cluster import Cluster
-from finetune_operator.objects.backends.backend import Backend
-from finetune_operator.objects.observed import ChildObservation
-from finetune_operator.objects.run_file import remove_config_map
+from finetune_operator.act.config_maps import delete_config_map
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.objects.backends.interface import Backend
+from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.observe.record import Record
 from finetune_operator.status.writer import StatusWriter
 
@@ -24,7 +24,7 @@ SIDECAR_SECONDS = 60.0
 class SettledJobs:
     """Tidies up after jobs that have ended."""
 
-    def __init__(self, cluster: Cluster, backend: Backend, writer: StatusWriter) -> None:
+    def __init__(self, cluster: KubeClient, backend: Backend, writer: StatusWriter) -> None:
         """Delete with ``cluster`` and ``backend``, and say so with ``writer``."""
         self._cluster = cluster
         self._backend = backend
@@ -41,7 +41,7 @@ class SettledJobs:
             child = None
         if child is None and record.condition_is(ConditionType.SUCCEEDED, "False"):
             # An operator that ended between the two leaves a ConfigMap whose child was never created.
-            await remove_config_map(self._cluster, record.key.namespace, name, record.uid)
+            await delete_config_map(self._cluster, record.key.namespace, name, record.uid)
         age = (record.now - ended).total_seconds()
         waits = []
         if (ttl := time_to_live(record.raw)) is not None:
@@ -59,7 +59,7 @@ class SettledJobs:
 
     async def _remove_all(self, record: Record, name: str, child: ChildObservation | None) -> None:
         """Remove child, pods and ConfigMap; the FineTuneJob stays, and its status names no child any more."""
-        await remove_config_map(self._cluster, record.key.namespace, name, record.uid)
+        await delete_config_map(self._cluster, record.key.namespace, name, record.uid)
         if child is not None and not child.deleting:
             await self._backend.delete(record.key.namespace, child)
             logger.info("runPolicy.ttlSecondsAfterFinished is over: the job's objects were removed", extra=record.log)

@@ -16,11 +16,12 @@ from typing import Any, Final, cast
 import kopf
 
 from finetune_core.api import GROUP, PLURAL, VERSION
-from finetune_operator.objects.labels import REPORTED_KINDS_SELECTOR, key_of
-from finetune_operator.process.health import Activity
-from finetune_operator.process.leadership import end_process
-from finetune_operator.queue.keyqueue import Key, KeyQueue
+from finetune_operator.kube.resources import PODS, PYTORCHJOBS
+from finetune_operator.objects.labels import OWNED_OBJECTS_SELECTOR, job_key
+from finetune_operator.process.health import WatchActivity
+from finetune_operator.process.leader_election import end_process
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import Key, WorkQueue
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ def _settings(*, confined: bool) -> kopf.OperatorSettings:
     settings.watching.server_timeout = 300  # behind load balancers a watch can fall silent
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500
-    settings.watching.label_selectors["", "v1", "pods"] = REPORTED_KINDS_SELECTOR
-    settings.watching.label_selectors["kubeflow.org", "v1", "pytorchjobs"] = REPORTED_KINDS_SELECTOR
+    for owned in (PODS, PYTORCHJOBS):
+        settings.watching.label_selectors[owned.group, owned.version, owned.plural] = OWNED_OBJECTS_SELECTOR
     settings.queueing.worker_limit = None  # a limit holds slots of idle objects; our own workers are the limit
     settings.queueing.idle_timeout = 0.5  # a task and the object itself stay that long: 5 s are all jobs at a restart
     settings.scanning.disabled = confined  # needs a list of CRDs, which an operator of some namespaces has not
@@ -89,7 +90,7 @@ def _connection(configuration: Any, scheme: str | None, token: str | None) -> ko
     )
 
 
-def _registry(queue: KeyQueue, memory: Memory, activity: Activity, configuration: Any) -> kopf.OperatorRegistry:
+def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configuration: Any) -> kopf.OperatorRegistry:
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
@@ -103,26 +104,26 @@ def _registry(queue: KeyQueue, memory: Memory, activity: Activity, configuration
     async def job_event(
         namespace: str | None, name: str | None, event: Mapping[str, Any], meta: Mapping[str, Any], **_: Any
     ) -> None:
-        activity.seen()
+        activity.event_received()
         if not (namespace and name):
             return
         key = Key(namespace, name)
         # At a start and after a break every job comes again, and the resync has brought most of them already.
-        if event["type"] == "DELETED" or not memory.has_seen(key, meta.get("resourceVersion", "")):
+        if event["type"] == "DELETED" or not memory.has_read(key, meta.get("resourceVersion", "")):
             queue.add(key)
 
-    @kopf.on.event("", "v1", "pods", registry=registry)
-    @kopf.on.event("kubeflow.org", "v1", "pytorchjobs", registry=registry)
+    @kopf.on.event(PODS.group, PODS.version, PODS.plural, registry=registry)
+    @kopf.on.event(PYTORCHJOBS.group, PYTORCHJOBS.version, PYTORCHJOBS.plural, registry=registry)
     async def owned_event(namespace: str | None, labels: Mapping[str, str], **_: Any) -> None:
-        activity.seen()
-        if key := key_of(namespace, labels):
+        activity.event_received()
+        if key := job_key(namespace, labels):
             queue.add(key)
 
     return registry
 
 
 async def watch(
-    *, queue: KeyQueue, memory: Memory, activity: Activity, configuration: Any, namespaces: tuple[str, ...]
+    *, queue: WorkQueue, memory: Memory, activity: WatchActivity, configuration: Any, namespaces: tuple[str, ...]
 ) -> None:
     """Watch jobs, children and pods until SIGTERM, or raise where a watcher died: the process must end then.
 

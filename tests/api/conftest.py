@@ -1,4 +1,4 @@
-"""The CRD on the real API server, without the operator."""
+"""Fixtures of tests/api: the API server of the test cluster with the CRD installed and no operator running."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CRD = Path(__file__).resolve().parents[2] / "crds" / CRD_FILE
 
 
 def served(cluster: Cluster) -> bool:
-    """Whether the API server answers for FineTuneJobs."""
+    """Return whether the API server answers requests for FineTuneJobs."""
     command: list[str | Path] = [cluster.layout.programs / "kubectl", "get", "finetunejobs.finetune.dev"]
     return cluster.run(command, check=False).returncode == 0
 
 
 @pytest.fixture(scope="session")
 def server(cluster: Cluster) -> Iterator[Server]:
-    """The API server with the CRD."""
+    """The API server with the CRD installed."""
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=CRD.read_text(encoding="utf-8"))
     wait_for("FineTuneJobs to be served", lambda: served(cluster), 60)
     cluster.kubectl("create", "namespace", NAMESPACE)

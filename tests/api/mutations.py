@@ -1,8 +1,8 @@
-"""Mutations of one place of a valid job: everything that people and generators get wrong.
+"""Mutations of one place of a valid job: mistakes that users and generators make, and unusual values.
 
-In: the schema of the place. Out: named replacement values; `MISSING` removes the place. Not among them is `2.0` where
-an integer is meant: kubectl sends 2, and the server's own answer to 2.0 differs from field to field (it takes it,
-unless a CEL rule reads the field).
+The input is the schema of the place. The output is named replacement values, of which `MISSING` removes the place. The
+value `2.0` for an integer is not among them, because kubectl sends 2, and because the API server's own answer to 2.0
+depends on whether a CEL rule reads the field.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.api.strategies import Schema, SchemaPath
 
 
 class _Marker:
-    """A value that JSON text is given for by hand."""
+    """A placeholder in a job, which `to_text` and `with_deep_list` replace by the real value."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -26,14 +26,15 @@ class _Marker:
 
 
 MISSING = _Marker("MISSING")
-ABYSS = _Marker("ABYSS")
-"""A list nested 20,000 levels deep: no Python function makes JSON of it."""
+"""Removes the place from the job."""
+DEEP_LIST = _Marker("DEEP_LIST")
+"""A list that is nested 20,000 levels deep. json.dumps fails at this depth, so `to_text` writes the list itself."""
 MEGABYTE = "x" * 1_000_000
 DEPTH = 20_000
 
 
 def mutations(schema: Schema) -> Iterator[tuple[str, Any]]:
-    """Yield a name and a replacement for each way in which a value of ``schema`` can be wrong, or just unusual."""
+    """Yield a name and a replacement for each way in which a value of ``schema`` can be wrong or unusual."""
     yield "missing", MISSING
     yield "null", None
     yield "empty string", ""
@@ -54,7 +55,7 @@ def mutations(schema: Schema) -> Iterator[tuple[str, Any]]:
     yield "unicode", "ü\u0000\u202e\U0001f4a5 \u00a0"
     yield "deep lists", _nested(90)
     yield "deep objects", json.loads('{"a":' * 90 + "1" + "}" * 90)
-    yield "too deep", ABYSS
+    yield "too deep", DEEP_LIST
     if "minimum" in schema:
         yield "minimum", schema["minimum"]
         yield "minimum - 1", schema["minimum"] - 1
@@ -82,7 +83,7 @@ def _nested(depth: int) -> Any:
 
 
 def mutations_in_place(schema: Schema) -> Iterator[str]:
-    """Yield the names of the mutations that keep the value and add to it."""
+    """Yield the names of the mutations that keep the value and add something to it."""
     kind = schema.get("type")
     if kind == "object" and "additionalProperties" not in schema:
         yield "unknown field"
@@ -96,7 +97,7 @@ def mutations_in_place(schema: Schema) -> Iterator[str]:
 
 
 def change(spec: dict[str, Any], path: SchemaPath, how: str, schema: Schema, replacement: Any) -> dict[str, Any] | None:
-    """Return a copy of ``spec`` with the place at ``path`` mutated; None where it has no such place."""
+    """Return a copy of ``spec`` with the place at ``path`` mutated, or None when ``spec`` has no such place."""
     spec = copy.deepcopy(spec)
     holder = {"spec": spec}
     node: Any = holder
@@ -134,15 +135,15 @@ def _add(node: Any, how: str, schema: Schema) -> None:
 
 
 def to_text(document: Any) -> str:
-    """Return ``document`` as JSON, with the abyss written out."""
+    """Return ``document`` as JSON, with the deep list written out."""
     text = json.dumps(document, default=lambda marker: f"<{marker!r}>")
-    return text.replace(f'"<{ABYSS!r}>"', "[" * DEPTH + "]" * DEPTH)
+    return text.replace(f'"<{DEEP_LIST!r}>"', "[" * DEPTH + "]" * DEPTH)
 
 
-def with_abyss(document: Any) -> Any:
-    """Return ``document`` with the abyss as a real list, for the Python side."""
+def with_deep_list(document: Any) -> Any:
+    """Return ``document`` with a real list instead of `DEEP_LIST`, as input of the Python validation."""
     if isinstance(document, dict):
-        return {key: with_abyss(value) for key, value in document.items()}
+        return {key: with_deep_list(value) for key, value in document.items()}
     if isinstance(document, list):
-        return [with_abyss(value) for value in document]
-    return _nested(DEPTH) if document is ABYSS else document
+        return [with_deep_list(value) for value in document]
+    return _nested(DEPTH) if document is DEEP_LIST else document

@@ -1,7 +1,7 @@
-"""The real API server as an oracle: what it makes of a job that is posted with strict field validation.
+"""Posts jobs to the real API server with strict field validation, and returns the server's answers.
 
-In: the JSON text of a job, or of an update. Out: the status code, and the object that would be stored. Everything is a
-dry run: the whole path through decoding, defaulting, validation and admission, but nothing is kept.
+The input is the JSON text of a job or of an update. The output is the status code and the object that the server would
+store. By default a request is a dry run: the server decodes, defaults and validates the object, and stores nothing.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the server said."""
+    """The API server's answer to a request."""
 
     status: int
     body: dict[str, Any]
 
     @property
     def accepted(self) -> bool:
-        """Whether it would store the object. A 5xx is neither: it fails the test."""
+        """Whether the server would store the object. A 5xx status fails the test."""
         assert self.status < 500, self.body
         return self.status < 300
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The spec as it would be stored."""
+        """The spec that the server would store."""
         spec: dict[str, Any] = self.body["spec"]
         return spec
 
     @property
     def message(self) -> str:
-        """What `kubectl apply` prints."""
+        """The message that `kubectl apply` would print."""
         return str(self.body.get("message", ""))
 
 
 class Server:
-    """Posts jobs. Requests come from a thread of its own inside the cluster's network."""
+    """Sends requests from a separate thread, which is inside the cluster's network."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -78,7 +78,7 @@ class Server:
         return self._send("POST", f"{PATH}?fieldValidation=Strict{dry}", text, "application/json")
 
     def update(self, name: str, text: str, *, keep: bool = False) -> Answer:
-        """PUT a job over the stored one."""
+        """PUT a job over the stored job."""
         dry = "" if keep else "&dryRun=All"
         return self._send("PUT", f"{PATH}/{name}?fieldValidation=Strict{dry}", text, "application/json")
 

@@ -1,7 +1,7 @@
-"""Hypothesis strategies made from the OpenAPI schema itself: valid jobs, and places to mutate them at.
+"""Hypothesis strategies that generate valid jobs from the OpenAPI schema, and the list of places to mutate.
 
-Generic is what the schema says (types, bounds, patterns, enums, unions, unique lists); `_CHOSEN` and `_agree` know the
-CEL rules that chance would almost never satisfy.
+Types, bounds, patterns, enums, unions and unique lists are generated from the schema. `_CHOSEN` and `_agree` contain
+values that satisfy the CEL rules, because random values almost never do.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from finetune_core.api.pod_template import OWN_FOLDERS
+from finetune_core.api.pod_template import RESERVED_FOLDERS
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.validation.cel_rules import holds
 from finetune_core.validation.defaults import defaulted
-from finetune_core.validation.rules import holds
 
 Schema = dict[str, Any]
 SchemaPath = tuple[str, ...]
-"""Keys from `spec` down; `[]` for an item of a list, `*` for a value of a map."""
+"""Keys from `spec` down. `[]` stands for an item of a list, `*` for a value of a map."""
 
 SPEC: Schema = openapi_schema(FineTuneJobSpec)
 
@@ -34,7 +34,7 @@ _SENTENCES = st.text(max_size=12).flatmap(
     lambda before: st.text(max_size=12).map(lambda after: f"{before}{{prompt}}{after}")
 )
 _FOLDERS = st.from_regex(r"(/[A-Za-z0-9_][-._A-Za-z0-9]{0,8}){1,3}", fullmatch=True).filter(
-    lambda path: not any(path == own or path.startswith(f"{own}/") for own in OWN_FOLDERS)
+    lambda path: not any(path == own or path.startswith(f"{own}/") for own in RESERVED_FOLDERS)
 )
 _CHOSEN: dict[SchemaPath, st.SearchStrategy[Any]] = {
     ("training", "learningRate"): _RATES,
@@ -46,12 +46,13 @@ _CHOSEN: dict[SchemaPath, st.SearchStrategy[Any]] = {
 
 
 def jobs(force: SchemaPath = ()) -> st.SearchStrategy[dict[str, Any]]:
-    """Return a strategy of specs that server and models accept; with ``force`` each has a value at that path."""
+    """Return a strategy of specs that API server and models accept. With ``force`` each spec has a value at that
+    path."""
     return _of(SPEC, (), force).map(lambda spec: _agree(copy.deepcopy(spec), force))
 
 
 def leaves(schema: Schema = SPEC, path: SchemaPath = ()) -> Iterator[tuple[SchemaPath, Schema]]:
-    """Yield every place of the schema below ``path``, sections and lists included, with its schema."""
+    """Yield every place of the schema below ``path`` with its schema, sections and lists included."""
     if path:
         yield path, schema
     for name, child in schema.get("properties", {}).items():
@@ -88,7 +89,7 @@ def _of(schema: Schema, path: SchemaPath, force: SchemaPath) -> st.SearchStrateg
 def _text(schema: Schema) -> st.SearchStrategy[str]:
     longest = schema["maxLength"]
     if "pattern" in schema:
-        # The pattern comes from JSON, so that the type checker can't see that it is text and not bytes.
+        # The schema comes from JSON, so the type checker can't know that the pattern is a string and not bytes.
         pattern: str = schema["pattern"]
         return st.from_regex(pattern, fullmatch=True).filter(
             lambda text: schema.get("minLength", 0) <= len(text) <= longest
@@ -142,7 +143,7 @@ def _rules(schema: Schema) -> list[str]:
 
 
 def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Make the members of one section agree where chance seldom does."""
+    """Return ``value`` changed so that the fields of one section satisfy its CEL rules."""
     value = dict(value)
     if path == ("training",):
         if "maxSteps" in value:
@@ -173,7 +174,7 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
 
 
 def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Make the sections agree with each other, so that what ``force`` names stays."""
+    """Return ``spec`` changed so that its sections satisfy the rules between them, and keeps the value at ``force``."""
     training, evaluation = spec["training"], spec.get("evaluation", {})
     if "lora" in spec or "artifact" in spec["storage"]:
         spec["method"] = "LoRA"
@@ -195,7 +196,7 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
 
 
 def _accumulate(spec: dict[str, Any]) -> None:
-    """Give the global batch the size that micro-batch, processes and accumulation make."""
+    """Set the global batch size to the product of micro-batch, processes and accumulation steps."""
     training, resources = spec["training"], spec.get("resources", {})
     processes = resources.get("nodes", 1) * max(1, resources.get("gpusPerNode", 1))
     training["gradientAccumulationSteps"] = min(training["gradientAccumulationSteps"], 65536 // processes)
@@ -206,4 +207,4 @@ def _accumulate(spec: dict[str, Any]) -> None:
 
 
 PLACES_WITH_FIELDS: list[SchemaPath] = [path for path, _ in leaves() if path[-1] not in ("[]", "*")]
-"""Every field of the spec."""
+"""Paths of all fields of the spec."""

@@ -1,5 +1,8 @@
-"""The pydantic models, with the CEL rules, accept a job if and only if the real API server does, and both then hold
-the same object. Jobs are generated from the schema; mutations try every place of it."""
+"""The pydantic models with the CEL rules accept a job exactly when the real API server accepts the job, and both then
+hold the same object.
+
+The jobs are generated from the schema, and the mutations try every place of the schema.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from finetune_core.api.job import API_VERSION, KIND
-from finetune_core.validation.check import Verdict, validate_spec
-from tests.api.mutations import change, mutations, mutations_in_place, to_text, with_abyss
+from finetune_core.validation.validate_job import ValidationResult, validate_spec
+from tests.api.mutations import change, mutations, mutations_in_place, to_text, with_deep_list
 from tests.api.server import Answer, Server
 from tests.api.strategies import SPEC, Schema, SchemaPath, jobs, leaves
 
@@ -22,13 +25,14 @@ PLACES: dict[SchemaPath, Schema] = dict(leaves())
 
 
 def seeded(examples: int) -> settings:
-    """Return settings under which every run tries the same jobs."""
+    """Return Hypothesis settings under which every run of the test tries the same jobs."""
     return settings(
         max_examples=examples,
         derandomize=True,
         deadline=None,
         database=None,
-        # A failing job is shown as it is: to shrink it takes thousands of requests, to explain it traces every line.
+        # Hypothesis neither shrinks nor explains a failing job, because shrinking takes thousands of requests and
+        # explaining traces every line.
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
@@ -39,10 +43,10 @@ def document(spec: Any) -> dict[str, Any]:
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "generated"}, "spec": spec}
 
 
-def agree(server: Server, spec: Any) -> tuple[Answer, Verdict]:
-    """Ask both sides about ``spec`` and hold them to one opinion."""
+def assert_agreement(server: Server, spec: Any) -> tuple[Answer, ValidationResult]:
+    """Send ``spec`` to the API server and to the Python validation, and check that both give the same answer."""
     text = to_text(document(spec))
-    answer, verdict = server.create(text), validate_spec(with_abyss(spec))
+    answer, verdict = server.create(text), validate_spec(with_deep_list(spec))
     accepted = verdict.stored is not None
     problems = "; ".join(str(problem) for problem in verdict.problems)
     assert answer.accepted == accepted, f"server: {answer.message[:2000]}\nmodels: {problems}\n{text[:6000]}"
@@ -54,13 +58,13 @@ def agree(server: Server, spec: Any) -> tuple[Answer, Verdict]:
 
 
 def try_valid_jobs(server: Server, examples: int) -> Counter[str]:
-    """Generate jobs and return how many there were, by whether the operator could run them."""
+    """Generate valid jobs. Return how many of them the operator could run and how many it would refuse."""
     seen: Counter[str] = Counter()
 
     @seeded(examples)
     @given(spec=jobs())
     def property_of(spec: dict[str, Any]) -> None:
-        answer, verdict = agree(server, spec)
+        answer, verdict = assert_agreement(server, spec)
         assert answer.accepted, f"a job that the strategy calls valid was refused: {answer.message}"
         seen["runnable" if not verdict.problems else "refused by the operator"] += 1
 
@@ -68,16 +72,16 @@ def try_valid_jobs(server: Server, examples: int) -> Counter[str]:
     return seen
 
 
-def ways(schema: Schema) -> list[tuple[str, Any]]:
+def all_mutations(schema: Schema) -> list[tuple[str, Any]]:
     """Return every mutation of a place with ``schema``."""
     return [*mutations(schema), *((name, None) for name in mutations_in_place(schema))]
 
 
 def try_mutations(server: Server, examples: int) -> Counter[str]:
-    """Mutate jobs at places that chance chooses and return how many there were, by answer."""
+    """Mutate jobs at randomly chosen places. Return how many of them were accepted and how many refused."""
     seen: Counter[str] = Counter()
     cases = st.sampled_from(list(PLACES)).flatmap(
-        lambda path: st.tuples(st.just(path), st.sampled_from(ways(PLACES[path])), jobs(path))
+        lambda path: st.tuples(st.just(path), st.sampled_from(all_mutations(PLACES[path])), jobs(path))
     )
 
     @seeded(examples)
@@ -86,7 +90,7 @@ def try_mutations(server: Server, examples: int) -> Counter[str]:
         path, (how, replacement), spec = case
         mutant = change(spec, path, how, PLACES[path], replacement)
         assert mutant is not None, path
-        answer, _ = agree(server, mutant)
+        answer, _ = assert_agreement(server, mutant)
         seen["accepted" if answer.accepted else "refused"] += 1
 
     property_of()
@@ -111,16 +115,16 @@ def test_two_thousand_generated_jobs(server: Server) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("path", PLACES, ids=".".join)
 def test_every_mutation_of_every_place(server: Server, path: SchemaPath) -> None:
-    """All places times all mutations: about 9,000 jobs."""
+    """All mutations of all places are about 9,000 jobs."""
     seen: Counter[str] = Counter()
 
     @seeded(1)
     @given(spec=jobs(path))
     def property_of(spec: dict[str, Any]) -> None:
-        for how, replacement in ways(PLACES[path]):
+        for how, replacement in all_mutations(PLACES[path]):
             mutant = change(spec, path, how, PLACES[path], replacement)
             assert mutant is not None, path
-            answer, _ = agree(server, mutant)
+            answer, _ = assert_agreement(server, mutant)
             seen["accepted" if answer.accepted else "refused"] += 1
 
     property_of()
@@ -129,4 +133,4 @@ def test_every_mutation_of_every_place(server: Server, path: SchemaPath) -> None
 
 def test_the_spec_itself_must_be_an_object(server: Server) -> None:
     for _, replacement in mutations(SPEC):
-        agree(server, replacement if repr(replacement) != "MISSING" else {})
+        assert_agreement(server, replacement if repr(replacement) != "MISSING" else {})

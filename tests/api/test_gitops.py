@@ -1,4 +1,4 @@
-"""After the operator has run, what was applied is what is stored: kubectl, Argo CD and Flux see no drift."""
+"""The operator never changes an applied job: after it has run, kubectl, Argo CD and Flux find no drift."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from finetune_core.api.conditions import ConditionType
-from finetune_core.validation.check import validate_spec
-from finetune_operator.kube.cluster import Cluster as OperatorClient
-from finetune_operator.kube.cluster import load_configuration
+from finetune_core.validation.validate_job import validate_spec
+from finetune_operator.kube.client import KubeClient as OperatorClient
+from finetune_operator.kube.client import load_configuration
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.settings import parse_settings
-from finetune_operator.queue.keyqueue import Key
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
 from tests.api.server import Server
 from tests.cluster import Cluster
@@ -26,15 +26,15 @@ from tests.core.jobs import quickstart
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-LOOKS = 6
-"""Enough for: number the attempt, create its objects, observe them, and nothing more to do."""
+RECONCILES = 6
+"""Enough reconciles to number the attempt, create its objects, observe them, and find nothing more to do."""
 GITOPS_MANAGERS = ("argocd-controller", "kustomize-controller")
 
 
 async def _reconcile(cluster: Cluster, key: Key) -> None:
     arguments = ["--trainer-image=localhost/busybox:1", "--namespace=default", f"--kubeconfig={cluster.kubeconfig}"]
     settings = parse_settings(arguments, {})
-    client = OperatorClient(await load_configuration(settings), fence=lambda: None)
+    client = OperatorClient(await load_configuration(settings.kubeconfig), fence=lambda: None)
     reconciler = Reconciler(
         cluster=client,
         backend=PyTorchJobBackend(client),
@@ -47,14 +47,14 @@ async def _reconcile(cluster: Cluster, key: Key) -> None:
         instance="test",
     )
     try:
-        for _ in range(LOOKS):
+        for _ in range(RECONCILES):
             await reconciler.reconcile(key)
     finally:
         await client.close()
 
 
 def let_the_operator_run(cluster: Cluster, namespace: str, name: str) -> None:
-    """Reconcile the job several times, as the operator's workers do, from inside the cluster's network."""
+    """Reconcile the job several times from inside the cluster's network, as the operator's workers do."""
     failures: list[BaseException] = []
 
     def inside() -> None:
@@ -78,7 +78,7 @@ def canonical(value: Any) -> str:
 
 @pytest.fixture
 def namespace(cluster: Cluster, server: Server, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A namespace of the test's own."""
+    """A namespace for one test."""
     name = f"gitops-{abs(hash(request.node.name)) % 10**8}"
     cluster.kubectl("create", "namespace", name)
     yield name
@@ -86,7 +86,8 @@ def namespace(cluster: Cluster, server: Server, request: pytest.FixtureRequest) 
 
 
 def job() -> dict[str, Any]:
-    """Return a job that uses what the tools compare badly: quantities, maps, lists, null, an empty section."""
+    """Return a job with values that GitOps tools often report as drift: quantities, maps, lists, null, an empty
+    section."""
     manifest = quickstart("resources.cpu", "1500m")
     manifest["metadata"] = {"name": "drift", "labels": {"team": "a"}, "annotations": {"note": "1"}}
     manifest["spec"]["resources"] |= {"memory": "6Gi", "sharedMemory": 536870912}
@@ -117,7 +118,7 @@ def test_no_drift_after_the_operator_has_run(cluster: Cluster, namespace: str, *
     assert live["status"]["attempts"]["started"] == 1
     assert len(cluster.get("pytorchjobs", "-n", namespace)["items"]) == 1
 
-    # The stored spec is the applied one with the schema's defaults, byte for byte; metadata is what it was.
+    # The stored spec is the applied spec with the schema's defaults, byte for byte. The metadata has not changed.
     assert canonical(live["spec"]) == canonical(validate_spec(manifest["spec"]).stored)
     kept = ("labels", "annotations", "finalizers", "generation", "uid", "ownerReferences")
     assert {key: live["metadata"].get(key) for key in kept} == {key: before["metadata"].get(key) for key in kept}
@@ -139,8 +140,10 @@ def test_no_drift_after_the_operator_has_run(cluster: Cluster, namespace: str, *
 
 @pytest.mark.parametrize("manager", GITOPS_MANAGERS)
 def test_argo_cd_and_flux_see_no_drift(cluster: Cluster, namespace: str, manager: str) -> None:
-    """Both apply on the server in a dry run and compare the answer with the live object, without status and
-    managedFields (Argo CD's ServerSideDiff, Flux's kustomize-controller)."""
+    """Both tools compare the live object with a server-side dry run, without status and managedFields.
+
+    Argo CD does so with ServerSideDiff, and Flux in its kustomize-controller.
+    """
     text = json.dumps(job())
     apply = ["apply", "--server-side", f"--field-manager={manager}", "-n", namespace, "-f", "-"]
     cluster.kubectl(*apply, stdin=text)

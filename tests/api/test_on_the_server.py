@@ -1,4 +1,5 @@
-"""The CRD and the examples on the real API server, and what people read there."""
+"""The real API server accepts the CRD and the examples, refuses bad values with a message, and serves columns and
+explanations."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from finetune_core.api.crd import CRD_FILE
-from finetune_core.validation.check import validate_job, validate_spec
+from finetune_core.validation.validate_job import validate_job, validate_spec
 from tests.api.conftest import CRD
 from tests.api.server import NAMESPACE, Server
 from tests.api.strategies import PLACES_WITH_FIELDS
@@ -49,7 +50,7 @@ def test_it_installs_without_a_warning(cluster: Cluster, server: Server) -> None
 
 def test_every_field_is_explained(cluster: Cluster, server: Server) -> None:
     explain: list[str | Path] = [cluster.layout.programs / "kubectl", "explain", "ftj.spec", "--recursive"]
-    # The server publishes the schema of a new CRD some seconds after it serves it.
+    # The API server publishes the schema of a new CRD some seconds after it begins to serve the resource.
     wait_for("the schema to be published", lambda: cluster.run(explain, check=False).returncode == 0, 60)
     text = cluster.run(explain).stdout
     for path in PLACES_WITH_FIELDS:

@@ -1,5 +1,8 @@
-"""What may change after creation: the rules in Python say of an update what the server says, everything but `runPolicy`
-and the retention of checkpoints stays as it was created, and a refused update changes nothing."""
+"""Which fields of a job may change after its creation.
+
+The Python validation and the API server give the same answer to an update. Everything except `runPolicy` and the
+retention of checkpoints stays as it was created, and a refused update changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_core.validation.check import validate_spec
+from finetune_core.validation.validate_job import validate_spec
 from tests.api.mutations import MISSING, change
 from tests.api.server import Server
 from tests.api.strategies import SchemaPath, jobs
@@ -24,7 +27,7 @@ MUTABLE = (("runPolicy",), ("storage", "checkpoint", "keepLast"), ("storage", "c
 FIXED = [path for path in PLACES if not any(path[: len(place)] == place for place in MUTABLE)]
 
 
-def taken(spec: dict[str, Any], path: SchemaPath) -> Any:
+def value_at(spec: dict[str, Any], path: SchemaPath) -> Any:
     """Return the value at ``path``."""
     node: Any = spec
     for part in path:
@@ -32,8 +35,8 @@ def taken(spec: dict[str, Any], path: SchemaPath) -> Any:
     return node
 
 
-def frozen(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a stored spec must stay."""
+def immutable_part(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a stored spec that must not change."""
     rest: dict[str, Any] = json.loads(json.dumps(spec))
     rest.pop("runPolicy")
     for name in ("keepLast", "keepBest"):
@@ -42,7 +45,7 @@ def frozen(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def try_updates(server: Server, examples: int, places: list[SchemaPath]) -> Counter[str]:
-    """Store a job, change or remove one place, and compare opinions; return how many updates there were, by answer."""
+    """Store a job, change or remove one place, and compare both answers. Return how many updates got which answer."""
     seen: Counter[str] = Counter()
     cases = st.sampled_from(places).flatmap(
         lambda path: st.tuples(st.just(path), jobs(path), st.one_of(st.just(MISSING), jobs(path)))
@@ -52,7 +55,7 @@ def try_updates(server: Server, examples: int, places: list[SchemaPath]) -> Coun
     @given(case=cases)
     def property_of(case: tuple[SchemaPath, dict[str, Any], Any]) -> None:
         path, spec, other = case
-        replacement = MISSING if other is MISSING else taken(other, path)
+        replacement = MISSING if other is MISSING else value_at(other, path)
         created = server.create(json.dumps(document(spec)), keep=True)
         try:
             assert created.accepted, created.message
@@ -65,7 +68,7 @@ def try_updates(server: Server, examples: int, places: list[SchemaPath]) -> Coun
             now = server.read("generated")
             if answer.accepted:
                 assert now.spec == verdict.stored
-                assert frozen(now.spec) == frozen(created.spec)
+                assert immutable_part(now.spec) == immutable_part(created.spec)
             else:
                 assert now.body["spec"] == created.spec
                 assert now.body["metadata"]["resourceVersion"] == created.body["metadata"]["resourceVersion"]
@@ -78,7 +81,7 @@ def try_updates(server: Server, examples: int, places: list[SchemaPath]) -> Coun
 
 
 def with_spec(body: dict[str, Any], spec: Any) -> dict[str, Any]:
-    """Return a stored object with another spec."""
+    """Return the stored object ``body`` with another spec."""
     return {**body, "spec": spec}
 
 

@@ -1,4 +1,4 @@
-"""`finetune validate` reads YAML as kubectl does: what is a number, what is true, what a merge makes."""
+"""`finetune validate` reads the same values from YAML as kubectl: numbers, booleans, nulls, anchors and merges."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def test_the_same_values(cluster: Cluster, server: Server, block: str) -> None:
         [kubectl, "create", "--dry-run=client", "--validate=false", "--output=json", "-f", "-"], stdin=text
     )
     (document,), broken = load(text)
-    assert (document.flaws, broken) == ([], [])
+    assert (document.problems, broken) == ([], [])
     assert json.loads(json.dumps(document.value["spec"])) == json.loads(done.stdout)["spec"]

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from finetune_core.api import FineTuneJob
 from finetune_operator.objects.backends.pytorchjob import build_pytorchjob
-from finetune_operator.objects.pods import AttemptPlan
+from finetune_operator.objects.pod_template import AttemptSpec
 from tests.bench import floor
 from tests.faults.admin import Admin, Manifest
 from tests.faults.operators import OperatorProcess
@@ -118,7 +118,7 @@ def measure_children(world: World) -> tuple[Fleet, int]:
     for number in range(JOBS_NEW):
         raw = one_pod("done", name=f"job-{number}")
         raw["metadata"] |= {"namespace": namespace, "uid": f"uid-{number}", "generation": 1}
-        plan = AttemptPlan(
+        plan = AttemptSpec(
             number=1, name=f"job-{number}", image="localhost/trainer:1", report_base_url="https://operator"
         )
         child = build_pytorchjob(FineTuneJob.model_validate(raw), plan)

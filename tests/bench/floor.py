@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_core.api import API_VERSION, GROUP, KIND, PLURAL, VERSION
-from finetune_operator.kube.cluster import FIELD_MANAGER
+from finetune_operator.kube.client import FIELD_MANAGER
 from tests.faults.admin import Admin, Manifest
 from tests.faults.stub_node import SCRIPT
 from tests.faults.world import JOBS, World, running_world

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_trainer.pod.plan import Inputs
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 from tests.trainer import tiny
 from tests.trainer.gangs import step_rows, train_all
 from tests.trainer.objectstore import minio_binary, running_store

@@ -1,4 +1,5 @@
-"""The chart as helm renders it: strict lint, restricted pods, exactly the permissions that the operator uses."""
+"""The rendered chart passes `helm lint --strict`, runs the operator in a restricted pod, and grants exactly the
+permissions that the operator uses."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from finetune_core.api.crd import CRD_FILE, chart_template, crd_yaml
-from finetune_operator.kube.permissions import Allowed, Scope
+from finetune_operator.kube.rbac import Permission, RoleScope
 from finetune_operator.process.settings import parse_settings
 from tests.chart.helm import CHART, helm, helm_program
 
@@ -29,7 +30,7 @@ def _helm_is_there() -> None:
 
 
 def rendered(values: Manifest | None = None) -> list[Manifest]:
-    """Return the objects of the chart for a release in namespace `system`."""
+    """Return the objects that the chart renders for a release in the namespace `system`."""
     text = helm(
         "template",
         "finetune-operator",
@@ -119,7 +120,7 @@ def test_disruption_budget_and_monitor_are_there_when_asked_for() -> None:
 
 
 def granted(roles: list[Manifest]) -> set[tuple[str, str, str, str]]:
-    """Return group, resource, verb and object name of every rule."""
+    """Return group, resource, verb and object name of every rule in ``roles``."""
     found: set[tuple[str, str, str, str]] = set()
     for rule in itertools.chain.from_iterable(role["rules"] for role in roles):
         names = rule.get("resourceNames", [""])
@@ -134,11 +135,16 @@ OWN_NAMES = {
 }
 
 
-def used(*scopes: Scope) -> set[tuple[str, str, str, str]]:
+def used(*scopes: RoleScope) -> set[tuple[str, str, str, str]]:
     """Return what the operator uses in ``scopes``."""
-    permissions = [allowed.value for allowed in Allowed if allowed.value.scope in scopes]
+    permissions = [permission.value for permission in Permission if permission.value.scope in scopes]
     return {
-        (item.group, item.resource, item.verb, OWN_NAMES[item.resource] if item.scope is Scope.OWN else "")
+        (
+            item.resource.group,
+            item.rbac_resource,
+            item.verb,
+            OWN_NAMES[item.rbac_resource] if item.scope is RoleScope.OWN else "",
+        )
         for item in permissions
     }
 
@@ -146,24 +152,24 @@ def used(*scopes: Scope) -> set[tuple[str, str, str, str]]:
 def test_the_roles_grant_exactly_what_the_operator_uses() -> None:
     objects = rendered()
     assert granted(of_kind(objects, "ClusterRole")) == used(
-        Scope.JOBS, Scope.ANNOTATIONS, Scope.CLUSTER, Scope.DISCOVERY
+        RoleScope.JOBS, RoleScope.ANNOTATIONS, RoleScope.CLUSTER, RoleScope.DISCOVERY
     )
-    assert granted(of_kind(objects, "Role")) == used(Scope.OWN, Scope.OWN_NEW)
+    assert granted(of_kind(objects, "Role")) == used(RoleScope.OWN, RoleScope.OWN_NEW)
 
 
 def test_a_confined_operator_may_only_review_tokens_cluster_wide() -> None:
     objects = rendered(CONFINED)
-    assert granted(of_kind(objects, "ClusterRole")) == used(Scope.CLUSTER)
+    assert granted(of_kind(objects, "ClusterRole")) == used(RoleScope.CLUSTER)
     for namespace in CONFINED["watchNamespaces"]:
         roles = [role for role in of_kind(objects, "Role") if role["metadata"].get("namespace") == namespace]
-        assert granted(roles) == used(Scope.JOBS, Scope.ANNOTATIONS)
+        assert granted(roles) == used(RoleScope.JOBS, RoleScope.ANNOTATIONS)
         bindings = of_kind(objects, "RoleBinding")
         assert any(binding["metadata"]["namespace"] == namespace for binding in bindings)
 
 
 def test_without_the_annotation_there_is_no_permission_on_pods_beyond_reading() -> None:
     objects = rendered({"checkpointAnnotations": False})
-    assert granted(of_kind(objects, "ClusterRole")) == used(Scope.JOBS, Scope.CLUSTER, Scope.DISCOVERY)
+    assert granted(of_kind(objects, "ClusterRole")) == used(RoleScope.JOBS, RoleScope.CLUSTER, RoleScope.DISCOVERY)
     environment = deployment({"checkpointAnnotations": False})["spec"]["template"]["spec"]["containers"][0]["env"]
     assert {"name": "FINETUNE_CHECKPOINT_ANNOTATIONS", "value": "off"} in environment
 

@@ -14,7 +14,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     """A MinIO server with an empty bucket."""
     binary = minio_binary()
     if binary is None:
-        # There is nothing real to read from then; make test builds MinIO first, so there nothing is skipped.
+        # Without MinIO the tests have no object store to read from. `make test` builds MinIO first and skips none of
+        # them.
         pytest.skip("no MinIO program: set FINETUNE_MINIO, or build the cluster's tools")
     with running_store(binary, tmp_path_factory.mktemp("minio")) as running:
         yield running

@@ -1,4 +1,4 @@
-"""FineTuneJobs as an API server returns them: examples/quickstart.yaml with a stored status."""
+"""FineTuneJobs as the API server returns them: examples/quickstart.yaml with a stored status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "jobs"
 
 
 def stored(name: str | None = None) -> dict[str, Any]:
-    """Return the job with the status of `jobs/<name>.yaml`, or without a status."""
+    """Return the quickstart job with the status in `jobs/<name>.yaml`, or without a status."""
     found: dict[str, Any] = yaml.safe_load(QUICKSTART.read_text())
     found["metadata"] |= {"namespace": "research", "uid": "u", "generation": 1, "resourceVersion": "7"}
     if name is not None:
@@ -23,5 +23,5 @@ def stored(name: str | None = None) -> dict[str, Any]:
 
 
 def job(name: str | None = None) -> FineTuneJob:
-    """Return the same as an object."""
+    """Return the quickstart job with the status in `jobs/<name>.yaml` as an object."""
     return FineTuneJob.model_validate(stored(name))

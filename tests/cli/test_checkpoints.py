@@ -1,4 +1,4 @@
-"""`finetune checkpoints` against a real object store: what it lists is what lies there."""
+"""`finetune checkpoints` lists the checkpoints in a real object store with their true state."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from finetune_cli.checkpoints import COMMITTED, DAMAGED, UNFINISHED, as_json, as_table, look
-from finetune_cli.store import Keys, Store
+from finetune_cli.checkpoints import COMMITTED, DAMAGED, UNFINISHED, as_json, as_table, inspect_checkpoints
+from finetune_cli.object_store import AccessKey, ObjectStoreReader
 from finetune_core.layout import COMMIT, MANIFEST, Location, Manifest, ManifestFile, digest
 from tests.cli.test_download import put, spec
 from tests.cli.test_main import finetune
@@ -33,7 +33,7 @@ def commit(store: ObjectStore, root: Location, run: int, step: int, perplexity: 
 
 @pytest.fixture
 def root(store: ObjectStore, tmp_path: Path) -> Location:
-    """A run with checkpoints of all kinds: two whole ones, one damaged, one that is not committed yet."""
+    """A run with checkpoints of all kinds: two whole ones, a damaged one, and one that is not committed yet."""
     place = Location(BUCKET, f"listed/{tmp_path.name}")
     commit(store, place, 1, 20, 2.5)
     commit(store, place, 1, 40, 3.5)
@@ -46,12 +46,12 @@ def root(store: ObjectStore, tmp_path: Path) -> Location:
 
 
 @pytest.fixture
-def source(store: ObjectStore) -> Store:
-    return Store(spec(store), Keys(ACCESS_KEY, SECRET_KEY))
+def source(store: ObjectStore) -> ObjectStoreReader:
+    return ObjectStoreReader(spec(store), AccessKey(ACCESS_KEY, SECRET_KEY))
 
 
-def test_sizes_and_commits_are_compared_and_with_verify_every_byte(source: Store, root: Location) -> None:
-    quick = look(source, root, verify=False, progress=lambda folder: None)
+def test_sizes_and_commits_are_compared_and_with_verify_every_byte(source: ObjectStoreReader, root: Location) -> None:
+    quick = inspect_checkpoints(source, root, verify=False, progress=lambda folder: None)
     assert [(item.run, item.step, item.state) for item in quick] == [
         (1, 20, COMMITTED),
         (1, 40, COMMITTED),
@@ -59,7 +59,7 @@ def test_sizes_and_commits_are_compared_and_with_verify_every_byte(source: Store
         (2, 80, UNFINISHED),
     ]
     told: list[str] = []
-    found = look(source, root, verify=True, progress=told.append)
+    found = inspect_checkpoints(source, root, verify=True, progress=told.append)
     assert [item.state for item in found] == [COMMITTED, COMMITTED, DAMAGED, UNFINISHED]
     assert found[2].problem == f"{STATE} has another sha256 than {MANIFEST} says"
     assert [(item.step, item.last, item.best) for item in found if item.last or item.best] == [
@@ -70,7 +70,7 @@ def test_sizes_and_commits_are_compared_and_with_verify_every_byte(source: Store
 
 
 def test_what_a_run_removes_or_somebody_deletes_while_it_is_looked_at(
-    store: ObjectStore, source: Store, root: Location
+    store: ObjectStore, source: ObjectStoreReader, root: Location
 ) -> None:
     removed = root.key("checkpoints/000001-000000020")
     damaged = f"{root.key('checkpoints/000001-000000040')}/{STATE}"
@@ -82,23 +82,23 @@ def test_what_a_run_removes_or_somebody_deletes_while_it_is_looked_at(
         if folder.endswith("000040"):
             store.client.remove_object(BUCKET, damaged)
 
-    found = look(source, root, verify=True, progress=meanwhile)
+    found = inspect_checkpoints(source, root, verify=True, progress=meanwhile)
     assert [(item.step, item.state) for item in found] == [(40, DAMAGED), (60, DAMAGED), (80, UNFINISHED)]
     assert found[0].problem == f"{STATE} is missing"
 
 
 def test_a_truncated_file_and_a_missing_manifest_show_without_reading_all(
-    store: ObjectStore, source: Store, root: Location
+    store: ObjectStore, source: ObjectStoreReader, root: Location
 ) -> None:
     put(store, f"{root.key('checkpoints/000001-000000020')}/{STATE}", b"short")
     store.client.remove_object(BUCKET, f"{root.key('checkpoints/000001-000000040')}/{MANIFEST}")
-    found = look(source, root, verify=False, progress=lambda folder: None)
+    found = inspect_checkpoints(source, root, verify=False, progress=lambda folder: None)
     assert found[0].problem == f"{STATE} has 5 bytes, {MANIFEST} says 7000"
     assert found[1].problem == f"{MANIFEST} is missing"
 
 
-def test_json_and_table_say_the_same(source: Store, root: Location) -> None:
-    found = look(source, root, verify=True, progress=lambda folder: None)
+def test_json_and_table_say_the_same(source: ObjectStoreReader, root: Location) -> None:
+    found = inspect_checkpoints(source, root, verify=True, progress=lambda folder: None)
     listed = json.loads(as_json(root, found))
     assert listed["root"] == root.uri()
     assert [item["state"] for item in listed["checkpoints"]] == [item.state for item in found]

@@ -1,4 +1,4 @@
-"""`finetune download` against a real object store: complete and verified, or not there at all."""
+"""`finetune download` from a real object store creates a complete and verified folder, or no folder at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune_cli.download import artifact_of, download
-from finetune_cli.store import Keys, Store, keys_from
+from finetune_cli.object_store import AccessKey, ObjectStoreReader, access_key_from
 from finetune_core.api.status import ArtifactStatus
 from finetune_core.api.storage import StorageSpec
 from finetune_core.errors import UserError
@@ -37,7 +37,7 @@ def put(store: ObjectStore, key: str, content: bytes) -> None:
 
 @pytest.fixture
 def artifact(store: ObjectStore, request: pytest.FixtureRequest) -> ArtifactStatus:
-    """A committed artifact, as a trainer leaves it."""
+    """A committed artifact, as a trainer writes it."""
     folder = f"runs/{request.node.name}/artifacts/000001"
     for name, content in FILES.items():
         put(store, f"{folder}/{name}", content)
@@ -45,7 +45,7 @@ def artifact(store: ObjectStore, request: pytest.FixtureRequest) -> ArtifactStat
 
 
 def commit(store: ObjectStore, folder: str, digests: dict[str, str]) -> ArtifactStatus:
-    """Write manifest and COMMIT and return what the status says of them."""
+    """Write manifest and COMMIT, and return the artifact as the job's status describes it."""
     sizes = {name: len(FILES.get(name, b"")) for name in digests}
     files = [ManifestFile(name=name, bytes=sizes[name], sha256=sha256) for name, sha256 in digests.items()]
     encoded = Manifest(kind="Artifact", run=1, step=100, files=files).encode()
@@ -56,8 +56,8 @@ def commit(store: ObjectStore, folder: str, digests: dict[str, str]) -> Artifact
 
 
 @pytest.fixture
-def source(store: ObjectStore) -> Store:
-    return Store(spec(store), Keys(ACCESS_KEY, SECRET_KEY))
+def source(store: ObjectStore) -> ObjectStoreReader:
+    return ObjectStoreReader(spec(store), AccessKey(ACCESS_KEY, SECRET_KEY))
 
 
 def key_of(artifact: ArtifactStatus, name: str) -> str:
@@ -66,11 +66,13 @@ def key_of(artifact: ArtifactStatus, name: str) -> str:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return what a failed download left behind."""
+    """Return the names of the files and folders that a download has left in ``folder``."""
     return [path.name for path in folder.iterdir()]
 
 
-def test_all_files_arrive_as_they_were_committed(artifact: ArtifactStatus, source: Store, tmp_path: Path) -> None:
+def test_all_files_arrive_as_they_were_committed(
+    artifact: ArtifactStatus, source: ObjectStoreReader, tmp_path: Path
+) -> None:
     fetched: list[int] = []
     manifest = download(artifact, source, tmp_path / "adapter", fetched.append)
     for name, content in FILES.items():
@@ -80,7 +82,9 @@ def test_all_files_arrive_as_they_were_committed(artifact: ArtifactStatus, sourc
     assert leftovers(tmp_path) == ["adapter"]
 
 
-def test_a_changed_byte_is_found(store: ObjectStore, artifact: ArtifactStatus, source: Store, tmp_path: Path) -> None:
+def test_a_changed_byte_is_found(
+    store: ObjectStore, artifact: ArtifactStatus, source: ObjectStoreReader, tmp_path: Path
+) -> None:
     changed = bytearray(FILES["adapter_model.safetensors"])
     changed[1_000_000] ^= 1
     put(store, key_of(artifact, "adapter_model.safetensors"), bytes(changed))
@@ -89,7 +93,9 @@ def test_a_changed_byte_is_found(store: ObjectStore, artifact: ArtifactStatus, s
     assert leftovers(tmp_path) == []
 
 
-def test_a_missing_file_is_named(store: ObjectStore, artifact: ArtifactStatus, source: Store, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(
+    store: ObjectStore, artifact: ArtifactStatus, source: ObjectStoreReader, tmp_path: Path
+) -> None:
     store.client.remove_object(BUCKET, key_of(artifact, "adapter_config.json"))
     with pytest.raises(UserError, match=r"adapter_config\.json: it does not exist in the store at http"):
         download(artifact, source, tmp_path / "adapter", lambda count: None)
@@ -97,7 +103,7 @@ def test_a_missing_file_is_named(store: ObjectStore, artifact: ArtifactStatus, s
 
 
 def test_a_manifest_that_the_status_does_not_name_is_refused(
-    store: ObjectStore, artifact: ArtifactStatus, source: Store, tmp_path: Path
+    store: ObjectStore, artifact: ArtifactStatus, source: ObjectStoreReader, tmp_path: Path
 ) -> None:
     commit(store, key_of(artifact, "").strip("/"), {"adapter_config.json": digest(b"{}")})
     with pytest.raises(UserError, match="is not the manifest that the job's status and COMMIT name"):
@@ -105,7 +111,7 @@ def test_a_manifest_that_the_status_does_not_name_is_refused(
 
 
 def test_a_folder_without_commit_is_no_artifact(
-    store: ObjectStore, artifact: ArtifactStatus, source: Store, tmp_path: Path
+    store: ObjectStore, artifact: ArtifactStatus, source: ObjectStoreReader, tmp_path: Path
 ) -> None:
     store.client.remove_object(BUCKET, key_of(artifact, COMMIT))
     with pytest.raises(UserError, match="COMMIT: it does not exist"):
@@ -114,7 +120,7 @@ def test_a_folder_without_commit_is_no_artifact(
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
 def test_a_manifest_never_writes_outside_its_folder(
-    store: ObjectStore, source: Store, tmp_path: Path, name: str
+    store: ObjectStore, source: ObjectStoreReader, tmp_path: Path, name: str
 ) -> None:
     folder = f"runs/outside-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     with pytest.raises(UserError, match="names a file outside its folder"):
@@ -122,7 +128,9 @@ def test_a_manifest_never_writes_outside_its_folder(
     assert leftovers(tmp_path) == []
 
 
-def test_a_folder_that_exists_is_left_alone(artifact: ArtifactStatus, source: Store, tmp_path: Path) -> None:
+def test_a_folder_that_exists_is_left_alone(
+    artifact: ArtifactStatus, source: ObjectStoreReader, tmp_path: Path
+) -> None:
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
         download(artifact, source, tmp_path / "mine", lambda count: None)
@@ -130,14 +138,14 @@ def test_a_folder_that_exists_is_left_alone(artifact: ArtifactStatus, source: St
 
 
 def test_refused_credentials_are_named(store: ObjectStore, artifact: ArtifactStatus, tmp_path: Path) -> None:
-    refused = Store(spec(store), Keys(ACCESS_KEY, "wrong-secret"))
+    refused = ObjectStoreReader(spec(store), AccessKey(ACCESS_KEY, "wrong-secret"))
     with pytest.raises(UserError, match=f"{store.endpoint}: refused the credentials for s3://finetune/runs/"):
         download(artifact, refused, tmp_path / "adapter", lambda count: None)
 
 
 def test_an_address_that_nobody_answers_is_named(store: ObjectStore, artifact: ArtifactStatus, tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
-    away = Store(spec(store), Keys(ACCESS_KEY, SECRET_KEY), address)
+    away = ObjectStoreReader(spec(store), AccessKey(ACCESS_KEY, SECRET_KEY), address)
     with pytest.raises(UserError, match=f"{address}: cannot be reached from here .*--endpoint"):
         download(artifact, away, tmp_path / "adapter", lambda count: None)
 
@@ -147,7 +155,7 @@ def test_a_store_that_asks_for_a_minute_is_asked_again_at_once(
 ) -> None:
     with proxy_before(store.endpoint) as proxy:
         proxy.plan = lambda request: Fault.SLOW_DOWN if request.index == 1 else None
-        source = Store(spec(store), Keys(ACCESS_KEY, SECRET_KEY), proxy.endpoint)
+        source = ObjectStoreReader(spec(store), AccessKey(ACCESS_KEY, SECRET_KEY), proxy.endpoint)
         began = time.monotonic()
         download(artifact, source, tmp_path / "adapter", lambda count: None)
         assert time.monotonic() - began < 30
@@ -157,7 +165,7 @@ def test_a_store_that_asks_for_a_minute_is_asked_again_at_once(
 @pytest.mark.parametrize("address", ["minio:9000", "ftp://minio", "http://", "http://minio/path"])
 def test_an_endpoint_that_is_no_address_is_refused(store: ObjectStore, address: str) -> None:
     with pytest.raises(UserError, match="must be an address of the form"):
-        Store(spec(store), Keys(ACCESS_KEY, SECRET_KEY), address)
+        ObjectStoreReader(spec(store), AccessKey(ACCESS_KEY, SECRET_KEY), address)
 
 
 def test_a_job_without_an_artifact_says_its_state() -> None:
@@ -166,5 +174,5 @@ def test_a_job_without_an_artifact_says_its_state() -> None:
 
 
 def test_half_an_access_key_is_none() -> None:
-    assert keys_from({"AWS_ACCESS_KEY_ID": "a"}) is None
-    assert keys_from({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}) == Keys("a", "b")
+    assert access_key_from({"AWS_ACCESS_KEY_ID": "a"}) is None
+    assert access_key_from({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}) == AccessKey("a", "b")

@@ -1,4 +1,4 @@
-"""Following a job on a real API server: every change arrives, also across a restart of the server."""
+"""Following a job on a real API server yields every change, also across a restart of the API server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAIT_SECONDS = 60
 
 @pytest.fixture(scope="module")
 def served(cluster: Cluster) -> Iterator[Cluster]:
-    """A cluster that knows FineTuneJobs, and no operator that would change them."""
+    """A cluster that serves FineTuneJobs and has no operator that would change them."""
     crd = steps.REPOSITORY / "crds" / "finetune.dev_finetunejobs.yaml"
     name = yaml.safe_load(crd.read_text())["metadata"]["name"]
     cluster.kubectl("apply", "--server-side", "--filename", str(crd))
@@ -46,14 +46,14 @@ def name(served: Cluster, request: pytest.FixtureRequest) -> str:
 
 
 def write_status(cluster: Cluster, name: str, stored_status: str) -> None:
-    """Do what the operator does."""
+    """Write a stored status into the job, in place of the operator."""
     patch = json.dumps({"status": stored(stored_status)["status"]})
     place = ["--namespace", NAMESPACE, "--subresource=status", "--type=merge"]
     cluster.kubectl("patch", "finetunejob", name, *place, "--patch", patch)
 
 
 class Follower:
-    """Follows a job in a thread and hands over what it sees."""
+    """Follows a job in a thread, and collects its states and notices."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.seen: Queue[Any] = Queue()
@@ -70,7 +70,7 @@ class Follower:
             self.seen.put(error)
 
     def next(self) -> Any:
-        """Return the next state, or the error that ended it."""
+        """Return the next state, or the error that ended the following."""
         return self.seen.get(timeout=WAIT_SECONDS)
 
 

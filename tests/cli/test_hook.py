@@ -1,4 +1,4 @@
-"""The pre-commit hook and the documented use fit the program."""
+"""The pre-commit hook and docs/validate.md name a command that the program has."""
 
 import re
 from importlib.metadata import entry_points

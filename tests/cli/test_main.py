@@ -1,4 +1,5 @@
-"""The program `finetune`: exit codes and sentences; a person's mistake never shows a traceback."""
+"""The program `finetune` ends with the documented exit codes, and a user's mistake gives one sentence and no
+traceback."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""`finetune validate` names every problem with its line, and no file makes it stumble."""
+"""`finetune validate` names every problem with its line, and no input makes it crash."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +23,15 @@ GOOD = (EXAMPLES / "quickstart.yaml").read_text(encoding="utf-8")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Run the command and return exit code and standard output."""
+    """Run the command. Return its exit code and its standard output."""
     code = main(["validate", *arguments])
     return code, capsys.readouterr().out
 
 
 @pytest.fixture
 def lines_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> LinesOf:
-    """Return a function from the text of a file to exit code and lines without the file's name."""
+    """Return a function that validates the text of a file, and returns the exit code and the lines without the file's
+    name."""
 
     def check(text: str | bytes) -> tuple[int, list[str]]:
         file = tmp_path / "job.yaml"
@@ -142,6 +144,25 @@ def test_json_for_pipelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "message": "must be between 1 and 512",
         "refusedBy": "server",
     }
+
+
+def test_the_documented_output_is_the_real_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (EXAMPLES.parent / "docs" / "validate.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+    console, result = blocks[0][1], next(body for language, body in blocks if language == "json")
+    monkeypatch.chdir(tmp_path)
+    two_limits = GOOD.replace("maxSteps: 80", "maxSteps: 80\n    epochs: 3")
+    Path("job.yaml").write_text(two_limits.replace("rank: 8", "rank: 0"), encoding="utf-8")
+    Path("other.yaml").write_text(GOOD.replace("sharedMemory: 256Mi", "sharedMemory: 6Gi"), encoding="utf-8")
+    shown = ""
+    for file in ("job.yaml", "other.yaml"):
+        assert main(["validate", file]) == 1
+        output = capsys.readouterr()
+        shown += f"$ finetune validate {file}\n{output.out}{output.err}"
+    assert shown == console
+    assert json.loads(run(capsys, "-o", "json", "job.yaml")[1]) == json.loads(result)
 
 
 def test_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

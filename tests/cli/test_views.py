@@ -1,4 +1,4 @@
-"""What a person sees of a job: the panel on a terminal, lines elsewhere, from stored states."""
+"""The panel (on a terminal) and the lines (elsewhere) show the stored states of a job."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from rich.console import Console
 
-from finetune_cli.lines import news
+from finetune_cli.log_lines import new_lines
 from finetune_cli.panel import render
 from finetune_cli.state import ending
 from finetune_cli.watch import LineView, show_until_ended
@@ -32,7 +32,7 @@ def test_a_running_job_shows_how_far_it_is() -> None:
         "● Running  all 2 ranks report",
         "step 40/100",
         "412.5 tokens/s",
-        "1 min 13 s left",  # 75 s, reported 2 s ago
+        "1 min 13 s left",  # The ETA was 75 s in the report of 2 s ago.
         "0.0051  █▆▄▂▁  from 3.9",
         "1.023",
     ):
@@ -100,9 +100,9 @@ def test_a_damaged_checkpoint_is_named() -> None:
     assert "damaged: manifest.json is missing" in drawn(damaged)
     step = found["status"]["checkpoints"][0]["step"]
     line = f"checkpoint of step {step} is damaged: manifest.json is missing"
-    assert line in news(job("running"), damaged)
-    assert line in news(None, damaged)
-    assert news(damaged, damaged) == []
+    assert line in new_lines(job("running"), damaged)
+    assert line in new_lines(None, damaged)
+    assert new_lines(damaged, damaged) == []
 
 
 def test_a_failed_job_shows_the_sentence() -> None:
@@ -123,23 +123,23 @@ def test_the_panel_fits_every_terminal(name: str | None, width: int) -> None:
 
 def test_lines_tell_everything_once() -> None:
     running = job("running")
-    lines = news(None, running)
+    lines = new_lines(None, running)
     assert lines[0] == "Running: all 2 ranks report"
     assert "step 40/100, loss 0.0051, perplexity 1.023, 412.5 tokens/s, 1 min 15 s left" in lines
     assert "checkpoint of step 25 committed (31.6 MB, perplexity 1.023)" in lines
-    assert news(running, running) == []
+    assert new_lines(running, running) == []
 
 
 def test_a_step_back_after_a_resume_is_a_line() -> None:
     running, earlier = job("running"), stored("running")
     earlier["status"]["progress"] |= {"step": 20, "percentage": 20}
-    assert any(line.startswith("step 20/100") for line in news(running, FineTuneJob.model_validate(earlier)))
+    assert any(line.startswith("step 20/100") for line in new_lines(running, FineTuneJob.model_validate(earlier)))
 
 
 def test_a_little_progress_is_no_line() -> None:
     running, later = job("running"), stored("running")
     later["status"]["progress"] |= {"step": 42, "percentage": 42}
-    assert news(running, FineTuneJob.model_validate(later)) == []
+    assert new_lines(running, FineTuneJob.model_validate(later)) == []
 
 
 def test_lines_add_up_small_progress() -> None:
@@ -148,7 +148,7 @@ def test_lines_add_up_small_progress() -> None:
     for step in range(1, 101):
         state = stored("running")
         state["status"]["progress"] |= {"step": step, "percentage": step}
-        view.show(FineTuneJob.model_validate(state))
+        view.show_job(FineTuneJob.model_validate(state))
     assert 15 <= sum(" step " in line and "/100" in line for line in written) <= 25
 
 

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from finetune_operator.reports.certificates import load_into, renewed, server_context
+from finetune_operator.reports.certificates import load_certificate, renew_if_due, server_context
 from tests.cluster.cluster import Cluster
 from tests.cluster.layout import HOST_ADDRESS
 
@@ -106,9 +106,9 @@ def _merge(template: Manifest, info: PodSetInfo) -> None:
 @contextmanager
 def suspending_webhook(cluster: Cluster, namespace: str) -> Iterator[None]:
     """Serve Kueue's mutating webhook for PyTorchJobs that are created in ``namespace``, until the block ends."""
-    certificates = renewed(None, hostname=HOST_ADDRESS, now=datetime.now(UTC))
+    certificates = renew_if_due(None, hostname=HOST_ADDRESS, now=datetime.now(UTC))
     context = server_context()
-    load_into(context, certificates.serving)
+    load_certificate(context, certificates.serving)
     with cluster.enter():
         server = _Server((HOST_ADDRESS, 0), _Handler, context)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,4 +1,4 @@
-"""Job documents for tests: the quickstart, with a field changed."""
+"""Documents of jobs for tests: examples/quickstart.yaml with one field changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def quickstart(path: str = "", value: Any = None) -> dict[str, Any]:
-    """Return `examples/quickstart.yaml` with ``value`` at ``path`` below `spec`; None removes what is there."""
+    """Return `examples/quickstart.yaml` with ``value`` at ``path`` below `spec`. None removes the field."""
     document: dict[str, Any] = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text(encoding="utf-8"))
     document["metadata"] |= {"uid": "1234"}
     if path:
@@ -20,7 +20,7 @@ def quickstart(path: str = "", value: Any = None) -> dict[str, Any]:
 
 
 def set_at(node: dict[str, Any], path: list[str], value: Any) -> None:
-    """Put ``value`` at ``path`` below ``node``, making sections on the way; None removes what is there."""
+    """Put ``value`` at ``path`` below ``node``, and create missing sections. None removes the field."""
     for part in path[:-1]:
         node = node.setdefault(part, {})
     if value is None:

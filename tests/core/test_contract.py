@@ -1,4 +1,5 @@
-"""Messages between operator and trainer: bounded, versioned, strict."""
+"""Messages between operator and trainer have bounded sizes and a version, and unknown or malformed content is
+refused."""
 
 import json
 from datetime import UTC, datetime
@@ -121,7 +122,7 @@ def test_each_job_has_its_own_audience() -> None:
 
 
 def test_a_result_with_all_scores_of_a_task_keeps_its_message() -> None:
-    """ViGGO has the most scores: five for each model."""
+    """ViGGO has the most scores of all tasks, with five for each model."""
     names = ("strict", "orderFree", "function", "attributes", "values")
     score = ScoreRecord(
         perplexity=1.0234567890123,

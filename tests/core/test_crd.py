@@ -1,4 +1,4 @@
-"""The committed CRD equals the models, and holds nothing that a structural schema forbids."""
+"""The committed CRD equals the models, and contains nothing that the API server forbids in a structural schema."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,14 +62,16 @@ def test_no_floats_and_no_escape_from_the_schema() -> None:
 
 def test_defaults_of_sections_are_complete() -> None:
     spec = openapi_schema(FineTuneJobSpec)
-    # Written out, because the server checks the CEL rules of a default before it fills in nested ones.
+    # The defaults of the section's fields are part of the section's default, because the API server checks CEL rules on
+    # a default before it fills in nested defaults.
     assert spec["properties"]["runPolicy"]["default"] == {"suspend": False, "cancel": False, "maxRetries": 3}
     assert spec["properties"]["runPolicy"]["properties"]["maxRetries"]["default"] == 3
     assert "default" not in spec["properties"]["training"]["properties"]["learningRate"]
 
 
 def test_items_of_lists_have_no_defaults() -> None:
-    """kubectl apply and Argo CD replace lists as a whole: what the server adds to an item looks like drift to them."""
+    """kubectl apply and Argo CD compare whole lists, so a default that the API server adds to an item looks like
+    drift."""
     spec = [(path, schema) for path, schema in _all_schemas() if path.startswith("spec")]
     assert [path for path, schema in spec if "[]" in path and "default" in schema] == []
 

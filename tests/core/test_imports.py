@@ -1,4 +1,5 @@
-"""The import rules of the layout hold: they are what keeps the parts apart."""
+"""The packages import each other only as the import rules in pyproject.toml allow, and the core imports no heavy
+library."""
 
 import subprocess
 import sys

@@ -1,14 +1,15 @@
-"""docs/api.md is the models in words, and leaves nothing out."""
+"""The committed docs/api.md equals the text that is generated from the models, and explains every condition and
+reason."""
 
 from pathlib import Path
 
 import pytest
 
+from finetune_core.api.condition_reasons import CONDITIONS, REASONS, STATES
 from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.api.reference import REFERENCE_FILE, reference
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.api.states import CONDITIONS, REASONS, STATES
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,4 +1,5 @@
-"""Defaults that depend on other fields are resolved once, and what can't be run is named."""
+"""Defaults that depend on other fields are resolved into the run file, and a job that can't be run is refused with the
+field's path."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ import yaml
 
 from finetune_core.api import FineTuneJob
 from finetune_core.errors import UserError
-from finetune_core.planning.choices import micro_batch_size, total_steps, zero_stage
+from finetune_core.planning.training_plan import micro_batch_size, total_steps, zero_stage
 from finetune_core.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def job(**sections: dict[str, Any]) -> FineTuneJob:
-    """Return the quickstart with the fields of ``sections`` replaced; None removes one."""
+    """Return the quickstart with the fields of ``sections`` replaced. None removes a field."""
     document = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text(encoding="utf-8"))
     document["metadata"]["uid"] = "1234"
     for section, fields in sections.items():

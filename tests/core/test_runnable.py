@@ -1,4 +1,4 @@
-"""What the schema accepts and this version can't run is refused with the field's path, never silently ignored."""
+"""A job that the schema accepts and this version can't run is refused with the field's path."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from finetune_core.api import FineTuneJob
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
-from finetune_core.validation.overrides import OWNED, override_problems
+from finetune_core.validation.overrides import RESERVED_KEYS, override_problems
 from finetune_core.validation.runnable import NOT_YET, to_bytes, unrunnable
 from tests.core.jobs import quickstart
 
@@ -20,7 +20,7 @@ VALUES: dict[str, Any] = {
 
 
 def job(path: str = "", value: Any = None) -> FineTuneJob:
-    """Return the quickstart with ``value`` at ``path`` below `spec`; None removes what is there."""
+    """Return the quickstart with ``value`` at ``path`` below `spec`. None removes the field."""
     return FineTuneJob.model_validate(quickstart(path, value))
 
 
@@ -52,14 +52,14 @@ def test_what_only_the_operator_knows(path: str, value: Any, sentence: str) -> N
     assert str(caught.value).startswith(sentence)
 
 
-@pytest.mark.parametrize("key", OWNED)
+@pytest.mark.parametrize("key", RESERVED_KEYS)
 def test_a_key_that_another_field_decides_is_refused(key: str) -> None:
     text = "1"
     for part in reversed(key.split(".")):
         text = f'{{"{part}": {text}}}'
     (problem,) = override_problems(text)
     assert key in str(problem)
-    assert OWNED[key] in str(problem)
+    assert RESERVED_KEYS[key] in str(problem)
 
 
 @pytest.mark.parametrize(

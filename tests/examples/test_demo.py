@@ -1,4 +1,4 @@
-"""The demo's parts that need no cluster: its job files, its questions, its figures."""
+"""The parts of the demo that need no cluster: its job files, its generated answers, and its measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's rows: the same for everyone, and held-out rows that no training row gives away."""
+"""The demo's rows are the same on every machine, and held-out rows have combinations that no training row has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parsed(meaning: str) -> tuple[str, dict[str, str]]:
 
 
 def shape(meaning: str) -> tuple[str, tuple[str, ...]]:
-    """Return the function with the names of its attributes."""
+    """Return the function of a meaning, and the names of its attributes."""
     function, attributes = parsed(meaning)
     return function, tuple(attributes)
 

@@ -1,5 +1,5 @@
-"""Faults between the operator and the real API server, and a node that runs pods without containers.
+"""Tests of the operator with a real API server, injected faults and a stub node that runs pods without containers.
 
-`proxy` forwards every request and disturbs those that `rules` choose; `operators` runs the operator against it;
-`stub_node` does what a kubelet (and a person, a drain, a lost node) does to the pods of PyTorchJobs.
+`proxy.py` forwards the operator's requests and injects the faults of `rules.py`. `operators.py` runs the operator as a
+process. `stub_node.py` changes the pods of PyTorchJobs as a kubelet, a drain or a lost node does.
 """

@@ -1,4 +1,4 @@
-"""The API server for a test's own hands: an asynchronous client as the cluster's administrator."""
+"""An asynchronous client of the API server with administrator rights, for the tests themselves."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MERGE_PATCH = "application/merge-patch+json"
 
 
 class RefusedError(Exception):
-    """The API server answered with something else than success."""
+    """The API server answered with an HTTP status of 300 or more."""
 
     def __init__(self, status: int, text: str) -> None:
-        """Keep the HTTP ``status``."""
+        """Keep the HTTP ``status``; ``text`` is the body of the answer."""
         super().__init__(f"{status} {text}")
         self.status = status
 
 
 def admin_context(cluster: Cluster) -> ssl.SSLContext:
-    """Return the TLS context of the administrator."""
+    """Return a TLS context with the client certificate of the administrator."""
     pki = cluster.layout.certificates
     context = ssl.create_default_context(cafile=str(pki / "ca.crt"))
     context.load_cert_chain(pki / "administrator.crt", pki / "administrator.key")
@@ -36,7 +36,7 @@ def admin_context(cluster: Cluster) -> ssl.SSLContext:
 
 
 class Admin:
-    """Requests as administrator; made and used inside one event loop."""
+    """Sends requests as administrator. All calls must come from one event loop."""
 
     def __init__(self, context: ssl.SSLContext, *, connections: int = 32) -> None:
         """Open no connection yet."""
@@ -51,7 +51,7 @@ class Admin:
     async def call(
         self, method: str, path: str, body: Manifest | None = None, *, content_type: str = "application/json"
     ) -> Manifest:
-        """Send one request and return the answer; raises RefusedError."""
+        """Send one request and return the decoded answer; raises RefusedError for a status of 300 or more."""
         data = json.dumps(body) if body is not None else None
         async with self._session.request(
             method, path, data=data, headers={"Content-Type": content_type}, timeout=aiohttp.ClientTimeout(total=30)
@@ -63,14 +63,14 @@ class Admin:
             return answer
 
     async def list_all(self, path: str) -> list[Manifest]:
-        """Return the items of a collection."""
+        """Return all items of the collection at ``path``."""
         items: list[Manifest] = (await self.call("GET", path))["items"]
         return items
 
     async def watch(self, path: str) -> AsyncIterator[Manifest]:
-        """Yield what exists and then what changes, over every break of the connection, for ever.
+        """Yield watch events of the collection at ``path``, without end.
 
-        Objects come as ``ADDED``, ``MODIFIED`` or ``DELETED`` events; after a break what exists comes again.
+        Existing objects come first as ``ADDED`` events. After a lost connection the existing objects come again.
         """
         while True:
             try:

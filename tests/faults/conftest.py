@@ -1,4 +1,4 @@
-"""One control plane with stub node, proxy and operator for all gates."""
+"""Fixtures: one control plane with stub node, fault proxy and operator for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.faults.world import World, running_world
 
 @pytest.fixture(scope="package")
 def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """All of it, up for the whole package."""
+    """Run control plane, stub node and proxy for all tests of the package."""
     if reason := unusable_because():
-        # The control plane needs namespaces of its own, which only root makes.
+        # The control plane needs Linux namespaces, which only root can create.
         pytest.skip(reason)
     with running_world(tmp_path_factory.mktemp("faults")) as running:
         yield running
@@ -22,7 +22,7 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture
 def world(shared_world: World) -> Iterator[World]:
-    """The world with an operator that runs and is ready; without faults again afterwards."""
+    """Return the shared world with a ready operator, and remove all faults after the test."""
     shared_world.keep_operator_alive()
     shared_world.operator.wait_ready()
     yield shared_world

@@ -1,4 +1,7 @@
-"""What a job's end must not depend on: everything that is stored of it, without times, uids and hashes."""
+"""Reduces the stored state of a job to its essence, which must be the same with and without faults.
+
+The essence leaves out times, uids and hashes. `trials.py` computes the essence of every run; tests compare two of them.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ _TIMES = re.compile(r"[tT]ime$")
 HASH = re.compile(r"-[0-9a-f]{8}-(?=\d)")
 _CLOCK = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|\+00:00)")
 _GONE = ("PodDeleted", "PodVanished", "PodReplaced", "ChildFailed", "DeletionByTaintManager", "EvictionByEvictionAPI")
-"""Free endings: which of them is told depends on whether the operator was there to see the pod go."""
+"""Reasons of attempts that are not charged. The essence treats these reasons as equal, because the reason depends on
+whether the operator ran when the pod was deleted."""
 
 
 def essence(world: World, namespace: str) -> dict[str, Any]:
-    """Return the state of the one job of a namespace, comparable with that of another run."""
+    """Return the essence of the only job of ``namespace``, which can be compared with the essence of another run."""
     (job,) = world.jobs(namespace)
     base = f"/api/v1/namespaces/{namespace}/configmaps?labelSelector=finetune.dev/job-uid"
     maps = world.loop.run(world.admin.list_all(base))
@@ -29,7 +33,7 @@ def essence(world: World, namespace: str) -> dict[str, Any]:
 
 
 def differences(found: Any, expected: Any, where: str = "") -> list[str]:
-    """Return where two essences differ, each place with what was found and what was expected."""
+    """Return one line for each difference between two essences, with path, found value and expected value."""
     if isinstance(found, dict) and isinstance(expected, dict):
         names = sorted(found.keys() | expected.keys(), key=str)
         parts = [differences(found.get(name), expected.get(name), f"{where}.{name}") for name in names]
@@ -42,7 +46,7 @@ def differences(found: Any, expected: Any, where: str = "") -> list[str]:
 
 
 def events(world: World, namespace: str) -> Counter[str]:
-    """Return how often each reason was told about the job."""
+    """Return the number of events about the job of ``namespace``, by reason."""
     path = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
     found = world.loop.run(world.admin.list_all(path))
     return Counter(event["reason"] for event in found if event["regarding"]["kind"] == "FineTuneJob")
@@ -58,7 +62,7 @@ def _plain(value: Any, key: str = "") -> Any:
     if key in ("uid", "activeSeconds", "gpuSeconds"):
         return key
     if key == "image":
-        # Its digest is known once the operator saw a pod that runs; an attempt may come and go while it is away.
+        # The digest of the image is stored only if the operator ran while a pod of the attempt ran.
         return str(value).partition("@")[0]
     if isinstance(value, str):
         return "time" if _TIMES.search(key) else _CLOCK.sub("time", HASH.sub("-hash-", value))

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own inside a cluster's network, for what runs beside a test: proxy, stub node."""
+"""Runs an event loop in a thread in the cluster's network namespace, for the proxy and the stub node."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines; everything they open lies inside the cluster's network namespace."""
+    """Runs coroutines in a thread whose sockets belong to the cluster's network namespace."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
-        """Start the thread."""
+        """Start the thread ``name`` in the network namespace of ``cluster``."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         with cluster.enter():
@@ -27,11 +27,11 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Let ``coroutine`` run until the loop is stopped."""
+        """Start ``coroutine`` in the background; `stop` cancels it."""
         asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def stop(self) -> None:
-        """Cancel what still runs and end the thread."""
+        """Cancel all running coroutines and end the thread."""
         self.run(_cancel_all())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)

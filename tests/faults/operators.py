@@ -1,5 +1,7 @@
-"""The operator as a process that tests kill: installed by its chart, run with the chart's service account, started
-from a process that has imported everything already, so that hundreds of restarts cost little."""
+"""Runs the operator as a process that tests kill and restart, with the service account of an installed chart.
+
+The operator is forked from a process that has already imported all modules, so that hundreds of restarts are cheap.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from tests.cluster.api import answers
 from tests.cluster.layout import API_URL, HOST_ADDRESS
 from tests.cluster.namespaces import children
 from tests.cluster.waiting import ClusterError, tail
-from tests.operator.programs import operator_program
+from tests.operator.operator_program import operator_program
 from tests.operator.worlds import REPOSITORY
 
 NAMESPACE = "operator-tests"
@@ -48,18 +50,20 @@ for line in sys.stdin:
     status = os.waitpid(child, 0)[1]
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
-"""Forks an operator for every line, which names its log, and prints that it did, and how it ended."""
+"""Program that forks an operator for each line on standard input; the line is the path of the log.
+
+The program prints ``started`` after the fork, and the exit code after the operator has ended."""
 
 
 def install(cluster: Cluster) -> None:
-    """Install the chart without its Deployment's pod: CRD, role, service account, Secret."""
+    """Install the chart with zero replicas, for the CRD, the roles, the service account and the Secret."""
     chart = str(REPOSITORY / "charts/finetune-operator")
     options = ["--set", "replicas=0"]
     cluster.helm("install", RELEASE, chart, "-n", NAMESPACE, "--create-namespace", *options)
 
 
 class OperatorProcess:
-    """One operator; `start`, `stop` and `restart` as often as needed."""
+    """One operator process, which can be started and stopped any number of times."""
 
     def __init__(
         self,
@@ -71,13 +75,14 @@ class OperatorProcess:
         source: Path = REPOSITORY,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        """Speak to ``server`` (default: the API server itself); ``ports`` are those of reports and health.
+        """Connect the operator to ``server``, by default to the API server without a proxy.
 
-        ``source`` is the checkout whose operator runs; ``settings`` become `FINETUNE_...` variables.
+        ``ports`` are the report port and the health port. ``source`` is the checkout whose operator runs. ``settings``
+        become environment variables, for example ``resync_seconds="4"`` becomes `FINETUNE_RESYNC_SECONDS=4`.
         """
         self.log = folder / "operator.log"
         self.started_at = 0.0
-        """When it was last started, on the monotonic clock."""
+        """When the operator was last started, on the monotonic clock."""
         self._cluster = cluster
         self._health = f"http://127.0.0.1:{ports[1]}"
         self._nursery: subprocess.Popen[str] | None = None
@@ -96,7 +101,7 @@ class OperatorProcess:
         self._environment = {**program.environment, "PYTHONPATH": os.pathsep.join(packages)}
 
     def start(self) -> None:
-        """Start the operator; `wait_ready` waits for it."""
+        """Start the operator without waiting until it is ready; `wait_ready` waits."""
         if self._nursery is None:
             self._nursery = subprocess.Popen(
                 self._cluster.namespaces.command([sys.executable, "-c", _NURSERY]),
@@ -111,22 +116,22 @@ class OperatorProcess:
         self._nursery.stdin.write(f"{self.log}\n")
         self._nursery.stdin.flush()
         assert self._nursery.stdout is not None
-        # The nursery imports first: until it has forked, an operator that starts looks like one that has ended.
+        # The wait is needed because `pid` is None until the fork, as for an operator that has ended.
         assert self._nursery.stdout.readline() == "started\n", self.evidence()
         self._waiting = True
 
     @property
     def pid(self) -> int | None:
-        """The operator's process id as the machine counts; None where none runs."""
+        """Process id of the operator in the test machine's PID namespace; None where no operator runs."""
         if self._nursery is None:
             return None
-        # nsenter is the parent of the nursery, and that of the operator.
+        # The process tree is: nsenter, the forking program, the operator.
         nursery = children(self._nursery.pid)
         running = children(nursery[0]) if nursery else []
         return running[0] if running else None
 
     def wait_end(self, timeout: float = 60) -> int:
-        """Wait until the operator has ended, by itself or by a signal, and return its code (-9: killed by 9)."""
+        """Wait until the operator has ended and return its exit code; -9 means that signal 9 killed the operator."""
         wait_for("the operator to end", lambda: self.pid is None, timeout, evidence=self.evidence)
         assert self._nursery is not None
         assert self._nursery.stdout is not None
@@ -134,21 +139,21 @@ class OperatorProcess:
         return int(self._nursery.stdout.readline())
 
     def send(self, number: int) -> None:
-        """Send the operator a signal."""
+        """Send signal ``number`` to the operator; raises ClusterError where no operator runs."""
         pid = self.pid
         if pid is None:
             raise ClusterError(f"no operator runs\n{self.evidence()}")
         os.kill(pid, number)
 
     def stop(self, number: int = signal.SIGKILL) -> None:
-        """End the operator."""
+        """End the operator with signal ``number`` and wait until it has ended."""
         if self._waiting:
             if self.pid is not None:
                 self.send(number)
             self.wait_end()
 
     def close(self) -> None:
-        """End the operator and what starts it."""
+        """End the operator and the program that forks it."""
         self.stop()
         if self._nursery is not None:
             assert self._nursery.stdin is not None
@@ -157,17 +162,17 @@ class OperatorProcess:
             self._nursery = None
 
     def restart(self) -> None:
-        """Kill it, start it again, and wait until it serves."""
+        """Kill the operator, start it again, and wait until it is ready."""
         self.stop()
         self.start()
         self.wait_ready()
 
     def wait_ready(self, timeout: float = 60) -> None:
-        """Wait until it has listed all jobs."""
+        """Wait until /readyz succeeds, which means that the operator has listed all jobs."""
         wait_for("the operator to be ready", lambda: self.answers("/readyz"), timeout, evidence=self.evidence)
 
     def answers(self, path: str) -> bool:
-        """Whether the health server says yes."""
+        """Return whether the health server answers ``path`` with success."""
         with self._cluster.enter():
             return answers(self._health + path)
 
@@ -179,11 +184,11 @@ class OperatorProcess:
         return sum(float(value) for _, value in series)
 
     def memory(self) -> Mapping[str, int]:
-        """Return VmRSS and VmHWM in bytes."""
+        """Return the current and the highest resident memory in bytes, with the keys VmRSS and VmHWM."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines)
         return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
 
     def evidence(self) -> str:
-        """Return the end of its log."""
+        """Return the last lines of the operator's log."""
         return tail(self.log)

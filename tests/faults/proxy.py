@@ -1,7 +1,8 @@
-"""A proxy between the operator and the real API server: it forwards every request, streams watches line by line,
-keeps a record, and does to some requests what `rules` say. It can kill the operator right after a chosen write.
+"""HTTPS proxy between the operator and the real API server that injects the faults of `rules.py`.
 
-It speaks HTTPS with the API server's own certificate, so that a client only needs another port.
+The proxy forwards requests, streams watches line by line, and records every request with its status. The proxy can also
+kill the operator right after a chosen write. The proxy presents the API server's own certificate, so that the operator
+needs only another port.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ _WATCH_LINE = 4 * 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A request that came through, with the answer that the operator got (0: none)."""
+    """A request and the HTTP status that the operator got; the status is 0 where the operator got no answer."""
 
     at: float
-    """On the monotonic clock."""
+    """Time of the answer on the monotonic clock."""
     request: Request
     status: int
 
     @property
     def wrote(self) -> bool:
-        """Whether it changed something."""
+        """Whether the request is a write that succeeded."""
         return self.request.verb in WRITES and 200 <= self.status < 300
 
 
@@ -64,19 +65,19 @@ class Kill:
 
     number: int
     victim: Callable[[], int | None]
-    """Asked for the process id at that moment; None where none runs."""
+    """Returns the process id to kill, or None where no process runs."""
     namespace: str = ""
-    """Empty: all."""
+    """Namespace whose writes are counted; empty counts all."""
     tell: bool = False
-    """Pass the answer on before the kill, so that the victim may have read it."""
+    """Whether the answer is passed on before the kill, so that the victim may have read the answer."""
     writes: int = field(default=0, init=False)
     done: bool = field(default=False, init=False)
-    """The write came."""
+    """Whether the chosen write has happened."""
     struck: bool = field(default=False, init=False)
-    """The victim ran then; one that had been killed meanwhile did not."""
+    """Whether a running process was killed; False where the process had already been killed by another `Kill`."""
 
     def is_due(self, request: Request) -> bool:
-        """Count a successful write, and tell whether it was the last one."""
+        """Count a successful write, and return whether it is write ``number``, after which the victim is killed."""
         if self.done or (self.namespace and request.namespace != self.namespace):
             return False
         self.writes += 1
@@ -85,10 +86,10 @@ class Kill:
 
 
 class FaultProxy:
-    """Runs in the event loop of the thread that starts it; `rules` and `kills` may be changed from any thread."""
+    """The proxy. It runs in one event loop; `rules` and `kills` may be replaced from any thread."""
 
     def __init__(self, *, server: ssl.SSLContext, client: ssl.SSLContext, target: str = API_URL) -> None:
-        """Serve with ``server``, and speak to ``target`` with ``client``."""
+        """Serve with the TLS context ``server``, and forward to ``target`` with the TLS context ``client``."""
         self.rules: list[Rule] = []
         self.kills: list[Kill] = []
         self.records: list[Record] = []
@@ -101,9 +102,9 @@ class FaultProxy:
         self._watches: set[asyncio.Task[object]] = set()
 
     async def start(self) -> None:
-        """Listen on 127.0.0.1; the port stays the same over `stop` and `start`."""
+        """Listen on 127.0.0.1. A second `start` after `stop` uses the same port."""
         connector = aiohttp.TCPConnector(limit=0, ssl=self._client_context)
-        # Compressed answers would have to be unpacked for the watches' sake: nobody gets one.
+        # No compression is requested, because the proxy must read the lines of watches.
         self._session = aiohttp.ClientSession(
             connector=connector,
             auto_decompress=False,
@@ -113,7 +114,7 @@ class FaultProxy:
         )
         application = web.Application(client_max_size=_LARGEST_BODY)
         application.router.add_route("*", "/{path:.*}", self._handle)
-        # A client that goes away ends its watch here too; what it wrote is carried out all the same: see _handle.
+        # A closed client connection cancels its handler, which ends a watch. `_handle` shields writes from that.
         self._runner = web.AppRunner(
             application, handle_signals=False, access_log=None, shutdown_timeout=0, handler_cancellation=True
         )
@@ -123,7 +124,7 @@ class FaultProxy:
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
-        """Refuse connections from now on, and end those that are open."""
+        """Stop listening, so that connections are refused, and close the open connections."""
         if self._runner is not None:
             await self._runner.cleanup()
         if self._session is not None:
@@ -131,7 +132,7 @@ class FaultProxy:
 
     @contextlib.contextmanager
     def fault(self, *rules: Rule) -> Iterator[None]:
-        """Apply ``rules`` in the block."""
+        """Apply ``rules`` during the block."""
         self.rules = [*self.rules, *rules]
         try:
             yield
@@ -139,7 +140,7 @@ class FaultProxy:
             self.rules = [rule for rule in self.rules if rule not in rules]
 
     async def end_watches(self) -> None:
-        """Cut every open watch, so that the next ones meet the rules."""
+        """Reset every open watch, so that the rules apply to the watches that the operator opens next."""
         for watch in self._watches:
             watch.cancel()
 
@@ -154,7 +155,7 @@ class FaultProxy:
             return self._answer(request, fault)
         elif isinstance(fault, Drop):
             self._note(request, 0)
-            await asyncio.Event().wait()  # until the client gives up
+            await asyncio.Event().wait()  # the client closes the connection after its own time-out
         elif isinstance(fault, Reset) and not fault.carried_out:
             self._note(request, 0)
             return self._reset(incoming)
@@ -180,7 +181,7 @@ class FaultProxy:
             async with self._upstream(incoming, fault, body) as response:
                 content = await response.read()
         except aiohttp.ClientError:
-            # The server is away: so is the proxy.
+            # The API server is unreachable, so the proxy resets the connection.
             self._note(request, 0)
             return self._reset(incoming)
         killer = self._killer(request, response.status)
@@ -203,7 +204,7 @@ class FaultProxy:
     def _killer(self, request: Request, status: int) -> Kill | None:
         if request.verb not in WRITES or not 200 <= status < 300:
             return None
-        # Every kill counts; a list, because `next` would stop counting at the first.
+        # The list is needed because `is_due` must count the write in every kill. `next` would stop at the first kill.
         due = [kill for kill in self.kills if kill.is_due(request)]
         return due[0] if due else None
 
@@ -223,7 +224,7 @@ class FaultProxy:
         except (aiohttp.ClientError, ConnectionError, asyncio.CancelledError):
             if not answer.prepared:
                 self._note(request, 0)
-            # However it ended, the operator sees a stream that ends in mid-air.
+            # The operator must see a reset in every case, not the regular end of a stream.
             return self._reset(incoming)
         finally:
             self._watches.discard(task)
@@ -249,7 +250,7 @@ class FaultProxy:
             yield response
 
     def _reset(self, incoming: web.Request) -> web.Response:
-        """Close the connection with a reset instead of an end."""
+        """Close the operator's connection with a TCP reset."""
         transport = incoming.transport
         if transport is not None:
             connection = transport.get_extra_info("socket")
@@ -270,7 +271,7 @@ def _kill(kill: Kill) -> None:
 
 
 async def _edited(stream: aiohttp.StreamReader, fault: Fault | None) -> AsyncIterator[bytes]:
-    """Yield the lines of a watch as the fault leaves them."""
+    """Yield the lines of a watch stream after ``fault`` was applied to them."""
     if isinstance(fault, StreamError):
         status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": fault.code, "reason": fault.reason}
         yield _line({"type": "ERROR", "object": status | {"message": "an error by the proxy"}})

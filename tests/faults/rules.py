@@ -1,5 +1,7 @@
-"""What the proxy does to which request: a rule chooses requests by verb, path and number, its fault says what
-happens to them. Faults are values; `proxy` carries them out."""
+"""Rules of the fault proxy: a rule selects requests by verb, path and count, and names the fault for them.
+
+Faults are plain values; `proxy.py` injects them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Event = dict[str, Any]
-"""One line of a watch: `type` and `object`."""
+"""One line of a watch stream: a dictionary with the keys `type` and `object`."""
 
 WRITES = frozenset({"create", "update", "patch", "delete"})
 _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
@@ -17,7 +19,7 @@ _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as the API server's audit log would name it."""
+    """A request with its Kubernetes verb, as in the API server's audit log."""
 
     verb: str
     path: str
@@ -25,7 +27,7 @@ class Request:
 
     @classmethod
     def of(cls, method: str, path: str, query: Mapping[str, str]) -> Request:
-        """Name the request; a GET of a collection is a list, or a watch."""
+        """Return the request for an HTTP method, path and query. A GET of a collection is a list or a watch."""
         if method != "GET":
             return cls(_VERBS[method], path, query)
         if query.get("watch") in ("true", "1"):
@@ -34,14 +36,14 @@ class Request:
 
     @property
     def namespace(self) -> str:
-        """Namespace in the path; empty where it names none."""
+        """Namespace in the path; empty where the path has no namespace."""
         found = re.search(r"/namespaces/([^/]+)/", self.path)
         return found[1] if found else ""
 
 
 def _names_an_object(path: str) -> bool:
     parts = path.strip("/").split("/")
-    # /api/v1/... or /apis/group/version/...; then optionally namespaces/NAME; then plural, and a name.
+    # A path is /api/v1/... or /apis/GROUP/VERSION/..., then optionally namespaces/NAME, then the plural and a name.
     rest = parts[2:] if parts[0] == "api" else parts[3:]
     if len(rest) > 2 and rest[0] == "namespaces":
         rest = rest[2:]
@@ -50,14 +52,14 @@ def _names_an_object(path: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """Pass the request on after some seconds."""
+    """Forward the request after a delay of ``seconds``."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Answer in the API server's stead; the request never reaches it."""
+    """Answer the request with an error, without forwarding the request to the API server."""
 
     status: int
     reason: str = ""
@@ -66,33 +68,33 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Reset the connection: before the server saw the request, or after it carried it out."""
+    """Reset the connection: with ``carried_out`` after the API server has answered, else before the request is sent."""
 
     carried_out: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Never answer; the request does not reach the server."""
+    """Never answer the request and never forward it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOld:
-    """Lists show the state at an older resourceVersion; watches begin there and replay what came after."""
+    """Answer lists with the state at an older resourceVersion; watches replay all events since that version."""
 
     resource_version: str
 
 
 @dataclass(frozen=True, slots=True)
 class CutWatch:
-    """End the stream of a watch after some events, without a word."""
+    """End the stream of a watch after ``after_events`` events, without an error."""
 
     after_events: int
 
 
 @dataclass(frozen=True, slots=True)
 class StreamError:
-    """Send an ERROR event in the stream of a watch and end it."""
+    """Send an ERROR event in the stream of a watch and end the stream."""
 
     code: int
     reason: str
@@ -100,7 +102,7 @@ class StreamError:
 
 @dataclass(frozen=True, slots=True)
 class EditEvents:
-    """Change the events of a watch: each event is replaced by what ``edit`` returns for it."""
+    """Replace each event of a watch by the events that ``edit`` returns for it."""
 
     edit: Callable[[Event], Sequence[Event]]
 
@@ -110,21 +112,21 @@ Fault = Delay | Answer | Reset | Drop | ServeOld | CutWatch | StreamError | Edit
 
 @dataclass
 class Rule:
-    """Applies ``fault`` to the requests that match, after the first ``skip`` of them, ``times`` times."""
+    """Skips the first ``skip`` matching requests, then injects ``fault`` into the next ``times`` (None: no limit)."""
 
     fault: Fault
     verbs: frozenset[str] = frozenset()
-    """Empty: all."""
+    """Verbs to match, for example ``{"list", "watch"}``; empty matches every verb."""
     path: str = ""
-    """Regular expression, searched in the path."""
+    """Regular expression that must match somewhere in the path."""
     skip: int = 0
     times: int | None = None
     met: int = field(default=0, init=False)
-    """Requests that matched so far."""
+    """Number of requests that matched so far."""
     applied: int = field(default=0, init=False)
 
     def takes(self, request: Request) -> bool:
-        """Count the request, and tell whether the fault happens to it."""
+        """Count ``request`` if it matches, and return whether the fault applies to ``request``."""
         if self.verbs and request.verb not in self.verbs:
             return False
         if not re.search(self.path, request.path):
@@ -137,7 +139,7 @@ class Rule:
 
 
 def dropping(chosen: Callable[[int], bool]) -> Callable[[Event], Sequence[Event]]:
-    """Return an edit that loses the events whose number, from 1, is chosen."""
+    """Return an edit that drops each event for whose number, counted from 1, ``chosen`` returns True."""
     number = 0
 
     def edit(event: Event) -> Sequence[Event]:
@@ -149,12 +151,12 @@ def dropping(chosen: Callable[[int], bool]) -> Callable[[Event], Sequence[Event]
 
 
 def duplicating(event: Event) -> Sequence[Event]:
-    """Send every event twice."""
+    """Return ``event`` twice, so that the watch sends every event twice."""
     return (event, event)
 
 
 def swapping() -> Callable[[Event], Sequence[Event]]:
-    """Return an edit that holds every second event back until after the next one. Bookmarks stay where they are."""
+    """Return an edit that swaps each pair of neighbouring events. Bookmarks keep their position."""
     held: list[Event] = []
 
     def edit(event: Event) -> Sequence[Event]:

@@ -1,8 +1,8 @@
-"""A node without containers: it does to the pods of PyTorchJobs what a kubelet does, as fast as the API server takes
-it, so that whole jobs run to their end in seconds. It also plays what befalls pods: drains, deletions, lost nodes.
+"""A stub node without containers: it updates the pods of PyTorchJobs as a kubelet does, so that jobs end in seconds.
 
-A pod's annotation says what happens to it, one word an attempt (`exit-75 drained done`; the last word repeats). Pods
-without the annotation run and are left alone.
+The stub node also simulates drains, deletions and lost nodes. The annotation `stub-node/script` of a pod has one word
+for each attempt, for example ``"exit-75 drained done"``; later attempts repeat the last word. Pods without the
+annotation keep running.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import aiohttp
 
 from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_core.contract import EXIT_CODES, ArtifactRecord, Outcome, Result
-from finetune_core.preflight import PreflightResult
+from finetune_core.contract.preflight_result import PreflightResult
 from finetune_operator.objects.labels import ATTEMPT, JOB_NAME, PREFLIGHT, REPLICA_INDEX, TRAINING_CONTAINER
 from tests.faults.admin import MERGE_PATCH, Admin, Manifest, RefusedError
 
@@ -28,7 +28,7 @@ NODE = "stub-1"
 HEARTBEAT_SECONDS = 2.0
 TRIES, RETRY_SECONDS = 20, 0.2
 TERMINATION_SECONDS = 0.5
-"""What a trainer takes to commit and leave after SIGTERM."""
+"""Time in seconds that a pod takes to end after its deletion, as a trainer that saves a checkpoint does."""
 PASSES = "passes"
 DISRUPTIONS = ("drained", "deleted", "vanished", "lost")
 STRATEGIC = "application/strategic-merge-patch+json"
@@ -37,12 +37,12 @@ _LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 
 
 def script(*words: str) -> dict[str, str]:
-    """Return the annotation for podTemplate.annotations."""
+    """Return the annotation with the script ``words``, for `podTemplate.annotations`."""
     return {SCRIPT: " ".join(words)}
 
 
 def message(outcome: Outcome) -> str:
-    """Return the termination message of a trainer that came to ``outcome``."""
+    """Return the termination message of a trainer that ends with ``outcome``."""
     artifact = ArtifactRecord(uri="s3://bucket/artifacts/000001", step=100, bytes=12, manifest_sha256="ab")
     done = outcome in (Outcome.COMPLETED, Outcome.EARLY_STOPPED)
     result = Result(outcome=outcome, message="", step=100, artifact=artifact if done else None)
@@ -50,10 +50,10 @@ def message(outcome: Outcome) -> str:
 
 
 class StubNode:
-    """Watches all pods that belong to PyTorchJobs and moves them along; runs inside one event loop."""
+    """Watches the pods of PyTorchJobs and preflight checks, and updates their status. Runs in one event loop."""
 
     def __init__(self, admin: Admin, *, delay: float = 0.2) -> None:
-        """Let ``delay`` seconds pass between all pods running and what befalls them."""
+        """Wait ``delay`` seconds after all pods of an attempt run before the word of the script is carried out."""
         self._admin = admin
         self._delay = delay
         self._pods: dict[str, Manifest] = {}
@@ -64,10 +64,10 @@ class StubNode:
         self._lost: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.errors: list[str] = []
-        """What the API server refused for other reasons than that an object has gone."""
+        """Errors of requests that did not succeed after all tries."""
 
     async def start(self) -> None:
-        """Join the cluster and begin."""
+        """Create the Node object and start the watch and the heartbeat."""
         await self._join(NODE)
         self._spawn(self._heartbeat())
         self._spawn(self._watch())
@@ -75,7 +75,7 @@ class StubNode:
     # ---- the node itself ----
 
     async def _join(self, node: str) -> None:
-        """Create a node that is ready, with a lease; one that exists is kept."""
+        """Create a ready Node with its Lease; an existing Node is kept."""
         ready = {
             "type": "Ready",
             "status": "True",
@@ -115,7 +115,7 @@ class StubNode:
             self._look(pod)
 
     def _look(self, pod: Manifest) -> None:
-        """Do the next thing to a pod, one at a time."""
+        """Start the next step of ``pod`` unless another step of the pod is running."""
         uid = pod["metadata"]["uid"]
         if uid in self._busy or pod["spec"].get("nodeName") in self._lost:
             return
@@ -134,7 +134,7 @@ class StubNode:
         gang = _gang_of(pod)
         if pod["status"]["phase"] == "Running" and gang not in self._acted and self._is_complete(pod):
             self._acted.add(gang)
-            # Not as a step of this pod: what befalls it may be a deletion, which is a step of its own.
+            # A task of its own, because the script may delete the pod, and the deletion is a step of the pod.
             self._spawn(self._try(partial(self._befall, pod)))
         return None
 
@@ -144,7 +144,7 @@ class StubNode:
             await self._try(partial(step, seen))
         finally:
             self._busy.discard(uid)
-        # What happened meanwhile was passed over: the busy pod's events, and a gang that became complete.
+        # `_look` ignores events of a busy pod, so the newest state of the pod is handled now.
         latest = self._pods.get(uid)
         if latest is not None and latest is not seen:
             self._look(latest)
@@ -164,7 +164,7 @@ class StubNode:
         await self._report(pod, {"phase": "Running", "startTime": _now(), "conditions": ready}, state)
 
     async def _terminate(self, pod: Manifest) -> None:
-        """Obey a deletion: the trainer commits and leaves with 143, then the pod goes."""
+        """Carry out a deletion: the trainer ends with exit code 143, then the pod is removed."""
         if pod["status"]["phase"] == "Running":
             await asyncio.sleep(TERMINATION_SECONDS)
             await self.end(pod, EXIT_CODES[Outcome.STOPPED], message(Outcome.STOPPED))
@@ -172,7 +172,7 @@ class StubNode:
         await self._admin.call("DELETE", _path(pod), {"gracePeriodSeconds": 0, "preconditions": {"uid": uid}})
 
     async def end(self, pod: Manifest, code: int, text: str = "", reason: str = "") -> None:
-        """End the training container of a pod."""
+        """Report the training container of ``pod`` as terminated with exit code ``code`` and message ``text``."""
         why = reason or ("Completed" if code == 0 else "Error")
         end = {"exitCode": code, "reason": why, "message": text, "startedAt": _now(), "finishedAt": _now()}
         await self._report(pod, {"phase": "Succeeded" if code == 0 else "Failed"}, {"terminated": end})
@@ -191,7 +191,7 @@ class StubNode:
         body = {"metadata": {"uid": pod["metadata"]["uid"]}, "status": {**status, "containerStatuses": [container]}}
         await self._admin.call("PATCH", f"{_path(pod)}/status", body, content_type=STRATEGIC)
 
-    # ---- what befalls a gang whose pods all run ----
+    # ---- the script, once all pods of an attempt (a gang) run ----
 
     def _gang(self, pod: Manifest) -> list[Manifest]:
         return sorted(self._gangs.get(_gang_of(pod), {}).values(), key=_index)
@@ -239,10 +239,10 @@ class StubNode:
             raise ValueError(f"no such word: {word}")
 
     async def _until_recorded(self, pods: list[Manifest]) -> None:
-        """Wait until the operator has written down which pods the attempt has.
+        """Wait until the status of the job lists ``pods``.
 
-        training-operator replaces a lost pod within a second; an operator that was away for all of a pod's life can't
-        know that there was another before.
+        training-operator replaces a lost pod within a second. An operator that was down for the whole life of a pod
+        could not know that the pod had existed.
         """
         path = f"{_job_path(pods[0])}/status"
         wanted = {pod["metadata"]["uid"] for pod in pods}
@@ -253,7 +253,10 @@ class StubNode:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _drain(self, pod: Manifest) -> None:
-        """Evict a pod, again until it obeys, as `kubectl drain` does: a server under load says yes and does nothing."""
+        """Evict ``pod`` and repeat the eviction until the pod is being deleted, as `kubectl drain` does.
+
+        An overloaded API server may accept an eviction without carrying it out.
+        """
         eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod["metadata"]["name"]}}
         for _ in range(TRIES):
             await self._admin.call("POST", f"{_path(pod)}/eviction", eviction)
@@ -264,7 +267,7 @@ class StubNode:
         raise TimeoutError(f"{pod['metadata']['name']} was evicted {TRIES} times and is still there")
 
     async def _suspend(self, pod: Manifest) -> None:
-        """Suspend the job, and let it go on once its pods are gone."""
+        """Suspend the job, and resume the job once its pods are gone."""
         await self._patch_job(pod, {"suspend": True})
         while self._gang(pod):
             await asyncio.sleep(0.1)
@@ -290,7 +293,10 @@ class StubNode:
             await self._admin.call("POST", path, manifest)
 
     async def _try(self, attempt: Callable[[], Awaitable[object]]) -> None:
-        """Make a request, again where the server was busy or somebody else wrote meanwhile; what has gone has gone."""
+        """Run ``attempt`` until it succeeds, at most 20 times.
+
+        A 404 or 422 ends the tries without an error, because the object no longer exists.
+        """
         last: Exception | None = None
         for _ in range(TRIES):
             try:
@@ -304,13 +310,13 @@ class StubNode:
             else:
                 return
             await asyncio.sleep(RETRY_SECONDS)
-        # A conflict that stays is a pod of the same name that came after ours.
+        # A conflict in every try means that a newer pod has the name, which is no error.
         if not (isinstance(last, RefusedError) and last.status == 409):
             self.errors.append(repr(last))
 
 
 def word_of(pod: Manifest) -> str:
-    """Return what the script says of the pod's attempt; a preflight pod finds nothing wrong."""
+    """Return the word of the script for the pod's attempt; for a preflight pod, the word of a check that passes."""
     if PREFLIGHT in pod["metadata"]["labels"]:
         return PASSES
     words = pod["metadata"].get("annotations", {}).get(SCRIPT, "").split()

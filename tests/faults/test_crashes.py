@@ -1,4 +1,4 @@
-"""R1: the operator is killed right after any single write, and the job ends as it would have ended without."""
+"""R1 of docs/performance.md: the operator is killed after each single write, and the job must end as without a kill."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ TOGETHER = (
     ("is suspended and resumed", "is checked first"),
     ("succeeds", "is drained"),
 )
-"""Which crash beside each other: few, because each start of the operator looks at all of them before it goes on."""
+"""Groups of scenarios that run at the same time. The groups are small, because each start of the operator reconciles
+all jobs of the group before it goes on."""
 AGAIN = (8, 1, 1, 1)
-"""All trials begin at once first; those whose kill never came are begun again, so many at a time.
+"""How many trials run at a time when the trials without a crash are repeated. The first round runs all trials at once.
 
-One operator serves all of them, so each also goes through the kills of the others, and a restart sees at once what the
-fault-free run saw in two looks: such a trial needs fewer writes than that run, and may end before its own kill. Without
-others, two changes that follow each other within moments may still come into one look."""
+One operator serves all trials, so that each trial also experiences the kills of the others. After a restart one
+reconcile may combine two changes that the fault-free run handled in two. Such a trial needs fewer writes and may end
+before its own kill. In a trial that runs alone, one reconcile may still combine two changes in quick succession."""
 SPARE, SPARE_OF_SCENARIO = 0.05, 0.1
-"""Shares of a group's trials, and of each scenario's, that may be left without a crash at most; of the latter one write
-number in any case, because the fault-free run may by chance have made a write more than any other does."""
+"""Greatest shares of trials without a crash, for a group and for each scenario. One write number of a scenario may
+always be left, because the fault-free run may by chance have made one write more than the other runs."""
 STATUS = "patch finetunejobs/job/status"
 
 
 def compare(found: End, expected: End) -> Iterator[str]:
-    """Yield what differs from the fault-free run of the scenario."""
+    """Yield a line for each difference between ``found`` and ``expected``, the fault-free run of the scenario."""
     trial = found.trial
     if differs := differences(found.essence, expected.essence):
         yield f"{trial}, of {len(expected.writes)} writes: {differs}"
-    # An event may be lost with the process that was about to tell it; none is told twice or without cause.
+    # A killed operator may lose an event. An event that the fault-free run does not have is an error.
     if surplus := found.events - expected.events:
         yield f"{trial}: events {surplus}"
     assert trial.kill is not None
@@ -49,7 +50,7 @@ def compare(found: End, expected: End) -> Iterator[str]:
         yield f"{trial}: no kill, in spite of {found.writes}"
     if not found.undisturbed:
         return
-    # A second run without faults: two changes of its status came into one look, and nothing else may be missing.
+    # This run had no fault either. It may have combined two status writes, and must equal the first run otherwise.
     if lost := expected.events - found.events:
         yield f"{trial}: no events {lost}"
     others, wanted = ([write for write in each.writes if write != STATUS] for each in (found, expected))
@@ -60,8 +61,10 @@ def compare(found: End, expected: End) -> Iterator[str]:
 def crash_after_every_write(
     world: World, scenarios: tuple[str, ...], *, tell: tuple[bool, ...], spare: float, timeout: float
 ) -> None:
-    """Compare every crash with the fault-free run of its scenario; begin again until at most the share ``spare`` of all
-    trials is left without one."""
+    """Run a trial for each write of each scenario and compare the results with the fault-free run.
+
+    Trials without a crash are repeated until at most the share ``spare`` of all trials is left without a crash.
+    """
     fault_free = run_all(world, [Point(name) for name in scenarios], len(scenarios), timeout)
     expected = {found.trial.point.scenario: found for found in fault_free}
     writes = {scenario: len(found.writes) for scenario, found in expected.items()}
@@ -75,7 +78,7 @@ def crash_after_every_write(
     left, ends = points, list[End]()
     for together in (len(points), *AGAIN):
         begun = time.monotonic()
-        # Kills that fall close together disturb each other least.
+        # Trials are sorted by the relative time of their kill, because kills at the same time disturb each other least.
         left = sorted(left, key=lambda point: point.after / writes[point.scenario])
         ends = run_all(world, left, together, timeout)
         wrong += [line for found in ends for line in compare(found, expected[found.trial.point.scenario])]

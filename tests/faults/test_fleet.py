@@ -1,5 +1,4 @@
-"""R1 for many, and R15: fifty kills at random moments over three hundred jobs, and an upgrade and rollback under live
-jobs."""
+"""R1 and R15 of docs/performance.md: 50 kills at random times with 300 jobs; upgrade and rollback with running jobs."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 CONVERGED_SECONDS = 30
 PREVIOUS = "2433999"
-"""The first version that ran jobs; an operator of before the Lease, the clocks and the plan in the status."""
+"""Commit of the first version that ran jobs. It had no leader election and an older form of the status."""
 
 
 @pytest.mark.long
@@ -46,8 +45,10 @@ def test_random_kills_double_and_lose_no_job(world: World) -> None:
     world.wait("50 kills", all_killed, 600, interval=0.1)
     over = ended_attempts(world, namespace)
     world.keep_operator_alive()
-    world.wait("what had ended to be told", lambda: over <= told_attempts(world, namespace), 3 * CONVERGED_SECONDS)
-    print(f"{len(over)} attempts that had ended are told {time.monotonic() - last_kill:.1f} s after the last kill")
+    world.wait(
+        "the ended attempts to be recorded", lambda: over <= recorded_attempts(world, namespace), 3 * CONVERGED_SECONDS
+    )
+    print(f"{len(over)} ended attempts are recorded {time.monotonic() - last_kill:.1f} s after the last kill")
     world.wait("300 jobs to end", lambda: all(settled(found) for found in world.jobs(namespace)), 1200)
     ended = time.monotonic()
     print(f"300 jobs ended {ended - began:.1f} s after the first of 50 kills, {ended - last_kill:.1f} s after the last")
@@ -61,7 +62,7 @@ def test_random_kills_double_and_lose_no_job(world: World) -> None:
 
 
 def ended_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
-    """Return job and number of the attempts whose PyTorchJob has ended."""
+    """Return (job name, attempt number) of each attempt whose PyTorchJob has ended."""
     return {
         (child["metadata"]["labels"][JOB_NAME], int(child["metadata"]["labels"][ATTEMPT]))
         for child in world.children(namespace)
@@ -72,8 +73,8 @@ def ended_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
     }
 
 
-def told_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
-    """Return job and number of the attempts whose end stands in a status."""
+def recorded_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
+    """Return (job name, attempt number) of each attempt whose end is recorded in the status of its job."""
     return {
         (found["metadata"]["name"], attempt["number"])
         for found in world.jobs(namespace)
@@ -82,7 +83,7 @@ def told_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
 
 
 def previous_release(folder: Path) -> Path | None:
-    """Unpack the previous version's packages; None where the history does not reach back."""
+    """Unpack the packages of commit PREVIOUS into ``folder``; return None where the git history lacks the commit."""
     archive = subprocess.run(
         ["git", "archive", PREVIOUS, "core", "operator"], cwd=REPOSITORY, capture_output=True, check=False
     )
@@ -96,7 +97,7 @@ def previous_release(folder: Path) -> Path | None:
 def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path) -> None:
     source = previous_release(tmp_path)
     if source is None:
-        # The old version comes from the history, which a shallow clone and a source archive lack.
+        # The old version comes from the git history, which a shallow clone or a source archive does not have.
         pytest.skip(f"the history does not reach back to {PREVIOUS}")
     namespace = world.namespace()
     world.operator.stop()
@@ -112,12 +113,12 @@ def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path) -> 
             previous.stop()
             world.operator.start()
             world.operator.wait_ready()
-            _all_looked_at(world, namespace, "the new version")
+            _wait_for_reconciles(world, namespace, "the new version")
             assert _objects(world, namespace) == before, f"upgrade {turn}"
             world.operator.stop()
             previous.start()
             previous.wait_ready()
-            _all_looked_at(world, namespace, "the previous version")
+            _wait_for_reconciles(world, namespace, "the previous version")
             assert _objects(world, namespace) == before, f"rollback {turn}"
     finally:
         previous.close()
@@ -129,7 +130,7 @@ def _running(world: World, namespace: str) -> int:
 
 
 def _objects(world: World, namespace: str) -> tuple[list[str], list[str], list[int]]:
-    """Return the uids of children and pods, and the attempts that were started."""
+    """Return the uids of all children, the uids of all pods, and the number of started attempts of each job."""
     return (
         sorted(child["metadata"]["uid"] for child in world.children(namespace)),
         sorted(pod["metadata"]["uid"] for pod in world.pods(namespace)),
@@ -137,12 +138,12 @@ def _objects(world: World, namespace: str) -> tuple[list[str], list[str], list[i
     )
 
 
-def _all_looked_at(world: World, namespace: str, who: str) -> None:
+def _wait_for_reconciles(world: World, namespace: str, who: str) -> None:
     began = time.monotonic()
     paths = [f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs/job-{number}" for number in range(5)]
 
-    def looked() -> bool:
+    def reconciled() -> bool:
         seen = Counter(record.request.path for record in world.proxy.records if record.at > began)
         return all(seen[path] >= 2 for path in paths)
 
-    world.wait(f"two looks of {who} at each job", looked, 90)
+    world.wait(f"two reconciles of each job by {who}", reconciled, 90)

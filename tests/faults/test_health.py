@@ -1,5 +1,4 @@
-"""/healthz while watches and lists are really cut and everything else goes on, the Lease included: a watch that died
-silently does not leave an operator that looks alive."""
+"""/healthz must fail while lists and watches get no answer, even if all other requests (Lease included) succeed."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ RESYNC_SECONDS = 4
 
 @pytest.fixture
 def operator(shared_world: World, tmp_path: Path) -> Iterator[OperatorProcess]:
-    """An operator with short periods in the place of the shared one."""
+    """Run an operator with a short resync period instead of the shared operator."""
     shared_world.operator.stop()
     server = f"https://127.0.0.1:{shared_world.proxy.port}"
     process = OperatorProcess(
@@ -44,6 +43,6 @@ def test_healthz_turns_red_after_three_periods_without_watch_and_list_and_green_
         wait_for("/healthz to turn red", lambda: not operator.answers("/healthz"), 90, evidence=operator.evidence)
         assert operator.metric("finetune_watch_age_seconds") >= 3 * RESYNC_SECONDS
         assert cut.applied > 0, "nothing was cut"
-        assert operator.pid == process, "it looks after itself, and the kubelet after it"
+        assert operator.pid == process, "the operator must not end by itself, because the kubelet restarts it"
         assert operator.metric("finetune_leader") == 1, "the Lease alone does not make it healthy"
     wait_for("/healthz to turn green", lambda: operator.answers("/healthz"), 90, evidence=operator.evidence)

@@ -1,5 +1,8 @@
-"""R2, R10 to R13: restarts without news, bursts of updates, children that somebody edits, deletions without an
-operator, and a job that no version can read among many good ones."""
+"""R2 and R10 to R13 of docs/performance.md.
+
+The cases are: restarts without changes, bursts of updates, edited children, deletion of a namespace while the operator
+is down, and one unreadable job among many valid jobs.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ def job_path(namespace: str, name: str = "job") -> str:
 
 
 def running(found: dict[str, Any]) -> bool:
-    """Whether both pods of the current attempt are recorded."""
+    """Return whether the status lists both pods of the current attempt."""
     return len(found["status"]["attempts"].get("current", {}).get("pods", [])) == 2
 
 
-def looks(world: World, path: str, since: float) -> int:
-    """Return how often a job was read since then."""
+def reconciles(world: World, path: str, since: float) -> int:
+    """Return how often the operator has read the job at ``path`` since the monotonic time ``since``."""
     return sum(record.request.path == path and record.at > since for record in world.proxy.records)
 
 
@@ -39,7 +42,11 @@ def test_a_restart_with_settled_jobs_writes_nothing(world: World) -> None:
     versions = {found["metadata"]["name"]: found["metadata"]["resourceVersion"] for found in world.jobs(namespace)}
     began = time.monotonic()
     world.operator.restart()
-    world.wait("a look at every job", lambda: all(looks(world, job_path(namespace, name), began) for name in names), 60)
+    world.wait(
+        "a reconcile of every job",
+        lambda: all(reconciles(world, job_path(namespace, name), began) for name in names),
+        60,
+    )
     written = [
         record.request
         for record in world.proxy.records
@@ -50,7 +57,7 @@ def test_a_restart_with_settled_jobs_writes_nothing(world: World) -> None:
     assert now == versions
 
 
-def test_a_hundred_updates_lead_to_a_handful_of_looks(world: World) -> None:
+def test_a_hundred_updates_lead_to_a_handful_of_reconciles(world: World) -> None:
     namespace = world.namespace()
     world.create(namespace, job("run"))
     world.wait_job(namespace, "both pods", running)
@@ -61,10 +68,10 @@ def test_a_hundred_updates_lead_to_a_handful_of_looks(world: World) -> None:
     final = world.job(namespace)["metadata"]["generation"]
     told = world.wait_job(namespace, "the last one", lambda found: found["status"]["observedGeneration"] == final)
     seen = told["metadata"]["resourceVersion"]
-    # The write of the last status is an update too; the look that it leads to ends the story.
-    world.wait("the look after it", lambda: looks(world, job_path(namespace), last) >= 2, 30)
-    # A waiting pod is looked at every ten seconds besides.
-    assert looks(world, job_path(namespace), last) <= 3 + (time.monotonic() - last) / 10
+    # The last status write is an update too and causes one more reconcile.
+    world.wait("the reconcile after it", lambda: reconciles(world, job_path(namespace), last) >= 2, 30)
+    # In addition, a job with a waiting pod is reconciled every ten seconds.
+    assert reconciles(world, job_path(namespace), last) <= 3 + (time.monotonic() - last) / 10
     assert world.job(namespace)["metadata"]["resourceVersion"] == seen
     assert told["status"]["attempts"]["started"] == 1
 
@@ -78,8 +85,8 @@ def test_an_edited_child_is_left_alone_and_a_resized_one_ends_the_attempt(world:
     path = f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs/{child['metadata']['name']}"
     since = time.monotonic()
     edited = world.call("PATCH", path, {"metadata": {"labels": {"of": "somebody"}}}, content_type=MERGE_PATCH)
-    world.wait("a look at the edited child", lambda: looks(world, job_path(namespace), since), 30)
-    world.wait("a second look", lambda: looks(world, job_path(namespace), since) > 1, 60)
+    world.wait("a reconcile after the edit", lambda: reconciles(world, job_path(namespace), since), 30)
+    world.wait("a second reconcile", lambda: reconciles(world, job_path(namespace), since) > 1, 60)
     (found,) = world.children(namespace)
     assert found["metadata"]["labels"]["of"] == "somebody"
     assert found["metadata"]["uid"] == edited["metadata"]["uid"]
@@ -104,7 +111,10 @@ def test_a_namespace_goes_without_the_operator(world: World) -> None:
 
 
 def poison_among(world: World, good: int) -> None:
-    """A CRD of another version lets a job in that this operator can't read; the good ones must not notice."""
+    """Create a job that the operator can't parse, and ``good`` valid jobs; assert that the valid jobs end as usual.
+
+    The CRD is loosened meanwhile, as a CRD of another version could be.
+    """
     crd = world.call("GET", CRD)
     spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
     rows = spec["properties"]["dataset"]["properties"]["longRows"]
@@ -130,8 +140,8 @@ def poison_among(world: World, good: int) -> None:
         assert condition(told, "Accepted")["status"] == "False"
         assert "longRows" in condition(told, "Accepted")["message"]
         assert condition(told, "Stalled")["status"] == "False"
-        # 10 s, 20 s, 40 s, ... and what its own status and events bring: no storm.
-        assert looks(world, job_path(namespace, "poison"), began) <= 8 + took / 10
+        # Retries come after 10 s, 20 s, 40 s and so on. A few more reconciles come from the job's own status writes.
+        assert reconciles(world, job_path(namespace, "poison"), began) <= 8 + took / 10
         assert events(world, namespace)["BadInput"] <= 1 + took / 60
         print(f"{good} good jobs beside a poisoned one: {took:.1f} s")
     finally:

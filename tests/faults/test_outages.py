@@ -1,5 +1,8 @@
-"""R5, R6, R8: an API server that refuses, is away, hangs or breaks a watch. The operator ends at most once, to lose its
-Lease; nothing is asked more often than once a second, and soon after the recovery every job is where it should be."""
+"""R5, R6 and R8 of docs/performance.md: an API server that refuses requests, is unreachable, hangs or breaks watches.
+
+The operator may end at most once, because it loses its Lease. No request may be repeated more than once a second, and
+all jobs must reach their expected state soon after the recovery.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ Outage = Callable[[World], AbstractContextManager[None]]
 
 
 def answering(*answers: Answer, path: str = "") -> Outage:
-    """Return an outage in which every request gets this answer."""
+    """Return an outage in which requests whose path matches ``path`` get one of ``answers``."""
     return lambda world: world.proxy.fault(*(Rule(answer, path=path) for answer in answers))
 
 
 @contextmanager
 def refused(world: World) -> Iterator[None]:
-    """Nothing listens on the API server's port."""
+    """Refuse connections, because nothing listens on the API server's port during the block."""
     world.loop.run(world.proxy.stop())
     try:
         yield
@@ -35,7 +38,7 @@ def refused(world: World) -> Iterator[None]:
 
 
 OUTAGES: dict[str, tuple[Outage, float, int]] = {
-    # What happens, for how long, and how often the operator may end: once where it can't renew its Lease.
+    # Outage, duration in seconds, and how often the operator may end; once where it can't renew its Lease.
     "500": (answering(Answer(500, "InternalError")), 120, 1),
     "refused": (refused, 120, 1),
     "429": (answering(Answer(429, "TooManyRequests", {"Retry-After": "2"}), path=NOT_THE_LEASE), 60, 0),
@@ -44,7 +47,7 @@ OUTAGES: dict[str, tuple[Outage, float, int]] = {
 
 
 def go_through(world: World, outage: Outage, seconds: float) -> int:
-    """Change the world during an outage, and see it told afterwards; return how often the operator ended."""
+    """Delete a child during an outage and wait until the status shows it; return how often the operator ended."""
     namespace = world.namespace()
     world.create(namespace, *(job("run", name=f"job-{number}") for number in range(5)))
     world.wait("five attempts", lambda: len(_recorded(world, namespace)) == 5)
@@ -77,14 +80,14 @@ def go_through(world: World, outage: Outage, seconds: float) -> int:
         return sorted(each["started"] for each in attempts) == [1, 1, 1, 1, 2] and sum(a["free"] for a in attempts) == 1
 
     recovered = time.monotonic()
-    # 30 s, and 10 s of back-off before the second attempt; three times that on a busy machine.
+    # The expected time is 30 s plus 10 s of back-off before attempt 2; a busy machine gets three times as long.
     world.wait("the lost child's second attempt", has_converged, 3 * 40)
     print(f"converged {time.monotonic() - recovered:.1f} s after the outage; the operator ended {ended} times")
     return ended
 
 
 def _recorded(world: World, namespace: str) -> list[str]:
-    """Return the jobs of which both pods are recorded."""
+    """Return the names of the jobs whose status lists both pods."""
     return [
         found["metadata"]["name"]
         for found in world.jobs(namespace)
@@ -137,7 +140,7 @@ def test_a_broken_watch_ends_the_process_or_heals(world: World, name: str) -> No
 def test_an_operator_that_sees_nothing_any_more_says_so(world: World) -> None:
     with world.proxy.fault(Rule(Drop(), verbs=frozenset({"list", "watch"}), path=NOT_THE_LEASE)):
         world.loop.run(world.proxy.end_watches())
-        # Three periods of 30 s; the bar is three minutes.
+        # /healthz fails after three resync periods of 30 s; the test allows three minutes.
         world.wait("/healthz to be red", lambda: not world.operator.answers("/healthz"), 180)
     world.operator.restart()
 
@@ -172,7 +175,7 @@ def test_an_api_server_that_is_killed_or_frozen_is_found_again(
 
 
 def _namespace(world: World) -> str | None:
-    """Return a new namespace; None while the server does not take it."""
+    """Return a new namespace, or None where the API server does not answer."""
     try:
         return world.namespace()
     except (OSError, TimeoutError):

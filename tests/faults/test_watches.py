@@ -1,4 +1,4 @@
-"""R7: watches that lose, repeat or reorder events, deletions that nobody told, and a server that shows the past."""
+"""R7 of docs/performance.md: watches that lose, repeat or reorder events, missed deletions, and stale lists."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ DISTURBANCES: dict[str, Callable[[], Fault]] = {
     "events change places": lambda: EditEvents(swapping()),
     "every watch ends after three events": lambda: CutWatch(3),
 }
-LIVES = ("succeeds", "fails outside once", "is drained")
+WATCHED_SCENARIOS = ("succeeds", "fails outside once", "is drained")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(shared_world: World) -> dict[str, Any]:
-    """What each life comes to where nothing is disturbed."""
+    """Return the essence of each scenario in a run without faults."""
     shared_world.keep_operator_alive()
-    return live(shared_world, 120)
+    return run_scenarios(shared_world, 120)
 
 
-def live(world: World, timeout: float) -> dict[str, Any]:
-    """Let the lives run beside each other, and return what each came to."""
-    ends = run_all(world, [Point(life) for life in LIVES], len(LIVES), timeout)
+def run_scenarios(world: World, timeout: float) -> dict[str, Any]:
+    """Run the scenarios at the same time and return the essence of each."""
+    ends = run_all(world, [Point(scenario) for scenario in WATCHED_SCENARIOS], len(WATCHED_SCENARIOS), timeout)
     return {end.trial.point.scenario: end.essence for end in ends}
 
 
@@ -57,13 +57,13 @@ def test_disturbed_watches_change_nothing_but_the_time(world: World, undisturbed
     with world.proxy.fault(*rules):
         world.loop.run(world.proxy.end_watches())
         began = time.monotonic()
-        # One resync period, 30 s, for each step that nobody told of.
-        found = live(world, 300)
-        print(f"{name}: {len(LIVES)} jobs ended after {time.monotonic() - began:.1f} s")
+        # A step whose event is lost is found at the next resync, after up to 30 s.
+        found = run_scenarios(world, 300)
+        print(f"{name}: {len(WATCHED_SCENARIOS)} jobs ended after {time.monotonic() - began:.1f} s")
     assert any(rule.applied for rule in rules)
     assert found.keys() == undisturbed.keys()
-    for life, expected in undisturbed.items():
-        assert not differences(found[life], expected), life
+    for scenario, expected in undisturbed.items():
+        assert not differences(found[scenario], expected), scenario
 
 
 def test_deletions_in_the_gap_before_an_expired_watch_are_found(world: World) -> None:
@@ -95,14 +95,14 @@ def _pods(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _with_both_pods(world: World, namespace: str) -> dict[str, Any] | None:
-    # A watch that was answered with 410 has died, and the process ends with it, up to 15 s later.
+    # A watch that gets a 410 ends, and the operator's process ends up to 15 s later.
     world.keep_operator_alive()
     found = world.job(namespace)
     return found if "status" in found and len(_pods(found)) == 2 else None
 
 
 def test_a_server_that_shows_the_past_leads_to_nothing_foreign(world: World) -> None:
-    """The job is deleted and applied again under its name; lists and watches still show the one before."""
+    """A job is deleted and created again with the same name while lists and watches still show the old objects."""
     namespace = world.namespace()
     world.create(namespace, job("run"))
     first = world.wait("both pods", partial(_with_both_pods, world, namespace))

@@ -1,4 +1,7 @@
-"""Jobs whose lives are scripted, run beside each other while the operator is killed at chosen writes of theirs."""
+"""Runs scripted jobs at the same time while the operator is killed after chosen writes.
+
+`test_crashes.py` and `test_watches.py` compare the results with a run without faults.
+"""
 
 from __future__ import annotations
 
@@ -32,55 +35,55 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "runs too long": (("run",), {"runPolicy": {"activeDeadlineSeconds": 60}}),
     "waits too long": (("pending",), {"runPolicy": {"pendingDeadlineSeconds": 60}}),
 }
-"""Words of the stub node's script, and what is changed in the job's spec."""
+"""For each scenario: the script of the stub node, and changes of the job's spec."""
 WAVE_SECONDS = 15.0
-"""From one beginning of so many to the next: longer than most scenarios take; what happens in the longer ones, which
-mostly wait, does not fall together then."""
+"""Seconds between the starts of two groups of trials. Most scenarios take less time, so that the kills of one group do
+not disturb the next group."""
 LIST_SECONDS = 1.0
-"""Between two lists of all jobs: hundreds of them at every look would take the time that the operator needs."""
+"""Seconds between two lists of all jobs, because frequent lists of hundreds of jobs would slow the operator down."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where an operator is killed: after write number ``after`` of a scenario (0: nowhere)."""
+    """The point of a crash: the operator is killed after write number ``after`` of a scenario; 0 means no kill."""
 
     scenario: str
     after: int = 0
     tell: bool = False
-    """It may have read the answer."""
+    """Whether the operator may have read the answer to the write before the kill."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One job whose operator dies at a point."""
+    """One job during whose life the operator is killed at a point."""
 
     point: Point
     namespace: str
     operator_since: float
-    """When the operator was started that it began with."""
+    """Start time of the operator process that ran when the job was created, on the monotonic clock."""
     kill: Kill | None = None
 
     @property
     def crashed(self) -> bool:
-        """Whether its own kill came, and struck the operator that had written."""
+        """Whether the kill of this trial has happened and has killed a running operator."""
         return self.kill is not None and self.kill.struck
 
 
 @dataclass(frozen=True)
 class End:
-    """What a trial came to."""
+    """The result of a trial."""
 
     trial: Trial
     undisturbed: bool
-    """One operator served it from its beginning to its end: a run without faults."""
+    """Whether one operator process ran from the creation to the end of the job, so that the run had no fault."""
     writes: tuple[str, ...]
-    """Of the operator, in order."""
+    """Writes of the operator in order, for example ``"patch finetunejobs/job/status"``."""
     essence: dict[str, Any]
     events: Counter[str]
 
 
 def begin(world: World, point: Point) -> Trial:
-    """Create the job of a trial in a namespace of its own."""
+    """Create a job for ``point`` in a new namespace and return the trial."""
     words, spec = SCENARIOS[point.scenario]
     namespace = world.namespace()
     kill = None
@@ -91,16 +94,18 @@ def begin(world: World, point: Point) -> Trial:
     return Trial(point, namespace, world.operator.started_at, kill)
 
 
-def is_silent(world: World, ended: Manifest) -> bool:
-    """Whether nothing more is written about a job that has ended: the event of its end is there, or was lost with the
-    operator that had written the status before."""
+def is_finished(world: World, ended: Manifest) -> bool:
+    """Return whether the operator will write nothing more about the ended job ``ended``.
+
+    The event about the end exists, or the operator was restarted after the last status write and the event was lost.
+    """
     namespace = ended["metadata"]["namespace"]
     last = max(record.at for record in world.proxy.records if record.wrote and record.request.namespace == namespace)
     return world.operator.started_at > last or condition(ended, "Succeeded")["reason"] in events(world, namespace)
 
 
 def writes_in(world: World, namespace: str) -> tuple[str, ...]:
-    """Return what the operator has written in a namespace, in order, without hashes."""
+    """Return the successful writes of the operator in ``namespace``, in order, with hashes replaced."""
     paths = [
         (record.request.verb, record.request.path.partition(f"/{namespace}/")[2])
         for record in world.proxy.records
@@ -110,8 +115,10 @@ def writes_in(world: World, namespace: str) -> tuple[str, ...]:
 
 
 def run_all(world: World, points: Sequence[Point], together: int, timeout: float) -> list[End]:
-    """Run a job for each point, ``together`` at a time, until all have ended and nothing more is written about them;
-    start the operator again whenever it is killed."""
+    """Run a job for each point, ``together`` at a time, and return the results.
+
+    A trial ends when nothing more is written about its job. The operator is started again after each kill.
+    """
     queue = list(points)
     waiting: dict[str, Trial] = {}
     over: list[tuple[Trial, bool]] = []
@@ -129,7 +136,7 @@ def run_all(world: World, points: Sequence[Point], together: int, timeout: float
         listed_at = time.monotonic()
         for found in world.jobs():
             trial = waiting.get(found["metadata"]["namespace"])
-            if trial is not None and settled(found) and (trial.crashed or is_silent(world, found)):
+            if trial is not None and settled(found) and (trial.crashed or is_finished(world, found)):
                 undisturbed = not trial.crashed and trial.operator_since == world.operator.started_at
                 over.append((waiting.pop(trial.namespace), undisturbed))
         return not queue and not waiting and world.operator.pid is not None
@@ -144,11 +151,11 @@ def run_all(world: World, points: Sequence[Point], together: int, timeout: float
                 undisturbed,
                 essence=essence(world, place),
                 events=events(world, place),
-                # Last, because the proxy notes a write a moment after its object is there.
+                # The writes are read last, because the proxy records a write a moment after the object exists.
                 writes=writes_in(world, place),
             )
         )
-        # Each further start of the operator would look at the job, too.
+        # The job is deleted so that later starts of the operator need not reconcile it.
         world.call("DELETE", f"/apis/{GROUP}/{VERSION}/namespaces/{place}/{PLURAL}/job")
     world.proxy.kills = []
     return ends

@@ -1,4 +1,4 @@
-"""A control plane, a stub node, the operator and the proxy between them, put together for a test."""
+"""Connects control plane, stub node, fault proxy and operator for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SHORT_NODE_LOSS: Mapping[str, Sequence[str]] = {
         "--node-monitor-period=1s",
         "--node-monitor-grace-period=20s",
         "--node-startup-grace-period=20s",
-        # Tens of nodes are lost at once here: unset, one in ten seconds is tainted, and none at all where most of a
-        # small cluster is away.
+        # The tests lose many nodes at once. The defaults taint one node in ten seconds, and none where most nodes of a
+        # small cluster are lost.
         "--node-eviction-rate=10",
         "--secondary-node-eviction-rate=10",
         "--large-cluster-size-threshold=0",
@@ -41,7 +41,7 @@ SHORT_NODE_LOSS: Mapping[str, Sequence[str]] = {
 
 @dataclass
 class World:
-    """Everything that a gate needs in hand."""
+    """The running parts, with helpers to create and read jobs, children and pods."""
 
     cluster: Cluster
     loop: LoopThread
@@ -50,27 +50,27 @@ class World:
     proxy: FaultProxy
     operator: OperatorProcess
     created: dict[str, tuple[str, str]]
-    """Every PyTorchJob that ever was: its uid, with namespace and attempt."""
+    """For every PyTorchJob that has ever existed: uid to namespace and number of the attempt."""
 
     # ---- jobs ----
 
     def namespace(self) -> str:
-        """Create a namespace and return its name."""
+        """Create a namespace with a random name and return the name."""
         name = f"test-{uuid.uuid4().hex[:8]}"
         self.call("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
         return name
 
     def create(self, namespace: str, *jobs: Manifest) -> None:
-        """Create jobs, as fast as the server takes them."""
+        """Create ``jobs``, up to 16 at a time."""
         path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}"
         self.loop.run(_create_all(self.admin, path, jobs), 600)
 
     def call(self, method: str, path: str, body: Manifest | None = None, **options: Any) -> Manifest:
-        """Make a request as administrator."""
+        """Send a request as administrator and return the decoded answer."""
         return self.loop.run(self.admin.call(method, path, body, **options))
 
     def find(self, path: str) -> Manifest | None:
-        """Return an object, or None where there is none."""
+        """Return the object at ``path``, or None where it does not exist."""
         try:
             return self.call("GET", path)
         except RefusedError as error:
@@ -79,30 +79,30 @@ class World:
             raise
 
     def jobs(self, namespace: str = "") -> list[Manifest]:
-        """Return the jobs of a namespace, or all."""
+        """Return the jobs of ``namespace``, or all jobs where ``namespace`` is empty."""
         path = JOBS if not namespace else f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}"
         return self.loop.run(self.admin.list_all(path))
 
     def job(self, namespace: str, name: str = "job") -> Manifest:
-        """Return one job."""
+        """Return the job ``name``."""
         return self.call("GET", f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}")
 
     def children(self, namespace: str) -> list[Manifest]:
-        """Return the PyTorchJobs of a namespace."""
+        """Return the PyTorchJobs of ``namespace``."""
         return self.loop.run(self.admin.list_all(f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs"))
 
     def pods(self, namespace: str) -> list[Manifest]:
-        """Return the pods of a namespace."""
+        """Return the pods of ``namespace``."""
         return self.loop.run(self.admin.list_all(f"/api/v1/namespaces/{namespace}/pods"))
 
     def wait(self, what: str, reached: Callable[[], Any], timeout: float = 60, interval: float = 0.2) -> Any:
-        """Wait for ``reached``; a failure shows the operator's log."""
+        """Wait until ``reached`` returns a true value and return the value; a failure shows the operator's log."""
         return wait_for(what, reached, timeout, evidence=self.evidence, interval=interval)
 
     def wait_job(
         self, namespace: str, what: str, reached: Callable[[Manifest], Any], timeout: float = 60, name: str = "job"
     ) -> Manifest:
-        """Wait until ``reached`` holds for a job and return it."""
+        """Wait until ``reached`` holds for the job ``name`` and return the job."""
 
         def look() -> Manifest | None:
             job = self.job(namespace, name)
@@ -112,22 +112,22 @@ class World:
         return found
 
     def keep_operator_alive(self) -> None:
-        """Start the operator again where it has ended, as its Deployment does."""
+        """Start the operator again if its process has ended, as a Deployment does."""
         if self.operator.pid is None:
             self.operator.stop()
             self.operator.start()
 
     def evidence(self) -> str:
-        """Return what tells why something did not come."""
+        """Return the operator's log, the stub node's errors and the open jobs, for the message of a failed wait."""
         open_jobs = [found for found in self.jobs() if not settled(found)]
-        told = [
+        lines = [
             f"{found['metadata']['namespace']}/{found['metadata']['name']}: "
             f"{json.dumps(found.get('status', {}).get('attempts'))} "
             f"{[pod['status']['phase'] for pod in self.pods(found['metadata']['namespace'])]}"
             for found in open_jobs[:5]
         ]
         log = self.operator.evidence()
-        return "\n".join([log, f"stub node: {self.node.errors[-5:]}", f"{len(open_jobs)} have not ended:", *told])
+        return "\n".join([log, f"stub node: {self.node.errors[-5:]}", f"{len(open_jobs)} have not ended:", *lines])
 
 
 async def _create_all(admin: Admin, path: str, jobs: Sequence[Manifest]) -> None:
@@ -141,7 +141,7 @@ async def _create_all(admin: Admin, path: str, jobs: Sequence[Manifest]) -> None
 
 
 def job(*words: str, name: str = "job", **spec: Any) -> Manifest:
-    """Return a small job whose attempts end as ``words`` say."""
+    """Return a job with two nodes whose attempts follow the script ``words`` of the stub node."""
     resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}
     template = {"image": "localhost/trainer:1", "annotations": script(*words)}
     manifest = job_manifest(**({"resources": resources, "podTemplate": template} | spec))
@@ -150,13 +150,13 @@ def job(*words: str, name: str = "job", **spec: Any) -> Manifest:
 
 
 def settled(manifest: Manifest) -> bool:
-    """Whether a job has ended."""
+    """Return whether the job has ended, which means that its condition Succeeded is True or False."""
     conditions = manifest.get("status", {}).get("conditions", [])
     return any(item["type"] == "Succeeded" and item["status"] != "Unknown" for item in conditions)
 
 
 def condition(manifest: Manifest, kind: str) -> Manifest:
-    """Return a condition of a job."""
+    """Return the condition of type ``kind``."""
     found: Manifest = next(item for item in manifest["status"]["conditions"] if item["type"] == kind)
     return found
 
@@ -170,7 +170,10 @@ def running_world(
     flags: Mapping[str, Sequence[str]] = SHORT_NODE_LOSS,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[World]:
-    """Bring all of it up, without starting the operator; end it afterwards. ``direct``: past the proxy."""
+    """Start control plane, stub node and proxy for the block; the operator is prepared and not started.
+
+    With ``direct`` the operator connects to the API server without the proxy.
+    """
     with Cluster.start(with_node=False, flags=flags) as cluster:
         install(cluster)
         loop = LoopThread(cluster, "world")

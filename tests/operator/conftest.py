@@ -15,7 +15,7 @@ from tests.cluster import Cluster, wait_for
 from tests.cluster.fixtures import started
 from tests.cluster.layout import HOST_ADDRESS
 from tests.cluster.oci import BUSYBOX, BUSYBOX_COMMANDS, Image, write_archive
-from tests.operator.programs import OperatorProgram, operator_program
+from tests.operator.operator_program import OperatorProgram, operator_program
 from tests.operator.worlds import REPOSITORY, job_manifest
 
 OPERATOR_NAMESPACE = "operator-tests"

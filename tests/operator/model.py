@@ -8,9 +8,9 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
-from finetune_operator.kube.cluster import ApiError
+from finetune_operator.kube.client import ApiError
 from finetune_operator.objects.labels import PREFLIGHT, TRAINING_CONTAINER
-from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.work_queue import Key
 
 Manifest = dict[str, Any]
 

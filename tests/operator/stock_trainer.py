@@ -1,7 +1,7 @@
-"""A training program as somebody writes it who knows nothing of this project: the Trainer of transformers on a tiny
-model with made-up rows. Run by test_stock_trainer as `python -m tests.operator.stock_trainer FOLDER [CRASH_AT]`.
+"""A training program that uses nothing of this project: the Trainer of transformers on a tiny model with random rows.
 
-With CRASH_AT the process dies at that step, as one that is killed; run again it resumes from its last checkpoint.
+`test_stock_trainer.py` runs it as `python -m tests.operator.stock_trainer FOLDER [CRASH_AT]`. With CRASH_AT the process
+exits without clean-up at that step. A second run resumes from the last checkpoint in FOLDER.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ ROWS, TOKENS, VOCABULARY = 512, 128, 256
 
 
 def main(folder: Path, crash_at: int | None) -> None:
-    # Here and not above: the test reads the numbers of this module and needs no torch.
+    # The imports are local so that the test can import the constants of this module without importing torch.
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     class Crash(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-        """Ends the process at a step, without a word to anybody."""
+        """Ends the process at step ``crash_at`` without clean-up and without a report."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == crash_at:

@@ -1,7 +1,7 @@
-"""A TCP proxy in front of the real API server that a test cuts: what a partitioned network does to one operator.
+"""A TCP proxy between one replica of the operator and the API server; it simulates a network partition.
 
-While it is cut, nothing passes in either direction and nobody is told; once healed, what it held is thrown away and
-its old connections are reset, as a network would have it.
+While the proxy is cut, no data passes in either direction and the connections stay open. When the proxy is healed, the
+data that it held is discarded and its old connections are reset.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class TcpProxy:
 
     @property
     def url(self) -> str:
-        """Where the operator believes the API server to be."""
+        """URL of the proxy, which the operator uses as the API server's address."""
         return f"https://127.0.0.1:{self.port}"
 
     def cut(self) -> None:
-        """Let nothing pass from now on."""
+        """Stop passing data, without closing a connection."""
         self._loop.call_soon_threadsafe(self._open.clear)
 
     def heal(self) -> None:
-        """Reset what was connected, and let new connections pass."""
+        """Reset the open connections, and let new connections pass."""
         self._loop.call_soon_threadsafe(self._heal)
 
     def _heal(self) -> None:
@@ -77,18 +77,20 @@ class TcpProxy:
             self._writers -= ends
 
     async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):  # either end is gone: so is the connection
+        with contextlib.suppress(
+            ConnectionError
+        ):  # one side has closed its connection, so the other side is closed below
             while data := await source.read(CHUNK):
                 await self._open.wait()
                 if target.transport.is_closing():
-                    return  # it was reset while the proxy held the data back
+                    return  # the connection was reset while the proxy held the data back
                 target.write(data)
                 await target.drain()
         target.transport.abort()
 
 
 async def _end_the_rest() -> None:
-    """End the connections that are open, so that the loop can be closed."""
+    """Cancel the tasks of open connections, so that the event loop can be closed."""
     rest = asyncio.all_tasks() - {asyncio.current_task()}
     for task in rest:
         task.cancel()
@@ -97,7 +99,7 @@ async def _end_the_rest() -> None:
 
 @contextlib.contextmanager
 def tcp_proxy(cluster: Cluster) -> Iterator[TcpProxy]:
-    """Run a proxy inside the cluster's network."""
+    """Run a proxy in the cluster's network namespace, in a thread of its own."""
     loop = asyncio.new_event_loop()
     proxy = TcpProxy(loop)
     ready = threading.Event()

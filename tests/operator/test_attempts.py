@@ -12,7 +12,7 @@ from finetune_core.api.status import AttemptsStatus, PastAttempt, UsageStatus
 from finetune_core.contract import Outcome
 from finetune_operator.decide.accounting import backoff
 from finetune_operator.decide.attempts import Next, World, advance
-from finetune_operator.objects.observed import PodObservation
+from finetune_operator.objects.observations import PodObservation
 from tests.operator.worlds import CHILD_UID, NOW, at, checkpoint, child, current, pod, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)

@@ -1,5 +1,8 @@
-"""The certificate of the report server kept by cert-manager itself: asked for with the YAML of the chart's README,
-signed by a company's ClusterIssuer, renewed by hand, with another kind of key, and after its authority was renewed."""
+"""The report server with a certificate from cert-manager, requested by the YAML in the chart's README.
+
+A ClusterIssuer signs the certificate. The certificate is renewed on request, with another key algorithm, and after a
+renewal of the CA.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ from tests.cluster import Cluster, wait_for
 from tests.cluster.cert_manager import cert_manager
 from tests.cluster.component import Component
 from tests.operator.conftest import Installed, small_job
-from tests.operator.kept_certificates import CHART, SECRET, Release, installed_release
+from tests.operator.external_certificates import CHART, SECRET, Release, installed_release
 from tests.operator.test_on_cluster import RUNS
 
-# The first time, cert-manager is built.
+# The time-out is long because the first run builds cert-manager.
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1200)]
 
 StandIn = Callable[[str], str]
@@ -51,18 +54,18 @@ kind: ClusterIssuer
 metadata: {{name: company}}
 spec: {{ca: {{secretName: company-ca}}}}
 """
-"""What a company has before it installs this chart."""
+"""The CA and the ClusterIssuer that a company already has before it installs the chart."""
 
 
 def certificate_of_the_readme() -> dict[str, Any]:
-    """Return the Certificate that the chart's README tells to apply."""
+    """Return the Certificate manifest from the chart's README."""
     (block,) = re.findall(r"```yaml\n(.*?)```", (CHART / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     found: dict[str, Any] = yaml.safe_load(block)
     return found
 
 
-class Keeper:
-    """What people do with a Certificate of cert-manager, and what comes of it."""
+class ManagedCertificate:
+    """A Certificate object of cert-manager: renews and changes it, and reads the Secret that cert-manager writes."""
 
     def __init__(self, cluster: Cluster, program: Component, namespace: str, name: str) -> None:
         self._cluster = cluster
@@ -71,13 +74,13 @@ class Keeper:
         self._in = ("-n", namespace)
 
     def data(self) -> dict[str, str]:
-        """Return what its Secret holds."""
+        """Return the decoded data of the Certificate's Secret."""
         name = self._certificate()["spec"]["secretName"]
         data = self._cluster.get("secret", name, *self._in)["data"]
         return {key: b64decode(value).decode() for key, value in data.items()}
 
     def until_issued(self, revision: int) -> dict[str, str]:
-        """Wait until cert-manager has issued it for the ``revision``-th time; returns what the Secret holds."""
+        """Wait until cert-manager has issued the certificate ``revision`` times; return the Secret's decoded data."""
 
         def issued() -> bool:
             status = self._certificate().get("status", {})
@@ -89,7 +92,7 @@ class Keeper:
         return self.data()
 
     def renew(self) -> dict[str, str]:
-        """Ask for a new one as `cmctl renew` does, and return what the Secret holds then."""
+        """Request a renewal as `cmctl renew` does, and return the decoded data of the Secret after the renewal."""
         revision = self._certificate()["status"]["revision"]
         condition = {"type": "Issuing", "status": "True", "reason": "ManuallyTriggered", "message": "by a test"}
         patch = [{"op": "add", "path": "/status/conditions/-", "value": condition}]
@@ -97,7 +100,7 @@ class Keeper:
         return self.until_issued(revision + 1)
 
     def change(self, private_key: dict[str, Any]) -> None:
-        """Change how its key is made."""
+        """Set `spec.privateKey`, for example ``{"algorithm": "ECDSA", "size": 256}``."""
         self._patch("--type=merge", {"spec": {"privateKey": private_key}})
 
     def _patch(self, *arguments: Any) -> None:
@@ -119,19 +122,19 @@ def leaf(data: dict[str, str]) -> x509.Certificate:
 
 @pytest.fixture
 def issuing(installed: Installed) -> Iterator[Component]:
-    """cert-manager with a company's ClusterIssuer."""
+    """Run cert-manager with the ClusterIssuer of a company."""
     cluster = installed.cluster
     cluster.kubectl("create", "namespace", ISSUER_NAMESPACE)
     with cert_manager(cluster, ISSUER_NAMESPACE) as program:
         cluster.kubectl("apply", "-f", "-", stdin=AUTHORITY)
-        Keeper(cluster, program, ISSUER_NAMESPACE, "company").until_issued(1)
+        ManagedCertificate(cluster, program, ISSUER_NAMESPACE, "company").until_issued(1)
         yield program
     cluster.kubectl("delete", "namespace", ISSUER_NAMESPACE, "--wait=false")
 
 
 @pytest.fixture
 def release(installed: Installed, issuing: Component, tmp_path: Path) -> Iterator[Release]:
-    """The release of the README's command, in whose names its Certificate is written."""
+    """Install the release with the name and namespace that the README's Certificate is written for."""
     with installed_release(installed, tmp_path, "finetune-operator", "finetune-system") as release:
         yield release
 
@@ -141,18 +144,18 @@ def test_cert_manager_issues_the_certificate_and_renews_it_under_a_running_attem
 ) -> None:
     cluster, wanted = installed.cluster, certificate_of_the_readme()
     assert wanted["spec"]["secretName"] == SECRET
-    reports = Keeper(cluster, issuing, wanted["metadata"]["namespace"], wanted["metadata"]["name"])
-    authority = Keeper(cluster, issuing, ISSUER_NAMESPACE, "company")
+    reports = ManagedCertificate(cluster, issuing, wanted["metadata"]["namespace"], wanted["metadata"]["name"])
+    authority = ManagedCertificate(cluster, issuing, ISSUER_NAMESPACE, "company")
     release.start_without_a_certificate()
 
     began = time.monotonic()
     cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(wanted))
     first = reports.until_issued(1)
-    tell("Certificate applied, issued", began)
+    print_seconds("Certificate applied, issued", began)
     release.until_presented(first["tls.crt"])
-    tell("Certificate applied, presented", began)
+    print_seconds("Certificate applied, presented", began)
     release.program.wait_ready()
-    tell("Certificate applied, operator ready", began)
+    print_seconds("Certificate applied, operator ready", began)
     process = release.program.pid
 
     installed.apply(small_job(stand_in(RUNS)), namespace)
@@ -163,20 +166,20 @@ def test_cert_manager_issues_the_certificate_and_renews_it_under_a_running_attem
     began = time.monotonic()
     renewed = reports.renew()
     release.until_presented(renewed["tls.crt"])
-    tell("renewed, presented", began)
+    print_seconds("renewed, presented", began)
     assert leaf(renewed).serial_number != leaf(first).serial_number
     assert isinstance(leaf(renewed).public_key(), rsa.RSAPublicKey)
-    assert attempt.post() == 204, "the attempt that runs trusts what signed the new one too"
+    assert attempt.post() == 204, "the running attempt trusts the CA that signed the renewed certificate"
 
     began = time.monotonic()
     reports.change({"algorithm": "ECDSA", "size": 256})
     elliptic = reports.until_issued(3)
     release.until_presented(elliptic["tls.crt"])
-    tell("key of another kind, presented", began)
+    print_seconds("key of another kind, presented", began)
     assert isinstance(leaf(elliptic).public_key(), ec.EllipticCurvePublicKey)
     assert attempt.post() == 204
 
-    # A new certificate of the authority for the key that it has: what the attempt trusts still verifies the server's.
+    # The CA gets a new certificate for its old key, so the CA certificate in the attempt still verifies the server.
     again = authority.renew()
     below = reports.renew()
     assert below["ca.crt"] == again["tls.crt"] != attempt.trusted
@@ -189,9 +192,9 @@ def test_cert_manager_issues_the_certificate_and_renews_it_under_a_running_attem
     release.until_presented(foreign["tls.crt"])
     attempt.assert_only_the_next_one_trusts(foreign["ca.crt"])
 
-    assert release.program.pid == process, "nothing of it needed a restart"
-    assert release.reads_of_secrets() == {("get", SECRET)}, "it is read, and never written"
+    assert release.program.pid == process, "no renewal needed a restart"
+    assert release.reads_of_secrets() == {("get", SECRET)}, "the Secret is read and never written"
 
 
-def tell(what: str, began: float) -> None:
+def print_seconds(what: str, began: float) -> None:
     print(f"{what}: {time.monotonic() - began:.1f} s (load {os.getloadavg()[0]:.1f})")

@@ -1,4 +1,4 @@
-"""The operator's CA and certificate: good for a real TLS handshake, renewed in time, kept otherwise."""
+"""Tests of `reports/certificates.py`: certificates work in a TLS handshake, and are renewed only when due."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 from aiohttp import ClientSession, ClientSSLError, web
 from aiohttp.test_utils import TestServer
 
-from finetune_operator.kube.cluster import ApiError
+from finetune_operator.kube.client import ApiError
 from finetune_operator.reports.certificates import (
     LEAF_LIFETIME,
     CertificateError,
-    Certificates,
-    CertificateStore,
+    CertificateSet,
     ExternalCertificates,
-    from_data,
-    load_into,
-    renewed,
+    SelfSignedCertificates,
+    from_secret_data,
+    load_certificate,
+    renew_if_due,
     server_context,
 )
 
@@ -28,14 +28,14 @@ NOW = datetime(2026, 11, 24, tzinfo=UTC)
 HOST = "localhost"
 
 
-def made(now: datetime = NOW, hostname: str = HOST) -> Certificates:
-    return renewed(None, hostname=hostname, now=now)
+def made(now: datetime = NOW, hostname: str = HOST) -> CertificateSet:
+    return renew_if_due(None, hostname=hostname, now=now)
 
 
 def test_the_leaf_is_renewed_a_month_before_its_end_by_the_same_ca() -> None:
     first = made()
-    assert renewed(first, hostname=HOST, now=NOW + timedelta(days=59)) == first
-    second = renewed(first, hostname=HOST, now=NOW + timedelta(days=61))
+    assert renew_if_due(first, hostname=HOST, now=NOW + timedelta(days=59)) == first
+    second = renew_if_due(first, hostname=HOST, now=NOW + timedelta(days=61))
     assert second.ca_certificate == first.ca_certificate
     assert second.certificate != first.certificate
     assert second.serving.expires == NOW + timedelta(days=151)
@@ -43,21 +43,21 @@ def test_the_leaf_is_renewed_a_month_before_its_end_by_the_same_ca() -> None:
 
 def test_another_host_name_needs_another_leaf() -> None:
     first = made()
-    assert renewed(first, hostname="other.ns.svc", now=NOW).certificate != first.certificate
+    assert renew_if_due(first, hostname="other.ns.svc", now=NOW).certificate != first.certificate
     address = made(hostname="10.244.0.1")
-    assert renewed(address, hostname="10.244.0.1", now=NOW) == address
+    assert renew_if_due(address, hostname="10.244.0.1", now=NOW) == address
 
 
 def test_the_ca_is_replaced_before_a_leaf_would_outlive_it() -> None:
     first = made()
-    late = renewed(first, hostname=HOST, now=NOW + timedelta(days=3600))
+    late = renew_if_due(first, hostname=HOST, now=NOW + timedelta(days=3600))
     assert late.ca_certificate != first.ca_certificate
 
 
 def test_data_survives_the_secret_and_an_empty_secret_is_none() -> None:
     first = made()
-    assert from_data(first.to_data()) == first
-    assert from_data({}) is None
+    assert from_secret_data(first.to_data()) == first
+    assert from_secret_data({}) is None
 
 
 async def _hello(_request: web.Request) -> web.Response:
@@ -67,7 +67,7 @@ async def _hello(_request: web.Request) -> web.Response:
 async def test_a_client_with_the_ca_bundle_trusts_the_server_and_others_do_not() -> None:
     certificates = made(now=datetime.now(UTC))
     context = server_context()
-    load_into(context, certificates.serving)
+    load_certificate(context, certificates.serving)
     application = web.Application()
     application.router.add_get("/", _hello)
     trusting = ssl.create_default_context(cadata=certificates.ca_certificate)
@@ -84,7 +84,7 @@ async def test_a_client_with_the_ca_bundle_trusts_the_server_and_others_do_not()
 
 
 def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
-    """Let a client meet a server in memory; raises SSLError where they don't agree."""
+    """Do a TLS handshake between ``client`` and ``server`` in memory; raises SSLError where the handshake fails."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_hostname=HOST),
@@ -103,16 +103,16 @@ def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
 def test_a_pair_that_does_not_fit_is_refused_and_the_server_goes_on_with_the_old_one() -> None:
     first, second = (made(now=datetime.now(UTC)) for _ in range(2))
     context = server_context()
-    load_into(context, first.serving)
+    load_certificate(context, first.serving)
     with pytest.raises(CertificateError, match=r"tls\.key must be the private key of tls\.crt"):
-        load_into(context, replace(second.serving, key=first.key))
+        load_certificate(context, replace(second.serving, key=first.key))
     handshake(context, ssl.create_default_context(cadata=first.ca_certificate))
-    load_into(context, second.serving)
+    load_certificate(context, second.serving)
     handshake(context, ssl.create_default_context(cadata=second.ca_certificate))
 
 
 class OneSecret:
-    """A namespace with one Secret, whose first update another replica wins."""
+    """A fake client with one Secret; the first ``lost_updates`` updates fail because another replica wrote first."""
 
     def __init__(self, data: dict[str, str] | None, *, lost_updates: int = 0) -> None:
         self.secret: dict[str, Any] | None = None if data is None else {"metadata": {}, "data": data}
@@ -131,8 +131,8 @@ class OneSecret:
         return manifest
 
 
-def store(cluster: OneSecret) -> CertificateStore:
-    return CertificateStore(cluster, namespace="n", name="s", hostname=HOST)  # type: ignore[arg-type]
+def store(cluster: OneSecret) -> SelfSignedCertificates:
+    return SelfSignedCertificates(cluster, namespace="n", name="s", hostname=HOST)  # type: ignore[arg-type]
 
 
 async def test_an_empty_secret_is_filled_once() -> None:
@@ -146,7 +146,7 @@ async def test_the_replica_that_was_faster_wins() -> None:
     cluster = OneSecret({}, lost_updates=1)
     certificates = await store(cluster).ensure(NOW)
     assert cluster.secret is not None
-    assert certificates == from_data(cluster.secret["data"])
+    assert certificates == from_secret_data(cluster.secret["data"])
     assert cluster.updates == 1
 
 
@@ -174,8 +174,8 @@ async def test_certificates_that_somebody_else_keeps_are_used_as_they_are() -> N
         ({"tls.crt": "eA==", "tls.key": "eA==", "ca.crt": "eA=="}, "must be PEM certificates"),
         (made().to_data() | {"ca.crt": "/wA="}, "must be PEM certificates"),
         (made().to_data() | {"ca.crt": "eA=="}, "ca.crt and tls.crt must be PEM certificates"),
-        (renewed(None, hostname="other", now=NOW).to_data(), f"must name {HOST}"),
-        (renewed(None, hostname=HOST, now=NOW - LEAF_LIFETIME - timedelta(days=1)).to_data(), "ended at"),
+        (renew_if_due(None, hostname="other", now=NOW).to_data(), f"must name {HOST}"),
+        (renew_if_due(None, hostname=HOST, now=NOW - LEAF_LIFETIME - timedelta(days=1)).to_data(), "ended at"),
     ],
     ids=["no Secret", "no CA", "no certificate", "no text", "no CA certificate", "another host", "ended"],
 )

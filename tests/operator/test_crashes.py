@@ -1,4 +1,7 @@
-"""A crash after any single write changes nothing: the job ends as without it, no attempt is doubled or lost."""
+"""The operator crashes after each single write in turn, and the job must end as it does without a crash.
+
+The tests run `Reconciler` against a model of the API server (`model.py`). No attempt may be doubled or lost.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from typing import Any
 import pytest
 
 from finetune_core.contract import CheckpointRecord, Outcome, Phase, Report, RunConfig
+from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
 from finetune_core.names import attempt_name
-from finetune_core.preflight import Finding, FindingKind, PreflightResult
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
 from tests.operator.model import CrashedError, ModelServer, Script
 from tests.operator.worlds import NOW, UID, job_manifest, result
@@ -28,12 +31,12 @@ Action = Callable[[ModelServer], bool]
 
 
 def during(attempt: int, action: Action) -> Action:
-    """Return ``action`` for the time when the pods of ``attempt`` exist."""
+    """Return ``action``, limited to the time in which pods of ``attempt`` exist."""
     return lambda world: _attempt(world) == attempt and action(world)
 
 
 def once(reason: str, action: Action) -> Action:
-    """Return ``action`` for the time when `Succeeded` says ``reason`` and no pod exists."""
+    """Return ``action``, limited to the time in which the condition Succeeded has ``reason`` and no pod exists."""
     return lambda world: _reason(world) == reason and not world.pods and action(world)
 
 
@@ -46,17 +49,17 @@ def sets(**policy: Any) -> Action:
 
 
 def found(kind: FindingKind, sentence: str) -> str:
-    """Return the termination message of a check that found one thing."""
+    """Return the termination message of a preflight check with one finding."""
     return PreflightResult(findings=[Finding(kind=kind, message=sentence)]).to_termination_message()
 
 
 def checked(exit_code: int, message: str = "") -> Action:
-    """Return the end of the check that runs."""
+    """Return an action that ends the running preflight pod."""
     return lambda world: world.end_check(exit_code, message)
 
 
 def lose_check(world: ModelServer) -> bool:
-    """Somebody deletes the preflight pod that runs, and its kubelet is dead: it stays Terminating."""
+    """Delete the running preflight pod while its kubelet is dead, so that the pod stays Terminating."""
     for check in world.checks:
         if "running" in check["status"]["containerStatuses"][0]["state"]:
             check["metadata"] |= {"deletionTimestamp": world.now.isoformat(), "deletionGracePeriodSeconds": 2}
@@ -65,15 +68,17 @@ def lose_check(world: ModelServer) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Life:
-    """What happens to a job, and how it ends."""
+class Scenario:
+    """A scenario: the events that happen to a job, and how the job must end."""
 
     script: Script
     reason: str
+    """Reason of the condition Succeeded at the end."""
     counts: tuple[int, int, int]
-    """Attempts started, charged, free."""
+    """Numbers of attempts at the end: started, charged, free."""
     policy: dict[str, Any] = field(default_factory=dict)
     refuses: str = ""
+    """Message with which the API server refuses to create the PyTorchJob; empty where it does not refuse."""
     pods_run: bool = True
 
 
@@ -81,23 +86,23 @@ CHECKED = {"preflight": "Run"}
 FINAL = found(FindingKind.FINAL, "dataset.train.s3.uri: there is no object")
 OUTSIDE = found(FindingKind.OUTSIDE, "storage.uri: bucket 'b' does not exist")
 
-LIVES: dict[str, Life] = {
-    "succeeds at once": Life(script=[during(1, ends(0, DONE))], reason="Completed", counts=(1, 0, 0)),
-    "crashes, then succeeds": Life(
+SCENARIOS: dict[str, Scenario] = {
+    "succeeds at once": Scenario(script=[during(1, ends(0, DONE))], reason="Completed", counts=(1, 0, 0)),
+    "crashes, then succeeds": Scenario(
         script=[during(1, ends(1)), during(2, ends(0, DONE))], reason="Completed", counts=(2, 1, 0)
     ),
-    "loses a pod, then succeeds": Life(
+    "loses a pod, then succeeds": Scenario(
         script=[during(1, lambda world: world.ask_deletion(1)), during(2, ends(0, DONE))],
         reason="Completed",
         counts=(2, 0, 1),
     ),
-    "is refused": Life(
+    "is refused": Scenario(
         script=[during(1, ends(64, result(Outcome.BAD_INPUT, "no column")))], reason="BadInput", counts=(1, 0, 0)
     ),
-    "is given up": Life(
+    "is given up": Scenario(
         script=[during(n, ends(75)) for n in (1, 2, 3, 4)], reason="RetriesExhausted", counts=(4, 4, 0)
     ),
-    "is suspended and resumed": Life(
+    "is suspended and resumed": Scenario(
         script=[
             during(1, sets(suspend=True)),
             once("Suspended", sets(suspend=False)),
@@ -106,13 +111,13 @@ LIVES: dict[str, Life] = {
         reason="Completed",
         counts=(2, 0, 1),
     ),
-    "is applied suspended": Life(
+    "is applied suspended": Scenario(
         script=[once("Suspended", sets(suspend=False)), during(1, ends(0, DONE))],
         policy={"suspend": True},
         reason="Completed",
         counts=(1, 0, 0),
     ),
-    "is held and released by its queue": Life(
+    "is held and released by its queue": Scenario(
         script=[
             during(1, lambda world: world.hold_child()),
             once("Queued", lambda world: world.release_child()),
@@ -122,55 +127,55 @@ LIVES: dict[str, Life] = {
         reason="Completed",
         counts=(1, 0, 0),
     ),
-    "is cancelled while it runs": Life(script=[during(1, sets(cancel=True))], reason="Cancelled", counts=(1, 0, 0)),
-    "is cancelled while it is suspended": Life(
+    "is cancelled while it runs": Scenario(script=[during(1, sets(cancel=True))], reason="Cancelled", counts=(1, 0, 0)),
+    "is cancelled while it is suspended": Scenario(
         script=[during(1, sets(suspend=True)), once("Suspended", sets(cancel=True))],
         reason="Cancelled",
         counts=(1, 0, 1),
     ),
-    "is cancelled while it retries": Life(
+    "is cancelled while it retries": Scenario(
         script=[during(1, ends(1)), once("Retrying", sets(cancel=True))], reason="Cancelled", counts=(1, 1, 0)
     ),
-    "is cancelled before it began": Life(script=[], policy={"cancel": True}, reason="Cancelled", counts=(0, 0, 0)),
-    "is cancelled while something outside is missing": Life(
+    "is cancelled before it began": Scenario(script=[], policy={"cancel": True}, reason="Cancelled", counts=(0, 0, 0)),
+    "is cancelled while something outside is missing": Scenario(
         script=[once("BackendUnavailable", sets(cancel=True))],
         refuses="exceeded quota",
         reason="Cancelled",
         counts=(1, 0, 0),
     ),
-    "never comes to run": Life(
+    "never comes to run": Scenario(
         script=[],
         policy={"pendingDeadlineSeconds": 60},
         pods_run=False,
         reason="DeadlineExceeded",
         counts=(1, 0, 0),
     ),
-    "waits for something outside for too long": Life(
+    "waits for something outside for too long": Scenario(
         script=[],
         policy={"pendingDeadlineSeconds": 60},
         refuses="exceeded quota",
         reason="DeadlineExceeded",
         counts=(1, 0, 0),
     ),
-    "passes its check": Life(
+    "passes its check": Scenario(
         script=[checked(0), during(1, ends(0, DONE))], policy=CHECKED, reason="Completed", counts=(1, 0, 0)
     ),
-    "is impossible by its check": Life(
+    "is impossible by its check": Scenario(
         script=[checked(64, FINAL)], policy=CHECKED, reason="BadInput", counts=(0, 0, 0)
     ),
-    "waits for a bucket, a broken pod and a lost one, then succeeds": Life(
+    "waits for a bucket, a broken pod and a lost one, then succeeds": Scenario(
         script=[checked(75, OUTSIDE), checked(1), lose_check, checked(0), during(1, ends(0, DONE))],
         policy=CHECKED,
         reason="Completed",
         counts=(1, 0, 0),
     ),
-    "is checked for too long": Life(
+    "is checked for too long": Scenario(
         script=[checked(75, OUTSIDE)],
         policy=CHECKED | {"pendingDeadlineSeconds": 60},
         reason="DeadlineExceeded",
         counts=(0, 0, 0),
     ),
-    "is suspended while it is checked": Life(
+    "is suspended while it is checked": Scenario(
         script=[
             lambda world: bool(world.checks) and world.set_policy(suspend=True),
             once("Suspended", sets(suspend=False)),
@@ -181,13 +186,13 @@ LIVES: dict[str, Life] = {
         reason="Completed",
         counts=(1, 0, 0),
     ),
-    "is cancelled while it is checked": Life(
+    "is cancelled while it is checked": Scenario(
         script=[lambda world: bool(world.checks) and world.set_policy(cancel=True)],
         policy=CHECKED,
         reason="Cancelled",
         counts=(0, 0, 0),
     ),
-    "skips a check that does not end": Life(
+    "skips a check that does not end": Scenario(
         script=[
             lambda world: bool(world.checks) and world.set_policy(preflight="Skip"),
             during(1, ends(0, DONE)),
@@ -196,7 +201,7 @@ LIVES: dict[str, Life] = {
         reason="Completed",
         counts=(1, 0, 0),
     ),
-    "runs for too long": Life(
+    "runs for too long": Scenario(
         script=[during(1, ends(1))],
         policy={"activeDeadlineSeconds": 60},
         reason="DeadlineExceeded",
@@ -206,7 +211,7 @@ LIVES: dict[str, Life] = {
 
 
 def reconciler(server: ModelServer, trainer_image: str = "trainer:1", memory: Memory | None = None) -> Reconciler:
-    """Return an operator that has just started."""
+    """Return the reconciler of an operator that has just started, with empty memory by default."""
     return Reconciler(
         cluster=server,  # type: ignore[arg-type]
         backend=PyTorchJobBackend(server),  # type: ignore[arg-type]
@@ -222,12 +227,15 @@ def reconciler(server: ModelServer, trainer_image: str = "trainer:1", memory: Me
     )
 
 
-async def live(life: Life, crash_after: int | None = None) -> ModelServer:
-    """Run a job to its end, restarting the operator where it crashes."""
-    job = job_manifest(runPolicy=life.policy)
-    server = ModelServer(job, NOW, crash_after=crash_after, refuses=life.refuses, pods_run=life.pods_run)
+async def run_to_end(scenario: Scenario, crash_after: int | None = None) -> ModelServer:
+    """Reconcile a job until it has ended, and start a new operator after each crash.
+
+    The model server lets the operator crash after write number ``crash_after``; None means no crash.
+    """
+    job = job_manifest(runPolicy=scenario.policy)
+    server = ModelServer(job, NOW, crash_after=crash_after, refuses=scenario.refuses, pods_run=scenario.pods_run)
     operator = reconciler(server)
-    events = list(life.script)
+    events = list(scenario.script)
     for _ in range(400):
         was_settled = _reason(server, settled=True)
         try:
@@ -236,7 +244,7 @@ async def live(life: Life, crash_after: int | None = None) -> ModelServer:
             operator = reconciler(server)
             continue
         if was_settled:
-            return server  # the look after the end tidies up
+            return server  # the reconcile after the end has deleted leftover objects
         if _reason(server, settled=True):
             continue
         if events and outcome.after != 0 and events[0](server):
@@ -252,7 +260,7 @@ def _attempt(server: ModelServer) -> int:
 
 
 def _reason(server: ModelServer, *, settled: bool = False) -> str:
-    """Return the reason of `Succeeded`; with ``settled`` only of a job that has ended."""
+    """Return the reason of the condition Succeeded; with ``settled`` only where the job has ended, else empty."""
     for item in server.job.get("status", {}).get("conditions", []):
         if item["type"] == "Succeeded" and not (settled and item["status"] == "Unknown"):
             return str(item["reason"])
@@ -260,7 +268,7 @@ def _reason(server: ModelServer, *, settled: bool = False) -> str:
 
 
 def _essence(server: ModelServer) -> dict[str, Any]:
-    """Return what must not depend on a crash: everything but times."""
+    """Return the parts of the final state that must be the same with and without a crash, which excludes times."""
     status = server.job["status"]
     attempts = status["attempts"]
     return {
@@ -276,22 +284,22 @@ def _essence(server: ModelServer) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", LIVES)
+@pytest.mark.parametrize("name", SCENARIOS)
 async def test_a_crash_after_any_write_changes_nothing(name: str) -> None:
-    life = LIVES[name]
-    faultless = await live(life)
+    scenario = SCENARIOS[name]
+    faultless = await run_to_end(scenario)
     expected = _essence(faultless)
-    assert (_reason(faultless, settled=True), expected["counts"]) == (life.reason, life.counts)
-    children = 0 if life.refuses else life.counts[0]
+    assert (_reason(faultless, settled=True), expected["counts"]) == (scenario.reason, scenario.counts)
+    children = 0 if scenario.refuses else scenario.counts[0]
     assert expected["created"] == [attempt_name("quickstart", UID, n + 1) for n in range(children)]
     for crash_after in range(1, len(faultless.writes) + 1):
-        crashed = await live(life, crash_after)
+        crashed = await run_to_end(scenario, crash_after)
         assert _essence(crashed) == expected, f"crash after write {crash_after}: {crashed.writes[crash_after - 1]}"
 
 
-async def test_a_deadline_names_what_pods_wait_for_that_the_status_never_saw() -> None:
+async def test_a_deadline_names_what_pods_wait_for_that_the_status_never_showed() -> None:
     policy = {"pendingDeadlineSeconds": 60}
-    faultless = await live(LIVES["never comes to run"])
+    faultless = await run_to_end(SCENARIOS["never comes to run"])
     writes = enumerate(faultless.writes, start=1)
     at_child = next(number for number, write in writes if write.startswith("create quick"))
     server = ModelServer(job_manifest(runPolicy=policy), NOW, crash_after=at_child, pods_run=False)
@@ -303,11 +311,11 @@ async def test_a_deadline_names_what_pods_wait_for_that_the_status_never_saw() -
         outcome = await reconciler(server).reconcile(KEY)
         server.pass_time(outcome.after or 0)
     (message,) = (item["message"] for item in server.job["status"]["conditions"] if item["type"] == "Succeeded")
-    assert "worker-0: " in message, "the pods that exist say what they wait for"
+    assert "worker-0: " in message, "the message must name what the existing pods wait for"
 
 
 async def test_a_settled_job_is_written_no_more() -> None:
-    server = await live(LIVES["succeeds at once"])
+    server = await run_to_end(SCENARIOS["succeeds at once"])
     writes = list(server.writes)
     for _ in range(3):
         await reconciler(server).reconcile(KEY)
@@ -316,7 +324,7 @@ async def test_a_settled_job_is_written_no_more() -> None:
 
 
 async def test_pods_that_outlive_the_job_go_with_their_child() -> None:
-    server = await live(LIVES["succeeds at once"])
+    server = await run_to_end(SCENARIOS["succeeds at once"])
     server.pass_time(61)
     await reconciler(server).reconcile(KEY)
     assert server.children == {}
@@ -356,7 +364,7 @@ async def test_changes_of_queue_priority_and_retention_take_effect_with_the_next
     server.job["spec"]["storage"]["checkpoint"] = {"keepLast": 7}
     for _ in range(5):
         await reconciler(server).reconcile(KEY)
-    assert server.children == before, "the running attempt stays as it is"
+    assert server.children == before, "the objects of the running attempt are not changed"
     server.end_pods(1)
     for _ in range(20):
         outcome = await reconciler(server).reconcile(KEY)
@@ -377,21 +385,21 @@ async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_check
     server.set_policy(suspend=True)
     await operator.reconcile(KEY)
     await operator.reconcile(KEY)
-    server.pods = pods  # deleted, and still saving
+    server.pods = pods  # the pods are Terminating and still save a checkpoint
     for pod in server.pods:
         pod["metadata"]["deletionTimestamp"] = server.now.isoformat()
     await operator.reconcile(KEY)
     assert server.job["status"]["attempts"].get("current") is None
-    reporting = memory.reporting(KEY)
+    reporting = memory.reporting_attempt(KEY)
     assert reporting is not None
     assert (reporting.attempt, len(reporting.pod_uids)) == (1, 2)
-    memory.remember(KEY, _report(20), server.now)
+    memory.store_report(KEY, _report(20), server.now)
     await operator.reconcile(KEY)
-    memory.remember(KEY, _report(20, 46), server.now)
-    # The pods go before new numbers may be written again.
+    memory.store_report(KEY, _report(20, 46), server.now)
+    # The pods end before the next progress write is allowed.
     server.pods = []
     outcome = await operator.reconcile(KEY)
-    assert memory.reporting(KEY) is None
+    assert memory.reporting_attempt(KEY) is None
     assert outcome.after is not None
     server.pass_time(outcome.after)
     await operator.reconcile(KEY)
@@ -399,7 +407,7 @@ async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_check
 
 
 def _report(*checkpoints: int) -> Report:
-    """Return a report of a pod that has committed checkpoints of these steps."""
+    """Return a report of pod `p` that has committed the checkpoints of steps ``checkpoints``."""
     records = [
         CheckpointRecord(run=1, step=step, uri="s3://b/c", bytes=9, manifest_sha256="ab", time=NOW)
         for step in checkpoints
@@ -410,8 +418,8 @@ def _report(*checkpoints: int) -> Report:
     )  # fmt: skip
 
 
-class _Late(ModelServer):
-    """A server that shows the pods of a finished child one read too late, as between two reads under load."""
+class _LatePodList(ModelServer):
+    """A model server whose first list of pods after the end is empty, as between two reads of a loaded API server."""
 
     late = 0
 
@@ -425,7 +433,7 @@ class _Late(ModelServer):
 
 
 async def test_an_attempt_that_ends_between_the_reads_of_pods_and_child_is_judged_by_its_pods() -> None:
-    server = _Late(job_manifest(), NOW)
+    server = _LatePodList(job_manifest(), NOW)
     operator = reconciler(server)
     for _ in range(6):
         await operator.reconcile(KEY)

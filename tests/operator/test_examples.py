@@ -1,6 +1,7 @@
-"""Every example renders to the PyTorchJob that is stored for it; test_pytorchjob holds the quickstart's.
+"""Golden-file tests: every example job renders to the PyTorchJob stored in tests/operator/golden/examples.
 
-`python -m tests.operator.test_examples` stores them anew after a change that was meant.
+`test_pytorchjob.py` has the golden file of the quickstart. After an intended change,
+`python -m tests.operator.test_examples` writes the golden files anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import yaml
 from finetune_core.api import FineTuneJob
 from finetune_core.names import attempt_name
 from finetune_operator.objects.backends.pytorchjob import build_pytorchjob
-from finetune_operator.objects.pods import AttemptPlan
+from finetune_operator.objects.pod_template import AttemptSpec
 from tests.operator.worlds import REPOSITORY, UID
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,21 +24,21 @@ TASKS = ("viggo", "gsm8k", "sql")
 
 
 def rendered(path: Path) -> str:
-    """Return the PyTorchJob of the first attempt of an example, as text."""
+    """Return the PyTorchJob of attempt 1 of the example at ``path``, as YAML text."""
     manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
     manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}
     job = FineTuneJob.model_validate(manifest)
-    plan = AttemptPlan(
+    attempt = AttemptSpec(
         number=1,
         name=attempt_name(job.metadata.name, UID, 1),
         image="trainer:1",
         report_base_url="https://operator:8443",
     )
-    return yaml.safe_dump(build_pytorchjob(job, plan), sort_keys=False, width=100)
+    return yaml.safe_dump(build_pytorchjob(job, attempt), sort_keys=False, width=100)
 
 
 def golden(path: Path) -> Path:
-    """Return where the PyTorchJob of an example is stored."""
+    """Return the path of the golden file for the example at ``path``."""
     return GOLDEN / "examples" / path.name
 
 

@@ -1,4 +1,4 @@
-"""Prometheus series of jobs, lines of the log, and how often an event is told."""
+"""Tests of the Prometheus metrics of jobs, of the JSON log lines, and of the rate limit of events."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from finetune_core.api.status import (
     ProgressStatus,
     UsageStatus,
 )
-from finetune_operator.kube.cluster import ApiError
+from finetune_operator.kube.client import ApiError
 from finetune_operator.observe.record import Record
-from finetune_operator.process.logs import JsonFormatter, speak_of
+from finetune_operator.process.logs import JsonFormatter, set_log_fields
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key
 from finetune_operator.queue.memory import JobMemory
+from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.recorder import Recorder
 from tests.operator.worlds import NOW, UID, at
 
@@ -50,7 +50,7 @@ def series(metrics: Metrics) -> dict[str, float]:
 
 def test_every_number_of_a_job_is_a_series_and_goes_with_the_job() -> None:
     metrics = Metrics(now=lambda: at(90))
-    metrics.jobs.show(KEY, full_status())
+    metrics.jobs.update(KEY, full_status())
     job = '{job_name="quickstart",job_namespace="team"}'
     kinds = {
         kind: f'{{job_name="quickstart",job_namespace="team",kind="{kind}"}}' for kind in ("started", "charged", "free")
@@ -70,7 +70,7 @@ def test_every_number_of_a_job_is_a_series_and_goes_with_the_job() -> None:
         f"finetune_job_gpu_seconds_total{job}": 3600,
     }
     assert {_sorted(name): value for name, value in series(metrics).items()} == expected
-    metrics.jobs.drop(KEY)
+    metrics.jobs.remove(KEY)
     assert series(metrics) == {}
 
 
@@ -82,35 +82,35 @@ def _sorted(name: str) -> str:
 def test_a_settled_job_is_shown_for_an_hour() -> None:
     moment = [at(0)]
     metrics = Metrics(now=lambda: moment[0])
-    metrics.jobs.show(KEY, full_status(completion_time=NOW))
+    metrics.jobs.update(KEY, full_status(completion_time=NOW))
     moment[0] = at(3599)
     assert series(metrics)
     moment[0] = at(3601)
     assert series(metrics) == {}
 
 
-def test_what_is_not_known_is_no_series() -> None:
+def test_a_number_that_is_not_known_has_no_series() -> None:
     metrics = Metrics()
-    metrics.jobs.show(KEY, FineTuneJobStatus())
+    metrics.jobs.update(KEY, FineTuneJobStatus())
     shown = {name.partition("{")[0] for name in series(metrics)}
     assert shown == {"finetune_job_attempts", "finetune_job_gpu_seconds_total"}
 
 
-def test_lines_of_a_look_name_job_uid_and_attempt_also_those_of_libraries() -> None:
+def test_log_lines_of_a_reconcile_name_job_uid_and_attempt_also_lines_of_libraries() -> None:
     record = logging.LogRecord("kubernetes", logging.WARNING, "file", 1, "retry", (), None)
-    speak_of(job="team/a", uid="u", attempt=2)
+    set_log_fields(job="team/a", uid="u", attempt=2)
     try:
         line = json.loads(JsonFormatter().format(record))
         assert (line["job"], line["uid"], line["attempt"]) == ("team/a", "u", 2)
         record.attempt = 3
         assert json.loads(JsonFormatter().format(record))["attempt"] == 3
     finally:
-        speak_of()
+        set_log_fields()
     assert "job" not in json.loads(JsonFormatter().format(logging.LogRecord("n", 20, "f", 1, "m", (), None)))
 
 
 class Events:
-    """Takes events, or refuses them."""
+    """A fake client that records the reasons of created events, or refuses every event."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -135,7 +135,7 @@ def accepted(status: str, reason: Reason) -> FineTuneJobStatus:
     return FineTuneJobStatus(conditions=[condition])
 
 
-async def test_a_condition_that_flips_is_told_once_a_minute_for_one_reason() -> None:
+async def test_a_condition_that_flips_creates_one_event_a_minute_for_one_reason() -> None:
     events, clock, memory = Events(), [0.0], JobMemory()
     recorder = Recorder(
         events,  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ async def test_a_condition_that_flips_is_told_once_a_minute_for_one_reason() -> 
         record = Record(key=KEY, raw=raw, stored=accepted("True", Reason.VALID), now=NOW, memory=memory)
         await recorder.tell(record, accepted("False", reason))
 
-    for seconds in (59.0, 61.0, 100.0, 118.0):  # across a full minute of the clock on the wall
+    for seconds in (59.0, 61.0, 100.0, 118.0):  # all within 60 s of the first event, in two wall-clock minutes
         await flip(seconds, Reason.NAME_CONFLICT)
     assert events.reasons == ["NameConflict"]
     await flip(118.5, Reason.BACKEND_UNAVAILABLE)

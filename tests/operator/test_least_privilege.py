@@ -1,5 +1,8 @@
-"""The chart's roles against the API server's audit log: every call of the operator is granted, every verb that is
-granted is used, for an operator of all namespaces and for one that is confined to two."""
+"""Compares the roles of the Helm chart with the API server's audit log.
+
+Every call of the operator must be granted and every granted verb must be used, both for an operator that serves all
+namespaces and for an operator that serves two.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.cluster import Cluster, wait_for
 from tests.cluster.audit import Call, calls
 from tests.cluster.layout import BRIDGE
 from tests.operator.conftest import Installed, condition, small_job
-from tests.operator.programs import OperatorProgram, operator_program
+from tests.operator.operator_program import OperatorProgram, operator_program
 from tests.operator.test_on_cluster import RUNS, child_name, post, report, running
 from tests.operator.test_preflight_on_cluster import RUN, checks
 from tests.operator.test_reports_on_cluster import token_of
@@ -32,7 +35,7 @@ REPORT_PORT, HEALTH_PORT = 18543, 18580
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grant:
-    """A verb on a resource: in a namespace or everywhere (empty), on one object or all (empty)."""
+    """A granted verb on a resource. An empty ``namespace`` means all namespaces, an empty ``name`` all objects."""
 
     namespace: str
     group: str
@@ -41,7 +44,7 @@ class Grant:
     name: str = ""
 
     def covers(self, call: Call) -> bool:
-        """Whether this grant allows ``call``."""
+        """Return whether this grant allows ``call``."""
         return (
             (self.group, self.resource, self.verb) == (call.group, call.resource, call.verb)
             and self.namespace in ("", call.namespace)
@@ -50,7 +53,7 @@ class Grant:
 
 
 def grants(cluster: Cluster, user: str) -> list[Grant]:
-    """Return what the roles bound to the service account ``user`` grant, as the API server holds them."""
+    """Return the grants of all roles that are bound to the service account ``user``, as read from the API server."""
     found: list[Grant] = []
     for kind, binding in (("clusterrole", "clusterrolebindings"), ("role", "rolebindings")):
         for item in cluster.get(binding, "--all-namespaces")["items"]:
@@ -75,7 +78,7 @@ def grants(cluster: Cluster, user: str) -> list[Grant]:
 
 @dataclass
 class Release:
-    """The chart, installed a second time, with its operator as a program."""
+    """A second release of the chart, whose operator runs as a program."""
 
     installed: Installed
     name: str
@@ -94,7 +97,7 @@ class Release:
         return list(calls(self.installed.cluster.layout.audit_log, self.user))
 
     def unused(self, granted: list[Grant]) -> list[Grant]:
-        """Return the grants that no call has needed so far. Roles of equal namespaces count as one."""
+        """Return the grants that no call has used so far. A call in one served namespace counts for all of them."""
         made = self.calls()
         return [grant for grant in granted if not any(_anywhere(grant, self.served).covers(call) for call in made)]
 
@@ -105,7 +108,7 @@ def _anywhere(grant: Grant, served: list[str]) -> Grant:
 
 @pytest.fixture(params=["wide", "narrow"])
 def release(request: pytest.FixtureRequest, installed: Installed, namespace: str, tmp_path: Path) -> Iterator[Release]:
-    """A fresh release, of all namespaces or of the test's and another; the installed operator makes room for it."""
+    """Install a release that serves all namespaces ("wide") or two ("narrow"), and stop the other operator."""
     cluster, name = installed.cluster, str(request.param)
     served = [namespace, "default"] if name == "narrow" else []
     values = {"replicas": 0, "crds": {"enabled": False}, "watchNamespaces": served}
@@ -159,7 +162,7 @@ def test_every_call_is_granted_and_every_grant_is_used(release: Release, namespa
 
 
 def live_through(release: Release, namespace: str, image: str) -> None:
-    """Let the operator do everything that it ever does: check, begin, wait, meet a conflict, take a report, retry."""
+    """Make the operator use every permission: preflight, attempts, warnings, a name conflict, a report, and a retry."""
     installed, program = release.installed, release.program
     conflict = small_job("localhost/busybox:1", resources=TOO_MANY_GPUS)
     conflict["metadata"] = {"name": "conflict"}
@@ -192,11 +195,11 @@ def live_through(release: Release, namespace: str, image: str) -> None:
     server, ca = f"https://{ADDRESS}:{REPORT_PORT}", secret["data"]["ca.crt"]
     body = report(pod["uid"]).to_json()
     assert post(installed, namespace, token, body, server=server, ca_certificate=ca) == 204
-    wait_for("the pods to tell when the job saved", lambda: annotated(installed, namespace), 60)
+    wait_for("the annotation of the pods", lambda: annotated(installed, namespace), 60)
     # The operator removes child and ConfigMap of an attempt that lost a pod.
     installed.cluster.kubectl("delete", "pod", pod["name"], "-n", namespace, "--wait=false")
     evident("the end of the attempt", lambda job: job["status"]["attempts"].get("recent"))
-    # Another pod leads now: the slice is not created, but replaced.
+    # The second start has another pod uid, so that the operator updates the EndpointSlice instead of creating it.
     program.stop(signal.SIGTERM)
     program.environment = {**program.environment, **pod_of(installed, release.name, "second")}
     program.start()
@@ -204,20 +207,20 @@ def live_through(release: Release, namespace: str, image: str) -> None:
 
 
 def phases_of(installed: Installed, namespace: str) -> list[str]:
-    """Return the phases of the quickstart's pods; those of the job that finds no node stay Pending."""
+    """Return the phases of the pods of job `quickstart`; pods of other jobs, which stay Pending, are left out."""
     pods = installed.cluster.get("pods", "-n", namespace, "-l", "finetune.dev/job-name=quickstart")["items"]
     return [pod["status"]["phase"] for pod in pods]
 
 
 def annotated(installed: Installed, namespace: str) -> bool:
-    """Whether every training pod carries the time of the reported checkpoint, and is otherwise as it was."""
+    """Return whether both training pods carry the annotation with the time of the reported checkpoint."""
     pods = installed.cluster.get("pods", "-n", namespace, "-l", "finetune.dev/job-name=quickstart")["items"]
     times = [pod["metadata"]["annotations"].get("volcano.sh/last-checkpoint-time") for pod in pods]
     return times == ["2026-11-24T12:00:00Z"] * 2
 
 
 def pod_of(installed: Installed, namespace: str, name: str) -> dict[str, str]:
-    """Return the settings by which an operator believes to be the pod ``name``, which stands for it in the cluster."""
+    """Return the settings that make the operator use the name and uid of the pod ``name`` as its own."""
     return {"FINETUNE_POD_NAME": name, "FINETUNE_POD_UID": owner_of_the_slice(installed, name, namespace)}
 
 

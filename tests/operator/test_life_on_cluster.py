@@ -1,5 +1,7 @@
-"""What a person, a queue or a clock does to a job, on the real API server with training-operator and kubelet: suspend,
-resume, cancel, deadlines, clean-up, and an image that stays what it was."""
+"""Tests on a real cluster of suspend, resume, cancel, Kueue, deadlines, TTL, and upgrades of the operator.
+
+API server, training-operator and kubelet are real. The training container is a stand-in image that runs a script.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,15 @@ from tests.operator.worlds import result
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 SAVES = "trap 'sleep 4; exit 143' TERM; while :; do sleep 0.2; done"
-"""A trainer that commits a checkpoint for four seconds when it is told to stop."""
+"""Script of a trainer that saves a checkpoint for four seconds after SIGTERM."""
 DEADLINE_SECONDS = 60
-"""The least that the schema allows."""
+"""The smallest deadline that the CRD allows."""
 
 Manifest = dict[str, Any]
 
 
 def policy(installed: Installed, namespace: str, name: str = "quickstart", **changes: Any) -> None:
-    """Change `runPolicy` as a person does."""
+    """Patch `spec.runPolicy` of the job, as a user does with kubectl."""
     patch = json.dumps({"spec": {"runPolicy": changes}})
     installed.cluster.kubectl("patch", "finetunejob", name, "-n", namespace, "--type=merge", "-p", patch)
 
@@ -40,7 +42,7 @@ def reason(job: Manifest) -> str:
 
 
 def rests(installed: Installed, namespace: str, what: str = "the job to be suspended") -> Manifest:
-    """Wait until the job is suspended and nothing of its attempt is left."""
+    """Wait until the job is suspended and no object of its attempt exists; return the job."""
     job = installed.wait(namespace, what, lambda job: reason(job) == "Suspended")
     wait_for("the pods to be gone", lambda: objects(installed, namespace, "pods,pytorchjobs") == [], 60)
     return job
@@ -52,7 +54,7 @@ def objects(installed: Installed, namespace: str, kinds: str) -> list[str]:
 
 
 def held(job: Manifest) -> bool:
-    """Whether the job says that its queue holds it: no clock runs then."""
+    """Return whether the job's status says that the queue holds the attempt, so that no deadline runs."""
     current = job["status"]["attempts"].get("current")
     return bool(current) and "admittedTime" not in current and reason(job) == "Queued"
 
@@ -68,7 +70,7 @@ def seconds_between(earlier: str, later: str) -> float:
 
 @pytest.fixture(scope="module")
 def late_jobs(installed: Installed, stand_in: StandIn) -> Iterator[str]:
-    """Jobs that run into their deadlines while the other tests run: asked for first, looked at last."""
+    """Create jobs that reach their deadlines while the other tests run; the last tests of the module check them."""
     namespace = "deadlines"
     kubectl = installed.cluster.kubectl
     kubectl("create", "namespace", namespace)
@@ -96,8 +98,8 @@ def test_suspend_takes_the_pods_and_resume_goes_on_and_neither_is_charged(
     job = rests(installed, namespace)
     assert counts(job) == (1, 0, 1)
     assert job["status"]["attempts"]["recent"][0]["reason"] == "Suspended"
-    told = lambda job: "set it to false" in condition(job, "Succeeded")["message"]  # noqa: E731
-    job = installed.wait(namespace, "what to do", told)
+    explained = lambda job: "set it to false" in condition(job, "Succeeded")["message"]  # noqa: E731
+    job = installed.wait(namespace, "what to do", explained)
     assert condition(job, "Running")["status"] == "False"
     assert job["status"]["usage"]["activeSeconds"] >= 4, "the pods saved for four seconds"
     version = installed.job(namespace)["metadata"]["resourceVersion"]
@@ -151,7 +153,7 @@ def test_what_kueue_wrote_into_the_child_is_never_written_over(
     installed.operator.restart()
     policy(installed, namespace, maxRetries=7)
     generation = installed.job(namespace)["metadata"]["generation"]
-    installed.wait(namespace, "a look", lambda job: job["status"]["observedGeneration"] == generation)
+    installed.wait(namespace, "a reconcile", lambda job: job["status"]["observedGeneration"] == generation)
     _only_kueue_wrote(kueue.get(name), admitted)
 
     evicted = kueue.evict(name)
@@ -171,7 +173,7 @@ def test_what_kueue_wrote_into_the_child_is_never_written_over(
 
 
 def _only_kueue_wrote(now: Manifest, written: Manifest) -> None:
-    """Assert that spec, labels and annotations of the child are to the byte what Kueue wrote last."""
+    """Assert that the operator has not changed spec, labels or annotations of the child since Kueue wrote them."""
     assert now["spec"] == written["spec"]
     assert now["metadata"]["generation"] == written["metadata"]["generation"]
     for part in ("labels", "annotations", "ownerReferences"):
@@ -186,7 +188,7 @@ def _only_kueue_wrote(now: Manifest, written: Manifest) -> None:
 def test_a_queue_that_resumes_while_old_pods_still_save_costs_a_free_attempt(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
-    """training-operator counts the old pods as failed, for good: the operator starts the next attempt."""
+    """training-operator counts the old pods as failed for good, so the operator must start a new attempt."""
     kueue = Kueue(installed.cluster, namespace)
     with suspending_webhook(installed.cluster, namespace):
         installed.apply(small_job(stand_in(SAVES), runPolicy={"queueName": "gpu"}), namespace)
@@ -200,7 +202,7 @@ def test_a_queue_that_resumes_while_old_pods_still_save_costs_a_free_attempt(
             return any(item["type"] == "Suspended" and item["status"] == "True" for item in conditions)
 
         wait_for("the suspension", suspended, 10)
-        assert not kueue.is_active(child_name(job)), "Kueue may admit again, though the pods still save"
+        assert not kueue.is_active(child_name(job)), "Kueue sees no active pod, although the pods still save"
         kueue.admit(child_name(job), PodSetInfo())
         job = installed.wait(namespace, "attempt 2", lambda job: counts(job)[0] == 2 and reason(job) == "Queued")
         assert counts(job) == (2, 0, 1)
@@ -243,8 +245,8 @@ def test_a_scaled_child_is_noticed_and_costs_a_free_attempt(
     installed.apply(small_job(stand_in(RUNS)), namespace)
     job = installed.wait(namespace, "both pods", running)
     installed.cluster.kubectl("scale", "pytorchjob", child_name(job), "--replicas=1", "-n", namespace)
-    seen = lambda job: (job["status"]["attempts"].get("current") or {}).get("cause")  # noqa: E731
-    cause = installed.wait(namespace, "the cause", seen)["status"]["attempts"]["current"]["cause"]
+    has_cause = lambda job: (job["status"]["attempts"].get("current") or {}).get("cause")  # noqa: E731
+    cause = installed.wait(namespace, "the cause", has_cause)["status"]["attempts"]["current"]["cause"]
     assert (cause["verdict"], cause["reason"]) == ("Free", "ChildChanged")
     assert "scaled to 1 workers" in cause["message"]
 
@@ -281,17 +283,15 @@ def test_a_namespace_goes_also_while_the_operator_is_down(
 ) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
     installed.wait(namespace, "both pods", running)
-    installed.operator.stop()
+
+    def is_gone() -> bool:
+        return f"namespace/{namespace}\n" not in installed.cluster.kubectl("get", "namespaces", "-o", "name")
+
     try:
-        installed.cluster.kubectl("delete", "namespace", namespace, "--wait=false")
-
-        def is_gone() -> bool:
-            return f"namespace/{namespace}\n" not in installed.cluster.kubectl("get", "namespaces", "-o", "name")
-
-        wait_for("the namespace to be gone", is_gone, 120)
+        with installed.operator.stopped():
+            installed.cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+            wait_for("the namespace to be gone", is_gone, 120)
     finally:
-        installed.operator.start()
-        installed.operator.wait_ready()
         installed.cluster.kubectl("create", "namespace", namespace)
 
 
@@ -312,7 +312,7 @@ def test_the_image_of_attempt_1_is_run_by_later_attempts_also_after_an_upgrade(
         job = installed.wait(namespace, "the digest", lambda job: "@sha256:" in job["status"]["image"])
         assert job["status"]["image"].startswith(f"{moving}@sha256:")
         wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
-        # The tag moves, and an upgrade brings another default.
+        # The tag now points to another image, and an upgrade of the operator changes the default image.
         push(installed, stand_in(SAVES), moving)
         environment["FINETUNE_TRAINER_IMAGE"] = f"{REGISTRY}/stand-ins:upgraded"
         installed.operator.restart()
@@ -334,7 +334,7 @@ def test_the_image_of_attempt_1_is_run_by_later_attempts_also_after_an_upgrade(
 def test_an_image_that_the_node_also_knows_from_another_registry_is_run_again(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
-    """The node names it by the other registry, which has a digest that the image's own may never have seen."""
+    """The kubelet reports the image under the other registry, with a digest that the job's registry may not have."""
     image, elsewhere = stand_in(f"{RUNS} # known twice"), f"{REGISTRY}/elsewhere"
     push(installed, image, f"{elsewhere}:1")
     other = small_job(f"{elsewhere}:1")
@@ -361,7 +361,7 @@ def test_an_image_that_the_node_also_knows_from_another_registry_is_run_again(
 
 
 def push(installed: Installed, image: str, reference: str) -> None:
-    """Push an image of the node to the registry as ``reference``, and forget it on the node."""
+    """Push ``image`` from the node to the registry as ``reference``, and remove ``reference`` from the node."""
     ctr = ["ctr", "--namespace=k8s.io", "images"]
     for arguments in (
         ["tag", "--force", image, reference],
@@ -371,7 +371,7 @@ def push(installed: Installed, image: str, reference: str) -> None:
         installed.cluster.run([*ctr, *arguments])
 
 
-# The jobs of `late_jobs` have had their time by now.
+# The following tests come last, because the jobs of `late_jobs` have reached their deadlines by now.
 
 
 def test_the_active_deadline_ends_a_job_to_the_second(installed: Installed, late_jobs: str) -> None:

@@ -1,5 +1,8 @@
-"""The operator against the real API server, training-operator and kubelet: a job's life, with stand-ins that end as
-the trainer would."""
+"""Tests on a real cluster of a job from creation to end: success, failures, retries, lost pods, reports and restarts.
+
+API server, training-operator and kubelet are real. The training container is a stand-in image whose script ends as the
+trainer would.
+"""
 
 from __future__ import annotations
 
@@ -37,17 +40,20 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 StandIn = Callable[[str], str]
 RUNS = "trap 'exit 143' TERM; while :; do sleep 0.2; done"
-"""A trainer that runs until it is told to stop."""
+"""Script of a trainer that runs until SIGTERM."""
 
 
 def ends(code: int, message: str = "") -> str:
-    """Return the script of a trainer that ends at once, provided that it finds run file and credentials."""
+    """Return the script of a trainer that ends at once with ``code`` and the termination message ``message``.
+
+    The script ends with exit code 99 where the run file or the credentials are not mounted.
+    """
     mounted = f"test -s {RUN_FILE} && test -s {CREDENTIALS_FOLDER}/AWS_ACCESS_KEY_ID || exit 99"
     return f"{mounted}; echo -n '{message}' > /dev/termination-log; exit {code}"
 
 
 def running(job: dict[str, Any]) -> bool:
-    """Whether all pods of the current attempt are recorded with a node."""
+    """Return whether the status lists both pods of the current attempt with a node."""
     current = job["status"]["attempts"].get("current")
     return bool(current and len([pod for pod in current["pods"] if pod.get("node")]) == 2)
 
@@ -85,14 +91,14 @@ def test_a_job_succeeds_with_its_artifact_and_stays_as_it_was_applied(
     run_file = installed.cluster.get("configmap", child_name(job), "-n", namespace)
     assert run_file["immutable"] is True
     assert RunConfig.model_validate_json(run_file["data"]["run.json"]).world.nodes == 2
-    _settled_job_is_written_no_more(installed, namespace)
+    _assert_no_write_after_restart(installed, namespace)
 
 
-def _settled_job_is_written_no_more(installed: Installed, namespace: str) -> None:
-    """A restart looks at every job again and writes nothing."""
+def _assert_no_write_after_restart(installed: Installed, namespace: str) -> None:
+    """Assert that a restarted operator reconciles the ended job again and writes nothing."""
     before = installed.job(namespace)["metadata"]["resourceVersion"]
     installed.operator.restart()
-    wait_for("a look at every job", lambda: _reconciles(installed) >= 1, 30)
+    wait_for("a reconcile of every job", lambda: _reconciles(installed) >= 1, 30)
     assert installed.job(namespace)["metadata"]["resourceVersion"] == before
 
 
@@ -115,8 +121,8 @@ def test_bad_input_is_final_and_says_the_trainers_sentence(
     assert condition(job, "Stalled")["status"] == "True"
     assert (job["status"]["attempts"]["started"], job["status"]["attempts"]["charged"]) == (1, 0)
     events = installed.cluster.get("events", "-n", namespace)["items"]
-    told = [event["reason"] for event in events if event["involvedObject"]["kind"] == "FineTuneJob"]
-    assert sorted(told) == ["AttemptEnded", "AttemptStarted", "BadInput"]
+    reasons = [event["reason"] for event in events if event["involvedObject"]["kind"] == "FineTuneJob"]
+    assert sorted(reasons) == ["AttemptEnded", "AttemptStarted", "BadInput"]
 
 
 def test_what_failed_outside_is_retried_and_the_cause_stays_visible(
@@ -165,17 +171,17 @@ def test_a_deleted_child_is_a_free_retry(installed: Installed, namespace: str, s
 
 def test_an_operator_killed_in_mid_run_doubles_nothing(installed: Installed, namespace: str, stand_in: StandIn) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
-    job = installed.wait(namespace, "both pods, and since when they run", _all_told)
+    job = installed.wait(namespace, "both pods, and since when they run", _running_since)
     before = installed.cluster.kubectl("get", "pods", "-n", namespace, "-o", "jsonpath={.items[*].metadata.uid}")
     installed.operator.restart()
-    wait_for("a look at every job", lambda: _reconciles(installed) >= 1, 30)
+    wait_for("a reconcile of every job", lambda: _reconciles(installed) >= 1, 30)
     assert installed.job(namespace)["status"]["attempts"] == job["status"]["attempts"]
     after = installed.cluster.kubectl("get", "pods", "-n", namespace, "-o", "jsonpath={.items[*].metadata.uid}")
     assert after == before
 
 
-def _all_told(job: dict[str, Any]) -> bool:
-    """Also since when both pods run, which a write of its own tells."""
+def _running_since(job: dict[str, Any]) -> bool:
+    """Return whether both pods have nodes and the status has `runningTime`, which comes with a later write."""
     return running(job) and "runningTime" in job["status"]["attempts"]["current"]
 
 
@@ -184,23 +190,18 @@ def test_deleting_the_job_leaves_nothing_also_while_the_operator_is_down(
 ) -> None:
     installed.apply(small_job(stand_in(RUNS)), namespace)
     installed.wait(namespace, "both pods", running)
-    installed.operator.stop()
-    try:
+    with installed.operator.stopped():
         installed.cluster.kubectl("delete", "finetunejob", "quickstart", "-n", namespace, "--timeout=20s")
         kinds = "pytorchjobs,pods,configmaps"
         selector = ["-l", "app.kubernetes.io/managed-by=finetune-operator", "-n", namespace, "-o", "name"]
         wait_for("everything to be gone", lambda: not installed.cluster.kubectl("get", kinds, *selector), 60)
-    finally:
-        installed.operator.start()
-        installed.operator.wait_ready()
 
 
 def test_a_foreign_object_of_the_childs_name_is_left_alone(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
     image = stand_in(RUNS)
-    installed.operator.stop()
-    try:
+    with installed.operator.stopped():
         installed.apply(small_job(image), namespace)
         name = child_name(installed.job(namespace))
         container = {"name": "pytorch", "image": image}
@@ -212,9 +213,6 @@ def test_a_foreign_object_of_the_childs_name_is_left_alone(
             "spec": {"runPolicy": {"suspend": True}, "pytorchReplicaSpecs": {"Worker": replica}},
         }
         installed.apply(foreign, namespace)
-    finally:
-        installed.operator.start()
-        installed.operator.wait_ready()
     uid = installed.cluster.get("pytorchjob", name, "-n", namespace)["metadata"]["uid"]
     job = installed.wait(namespace, "the conflict", lambda job: condition(job, "Accepted")["reason"] == "NameConflict")
     assert name in condition(job, "Accepted")["message"]
@@ -261,19 +259,21 @@ def test_what_the_pods_wait_for_stands_in_the_conditions(
         manifest["spec"] |= spec
     installed.apply(manifest, namespace)
 
-    def told(job: dict[str, Any]) -> bool:
+    def explained(job: dict[str, Any]) -> bool:
         return all(word in condition(job, "Running")["message"] for word in words)
 
-    job = installed.wait(namespace, "the cause", told, 30)
+    job = installed.wait(namespace, "the cause", explained, 30)
     assert condition(job, "Succeeded")["status"] == "Unknown"
     assert job["status"]["attempts"]["started"] == 1
 
 
-def test_pods_that_a_quota_forbids_are_told(installed: Installed, namespace: str, stand_in: StandIn) -> None:
+def test_a_quota_that_forbids_pods_is_named_in_the_conditions(
+    installed: Installed, namespace: str, stand_in: StandIn
+) -> None:
     installed.cluster.kubectl("create", "quota", "none", "--hard=pods=0", "-n", namespace)
     installed.apply(small_job(stand_in(RUNS)), namespace)
-    told = installed.wait(namespace, "the cause", lambda job: "quota" in condition(job, "Running")["message"], 30)
-    assert condition(told, "Succeeded")["reason"] == "Queued"
+    job = installed.wait(namespace, "the cause", lambda job: "quota" in condition(job, "Running")["message"], 30)
+    assert condition(job, "Succeeded")["reason"] == "Queued"
 
 
 def test_an_api_server_that_was_away_is_found_again(installed: Installed, namespace: str, stand_in: StandIn) -> None:
@@ -281,7 +281,7 @@ def test_an_api_server_that_was_away_is_found_again(installed: Installed, namesp
     api_server = installed.cluster.components["api-server"]
     api_server.stop()
     before = installed.operator.log.stat().st_size
-    # An idle operator logs nothing: the first new line is about the server that is away.
+    # An idle operator logs nothing, so the first new line is about the API server.
     wait_for("the operator to notice", lambda: installed.operator.log.stat().st_size > before, 60)
     api_server.start()
     api_server.wait_ready()
@@ -317,7 +317,7 @@ def post(
     path: str = "",
     ca_certificate: str = "",
 ) -> int:
-    """Post a report as rank 0 does, trusting the operator's CA only."""
+    """Post a report as rank 0 does, with only the operator's CA trusted; return the HTTP status."""
     ca = ca_certificate or installed.ca_certificate
     context = ssl.create_default_context(cadata=b64decode(ca).decode())
     url = server + (path or report_path(namespace, "quickstart", attempt))
@@ -370,7 +370,7 @@ def test_a_report_with_the_pods_own_token_reaches_the_status_and_others_are_refu
 
 
 def _status_writes_during_reports(installed: Installed, namespace: str, token: str, pod_uid: str) -> int:
-    """Post a report of a new step every half second for eight seconds; return how often the status was written."""
+    """Post 16 reports with a new step each; return how often the operator wrote the status meanwhile."""
     versions: set[str] = set()
     steps = iter(range(21, 37))
 

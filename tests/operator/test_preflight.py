@@ -9,15 +9,20 @@ import pytest
 
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import PreflightStatus
-from finetune_core.preflight import Finding, FindingKind, PreflightResult
+from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
 from finetune_core.resolve import resolve
 from finetune_operator.decide.preflight import Next, Situation, check
-from finetune_operator.objects.observed import ContainerObservation, ContainerState, PodObservation, parse_preflight_pod
-from finetune_operator.objects.preflight_pod import TryPlan, build_preflight_config_map, build_preflight_pod
+from finetune_operator.objects.observations import (
+    ContainerObservation,
+    ContainerState,
+    PodObservation,
+    parse_preflight_pod,
+)
+from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_config_map, build_preflight_pod
 from tests.operator.worlds import NOW, at, job, pod
 
 NONE = PreflightResult(findings=[]).to_termination_message()
-PLAN = TryPlan(number=3, name="quickstart-1234-preflight-3", image="trainer:1")
+PLAN = PreflightSpec(number=3, name="quickstart-1234-preflight-3", image="trainer:1")
 
 
 def found(*kinds: FindingKind) -> str:

@@ -1,5 +1,7 @@
-"""The check before attempt 1 and things that come late, on the real API server, scheduler and kubelet: the job says
-what it waits for, and then runs. The images are stand-ins; what the check itself finds is in tests/trainer and e2e.
+"""Tests on a real cluster of the preflight check, and of Secrets, claims, images and quotas that come late.
+
+The conditions must name what the job waits for, and the job must run once the missing object exists. The images are
+stand-ins with scripts; tests/trainer and tests/e2e test the findings of the real check.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from finetune_core.contract import CREDENTIALS_FOLDER, RUN_FILE, Outcome
-from finetune_core.preflight import Finding, FindingKind, PreflightResult
+from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
 from tests.cluster import wait_for
 from tests.cluster.node import REGISTRY
 from tests.operator.conftest import Installed, condition, settled, small_job
@@ -28,7 +30,7 @@ ONE_POD = {"nodes": 1, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory"
 
 
 def checks(finding: Finding | None, then: str) -> str:
-    """Return the script of an image whose check finds ``finding``, and whose training does ``then``."""
+    """Return the script of an image that reports ``finding`` as preflight check, and runs ``then`` as training."""
     answer = PreflightResult(findings=[finding] if finding else [])
     mounted = f"test -s {RUN_FILE} && test -s {CREDENTIALS_FOLDER}/AWS_ACCESS_KEY_ID || exit 99"
     message = answer.to_termination_message().replace("'", "")
@@ -41,7 +43,7 @@ def named(name: str, manifest: Manifest) -> Manifest:
 
 
 def says(sentence: str) -> Callable[[Manifest], bool]:
-    """Return whether `Accepted` is False and says ``sentence``, while the job is neither ended nor started."""
+    """Return a predicate on the job: Accepted is False with ``sentence``, and the job has neither ended nor started."""
 
     def reached(job: Manifest) -> bool:
         accepted, succeeded = condition(job, "Accepted"), condition(job, "Succeeded")
@@ -84,7 +86,7 @@ def test_what_is_impossible_ends_the_job_before_anything_is_asked_for(
 
 
 def _volume(namespace: str) -> tuple[Manifest, Manifest]:
-    """Return a claim, and a volume of this node for it."""
+    """Return a PersistentVolumeClaim and a hostPath PersistentVolume for the claim."""
     volume = {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
@@ -135,7 +137,7 @@ def test_a_secret_a_claim_and_an_image_that_come_late_are_waited_for_by_name(
     push(installed, image, late_image)
     try:
         for name in ("secret", "claim", "image"):
-            # The kubelet itself tries again after pauses of up to two minutes.
+            # The wait is long because the kubelet retries after up to two minutes.
             job = installed.wait(namespace, f"the job {name} to run", one_runs, 180, name)
             assert condition(job, "Accepted")["status"] == "True"
             assert job["status"]["attempts"]["charged"] == 0
@@ -144,7 +146,7 @@ def test_a_secret_a_claim_and_an_image_that_come_late_are_waited_for_by_name(
 
 
 def one_runs(job: Manifest) -> bool:
-    """Whether the pod of attempt 1 has a node."""
+    """Return whether a pod of the current attempt has a node."""
     current = job["status"]["attempts"].get("current")
     return bool(current and [pod for pod in current["pods"] if pod.get("node")])
 
@@ -179,6 +181,6 @@ def test_what_is_missing_for_too_long_ends_the_job_with_its_name(
     succeeded = condition(job, "Succeeded")
     assert (succeeded["status"], succeeded["reason"]) == ("False", "DeadlineExceeded")
     assert sentence in succeeded["message"]
-    # After 0, 10 and 30 s; the next would have been due after 70 s.
+    # The tries start after 0, 10 and 30 s; a fourth try would start after 70 s, which is beyond the deadline.
     assert 2 <= job["status"]["preflight"]["tries"] <= 3
     assert objects(installed, namespace, "pytorchjobs,pods,configmaps") == []

@@ -1,6 +1,6 @@
-"""The rendered PyTorchJob: equal to the stored one, restricted, and complete in what the contract asks for.
+"""Tests of the rendered PyTorchJob: the golden file, Pod Security, and the environment and mounts of the contract.
 
-`python -m tests.operator.test_pytorchjob` stores it anew after a change that was meant.
+After an intended change, `python -m tests.operator.test_pytorchjob` writes the golden file anew.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import yaml
 from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE, STORAGE_CA_FILE
 from finetune_core.names import attempt_name
 from finetune_operator.objects.backends.pytorchjob import build_pytorchjob, parse_pytorchjob
-from finetune_operator.objects.pods import AttemptPlan
+from finetune_operator.objects.pod_template import AttemptSpec
 from tests.operator.worlds import UID, job
 
 GOLDEN = Path(__file__).parent / "golden" / "quickstart.yaml"
 
 
-def plan(number: int = 1) -> AttemptPlan:
-    return AttemptPlan(
+def attempt_spec(number: int = 1) -> AttemptSpec:
+    return AttemptSpec(
         number=number,
         name=attempt_name("quickstart", UID, number),
         image="trainer:1",
@@ -29,7 +29,7 @@ def plan(number: int = 1) -> AttemptPlan:
 
 
 def rendered(**spec: Any) -> dict[str, Any]:
-    return build_pytorchjob(job(**spec), plan())
+    return build_pytorchjob(job(**spec), attempt_spec())
 
 
 def template(**spec: Any) -> dict[str, Any]:
@@ -103,17 +103,19 @@ def test_the_pod_template_section_reaches_the_pods_and_our_labels_win() -> None:
 def test_a_pytorchjob_is_read_back() -> None:
     manifest = rendered() | {"status": {"conditions": [{"type": "Failed", "status": "True", "message": "m"}]}}
     manifest["metadata"] |= {"uid": "u"}
-    seen = parse_pytorchjob(manifest)
-    assert (seen.uid, seen.owner_uid, seen.replicas, seen.failed, seen.message) == ("u", UID, 2, True, "m")
-    assert not seen.suspended
-
-
-if __name__ == "__main__":
-    GOLDEN.write_text(text(), encoding="utf-8")
+    observed = parse_pytorchjob(manifest)
+    assert (observed.uid, observed.owner_uid, observed.replicas, observed.failed, observed.message) == (
+        "u",
+        UID,
+        2,
+        True,
+        "m",
+    )
+    assert not observed.suspended
 
 
 def test_a_store_with_an_authority_of_its_own_and_the_pods_identity() -> None:
-    """No Secret is mounted where none is named; the certificates come under the name that the trainer reads."""
+    """Without a named Secret no Secret is mounted, and the CA file is mounted at the path that the trainer reads."""
     storage = {"uri": "s3://bucket/x", "caConfigMapRef": {"name": "company", "key": "root.pem"}}
     spec = template(storage=storage, podTemplate={"serviceAccountName": "trainer"})["spec"]
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
@@ -127,3 +129,7 @@ def test_a_store_with_an_authority_of_its_own_and_the_pods_identity() -> None:
         "items": [{"key": "root.pem", "path": PurePosixPath(STORAGE_CA_FILE).name}],
     }
     assert mounts["storage-ca"]["mountPath"] == str(PurePosixPath(STORAGE_CA_FILE).parent)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(text(), encoding="utf-8")

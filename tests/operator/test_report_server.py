@@ -1,4 +1,4 @@
-"""The report server: what is taken, what is refused with which code; refusals are counted and leave no trace."""
+"""Tests of the report server: accepted reports, and the HTTP status and metric of rejected reports."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from finetune_core.contract import REPORT_LIMIT_BYTES, CheckpointRecord, Phase, Report, report_path
-from finetune_operator.kube.cluster import ApiError
+from finetune_operator.kube.client import ApiError
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key, KeyQueue
 from finetune_operator.queue.memory import Memory, ReportingAttempt
+from finetune_operator.queue.work_queue import Key, WorkQueue
 from finetune_operator.reports.server import ReportServer
-from finetune_operator.reports.tokens import TokenPod, TokenReviewer
+from finetune_operator.reports.token_review import TokenPod, TokenReviewer
 from tests.operator.worlds import NOW, UID
 
 KEY = Key("team", "quickstart")
@@ -23,7 +23,7 @@ PATH = report_path("team", "quickstart", 2)
 
 
 class Reviews:
-    """Answers like the API server's TokenReview, by token."""
+    """A fake client that answers TokenReviews by the text of the token."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -64,7 +64,7 @@ def reviews() -> Reviews:
 @pytest.fixture
 def memory() -> Memory:
     memory = Memory()
-    memory.expect(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset({"pod-0", "pod-1"})))
+    memory.set_reporting_attempt(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset({"pod-0", "pod-1"})))
     return memory
 
 
@@ -74,13 +74,13 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def queue() -> KeyQueue:
-    return KeyQueue()
+def queue() -> WorkQueue:
+    return WorkQueue()
 
 
 @pytest.fixture
 async def client(
-    reviews: Reviews, memory: Memory, metrics: Metrics, queue: KeyQueue
+    reviews: Reviews, memory: Memory, metrics: Metrics, queue: WorkQueue
 ) -> AsyncIterator[TestClient[Any, Any]]:
     reviewer = TokenReviewer(reviews)  # type: ignore[arg-type]
     server = ReportServer(memory=memory, queue=queue, reviewer=reviewer, metrics=metrics, now=lambda: NOW)
@@ -94,11 +94,11 @@ async def post(client: TestClient[Any, Any], token: str | None, data: str, path:
         return response.status
 
 
-async def test_a_report_of_rank_0_is_remembered_and_queues_the_job(
-    client: TestClient[Any, Any], memory: Memory, queue: KeyQueue
+async def test_a_report_of_rank_0_is_stored_and_queues_the_job(
+    client: TestClient[Any, Any], memory: Memory, queue: WorkQueue
 ) -> None:
     assert await post(client, "good", body()) == 204
-    report = memory.of(KEY).report
+    report = memory.job(KEY).report
     assert report is not None
     assert report.step == 5
     assert queue.pop() == KEY
@@ -126,7 +126,7 @@ async def test_a_refused_report_is_counted_and_never_shown(
     client: TestClient[Any, Any], memory: Memory, metrics: Metrics, token: str | None, data: str, path: str, status: int
 ) -> None:
     assert await post(client, token, data, path) == status
-    assert memory.of(KEY).report is None
+    assert memory.job(KEY).report is None
     assert f'finetune_reports_refused_total{{code="{status}"}} 1.0' in metrics.render().decode()
 
 
@@ -137,14 +137,14 @@ async def test_a_token_is_reviewed_once_a_minute(client: TestClient[Any, Any], r
 
 
 def test_a_new_attempt_forgets_the_report_of_the_old_one(memory: Memory) -> None:
-    memory.remember(KEY, Report.model_validate_json(body()), NOW)
-    memory.expect(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset()))
-    assert memory.of(KEY).report is not None
-    memory.expect(KEY, ReportingAttempt(uid=UID, attempt=3, pod_uids=frozenset()))
-    assert memory.of(KEY).report is None
+    memory.store_report(KEY, Report.model_validate_json(body()), NOW)
+    memory.set_reporting_attempt(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset()))
+    assert memory.job(KEY).report is not None
+    memory.set_reporting_attempt(KEY, ReportingAttempt(uid=UID, attempt=3, pod_uids=frozenset()))
+    assert memory.job(KEY).report is None
 
 
-async def test_answers_of_the_api_server_age() -> None:
+async def test_a_token_is_reviewed_again_after_a_minute() -> None:
     reviews = Reviews()
     now = [0.0]
     reviewer = TokenReviewer(reviews, clock=lambda: now[0])  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ async def test_kubeflows_protocol_is_taken_with_200_and_the_same_token(
     client: TestClient[Any, Any], memory: Memory
 ) -> None:
     assert await post(client, "good", KUBEFLOW_BODY, KUBEFLOW_PATH) == 200
-    report = memory.of(KEY).report
+    report = memory.job(KEY).report
     assert report is not None
     assert (report.step, report.total_steps, report.pod_uid) == (5, 100, "pod-0")
 
@@ -187,20 +187,22 @@ async def test_kubeflows_protocol_is_refused_for_the_same_reasons(
     client: TestClient[Any, Any], memory: Memory, metrics: Metrics, token: str | None, data: str, code: int
 ) -> None:
     assert await post(client, token, data, KUBEFLOW_PATH) == code
-    assert memory.of(KEY).report is None
+    assert memory.job(KEY).report is None
     assert f'finetune_reports_refused_total{{code="{code}"}} 1.0' in metrics.render().decode()
 
 
-async def test_an_attempt_speaks_with_one_voice(client: TestClient[Any, Any], memory: Memory) -> None:
+async def test_a_stock_report_is_rejected_once_the_attempt_sends_its_own_reports(
+    client: TestClient[Any, Any], memory: Memory
+) -> None:
     assert await post(client, "good", body()) == 204
     assert await post(client, "good", KUBEFLOW_BODY, KUBEFLOW_PATH) == 409
-    report = memory.of(KEY).report
+    report = memory.job(KEY).report
     assert report is not None
     assert report.metrics == {"loss": 1.5}
 
 
 async def test_reports_wait_out_an_api_server_that_reviews_no_token(
-    reviews: Reviews, memory: Memory, metrics: Metrics, queue: KeyQueue
+    reviews: Reviews, memory: Memory, metrics: Metrics, queue: WorkQueue
 ) -> None:
     async def fails(token: str, audience: str) -> dict[str, Any]:
         raise ApiError(500, "InternalError", "etcd")
@@ -211,15 +213,17 @@ async def test_reports_wait_out_an_api_server_that_reviews_no_token(
         assert await post(client, "good", body()) == 503
 
 
-async def test_reports_of_nothing_but_numbers_cost_no_look_before_they_may_be_written(
-    client: TestClient[Any, Any], memory: Memory, queue: KeyQueue
+async def test_reports_with_only_new_numbers_queue_no_reconcile_before_the_next_status_write(
+    client: TestClient[Any, Any], memory: Memory, queue: WorkQueue
 ) -> None:
-    memory.of(KEY).status_written_at = time.monotonic() + 3600  # whatever the machine does, the ten seconds last
+    memory.job(KEY).status_written_at = (
+        time.monotonic() + 3600
+    )  # in the future, so that the 10 s do not pass on a slow machine
     assert await post(client, "good", body()) == 204
-    assert queue.pop() == KEY, "the first report of an attempt is news"
+    assert queue.pop() == KEY, "the first report of an attempt is reconciled at once"
     queue.done(KEY)
     assert await post(client, "good", body(step=6)) == 204
-    assert (queue.pop(), queue.delayed) == (None, 1)
+    assert (queue.pop(), len(queue._due)) == (None, 1)
     saved = CheckpointRecord(run=1, step=6, uri="s3://b/c", bytes=9, manifest_sha256="ab", time=NOW)
     assert await post(client, "good", body(step=6, checkpoints=[saved])) == 204
-    assert queue.pop() == KEY, "a checkpoint is news"
+    assert queue.pop() == KEY, "a new checkpoint is reconciled at once"

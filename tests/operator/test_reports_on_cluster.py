@@ -1,5 +1,4 @@
-"""Reports over the real API server's TokenReview: whose token is no good, and a certificate that is renewed under the
-running server."""
+"""Tests of the report server with a real API server: tokens that must be rejected, and a renewal of the certificate."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from finetune_core.contract import TOKEN_FILE, report_audience
-from finetune_operator.reports.certificates import LEAF_LIFETIME, from_data, renewed
+from finetune_operator.reports.certificates import LEAF_LIFETIME, from_secret_data, renew_if_due
 from tests.cluster import wait_for
 from tests.cluster.layout import HOST_ADDRESS
 from tests.operator.conftest import (
@@ -37,7 +36,7 @@ StandIn = Callable[[str], str]
 
 
 def signed(token: str, key_file: Path, **changes: Any) -> str:
-    """Return a service-account token with other claims, signed with the cluster's own key."""
+    """Return ``token`` with changed claims, signed with the cluster's service account key."""
     header, claims, _ = token.split(".")
     new = json.loads(_decoded(claims)) | changes
     body = f"{header}.{_encoded(json.dumps(new).encode())}"
@@ -55,7 +54,7 @@ def _encoded(content: bytes) -> str:
 
 
 def refused(installed: Installed) -> dict[str, float]:
-    """Return how many reports were refused, by code."""
+    """Return the number of rejected reports for each HTTP status, from the operator's metrics."""
     with (
         installed.cluster.enter(),
         urllib.request.urlopen(f"http://127.0.0.1:{HEALTH_PORT}/metrics", timeout=5) as answer,
@@ -100,7 +99,7 @@ def test_expired_tokens_other_jobs_and_earlier_attempts_are_refused_counted_and_
     job = installed.wait(
         namespace, "attempt 2", lambda job: job["status"]["attempts"]["started"] == 2 and running(job), 120
     )
-    # The pod is gone, and its token with it; for a minute the answer about it may still be known.
+    # The token became invalid with the deletion of its pod, but the operator may have cached its review for a minute.
     assert post(installed, namespace, token, body) in (401, 409)
     assert post(installed, namespace, token, body, attempt=2) in (401, 403)
     fresh, uid = exec_token(first_pod(job)["name"]), first_pod(job)["uid"]
@@ -110,12 +109,12 @@ def test_expired_tokens_other_jobs_and_earlier_attempts_are_refused_counted_and_
     counted = {code: after[code] - before.get(code, 0) for code in ("401", "403", "409", "422")}
     assert sum(counted.values()) == 8
     assert all(counted.values())
-    # The same signature with a good time is taken: what was refused above was refused for its claims.
+    # A token of the same signing key with valid claims is accepted, so the claims of the tokens above were wrong.
     assert post(installed, namespace, signed(fresh, key, exp=now + 7200), report(uid).to_json(), attempt=2) == 204
 
 
 def token_of(installed: Installed, namespace: str, pod: str, evidence: Callable[[], str] = str) -> str:
-    """Return the report token of a pod, once it runs; where it does not, the failure says what kubectl was told."""
+    """Wait until the pod runs and return its report token; a failure shows the last error of kubectl."""
     refusals: list[str] = []
 
     def read() -> str:
@@ -133,18 +132,18 @@ def token_of(installed: Installed, namespace: str, pod: str, evidence: Callable[
 
 
 def presented(installed: Installed) -> str:
-    """Return the certificate that the report server presents now."""
+    """Return the certificate (PEM) that the report server presents."""
     with installed.cluster.enter():
         return ssl.get_server_certificate((HOST_ADDRESS, REPORT_PORT))
 
 
 def ending_in(days: int, data: dict[str, str]) -> dict[str, str]:
-    """Return the Secret's data with a certificate of the same CA that ends in ``days``."""
+    """Return ``data`` of the Secret with a certificate of the same CA that expires in ``days``."""
     then = datetime.now(UTC) - LEAF_LIFETIME + timedelta(days=days)
-    old = from_data(data)
+    old = from_secret_data(data)
     assert old is not None
-    elsewhere = renewed(old, hostname="elsewhere", now=then)
-    return renewed(elsewhere, hostname=HOST_ADDRESS, now=then).to_data()
+    elsewhere = renew_if_due(old, hostname="elsewhere", now=then)
+    return renew_if_due(elsewhere, hostname=HOST_ADDRESS, now=then).to_data()
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Settings, logs and health: what an installation sees of the operator itself."""
+"""Tests of the command line settings, the JSON logs and the health endpoints."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import logging
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from finetune_operator.process.health import Activity, HealthServer
-from finetune_operator.process.leadership import Leadership, TimedLease
+from finetune_operator.process.health import HealthServer, WatchActivity
+from finetune_operator.process.leader_election import LeaderElector, TimedLeaseLock
 from finetune_operator.process.logs import JsonFormatter
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.settings import parse_settings
-from finetune_operator.queue.keyqueue import KeyQueue
+from finetune_operator.queue.work_queue import WorkQueue
 
 
-def waiting_leadership() -> Leadership:
-    """Return the leadership of a replica that has no Lease."""
-    return Leadership(TimedLease("operator", "system", "me", None, lambda: 0.0))
+def waiting_leadership() -> LeaderElector:
+    """Return the elector of a replica that does not hold the Lease."""
+    return LeaderElector(TimedLeaseLock("operator", "system", "me", None, lambda: 0.0))
 
 
 def test_flags_win_over_the_environment() -> None:
@@ -51,12 +51,12 @@ def test_a_log_line_is_json_with_the_job() -> None:
     assert (line["message"], line["job"], line["level"]) == ("attempt 2", "team/a", "info")
 
 
-async def test_healthz_turns_red_after_three_silent_periods_and_readyz_waits_for_the_first_list() -> None:
+async def test_healthz_fails_after_three_periods_without_activity_and_readyz_waits_for_the_first_list() -> None:
     now = [0.0]
-    activity = Activity(clock=lambda: now[0])
+    activity = WatchActivity(clock=lambda: now[0])
     leadership = waiting_leadership()
     health = HealthServer(
-        activity=activity, queue=KeyQueue(), metrics=Metrics(), leadership=leadership, resync_seconds=300
+        activity=activity, queue=WorkQueue(), metrics=Metrics(), leadership=leadership, resync_seconds=300
     )
     async with TestClient(TestServer(health.application())) as client:
 
@@ -65,22 +65,22 @@ async def test_healthz_turns_red_after_three_silent_periods_and_readyz_waits_for
                 return response.status
 
         assert (await status("/healthz"), await status("/readyz")) == (200, 503)
-        activity.listed()
+        activity.jobs_listed()
         assert await status("/readyz") == 200
         now[0] = 900.0
         assert await status("/healthz") == 200
         now[0] = 901.0
         assert await status("/healthz") == 503
-        activity.seen()
+        activity.event_received()
         assert await status("/healthz") == 200
         assert await status("/metrics") == 200
 
 
-def test_silence_ages_and_news_make_young() -> None:
+def test_activity_gets_older_until_the_jobs_are_listed() -> None:
     now = [0.0]
-    activity = Activity(clock=lambda: now[0])
+    activity = WatchActivity(clock=lambda: now[0])
     assert not activity.ready
     now[0] = 900.0
     assert activity.age() == 900
-    activity.listed()
+    activity.jobs_listed()
     assert (activity.age(), activity.ready) == (0, True)

@@ -9,13 +9,13 @@ import pytest
 
 from finetune_operator.settled import time_to_live
 from tests.operator.model import CrashedError, Manifest, ModelServer
-from tests.operator.test_crashes import DONE, KEY, Life, during, ends, live, reconciler
+from tests.operator.test_crashes import DONE, KEY, Scenario, during, ends, reconciler, run_to_end
 from tests.operator.worlds import NOW, job_manifest
 
 
 async def ended(**policy: object) -> ModelServer:
-    life = Life(script=[during(1, ends(0, DONE))], reason="Completed", counts=(1, 0, 0), policy=policy)
-    server = await live(life)
+    scenario = Scenario(script=[during(1, ends(0, DONE))], reason="Completed", counts=(1, 0, 0), policy=policy)
+    server = await run_to_end(scenario)
     # The backend has seen its pods succeed: it does nothing more with its object.
     for child in server.children.values():
         child["status"] = {"conditions": [{"type": "Succeeded", "status": "True"}]}

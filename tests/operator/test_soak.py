@@ -1,5 +1,7 @@
-"""R14: a day of many short-lived jobs in minutes, with a clock of the test's own: nothing of a job that has gone stays
-in queue or memory, and what the operator holds does not grow with the events it has seen."""
+"""Soak test (R14 in docs/performance.md): many short-lived jobs in a simulated day, with a fake clock.
+
+Queue and memory must keep nothing of a deleted job, and the memory of the process must not grow with the events.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ import pytest
 from finetune_core.contract import Outcome
 from finetune_operator.controller import Controller
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
-from finetune_operator.process.health import Activity
+from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key, KeyQueue
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import Key, WorkQueue
 from finetune_operator.reconcile import Reconciler
 from tests.operator.model import Manifest, ModelServer
 from tests.operator.worlds import NOW, job_manifest, result
@@ -30,7 +32,7 @@ DONE = result(Outcome.COMPLETED, with_artifact=True)
 
 
 class Servers:
-    """Many model servers, one for each namespace, behind the interface of one."""
+    """Behaves as one model server, and passes each call to the model server of the namespace."""
 
     def __init__(self) -> None:
         self.by_namespace: dict[str, ModelServer] = {}
@@ -50,14 +52,14 @@ class Servers:
 
 
 class Soak:
-    """The operator's own parts around model servers, and a clock that jumps."""
+    """Runs the operator's controller, queue and memory against model servers, with a fake clock."""
 
     def __init__(self, seed: int) -> None:
         self.choose = random.Random(seed)
         self.seconds = 0.0
         self.servers = Servers()
         self.memory, self.metrics = Memory(self.clock), Metrics()
-        self.queue = KeyQueue(clock=self.clock, jitter=self.choose.random)
+        self.queue = WorkQueue(clock=self.clock, jitter=self.choose.random)
         reconciler = Reconciler(
             cluster=self.servers,  # type: ignore[arg-type]
             backend=PyTorchJobBackend(self.servers),  # type: ignore[arg-type]
@@ -76,10 +78,10 @@ class Soak:
             reconciler=reconciler,
             cluster=self.servers,  # type: ignore[arg-type]
             memory=self.memory,
-            activity=Activity(clock=self.clock),
+            activity=WatchActivity(clock=self.clock),
             metrics=self.metrics,
         )
-        self.born = 0
+        self.created = 0
         self.events = 0
 
     def clock(self) -> float:
@@ -88,30 +90,30 @@ class Soak:
     def now(self) -> datetime:
         return NOW + timedelta(seconds=self.seconds)
 
-    def bear(self) -> None:
-        """Apply a new job in a namespace of its own."""
-        self.born += 1
+    def create_job(self) -> None:
+        """Create a job in a new namespace."""
+        self.created += 1
         manifest = job_manifest()
-        manifest["metadata"] |= {"namespace": f"team-{self.born}", "uid": f"uid-{self.born}"}
-        self.servers.by_namespace[f"team-{self.born}"] = ModelServer(manifest, self.now())
-        self.tell(f"team-{self.born}")
+        manifest["metadata"] |= {"namespace": f"team-{self.created}", "uid": f"uid-{self.created}"}
+        self.servers.by_namespace[f"team-{self.created}"] = ModelServer(manifest, self.now())
+        self.add_events(f"team-{self.created}")
 
-    def tell(self, namespace: str) -> None:
-        """Let an event arrive, perhaps more than once."""
+    def add_events(self, namespace: str) -> None:
+        """Add the job of ``namespace`` to the queue one to three times, as watch events do."""
         for _ in range(self.choose.randint(1, 3)):
             self.events += 1
             self.queue.add(Key(namespace, "quickstart"))
 
     async def work(self) -> None:
-        """Look at every job whose time has come."""
+        """Reconcile every job whose key is due."""
         while (key := self.queue.pop()) is not None:
             await self.controller._look(key)
             self.queue.done(key)
-            # The model's answers never wait: without a turn the loop would keep the cancelled timer of every look.
+            # The model's calls never wait, so the loop gets no turn to drop the cancelled timer of each reconcile.
             await asyncio.sleep(0)
 
-    def happen(self) -> None:
-        """Let time pass, and something happen to one of the jobs."""
+    def random_event(self) -> None:
+        """Advance the clock by up to 4 s, and end, delete or only touch a random job."""
         self.seconds += self.choose.uniform(0, 4)
         for server in self.servers.by_namespace.values():
             server.now = self.now()
@@ -120,20 +122,20 @@ class Soak:
         fate = self.choose.random()
         if fate < 0.05 or (_settled(server) and fate < 0.5):
             del self.servers.by_namespace[namespace]
-            self.tell(namespace)
-            self.bear()
+            self.add_events(namespace)
+            self.create_job()
             return
         if fate < 0.2:
             server.end_pods(self.choose.choice([0, 1, 75, 143]), DONE)
         elif fate < 0.25:
             server.ask_deletion(0)
-        self.tell(namespace)
+        self.add_events(namespace)
 
-    def end(self) -> None:
+    def delete_all(self) -> None:
         """Delete every job."""
         for namespace in list(self.servers.by_namespace):
             del self.servers.by_namespace[namespace]
-            self.tell(namespace)
+            self.add_events(namespace)
 
 
 def _settled(server: ModelServer) -> bool:
@@ -148,26 +150,26 @@ def resident_bytes() -> int:
 
 @pytest.mark.parametrize("events", [1_000, pytest.param(100_000, marks=pytest.mark.long)])
 @pytest.mark.timeout(1800)
-async def test_nothing_grows_and_nothing_stays(events: int) -> None:
+async def test_queue_and_memory_do_not_grow_with_deleted_jobs(events: int) -> None:
     soak = Soak(seed=7)
     held: list[int] = []
     for day in range(1, DAYS + 1):
         for _ in range(LIVING):
-            soak.bear()
+            soak.create_job()
         while soak.events < day * events / DAYS:
-            soak.happen()
+            soak.random_event()
             await soak.work()
-        soak.end()
+        soak.delete_all()
         await soak.work()
-        soak.seconds += 400  # beyond the longest delay, so that void entries of the heap are gone too
+        soak.seconds += 400  # beyond the longest delay, so that obsolete heap entries are dropped too
         await soak.work()
-        assert len(soak.memory) == len(soak.queue) == soak.queue.delayed == 0
+        assert len(soak.memory.job_keys()) == len(soak.queue) == len(soak.queue._due) == 0
         assert not soak.queue._heap
         assert not soak.queue._failures
-        assert not soak.queue._busy
+        assert not soak.queue._processing
         gc.collect()
         held.append(resident_bytes())
     assert soak.metrics.reconciles.labels(result="error")._value.get() == 0
-    print(f"{soak.events} events, {soak.born} jobs in {soak.seconds / 3600:.1f} h; RSS MB {[h >> 20 for h in held]}")
-    # The first days warm caches and the allocator up; from then on a day leaves nothing behind.
+    print(f"{soak.events} events, {soak.created} jobs in {soak.seconds / 3600:.1f} h; RSS MB {[h >> 20 for h in held]}")
+    # The first half of the days fills caches and the allocator; after that the memory must not grow.
     assert held[-1] - held[DAYS // 2] < 3 * 2**20, held

@@ -18,33 +18,33 @@ def stored(step: int, total: int, eta: int | None) -> ProgressStatus:
 def test_the_speed_is_taken_over_the_window_and_pauses_count() -> None:
     window = StepWindow()
     for now, step in [(0.0, 10), (3.0, 11), (3.0, 11), (60.0, 11), (66.0, 12)]:
-        window.note(now, step)
+        window.add(now, step)
     assert window.seconds_per_step() == 33
 
 
 def test_old_steps_leave_the_window() -> None:
     window = StepWindow()
     for step in range(WINDOW + 1):
-        window.note(100.0 * step, step)
+        window.add(100.0 * step, step)
     for step in range(WINDOW + 1, 2 * WINDOW + 1):
-        window.note(100.0 * WINDOW + (step - WINDOW), step)
+        window.add(100.0 * WINDOW + (step - WINDOW), step)
     assert window.seconds_per_step() == 1
 
 
 def test_one_report_tells_no_speed() -> None:
     window = StepWindow()
     assert window.seconds_per_step() is None
-    window.note(0.0, 5)
+    window.add(0.0, 5)
     assert window.seconds_per_step() is None
 
 
 def test_the_speed_outlives_a_resume_until_the_new_attempt_has_its_own() -> None:
     window = StepWindow()
-    window.note(0.0, 10)
-    window.note(20.0, 20)
-    window.note(500.0, 15)  # resumed from an earlier checkpoint: the pause is not training
+    window.add(0.0, 10)
+    window.add(20.0, 20)
+    window.add(500.0, 15)  # resumed from an earlier checkpoint: the pause is not training
     assert window.seconds_per_step() == 2
-    window.note(505.0, 16)
+    window.add(505.0, 16)
     assert window.seconds_per_step() == 5
 
 
@@ -84,9 +84,9 @@ def test_urgent_writes_make_numbers_wait_longer_but_not_for_ever() -> None:
 
 def test_new_numbers_of_a_job_wait_for_its_ten_seconds_and_for_their_place() -> None:
     memory = JobMemory()
-    assert memory.seconds_to_numbers(100.0) == 0
+    assert memory.seconds_to_progress_write(100.0) == 0
     memory.status_written_at = 100.0
-    assert memory.seconds_to_numbers(104.0) == 6
-    memory.numbers_at = 115.0
-    assert memory.seconds_to_numbers(104.0) == 11
-    assert memory.seconds_to_numbers(115.0) == 0
+    assert memory.seconds_to_progress_write(104.0) == 6
+    memory.progress_write_at = 115.0
+    assert memory.seconds_to_progress_write(104.0) == 11
+    assert memory.seconds_to_progress_write(115.0) == 0

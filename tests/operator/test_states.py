@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 import finetune_operator
-from finetune_core.api.causes import CAUSES, DISRUPTIONS, Cause
+from finetune_core.api.attempt_causes import CAUSES, DISRUPTIONS, Cause
+from finetune_core.api.condition_reasons import STATES
 from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.api.run_policy import RunPolicySpec
-from finetune_core.api.states import STATES
 from finetune_core.api.status import AttemptCause, AttemptsStatus, CurrentAttempt, FineTuneJobStatus, PastAttempt
 from finetune_core.contract import Phase, Report
 from finetune_operator.decide.attempts import Settlement
 from finetune_operator.decide.preflight import Check, Next
 from finetune_operator.decide.verdict import Verdict
-from finetune_operator.objects.observed import ChildObservation
-from finetune_operator.queue.problems import OutsideError
+from finetune_operator.objects.observations import ChildObservation
+from finetune_operator.queue.retryable import RetryableError
 from finetune_operator.status.conditions import View, compute_conditions
 from tests.operator.test_verdict import TABLE
 
@@ -77,7 +77,7 @@ SETTLED = (
 )
 PROBLEMS = (
     None,
-    *(OutsideError(reason, "") for reason in (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE, Reason.BAD_INPUT)),
+    *(RetryableError(reason, "") for reason in (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE, Reason.BAD_INPUT)),
 )
 
 
@@ -106,7 +106,7 @@ def test_every_reason_in_the_code_is_one_of_the_reasons() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
-            if node.func.id in ("_State", "Settlement", "OutsideError"):
+            if node.func.id in ("_State", "Settlement", "RetryableError"):
                 texts = [
                     item for item in ast.walk(node) if isinstance(item, ast.Constant) and isinstance(item.value, str)
                 ]

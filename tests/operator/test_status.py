@@ -20,9 +20,9 @@ from finetune_core.api.status import (
 from finetune_core.contract import ArtifactRecord, Outcome, Phase, Report, Result
 from finetune_core.resolve import resolve
 from finetune_operator.decide.attempts import Settlement
-from finetune_operator.objects.observed import ContainerObservation, ContainerState
-from finetune_operator.queue.keyqueue import Key
-from finetune_operator.queue.problems import OutsideError
+from finetune_operator.objects.observations import ContainerObservation, ContainerState
+from finetune_operator.queue.retryable import RetryableError
+from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.compute import compute_status, is_news, is_transition, plan_of
 from finetune_operator.status.conditions import View
 from finetune_operator.status.transitions import event_manifest, notices
@@ -98,7 +98,7 @@ def test_every_condition_is_there_from_the_first_write() -> None:
         (REPORTED, Reason.RUNNING),
         ({"report": report(ranks=1), "reported_at": at(0)}, Reason.STARTING),
         ({"attempts": BETWEEN, "child": None, "pods": []}, Reason.RETRYING),
-        ({"problem": OutsideError(Reason.NAME_CONFLICT, "taken")}, Reason.NAME_CONFLICT),
+        ({"problem": RetryableError(Reason.NAME_CONFLICT, "taken")}, Reason.NAME_CONFLICT),
         ({"settled": Settlement(succeeded=True, reason="Completed", message="done")}, Reason.COMPLETED),
         ({"settled": Settlement(succeeded=False, reason="Diverged", message="nan")}, Reason.DIVERGED),
     ],

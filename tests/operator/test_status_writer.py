@@ -10,8 +10,8 @@ from typing import Any
 from finetune_core.api import FineTuneJobStatus
 from finetune_operator.observe.record import Record
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.keyqueue import Key
-from finetune_operator.queue.memory import LEAST_SECONDS_BETWEEN_NUMBERS, JobMemory
+from finetune_operator.queue.memory import MIN_SECONDS_BETWEEN_PROGRESS_WRITES, JobMemory
+from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.budget import BURST, WRITES_PER_SECOND
 from finetune_operator.status.recorder import Recorder
 from finetune_operator.status.writer import StatusWriter
@@ -76,8 +76,8 @@ async def test_numbers_of_a_job_are_written_every_ten_seconds() -> None:
     await jobs.train(300)
     times = jobs.writes.times
     gaps = [late - early for early, late in pairwise(times[1:])]
-    assert min(gaps) >= LEAST_SECONDS_BETWEEN_NUMBERS
-    assert len(times) >= 300 / (LEAST_SECONDS_BETWEEN_NUMBERS + 3)
+    assert min(gaps) >= MIN_SECONDS_BETWEEN_PROGRESS_WRITES
+    assert len(times) >= 300 / (MIN_SECONDS_BETWEEN_PROGRESS_WRITES + 3)
 
 
 async def test_all_jobs_together_keep_to_the_budget_and_each_comes_in_turn() -> None:

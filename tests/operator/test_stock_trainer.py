@@ -1,5 +1,7 @@
-"""An unmodified Trainer of transformers, with the Kubeflow callback that it adds by itself, reports into a FineTuneJob:
-it crashes, resumes, and ends. The operator is the real one, and so is the callback's HTTPS client."""
+"""Test on a real cluster: an unmodified Trainer of transformers reports into a FineTuneJob, crashes, resumes and ends.
+
+The Trainer adds KubeflowCallback by itself. The operator and the callback's HTTPS client are real.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ CRASH_AT = 40
 
 
 def variables_of_the_pod(installed: Installed, namespace: str, pod: str, folder: Path) -> dict[str, str]:
-    """Return the protocol's variables as the pod has them; the files that they name are copied out of it."""
+    """Return the Kubeflow variables of ``pod``; the files that they name are copied to ``folder``."""
     kubectl = installed.cluster.kubectl
     lines = kubectl("exec", pod, "-n", namespace, "--", "env").splitlines()
     found = dict(line.split("=", 1) for line in lines if line.startswith("KUBEFLOW_TRAINER_"))
@@ -55,7 +57,7 @@ def test_a_stock_trainer_reports_crashes_resumes_and_ends(
         command = [sys.executable, "-m", "tests.operator.stock_trainer", str(out), *arguments]
         log = (tmp_path / "trainer.log").open("ab")
         variables = {**os.environ, **environment}
-        # In the cluster's network, with the machine's own files.
+        # The trainer runs in the cluster's network namespace with the test machine's file system.
         enter = ["nsenter", f"--target={installed.cluster.namespaces.pid}", "--net", "--"]
         return subprocess.Popen([*enter, *command], cwd=REPOSITORY, env=variables, stdout=log, stderr=log)
 
@@ -77,7 +79,7 @@ def test_a_stock_trainer_reports_crashes_resumes_and_ends(
     assert second.returncode == 0, (tmp_path / "trainer.log").read_text()
     done = installed.wait(namespace, "100 %", lambda job: progress(job)["percentage"] == 100, 30)
     resumed_from = CRASH_AT // SAVED_EVERY * SAVED_EVERY
-    # The client says 0 % when it resumes: the status goes back to the checkpoint at most.
+    # The client reports 0 % after a resume. The status must not fall below the step of the checkpoint.
     assert min(item["step"] for item in seen) >= min(before["step"], resumed_from)
     assert progress(done)["etaSeconds"] == 0
     values = {metric["name"]: float(metric["value"]) for metric in done["status"]["metrics"]}

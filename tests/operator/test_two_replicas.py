@@ -1,5 +1,8 @@
-"""Two replicas of the operator in front of the real API server: the leader dies, freezes or is cut off, the other one
-takes over, and the API server's own audit log shows that no write of a former leader was accepted."""
+"""Two replicas of the operator with a real API server: the leader fails, and the other replica takes over.
+
+The leader is killed, frozen or cut off from the API server. The API server's audit log must show that no write of the
+former leader was accepted after the takeover.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from tests.cluster import Cluster, ClusterError, wait_for
 from tests.cluster.audit import Call, calls
 from tests.cluster.layout import BRIDGE
 from tests.operator.conftest import OPERATOR_NAMESPACE, REPORT_PORT, SERVICE_ACCOUNT, Installed, small_job
-from tests.operator.programs import OperatorProgram, operator_program
+from tests.operator.operator_program import OperatorProgram, operator_program
 from tests.operator.tcp_proxy import TcpProxy, tcp_proxy
 from tests.operator.test_on_cluster import RUNS, pods_run, report, running
 
@@ -30,17 +33,17 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 StandIn = Callable[[str], str]
 ADDRESSES = {"one": "10.251.0.1", "two": "10.251.0.2"}
-"""An address for each replica, as pods have: both take reports on the same port."""
+"""IP address of each replica, so that both can serve reports on the same port, as pods do."""
 SERVICE = f"{SERVICE_ACCOUNT}.{OPERATOR_NAMESPACE}.svc"
 USER = f"system:serviceaccount:{OPERATOR_NAMESPACE}:{SERVICE_ACCOUNT}"
 TAKEOVER_SECONDS, REPORT_SECONDS, FROZEN_SECONDS = 20, 40, 30
 BUSY = 12
-"""Jobs that are new when the leader fails: it is in the middle of its work."""
+"""Number of new jobs at the moment of the failure, so that the leader fails while it creates objects."""
 
 
 @dataclass
 class Replicas:
-    """Two operators, each behind a proxy of its own to the API server."""
+    """Two replicas, each connected to the API server through its own TCP proxy."""
 
     installed: Installed
     programs: dict[str, OperatorProgram]
@@ -60,7 +63,7 @@ class Replicas:
 
 @pytest.fixture(scope="module")
 def replicas(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
-    """The installed operator makes room for two replicas of the same release."""
+    """Stop the installed operator and run two replicas of the same release instead."""
     cluster, folder = installed.cluster, tmp_path_factory.mktemp("replicas")
     for address in ADDRESSES.values():
         cluster.run(["ip", "address", "add", f"{address}/32", "dev", BRIDGE])
@@ -96,7 +99,10 @@ def replicas(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def owner_of_the_slice(installed: Installed, name: str, namespace: str = OPERATOR_NAMESPACE) -> str:
-    """Return the uid of a pod that stands for the replica's: the garbage collector looks for the owner of a slice."""
+    """Create a pod ``name`` that is never scheduled and return its uid.
+
+    The pod serves as owner of the EndpointSlice, because the garbage collector deletes a slice without owner.
+    """
     container = {"name": "operator", "image": "localhost/busybox:1"}
     spec = {"containers": [container], "schedulingGates": [{"name": "tests.finetune.dev/never"}]}
     manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
@@ -106,7 +112,7 @@ def owner_of_the_slice(installed: Installed, name: str, namespace: str = OPERATO
 
 @dataclass
 class Reporting:
-    """Posts reports as a training pod does: by the Service's name, with the pod's own token."""
+    """Posts reports as a training pod does: to the Service's name, with the pod's token."""
 
     replicas: Replicas
     namespace: str
@@ -114,7 +120,7 @@ class Reporting:
     body: str
 
     def accepted(self) -> bool:
-        """Whether a report is taken just now."""
+        """Post a report and return whether the server has accepted the report."""
         installed = self.replicas.installed
         ca = b64decode(installed.ca_certificate).decode()
         path = report_path(self.namespace, "quickstart", 1)
@@ -125,10 +131,10 @@ class Reporting:
 
 
 def post_by_name(cluster: Cluster, server: str, path: str, body: str, token: str, ca: str) -> int:
-    """Post a report to the Service's name and port, as a pod finds it, trusting ``ca`` (PEM) only; returns the status.
+    """Post a report to ``server`` (service name and port) with only ``ca`` (PEM) trusted; return the HTTP status.
 
     Raises:
-        OSError: nobody answers, or not as the one that the certificate was made for.
+        OSError: no server answers, or the server's certificate is not valid for the service name.
     """
     service, _, port = server.partition(":")
     found = cluster.run(["getent", "ahostsv4", service], check=False).stdout.split()
@@ -137,7 +143,7 @@ def post_by_name(cluster: Cluster, server: str, path: str, body: str, token: str
     with cluster.enter():
         context = ssl.create_default_context(cadata=ca)
         connection = http.client.HTTPSConnection(service, int(port), timeout=5, context=context)
-        # What the name leads to: http.client itself would ask the machine's resolver.
+        # The address comes from the cluster's DNS, because http.client would ask the test machine's resolver.
         connection._create_connection = lambda _, timeout, source: socket.create_connection(  # type: ignore[attr-defined]
             (found[0], int(port)), timeout
         )
@@ -150,7 +156,7 @@ def post_by_name(cluster: Cluster, server: str, path: str, body: str, token: str
 
 @pytest.fixture
 def reporting(replicas: Replicas, namespace: str, stand_in: StandIn) -> Reporting:
-    """A job whose pods run, and what its first pod needs to report."""
+    """Return a `Reporting` for the first pod of a job whose pods run."""
     installed = replicas.installed
     installed.apply(small_job(stand_in(RUNS)), namespace)
     job = installed.wait(namespace, "both pods", running, 90)
@@ -163,7 +169,10 @@ def reporting(replicas: Replicas, namespace: str, stand_in: StandIn) -> Reportin
 
 
 def apply_new_jobs(installed: Installed, namespace: str, prefix: str) -> list[str]:
-    """Apply jobs whose pods find no node: they cost the operator every kind of write, and the node nothing."""
+    """Create jobs whose pods find no node; return their names.
+
+    Such jobs need every kind of write of the operator and no resources of the node.
+    """
     resources = {"nodes": 1, "gpusPerNode": 16, "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}
     manifests = []
     for number in range(BUSY):
@@ -175,7 +184,7 @@ def apply_new_jobs(installed: Installed, namespace: str, prefix: str) -> list[st
 
 
 def each_has_one_child(installed: Installed, namespace: str, names: list[str]) -> bool:
-    """Whether each job has exactly one PyTorchJob, the one that its status names."""
+    """Return whether each job has exactly one PyTorchJob, and the job's status has the uid of this PyTorchJob."""
     jobs = {item["metadata"]["name"]: item for item in installed.cluster.get("finetunejobs", "-n", namespace)["items"]}
     children: dict[str, list[str]] = {}
     for child in installed.cluster.get("pytorchjobs", "-n", namespace)["items"]:
@@ -261,7 +270,7 @@ def test_the_other_replica_takes_over_and_no_write_of_the_former_leader_is_accep
 
 
 def late_writes(log: Path, offset: int, former: str, successor: str) -> list[Call]:
-    """Return what the former leader wrote after its successor had the Lease."""
+    """Return the accepted writes of the former leader after its successor had acquired the Lease."""
     seen = list(calls(log, USER, offset=offset))
     taken = [
         call.answered
@@ -290,7 +299,7 @@ def installed_slice(replicas: Replicas) -> dict[str, Any]:
 
 
 def value(replicas: Replicas, name: str, metric: str) -> float:
-    """Return a metric of a replica that has no labels."""
+    """Return the value of ``metric``, a metric without labels, of the replica ``name``."""
     port = 18090 + list(ADDRESSES).index(name)
     with replicas.installed.cluster.enter():
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
@@ -308,7 +317,7 @@ def test_a_stopped_leader_gives_the_lease_back(replicas: Replicas) -> None:
     renewed = replicas.lease()
     assert renewed["holderIdentity"].startswith(f"{other}_")
     print(f"takeover after SIGTERM {time.monotonic() - stopped_at:.1f} s")
-    # Given back, not run out: the log says so, however slow the machine is.
+    # The log proves that the Lease was released and did not expire, also on a slow machine.
     assert "was given back" in replicas.programs[leader].log.read_text()
     replicas.programs[leader].start()
     replicas.programs[leader].wait_ready()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_core.api.status import UsageStatus
-from finetune_operator.objects.observed import ContainerObservation, ContainerState, PodObservation
+from finetune_operator.objects.observations import ContainerObservation, ContainerState, PodObservation
 from finetune_operator.observe.usage import account
 from tests.operator.worlds import at, pod
 

@@ -9,7 +9,7 @@ import pytest
 from finetune_core.api.status import AttemptCause
 from finetune_core.contract import Outcome, Result
 from finetune_operator.decide.verdict import Ruling, Verdict, is_of_an_earlier_admission, judge, stronger
-from finetune_operator.objects.observed import ContainerObservation, ContainerState
+from finetune_operator.objects.observations import ContainerObservation, ContainerState
 from tests.operator.worlds import CHILD_UID, NOW, at, child, current, pod, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)

@@ -11,7 +11,12 @@ import yaml
 from finetune_core.api import FineTuneJob
 from finetune_core.api.status import CheckpointStatus, CurrentAttempt, PodRecord
 from finetune_core.contract import ArtifactRecord, Outcome, Result
-from finetune_operator.objects.observed import ChildObservation, ContainerObservation, ContainerState, PodObservation
+from finetune_operator.objects.observations import (
+    ChildObservation,
+    ContainerObservation,
+    ContainerState,
+    PodObservation,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)

@@ -1,4 +1,6 @@
-"""Fixtures of the trainer's tests: a real object store with the tiny model and data in it, and pods."""
+"""Fixtures of the trainer's tests: a real object store that holds the tiny model and its data, and launchers as
+pods.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ StartPods = Callable[..., Attempt]
 
 @pytest.fixture(scope="session")
 def minio() -> Path:
-    """The MinIO program, for tests that run a server of their own."""
+    """The path of the MinIO binary, for tests that run a server of their own."""
     binary = minio_binary()
     if binary is None:
-        # There is nothing real to write to then; make test builds MinIO first, so there nothing is skipped.
+        # Without MinIO there is no object store to test against. `make test` builds MinIO first, so it skips no test.
         pytest.skip("no MinIO program: set FINETUNE_MINIO, or build the cluster's tools")
     return binary
 
@@ -44,7 +46,7 @@ def store(empty_store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture
 def pods(tmp_path: Path, store: ObjectStore) -> Iterator[StartPods]:
-    """Starts an attempt; whatever still runs at the end of the test is killed."""
+    """A function that starts the pods of an attempt. All processes that still run at the end of the test are killed."""
     started: list[Attempt] = []
 
     def start(

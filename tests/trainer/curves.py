@@ -1,7 +1,7 @@
-"""Real learning curves by the dozen: small language models, one per seed, trained side by side as one batch of tensors.
+"""Real learning curves in large numbers: small language models, one per seed, trained together as one batch of tensors.
 
-Each follows a Markov chain of its own with AdamW, so that losses and gradient norms have the noise and
-the course of training and are no drawn lines; faults are done to the training, not to its numbers.
+Each model learns a Markov chain of its own with AdamW, so that losses and gradient norms have the noise and shape of
+real training. A fault changes the training (labels, learning rate, gradient) and never the recorded figures.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ RATE = 1.5e-2
 
 @dataclass
 class Step:
-    """What a fault may change before a step's update: one entry per seed along the first axis."""
+    """The inputs of one training step, which a fault may change before the update. The first axis of each tensor is the
+    seed."""
 
     number: int
     contexts: torch.Tensor
-    """(S, N, 2) word ids."""
+    """Word ids of shape (S, N, 2): the two words before each target."""
     targets: torch.Tensor
-    """(S, N)."""
+    """Target word ids of shape (S, N)."""
     rate: float
     gradient_factor: float = 1.0
     generator: torch.Generator = field(default_factory=torch.Generator)
@@ -37,9 +38,9 @@ Fault = Callable[[Step], None]
 def train(
     seeds: int, steps: int, fault: Fault = lambda _: None, *, first_seed: int = 0
 ) -> list[list[tuple[float, float]]]:
-    """Return loss and gradient norm before clipping of each step, for each seed."""
+    """Return for each seed the loss and the gradient norm before clipping of each step."""
     generator = torch.Generator().manual_seed(first_seed)
-    # Nine of ten words follow from the one before, the tenth is any.
+    # Nine of ten words are determined by the preceding word; the tenth is random.
     chain = torch.full((seeds, WORDS, WORDS), 0.1 / WORDS)
     for seed in range(seeds):
         chain[seed, torch.arange(WORDS), torch.randperm(WORDS, generator=generator)] += 0.9
@@ -57,7 +58,7 @@ def train(
         for _ in range(LENGTH + 1):
             flat = chain[rows, text[-1]].flatten(0, 1)
             text.append(torch.multinomial(flat, 1, generator=generator).view(seeds, EXAMPLES))
-        tokens = torch.stack(text, dim=-1)  # (S, EXAMPLES, LENGTH + 2)
+        tokens = torch.stack(text, dim=-1)  # Shape (S, EXAMPLES, LENGTH + 2)
         contexts = torch.stack([tokens[..., :-2], tokens[..., 1:-1]], dim=-1).flatten(1, 2)
         step = Step(number, contexts, tokens[..., 2:].flatten(1, 2), RATE, generator=generator)
         fault(step)

@@ -1,7 +1,8 @@
-"""A stand-in for the Hugging Face Hub: the few addresses that huggingface_hub asks, over HTTP on loopback.
+"""A stand-in for data set repositories on the Hugging Face Hub: an HTTP server on loopback with the few endpoints that
+huggingface_hub requests.
 
-No hub can be reached where the tests run. It serves one repository at one commit, asks for a token where told to, and
-counts what was asked for.
+The tests have no access to the real hub. The server has one repository at one commit, asks for a token if the test sets
+one, and records the requests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """A served repository."""
+    """The repository that the server offers, and a record of the requests for the repository."""
 
     repo: str
     files: dict[str, bytes]
@@ -31,7 +32,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)
 
     def answer(self, path: str, token: str | None) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers and body."""
+        """Return status, headers and body of the response to a request."""
         self.asked.append(path)
         if self.token is not None and token != f"Bearer {self.token}":
             return 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}, b""
@@ -80,7 +81,7 @@ def served(hub: Hub) -> Iterator[Hub]:
         do_HEAD = do_GET  # noqa: N815
 
         def log_message(self, *_: object) -> None:
-            """Keep the tests' output clean."""
+            """Suppress the server's log lines."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"

@@ -1,5 +1,7 @@
-"""Scripted faults of a training run, done to the run itself inside of a rank: wrong targets, a rate that is too high, a
-gradient that is infinite. After a rollback a fault of the rate is gone, as if its cause had been the rate.
+"""Scripted faults of a training run. A fault is injected inside a rank by patching the trainer: wrong targets, a
+learning rate that is too high, an infinite gradient, a kill.
+
+After a rollback, a fault of the learning rate does not return, as if the rate had been its cause.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from finetune_core.contract import Phase
 from finetune_trainer import loop
 from finetune_trainer.checkpoints import saver as saving
 from finetune_trainer.data.batches import IGNORED
-from finetune_trainer.data.shares import Batches
+from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.decisions import schedule
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.pod.errors import StopAgreed
@@ -32,11 +34,19 @@ from finetune_trainer.storage.root import RunRoot
 
 @contextmanager
 def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
-    """Do ``fault`` from its `step` on: {"kind": "noise", "share": s, "growth": g, "steps": n}, {"kind": "rate",
-    "factor": f}, {"kind": "gradient"}, which happens once, {"kind": "stop"}, as SIGTERM does, {"kind": "told",
-    "rank": r}: a rank is told while rows are scored after the step, {"kind": "phase", "phase": p}: rank 0 is told as it
-    begins with p, {"kind": "budget", "seconds": s} for uploads, or {"kind": "kill", "rank": r, "point": p, "count": n}:
-    signal 9 to itself (see `POINTS`)."""
+    """Inject ``fault`` into the trainer while the block runs. A fault is a dictionary of one of these kinds; `step` is
+    the first step with the fault:
+
+    - {"kind": "noise", "step": s, "share": s, "growth": g, "steps": n} replaces targets by random words
+    - {"kind": "rate", "step": s, "factor": f} multiplies the learning rate
+    - {"kind": "gradient", "step": s} makes one gradient infinite
+    - {"kind": "stop", "step": s} stops all ranks as SIGTERM does
+    - {"kind": "told", "step": s, "rank": r} stops rank r during the evaluation after the step
+    - {"kind": "phase", "phase": p} stops rank 0 at the beginning of phase p
+    - {"kind": "budget", "seconds": s} sets the time budget of background uploads
+    - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches a point of `POINTS` for the n-th
+      time
+    """
     if fault is None:
         yield
         return
@@ -56,13 +66,14 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
 
 
 POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed", "retention")
-"""Where a rank can be killed: before a backward pass; between two tensors of a snapshot; while a file is on its way;
-before the manifest, before COMMIT, and after COMMIT before the run knows of it; before one of retention's deletions,
-of which there are two a checkpoint: COMMIT, then all else."""
+"""Points at which a rank can be killed: before a backward pass; between two tensors of a snapshot; during the upload of
+a file; before the manifest; before COMMIT; after COMMIT but before the run has recorded it; before a deletion of
+retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
+"""
 
 
 def _kill(fault: dict[str, Any]) -> Any:
-    """Kill the rank with signal 9 when it comes to the point for the n-th time."""
+    """Return a patch that kills the rank with SIGKILL when the rank reaches the point for the n-th time."""
     point, left = fault["point"], itertools.count(fault["count"] - 1, -1)
 
     def die() -> None:
@@ -103,30 +114,30 @@ def _budget(fault: dict[str, Any]) -> Any:
 
 
 def _stop(fault: dict[str, Any]) -> Any:
-    made = loop.Training._one_step
+    made = loop.TrainingLoop._train_step
 
-    def one_step(self: loop.Training, step: int) -> Any:
+    def one_step(self: loop.TrainingLoop, step: int) -> Any:
         if step >= fault["step"]:
             raise StopAgreed
         return made(self, step)
 
-    return mock.patch.object(loop.Training, "_one_step", one_step)
+    return mock.patch.object(loop.TrainingLoop, "_train_step", one_step)
 
 
 @contextmanager
 def _told(fault: dict[str, Any]) -> Iterator[None]:
-    evaluate, now = loop.Training._evaluate, {"told": False}
+    evaluate, now = loop.TrainingLoop._evaluate, {"told": False}
 
-    def told_meanwhile(self: loop.Training, questions: Any) -> Any:
+    def told_meanwhile(self: loop.TrainingLoop, validation: Any) -> Any:
         now["told"] = self.step == fault["step"] and self._gang.rank == fault["rank"]
-        return evaluate(self, questions)
+        return evaluate(self, validation)
 
     def told(_: Gang) -> bool:
         return now["told"]
 
     with (
-        mock.patch.object(loop.Training, "_evaluate", told_meanwhile),
-        mock.patch.object(Gang, "told", told),
+        mock.patch.object(loop.TrainingLoop, "_evaluate", told_meanwhile),
+        mock.patch.object(Gang, "stop_requested", told),
     ):
         yield
 
@@ -142,30 +153,30 @@ def _phase(fault: dict[str, Any]) -> Iterator[None]:
     def told(_: Gang) -> bool:
         return now["told"]
 
-    with mock.patch.object(Progress, "phase", phase), mock.patch.object(Gang, "told", told):
+    with mock.patch.object(Progress, "phase", phase), mock.patch.object(Gang, "stop_requested", told):
         yield
 
 
 @contextmanager
 def recorded(file: Path) -> Iterator[None]:
-    """Write down the rows that this rank consumes in each step, a JSON line a step."""
-    made = Batches.step
+    """Record the rows that this rank consumes in each step, as one JSON line per step."""
+    made = MicroBatcher.plan_step
 
-    def step(self: Batches, number: int, optimization: Any) -> Any:
+    def step(self: MicroBatcher, number: int, optimization: Any) -> Any:
         share = made(self, number, optimization)
-        own = [row for micro in share.own for sequence in micro for row in sequence]
+        own = [row for micro in share.micro_batches for sequence in micro for row in sequence]
         with file.open("a") as lines:
             print(json.dumps({"step": number, "own": own}), file=lines)
         return share
 
-    with mock.patch.object(Batches, "step", step):
+    with mock.patch.object(MicroBatcher, "plan_step", step):
         yield
 
 
 def _noise(fault: dict[str, Any]) -> Any:
-    made = Batches.tensors
+    made = MicroBatcher.tensors
 
-    def tensors(self: Batches, share: Any, *, step: int = 0) -> Iterator[Any]:
+    def tensors(self: MicroBatcher, share: Any, *, step: int = 0) -> Iterator[Any]:
         for batch in made(self, share, step=step):
             late = step - fault["step"]
             if not 0 <= late < fault["steps"]:
@@ -177,24 +188,23 @@ def _noise(fault: dict[str, Any]) -> Any:
             wrong = torch.randint(4, 60, batch.targets.shape, generator=generator)
             yield batch._replace(targets=torch.where(hit & (batch.targets != IGNORED), wrong, batch.targets))
 
-    return mock.patch.object(Batches, "tensors", tensors)
+    return mock.patch.object(MicroBatcher, "tensors", tensors)
 
 
 def _rate(fault: dict[str, Any]) -> Any:
-
     def rate(step: int, total: int, optimization: Any, rollbacks: Any = ()) -> float:
         factor = fault["factor"] if step >= fault["step"] and not rollbacks else 1.0
-        return schedule.rate(step, total, optimization, rollbacks) * factor
+        return schedule.learning_rate_at(step, total, optimization, rollbacks) * factor
 
-    return mock.patch.object(loop, "rate", rate)
+    return mock.patch.object(loop, "learning_rate_at", rate)
 
 
 @contextmanager
 def _gradient(fault: dict[str, Any]) -> Iterator[None]:
-    step_of, backward = loop.Training._one_step, Engine.backward
+    step_of, backward = loop.TrainingLoop._train_step, Engine.backward
     now: dict[str, Any] = {"step": 0, "done": False}
 
-    def one_step(self: loop.Training, step: int) -> Any:
+    def one_step(self: loop.TrainingLoop, step: int) -> Any:
         now["step"] = step
         return step_of(self, step)
 
@@ -205,7 +215,7 @@ def _gradient(fault: dict[str, Any]) -> Iterator[None]:
         backward(self, loss, last=last)
 
     with (
-        mock.patch.object(loop.Training, "_one_step", one_step),
+        mock.patch.object(loop.TrainingLoop, "_train_step", one_step),
         mock.patch.object(Engine, "backward", infinite),
     ):
         yield

@@ -1,4 +1,4 @@
-"""Starts `many_runs` on several ranks, and reads what the runs left in the bucket."""
+"""Starts `many_runs` on several ranks, and reads from the bucket what the runs wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from finetune_core.contract import Identity, Result, RunConfig
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 from tests.trainer.objectstore import ObjectStore, free_port
 
 RUN_SECONDS = 480
@@ -28,7 +28,7 @@ def write_plans(
     faults: list[dict[str, Any] | None] | None = None,
     attempt: int = 1,
 ) -> list[Path]:
-    """Write what each rank of `many_runs` reads, and return the files in the order of ranks."""
+    """Write the file of run plans that each rank of `many_runs` reads, and return the files in the order of ranks."""
     files = []
     for rank in range(configs[0]["world"]["nodes"]):
         scratch = folder / f"rank-{rank}"
@@ -61,9 +61,10 @@ def train_all(
     seconds: float = RUN_SECONDS,
     faults: list[dict[str, Any] | None] | None = None,
 ) -> list[Result]:
-    """Train every config, all of one world size, on that many ranks; return what each came to.
+    """Train every config on the number of ranks that all configs have in common, and return the result of each run.
 
-    ``inputs`` are those of all configs or one for each; so are ``faults`` (see `faults.scripted`).
+    ``inputs`` are either common to all configs or one per config. ``faults`` has one entry per config, see
+    `faults.scripted`.
     """
     world = configs[0]["world"]["nodes"]
     port = free_port()
@@ -101,7 +102,7 @@ def train_all(
 
 
 def step_rows(store: ObjectStore, name: str) -> list[StepRow]:
-    """Return the step log of a run."""
+    """Return the rows of a run's step log."""
     lines = [
         line
         for key in store.keys(f"runs/default/{name}/uid-1/metrics/")
@@ -118,7 +119,7 @@ def losses_of(store: ObjectStore, name: str) -> list[float]:
 
 
 def rows_consumed(folder: Path, index: int, world: int) -> dict[int, list[int]]:
-    """Return the rows of each step that all ranks together consumed in the ``index``-th run of `train_all`."""
+    """Return for each step the rows that all ranks together consumed in the ``index``-th run of `train_all`."""
     consumed: dict[int, list[int]] = {}
     for rank in range(world):
         for line in (folder / f"rank-{rank}" / f"run-{index}" / f"rows-{rank}.jsonl").read_text().splitlines():

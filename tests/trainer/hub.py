@@ -1,5 +1,7 @@
-"""A hub on loopback that speaks what `huggingface_hub` asks of the real one: a repository's tree, its revision, its
-files with ranges, and the refusals. There is no hub where the tests run; the client is the real one.
+"""A stand-in for model repositories on the Hugging Face Hub: an HTTP server on loopback with the endpoints that
+`huggingface_hub` requests (file tree, revision, files with byte ranges) and the hub's refusals.
+
+The tests have no access to the real hub, but they use the real client.
 """
 
 from __future__ import annotations
@@ -21,18 +23,18 @@ TOKEN = "hf_the-right-token"
 
 @dataclass
 class Hub:
-    """The server's content and address."""
+    """Content, address and requests of the server."""
 
     endpoint: str
     gated: set[str] = field(default_factory=set)
-    """Repositories that the token gives no access to."""
+    """Repositories to which the token gives no access."""
     requests: list[str] = field(default_factory=list)
-    """Method and path of every request."""
+    """Method and path of every request, for example `GET /api/models/org/tiny/tree/main`."""
 
 
 @contextmanager
 def running_hub(repositories: Mapping[str, Path]) -> Iterator[Hub]:
-    """Serve folders as model repositories; each wants the token."""
+    """Serve local folders as model repositories, all of which need the token."""
 
     class Handler(_Handler):
         folders = repositories
@@ -54,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, *_: Any) -> None:
-        """The tests read `Hub.requests` instead."""
+        """Print no log line, because the tests read `Hub.requests`."""
 
     def do_GET(self) -> None:
         self._answer(with_body=True)

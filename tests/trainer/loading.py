@@ -1,7 +1,8 @@
-"""One rank that loads a model as the trainer does and prints what it took: `python -m tests.trainer.loading`.
+"""One rank that loads a model as the trainer does and prints the memory that loading took, as JSON: `python -m
+tests.trainer.loading`.
 
-Prints JSON: peak of resident memory while loading above what the process had before, in bytes, all of it and the
-anonymous part (pages of mapped files can be dropped at any time), and the bytes of parameters that the rank holds.
+Printed are the peak of resident memory above the level before loading, in bytes, in total and of anonymous pages only
+(the kernel can drop pages of mapped files at any time), and the bytes of the parameters that the rank holds.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from pathlib import Path
 
 
 def resident() -> tuple[int, int]:
-    """Return resident bytes, and the anonymous part of them."""
+    """Return the resident memory of this process, and the part of the resident memory that is anonymous, both in
+    bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(1024 * int(lines[name].split()[0]) for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
 
 
 def main() -> None:
     folder, stage = Path(sys.argv[1]), int(sys.argv[2])
-    from finetune_trainer.ranks import process as environment
+    from finetune_trainer.ranks import process
 
-    environment.prepare(Path(sys.argv[3]))
+    process.prepare_environment(Path(sys.argv[3]))
     import torch
 
     from finetune_core.contract import OptimizationConfig
-    from finetune_trainer.engine.engine import shard_new_models
+    from finetune_trainer.engine.config import shard_new_models
     from finetune_trainer.model.load import load_base, trained_parameters
     from finetune_trainer.ranks.gang import Gang
 
@@ -52,7 +54,7 @@ def main() -> None:
     parameters = trained_parameters(model).values()
     held = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in parameters)
     print(json.dumps({"peak": peak[0], "anonymous": peak[1], "held": held}), flush=True)
-    gang.farewell()
+    gang.final_barrier()
     os._exit(0)
 
 

@@ -1,8 +1,8 @@
-"""One rank that trains several plans one after the other in one process: `python -m tests.trainer.many_runs FILE`.
+"""One rank that trains several plans one after another in one process: `python -m tests.trainer.many_runs FILE`.
 
-Loading torch takes longer than training the tiny model; a table of runs pays for it once. What each came to is written
-into `results.json` of the rank's scratch folder; a run may have a scripted fault (`faults`), and
-leaves the rows that it consumed in `rows-<rank>.jsonl` of its folder.
+Importing torch takes longer than training the tiny model, so many runs share one import. The results are written to
+`results.json` in the rank's scratch folder. A run may have a scripted fault (see `faults.py`), and writes the rows that
+it consumed to `rows-<rank>.jsonl` in its folder.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import sys
 from pathlib import Path
 
 from finetune_trainer.pod.errors import Diverged, OutsideFailure, Stopped
-from finetune_trainer.pod.outcomes import Standing
+from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.plan import WorkerPlan
-from finetune_trainer.ranks import process as environment
+from finetune_trainer.ranks import process
 
 
 def main() -> None:
     runs = json.loads(Path(sys.argv[1]).read_text())
     plans = [WorkerPlan.model_validate(run["plan"]) for run in runs]
     results = []
-    environment.prepare(plans[0].paths.scratch)
+    process.prepare_environment(plans[0].paths.scratch)
     from finetune_trainer.ranks.gang import Gang
     from finetune_trainer.reporting.progress import Progress
     from finetune_trainer.train import train
     from tests.trainer.faults import recorded, scripted
 
-    gang = Gang(device=environment.device(plans[0].config.world))
+    gang = Gang(device=process.select_device(plans[0].config.world))
     for run, plan in zip(runs, plans, strict=True):
         plan.folder.mkdir(parents=True, exist_ok=True)
         progress = Progress(pod_uid="pod", ranks=gang.world_size, reporter=None) if gang.is_first else None
         with scripted(run["fault"]), recorded(plan.folder / f"rows-{gang.rank}.jsonl"):
             try:
-                results.append(json.loads(train(plan, gang, progress, Standing()).to_json()))
+                results.append(json.loads(train(plan, gang, progress, WorkerStatus()).to_json()))
             except Diverged as error:
                 results.append({"outcome": "Diverged", "message": str(error)})
             except Stopped as error:
@@ -42,7 +42,7 @@ def main() -> None:
             except OutsideFailure as error:
                 results.append({"outcome": "OutsideFailure", "message": str(error)})
     (plans[0].paths.scratch / "results.json").write_text(json.dumps(results))
-    gang.farewell()
+    gang.final_barrier()
     sys.stdout.flush()
     os._exit(0)
 

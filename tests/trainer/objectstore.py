@@ -1,4 +1,4 @@
-"""A real MinIO server on loopback for the tests: its own port, folder and keys; ended by process id."""
+"""A real MinIO server on loopback for the tests, with a port, a data folder and access keys of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUCKET = "finetune"
 
 
 def minio_binary() -> Path | None:
-    """The MinIO program: from FINETUNE_MINIO, else from the cluster's cache, None where there is none."""
+    """Return the path of the MinIO binary from FINETUNE_MINIO or from the cluster's cache, or None if there is none."""
     named = os.environ.get("FINETUNE_MINIO")
     if named:
         return Path(named)
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 @dataclass
 class ObjectStore:
-    """A running server."""
+    """A running MinIO server."""
 
     endpoint: str
     credentials: Path
@@ -67,8 +67,11 @@ def running_store(
     certificates: Path | None = None,
     region: str = "us-east-1",
 ) -> Iterator[ObjectStore]:
-    """Run a server on ``folder``; ``variables`` join its environment, and with ``certificates`` (public.crt,
-    private.key and the authority's ca.crt) it speaks TLS under the name localhost."""
+    """Run a server on ``folder`` while the block runs.
+
+    ``variables`` are added to the server's environment. With ``certificates``, a folder with public.crt, private.key
+    and the CA's ca.crt, the server speaks TLS under the name localhost.
+    """
     port = free_port()
     environment = {
         **os.environ,
@@ -87,7 +90,8 @@ def running_store(
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         endpoint = f"http://127.0.0.1:{port}" if certificates is None else f"https://localhost:{port}"
-        # A server that is ready, but not yet initialized, asks to come back after a minute; it is there in a moment.
+        # A server that is still initializing answers with Retry-After of a minute, although it is ready a moment later.
+        # The client therefore does not wait for Retry-After.
         retries = urllib3.Retry(
             30, backoff_factor=0.1, backoff_max=1, status_forcelist=[503], respect_retry_after_header=False
         )
@@ -137,6 +141,6 @@ def wait_ready(
                 return
         except urllib3.exceptions.HTTPError:
             pass
-        # The interval between two looks; the loop is bounded.
+        # Pause between two attempts; the number of attempts is bounded.
         time.sleep(0.1)
     raise TimeoutError(f"MinIO was not ready after {seconds} s: {log.read_text()[-2000:]}")

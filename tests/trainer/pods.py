@@ -1,4 +1,4 @@
-"""Runs the real launcher as processes on loopback: each is one 'pod' of an attempt."""
+"""Runs the real launcher as processes on loopback. Each launcher process stands for one pod of an attempt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ START_SECONDS = 90.0
 
 
 def fill_bucket(store: ObjectStore, model: Path, folder: Path) -> None:
-    """Put the model and data, written to ``folder`` first, where `run_config` says that they are."""
+    """Upload the model and its data, which are first written to ``folder``, to the addresses that `run_config`
+    names."""
     folder.mkdir(exist_ok=True)
     tiny.write_jsonl(folder / "train.jsonl", tiny.rows(20, seed=1))
     tiny.write_jsonl(folder / "validation.jsonl", tiny.rows(7, seed=2))
@@ -30,7 +31,8 @@ def fill_bucket(store: ObjectStore, model: Path, folder: Path) -> None:
 
 
 def run_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
-    """Return a run file for the tiny model; ``changes`` are `section__field=value` or whole sections."""
+    """Return a run file for the tiny model. ``changes`` replace single fields, `section__field=value`, or whole
+    sections."""
     config: dict[str, Any] = {
         "version": 1,
         "world": {"nodes": 2, "processesPerNode": 1, "device": "CPU"},
@@ -84,13 +86,13 @@ def run_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def children(process: int) -> list[int]:
-    """Return the ids of a process's children."""
+    """Return the process ids of a process's children."""
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 @dataclass
 class Pod:
-    """One launcher process."""
+    """One launcher process, which stands for a pod."""
 
     process: subprocess.Popen[bytes]
     scratch: Path
@@ -108,7 +110,8 @@ class Pod:
         return self.log.read_text()
 
     def workers(self) -> list[int]:
-        """Process ids of the workers (of a wrapper: the launcher's)."""
+        """Return the process ids of the workers. If the launcher runs in a wrapper, the only entry is the launcher
+        itself."""
         return children(self.process.pid)
 
 
@@ -119,7 +122,7 @@ class Attempt:
     pods: list[Pod] = field(default_factory=list)
 
     def wait(self, seconds: float = START_SECONDS) -> list[int]:
-        """Wait for all pods and return their exit codes."""
+        """Wait until all pods have exited and return their exit codes."""
         deadline = time.monotonic() + seconds
         try:
             return [pod.process.wait(max(0.1, deadline - time.monotonic())) for pod in self.pods]
@@ -131,16 +134,16 @@ class Attempt:
         return "\n".join(pod.output for pod in self.pods)
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
-        """Wait until ``condition`` holds while the pods run."""
+        """Wait until ``condition`` holds, and fail if all pods exit before."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds} s for {what}:\n{self.output}"
             assert any(pod.process.poll() is None for pod in self.pods), f"ended before {what}:\n{self.output}"
-            # The interval between two looks; the deadline bounds them all.
+            # Pause between two checks; the deadline bounds their total time.
             time.sleep(0.05)
 
     def end(self) -> None:
-        """Kill what still runs, workers first."""
+        """Kill the processes that still run, workers first."""
         for pod in self.pods:
             if pod.process.poll() is None:
                 for worker in pod.workers():
@@ -159,8 +162,8 @@ def start_pods(
     variables: Mapping[str, str] | None = None,
     wrapper: tuple[str, ...] = (),
 ) -> Attempt:
-    """Start one launcher per node of ``config``; ``variables`` are added to its environment, and ``wrapper`` is a
-    command that starts it in its place."""
+    """Start one launcher per node of ``config``. ``variables`` are added to the launcher's environment. ``wrapper`` is
+    a command that runs the launcher as its child, such as `unshare`."""
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.json"
     run_file.write_text(json.dumps(config))

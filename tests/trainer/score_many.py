@@ -15,15 +15,15 @@ import torch
 
 from finetune_core.contract import EvaluationConfig, GenerationConfig, OptimizationConfig
 from finetune_trainer.data.examples import Example, example_set
-from finetune_trainer.ranks import process as environment
+from finetune_trainer.ranks import process
 
 
 def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
-    environment.prepare(Path(asked["scratch"]))
+    process.prepare_environment(Path(asked["scratch"]))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune_trainer.data.shares import Batches
+    from finetune_trainer.data.micro_batches import MicroBatcher
     from finetune_trainer.engine.engine import Engine
     from finetune_trainer.evaluation.generation import Decoding, generate_answers
     from finetune_trainer.evaluation.scorer import Scorer, all_tokens
@@ -50,7 +50,7 @@ def main() -> None:
         )
         engine = Engine(model, optimization, gang.device)
         for size in asked["sizes"]:
-            batches = Batches(
+            batches = MicroBatcher(
                 examples, rank=gang.rank, world_size=gang.world_size, pad=tokenizer.eos_token_id, capacity=None
             )
             config = EvaluationConfig(artifact_from="Last", generation=GenerationConfig(batch_size=size))
@@ -68,9 +68,9 @@ def main() -> None:
             own: dict[int, str] = {}
             for batch in generate_answers(engine, gang, prompts, decoding):
                 own |= batch
-            engine.hide_tokens(asked["suppressed"])
+            engine.exclude_tokens(asked["suppressed"])
             hidden = scorer.perplexity(examples)
-            engine.hide_tokens(())
+            engine.exclude_tokens(())
             found.append(
                 {
                     "stage": stage,
@@ -83,7 +83,7 @@ def main() -> None:
             )
         engine.close()
     Path(asked["out"]).write_text(json.dumps(found))
-    gang.farewell()
+    gang.final_barrier()
     sys.stdout.flush()
     os._exit(0)
 

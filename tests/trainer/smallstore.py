@@ -1,4 +1,4 @@
-"""A MinIO server whose disk is full in a moment: it lies on a file system of 40 MB of its own, and ballast fills it."""
+"""A MinIO server on a file system of 40 MB, so that a test can fill its disk within a second."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from finetune_trainer.storage.client import Store
 from tests.trainer.objectstore import BUCKET, ObjectStore, running_store
 
 FULL = re.compile("XMinioStorageFull|no space left on device|its disk may be full")
-"""The last where a write runs out of room in its middle."""
+"""Messages of the errors of a full disk. The last one is the answer to a write during which the disk becomes full."""
 PURGE_SECONDS = 5
-"""What MinIO deletes lies in its trash first, which it empties every 5 minutes unless told otherwise."""
+"""MinIO moves deleted objects to a trash folder, which it empties every 5 minutes unless this setting is lower."""
 BALLAST = "ballast/"
 BALLAST_BYTES = 4_000_000
 
 
 @contextmanager
 def small_store(minio: Path, folder: Path) -> Iterator[ObjectStore]:
-    """Run a server on a file system of its own; skip the test where none can be mounted."""
+    """Run a server on a file system of its own while the block runs. Skip the test if no file system can be mounted."""
     (folder / "data").mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder / "data")]
     mounted = subprocess.run(command, capture_output=True)
     if mounted.returncode != 0:
-        # A disk that really is full needs a small file system, which only root mounts.
+        # A disk that is really full needs a small file system, and only root may mount one.
         pytest.skip(f"a file system of its own needs root: {mounted.stderr.decode().strip()}")
     try:
         with running_store(minio, folder, variables={"MINIO_DELETE_CLEANUP_INTERVAL": f"{PURGE_SECONDS}s"}) as small:
@@ -41,7 +41,7 @@ def small_store(minio: Path, folder: Path) -> Iterator[ObjectStore]:
 
 
 def fill(small: ObjectStore, folder: Path) -> int:
-    """Write objects until the store has no room, and return how many there was room for."""
+    """Write objects until the disk is full, and return how many objects were written."""
     ballast = folder / "ballast"
     ballast.write_bytes(b"\1" * BALLAST_BYTES)
     store = Store(small.endpoint, "us-east-1", small.credentials, budget_seconds=0)
@@ -56,7 +56,7 @@ def fill(small: ObjectStore, folder: Path) -> int:
 
 
 def make_room(small: ObjectStore) -> int:
-    """Delete the ballast, as somebody does who needs it no longer; return how many objects there were."""
+    """Delete the objects that `fill` wrote, as an administrator would, and return their number."""
     names = small.keys(BALLAST)
     for name in names:
         small.client.remove_object(BUCKET, name)

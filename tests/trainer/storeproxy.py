@@ -1,8 +1,9 @@
-"""A proxy in front of a real object store that makes the faults which a healthy server does not have.
+"""An HTTP/1.1 proxy in front of a real object store that injects faults which a healthy server does not have.
 
-It forwards HTTP/1.1 request by request, counts them, and asks a plan what to do with each: pass, answer an error,
-cut the connection before or after the store has acted, hang, change bytes on the way. It also throttles, and plays
-a server that is down. It runs in a thread of the test; the trainer sees an ordinary endpoint.
+The proxy counts the requests and asks a plan what to do with each request: forward the request, answer with an error,
+cut the connection before or after the store has handled the request, hang, or flip a bit. The proxy can also throttle
+the transfer or refuse all connections. The proxy runs in a thread of the test process, and the trainer sees an ordinary
+endpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CHUNK = 16 * 1024
 
 
 class Fault(Enum):
-    """What happens to a request."""
+    """What the proxy does to a request."""
 
     ERROR = "500 without a word"
     SLOW_DOWN = "503 SlowDown"
@@ -37,15 +38,15 @@ class Fault(Enum):
 
 @dataclass(frozen=True)
 class Request:
-    """A request that the proxy saw."""
+    """A request that the proxy received."""
 
     index: int
-    """From 0, in the order of arrival."""
+    """Number of the request in the order of arrival, counted from 0."""
     method: str
     path: str
-    """Bucket, key and query as they were asked for, decoded."""
+    """Bucket, key and query of the request, percent-decoded."""
     fields: Mapping[str, str] = field(repr=False, compare=False)
-    """The head's fields, their names in lower case."""
+    """HTTP headers of the request, with names in lower case."""
 
 
 @dataclass
@@ -60,28 +61,28 @@ class _Head:
 
 
 def pass_all(request: Request) -> Fault | None:
-    """The plan of a healthy store."""
+    """Inject no fault: the plan of a healthy store."""
     return None
 
 
 @dataclass
 class StoreProxy:
-    """A running proxy; its fields may be changed at any time from the test's thread."""
+    """A running proxy. Tests may change its fields at any time from another thread."""
 
     endpoint: str
     plan: Callable[[Request], Fault | None] = pass_all
     bytes_per_second: float | None = None
-    """Shared by all connections and both directions."""
+    """Bandwidth limit, which all connections and both directions share."""
     down: bool = False
-    """Connections are refused, and those that exist break."""
+    """While true, new connections are refused and existing ones are reset."""
     requests: list[Request] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
-    """Set: requests that hang are cut."""
+    """Once set, the connections of hanging requests are closed."""
     _upstream: tuple[str, int] = ("", 0)
     _free_at: float = 0.0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Forward the requests of one connection."""
+        """Forward the requests of one client connection."""
         upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         try:
             while not self.down:
@@ -107,7 +108,7 @@ class StoreProxy:
         store: asyncio.StreamReader,
         to_store: asyncio.StreamWriter,
     ) -> bool:
-        """Forward one request and its answer; return whether the connection goes on."""
+        """Forward one request and its response. Return whether the connection stays open."""
         method, target, _ = head.start.split(" ", 2)
         request = Request(len(self.requests), method, unquote(target), head.fields)
         self.requests.append(request)
@@ -168,7 +169,7 @@ class StoreProxy:
     async def _copy(
         self, source: asyncio.StreamReader, target: asyncio.StreamWriter, length: int, *, flip: bool
     ) -> None:
-        """Copy ``length`` bytes at the proxy's pace; ``flip`` changes a bit in the middle."""
+        """Copy ``length`` bytes at the configured bandwidth. ``flip`` inverts one bit in the middle."""
         done = 0
         while done < length:
             chunk = bytearray(await source.readexactly(min(CHUNK, length - done)))
@@ -187,7 +188,7 @@ class StoreProxy:
 
 
 async def _read_head(reader: asyncio.StreamReader) -> _Head | None:
-    """Read a request's or an answer's head; None where the connection ended."""
+    """Read the head of a request or response, or return None if the connection has ended."""
     try:
         raw = await reader.readuntil(b"\r\n\r\n")
     except (asyncio.IncompleteReadError, ConnectionError):
@@ -198,10 +199,10 @@ async def _read_head(reader: asyncio.StreamReader) -> _Head | None:
 
 
 def _error(fault: Fault) -> bytes:
-    """Return an answer as a store in trouble gives it."""
+    """Return the HTTP response of a store that fails."""
     if fault is Fault.SLOW_DOWN:
         body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
-        # As MinIO does with each of its 503.
+        # MinIO adds Retry-After to every response with status 503.
         line = "503 Service Unavailable\r\nRetry-After: 60"
     else:
         body, line = b"", "500 Internal Server Error"
@@ -211,7 +212,7 @@ def _error(fault: Fault) -> bytes:
 
 @contextmanager
 def proxy_before(endpoint: str) -> Iterator[StoreProxy]:
-    """Run a proxy in front of ``endpoint`` on a port of its own."""
+    """Run a proxy in front of ``endpoint`` on a free port while the block runs."""
     parts = urlsplit(endpoint)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

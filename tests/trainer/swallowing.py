@@ -1,5 +1,6 @@
-"""A proxy in front of the real store that hides its refusals of conditional writes: an old S3-compatible store that
-does not know `If-None-Match` answers like this, and none of those runs here."""
+"""A proxy in front of the real store that hides refused conditional writes, as an old S3-compatible store does that
+ignores `If-None-Match`. No such store is available to the tests.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +17,18 @@ HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "keep-alive"
 
 @contextmanager
 def swallowing_store(endpoint: str) -> Iterator[str]:
-    """Return the address of a proxy for the store at ``endpoint`` that turns 412 into 200."""
+    """Return the address of a proxy for the store at ``endpoint`` that turns status 412 into 200."""
     host = urlsplit(endpoint).netloc
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_: Any) -> None:
-            """Quiet."""
+            """Suppress the server's log lines."""
 
         def handle_one(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            # The Host header is signed and goes through as it came: the store signs with what it reads there.
+            # The Host header is forwarded unchanged, because the request's signature covers it.
             behind = http.client.HTTPConnection(host, timeout=30)
             behind.request(self.command, self.path, body, dict(self.headers))
             answer = behind.getresponse()

@@ -1,4 +1,6 @@
-"""An adapter with added tokens is complete and loads in plain peft; adapter, extended base and merged model agree."""
+"""An adapter with added tokens is complete and loads in plain peft. The adapter, the extended base model and the merged
+model compute the same logits.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,17 @@ from finetune_core.api.method import LoRASpec
 from finetune_core.contract import Identity, RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import Manifest
-from finetune_trainer.checkpoints.export import ADAPTER_FILE, NEW_ROWS_FILE, Export, NewRows, export, new_rows
+from finetune_trainer.checkpoints.export import ADAPTER_FILE, NEW_ROWS_FILE, ExportOptions, export_artifact
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.engine.state import load_weights
-from finetune_trainer.material import load_model, prepare
-from finetune_trainer.model.base import Skeleton, Weights, extend_base, new_row, skeleton
+from finetune_trainer.model.added_rows import AddedRows, read_added_rows
+from finetune_trainer.model.extended_base import extend_base, initial_row
 from finetune_trainer.model.load import adapted_modules, add_adapters, trained_parameters
+from finetune_trainer.model.structure import ModelStructure, read_structure
+from finetune_trainer.model.weight_files import WeightFiles
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.preparation import load_model, prepare_node
 from tests.trainer import tiny
 from tests.trainer.gangs import train_all
 from tests.trainer.objectstore import BUCKET, ObjectStore
@@ -42,7 +47,7 @@ FORMAT = {
     }
 }
 SHARD_EVERYTHING = '{"zero_optimization": {"stage3_param_persistence_threshold": 0}}'
-"""Otherwise ZeRO-3 keeps parameters as small as these whole on every rank."""
+"""Without this setting, ZeRO-3 keeps small parameters whole on every rank, and the tiny model has only small ones."""
 PROMPT = "<START_Q>w1 w2 w3<END_Q><START_A>w3"
 
 
@@ -53,14 +58,14 @@ class Trained:
     name: str
     artifact: Path
     base: Path
-    """The extended base, as it was downloaded from where adapter_config.json says."""
+    """The extended base model, downloaded from the address in adapter_config.json."""
     checkpoint: Path
     model: Path
     config: dict[str, Any]
 
     def adapted(self, base: Path, dtype: torch.dtype) -> Any:
-        """What anybody gets who follows adapter_config.json; unless it is told not to, peft computes a bf16 adapter in
-        fp32, which is not what the engine did."""
+        """Load the adapter as any user would who follows adapter_config.json. `autocast_adapter_dtype=False` keeps a
+        bf16 adapter in bf16; by default peft would compute in fp32, which the engine did not."""
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         return PeftModel.from_pretrained(model, self.artifact, autocast_adapter_dtype=False).eval()
 
@@ -78,7 +83,7 @@ def fetch(store: ObjectStore, prefix: str, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """LoRA with added tokens on a tied and on an untied base, in fp32 and in bf16."""
+    """LoRA runs with added tokens on a base model with tied and with untied embeddings, in fp32 and in bf16."""
     folder = tmp_path_factory.mktemp("adapters")
     models = {tied: tiny.write_model(folder / f"tied-{tied}", tied=tied, files="60KB") for tied in (False, True)}
     rows = {
@@ -117,8 +122,9 @@ def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
-    """Whatever the seed of the process that loads it: logits are bit-equal in the dtype that the engine computed in,
-    with the extended base, and with the plain base and the rows of the adapter."""
+    """The logits are bit-equal to the engine's, for the extended base model and for the plain base model with the
+    adapter's embedding rows. Neither depends on the seed of the loading process, and the dtype is that in which the
+    engine computed."""
     for name in ("untied", "untied-bf16", "tied-bf16"):
         run, dtype = trained[name], torch.bfloat16 if "bf16" in name else torch.float32
         engine_model = as_the_engine_had_it(run)
@@ -141,7 +147,7 @@ def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
 
 
 def as_the_engine_had_it(run: Trained) -> Any:
-    """The model that the trainer builds, with the weights of the last checkpoint."""
+    """Return the model as the trainer builds it, with the weights of the last checkpoint."""
     folder = Path(tempfile.mkdtemp(dir=run.checkpoint.parent)) / "attempt"
     config = {**run.config, "optimization": {**run.config["optimization"], "zeroStage": 2}}
     identity = Identity(namespace="n", name="n", uid="u", attempt=1, pod_name="p", pod_uid="p", node_rank=0)
@@ -153,7 +159,7 @@ def as_the_engine_had_it(run: Trained) -> Any:
         inputs=Inputs(model=run.model, train=train),
         folder=folder,
     )
-    prepare(plan)
+    prepare_node(plan)
     model = load_model(plan)
     load_weights(trained_parameters(model), sorted(run.checkpoint.iterdir())[-1])
     return model.eval()
@@ -162,14 +168,14 @@ def as_the_engine_had_it(run: Trained) -> Any:
 def test_trap_2_zero_3_leaves_no_tensor_empty(trained: dict[str, Trained]) -> None:
     for name, run in trained.items():
         adapter = load_file(run.artifact / ADAPTER_FILE)
-        table = expected_shapes(skeleton(run.model), added=len(TOKENS))
+        table = expected_shapes(read_structure(run.model), added=len(TOKENS))
         assert {key: tuple(value.shape) for key, value in adapter.items()} == table, name
         assert all(value.abs().sum() > 0 for value in adapter.values()), name
 
 
-def expected_shapes(bones: Skeleton, *, added: int, rank: int = 4) -> dict[str, tuple[int, ...]]:
-    """Shapes of an adapter's tensors from the model's architecture alone."""
-    config = bones.model.config
+def expected_shapes(structure: ModelStructure, *, added: int, rank: int = 4) -> dict[str, tuple[int, ...]]:
+    """Return the expected shapes of an adapter's tensors, derived only from the model's architecture."""
+    config = structure.model.config
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size + added
     head = hidden // config.num_attention_heads * config.num_key_value_heads
     table: dict[str, tuple[int, ...]] = {}
@@ -206,8 +212,8 @@ def test_trap_3_a_7b_adapter_with_its_rows_is_at_most_41_3_mb(tmp_path: Path) ->
     )
     with torch.device("meta"):
         base = LlamaForCausalLM(config).to(torch.bfloat16)
-    bones = Skeleton(base, "model.embed_tokens", "lm_head", tied=False, context=4096)
-    targets = adapted_modules(bones, LoRASpec(), added_tokens=True)
+    structure = ModelStructure(base, "model.embed_tokens", "lm_head", tied=False, context=4096)
+    targets = adapted_modules(structure, LoRASpec(), added_tokens=True)
     model = add_adapters(base, LoRASpec(), targets=targets, seed=1, base_name="7b")
     shapes = {name: parameter.shape for name, parameter in trained_parameters(model).items()}
     parameters = 20_566_080
@@ -217,20 +223,20 @@ def test_trap_3_a_7b_adapter_with_its_rows_is_at_most_41_3_mb(tmp_path: Path) ->
     save_file(
         {f"{name}/master": torch.zeros(shape) for name, shape in shapes.items()}, checkpoint / "state-0.safetensors"
     )
-    # Only the rows matter of the base: four of each matrix.
+    # Of the base model only the embedding rows of the four added tokens are read, so the file holds nothing else.
     rows = {name: torch.zeros((4, 4096), dtype=torch.bfloat16) for name in ("in.weight", "out.weight")}
     base_folder = tmp_path / "base"
     base_folder.mkdir()
     save_file(rows, base_folder / "model.safetensors")
-    options = Export(
+    options = ExportOptions(
         kind="Adapter",
         precision="bf16",
         base=base_folder,
         base_name="7b",
-        new_rows=NewRows(ids=[0, 1, 2, 3], input_key="in.weight", output_key="out.weight"),
+        added_rows=AddedRows(ids=[0, 1, 2, 3], input_key="in.weight", output_key="out.weight"),
         stop_ids=[2],
     )
-    files = export(
+    files = export_artifact(
         model, load_tokenizer(tiny.write_model(tmp_path / "tiny")), checkpoint, tmp_path / "artifact", options
     )
     sizes = {path.name: path.stat().st_size for path in files}
@@ -248,8 +254,10 @@ def test_trap_4_new_rows_follow_from_seed_and_token_alone(tmp_path: Path, traine
         folder = tmp_path / str(number)
         extend_base(model, folder, tokens=tokens, untie=False, seed=42)
         ids = [load_tokenizer(folder).convert_tokens_to_ids(token) for token in TOKENS]
-        rows = new_rows(
-            folder, NewRows(ids=ids, input_key="model.embed_tokens.weight", output_key="lm_head.weight"), torch.float32
+        rows = read_added_rows(
+            folder,
+            AddedRows(ids=ids, input_key="model.embed_tokens.weight", output_key="lm_head.weight"),
+            torch.float32,
         )
         digests.append(hashlib.sha256(b"".join(value.numpy().tobytes() for value in rows.values())).hexdigest())
     assert len(set(digests)) == 1
@@ -258,7 +266,9 @@ def test_trap_4_new_rows_follow_from_seed_and_token_alone(tmp_path: Path, traine
     ]
     assert len({state["rowsSha256"] for state in states}) == 1
     assert states[0]["rowsSha256"] != states[0]["baseSha256"]
-    first, second = (new_row("<a>", matrix=matrix, width=4096, spread=0.02, seed=1) for matrix in ("input", "output"))
+    first, second = (
+        initial_row("<a>", matrix=matrix, width=4096, spread=0.02, seed=1) for matrix in ("input", "output")
+    )
     assert float(first.std()) == pytest.approx(0.02, rel=0.05)
     assert not torch.equal(first, second)
 
@@ -271,7 +281,7 @@ def test_trap_11_every_adapter_learns_and_the_base_does_not(trained: dict[str, T
         assert all(steps[0][key].abs().sum() > 0 for key in zero_at_first), name
         moved = [key for key in steps[0] if not torch.equal(steps[0][key], steps[1][key])]
         assert set(moved) == set(steps[0]), name
-        given, extended = Weights.of(run.model), Weights.of(run.base)
+        given, extended = WeightFiles.of(run.model), WeightFiles.of(run.base)
         for key in given.files:
             weight = given.tensor(key)
             assert torch.equal(extended.tensor(key)[: weight.shape[0]], weight), (name, key)
@@ -319,7 +329,8 @@ def test_an_extended_base_is_stored_once_for_all_runs(store: ObjectStore, traine
 
 
 def test_trap_23_tokenizer_with_added_tokens(tmp_path: Path) -> None:
-    """Llama's kind of tokenizer, which puts a mark before words; an added token changes nothing around it."""
+    """A tokenizer of Llama's kind puts a space mark before words. An added token must not change how the text around it
+    is tokenized."""
     tokenizer = load_tokenizer(tiny.write_llama_tokenizer(tmp_path))
     before = len(tokenizer)
     ids = add_tokens(tokenizer, TOKENS)
@@ -340,10 +351,10 @@ def test_trap_23_tokenizer_with_added_tokens(tmp_path: Path) -> None:
 
 
 def test_targets_are_all_dense_layers_and_both_embeddings_where_tokens_are_added(tiny_model: Path) -> None:
-    bones = skeleton(tiny_model)
+    structure = read_structure(tiny_model)
     dense = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert adapted_modules(bones, LoRASpec(), added_tokens=False) == dense
-    assert adapted_modules(bones, LoRASpec(), added_tokens=True) == sorted([*dense, "embed_tokens", "lm_head"])
-    assert adapted_modules(bones, LoRASpec(target_modules=["v_proj"]), added_tokens=True) == ["v_proj"]
+    assert adapted_modules(structure, LoRASpec(), added_tokens=False) == dense
+    assert adapted_modules(structure, LoRASpec(), added_tokens=True) == sorted([*dense, "embed_tokens", "lm_head"])
+    assert adapted_modules(structure, LoRASpec(target_modules=["v_proj"]), added_tokens=True) == ["v_proj"]
     with pytest.raises(UserError, match=r"^lora.targetModules: must name modules of the model, and 'q_prj' is none"):
-        adapted_modules(bones, LoRASpec(target_modules=["v_proj", "q_prj"]), added_tokens=False)
+        adapted_modules(structure, LoRASpec(target_modules=["v_proj", "q_prj"]), added_tokens=False)

@@ -1,4 +1,6 @@
-"""Checkpoints are committed in the background: no step waits for the store, and training goes on while it can."""
+"""Checkpoints are committed in the background. No training step waits for the object store, and training continues
+while the store fails.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def proxy(store: ObjectStore) -> Iterator[StoreProxy]:
 
 
 def newest_step(attempt: Attempt) -> int:
-    """Return the newest step in the log."""
+    """Return the newest step in the pods' logs."""
     found = re.findall(r"^step (\d+)/", attempt.output, re.MULTILINE)
     return int(found[-1]) if found else 0
 
@@ -54,7 +56,8 @@ def test_trap_20_no_step_waits_for_the_store_and_what_fails_for_a_while_is_made_
     attempt = pods(run_config(store, "background", storage__endpoint=proxy.endpoint, **ENDLESS), credentials=keys)
     attempt.wait_for(lambda: newest_step(attempt) >= 1, "the first step")
 
-    # 0.9 MB of state at 20 kB/s take most of a minute: dozens of steps and several snapshots pass meanwhile.
+    # At 20 kB/s, uploading 0.9 MB of state takes most of a minute, in which dozens of steps and several snapshots
+    # happen.
     proxy.bytes_per_second = 20_000
     seen = len(proxy.requests)
     start = newest_step(attempt)
@@ -91,7 +94,8 @@ def test_trap_20_no_step_waits_for_the_store_and_what_fails_for_a_while_is_made_
 
 
 def assert_no_key_is_told(attempt: Attempt) -> None:
-    """The keys lie in the Secret's files and nowhere else: log, files of the attempt, arguments, environment."""
+    """The access keys appear in the Secret's files and nowhere else: neither in the log, the files of the attempt, the
+    arguments of a process, nor its environment."""
     secrets = (SECRET_KEY.encode(), b"rotated-away")
     folder = attempt.pods[0].log.parent
     for path in folder.rglob("*"):
@@ -151,7 +155,8 @@ def test_training_goes_on_beside_a_full_disk_and_commits_once_there_is_room(
 ) -> None:
     with small_store(minio, tmp_path / "small") as small:
         fill_bucket(small, tiny_model, tmp_path / "bucket")
-        # What retention deletes stays in MinIO's trash for seconds, and ten steps take a quarter of one.
+        # Checkpoints are rare, because MinIO keeps deleted checkpoints in its trash for seconds, while ten steps take
+        # only a quarter of a second. More frequent checkpoints would fill the disk by themselves.
         config = run_config(small, "full", **{**ENDLESS, "storage__checkpointEverySteps": 100})
         attempt = pods(config, credentials=small.credentials)
         attempt.wait_for(lambda: newest_commit(small, "full") > 0, "the first checkpoint")

@@ -1,4 +1,4 @@
-"""What a person did wrong is told in one sentence, early, with the right exit code and never with a traceback."""
+"""A mistake of the user is reported early, in one sentence, with the right exit code and without a traceback."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The trainer as a restricted pod runs it: a read-only root, an unknown user without rights, no home and no compiler;
-and what a person reads when the kernel kills it at the memory limit.
+"""The trainer runs as in a restricted pod: with a read-only root file system, an unknown user without capabilities, no
+home directory and no compiler. Users also learn the reason when the kernel kills the trainer at its memory limit.
 
-Namespaces and cgroups of the tests' own stand for the container, so these tests need root.
+Namespaces and cgroups that the tests create stand for the container, so these tests need root.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = [
 
 REPOSITORY = Path(__file__).parents[2]
 USER = "65532"
-"""That of the image, which is in no /etc/passwd."""
+"""The user id of the image, which has no entry in /etc/passwd."""
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CONFINE = """
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
@@ -56,12 +56,14 @@ export PYTHONPATH="/srv/repository/core:/srv/repository/trainer_image:/srv/repos
 exec "$setpriv" --reuid "$user" --regid "$user" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \\
   "/srv/base/bin/$python" "$@"
 """
-"""Becomes the command after its first arguments, with the repository and Python where any user can read them; the last
-of those arguments is the path of Python outside."""
+"""Shell script that sets up the restricted environment and becomes the given command. Arguments one to six describe the
+environment, such as the user id and Python's installation prefix. Argument seven is the Python outside, which is
+replaced by the same Python mounted where any user can read it; the rest are its arguments.
+"""
 
 
 def unshared(script: str, *arguments: str) -> list[str]:
-    """Return the command that runs ``script`` in mount and cgroup namespaces of its own."""
+    """Return the command that runs ``script`` in a mount namespace of its own."""
     unshare = shutil.which("unshare", path=SYSTEM_PATH)
     assert unshare is not None
     return [unshare, "--mount", "--propagation", "private", "/bin/sh", "-euc", script, "confine", *arguments]
@@ -69,14 +71,15 @@ def unshared(script: str, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def anywhere() -> Iterator[Path]:
-    """A folder that every user can reach, unlike pytest's."""
+    """A temporary folder that every user can enter, unlike pytest's."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
 def everything(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
-    """A short run of what once wanted a compiler: ZeRO-3 with both offloads, on one process."""
+    """Return a short run with all features that DeepSpeed would compile code for: ZeRO-3 with offload of optimizer and
+    parameters, on one process."""
     options = {
         "world__nodes": 1,
         "method": "Full",
@@ -126,7 +129,8 @@ def test_it_trains_with_a_read_only_root_no_home_no_compiler_and_an_unknown_user
 def test_nothing_is_compiled_where_a_compiler_is_at_hand(
     method: str, store: ObjectStore, pods: StartPods, tmp_path: Path
 ) -> None:
-    """DeepSpeed would build its shared-memory op and its optimizer for the CPU where it finds a compiler."""
+    """If DeepSpeed finds a compiler, it builds its shared-memory operator and its CPU optimizer. The trainer must
+    prevent this."""
     trace, programs = tmp_path / "compiled", tmp_path / "programs"
     programs.mkdir()
     for name in ("cc", "c++", "gcc", "g++", "clang", "clang++", "ninja", "nvcc", "make", "ld"):
@@ -137,7 +141,7 @@ def test_nothing_is_compiled_where_a_compiler_is_at_hand(
     attempt = pods(config, variables={"PATH": path, "CC": str(programs / "cc"), "CXX": str(programs / "c++")})
     assert attempt.wait() == [0], attempt.output
     calls = trace.read_text().splitlines() if trace.exists() else []
-    # Python itself asks a linker for the names of libraries (ctypes.util.find_library); that compiles nothing.
+    # Python itself runs a linker to find libraries (ctypes.util.find_library), which compiles nothing.
     assert [call for call in calls if "-o" in call.split() and " -t " not in call] == []
 
 
@@ -154,7 +158,8 @@ exec "$@"
 
 @pytest.fixture
 def limited() -> Iterator[list[str]]:
-    """A program within a cgroup of 900 MiB, which it sees as a container sees its own."""
+    """The command prefix that runs a process in a cgroup with a memory limit of 900 MiB. The process sees the cgroup
+    where a container sees its own."""
     name = f"finetune-memory-{os.getpid()}"
     cgroups.create(name)
     try:
@@ -173,7 +178,7 @@ def limited() -> Iterator[list[str]]:
 def test_a_kill_by_the_kernel_is_told_with_phase_amount_and_remedy(
     store: ObjectStore, pods: StartPods, limited: list[str], tmp_path: Path
 ) -> None:
-    """Loading fits into the limit, the activations of 12,000 tokens don't."""
+    """Loading the model fits into the memory limit, but the activations of 12,000 tokens do not."""
     shape: dict[str, Any] = {
         "hidden_size": 512,
         "intermediate_size": 2048,

@@ -1,4 +1,6 @@
-"""Rows keep their line numbers, every row is seen once an epoch, every rank does the same number of micro-batches."""
+"""Rows keep their line numbers, every row is consumed once per epoch, and every rank computes the same number of
+micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from finetune_trainer.data.examples import Example
 from finetune_trainer.data.order import batches_per_epoch, cursor, global_batch, micro_batches
 from finetune_trainer.data.packing import best_fit_decreasing, pack
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.decisions.schedule import rate
-from finetune_trainer.engine.state import owners
+from finetune_trainer.decisions.schedule import learning_rate_at
+from finetune_trainer.engine.state import assign_owners
 
 
 def write(tmp_path: Path, name: str, text: str) -> Path:
@@ -158,7 +160,7 @@ def test_trap_22_the_rate_is_a_function_of_the_step() -> None:
 
     def rates(schedule: str, warmup: int) -> list[float]:
         optimization = OptimizationConfig(**base, schedule=schedule, warmup_steps=warmup)
-        return [rate(step, 6, optimization) for step in range(1, 7)]
+        return [learning_rate_at(step, 6, optimization) for step in range(1, 7)]
 
     assert rates("Constant", 2) == [0.5, 1, 1, 1, 1, 1]
     assert rates("Linear", 2) == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25])
@@ -169,7 +171,7 @@ def test_trap_22_the_rate_is_a_function_of_the_step() -> None:
 
 @given(st.dictionaries(st.text(min_size=1), st.lists(st.integers(1, 50), min_size=1, max_size=2)), st.integers(1, 8))
 def test_training_state_is_spread_over_ranks_by_size(shapes: dict[str, list[int]], world: int) -> None:
-    chosen = owners(shapes, world)
+    chosen = assign_owners(shapes, world)
     assert chosen.keys() == shapes.keys()
     loads = [sum(math.prod(shapes[name]) for name, rank in chosen.items() if rank == at) for at in range(world)]
     assert max(loads) - min(loads) <= max((math.prod(shape) for shape in shapes.values()), default=0)

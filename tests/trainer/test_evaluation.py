@@ -18,10 +18,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune_core.contract import CheckpointRecord, EvaluationConfig, Outcome, Result
-from finetune_trainer.decisions.selection import Selection, begin, best_first
+from finetune_trainer.decisions.selection import Selection, best_first, selection_after
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.evaluation_file import EvaluationFile
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 from tests.trainer import tiny
 from tests.trainer.gangs import step_rows, train_all
 from tests.trainer.objectstore import ObjectStore, free_port
@@ -158,7 +158,7 @@ def evaluated(*values: float | None, score: bool = False) -> list[StepRow]:
 
 
 @pytest.mark.parametrize(
-    ("config", "rows", "best", "step", "waited", "exhausted"),
+    ("config", "rows", "best", "step", "evaluations_without_improvement", "exhausted"),
     [
         ({"patience": 2}, evaluated(5.0, 4.0, None, 4.5), 4.0, 2, 1, False),
         ({"patience": 2}, evaluated(5.0, 4.0, 4.5, 4.0), 4.0, 2, 2, True),
@@ -169,10 +169,19 @@ def evaluated(*values: float | None, score: bool = False) -> list[StepRow]:
     ],
 )
 def test_patience_and_the_best_follow_from_the_step_log(
-    config: dict[str, Any], rows: list[StepRow], best: float, step: int, waited: int, exhausted: bool
+    config: dict[str, Any],
+    rows: list[StepRow],
+    best: float,
+    step: int,
+    evaluations_without_improvement: int,
+    exhausted: bool,
 ) -> None:
-    selection = begin(EvaluationConfig(artifact_from="Best", **config), rows)
-    assert (selection.best, selection.best_step, selection.waited) == (best, step, waited)
+    selection = selection_after(EvaluationConfig(artifact_from="Best", **config), rows)
+    assert (selection.best, selection.best_step, selection.evaluations_without_improvement) == (
+        best,
+        step,
+        evaluations_without_improvement,
+    )
     assert selection.exhausted is exhausted
     assert Selection.model_validate_json(selection.to_json()) == selection
 

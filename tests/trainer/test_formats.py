@@ -1,4 +1,4 @@
-"""Rows become examples: which tokens are learned, what is a bad row, and where the files of a split come from."""
+"""Rows become examples: which tokens are supervised, which rows are bad, and which files belong to a split."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pyarrow import parquet
 
 from finetune_core.api.dataset import DatasetSpec
 from finetune_core.errors import UserError
-from finetune_trainer.data.dataset import Limit, check_columns, limit_of, make_examples
+from finetune_trainer.data.dataset import LengthLimit, check_columns, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
+from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.data.order import batches_per_epoch, global_batch
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.shares import Batches
-from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
-from finetune_trainer.sources.hub_data import card_configs, split_files
+from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
+from finetune_trainer.sources.hub_datasets import card_configs, split_files
 from tests.trainer import tiny
 from tests.trainer.data_hub import COMMIT, Hub, served
 
@@ -57,7 +57,7 @@ def made(
     tokenizer: Any,
     dataset: DatasetSpec,
     *,
-    limit: Limit | None = None,
+    limit: LengthLimit | None = None,
     keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
     path = tiny.write_jsonl(folder / "train.jsonl", rows)
@@ -66,14 +66,14 @@ def made(
         "s3://b/train.jsonl",
         "dataset.train",
         dataset,
-        tokenize_with(tokenizer),
-        limit=limit or limit_of(dataset, None),
+        tokenize_functions(tokenizer),
+        limit=limit or length_limit(dataset, None),
         keep_rows=keep_rows,
     )
 
 
 def learned(examples: ExampleSet, tokenizer: Any) -> list[list[str]]:
-    """The words that are learned, of each example."""
+    """Return the supervised words of each example."""
     return [
         [tokenizer.decode([int(example.ids[at])]) for first, last in example.spans for at in range(max(first, 1), last)]
         for example in examples
@@ -84,8 +84,8 @@ def test_trap_7_prompt_and_padding_are_not_learned(tmp_path: Path, tokenizer: An
     rows = [{"question": "w1 w2", "reply": "w3"}, {"question": "w4", "reply": "w5 w6"}]
     examples, _ = made(tmp_path, rows, tokenizer, spec())
     assert learned(examples, tokenizer) == [["w3", "w59", "<end>"], ["w5", "w6", "w59", "<end>"]]
-    share = Batches(examples, rank=0, world_size=1, pad=1, capacity=None).share([0, 1], 8)
-    (batch,) = Batches(examples, rank=0, world_size=1, pad=1, capacity=None).tensors(share)
+    share = MicroBatcher(examples, rank=0, world_size=1, pad=1, capacity=None).plan_rows([0, 1], 8)
+    (batch,) = MicroBatcher(examples, rank=0, world_size=1, pad=1, capacity=None).tensors(share)
     assert batch.tokens == share.tokens == sum(example.supervised_tokens for example in examples) == 7
     other, _ = made(tmp_path, [{**row, "question": "w7 w8 w9"} for row in rows], tokenizer, spec())
     assert learned(other, tokenizer) == learned(examples, tokenizer)
@@ -184,7 +184,7 @@ def test_trap_10_rows_that_can_not_be_used_are_named_counted_and_skipped_or_fata
         with pytest.raises(UserError, match=rf"line 1 {sentence} \(set dataset.badRows to Skip"):
             made(tmp_path, rows[index : index + 1], tokenizer, spec())
     with pytest.raises(UserError, match=r"line 1 has 75 tokens, more than the model's context of 32"):
-        made(tmp_path, rows[4:], tokenizer, spec(), limit=limit_of(spec(), 32))
+        made(tmp_path, rows[4:], tokenizer, spec(), limit=length_limit(spec(), 32))
     with pytest.raises(UserError, match=r"^dataset.train: s3://b/train.jsonl has no row left to use; dataset.train: 1"):
         made(tmp_path, rows[1:2], tokenizer, skip)
 
@@ -202,7 +202,12 @@ def test_parquet_rows_are_read_and_named_by_their_number(tmp_path: Path, tokeniz
     ]
     with pytest.raises(UserError, match=r"^dataset.train: s3://b/t.parquet row 3 has no 'question'"):
         make_examples(
-            rows, "s3://b/t.parquet", "dataset.train", spec(), tokenize_with(tokenizer), limit=limit_of(spec(), None)
+            rows,
+            "s3://b/t.parquet",
+            "dataset.train",
+            spec(),
+            tokenize_functions(tokenizer),
+            limit=length_limit(spec(), None),
         )
     with pytest.raises(UserError, match=r"no column 'text' in train.parquet; it has 'question', 'reply'"):
         check_columns(path, "dataset.train", spec({"text": {}}).format)
@@ -224,7 +229,8 @@ def test_tokens_are_kept_in_files_that_ranks_share(tmp_path: Path, tokenizer: An
 def test_trap_28_no_row_twice_or_left_out_whatever_the_number_of_ranks(
     capacity: int | None, tmp_path: Path, tokenizer: Any
 ) -> None:
-    """Resumed after step 5 on another number of ranks: what is consumed is the single run's list."""
+    """A run that resumes after step 5 on another number of ranks consumes the same rows in the same steps as a single
+    process without interruption."""
     examples, _ = made(tmp_path, tiny.rows(37, seed=4), tokenizer, spec())
 
     def consumed(steps: range, world: int) -> list[list[int]]:
@@ -232,11 +238,13 @@ def test_trap_28_no_row_twice_or_left_out_whatever_the_number_of_ranks(
         for step in steps:
             batch = global_batch(step, rows=37, global_batch_size=6, seed=7)
             shares = [
-                Batches(examples, rank=rank, world_size=world, pad=1, capacity=capacity).share(batch, 2)
+                MicroBatcher(examples, rank=rank, world_size=world, pad=1, capacity=capacity).plan_rows(batch, 2)
                 for rank in range(world)
             ]
-            assert len({len(share.own) for share in shares}) == 1
-            found.append(sorted(row for share in shares for micro in share.own for rows in micro for row in rows))
+            assert len({len(share.micro_batches) for share in shares}) == 1
+            found.append(
+                sorted(row for share in shares for micro in share.micro_batches for rows in micro for row in rows)
+            )
         return found
 
     single = consumed(range(1, 15), 1)
@@ -300,14 +308,14 @@ def test_the_files_of_a_split(card: str, subset: str | None, split: str, found: 
 
 
 def test_a_split_is_downloaded_at_one_commit_from_the_hub(tmp_path: Path) -> None:
-    """In a process of its own: huggingface_hub reads its endpoint when it is imported."""
+    """The download runs in a process of its own, because huggingface_hub reads its endpoint when it is imported."""
     lines = [b'{"question": "w1", "reply": "w2"}\n', b'{"question": "w3"}\n']
     files = {"README.md": b"", "train-1.jsonl": lines[1], "train-0.jsonl": lines[0], "test.jsonl": b"{}"}
     program = """
 import json, os, sys
 from pathlib import Path
 from finetune_core.api.sources import HuggingFaceDataSource
-from finetune_trainer.sources.hub_data import fetch_first_file, fetch_split
+from finetune_trainer.sources.hub_datasets import fetch_first_file, fetch_split
 from finetune_trainer.data.reader import read_rows
 source = HuggingFaceDataSource.model_validate(json.loads(sys.argv[1]))
 try:

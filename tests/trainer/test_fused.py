@@ -1,4 +1,6 @@
-"""Adapted layers and a frozen head in fewer passes over memory: the losses, gradients and logits of peft and torch."""
+"""The fused kernels for adapted layers and a frozen head compute the same losses, gradients and logits as peft and
+torch, with fewer passes over memory.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from tests.trainer.test_objective import FIRST, SECOND, OneProcess, batch_of, gr
 
 
 def adapted_model(folder: Path, *, dropout: str = "0", recompute: bool = False, dtype: Any = torch.float32) -> Any:
-    """The tiny model with adapters on its dense layers that are not zero any more; its head is frozen."""
+    """Return the tiny model with non-zero adapters on its dense layers and a frozen head."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     base.config.use_cache = False
     if recompute:
@@ -37,7 +39,7 @@ def adapted_model(folder: Path, *, dropout: str = "0", recompute: bool = False, 
 
 
 def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count how often a layer is computed in fewer passes."""
+    """Count the calls of the fused layer."""
     counted: list[int] = []
     apply = _AdaptedLinear.apply
 
@@ -67,7 +69,8 @@ def test_loss_and_gradients_of_adapted_layers_are_those_of_peft(
 
 
 def test_an_adapted_head_still_turns_logits_into_the_loss(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both take over the head's forward: fused first, as the engine does it, then the objective."""
+    """The fused adapter and the objective both replace the head's forward. The engine fuses first, and so does this
+    test."""
     batch = batch_of([FIRST], [SECOND])
     wanted = gradients(OneProcess(model_of(tiny_model)), batch)
     model = model_of(tiny_model)
@@ -96,7 +99,7 @@ def test_dropout_bf16_and_bias_are_computed_too(tiny_model: Path, monkeypatch: p
     plain, model = (adapted_model(tiny_model, dropout="0.3") for _ in range(2))
     fuse_adapters(model)
     assert torch.equal(OneProcess(model).loss(batch), OneProcess(plain).loss(batch))
-    assert counted == []  # what is dropped lies between x and A: such layers stay as they are
+    assert counted == []  # Dropout acts between the input x and the matrix A, so such layers are not fused.
 
     half = adapted_model(tiny_model, dtype=torch.bfloat16)
     fuse_adapters(half)
@@ -122,14 +125,14 @@ def test_loss_and_gradient_under_a_frozen_head_are_those_of_cross_entropy(chunk_
     torch.manual_seed(0)
     head = nn.Linear(6, 11).requires_grad_(False)
     hidden, targets = torch.randn(8, 6), torch.tensor([1, 5, IGNORED, 0, 10, 7, IGNORED, 2])
-    for removed in (None, torch.tensor([3, 9])):
+    for excluded in (None, torch.tensor([3, 9])):
         wanted, found = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
         logits = head(wanted)
-        if removed is not None:
-            logits = logits.index_fill(1, removed, float("-inf"))
+        if excluded is not None:
+            logits = logits.index_fill(1, excluded, float("-inf"))
         expected = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         (2.5 * expected).backward()
-        loss = frozen_head_loss(found, head, targets, removed=removed, chunk_rows=chunk_rows)
+        loss = frozen_head_loss(found, head, targets, excluded=excluded, chunk_rows=chunk_rows)
         (2.5 * loss).backward()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(found.grad, wanted.grad)
@@ -152,6 +155,6 @@ def test_a_head_that_is_trained_or_adapted_keeps_autograd(tiny_model: Path, monk
     assert called == []
     adapted = adapted_model(tiny_model)
     frozen = OneProcess(adapted)
-    wanted = frozen.loss(batch, whole_logits=True)
+    wanted = frozen.loss(batch, full_logits=True)
     torch.testing.assert_close(frozen.loss(batch), wanted)
     assert len(called) == 1

@@ -1,4 +1,6 @@
-"""Ranks that wait at the rendezvous store for a rank that is gone leave, each with the sentence for it."""
+"""Ranks that wait at the rendezvous store for a rank that has exited leave as well, each with the right error
+message.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,19 @@ def work():
         {event}
     return gang.rank
 try:
-    print(gang.each(work), flush=True)
+    print(gang.gather(work), flush=True)
 except Exception as error:
     print(type(error).__name__, error, flush=True)
     if isinstance(error, PeerLost):
         os._exit(0)
-gang.farewell()
+gang.final_barrier()
 os._exit(0)
 """
 
 
 def run_ranks(event: str, folder: Path, world: int = 3) -> list[str]:
-    """Let rank 1 have ``event`` while the others wait; return what each rank printed."""
+    """Start ``world`` ranks, run the code ``event`` on rank 1 while the other ranks wait, and return what each rank
+    printed."""
     program, port = PROGRAM.replace("{event}", event), free_port()
     ranks = []
     for rank in range(world):

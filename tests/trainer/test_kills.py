@@ -1,5 +1,6 @@
-"""kill -9 of a rank or of a launcher at any moment: the next start goes on from something complete, and comes to the
-same model."""
+"""A rank or a launcher is killed with SIGKILL at arbitrary points. The next attempt resumes from a complete checkpoint,
+and the final model equals that of an undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from tests.trainer.zygote import Zygote, zygote
 
 STEPS, EVERY = 60, 3
 ONLY_FIRST = ("manifest", "commit", "committed", "retention")
-"""Points that only rank 0 comes to."""
+"""Points that only rank 0 reaches."""
 KILLED = -9
 
 
@@ -42,10 +43,12 @@ def ranks() -> Iterator[Zygote]:
 
 
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
-    """Return the kill of a round: every point in turn, the rest at random. It comes after the round's first COMMIT."""
+    """Return the kill of one round. The rounds take all points in turn; rank and count are random. The kill comes after
+    the first COMMIT of the round."""
     point = POINTS[round_ % len(POINTS)]
     rank = 0 if point in ONLY_FIRST else rng.randrange(2)
-    # Two backward passes a step, some tensors a snapshot, two deletions a checkpoint.
+    # How often a point is reached: two backward passes per step, several tensors per snapshot, two deletions per
+    # checkpoint.
     most = {"accumulation": 2 * 3 * EVERY, "snapshot": 60, "upload": 3, "retention": 3}.get(point, 2)
     least = {"accumulation": 2 * EVERY, "snapshot": 30, "upload": 2, "retention": 1}.get(point, 2)
     return {
@@ -58,8 +61,8 @@ def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
 
 
 def play(ranks: Zygote, store: ObjectStore, model: Path, folder: Path, rounds: int, seed: int) -> None:
-    """Kill a run ``rounds`` times and let it end; compare it with one that nobody disturbed. Each seed begins with
-    another point."""
+    """Kill a run ``rounds`` times, let the last attempt finish, and compare losses and artifact with those of an
+    undisturbed run. Each seed begins with another point."""
     rng = random.Random(seed)
     rows = tiny.write_jsonl(folder / "train.jsonl", tiny.rows(20, seed=1))
     inputs = Inputs(model=model, train=rows, validation=None)
@@ -95,7 +98,7 @@ def play(ranks: Zygote, store: ObjectStore, model: Path, folder: Path, rounds: i
 
 
 def newest_parent(store: ObjectStore, prefix: str) -> int | None:
-    """Return the step that the newest run resumed from, None where it began with the base model."""
+    """Return the step that the newest run resumed from, or None if the run began with the base model."""
     parent = json.loads(store.read(store.keys(f"{prefix}runs/")[-1])).get("parent")
     return parent["step"] if parent else None
 
@@ -116,11 +119,13 @@ def test_trap_15_ten_kills_of_each_of_five_runs(
 
 
 OWN_PROCESSES = ("--pid", "--fork", "--kill-child")
-"""How `unshare` makes the launcher PID 1, as it is in its container: with it the kernel ends everything else."""
+"""Options with which `unshare` makes the launcher PID 1, as in its container. When PID 1 ends, the kernel kills all
+other processes of the namespace.
+"""
 
 
 def is_gone(process: int) -> bool:
-    """Whether a process has ended, reaped or not."""
+    """Return whether a process has exited, including zombies that their parent has not reaped."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except FileNotFoundError:
@@ -137,7 +142,8 @@ def has_reached(attempt: Attempt, step: int) -> bool:
 def test_a_killed_launcher_takes_its_workers_along_and_the_next_attempt_comes_to_the_same_model(
     ranks: Zygote, store: ObjectStore, pods: StartPods, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Of either pod in turn: as PID 1 of a container, and as a process among others, whose workers have to notice."""
+    """The launcher of each pod is killed in two ways: as PID 1 of a container, and as an ordinary process, whose
+    workers have to notice its end."""
     unshare = shutil.which("unshare")
     assert unshare is not None
     rng = random.Random(7)
@@ -165,13 +171,14 @@ def test_a_killed_launcher_takes_its_workers_along_and_the_next_attempt_comes_to
         assert workers
         os.kill(launcher, signal.SIGKILL)
         ends = attempt.wait()
-        # Who is not in a container is told to stop, tells the others, and saves; who is in one is gone at once.
+        # Without a container, the orphaned workers receive SIGTERM, inform the other ranks and save a checkpoint. In a
+        # container, the kernel kills the workers at once, so the other pod loses its peer.
         assert contained or ends[victim] == KILLED, attempt.output
         assert ends[1 - victim] == (75 if contained else 143), attempt.output
         attempt_ended = time.monotonic()
         while not all(is_gone(worker) for worker in workers):
             assert time.monotonic() < attempt_ended + 75, f"{workers} outlive their launcher:\n{attempt.output}"
-            # The interval between two looks; the bound is above.
+            # Pause between two checks; the assertion above bounds their total time.
             time.sleep(0.1)
         assert_every_commit_verifies(store, prefix)
         assert newest_parent(store, prefix) == (before[-1] if before else None), attempt.output

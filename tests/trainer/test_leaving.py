@@ -1,4 +1,4 @@
-"""Told to stop at any moment, or stalled: all ranks leave together, in time, and say why."""
+"""After a SIGTERM at any moment, or a stall, all ranks exit together within a bounded time and report the reason."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ import pytest
 
 from finetune_core.contract import Outcome, RunConfig
 from finetune_trainer.pod import cgroup
-from finetune_trainer.pod.outcomes import Standing, WorkerEnd, decide, read_outcome
-from finetune_trainer.ranks.process import memory_sentence
+from finetune_trainer.pod.outcomes import WorkerExit, WorkerStatus, read_outcome, result_of_pod
+from finetune_trainer.ranks.memory import out_of_memory_message
 from tests.trainer.conftest import StartPods
 from tests.trainer.objectstore import ObjectStore, free_port
 from tests.trainer.pods import Attempt, run_config
 
 LEAVE_SECONDS = 25.0
 SLACK = 3.0
-"""The machine may be busy: a test fails at this many times the bound, and prints how long it took."""
+"""Factor by which a test may exceed the time bound, because the machine may be busy. The tests print the time that was
+needed.
+"""
 
 
 def is_past(moment: float) -> bool:
@@ -35,7 +37,7 @@ def is_past(moment: float) -> bool:
 
 
 def long_run(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
-    """Return a job that is busy with everything: evaluations, answers, checkpoints."""
+    """Return a long job with frequent evaluations, generated answers and checkpoints."""
     config = run_config(
         store,
         name,
@@ -47,7 +49,8 @@ def long_run(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
         **changes,
     )
     config["evaluation"]["generation"] = {"maxNewTokens": 30, "batchSize": 2}
-    # The gold answers have no number after ####, so nothing is gradable: what counts here is that answers are made.
+    # The reference answers have no number after ####, so no answer can be graded. The tests only need answers to be
+    # generated.
     return config
 
 
@@ -57,7 +60,8 @@ def committed(store: ObjectStore, name: str) -> list[int]:
 
 
 def assert_left_together(attempt: Attempt, store: ObjectStore, name: str, told_at: float) -> float:
-    """Wait for the end of all pods that were told to stop at ``told_at``; return the seconds that it took."""
+    """Wait until all pods have exited after the SIGTERM at ``told_at`` (monotonic), and return the seconds that they
+    took."""
     codes = attempt.wait(SLACK * LEAVE_SECONDS)
     took = time.monotonic() - told_at
     assert codes == [143] * len(codes), attempt.output
@@ -67,7 +71,7 @@ def assert_left_together(attempt: Attempt, store: ObjectStore, name: str, told_a
         assert pod.result.outcome is Outcome.STOPPED
         assert pod.result.message.startswith("told to stop"), pod.result
     if done:
-        # Nothing that was trained is lost: the newest checkpoint is of the last step.
+        # The newest checkpoint holds the last finished step, so no training is lost.
         assert len(steps) == 1, attempt.output
         assert committed(store, name)[-1] == steps.pop() >= max(done), attempt.output
     assert "Traceback" not in attempt.output
@@ -117,7 +121,8 @@ def test_a_pod_that_waits_for_a_store_leaves_at_once(store: ObjectStore, pods: S
 def test_trap_21_told_at_random_moments_all_ranks_leave_with_a_checkpoint(
     part: int, store: ObjectStore, pods: StartPods
 ) -> None:
-    """Fifty moments in ten parts: from the start of the pods to well into training, any process."""
+    """Fifty random moments in ten parts, from the start of the pods until well into training. Each SIGTERM goes to a
+    random process."""
     rng = random.Random(part)
     for round_ in range(5):
         name = f"random-{part}-{round_}"
@@ -137,11 +142,11 @@ STALL = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from finetune_trainer.pod.outcomes import Standing
+from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.ranks.watchdog import Watchdog
-standing = Standing(step=12, phase="Training")
-watchdog = Watchdog(Path(sys.argv[1]), int(os.environ["RANK"]), 2.0, standing)
+status = WorkerStatus(step=12, phase="Training")
+watchdog = Watchdog(Path(sys.argv[1]), int(os.environ["RANK"]), 2.0, status)
 with watchdog.allow(60):
     gang = Gang(device=torch.device("cpu"), watchdog=watchdog, stall_seconds=2.0)
 def a_call_that_hangs():
@@ -186,13 +191,15 @@ def test_a_stall_ends_every_rank_with_75_and_stack_traces(tmp_path: Path) -> Non
         assert outcome is not None
         assert outcome.result.outcome is Outcome.OUTSIDE_FAILURE
         assert "s in phase Training, after step 12 (stability.stallTimeoutSeconds is 2)" in outcome.result.message
-    # Whoever noticed first decides; the others left because of it.
+    # At least the rank that noticed the stall first reports the stall as its own cause. The other ranks may have left
+    # because of that rank.
     assert not all(outcome.caused_by_peer for outcome in outcomes if outcome)
 
 
 @pytest.mark.long
 def test_a_frozen_rank_is_ended_by_its_launcher(store: ObjectStore, pods: StartPods) -> None:
-    """SIGSTOP is the hardest hang: the rank can't end itself, and holds all others."""
+    """A rank that is stopped with SIGSTOP can't exit by itself and blocks all other ranks, which makes SIGSTOP the
+    hardest kind of hang."""
     attempt = pods(long_run(store, "frozen") | {"stability": {"stallTimeoutSeconds": 6}})
     attempt.wait_for(lambda: "step 3/" in attempt.output, "step 3", 270)
     os.kill(attempt.pods[1].workers()[0], signal.SIGSTOP)
@@ -202,11 +209,8 @@ def test_a_frozen_rank_is_ended_by_its_launcher(store: ObjectStore, pods: StartP
     waiting, frozen = attempt.pods
     assert "stability.stallTimeoutSeconds is 6" in waiting.result.message
     assert "the stacks of all threads of rank 0:" in waiting.output
-    assert "in _reduce" in waiting.output  # where it waits for the frozen one
+    assert "in _reduce" in waiting.output  # rank 0 waits for the frozen rank in this function
     assert "rank 1 gave no sign of life any more in phase" in frozen.result.message
-
-
-# Memory
 
 
 @pytest.mark.parametrize(
@@ -245,12 +249,12 @@ def test_lack_of_memory_is_told_with_phase_amount_and_remedy(
         endpoint = "http://127.0.0.1:1"
 
     config = RunConfig.model_validate(run_config(Nowhere(), "memory", world__device="GPU"))  # type: ignore[arg-type]
-    assert memory_sentence(RuntimeError(error), Standing(step=step, phase=phase), config) == sentence
+    assert out_of_memory_message(RuntimeError(error), WorkerStatus(step=step, phase=phase), config) == sentence
 
 
 def test_a_kill_for_lack_of_memory_says_what_the_rank_was_doing() -> None:
-    killed = WorkerEnd(1, -9, None, last_seen="in phase Evaluating, after step 40")
-    result = decide([killed], out_of_memory=True, memory_limit=6 << 30)
+    killed = WorkerExit(1, -9, None, last_seen="in phase Evaluating, after step 40")
+    result = result_of_pod([killed], out_of_memory=True, memory_limit=6 << 30)
     assert result.outcome is Outcome.OUT_OF_MEMORY
     assert result.message == (
         "out of memory: rank 1 was killed in phase Evaluating, after step 40 because the pod reached its memory limit"

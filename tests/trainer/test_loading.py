@@ -1,4 +1,6 @@
-"""Loading: incomplete files are named; under ZeRO-3 a node holds its shard and one weight file a rank, no more."""
+"""Loading a model: incomplete files are named in the error, and under ZeRO-3 a node holds only its shards and one
+weight file per rank.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_core.errors import UserError
-from finetune_trainer.model.base import check_complete
 from finetune_trainer.model.load import load_base
+from finetune_trainer.model.weight_files import check_complete
 from tests.trainer import tiny
 from tests.trainer.objectstore import free_port
 
@@ -23,7 +25,8 @@ RANKS = 2
 
 
 def load(folder: Path, scratch: Path, stage: int) -> list[dict[str, int]]:
-    """Load the model in ``folder`` on two ranks; return what each took."""
+    """Load the model in ``folder`` on two ranks, and return the memory figures that each rank printed (see
+    `loading.py`)."""
     port, ranks = free_port(), []
     for rank in range(RANKS):
         environment = {
@@ -70,8 +73,8 @@ def test_a_model_that_lacks_a_weight_is_refused_and_not_made_up(tmp_path: Path) 
 
 @pytest.mark.long
 def test_a_node_holds_its_shard_and_a_weight_file_a_rank_while_it_loads(tmp_path: Path) -> None:
-    """120 million parameters in eight files; what the bound allows beside (4 GiB for a model of any size) is held to
-    256 MiB a rank here, because the model is small."""
+    """The model has 120 million parameters in eight files. The documented memory bound allows 4 GiB in addition for a
+    model of any size; this test allows 256 MiB per rank, because its model is small."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         folder = tiny.write_model(

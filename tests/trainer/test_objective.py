@@ -1,5 +1,5 @@
-"""The loss of a model on its own, without ranks: chunks, dropout, recomputation, and packed examples that must not see
-each other with any attention backend.
+"""The loss of a model in one process: chunks, dropout, gradient checkpointing, and packed examples, which must not
+attend to each other with any attention backend.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.batches import Batch, collate, dropout_seed
 from finetune_trainer.data.examples import Example
 from finetune_trainer.engine.checks import check_model
-from finetune_trainer.loss.dropout import kept
+from finetune_trainer.loss.dropout import keep_mask
 from finetune_trainer.loss.head import LossHead
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.load import add_adapters, enable_gradient_checkpointing, trained_parameters
@@ -28,7 +28,7 @@ SECOND = Example((5, 12, 19, 26, 1), [(2, 5)])
 
 
 class OneProcess:
-    """The part of the engine that the checks use, around a model that is not sharded."""
+    """The part of the engine's interface that `check_model` needs, around a model that is not sharded."""
 
     device = torch.device("cpu")
 
@@ -39,18 +39,18 @@ class OneProcess:
     def train(self, mode: bool = True) -> None:
         self.model.train(mode)
 
-    def loss(self, batch: Batch, *, whole_logits: bool = False) -> torch.Tensor:
-        return self.objective.loss(self.forward, batch, whole_logits=whole_logits)
+    def loss(self, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
+        return self.objective.loss(self.forward, batch, full_logits=full_logits)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         return self.objective.logits(self.forward, batch)
 
-    def use_whole_logits(self) -> None:
-        self.objective.whole_logits = True
+    def use_full_logits(self) -> None:
+        self.objective.full_logits = True
 
 
 def model_of(folder: Path, *, attention: str = "sdpa", dropout: str = "0", recompute: bool = False) -> Any:
-    """An adapted tiny model whose adapters are not zero any more."""
+    """Return a tiny model with non-zero adapters."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     base.config.use_cache = False
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
@@ -90,11 +90,12 @@ def test_trap_9_packing_contamination(attention: str, training: bool, tiny_model
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
     assert float((contaminated - alone).abs().max()) > 0.05
     check_model(engine, [FIRST, SECOND], pad=1, packing=True)  # type: ignore[arg-type]
-    assert not engine.objective.whole_logits
+    assert not engine.objective.full_logits
 
 
 def test_a_backend_that_leaks_is_refused(tiny_model: Path) -> None:
-    """A mask of ones is what joins packed examples in transformers; here a model's own code adds it."""
+    """In transformers, an attention mask of ones joins packed examples. Here the forward function of the model adds
+    such a mask."""
     model = model_of(tiny_model)
 
     def leaking(**inputs: Any) -> Any:
@@ -115,7 +116,7 @@ def test_a_model_that_changes_logits_after_its_head_gets_its_loss_from_whole_log
 
     engine = OneProcess(model, capped)
     check_model(engine, [FIRST, SECOND], pad=1, packing=False)  # type: ignore[arg-type]
-    assert engine.objective.whole_logits
+    assert engine.objective.full_logits
     batch = batch_of([FIRST])
     logits = 3 * torch.tanh(model(input_ids=batch.input_ids).logits[0, 2:6] / 3)
     wanted = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
@@ -164,14 +165,14 @@ def test_a_loss_in_chunks_is_the_loss_and_keeps_the_logits_of_one_chunk_only(tin
 
 def test_dropout_is_a_function_of_token_layer_and_feature() -> None:
     keys = batch_of([FIRST, SECOND], packed=True).dropout_keys
-    mask = kept(keys, 4096, 0.25)
+    mask = keep_mask(keys, 4096, 0.25)
     assert float(mask.float().mean()) == pytest.approx(0.75, abs=0.01)
     assert float(mask.float().mean(dim=-1).std()) < 0.02
-    assert torch.equal(mask, kept(keys, 4096, 0.25))
-    other = kept(keys ^ 12345, 4096, 0.25)
+    assert torch.equal(mask, keep_mask(keys, 4096, 0.25))
+    other = keep_mask(keys ^ 12345, 4096, 0.25)
     agreement = float((mask == other).float().mean())
     assert agreement == pytest.approx(0.75**2 + 0.25**2, abs=0.02)
-    assert kept(torch.tensor([0, 1, -1, 1 << 40]), 8, 0.5).int().tolist() == [
+    assert keep_mask(torch.tensor([0, 1, -1, 1 << 40]), 8, 0.5).int().tolist() == [
         [0, 0, 0, 0, 1, 1, 1, 1],
         [0, 0, 1, 1, 0, 0, 0, 1],
         [0, 0, 0, 0, 1, 1, 1, 1],

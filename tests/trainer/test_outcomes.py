@@ -1,4 +1,6 @@
-"""The exit code of a pod, as a table: a cause decides before its consequences."""
+"""The exit code of a pod for several combinations of worker exits: a likely cause takes precedence over its
+consequences.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,19 @@ from finetune_core.contract import Outcome, Result
 from finetune_core.errors import UserError
 from finetune_trainer.pod.cgroup import cpu_limit, oom_kills, parse_cpu_max, threads_per_process
 from finetune_trainer.pod.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, Stopped
-from finetune_trainer.pod.outcomes import WorkerEnd, WorkerOutcome, decide, outcome_of
+from finetune_trainer.pod.outcomes import WorkerExit, WorkerOutcome, outcome_of, result_of_pod
 
 KILLED = -9
 
 
-def said(rank: int, error: Exception) -> WorkerEnd:
-    """A worker that wrote its outcome."""
+def said(rank: int, error: Exception) -> WorkerExit:
+    """Return the exit of a worker that reported ``error`` in its outcome file."""
     outcome = outcome_of(error)
-    return WorkerEnd(rank, outcome.result.exit_code, outcome)
+    return WorkerExit(rank, outcome.result.exit_code, outcome)
 
 
-def done(rank: int) -> WorkerEnd:
-    return WorkerEnd(rank, 0, WorkerOutcome(result=Result(outcome=Outcome.COMPLETED, message="done")))
+def done(rank: int) -> WorkerExit:
+    return WorkerExit(rank, 0, WorkerOutcome(result=Result(outcome=Outcome.COMPLETED, message="done")))
 
 
 BAD, DIVERGED, MEMORY = UserError("dataset.train", "is empty"), Diverged("nan"), OutOfMemory("no memory")
@@ -38,20 +40,20 @@ OUTSIDE, PEER, STOP, CRASH = OutsideFailure("store"), PeerLost("rank left"), Sto
         ([said(0, MEMORY), said(1, CRASH)], False, 66),
         ([said(0, MEMORY), said(1, DIVERGED)], False, 65),
         ([said(0, DIVERGED), said(1, BAD)], False, 64),
-        # What a peer caused decides only where there is nothing else.
+        # A lost peer determines the result only if no worker reports another cause.
         ([said(0, PEER), said(1, STOP)], False, 143),
         ([said(0, PEER), said(1, PEER)], False, 75),
-        ([said(0, PEER), WorkerEnd(1, KILLED, None)], False, 1),
-        ([said(0, PEER), WorkerEnd(1, KILLED, None)], True, 66),
-        # A kill for lack of memory explains signal 9 and nothing else.
-        ([WorkerEnd(0, 3, None)], True, 1),
-        # What the launcher killed followed a peer.
-        ([said(0, MEMORY), WorkerEnd(1, KILLED, None, ended_by_launcher=True)], True, 66),
-        ([done(0), WorkerEnd(1, KILLED, None, ended_by_launcher=True)], False, 0),
+        ([said(0, PEER), WorkerExit(1, KILLED, None)], False, 1),
+        ([said(0, PEER), WorkerExit(1, KILLED, None)], True, 66),
+        # An out-of-memory kill of the cgroup explains a worker that ended by signal 9, but no other exit status.
+        ([WorkerExit(0, 3, None)], True, 1),
+        # A worker that the launcher killed counts as a consequence of another worker's exit.
+        ([said(0, MEMORY), WorkerExit(1, KILLED, None, killed_by_launcher=True)], True, 66),
+        ([done(0), WorkerExit(1, KILLED, None, killed_by_launcher=True)], False, 0),
     ],
 )
-def test_the_cause_decides(ends: list[WorkerEnd], out_of_memory: bool, code: int) -> None:
-    assert decide(ends, out_of_memory=out_of_memory).exit_code == code
+def test_the_cause_decides(ends: list[WorkerExit], out_of_memory: bool, code: int) -> None:
+    assert result_of_pod(ends, out_of_memory=out_of_memory).exit_code == code
 
 
 def test_a_newer_run_is_a_failure_from_outside() -> None:

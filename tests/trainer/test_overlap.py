@@ -1,4 +1,6 @@
-"""Two attempts at once: a node that is cut off freezes with its pods, and thaws when everything is over."""
+"""Two attempts at the same time: the pods of a partitioned node freeze, and continue after a second attempt has
+finished.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def send(attempt: Attempt, number: int) -> None:
 def test_a_frozen_attempt_that_thaws_after_the_artifact_was_committed_changes_nothing(
     store: ObjectStore, pods: StartPods
 ) -> None:
-    # The first has more to do than the second, so that it is still training when it thaws.
+    # The first attempt has more steps than the second, so the first attempt is still in training when its processes
+    # continue.
     first = pods(run_config(store, "frozen", **{**CHANGES, "optimization__maxSteps": 5000}))
     first.wait_for(lambda: bool(committed_steps(store, "frozen")), "the first checkpoint")
     send(first, signal.SIGSTOP)

@@ -1,5 +1,6 @@
-"""Preflight finds before the training what the training would end with, says it in the same sentences, and tells what
-is final from what may still appear."""
+"""The preflight checks find in advance what would end the training, and report it in the same sentences. Errors in the
+spec are final, while missing things outside the job may still appear.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from typing import Any
 import pytest
 
 from finetune_core.contract import RESULT_LIMIT_BYTES
-from finetune_core.preflight import PREFLIGHT_SECONDS, FindingKind, PreflightResult
+from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, PreflightResult
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.preflight import program
+from finetune_trainer.preflight import entrypoint
 from finetune_trainer.preflight.findings import Findings
-from finetune_trainer.preflight.rows import whole_rows
+from finetune_trainer.preflight.row_check import complete_rows
 from tests.trainer.hub import TOKEN, Hub, running_hub
 from tests.trainer.objectstore import BUCKET, ObjectStore, free_port, write_credentials
 from tests.trainer.pods import run_config
@@ -46,13 +47,13 @@ def paths(tmp_path: Path, store: ObjectStore) -> Paths:
 
 @pytest.fixture
 def check(paths: Paths, store: ObjectStore, request: pytest.FixtureRequest) -> Check:
-    """Return a function that runs all checks in this process and returns what they found."""
+    """A function that runs all checks in this process and returns their findings."""
 
     def run(*, credentials: Path | None = None, **changes: Any) -> list[tuple[FindingKind, str]]:
         name = request.node.name.replace("[", "-").replace("]", "").replace(" ", "-")
         paths.run_file.write_text(json.dumps(run_config(store, name, world__nodes=1, **changes)))
         findings = Findings()
-        program.examine(findings, paths.model_copy(update={"credentials": credentials or paths.credentials}))
+        entrypoint.run_checks(findings, paths.model_copy(update={"credentials": credentials or paths.credentials}))
         return [(finding.kind, finding.message) for finding in findings.result.findings]
 
     return run
@@ -139,7 +140,7 @@ def test_refused_credentials_and_a_silent_store_lie_outside_and_are_said_once(
     (tmp_path / "empty").mkdir()
     ((kind, sentence),) = check(credentials=tmp_path / "empty")
     assert (kind, "has no key AWS_ACCESS_KEY_ID" in sentence) == (OUTSIDE, True)
-    monkeypatch.setattr(program, "STORE_CHECK_SECONDS", 1.0)
+    monkeypatch.setattr(entrypoint, "STORE_CHECK_SECONDS", 1.0)
     ((kind, sentence),) = check(storage__endpoint=f"http://127.0.0.1:{free_port()}")
     assert (kind, "can't be reached" in sentence) == (OUTSIDE, True)
 
@@ -154,7 +155,7 @@ def test_a_store_that_ignores_if_none_match_is_refused(check: Check, store: Obje
 
 @pytest.fixture
 def broken_model(tmp_path: Path, tiny_model: Path) -> tuple[Path, dict[str, Any]]:
-    """A copy of the model in a volume, and the change of the spec that names it."""
+    """A copy of the model on a volume that a test may break, and the change of the spec that names the copy."""
     folder = tmp_path / "volumes" / "models" / "copy"
     shutil.copytree(tiny_model, folder)
     return folder, {"model": {"volume": {"claimName": "models", "path": "copy"}}}
@@ -166,7 +167,7 @@ def _cut(folder: Path) -> None:
 
 
 def _split(folder: Path, *, lost_file: bool) -> None:
-    """Name the weights in an index, with a tensor, or a whole file, that is not there."""
+    """Replace the single weight file by an index that names a missing tensor, or a missing file."""
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     weights = {"model.norm.weight": "model-00001-of-00002.safetensors"}
     weights["lost.weight"] = f"model-0000{2 if lost_file else 1}-of-00002.safetensors"
@@ -228,7 +229,7 @@ def test_an_incomplete_model_is_named_by_its_file(
 def test_rows_are_looked_at_in_the_beginning_of_a_large_file(
     check: Check, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune_trainer.preflight.rows.SAMPLE_BYTES", 4096)
+    monkeypatch.setattr("finetune_trainer.preflight.row_check.HEAD_BYTES", 4096)
     good = json.dumps({"question": "w1 w2", "reply": "w2 w1"}) + "\n"
     bad = json.dumps({"question": "w1", "reply": ""}) + "\n"
     folder = tmp_path / "large"
@@ -245,9 +246,9 @@ def test_rows_are_looked_at_in_the_beginning_of_a_large_file(
 
 
 def test_a_row_is_cut_at_a_line_break_outside_of_quotes() -> None:
-    assert whole_rows(b'a,b\n1,"x\ny"\n2,"z\n', quoted=True) == b'a,b\n1,"x\ny"\n'
-    assert whole_rows(b'{"a": "\\"x"}\n{"b', quoted=False) == b'{"a": "\\"x"}\n'
-    assert whole_rows(b"no row ends here", quoted=False) == b""
+    assert complete_rows(b'a,b\n1,"x\ny"\n2,"z\n', quoted=True) == b'a,b\n1,"x\ny"\n'
+    assert complete_rows(b'{"a": "\\"x"}\n{"b', quoted=False) == b'{"a": "\\"x"}\n'
+    assert complete_rows(b"no row ends here", quoted=False) == b""
 
 
 @pytest.fixture
@@ -258,7 +259,7 @@ def hub(tiny_model: Path) -> Iterator[Hub]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How the program ended."""
+    """Exit code, result and log of a finished preflight process."""
 
     code: int
     result: PreflightResult
@@ -266,13 +267,13 @@ class Ended:
 
     @property
     def memory_mebibytes(self) -> int:
-        """Its largest resident set, as it says."""
+        """The peak resident memory in MiB that the process printed."""
         (found,) = re.findall(r"with (\d+) MiB at most", self.log)
         return int(found)
 
 
 def _program(paths: Paths, **environment: str) -> Ended:
-    """Run the program as a pod does."""
+    """Run `python -m finetune_trainer preflight` as a pod does, and return its result."""
     options = {"run-file": paths.run_file, "credentials": paths.credentials, "scratch": paths.scratch}
     options |= {"termination-log": paths.termination_log, "hub-token-file": paths.hub_token_file}
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
@@ -331,5 +332,5 @@ def test_the_program_needs_little_memory_and_leaves_a_whole_result(paths: Paths,
     assert ended.result.findings[0].kind is FINAL
     assert ended.result.findings[0].message.startswith(f"dataset.train.s3.uri: there is no object s3://{BUCKET}/xxx")
     assert "Traceback" not in ended.log
-    # The pod's limit is 1 GiB.
+    # The memory limit of the preflight pod is 1 GiB.
     assert ended.memory_mebibytes < 400

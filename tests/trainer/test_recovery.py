@@ -1,4 +1,6 @@
-"""Whatever ends a run, the next attempt continues it and comes to the same model."""
+"""After a crash, a SIGTERM or damage, the next attempt continues the run, and the final model equals that of an
+undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from finetune_core.contract import Outcome
 from finetune_core.layout import checkpoint_folder, parse_uri
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.client import Store
-from finetune_trainer.storage.lineage import RunRecord, take_run
+from finetune_trainer.storage.lineage import RunRecord, claim_run_number
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer import tiny
 from tests.trainer.conftest import StartPods
@@ -57,7 +59,7 @@ def artifact_files(store: ObjectStore, name: str) -> dict[str, bytes]:
 def undisturbed(
     store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[float], dict[str, bytes]]]:
-    """Losses and artifact of the same jobs without any disturbance."""
+    """Losses and artifact files of the same jobs without any disturbance, by method."""
     folder = tmp_path_factory.mktemp("undisturbed")
     inputs = Inputs(
         model=tiny_model,
@@ -148,7 +150,7 @@ def test_a_newer_run_fences_an_older_one_that_is_still_alive(store: ObjectStore,
     changes: dict[str, Any] = {**LONG, "optimization__maxSteps": 5000}
     first = pods(run_config(store, "fenced", **changes))
     first.wait_for(lambda: bool(committed_steps(store, "fenced")), "the first checkpoint")
-    assert take_run(root_of(store, "fenced"), 2, RunRecord(attempt=2, pod_uid="other"))
+    assert claim_run_number(root_of(store, "fenced"), 2, RunRecord(attempt=2, pod_uid="other"))
     assert first.wait() == [75, 75]
     at_the_end = committed_steps(store, "fenced")
     for pod in first.pods:

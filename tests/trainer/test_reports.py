@@ -1,4 +1,4 @@
-"""Rank 0 reports over HTTPS with the token of its file; the reports hold what the status shows."""
+"""Rank 0 posts reports over HTTPS with the token from its file. The reports hold what the job's status shows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from cryptography.x509.oid import NameOID
 
 from finetune_core.contract import CurvePoint, Phase, Report
 from finetune_trainer.data.examples import Example, example_set
-from finetune_trainer.data.shares import Batches
-from finetune_trainer.reporting.reporter import MOST_POINTS, Speed, Tokens, thin
+from finetune_trainer.data.micro_batches import MicroBatcher
+from finetune_trainer.reporting.curve import MAX_POINTS, downsample
+from finetune_trainer.reporting.throughput import Throughput, Tokens
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import step_rows
 from tests.trainer.objectstore import ObjectStore
@@ -69,7 +70,7 @@ def report_server(tmp_path: Path) -> Iterator[ReportServer]:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Be quiet."""
+            """Suppress the server's log lines."""
 
     listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -90,7 +91,7 @@ def test_reports_tell_the_run_from_loading_to_its_result(
     token.write_text("the-token\n")
     config = run_config(store, "reported", world__nodes=1, evaluation__everySteps=3)
     config["report"] = {"url": report_server.url, "intervalSeconds": 0.05}
-    report_server.fail = True  # Losing reports never stops training.
+    report_server.fail = True  # Reports that fail never stop training.
     attempt = pods(config, arguments=("--ca-file", str(report_server.ca_file), "--report-token-file", str(token)))
     attempt.wait_for(lambda: bool(report_server.reports), "the first report")
     report_server.fail = False
@@ -129,8 +130,8 @@ def test_reports_tell_the_run_from_loading_to_its_result(
         assert sum(parts) <= row.seconds
         assert row.tokens < row.real_tokens < row.padded_tokens
         assert 0 < row.memory_bytes <= row.memory_peak_bytes
-        assert row.mfu is None  # nobody knows what a CPU could do
-    # The checkpoint of step 3 is told with the step after it.
+        assert row.mfu is None  # the peak FLOPs of a CPU are unknown, so there is no MFU
+    # The time of the checkpoint at step 3 is recorded in the row of step 4.
     assert rows[3].checkpoint_seconds > 0
     assert rows[4].checkpoint_seconds == 0
     assert last.metrics["skippedUpdates"] == 0
@@ -151,31 +152,32 @@ def test_reports_tell_the_run_from_loading_to_its_result(
 
 def test_a_thinned_curve_keeps_its_ends_and_its_evaluations() -> None:
     points = [CurvePoint(step=step, loss=1.0, perplexity=2.0 if step % 50 == 0 else None) for step in range(1, 1001)]
-    kept = thin(points)
-    assert len(kept) == MOST_POINTS
+    kept = downsample(points)
+    assert len(kept) == MAX_POINTS
     assert kept[0].step == 1
     assert kept[-1].step == 1000
     assert [point.step for point in kept if point.perplexity] == list(range(50, 1001, 50))
     assert [point.step for point in kept] == sorted({point.step for point in kept})
     many = [CurvePoint(step=step, perplexity=2.0) for step in range(500)]
-    assert len(thin(many)) == MOST_POINTS
+    assert len(downsample(many)) == MAX_POINTS
 
 
 def test_trap_27_padding_does_not_count_as_throughput() -> None:
-    """A batch of which half is padding: real tokens per second are half of the computed positions, as they are."""
+    """Half of the batch's positions are padding, so the throughput in real tokens is half of that in computed
+    positions."""
     lengths = (2, 10, 2, 6)
     examples = example_set([Example(range(length), [(1, length)]) for length in lengths])
-    batches = Batches(examples, rank=0, world_size=1, pad=0, capacity=None)
-    (batch,) = batches.tensors(batches.share(range(4), 4))
+    batches = MicroBatcher(examples, rank=0, world_size=1, pad=0, capacity=None)
+    (batch,) = batches.tensors(batches.plan_rows(range(4), 4))
     assert batch.input_ids.numel() == 40
     assert (batch.real_tokens, batch.tokens) == (20, 16)
-    speed = Speed(now=0.0)
+    speed = Throughput(now=0.0)
     speed.step(now=2.0, tokens=Tokens(batch.tokens, batch.real_tokens, batch.input_ids.numel()))
     assert speed.per_second() == (8.0, 10.0, 20.0)
 
 
 def test_speed_and_remaining_time_come_from_a_sliding_window() -> None:
-    speed = Speed(now=0.0)
+    speed = Throughput(now=0.0)
     assert speed.eta_seconds(10) is None
     for step in range(1, 101):
         speed.step(now=float(step if step <= 50 else 50 + 2 * (step - 50)), tokens=Tokens(10, 20, 40))

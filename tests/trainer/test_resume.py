@@ -1,4 +1,6 @@
-"""A run that was interrupted is the same run: bit for bit in the same world, to 1e-6 in another, no row lost."""
+"""A resumed run equals the uninterrupted run: bit for bit with the same world size and ZeRO stage, within 1e-6
+otherwise, and without losing or repeating a row.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from minio.commonconfig import CopySource
 
 from finetune_core.layout import checkpoint_folder
 from finetune_trainer.pod.plan import Inputs
-from finetune_trainer.storage.checkpoints import TrainerState
+from finetune_trainer.storage.checkpoint_folders import TrainerState
 from tests.trainer import tiny
 from tests.trainer.gangs import losses_of, rows_consumed, step_rows, train_all
 from tests.trainer.objectstore import BUCKET, ObjectStore
@@ -21,7 +23,7 @@ from tests.trainer.test_recovery import artifact_files
 STEPS, INTERRUPTED = 14, 4
 RATE, DECAY = 1e-3, 0.1
 Changed = tuple[str, int, int, int]
-"""Method and stage of the interrupted run; world size and stage of the one that resumes."""
+"""Method and ZeRO stage of the interrupted run; world size and ZeRO stage of the resumed run."""
 CASES = [(method, stage) for method in ("LoRA", "Full") for stage in (0, 2, 3)]
 CHANGED = [("LoRA", 2, 1, 2), ("LoRA", 3, 1, 0), ("Full", 0, 1, 3), ("Full", 2, 2, 3), ("LoRA", 0, 2, 3)]
 LARGER = [("LoRA", 3, 4, 1), ("Full", 2, 4, 2), ("Full", 0, 4, 3)]
@@ -29,7 +31,7 @@ LARGER = [("LoRA", 3, 4, 1), ("Full", 2, 4, 2), ("Full", 0, 4, 3)]
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the runs of this module are made."""
+    """Store and inputs of this module's runs."""
 
     store: ObjectStore
     inputs: Inputs
@@ -54,7 +56,7 @@ class Bench:
         return dict(zip([row.step for row in rows], losses_of(self.store, name.lower()), strict=True))
 
     def copy(self, name: str, target: str) -> None:
-        """Copy a run in the bucket, so that it can be resumed in more than one way."""
+        """Copy a run in the bucket to another name, so that one interrupted run can be resumed in several ways."""
         prefix = f"runs/default/{name.lower()}/uid-1/"
         for key in self.store.keys(prefix):
             to = key.replace(f"/{name.lower()}/", f"/{target.lower()}/")
@@ -69,7 +71,8 @@ def bench(store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def two_ranks(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On two ranks: each case undisturbed, interrupted, and resumed; then the changed ones that have two ranks."""
+    """The folder of runs on two ranks. Each case is trained without interruption, then with an interruption, and
+    resumed; then follow the changed cases that resume on two ranks."""
     folder = tmp_path_factory.mktemp("two-ranks")
     configs, faults = [], []
     for method, stage in CASES:
@@ -117,14 +120,15 @@ def test_in_another_world_or_stage_the_losses_go_on_and_no_row_is_lost_or_repeat
 
 @pytest.mark.long
 def test_in_a_larger_world_too(two_ranks: Path, bench: Bench, tmp_path: Path) -> None:
-    """On four ranks, of which each has one or two of a batch's six examples."""
+    """Four ranks share the six examples of a global batch, so each has one or two."""
     resume_and_compare(LARGER, two_ranks, bench, tmp_path)
     for case in LARGER:
         assert_goes_on(case, bench)
 
 
 def resume_and_compare(cases: list[Changed], two_ranks: Path, bench: Bench, folder: Path) -> None:
-    """Resume ``cases``, all of one world, and compare the rows that they consume with the undisturbed run's."""
+    """Resume ``cases``, which have one world size in common, and compare the consumed rows with those of the
+    uninterrupted run."""
     world = cases[0][2]
     configs = [
         bench.config(f"changed-{method}-{stage}-{world}-{to_stage}", method, to_stage, world)
@@ -138,13 +142,14 @@ def resume_and_compare(cases: list[Changed], two_ranks: Path, bench: Bench, fold
 
 
 def assert_goes_on(changed_case: Changed, bench: Bench) -> None:
-    """Compare the losses of a run that was resumed in another world or stage with the undisturbed run's."""
+    """Compare the losses of a run that resumed with another world size or ZeRO stage with those of the uninterrupted
+    run."""
     method, stage, world, to_stage = changed_case
     case = f"{method}-{stage}-{world}-{to_stage}"
     whole, changed = bench.losses(f"whole-{method}-{stage}"), bench.losses(f"changed-{case}")
     assert sorted(changed) == list(range(1, STEPS + 1)), case
     first = INTERRUPTED + 1
-    # Equal up to the order in which a process adds up: one rank adds what two ranks summed apart.
+    # The losses differ only by the order of summation: one rank adds up the examples that two ranks added separately.
     assert changed[first] == pytest.approx(whole[first], rel=1e-7), case
     worst = max(abs(changed[step] - whole[step]) / whole[step] for step in range(first, STEPS + 1))
     print(f"{case}: largest relative difference of a loss {worst:.2g}")
@@ -159,7 +164,7 @@ def test_a_checkpoint_of_adapters_holds_no_base_weight_and_names_its_base(two_ra
     assert all(name.endswith((".safetensors", ".json")) or name == "COMMIT" for name in sizes)
     state = TrainerState.model_validate_json(bench.store.read(f"{prefix}/trainer.json"))
     assert state.base_sha256 is not None
-    trained = 2 * 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)  # two layers, rank 4, seven matrices each
-    tensors = 12 * trained  # the fp32 value and both moments
+    trained = 2 * 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)  # two layers, rank 4, seven matrices per layer
+    tensors = 12 * trained  # Each trained parameter has an fp32 weight and two moments of AdamW, 4 bytes each.
     held = sum(size for name, size in sizes.items() if name.startswith("state-"))
     assert tensors <= held <= tensors * 1.02 + 2 * 8192, "data, and the names of the tensors"

@@ -1,5 +1,5 @@
-"""The whole way of rows from where they lie into training: a split of the hub, parquet in the bucket, jsonl on a
-volume, packed and learned.
+"""Rows from all kinds of sources are trained on: a split on the hub, parquet in the bucket, and jsonl on a volume, with
+packing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def test_rows_of_hub_bucket_and_volume_are_packed_and_learned(
     assert "24 rows, 2 steps of 12 examples" in attempt.output
     log = step_rows(store, "sources")
     assert [row.step for row in log] == [1, 2]
-    # Every answer repeats the prompt's words, and ends: what is supervised is known without the trainer.
+    # Every answer consists of the prompt's words and the end token, so the number of supervised tokens follows from the
+    # rows.
     assert sum(row.tokens for row in log) == sum(len(row["reply"].split()) + 1 for row in rows)
     assert "hf_secret" not in attempt.output
     assert not any(b"hf_secret" in store.read(key) for key in store.keys("runs/default/sources/"))

@@ -1,4 +1,6 @@
-"""Training that goes wrong is noticed within eight steps, a good run never; what follows is what the job says."""
+"""Diverging training is noticed within eight steps, healthy training raises no alarm, and the reaction is the one that
+the job specifies.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,16 @@ import pytest
 import torch
 
 from finetune_core.contract import Outcome, Result, RunConfig
-from finetune_trainer.decisions.recovery import SKIPPED_BEYOND, RollBack, left_out, react
-from finetune_trainer.decisions.schedule import rate
-from finetune_trainer.decisions.stability import Alarm, AlarmKind, Watch, non_finite, observe, replay
+from finetune_trainer.decisions.recovery import SKIPPED_STEPS_AFTER_ALARM, RollbackRequired, is_skipped, plan_recovery
+from finetune_trainer.decisions.schedule import learning_rate_at
+from finetune_trainer.decisions.stability import (
+    Alarm,
+    AlarmKind,
+    MonitorState,
+    monitor_after,
+    non_finite_alarm,
+    observe,
+)
 from finetune_trainer.pod.errors import Diverged
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.storage.lineage import Rollback, RunRecord
@@ -31,10 +40,10 @@ WITHIN = 8
 
 
 def alarms(curve: Curve) -> list[Alarm]:
-    """Return what the monitor says about a curve of losses and gradient norms."""
-    watch, found = Watch(), []
+    """Return the alarms that the monitor raises for a curve of losses and gradient norms."""
+    watch, found = MonitorState(), []
     for step, (loss, norm) in enumerate(curve, start=1):
-        alarm = non_finite(step, loss, norm)
+        alarm = non_finite_alarm(step, loss, norm)
         if alarm is None:
             watch, alarm = observe(watch, step, loss, norm)
         if alarm is not None:
@@ -64,7 +73,7 @@ def infinite_gradient(step: curves.Step) -> None:
 
 
 def slow_drift(step: curves.Step) -> None:
-    """Four words of a hundred more are wrong with each step."""
+    """The share of wrong words grows by 4 % with each step after the onset."""
     if step.number >= ONSET:
         random_words(step, 0.04 * (step.number - ONSET + 1))
 
@@ -77,7 +86,7 @@ def half_of_the_labels(step: curves.Step) -> None:
 def test_trap_26_twenty_clean_seeds_raise_no_alarm() -> None:
     torch.set_num_threads(1)
     clean = curves.train(SEEDS, 200)
-    assert all(curve[-1][0] < 0.5 * curve[0][0] for curve in clean)  # they do learn
+    assert all(curve[-1][0] < 0.5 * curve[0][0] for curve in clean)  # the models really learn
     assert [alarm.describe() for curve in clean for alarm in alarms(curve)] == []
 
 
@@ -104,11 +113,11 @@ def test_one_odd_batch_is_no_alarm_and_several_are() -> None:
 
 def test_what_the_monitor_remembers_does_not_depend_on_a_resume() -> None:
     curve = [(2.0 / math.sqrt(step), 1.0 / step) for step in range(1, 90)]
-    straight = Watch()
+    straight = MonitorState()
     for step, (loss, norm) in enumerate(curve, start=1):
         straight, _ = observe(straight, step, loss, norm)
-    assert replay((step, loss, norm) for step, (loss, norm) in enumerate(curve, start=1)) == straight
-    assert Watch.model_validate_json(straight.to_json()) == straight
+    assert monitor_after((step, loss, norm) for step, (loss, norm) in enumerate(curve, start=1)) == straight
+    assert MonitorState.model_validate_json(straight.to_json()) == straight
 
 
 def config_of(**stability: Any) -> RunConfig:
@@ -127,28 +136,31 @@ INFINITE = Alarm(kind=AlarmKind.NON_FINITE_GRADIENT, step=64, first=64, value=ma
     ("alarm", "stability", "before", "action", "order"),
     [
         (SPIKE, {"onExplodingLoss": "Record"}, 0, "Record", None),
-        (SPIKE, {"onExplodingLoss": "RollBack"}, 0, "RollBack", RollBack),
-        (SPIKE, {"onExplodingLoss": "RollBack"}, 2, "RollBack", RollBack),
+        (SPIKE, {"onExplodingLoss": "RollBack"}, 0, "RollBack", RollbackRequired),
+        (SPIKE, {"onExplodingLoss": "RollBack"}, 2, "RollBack", RollbackRequired),
         (SPIKE, {"onExplodingLoss": "RollBack"}, 3, "Fail", Diverged),
         (SPIKE, {"onExplodingLoss": "Fail"}, 0, "Fail", Diverged),
         (INFINITE, {}, 0, "Fail", Diverged),
         (INFINITE, {"onNonFinite": "Record"}, 0, "Record", None),
-        (INFINITE, {"onNonFinite": "RollBack"}, 0, "RollBack", RollBack),
+        (INFINITE, {"onNonFinite": "RollBack"}, 0, "RollBack", RollbackRequired),
     ],
 )
 def test_what_follows_an_alarm(
     alarm: Alarm, stability: dict[str, str], before: int, action: str, order: type[Exception] | None
 ) -> None:
     earlier = [Rollback(step=1, rate_factor=0.3, skip_from=2, skip_to=3, reason="")] * before
-    incident, raised = react(alarm, config_of(**stability), earlier)
+    incident, raised = plan_recovery(alarm, config_of(**stability), earlier)
     assert (incident.step, incident.action, incident.kind) == (64, action, alarm.kind.value)
     assert raised is None if order is None else isinstance(raised, order)
-    if isinstance(raised, RollBack):
+    if isinstance(raised, RollbackRequired):
         rollback = raised.rollback
-        # The loss of step 61 is that of what the update of step 60 left; and a rise may have begun unseen.
+        # The loss at step 61 results from the update of step 60, so step 60 is skipped too. For a rising loss, the
+        # rollback goes further back, because the rise may have begun before the monitor noticed the rise.
         assert (rollback.step, rollback.rate_factor) == (62 if alarm is INFINITE else 56, 0.3)
         last = 64 if alarm is INFINITE else 72
-        assert [step for step in range(50, 80) if left_out(step, [rollback])] == list(range(alarm.first - 1, last + 1))
+        assert [step for step in range(50, 80) if is_skipped(step, [rollback])] == list(
+            range(alarm.first - 1, last + 1)
+        )
     if isinstance(raised, Diverged):
         assert "lower training.learningRate (it is 0.001)" in str(raised)
 
@@ -157,16 +169,14 @@ def test_trap_22_the_rate_is_a_function_of_step_and_rollbacks_alone() -> None:
     optimization = config_of().optimization.model_copy(update={"schedule": "Linear", "warmup_steps": 10})
     first = Rollback(step=40, rate_factor=0.3, skip_from=44, skip_to=50, reason="")
     second = Rollback(step=60, rate_factor=0.3, skip_from=61, skip_to=61, reason="")
-    plain = [rate(step, 100, optimization) for step in range(1, 101)]
-    lowered = [rate(step, 100, optimization, [first, second]) for step in range(1, 101)]
-    assert plain[0] == pytest.approx(1e-4)  # the first step of the warm-up, not zero
+    plain = [learning_rate_at(step, 100, optimization) for step in range(1, 101)]
+    lowered = [learning_rate_at(step, 100, optimization, [first, second]) for step in range(1, 101)]
+    assert plain[0] == pytest.approx(1e-4)  # the warm-up begins at one tenth of the rate rather than at zero
     assert plain[9] == pytest.approx(1e-3)
     assert lowered[:40] == plain[:40]
     assert lowered[40:60] == pytest.approx([0.3 * value for value in plain[40:60]])
     assert lowered[60:] == pytest.approx([0.09 * value for value in plain[60:]])
 
-
-# Real runs
 
 STEPS, FAULT = 150, 80
 RATE_OF_RUNS = 6e-3
@@ -179,7 +189,8 @@ RECORD = {"onNonFinite": "Record", "onExplodingLoss": "Record"}
 
 
 def plateau_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Return rows whose answer is half chance: what can be learned of them is learned soon, and the loss stays."""
+    """Return rows whose answers are half random. The predictable half is learned soon, and then the loss stays on a
+    plateau."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -245,7 +256,8 @@ def run_faults(
 def test_a_fault_is_rolled_back_and_a_step_that_is_not_finite_is_left_out(
     store: ObjectStore, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Also trap 14: an infinite gradient is told, counted, not applied, and the schedule goes on."""
+    """Also covers trap 14: an infinite gradient is reported and counted, its update is not applied, and the learning
+    rate schedule continues."""
     cases = [("clean", ROLL_BACK, None), ("noise", ROLL_BACK, NOISE), ("gradient", RECORD, GRADIENT)]
     results = run_faults(store, tiny_model, tmp_path, cases, world=1, prefix="fault")
     assert [result.outcome for result in results] == [Outcome.COMPLETED] * 3
@@ -258,7 +270,7 @@ def test_a_fault_is_rolled_back_and_a_step_that_is_not_finite_is_left_out(
     (rollback,) = record.rollbacks
     assert (record.parent.run, record.parent.step) == (1, rollback.step)
     assert record.rate_factor == rollback.rate_factor == 0.3
-    noticed = rollback.skip_to - SKIPPED_BEYOND
+    noticed = rollback.skip_to - SKIPPED_STEPS_AFTER_ALARM
     assert FAULT <= noticed < FAULT + WITHIN
     assert f"notice: step {noticed}: the loss" in log
     rows = {row.step: row for row in step_rows(store, "fault-noise")}
@@ -291,7 +303,7 @@ def test_every_fault_ends_within_two_percent_of_the_clean_run(
     clean = final_loss(store, f"all-{world}-clean")
     for name in faults:
         (rollback,) = record_of(store, f"all-{world}-{name}", 2).rollbacks
-        noticed = rollback.skip_to - (0 if name == "gradient" else SKIPPED_BEYOND)
+        noticed = rollback.skip_to - (0 if name == "gradient" else SKIPPED_STEPS_AFTER_ALARM)
         assert FAULT <= noticed < FAULT + WITHIN, (name, rollback)
         assert final_loss(store, f"all-{world}-{name}") == pytest.approx(clean, rel=0.02), (name, rollback)
 
@@ -300,7 +312,7 @@ def test_every_fault_ends_within_two_percent_of_the_clean_run(
 def test_trap_14_an_infinite_gradient_is_left_out_at_every_stage(
     store: ObjectStore, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The weights after it are those before it: the next losses are those of a run whose step was skipped."""
+    """The weights after the step equal those before, so the next losses are the same at every ZeRO stage."""
     configs: list[dict[str, Any]] = []
     faults: list[dict[str, Any] | None] = []
     for stage in (0, 1, 2, 3):

@@ -1,4 +1,4 @@
-"""What a start of the gang resumes from, whatever happened to the bucket meanwhile; against a real object store."""
+"""Which checkpoint a starting run resumes from, whatever happened to the bucket before, against a real object store."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from safetensors.numpy import save_file
 from finetune_core.contract import Identity
 from finetune_core.errors import UserError
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, checkpoint_folder, digest
-from finetune_trainer.checkpoints.start import Start, restart_run, start_run
-from finetune_trainer.model.digest import Ground
+from finetune_trainer.checkpoints.resume import RunStart, start_run, start_run_after_rollback
+from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.pod.errors import NewerRun
 from finetune_trainer.storage.artifact import committed_result, publish
-from finetune_trainer.storage.checkpoints import (
+from finetune_trainer.storage.checkpoint_folders import (
     TRAINER_FILE,
     TrainerState,
-    commit_folder,
+    apply_retention,
     committed,
     fetch_folder,
-    retain,
     to_keep,
-    upload_files,
 )
+from finetune_trainer.storage.commit import commit_folder, upload_files
 from finetune_trainer.storage.lineage import CheckpointId, Rollback, lineage, read_records
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer.objectstore import BUCKET, ObjectStore
@@ -43,12 +42,12 @@ def identity(pod: str = "pod-1", attempt: int = 1) -> Identity:
     return Identity(namespace="default", name="job", uid="u", attempt=attempt, pod_name="p", pod_uid=pod, node_rank=0)
 
 
-def begin(root: RunRoot, folder: Path, pod: str = "pod-1") -> Start:
+def begin(root: RunRoot, folder: Path, pod: str = "pod-1") -> RunStart:
     return start_run(root, identity(pod), folder / "resume")
 
 
 def commit(root: RunRoot, run: int, step: int, folder: Path, *, perplexity: float | None = None) -> None:
-    """Commit a checkpoint of two small shards, as the ranks of ``run`` do."""
+    """Commit a checkpoint of two small state files, as the ranks of run ``run`` do."""
     state = TrainerState(
         step=step, epoch=0, batch_in_epoch=step, seed=1, updates=step, tokens=step, world_size=2, zero_stage=2,
         rows=20, perplexity=perplexity,
@@ -63,7 +62,7 @@ def commit(root: RunRoot, run: int, step: int, folder: Path, *, perplexity: floa
 
 
 def spoil(root: RunRoot, key: str, how: str) -> None:
-    """Do to an object what a bad disk does."""
+    """Damage an object as a failing disk does."""
     data = bytearray(root.read(key) or b"")
     if how == "delete":
         root.delete([key])
@@ -92,7 +91,7 @@ def test_trap_16_damage_to_any_object_of_the_newest_falls_back_and_names_the_obj
     fetched = TrainerState.model_validate_json((tmp_path / "resume" / TRAINER_FILE).read_text())
     assert fetched.step == 5
     if (name, how) != (COMMIT, "delete"):
-        (damaged,) = start.others
+        (damaged,) = start.other_checkpoints
         assert damaged.step == 10
         assert name in damaged.damaged
 
@@ -107,7 +106,7 @@ def test_where_nothing_is_whole_training_starts_from_the_base_model(root: RunRoo
 
 
 class Evil:
-    """Leaves a trace when it is unpickled."""
+    """Creates the file ``trace`` when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -124,7 +123,8 @@ class Evil:
 def test_a_malicious_pickle_among_the_files_is_never_opened(
     root: RunRoot, tmp_path: Path, place: str | None, problem: str
 ) -> None:
-    """Somebody with write access to the bucket commits a checkpoint that verifies; its pickles stay closed."""
+    """Somebody with write access to the bucket commits a checkpoint that verifies and contains pickle files. The
+    trainer never unpickles such files."""
     trace = tmp_path / "unpickled"
     evil = pickle.dumps(Evil(trace))
     pickle.loads(evil)  # noqa: S301  (the trap works)
@@ -153,7 +153,7 @@ def test_a_malicious_pickle_among_the_files_is_never_opened(
     start = begin(root, tmp_path)
     assert start.parent is not None
     assert start.parent.step == (10 if place is None else 5)
-    # What has another name than the trainer's own files is not even fetched.
+    # Only files with the names of the trainer's own files are downloaded.
     fetched = sorted(path.name for path in (tmp_path / "resume").iterdir())
     assert fetched == sorted([TRAINER_FILE, OBJECTS[0], OBJECTS[1]])
     assert "".join(start.notices).endswith(problem)
@@ -167,16 +167,16 @@ def test_a_crash_right_after_a_rollback_does_not_resume_into_the_branch_that_div
     for step in (5, 10, 15):
         commit(root, 1, step, tmp_path)
     rollback = Rollback(step=5, rate_factor=0.3, skip_from=6, skip_to=16, reason="the loss exploded at step 16")
-    second = restart_run(root, identity(), 1, rollback, tmp_path / "resume")
+    second = start_run_after_rollback(root, identity(), 1, rollback, tmp_path / "resume")
     assert (second.run, second.parent and second.parent.step) == (2, 5)
-    # Killed here, before its first checkpoint.
+    # The process of run 2 is killed here, before its first checkpoint.
     third = begin(root, tmp_path, "pod-2")
     assert third.run == 3
     assert third.parent is not None
     assert (third.parent.run, third.parent.step) == (1, 5)
     assert third.rollbacks == second.rollbacks == [rollback]
     commit(root, 3, 8, tmp_path)
-    retain(root, 3, to_keep([CheckpointId(3, 8)], [], keep_last=2, keep_best=1, parent=CheckpointId(1, 5)))
+    apply_retention(root, 3, to_keep([CheckpointId(3, 8)], [], keep_last=2, keep_best=1, parent=CheckpointId(1, 5)))
     assert committed(root) == [(1, 5), (3, 8)]
     assert lineage(read_records(root), committed(root)) == [(3, 8), (1, 5)]
 
@@ -187,11 +187,12 @@ def test_a_run_that_was_fenced_can_not_roll_back(root: RunRoot, tmp_path: Path) 
     begin(root, tmp_path, "pod-2")
     rollback = Rollback(step=5, rate_factor=0.3, skip_from=6, skip_to=7, reason="")
     with pytest.raises(NewerRun, match="run 1 ended"):
-        restart_run(root, identity(), 1, rollback, tmp_path / "resume")
+        start_run_after_rollback(root, identity(), 1, rollback, tmp_path / "resume")
 
 
 def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, tmp_path: Path) -> None:
-    """Run 1 stops just before each of its writes; run 2 resumes, retains and publishes; then run 1 goes on."""
+    """Run 1 is frozen before each of its writes. Run 2 resumes, deletes old checkpoints and publishes its artifact, and
+    then run 1 continues."""
     begin(root, tmp_path)
     for step in (5, 10):
         commit(root, 1, step, tmp_path)
@@ -201,23 +202,24 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
     commit(root, 2, 14, tmp_path)
     (tmp_path / "adapter").write_bytes(b"second")
     result = publish(root, 2, 14, [tmp_path / "adapter"])
-    before = {entry.key for entry in root.entries("")}
+    before = {entry.key for entry in root.list_objects("")}
 
-    # Frozen between its look at the fence and COMMIT: that one write gets through, into a branch nobody follows.
+    # If run 1 was frozen after it had checked the fence and before it wrote COMMIT, this one write succeeds. The
+    # checkpoint belongs to an abandoned branch, from which no later run resumes.
     frozen = checkpoint_folder(1, 15)
     root.write(f"{frozen}/{MANIFEST}", b"{}")
     assert root.create(f"{frozen}/{COMMIT}", digest(b"{}").encode())
-    # All that comes after looks at the fence again.
+    # All later writes check the fence again.
     (tmp_path / "adapter").write_bytes(b"first")
     for write in (
         lambda: commit(root, 1, 20, tmp_path),
-        lambda: retain(root, 1, keep=[]),
+        lambda: apply_retention(root, 1, keep=[]),
         lambda: publish(root, 1, 20, [tmp_path / "adapter"]),
     ):
         with pytest.raises(NewerRun):
             write()
     assert committed_result(root) == result
-    assert before <= {entry.key for entry in root.entries("")}
+    assert before <= {entry.key for entry in root.list_objects("")}
     assert lineage(read_records(root), committed(root))[:2] == [(2, 14), (2, 12)]
     third = begin(root, tmp_path, "pod-3")
     assert third.parent is not None
@@ -228,7 +230,8 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
 def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_is_cleared(
     root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
-    """Before each of its six deletions, two a checkpoint: COMMIT, then the other files, of which half are gone then."""
+    """Retention is killed at each of its six deletions. For each checkpoint, retention deletes first COMMIT and then
+    the other files, half of which are gone when the process is killed."""
     begin(root, tmp_path)
     for step in (1, 2, 3, 4):
         commit(root, 1, step, tmp_path)
@@ -236,7 +239,7 @@ def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_wh
     real, calls = root.store.delete, []
 
     class KilledError(Exception):
-        """Stands for the end of the process."""
+        """Stands for the end of the killed process."""
 
     def delete(bucket: str, keys: list[str]) -> None:
         calls.append(keys)
@@ -247,24 +250,27 @@ def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_wh
 
     monkeypatch.setattr(root.store, "delete", delete)
     with pytest.raises(KilledError):
-        retain(root, 1, keep)
+        apply_retention(root, 1, keep)
     monkeypatch.undo()
     left = [(1, step) for step in (1, 2, 3, 4) if step == 4 or step > point // 2]
     assert committed(root) == left, "COMMIT went first"
-    halves = {entry.key.rpartition("/")[2] for entry in root.entries(f"{checkpoint_folder(1, (point + 1) // 2)}/")}
+    halves = {entry.key.rpartition("/")[2] for entry in root.list_objects(f"{checkpoint_folder(1, (point + 1) // 2)}/")}
     assert halves
     assert (COMMIT in halves) is (point % 2 == 1)
     for checkpoint in left:
         fetch_folder(root, checkpoint_folder(*checkpoint), tmp_path / f"whole-{checkpoint[1]}")
     commit(root, 1, 5, tmp_path)
-    retain(root, 1, [CheckpointId(1, 5)])
-    assert {key.split("/")[1] for key in (entry.key for entry in root.entries("checkpoints/"))} == {"000001-000000005"}
+    apply_retention(root, 1, [CheckpointId(1, 5)])
+    assert {key.split("/")[1] for key in (entry.key for entry in root.list_objects("checkpoints/"))} == {
+        "000001-000000005"
+    }
 
 
 def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_checkpoint_of_the_lineage(
     root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The former run is still alive and deletes what the new one is reading; once that has its number, it may not."""
+    """The former run is still alive and deletes a checkpoint that the new run is reading. Once the new run has claimed
+    its run number, the former run may not delete any more."""
     begin(root, tmp_path)
     commit(root, 1, 5, tmp_path)
     real, reads = root.store.download, []
@@ -273,7 +279,7 @@ def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_check
         reads.append(key)
         if len(reads) == 2:
             commit(root, 1, 10, tmp_path)
-            assert retain(root, 1, [CheckpointId(1, 10)]) == [(1, 5)]
+            assert apply_retention(root, 1, [CheckpointId(1, 10)]) == [(1, 5)]
         return real(bucket, key, path)
 
     monkeypatch.setattr(root.store, "download", download)
@@ -286,7 +292,7 @@ def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_check
     assert lineage(read_records(root), committed(root)) == [(1, 10)]
     with pytest.raises(NewerRun):
         commit(root, 1, 15, tmp_path)
-    assert retain(root, 1, []) == []
+    assert apply_retention(root, 1, []) == []
     assert committed(root) == [(1, 10)]
 
 
@@ -297,13 +303,13 @@ def test_trap_18_retention_keeps_the_best_of_the_lineage_and_what_is_on_its_way(
     root.write(f"{checkpoint_folder(1, 6)}/state-00000-of-00002.safetensors", b"under way")
     newest_first = [CheckpointId(1, step) for step in (5, 4, 3, 2, 1)]
     best_first = [CheckpointId(1, step) for step in (3, 2, 4, 5, 1)]
-    retain(root, 1, to_keep(newest_first, best_first, keep_last=1, keep_best=2, parent=None))
+    apply_retention(root, 1, to_keep(newest_first, best_first, keep_last=1, keep_best=2, parent=None))
     assert committed(root) == [(1, 2), (1, 3), (1, 5)]
     assert root.read(f"{checkpoint_folder(1, 6)}/state-00000-of-00002.safetensors") == b"under way"
 
 
 def test_the_bucket_holds_what_the_listing_says(root: RunRoot, empty_store: ObjectStore, tmp_path: Path) -> None:
-    """The tests above look through the trainer's own client; this one looks past it."""
+    """The other tests read the bucket with the trainer's own client; this test uses minio-py directly."""
     begin(root, tmp_path)
     commit(root, 1, 5, tmp_path)
     keys = empty_store.keys(f"{root.location.prefix}/")
@@ -319,10 +325,10 @@ def test_adapters_are_resumed_on_their_own_base_and_seed_only(tmp_path: Path) ->
     for folder, value in ((base, 1), (extended, 2)):
         folder.mkdir()
         save_file({"weight": np.full(8, value, dtype=np.float32)}, folder / "model.safetensors")
-    plain, with_rows = (Ground.of(adapters=True, base=base, extended=where) for where in (base, extended))
+    plain, with_rows = (BaseDigests.of(adapters=True, base=base, extended=where) for where in (base, extended))
     assert plain.rows_sha256 is None
     assert with_rows.rows_sha256 not in (None, with_rows.base_sha256)
-    assert Ground.of(adapters=False, base=base, extended=base) == Ground()
+    assert BaseDigests.of(adapters=False, base=base, extended=base) == BaseDigests()
     state = TrainerState(
         step=5, epoch=0, batch_in_epoch=0, seed=1, updates=5, tokens=5, world_size=1, zero_stage=0, rows=20,
         base_sha256=with_rows.base_sha256, rows_sha256=with_rows.rows_sha256,
@@ -332,7 +338,7 @@ def test_adapters_are_resumed_on_their_own_base_and_seed_only(tmp_path: Path) ->
         with_rows.check(state, seed=2)
     save_file({"weight": np.full(8, 3, dtype=np.float32)}, extended / "model.safetensors")
     with pytest.raises(UserError, match=r"model: is not what the checkpoint of step 5 .* rows of the added tokens"):
-        Ground.of(adapters=True, base=base, extended=extended).check(state, seed=1)
+        BaseDigests.of(adapters=True, base=base, extended=extended).check(state, seed=1)
     (base / "model.safetensors").rename(base / "other.safetensors")
     with pytest.raises(UserError, match=r"the base model's weights is .*, not .*; name that revision again"):
-        Ground.of(adapters=True, base=base, extended=extended).check(state, seed=1)
+        BaseDigests.of(adapters=True, base=base, extended=extended).check(state, seed=1)

@@ -1,4 +1,4 @@
-"""The object store protocol against a real MinIO: conditional writes, fence, verified folders, retention, retries."""
+"""The storage protocol against a real MinIO: conditional writes, fencing, verified folders, retention and retries."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from minio.error import S3Error
 from finetune_core.layout import COMMIT, Manifest, checkpoint_folder
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.storage.artifact import committed_result, publish
-from finetune_trainer.storage.checkpoints import (
-    Damaged,
-    commit_folder,
+from finetune_trainer.storage.checkpoint_folders import (
+    apply_retention,
     committed,
     fetch_folder,
     inventory,
-    retain,
     to_keep,
-    upload_files,
 )
 from finetune_trainer.storage.client import Store
+from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
 from finetune_trainer.storage.lineage import (
     CheckpointId,
     ParentRecord,
     RunRecord,
     check_fence,
+    claim_run_number,
     lineage,
     read_records,
-    take_run,
 )
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer.objectstore import BUCKET, ObjectStore, free_port
@@ -72,21 +70,21 @@ def test_a_conditional_put_whose_answer_was_lost_counts_as_done(root: RunRoot) -
 
 def test_only_one_of_many_writers_takes_a_run_number(root: RunRoot) -> None:
     with ThreadPoolExecutor(8) as pool:
-        taken = list(pool.map(lambda pod: take_run(root, 1, record(f"pod-{pod}")), range(8)))
+        taken = list(pool.map(lambda pod: claim_run_number(root, 1, record(f"pod-{pod}")), range(8)))
     assert sum(taken) == 1
 
 
 def test_an_older_run_cannot_commit_delete_or_publish(root: RunRoot, tmp_path: Path) -> None:
-    take_run(root, 1, record("old"))
+    claim_run_number(root, 1, record("old"))
     commit(root, 1, 4, tmp_path)
     commit(root, 1, 5, tmp_path)
-    take_run(root, 2, record("new", (1, 5)))
+    claim_run_number(root, 2, record("new", (1, 5)))
     with pytest.raises(NewerRun, match="run 2 of this job has started"):
         check_fence(root, 1)
     with pytest.raises(NewerRun):
         commit(root, 1, 10, tmp_path)
     with pytest.raises(NewerRun):
-        retain(root, 1, keep=[])
+        apply_retention(root, 1, keep=[])
     with pytest.raises(NewerRun):
         publish(root, 1, 5, [tmp_path / "state.safetensors"])
     assert committed(root) == [(1, 4), (1, 5)]
@@ -125,19 +123,19 @@ def test_damage_is_found_and_the_object_is_named(change, problem, empty_store, r
 def test_retention_keeps_last_best_and_parent_and_clears_what_was_never_committed(
     root: RunRoot, tmp_path: Path
 ) -> None:
-    take_run(root, 1, record("old"))
+    claim_run_number(root, 1, record("old"))
     for step in (1, 2, 3, 4, 5):
         commit(root, 1, step, tmp_path)
     root.write("checkpoints/000001-000000009/state.safetensors", b"never committed")
-    take_run(root, 2, record("new", (1, 4)))
+    claim_run_number(root, 2, record("new", (1, 4)))
     commit(root, 2, 6, tmp_path)
     commit(root, 2, 7, tmp_path)
     line = lineage(read_records(root), committed(root))
     assert line == [(2, 7), (2, 6), (1, 4), (1, 3), (1, 2), (1, 1)]
     keep = to_keep(line, [CheckpointId(1, 2)], keep_last=1, keep_best=1, parent=CheckpointId(1, 4))
-    assert retain(root, 2, keep) == [(1, 1), (1, 3), (1, 5), (2, 6)]
+    assert apply_retention(root, 2, keep) == [(1, 1), (1, 3), (1, 5), (2, 6)]
     assert committed(root) == [(1, 2), (1, 4), (2, 7)]
-    assert not root.entries("checkpoints/000001-000000009/")
+    assert not root.list_objects("checkpoints/000001-000000009/")
     assert [(item.run, item.step) for item in inventory(root)] == [(1, 2), (1, 4), (2, 7)]
 
 
@@ -146,14 +144,14 @@ def test_retention_keeps_last_best_and_parent_and_clears_what_was_never_committe
     [
         ({}, [], []),
         ({1: None}, [(1, 5), (1, 10)], [(1, 10), (1, 5)]),
-        # Run 2 went back to step 5 and has committed nothing yet: step 10 is a branch that was left.
+        # Run 2 resumed from step 5 and has not committed a checkpoint yet, so step 10 belongs to an abandoned branch.
         ({1: None, 2: (1, 5)}, [(1, 5), (1, 10)], [(1, 5)]),
         ({1: None, 2: (1, 5)}, [(1, 5), (1, 10), (2, 8)], [(2, 8), (1, 5)]),
-        # The parent was deleted: older ones of its run still lead here.
+        # The parent checkpoint was deleted, so older checkpoints of the parent's run come next.
         ({1: None, 2: (1, 10), 3: (2, 12)}, [(1, 5), (2, 20)], [(1, 5)]),
-        # A run that started from the base model leaves all that was before.
+        # A run that started from the base model abandons all earlier checkpoints.
         ({1: None, 2: None}, [(1, 5)], []),
-        # A record that names itself ends the search.
+        # A record that names its own run as the parent ends the search.
         ({1: None, 2: (2, 5)}, [(1, 5), (2, 5)], [(2, 5)]),
     ],
 )

@@ -1,5 +1,6 @@
-"""The dialects of S3, each against a MinIO that speaks it: TLS with an authority of one's own, the bucket in the host
-name, regions, session tokens, web identity, encryption at rest."""
+"""Dialects of S3, each against a MinIO that is configured for it: TLS with a private CA, the bucket name in the host
+name, regions, session tokens, web identity, and encryption at rest.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +24,14 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 from minio.credentials import AssumeRoleProvider
 
-from finetune_cli.store import Keys
-from finetune_cli.store import Store as CliStore
+from finetune_cli.object_store import AccessKey
+from finetune_cli.object_store import ObjectStoreReader as CliStore
 from finetune_core.api.storage import EncryptionSpec, StorageSpec
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.storage.client import Store
-from finetune_trainer.storage.lineage import RunRecord, take_run
+from finetune_trainer.storage.lineage import RunRecord, claim_run_number
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer.objectstore import (
     ACCESS_KEY,
@@ -48,13 +49,13 @@ CLIENT_ID = "finetune"
 
 @dataclass(frozen=True)
 class Issuer:
-    """A small OpenID issuer, as the cluster is one for its service accounts."""
+    """A small OpenID issuer. A Kubernetes cluster is such an issuer for its service accounts."""
 
     url: str
     key: rsa.RSAPrivateKey
 
     def token(self, **claims: Any) -> str:
-        """Return a signed token that holds for an hour."""
+        """Return a signed token that is valid for an hour."""
         now = int(time.time())
         payload = {"iss": self.url, "aud": CLIENT_ID, "sub": "pod", "iat": now, "exp": now + 3600, **claims}
         parts = [_encoded(json.dumps(part).encode()) for part in ({"alg": "RS256", "kid": "1", "typ": "JWT"}, payload)]
@@ -106,7 +107,7 @@ def issuer() -> Iterator[Issuer]:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Keep the test's output clean."""
+            """Suppress the server's log lines."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Documents)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -117,7 +118,7 @@ def issuer() -> Iterator[Issuer]:
 
 
 def write_certificates(folder: Path) -> Path:
-    """Write an authority and a certificate for localhost and the buckets below minio.test."""
+    """Write a CA and a certificate for localhost, minio.test and its subdomains, which name buckets."""
     folder.mkdir()
     now = datetime.now(UTC)
     authority_key, key = (rsa.generate_private_key(65537, 2048) for _ in range(2))
@@ -157,7 +158,7 @@ def write_certificates(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Strict:
-    """A MinIO with everything that a strict house asks for."""
+    """A MinIO with TLS, a KMS key, OpenID and virtual-hosted buckets."""
 
     store: ObjectStore
     ca: Path
@@ -189,7 +190,7 @@ def strict(issuer: Issuer, minio: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def minio_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names below minio.test lead to this machine, as a wildcard record of DNS would say."""
+    """Resolve all names below minio.test to this machine, as a wildcard DNS record would."""
     resolve = socket.getaddrinfo
 
     def local(host: Any, *rest: Any, **options: Any) -> Any:
@@ -200,21 +201,21 @@ def minio_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def works(store: Store, key: str) -> None:
-    """Do everything that the trainer does with a store."""
+    """Send every kind of request that the trainer sends to a store."""
     root = RunRoot(store, parse_uri(f"s3://{BUCKET}/dialects/{key}"))
-    assert take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    assert claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     assert not root.create("runs/000001.json", b"another writer")
     root.write("object", b"data")
     assert root.read("object") == b"data"
-    assert [entry.key for entry in root.entries("")] == ["object", "runs/000001.json"]
-    assert root.abort_uploads() == []
+    assert [entry.key for entry in root.list_objects("")] == ["object", "runs/000001.json"]
+    assert root.abort_multipart_uploads() == []
     root.delete(["object"])
     assert root.read("object") is None
 
 
 def cli_store(strict: Strict, certificates: str | None, **storage: Any) -> CliStore:
     spec = {"uri": f"s3://{BUCKET}/x", "endpoint": strict.store.endpoint, **storage}
-    return CliStore(StorageSpec.model_validate(spec), Keys(ACCESS_KEY, SECRET_KEY), None, certificates)
+    return CliStore(StorageSpec.model_validate(spec), AccessKey(ACCESS_KEY, SECRET_KEY), None, certificates)
 
 
 def test_an_authority_of_ones_own_is_trusted_where_it_is_named_and_only_there(strict: Strict) -> None:
@@ -262,7 +263,7 @@ def test_requests_are_signed_for_the_region(minio: Path, tmp_path: Path) -> None
         assert all(f"/{region}/s3/aws4_request" in authorization for authorization in signed)
         cli = CliStore(
             StorageSpec.model_validate({"uri": "s3://finetune/x", "endpoint": proxy.endpoint, "region": region}),
-            Keys(ACCESS_KEY, SECRET_KEY),
+            AccessKey(ACCESS_KEY, SECRET_KEY),
         )
         assert cli.entries(BUCKET, "dialects/region/")
         assert f"/{region}/s3/aws4_request" in proxy.requests[-1].fields["authorization"]
@@ -290,7 +291,7 @@ def test_session_tokens_are_sent_and_an_expired_one_is_named(strict: Strict, tmp
 def test_the_pods_own_identity_gives_the_key(
     strict: Strict, issuer: Issuer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the webhook of IRSA prepares a pod: a token file in the environment, and where to bring it."""
+    """The pod is prepared as the IRSA webhook does: the environment names a token file and the STS endpoint."""
     token = tmp_path / "token"
     token.write_text(issuer.token(policy="readwrite"))
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
@@ -331,7 +332,7 @@ def test_everything_that_is_written_is_encrypted_as_asked(
 
 
 def plain_metadata(strict: Strict) -> dict[str, str]:
-    """Return what the store says of an object that was written without asking for encryption."""
+    """Return the metadata of an object that was written without encryption settings."""
     strict.open().write(BUCKET, "dialects/plain", b"data")
     found: dict[str, str] = strict.store.client.stat_object(BUCKET, "dialects/plain").metadata
     return found

@@ -1,4 +1,6 @@
-"""Whatever the store does to a request, a COMMIT means that the checkpoint verifies; and what can pass passes."""
+"""Whatever happens to a request, every COMMIT in the bucket belongs to a checkpoint that verifies, and temporary
+failures are retried.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,10 @@ import pytest
 from finetune_core.layout import COMMIT, MANIFEST, Manifest, checkpoint_folder, parse_uri
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS
-from finetune_trainer.storage.checkpoints import (
-    Damaged,
-    commit_folder,
-    committed,
-    fetch_folder,
-    retain,
-    upload_files,
-)
+from finetune_trainer.storage.checkpoint_folders import apply_retention, committed, fetch_folder
 from finetune_trainer.storage.client import LONGEST_DELAY_SECONDS, Store
-from finetune_trainer.storage.lineage import RunRecord, take_run
+from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
+from finetune_trainer.storage.lineage import RunRecord, claim_run_number
 from finetune_trainer.storage.root import RunRoot
 from tests.trainer.objectstore import (
     ACCESS_KEY,
@@ -52,7 +48,7 @@ def healthy(proxy: StoreProxy) -> Iterator[StoreProxy]:
 
 
 def root_at(endpoint: str, credentials: Path, name: str, *, budget: float = 20, **options: Any) -> RunRoot:
-    """A run's root behind ``endpoint``; tries follow each other at once."""
+    """Return a run's root behind ``endpoint``, with a client that retries without a pause."""
     store = Store(
         endpoint, "us-east-1", credentials, budget_seconds=budget, read_seconds=2, wait=lambda delay: None, **options
     )
@@ -77,7 +73,7 @@ def write_files(folder: Path) -> list[Path]:
 
 
 def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
-    """What the ranks of a run do in the background, in one thread: upload, commit, retain."""
+    """Do in one thread what the ranks of a run do in the background: upload, commit, and delete old checkpoints."""
     target = checkpoint_folder(1, step)
     for last_try in (False, False, True):
         uploaded = upload_files(root, target, files)
@@ -87,11 +83,11 @@ def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
         except Damaged:
             if last_try:
                 raise
-    retain(root, 1, keep=[])
+    apply_retention(root, 1, keep=[])
 
 
 def fails(root: RunRoot, files: list[Path], step: int) -> bool:
-    """Try to commit, and tell whether that failed."""
+    """Return whether committing a checkpoint failed."""
     try:
         commit_checkpoint(root, files, step)
     except OutsideFailure:
@@ -100,7 +96,8 @@ def fails(root: RunRoot, files: list[Path], step: int) -> bool:
 
 
 def assert_every_commit_verifies(store: ObjectStore, prefix: str) -> int:
-    """Look at the bucket itself, past the proxy and past the trainer's code; return how many COMMITs there are."""
+    """Verify every committed folder by reading the bucket directly, without the proxy and the trainer's code. Return
+    the number of COMMIT objects."""
     commits = [key for key in store.keys(prefix) if key.endswith(f"/{COMMIT}")]
     for key in commits:
         folder = key.removesuffix(f"/{COMMIT}")
@@ -118,7 +115,7 @@ def test_trap_17_a_fault_on_any_request_leaves_no_commit_that_does_not_verify(
     files = write_files(tmp_path / "files")
     name = fault.name.lower()
     root = root_at(healthy.endpoint, empty_store.credentials, name)
-    take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     first = len(healthy.requests)
     commit_checkpoint(root, files, 1)
     count = len(healthy.requests) - first
@@ -138,14 +135,14 @@ def test_a_store_that_stays_broken_from_any_request_on_commits_nothing_false(
 ) -> None:
     files, name = write_files(tmp_path / "files"), f"stays-{fault.name.lower()}"
     root = root_at(healthy.endpoint, empty_store.credentials, name, budget=0)
-    take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     failures = 0
     for index in range(9):
         first = len(healthy.requests)
         healthy.plan = fault_from(first + index, fault)
         failures += fails(root, files, index + 1)
         assert_every_commit_verifies(empty_store, f"faults/{name}/")
-    # What has no body can't be changed on its way to the store.
+    # Only requests with a body can be changed on their way to the store.
     assert failures >= (4 if fault is Fault.FLIP_UPLOAD else 9)
 
 
@@ -165,7 +162,7 @@ def test_wrong_bytes_on_the_way_back_are_fetched_again_before_they_count_as_dama
     healthy: StoreProxy, empty_store: ObjectStore, tmp_path: Path
 ) -> None:
     root = root_at(healthy.endpoint, empty_store.credentials, "flipped")
-    take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+    claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     commit_checkpoint(root, write_files(tmp_path / "files"), 1)
     seen: list[Request] = []
 
@@ -196,7 +193,7 @@ def test_back_off_grows_and_the_budget_ends_it(
         now[0] += seconds
 
     monkeypatch.setattr("finetune_trainer.storage.client.time.monotonic", lambda: now[0])
-    store = Store(healthy.endpoint, "us-east-1", empty_store.credentials, wait=wait).patient(60, said.append)
+    store = Store(healthy.endpoint, "us-east-1", empty_store.credentials, wait=wait).for_background(60, said.append)
     with pytest.raises(OutsideFailure, match="SlowDown"):
         store.read(BUCKET, "key")
     assert delays == [0.5, 1, 2, 4, 8, 10, 10, 10, 10]
@@ -212,13 +209,13 @@ def test_rotated_credentials_and_a_bucket_that_comes_back_are_waited_for_in_the_
     said: list[str] = []
 
     def rotate(_: float) -> None:
-        if len(said) >= 2:  # several uploads fail at once
+        if len(said) >= 2:  # several uploads fail before the keys are replaced
             write_credentials(keys, ACCESS_KEY, SECRET_KEY)
 
     impatient = Store(empty_store.endpoint, "us-east-1", keys, wait=rotate)
     with pytest.raises(OutsideFailure, match=r"credentialsSecretRef: .* refused the credentials.*InvalidAccessKeyId"):
         impatient.read(BUCKET, "key")
-    store = impatient.patient(60, said.append)
+    store = impatient.for_background(60, said.append)
     store.write(BUCKET, "rotated", b"done")
     assert ["refused the credentials" in sentence for sentence in said] == [True, True, False]
     assert said[-1] == ""
@@ -229,7 +226,7 @@ def test_rotated_credentials_and_a_bucket_that_comes_back_are_waited_for_in_the_
         if len(said) == 2:
             empty_store.client.make_bucket("comes-back")
 
-    Store(empty_store.endpoint, "us-east-1", keys, wait=make_bucket).patient(60, said.append).write(
+    Store(empty_store.endpoint, "us-east-1", keys, wait=make_bucket).for_background(60, said.append).write(
         "comes-back", "key", b"done"
     )
     assert "bucket 'comes-back' does not exist" in said[0]
@@ -254,14 +251,14 @@ def test_a_wrong_clock_is_named_and_passes(
 
     monkeypatch.setattr(minio_time, "utcnow", skewed)
     store = Store(empty_store.endpoint, "us-east-1", empty_store.credentials, wait=set_clock)
-    store.patient(60, said.append).write(BUCKET, "clock", b"done")
+    store.for_background(60, said.append).write(BUCKET, "clock", b"done")
     assert "RequestTimeTooSkewed" in said[0]
     assert "clock of this node" in said[0]
 
 
 @pytest.mark.long
 def test_a_full_disk_is_waited_for_and_named(minio: Path, tmp_path: Path) -> None:
-    """Somebody deletes what is not needed while an upload is tried."""
+    """Somebody deletes other objects while an upload is being retried."""
     with small_store(minio, tmp_path / "small") as small:
         assert fill(small, tmp_path) > 1
         said: list[str] = []
@@ -275,15 +272,16 @@ def test_a_full_disk_is_waited_for_and_named(minio: Path, tmp_path: Path) -> Non
         files = write_files(tmp_path / "files")
         files[0].write_bytes(b"\2" * 8_000_000)
         store = Store(small.endpoint, "us-east-1", small.credentials, budget_seconds=0)
-        root = RunRoot(store.patient(BACKGROUND_BUDGET_SECONDS, heard), parse_uri(f"s3://{BUCKET}/full"))
-        take_run(root, 1, RunRecord(attempt=1, pod_uid="pod"))
+        root = RunRoot(store.for_background(BACKGROUND_BUDGET_SECONDS, heard), parse_uri(f"s3://{BUCKET}/full"))
+        claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
         began = time.monotonic()
         commit_checkpoint(root, files, 1)
         assert assert_every_commit_verifies(small, "full/") == 1
         assert freed
         assert all(FULL.search(sentence) for sentence in said if sentence), said
         assert said[-1] == ""
-        # Up to one round of MinIO's cleaning and the pause between two tries after it; three times at most.
+        # The upload may take one interval of MinIO's trash clean-up and one pause between attempts; the bound is three
+        # times that, because the machine may be busy.
         assert time.monotonic() - began < 3 * (PURGE_SECONDS + LONGEST_DELAY_SECONDS + 10)
 
 
@@ -294,7 +292,7 @@ def test_uploads_that_were_cut_off_are_aborted_at_the_next_start(empty_store: Ob
     for key in (ours, "faults/stale-of-another-job/object"):
         upload = client._create_multipart_upload(BUCKET, key, {})
         client._upload_part(BUCKET, key, b"x" * 5_000_000, None, upload, 1)
-    assert root.abort_uploads() == [ours]
+    assert root.abort_multipart_uploads() == [ours]
     left = {item.object_name for item in client._list_multipart_uploads(BUCKET).uploads}
     assert left == {"faults/stale-of-another-job/object"}
-    assert root.abort_uploads() == []
+    assert root.abort_multipart_uploads() == []

@@ -1,4 +1,4 @@
-"""docs/traps.md names a test for each trap, and every one of them exists."""
+"""docs/traps.md names a test for each trap of training, and every test that the page names exists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 
 def rows() -> dict[int, str]:
-    """Return what the table says of each trap, by its number."""
+    """Return the column with the tests of each trap, by the number of the trap."""
     found = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", PAGE.read_text(), re.MULTILINE)
     return {int(number): tests for number, tests in found}
 

@@ -1,4 +1,6 @@
-"""Traps of training that need no table of runs: what a snapshot holds at once, what small updates come to in bf16."""
+"""Traps of training that need no series of runs: the memory of a snapshot, DeepSpeed's configuration, and small updates
+in bf16.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_core.contract import OptimizationConfig
-from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, engine_config
-from finetune_trainer.engine.state import owners, snapshot
+from finetune_trainer.engine.config import engine_config
+from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT
+from finetune_trainer.engine.state import assign_owners, take_snapshot
 from finetune_trainer.model.load import load_base
 from finetune_trainer.pod.plan import Inputs
 from tests.trainer import tiny
@@ -23,15 +26,16 @@ from tests.trainer.pods import run_config
 
 
 class Gathered:
-    """Stands for an engine that gathers whole parameters, and counts how many bytes of them are alive."""
+    """Stands for an engine that gathers whole parameters, and counts the bytes of gathered parameters that are
+    alive."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.names = shapes
+        self.parameter_shapes = shapes
         self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
         self.peak = 0
 
     def read_state(self, name: str) -> dict[str, torch.Tensor]:
-        made = {kind: torch.zeros(self.names[name]) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)}
+        made = {kind: torch.zeros(self.parameter_shapes[name]) for kind in (MASTER, FIRST_MOMENT, SECOND_MOMENT)}
         for tensor in made.values():
             self.alive.add(tensor)
         self.peak = max(self.peak, sum(tensor.nbytes for tensor in self.alive))
@@ -43,10 +47,11 @@ def test_trap_19_a_save_gathers_one_parameter_at_a_time() -> None:
     largest = max(3 * 4 * math.prod(shape) for shape in shapes.values())
     for rank in range(2):
         engine = Gathered(shapes)
-        kept = snapshot(engine, rank=rank, world_size=2)  # type: ignore[arg-type]
-        own = [name for name, owner in owners(shapes, 2).items() if owner == rank]
+        kept = take_snapshot(engine, rank=rank, world_size=2)  # type: ignore[arg-type]
+        own = [name for name, owner in assign_owners(shapes, 2).items() if owner == rank]
         assert {name.rpartition("/")[0] for name in kept} == set(own)
-        # What was gathered before is gone when the next parameter is: the copies that are kept are not counted here.
+        # At most two gathered parameters are alive at once, because the previous parameter is freed when the next has
+        # been gathered. The copies that the snapshot keeps are not counted.
         assert engine.peak <= 2 * largest
 
 
@@ -67,7 +72,8 @@ def test_overrides_are_merged_into_deepspeeds_configuration_last() -> None:
 
 @pytest.mark.long
 def test_trap_13_bf16_masters_lose_no_updates(store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:
-    """200 updates at rate 3e-5 are far below the resolution of bf16 weights, and move the fp32 masters all the same."""
+    """At a learning rate of 3e-5, each of 200 updates is far below the resolution of bf16 weights. The fp32 master
+    weights must change nevertheless."""
     steps = 200
     options: dict[str, Any] = {
         "world__nodes": 1,

@@ -1,5 +1,6 @@
-"""The queue of snapshots: what is replaced, what is not, and that no step log is lost; without a store and torch's
-ranks, because only the order of events matters here."""
+"""The queue of snapshots: which snapshots are replaced by newer ones, which are not, and that no row of the step log is
+lost. Neither store nor ranks are needed, because only the order of events matters.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +12,24 @@ import torch
 
 from finetune_core.contract import CheckpointRecord, StorageConfig
 from finetune_trainer.checkpoints.saver import is_due
-from finetune_trainer.checkpoints.uploads import Snapshot, Uploads
-from finetune_trainer.storage.checkpoints import TrainerState
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.checkpoints.uploads import Snapshot, UploadQueue
+from finetune_trainer.storage.checkpoint_folders import TrainerState
+from finetune_trainer.storage.step_log import StepRow
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
 
-def snapshot(number: int, *, must: bool = False) -> Snapshot:
+def snapshot(number: int, *, required: bool = False) -> Snapshot:
     state = TrainerState(
         step=number, epoch=0, batch_in_epoch=0, seed=1, updates=number, tokens=1, world_size=1, zero_stage=0, rows=1
     )
     row = StepRow(step=number, epoch=0, loss=1.0, learning_rate=1.0, gradient_norm=1.0, tokens=1, seconds=1.0)
-    return Snapshot(number, state, {"weight/master": torch.zeros(256)}, [row], must)
+    return Snapshot(number, state, {"weight/master": torch.zeros(256)}, [row], required)
 
 
 class Store:
-    """Commits when it is let, and remembers what."""
+    """Stands for the store. A snapshot is committed only when the test allows the commit, and the committed snapshots
+    are recorded."""
 
     def __init__(self) -> None:
         self.committed: list[Snapshot] = []
@@ -50,14 +52,14 @@ def store() -> Store:
 
 
 def test_what_waits_is_replaced_but_not_the_best_and_no_step_is_lost(store: Store) -> None:
-    uploads = Uploads(store)
+    uploads = UploadQueue(store)
     uploads.put(snapshot(1))
     assert store.begun.acquire(timeout=20)
-    for taken in (snapshot(2), snapshot(3, must=True), snapshot(4)):
+    for taken in (snapshot(2), snapshot(3, required=True), snapshot(4)):
         uploads.put(taken)
-    with uploads.held() as waiting:
+    with uploads.hold() as waiting:
         assert (waiting.count, waiting.first, waiting.bytes) == (3, 2, 3 * 1024)
-        # Another rank has begun with 2 already: it has to be finished here too.
+        # Another rank has begun to upload snapshot 2, so this rank must upload it too.
         assert waiting.replaceable(2) == [4]
         assert waiting.replaceable(1) == [2, 4]
         rows = waiting.drop([2, 4])
@@ -72,11 +74,11 @@ def test_what_waits_is_replaced_but_not_the_best_and_no_step_is_lost(store: Stor
 
 
 def test_of_best_ones_the_oldest_goes_because_the_later_ones_beat_it(store: Store) -> None:
-    uploads = Uploads(store)
+    uploads = UploadQueue(store)
     for number in (1, 2, 3):
-        uploads.put(snapshot(number, must=True))
+        uploads.put(snapshot(number, required=True))
     assert store.begun.acquire(timeout=20)
-    with uploads.held() as waiting:
+    with uploads.hold() as waiting:
         assert waiting.replaceable(1) == [2]
         assert waiting.replaceable(3) == []
     store.let.release(3)
@@ -84,7 +86,7 @@ def test_of_best_ones_the_oldest_goes_because_the_later_ones_beat_it(store: Stor
 
 
 def test_a_failure_ends_the_thread_and_is_kept(store: Store) -> None:
-    uploads = Uploads(store)
+    uploads = UploadQueue(store)
     store.failure = RuntimeError("the store is gone")
     uploads.put(snapshot(1))
     uploads.put(snapshot(2))

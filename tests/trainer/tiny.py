@@ -1,4 +1,6 @@
-"""A tiny random Llama with a word tokenizer, and rows that it can learn: made by the tests, nothing is downloaded."""
+"""A tiny, randomly initialized Llama with a word tokenizer, and rows that the model can learn. The tests create model
+and rows, so nothing has to be downloaded.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ def write_model(
     seed: int = 7,
     **shape: Any,
 ) -> Path:
-    """Write model and tokenizer in transformers' layout; ``shape`` changes its LlamaConfig, ``files`` is the size of
-    its largest weights file."""
+    """Write model and tokenizer in transformers' layout. ``shape`` changes fields of the LlamaConfig, and ``files`` is
+    the maximal size of a weight file, for example "60KB"."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -49,7 +51,8 @@ def write_model(
 
 
 def write_llama_tokenizer(folder: Path) -> Path:
-    """Write a small BPE tokenizer of Llama 2's kind: a mark before words, bytes for what it does not know."""
+    """Write a small BPE tokenizer like that of Llama 2: with a space mark before words, and byte tokens for unknown
+    characters."""
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
@@ -67,7 +70,7 @@ def write_llama_tokenizer(folder: Path) -> Path:
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Return rows of uneven lengths whose completion repeats the prompt's words backwards."""
+    """Return rows of different lengths whose completion repeats the words of the prompt in reverse order."""
     rng = random.Random(seed)
     made = []
     for _ in range(count):

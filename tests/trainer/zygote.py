@@ -1,5 +1,8 @@
-"""A process that has loaded torch once and forks ranks of `many_runs` from there: a gang starts within a second, so
-that it can be killed many times over. In: lines of JSON on standard input; out: the ids of ranks and how they ended.
+"""A process that imports torch once and then forks the ranks of `many_runs`, so that a group of ranks starts within a
+second and can be killed many times.
+
+The process reads JSON lines with the ranks to start from standard input, and writes a JSON line with rank and exit
+status for each rank that has ended.
 """
 
 from __future__ import annotations
@@ -22,14 +25,15 @@ END_SECONDS = 120.0
 
 
 class Zygote:
-    """The test's side: starts gangs and waits for them."""
+    """The test's side of the process: starts groups of ranks and waits until they have ended."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
         self._told = b""
 
     def gang(self, plans: Sequence[Path], logs: Path) -> list[int]:
-        """Run one rank for each file of plans; return how each ended: an exit status, or minus a signal's number."""
+        """Run one rank for each file of plans. Return the exit status of each rank; a negative status is the number of
+        the signal that killed the rank."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         port = free_port()
@@ -58,7 +62,7 @@ class Zygote:
 
 @contextlib.contextmanager
 def zygote() -> Iterator[Zygote]:
-    """Load torch once for the block."""
+    """Start the process, which imports torch once, for the duration of the block."""
     environment = {
         **os.environ,
         "PATH": "/nonexistent",
@@ -77,7 +81,7 @@ def zygote() -> Iterator[Zygote]:
 
 
 def _fork(order: dict[str, Any]) -> int:
-    """Start a rank and return its process id."""
+    """Fork a rank and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -93,7 +97,7 @@ def _fork(order: dict[str, Any]) -> int:
         many_runs.main()
         status = 0
     finally:
-        # What the parent has open is not this rank's to flush or close.
+        # os._exit leaves the files and buffers alone that the parent process had open.
         if status:
             import traceback
 
@@ -103,10 +107,10 @@ def _fork(order: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """Serve until the input ends."""
-    from finetune_trainer.ranks import process as environment
+    """Fork ranks and report their exits until standard input ends."""
+    from finetune_trainer.ranks import process
 
-    environment.prepare(Path(tempfile.mkdtemp(prefix="zygote-")))
+    process.prepare_environment(Path(tempfile.mkdtemp(prefix="zygote-")))
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
 

@@ -1,11 +1,13 @@
-"""`python -m finetune_trainer`: the entry point of the trainer image, PID 1 of every training pod, and with
-`preflight` of the pod that checks a job before GPUs are asked for."""
+"""`python -m finetune_trainer`: the entry point of the trainer image and PID 1 of every training pod. With the argument
+`preflight` the program is PID 1 of the preflight pod, which checks a job before the operator requests GPUs.
+"""
 
 from __future__ import annotations
 
 import signal
 
-# Before anything that takes time to import: the kernel drops a signal that PID 1 neither handles nor blocks.
+# The signals are blocked before the slow imports, because the kernel drops a signal that PID 1 neither handles nor
+# blocks.
 signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
 
 import argparse  # noqa: E402
@@ -13,10 +15,10 @@ import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from finetune_core.preflight import PREFLIGHT_COMMAND  # noqa: E402
+from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND  # noqa: E402
 from finetune_trainer.launcher import run  # noqa: E402
 from finetune_trainer.pod.settings import Paths  # noqa: E402
-from finetune_trainer.preflight.program import run as preflight  # noqa: E402
+from finetune_trainer.preflight.entrypoint import run as preflight  # noqa: E402
 
 EXAMPLES = """\
 examples:
@@ -37,7 +39,8 @@ exit codes:
 
 
 def parse(arguments: list[str]) -> tuple[bool, Paths]:
-    """Return whether only the checks are asked for, and the paths; each defaults to its place in a pod."""
+    """Return whether the command is `preflight`, and the paths from the command line. The default of each path is its
+    mount path in a pod."""
     parser = argparse.ArgumentParser(
         prog="python -m finetune_trainer",
         description="Train one node's part of a FineTuneJob attempt; identity comes from the environment.",
@@ -55,7 +58,7 @@ def parse(arguments: list[str]) -> tuple[bool, Paths]:
 
 
 def main() -> int:
-    """Do what the command line asks for; return the exit code."""
+    """Run the training or the preflight checks, and return the exit code."""
     only_check, paths = parse(sys.argv[1:])
     return preflight(paths) if only_check else run(paths, os.environ)
 
@@ -64,5 +67,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A download that was left behind must not hold the process.
+    # os._exit does not wait for threads, because a download that was abandoned after SIGTERM may still run in one.
     os._exit(code)

@@ -1,4 +1,7 @@
-"""The end of a job: the chosen checkpoint is loaded back, verified, scored, exported and committed as the artifact."""
+"""The end of a job: choose a checkpoint, fetch and verify its bytes, score the model, and publish the artifact.
+
+`train.py` calls `finish` after the last optimizer step of a run.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,19 @@ from typing import Any
 from finetune_core.contract import CheckpointRecord, EvaluationRecord, Outcome, Phase, Result
 from finetune_core.layout import checkpoint_folder
 from finetune_core.tasks import main_score_text
-from finetune_trainer.checkpoints.export import Export, export
+from finetune_trainer.checkpoints.export import ExportOptions, export_artifact
 from finetune_trainer.checkpoints.saver import Saver
 from finetune_trainer.engine.engine import MASTER, Engine
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.evaluation.comparison import ModelComparison
-from finetune_trainer.material import Data, base_folder
 from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.preparation import TrainingData, base_model_folder
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.sources.inputs import source_name
 from finetune_trainer.storage.artifact import publish
-from finetune_trainer.storage.bases import publish_base
-from finetune_trainer.storage.checkpoints import fetch_folder
+from finetune_trainer.storage.checkpoint_folders import fetch_folder
+from finetune_trainer.storage.extended_bases import publish_base
 from finetune_trainer.storage.root import RunRoot
 
 
@@ -29,7 +32,8 @@ def finish(
     plan: WorkerPlan,
     gang: Gang,
     root: RunRoot,
-    data: Data,
+    data: TrainingData,
+    *,
     model: Any,
     engine: Engine,
     saver: Saver,
@@ -37,9 +41,10 @@ def finish(
     stopped_early: bool,
     progress: Progress | None,
 ) -> Result:
-    """Return the result with the committed artifact; raises StopAgreed where a rank was told to stop meanwhile.
+    """Publish the artifact and return the job's result, on every rank. Raises StopAgreed after SIGTERM.
 
-    What is scored and exported are the verified bytes of the checkpoint, not what the process has in memory.
+    The scores and the artifact come from the verified bytes of the chosen checkpoint in the bucket, not from the
+    weights in memory.
     """
     chosen = saver.chosen(plan.config.evaluation.artifact_from)
     source = plan.folder / "chosen"
@@ -50,7 +55,7 @@ def finish(
         if gang.local_rank == 0:
             fetch_folder(root, checkpoint_folder(chosen.run, chosen.step), source)
 
-    gang.each(fetch, until_told=True)
+    gang.gather(fetch, until_stop=True)
     if comparison.evaluation is not None:
         for name, tensors in stored_tensors(source, (MASTER,)):
             engine.write_weight(name, tensors[MASTER])
@@ -65,38 +70,47 @@ def finish(
         result = publish(root, saver.run, chosen.step, files, below=target, outcome=outcome)
         shutil.rmtree(target)
         patience = plan.config.evaluation.patience if stopped_early else None
-        message = sentence(chosen, comparison.evaluation, task=plan.config.dataset.task, patience=patience)
+        message = result_message(chosen, comparison.evaluation, task=plan.config.dataset.task, patience=patience)
         evaluation = comparison.evaluation.rounded() if comparison.evaluation is not None else None
         update = {"message": message, "checkpoint": chosen.uri, "evaluation": evaluation}
         return result.model_copy(update=update).model_dump(mode="json")
 
-    result = Result.model_validate(gang.share(publish_chosen, until_told=True))
+    result = Result.model_validate(gang.run_on_rank_0(publish_chosen, until_stop=True))
     shutil.rmtree(source, ignore_errors=True)
     return result
 
 
-def export_files(plan: WorkerPlan, root: RunRoot, model: Any, data: Data, source: Path, target: Path) -> list[Path]:
-    """Write the artifact of the checkpoint in ``source`` into ``target`` and return its files.
+def export_files(
+    plan: WorkerPlan, root: RunRoot, model: Any, data: TrainingData, source: Path, target: Path
+) -> list[Path]:
+    """Write the artifact of the checkpoint in folder ``source`` into folder ``target``, and return the files.
 
-    An adapter names its base: where that is not the one given, it is published first.
+    An adapter names its base model. Where the run extended the base model, for example by added tokens, the extended
+    base model is published first, so that the adapter can name the published one.
     """
-    config, folder = plan.config, base_folder(plan)
+    config, folder = plan.config, base_model_folder(plan)
     base_name = source_name(config.model)
     if folder != plan.inputs.model and config.lora is not None and config.storage.artifact != "Merged":
         base_name = publish_base(root, folder)
-    options = Export(
+    options = ExportOptions(
         kind=config.storage.artifact,
         precision=config.optimization.precision,
         base=folder,
         base_name=base_name,
-        new_rows=data.prepared.new_rows,
+        added_rows=data.summary.added_rows,
         stop_ids=data.stop_ids,
     )
-    return export(model, data.tokenizer, source, target, options)
+    return export_artifact(model, data.tokenizer, source, target, options)
 
 
-def sentence(chosen: CheckpointRecord, evaluation: EvaluationRecord | None, *, task: str, patience: int | None) -> str:
-    """Return what a person reads at the end: which step it is, how good, and why it stopped early where it did."""
+def result_message(
+    chosen: CheckpointRecord, evaluation: EvaluationRecord | None, *, task: str, patience: int | None
+) -> str:
+    """Return the sentence of the final result, such as `the artifact is the model of step 60, validation perplexity
+    1.479`.
+
+    ``task`` is `dataset.task`, and ``patience`` is `evaluation.patience` where the run stopped early, else None.
+    """
     text = f"the artifact is the model of step {chosen.step}"
     if chosen.perplexity is not None:
         text += f", validation perplexity {chosen.perplexity:.4g}"

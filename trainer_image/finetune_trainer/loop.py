@@ -1,4 +1,8 @@
-"""The steps of a run, from where it starts to its last: consume a global batch, update, watch, evaluate, save, tell."""
+"""The optimizer steps of a run: train on a global batch, update, watch the loss, evaluate, save a checkpoint, report.
+
+`train.py` makes one `TrainingLoop` for each run. `TrainingLoop.run` reads as the story of a run, and
+`TrainingLoop._train_step` as the story of one optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -8,49 +12,54 @@ import time
 import torch
 
 from finetune_core.contract import Phase
-from finetune_core.planning.choices import total_steps
+from finetune_core.planning.training_plan import total_steps
+from finetune_trainer.checkpoints.resume import RunStart
 from finetune_trainer.checkpoints.saver import Saver
-from finetune_trainer.checkpoints.start import Start
+from finetune_trainer.data.micro_batches import MicroBatcher, MicroBatchPlan
 from finetune_trainer.data.order import batches_per_epoch, cursor
-from finetune_trainer.data.shares import Batches, Share
-from finetune_trainer.decisions.recovery import left_out, react
-from finetune_trainer.decisions.replay import Past
-from finetune_trainer.decisions.schedule import rate
-from finetune_trainer.decisions.stability import Alarm, non_finite, observe
+from finetune_trainer.decisions.recovery import is_skipped, plan_recovery
+from finetune_trainer.decisions.replay import ReplayedDecisions
+from finetune_trainer.decisions.schedule import learning_rate_at
+from finetune_trainer.decisions.stability import Alarm, non_finite_alarm, observe
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import EvaluationSet
-from finetune_trainer.material import Data
 from finetune_trainer.pod.errors import StopAgreed, Stopped
-from finetune_trainer.pod.outcomes import Standing
+from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.preparation import TrainingData
 from finetune_trainer.ranks.gang import Gang
-from finetune_trainer.reporting.meter import BACKWARD, DATA, FORWARD, UPDATE, Stopwatch, memory_of, mfu, shape_of
+from finetune_trainer.reporting.meter import BACKWARD, DATA, FORWARD, UPDATE, Stopwatch, memory_usage, mfu, model_shape
 from finetune_trainer.reporting.progress import Progress
-from finetune_trainer.storage.checkpoints import TrainerState
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.checkpoint_folders import TrainerState
+from finetune_trainer.storage.step_log import StepRow
 
 
-class Training:
-    """The steps of a run from where it starts to its last."""
+class TrainingLoop:
+    """The optimizer steps of one run, from the step after its parent checkpoint to the last step of the job."""
 
     def __init__(
         self,
         plan: WorkerPlan,
         gang: Gang,
         engine: Engine,
-        data: Data,
-        batches: Batches,
+        data: TrainingData,
+        *,
+        batches: MicroBatcher,
         saver: Saver,
         scorer: Scorer,
         validation: EvaluationSet | None,
         progress: Progress | None,
-        standing: Standing,
-        start: Start,
-        past: Past,
+        status: WorkerStatus,
+        start: RunStart,
+        replayed: ReplayedDecisions,
         state: TrainerState | None,
     ) -> None:
-        """Stand at ``state``, or before the first step; ``past`` is what led there."""
+        """Begin after the step of ``state``, or at step 1 where ``state`` is None.
+
+        ``replayed`` holds the best evaluation so far and the memory of the stability monitor, as the steps before this
+        run left them.
+        """
         self._config = plan.config
         self._gang = gang
         self._engine = engine
@@ -59,149 +68,162 @@ class Training:
         self._scorer = scorer
         self._validation = validation
         self._progress = progress
-        self._standing = standing
+        self._status = status
         self._rollbacks = start.rollbacks
-        self._selection = past.selection
-        self._watch = past.watch
-        self._prepared = data.prepared
+        self._selection = replayed.selection
+        self._monitor = replayed.monitor
+        self._data_sha256 = data.summary.data_sha256
         optimization = plan.config.optimization
         self._rows = rows = len(data.train)
-        self._per_epoch = batches_per_epoch(rows, optimization.global_batch_size)
+        self._steps_per_epoch = batches_per_epoch(rows, optimization.global_batch_size)
         self.total_steps = total_steps(
             rows=rows,
             global_batch_size=optimization.global_batch_size,
             epochs=optimization.epochs,
             max_steps=optimization.max_steps,
         )
-        self._trained = sum(math.prod(shape) for shape in engine.names.values())
-        self._shape = shape_of(data.bones, self._trained, adapters=plan.config.lora is not None)
+        self._trained_parameters = sum(math.prod(shape) for shape in engine.parameter_shapes.values())
+        self._model_shape = model_shape(data.structure, self._trained_parameters, adapters=plan.config.lora is not None)
         self.step = state.step if state else 0
         self._saved_step = self.step
         self._saving_seconds = 0.0
-        standing.step = self.step
-        standing.checkpoint = saver.last.uri if saver.last else None
+        status.step = self.step
+        status.checkpoint = saver.last.uri if saver.last else None
         self._updates = state.updates if state else 0
         self._tokens = state.tokens if state else 0
-        self._unscored = state is not None and state.perplexity is None and self._evaluation_due()
-        if state is not None and state.data_sha256 != data.prepared.data_sha256 and progress is not None:
+        self._evaluation_missing = state is not None and state.perplexity is None and self._evaluation_due()
+        if state is not None and state.data_sha256 != self._data_sha256 and progress is not None:
             progress.notice(f"the {rows} training rows are not the {state.rows} that the checkpoint was made with")
 
-    def description(self, start: Start) -> str:
-        """Return the line that the log begins with."""
+    def description(self, start: RunStart) -> str:
+        """Return the first line of the run's log: method, parameters, ranks, rows, steps, and where the run resumes."""
         optimization, world = self._config.optimization, self._config.world
         resumed = f", resumed from step {start.parent.step} of run {start.parent.run}" if start.parent else ""
         factor = math.prod(rollback.rate_factor for rollback in start.rollbacks)
         lowered = f", rate times {factor:.3g} after {len(start.rollbacks)} rollbacks" if start.rollbacks else ""
         return (
-            f"run {start.run}: {self._config.method.value}, {self._trained:,} trained parameters,"
+            f"run {start.run}: {self._config.method.value}, {self._trained_parameters:,} trained parameters,"
             f" {optimization.precision}, ZeRO {optimization.zero_stage}, {world.size} x {world.device},"
             f" {torch.get_num_threads()} threads each; {self._rows} rows, {self.total_steps} steps of"
             f" {optimization.global_batch_size} examples{resumed}{lowered}"
         )
 
-    def steps(self) -> bool:
-        """Run to the last step with evaluations and checkpoints; return whether patience ended it before.
+    def run(self) -> bool:
+        """Train to the last step, with evaluations and checkpoints. Return whether `evaluation.patience` ended the run
+        before the last step.
 
-        Raises Stopped, Diverged and RollBack.
+        Raises Stopped after SIGTERM, Diverged, or RollbackRequired.
         """
         try:
-            if self._unscored:
-                # The run was told to stop during this evaluation: what is chosen must not depend on that.
-                self._evaluate_and_save(scored_late=True)
+            if self._evaluation_missing:
+                # SIGTERM cut this evaluation off before the run resumed. Without the evaluation, the choice of the best
+                # checkpoint would depend on when SIGTERM came.
+                self._evaluate_and_save(catching_up=True)
             while self.step < self.total_steps and not self._selection.exhausted:
                 step = self.step + 1
-                if left_out(step, self._rollbacks):
-                    self._leave_out(step)
+                if is_skipped(step, self._rollbacks):
+                    self._skip_step(step)
                 else:
-                    self._react(self._one_step(step))
+                    self._recover_from(self._train_step(step))
                 self._evaluate_and_save()
-            self._drain()
+            self._wait_for_commits()
         except StopAgreed:
-            self._stop()
+            self._save_and_stop()
         return self._selection.exhausted
 
-    def _one_step(self, step: int) -> Alarm | None:
-        """Consume the global batch of ``step`` and apply its update if it is finite; return what is wrong with it.
+    def _train_step(self, step: int) -> Alarm | None:
+        """Train on the global batch of ``step``. Return an alarm where the loss or the gradient is suspicious.
 
-        Loss and gradient are sums over the supervised tokens of the whole global batch divided by their number,
-        whatever the number of ranks and micro-batches: the engine averages over ranks, hence the factor. Raises
-        StopAgreed before the update.
+        The update is applied only where loss and gradient are finite. Raises StopAgreed before the update.
         """
-        started, started_cpu, watch = time.monotonic(), time.thread_time(), Stopwatch(self._gang.device)
-        gang, optimization = self._gang, self._config.optimization
-        with watch.part(DATA):
-            share = self._batches.step(step, optimization)
-        nll = torch.zeros((), dtype=torch.float64, device=gang.device)
-        positions = 0
-        tensors = self._batches.tensors(share, step=step)
-        for index in range(1, len(share.own) + 1):
-            gang.check_stop(failed=self._saver.failed)
-            with watch.part(DATA):
-                micro = next(tensors).to(gang.device)
-            with watch.part(FORWARD):
-                loss = self._engine.loss(micro)
-            nll += loss.detach()
-            positions += micro.input_ids.numel()
-            with watch.part(BACKWARD):
-                factor = gang.world_size / max(1, share.tokens)
-                self._engine.backward(loss * factor, last=index == len(share.own))
-        total_nll, padded = gang.total([float(nll), positions])
-        loss_value, norm = total_nll / max(1, share.tokens), self._engine.gradient_norm()
-        learning_rate = rate(step, self.total_steps, optimization, self._rollbacks)
-        alarm = non_finite(step, loss_value, norm)
-        with watch.part(UPDATE):
+        started, started_cpu, stopwatch = time.monotonic(), time.thread_time(), Stopwatch(self._gang.device)
+        with stopwatch.part(DATA):
+            batch_plan = self._batches.plan_step(step, self._config.optimization)
+        nll, computed_positions = self._accumulate_gradient(step, batch_plan, stopwatch)
+        loss, norm = nll / max(1, batch_plan.tokens), self._engine.gradient_norm()
+        learning_rate = learning_rate_at(step, self.total_steps, self._config.optimization, self._rollbacks)
+        alarm = non_finite_alarm(step, loss, norm)
+        with stopwatch.part(UPDATE):
             if alarm is None:
                 self._engine.step(learning_rate)
             else:
-                self._engine.discard()
+                self._engine.discard_gradient()
         self._updates += alarm is None
         if alarm is None and self._config.stability.on_exploding_loss is not None:
-            self._watch, alarm = observe(self._watch, step, loss_value, norm)
-        self._finished(
+            self._monitor, alarm = observe(self._monitor, step, loss, norm)
+        self._record_step(
             StepRow(
                 step=step,
-                epoch=step / self._per_epoch,
-                loss=loss_value if math.isfinite(loss_value) else None,
+                epoch=step / self._steps_per_epoch,
+                loss=loss if math.isfinite(loss) else None,
                 learning_rate=learning_rate,
                 gradient_norm=norm if math.isfinite(norm) else None,
-                applied=math.isfinite(loss_value) and math.isfinite(norm),
-                tokens=share.tokens,
-                padded_tokens=int(padded),
+                applied=math.isfinite(loss) and math.isfinite(norm),
+                tokens=batch_plan.tokens,
+                padded_tokens=int(computed_positions),
                 seconds=time.monotonic() - started,
                 cpu_seconds=time.thread_time() - started_cpu,
-                data_seconds=watch.seconds(DATA),
-                forward_seconds=watch.seconds(FORWARD),
-                backward_seconds=watch.seconds(BACKWARD),
-                update_seconds=watch.seconds(UPDATE),
+                data_seconds=stopwatch.seconds(DATA),
+                forward_seconds=stopwatch.seconds(FORWARD),
+                backward_seconds=stopwatch.seconds(BACKWARD),
+                update_seconds=stopwatch.seconds(UPDATE),
             ),
-            share,
+            batch_plan,
         )
         return alarm
 
-    def _leave_out(self, step: int) -> None:
-        """Consume the global batch of ``step`` without computing it: it is of the data that a rollback skips."""
-        self._gang.check_stop(failed=self._saver.failed)
-        optimization = self._config.optimization
-        learning_rate = rate(step, self.total_steps, optimization, self._rollbacks)
-        row = StepRow(
-            step=step, epoch=step / self._per_epoch, learning_rate=learning_rate, applied=False, tokens=0, seconds=0.0
-        )
-        self._finished(row, None)
+    def _accumulate_gradient(self, step: int, batch_plan: MicroBatchPlan, stopwatch: Stopwatch) -> tuple[float, float]:
+        """Run forward and backward over this rank's micro-batches of the global batch.
 
-    def _finished(self, row: StepRow, share: Share | None) -> None:
-        """Note a step that was consumed, with what the whole of it took."""
-        self.step = self._standing.step = row.step
+        Return two sums over all ranks: the negative log-likelihood (nats) of the supervised tokens, and the number of
+        computed positions with padding. The gradient is that of the mean over all supervised tokens of the global
+        batch, whatever the number of ranks and micro-batches. Raises StopAgreed.
+        """
+        gang = self._gang
+        nll = torch.zeros((), dtype=torch.float64, device=gang.device)
+        positions = 0
+        tensors = self._batches.tensors(batch_plan, step=step)
+        for index in range(1, len(batch_plan.micro_batches) + 1):
+            gang.check_stop(failed=self._saver.failed)
+            with stopwatch.part(DATA):
+                micro_batch = next(tensors).to(gang.device)
+            with stopwatch.part(FORWARD):
+                loss = self._engine.loss(micro_batch)
+            nll += loss.detach()
+            positions += micro_batch.input_ids.numel()
+            with stopwatch.part(BACKWARD):
+                # DeepSpeed averages gradients over the ranks, so the factor undoes the division by their number.
+                factor = gang.world_size / max(1, batch_plan.tokens)
+                self._engine.backward(loss * factor, last=index == len(batch_plan.micro_batches))
+        total_nll, total_positions = gang.sum_over_ranks([float(nll), positions])
+        return total_nll, total_positions
+
+    def _skip_step(self, step: int) -> None:
+        """Count ``step`` as done without training on its global batch, because a rollback excludes the batch's rows."""
+        self._gang.check_stop(failed=self._saver.failed)
+        learning_rate = learning_rate_at(step, self.total_steps, self._config.optimization, self._rollbacks)
+        epoch = step / self._steps_per_epoch
+        row = StepRow(step=step, epoch=epoch, learning_rate=learning_rate, applied=False, tokens=0, seconds=0.0)
+        self._record_step(row, None)
+
+    def _record_step(self, row: StepRow, batch_plan: MicroBatchPlan | None) -> None:
+        """Advance to the step of ``row``. Rank 0 also reports the row, with memory, utilisation and the time for saving
+        added.
+
+        ``batch_plan`` is None for a skipped step.
+        """
+        self.step = self._status.step = row.step
         self._tokens += row.tokens
         if self._progress is None:
             return
-        lengths = [self._batches.examples.lengths[index] for index in share.rows] if share else []
+        lengths = [self._batches.examples.lengths[index] for index in batch_plan.rows] if batch_plan else []
         device = self._gang.device
-        memory, peak = memory_of(device)
+        memory, peak = memory_usage(device)
         self._progress.finished_step(
             row.model_copy(
                 update={
                     "real_tokens": sum(lengths),
-                    "mfu": mfu(self._shape, lengths, row.seconds, devices=self._gang.world_size, device=device),
+                    "mfu": mfu(self._model_shape, lengths, row.seconds, devices=self._gang.world_size, device=device),
                     "memory_bytes": memory,
                     "memory_peak_bytes": peak,
                     "checkpoint_seconds": self._saving_seconds,
@@ -211,54 +233,63 @@ class Training:
         )
         self._saving_seconds = 0.0
 
-    def _react(self, alarm: Alarm | None) -> None:
-        """Record what went wrong and do as the job says; every rank sees the same numbers, so all do the same."""
+    def _recover_from(self, alarm: Alarm | None) -> None:
+        """Record ``alarm`` and act as `spec.stability` says. Every rank has the same numbers, so all ranks act alike.
+
+        Raises RollbackRequired or Diverged where recording the alarm is not enough.
+        """
         if alarm is None:
             return
-        incident, order = react(alarm, self._config, self._rollbacks)
+        incident, error = plan_recovery(alarm, self._config, self._rollbacks)
         if self._progress is not None:
             self._progress.incident(incident)
-        if order is not None:
+        if error is not None:
             if self._progress is not None:
                 self._progress.log_step()
-            # What comes next must not depend on how far an upload was.
-            self._drain()
-            raise order
+            # The checkpoint that a rollback returns to must not depend on how far an upload was.
+            self._wait_for_commits()
+            raise error
 
     def _evaluation_due(self) -> bool:
         if self._validation is None or self.step == 0:
             return False
-        every = self._config.evaluation.every_steps or self._per_epoch
+        every = self._config.evaluation.every_steps or self._steps_per_epoch
         return self.step % every == 0 or self.step == self.total_steps
 
-    def _evaluate_and_save(self, *, scored_late: bool = False) -> None:
-        """Evaluate and save where it is due, and tell."""
+    def _evaluate_and_save(self, *, catching_up: bool = False) -> None:
+        """Evaluate and save a checkpoint where they are due after the current step, and report both.
+
+        With ``catching_up`` the step and its checkpoint belong to an earlier run, and only the evaluation is missing.
+        """
         perplexity = task_score = None
         if self._validation is not None and self._evaluation_due():
             perplexity, task_score = self._evaluate(self._validation)
             self._selection = self._selection.after(self.step, perplexity=perplexity, task_score=task_score)
             if self._progress is not None:
                 self._progress.scored(self.step, perplexity, task_score)
-        if self._progress is not None and not scored_late:
+        if self._progress is not None and not catching_up:
             self._progress.log_step()
         improved = perplexity is not None and self._selection.best_step == self.step
-        periodic = self._saver.due(self.step) and not scored_late
-        must = improved or self.step == self.total_steps or self._selection.exhausted
-        if periodic or must:
-            self._save(perplexity, task_score, must=must)
-        self._tell_checkpoints()
+        periodic = self._saver.due(self.step) and not catching_up
+        required = improved or self.step == self.total_steps or self._selection.exhausted
+        if periodic or required:
+            self._save(perplexity, task_score, required=required)
+        self._report_checkpoints()
 
     def _evaluate(self, validation: EvaluationSet) -> tuple[float, float | None]:
-        """Return validation perplexity and, where checkpoints are chosen by it, the task's score."""
+        """Return the validation perplexity, and the task score where `evaluation.bestBy` is TaskScore."""
         perplexity, task_score = self._scorer.perplexity(validation.examples), None
         if self._config.evaluation.best_by == "TaskScore":
             task_score = self._scorer.task_scores(validation).main
-        self._phase(Phase.TRAINING)
+        self._set_phase(Phase.TRAINING)
         return perplexity, task_score
 
-    def _save(self, perplexity: float | None, task_score: float | None, *, must: bool) -> None:
-        """Take a snapshot; it is committed in the background. ``must``: a later one does not make up for it."""
-        self._phase(Phase.SAVING)
+    def _save(self, perplexity: float | None, task_score: float | None, *, required: bool) -> None:
+        """Copy the training state into memory. A background thread uploads and commits the copy as a checkpoint.
+
+        A ``required`` checkpoint is committed even where a later one waits for its upload too.
+        """
+        self._set_phase(Phase.SAVING)
         began = time.monotonic()
         optimization = self._config.optimization
         position = cursor(self.step + 1, rows=self._rows, global_batch_size=optimization.global_batch_size)
@@ -272,43 +303,45 @@ class Training:
             world_size=self._gang.world_size,
             zero_stage=optimization.zero_stage,
             rows=self._rows,
-            data_sha256=self._prepared.data_sha256,
+            data_sha256=self._data_sha256,
             perplexity=perplexity,
             task_score=task_score,
             best_perplexity=self._selection.best if self._selection.best_by == "Perplexity" else None,
         )
         rows = self._progress.pending_rows() if self._progress is not None else []
-        self._saver.save(self._engine, state, rows, must=must)
+        self._saver.save(self._engine, state, rows, required=required)
         self._saved_step = self.step
         self._saving_seconds += time.monotonic() - began
-        self._phase(Phase.TRAINING)
+        self._set_phase(Phase.TRAINING)
 
-    def _tell_checkpoints(self) -> None:
-        """Note what was committed since the last time, and how old what would be resumed from is."""
+    def _report_checkpoints(self) -> None:
+        """Report the checkpoints that were committed since the last call, and the age of the newest one."""
         for record in self._saver.take_committed():
-            self._standing.checkpoint = record.uri
+            self._status.checkpoint = record.uri
             if self._progress is not None:
                 self._progress.saved(record, self._saver.committed, self._saver.best)
         if self._progress is not None:
             self._progress.checkpointing(age=self._saver.age_seconds, problem=self._saver.problem)
 
-    def _drain(self) -> None:
-        """Wait until all that was saved is committed."""
-        self._phase(Phase.SAVING)
-        self._saver.drain(self._gang.told)
-        self._tell_checkpoints()
+    def _wait_for_commits(self) -> None:
+        """Wait until every checkpoint that was saved is committed."""
+        self._set_phase(Phase.SAVING)
+        self._saver.wait_for_commits(self._gang.stop_requested)
+        self._report_checkpoints()
 
-    def _stop(self) -> None:
-        """Save what is not saved yet, then leave; all ranks come here together. Always raises Stopped, or what ended
-        the background thread of a rank."""
+    def _save_and_stop(self) -> None:
+        """Save the last step, wait for its commit, and raise Stopped; all ranks call this together.
+
+        Where the upload thread of a rank failed, the error of that thread is raised on all ranks instead.
+        """
         self._saver.raise_failure()
         if self.step > self._saved_step:
-            self._save(None, None, must=True)
-        self._drain()
+            self._save(None, None, required=True)
+        self._wait_for_commits()
         where = f"the checkpoint of step {self.step} is committed" if self.step else "no step was finished yet"
         raise Stopped(f"told to stop: {where}")
 
-    def _phase(self, phase: Phase) -> None:
-        self._standing.phase = phase.value
+    def _set_phase(self, phase: Phase) -> None:
+        self._status.phase = phase.value
         if self._progress is not None:
             self._progress.phase(phase)

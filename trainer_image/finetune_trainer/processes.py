@@ -1,4 +1,6 @@
-"""The worker processes of a pod: started together, told to stop together, none left behind."""
+"""Starts the worker processes of a pod, one per GPU or CPU rank, forwards SIGTERM to them, and waits until all of them
+have exited. `launcher.py` calls this module.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from finetune_core.contract import ExitCode
-from finetune_trainer.pod.outcomes import WorkerEnd, read_outcome, read_sign_of_life
+from finetune_trainer.pod.outcomes import WorkerExit, read_heartbeat, read_outcome
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.settings import ALL_LEAVE_SECONDS, PEERS_LEAVE_SECONDS
+from finetune_trainer.pod.signals import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-HEARTBEAT_SECONDS = 1.0
-"""The longest sleep of the supervision when no signal wakes it."""
+SUPERVISION_SECONDS = 1.0
+"""Longest time between two checks of the workers when no signal arrives."""
 
 
-def worker_environment(
+def worker_environments(
     environment: Mapping[str, str], plan: WorkerPlan, *, address: str, port: str, threads: int
 ) -> list[dict[str, str]]:
-    """Return the environments of this pod's workers, in the order of local ranks."""
+    """Return the environment variables of this pod's workers, in the order of their local ranks.
+
+    ``address`` and ``port`` are those of rank 0, and ``threads`` is the number of compute threads of each worker.
+    """
     world = plan.config.world
     base = dict(environment)
     base.setdefault("OMP_NUM_THREADS", str(threads))
@@ -43,48 +48,52 @@ def worker_environment(
     return [{**base, "RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(world.processes_per_node)]
 
 
-class Workers:
-    """The children of PID 1."""
+class WorkerProcesses:
+    """The worker processes, one per GPU or CPU rank, that the launcher (PID 1 of the pod) starts and supervises."""
 
-    def __init__(self, folder: Path, *, silence_seconds: float = math.inf) -> None:
-        """Workers leave their outcomes in ``folder``, and signs of life at least every ``silence_seconds``."""
+    def __init__(self, folder: Path, *, heartbeat_timeout: float = math.inf) -> None:
+        """Workers write outcome files and heartbeats into ``folder``. A worker without a new heartbeat for
+        ``heartbeat_timeout`` seconds is killed.
+        """
         self._folder = folder
-        self._silence = silence_seconds
+        self._heartbeat_timeout = heartbeat_timeout
         self._frozen: set[int] = set()
-        self._signs: dict[int, tuple[float, float]] = {}
-        """Newest sign of life of each rank, and when it was first seen (monotonic)."""
+        self._heartbeats: dict[int, tuple[float, float]] = {}
+        """Time stamp of each rank's newest heartbeat, and the monotonic time at which the launcher first saw it."""
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._killed: set[int] = set()
 
     def run(
-        self, plan: WorkerPlan, environments: Sequence[Mapping[str, str]], *, told: bool = False
-    ) -> list[WorkerEnd]:
-        """Start one worker per environment, wait for all, and return how they ended, in the order of ranks.
+        self, plan: WorkerPlan, environments: Sequence[Mapping[str, str]], *, stop_at_once: bool = False
+    ) -> list[WorkerExit]:
+        """Start one worker per environment, wait for all workers, and return their exits in the order of ranks.
 
-        With ``told`` they are told to stop at once: all that they do is to tell the other pods' workers.
+        With ``stop_at_once`` the workers receive SIGTERM directly after their start. Such workers only report the stop
+        to the ranks of the other pods.
         """
-        with _wakeup() as woken:
+        with _collect_signals() as received:
             self._start(plan, environments)
-            if told:
+            if stop_at_once:
                 self._terminate()
-            self._wait(woken)
-        return [self._end(rank) for rank in sorted(self._children)]
+            self._wait(received)
+        return [self._exit_of(rank) for rank in sorted(self._children)]
 
-    def _end(self, rank: int) -> WorkerEnd:
-        sign = read_sign_of_life(self._folder, rank)
-        return WorkerEnd(
+    def _exit_of(self, rank: int) -> WorkerExit:
+        heartbeat = read_heartbeat(self._folder, rank)
+        return WorkerExit(
             rank,
             self._children[rank].returncode,
             read_outcome(self._folder, rank),
-            ended_by_launcher=rank in self._killed,
+            killed_by_launcher=rank in self._killed,
             frozen=rank in self._frozen,
-            last_seen=sign[0] if sign else "",
+            last_seen=heartbeat[0] if heartbeat else "",
         )
 
     def _start(self, plan: WorkerPlan, environments: Sequence[Mapping[str, str]]) -> None:
         path = self._folder / "plan.json"
         path.write_text(plan.to_json())
-        # A child inherits the mask: a signal that comes before it can listen waits until it does.
+        # A worker inherits the blocked signals, so a SIGTERM that arrives before the worker has installed its handler
+        # stays pending until the worker unblocks the signal.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             for environment in environments:
@@ -98,11 +107,11 @@ class Workers:
             if child.poll() is None:
                 child.terminate()
 
-    def _wait(self, woken: _Woken) -> None:
-        """Wait until every worker has ended.
+    def _wait(self, received: _ReceivedSignals) -> None:
+        """Wait until every worker has exited, and forward SIGTERM and SIGINT to the workers as SIGTERM.
 
-        SIGTERM and SIGINT are passed on. Once a worker has ended, the others get a bounded time to follow; then
-        they are killed, because a worker that waits for a dead one waits for its timeout.
+        Once a worker has exited, the remaining workers have a bounded time to exit before they are killed. Without the
+        bound, a worker that waits in a collective for the exited worker would wait for the collective's whole timeout.
         """
         deadline: float | None = None
         while running := [rank for rank, child in self._children.items() if child.poll() is None]:
@@ -114,35 +123,40 @@ class Workers:
                 for rank in running:
                     self._killed.add(rank)
                     self._children[rank].kill()
-            self._end_frozen(running)
-            if any(number in STOP_SIGNALS for number in woken()):
+            self._kill_frozen(running)
+            if any(number in STOP_SIGNALS for number in received()):
                 self._terminate()
 
-    def _end_frozen(self, running: Sequence[int]) -> None:
-        """Kill workers that give no sign of life: a stopped process can't end itself, and holds all others."""
+    def _kill_frozen(self, running: Sequence[int]) -> None:
+        """Kill workers whose heartbeats have stopped, because a frozen worker can't exit by itself and blocks all other
+        ranks.
+        """
         for rank in running:
-            sign = read_sign_of_life(self._folder, rank)
-            if sign is None or rank in self._frozen:
+            heartbeat = read_heartbeat(self._folder, rank)
+            if heartbeat is None or rank in self._frozen:
                 continue
-            # How long it has not changed is measured here: the machine's clock may be set meanwhile.
-            stamp, since = self._signs.get(rank, (None, 0.0))
-            if stamp != sign[1]:
-                self._signs[rank] = (sign[1], time.monotonic())
-            elif time.monotonic() - since > self._silence:
+            # The age of a heartbeat is measured with this process's monotonic clock, because the wall clock may be
+            # changed in between.
+            stamp, since = self._heartbeats.get(rank, (None, 0.0))
+            if stamp != heartbeat[1]:
+                self._heartbeats[rank] = (heartbeat[1], time.monotonic())
+            elif time.monotonic() - since > self._heartbeat_timeout:
                 self._frozen.add(rank)
                 self._children[rank].kill()
 
 
 @contextlib.contextmanager
-def _wakeup() -> Iterator[_Woken]:
-    """Collect signals while the block runs: each wakes the supervision through a pipe."""
+def _collect_signals() -> Iterator[_ReceivedSignals]:
+    """Collect stop signals and SIGCHLD while the block runs. Python writes the number of each signal into a pipe, which
+    wakes the supervision loop.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     numbers = (*STOP_SIGNALS, signal.SIGCHLD)
     previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
     previous_fd = signal.set_wakeup_fd(writer)
     try:
-        yield _Woken(reader)
+        yield _ReceivedSignals(reader)
     finally:
         signal.set_wakeup_fd(previous_fd)
         for number, handler in previous.items():
@@ -151,12 +165,12 @@ def _wakeup() -> Iterator[_Woken]:
         os.close(writer)
 
 
-class _Woken:
-    """Waits for signals, bounded, and returns their numbers."""
+class _ReceivedSignals:
+    """Waits at most `SUPERVISION_SECONDS` for signals and returns their numbers, one byte each."""
 
     def __init__(self, reader: int) -> None:
         self._reader = reader
 
     def __call__(self) -> bytes:
-        ready, _, _ = select.select([self._reader], [], [], HEARTBEAT_SECONDS)
+        ready, _, _ = select.select([self._reader], [], [], SUPERVISION_SECONDS)
         return os.read(self._reader, 64) if ready else b""

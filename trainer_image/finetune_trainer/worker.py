@@ -1,59 +1,44 @@
-"""One training process: `python -m finetune_trainer.worker PLAN LAUNCHER`, started by the process with the id LAUNCHER
-with its ranks in the environment. Whatever happens, it leaves `outcome-<rank>.json`.
+"""One training process, which computes one rank: `python -m finetune_trainer.worker PLAN_FILE LAUNCHER_PID`.
 
-Signal handlers come before the heavy imports, so that a SIGTERM while torch loads is not lost.
+`processes.py` starts one worker per GPU, with the rank in the environment. However a worker ends, it leaves the file
+`outcome-<rank>.json` for the launcher. Signal handlers are installed before the heavy imports, so that a SIGTERM that
+arrives while torch is imported is not lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetune_core.contract import Outcome, Result
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import Diverged, OutOfMemory, OutsideFailure, PeerLost, Stopped
-from finetune_trainer.pod.outcomes import Standing, WorkerOutcome, outcome_of, write_outcome
+from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, outcome_of, write_outcome
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
+from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.ranks.watchdog import Watchdog
 from finetune_trainer.reporting.reporter import Reporter
 
-SHARED_BY_ALL = (UserError, OutsideFailure, Diverged, Stopped)
-"""What every rank ends with together: rank 0 stays until the others have read why. With anything else the others
-wait in a collective, and the sooner this process is gone the sooner they notice."""
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ERRORS_OF_ALL_RANKS = (UserError, OutsideFailure, Diverged, Stopped)
+"""Errors that end every rank in the same way. Rank 0 waits until the other ranks have read the error from the
+rendezvous store, which lives in rank 0. After any other error the process leaves at once, because the other ranks wait
+in a collective and notice the sooner that this rank is gone."""
 PR_SET_PDEATHSIG = 1
+"""Option of `prctl(2)`: the signal that the kernel sends to this process when its parent ends."""
 
 
-class StopFlag:
-    """Becomes true at SIGTERM; the loop looks at it, the handler does nothing else."""
+def end_with_launcher(launcher: int) -> None:
+    """Let the kernel send SIGTERM to this process when the process with id ``launcher`` ends, for whatever reason.
 
-    def __init__(self) -> None:
-        """Listen from now on; what came since the launcher started this process has waited."""
-        self._set = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._told)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-    def _told(self, *_: object) -> None:
-        self._set = True
-
-    def __call__(self) -> bool:
-        """Return whether this process was told to stop."""
-        return self._set
-
-
-def leave_with(launcher: int) -> None:
-    """Let the kernel tell this process to stop when its launcher ends, however that happens.
-
-    In a container everything ends with PID 1. Elsewhere a worker whose launcher was killed would train on unseen, and
-    hold the devices that the next attempt needs.
+    In a container every process ends with PID 1. Outside a container, a worker whose launcher was killed would train on
+    unnoticed and keep the devices that the next attempt needs.
     """
     if sys.platform != "linux":
         return
@@ -61,74 +46,90 @@ def leave_with(launcher: int) -> None:
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != launcher:
-        # It ended before it was watched.
+        # The launcher ended before `prctl`, so the kernel will send no signal for its end.
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> int:
-    """Run the worker and return its exit status."""
+    """Run the worker and write its outcome. The process ends inside this function, with the outcome's exit code."""
     stop = StopFlag()
-    leave_with(int(sys.argv[2]))
+    end_with_launcher(int(sys.argv[2]))
     plan = WorkerPlan.model_validate_json(Path(sys.argv[1]).read_text())
-    standing = Standing()
+    status = WorkerStatus()
     try:
-        outcome = WorkerOutcome(result=_run(plan, standing, stop))
+        outcome = WorkerOutcome(result=_run(plan, status, stop))
     except Exception as error:  # noqa: BLE001  (the one place where every error becomes an outcome)
-        outcome = outcome_of(error, step=standing.step, checkpoint=standing.checkpoint)
+        outcome = outcome_of(error, step=status.step, checkpoint=status.checkpoint)
         if outcome.result.outcome is Outcome.CRASHED:
             traceback.print_exc()
     write_outcome(plan.folder, int(os.environ["RANK"]), outcome)
-    # Threads of torch and gloo may hang at interpreter exit when a peer is gone: everything is written, so leave.
+    # At a normal exit, threads of torch and gloo may hang where another rank is gone. Nothing is left to write.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(outcome.result.exit_code)
 
 
-def _run(plan: WorkerPlan, standing: Standing, stop: StopFlag) -> Result:
-    """Join the gang and train; rank 0 also reports, and ends with the final report."""
-    from finetune_trainer.ranks import process as environment
+def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
+    """Join the other ranks and train. Rank 0 also sends reports to the operator, the last of them with the result."""
+    from finetune_trainer.ranks import process
 
-    environment.prepare(plan.paths.scratch)
-    import torch
-
-    from finetune_trainer.ranks.gang import Gang, first_line, is_peer_failure
+    process.prepare_environment(plan.paths.scratch)
+    from finetune_trainer.ranks.gang import Gang
     from finetune_trainer.reporting.progress import Progress
     from finetune_trainer.train import train
 
-    device = environment.device(plan.config.world)
+    device = process.select_device(plan.config.world)
     stall_seconds = plan.config.stability.stall_timeout_seconds
-    watchdog = Watchdog(plan.folder, int(os.environ["RANK"]), stall_seconds, standing)
+    watchdog = Watchdog(plan.folder, int(os.environ["RANK"]), stall_seconds, status)
     with watchdog.allow(PEER_WAIT_SECONDS):
-        # Also when told to stop already: the other ranks wait for this one, and would wait for long.
+        # A worker joins even after SIGTERM, because the other ranks would wait for it until their timeout.
         gang = Gang(device=device, stop=stop, watchdog=watchdog, stall_seconds=stall_seconds)
     progress = None
     if gang.is_first:
         reporter = Reporter(plan.config.report, plan.paths) if plan.config.report is not None else None
         progress = Progress(pod_uid=plan.identity.pod_uid, ranks=gang.world_size, reporter=reporter)
     try:
-        try:
-            result = train(plan, gang, progress, standing)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise OutOfMemory(environment.memory_sentence(error, standing, plan.config)) from error
-        except RuntimeError as error:
-            if environment.is_host_out_of_memory(error):
-                raise OutOfMemory(environment.memory_sentence(error, standing, plan.config)) from error
-            if is_peer_failure(error):
-                raise PeerLost(f"another rank left: {first_line(error)}") from error
-            raise
+        with _classified_errors(plan, status):
+            result = train(plan, gang, progress, status)
     except Exception as error:
         if isinstance(error, PeerLost):
-            # A stalled rank tells its peers before it ends; their leaving is no cause of its own.
+            # When this rank stalls, its watchdog announces the stall, and the other ranks leave. The watchdog's outcome
+            # names the stall, so the lost ranks that follow from it must not become the outcome. Once the watchdog has
+            # begun to end the process, `claim_end` never returns.
             watchdog.claim_end()
         if progress is not None:
-            progress.end(outcome_of(error, step=standing.step, checkpoint=standing.checkpoint).result)
-        if isinstance(error, SHARED_BY_ALL) and not isinstance(error, PeerLost):
-            gang.farewell()
+            progress.end(outcome_of(error, step=status.step, checkpoint=status.checkpoint).result)
+        if isinstance(error, ERRORS_OF_ALL_RANKS) and not isinstance(error, PeerLost):
+            gang.final_barrier()
         raise
     if progress is not None:
         progress.end(result)
-    gang.farewell()
+    gang.final_barrier()
     return result
+
+
+@contextlib.contextmanager
+def _classified_errors(plan: WorkerPlan, status: WorkerStatus) -> Iterator[None]:
+    """Inside the block, turn errors of torch into the exceptions of `pod/errors.py`.
+
+    OutOfMemory replaces every error for lack of memory, on a GPU or on the host. PeerLost replaces the errors that
+    torch raises when another rank is gone.
+    """
+    import torch
+
+    from finetune_trainer.ranks import memory
+    from finetune_trainer.ranks.peer_errors import is_peer_failure, peer_lost
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(memory.out_of_memory_message(error, status, plan.config)) from error
+    except RuntimeError as error:
+        if memory.is_host_out_of_memory(error):
+            raise OutOfMemory(memory.out_of_memory_message(error, status, plan.config)) from error
+        if is_peer_failure(error):
+            raise peer_lost(error) from error
+        raise
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   resources: [pods]
   verbs: [list, watch, create, delete]
 {{- if .Values.checkpointAnnotations }}
-# Metadata of pods, through their status: what a pod runs can't be changed there.
+# Pods' metadata is patched through pods/status, because that permission can't change what a pod runs.
 - apiGroups: [""]
   resources: [pods/status]
   verbs: [patch]

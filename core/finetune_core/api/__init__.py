@@ -1,4 +1,8 @@
-"""The `FineTuneJob` resource (`finetune.dev/v1alpha1`) as pydantic models: the CRD is generated from them."""
+"""The `FineTuneJob` resource (`finetune.dev/v1alpha1`) as pydantic models.
+
+The CRD (`crds/`) and the API reference (`docs/api.md`) are generated from the models here. Checks that need more than
+the schema belong into `validation/`, and messages between operator and trainer belong into `contract/`.
+"""
 
 from finetune_core.api.job import API_VERSION, GROUP, KIND, PLURAL, SHORT_NAME, VERSION, FineTuneJob
 from finetune_core.api.spec import FineTuneJobSpec

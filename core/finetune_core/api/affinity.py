@@ -1,6 +1,7 @@
-"""`podTemplate.affinity`: a typed subset of core/v1's, without `matchFields` and namespace selectors.
+"""`podTemplate.affinity`: a typed subset of the affinity in Kubernetes' core/v1.
 
-Fields of list items have no defaults: kubectl and Argo CD replace lists as a whole, so a default in one is drift.
+The subset leaves out `matchFields` and namespace selectors. Fields of list items have no defaults, because kubectl and
+Argo CD compare lists as a whole and would report a filled-in default as drift.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from finetune_core.api.base import ENTRIES, ApiModel, LabelKey, LabelValue, cel
+from finetune_core.api.base import ENTRIES, ApiModel, LabelKey, LabelValue, QualifiedName, cel
 
-Key = Annotated[str, Field(min_length=1, max_length=317)]
 Weight = Annotated[int, Field(ge=1, le=100)]
+"""1 to 100: how strongly the scheduler prefers a term."""
 
 
 class NodeSelectorRequirement(ApiModel):
-    """A condition on a node's label."""
+    """A condition on one label of a node."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -28,48 +29,49 @@ class NodeSelectorRequirement(ApiModel):
         )
     )
 
-    key: Key
-    """Label."""
+    key: QualifiedName
+    """Label key, for example `topology.kubernetes.io/zone`."""
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]
-    """How the label's value is compared."""
+    """How the node's label value is compared with `values`. `Exists` and `DoesNotExist` only check whether the node has
+    the label."""
     values: Annotated[list[LabelValue], Field(min_length=1, max_length=16)] | None = None
-    """What it is compared with."""
+    """Values that the label is compared with, for example `["zone-a"]`. `Gt` and `Lt` take exactly one number."""
 
 
 class NodeSelectorTerm(ApiModel):
-    """Conditions that all hold."""
+    """Conditions on a node's labels. A node matches when all conditions hold."""
 
     match_expressions: Annotated[list[NodeSelectorRequirement], Field(min_length=1, max_length=8)]
-    """The conditions."""
+    """The conditions, which must all hold."""
 
 
 class NodeSelector(ApiModel):
-    """Terms of which one holds."""
+    """Alternatives for a node. A node matches when at least one term matches."""
 
     node_selector_terms: Annotated[list[NodeSelectorTerm], Field(min_length=1, max_length=8)]
-    """The terms."""
+    """The terms, of which at least one must match."""
 
 
 class PreferredNode(ApiModel):
-    """A term that is preferred, with its weight."""
+    """A preference for nodes that match a term."""
 
     weight: Weight
-    """1 to 100."""
+    """Weight of the preference, 1 to 100. The scheduler adds the weights of all matching terms."""
     preference: NodeSelectorTerm
-    """The term."""
+    """The term that preferred nodes match."""
 
 
 class NodeAffinity(ApiModel):
-    """Nodes that the pods need or prefer."""
+    """Rules about the nodes that the pods run on."""
 
     required_during_scheduling_ignored_during_execution: NodeSelector | None = None
-    """Nodes that the pods need."""
+    """Nodes that the pods must run on."""
     preferred_during_scheduling_ignored_during_execution: Annotated[list[PreferredNode], Field(max_length=8)] = []
-    """Nodes that the pods prefer."""
+    """Nodes that the scheduler prefers for the pods."""
 
 
 class LabelSelectorRequirement(ApiModel):
-    """A condition on a pod's label."""
+    """A condition on one label of a pod."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -80,56 +82,58 @@ class LabelSelectorRequirement(ApiModel):
         )
     )
 
-    key: Key
-    """Label."""
+    key: QualifiedName
+    """Label key, for example `app.kubernetes.io/name`."""
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
-    """How the label's value is compared."""
+    """How the pod's label value is compared with `values`. `Exists` and `DoesNotExist` only check whether the pod has
+    the label."""
     values: Annotated[list[LabelValue], Field(min_length=1, max_length=16)] | None = None
-    """What it is compared with."""
+    """Values that the label is compared with, for example `["web", "cache"]`."""
 
 
 class LabelSelector(ApiModel):
-    """Conditions on pods that all hold."""
+    """Conditions on a pod's labels. A pod matches when all conditions hold."""
 
     match_labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=16), ENTRIES] | None = None
-    """Labels with their values."""
+    """Labels that the pod must have with exactly these values, for example `{team: research}`."""
     match_expressions: Annotated[list[LabelSelectorRequirement], Field(max_length=8)] | None = None
-    """Further conditions."""
+    """Further conditions, which must all hold too."""
 
 
 class PodAffinityTerm(ApiModel):
-    """Pods of the job's namespace, and the part of the cluster that counts as the same place."""
+    """A set of pods in the job's namespace, and the topology domain (such as a node or a zone) that counts as the same
+    place."""
 
     label_selector: LabelSelector
-    """Which pods."""
-    topology_key: Key
-    """Node label whose value says what one place is, such as `kubernetes.io/hostname`."""
+    """The pods that the term is about."""
+    topology_key: QualifiedName
+    """Node label whose value names the topology domain, for example `kubernetes.io/hostname` for single nodes."""
 
 
 class PreferredPods(ApiModel):
-    """A term that is preferred, with its weight."""
+    """A preference about the place of other pods."""
 
     weight: Weight
-    """1 to 100."""
+    """Weight of the preference, 1 to 100. The scheduler adds the weights of all matching terms."""
     pod_affinity_term: PodAffinityTerm
-    """The term."""
+    """The pods and the topology domain that the preference is about."""
 
 
 class PodAffinity(ApiModel):
-    """Pods that the job's pods go to, or stay away from."""
+    """Rules that place the job's pods near other pods (`podAffinity`) or away from other pods (`podAntiAffinity`)."""
 
     required_during_scheduling_ignored_during_execution: Annotated[list[PodAffinityTerm], Field(max_length=8)] = []
-    """Terms that hold."""
+    """Terms that must hold for a pod to be scheduled."""
     preferred_during_scheduling_ignored_during_execution: Annotated[list[PreferredPods], Field(max_length=8)] = []
-    """Terms that are preferred."""
+    """Terms that the scheduler tries to satisfy."""
 
 
 class Affinity(ApiModel):
-    """Which nodes the pods need or prefer, and which pods they go to or stay away from."""
+    """Rules about the nodes that the pods run on, and about their distance to other pods."""
 
     node_affinity: NodeAffinity | None = None
-    """Nodes."""
+    """Rules about the nodes that the pods run on."""
     pod_affinity: PodAffinity | None = None
-    """Pods to go to."""
+    """Rules that place the pods near other pods, for example on the same node."""
     pod_anti_affinity: PodAffinity | None = None
-    """Pods to stay away from."""
+    """Rules that keep the pods away from other pods, for example off the same node."""

@@ -1,8 +1,8 @@
-"""The base class of every model in the resource, and the scalar types that its fields are made of.
+"""The base class of all models in the resource, and the scalar types that many fields share.
 
-Kubernetes' API conventions ask for camelCase, no floats and bounds on everything: the types here carry them, so
-that a section reads as a list of fields. Patterns spell their characters out: what `\\s` and `\\w` mean differs
-between the API server's regular expressions and pydantic's.
+Kubernetes' API conventions ask for camelCase names, no floats, and bounds on every string and list. The types here
+carry the bounds, so that each section of the API reads as a list of fields. Patterns list their characters one by one,
+because `\\s` and `\\w` mean different characters in the API server's regular expressions and in pydantic's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pydantic.alias_generators import to_camel, to_snake
 
 
 class ApiModel(BaseModel):
-    """A section of the resource: camelCase outside, snake_case inside, immutable, unknown fields refused."""
+    """A section of the resource. Keys are camelCase in YAML and snake_case in Python, and unknown fields are
+    refused."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,
@@ -27,19 +28,22 @@ class ApiModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """Drop nulls, as the API server does before it fills in defaults; an unknown field stays unknown."""
+        """Drop keys with a null value, as the API server does before it fills in defaults.
+
+        A null under an unknown key is kept, so that the unknown field is still refused.
+        """
         if isinstance(data, dict):
             known = cls.__pydantic_fields__.keys()
             return {key: value for key, value in data.items() if value is not None or to_snake(str(key)) not in known}
         return data
 
     def to_json(self) -> dict[str, Any]:
-        """Return the section as the API server stores it: camelCase keys, absent instead of null."""
+        """Return the section as the API server stores it, with camelCase keys and without absent fields."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def cel(*rules: tuple[str, str]) -> dict[str, Any]:
-    """Return the schema extension that holds CEL ``rules``, each an expression with its message."""
+    """Return the schema extension that holds the CEL ``rules``, each given as an expression and its message."""
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
 
 
@@ -50,12 +54,13 @@ def join(*extensions: dict[str, Any]) -> dict[str, Any]:
 
 
 def exactly_one_of(*fields: str) -> dict[str, Any]:
-    """Return the CEL rule of a union without discriminator: one member is set, as in a Kubernetes volume."""
+    """Return the CEL rule that exactly one of ``fields`` is set, as exactly one source of a Kubernetes volume is
+    set."""
     return cel((f"{_set_members(fields)} == 1", f"exactly one of {_names(fields)} must be set"))
 
 
 def at_most_one_of(*fields: str) -> dict[str, Any]:
-    """Return the CEL rule of a union that may also be left out."""
+    """Return the CEL rule that at most one of ``fields`` is set."""
     return cel((f"{_set_members(fields)} <= 1", f"at most one of {_names(fields)} must be set"))
 
 
@@ -69,13 +74,14 @@ def _names(fields: tuple[str, ...]) -> str:
 
 
 SET: dict[str, Any] = {"x-kubernetes-list-type": "set"}
-"""Schema extension of a list whose items are unique."""
+"""Schema extension of a list in which no value may occur twice."""
 ATOMIC: dict[str, Any] = {"x-kubernetes-list-type": "atomic"}
-"""Schema extension of a list that is always replaced as a whole."""
+"""Schema extension of a list that server-side apply replaces as a whole."""
 
 
 def by_key(*keys: str) -> dict[str, Any]:
-    """Return the schema extension of a list of named objects; server-side apply merges them by ``keys``."""
+    """Return the schema extension of a list of objects that server-side apply merges by ``keys``, for example by
+    `name`."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
 
 
@@ -96,30 +102,32 @@ def _without_null(values: Any) -> Any:
 
 
 ENTRIES = BeforeValidator(_without_null)
-"""A map in which null means that there is no such entry, as on the server."""
+"""Validator of a map: entries with a null value are dropped, as the API server drops them."""
 UNIQUE = AfterValidator(_unique)
-"""What `SET` asks of the server."""
+"""Validator of a list of scalars: no value may occur twice, as `SET` demands of the API server."""
 UNIQUE_NAMES = AfterValidator(_unique_names)
-"""What `by_key("name")` asks of the server."""
+"""Validator of a list of objects: no `name` may occur twice, as `by_key("name")` demands of the API server."""
 
 DecimalString = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$")]
-"""A non-negative decimal as a string ("1e-4", "0.05"): the API conventions forbid floats."""
+"""A non-negative decimal number as a string, for example `"1e-4"` or `"0.05"`, because the API conventions forbid
+floats."""
 
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
-"""The name of a Secret, PersistentVolumeClaim or ServiceAccount in the job's namespace."""
-
-DnsLabel = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+"""`metadata.name` of a Secret, ConfigMap, PersistentVolumeClaim, PriorityClass or ServiceAccount."""
 
 SecretKey = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
+"""A key in the `data` of a Secret or a ConfigMap, for example `ca.crt`."""
 
 S3Uri = Annotated[str, Field(max_length=1024, pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^ \t\r\n\f]*)?$")]
-"""`s3://bucket/key`: a place in the object store that `storage.endpoint` names."""
+"""`s3://bucket/key`: a bucket and a key in the object store that `storage.endpoint` names."""
 
 HttpUrl = Annotated[str, Field(max_length=512, pattern=r"^https?://[^/ \t\r\n\f]+(/[^ \t\r\n\f]*)?$")]
+"""An `http://` or `https://` address with an optional path."""
 
 
 def int_or_string(pattern: str, *, least: int, most: int) -> dict[str, Any]:
-    """Return the schema of an integer from ``least`` to ``most``, or a string of ``pattern``."""
+    """Return the schema of a field that takes an integer from ``least`` to ``most``, or a string that matches
+    ``pattern``."""
     return {
         "x-kubernetes-int-or-string": True,
         "anyOf": [{"type": "integer"}, {"type": "string"}],
@@ -131,7 +139,21 @@ def int_or_string(pattern: str, *, least: int, most: int) -> dict[str, Any]:
 
 
 QUANTITY_LENGTH = 16
+"""Longest quantity in characters, for example `1.5Gi` has 5."""
 
 LabelKey = str
-LabelValue = Annotated[str, Field(max_length=63, pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$")]
-ShortText = Annotated[str, Field(max_length=1024)]
+"""A label or annotation key. A structural schema can't bound the keys of a map, so a CEL rule checks them
+(`pod_template.py`)."""
+LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
+"""Pattern of a label's value, which may be empty."""
+DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+"""Pattern of a DNS label (RFC 1123), for example the name of a namespace or of a volume."""
+LABEL_LENGTH = 63
+"""Longest label value, and longest DNS label, in characters."""
+
+LabelValue = Annotated[str, Field(max_length=LABEL_LENGTH, pattern=LABEL_VALUE_PATTERN)]
+"""The value of a Kubernetes label."""
+DnsLabel = Annotated[str, Field(min_length=1, max_length=LABEL_LENGTH, pattern=DNS_LABEL_PATTERN)]
+"""A DNS label (RFC 1123)."""
+QualifiedName = Annotated[str, Field(min_length=1, max_length=317)]
+"""Key of a label or a taint with its optional prefix, for example `nvidia.com/gpu`: 253 + 1 + 63 characters at most."""

@@ -1,6 +1,6 @@
-"""Condition types and reasons of a FineTuneJob: every word that the status can say, in one place.
+"""The types and reasons of a FineTuneJob's conditions.
 
-What each means, and which condition may say which, stands in `states`.
+`condition_reasons.py` says what each reason means and which condition may carry which reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finetune_core.api.base import ApiModel
 
 
 class ConditionType(StrEnum):
-    """All conditions; each is present from the first status write."""
+    """The types of all conditions. Every condition is present from the first status write on."""
 
     READY = "Ready"
     RECONCILING = "Reconciling"
@@ -28,7 +28,7 @@ class ConditionType(StrEnum):
 
 
 class Reason(StrEnum):
-    """Reasons of conditions. Those of `Succeeded` are the one word in kubectl's State column."""
+    """Reasons of conditions. The reason of the `Succeeded` condition is the State column of `kubectl get ftj`."""
 
     PREFLIGHT = "Preflight"
     OUTSIDE_FAILURE = "OutsideFailure"
@@ -58,17 +58,17 @@ class Reason(StrEnum):
 
 
 class Condition(ApiModel):
-    """metav1.Condition."""
+    """A condition as in Kubernetes' metav1.Condition."""
 
     type: Annotated[str, Field(max_length=64)]
-    """What the condition speaks of."""
+    """Type of the condition, for example `Succeeded`."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
+    """Whether the condition holds: True, False or Unknown."""
     observed_generation: Annotated[int, Field(ge=0)]
-    """Generation of the spec that it was computed from."""
+    """`metadata.generation` of the spec that the condition was computed from."""
     last_transition_time: datetime
-    """When `status` last changed."""
+    """Time at which `status` last changed."""
     reason: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Z][A-Za-z]*$")]
-    """One CamelCase word for programs."""
+    """Reason of the status as a CamelCase word for programs, for example `WaitingForPods`."""
     message: Annotated[str, Field(max_length=2048)] = ""
-    """A sentence for people."""
+    """A sentence for people that names the pod, field or file that it is about."""

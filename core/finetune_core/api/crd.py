@@ -1,6 +1,7 @@
-"""Turns the pydantic models into the CustomResourceDefinition (a structural OpenAPI 3.0 schema).
+"""Generates the CustomResourceDefinition (a structural OpenAPI 3.0 schema) from the pydantic models.
 
-`python -m finetune_core.api.crd FOLDER` writes it; a test holds the committed file equal to the models.
+`make crds` runs this program and writes the CRD into crds/ and into the Helm chart. tests/core/test_crd.py checks that
+the committed files equal the models.
 """
 
 from __future__ import annotations
@@ -75,15 +76,16 @@ def custom_resource_definition() -> dict[str, Any]:
 
 
 def crd_yaml() -> str:
-    """Return the manifest as the text that is committed."""
+    """Return the manifest as the YAML text that is committed."""
     header = "# Generated from core/finetune_core/api by `make crds`; do not edit.\n"
     return header + yaml.safe_dump(custom_resource_definition(), sort_keys=False, width=100)
 
 
 def chart_template() -> str:
-    """Return the manifest as a template of the Helm chart: behind `crds.enabled`, kept with `crds.keep`.
+    """Return the manifest as a template of the Helm chart, rendered only when the value `crds.enabled` is true.
 
-    CRDs in a chart's own `crds/` folder are never upgraded, so they are a template.
+    Helm never upgrades CRDs in a chart's own `crds/` folder, so the CRD is a template. With the value `crds.keep` an
+    annotation keeps the CRD when the chart is uninstalled.
     """
     text = crd_yaml()
     if "{{" in text:

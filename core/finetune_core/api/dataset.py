@@ -1,4 +1,4 @@
-"""The examples: where their rows lie, how a row becomes an example, and what grades an answer: `dataset`."""
+"""`dataset`: the sources of the rows, how a row becomes an example, and the task that grades generated answers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from finetune_core.api.sources import DataSource
 from finetune_core.tasks import NO_TASK, TaskName, task_field_text
 
 FieldName = Annotated[str, Field(min_length=1, max_length=128)]
+"""Name of a column in the data files."""
 
 
 class PromptCompletionFormat(ApiModel):
-    """Rows with a prompt and its completion; only the completion (and the end token) is learned."""
+    """Rows with a prompt and its completion. Only the completion (and the end token) is learned."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -28,20 +29,22 @@ class PromptCompletionFormat(ApiModel):
     completion_field: FieldName = "completion"
     """Column that holds the completion."""
     template: Annotated[str, Field(max_length=8192)] = "{prompt}"
-    """Text before the completion; `{prompt}` stands for the prompt. The completion follows at once."""
+    """Text before the completion, in which `{prompt}` stands for the prompt, for example `"Question: {prompt} Answer:
+    "`. The completion follows without a space in between."""
     completion_suffix: Annotated[str, Field(max_length=256)] = ""
-    """Text after the completion, such as `<END_A>`: learned like the completion, and generation stops there."""
+    """Text after the completion, for example `<END_A>`. The suffix is learned like the completion, and generation stops
+    at the suffix."""
 
 
 class MessagesFormat(ApiModel):
-    """Rows with a conversation, rendered with the model's chat template; only the assistant's turns are learned."""
+    """Rows with a conversation, rendered with the model's chat template. Only the assistant's turns are learned."""
 
     messages_field: FieldName = "messages"
     """Column that holds the list of messages, each with `role` and `content`."""
 
 
 class TextFormat(ApiModel):
-    """Rows of plain text; every token is learned."""
+    """Rows of plain text. Every token is learned."""
 
     text_field: FieldName = "text"
     """Column that holds the text."""
@@ -61,7 +64,7 @@ class DatasetFormat(ApiModel):
 
 
 class DatasetSpec(ApiModel):
-    """The examples to learn from, those to validate with, and those to test with."""
+    """The training, validation and test rows, and how a row becomes an example."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -73,21 +76,23 @@ class DatasetSpec(ApiModel):
     )
 
     train: DataSource
-    """Rows to train on."""
+    """Rows that the model is trained on."""
     validation: DataSource | None = None
-    """Rows for validation perplexity; they choose the best checkpoint."""
+    """Rows whose perplexity is measured during training. The scores on these rows choose the best checkpoint."""
     test: DataSource | None = None
-    """Rows that base model and tuned model are scored with at the end; nothing is chosen by them."""
+    """Rows that the base model and the tuned model are scored on at the end. No checkpoint is chosen by these rows."""
     format: DatasetFormat
     """How a row becomes an example."""
     task: Annotated[TaskName, Field(description=task_field_text())] = NO_TASK
     max_length: Annotated[int, Field(ge=8, le=131072)] = 512
     """Longest example in tokens, prompt and completion together."""
     packing: bool = False
-    """Put several short examples of a global batch into one sequence of at most `maxLength` tokens. The optimisation
-    stays the same, padding is saved. Refused at the start where the model's attention does not keep them apart."""
+    """true puts several short examples of a global batch into one sequence of at most `maxLength` tokens, which saves
+    padding. The computed gradient stays the same. The job is refused at its start when the model's attention can't
+    keep the examples of one sequence apart."""
     long_rows: Literal["Fail", "Skip"] = "Fail"
-    """What happens to rows longer than `maxLength`: the job fails before training, or they are counted and skipped."""
+    """What happens to rows longer than `maxLength`. Fail: the job fails before training. Skip: the rows are left out
+    and counted."""
     bad_rows: Literal["Fail", "Skip"] = "Fail"
-    """What happens to rows without a field or with an empty completion: the job fails, or they are counted and
-    skipped."""
+    """What happens to rows that lack a field or have an empty completion. Fail: the job fails before training. Skip:
+    the rows are left out and counted."""

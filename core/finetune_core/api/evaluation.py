@@ -1,5 +1,5 @@
-"""When validation rows are scored, how answers are generated, and which checkpoint becomes the artifact:
-`evaluation`."""
+"""`evaluation`: when validation rows are scored, how answers are generated, and which checkpoint becomes the
+artifact."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from pydantic import ConfigDict, Field
 from finetune_core.api.base import ApiModel, DecimalString, cel
 
 BestBy = Literal["Perplexity", "TaskScore"]
-"""What orders checkpoints: the lowest validation perplexity, or the highest main score of `dataset.task`."""
-
+"""Score by which checkpoints are compared."""
+ArtifactFrom = Literal["Best", "Last"]
+"""Checkpoint that is exported as the artifact."""
 ScoredRows = Literal["Validation", "Test"]
-"""The rows that base model and tuned model are scored with: `dataset.test`, or `dataset.validation` without it."""
+"""Evaluation set that the base model and the tuned model are scored on."""
 
 
 class GenerationSpec(ApiModel):
     """Limits of the answers that are generated for `dataset.task`."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 256
-    """Longest answer in tokens."""
+    """Longest generated answer in tokens."""
     max_examples: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Rows that are answered; absent: all."""
+    """Number of rows of the evaluation set for which answers are generated. Absent: all rows."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
-    """Answers that one process generates at once."""
+    """Number of answers that one process generates at once."""
 
 
 class EvaluationSpec(ApiModel):
@@ -44,17 +45,21 @@ class EvaluationSpec(ApiModel):
     )
 
     every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Steps between evaluations; default: at the end of each epoch, and at the end."""
+    """Optimizer steps between two evaluations. Absent: one evaluation at the end of each epoch and one at the end of
+    training."""
     generation: GenerationSpec | None = None
-    """Limits of generated answers; only with a `dataset.task`."""
+    """Limits of generated answers. Only with a `dataset.task`."""
     base_prompt: Annotated[str, Field(max_length=8192)] | None = None
-    """Template that the base model is asked with for its score; `{prompt}` stands for the prompt. Default:
-    `dataset.format`'s."""
+    """Prompt template for the base model's score, in which `{prompt}` stands for the prompt. Absent: the template of
+    `dataset.format`. Useful where the base model needs an instruction that the tuned model has learned."""
     best_by: BestBy = "Perplexity"
-    """What makes a checkpoint the best: least validation perplexity, or the highest score of `dataset.task`."""
+    """Score that makes a checkpoint the best: the lowest validation perplexity, or the highest main score of
+    `dataset.task`."""
     patience: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Stop after this many evaluations without an improvement; absent: train to the end."""
+    """Training stops after this many evaluations in a row without an improvement. Absent: training runs to its last
+    step."""
     min_delta: DecimalString | None = None
-    """Smallest change that counts as an improvement; default 0."""
-    artifact_from: Literal["Best", "Last"] | None = None
-    """The checkpoint to export: the best, or the last; default Best with `dataset.validation`, else Last."""
+    """Smallest change of the score that counts as an improvement. Absent: 0, so every change for the better counts."""
+    artifact_from: ArtifactFrom | None = None
+    """Checkpoint that is exported: the best by `bestBy`, or the last. Absent: Best with `dataset.validation`, Last
+    without."""

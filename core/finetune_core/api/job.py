@@ -1,4 +1,4 @@
-"""The FineTuneJob object itself: group, version, names, printer columns."""
+"""The FineTuneJob object itself: API group, version, names, and the columns of `kubectl get`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ NAME_RULE = (
     "`metadata.name` must start with a letter, hold only a-z, 0-9 and '-', and have at most"
     f" {NAME_MAX_LENGTH} characters",
 )
-"""CEL rule and message: the names of pods and Services are made from it."""
+"""CEL rule and message about `metadata.name`. The rule is stricter than Kubernetes' own, because names of pods and
+Services begin with the job's name and have at most 63 characters."""
 
 
 class Metadata(BaseModel):
-    """The parts of ObjectMeta that the project reads; the rest passes through unread."""
+    """The fields of Kubernetes' ObjectMeta that the project reads. All other fields are ignored."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
 
@@ -45,19 +46,20 @@ class Metadata(BaseModel):
 
 
 class FineTuneJob(ApiModel):
-    """A language model is fine-tuned with LoRA or with every parameter; the status shows how far it is."""
+    """Fine-tunes a language model with LoRA adapters or with every parameter. The status shows the progress and the
+    result."""
 
     api_version: str = API_VERSION
     kind: str = KIND
     metadata: Metadata
     spec: FineTuneJobSpec
-    """What to fine-tune, on what, how, where, and where the result goes."""
+    """The base model, the data, the training method, the machines, and the place of the result."""
     status: FineTuneJobStatus | None = None
-    """What the operator observed."""
+    """What the operator observed: conditions, attempts, progress, scores and the artifact."""
 
 
 def printer_columns() -> list[dict[str, Any]]:
-    """Return what `kubectl get ftj` shows; columns with priority 1 come with `-o wide`."""
+    """Return the columns of `kubectl get ftj`. Columns with priority 1 are shown only with `-o wide`."""
     succeeded = ".status.conditions[?(@.type=='Succeeded')]"
     return [
         {

@@ -1,4 +1,4 @@
-"""The parts of the pods that people need to set: `podTemplate`, typed subsets of core/v1."""
+"""`podTemplate`: the parts of the training pods that users may set, as typed subsets of Kubernetes' core/v1."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from finetune_core.api.base import (
     LabelKey,
     LabelValue,
     ObjectName,
+    QualifiedName,
     by_key,
     cel,
     exactly_one_of,
@@ -24,7 +25,7 @@ from finetune_core.api.resources import VolatileMemory
 from finetune_core.api.sources import SecretKeyRef
 from finetune_core.api.storage import ConfigMapKeyRef
 
-OWN_FOLDERS = (
+RESERVED_FOLDERS = (
     "/etc/finetune",
     "/var/run/finetune",
     "/var/run/secrets",
@@ -35,16 +36,20 @@ OWN_FOLDERS = (
     "/proc",
     "/sys",
 )
-"""What the pods mount themselves, or could not start without."""
-OWN_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
-"""Environment variables that the operator sets or the store's credentials would be confused by."""
+"""Folders that `volumes` must not hide, because the operator mounts files there or the container needs them to
+start."""
+RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
+"""Prefixes of environment variables that users must not set. The operator sets `FTJ_` and `PET_` variables, and `AWS_`
+variables would override the object store's credentials."""
 
 
 LABEL_KEY = r"^([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-._A-Za-z0-9]{0,61}[A-Za-z0-9])?$"
+"""Pattern of a label or annotation key with an optional DNS prefix, for example `example.com/team`."""
 
 
 def _label_keys(field: str) -> tuple[str, str]:
-    """Return the CEL rule about the keys of a map of labels: a schema can't bound them."""
+    """Return the CEL rule about the keys of the map ``field``, because a structural schema can't bound the keys of a
+    map."""
     return (
         f"self.{field}.all(key, key.matches('{LABEL_KEY}'))",
         f"`{field}` must have keys such as `team` or `example.com/team`",
@@ -71,34 +76,34 @@ class Toleration(ApiModel):
         )
     )
 
-    key: Annotated[str, Field(min_length=1, max_length=317)] | None = None
-    """Taint key; absent matches all."""
+    key: QualifiedName | None = None
+    """Key of the tolerated taint, for example `nvidia.com/gpu`. Absent: all taints."""
     operator: Literal["Exists", "Equal"] | None = None
-    """How key and value are compared; absent: Equal."""
+    """How the taint's value is compared with `value`. Absent: Equal."""
     value: LabelValue | None = None
-    """Taint value."""
+    """Value of the tolerated taint."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Taint effect; absent matches all."""
+    """Effect of the tolerated taint. Absent: all effects."""
     toleration_seconds: Annotated[int, Field(ge=0, le=86400)] | None = None
-    """How long a NoExecute taint is tolerated."""
+    """Seconds for which a NoExecute taint is tolerated before the pod is evicted. Absent: without limit."""
 
 
 class LocalObjectReference(ApiModel):
-    """The name of an object in the job's namespace."""
+    """A reference to an object in the job's namespace."""
 
     name: ObjectName
-    """Name of the object."""
+    """`metadata.name` of the object."""
 
 
 class EnvVarSource(ApiModel):
-    """Where the value of a variable comes from: exactly one of the members is set."""
+    """Source of an environment variable's value: exactly one of the members is set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("secretKeyRef", "configMapKeyRef"))
 
     secret_key_ref: SecretKeyRef | None = None
-    """A key of a Secret."""
+    """A key of a Secret, which holds the value."""
     config_map_key_ref: ConfigMapKeyRef | None = None
-    """A key of a ConfigMap."""
+    """A key of a ConfigMap, which holds the value."""
 
 
 class EnvVar(ApiModel):
@@ -109,73 +114,76 @@ class EnvVar(ApiModel):
             exactly_one_of("value", "valueFrom"),
             cel(
                 (
-                    f"!{list(OWN_VARIABLE_PREFIXES)}.exists(prefix, self.name.startsWith(prefix))"
+                    f"!{list(RESERVED_VARIABLE_PREFIXES)}.exists(prefix, self.name.startsWith(prefix))"
                     " && self.name != 'HOME'",
-                    f"`name` must not be HOME or begin with {', '.join(OWN_VARIABLE_PREFIXES)}: the operator has these",
+                    f"`name` must not be HOME or begin with {', '.join(RESERVED_VARIABLE_PREFIXES)}:"
+                    " the operator has these",
                 )
             ),
         )
     )
 
     name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-    """Name of the variable."""
+    """Name of the variable, for example `NCCL_DEBUG`."""
     value: Annotated[str, Field(max_length=4096)] | None = None
-    """Its value."""
+    """Value of the variable."""
     value_from: EnvVarSource | None = None
-    """Where its value comes from."""
+    """Secret or ConfigMap that holds the variable's value."""
 
 
 class ClaimVolume(ApiModel):
-    """A PersistentVolumeClaim."""
+    """A volume that a PersistentVolumeClaim provides."""
 
     claim_name: ObjectName
-    """Name of the claim."""
+    """`metadata.name` of the PersistentVolumeClaim in the job's namespace."""
 
 
 class ConfigMapVolume(ApiModel):
-    """The keys of a ConfigMap as files."""
+    """A ConfigMap whose keys are mounted as files."""
 
     name: ObjectName
-    """Name of the ConfigMap."""
+    """`metadata.name` of the ConfigMap in the job's namespace."""
 
 
 class SecretVolume(ApiModel):
-    """The keys of a Secret as files."""
+    """A Secret whose keys are mounted as files."""
 
     secret_name: ObjectName
-    """Name of the Secret."""
+    """`metadata.name` of the Secret in the job's namespace."""
 
 
 class EmptyDirVolume(ApiModel):
-    """An empty folder that lives as long as the pod."""
+    """A folder that is empty at first and is deleted with the pod."""
 
     medium: Literal["Memory"] | None = None
-    """Memory: it lies in memory and counts towards `resources.memory`."""
+    """Memory: the folder lies in memory, and its content counts towards `resources.memory`. Absent: the folder lies on
+    the node's disk."""
     size_limit: VolatileMemory | None = None
-    """Largest size."""
+    """Largest size of the folder's content, for example `10Gi`. Absent: no limit."""
 
 
 class CsiVolume(ApiModel):
-    """An ephemeral volume of a CSI driver."""
+    """An ephemeral inline volume of a CSI driver."""
 
     driver: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([-.A-Za-z0-9]*[A-Za-z0-9])?$")]
-    """Name of the driver."""
+    """Name of the CSI driver, for example `secrets-store.csi.k8s.io`."""
     volume_attributes: (
         Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=32), ENTRIES] | None
     ) = None
-    """What the driver needs to know."""
+    """Parameters of the driver; the driver's documentation lists them."""
 
 
 class Volume(ApiModel):
-    """A volume and where it is mounted: exactly one kind of volume is set."""
+    """A volume of the pods and the path where it is mounted: exactly one kind of volume is set."""
 
     model_config = ConfigDict(
         json_schema_extra=join(
             exactly_one_of("persistentVolumeClaim", "configMap", "secret", "emptyDir", "csi"),
             cel(
                 (
-                    f"!{list(OWN_FOLDERS)}.exists(own, self.mountPath == own || self.mountPath.startsWith(own + '/'))",
-                    f"`mountPath` must not be {', '.join(OWN_FOLDERS)} or below: the pods need these themselves",
+                    f"!{list(RESERVED_FOLDERS)}"
+                    ".exists(own, self.mountPath == own || self.mountPath.startsWith(own + '/'))",
+                    f"`mountPath` must not be {', '.join(RESERVED_FOLDERS)} or below: the pods need these themselves",
                 )
             ),
         )
@@ -184,23 +192,23 @@ class Volume(ApiModel):
     name: Annotated[DnsLabel, Field(max_length=56)]
     """Name of the volume."""
     mount_path: Annotated[str, Field(max_length=512, pattern=r"^(/[A-Za-z0-9_][-._A-Za-z0-9]*)+$")]
-    """Absolute path in the container."""
+    """Absolute path in the trainer's container, for example `/cache`."""
     read_only: bool | None = None
-    """Mount it read-only; absent: writable."""
+    """true mounts the volume read-only. Absent: the volume is writable."""
     persistent_volume_claim: ClaimVolume | None = None
-    """A PersistentVolumeClaim."""
+    """A volume that a PersistentVolumeClaim provides."""
     config_map: ConfigMapVolume | None = None
-    """The keys of a ConfigMap as files."""
+    """A ConfigMap whose keys are mounted as files."""
     secret: SecretVolume | None = None
-    """The keys of a Secret as files."""
+    """A Secret whose keys are mounted as files."""
     empty_dir: EmptyDirVolume | None = None
-    """An empty folder that lives as long as the pod."""
+    """A folder that is empty at first and is deleted with the pod."""
     csi: CsiVolume | None = None
-    """An ephemeral volume of a CSI driver."""
+    """An ephemeral inline volume of a CSI driver."""
 
 
 class PodTemplateSpec(ApiModel):
-    """The parts of the pods that people need to set."""
+    """The parts of the training pods that users may set."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -215,24 +223,25 @@ class PodTemplateSpec(ApiModel):
     )
 
     image: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^ \t\r\n\f]+$")] | None = None
-    """Trainer image; default: the one that the operator was installed with."""
+    """Trainer image, for example `registry.example.com/finetune-trainer:0.1.0`. Absent: the image that the operator was
+    installed with."""
     image_pull_secrets: Annotated[
         list[LocalObjectReference], Field(max_length=8, json_schema_extra=by_key("name")), UNIQUE_NAMES
     ] = []
-    """Secrets for the registry."""
+    """Secrets of type `kubernetes.io/dockerconfigjson` that are used to pull the image."""
     service_account_name: ObjectName = "default"
-    """ServiceAccount of the pods; its token is not mounted."""
+    """ServiceAccount of the pods. The pods do not get its API token."""
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16), ENTRIES] = {}
-    """Node labels that the pods need, beside `resources.gpuProduct`."""
+    """Node labels that the pods need, in addition to `resources.gpuProduct`."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
-    """Taints that the pods tolerate."""
+    """Node taints that the pods tolerate."""
     affinity: Affinity | None = None
-    """Which nodes the pods need or prefer, and which pods they go to or stay away from."""
+    """Rules about the nodes that the pods run on, and about their distance to other pods."""
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32), ENTRIES] = {}
-    """Labels of the pods."""
+    """Additional labels of the pods."""
     annotations: Annotated[dict[LabelKey, Annotated[str, Field(max_length=4096)]], Field(max_length=32), ENTRIES] = {}
-    """Annotations of the pods."""
+    """Additional annotations of the pods."""
     env: Annotated[list[EnvVar], Field(max_length=64, json_schema_extra=by_key("name")), UNIQUE_NAMES] = []
-    """Environment variables of the trainer."""
+    """Additional environment variables of the trainer."""
     volumes: Annotated[list[Volume], Field(max_length=16, json_schema_extra=by_key("name")), UNIQUE_NAMES] = []
-    """Volumes of the pods, each mounted into the trainer."""
+    """Additional volumes, each mounted into the trainer's container."""

@@ -1,4 +1,7 @@
-"""Writes docs/api.md, the API reference, from the models: `make docs`. A test holds the committed file equal to it."""
+"""Generates docs/api.md, the API reference, from the pydantic models.
+
+`make docs` runs this program. tests/core/test_reference.py checks that the committed file equals the models.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from finetune_core.api.causes import CAUSES, DISRUPTIONS
+from finetune_core.api.attempt_causes import CAUSES, DISRUPTIONS
+from finetune_core.api.condition_reasons import CONDITIONS, NOTHING, REASONS, STATES
 from finetune_core.api.job import API_VERSION, KIND, NAME_RULE, SHORT_NAME, printer_columns
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.api.states import CONDITIONS, NOTHING, REASONS, STATES
 from finetune_core.api.status import FineTuneJobStatus
 from finetune_core.validation.runnable import NOT_YET
 
@@ -21,7 +24,8 @@ Schema = dict[str, Any]
 
 REFERENCE_FILE = "api.md"
 FOLDED = frozenset({"spec.podTemplate.affinity"})
-"""Sections whose table holds everything below them: a section of their own for each would be mostly headings."""
+"""Sections whose table also lists all fields of their subsections, because a heading for each subsection would take
+more room than its one or two fields."""
 
 _INTRODUCTION = f"""\
 # API reference
@@ -30,14 +34,14 @@ _INTRODUCTION = f"""\
 
 `{API_VERSION}`, kind `{KIND}`, short name `{SHORT_NAME}`. `kubectl explain {SHORT_NAME}.spec.training` says the same.
 
-Conventions: a field is required, has a default, or is optional. Defaults are filled in by the API server, so that
-`kubectl get -o yaml` shows what runs; the operator never writes `spec`, labels, annotations or finalizers. `null`
-counts as absent. Decimals are strings (`"1e-4"`), because numbers with fractions do not survive every tool. Where
-*exactly one* member of a section must be set, as in a Kubernetes volume, the rule stands below its table.
+A field is required, has a default, or is optional. The API server fills in defaults, so that `kubectl get -o yaml`
+shows the values that are used. The operator never writes a job's `spec`, labels, annotations or finalizers. `null`
+counts as absent. Decimals are strings (`"1e-4"`), because some tools change numbers with fractions. Where *exactly one*
+member of a section must be set, as in a Kubernetes volume, the rule stands below the section's table.
 
-Who refuses what: the API server refuses everything that the tables and rules here exclude, when the job is applied, and
-an update that it refuses leaves the running job as it was. What only the operator can know ends in `Accepted=False` and
-`Stalled=True` with the field's path. `finetune validate FILE...` says both without a server ([how](validate.md)).
+The API server refuses a job, or an update of a job, that violates the tables and rules on this page. A refused update
+does not change the running job. The operator refuses a job that it can't run with `Accepted=False`, `Stalled=True` and
+the field's path. `finetune validate FILE...` finds the problems of both kinds without a cluster ([how](validate.md)).
 
 `metadata.name`: {NAME_RULE[1].removeprefix("`metadata.name` ")}.
 """
@@ -54,7 +58,7 @@ def reference() -> str:
 
 
 def _sections(schema: Schema, path: str) -> Iterator[str]:
-    """Yield the table of a section and of every section below it."""
+    """Yield the table of a section and the tables of all its subsections."""
     if path.count(".") > 0:
         yield f"\n### {path}\n"
     yield schema.get("description", "") + "\n"
@@ -81,7 +85,7 @@ def _rows(schema: Schema, prefix: str, *, folded: bool) -> Iterator[str]:
 
 
 def _type(schema: Schema) -> str:
-    """Return type and bounds in few words."""
+    """Return a field's type and bounds in a few words, for example `integer, 1 to 512`."""
     if schema.get("x-kubernetes-int-or-string"):
         word = schema["pattern"].strip("^$")
         return f"integer or `{word}`" if word.isalpha() else "quantity"
@@ -123,22 +127,23 @@ def _rules(schema: Schema) -> Iterator[str]:
         yield from (f"- {message}" for message in others)
     if fixed:
         yield "\nImmutable after creation: " + ", ".join(f"`{name}`" for name in fixed) + "."
-        yield "\nEverything else may change at any time; what concerns pods takes effect with the next attempt."
+        yield "\nEverything else may change at any time. Changes that concern pods take effect with the next attempt."
 
 
 def _not_yet() -> Iterator[str]:
+    if not NOT_YET:
+        return
     yield "\n## What this version can't run yet\n"
-    yield "The schema has these fields; a job that sets one otherwise ends in `Accepted=False`, `Stalled=True`.\n"
+    yield "The schema has these fields. A job with another value ends with `Accepted=False` and `Stalled=True`.\n"
     yield "| field | must |"
     yield "|---|---|"
     yield from (f"| `spec.{field.path}` | {field.must} |" for field in NOT_YET)
-    yield "| `spec.storage.credentialsSecretRef` | be set |"
 
 
 def _conditions() -> Iterator[str]:
     yield "\n## Conditions\n"
-    yield "All are present from the first status write, each with `observedGeneration`. The message of a condition is a"
-    yield "sentence that names the pod, field or file that it is about.\n"
+    yield "Every condition is present from the first status write, with `observedGeneration`. The message of a"
+    yield "condition is a sentence that names the pod, field or file that the condition is about.\n"
     yield from (f"- **{kind}**: {meaning}" for kind, meaning in CONDITIONS.items())
     yield "\n| condition | status | reason | meaning | what to do |"
     yield "|---|---|---|---|---|"
@@ -151,7 +156,7 @@ def _conditions() -> Iterator[str]:
 
 def _causes() -> Iterator[str]:
     yield "\n## Reasons of attempts\n"
-    yield "In `status.attempts`, beside the reasons that the job itself ends with.\n"
+    yield "`status.attempts` has these reasons in addition to the reasons that the whole job ends with.\n"
     yield "| reason | verdict | meaning | what to do |"
     yield "|---|---|---|---|"
     for cause, (verdict, explained) in CAUSES.items():
@@ -170,7 +175,8 @@ def _columns() -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Return ``text`` for a cell of a table: outside of code, `<` begins a tag."""
+    """Return ``text`` for a cell of a Markdown table, with `|` escaped, and with `<` escaped outside of code because
+    Markdown takes it for an HTML tag."""
     parts = text.replace("|", "\\|").replace("\n", " ").split("`")
     return "`".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
 

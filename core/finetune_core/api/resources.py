@@ -1,4 +1,4 @@
-"""The machines that an attempt runs on: `resources`."""
+"""`resources`: the number of pods, and the GPUs, CPUs and memory of each pod."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from finetune_core.api.base import QUANTITY_LENGTH, ApiModel, LabelValue, cel, int_or_string
 
 MEBIBYTE = 1 << 20
+"""Bytes."""
 TEBIBYTE = 1 << 40
+"""Bytes."""
 
 _CPU = r"^([1-9][0-9]{1,6}m|[1-9][0-9]{0,3}(\.[0-9]{1,3})?|0\.[0-9]{0,2}[1-9]0{0,2})$"
 _LARGE = r"[1-9][0-9]{0,4}(\.[0-9]{1,3})?(Gi|G)|[1-9][0-9]?(\.[0-9]{1,3})?(Ti|T)"
@@ -20,23 +22,30 @@ Cpu = Annotated[
     Annotated[int, Field(ge=1, le=9999)] | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_CPU)],
     WithJsonSchema(int_or_string(_CPU, least=1, most=9999)),
 ]
-"""`4`, `"1.5"`, `500m`."""
+"""A CPU quantity, for example `4`, `"1.5"` or `500m`."""
 Memory = Annotated[
     Annotated[int, Field(ge=100 * MEBIBYTE, le=99 * TEBIBYTE)]
     | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_MEMORY)],
     WithJsonSchema(int_or_string(_MEMORY, least=100 * MEBIBYTE, most=99 * TEBIBYTE)),
 ]
-"""`64Gi`, `500Mi`; a plain number counts bytes."""
+"""A memory quantity of at least 100 MiB, for example `64Gi` or `500Mi`. An integer counts bytes."""
 VolatileMemory = Annotated[
     Annotated[int, Field(ge=MEBIBYTE, le=99 * TEBIBYTE)]
     | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_VOLATILE)],
     WithJsonSchema(int_or_string(_VOLATILE, least=MEBIBYTE, most=99 * TEBIBYTE)),
 ]
-"""Size of a folder in memory or on the node's disk."""
+"""A memory or disk quantity of at least 1 MiB, for the size of a folder."""
+
+
+Device = Literal["GPU", "CPU"]
+"""Kind of device that the trainer computes on."""
+NODES_LIMIT = 99
+"""Largest number of nodes, because the pod's index has two digits in its name."""
 
 
 class ResourcesSpec(ApiModel):
-    """Machines: `nodes` pods with `gpusPerNode` GPUs each; one training process a GPU (one a pod without)."""
+    """The machines of an attempt: `nodes` pods with `gpusPerNode` GPUs each. Each GPU gets one training process, and a
+    pod without GPUs has one training process."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -47,17 +56,29 @@ class ResourcesSpec(ApiModel):
         )
     )
 
-    nodes: Annotated[int, Field(ge=1, le=99)] = 1
-    """Number of pods, each on the GPUs of one machine."""
+    nodes: Annotated[int, Field(ge=1, le=NODES_LIMIT)] = 1
+    """Number of pods. Each pod takes its GPUs from one machine."""
     gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 1
-    """`nvidia.com/gpu` of each pod; 0 only with `device: CPU`."""
-    device: Literal["GPU", "CPU"] = "GPU"
-    """What the trainer computes on. With GPU it never falls back to the CPU."""
+    """Number of GPUs (`nvidia.com/gpu`) of each pod. 0 is allowed only with `device: CPU`."""
+    device: Device = "GPU"
+    """Device that the trainer computes on. With GPU the trainer fails when it finds no GPU, and never computes on the
+    CPU instead."""
     gpu_product: LabelValue = "NVIDIA-A100-SXM4-80GB"
-    """Node label `nvidia.com/gpu.product` that pods with GPUs are bound to; empty means any."""
+    """Value of the node label `nvidia.com/gpu.product` that nodes for pods with GPUs must have. Empty: any GPU."""
     cpu: Cpu = "8"
-    """CPU request and limit of each pod."""
+    """CPU request and limit of each pod, for example `8` or `500m`."""
     memory: Memory = "64Gi"
     """Memory request and limit of each pod, at least 100Mi."""
     shared_memory: VolatileMemory = "16Gi"
-    """Size of /dev/shm, which NCCL and data loading use; it counts towards `memory` and must be less."""
+    """Size of /dev/shm in each pod, which NCCL and data loading use. The size counts towards `memory` and must be less
+    than `memory`."""
+
+    @property
+    def processes_per_node(self) -> int:
+        """Number of training processes in each pod: one per GPU, and one in a pod without GPUs."""
+        return max(1, self.gpus_per_node)
+
+    @property
+    def processes(self) -> int:
+        """Number of training processes over all pods (the world size)."""
+        return self.nodes * self.processes_per_node

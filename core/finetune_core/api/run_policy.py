@@ -1,4 +1,4 @@
-"""What the operator does around attempts: `runPolicy`, the one section that may change at any time."""
+"""`runPolicy`: how the operator starts, stops, retries and cleans up attempts. This section may change at any time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pydantic import ConfigDict, Field
 from finetune_core.api.base import ApiModel, LabelValue, ObjectName, cel
 
 Seconds = Annotated[int, Field(ge=60, le=31_536_000)]
+"""A deadline in seconds, from a minute to a year."""
 
 
 class RunPolicySpec(ApiModel):
-    """What the operator does around attempts; may change at any time."""
+    """How the operator starts, stops, retries and cleans up attempts. May change at any time."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -21,23 +22,26 @@ class RunPolicySpec(ApiModel):
     )
 
     suspend: bool = False
-    """true ends the attempt after a checkpoint, and keeps the next from starting; false goes on from there. Neither
-    counts as a retry."""
+    """true ends the running attempt after a checkpoint and starts no other attempt. false resumes from that checkpoint.
+    Neither counts as a retry."""
     cancel: bool = False
-    """true ends the job for good after a checkpoint: `Succeeded=False`, reason Cancelled. It can't be taken back."""
+    """true ends the job after a checkpoint with `Succeeded=False`, reason Cancelled. A cancelled job can't be resumed:
+    `cancel` can't change back to false."""
     max_retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """Retries after failures that count; lost pods and nodes are retried without being counted."""
+    """Number of retries after attempts that failed. Attempts that ended because a pod or a node was lost are retried
+    too, and do not count."""
     active_deadline_seconds: Seconds | None = None
-    """Longest time with running pods, over all attempts; absent: no limit."""
+    """Most seconds in which pods of the job may run, added up over all attempts. Absent: no limit."""
     pending_deadline_seconds: Seconds | None = None
-    """Longest time until all pods of an attempt run, anew for each attempt; absent: no limit."""
+    """Most seconds that the preflight check may wait for something outside the job, and most seconds from an attempt's
+    admission until all its pods run. Each attempt has its own deadline. Absent: no limit."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
-    """Pods and PyTorchJob are removed this long after the job has ended; the FineTuneJob stays. Absent: they stay with
-    it."""
+    """Seconds from the end of the job until its pods and its PyTorchJob are deleted. The FineTuneJob itself stays.
+    Absent: pods and PyTorchJob stay until the FineTuneJob is deleted."""
     preflight: Literal["Run", "Skip"] | None = None
-    """Whether a pod without GPUs checks store, model and data before GPUs are asked for; absent: as the operator was
-    installed."""
+    """Whether a pod without GPUs checks object store, model and data before the first attempt asks for GPUs. Absent:
+    the setting that the operator was installed with."""
     queue_name: Annotated[LabelValue, Field(min_length=1)] | None = None
-    """Kueue's LocalQueue in the job's namespace; takes effect with the next attempt."""
+    """`metadata.name` of Kueue's LocalQueue in the job's namespace. A change takes effect with the next attempt."""
     priority_class_name: ObjectName | None = None
-    """PriorityClass of the pods; takes effect with the next attempt."""
+    """`metadata.name` of the pods' PriorityClass. A change takes effect with the next attempt."""

@@ -1,7 +1,9 @@
-"""The structural OpenAPI 3.0 schema of a model: what the CRD, the API reference and `validate` are made of.
+"""Makes the structural OpenAPI 3.0 schema of a model, from which the CRD, the API reference and `finetune validate` are
+made.
 
-What pydantic writes and the API server refuses (references, titles, nullable unions, `const`, numeric exclusive
-bounds) is rewritten here; what can't be said in a structural schema raises.
+Pydantic's JSON schema has parts that the API server refuses, such as references, titles, nullable unions, `const` and
+numeric exclusive bounds. This module rewrites such parts. A model that can't be expressed as a structural schema raises
+ValueError.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from finetune_core.api.base import ApiModel
 
 
 class _KubernetesJsonSchema(GenerateJsonSchema):
-    """Optional fields are absent, never null; a default of None is no default."""
+    """Generator of JSON schemas in which optional fields are absent instead of null, and a default of None is left
+    out."""
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
@@ -27,12 +30,13 @@ class _KubernetesJsonSchema(GenerateJsonSchema):
         return super().default_schema(schema)
 
     def encode_default(self, dft: Any) -> Any:
-        """Write a section's default out: the server checks CEL rules on a default before it fills in nested ones."""
+        """Return a section's default with the defaults of all its fields, because the API server checks CEL rules on a
+        default before it fills in nested defaults."""
         return dft.to_json() if isinstance(dft, ApiModel) else super().encode_default(dft)
 
 
 def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = ()) -> Any:
-    """Return ``node`` with references inlined and everything rewritten that a structural schema forbids."""
+    """Return ``node`` with references inlined, and with everything rewritten that a structural schema forbids."""
     if isinstance(node, list):
         return [_structural(item, definitions, path) for item in node]
     if not isinstance(node, dict):
@@ -71,7 +75,7 @@ def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = 
 
 @cache
 def openapi_schema(model: type[ApiModel]) -> dict[str, Any]:
-    """Return the structural schema of ``model``; raises ValueError where it can't be structural."""
+    """Return the structural schema of ``model``. Raises ValueError where the model can't be expressed as one."""
     schema = model.model_json_schema(by_alias=True, mode="validation", schema_generator=_KubernetesJsonSchema)
     result: dict[str, Any] = _structural(schema, schema.get("$defs", {}))
     return result

@@ -1,4 +1,4 @@
-"""Where a job's model and data come from: the members of `model` and of `dataset.train`, `validation`, `test`."""
+"""The sources of a job's model and data: the members of `model`, and of `dataset.train`, `validation` and `test`."""
 
 from __future__ import annotations
 
@@ -11,58 +11,60 @@ from finetune_core.api.base import SET, UNIQUE, ApiModel, ObjectName, S3Uri, Sec
 RepositoryName = Annotated[
     str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][-._A-Za-z0-9]*(/[A-Za-z0-9_][-._A-Za-z0-9]*)?$")
 ]
+"""Name of a repository on the Hugging Face Hub, for example `openai/gsm8k`."""
 Revision = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[-._/A-Za-z0-9]+$")]
+"""Branch, tag or commit of a repository on the Hugging Face Hub."""
 
 
 class SecretKeyRef(ApiModel):
     """A key of a Secret in the job's namespace."""
 
     name: ObjectName
-    """Name of the Secret."""
+    """`metadata.name` of the Secret."""
     key: SecretKey
-    """Key in the Secret."""
+    """Key in the Secret's `data`, for example `token`."""
 
 
 class HuggingFaceSource(ApiModel):
     """A model repository on the Hugging Face Hub."""
 
     repo: RepositoryName
-    """Repository, such as `meta-llama/Llama-2-7b-hf`."""
+    """Name of the repository, for example `meta-llama/Llama-2-7b-hf`."""
     revision: Revision = "main"
-    """Branch, tag or commit. A commit makes the run repeatable."""
+    """Branch, tag or commit. With a commit every run loads the same files."""
     token_secret_ref: SecretKeyRef | None = None
-    """Token for a gated repository."""
+    """Access token of the Hugging Face Hub, needed for a gated or private repository."""
 
 
 class HuggingFaceDataSource(ApiModel):
     """A split of a data set on the Hugging Face Hub."""
 
     repo: RepositoryName
-    """Repository, such as `openai/gsm8k`."""
+    """Name of the data set's repository, for example `openai/gsm8k`."""
     revision: Revision = "main"
-    """Branch, tag or commit. A commit makes the run repeatable."""
+    """Branch, tag or commit. With a commit every run loads the same rows."""
     subset: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """Name of the configuration, such as `main`; absent where the data set has only one."""
+    """Name of the data set's configuration, for example `main`. Absent: the data set has only one configuration."""
     split: Annotated[str, Field(min_length=1, max_length=200)]
-    """Split, such as `train`."""
+    """Name of the split, for example `train`."""
     token_secret_ref: SecretKeyRef | None = None
-    """Token for a gated repository."""
+    """Access token of the Hugging Face Hub, needed for a gated or private data set."""
 
 
 class S3Source(ApiModel):
-    """Files in the object store of `storage`."""
+    """Files in the object store that `storage` describes."""
 
     uri: S3Uri
-    """`s3://bucket/prefix` of a model, or `s3://bucket/key` of a data file."""
+    """`s3://bucket/prefix` of a model's folder, or `s3://bucket/key` of one data file."""
 
 
 class VolumeSource(ApiModel):
-    """Files on a PersistentVolumeClaim, mounted read-only."""
+    """Files on a PersistentVolumeClaim, which the pods mount read-only."""
 
     claim_name: ObjectName
-    """Name of the PersistentVolumeClaim."""
+    """`metadata.name` of the PersistentVolumeClaim in the job's namespace."""
     path: Annotated[str, Field(max_length=1024, pattern=r"^[^/\x00-\x1f][^\x00-\x1f]*$")]
-    """Path inside the volume, without a leading slash."""
+    """Path of the model's folder or of the data file inside the volume, without a leading slash."""
 
 
 class ModelSpec(ApiModel):
@@ -71,26 +73,28 @@ class ModelSpec(ApiModel):
     model_config = ConfigDict(json_schema_extra=exactly_one_of("huggingFace", "s3", "volume"))
 
     hugging_face: HuggingFaceSource | None = None
-    """A repository on the Hugging Face Hub."""
+    """A model repository on the Hugging Face Hub."""
     s3: S3Source | None = None
-    """Files in the object store of `storage`."""
+    """A folder in the object store that `storage` describes."""
     volume: VolumeSource | None = None
-    """Files on a PersistentVolumeClaim."""
+    """A folder on a PersistentVolumeClaim."""
     added_tokens: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []
-    """Tokens that the tokenizer gets in addition, such as `<START_Q>`. Their new rows follow from `training.seed` and
-    the artifact carries them; with LoRA both embeddings get an adapter unless `lora.targetModules` says otherwise."""
+    """Tokens that are added to the tokenizer, for example `["<START_Q>"]`. Their embedding rows are initialised from
+    `training.seed`, and the artifact contains them. With LoRA both embeddings get an adapter unless
+    `lora.targetModules` is set."""
 
 
 class DataSource(ApiModel):
-    """One data file (`.jsonl`, `.csv` or `.parquet`) or a split on the Hub: exactly one of the members is set."""
+    """One data file (`.jsonl`, `.csv` or `.parquet`) or a split on the Hugging Face Hub: exactly one of the members is
+    set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("huggingFace", "s3", "volume"))
 
     hugging_face: HuggingFaceDataSource | None = None
     """A split of a data set on the Hugging Face Hub."""
     s3: S3Source | None = None
-    """A file in the object store of `storage`."""
+    """A file in the object store that `storage` describes."""
     volume: VolumeSource | None = None
     """A file on a PersistentVolumeClaim."""

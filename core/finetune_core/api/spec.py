@@ -1,4 +1,4 @@
-"""`spec` of a FineTuneJob: its sections, the rules between them, and what may change after creation."""
+"""`spec` of a FineTuneJob: its sections, the rules between the sections, and the fields that must not change."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _ACCUMULATED = f"(self.training.gradientAccumulationSteps * {_PROCESSES})"
 
 
 def _immutable(section: str, *, optional: bool = False) -> tuple[str, str]:
-    """Return the CEL rule that keeps ``section`` as it was created.
+    """Return the CEL rule that the field or section ``section`` must not change after creation.
 
-    `self.x == oldSelf.x` alone is skipped by the server when an optional field is added or removed.
+    For an optional field the rule also compares whether the field is set, because the API server skips a plain `self.x
+    == oldSelf.x` when `x` is added or removed.
     """
     rule = f"self.{section} == oldSelf.{section}"
     if optional:
@@ -98,33 +99,33 @@ _UNCHANGEABLE = (
 
 
 class FineTuneJobSpec(ApiModel):
-    """What to fine-tune, on what, how, where, and where the result goes."""
+    """The base model, the data, the training method, the machines, and the place of the result."""
 
     model_config = ConfigDict(json_schema_extra=cel(*_BETWEEN_SECTIONS, *_UNCHANGEABLE))
 
     model: ModelSpec
     """The base model."""
     dataset: DatasetSpec
-    """The examples to learn from."""
+    """The training, validation and test rows, and how a row becomes an example."""
     method: Method
-    """LoRA trains low-rank adapters, Full trains every parameter."""
+    """What is trained: LoRA trains low-rank adapters, Full trains every parameter."""
     lora: LoRASpec | None = None
-    """The adapters; only with `method: LoRA`."""
+    """Shape of the adapters. Only with `method: LoRA`."""
     training: TrainingSpec
-    """The optimisation."""
+    """Learning rate, batch sizes, length and numerics of the optimisation."""
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
-    """How training state is spread over the processes."""
+    """How DeepSpeed shards the training state over the processes."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """When the validation rows are scored, and which checkpoint becomes the artifact."""
     stability: StabilitySpec = StabilitySpec()
-    """What happens when training goes wrong without an error."""
+    """What the trainer does when the loss is not finite or explodes, or a step hangs."""
     resources: ResourcesSpec = ResourcesSpec()
-    """Machines."""
+    """Number of pods, and the GPUs, CPUs and memory of each pod."""
     storage: StorageSpec
-    """The object store that checkpoints and the artifact go to."""
+    """The object store for checkpoints, metrics and the artifact."""
     tracking: TrackingSpec | None = None
-    """Where curves go beside the status."""
+    """Experiment tracker that also gets the metrics."""
     run_policy: RunPolicySpec = RunPolicySpec()
-    """What the operator does around attempts; may change at any time."""
+    """How the operator starts, stops, retries and cleans up attempts. May change at any time."""
     pod_template: PodTemplateSpec = PodTemplateSpec()
-    """The parts of the pods that people need to set."""
+    """The parts of the training pods that users may set."""

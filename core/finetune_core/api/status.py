@@ -1,4 +1,5 @@
-"""`status` of a FineTuneJob: what the operator observed, never an instruction. Written by the operator alone."""
+"""`status` of a FineTuneJob: what the operator observed. Only the operator writes the status, and nothing in it is an
+instruction."""
 
 from __future__ import annotations
 
@@ -10,215 +11,253 @@ from pydantic import ConfigDict, Field
 from finetune_core.api.base import ATOMIC, ApiModel, by_key
 from finetune_core.api.conditions import Condition
 from finetune_core.api.evaluation import ScoredRows
+from finetune_core.api.resources import NODES_LIMIT
 from finetune_core.tasks import SCORE_LIMIT, ScoreName, score_names_text
 
+ATTEMPT_LIMIT = 999
+"""Largest number of an attempt, because names of pods have room for three digits."""
+METRIC_LIMIT = 32
+"""Most metrics in the status."""
 HISTORY_LIMIT = 60
+"""Most points of the curves in the status."""
 CHECKPOINT_LIMIT = 100
+"""Most checkpoints in the status; the newest ones stay."""
 RECENT_ATTEMPTS_LIMIT = 20
+"""Most ended attempts in the status; the newest ones stay."""
 NOTICE_LIMIT = 8
+"""Most notices in the status; the newest ones stay."""
 INCIDENT_LIMIT = 20
-MOST_HOLDERS = 198
-"""Pods of one attempt and those of the one before that still end."""
+"""Most incidents in the status; the newest ones stay."""
+MOST_HOLDERS = 2 * NODES_LIMIT
+"""Most pods that can hold GPUs at the same time: all pods of one attempt, and those of the attempt before that still
+terminate."""
 
 Decimal = Annotated[str, Field(max_length=32)]
+"""A decimal number as a string, because the API conventions forbid floats."""
 Text = Annotated[str, Field(max_length=1024)]
+"""A sentence for people, or an `s3://` address."""
 Digest = Annotated[str, Field(max_length=64)]
+"""A sha256 in hexadecimal, 64 characters long."""
+Message = Annotated[Text, Field(description="A sentence for people.")]
+
+AttemptNumber = Annotated[int, Field(ge=1, le=ATTEMPT_LIMIT, description="Number of the attempt, counted from 1.")]
+AttemptVerdict = Annotated[
+    str,
+    Field(
+        max_length=32,
+        description="How the end counts: Succeeded, Permanent (no retry), Charged (counts against"
+        " `runPolicy.maxRetries`) or Free (does not count).",
+    ),
+]
+AttemptReason = Annotated[
+    str,
+    Field(
+        max_length=64,
+        description="Reason of the end as a CamelCase word for programs, for example `PodDeleted`.",
+    ),
+]
+AttemptNode = Annotated[str, Field(max_length=253, description="Name of the node whose pod caused the end.")]
+
 Count = Annotated[int, Field(ge=0)]
+"""A whole number from 0 on."""
 
 
 class StatusModel(ApiModel):
-    """A part of the status. Unknown fields are dropped: an operator that was rolled back reads a newer one's status."""
+    """A part of the status. Unknown fields are dropped, so that an older operator after a rollback can read the status
+    that a newer operator wrote."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class PodRecord(StatusModel):
-    """The first pod seen for a replica index: another uid later means that the pod was replaced."""
+    """The first pod that was seen with a replica index. A pod with another uid under the same index means that the
+    first pod was replaced."""
 
     index: Count
-    """Replica index."""
+    """Replica index of the pod in the PyTorchJob, from 0 on."""
     name: Annotated[str, Field(max_length=253)]
-    """Name of the pod."""
+    """`metadata.name` of the pod."""
     uid: Annotated[str, Field(max_length=64)]
-    """uid of the first pod seen."""
+    """`metadata.uid` of the first pod that was seen with this index."""
     node: Annotated[str, Field(max_length=253)] = ""
-    """Node of the pod; empty until it is scheduled."""
+    """Name of the pod's node. Empty until the pod is scheduled."""
 
 
 class AttemptCause(StatusModel):
-    """Why the current attempt will end: recorded at first sight, before the evidence is cleaned up."""
+    """Why the current attempt is about to end. The cause is recorded when it is first seen, before the pods that prove
+    it are deleted."""
 
     verdict: Annotated[str, Field(max_length=32)]
-    """Succeeded, Permanent, Charged or Free."""
-    reason: Annotated[str, Field(max_length=64)]
-    """One CamelCase word."""
-    message: Text = ""
-    """A sentence for people."""
-    node: Annotated[str, Field(max_length=253)] = ""
-    """Node of the pod that decided."""
+    """How the end counts: Succeeded, Permanent (no retry), Charged (counts against `runPolicy.maxRetries`) or Free
+    (does not count)."""
+    reason: AttemptReason
+    message: Message = ""
+    node: AttemptNode = ""
     time: datetime
-    """When it was first seen."""
+    """Time at which the cause was first seen."""
 
 
 class CurrentAttempt(StatusModel):
     """The attempt that exists now."""
 
-    number: Annotated[int, Field(ge=1, le=999)]
-    """1 for the first."""
+    number: AttemptNumber
     start_time: datetime
-    """When it was started."""
+    """Time at which the attempt was started."""
     admitted_time: datetime | None = None
-    """When its place was granted: at its start, or when its queue resumed it; absent while a queue holds it."""
+    """Time at which the attempt was admitted: its start, or the time at which its queue resumed the PyTorchJob. Absent
+    while a queue holds the attempt."""
     running_time: datetime | None = None
-    """When all its pods ran for the first time since then; absent until they do."""
-    pods: Annotated[list[PodRecord], Field(max_length=99, json_schema_extra=ATOMIC)] = []
-    """First pod seen per index."""
+    """Time at which all pods of the attempt first ran after the admission. Absent until then."""
+    pods: Annotated[list[PodRecord], Field(max_length=NODES_LIMIT, json_schema_extra=ATOMIC)] = []
+    """The first pod that was seen with each replica index."""
     cause: AttemptCause | None = None
-    """Set once the attempt is known to end."""
+    """Why the attempt is about to end. Absent while the attempt goes on."""
 
 
 class PastAttempt(StatusModel):
-    """An attempt that ended."""
+    """An attempt that has ended."""
 
-    number: Annotated[int, Field(ge=1, le=999)]
-    """1 for the first."""
+    number: AttemptNumber
     verdict: Annotated[str, Field(max_length=32)]
-    """Succeeded, Permanent, Charged or Free."""
-    reason: Annotated[str, Field(max_length=64)]
-    """One CamelCase word."""
-    message: Text = ""
-    """A sentence for people."""
-    node: Annotated[str, Field(max_length=253)] = ""
-    """Node of the pod that decided."""
+    """How the end counts: Succeeded, Permanent (no retry), Charged (counts against `runPolicy.maxRetries`) or Free
+    (does not count)."""
+    reason: AttemptReason
+    message: Message = ""
+    node: AttemptNode = ""
     start_time: datetime
-    """When it was started."""
+    """Time at which the attempt was started."""
     end_time: datetime
-    """When it was accounted."""
+    """Time at which the operator recorded the end."""
 
 
 class AttemptsStatus(StatusModel):
-    """How often the job was started, and how that ended."""
+    """The job's attempts: how many there were, and how they ended."""
 
     started: Count = 0
-    """Attempts started."""
+    """Number of attempts that were started."""
     charged: Count = 0
-    """Attempts that count against `runPolicy.maxRetries`."""
+    """Number of attempts that count against `runPolicy.maxRetries`."""
     free: Count = 0
-    """Attempts that ended through no fault of the job."""
+    """Number of attempts that ended through no fault of the job and do not count against `runPolicy.maxRetries`."""
     current: CurrentAttempt | None = None
-    """The attempt that exists now."""
+    """The attempt that exists now. Absent between two attempts."""
     recent: Annotated[list[PastAttempt], Field(max_length=RECENT_ATTEMPTS_LIMIT, json_schema_extra=ATOMIC)] = []
-    """Newest ended attempts, oldest first."""
+    """The newest ended attempts, oldest first."""
     next_start_time: datetime | None = None
-    """End of the back-off, while the job waits for it."""
+    """Earliest time at which the next attempt starts, while the back-off after an attempt lasts."""
 
 
 class PreflightStatus(StatusModel):
-    """The check before the first attempt."""
+    """The check of object store, model and data before the first attempt."""
 
     start_time: datetime
-    """When it was begun, or begun anew after a suspension; `runPolicy.pendingDeadlineSeconds` counts from here."""
+    """Time at which the check was started, or started again after a suspension. `runPolicy.pendingDeadlineSeconds` is
+    measured from this time."""
     tries: Count = 0
-    """Tries that have ended."""
+    """Number of tries that have ended."""
     verdict: Annotated[str, Field(max_length=32)] = ""
-    """What the last try came to: Passed, Impossible, or Waiting for something outside; empty before the first."""
+    """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is
+    missing). Empty before the first result."""
     message: Text = ""
-    """What it found, for people."""
+    """What the last try found, as a sentence for people."""
     next_try_time: datetime | None = None
-    """When the next try starts, while something outside is waited for."""
+    """Time of the next try, while something outside the job is missing."""
 
 
 class ProgressStatus(StatusModel):
-    """How far the run is."""
+    """How far the training is."""
 
     step: Count = 0
-    """Global batches consumed."""
+    """Number of global batches that are consumed, one per optimizer step."""
     total_steps: Count = 0
-    """Global batches of the whole run."""
+    """Number of global batches of the whole training."""
     epoch: Decimal = "0"
-    """Passes over the training rows."""
+    """Passes over the training rows that are done, for example `"1.25"`."""
     percentage: Annotated[int, Field(ge=0, le=100)] = 0
-    """step / totalSteps."""
+    """step / totalSteps in percent, rounded down."""
     eta_seconds: Count | None = None
-    """Estimated time to the last step."""
+    """Estimated seconds until the last step."""
     tokens_per_second: Decimal | None = None
-    """Supervised and prompt tokens (no padding) per second over all processes."""
+    """Tokens of prompts and completions (without padding) per second, over all processes."""
     mfu: Decimal | None = None
-    """Model FLOPs utilisation: the share of the GPUs' peak that the model's arithmetic takes, from 0 to 1."""
+    """Model FLOPs utilisation, from 0 to 1: the share of the GPUs' peak that the model's own arithmetic takes."""
     checkpoint_age_seconds: Count | None = None
-    """How much training a lost pod would cost when the trainer last reported: time since the newest commit."""
+    """Seconds from the newest committed checkpoint of this run (without one: from the run's start) to the last report.
+    A lost pod would cost this much training."""
     last_update_time: datetime | None = None
-    """When the trainer last reported."""
+    """Time at which the trainer last reported."""
 
 
 class MetricValue(StatusModel):
     """The newest value of a metric."""
 
     name: Annotated[str, Field(max_length=64)]
-    """Such as loss, perplexity, learningRate, gradientNorm."""
+    """Name of the metric, for example loss, perplexity, learningRate or gradientNorm."""
     value: Decimal
-    """The value."""
+    """Newest value of the metric."""
     step: Count
-    """Step it belongs to."""
+    """Optimizer step that the value belongs to."""
 
 
 class HistoryPoint(StatusModel):
-    """A point of the curves."""
+    """A point of the curves over the steps."""
 
     step: Count
-    """Global batches consumed."""
+    """Optimizer step of the point."""
     loss: Decimal | None = None
     """Training loss of the step."""
     perplexity: Decimal | None = None
-    """Validation perplexity after the step."""
+    """Validation perplexity after the step. Absent where the step was not followed by an evaluation."""
 
 
 class CheckpointStatus(StatusModel):
-    """A committed checkpoint."""
+    """A committed checkpoint in the bucket."""
 
     run: Annotated[int, Field(ge=1)]
-    """Run number: every start and every rollback takes the next."""
+    """Number of the run that wrote the checkpoint. Every start of the trainer and every rollback takes the next
+    number."""
     step: Count
-    """Global batches consumed."""
+    """Optimizer step that the checkpoint holds."""
     uri: Text
-    """Folder in the bucket."""
+    """Folder of the checkpoint, for example `s3://bucket/runs/demo/job/uid/checkpoints/000001-000000120`."""
     bytes: Count
-    """Size of its files."""
+    """Total size of the files in bytes."""
     manifest_sha256: Digest
-    """sha256 of manifest.json."""
+    """sha256 of the checkpoint's manifest.json."""
     perplexity: Decimal | None = None
     """Validation perplexity at this step."""
     task_score: Decimal | None = None
-    """Share of right answers at this step, where checkpoints are chosen by it."""
+    """Main score of `dataset.task` at this step, from 0 to 1. Absent where checkpoints are not compared by it."""
     time: datetime
-    """When it was committed."""
+    """Time at which the checkpoint was committed."""
     last: bool = False
-    """The newest."""
+    """true for the newest whole checkpoint."""
     best: bool = False
-    """The best by `evaluation.bestBy`."""
+    """true for the best whole checkpoint by `evaluation.bestBy`."""
     damaged: Annotated[str, Field(max_length=256)] = ""
-    """Why it can't be resumed from: the object and how it differs; empty where nothing is known to be wrong."""
+    """Why the trainer can't resume from the checkpoint: the object, and how it differs from the manifest. Empty when no
+    damage is known."""
 
 
 class PlanStatus(StatusModel):
-    """What was chosen where the spec leaves it open, and what it is expected to take."""
+    """Values that were chosen where the spec leaves them open."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)]
-    """ZeRO stage."""
+    """ZeRO stage of DeepSpeed."""
     processes: Annotated[int, Field(ge=1)]
-    """Training processes over all pods."""
+    """Number of training processes over all pods."""
     micro_batch_size: Annotated[int, Field(ge=1)]
     """Examples that one process computes at once."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)]
     """Micro-batches per optimizer step."""
     gpu_memory_bytes: Count | None = None
-    """Estimated peak of one GPU."""
+    """Estimated peak memory of one GPU in bytes. Absent: this version does not estimate it."""
     memory_bytes: Count | None = None
-    """Estimated peak of one pod."""
+    """Estimated peak memory of one pod in bytes. Absent: this version does not estimate it."""
 
 
 class NamedScore(StatusModel):
-    """One of the scores of a task."""
+    """A score of a task on the rows of the evaluation set."""
 
     name: Annotated[ScoreName, Field(description=score_names_text())]
     value: Decimal
@@ -226,129 +265,132 @@ class NamedScore(StatusModel):
 
 
 class Scores(StatusModel):
-    """How well a model does on the rows that it was scored with."""
+    """Scores of one model on the rows of the evaluation set."""
 
     perplexity: Decimal | None = None
-    """exp of the mean loss over supervised tokens."""
+    """Perplexity over supervised tokens: exp of their mean loss. Lower is better."""
     all_token_perplexity: Decimal | None = None
-    """The same over the tokens of prompts and answers, as in Anyscale's study."""
+    """Perplexity over the tokens of prompts and completions, as in Anyscale's study."""
     task_score: Decimal | None = None
-    """Share of answers that the grader of `dataset.task` accepts, from 0 to 1."""
+    """Main score of `dataset.task`, from 0 to 1: the mean over the graded answers."""
     scores: Annotated[list[NamedScore], Field(max_length=SCORE_LIMIT, json_schema_extra=ATOMIC)] = []
     """Every score of the task."""
     graded: Count = 0
-    """Answers that were graded; rows whose own answer can't be graded against are left out."""
+    """Number of graded answers. An answer is not graded where the row's own reference answer can't be used."""
 
 
 class EvaluationStatus(StatusModel):
-    """Base model and tuned model on the same rows."""
+    """Scores of the base model and of the tuned model on the same rows."""
 
     rows: ScoredRows
-    """Which rows: those of `dataset.test` where there are any."""
+    """Evaluation set of the scores: Test when `dataset.test` is set, else Validation."""
     examples: Count
-    """How many rows were scored."""
+    """Number of rows that were scored."""
     base: Scores | None = None
-    """The base model, without added tokens."""
+    """Scores of the base model, without `model.addedTokens`."""
     tuned: Scores | None = None
-    """The artifact."""
+    """Scores of the tuned model, which is the artifact."""
     tuned_step: Count | None = None
-    """Step of the checkpoint that the artifact was made of."""
+    """Optimizer step of the checkpoint that the artifact was made from."""
 
 
 class IncidentStatus(StatusModel):
-    """Training went wrong without an error."""
+    """A training step whose loss or gradient norm was not finite or far too high, and what the trainer did."""
 
     step: Count
-    """Step at which it was noticed."""
+    """Optimizer step at which the stability monitor raised the incident."""
     kind: Annotated[str, Field(max_length=32)]
     """NonFiniteLoss, NonFiniteGradient, LossSpike, GradientSpike, LossDrift or LossAboveStart."""
     value: Annotated[str, Field(max_length=32)]
-    """What was measured."""
+    """Measured value, for example `"8.31"` or `"nan"`."""
     threshold: Annotated[str, Field(max_length=32)]
-    """What it had to stay below."""
+    """Value that the measured value had to stay below."""
     action: Annotated[str, Field(max_length=32)]
-    """Record, RollBack or Fail."""
-    message: Text = ""
-    """A sentence for people."""
+    """What the trainer did: Record, RollBack or Fail."""
+    message: Message = ""
 
 
 class UsageStatus(StatusModel):
-    """What the job has taken."""
+    """GPU time and running time that the job has used."""
 
     gpu_seconds: Count = 0
-    """GPUs times seconds that pods held them, over all attempts, until `lastUpdateTime`."""
+    """GPUs times seconds for which pods held the GPUs, over all attempts, counted until `lastUpdateTime`."""
     active_seconds: Count = 0
-    """Seconds in which at least one pod ran, over all attempts; `runPolicy.activeDeadlineSeconds` bounds them."""
+    """Seconds in which at least one pod ran, over all attempts. `runPolicy.activeDeadlineSeconds` limits this
+    number."""
     last_update_time: datetime | None = None
-    """Until when both are counted."""
+    """Time until which `gpuSeconds` and `activeSeconds` are counted."""
     holders: Annotated[
         list[Annotated[str, Field(max_length=64)]], Field(max_length=MOST_HOLDERS, json_schema_extra=ATOMIC)
     ] = []
-    """uids of the pods that had a node then: what they took since is counted even where they are gone."""
+    """uids of the pods that had a node at `lastUpdateTime`. The operator counts their time after `lastUpdateTime` even
+    when the pods are deleted in between."""
     running: bool = False
-    """Whether one of them ran."""
+    """Whether at least one of the pods in `holders` was running at `lastUpdateTime`."""
 
 
 class ArtifactStatus(StatusModel):
-    """What came out."""
+    """The committed result of the job."""
 
     uri: Text
-    """Folder in the bucket; peft and transformers load what lies there."""
+    """Folder of the artifact in the bucket, which peft (adapter) or transformers (model) loads."""
     step: Count
-    """Step of the checkpoint that was exported."""
+    """Optimizer step of the checkpoint that was exported."""
     bytes: Count
-    """Size of its files."""
+    """Total size of the files in bytes."""
     manifest_sha256: Digest
-    """sha256 of manifest.json."""
+    """sha256 of the artifact's manifest.json."""
 
 
 class ChildStatus(StatusModel):
     """The PyTorchJob of the current attempt."""
 
     kind: Annotated[str, Field(max_length=64)]
-    """PyTorchJob."""
+    """Kind of the object, PyTorchJob."""
     name: Annotated[str, Field(max_length=63)]
-    """Its name."""
+    """`metadata.name` of the PyTorchJob."""
     uid: Annotated[str, Field(max_length=64)] = ""
-    """Its uid."""
+    """`metadata.uid` of the PyTorchJob."""
 
 
 class FineTuneJobStatus(StatusModel):
-    """What the operator observed."""
+    """What the operator observed: conditions, attempts, progress, scores and the artifact."""
 
     observed_generation: Count = 0
-    """Generation of the spec that the status speaks of."""
+    """`metadata.generation` of the spec that the status was computed from."""
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=by_key("type"))] = []
-    """All known conditions, from the first write on."""
+    """All conditions. Each is present from the first status write on."""
     preflight: PreflightStatus | None = None
-    """The check before the first attempt."""
+    """The check of object store, model and data before the first attempt."""
     attempts: AttemptsStatus = AttemptsStatus()
-    """How often the job was started."""
+    """The job's attempts: how many there were, and how they ended."""
     image: Annotated[str, Field(max_length=704)] | None = None
-    """Trainer image, with its digest as soon as a node has pulled it: fixed at attempt 1 for every later one."""
+    """Trainer image of all attempts, fixed when attempt 1 starts. Contains the digest as soon as a node has pulled the
+    image."""
     start_time: datetime | None = None
-    """When the first attempt was started."""
+    """Time at which the first attempt was started."""
     completion_time: datetime | None = None
-    """When the job was settled."""
+    """Time at which the job ended."""
     progress: ProgressStatus | None = None
-    """How far the run is."""
-    metrics: Annotated[list[MetricValue], Field(max_length=32, json_schema_extra=ATOMIC)] = []
-    """Newest values."""
+    """How far the training is."""
+    metrics: Annotated[list[MetricValue], Field(max_length=METRIC_LIMIT, json_schema_extra=ATOMIC)] = []
+    """Newest value of each metric."""
     history: Annotated[list[HistoryPoint], Field(max_length=HISTORY_LIMIT, json_schema_extra=ATOMIC)] = []
-    """Loss and validation perplexity over steps, thinned as it grows."""
+    """Training loss and validation perplexity over the steps. Points are thinned out as the training goes on."""
     checkpoints: Annotated[list[CheckpointStatus], Field(max_length=CHECKPOINT_LIMIT, json_schema_extra=ATOMIC)] = []
-    """What lies in the bucket."""
+    """Committed checkpoints in the bucket, oldest first."""
     notices: Annotated[list[Text], Field(max_length=NOTICE_LIMIT, json_schema_extra=ATOMIC)] = []
-    """What the trainer told that is no failure, oldest first: rows left out, a checkpoint passed over and why."""
+    """Messages of the trainer that are not failures, oldest first, for example rows that were left out or a checkpoint
+    that could not be resumed from."""
     plan: PlanStatus | None = None
-    """What was chosen where the spec leaves it open."""
+    """Values that were chosen where the spec leaves them open."""
     incidents: Annotated[list[IncidentStatus], Field(max_length=INCIDENT_LIMIT, json_schema_extra=ATOMIC)] = []
-    """What the stability monitor noticed, oldest first; the newest ones stay."""
+    """Steps at which the stability monitor raised an incident, oldest first. The newest ones stay."""
     evaluation: EvaluationStatus | None = None
-    """Base model and tuned model on the same rows."""
+    """Scores of the base model and of the tuned model on the same rows."""
     artifact: ArtifactStatus | None = None
-    """What came out."""
+    """The committed result of the job."""
     usage: UsageStatus | None = None
-    """What the job has taken."""
+    """GPU time and running time that the job has used."""
     child: ChildStatus | None = None
     """The PyTorchJob of the current attempt."""

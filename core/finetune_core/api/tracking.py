@@ -1,4 +1,4 @@
-"""Where curves go beside the status: `tracking`."""
+"""`tracking`: experiment trackers that get the metrics in addition to the status."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from finetune_core.api.sources import SecretKeyRef
 
 
 class TensorBoardSpec(ApiModel):
-    """Event files below the run's folder in the bucket."""
+    """TensorBoard event files below the run's folder in the bucket."""
 
 
 class MLflowSpec(ApiModel):
     """A run on an MLflow tracking server."""
 
     tracking_uri: HttpUrl
-    """Address of the server."""
+    """Address of the tracking server, for example `https://mlflow.example.com`."""
     experiment: Annotated[str, Field(min_length=1, max_length=250)] | None = None
-    """Name of the experiment; default: namespace and name of the job."""
+    """Name of the experiment. Absent: namespace and name of the job."""
     token_secret_ref: SecretKeyRef | None = None
-    """Bearer token."""
+    """Secret key that holds the bearer token for the server."""
 
 
 class WeightsAndBiasesSpec(ApiModel):
@@ -31,20 +31,21 @@ class WeightsAndBiasesSpec(ApiModel):
     project: Annotated[str, Field(min_length=1, max_length=128)]
     """Name of the project."""
     entity: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """User or team; default: that of the key."""
+    """User or team that owns the project. Absent: the default entity of the API key."""
     base_url: HttpUrl | None = None
-    """Address of a server of one's own; absent: the public one."""
+    """Address of a self-hosted server. Absent: the public service."""
     api_key_secret_ref: SecretKeyRef
-    """API key."""
+    """Secret key that holds the API key."""
 
 
 class TrackingSpec(ApiModel):
-    """Where curves go beside the status; its failure never stops training. Exactly one of the members is set."""
+    """Experiment tracker that gets the metrics in addition to the status: exactly one of the members is set. A failing
+    tracker never stops the training."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("tensorBoard", "mlflow", "weightsAndBiases"))
 
     tensor_board: TensorBoardSpec | None = None
-    """Event files below the run's folder in the bucket."""
+    """TensorBoard event files below the run's folder in the bucket."""
     mlflow: MLflowSpec | None = None
     """A run on an MLflow tracking server."""
     weights_and_biases: WeightsAndBiasesSpec | None = None

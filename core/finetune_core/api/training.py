@@ -1,4 +1,5 @@
-"""The optimisation and how DeepSpeed spreads it: `training`, `deepspeed` and `stability`."""
+"""`training`, `deepspeed` and `stability`: the optimisation, its distribution over processes, and the reaction to
+instability."""
 
 from __future__ import annotations
 
@@ -8,9 +9,16 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 
 from finetune_core.api.base import QUANTITY_LENGTH, ApiModel, DecimalString, cel, exactly_one_of, int_or_string, join
 
+Schedule = Literal["Linear", "Cosine", "Constant"]
+"""Shape of the learning rate after the warm-up."""
+Precision = Literal["bf16", "fp32"]
+"""Number format of the computation."""
+StabilityAction = Literal["Record", "RollBack", "Fail"]
+"""What the trainer does about an unstable step: record it, roll back to an earlier checkpoint, or fail."""
+
 
 class TrainingSpec(ApiModel):
-    """The optimisation: AdamW with a linear, cosine or constant rate."""
+    """The optimisation: AdamW with a linear, cosine or constant learning rate."""
 
     model_config = ConfigDict(
         json_schema_extra=join(
@@ -33,43 +41,45 @@ class TrainingSpec(ApiModel):
     )
 
     learning_rate: DecimalString | None = None
-    """Peak rate; default 1e-4 with LoRA, 5e-6 with Full."""
+    """Peak learning rate. Absent: 1e-4 with LoRA, 5e-6 with Full, the rates of the study that the project repeats."""
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Passes over the training rows."""
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    """Optimizer steps."""
+    """Optimizer steps after which the training ends."""
     global_batch_size: Annotated[int, Field(ge=1, le=65536)]
-    """Examples per optimizer step, over all nodes and GPUs."""
+    """Examples per optimizer step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Examples (with `dataset.packing` sequences) that one process computes at once; default: the process's share of
+    """Examples that one process computes at once (with `dataset.packing`: sequences). Absent: the process's share of
     the global batch, at most 8."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """Micro-batches per optimizer step; default: as many as the global batch needs. Where it is set, it times
-    `microBatchSize` times the number of processes is the global batch."""
-    schedule: Literal["Linear", "Cosine", "Constant"] = "Linear"
-    """How the rate falls after the warm-up: to zero in a line, in a half cosine, or not at all."""
+    """Micro-batches per optimizer step. Absent: as many as the global batch needs. When set, this number times
+    `microBatchSize` times the number of processes must equal `globalBatchSize`."""
+    schedule: Schedule = "Linear"
+    """Shape of the learning rate after the warm-up: falls to zero in a straight line, falls to zero in a half cosine,
+    or stays constant."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Steps in which the rate rises from zero in a line."""
+    """Steps in which the learning rate rises from zero to its peak in a straight line."""
     weight_decay: DecimalString = "0"
     """Decoupled weight decay of AdamW."""
     gradient_clipping: DecimalString = "1.0"
-    """Largest norm of the gradient over all parameters; 0 switches clipping off."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the computation; never changed silently."""
+    """Largest norm of the gradient over all parameters. A larger gradient is scaled down. 0 switches clipping off."""
+    precision: Precision = "bf16"
+    """Number format of the computation. The trainer never changes the format by itself."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """true recomputes activations in the backward pass, which needs less memory and about a third more time."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
-    """Seed of the order of rows, the new weights and dropout."""
+    """Seed of the order of rows, of the initial values of new weights, and of dropout."""
 
 
 ZeroStage = Annotated[
     Annotated[int, Field(ge=0, le=3)] | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern="^Auto$")],
     WithJsonSchema(int_or_string("^Auto$", least=0, most=3)),
 ]
+"""`Auto`, or a ZeRO stage from 0 to 3."""
 
 
 class DeepSpeedSpec(ApiModel):
-    """How DeepSpeed spreads the training state over the processes (ZeRO, arXiv 1910.02054)."""
+    """How DeepSpeed shards the training state over the processes (ZeRO, arXiv 1910.02054)."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -85,24 +95,25 @@ class DeepSpeedSpec(ApiModel):
     )
 
     zero_stage: ZeroStage = "Auto"
-    """0: replicate everything (only with fp32), 1: shard optimizer state, 2: and gradients, 3: and parameters. Auto: 2
-    with several processes, else 1."""
+    """ZeRO stage. 0: nothing is sharded (only with fp32). 1: the optimizer state is sharded. 2: gradients are sharded
+    too. 3: parameters are sharded too. Auto: 2 with several processes, 1 with one process."""
     offload_optimizer: Literal["None", "CPU"] = "None"
-    """Where the optimizer state lies: on the GPU, or in the memory of the node."""
+    """Memory for the optimizer state: the GPU's (None) or the node's (CPU)."""
     offload_parameters: Literal["None", "CPU"] = "None"
-    """Where parameters lie between uses: on the GPU, or in the memory of the node; only with `zeroStage: 3`."""
+    """Memory for parameters that are not in use: the GPU's (None) or the node's (CPU). CPU needs `zeroStage: 3`."""
     overrides: Annotated[str, Field(min_length=2, max_length=16384)] | None = None
-    """A JSON object that is merged into the DeepSpeed configuration last. Keys that other fields decide, such as
-    `train_batch_size` or `zero_optimization.stage`, are refused."""
+    """A JSON object that is merged into the DeepSpeed configuration last, for example `{"steps_per_print": 10}`. Keys
+    that other fields decide, such as `train_batch_size` or `zero_optimization.stage`, are refused."""
 
 
 class StabilitySpec(ApiModel):
-    """What happens when training goes wrong without an error."""
+    """What the trainer does when the loss is not finite or explodes, or when a step hangs."""
 
-    on_non_finite: Literal["Record", "RollBack", "Fail"] = "Fail"
-    """What follows a loss or gradient that is not a finite number. It is never applied. Record: the step is skipped and
-    counted; RollBack: back to the last good checkpoint with a lower rate; Fail: the job ends as Diverged."""
-    on_exploding_loss: Literal["Record", "RollBack", "Fail"] | None = None
-    """What follows a loss far above its recent values; absent: it is not watched."""
+    on_non_finite: StabilityAction = "Fail"
+    """What follows a loss or gradient that is not a finite number. Such a gradient is never applied. Record: the step
+    is skipped and counted. RollBack: training continues from the last good checkpoint with a lower learning rate.
+    Fail: the job ends as Diverged."""
+    on_exploding_loss: StabilityAction | None = None
+    """What follows a loss far above its recent values. Absent: the loss is not watched."""
     stall_timeout_seconds: Annotated[int, Field(ge=60, le=86_400)] = 600
-    """A step that takes longer ends the attempt, which is then retried."""
+    """Longest time of one optimizer step in seconds. A longer step ends the attempt, which is then retried."""

@@ -1,5 +1,10 @@
-"""What operator and trainer say to each other: the run file, what a pod is told, reports, results and exit codes."""
+"""Messages and file locations on which operator and training pods agree.
 
+The operator writes the run file, and the trainer answers with reports, results and exit codes. Models of the Kubernetes
+resource belong into `api/`.
+"""
+
+from finetune_core.contract.contract_model import CONTRACT_VERSION, RESULT_LIMIT_BYTES, ContractModel
 from finetune_core.contract.pod import (
     CA_FILE,
     CREDENTIALS_FOLDER,
@@ -28,7 +33,7 @@ from finetune_core.contract.records import (
     ScoreRecord,
 )
 from finetune_core.contract.report import REPORT_LIMIT_BYTES, Phase, Report, report_audience, report_path
-from finetune_core.contract.result import EXIT_CODES, RESULT_LIMIT_BYTES, ExitCode, Outcome, Result
+from finetune_core.contract.result import EXIT_CODES, ExitCode, Outcome, Result
 from finetune_core.contract.run_file import (
     EvaluationConfig,
     GenerationConfig,
@@ -39,7 +44,6 @@ from finetune_core.contract.run_file import (
     StorageConfig,
     WorldConfig,
 )
-from finetune_core.contract.wire import CONTRACT_VERSION, ContractModel, Remedy
 
 __all__ = [
     "CA_FILE",
@@ -75,7 +79,6 @@ __all__ = [
     "OptimizationConfig",
     "Outcome",
     "Phase",
-    "Remedy",
     "Report",
     "ReportConfig",
     "Result",

@@ -1,4 +1,7 @@
-"""What the operator tells a pod besides the run file: who it is, by environment, and where its files lie."""
+"""Environment variables and file paths that a training pod gets from the operator, in addition to the run file.
+
+The operator's `objects/` sets and mounts them, and the trainer reads them when a pod starts.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +10,53 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune_core.contract.wire import ContractModel
+from finetune_core.api.status import ATTEMPT_LIMIT
+from finetune_core.contract.contract_model import ContractModel
 from finetune_core.errors import UserError
 
 RUN_FOLDER = "/etc/finetune"
 RUN_FILE = f"{RUN_FOLDER}/run.json"
 CA_FILE = f"{RUN_FOLDER}/ca.crt"
-"""CA bundle of the operator's report server: a key of the attempt's ConfigMap."""
+"""CA certificates of the operator's report server, a key of the attempt's ConfigMap."""
+ACCESS_KEY_ID = "AWS_ACCESS_KEY_ID"
+SECRET_ACCESS_KEY = "AWS_SECRET_ACCESS_KEY"  # noqa: S105  (the name of a variable)
+SESSION_TOKEN = "AWS_SESSION_TOKEN"  # noqa: S105  (the name of a variable)
+"""Keys of the job's credentials Secret, names of the mounted files, and environment variables of the AWS SDKs."""
 CREDENTIALS_FOLDER = "/var/run/secrets/finetune.dev/storage"
-"""Files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN, from the job's Secret."""
+"""Folder with the files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN from the job's
+Secret."""
 STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
-"""Certificates that sign the store's, from `storage.caConfigMapRef`; absent: those of the image."""
+"""CA certificates of the object store, from `storage.caConfigMapRef`. Without the file the image's certificates are
+used."""
 HUB_DATA_TOKENS_FOLDER = "/var/run/secrets/finetune.dev/hub-data"
-"""Tokens for gated data sets, each in a file with the field path of its source, such as `dataset.train`."""
+"""Folder with Hugging Face tokens for gated data sets. Each file is named after the field of its source, for example
+`dataset.train`."""
 HUB_TOKEN_FILE = "/var/run/secrets/finetune.dev/hub/token"  # noqa: S105  (a path)
+"""Hugging Face token for a gated base model."""
 TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path)
-"""Projected service-account token for reports; the kubelet renews it."""
+"""Projected service-account token that authenticates reports. The kubelet renews the file."""
 TERMINATION_LOG = "/dev/termination-log"
+"""File whose content the kubelet copies into the pod's status when the container ends."""
 SCRATCH_FOLDER = "/scratch"
-"""Writable emptyDir of the pod: HOME, downloads, snapshots."""
+"""Writable emptyDir of the pod, used for HOME, downloads and snapshots."""
 VOLUMES_FOLDER = "/var/run/finetune/volumes"
-"""A claim `name` that model or data come from is mounted read-only at `<folder>/<name>`."""
+"""A PersistentVolumeClaim that holds the model or data is mounted read-only at `<folder>/<name of the claim>`."""
 
 
 class Identity(ContractModel):
-    """Which attempt of which job a pod belongs to; from the environment."""
+    """The job and the attempt that a pod belongs to, read from environment variables."""
 
     namespace: str
     name: str
     uid: str
-    attempt: Annotated[int, Field(ge=1, le=999)]
+    attempt: Annotated[int, Field(ge=1, le=ATTEMPT_LIMIT)]
     pod_name: str
     pod_uid: str
     node_rank: Annotated[int, Field(ge=0)]
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Identity:
-        """Read the identity; raises UserError that names a missing or malformed variable."""
+        """Read the identity. Raises UserError with the name of a missing or malformed variable."""
         values: dict[str, str] = {}
         for field, variable in IDENTITY_VARIABLES.items():
             value = environment.get(variable)
@@ -65,6 +78,8 @@ IDENTITY_VARIABLES: Mapping[str, str] = {
     "pod_uid": "FTJ_POD_UID",
     "node_rank": "PET_NODE_RANK",
 }
+"""Environment variable of each field of `Identity`."""
 MASTER_ADDR_VARIABLE = "PET_MASTER_ADDR"
 MASTER_PORT_VARIABLE = "PET_MASTER_PORT"
 MASTER_PORT = 23456
+"""TCP port at which rank 0 listens for the rendezvous of torch.distributed."""

@@ -1,4 +1,4 @@
-"""What reports and results tell about a run: checkpoints, artifact, scores, incidents, curves."""
+"""Parts of reports and results: checkpoints, the artifact, scores, incidents and points of the curves."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_core.api.evaluation import ScoredRows
-from finetune_core.contract.wire import ContractModel, Remedy
+from finetune_core.api.training import StabilityAction
+from finetune_core.contract.contract_model import ContractModel
 from finetune_core.tasks import SCORE_LIMIT, ScoreName
 
 
 class CheckpointRecord(ContractModel):
-    """A committed checkpoint, as reports list it."""
+    """A committed checkpoint."""
 
     run: Annotated[int, Field(ge=1)]
     step: Annotated[int, Field(ge=0)]
@@ -24,18 +25,19 @@ class CheckpointRecord(ContractModel):
     task_score: float | None = None
     time: datetime
     damaged: Annotated[str, Field(max_length=256)] = ""
-    """What is wrong with it, where resuming found something: the object's name and how it differs."""
+    """Name of a damaged object and how it differs from the manifest, where the trainer tried to resume from the
+    checkpoint and could not. Empty otherwise."""
 
 
 class CheckpointName(ContractModel):
-    """Which checkpoint: the run that wrote it and the step that it holds."""
+    """Names a checkpoint by the run that wrote it and the optimizer step that it holds."""
 
     run: Annotated[int, Field(ge=1)]
     step: Annotated[int, Field(ge=0)]
 
 
 class ArtifactRecord(ContractModel):
-    """The committed artifact."""
+    """The committed artifact of a job."""
 
     uri: Annotated[str, Field(max_length=512)]
     step: Annotated[int, Field(ge=0)]
@@ -72,15 +74,15 @@ class ScoreRecord(ContractModel):
 
 
 class EvaluationRecord(ContractModel):
-    """Scores of base model and tuned model on the same rows."""
+    """Scores of the base model and of the tuned model on the same rows."""
 
     rows: ScoredRows
     examples: Annotated[int, Field(ge=0)]
-    """Number of rows of the evaluation set; `graded` of a score says how many rows have a graded answer."""
+    """Number of rows in the evaluation set. `graded` of a score says for how many of them an answer was graded."""
     base: ScoreRecord | None = None
     tuned: ScoreRecord | None = None
     tuned_step: Annotated[int, Field(ge=0)] | None = None
-    """Step of the exported checkpoint, whose scores are `tuned`."""
+    """Optimizer step of the exported checkpoint, whose scores `tuned` holds."""
 
     def rounded(self) -> EvaluationRecord:
         """Return the record with six significant digits, because a termination message has no room for more."""
@@ -89,22 +91,22 @@ class EvaluationRecord(ContractModel):
 
 
 class Incident(ContractModel):
-    """Something that went wrong with the numbers of the training, and what was done."""
+    """A step whose loss or gradient norm was not finite or far too high, and what the trainer did."""
 
     step: Annotated[int, Field(ge=0)]
-    """Step at which it was noticed."""
+    """Optimizer step at which the stability monitor raised the incident."""
     kind: Annotated[str, Field(max_length=32)]
-    """Such as NonFiniteLoss, NonFiniteGradient, LossSpike."""
+    """Kind of the incident, for example NonFiniteLoss, NonFiniteGradient or LossSpike."""
     value: Annotated[str, Field(max_length=32)]
-    """What was measured; text, because it may be infinite."""
+    """Measured value as text, because it may be infinite."""
     threshold: Annotated[str, Field(max_length=32)]
-    """What it had to stay below."""
-    action: Remedy
+    """Value that the measured value had to stay below."""
+    action: StabilityAction
     message: Annotated[str, Field(max_length=512)]
 
 
 class CurvePoint(ContractModel):
-    """A point of the curves that the status keeps."""
+    """Training loss and validation perplexity at one optimizer step, for the curves in the status."""
 
     step: Annotated[int, Field(ge=0)]
     loss: float | None = None

@@ -1,4 +1,5 @@
-"""Reports: what rank 0 posts to the operator while it trains, and by which address and audience."""
+"""Reports: the JSON that rank 0 posts to the operator's report server while it trains, and the server's paths and token
+audience."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune_core.api.status import CHECKPOINT_LIMIT, HISTORY_LIMIT, INCIDENT_LIMIT, METRIC_LIMIT, NOTICE_LIMIT
+from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel
 from finetune_core.contract.records import CheckpointName, CheckpointRecord, CurvePoint, EvaluationRecord, Incident
 from finetune_core.contract.result import Result
-from finetune_core.contract.wire import CONTRACT_VERSION, ContractModel
 
 REPORT_LIMIT_BYTES = 65536
+"""Largest report in bytes that the report server accepts."""
 
 
 class Phase(StrEnum):
@@ -27,46 +30,52 @@ class Phase(StrEnum):
 
 
 class Report(ContractModel):
-    """What rank 0 posts every few seconds: complete in itself, so that a lost report loses nothing."""
+    """What rank 0 posts every few seconds. A report contains the whole state, so that a lost report loses nothing."""
 
     version: Literal[1] = CONTRACT_VERSION
     run: Annotated[int, Field(ge=0)]
-    """Run number in the bucket; 0 while it is not taken yet."""
+    """Run number in the bucket. 0 until the trainer has taken a run number."""
     pod_uid: Annotated[str, Field(max_length=64)]
     phase: Phase
     ranks: Annotated[int, Field(ge=1)]
-    """Ranks that joined; all of them, because rank 0 reports only after the rendezvous."""
+    """Number of ranks that joined. The number is always the world size, because rank 0 reports only after the
+    rendezvous."""
     step: Annotated[int, Field(ge=0)]
     total_steps: Annotated[int, Field(ge=0)]
     epoch: Annotated[float, Field(ge=0)]
     eta_seconds: Annotated[int, Field(ge=0)] | None = None
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
-    """Tokens of prompts and answers, no padding, over all ranks."""
+    """Tokens of prompts and completions (without padding) per second, over all ranks."""
     mfu: Annotated[float, Field(ge=0)] | None = None
-    """Model FLOPs utilisation; None where the device's peak is not known."""
-    metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=32)]
-    """Newest values: loss, perplexity, learningRate, gradientNorm, and what `training/progress.py` adds."""
+    """Model FLOPs utilisation from 0 to 1. None where the device's peak is not known."""
+    metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=METRIC_LIMIT)]
+    """Newest value of each metric: loss, perplexity, learningRate, gradientNorm, and the others that the trainer's
+    `reporting/progress.py` adds."""
     resumed_from_step: Annotated[int, Field(ge=0)] = 0
-    """First step of this run minus one: older history beyond it was left behind."""
-    history: Annotated[list[CurvePoint], Field(max_length=60)]
-    checkpoints: Annotated[list[CheckpointRecord], Field(max_length=100)]
+    """Last optimizer step that this run takes over from earlier runs; 0 for a new training. The operator drops the
+    earlier runs' points after this step from the curves, because this run computes those steps again."""
+    history: Annotated[list[CurvePoint], Field(max_length=HISTORY_LIMIT)]
+    checkpoints: Annotated[list[CheckpointRecord], Field(max_length=CHECKPOINT_LIMIT)]
     """All committed checkpoints in the bucket, oldest first."""
     checkpoint_age_seconds: Annotated[int, Field(ge=0)] | None = None
-    """Age of what would be resumed from now: since the newest commit, or since the run's first step."""
+    """Seconds since the newest commit of this run, or since its first step where nothing is committed yet. A lost pod
+    would cost this much training."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
-    """Why that age grows beyond what the job asks for; empty while it does not."""
+    """Why no checkpoint was committed for longer than the job asks for. Empty when checkpoints are committed in
+    time."""
     best: CheckpointName | None = None
-    """The best of them by `evaluation.bestBy`, on the way that led to now."""
-    notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=8)] = []
-    """Sentences that a person should know: rows skipped, a checkpoint passed over and why."""
+    """The best checkpoint by `evaluation.bestBy`, among the checkpoints that this run descends from or has written."""
+    notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=NOTICE_LIMIT)] = []
+    """Sentences for people that are not failures, for example about rows that were skipped."""
     evaluation: EvaluationRecord | None = None
-    incidents: Annotated[list[Incident], Field(max_length=20)] = []
-    """What the stability monitor noticed, oldest first."""
+    incidents: Annotated[list[Incident], Field(max_length=INCIDENT_LIMIT)] = []
+    """Incidents of the stability monitor, oldest first."""
     result: Result | None = None
 
 
 def report_audience(job_uid: str) -> str:
-    """Return the audience of the projected token: one per job, so that a token speaks for its own job only."""
+    """Return the audience of the projected service-account token. Each job has its own audience, so that a token
+    authenticates reports of its own job only."""
     return f"finetune.dev/{job_uid}"
 
 

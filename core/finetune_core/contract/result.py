@@ -1,4 +1,4 @@
-"""How an attempt ends: exit code of every pod, outcome, and the result in its termination message."""
+"""How an attempt ends: the exit code of every pod, the outcome, and the result in the pod's termination message."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune_core.contract.contract_model import CONTRACT_VERSION, RESULT_LIMIT_BYTES, TerminationMessage
 from finetune_core.contract.records import ArtifactRecord, EvaluationRecord
-from finetune_core.contract.wire import CONTRACT_VERSION, ContractModel
-
-RESULT_LIMIT_BYTES = 1024
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the trainer's PID 1; anything else is an unknown crash."""
+    """Exit codes of the trainer's PID 1. The operator takes any other code for a crash."""
 
     DONE = 0
-    """Completed or stopped early, artifact committed."""
+    """The training is complete or stopped early, and the artifact is committed."""
     BAD_INPUT = 64
     DIVERGED = 65
     OUT_OF_MEMORY = 66
     OUTSIDE_FAILURE = 75
-    """Something outside failed for longer than its budget: store, a lost peer, refused credentials, a stall."""
+    """The object store, another rank, or the credentials failed for longer than the trainer waits, or a step took too
+    long."""
     STOPPED = 143
-    """Told to stop, and a checkpoint was committed after the signal."""
+    """The trainer received SIGTERM and committed a checkpoint afterwards."""
 
 
 class Outcome(StrEnum):
-    """What an attempt came to, in the result."""
+    """What an attempt ended with."""
 
     COMPLETED = "Completed"
     EARLY_STOPPED = "EarlyStopped"
@@ -51,10 +50,11 @@ EXIT_CODES: Mapping[Outcome, int] = {
     Outcome.STOPPED: ExitCode.STOPPED,
     Outcome.CRASHED: 1,
 }
+"""Exit code of each outcome."""
 
 
-class Result(ContractModel):
-    """How an attempt ended: the termination message of every pod, and part of the final report."""
+class Result(TerminationMessage):
+    """How an attempt ended: the termination message of every pod, and a part of the final report."""
 
     version: Literal[1] = CONTRACT_VERSION
     outcome: Outcome
@@ -66,20 +66,21 @@ class Result(ContractModel):
 
     @property
     def exit_code(self) -> int:
-        """The code that PID 1 exits with."""
+        """Exit code of PID 1."""
         return int(EXIT_CODES[self.outcome])
 
     def to_termination_message(self) -> str:
-        """Return the result as JSON of at most 1,024 bytes; the message is shortened first, then the address of the
-        checkpoint and the scores are left out: the last report has them.
+        """Return the result as JSON of at most 1,024 bytes.
 
-        Kubelet shares 12 KiB among the termination messages of all containers of a pod.
+        The message is shortened first. Then the checkpoint's address and the scores are left out, because the final
+        report has them too.
         """
         text = self.to_json()
         excess = len(text.encode()) - RESULT_LIMIT_BYTES
         message = self.message
         while excess > 0 and message:
-            # A character takes at most 6 bytes in JSON (\u0000), at least one: shortening by characters converges.
+            # A character takes at least 1 and at most 6 bytes in JSON (\u0000), so the loop removes enough characters
+            # in a few rounds.
             message = message[: -max(1, excess // 6 + 1)]
             text = self.model_copy(update={"message": message + "…"}).to_json()
             excess = len(text.encode()) - RESULT_LIMIT_BYTES
@@ -87,11 +88,3 @@ class Result(ContractModel):
             if len(text.encode()) > RESULT_LIMIT_BYTES:
                 text = self.model_copy(update=emptied).to_json()
         return text
-
-    @classmethod
-    def from_termination_message(cls, text: str) -> Result | None:
-        """Parse a container's termination message; None where it is not a result (a crash, the end of a log)."""
-        try:
-            return cls.model_validate_json(text)
-        except ValueError:
-            return None

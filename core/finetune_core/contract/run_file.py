@@ -1,6 +1,7 @@
-"""The run file: everything that an attempt needs to know, resolved, without secrets.
+"""The run file: all settings of an attempt, with every default resolved and without secrets.
 
-The operator writes it into the attempt's ConfigMap once; the trainer reads it and nothing else of the job.
+`resolve.py` builds it, the operator stores it in the attempt's ConfigMap, and the trainer reads no other part of the
+job.
 """
 
 from __future__ import annotations
@@ -10,23 +11,25 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_core.api.dataset import DatasetSpec
-from finetune_core.api.evaluation import BestBy
+from finetune_core.api.evaluation import ArtifactFrom, BestBy
 from finetune_core.api.method import LoRASpec, Method
+from finetune_core.api.resources import Device
 from finetune_core.api.sources import ModelSpec
-from finetune_core.api.storage import EncryptionSpec
-from finetune_core.contract.wire import CONTRACT_VERSION, ContractModel, Remedy
+from finetune_core.api.storage import Addressing, EncryptionSpec, Export
+from finetune_core.api.training import Precision, Schedule, StabilityAction
+from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel
 
 
 class WorldConfig(ContractModel):
-    """How many processes on what."""
+    """Number of training processes, and the kind of device that they compute on."""
 
     nodes: Annotated[int, Field(ge=1)]
     processes_per_node: Annotated[int, Field(ge=1)]
-    device: Literal["GPU", "CPU"]
+    device: Device
 
     @property
     def size(self) -> int:
-        """Number of training processes."""
+        """Number of training processes over all nodes."""
         return self.nodes * self.processes_per_node
 
 
@@ -38,18 +41,18 @@ class OptimizationConfig(ContractModel):
     max_steps: int | None = None
     global_batch_size: Annotated[int, Field(ge=1)]
     micro_batch_size: Annotated[int, Field(ge=1)]
-    schedule: Literal["Linear", "Cosine", "Constant"]
+    schedule: Schedule
     warmup_steps: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     gradient_clipping: Annotated[float, Field(ge=0)]
-    precision: Literal["bf16", "fp32"]
+    precision: Precision
     gradient_checkpointing: bool
     seed: int
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     offload_optimizer: bool = False
-    """Optimizer state lies in the memory of the node."""
+    """Whether the optimizer state lies in the node's memory instead of the GPU's."""
     offload_parameters: bool = False
-    """Parameters lie there too between uses; stage 3."""
+    """Whether parameters that are not in use lie in the node's memory instead of the GPU's. Only with ZeRO stage 3."""
     overrides: str | None = None
     """A JSON object that is merged into DeepSpeed's configuration last."""
 
@@ -63,7 +66,7 @@ class GenerationConfig(ContractModel):
 
 
 class EvaluationConfig(ContractModel):
-    """The `evaluation` section, resolved."""
+    """The `evaluation` section with every default resolved."""
 
     every_steps: int | None = None
     generation: GenerationConfig = GenerationConfig()
@@ -71,48 +74,48 @@ class EvaluationConfig(ContractModel):
     best_by: BestBy = "Perplexity"
     patience: Annotated[int, Field(ge=1)] | None = None
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    artifact_from: Literal["Best", "Last"]
+    artifact_from: ArtifactFrom
 
 
 class StabilityConfig(ContractModel):
-    """The `stability` section, resolved."""
+    """The `stability` section with every default resolved."""
 
-    on_non_finite: Remedy = "Fail"
-    on_exploding_loss: Remedy | None = None
+    on_non_finite: StabilityAction = "Fail"
+    on_exploding_loss: StabilityAction | None = None
     """None: the loss is not watched."""
     stall_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
 
 
 class StorageConfig(ContractModel):
-    """The object store; credentials come as files."""
+    """The object store. The pod gets the credentials as files, or has its own identity."""
 
     uri: str
-    """Root of this run: `<storage.uri>/<namespace>/<name>/<runId>`."""
+    """`s3://` address of the run's root: `<storage.uri>/<namespace>/<name>/<runId>`."""
     endpoint: str
     region: str
     credentials: Literal["Secret", "Identity"] = "Secret"
-    """Where the access key comes from: files of a Secret, or the pod's own identity."""
-    addressing: Literal["Path", "VirtualHosted"] | None = None
-    """Where the bucket's name goes; None: into the host name at Amazon, into the path elsewhere."""
+    """Source of the access key: files of a mounted Secret, or the pod's own identity."""
+    addressing: Addressing | None = None
+    """Place of the bucket's name in a request. None: in the host name for Amazon S3, in the path for other stores."""
     encryption: EncryptionSpec | None = None
     checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
     checkpoint_every_minutes: Annotated[int, Field(ge=1)] | None = None
-    """One of both is set."""
+    """Minutes between two checkpoints. Either this field or `checkpoint_every_steps` is set."""
     keep_last: Annotated[int, Field(ge=1)]
     keep_best: Annotated[int, Field(ge=1)] = 1
-    artifact: Literal["Adapter", "Merged", "Both"] = "Adapter"
-    """What is made of a LoRA run."""
+    artifact: Export = "Adapter"
+    """Form of a LoRA run's artifact."""
 
 
 class ReportConfig(ContractModel):
-    """Where reports go."""
+    """Address of the report server, and the seconds between two reports."""
 
     url: str
     interval_seconds: Annotated[float, Field(gt=0)] = 3.0
 
 
 class RunConfig(ContractModel):
-    """The run file: everything that an attempt needs to know, resolved, without secrets."""
+    """The run file: all settings of an attempt, with every default resolved and without secrets."""
 
     version: Literal[1] = CONTRACT_VERSION
     world: WorldConfig

@@ -1,9 +1,14 @@
-"""Reports in the words of Kubeflow Trainer's runtime status, so that code written for it, such as the Trainer class of
-transformers, reports into a FineTuneJob without a change.
+"""The progress protocol of Kubeflow Trainer's TrainJobs, so that stock code, such as the Trainer class of transformers,
+reports into a FineTuneJob without a change.
 
-Its client (KubeflowCallback) tells less than ours, and some of it wrongly: 0 % when it resumes, a remaining time that
-counts the steps of earlier runs, no step at its end, and only the metrics of the moment. So its percentage is not
-believed where steps are told, its remaining time never; what it does not repeat stays.
+The operator sets the variables of `client_environment` in every pod; `reports/server.py` serves `ROUTE` and turns each
+body into a `StockReport`; `status/history.py` merges the report into the status.
+
+The client of transformers (KubeflowCallback) reports less than the trainer of this project, and partly wrong values:
+0 % after a resume, a remaining time that counts the steps of earlier runs, and no step at the end. A report has only
+the newest metrics.
+The status therefore uses the client's percentage only where the client reports no steps, and never the client's
+remaining time. Values that a report leaves out stay in the status.
 """
 
 from __future__ import annotations
@@ -22,27 +27,27 @@ SERVER_URL_VARIABLE: Final = "KUBEFLOW_TRAINER_SERVER_URL"
 CA_VARIABLE: Final = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 TOKEN_VARIABLE: Final = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105  (a variable's name)
 METRIC_LIMIT: Final = 32
-"""Metrics that a status holds."""
+"""Greatest number of metrics that the status of a job holds."""
 _STEP, _TOTAL, _EPOCH = "current_step", "total_steps", "current_epoch"
-_NAMES: Final = {"learning_rate": "learningRate", "grad_norm": "gradientNorm", "eval_loss": "evaluationLoss"}
-"""Names of the callback that have one of ours."""
+_RENAMED_METRICS: Final = {"learning_rate": "learningRate", "grad_norm": "gradientNorm", "eval_loss": "evaluationLoss"}
+"""Metric names of KubeflowCallback, and the names of the same metrics in the status of a FineTuneJob."""
 
 
-class _Wire(BaseModel):
-    """Kubeflow's own API may grow: fields that are unknown here are passed over."""
+class _WireModel(BaseModel):
+    """Base of the protocol's models. Unknown fields are ignored, because later versions of Kubeflow may add fields."""
 
     model_config = ConfigDict(alias_generator=to_camel, extra="ignore", frozen=True, allow_inf_nan=False, strict=True)
 
 
-class Metric(_Wire):
-    """A metric as the protocol has it: the value is a text."""
+class Metric(_WireModel):
+    """A metric of the protocol; ``value`` is a number as text, for example ``"1.25"``."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     value: Annotated[str, Field(max_length=64)]
 
 
-class TrainerStatus(_Wire):
-    """What the client says."""
+class TrainerStatus(_WireModel):
+    """Progress of the training, as the client sends it."""
 
     progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = None
     estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = None
@@ -50,24 +55,25 @@ class TrainerStatus(_Wire):
     last_updated_time: Annotated[datetime, Field(strict=False)]
 
 
-class RuntimeStatus(_Wire):
-    """The body of a report."""
+class RuntimeStatus(_WireModel):
+    """The body of a report: the status part of a TrainJob."""
 
     trainer_status: TrainerStatus
 
 
-class KubeflowReport(Report):
-    """A report that says less than ours: what is None is not known, and what the status has of it stays."""
+class StockReport(Report):
+    """A report of stock code. A field that is None was not reported, and the status keeps its earlier value."""
 
-    told_step: int | None
-    told_total: int | None
-    told_percentage: int | None
+    reported_step: int | None
+    reported_total: int | None
+    """Number of steps of the whole run."""
+    reported_percentage: int | None
 
 
-def environment(base_url: str, namespace: str, name: str) -> dict[str, str]:
-    """Return the three variables by which Kubeflow's clients find the report server, the CA and the token.
+def client_environment(base_url: str, namespace: str, name: str) -> dict[str, str]:
+    """Return the three environment variables by which Kubeflow's clients find the report server, the CA and the token.
 
-    Our own trainer does not read them, so that nothing is reported twice.
+    The trainer of this project does not read these variables, so that no progress is reported twice.
     """
     return {
         SERVER_URL_VARIABLE: base_url + ROUTE.format(namespace=namespace, name=name),
@@ -76,21 +82,21 @@ def environment(base_url: str, namespace: str, name: str) -> dict[str, str]:
     }
 
 
-def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> KubeflowReport:
+def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
     """Return the report of an attempt with ``ranks`` training processes.
 
-    Raises ValueError where a number is not finite or a step is no whole number.
+    Raises ValueError where a metric is not finite or a step is not a whole number.
     """
-    told = status.trainer_status
-    numbers = {metric.name: value for metric in told.metrics if (value := _number(metric)) is not None}
+    trainer = status.trainer_status
+    numbers = {metric.name: value for metric in trainer.metrics if (value := _number(metric)) is not None}
     step, total = _count(numbers.pop(_STEP, None)), _count(numbers.pop(_TOTAL, None))
     epoch = numbers.pop(_EPOCH, numbers.pop("epoch", 0.0))
-    metrics = {_NAMES.get(name, name): value for name, value in list(numbers.items())[:METRIC_LIMIT]}
-    return KubeflowReport(
+    metrics = {_RENAMED_METRICS.get(name, name): value for name, value in list(numbers.items())[:METRIC_LIMIT]}
+    return StockReport(
         run=0,
         pod_uid=pod_uid,
         phase=Phase.TRAINING,
-        # Its rank 0 speaks when training begins, which needs every rank.
+        # KubeflowCallback sends its first report when training begins, and training needs all ranks.
         ranks=ranks,
         step=step or 0,
         total_steps=total or 0,
@@ -98,14 +104,17 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> KubeflowReport
         metrics=metrics,
         history=[],
         checkpoints=[],
-        told_step=step,
-        told_total=total,
-        told_percentage=told.progress_percentage,
+        reported_step=step,
+        reported_total=total,
+        reported_percentage=trainer.progress_percentage,
     )
 
 
 def _number(metric: Metric) -> float | None:
-    """Return the value as a number; None for a text. A number that is not finite is refused, as in our own reports."""
+    """Return the value of ``metric`` as a number, or None where the value is not a number.
+
+    Raises ValueError where the number is not finite; reports of this project's trainer have the same rule.
+    """
     try:
         value = float(metric.value)
     except ValueError:
@@ -116,6 +125,7 @@ def _number(metric: Metric) -> float | None:
 
 
 def _count(value: float | None) -> int | None:
+    """Return ``value`` as an int; raises ValueError where ``value`` is negative or not a whole number."""
     if value is None:
         return None
     if value < 0 or value != int(value):

@@ -1,1 +1,4 @@
-"""Choices that a job leaves open: the ZeRO stage, the micro-batch, the number of steps."""
+"""Arithmetic about a training: batch sizes, the ZeRO stage, the number of steps, and FLOPs.
+
+All functions are pure and need neither torch nor a cluster, so that every part of the project can import this package.
+"""

@@ -1,7 +1,7 @@
-"""Arithmetic of a training token, and the share of a device's peak that it takes (MFU). Pure; the trainer reports with
-it, and a plan can estimate with it.
+"""FLOPs of a training token, and the model FLOPs utilisation (MFU).
 
-Counted is what the model needs, not what a program happens to do: recomputed activations and padding are no work.
+The trainer's `reporting/meter.py` reports MFU with these functions. Only arithmetic that the model needs is counted, so
+recomputed activations and padding do not count.
 """
 
 from __future__ import annotations
@@ -22,48 +22,51 @@ PEAK_FLOPS: Sequence[tuple[str, float]] = (
     ("A10G", 70.0e12),
     ("A10", 125.0e12),
 )
-"""Dense bf16 peak by a part of the device's name, the first match counts (the vendor's data sheets, no sparsity)."""
+"""Peak of dense bf16 arithmetic in FLOP/s, from the vendor's data sheets without sparsity. The first entry whose text
+is part of the device's name is used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """What the arithmetic of a model depends on."""
+    """The sizes of a model that determine its FLOPs."""
 
     layers: int
     attention_width: int
-    """Heads times the width of a head."""
+    """Number of attention heads times the width of a head."""
     matrix_parameters: int
-    """All parameters but the input embedding, whose rows are only looked up; a head that is tied to it counts."""
+    """Number of all parameters except the input embedding, because an embedding is a table lookup without arithmetic.
+    An output head that is tied to the input embedding counts."""
     trained_parameters: int
-    """Equal to ``matrix_parameters`` or more where every parameter is trained."""
+    """Number of trained parameters. Where every parameter is trained, at least ``matrix_parameters``."""
     adapters: bool
-    """Whether only adapters are trained and the model is frozen."""
+    """Whether only adapters are trained and the model's own parameters are frozen."""
 
 
 def forward_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
-    """Return the FLOPs of a forward pass over sequences with ``tokens`` tokens in all.
+    """Return the FLOPs of a forward pass over sequences with ``tokens`` tokens together.
 
-    Two per parameter and token, and causal attention: half of 4 * layers * width * length per token, so that it grows
-    with ``squared_lengths``, the sum of the squares of the sequences' lengths.
+    Each parameter takes 2 FLOPs per token. Causal attention takes half of 4 * layers * width * length FLOPs per token,
+    so that its part is proportional to ``squared_lengths``, the sum of the sequences' squared lengths.
     """
     return 2.0 * shape.matrix_parameters * tokens + 2.0 * shape.layers * shape.attention_width * squared_lengths
 
 
 def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
-    """Return the FLOPs of forward and backward pass.
+    """Return the FLOPs of a forward and a backward pass.
 
-    The backward pass is twice the forward one; with adapters on a frozen model the half of it that makes weight
-    gradients is needed for the adapters alone: 2 + adapters / frozen (NeMo's helper for LoRA counts so).
+    The backward pass takes twice the FLOPs of the forward pass. Half of that computes weight gradients, which a frozen
+    model needs only for its adapters. The factor is then 2 + adapters / frozen parameters, as in NeMo's helper for
+    LoRA.
     """
     factor = 2.0 + shape.trained_parameters / shape.matrix_parameters if shape.adapters else 3.0
     return factor * forward_flops(shape, tokens, squared_lengths)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bf16 peak of a device by its name, None where it is not known (a CPU)."""
+    """Return the peak of dense bf16 arithmetic of a device in FLOP/s, or None for an unknown device such as a CPU."""
     return next((peak for part, peak in PEAK_FLOPS if part in device_name), None)
 
 
 def utilisation(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:
-    """Return MFU from 0 to 1, None without a peak or without time."""
+    """Return the MFU from 0 to 1, or None when the peak is not known or no time has passed."""
     return flops / seconds / (devices * peak) if peak is not None and seconds > 0 else None

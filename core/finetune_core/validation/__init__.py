@@ -1,5 +1,5 @@
-"""Says of a job file what the API server and the operator will say of it, without either.
+"""Finds without a cluster what the API server and the operator would refuse in a job file.
 
-`job.validate_job` is the way in. The operator itself imports `runnable` only; the CEL library is imported where a rule
-is evaluated.
+`validate_job.validate_job` is the entry point. The operator imports only `runnable`, and the CEL library is imported
+only when a rule is evaluated, because the operator's image does not contain it.
 """

@@ -1,4 +1,8 @@
-"""Fills in the schema's defaults as the API server does; pure. For objects that the models refuse in another place."""
+"""Fills in the defaults of a schema as the API server does.
+
+`validate_job.py` needs this for specs that the pydantic models refuse, because the CEL rules of the sections without a
+problem are checked nevertheless.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 
 
 def defaulted(schema: dict[str, Any], value: Any) -> Any:
-    """Return ``value`` with the defaults of ``schema``; nulls count as absent."""
+    """Return ``value`` with the defaults of ``schema``. Nulls count as absent."""
     if isinstance(value, dict) and "properties" in schema:
         filled = {key: item for key, item in value.items() if item is not None}
         for name, child in schema["properties"].items():

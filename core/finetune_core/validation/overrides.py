@@ -1,4 +1,4 @@
-"""Checks `deepspeed.overrides`: JSON syntax, and that no key is set that another field decides."""
+"""Checks `deepspeed.overrides`: the text must be a JSON object, and must not set a key that another field decides."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 from finetune_core.errors import UserError
 
 PATH = "spec.deepspeed.overrides"
+"""Path of the field, for messages."""
 
-OWNED: dict[str, str] = {
+RESERVED_KEYS: dict[str, str] = {
     "train_batch_size": "training.globalBatchSize",
     "train_micro_batch_size_per_gpu": "training.microBatchSize",
     "gradient_accumulation_steps": "training.gradientAccumulationSteps",
@@ -33,11 +34,11 @@ OWNED: dict[str, str] = {
     "nebula": "storage.checkpoint",
     "elasticity": "resources.nodes",
 }
-"""Keys of the DeepSpeed configuration, with the field that decides each."""
+"""Keys of the DeepSpeed configuration that users must not override, with the field that decides each key."""
 
 
 def override_problems(text: str) -> list[UserError]:
-    """Return everything that is wrong with the overrides ``text``."""
+    """Return every problem of the overrides ``text``."""
     try:
         overrides = json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
@@ -50,13 +51,13 @@ def override_problems(text: str) -> list[UserError]:
         return [UserError(PATH, "must be a JSON object")]
     return [
         UserError(PATH, f"must not hold {key}: `{field}` decides it")
-        for key, field in OWNED.items()
+        for key, field in RESERVED_KEYS.items()
         if _has(overrides, key)
     ]
 
 
 class _DuplicateKeyError(Exception):
-    """A key that stands twice in an object."""
+    """A key occurs twice in a JSON object."""
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,38 +1,39 @@
-"""What is wrong with a job: where, what it must be, and who refuses it."""
+"""A problem of a job: the path of the field, what the field must be, and whether the API server or the operator refuses
+the job."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-Path = tuple[str | int, ...]
-"""Keys and list indices from the root of the object."""
+FieldPath = tuple[str | int, ...]
+"""Keys and list indices from the root of the object, for example `("spec", "podTemplate", "env", 0, "name")`."""
 
 
 class Refusal(StrEnum):
-    """Who refuses a job."""
+    """The component that refuses a job."""
 
     SERVER = "server"
-    """The API server: `kubectl apply` fails."""
+    """The API server refuses the job: `kubectl apply` fails."""
     OPERATOR = "operator"
-    """The operator: the job ends with `Accepted=False`, `Stalled=True`."""
+    """The operator refuses the job: the job ends with `Accepted=False` and `Stalled=True`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong."""
+    """A problem at one place of a job."""
 
-    path: Path
+    path: FieldPath
     message: str
     refused_by: Refusal = Refusal.SERVER
 
     def __str__(self) -> str:
-        """Return `spec.lora.rank: must be between 1 and 512`."""
+        """Return the problem as a line, for example `spec.lora.rank: must be between 1 and 512`."""
         return f"{dotted(self.path)}: {self.message}"
 
 
-def dotted(path: Path) -> str:
-    """Return ``path`` as the API server writes it: `spec.podTemplate.env[0].name`."""
+def dotted(path: FieldPath) -> str:
+    """Return ``path`` in the API server's notation, for example `spec.podTemplate.env[0].name`."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part

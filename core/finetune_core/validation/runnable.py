@@ -1,8 +1,8 @@
-"""What the schema accepts and the operator can't run: called by `resolve`, so that the job ends with
-`Accepted=False` and the field's path, and by `finetune validate`.
+"""Finds what the schema accepts and the operator can't run.
 
-`NOT_YET` is the one list of what this version does not honour; a change that teaches the trainer or the operator a
-field removes its line.
+`resolve.py` and `finetune validate` call `unrunnable`. In the cluster a job with such a problem ends with
+`Accepted=False` and the field's path. `NOT_YET` lists the fields that this version does not support; a change that
+supports a field removes its entry.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ from typing import Any
 
 from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
+from finetune_core.planning.training_plan import process_share
 from finetune_core.validation.overrides import override_problems
 
 
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """A field of which this version honours only some values."""
+    """A field of which this version supports only some values."""
 
     path: str
-    """Below `spec`."""
+    """Path of the field below `spec`, for example `tracking`."""
     honoured: tuple[Any, ...]
-    """Values that can be run; None: absent."""
+    """Supported values. None means that the field may be absent."""
     must: str
-    """What the field must be, as the sentence goes on after `must`."""
+    """What the field must be, as the end of a sentence that begins with "must"."""
 
 
 NOT_YET_REASON = "this version of the operator can't run anything else"
 
 NOT_YET = (NotYet("tracking", (None,), "be absent"),)
+"""Fields that the schema has and this version does not support."""
 
 
 def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
-    """Return why ``spec`` can't be run, each with the field's path; empty where it can."""
+    """Return the reasons why ``spec`` can't be run, each with the field's path. Empty when ``spec`` can be run."""
     problems = override_problems(spec.deepspeed.overrides) if spec.deepspeed.overrides is not None else []
     memory, shared = to_bytes(spec.resources.memory), to_bytes(spec.resources.shared_memory)
     if shared >= memory:
@@ -50,10 +52,10 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
 
 
 def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
-    """A micro-batch is at most the share of one process in the global batch."""
+    """Return a problem when the requested micro-batch is larger than one process's share of the global batch."""
     requested, total = spec.training.micro_batch_size, spec.training.global_batch_size
-    processes = spec.resources.nodes * max(1, spec.resources.gpus_per_node)
-    share = -(-total // processes)
+    processes = spec.resources.processes
+    share = process_share(total, processes)
     if requested is None or requested <= share:
         return []
     sentence = f"must be at most {share}, the share of one of {processes} processes in a globalBatchSize of {total}"
@@ -61,7 +63,7 @@ def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
 
 
 def _value(node: Any, path: str) -> Any:
-    """Return what lies at ``path``, None where nothing does."""
+    """Return the value at ``path``, or None when a key of the path is absent."""
     for part in path.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node
@@ -71,7 +73,7 @@ _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2*
 
 
 def to_bytes(quantity: int | str) -> int:
-    """Return a memory quantity of the schema's form in bytes."""
+    """Return a memory quantity such as `1.5Gi` in bytes. The schema excludes all other forms."""
     if isinstance(quantity, int):
         return quantity
     unit = quantity.lstrip("0123456789.")

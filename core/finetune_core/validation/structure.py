@@ -1,7 +1,7 @@
-"""Checks a spec against the pydantic models as strictly as the API server checks it against the schema.
+"""Checks a spec against the pydantic models as strictly as the API server checks a spec against the CRD's schema.
 
-In: the spec as it was parsed from YAML or JSON. Out: the model with all defaults, or every problem with its path and
-a sentence made from the schema.
+The input is the spec as parsed from YAML or JSON. The result is the model with all defaults, or every problem with its
+path and a sentence that is made from the schema.
 """
 
 from __future__ import annotations
@@ -15,31 +15,33 @@ from pydantic import ValidationError
 
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.validation.problems import Path, Problem
+from finetune_core.validation.problems import FieldPath, Problem
 
 DEPTH_LIMIT = 100
-"""No job is nested deeper than a dozen levels; parsers of all languages give up somewhere beyond this."""
+"""Deepest nesting that is checked. A job needs about a dozen levels, and JSON parsers fail at some depth beyond 100."""
 
 Schema = dict[str, Any]
 
 
 def is_json(spec: Any) -> bool:
-    """Whether ``spec`` can be looked at further: neither too deep nor holding what JSON has no word for."""
+    """Return whether ``spec`` can be written as JSON: not nested too deep, and without values that JSON can't
+    express."""
     return next(_unreadable(spec), None) is None
 
 
 def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
-    """Return the model of ``spec``, or the problems that keep it from being one."""
+    """Return the model of ``spec``, or the problems because of which it has no model."""
     obstacle = next(_unreadable(spec), None)
     if obstacle is not None:
         return None, [obstacle]
     try:
-        # As JSON: what pydantic calls strict is then what the server does; names of Python attributes are no fields.
+        # The spec is validated as JSON text, because pydantic's strict mode for JSON accepts the same types as the API
+        # server. Only aliases count, so that Python names such as `max_steps` are unknown fields.
         text = json.dumps(spec)
         return FineTuneJobSpec.model_validate_json(text, strict=True, by_alias=True, by_name=False), []
     except ValidationError as error:
         schema = openapi_schema(FineTuneJobSpec)
-        found: dict[Path, Problem] = {}
+        found: dict[FieldPath, Problem] = {}
         for item in error.errors(include_url=False, include_context=True):
             problem = _problem(schema, item)
             found.setdefault(problem.path, problem)
@@ -47,8 +49,9 @@ def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
 
 
 def _unreadable(root: Any) -> Iterator[Problem]:
-    """Yield what can't even be turned into JSON. With a stack of its own: depth is what it looks for."""
-    stack: list[tuple[Any, Path]] = [(root, ("spec",))]
+    """Yield the places that JSON can't express. The function keeps its own stack, because deep nesting would overflow
+    Python's."""
+    stack: list[tuple[Any, FieldPath]] = [(root, ("spec",))]
     while stack:
         node, path = stack.pop()
         if len(path) > DEPTH_LIMIT:
@@ -72,7 +75,7 @@ def _is_text(value: str) -> bool:
 
 
 def _problem(schema: Schema, error: Any) -> Problem:
-    """Translate a pydantic error: its place to a path of the schema, its kind to a sentence."""
+    """Return the problem for a pydantic error, with a path of the schema and a sentence."""
     path, node = _locate(schema, error["loc"])
     kind, value = error["type"], error.get("input")
     if kind == "missing":
@@ -84,12 +87,13 @@ def _problem(schema: Schema, error: Any) -> Problem:
     return Problem(path, expectation(node, value))
 
 
-def _locate(schema: Schema, location: tuple[str | int, ...]) -> tuple[Path, Schema]:
-    """Return the path of an error, and the schema there (of an unknown field: that of its parent).
+def _locate(schema: Schema, location: tuple[str | int, ...]) -> tuple[FieldPath, Schema]:
+    """Return the path of an error and the schema at that path, or the parent's schema for an unknown field.
 
-    Pydantic appends the member of a union to the place; that part is no field and is left out.
+    Pydantic appends the member of a union to an error's location. That member is not a field, so the path leaves it
+    out.
     """
-    path: Path = ("spec",)
+    path: FieldPath = ("spec",)
     node = schema
     for part in location:
         if isinstance(part, int) and "items" in node:
@@ -112,7 +116,7 @@ def _unknown_field(name: str, parent: Schema) -> str:
 
 
 def expectation(node: Schema, value: Any = None) -> str:
-    """Return what a value must be by its schema: `must be between 1 and 512`."""
+    """Return what a value must be according to its schema, for example `must be between 1 and 512`."""
     kind = node.get("type")
     if node.get("x-kubernetes-int-or-string"):
         word = node["pattern"].strip("^$")

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from datetime import UTC
 
 from finetune_core.api.status import CheckpointStatus
-from finetune_operator.kube.cluster import ApiError, Cluster
+from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.objects.labels import LAST_CHECKPOINT_TIME
-from finetune_operator.objects.observed import PodObservation
+from finetune_operator.objects.observations import PodObservation
 from finetune_operator.observe.record import Look
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def unaware(pods: Sequence[PodObservation], attempt: int, value: str) -> list[Po
 class CheckpointAnnotations:
     """Keeps the annotation of running pods true."""
 
-    def __init__(self, cluster: Cluster, *, enabled: bool) -> None:
+    def __init__(self, cluster: KubeClient, *, enabled: bool) -> None:
         """Do nothing where not ``enabled``: the operator then has no permission either."""
         self._cluster = cluster
         self._enabled = enabled
@@ -49,5 +49,5 @@ class CheckpointAnnotations:
                 await self._cluster.annotate_pod(look.key.namespace, pod.name, pod.uid, {LAST_CHECKPOINT_TIME: value})
             except ApiError as error:
                 # Nothing of the job depends on it; the next look tries again.
-                if error.status not in (404, 409):
+                if not (error.is_not_found or error.is_conflict):
                     logger.warning("pod %s was not annotated: %s", pod.name, error, extra=look.log)

@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 from finetune_core.contract import RunConfig
 from finetune_core.names import attempt_name
-from finetune_operator.kube.cluster import Cluster
-from finetune_operator.objects.backends.backend import Backend
-from finetune_operator.objects.observed import ChildObservation
-from finetune_operator.objects.pods import AttemptPlan
-from finetune_operator.objects.run_file import build_config_map, create_config_map, remove_config_map
+from finetune_operator.act.config_maps import create_config_map, delete_config_map
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.objects.backends.interface import Backend
+from finetune_operator.objects.config_map import build_config_map
+from finetune_operator.objects.observations import ChildObservation
+from finetune_operator.objects.pod_template import AttemptSpec
 from finetune_operator.observe.record import Look
-from finetune_operator.queue.keyqueue import backoff_seconds
 from finetune_operator.queue.memory import JobMemory
-from finetune_operator.queue.problems import FIRST_RETRY_SECONDS, OutsideError
+from finetune_operator.queue.retryable import FIRST_RETRY_SECONDS, RetryableError
+from finetune_operator.queue.work_queue import backoff_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class AttemptObjects:
     def __init__(
         self,
         *,
-        cluster: Cluster,
+        cluster: KubeClient,
         backend: Backend,
         trainer_image: str,
         report_base_url: str,
@@ -47,13 +48,13 @@ class AttemptObjects:
         return look.stored.image or look.job.spec.pod_template.image or self._trainer_image
 
     async def create(self, look: Look, config: RunConfig) -> ChildObservation:
-        """Create the objects of the current attempt, once no back-off holds them; raises OutsideError."""
+        """Create the objects of the current attempt, once no back-off holds them; raises RetryableError."""
         memory = look.memory
         if memory.problem is not None and self._clock() < memory.retry_at:
             raise memory.problem
         try:
             child = await self._create(look, config)
-        except OutsideError as problem:
+        except RetryableError as problem:
             self.postpone(memory, problem)
             logger.warning("attempt not created: %s", problem.message, extra=look.log)
             raise
@@ -63,15 +64,15 @@ class AttemptObjects:
 
     async def remove(self, look: Look, child: ChildObservation) -> None:
         """Delete the objects of an attempt that ended; the pods follow."""
-        await remove_config_map(self._cluster, look.key.namespace, child.name, look.uid)
+        await delete_config_map(self._cluster, look.key.namespace, child.name, look.uid)
         await self._backend.delete(look.key.namespace, child)
         logger.info("attempt removed", extra=look.log)
 
-    def postpone(self, memory: JobMemory, problem: OutsideError) -> None:
+    def postpone(self, memory: JobMemory, problem: RetryableError) -> None:
         """Keep ``problem``, and when to try again: after 10 s, doubled up to 5 min."""
         memory.failures += 1
         memory.problem = problem
-        memory.retry_at = self._clock() + backoff_seconds(memory.failures, jitter=0, least=FIRST_RETRY_SECONDS)
+        memory.retry_at = self._clock() + backoff_seconds(memory.failures, jitter=0, base=FIRST_RETRY_SECONDS)
 
     def forgive(self, memory: JobMemory) -> None:
         """Forget what stood in the way: it is gone, or it stood in the way of an attempt that has ended since."""
@@ -87,8 +88,8 @@ class AttemptObjects:
         if number > 1:
             # Its child went without us, or was never created: then the ConfigMap has stayed.
             before = attempt_name(metadata.name, metadata.uid, number - 1)
-            await remove_config_map(self._cluster, metadata.namespace, before, metadata.uid)
+            await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
-        plan = AttemptPlan(number=number, name=name, image=self.image(look), report_base_url=self._report_base_url)
+        plan = AttemptSpec(number=number, name=name, image=self.image(look), report_base_url=self._report_base_url)
         await create_config_map(self._cluster, build_config_map(look.job, plan, config, self._ca_bundle()))
         return await self._backend.create(self._backend.build(look.job, plan))

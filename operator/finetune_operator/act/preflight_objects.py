@@ -11,15 +11,16 @@ from finetune_core.contract import RunConfig
 from finetune_core.names import preflight_name
 from finetune_operator import messages
 from finetune_operator.act.attempt_objects import AttemptObjects
+from finetune_operator.act.config_maps import create_config_map, delete_config_map
 from finetune_operator.decide.preflight import Check, Next, Situation, check
-from finetune_operator.kube.cluster import ApiError, Cluster, Manifest
+from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
-from finetune_operator.objects.observed import PodObservation, controller_uid, parse_preflight_pod
-from finetune_operator.objects.preflight_pod import TryPlan, build_preflight_config_map, build_preflight_pod
-from finetune_operator.objects.run_file import create_config_map, remove_config_map
+from finetune_operator.objects.observations import PodObservation, controller_uid, parse_preflight_pod
+from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_config_map, build_preflight_pod
 from finetune_operator.observe.hints import HintReader
 from finetune_operator.observe.record import Look
-from finetune_operator.queue.problems import OutsideError
+from finetune_operator.queue.retryable import RetryableError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Preflights:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: KubeClient,
         hints: HintReader,
         objects: AttemptObjects,
         *,
@@ -74,7 +75,7 @@ class Preflights:
         if memory.problem is None or self._clock() >= memory.retry_at:
             try:
                 await self._create(look, step.number, config)
-            except OutsideError as problem:
+            except RetryableError as problem:
                 self._objects.postpone(memory, problem)
                 logger.warning("preflight pod not created: %s", problem.message, extra=look.log)
                 return 0  # so that the cause is written
@@ -92,22 +93,22 @@ class Preflights:
         if number > 1:
             # Its pod may have gone without us: then the ConfigMap has stayed.
             before = preflight_name(look.key.name, look.uid, number - 1)
-            await remove_config_map(self._cluster, look.key.namespace, before, look.uid)
+            await delete_config_map(self._cluster, look.key.namespace, before, look.uid)
         name = preflight_name(look.key.name, look.uid, number)
-        plan = TryPlan(number=number, name=name, image=self._objects.image(look))
+        plan = PreflightSpec(number=number, name=name, image=self._objects.image(look))
         try:
             await create_config_map(self._cluster, build_preflight_config_map(look.job, plan, config))
-        except OutsideError as error:
-            raise OutsideError(Reason.OUTSIDE_FAILURE, error.message) from error
+        except RetryableError as error:
+            raise RetryableError(Reason.OUTSIDE_FAILURE, error.message) from error
         pod = build_preflight_pod(look.job, plan)
         try:
             await self._cluster.create_pod(pod)
         except ApiError as error:
-            if error.status == 409:
+            if error.is_conflict:
                 await self._accept_existing(look, pod)
             elif error.is_refusal:
                 message = messages.backend_refused("Pod", name, error.message)
-                raise OutsideError(Reason.OUTSIDE_FAILURE, message) from error
+                raise RetryableError(Reason.OUTSIDE_FAILURE, message) from error
             else:
                 raise
 
@@ -117,10 +118,10 @@ class Preflights:
         ours = [item for item in found if item["metadata"]["name"] == pod["metadata"]["name"]]
         if not ours or controller_uid(ours[0]) != look.uid:
             message = messages.name_conflict("Pod", pod["metadata"]["name"])
-            raise OutsideError(Reason.OUTSIDE_FAILURE, message)
+            raise RetryableError(Reason.OUTSIDE_FAILURE, message)
 
     async def _remove(self, look: Look, pod: PodObservation) -> None:
         """Delete the objects of a try."""
-        await remove_config_map(self._cluster, look.key.namespace, pod.name, look.uid)
+        await delete_config_map(self._cluster, look.key.namespace, pod.name, look.uid)
         await self._cluster.delete_pod(look.key.namespace, pod.name, pod.uid)
         logger.info("preflight pod of try %d removed", pod.index, extra=look.log)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from finetune_core.api.causes import Cause
+from finetune_core.api.attempt_causes import Cause
 from finetune_core.api.status import (
     RECENT_ATTEMPTS_LIMIT,
     AttemptCause,

@@ -24,7 +24,7 @@ from finetune_operator import messages
 from finetune_operator.decide.accounting import backoff, cause_of, close
 from finetune_operator.decide.orders import Clocks, is_active_deadline_over, ordered_end, seconds_to_deadline
 from finetune_operator.decide.verdict import Verdict, is_of_an_earlier_admission, judge, stronger
-from finetune_operator.objects.observed import ChildObservation, PodObservation
+from finetune_operator.objects.observations import ChildObservation, PodObservation
 
 MOST_ATTEMPTS = 999
 LEAVE_TOGETHER = timedelta(seconds=10)

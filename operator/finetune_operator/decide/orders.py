@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_core.api.causes import Cause
+from finetune_core.api.attempt_causes import Cause
 from finetune_core.api.conditions import Reason
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import CurrentAttempt

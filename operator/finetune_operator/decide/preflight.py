@@ -16,13 +16,13 @@ from finetune_core.api.conditions import Reason
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import PreflightStatus
 from finetune_core.contract import ExitCode
-from finetune_core.preflight import PreflightResult
+from finetune_core.contract.preflight_result import PreflightResult
 from finetune_operator import messages
 from finetune_operator.decide.attempts import Settlement
-from finetune_operator.objects.observed import ContainerState, PodObservation
+from finetune_operator.objects.observations import ContainerState, PodObservation
 from finetune_operator.observe.waiting import pod_detail
-from finetune_operator.queue.keyqueue import backoff_seconds
-from finetune_operator.queue.problems import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, FIRST_RETRY_SECONDS
+from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, FIRST_RETRY_SECONDS
+from finetune_operator.queue.work_queue import backoff_seconds
 
 TEXT_LIMIT = 1024
 
@@ -157,7 +157,7 @@ def _cause(record: PreflightStatus) -> str:
 
 def _recorded(record: PreflightStatus, verdict: Verdict, message: str, now: datetime) -> PreflightStatus:
     """Account a try: once, because its pod is a leftover afterwards."""
-    pause = backoff_seconds(record.tries + 1, jitter=0, least=FIRST_RETRY_SECONDS)
+    pause = backoff_seconds(record.tries + 1, jitter=0, base=FIRST_RETRY_SECONDS)
     return record.model_copy(
         update={
             "tries": record.tries + 1,

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from finetune_core.api.causes import Cause
+from finetune_core.api.attempt_causes import Cause
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptCause, CurrentAttempt
 from finetune_core.contract import ExitCode, Outcome, Result
 from finetune_operator import messages
-from finetune_operator.objects.observed import ChildObservation, ContainerState, PodObservation
-from finetune_operator.objects.pods import GRACE_SECONDS
+from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
+from finetune_operator.objects.observations import ChildObservation, ContainerState, PodObservation
 
 
 class Verdict(StrEnum):
@@ -53,7 +53,7 @@ _PERMANENT_REASONS = {
 """In the order in which they decide among pods that failed together."""
 _SIGNALLED = (137, ExitCode.STOPPED)
 """What a container ends with because it was killed or told to stop."""
-RESUME_WINDOW = timedelta(seconds=GRACE_SECONDS + 30)
+RESUME_WINDOW = timedelta(seconds=TRAINING_GRACE_SECONDS + 30)
 """A child that fails this soon after its queue resumed it may have failed for the pods of its earlier admission."""
 _LATE_CODES = (ExitCode.OUTSIDE_FAILURE, ExitCode.STOPPED)
 """Codes that a failing peer can cause: an unknown crash decides before 75, 75 before 143."""

@@ -1,4 +1,7 @@
-"""Labels and owner of the objects that the operator makes, and how a watched object leads back to its job."""
+"""Labels, annotations and owner references of the objects that the operator creates.
+
+`objects/` sets the labels; `watches.py` finds with them the job to which a watched object belongs.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,54 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_core.api import API_VERSION, GROUP, KIND, FineTuneJob
-from finetune_operator.queue.keyqueue import Key
+from finetune_operator.kube.resources import OPERATOR_NAME
+from finetune_operator.queue.work_queue import Key
 
 JOB_NAME = f"{GROUP}/job-name"
 JOB_UID = f"{GROUP}/job-uid"
 ATTEMPT = f"{GROUP}/attempt"
+"""Label with the number of the attempt, for example ``"2"``."""
 PREFLIGHT = f"{GROUP}/preflight"
-"""On preflight pods, in the place of an attempt's number: the number of the try."""
+"""Label with the number of the try of the preflight check; preflight pods carry this label instead of ATTEMPT."""
 MANAGED_BY = "app.kubernetes.io/managed-by"
-MANAGER = "finetune-operator"
+MANAGER = OPERATOR_NAME
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
-"""Kueue's queue of a PyTorchJob."""
+"""Label with the LocalQueue in which Kueue queues a PyTorchJob."""
 QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
-"""Kueue's WorkloadPriorityClass, taken over from the FineTuneJob's own label. It is another kind than the PriorityClass
-of `runPolicy.priorityClassName`, which Kueue reads from the pods' template where there is no such label."""
+"""Label with Kueue's WorkloadPriorityClass; the operator copies the label from the FineTuneJob to the PyTorchJob.
+
+A WorkloadPriorityClass is not the PriorityClass of `runPolicy.priorityClassName`. Where the label is absent, Kueue
+takes the priority from the pods' PriorityClass."""
 LAST_CHECKPOINT_TIME = "volcano.sh/last-checkpoint-time"
-"""Annotation of pods by which schedulers choose whom to preempt."""
+"""Annotation of pods with the time of the newest checkpoint; a scheduler can preempt the pods that lose least work."""
 REPLICA_INDEX = "training.kubeflow.org/replica-index"
-"""Set by training-operator on every pod."""
+"""Label with the index of a worker, set on every pod by training-operator."""
 TRAINING_CONTAINER = "pytorch"
-"""The container name that PyTorchJob requires."""
-REPORTED_KINDS_SELECTOR = JOB_NAME
-"""Server-side selector of the watches on pods and PyTorchJobs: only objects that carry the label."""
+"""Name of the training container; PyTorchJob requires exactly this name."""
+OWNED_OBJECTS_SELECTOR = JOB_NAME
+"""Label selector of the watches on pods and PyTorchJobs: the API server sends only objects that carry the label."""
 
 
 def attempt_labels(job_name: str, job_uid: str, attempt: int) -> dict[str, str]:
-    """Return the labels of everything that belongs to an attempt."""
+    """Return the labels of every object of an attempt."""
     return {JOB_NAME: job_name, JOB_UID: job_uid, ATTEMPT: str(attempt), MANAGED_BY: MANAGER}
 
 
 def preflight_labels(job_name: str, job_uid: str, number: int) -> dict[str, str]:
-    """Return the labels of everything that belongs to a try of the preflight check."""
+    """Return the labels of every object of try ``number`` of the preflight check."""
     return {JOB_NAME: job_name, JOB_UID: job_uid, PREFLIGHT: str(number), MANAGED_BY: MANAGER}
 
 
-def key_of(namespace: str | None, labels: Mapping[str, str]) -> Key | None:
-    """Return the key of the job that a labelled object belongs to."""
+def job_key(namespace: str | None, labels: Mapping[str, str]) -> Key | None:
+    """Return the key of the job to which an object with ``labels`` belongs; None where the labels name no job."""
     name = labels.get(JOB_NAME)
     return Key(namespace, name) if namespace and name else None
 
 
 def owner_reference(job: FineTuneJob) -> dict[str, Any]:
-    """Return the reference that lets the garbage collector follow the job.
+    """Return the controller reference by which the garbage collector deletes an object after its job.
 
-    Without blockOwnerDeletion: that would need a permission on finalizers, for foreground deletion only.
+    `blockOwnerDeletion` is not set, because it needs a permission on finalizers and serves foreground deletion only.
     """
     return {
         "apiVersion": API_VERSION,

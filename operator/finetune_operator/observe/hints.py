@@ -9,16 +9,16 @@ from typing import Any
 
 from finetune_core.api.status import CurrentAttempt
 from finetune_operator.decide.attempts import World
-from finetune_operator.kube.cluster import Cluster
-from finetune_operator.objects.observed import PodObservation
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.objects.observations import PodObservation
 from finetune_operator.queue.memory import JobMemory
-from finetune_operator.queue.problems import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS
+from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS
 
 
 class HintReader:
     """Keeps `JobMemory.hint` fresh."""
 
-    def __init__(self, cluster: Cluster, clock: Callable[[], float]) -> None:
+    def __init__(self, cluster: KubeClient, clock: Callable[[], float]) -> None:
         """Read at most every ten seconds of ``clock``."""
         self._cluster = cluster
         self._clock = clock

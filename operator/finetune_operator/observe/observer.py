@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
 from finetune_operator.decide.attempts import World
-from finetune_operator.kube.cluster import Cluster
-from finetune_operator.objects.backends.backend import Backend
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.labels import JOB_UID
-from finetune_operator.objects.observed import ChildObservation, PodObservation, parse_pod
+from finetune_operator.objects.observations import ChildObservation, PodObservation, parse_pod
 from finetune_operator.observe.record import Look
 from finetune_operator.observe.usage import account
 from finetune_operator.observe.waiting import attempt_detail
@@ -21,7 +21,7 @@ from finetune_operator.queue.memory import Memory, ReportingAttempt
 class Observer:
     """Turns the API server's objects into the values that decisions are made from."""
 
-    def __init__(self, cluster: Cluster, backend: Backend, memory: Memory) -> None:
+    def __init__(self, cluster: KubeClient, backend: Backend, memory: Memory) -> None:
         """Read with ``cluster`` and ``backend``."""
         self._cluster = cluster
         self._backend = backend
@@ -72,12 +72,12 @@ class Observer:
         attempts = look.stored.attempts
         uids = frozenset(pod.uid for pod in pods if pod.attempt == attempts.started)
         if attempts.current is None and not uids:
-            self._memory.close(look.key)
+            self._memory.stop_reporting(look.key)
             return
         resources = look.job.spec.resources
         ranks = resources.nodes * max(1, resources.gpus_per_node)
         reporting = ReportingAttempt(uid=look.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
-        self._memory.expect(look.key, reporting)
+        self._memory.set_reporting_attempt(look.key, reporting)
 
 
 def _waiting_for(look: Look, pods: Sequence[PodObservation]) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from finetune_core.api import FineTuneJob, FineTuneJobStatus
 from finetune_core.api.conditions import ConditionType
-from finetune_operator.queue.keyqueue import Key
 from finetune_operator.queue.memory import JobMemory
+from finetune_operator.queue.work_queue import Key
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from finetune_core.api.status import MOST_HOLDERS, UsageStatus
-from finetune_operator.objects.observed import PodObservation
+from finetune_operator.objects.observations import PodObservation
 
 Span = tuple[datetime, datetime]
 

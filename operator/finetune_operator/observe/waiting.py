@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune_operator import messages
-from finetune_operator.objects.observed import ContainerState, PodObservation
+from finetune_operator.objects.observations import ContainerState, PodObservation
 
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 

@@ -1,8 +1,8 @@
-"""/healthz, /readyz and /metrics over plain HTTP for the kubelet and Prometheus.
+"""The paths /healthz, /readyz and /metrics over plain HTTP, for the kubelet and Prometheus.
 
-/healthz is red when nothing was watched or listed for three resync periods: a watcher that died silently must not
-leave an operator that looks alive. /readyz is green for a leader once its first list of all jobs succeeded, and for
-a replica that waits for the Lease while it can read it.
+/healthz fails when no event and no list of jobs has arrived for three resync periods, so that the kubelet restarts an
+operator whose watches have stopped without an error. /readyz succeeds for the leader once the first list of all jobs
+has succeeded, and for a replica that waits for the Lease as long as the replica can read the Lease.
 """
 
 from __future__ import annotations
@@ -14,84 +14,75 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from finetune_operator.process.leadership import Leadership
+from finetune_operator.process.http_server import HttpServer
+from finetune_operator.process.leader_election import LeaderElector
 from finetune_operator.process.metrics import CONTENT_TYPE, Metrics
-from finetune_operator.queue.keyqueue import KeyQueue
+from finetune_operator.queue.work_queue import WorkQueue
 
-SILENT_PERIODS = 3
+STALE_RESYNC_PERIODS = 3
+"""Number of resync periods without any activity after which /healthz fails."""
 
 
-class Activity:
-    """When the world was last seen."""
+class WatchActivity:
+    """Records when the API server last sent something: a watch event, a list of jobs, or the Lease."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start as seen: a new process gets three periods for its first look."""
+        """Count the start of the process as activity, so that /healthz succeeds until the first list."""
         self._clock = clock
-        self._seen_at = clock()
+        self._last_activity = clock()
         self.ready = False
+        """Whether /readyz succeeds."""
 
-    def seen(self) -> None:
-        """Note that a watch brought an event."""
-        self._seen_at = self._clock()
+    def event_received(self) -> None:
+        """Record that a watch has received an event."""
+        self._last_activity = self._clock()
 
-    def stood_by(self) -> None:
-        """Note that a replica which waits for the Lease could read it: it is ready to take over."""
-        self.seen()
+    def lease_read(self) -> None:
+        """Record that a waiting replica has read the Lease, so that the replica is ready to take over."""
+        self.event_received()
         self.ready = True
 
-    def began_to_lead(self) -> None:
-        """Note that the jobs must be listed before this replica is ready."""
-        self.seen()
+    def started_leading(self) -> None:
+        """Record that this replica is now the leader; it is not ready until all jobs are listed."""
+        self.event_received()
         self.ready = False
 
-    def listed(self) -> None:
-        """Note that the list of all jobs succeeded."""
-        self.seen()
+    def jobs_listed(self) -> None:
+        """Record that a list of all jobs has succeeded."""
+        self.event_received()
         self.ready = True
 
     def age(self) -> float:
-        """Return the seconds since the world was last seen."""
-        return self._clock() - self._seen_at
+        """Return the seconds since the last activity."""
+        return self._clock() - self._last_activity
 
 
-class HealthServer:
-    """Serves the three paths."""
+class HealthServer(HttpServer):
+    """Serves /healthz, /readyz and /metrics."""
 
     def __init__(
         self,
         *,
-        activity: Activity,
-        queue: KeyQueue,
+        activity: WatchActivity,
+        queue: WorkQueue,
         metrics: Metrics,
-        leadership: Leadership,
+        leadership: LeaderElector,
         resync_seconds: float,
     ) -> None:
-        """Judge ``activity`` by ``resync_seconds``."""
+        """Let /healthz fail once ``activity`` is older than three times ``resync_seconds``."""
         self._activity = activity
         self._queue = queue
         self._metrics = metrics
         self._leadership = leadership
-        self._limit = SILENT_PERIODS * resync_seconds
-        self._runner: web.AppRunner | None = None
+        self._limit = STALE_RESYNC_PERIODS * resync_seconds
 
     def application(self) -> web.Application:
-        """Return the web application."""
+        """Return the web application with the three paths."""
         application = web.Application()
         application.router.add_get("/healthz", self._healthz)
         application.router.add_get("/readyz", self._readyz)
         application.router.add_get("/metrics", self._render)
         return application
-
-    async def start(self, port: int) -> None:
-        """Listen on ``port`` of every address."""
-        self._runner = web.AppRunner(self.application(), handle_signals=False, access_log=None)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, port=port).start()
-
-    async def stop(self) -> None:
-        """Stop listening."""
-        if self._runner is not None:
-            await self._runner.cleanup()
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         age = self._activity.age()
@@ -110,8 +101,8 @@ class HealthServer:
         self._metrics.queue_depth.set(len(self._queue))
         self._metrics.queue_age_seconds.set(self._queue.oldest_age())
         self._metrics.watch_age_seconds.set(self._activity.age())
-        self._metrics.leader.set(self._leadership.leads)
+        self._metrics.leader.set(self._leadership.is_leader)
         self._metrics.lease_age_seconds.set(self._leadership.age())
-        # With thousands of jobs the text takes a while: the event loop goes on meanwhile.
+        # A thread renders the text, because with thousands of jobs the rendering would block the event loop.
         text = await asyncio.to_thread(self._metrics.render)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})

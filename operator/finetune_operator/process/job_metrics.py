@@ -1,7 +1,8 @@
-"""Prometheus series of every job, read from the status that was computed last: made by its first look, gone with the
-job, or an hour after it ended, so that settled jobs do not pile up in Prometheus.
+"""Prometheus metrics of the jobs, collected from the newest status of each job.
 
-The labels are `job_namespace` and `job_name`, because `namespace` and `job` are Prometheus' own for what it scrapes.
+`reconcile.py` and `status/writer.py` update the status. The series of a job end when the job is deleted, or an hour
+after the job has ended, so that ended jobs do not pile up in Prometheus. The labels are `job_namespace` and
+`job_name`, because Prometheus itself sets `namespace` and `job` for the scraped target.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from finetune_core.api import FineTuneJobStatus
-from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.work_queue import Key
 
-SHOWN_AFTER_THE_END: Final = timedelta(hours=1)
+RETENTION_AFTER_END: Final = timedelta(hours=1)
+"""How long the series of an ended job are still exported."""
 LABELS: Final = ("job_namespace", "job_name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobNumbers:
-    """What is shown of a job: a few hundred bytes, where a status has many thousand."""
+class JobMetrics:
+    """The exported numbers of one job, kept instead of the whole status, which takes many thousand bytes."""
 
     step: int | None = None
     total_steps: int | None = None
@@ -40,11 +42,11 @@ class JobNumbers:
     ended: datetime | None = None
 
 
-def numbers_of(status: FineTuneJobStatus) -> JobNumbers:
-    """Return the numbers of a status."""
+def job_metrics(status: FineTuneJobStatus) -> JobMetrics:
+    """Return the exported numbers of ``status``; a number that the status does not have is None."""
     progress, attempts = status.progress, status.attempts
     metrics = {metric.name: float(metric.value) for metric in status.metrics}
-    return JobNumbers(
+    return JobMetrics(
         step=progress.step if progress else None,
         total_steps=progress.total_steps if progress else None,
         eta_seconds=progress.eta_seconds if progress else None,
@@ -65,29 +67,29 @@ def _number(text: str | None) -> float | None:
     return None if text is None else float(text)
 
 
-class JobSeries(Collector):
-    """Collects the series of all jobs at each scrape."""
+class JobMetricsCollector(Collector):
+    """Custom collector of prometheus_client that yields the series of all jobs at each scrape."""
 
     def __init__(self, now: Callable[[], datetime]) -> None:
-        """Know no job yet; ``now`` tells how old a checkpoint is."""
+        """Create a collector without jobs. ``now`` returns the current time, from which ages are computed."""
         self._now = now
-        self._jobs: dict[Key, JobNumbers] = {}
+        self._jobs: dict[Key, JobMetrics] = {}
 
-    def show(self, key: Key, status: FineTuneJobStatus) -> None:
-        """Show ``status`` from now on."""
-        self._jobs[key] = numbers_of(status)
+    def update(self, key: Key, status: FineTuneJobStatus) -> None:
+        """Export the numbers of ``status`` for the job ``key`` from now on."""
+        self._jobs[key] = job_metrics(status)
 
-    def drop(self, key: Key) -> None:
-        """Show nothing any more of a job that no longer exists."""
+    def remove(self, key: Key) -> None:
+        """End the series of the job ``key``, which no longer exists."""
         self._jobs.pop(key, None)
 
     def collect(self) -> Iterable[Metric]:
-        """Return the series: those of numbers that are known."""
+        """Yield the metric families; a number that is None has no sample."""
         now = self._now()
-        shown = [(key, job) for key, job in list(self._jobs.items()) if not _is_over(job, now)]
+        exported = [(key, job) for key, job in list(self._jobs.items()) if not _is_expired(job, now)]
         for name, text, value in GAUGES:
             family = GaugeMetricFamily(f"finetune_job_{name}", text, labels=LABELS)
-            for key, job in shown:
+            for key, job in exported:
                 if (number := value(job)) is not None:
                     family.add_metric(key, number)
             yield family
@@ -98,7 +100,7 @@ class JobSeries(Collector):
             "finetune_job_attempts", "Attempts: started, charged to maxRetries, free.", labels=(*LABELS, "kind")
         )
         gpus = CounterMetricFamily("finetune_job_gpu_seconds", "Seconds that GPUs were held.", labels=LABELS)
-        for key, job in shown:
+        for key, job in exported:
             if job.checkpoint_time is not None:
                 age.add_metric(key, (now - job.checkpoint_time).total_seconds())
             for kind, count in (("started", job.started), ("charged", job.charged), ("free", job.free)):
@@ -107,11 +109,11 @@ class JobSeries(Collector):
         yield from (age, attempts, gpus)
 
 
-def _is_over(job: JobNumbers, now: datetime) -> bool:
-    return job.ended is not None and now - job.ended > SHOWN_AFTER_THE_END
+def _is_expired(job: JobMetrics, now: datetime) -> bool:
+    return job.ended is not None and now - job.ended > RETENTION_AFTER_END
 
 
-GAUGES: Final[tuple[tuple[str, str, Callable[[JobNumbers], float | None]], ...]] = (
+GAUGES: Final[tuple[tuple[str, str, Callable[[JobMetrics], float | None]], ...]] = (
     ("step", "Global batches consumed.", lambda job: job.step),
     ("total_steps", "Global batches of the whole run.", lambda job: job.total_steps),
     ("eta_seconds", "Estimated seconds to the last step.", lambda job: job.eta_seconds),

@@ -1,4 +1,7 @@
-"""JSON logs on standard output: one line a record, with job, uid and attempt where a record speaks of a job."""
+"""JSON logs on standard output: one line for each record. A line about a job has the fields job, uid and attempt.
+
+`__main__.py` configures the logs; `controller.py`, `reconcile.py` and `reports/server.py` set the fields.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,30 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 
 JOB_FIELDS = ("job", "uid", "attempt")
-"""Names that `extra=` may carry; they become fields of the line."""
-_subject: ContextVar[Mapping[str, object]] = ContextVar("subject", default={})  # noqa: B039  (never changed in place)
+"""Keys of `extra=` in a logging call that become fields of the JSON line."""
+_fields: ContextVar[Mapping[str, object]] = ContextVar("fields", default={})  # noqa: B039  (never changed in place)
 
 
-def speak_of(**fields: object) -> None:
-    """Give every further line of the running task these job fields, also lines of libraries; none ends it."""
-    _subject.set(fields)
+def set_log_fields(**fields: object) -> None:
+    """Add ``fields`` to every further log line of the running asyncio task, also to lines that libraries log.
+
+    The fields replace those of an earlier call. A call without fields removes them.
+    """
+    _fields.set(fields)
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one JSON object."""
+    """Formats a log record as one JSON object on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of ``record``."""
+        """Return the JSON line of ``record``."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= _subject.get()
+        line |= _fields.get()
         line |= {field: getattr(record, field) for field in JOB_FIELDS if hasattr(record, field)}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -38,12 +44,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Send every record from ``level`` on to standard output, replacing earlier handlers."""
+    """Send every record of at least ``level`` (for example ``"info"``) to standard output; earlier handlers go."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # The election's library writes a traceback for every call that fails; `leadership` says what matters once.
+    # The library logs a traceback for every failed call; `leader_election.py` logs each cause once instead.
     logging.getLogger("kubernetes.aio.leaderelection").setLevel(logging.CRITICAL)
-    # Every request of the report server and every watch line would drown what a person looks for.
+    # One line for each HTTP request and each watch event would hide the lines that a person looks for.
     for noisy in ("aiohttp.access", "kopf.objects", "kopf._core", "kopf._cogs"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))

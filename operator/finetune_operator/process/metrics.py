@@ -1,4 +1,7 @@
-"""Prometheus metrics of the operator; those of its jobs are in `job_metrics`."""
+"""Prometheus metrics of the operator itself; `job_metrics.py` has the metrics of the jobs.
+
+`application.py` creates one `Metrics`; the other modules set its members, and `health.py` renders it at /metrics.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,18 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from finetune_operator.process.job_metrics import JobSeries
+from finetune_operator.process.job_metrics import JobMetricsCollector
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class Metrics:
-    """All metrics, in a registry of their own, so that two operators in one process (tests) stay apart."""
+    """All metrics in a separate registry, so that tests can run two operators in one process."""
 
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        """Register every metric."""
+        """Register every metric. ``now`` returns the current time, from which the ages of checkpoints are computed."""
         self._registry = CollectorRegistry()
-        self.jobs = JobSeries(now)
+        self.jobs = JobMetricsCollector(now)
         self._registry.register(self.jobs)
         self.reconciles = Counter(
             "finetune_reconciles", "Looks at a job, by result.", ["result"], registry=self._registry
@@ -51,5 +54,5 @@ class Metrics:
         )
 
     def render(self) -> bytes:
-        """Return the text that Prometheus scrapes."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self._registry)

@@ -1,6 +1,7 @@
-"""Settings of the operator, from arguments or environment; `__main__` reads them once and passes them on.
+"""Settings of the operator's process, from command line flags and environment variables.
 
-Every setting has a flag and a variable (`--report-port`, `FINETUNE_REPORT_PORT`); the flag wins.
+Every setting has a flag and a variable, for example `--report-port` and `FINETUNE_REPORT_PORT`; the flag takes
+precedence. `__main__.py` parses the settings once and passes them to `application.py`.
 """
 
 from __future__ import annotations
@@ -20,59 +21,62 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What an installation can choose."""
+    """The settings that an installation can choose."""
 
     trainer_image: str
-    """Image of jobs that name none."""
+    """Image of jobs without `podTemplate.image`."""
     preflight: str
-    """Run or Skip: what happens before attempt 1 of jobs that do not say it."""
+    """``"Run"`` or ``"Skip"``: whether jobs without `runPolicy.preflight` are checked before attempt 1."""
     namespace: str
-    """Namespace of the operator: its certificate Secret and report Service."""
+    """Namespace of the operator, with its certificate Secret, Lease and report Service."""
     certificate_secret: str
-    """Name of the Secret that holds the report server's CA and certificate."""
+    """Name of the Secret with the CA and the certificate of the report server."""
     certificate_from: str
-    """`Operator`, which makes and renews it, or `Secret`, where somebody else, such as cert-manager, keeps it."""
+    """``"Operator"``: the operator makes and renews the certificate. ``"Secret"``: for example cert-manager does."""
     lease: str
-    """Name of the Lease whose holder works."""
+    """Name of the Lease whose holder is the leader."""
     report_service: str
     """Name of the headless Service in front of the report server."""
     report_host: str
-    """Host name in the report URL and the certificate; empty: `<service>.<namespace>.svc`."""
+    """Host name in the report URL and the certificate. Where empty, it is `<report_service>.<namespace>.svc`."""
     report_port: int
     health_port: int
     """Port of /healthz, /readyz and /metrics."""
     pod_name: str
     pod_uid: str
     pod_ip: str
-    """Address that the report Service leads to while this process leads; empty outside a cluster."""
+    """Address to which the report Service leads while this process is the leader; empty outside a cluster."""
     checkpoint_annotations: bool
-    """Whether pods are told when their job last saved, for schedulers."""
+    """Whether pods get the annotation `volcano.sh/last-checkpoint-time`, for schedulers that preempt."""
     watch_namespaces: tuple[str, ...]
-    """Namespaces to serve; empty means all."""
+    """Namespaces whose jobs are reconciled; empty means all namespaces."""
     workers: int
-    """Jobs reconciled at the same time."""
+    """Number of jobs that are reconciled at the same time."""
     resync_seconds: float
-    """Time between two lists of all jobs."""
+    """Seconds between two lists of all jobs."""
     log_level: str
     kubeconfig: Path | None
-    """Used outside a cluster; inside, the pod's service account is used."""
+    """Kubeconfig file for an operator outside a cluster; None means the pod's service account."""
 
     def lease_identity(self) -> str:
-        """Return the name that the Lease's holder goes by.
+        """Return the holder identity of this process for the Lease, for example ``"operator-7d4f_<uid of the pod>"``.
 
-        A container that the kubelet restarted has its predecessor's: that one is dead, and there is nothing to wait
-        for. Outside a pod every process has its own.
+        A container that the kubelet has restarted keeps the identity of its predecessor and so need not wait for the
+        Lease to expire. Outside a pod every process has an identity of its own.
         """
         return f"{self.pod_name}_{self.pod_uid or uuid.uuid4()}"
 
     @property
     def report_hostname(self) -> str:
-        """Host name that pods post to."""
+        """Host name to which the training pods send reports."""
         return self.report_host or f"{self.report_service}.{self.namespace}.svc"
 
     @property
     def report_base_url(self) -> str:
-        """Address that report paths are appended to. The Service is headless, so the port is the pod's own."""
+        """Base of all report URLs, for example ``"https://finetune-operator.finetune-system.svc:8443"``.
+
+        The Service is headless, so the port is the port of the operator's pod.
+        """
         return f"https://{self.report_hostname}:{self.report_port}"
 
 
@@ -81,7 +85,7 @@ def _variable(flag: str) -> str:
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Return the settings; exits with a usage message where one is missing or malformed."""
+    """Return the settings; exits with a usage message where a setting is missing or malformed."""
     parser = argparse.ArgumentParser(
         prog="python3 -m finetune_operator",
         description="Operator of FineTuneJob: starts the training pods of each job and keeps its status true.",

@@ -1,7 +1,8 @@
-"""What the operator remembers of each job between two looks, lost at a restart without harm: the newest report of
-the current attempt, which pods may report, and when the status was last written.
+"""In-memory state of each job between two reconciles: the newest report of the current attempt, the pods that may send
+reports, and the time of the last status write.
 
-The reconciler writes the attempt and reads the report; the report server does the opposite.
+`reconcile.py` sets the attempt and reads the report; `reports/server.py` reads the attempt and stores the report.
+A restart of the operator loses this state without harm.
 """
 
 from __future__ import annotations
@@ -12,121 +13,120 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from finetune_core.contract import Report
-from finetune_core.contract.stock_reports import KubeflowReport
-from finetune_operator.queue.keyqueue import Key
-from finetune_operator.queue.problems import OutsideError
+from finetune_core.contract.stock_reports import StockReport
+from finetune_operator.queue.retryable import RetryableError
 from finetune_operator.queue.speed import StepWindow
+from finetune_operator.queue.work_queue import Key
 
-LEAST_SECONDS_BETWEEN_NUMBERS = 10.0
-"""Between two writes of a job's status for nothing but new numbers."""
+MIN_SECONDS_BETWEEN_PROGRESS_WRITES = 10.0
+"""Least interval between two status writes of one job in which only numbers (step, loss, speed) differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportingAttempt:
-    """Who may report: the pods of one attempt of one job."""
+    """The attempt whose pods may send reports for a job."""
 
     uid: str
-    """uid of the FineTuneJob."""
+    """`metadata.uid` of the FineTuneJob."""
     attempt: int
     pod_uids: frozenset[str]
     ranks: int = 1
-    """Training processes over all pods."""
+    """Number of training processes over all pods of the attempt."""
 
 
 @dataclass(slots=True)
 class JobMemory:
-    """Memory of one job."""
+    """In-memory state of one job. Times are seconds of the monotonic clock unless the type is a datetime."""
 
-    version: str = ""
-    """metadata.resourceVersion of the job at its last look."""
+    resource_version: str = ""
+    """`metadata.resourceVersion` of the job at the last reconcile."""
     reporting: ReportingAttempt | None = None
     report: Report | None = None
-    """Newest report of `reporting.attempt`."""
+    """Newest report of the attempt in `reporting`."""
     reported_at: datetime | None = None
     speed: StepWindow = field(default_factory=StepWindow)
-    """Of all attempts: it outlives a resume."""
-    told: dict[str, float] = field(default_factory=dict)
-    """When an event of a reason was last created, on the monotonic clock."""
+    """Training speed over all attempts of the job."""
+    event_created_at: dict[str, float] = field(default_factory=dict)
+    """For each reason of an event: when an event with this reason was last created."""
     status_written_at: float | None = None
-    """On the monotonic clock."""
-    numbers_at: float | None = None
-    """When new numbers have their place among the writes of all jobs, once they asked for one."""
-    problem: OutsideError | None = None
-    """What the last try to create the attempt met."""
+    progress_write_at: float | None = None
+    """Earliest time at which the write budget of all jobs admits the next status write with only new numbers."""
+    problem: RetryableError | None = None
+    """Error of the last try to create the attempt's objects."""
     retry_at: float = 0.0
-    """When it is tried again, on the monotonic clock."""
+    """When the creation is tried again after `problem`."""
     failures: int = 0
-    """Tries in a row that met a problem."""
+    """Number of consecutive tries that ended with a RetryableError."""
     hint: str = ""
-    """Newest warning event about what the attempt waits for."""
+    """Newest warning event about the pods or the child object that the attempt waits for; empty where there is none."""
     hint_read_at: float | None = None
 
-    def seconds_to_numbers(self, now: float) -> float:
-        """Return how long new numbers wait before they are written; 0 where they may be now."""
+    def seconds_to_progress_write(self, now: float) -> float:
+        """Return for how many seconds a status write with only new numbers must wait; 0.0 where it may happen now."""
         own = self.status_written_at
-        due = max(now if own is None else own + LEAST_SECONDS_BETWEEN_NUMBERS, self.numbers_at or 0.0)
+        due = max(now if own is None else own + MIN_SECONDS_BETWEEN_PROGRESS_WRITES, self.progress_write_at or 0.0)
         return max(0.0, due - now)
 
 
 class Memory:
-    """Memory of all jobs."""
+    """In-memory state of all jobs, by key."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start with nothing: every entry is made by the first look at its job."""
+        """Create an empty memory. ``clock`` returns monotonic seconds."""
         self._clock = clock
         self._jobs: dict[Key, JobMemory] = {}
 
-    def __len__(self) -> int:
-        """Return how many jobs are remembered."""
-        return len(self._jobs)
-
-    def known(self) -> list[Key]:
-        """Return the keys of all remembered jobs."""
+    def job_keys(self) -> list[Key]:
+        """Return the keys of all jobs in memory."""
         return list(self._jobs)
 
-    def of(self, key: Key) -> JobMemory:
-        """Return the memory of a job, new where there is none."""
+    def job(self, key: Key) -> JobMemory:
+        """Return the state of the job ``key``; an empty state is created where there is none."""
         return self._jobs.setdefault(key, JobMemory())
 
-    def has_seen(self, key: Key, version: str) -> bool:
-        """Tell whether a look has read the job in this version: what it says is known then."""
+    def has_read(self, key: Key, resource_version: str) -> bool:
+        """Return whether a reconcile has already read the job with this ``metadata.resourceVersion``."""
         job = self._jobs.get(key)
-        return job is not None and job.version == version
+        return job is not None and job.resource_version == resource_version
 
-    def reporting(self, key: Key) -> ReportingAttempt | None:
-        """Return who may report for a job; None where no attempt is known."""
+    def reporting_attempt(self, key: Key) -> ReportingAttempt | None:
+        """Return the attempt whose pods may report for the job ``key``; None where no attempt is known."""
         job = self._jobs.get(key)
         return job.reporting if job else None
 
-    def expect(self, key: Key, reporting: ReportingAttempt | None) -> None:
-        """Record who may report from now on; a report of another attempt is forgotten."""
-        job = self.of(key)
+    def set_reporting_attempt(self, key: Key, reporting: ReportingAttempt | None) -> None:
+        """Accept reports of ``reporting`` only, from now on. A stored report of another attempt is dropped."""
+        job = self.job(key)
         old = job.reporting
         if reporting is None or old is None or (old.uid, old.attempt) != (reporting.uid, reporting.attempt):
             job.report = job.reported_at = None
-            job.speed.interrupt()
-            job.hint, job.hint_read_at = "", None
+            _end_attempt(job)
         job.reporting = reporting
 
-    def close(self, key: Key) -> None:
-        """Nobody may report until the next attempt; the newest report stays until it is written."""
-        job = self.of(key)
+    def stop_reporting(self, key: Key) -> None:
+        """Accept no report until the next attempt. The newest report is kept, so that the status can still show it."""
+        job = self.job(key)
         job.reporting = None
-        job.speed.interrupt()
-        job.hint, job.hint_read_at = "", None
+        _end_attempt(job)
 
-    def remember(self, key: Key, report: Report, received: datetime) -> None:
-        """Keep ``report`` as the newest of the job's attempt."""
-        job = self.of(key)
+    def store_report(self, key: Key, report: Report, received: datetime) -> None:
+        """Store ``report`` as the newest report of the job's attempt."""
+        job = self.job(key)
         job.report, job.reported_at = report, received
-        step = report.told_step if isinstance(report, KubeflowReport) else report.step
+        step = report.reported_step if isinstance(report, StockReport) else report.step
         if report.total_steps and step is not None:
-            job.speed.note(self._clock(), step)
+            job.speed.add(self._clock(), step)
 
-    def seconds_to_numbers(self, key: Key) -> float:
-        """Return how long new numbers of a job wait before they are written."""
-        return self.of(key).seconds_to_numbers(self._clock())
+    def seconds_to_progress_write(self, key: Key) -> float:
+        """Return for how many seconds a status write of ``key`` with only new numbers must wait."""
+        return self.job(key).seconds_to_progress_write(self._clock())
 
     def forget(self, key: Key) -> None:
-        """Drop a job that no longer exists."""
+        """Drop the state of a job that no longer exists."""
         self._jobs.pop(key, None)
+
+
+def _end_attempt(job: JobMemory) -> None:
+    """Reset what belongs to one attempt only: the speed window and the warning event."""
+    job.speed.start_new()
+    job.hint, job.hint_read_at = "", None

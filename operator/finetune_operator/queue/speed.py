@@ -1,8 +1,9 @@
-"""How long a job still takes, from the operator's own observation: a sliding window over the steps that reports told.
+"""Training speed and remaining time of a job, measured by the operator from the steps in the trainer's reports.
 
-A resumed trainer starts its own estimate anew, and Kubeflow's client divides the time since its start by all steps,
-also those of earlier runs. Here the speed outlives the attempt: until a new one has made a few steps, it is expected to
-be as fast as the one before; after a restart of the operator the status itself tells that.
+The estimates of the clients are not used: a resumed trainer starts its own estimate anew, and Kubeflow's client divides
+the time since its start by all steps, including the steps of earlier runs. The operator keeps one speed for all
+attempts: until a new attempt has reported two steps, the speed of the attempt before is assumed. After a restart of
+the operator the speed comes from the remaining time in the stored status.
 """
 
 from __future__ import annotations
@@ -13,40 +14,51 @@ from typing import Final
 from finetune_core.api.status import ProgressStatus
 
 WINDOW: Final = 64
-"""Reports with a new step over which the speed is taken: about three minutes where steps are short."""
+"""Number of reports with a new step over which the speed is averaged: about three minutes where steps are short."""
 
 
 class StepWindow:
-    """Seconds per step of one job; pauses for evaluation and checkpoints count."""
+    """Sliding window over the reported steps of one job; yields seconds per step.
+
+    Pauses for evaluations and checkpoints count as training time.
+    """
 
     def __init__(self) -> None:
-        """Know nothing yet."""
-        self._seen: deque[tuple[float, int]] = deque(maxlen=WINDOW)
-        self._before: float | None = None
-        """Seconds per step of the window that a resume ended."""
+        """Create an empty window; the speed is unknown."""
+        self._steps: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+        self._previous_seconds_per_step: float | None = None
 
-    def note(self, now: float, step: int) -> None:
-        """Note that ``step`` was told at monotonic time ``now``; a step back is a resume and begins a new window."""
-        if self._seen and step < self._seen[-1][1]:
-            self.interrupt()
-        if not self._seen or step > self._seen[-1][1]:
-            self._seen.append((now, step))
+    def add(self, now: float, step: int) -> None:
+        """Add ``step``, reported at monotonic time ``now``.
 
-    def interrupt(self) -> None:
-        """Begin a new window: the time until the next step is not the training's."""
-        self._before = self.seconds_per_step()
-        self._seen.clear()
+        A new window starts where ``step`` is lower than before, because the training was then resumed.
+        """
+        if self._steps and step < self._steps[-1][1]:
+            self.start_new()
+        if not self._steps or step > self._steps[-1][1]:
+            self._steps.append((now, step))
+
+    def start_new(self) -> None:
+        """Start a new window, so that the time between two attempts does not count as training time."""
+        self._previous_seconds_per_step = self.seconds_per_step()
+        self._steps.clear()
 
     def seconds_per_step(self) -> float | None:
-        """Return the seconds a step takes, of an earlier window while this one has no two steps; None at first."""
-        if len(self._seen) < 2:
-            return self._before
-        (begin, first), (end, last) = self._seen[0], self._seen[-1]
+        """Return the seconds per step of this window, or of the window before while this one has fewer than two steps.
+
+        None means that no window has had two steps yet.
+        """
+        if len(self._steps) < 2:
+            return self._previous_seconds_per_step
+        (begin, first), (end, last) = self._steps[0], self._steps[-1]
         return (end - begin) / (last - first)
 
 
 def eta_seconds(step: int, total: int, seconds_per_step: float | None, stored: ProgressStatus | None) -> int | None:
-    """Return the seconds to the last step; from ``stored``, the progress in the status, where no speed is known yet."""
+    """Return the estimated seconds until the last step ``total``, or None where no speed is known.
+
+    Where ``seconds_per_step`` is None, the speed is taken from ``stored``, the progress in the job's status.
+    """
     if seconds_per_step is None and stored is not None and stored.eta_seconds and stored.total_steps > stored.step:
         seconds_per_step = stored.eta_seconds / (stored.total_steps - stored.step)
     return None if seconds_per_step is None else round(max(0, total - step) * seconds_per_step)

@@ -1,7 +1,8 @@
-"""CA and certificate of the report server: made here, kept in the operator's own Secret.
+"""TLS certificates of the report server, made by the operator or read from a Secret that somebody else maintains.
 
-The CA lives 10 years and goes into every attempt's ConfigMap; the certificate lives 90 days and is renewed after
-60. Making and judging are pure functions of the time; `CertificateStore` reads and writes the Secret.
+A CA made here is valid for 10 years and goes into every attempt's ConfigMap; the server certificate is valid for 90
+days and is renewed 30 days before its end. Creation and renewal are pure functions of the time. The classes
+`SelfSignedCertificates` and `ExternalCertificates` access the Secret; `certificate_reloader.py` calls them.
 """
 
 from __future__ import annotations
@@ -20,26 +21,28 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from finetune_operator.kube.cluster import ApiError, Cluster
+from finetune_operator.kube.client import ApiError, KubeClient
 
 CA_LIFETIME = timedelta(days=3650)
 LEAF_LIFETIME = timedelta(days=90)
 RENEW_BEFORE = timedelta(days=30)
 BACKDATED = timedelta(minutes=10)
-"""Certificates begin a little in the past, for nodes whose clocks lag."""
+"""How far in the past the validity of a certificate starts, so that nodes whose clocks are slow accept it."""
 
 CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY = "ca.crt", "ca.key", "tls.crt", "tls.key"
-_SERVED = (CA_CERTIFICATE, CERTIFICATE, KEY)
-"""Keys of a Secret that somebody else keeps, in the order of `Serving`."""
+_ALL_KEYS = (CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY)
+"""Keys of the operator's own Secret, in the order of the fields of `CertificateSet`."""
+_EXTERNAL_KEYS = (CA_CERTIFICATE, CERTIFICATE, KEY)
+"""Keys of an external Secret, in the order of the fields of `ServingCertificate`."""
 
 
 class CertificateError(Exception):
-    """The operator's Secret is missing or holds nothing that can be used."""
+    """The certificate Secret is missing, or its content can't be used; the message says which key is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
-    """What the report server presents, and the CA that its clients trust: PEM texts."""
+class ServingCertificate:
+    """The certificate and key that the report server presents, and the CA that clients must trust, as PEM texts."""
 
     ca_certificate: str
     certificate: str
@@ -47,13 +50,13 @@ class Serving:
 
     @property
     def expires(self) -> datetime:
-        """End of the server certificate."""
-        return _ends(self.certificate)
+        """End of the validity of the server certificate."""
+        return _not_after(self.certificate)
 
 
 @dataclass(frozen=True, slots=True)
-class Certificates:
-    """PEM texts as they lie in the operator's own Secret."""
+class CertificateSet:
+    """CA and server certificate with their private keys, as PEM texts: the content of the operator's own Secret."""
 
     ca_certificate: str
     ca_key: str
@@ -61,119 +64,127 @@ class Certificates:
     key: str
 
     @property
-    def serving(self) -> Serving:
-        """The part that the server needs."""
-        return Serving(self.ca_certificate, self.certificate, self.key)
+    def serving(self) -> ServingCertificate:
+        """The set without the CA's private key, which the server does not need."""
+        return ServingCertificate(self.ca_certificate, self.certificate, self.key)
 
     def to_data(self) -> dict[str, str]:
-        """Return the Secret's data."""
+        """Return `data` of the Secret: base64 texts by key."""
         values = (self.ca_certificate, self.ca_key, self.certificate, self.key)
-        names = (CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY)
-        return {name: base64.b64encode(text.encode()).decode() for name, text in zip(names, values, strict=True)}
+        return {name: base64.b64encode(text.encode()).decode() for name, text in zip(_ALL_KEYS, values, strict=True)}
 
 
-def from_data(data: Mapping[str, str]) -> Certificates | None:
-    """Return the certificates of a Secret's data; None where it holds none yet."""
-    names = (CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY)
-    if not all(data.get(name) for name in names):
+def from_secret_data(data: Mapping[str, str]) -> CertificateSet | None:
+    """Return the certificates in `data` of the operator's Secret; None where a key is missing or empty."""
+    if not all(data.get(name) for name in _ALL_KEYS):
         return None
-    return Certificates(*(base64.b64decode(data[name]).decode() for name in names))
+    return CertificateSet(*(base64.b64decode(data[name]).decode() for name in _ALL_KEYS))
 
 
-def renewed(old: Certificates | None, *, hostname: str, now: datetime) -> Certificates:
-    """Return certificates that are good now: ``old`` itself, or with a new leaf, or all new."""
-    if old is None or _ends(old.ca_certificate) - now < LEAF_LIFETIME:
+def renew_if_due(old: CertificateSet | None, *, hostname: str, now: datetime) -> CertificateSet:
+    """Return ``old`` where it is valid for ``hostname`` for more than 30 days, else a renewed set.
+
+    The server certificate is renewed with the same CA. The CA is made anew where its validity is shorter than that
+    of a new server certificate.
+    """
+    if old is None or _not_after(old.ca_certificate) - now < LEAF_LIFETIME:
         ca_key, ca = _make_ca(now)
     else:
-        if _ends(old.certificate) - now > RENEW_BEFORE and hostname in _hostnames(old.certificate):
+        if _not_after(old.certificate) - now > RENEW_BEFORE and hostname in _hostnames(old.certificate):
             return old
         loaded = serialization.load_pem_private_key(old.ca_key.encode(), password=None)
         if not isinstance(loaded, ec.EllipticCurvePrivateKey):
             raise CertificateError("the Secret's ca.key is no elliptic-curve key; empty the Secret's data")
         ca_key, ca = loaded, x509.load_pem_x509_certificate(old.ca_certificate.encode())
     key, certificate = _make_leaf(ca_key, ca, hostname, now)
-    return Certificates(_pem(ca), _key_pem(ca_key), _pem(certificate), _key_pem(key))
+    return CertificateSet(_pem(ca), _key_pem(ca_key), _pem(certificate), _key_pem(key))
 
 
 def server_context() -> ssl.SSLContext:
-    """Return the context of the report server, without a certificate yet."""
+    """Return a TLS context for the report server (TLS 1.2 or later) in which no certificate is loaded yet."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
 
 
-def load_into(context: ssl.SSLContext, certificates: Serving) -> None:
-    """Make ``context`` present the certificate; connections from now on see it, also after a renewal.
+def load_certificate(context: ssl.SSLContext, serving: ServingCertificate) -> None:
+    """Make ``context`` present the certificate of ``serving`` to all new connections.
 
     Raises:
-        CertificateError: key and certificate don't belong together; ``context`` is as it was.
+        CertificateError: key and certificate don't belong together; ``context`` is unchanged.
     """
-    # The ssl module loads keys from files only; the folder is the pod's memory-backed /tmp and is removed at once.
+    # Files are needed because the ssl module loads keys from files only. The pod's /tmp is memory-backed.
     with tempfile.TemporaryDirectory() as folder:
         certificate, key = Path(folder, CERTIFICATE), Path(folder, KEY)
-        certificate.write_text(certificates.certificate, encoding="ascii")
+        certificate.write_text(serving.certificate, encoding="ascii")
         key.touch(mode=0o600)
-        key.write_text(certificates.key, encoding="ascii")
+        key.write_text(serving.key, encoding="ascii")
         try:
-            # First into one that nobody uses: a pair that fails would leave half of itself in a context that serves.
+            # A new context tries the pair first, because a pair that fails would leave its certificate in ``context``.
             server_context().load_cert_chain(certificate, key)
         except ssl.SSLError as error:
             raise CertificateError(f"{KEY} must be the private key of {CERTIFICATE}, both PEM: {error}") from error
         context.load_cert_chain(certificate, key)
 
 
-class CertificateStore:
-    """Keeps the certificates in the Secret that the chart created empty."""
+class SelfSignedCertificates:
+    """Makes and renews the certificates, and stores them in a Secret that the chart creates empty."""
 
-    def __init__(self, cluster: Cluster, *, namespace: str, name: str, hostname: str) -> None:
-        """Use the Secret ``namespace/name`` for a server called ``hostname``."""
-        self._cluster = cluster
+    def __init__(self, client: KubeClient, *, namespace: str, name: str, hostname: str) -> None:
+        """Store certificates for ``hostname`` in the Secret ``namespace/name``."""
+        self._client = client
         self._namespace = namespace
         self._name = name
         self._hostname = hostname
 
-    async def current(self, now: datetime) -> Serving:
-        """Return good certificates, made or renewed where needed; raises CertificateError without the Secret."""
+    async def current(self, now: datetime) -> ServingCertificate:
+        """Return a certificate that is valid at ``now``, made or renewed where due.
+
+        Raises CertificateError where the Secret does not exist.
+        """
         return (await self.ensure(now)).serving
 
-    async def ensure(self, now: datetime) -> Certificates:
-        """Return all that the Secret holds, made or renewed where needed; raises CertificateError without it."""
-        secret = await self._cluster.get_secret(self._namespace, self._name)
+    async def ensure(self, now: datetime) -> CertificateSet:
+        """Return the content of the Secret after it was made or renewed where due.
+
+        Raises CertificateError where the Secret does not exist.
+        """
+        secret = await self._client.get_secret(self._namespace, self._name)
         if secret is None:
             raise CertificateError(f"Secret {self._namespace}/{self._name} must exist; the chart creates it")
-        old = from_data(secret.get("data") or {})
-        new = renewed(old, hostname=self._hostname, now=now)
+        old = from_secret_data(secret.get("data") or {})
+        new = renew_if_due(old, hostname=self._hostname, now=now)
         if new == old:
             return new
         try:
-            await self._cluster.update_secret({**secret, "data": (secret.get("data") or {}) | new.to_data()})
+            await self._client.update_secret({**secret, "data": (secret.get("data") or {}) | new.to_data()})
         except ApiError as error:
-            if error.status == 409:
-                return await self.ensure(now)  # another replica was faster: use what it wrote
+            if error.is_conflict:
+                return await self.ensure(now)  # another replica has written the Secret, so its certificates are used
             raise
         return new
 
 
 class ExternalCertificates:
-    """Certificates that somebody else keeps, such as cert-manager: a Secret of type kubernetes.io/tls with ca.crt."""
+    """Reads a certificate that cert-manager or a person maintains in a Secret of type kubernetes.io/tls with ca.crt."""
 
-    def __init__(self, cluster: Cluster, *, namespace: str, name: str, hostname: str) -> None:
-        """Read the Secret ``namespace/name`` for a server called ``hostname``; it is never written."""
-        self._cluster = cluster
+    def __init__(self, client: KubeClient, *, namespace: str, name: str, hostname: str) -> None:
+        """Read the certificate for ``hostname`` from the Secret ``namespace/name``; the Secret is never written."""
+        self._client = client
         self._where = f"Secret {namespace}/{name}"
         self._namespace = namespace
         self._name = name
         self._hostname = hostname
 
-    async def current(self, now: datetime) -> Serving:
-        """Return what the Secret holds; raises CertificateError where it can't serve ``hostname`` now."""
-        secret = await self._cluster.get_secret(self._namespace, self._name)
+    async def current(self, now: datetime) -> ServingCertificate:
+        """Return the certificate in the Secret; raises CertificateError where it is not valid for ``hostname`` now."""
+        secret = await self._client.get_secret(self._namespace, self._name)
         data = (secret or {}).get("data") or {}
-        missing = [name for name in _SERVED if not data.get(name)]
+        missing = [name for name in _EXTERNAL_KEYS if not data.get(name)]
         if missing:
             raise CertificateError(f"{self._where} must exist and hold {', '.join(missing)}")
         try:
-            serving = Serving(*(base64.b64decode(data[name]).decode("ascii") for name in _SERVED))
+            serving = ServingCertificate(*(base64.b64decode(data[name]).decode("ascii") for name in _EXTERNAL_KEYS))
             x509.load_pem_x509_certificates(serving.ca_certificate.encode())
             hostnames = _hostnames(serving.certificate)
         except (ValueError, x509.ExtensionNotFound) as error:
@@ -246,7 +257,7 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
     )
 
 
-def _ends(pem: str) -> datetime:
+def _not_after(pem: str) -> datetime:
     return x509.load_pem_x509_certificate(pem.encode()).not_valid_after_utc
 
 
@@ -259,7 +270,7 @@ def _hostnames(pem: str) -> list[str]:
 
 
 def _general_name(hostname: str) -> x509.GeneralName:
-    """Return the name as a DNS name, or as an address for an operator outside the cluster."""
+    """Return ``hostname`` as a DNS name, or as an IP address where the operator runs outside the cluster."""
     try:
         return x509.IPAddress(ipaddress.ip_address(hostname))
     except ValueError:

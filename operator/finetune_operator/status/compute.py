@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from finetune_core.api.status import ChildStatus, FineTuneJobStatus, PlanStatus, UsageStatus
 from finetune_core.contract import RunConfig
-from finetune_operator.objects.observed import PodObservation
+from finetune_operator.objects.observations import PodObservation
 from finetune_operator.status.conditions import View, compute_conditions
 from finetune_operator.status.history import artifact_of, evaluation_of, merge_report, percentage
 

@@ -14,9 +14,9 @@ from finetune_operator import messages
 from finetune_operator.decide.attempts import Settlement
 from finetune_operator.decide.preflight import Check
 from finetune_operator.decide.verdict import Verdict
-from finetune_operator.objects.observed import ChildObservation, PodObservation
+from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.waiting import attempt_detail
-from finetune_operator.queue.problems import OutsideError
+from finetune_operator.queue.retryable import RetryableError
 
 MESSAGE_LIMIT = 2048
 
@@ -40,7 +40,7 @@ class View:
     reported_at: datetime | None = None
     seconds_per_step: float | None = None
     """Speed that the operator observed, over all attempts."""
-    problem: OutsideError | None = None
+    problem: RetryableError | None = None
     invalid: str = ""
     """What makes the spec impossible, with the field's path."""
     hint: str = ""

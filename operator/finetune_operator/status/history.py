@@ -32,7 +32,7 @@ from finetune_core.contract import (
     Report,
     ScoreRecord,
 )
-from finetune_core.contract.stock_reports import METRIC_LIMIT, KubeflowReport
+from finetune_core.contract.stock_reports import METRIC_LIMIT, StockReport
 from finetune_operator.queue.speed import eta_seconds
 
 PERCENT = 100
@@ -54,8 +54,8 @@ def merge_report(
 
     ``seconds_per_step`` is the speed that the operator observed.
     """
-    if isinstance(report, KubeflowReport):
-        return _merge_kubeflow(stored, report, received, seconds_per_step)
+    if isinstance(report, StockReport):
+        return _merge_stock_report(stored, report, received, seconds_per_step)
     loading = report.total_steps == 0
     update: dict[str, object] = {}
     if not loading:
@@ -82,13 +82,13 @@ def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
     return [*(sentence for sentence in old if sentence not in new), *dict.fromkeys(new)][-NOTICE_LIMIT:]
 
 
-def _merge_kubeflow(
-    stored: FineTuneJobStatus, report: KubeflowReport, received: datetime, seconds_per_step: float | None
+def _merge_stock_report(
+    stored: FineTuneJobStatus, report: StockReport, received: datetime, seconds_per_step: float | None
 ) -> FineTuneJobStatus:
     """Return ``stored`` with what Kubeflow's client says; what it does not repeat stays."""
     old = stored.progress
     step, total = _position(report, old)
-    done = report.told_percentage == 100
+    done = report.reported_percentage == 100
     progress = ProgressStatus(
         step=step,
         total_steps=total,
@@ -114,14 +114,14 @@ def _merge_kubeflow(
     )
 
 
-def _position(report: KubeflowReport, old: ProgressStatus | None) -> tuple[int, int]:
+def _position(report: StockReport, old: ProgressStatus | None) -> tuple[int, int]:
     """Return step and last step. A client that never tells steps is taken at its percentage, as steps out of 100.
 
     At its beginning transformers says 0 %, also after a resume, and at its end no step: the status knows better.
     """
-    told, total = report.told_step, report.told_total
+    told, total = report.reported_step, report.reported_total
     if told is None and total is None and (old is None or old.total_steps == PERCENT):
-        return report.told_percentage or 0, PERCENT
+        return report.reported_percentage or 0, PERCENT
     known = old.step if old else 0
     return known if told is None else told, total or (old.total_steps if old else PERCENT)
 

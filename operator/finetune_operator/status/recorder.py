@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from finetune_core.api import FineTuneJobStatus
-from finetune_operator.kube.cluster import ApiError, Cluster
+from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.observe.record import Record
 from finetune_operator.queue.memory import JobMemory
 from finetune_operator.status.transitions import event_manifest, notices
@@ -22,7 +22,7 @@ class Recorder:
     """Tells transitions as events and in the log."""
 
     def __init__(
-        self, cluster: Cluster, *, instance: str, now: Callable[[], datetime], clock: Callable[[], float]
+        self, cluster: KubeClient, *, instance: str, now: Callable[[], datetime], clock: Callable[[], float]
     ) -> None:
         """Report as ``instance``, the operator's pod; ``clock`` (monotonic seconds) tells what was just told."""
         self._cluster = cluster
@@ -46,8 +46,8 @@ class Recorder:
 
     def _due(self, memory: JobMemory, reason: str) -> bool:
         """Whether ``reason`` was not told within the last minute; it counts as told now."""
-        told = memory.told.get(reason)
+        told = memory.event_created_at.get(reason)
         if told is not None and self._clock() - told < LEAST_SECONDS_BETWEEN_EVENTS:
             return False
-        memory.told[reason] = self._clock()
+        memory.event_created_at[reason] = self._clock()
         return True

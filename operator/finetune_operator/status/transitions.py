@@ -14,9 +14,10 @@ from finetune_core.api import API_VERSION, KIND
 from finetune_core.api.conditions import Condition, ConditionType, Reason
 from finetune_core.api.status import FineTuneJobStatus
 from finetune_operator.decide.verdict import Verdict
-from finetune_operator.kube.cluster import Manifest
+from finetune_operator.kube.manifest import Manifest
+from finetune_operator.kube.resources import EVENTS
 from finetune_operator.objects.labels import MANAGER
-from finetune_operator.queue.keyqueue import Key
+from finetune_operator.queue.work_queue import Key
 
 NOTE_LIMIT = 1024
 _WANTED = (Reason.SUSPENDED, Reason.CANCELLED)
@@ -97,7 +98,7 @@ def event_manifest(notice: Notice, key: Key, uid: str, now: datetime, instance: 
     """Return the events.k8s.io/v1 Event of ``notice`` about the job."""
     digest = hashlib.sha256(f"{uid}/{notice.reason}/{notice.occasion}".encode()).hexdigest()[:16]
     return {
-        "apiVersion": "events.k8s.io/v1",
+        "apiVersion": EVENTS.api_version,
         "kind": "Event",
         "metadata": {"name": f"{key.name}.{digest}", "namespace": key.namespace},
         "type": "Warning" if notice.warning else "Normal",

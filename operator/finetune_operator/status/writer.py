@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from finetune_core.api import FineTuneJobStatus
-from finetune_operator.kube.cluster import Cluster
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.observe.record import Record
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import JobMemory
@@ -22,7 +22,7 @@ class StatusWriter:
     def __init__(
         self,
         *,
-        cluster: Cluster,
+        cluster: KubeClient,
         recorder: Recorder,
         metrics: Metrics,
         child_kind: str,
@@ -44,7 +44,7 @@ class StatusWriter:
         since it was read.
         """
         status = compute_status(record.stored, view, child_kind=self._child_kind)
-        self._metrics.jobs.show(record.key, status)
+        self._metrics.jobs.update(record.key, status)
         old = record.stored if record.raw.get("status") else None
         if not is_news(old, status):
             return None
@@ -58,9 +58,9 @@ class StatusWriter:
 
     def _seconds_to_numbers(self, memory: JobMemory) -> float:
         """Return how long new numbers still wait: for the job's ten seconds, and for their place among all jobs."""
-        if memory.numbers_at is None:
-            memory.numbers_at = self._budget.reserve()
-        return memory.seconds_to_numbers(self._clock())
+        if memory.progress_write_at is None:
+            memory.progress_write_at = self._budget.reserve()
+        return memory.seconds_to_progress_write(self._clock())
 
     async def forget_child(self, record: Record) -> None:
         """Write that the child of a settled job is gone; everything else stays as it is."""
@@ -68,5 +68,5 @@ class StatusWriter:
 
     async def _apply(self, record: Record, status: FineTuneJobStatus) -> None:
         await self._cluster.apply_status(record.key, record.raw["metadata"]["resourceVersion"], status.to_json())
-        record.memory.status_written_at, record.memory.numbers_at = self._clock(), None
+        record.memory.status_written_at, record.memory.progress_write_at = self._clock(), None
         self._metrics.status_writes.inc()

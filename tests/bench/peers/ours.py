@@ -12,11 +12,11 @@ import tempfile
 from pathlib import Path
 
 from finetune_core.contract import Identity, RunConfig
-from finetune_trainer.pod.outcomes import Standing
+from finetune_trainer.pod.outcomes import WorkerStatus
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.ranks import process as environment
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.ranks import process
+from finetune_trainer.storage.step_log import StepRow
 from tests.bench.peers.workload import LORA_ALPHA, LORA_RANK, TEMPLATE, Clock, Workload
 from tests.trainer.objectstore import BUCKET, free_port
 
@@ -80,7 +80,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        environment.prepare(scratch)
+        process.prepare_environment(scratch)
         import torch
 
         from finetune_trainer.ranks.gang import Gang
@@ -106,8 +106,8 @@ def main() -> None:
         )
         plan.folder.mkdir()
         gang = Gang(device=torch.device("cpu"))
-        train(plan, gang, Timed(pod_uid="p", ranks=1, reporter=None), Standing())
-        gang.farewell()
+        train(plan, gang, Timed(pod_uid="p", ranks=1, reporter=None), WorkerStatus())
+        gang.final_barrier()
     tokens = [(row.tokens, row.real_tokens) for row in rows]
     out.write_text(clock.measured(tokens, [row.loss for row in rows if row.loss is not None]).model_dump_json())
     sys.stdout.flush()

@@ -5,7 +5,7 @@ seconds."""
 from __future__ import annotations
 
 from finetune_core.contract import ArtifactRecord, Outcome, Result
-from finetune_core.preflight import PREFLIGHT_COMMAND, PreflightResult
+from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND, PreflightResult
 from tests.cluster.oci import BUSYBOX, BUSYBOX_COMMANDS, Image
 
 COMMANDS = (*BUSYBOX_COMMANDS, "dd")

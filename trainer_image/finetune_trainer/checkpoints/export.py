@@ -1,7 +1,7 @@
-"""Makes the artifact of a fetched checkpoint: an adapter that peft loads, or a model that transformers loads.
+"""Makes the artifact of a fetched checkpoint: a LoRA adapter that peft loads, or a model that transformers loads.
 
-It is made of the verified bytes of the checkpoint and not of what the process has in memory: what is published is
-what can be resumed from. Rank 0 only, no collectives.
+`finish.py` calls `export_artifact` on rank 0, without any collective. The artifact is made of the verified bytes of the
+checkpoint and not of the weights in memory, so that the published weights are those that a run could resume from.
 """
 
 from __future__ import annotations
@@ -19,54 +19,49 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from finetune_core.contract import ContractModel
-from finetune_core.errors import UserError
 from finetune_trainer.engine.engine import MASTER
 from finetune_trainer.engine.state import stored_tensors
-from finetune_trainer.model.base import INDEX, Weights, write_index
+from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
 from finetune_trainer.model.load import DTYPES
+from finetune_trainer.model.weight_files import INDEX, WeightFiles, write_index
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NEW_ROWS_FILE = "new_embeddings.safetensors"
-"""The rows of added tokens, under the names that Anyscale's and IBM's tools write: with them an adapter is complete
-without the extended base."""
-INPUT_ROWS, OUTPUT_ROWS = "input_embeddings", "output_embeddings"
+"""File in an adapter's folder that holds the embedding rows of the added tokens. The file name and the tensor names are
+those of Anyscale's and IBM's tools. With this file the adapter can be used without the extended base model."""
 MERGED_FOLDER = "merged"
 PEFT_PREFIX = "base_model.model."
+"""Prefix that peft puts before the names of all modules of the base model."""
 LARGEST_FILE = "5GB"
-
-
-class NewRows(ContractModel):
-    """Where the rows of added tokens lie in the base."""
-
-    ids: list[int]
-    input_key: str
-    output_key: str | None = None
-    """None where both embeddings began with the same rows: they are stored once."""
+"""Size at which `save_torch_state_dict` begins the next weights file."""
 
 
 @dataclass(frozen=True)
-class Export:
-    """What is made of a checkpoint."""
+class ExportOptions:
+    """Which kind of artifact to make, and of which base model."""
 
     kind: Literal["Adapter", "Merged", "Both"]
-    """Of a LoRA run; a full run exports its model."""
+    """Kind of artifact of a LoRA run. A full run ignores the field and exports its model."""
     precision: str
-    """What the engine computed with; weights are rounded to it."""
+    """Data type that the engine computed with, `bf16` or `fp32`. The exported weights are rounded to the same type."""
     base: Path
-    """The base model that the run computed with."""
+    """Folder of the base model that the run trained, added tokens included."""
     base_name: str
-    """Where anybody finds it, for `adapter_config.json`."""
-    new_rows: NewRows | None
+    """Name or address of the base model for `adapter_config.json`, for example `meta-llama/Llama-2-7b-hf`."""
+    added_rows: AddedRows | None
+    """Where the embedding rows of added tokens lie in the base model; None without added tokens."""
     stop_ids: Sequence[int]
-    """Tokens that end a generated text."""
+    """Token ids that end a generated text."""
 
 
-def export(
-    model: Any, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, target: Path, options: Export
+def export_artifact(
+    model: Any, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, target: Path, options: ExportOptions
 ) -> list[Path]:
-    """Write the artifact of ``checkpoint`` into ``target`` and return its files; with `Both` the merged model lies in
-    a folder of its own. ``model`` gives names and configuration, not weights."""
+    """Write the artifact of the checkpoint in folder ``checkpoint`` into ``target``, and return its files.
+
+    With kind `Both` the merged model lies in the subfolder `merged`. ``model`` provides names and configuration only;
+    no weight is read from it.
+    """
     target.mkdir(parents=True)
     dtype = DTYPES[options.precision]
     weights = {name: tensors[MASTER].to(dtype) for name, tensors in stored_tensors(checkpoint, (MASTER,))}
@@ -76,13 +71,15 @@ def export(
         tokenizer.save_pretrained(target)
     if isinstance(model, PeftModel) and options.kind in ("Adapter", "Both"):
         _save_adapter(model, weights, target, options.base_name)
-        if options.new_rows is not None:
-            save_file(new_rows(options.base, options.new_rows, dtype), target / NEW_ROWS_FILE, {"format": "pt"})
+        if options.added_rows is not None:
+            save_file(
+                read_added_rows(options.base, options.added_rows, dtype), target / NEW_ROWS_FILE, {"format": "pt"}
+            )
         tokenizer.save_pretrained(target)
     if isinstance(model, PeftModel) and options.kind in ("Merged", "Both"):
         folder = target / MERGED_FOLDER if options.kind == "Both" else target
         folder.mkdir(exist_ok=True)
-        _save_merged(Weights.of(options.base), updates(model, weights), folder, dtype)
+        _save_merged(WeightFiles.of(options.base), adapter_deltas(model, weights), folder, dtype)
         _save_configuration(model.get_base_model(), folder, dtype, options.stop_ids)
         tokenizer.save_pretrained(folder)
     return sorted(path for path in target.rglob("*") if path.is_file())
@@ -94,24 +91,19 @@ def _save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], target:
     config = model.peft_config["default"]
     config.inference_mode = True
     config.base_model_name_or_path = base_name
-    # peft keeps a set, whose order differs from process to process: the same run must give the same bytes.
+    # peft keeps the names in a set, whose order differs between processes. Sorted names let the same run give the same
+    # bytes.
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(target))
 
 
-def new_rows(base: Path, rows: NewRows, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the added tokens' rows (tokens, hidden) as the run computed with them."""
-    weights = Weights.of(base)
-    found = {INPUT_ROWS: weights.rows(rows.input_key, rows.ids).to(dtype)}
-    if rows.output_key is not None:
-        found[OUTPUT_ROWS] = weights.rows(rows.output_key, rows.ids).to(dtype)
-    return found
-
-
 @dataclass(frozen=True)
-class Update:
-    """What an adapter adds to one weight of the base: scale * B @ A, of an embedding or a transposed layer its
-    transpose."""
+class WeightDelta:
+    """What an adapter adds to one weight (O, I) of the base model: scale * B @ A, with A (r, I) and B (O, r).
+
+    The product is transposed for an embedding, and for a layer that stores its weight as (I, O), such as GPT-2's
+    Conv1D.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -119,13 +111,14 @@ class Update:
     transposed: bool
 
     def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return ``weight`` with the update, in fp32."""
+        """Return ``weight`` plus the delta, in fp32."""
         delta = self.b.float() @ self.a.float() * self.scale
         return weight.float() + (delta.T if self.transposed else delta)
 
 
-def updates(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, Update]:
-    """Return the updates of ``model``'s adapters by the base's tensor name; ``weights`` are the adapters' values."""
+def adapter_deltas(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, WeightDelta]:
+    """Return the delta of each adapted weight, by tensor name in the base model. ``weights`` holds the adapters' values
+    by parameter name."""
     found = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -139,7 +132,7 @@ def updates(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, 
                 "lora_B.default.weight",
             )
         )
-        found[f"{name.removeprefix(PEFT_PREFIX)}.weight"] = Update(
+        found[f"{name.removeprefix(PEFT_PREFIX)}.weight"] = WeightDelta(
             weights[f"{name}.{a}"],
             weights[f"{name}.{b}"],
             module.scaling["default"],
@@ -148,16 +141,9 @@ def updates(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, 
     return found
 
 
-def check_mergeable(names: Sequence[str], base: Path) -> None:
-    """Raise UserError where an adapter's weight can't be merged into the base's files: they call it otherwise."""
-    files = Weights.of(base).files
-    absent = next((name for name in names if name not in files), None)
-    if absent is not None:
-        raise UserError("storage.artifact", f"must be Adapter: the model's files have no tensor {absent} to merge into")
-
-
-def _save_merged(base: Weights, changes: Mapping[str, Update], target: Path, dtype: torch.dtype) -> None:
-    """Write the base with the updates merged in fp32, then rounded: file by file, which is the peak of memory."""
+def _save_merged(base: WeightFiles, changes: Mapping[str, WeightDelta], target: Path, dtype: torch.dtype) -> None:
+    """Write the base model with the deltas added in fp32 and then rounded to ``dtype``. One file is in memory at a
+    time."""
     check_mergeable(list(changes), base.folder)
     for name in sorted(set(base.files.values())):
         merged = {}

@@ -1,8 +1,9 @@
-"""Commits checkpoints of a running gang and knows which ones exist: last, best, the run's lineage.
+"""Saves checkpoints of a run, and knows which checkpoints exist: the last, the best, and those that the run continues.
 
-`save` takes a snapshot, a short collective that training waits for, and hands it to a background thread (`uploads`):
-there each rank uploads its own files, and rank 0 commits once it has heard of all of them. The threads meet at the
-rendezvous store, so that no rank sits in a collective while another one talks to the bucket.
+`save` copies the training state into memory, a short collective that training waits for, and queues the copy
+(`uploads.py`). In a background thread each rank uploads its own files, and rank 0 writes COMMIT once all ranks have
+reported their files. The background threads meet at the rendezvous store, so that no rank waits in a collective while
+another rank talks to the bucket.
 """
 
 from __future__ import annotations
@@ -17,202 +18,208 @@ from typing import Literal
 from finetune_core.api.evaluation import BestBy
 from finetune_core.contract import CheckpointRecord, StorageConfig
 from finetune_core.layout import Manifest, ManifestFile, checkpoint_folder
-from finetune_trainer.checkpoints.start import Start
-from finetune_trainer.checkpoints.uploads import Snapshot, Uploads
+from finetune_trainer.checkpoints.resume import RunStart
+from finetune_trainer.checkpoints.uploads import Snapshot, UploadQueue
 from finetune_trainer.decisions.selection import best_first
 from finetune_trainer.engine.engine import Engine
-from finetune_trainer.engine.state import snapshot, write_snapshot
+from finetune_trainer.engine.state import take_snapshot, write_snapshot
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS, STOP_COMMIT_SECONDS
 from finetune_trainer.ranks.gang import Gang
-from finetune_trainer.storage.checkpoints import (
-    TRAINER_FILE,
-    Damaged,
-    TrainerState,
-    commit_folder,
-    retain,
-    to_keep,
-    upload_files,
-)
+from finetune_trainer.storage.checkpoint_folders import TRAINER_FILE, TrainerState, apply_retention, to_keep
+from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
 from finetune_trainer.storage.lineage import CheckpointId
 from finetune_trainer.storage.root import RunRoot
-from finetune_trainer.storage.steplog import StepRow, write_segment
+from finetune_trainer.storage.step_log import StepRow, write_segment
 
-MOST_WAITING = 4
+MAX_WAITING = 4
 WAITING_BYTES = 1 << 30
-"""Snapshots that wait for the one under way, and a rank's memory for them; beyond one of both the newest replaces
-those that wait: a store that was away is not fed with what retention deletes at once."""
-DRAIN_SECONDS = 0.2
-"""How often ranks that wait for the last COMMIT look at each other."""
-MOST_UPLOADS = 3
-"""Tries to bring a checkpoint to the bucket whose listing then shows something else than was uploaded."""
+"""Limits for the snapshots that wait for the current upload: how many may wait, and how many bytes they may take on one
+rank. Beyond either limit the newest snapshot replaces waiting ones. After an outage of the store the run therefore does
+not upload old checkpoints that retention would delete at once."""
+POLL_SECONDS = 0.2
+"""Interval in seconds at which the ranks that wait for the last COMMIT compare their state."""
+MAX_UPLOAD_TRIES = 3
+"""How many times a checkpoint is uploaded where the bucket's listing does not show what was uploaded."""
 SLOW_UPLOAD_SECONDS = 120.0
-"""An upload that takes longer while the next checkpoint waits is worth a word to a person."""
+"""An upload that takes longer than this, while the next checkpoint waits, is reported as a problem."""
 
 
 def is_due(storage: StorageConfig, step: int, elapsed: float) -> bool:
-    """Return whether a checkpoint is due after ``step``, ``elapsed`` seconds after the last snapshot."""
+    """Return whether a checkpoint is due after ``step``. ``elapsed`` is the time in seconds since the last snapshot."""
     if storage.checkpoint_every_steps is not None:
         return step % storage.checkpoint_every_steps == 0
     return storage.checkpoint_every_minutes is not None and elapsed >= 60 * storage.checkpoint_every_minutes
 
 
 class Saver:
-    """The checkpoints of this run."""
+    """The checkpoints of one run: those that exist, and those on their way to the bucket."""
 
     def __init__(
         self,
         gang: Gang,
         root: RunRoot,
-        start: Start,
+        start: RunStart,
         folder: Path,
         storage: StorageConfig,
         best_by: BestBy,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Continue from ``start``; snapshots are written into ``folder`` on their way to the bucket."""
+        """Continue from the checkpoints in ``start``. The files of each checkpoint lie below ``folder`` until their
+        upload is done."""
         self._gang = gang
-        self._meeting = gang.background()
-        self._root = root.patient(BACKGROUND_BUDGET_SECONDS, self._heard)
-        self._keeper = root
+        self._background_gang = gang.background()
+        self._root = root.for_background(BACKGROUND_BUDGET_SECONDS, self._note_upload_problem)
+        self._retention_root = root
         self._run = self.run = start.run
         self._parent = CheckpointId(start.parent.run, start.parent.step) if start.parent else None
-        self._ground = start.ground.model_dump()
+        self._base_digests = start.base_digests.model_dump()
         self._folder = folder
         self._storage = storage
         self._best_by = best_by
         self._clock = clock
         self._segment = 0
-        self._number = 0
-        self._saved_at = self._committed_at = self._begun_at = clock()
-        self._failing = self._retention_problem = ""
+        self._snapshots_taken = 0
+        self._snapshot_at = self._committed_at = self._upload_began_at = clock()
+        self._upload_problem = self._retention_problem = ""
         self.lineage: Sequence[CheckpointRecord] = tuple(start.ancestors)
-        """Committed checkpoints that lead to now, oldest first; replaced as a whole, also by the background thread."""
-        self._others = tuple(start.others)
-        self._uploads = Uploads(self._upload)
+        """The committed checkpoints that led to the current weights, oldest first. The background thread may replace
+        the whole sequence, but never changes a sequence in place."""
+        self._other_checkpoints = tuple(start.other_checkpoints)
+        self._uploads = UploadQueue(self._upload)
 
-    # What there is
+    # Which checkpoints exist
 
     @property
     def committed(self) -> list[CheckpointRecord]:
-        """All committed checkpoints in the bucket, oldest first."""
-        return sorted([*self._others, *self.lineage], key=lambda record: (record.run, record.step))
+        """All committed checkpoints in the bucket, by run and step."""
+        return sorted([*self._other_checkpoints, *self.lineage], key=lambda record: (record.run, record.step))
 
     @property
     def last(self) -> CheckpointRecord | None:
-        """The newest checkpoint of the lineage."""
+        """The newest checkpoint of the lineage, None before the first."""
         return self.lineage[-1] if self.lineage else None
 
     @property
     def best(self) -> CheckpointRecord | None:
-        """The checkpoint of the lineage that evaluation.bestBy names the best."""
+        """The best checkpoint of the lineage by `evaluation.bestBy`, None where none was scored."""
         return next(iter(best_first(self.lineage, self._best_by)), None)
 
     def chosen(self, artifact_from: Literal["Best", "Last"]) -> CheckpointRecord:
-        """Return the checkpoint that the artifact is made of; the last step's is always committed."""
+        """Return the checkpoint that the artifact is made of. There always is one, because the last step's checkpoint
+        is always committed."""
         return (self.best if artifact_from == "Best" else None) or self.lineage[-1]
 
     @property
     def failed(self) -> bool:
-        """Whether the background thread gave up: all ranks have to leave (`raise_failure`)."""
+        """Return whether the background thread of this rank ended with an error. All ranks then have to call
+        `raise_failure`."""
         return self._uploads.failure is not None
 
     @property
     def age_seconds(self) -> float:
-        """Seconds since the newest COMMIT of this run, or since its beginning: what a lost pod would cost."""
+        """Seconds since this run's newest COMMIT, or since its start: how much training time a lost pod would cost."""
         return self._clock() - self._committed_at
 
     @property
     def problem(self) -> str:
-        """Why that age grows beyond what the job asks for, as a sentence; empty while it does not."""
-        step, elapsed = self._uploads.current_step, self._clock() - self._begun_at
+        """A sentence that says why checkpoints are committed later than the job asks for. Empty while there is no
+        problem."""
+        step, elapsed = self._uploads.current_step, self._clock() - self._upload_began_at
         if step is None:
             return self._retention_problem
-        if self._failing:
-            return f"the checkpoint of step {step} can't be committed, training goes on: {self._failing}"
-        if elapsed > SLOW_UPLOAD_SECONDS and self._saved_at > self._begun_at:
+        if self._upload_problem:
+            return f"the checkpoint of step {step} can't be committed, training goes on: {self._upload_problem}"
+        if elapsed > SLOW_UPLOAD_SECONDS and self._snapshot_at > self._upload_began_at:
             return f"the upload of step {step} takes longer than the time between two checkpoints: {elapsed:.0f} s"
         return self._retention_problem
 
     def take_committed(self) -> list[CheckpointRecord]:
-        """Return the records of checkpoints that were committed since the last call."""
+        """Return the records of the checkpoints that were committed since the last call."""
         return self._uploads.take_done()
 
-    # In the training thread
+    # Called by the training thread
 
     def due(self, step: int) -> bool:
-        """Return whether the job asks for a checkpoint after ``step``; a collective where minutes count."""
-        due = is_due(self._storage, step, self._clock() - self._saved_at)
+        """Return whether the job asks for a checkpoint after ``step``.
+
+        Where the interval is given in minutes, the clock of rank 0 decides, so all ranks must call this function
+        together.
+        """
+        due = is_due(self._storage, step, self._clock() - self._snapshot_at)
         if self._storage.checkpoint_every_steps is not None:
             return due
-        return self._gang.agree(self._gang.is_first and due)
+        return self._gang.any_rank(self._gang.is_first and due)
 
-    def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow], *, must: bool = False) -> None:
-        """Take a snapshot of the engine's state and leave the rest to the background; all ranks call it.
+    def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow], *, required: bool = False) -> None:
+        """Copy the engine's state into memory and queue the copy for upload. All ranks call this together.
 
-        ``rows`` are the steps since the last save, from rank 0. ``must``: a later checkpoint does not make up for
-        this one.
+        ``rows`` are the rows of the step log since the last save, on rank 0. A ``required`` checkpoint is committed
+        even where a later one waits for its upload too.
         """
         gang = self._gang
-        tensors = snapshot(engine, rank=gang.rank, world_size=gang.world_size)
-        self._number += 1
-        taken = Snapshot(self._number, state.model_copy(update=self._ground), tensors, rows, must)
-        with self._uploads.held() as waiting:
-            # A run that was told to stop has no time for what its last checkpoint makes up for.
-            full = waiting.count >= MOST_WAITING or waiting.bytes + taken.bytes > WAITING_BYTES
-            if gang.agree(full or gang.told()):
-                # What has begun on one rank has to be finished by all.
-                begun = gang.most((waiting.first or self._number) - 1)
+        tensors = take_snapshot(engine, rank=gang.rank, world_size=gang.world_size)
+        self._snapshots_taken += 1
+        taken = Snapshot(self._snapshots_taken, state.model_copy(update=self._base_digests), tensors, rows, required)
+        with self._uploads.hold() as waiting:
+            # After SIGTERM the run has no time to upload snapshots that its last checkpoint replaces.
+            full = waiting.count >= MAX_WAITING or waiting.bytes + taken.bytes > WAITING_BYTES
+            if gang.any_rank(full or gang.stop_requested()):
+                # An upload that one rank has begun must be finished by all ranks, so only snapshots that no rank has
+                # begun are dropped.
+                begun = gang.max_over_ranks((waiting.first or self._snapshots_taken) - 1)
                 taken.rows = [*waiting.drop(waiting.replaceable(begun)), *rows]
             self._uploads.put(taken)
-        self._saved_at = self._clock()
+        self._snapshot_at = self._clock()
 
-    def drain(self, stop: Callable[[], bool], *, bound: float = STOP_COMMIT_SECONDS) -> None:
-        """Wait until everything is committed; all ranks call it, and look at each other meanwhile.
+    def wait_for_commits(self, stop: Callable[[], bool], *, bound: float = STOP_COMMIT_SECONDS) -> None:
+        """Wait until everything is committed. All ranks call this together.
 
-        Once one of them was told to stop they wait at most ``bound`` seconds more; then OutsideFailure.
+        ``stop`` returns whether this rank received SIGTERM. From then on the ranks wait at most ``bound`` seconds more,
+        and then raise OutsideFailure.
         """
-        told_at: float | None = None
+        stop_seen_at: float | None = None
         while True:
-            self._uploads.wait(DRAIN_SECONDS)
-            busy, told, failed = self._gang.total([self._uploads.busy, stop(), self.failed])
+            self._uploads.wait(POLL_SECONDS)
+            busy, stop_requested, failed = self._gang.sum_over_ranks([self._uploads.busy, stop(), self.failed])
             if failed:
                 self.raise_failure()
             if not busy:
                 return
             now = self._clock()
-            told_at = now if told and told_at is None else told_at
-            if self._gang.agree(told_at is not None and now - told_at > bound):
+            stop_seen_at = now if stop_requested and stop_seen_at is None else stop_seen_at
+            if self._gang.any_rank(stop_seen_at is not None and now - stop_seen_at > bound):
                 raise OutsideFailure(
                     f"told to stop, but the last checkpoint could not be committed within {bound:.0f} s"
-                    + (f": {self._failing}" if self._failing else "")
+                    + (f": {self._upload_problem}" if self._upload_problem else "")
                 )
 
     def raise_failure(self) -> None:
-        """Raise what ended the background thread of any rank, on all of them; all ranks call it."""
+        """Raise on all ranks the error that ended the background thread of any rank. All ranks call this together."""
 
         def own() -> None:
             if self._uploads.failure is not None:
                 raise self._uploads.failure
 
-        self._gang.together(own)
+        self._gang.run_on_all_ranks(own)
 
-    # In the background thread
+    # Called by the background thread
 
-    def _heard(self, sentence: str) -> None:
-        self._failing = sentence
+    def _note_upload_problem(self, sentence: str) -> None:
+        self._upload_problem = sentence
 
     def _upload(self, taken: Snapshot) -> CheckpointRecord:
-        """Upload this rank's files, then let rank 0 commit; returns the record on every rank."""
-        self._begun_at = self._clock()
-        meeting = self._meeting
+        """Upload this rank's files, then let rank 0 commit the checkpoint. Return the checkpoint's record, on every
+        rank."""
+        self._upload_began_at = self._clock()
+        background_gang = self._background_gang
         target = checkpoint_folder(self._run, taken.state.step)
         local = self._folder / target
         local.mkdir(parents=True, exist_ok=True)
 
-        files = write_snapshot(taken.tensors, local, rank=meeting.rank, world_size=meeting.world_size)
+        files = write_snapshot(taken.tensors, local, rank=background_gang.rank, world_size=background_gang.world_size)
         taken.tensors = {}
-        if meeting.is_first:
+        if background_gang.is_first:
             (local / TRAINER_FILE).write_text(taken.state.to_json())
             files.append(local / TRAINER_FILE)
 
@@ -226,26 +233,27 @@ class Saver:
             except Damaged as damage:
                 return {"again": str(damage)}
 
-        for _ in range(MOST_UPLOADS):
-            uploaded = meeting.each(upload)
-            answer = meeting.share(commit)
+        for _ in range(MAX_UPLOAD_TRIES):
+            uploaded = background_gang.gather(upload)
+            answer = background_gang.run_on_rank_0(commit)
             if "again" not in answer:
                 break
-            self._heard(answer["again"])
+            self._note_upload_problem(answer["again"])
         else:
-            raise OutsideFailure(f"{answer['again']}, {MOST_UPLOADS} times in a row")
-        self._heard("")
+            raise OutsideFailure(f"{answer['again']}, {MAX_UPLOAD_TRIES} times in a row")
+        self._note_upload_problem("")
         record = CheckpointRecord.model_validate(answer)
         self._committed_at = self._clock()
         shutil.rmtree(local, ignore_errors=True)
-        if not meeting.is_first:
+        if not background_gang.is_first:
             self.lineage = (*self.lineage, record)
         return record
 
     def _commit(
         self, folder: str, files: list[ManifestFile], state: TrainerState, rows: Sequence[StepRow]
     ) -> CheckpointRecord:
-        """Write step log, manifest and COMMIT, then delete what retention does not keep; rank 0 only."""
+        """Write step log, manifest and COMMIT, then delete the checkpoints that retention does not keep. Only rank 0
+        calls this."""
         if rows:
             self._segment += 1
             write_segment(self._root, self._run, self._segment, rows)
@@ -265,8 +273,11 @@ class Saver:
         return record
 
     def _retain(self) -> None:
-        """Delete what the job does not keep. The parent of the run stays until the job ends: it is what a crash of
-        the next start falls back to."""
+        """Delete the checkpoints that the job does not keep.
+
+        The parent of the run stays until the job ends, because a later start falls back to the parent where it can't
+        use this run's own checkpoints.
+        """
         keep = to_keep(
             [_id(record) for record in reversed(self.lineage)],
             [_id(record) for record in best_first(self.lineage, self._best_by)],
@@ -275,16 +286,17 @@ class Saver:
             parent=self._parent,
         )
         try:
-            retain(self._keeper, self._run, keep)
+            apply_retention(self._retention_root, self._run, keep)
         except NewerRun:
             raise
         except OutsideFailure as failure:
-            # The run goes on with more in the bucket than it should: a policy may allow to write and not to delete.
+            # Credentials may permit to write and not to delete. The run then goes on, with more checkpoints in the
+            # bucket than it should have.
             self._retention_problem = f"old checkpoints can't be deleted: {failure}"
             return
         self._retention_problem = ""
         self.lineage = tuple(record for record in self.lineage if _id(record) in keep)
-        self._others = ()
+        self._other_checkpoints = ()
 
 
 def _id(record: CheckpointRecord) -> CheckpointId:

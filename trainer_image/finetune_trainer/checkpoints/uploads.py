@@ -1,7 +1,8 @@
-"""Snapshots on their way to the bucket: a queue between the training thread and one background thread a rank.
+"""The queue of snapshots between the training thread and the background thread that uploads them. Each rank has one
+queue.
 
-The training thread puts and looks, it never waits here but in `wait`. What fails ends the thread's work; the
-training thread finds the failure and all ranks leave together.
+`saver.py` uses the queue. The training thread puts snapshots and never waits, except in `wait`. When an upload fails,
+the background thread ends; the training thread finds the error in `failure`, and all ranks leave together.
 """
 
 from __future__ import annotations
@@ -14,33 +15,38 @@ from dataclasses import dataclass, field
 import torch
 
 from finetune_core.contract import CheckpointRecord
-from finetune_trainer.storage.checkpoints import TrainerState
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.checkpoint_folders import TrainerState
+from finetune_trainer.storage.step_log import StepRow
 
 
 @dataclass
 class Snapshot:
-    """One rank's share of the training state after a step, on the CPU."""
+    """The part of the training state that one rank stores after a step, copied to CPU memory."""
 
     number: int
-    """Counts snapshots from 1; the same on every rank."""
+    """Number of the snapshot within the run, from 1. A snapshot has the same number on every rank."""
     state: TrainerState
+    """The training state that is not a tensor, such as step, seed and validation perplexity."""
     tensors: Mapping[str, torch.Tensor]
+    """fp32 tensors by `<parameter>/<kind>`, for example `model.norm.weight/exp_avg`."""
     rows: Sequence[StepRow]
-    """Rank 0: the steps since the last snapshot."""
-    must: bool
-    """A best one, or the last step's: a later one does not make up for it."""
+    """Rows of the step log since the last snapshot. Empty on all ranks but rank 0."""
+    required: bool
+    """Whether the checkpoint must be committed even where a newer snapshot waits, because the checkpoint is the best so
+    far or that of the last step."""
     bytes: int = field(init=False)
+    """Size of `tensors` in bytes."""
 
     def __post_init__(self) -> None:
         self.bytes = sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-class Uploads:
-    """The queue and its thread."""
+class UploadQueue:
+    """Uploads snapshots one after the other, in a background thread."""
 
     def __init__(self, upload: Callable[[Snapshot], CheckpointRecord]) -> None:
-        """``upload`` commits a snapshot together with the other ranks and returns its record; it may take long."""
+        """Start the background thread. ``upload`` commits a snapshot together with the other ranks, and returns the
+        checkpoint's record; it may take minutes."""
         self._upload = upload
         self._changed = threading.Condition(threading.RLock())
         self._waiting: list[Snapshot] = []
@@ -51,43 +57,44 @@ class Uploads:
 
     @property
     def failure(self) -> Exception | None:
-        """What ended the thread's work, None while it goes on."""
+        """The error that ended the background thread, None while the thread works."""
         return self._failure
 
     @property
     def busy(self) -> bool:
-        """Whether something is under way or waits, and can still be committed."""
+        """Return whether a snapshot is being uploaded or waits, and the background thread still works."""
         with self._changed:
             return self._failure is None and (self._current is not None or bool(self._waiting))
 
     @property
     def current_step(self) -> int | None:
-        """The step whose checkpoint is under way."""
+        """The step of the snapshot that is being uploaded, None where none is."""
         current = self._current
         return current.state.step if current is not None else None
 
     def put(self, snapshot: Snapshot) -> None:
-        """Queue a snapshot."""
+        """Add a snapshot at the end of the queue."""
         with self._changed:
             self._waiting.append(snapshot)
             self._changed.notify_all()
 
     def take_done(self) -> list[CheckpointRecord]:
-        """Return the records of what was committed since the last call."""
+        """Return the records of the checkpoints that were committed since the last call."""
         with self._changed:
             done, self._done = self._done, []
             return done
 
     def wait(self, seconds: float) -> None:
-        """Return once nothing is under way, or after ``seconds``."""
+        """Wait until the queue is no longer busy, or until ``seconds`` have passed."""
         with self._changed:
             self._changed.wait_for(lambda: not self.busy, seconds)
 
     @contextmanager
-    def held(self) -> Iterator[Waiting]:
-        """Start nothing new inside the block: what waits may be replaced there."""
+    def hold(self) -> Iterator[WaitingSnapshots]:
+        """Inside the block the background thread starts no new upload, so that the waiting snapshots may be
+        replaced."""
         with self._changed:
-            yield Waiting(self._waiting, self._current)
+            yield WaitingSnapshots(self._waiting, self._current)
 
     def _run(self) -> None:
         while True:
@@ -109,8 +116,8 @@ class Uploads:
 
 
 @dataclass
-class Waiting:
-    """What waits while it is held."""
+class WaitingSnapshots:
+    """The snapshots that wait for their upload, while `UploadQueue.hold` keeps the queue unchanged."""
 
     _snapshots: list[Snapshot]
     _current: Snapshot | None
@@ -122,16 +129,20 @@ class Waiting:
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes on this rank."""
+        """Memory of the waiting snapshots on this rank, in bytes."""
         return sum(snapshot.bytes for snapshot in self._snapshots)
 
     @property
     def first(self) -> int:
-        """Number of the first snapshot that has not begun; 0 where none waits."""
+        """Number of the first waiting snapshot; 0 where none waits."""
         return self._snapshots[0].number if self._snapshots else 0
 
     def drop(self, numbers: Sequence[int]) -> list[StepRow]:
-        """Forget snapshots; their steps go to the next that stays. Return those that the newest has to log."""
+        """Remove the snapshots with these ``numbers``.
+
+        The step-log rows of a removed snapshot are added to the next one that stays. Return the rows for which no later
+        snapshot is left, so that the caller can add them to a new snapshot.
+        """
         rows: list[StepRow] = []
         kept = []
         for item in self._snapshots:
@@ -143,7 +154,11 @@ class Waiting:
         return rows
 
     def replaceable(self, begun: int) -> list[int]:
-        """Return the numbers of snapshots above ``begun`` that a newer one makes up for; where all of them are best
-        ones, the oldest, which the later ones beat."""
+        """Return the numbers of the waiting snapshots above ``begun`` that may be dropped in favour of a newer
+        snapshot.
+
+        These are the snapshots that are not required. Where all snapshots are required, only the oldest is returned,
+        because of several best checkpoints the newest is the best.
+        """
         open_ = [item for item in self._snapshots if item.number > begun]
-        return [item.number for item in open_ if not item.must] or [item.number for item in open_[:1]]
+        return [item.number for item in open_ if not item.required] or [item.number for item in open_[:1]]

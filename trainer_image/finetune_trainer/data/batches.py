@@ -1,13 +1,14 @@
-"""Tensors of a micro-batch: right-padded or packed ids, and the targets of the positions that the loss is taken on.
+"""Builds the tensors of a micro-batch: token ids, right-padded or packed, and the target token of each position that
+has a loss. `micro_batches.py` calls `collate`.
 
-Neither kind has an attention mask: padding on the right can't be seen by what comes before it, and packed examples
-are told apart by their position ids (a mask of ones would join them).
+No attention mask is used. With causal attention, a token can't attend to padding on its right, and packed examples are
+separated by their position ids, which a mask of ones would override.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,30 +17,34 @@ import torch
 from finetune_trainer.data.examples import Example
 
 IGNORED = -100
-"""Target of a position without loss, as `torch.nn.functional.cross_entropy` knows it."""
+"""Target of a position without loss, as in `torch.nn.functional.cross_entropy`."""
+POSITION_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
+"""Multiplier that spreads positions over all 64 bits (Knuth's multiplicative hashing: 2^64 divided by the golden
+ratio).
+"""
 
 
 class Batch(NamedTuple):
-    """B sequences of at most T tokens; N tokens of them are supervised."""
+    """A micro-batch: B sequences of at most T tokens, in which N tokens are supervised."""
 
     input_ids: torch.Tensor
-    """(B, T), padded on the right."""
+    """Token ids of shape (B, T), padded on the right."""
     position_ids: torch.Tensor | None
-    """(B, T), from 0 in each packed example; None where each sequence is one example."""
+    """Positions of shape (B, T), which restart at 0 for each packed example. None if each sequence is one example."""
     index: torch.Tensor
-    """(N,): places in the flattened (B * T) whose logits are computed: those that predict a supervised token. The
-    head is most of a small model's work."""
+    """Shape (N,): indices into the flattened (B * T) positions at which logits are computed, because the next token is
+    supervised. Computing only these logits saves most of a small model's work."""
     targets: torch.Tensor
-    """(N,): the token to predict at each of them."""
+    """Shape (N,): the target token at each of these positions."""
     dropout_keys: torch.Tensor
-    """(B, T): what dropout at each token follows from, see `dropout_key`."""
+    """Shape (B, T): for each token the key from which dropout derives its mask, see `dropout_seed`."""
     tokens: int
-    """Supervised tokens; 0 for a dummy, whose one target is IGNORED."""
+    """Number of supervised tokens; 0 for a dummy micro-batch, whose single target is IGNORED."""
     real_tokens: int
-    """Tokens that are not padding."""
+    """Number of tokens that are not padding."""
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on ``device``."""
+        """Return the batch with all tensors copied to ``device``."""
         return self._replace(
             input_ids=self.input_ids.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True) if self.position_ids is not None else None,
@@ -49,13 +54,10 @@ class Batch(NamedTuple):
         )
 
 
-DropoutSeed = Callable[[int], int]
-"""The 63-bit seed of a row's dropout."""
-
-
 def dropout_seed(seed: int, step: int, row: int) -> int:
-    """Return the seed of dropout for an example in a step: no random state has to be saved or restored, and neither
-    ranks, micro-batches nor packing change what is dropped."""
+    """Return the dropout seed (63 bits) of one row in one optimizer step, derived from the run's ``seed``, ``step`` and
+    ``row`` only. Therefore no random state has to be saved, and ranks, micro-batches and packing do not change which
+    activations are dropped."""
     digest = hashlib.blake2b(f"{seed}/{step}/{row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -66,10 +68,11 @@ def collate(
     pad: int,
     packed: bool,
 ) -> Batch:
-    """Return the tensors of ``sequences``, each of one example or several packed ones, every example with the seed of
-    its dropout; of none, a dummy of weight 0 that costs next to nothing.
+    """Return the tensors of ``sequences``. Each sequence is one example or several packed examples, and each example
+    comes with its dropout seed.
 
-    Under ZeRO all ranks must compute the same number of micro-batches, whether they have examples or not.
+    Without sequences, return a dummy micro-batch of weight 0. Under ZeRO, all ranks must compute the same number of
+    micro-batches, even if a rank has no examples left.
     """
     if not sequences:
         one, none = torch.full((1, 1), pad), torch.zeros(1, dtype=torch.long)
@@ -92,7 +95,8 @@ def collate(
             position_ids[line, start:end] = positions
             dropout_keys[line, start:end] = seed ^ (positions * POSITION_FACTOR)
             for first, last in example.spans:
-                # The logits at position t predict token t + 1: nothing predicts the first token of an example.
+                # The logits at position t predict token t + 1, so the first token of an example has no position that
+                # predicts it.
                 first = max(first, 1)
                 index.append(torch.arange(line * longest + start + first - 1, line * longest + start + last - 1))
                 targets.append(ids[first:last])
@@ -107,7 +111,3 @@ def collate(
         len(supervised),
         sum(totals),
     )
-
-
-POSITION_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
-"""Spreads positions over all 64 bits (Knuth's multiplicative hashing: 2^64 divided by the golden ratio)."""

@@ -1,5 +1,7 @@
-"""Makes the examples of a data file, and says what happens to rows that can't become one: named by file and row,
-counted, and skipped or fatal as the job asks.
+"""Makes the examples of a data file. Rows that can't become an example, or that are too long, are skipped or raise an
+error with file and row, as `dataset.badRows` and `dataset.longRows` say.
+
+The workers and the preflight checks call `make_examples`, and the launcher calls `check_columns`.
 """
 
 from __future__ import annotations
@@ -12,70 +14,76 @@ from typing import Literal
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.examples import ExampleSet, ExampleWriter
-from finetune_trainer.data.formats import Tokenize, columns_of, renderer
+from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_columns
 from finetune_trainer.data.reader import Row, read_rows
 
 COLUMN_CHECK_ROWS = 100
-"""A column that none of this many first rows has is a wrong name, not a bad row."""
+"""Number of first rows that are searched for the columns that the format reads. A column that none of these rows has
+is a misspelled name rather than a bad row."""
 
 
 class NoRowsError(UserError):
-    """No row is left to use. Of a part of the file that says nothing about the whole."""
+    """No usable row is left. If only the beginning of a file was read, the rest of the file may still have usable
+    rows."""
 
 
 @dataclass(frozen=True)
-class Limit:
-    """The longest example in tokens, and what sets it."""
+class LengthLimit:
+    """The maximal length of an example in tokens, and where the limit comes from."""
 
     tokens: int
-    because: str
-    """As in `more than dataset.maxLength 512`."""
+    origin: str
+    """Source of the limit, as a phrase that follows "more than": `dataset.maxLength 512`."""
 
 
-def limit_of(dataset: DatasetSpec, context: int | None) -> Limit:
-    """Return the limit of a job whose model reads at most ``context`` tokens, where that is known."""
+def length_limit(dataset: DatasetSpec, context: int | None) -> LengthLimit:
+    """Return the limit for a job: `dataset.maxLength`, or the model's context in tokens if ``context`` is known and
+    smaller."""
     if context is not None and context < dataset.max_length:
-        return Limit(context, f"the model's context of {context}")
-    return Limit(dataset.max_length, f"dataset.maxLength {dataset.max_length}")
+        return LengthLimit(context, f"the model's context of {context}")
+    return LengthLimit(dataset.max_length, f"dataset.maxLength {dataset.max_length}")
 
 
-def check_columns(path: Path, name: str, form: DatasetFormat) -> None:
-    """Raise UserError where the file has no rows or no such columns; reads only the first rows."""
+def check_columns(path: Path, field: str, form: DatasetFormat) -> None:
+    """Raise UserError if the file has no rows or lacks a column that the format reads. Only the first COLUMN_CHECK_ROWS
+    rows are read. ``field`` is the path of the source in the spec: `dataset.train`."""
     columns: dict[str, None] = {}
     parsed = total = 0
-    for row in read_rows(path, name):
+    for row in read_rows(path, field):
         columns |= dict.fromkeys(row.fields)
         total += 1
         parsed += row.problem is None
         if total == COLUMN_CHECK_ROWS:
             break
     if total == 0:
-        raise UserError(name, f"{path.name} has no rows")
+        raise UserError(field, f"{path.name} has no rows")
     if parsed == 0:
-        return  # Every row is broken: reading all of them says how, by row.
-    for option, column in columns_of(form).items():
+        return  # No row can be parsed. `make_examples` reports the problem of each row, so nothing is raised here.
+    for option, column in required_columns(form).items():
         if column not in columns:
             raise UserError(
                 option,
-                f"no column {column!r} in {path.name}; it has {', '.join(repr(name) for name in list(columns)[:12])}",
+                f"no column {column!r} in {path.name}; it has {', '.join(repr(found) for found in list(columns)[:12])}",
             )
 
 
 def make_examples(
     rows: Iterable[Row],
     source: str,
-    name: str,
+    field: str,
     dataset: DatasetSpec,
-    tokenize: Tokenize,
+    tokenize: TokenizeFunctions,
     *,
-    limit: Limit,
+    limit: LengthLimit,
     keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
-    """Return the examples of ``rows``, and a sentence for each kind of row that was skipped.
+    """Return the examples of ``rows``, and one sentence for each kind of skipped row.
 
-    ``source`` is how a person calls the file, ``name`` its field path. ``keep_rows`` keeps what a grader reads.
-    Raises UserError that names file and row of the first one that is bad or too long where the job asks to fail,
-    and NoRowsError where no row is left.
+    ``source`` names the data file in messages (`s3://bucket/train.jsonl`), and ``field`` is its path in the spec
+    (`dataset.train`). ``keep_rows`` keeps the rows beside the examples, because graders read columns of them.
+
+    Raises UserError with file and row for the first bad or long row unless the job asks to skip such rows, and
+    NoRowsError if no row is left.
     """
     render = renderer(dataset.format, tokenize)
     made = ExampleWriter()
@@ -83,7 +91,7 @@ def make_examples(
 
     def refuse(option: Literal["badRows", "longRows"], policy: Literal["Fail", "Skip"], problem: str) -> None:
         if policy == "Fail":
-            raise UserError(name, f"{problem} (set dataset.{option} to Skip to leave such rows out)")
+            raise UserError(field, f"{problem} (set dataset.{option} to Skip to leave such rows out)")
         problems[option].append(problem)
 
     for row in rows:
@@ -93,19 +101,21 @@ def make_examples(
             continue
         length = len(rendered.ids)
         if length > limit.tokens:
-            problem = f"{row.place(source)} has {length} tokens, more than {limit.because}"
+            problem = f"{row.place(source)} has {length} tokens, more than {limit.origin}"
             refuse("longRows", dataset.long_rows, problem)
         elif rendered.supervised_tokens < 1:
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} has no token to learn")
         else:
             made.add(rendered, row if keep_rows else None)
-    notices = [_skipped(found, name, f"{option}: Skip", total=len(made)) for option, found in problems.items() if found]
+    notices = [
+        _skipped(found, field, f"{option}: Skip", total=len(made)) for option, found in problems.items() if found
+    ]
     if not len(made):
-        raise NoRowsError(name, f"{source} has no row left to use" + "".join(f"; {text}" for text in notices))
+        raise NoRowsError(field, f"{source} has no row left to use" + "".join(f"; {text}" for text in notices))
     return made.finish(), notices
 
 
-def _skipped(problems: Sequence[str], name: str, what: str, *, total: int) -> str:
-    """Return the notice about skipped rows: their number, and the first of them."""
+def _skipped(problems: Sequence[str], field: str, what: str, *, total: int) -> str:
+    """Return a notice with the number of skipped rows and the problem of the first one."""
     rows = "1 row was" if len(problems) == 1 else f"{len(problems)} rows were"
-    return f"{name}: {rows} skipped and {total} kept ({what}); the first: {problems[0]}"
+    return f"{field}: {rows} skipped and {total} kept ({what}); the first: {problems[0]}"

@@ -1,7 +1,8 @@
-"""Examples as the loop uses them: token ids and which of them are learned, in arrays that ranks of a node share.
+"""Sets of training examples: token ids and the ranges of supervised tokens, in numpy arrays that can be saved and
+memory-mapped.
 
-A data file is tokenised once a node and mapped into the memory of every rank, so neither time nor memory grows with
-the number of GPUs.
+One process per node tokenizes a data file, and all ranks of the node map the same arrays. Therefore time and memory do
+not grow with the number of GPUs.
 """
 
 from __future__ import annotations
@@ -24,34 +25,35 @@ ROWS_FILE = "rows.json"
 
 
 class Example(NamedTuple):
-    """Token ids of a text, and the half-open ranges of those that are learned."""
+    """Token ids of one example, and the half-open ranges of its supervised tokens: `spans=[(12, 40)]`."""
 
     ids: Sequence[int] | npt.NDArray[np.integer]
     spans: Sequence[tuple[int, int]]
 
     @property
     def supervised_tokens(self) -> int:
-        """Number of tokens that the loss is taken on; the very first token of a text has nothing to predict it."""
+        """Number of tokens that contribute to the loss. The first token of a text does not contribute, because no
+        position predicts the first token."""
         return sum(last - max(first, 1) for first, last in self.spans)
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of tokens before the first learned one: what an answer is generated from."""
+        """Number of tokens before the first supervised token, which is the prompt from which an answer is generated."""
         return self.spans[0][0]
 
 
 class ExampleSet(Sequence[Example]):
-    """The examples of a data file."""
+    """The examples of a data file, as an immutable sequence."""
 
     def __init__(self, arrays: dict[str, npt.NDArray[np.integer]], rows: Sequence[Row] = ()) -> None:
-        """Wrap what `ExampleWriter` made or `load` read."""
+        """Wrap arrays that `ExampleWriter.finish` made or `load` has read."""
         self._ids, self._offsets, self._spans, self._span_offsets = (arrays[name] for name in ARRAYS)
         self._arrays = arrays
         self.rows = rows
-        """The row of each example, which the answer that is generated for it is graded against; empty where they
-        were not kept."""
+        """The data row of each example, which holds the reference answer for graders. Empty if the rows were not
+        kept."""
         self.lengths: list[int] = np.diff(self._offsets).tolist()
-        """Tokens of each example."""
+        """Number of tokens in each example."""
 
     @classmethod
     def empty(cls) -> ExampleSet:
@@ -67,7 +69,7 @@ class ExampleSet(Sequence[Example]):
     @overload
     def __getitem__(self, row: slice) -> list[Example]: ...
     def __getitem__(self, row: int | slice) -> Example | list[Example]:
-        """Return an example, or several."""
+        """Return one example, or a list of examples for a slice."""
         if isinstance(row, slice):
             return [self[index] for index in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
@@ -77,44 +79,46 @@ class ExampleSet(Sequence[Example]):
         return Example(ids, list(zip(spans[::2], spans[1::2], strict=True)))
 
     def __iter__(self) -> Iterator[Example]:
-        """Return the examples one by one."""
+        """Return an iterator over the examples."""
         return (self[row] for row in range(len(self)))
 
     @property
     def digest(self) -> str:
-        """Return the sha256 of all token ids and ranges: the same data, tokenised alike, or not."""
+        """The sha256 of all token ids and ranges. Two sets with the same digest hold the same data, tokenized alike."""
         sha256 = hashlib.sha256()
         for name in ARRAYS:
             sha256.update(np.ascontiguousarray(self._arrays[name]).data)
         return sha256.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write the set into ``folder``."""
+        """Write the set into ``folder``, one file per array."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in ARRAYS:
             np.save(folder / f"{name}.npy", self._arrays[name])
-        # Parquet has values that JSON does not (dates, bytes); none of them is ever graded.
+        # Parquet has types that JSON lacks, such as dates and bytes. Such values are written as text, because no grader
+        # reads them.
         (folder / ROWS_FILE).write_text(json.dumps([asdict(row) for row in self.rows], default=str))
 
     @classmethod
     def load(cls, folder: Path) -> ExampleSet:
-        """Return the set that `save` wrote; its token ids stay in the file until they are used."""
+        """Return the set that `save` wrote. The arrays are memory-mapped, so token ids are read from the file only when
+        they are used."""
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         rows = json.loads((folder / ROWS_FILE).read_text())
         return cls(arrays, [Row(**row) for row in rows])
 
 
 class ExampleWriter:
-    """Collects examples compactly: four bytes a token."""
+    """Collects examples in compact arrays, with four bytes per token."""
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Create a writer without examples."""
         self._ids, self._offsets = array("i"), array("q", [0])
         self._spans, self._span_offsets = array("i"), array("q", [0])
         self._rows: list[Row] = []
 
     def add(self, example: Example, row: Row | None = None) -> None:
-        """Append an example."""
+        """Append an example, and its data row if graders need the row."""
         self._ids.extend(example.ids)
         self._offsets.append(len(self._ids))
         for span in example.spans:
@@ -128,7 +132,7 @@ class ExampleWriter:
         return len(self._offsets) - 1
 
     def finish(self) -> ExampleSet:
-        """Return the examples as a set."""
+        """Return the collected examples as an `ExampleSet`."""
         arrays: dict[str, npt.NDArray[np.integer]] = {
             "ids": np.array(self._ids, dtype=np.int32),
             "offsets": np.array(self._offsets, dtype=np.int64),
@@ -139,7 +143,7 @@ class ExampleWriter:
 
 
 def example_set(examples: Sequence[Example]) -> ExampleSet:
-    """Return a set of ``examples``."""
+    """Return an `ExampleSet` of ``examples``, without rows."""
     writer = ExampleWriter()
     for example in examples:
         writer.add(example)

@@ -1,5 +1,7 @@
-"""Turns a row into an example in the way that `dataset.format` asks for: text around a prompt, a conversation, or
-plain text. A row that can't become one comes back as the sentence that says why.
+"""Renders a data row as an example, in the format that `dataset.format` names: prompt and completion, chat messages, or
+plain text. `dataset.py` calls `renderer`.
+
+A row that can't be rendered yields a sentence with the reason instead of an example.
 """
 
 from __future__ import annotations
@@ -13,28 +15,31 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.examples import Example
 
 Chat = Callable[[Sequence[Mapping[str, Any]], bool], Sequence[int]]
-"""Token ids of a conversation, with True those that the template puts before an answer of the assistant too."""
+"""Renders a conversation with the chat template and returns its token ids. If the second argument is True, the result
+ends with the generation prompt, which is the text that the template puts before an answer.
+"""
 
 
-class Tokenize(NamedTuple):
-    """The ways that text becomes token ids."""
+class TokenizeFunctions(NamedTuple):
+    """The functions that turn text into token ids, made from a tokenizer by `tokenizer.py`."""
 
     prompt: Callable[[str], Sequence[int]]
-    """With the tokens that the tokenizer puts in front of a text."""
+    """Tokenizes the beginning of a text, including special tokens such as BOS that the tokenizer puts in front."""
     completion: Callable[[str], Sequence[int]]
-    """Without any."""
+    """Tokenizes the continuation of a text, without special tokens."""
     end: int
-    """The end token, which every example ends with."""
+    """Id of the end token (EOS), with which every example ends."""
     chat: Chat | None = None
-    """Absent where the tokenizer has no chat template."""
+    """None if the tokenizer has no chat template."""
 
 
 Render = Callable[[Mapping[str, Any]], Example | str]
-"""From a row's fields to its example, or to what is wrong with the row."""
+"""Maps the columns of a row to an example, or to a sentence that says what is wrong with the row."""
 
 
-def columns_of(form: DatasetFormat) -> Mapping[str, str]:
-    """Return the columns that a format reads, by the path of the field that names each."""
+def required_columns(form: DatasetFormat) -> Mapping[str, str]:
+    """Return the columns that a format reads. The keys are the paths of the fields in the spec that name the columns,
+    for example `dataset.format.text.textField`."""
     if form.prompt_completion is not None:
         path = "dataset.format.promptCompletion"
         return {
@@ -48,8 +53,9 @@ def columns_of(form: DatasetFormat) -> Mapping[str, str]:
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
 
 
-def renderer(form: DatasetFormat, tokenize: Tokenize) -> Render:
-    """Return the function that makes examples of rows; raises UserError where the tokenizer has no chat template."""
+def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
+    """Return the function that renders rows in ``form``. Raises UserError for chat messages if the tokenizer has no
+    chat template."""
     if form.prompt_completion is not None:
         return _prompt_completion(form.prompt_completion, tokenize)
     if form.messages is not None:
@@ -65,7 +71,7 @@ def renderer(form: DatasetFormat, tokenize: Tokenize) -> Render:
 
 
 def _field(fields: Mapping[str, Any], column: str) -> tuple[str, str | None]:
-    """Return a column's text, and what is wrong with it."""
+    """Return the text in a column of the row, and what is wrong with the column, or None."""
     value = fields.get(column)
     if value is None:
         return "", f"has no {column!r}"
@@ -74,9 +80,9 @@ def _field(fields: Mapping[str, Any], column: str) -> tuple[str, str | None]:
     return value, None
 
 
-def _prompt_completion(form: PromptCompletionFormat, tokenize: Tokenize) -> Render:
-    """The prompt is tokenised alone and the completion after it, because that is what the model sees when it
-    answers."""
+def _prompt_completion(form: PromptCompletionFormat, tokenize: TokenizeFunctions) -> Render:
+    """Prompt and completion are tokenized separately, because at inference the model receives the tokens of the prompt
+    alone."""
 
     def render(fields: Mapping[str, Any]) -> Example | str:
         prompt, problem = _field(fields, form.prompt_field)
@@ -93,7 +99,7 @@ def _prompt_completion(form: PromptCompletionFormat, tokenize: Tokenize) -> Rend
     return render
 
 
-def _text(form: TextFormat, tokenize: Tokenize) -> Render:
+def _text(form: TextFormat, tokenize: TokenizeFunctions) -> Render:
     def render(fields: Mapping[str, Any]) -> Example | str:
         text, problem = _field(fields, form.text_field)
         if problem:
@@ -106,11 +112,11 @@ def _text(form: TextFormat, tokenize: Tokenize) -> Render:
     return render
 
 
-def _messages(form: MessagesFormat, tokenize: Tokenize, chat: Chat) -> Render:
+def _messages(form: MessagesFormat, tokenize: TokenizeFunctions, chat: Chat) -> Render:
     def render(fields: Mapping[str, Any]) -> Example | str:
         found = fields.get(form.messages_field)
         if isinstance(found, str):
-            # A csv file has no other way to hold a list.
+            # Csv files hold the list of messages as JSON text, because csv has no lists.
             try:
                 found = json.loads(found)
             except ValueError:
@@ -119,7 +125,7 @@ def _messages(form: MessagesFormat, tokenize: Tokenize, chat: Chat) -> Render:
             return f"has no {form.messages_field!r}"
         if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
             return f"has a {form.messages_field!r} that is not a list of messages"
-        # Parquet fills in nulls where other rows have a field.
+        # Parquet fills a field of a message with null if other messages have the field.
         messages = [{key: value for key, value in message.items() if value is not None} for message in found]
         problem = _conversation_problem(messages)
         if problem:
@@ -146,10 +152,11 @@ def _conversation_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -> Example | str:
-    """Return the conversation up to the assistant's last turn, with the assistant's turns to learn.
+    """Return the conversation up to the last assistant message, with all assistant messages supervised.
 
-    Each turn is what the template adds to the conversation so far. That the template only ever adds is checked by
-    token ids: one that rewrites earlier turns would teach text that the model never sees when it answers.
+    The tokens of an assistant message are those that the template adds to the preceding conversation. Token ids are
+    compared to verify that the template only appends, because a template that rewrites earlier messages would train on
+    text that the model never sees at inference.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     whole = list(chat(messages[: turns[-1] + 1], False))
@@ -164,7 +171,8 @@ def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -
         last = len(after)
         answer = after[len(before) :]
         if end in answer:
-            # What a template writes behind the end token (a line break) is never generated.
+            # Text that a template puts after the end token, such as a line break, is not supervised, because generation
+            # stops at the end token.
             last = len(before) + len(answer) - answer[::-1].index(end)
         elif turn == turns[-1]:
             whole.append(end)

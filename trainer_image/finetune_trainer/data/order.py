@@ -1,7 +1,8 @@
-"""Which examples each step consumes and which rank computes which: pure functions of seed, step and sizes.
+"""Determines which examples each optimizer step consumes, and which rank computes which of them. All functions are pure
+functions of seed, step and sizes.
 
-The position in the data is the step alone, so a resumed run, also on another number of ranks, takes up exactly the
-rows that were not seen.
+The step alone determines the position in the data, so a resumed run continues with exactly the rows that were not
+consumed yet, even with another number of ranks.
 """
 
 from __future__ import annotations
@@ -13,27 +14,28 @@ from typing import NamedTuple
 
 
 class Cursor(NamedTuple):
-    """Where a global batch lies: epoch and index in it, both from 0."""
+    """Position of a global batch: epoch, and index of the batch in the epoch, both counted from 0."""
 
     epoch: int
     batch: int
 
 
 def batches_per_epoch(rows: int, global_batch_size: int) -> int:
-    """Return the global batches of an epoch; the last one may be smaller, none is dropped."""
+    """Return the number of global batches in an epoch. The last batch may be smaller, because no row is dropped."""
     return -(-rows // global_batch_size)
 
 
 def cursor(step: int, *, rows: int, global_batch_size: int) -> Cursor:
-    """Return the position of the batch that step ``step`` (from 1) consumes."""
+    """Return the position of the global batch that step ``step`` consumes. Steps are counted from 1."""
     return Cursor(*divmod(step - 1, batches_per_epoch(rows, global_batch_size)))
 
 
 @functools.lru_cache(maxsize=2)
 def permutation(rows: int, *, seed: int, epoch: int) -> tuple[int, ...]:
-    """Return the order of rows in an epoch.
+    """Return the order of the rows in an epoch, as row numbers.
 
-    Sorted by a digest of (seed, epoch, row): the same on every platform and in every version of every library.
+    The rows are sorted by a digest of (seed, epoch, row) instead of a library's random generator, so that the order is
+    the same on every platform and with every library version.
     """
 
     def key(row: int) -> bytes:
@@ -43,7 +45,7 @@ def permutation(rows: int, *, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def global_batch(step: int, *, rows: int, global_batch_size: int, seed: int) -> tuple[int, ...]:
-    """Return the rows that step ``step`` (from 1) consumes, over all ranks."""
+    """Return the numbers of the rows that step ``step`` (counted from 1) consumes on all ranks together."""
     epoch, batch = cursor(step, rows=rows, global_batch_size=global_batch_size)
     start = batch * global_batch_size
     return permutation(rows, seed=seed, epoch=epoch)[start : start + global_batch_size]
@@ -57,11 +59,12 @@ def micro_batches(
     world_size: int,
     micro_batch_size: int,
 ) -> list[list[Sequence[int]]]:
-    """Return the micro-batches of ``rank``: lists of sequences, each of one row or several packed ones; empty lists
-    where a rank has nothing left to compute.
+    """Return the micro-batches of rank ``rank``. Each micro-batch is a list of sequences, and each sequence is a list
+    of rows, several if the rows are packed. A rank without work left gets empty micro-batches.
 
-    All ranks get the same number of them. Sequences are dealt by falling length, so that those computed together
-    are about equally long; their order inside a global batch does not change its loss.
+    All ranks get the same number of micro-batches. Sequences are distributed in the order of falling length, so that
+    sequences that are computed together are about equally long. The order of the sequences within a global batch does
+    not change the loss.
     """
 
     def length(sequence: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
-"""Puts the examples of a global batch into sequences: best-fit-decreasing, or one example a sequence.
+"""Packs the examples of a global batch into sequences by best-fit decreasing. `micro_batches.py` calls `pack`.
 
-Pure functions of lengths, so that every rank finds the same sequences without a word. A global batch is packed
-within itself: packed and padded runs take the same examples in the same step.
+The functions depend only on the lengths, so all ranks compute the same sequences without communication. Each global
+batch is packed by itself, so a packed run and a padded run consume the same examples in the same step.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from collections.abc import Sequence
 
 
 def best_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return ``rows`` in bins of at most ``capacity`` tokens: the longest first, each into the fullest bin with room
-    (Johnson 1973: at most 11/9 of the best number of bins, plus 4). No length may be above ``capacity``."""
+    """Return ``rows`` in bins of at most ``capacity`` tokens. The longest row comes first, and each row goes into the
+    fullest bin that has room for it.
+
+    Best-fit decreasing needs at most 11/9 of the smallest possible number of bins, plus 4 (Johnson 1973). No row may be
+    longer than ``capacity``.
+    """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []
-    """(room left, bin), sorted."""
+    """Pairs of (free tokens, index of the bin), sorted."""
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
         length = int(lengths[row])
         at = bisect.bisect_left(rooms, (length, -1))
@@ -30,10 +34,10 @@ def best_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], capacity: i
 
 
 def pack(rows: Sequence[int], lengths: Sequence[int], *, capacity: int, ranks: int) -> list[list[int]]:
-    """Return ``rows`` in sequences of at most ``capacity`` tokens, as even over ``ranks`` as costs no extra time.
+    """Return ``rows`` packed into sequences of at most ``capacity`` tokens, with lengths as even as possible.
 
-    The ranks compute a multiple of their number of sequences anyway, so the sequences are made as short as that
-    many allow: the least capacity for which best fit needs no more.
+    All ranks compute the same number of sequences, so up to the next multiple of ``ranks`` an additional sequence costs
+    no time. The result uses the smallest capacity that needs no more sequences than that.
     """
     if not rows:
         return []

@@ -1,6 +1,8 @@
-"""Reads jsonl, csv and parquet row by row and keeps each row's place, so that a bad row can be found in an editor.
+"""Reads jsonl, csv and parquet files row by row, and records the place of each row so that a user can find a bad row in
+an editor.
 
-A row that can't be parsed comes out with its problem instead of its fields: who reads decides what a bad row means.
+A row that can't be parsed is returned with a problem instead of fields, because the caller decides what happens to bad
+rows.
 """
 
 from __future__ import annotations
@@ -13,62 +15,63 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from finetune_core.errors import UserError
+from finetune_trainer.pod.errors import first_line
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
-FIELD_LIMIT = 64 * 1024 * 1024
-"""Largest csv field; Python's default of 128 KiB is shorter than a long prompt."""
+CSV_FIELD_LIMIT = 64 * 1024 * 1024
+"""Largest csv field in bytes. Python's default of 128 KiB is shorter than some prompts."""
 PARQUET_BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: where it is, and its fields or what is wrong with it."""
+    """One row of a data file: its place, and its columns or what is wrong with the row."""
 
     number: int
-    """The line where its text begins, or its number in a parquet file; the first is 1."""
+    """Line on which the row begins, or number of the row in a parquet file, counted from 1."""
     fields: Mapping[str, Any]
     problem: str | None = None
     unit: Literal["line", "row"] = "line"
     file: str = ""
-    """Its file where a source has several."""
+    """Path of the row's file below the source, if the source has several files."""
 
     def place(self, source: str) -> str:
-        """Return how a person finds the row in ``source``: `data/train.jsonl line 12`."""
+        """Return the place of the row for messages, for example `data/train.jsonl line 12` if ``source`` is
+        `data/train.jsonl`."""
         return f"{source}{'/' if self.file else ''}{self.file} {self.unit} {self.number}"
 
 
-def read_rows(path: Path, name: str) -> Iterator[Row]:
-    """Return the rows of the file at ``path``, or of all data files in that folder in the order of their names.
+def read_rows(path: Path, field: str) -> Iterator[Row]:
+    """Return the rows of the file ``path``, or of all data files in the folder ``path``, ordered by file name.
+    ``field`` is the path of the source in the spec, for error messages: `dataset.train`.
 
-    ``name`` (a field path) goes into errors.
-
-    Raises UserError for another kind of file, and for one that can't be read as what it is called.
+    Raises UserError if a file has another suffix than DATA_SUFFIXES or can't be read in the format of its suffix.
     """
     if not path.is_dir():
-        yield from _read_file(path, name)
+        yield from _read_file(path, field)
         return
     for file in sorted(file for file in path.rglob("*") if file.suffix.lower() in DATA_SUFFIXES):
-        for row in _read_file(file, name):
+        for row in _read_file(file, field):
             yield replace(row, file=str(file.relative_to(path)))
 
 
-def _read_file(path: Path, name: str) -> Iterator[Row]:
+def _read_file(path: Path, field: str) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _parquet(path, name)
+        yield from _parquet(path, field)
         return
     readers: Mapping[str, Callable[[TextIO], Iterator[Row]]] = {".jsonl": _jsonl, ".csv": _csv}
     if suffix not in readers:
         raise UserError(
-            name, f"must be a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, not {path.name!r}"
+            field, f"must be a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, not {path.name!r}"
         )
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from readers[suffix](file)
     except UnicodeDecodeError as error:
-        raise UserError(name, f"{path.name} is not UTF-8 text (byte {error.start} of a block)") from None
+        raise UserError(field, f"{path.name} is not UTF-8 text (byte {error.start} of a block)") from None
     except csv.Error as error:
-        raise UserError(name, f"{path.name} can't be read as csv: {error}") from None
+        raise UserError(field, f"{path.name} can't be read as csv: {error}") from None
 
 
 def _jsonl(file: TextIO) -> Iterator[Row]:
@@ -87,7 +90,7 @@ def _jsonl(file: TextIO) -> Iterator[Row]:
 
 
 def _csv(file: TextIO) -> Iterator[Row]:
-    csv.field_size_limit(FIELD_LIMIT)
+    csv.field_size_limit(CSV_FIELD_LIMIT)
     reader = csv.reader(file, strict=True)
     header = next(reader, None)
     if header is None:
@@ -96,7 +99,7 @@ def _csv(file: TextIO) -> Iterator[Row]:
     if twice is not None:
         raise csv.Error(f"its header has {twice!r} twice")
     while True:
-        # A quoted field may span lines: the row begins on the line after the last one that was read.
+        # A quoted field may contain line breaks, so the row begins on the line after the last line that was read.
         start = reader.line_num + 1
         values = next(reader, None)
         if values is None:
@@ -109,7 +112,7 @@ def _csv(file: TextIO) -> Iterator[Row]:
             yield Row(start, {}, f"has {len(values)} fields where the header has {len(header)}")
 
 
-def _parquet(path: Path, name: str) -> Iterator[Row]:
+def _parquet(path: Path, field: str) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
@@ -121,5 +124,5 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
                     number += 1
                     yield Row(number, fields, unit="row")
     except (pyarrow.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(name, f"{path.name} can't be read as parquet after row {number}: {reason}") from None
+        reason = first_line(error)
+        raise UserError(field, f"{path.name} can't be read as parquet after row {number}: {reason}") from None

@@ -1,6 +1,6 @@
-"""The tokenizer: loaded from local files, given the job's added tokens, and handed to the data as plain functions.
+"""Loads the tokenizer, adds the job's tokens, and turns it into the plain functions that `formats.py` takes.
 
-Needs no torch: the preflight check, which runs in a small pod, makes the same token ids as the workers.
+The module does not import torch, so that the preflight pod computes the same token ids as the workers.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError
-from finetune_trainer.data.formats import Tokenize
+from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.pod.errors import first_line
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; raises UserError where it is missing or has no end token."""
+    """Load the tokenizer from the model's folder. Raises UserError if there is no tokenizer or if the tokenizer has no
+    end token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -30,9 +31,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Add ``tokens`` and return their ids; raises UserError where one of them is a token already.
+    """Add ``tokens`` to the tokenizer and return their ids. Raises UserError if a token exists already.
 
-    They match exactly: no space is taken from around them, and no normalisation reaches them.
+    An added token matches its exact text: neither surrounding spaces are removed nor is the text normalized.
     """
     known = tokenizer.get_vocab()
     for token in tokens:
@@ -43,13 +44,13 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
-def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
-    """Return the functions that examples are made with."""
+def tokenize_functions(tokenizer: PreTrainedTokenizerBase) -> TokenizeFunctions:
+    """Return the functions with which `formats.py` turns text into token ids."""
     end = tokenizer.eos_token_id
 
     def prompt(text: str) -> Sequence[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
-        # Some tokenizers put the end token behind every text; behind a prompt it would end the example.
+        # Some tokenizers append the end token to every text. After a prompt, the end token would end the example.
         return ids[:-1] if ids and ids[-1] == end else ids
 
     def completion(text: str) -> Sequence[int]:
@@ -68,14 +69,14 @@ def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
             raise ValueError(first_line(error)) from error
         return ids
 
-    return Tokenize(prompt, completion, end, chat if tokenizer.chat_template else None)
+    return TokenizeFunctions(prompt, completion, end, chat if tokenizer.chat_template else None)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat) -> list[int]:
-    """Return the tokens that end a generated answer: the end token, and the first one of a completion suffix that
-    begins with an added token.
+    """Return the ids of the tokens at which generation stops: the end token, and the first token of the completion
+    suffix if that is an added token.
 
-    A suffix of ordinary text is learned too, but its tokens may also stand inside of an answer.
+    A suffix that begins with ordinary text is not a stop token, because its tokens may also occur within an answer.
     """
     suffix = form.prompt_completion.completion_suffix if form.prompt_completion is not None else ""
     ids: Sequence[int] = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []

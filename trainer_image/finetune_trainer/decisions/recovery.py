@@ -1,56 +1,62 @@
-"""What follows an alarm: recorded, a return to an earlier checkpoint, or the end. Pure decisions; `train` carries them
-out.
+"""Decides what follows an alarm of the stability monitor: record it, roll back to an earlier checkpoint, or end the
+run.
 
-The way back is that of the literature (PaLM, section 5.1: restart before the spike and leave out the data around it;
-OPT: a lower rate), with the study's own factor from 1e-4 to 3e-5.
+The functions are pure; `loop.py` raises the error that `plan_recovery` returns, and `train.py` carries out a rollback.
+The rollback follows the literature: restart before the spike and skip the data around it (PaLM, section 5.1), and lower
+the learning rate (OPT). Anyscale's study of Llama 2 lowered the rate from 1e-4 to 3e-5, which is the factor 0.3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune_core.contract import Incident, Remedy, RunConfig
+from finetune_core.api.training import StabilityAction
+from finetune_core.contract import Incident, RunConfig
 from finetune_trainer.decisions.stability import NON_FINITE, RECENT, Alarm
 from finetune_trainer.pod.errors import Diverged
 from finetune_trainer.storage.lineage import Rollback
 
 RATE_FACTOR = 0.3
-MOST_ROLLBACKS = 3
-SKIPPED_BEYOND = 8
-"""Steps after the alarm whose data is left out too: bad rows come in a row (PaLM left out 200 to 500 batches, of a run
-a thousand times as long)."""
+MAX_ROLLBACKS = 3
+SKIPPED_STEPS_AFTER_ALARM = 8
+"""How many steps after the alarm are skipped too, because bad rows often follow each other. PaLM skipped 200 to 500
+batches, in a run a thousand times as long."""
 DIGITS = ".6g"
 
 
-class RollBack(Exception):  # noqa: N818  (an order, raised on every rank at the same step)
-    """Leave this run for a new one that grows from an earlier checkpoint."""
+class RollbackRequired(Exception):  # noqa: N818  (an order, raised on every rank at the same step)
+    """The run has to end, and a new run has to start from an earlier checkpoint. Every rank raises this error at the
+    same step."""
 
     def __init__(self, rollback: Rollback) -> None:
-        """``rollback.step`` is the last step that is known to be good."""
+        """``rollback.step`` is the last step whose weights can be trusted."""
         super().__init__(rollback.reason)
         self.rollback = rollback
 
 
-def remedy_of(alarm: Alarm, config: RunConfig) -> Remedy:
-    """Return what the job says about such an alarm."""
+def recovery_action(alarm: Alarm, config: RunConfig) -> StabilityAction:
+    """Return the action that the job's `spec.stability` asks for after ``alarm``."""
     stability = config.stability
     if alarm.kind in NON_FINITE:
         return stability.on_non_finite
     return stability.on_exploding_loss or "Record"
 
 
-def react(
+def plan_recovery(
     alarm: Alarm, config: RunConfig, rollbacks: Sequence[Rollback]
-) -> tuple[Incident, RollBack | Diverged | None]:
-    """Return what is told about ``alarm``, and what has to be raised; ``rollbacks`` are those that there were."""
-    remedy = remedy_of(alarm, config)
+) -> tuple[Incident, RollbackRequired | Diverged | None]:
+    """Return the incident to report, and the error to raise, which is None where the alarm is only recorded.
+
+    ``rollbacks`` are the earlier rollbacks of the job. After MAX_ROLLBACKS of them the run ends with Diverged instead.
+    """
+    action = recovery_action(alarm, config)
     sentence = alarm.describe()
-    order: RollBack | Diverged | None = None
-    if remedy == "RollBack" and len(rollbacks) >= MOST_ROLLBACKS:
-        remedy = "Fail"
-        order = Diverged(f"{sentence}, and {MOST_ROLLBACKS} rollbacks did not help: {_advice(alarm, config)}")
-    elif remedy == "RollBack":
-        order = RollBack(
+    order: RollbackRequired | Diverged | None = None
+    if action == "RollBack" and len(rollbacks) >= MAX_ROLLBACKS:
+        action = "Fail"
+        order = Diverged(f"{sentence}, and {MAX_ROLLBACKS} rollbacks did not help: {_advice(alarm, config)}")
+    elif action == "RollBack":
+        order = RollbackRequired(
             Rollback(
                 step=_last_good(alarm),
                 rate_factor=RATE_FACTOR,
@@ -59,51 +65,52 @@ def react(
                 reason=sentence,
             )
         )
-    elif remedy == "Fail":
+    elif action == "Fail":
         order = Diverged(f"{sentence}: {_advice(alarm, config)}")
     incident = Incident(
         step=alarm.step,
         kind=alarm.kind.value,
         value=format(alarm.value, DIGITS),
         threshold=format(alarm.threshold, DIGITS),
-        action=remedy,
-        message=f"{sentence} ({_action(remedy, alarm)})",
+        action=action,
+        message=f"{sentence} ({_action(action, alarm)})",
     )
     return incident, order
 
 
-def left_out(step: int, rollbacks: Sequence[Rollback]) -> bool:
-    """Return whether the data of ``step`` is skipped because training went wrong there."""
+def is_skipped(step: int, rollbacks: Sequence[Rollback]) -> bool:
+    """Return whether a rollback excludes the global batch of ``step`` from training."""
     return any(rollback.skip_from <= step <= rollback.skip_to for rollback in rollbacks)
 
 
 def _last_good(alarm: Alarm) -> int:
     """Return the last step whose checkpoint can be trusted.
 
-    The loss of a step is that of the weights which the step before it left, so the first bad loss may be the work of
-    that one's update. A rising loss may have begun before it stood out: of the recent steps none is trusted.
+    The loss of a step is computed with the weights that the step before left. The update before the first bad loss may
+    therefore be the cause, and is not trusted. A rising loss may have begun before it stood out, so after such an alarm
+    none of the recent steps is trusted.
     """
     last = alarm.first - 2
     return max(0, last if alarm.kind in NON_FINITE else min(last, alarm.step - RECENT))
 
 
 def _skip_from(alarm: Alarm) -> int:
-    """Return the first step whose data is left out: that of the update which may have done it."""
+    """Return the first step to skip, which is the step whose update may have caused the alarm."""
     return max(1, alarm.first - 1)
 
 
 def _skip_to(alarm: Alarm) -> int:
-    """Return the last step whose data is left out; a single gradient says nothing about what follows it."""
-    return alarm.step + (0 if alarm.kind in NON_FINITE else SKIPPED_BEYOND)
+    """Return the last step to skip. A single gradient that is not finite says nothing about the steps after it."""
+    return alarm.step + (0 if alarm.kind in NON_FINITE else SKIPPED_STEPS_AFTER_ALARM)
 
 
-def _action(remedy: Remedy, alarm: Alarm) -> str:
-    if remedy == "RollBack":
+def _action(action: StabilityAction, alarm: Alarm) -> str:
+    if action == "RollBack":
         return (
             f"back to a checkpoint of step {_last_good(alarm)} or before, with {RATE_FACTOR} times the rate and without"
             f" the data of steps {_skip_from(alarm)} to {_skip_to(alarm)}"
         )
-    if remedy == "Fail":
+    if action == "Fail":
         return "training ends"
     return "its update was not applied" if alarm.kind in NON_FINITE else "recorded"
 

@@ -1,26 +1,29 @@
-"""What led to where a run starts, replayed from the step log: the best evaluation so far, and what the stability
-monitor remembers. Made by rank 0, which reads the log, and shared with all ranks."""
+"""Restores the state of all decisions that depend on earlier steps, by replaying the step log of the bucket.
+
+`train.py` calls `replay_decisions` on rank 0, which reads the step log, and sends the state to all ranks. Checkpoints
+therefore need not hold this state.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from finetune_core.contract import ContractModel, EvaluationConfig
-from finetune_trainer.decisions.selection import Selection, begin
-from finetune_trainer.decisions.stability import Watch, replay
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.decisions.selection import Selection, selection_after
+from finetune_trainer.decisions.stability import MonitorState, monitor_after
+from finetune_trainer.storage.step_log import StepRow
 
 
-class Past(ContractModel):
-    """The state of everything that decides by the steps before."""
+class ReplayedDecisions(ContractModel):
+    """The best evaluation so far, and the memory of the stability monitor, before a run's first step."""
 
     selection: Selection
-    watch: Watch
+    monitor: MonitorState
 
 
-def past_of(config: EvaluationConfig, history: Sequence[StepRow]) -> Past:
-    """Return the past that ``history`` tells: the steps that led to the start, oldest first."""
-    return Past(
-        selection=begin(config, history),
-        watch=replay((row.step, row.loss, row.gradient_norm) for row in history),
+def replay_decisions(config: EvaluationConfig, history: Sequence[StepRow]) -> ReplayedDecisions:
+    """Return the state after ``history``, the rows of all steps that led to the start of the run, oldest first."""
+    return ReplayedDecisions(
+        selection=selection_after(config, history),
+        monitor=monitor_after((row.step, row.loss, row.gradient_norm) for row in history),
     )

@@ -1,4 +1,7 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore, nothing to drift."""
+"""The learning rate as a pure function of the step, so that no schedule state has to be saved or restored.
+
+`loop.py` calls `learning_rate_at` for every optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ from finetune_core.contract import OptimizationConfig
 from finetune_trainer.storage.lineage import Rollback
 
 
-def rate(step: int, total_steps: int, optimization: OptimizationConfig, rollbacks: Sequence[Rollback] = ()) -> float:
-    """Return the rate of the update that step ``step`` (from 1 to ``total_steps``) applies.
+def learning_rate_at(
+    step: int, total_steps: int, optimization: OptimizationConfig, rollbacks: Sequence[Rollback] = ()
+) -> float:
+    """Return the learning rate of the update at ``step``, which counts from 1 to ``total_steps``.
 
-    The warm-up rises in a line and reaches the peak at its last step; no step has rate 0. After it the rate
-    falls from the peak towards zero, which the step after the last would have. Steps after the one that a rollback
-    returned to have its factor on top.
+    During warm-up the rate rises linearly, and reaches its peak at the last warm-up step. No step has rate 0. After the
+    warm-up a linear or cosine schedule falls towards zero, which the step after the last step would have. Each rollback
+    lowers the rate of all steps after the step that the rollback returned to.
     """
     factor = math.prod(rollback.rate_factor for rollback in rollbacks if step > rollback.step)
     peak, warmup = optimization.learning_rate * factor, optimization.warmup_steps

@@ -1,5 +1,7 @@
-"""Which evaluation is the best so far, and when patience is spent. Pure: replayed from the step log after a resume, so
-that nothing about it has to be saved.
+"""Which evaluation of the run is the best so far, and when `evaluation.patience` is exhausted.
+
+The functions are pure. `loop.py` adds every evaluation, and after a resume `replay.py` computes the state again from
+the step log, so that nothing has to be saved.
 """
 
 from __future__ import annotations
@@ -8,45 +10,51 @@ from collections.abc import Iterable
 
 from finetune_core.api.evaluation import BestBy
 from finetune_core.contract import CheckpointRecord, ContractModel, EvaluationConfig
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.storage.step_log import StepRow
 
 
 class Selection(ContractModel):
-    """How the evaluations of a run went so far."""
+    """The best evaluation of a run so far, and the settings that decide which one is the best."""
 
     best_by: BestBy
     min_delta: float
+    """An evaluation counts as an improvement only where it is better than the best evaluation by more than this
+    value."""
     patience: int | None = None
+    """The run stops after this number of evaluations in a row without improvement. None means that the run never stops
+    early."""
     best: float | None = None
-    """The value to beat."""
+    """Perplexity or task score of the best evaluation, None before the first."""
     best_step: int = 0
-    waited: int = 0
-    """Evaluations since it improved."""
+    """Step of the best evaluation, 0 before the first."""
+    evaluations_without_improvement: int = 0
+    """Number of evaluations since the best evaluation."""
 
     @property
     def exhausted(self) -> bool:
-        """Whether as many evaluations as ``patience`` brought no improvement."""
-        return self.patience is not None and self.waited >= self.patience
+        """Return whether `patience` evaluations in a row brought no improvement."""
+        return self.patience is not None and self.evaluations_without_improvement >= self.patience
 
     def improves(self, value: float) -> bool:
-        """Return whether ``value`` is better than the best by more than ``min_delta``."""
+        """Return whether ``value`` is better than the best value by more than `min_delta`."""
         if self.best is None:
             return True
         gain = self.best - value if self.best_by == "Perplexity" else value - self.best
         return gain > self.min_delta
 
     def after(self, step: int, *, perplexity: float | None, task_score: float | None) -> Selection:
-        """Return the selection after an evaluation; one without the value that counts changes nothing."""
+        """Return the selection after the evaluation of ``step``. An evaluation without the value that `best_by` names
+        changes nothing."""
         value = perplexity if self.best_by == "Perplexity" else task_score
         if value is None:
             return self
         if self.improves(value):
-            return self.model_copy(update={"best": value, "best_step": step, "waited": 0})
-        return self.model_copy(update={"waited": self.waited + 1})
+            return self.model_copy(update={"best": value, "best_step": step, "evaluations_without_improvement": 0})
+        return self.model_copy(update={"evaluations_without_improvement": self.evaluations_without_improvement + 1})
 
 
-def begin(config: EvaluationConfig, history: Iterable[StepRow] = ()) -> Selection:
-    """Return the selection that ``history``, the steps before this run, leads to."""
+def selection_after(config: EvaluationConfig, history: Iterable[StepRow] = ()) -> Selection:
+    """Return the selection after ``history``, the rows of all steps before this run, oldest first."""
     selection = Selection(best_by=config.best_by, min_delta=config.min_delta, patience=config.patience)
     for row in history:
         selection = selection.after(row.step, perplexity=row.perplexity, task_score=row.task_score)
@@ -54,9 +62,11 @@ def begin(config: EvaluationConfig, history: Iterable[StepRow] = ()) -> Selectio
 
 
 def best_first(records: Iterable[CheckpointRecord], best_by: BestBy) -> list[CheckpointRecord]:
-    """Return the records that were scored, the best first, the earlier one of equals.
+    """Return the records that have the value which ``best_by`` names, the best record first. Of equal records the
+    earlier comes first.
 
-    By task score the lower perplexity decides between equals: answers are right or wrong, and many checkpoints tie.
+    With TaskScore, the lower perplexity decides between equal scores, because many checkpoints have the same number of
+    right answers.
     """
 
     def order(record: CheckpointRecord) -> tuple[float, float, int, int]:

@@ -1,9 +1,10 @@
-"""Notices when training goes wrong without an error: a pure function from the losses and gradient norms of all ranks to
-alarms, the same on every rank.
+"""The stability monitor: raises an alarm when training goes wrong without an error.
 
-It sees the raw all-reduced loss of each global batch and the norm of its gradient before clipping. An alarm compares
-the last 8 steps with the 32 before them by robust statistics (median, and a trimmed mean of the differences of
-neighbours, which a falling loss does not widen), so that neither one odd batch nor the course of a good run raises one.
+`loop.py` calls the monitor after every step. The monitor is a pure function of the losses and gradient norms over all
+ranks, so every rank has the same alarms. Its input is the loss of each global batch and the norm of the gradient before
+clipping. An alarm compares the last 8 steps with the 32 steps before them (the baseline) by robust statistics: the
+median, and a trimmed mean of the differences between neighbouring steps. A falling loss hardly widens these
+differences, so neither one odd batch nor the normal course of a run raises an alarm.
 """
 
 from __future__ import annotations
@@ -18,34 +19,50 @@ from statistics import median
 from finetune_core.contract import ContractModel
 
 RECENT = 8
-"""Steps in which a fault must show."""
+"""Number of newest steps in which a fault must show."""
 BASELINE = 32
-LEAST_BASELINE = 12
+MIN_BASELINE = 12
+"""The recent steps are compared with the BASELINE steps before them, or with fewer in a young run, but never with fewer
+than MIN_BASELINE."""
 PERSISTENT = 4
-"""Of the recent steps so many must stand out: a spike of fewer heals by itself (llm-foundry's KillLossSpike: 4)."""
+"""How many of the recent steps must stand out. A shorter spike heals by itself (KillLossSpike of llm-foundry also waits
+for 4)."""
 
-SPIKE_DEVIATIONS, SPIKE_LEAST = 5.0, math.log(1.25)
+SPIKE_DEVIATIONS, SPIKE_MIN_RISE = 5.0, math.log(1.25)
+"""How far the log-loss of a step must lie above the median of the baseline for a spike: a number of standard
+deviations, and a least distance."""
 DOUBLED, DOUBLED_DEVIATIONS = math.log(2.0), 3.0
-"""Twice the rolling loss is too much also for a run whose batches scatter (llm-foundry's threshold), as long as it is
-clearly more than that scatter."""
-GRADIENT_DEVIATIONS, GRADIENT_LEAST = 8.0, math.log(4.0)
+"""In a run with noisy batches, twice the median loss of the baseline is a spike too (the threshold of llm-foundry),
+provided that the loss lies at least DOUBLED_DEVIATIONS standard deviations above the median."""
+GRADIENT_DEVIATIONS, GRADIENT_MIN_RISE = 8.0, math.log(4.0)
+"""How far the log of the gradient norm must lie above the median of the baseline for an alarm: a number of standard
+deviations, and a least distance."""
 GRADIENT_LOSS_DEVIATIONS = 1.5
-"""A large gradient alone is no fault (adapters start with none); with a loss that rises it announces one."""
-DRIFT_DEVIATIONS, DRIFT_LEAST = 6.5, math.log(1.15)
+"""For a gradient alarm the mean recent loss must have risen by this number of standard deviations too. A large gradient
+alone is no fault, because adapters begin with none."""
+DRIFT_DEVIATIONS, DRIFT_MIN_RISE = 6.5, math.log(1.15)
+"""How far the mean log-loss of the recent steps must lie above the median of the baseline for an alarm: a number of
+standard deviations of the mean, and a least distance."""
 DRIFT_BEGINS = 2.0
-"""The first of the recent steps that is so many deviations too high is where the drift is said to begin."""
+"""A drift is reported to begin at the first recent step whose log-loss lies this number of standard deviations above
+the median of the baseline."""
 ABOVE_START = math.log(1.5)
+"""How far the log-loss may lie above the median log-loss of the first steps."""
 ABOVE_BEST = math.log(1.5)
-LEAST_DEVIATION = 0.02
-"""Of the log of the loss: below it a run is suspiciously smooth, and any wobble would stand out."""
+"""How far the mean recent log-loss may lie above the lowest median of a baseline so far."""
+MIN_DEVIATION = 0.02
+"""Smallest standard deviation of the log of the loss that is assumed. In an unusually smooth run any small change would
+otherwise stand out."""
 TRIMMED, TRIMMED_MEAN = 0.9, 0.6574
-"""The largest tenth of the differences is left out; the mean size of the others for a normal distribution is
-2 (phi(0) - phi(1.645)) / 0.9. As robust as is needed here, and less noisy than the median absolute deviation."""
+"""The largest tenth of the differences is left out. For a normal distribution, the mean size of the remaining
+differences is 2 (phi(0) - phi(1.645)) / 0.9 standard deviations. This estimate is robust enough here, and less noisy
+than the median absolute deviation."""
 START_STEPS = 3
+"""Number of first steps whose losses define the start of a run."""
 
 
 class AlarmKind(StrEnum):
-    """What went wrong."""
+    """Kinds of alarms, as they appear in `status.incidents`."""
 
     NON_FINITE_LOSS = "NonFiniteLoss"
     NON_FINITE_GRADIENT = "NonFiniteGradient"
@@ -59,38 +76,40 @@ NON_FINITE = frozenset({AlarmKind.NON_FINITE_LOSS, AlarmKind.NON_FINITE_GRADIENT
 
 
 class Observation(ContractModel):
-    """What a step showed; the logs of loss and gradient norm are what is compared."""
+    """The logarithms of loss and gradient norm of one step."""
 
     step: int
     log_loss: float
     log_norm: float
 
 
-class Watch(ContractModel):
-    """Everything that the monitor remembers."""
+class MonitorState(ContractModel):
+    """Everything that the monitor remembers between two steps."""
 
     recent: tuple[Observation, ...] = ()
     """The newest steps, oldest first: at most RECENT + BASELINE."""
     start: tuple[float, ...] = ()
-    """Logs of the first losses of the job."""
+    """Logarithms of the losses of the job's first steps."""
     best_level: float | None = None
-    """Least median of the log-loss over a full baseline so far."""
-    quiet_until: int = 0
-    """After an alarm nothing is said until its steps have left the recent ones."""
+    """The lowest median of the log-loss over a full baseline so far, None before the first full baseline."""
+    muted_until_step: int = 0
+    """No alarm is raised before this step, so that the steps of one fault raise only one alarm."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alarm:
-    """Something is wrong since step ``first``, noticed at ``step``."""
+    """Training has gone wrong since step ``first``, and the monitor noticed it at ``step``."""
 
     kind: AlarmKind
     step: int
     first: int
     value: float
+    """The loss or gradient norm that stands out."""
     threshold: float
+    """The largest value that would not have raised the alarm."""
 
     def describe(self) -> str:
-        """Return the sentence for people."""
+        """Return the alarm as a sentence for people."""
         what = {
             AlarmKind.NON_FINITE_LOSS: "the loss is not a finite number",
             AlarmKind.NON_FINITE_GRADIENT: "the gradient is not finite",
@@ -105,8 +124,9 @@ class Alarm:
         return f"step {self.step}: {what}{since}"
 
 
-def non_finite(step: int, loss: float, norm: float) -> Alarm | None:
-    """Return the alarm of a step whose loss or gradient is not finite: its update must not be applied."""
+def non_finite_alarm(step: int, loss: float, norm: float) -> Alarm | None:
+    """Return the alarm of a step whose loss or gradient is not finite, else None. The update of such a step must not be
+    applied."""
     if not math.isfinite(loss):
         return Alarm(kind=AlarmKind.NON_FINITE_LOSS, step=step, first=step, value=loss, threshold=math.inf)
     if not math.isfinite(norm):
@@ -114,63 +134,66 @@ def non_finite(step: int, loss: float, norm: float) -> Alarm | None:
     return None
 
 
-def observe(watch: Watch, step: int, loss: float, norm: float) -> tuple[Watch, Alarm | None]:
-    """Return what is remembered after a finite step, and the alarm that it completes."""
+def observe(state: MonitorState, step: int, loss: float, norm: float) -> tuple[MonitorState, Alarm | None]:
+    """Return the monitor's state after a step with finite loss and gradient, and the alarm that the step raises, if
+    any."""
     seen = Observation(step=step, log_loss=_log(loss), log_norm=_log(norm))
-    steps = (*watch.recent, seen)[-(RECENT + BASELINE) :]
-    start = watch.start if len(watch.start) >= START_STEPS else (*watch.start, seen.log_loss)
+    steps = (*state.recent, seen)[-(RECENT + BASELINE) :]
+    start = state.start if len(state.start) >= START_STEPS else (*state.start, seen.log_loss)
     baseline = [item.log_loss for item in steps[:-RECENT]]
     level = median(baseline) if len(baseline) == BASELINE else None
-    best = min((value for value in (watch.best_level, level) if value is not None), default=None)
-    now = watch.model_copy(update={"recent": steps, "start": start, "best_level": best})
-    if step < watch.quiet_until:
+    best = min((value for value in (state.best_level, level) if value is not None), default=None)
+    now = state.model_copy(update={"recent": steps, "start": start, "best_level": best})
+    if step < state.muted_until_step:
         return now, None
     alarm = _alarm(now)
-    return (now.model_copy(update={"quiet_until": step + RECENT}) if alarm else now), alarm
+    return (now.model_copy(update={"muted_until_step": step + RECENT}) if alarm else now), alarm
 
 
-def replay(rows: Iterable[tuple[int, float | None, float | None]]) -> Watch:
-    """Return what is remembered after ``rows`` of step, loss and gradient norm; those without values don't count."""
-    watch = Watch()
+def monitor_after(rows: Iterable[tuple[int, float | None, float | None]]) -> MonitorState:
+    """Return the monitor's state after ``rows`` of (step, loss, gradient norm). Rows without finite values are left
+    out."""
+    state = MonitorState()
     for step, loss, norm in rows:
         if loss is not None and norm is not None and math.isfinite(loss) and math.isfinite(norm):
-            watch, _ = observe(watch, step, loss, norm)
-    return watch.model_copy(update={"quiet_until": 0})
+            state, _ = observe(state, step, loss, norm)
+    return state.model_copy(update={"muted_until_step": 0})
 
 
-def _alarm(watch: Watch) -> Alarm | None:
-    recent, baseline = watch.recent[-RECENT:], watch.recent[:-RECENT]
-    above = _above_start(watch, recent)
-    if above is not None or len(baseline) < LEAST_BASELINE:
+def _alarm(state: MonitorState) -> Alarm | None:
+    recent, baseline = state.recent[-RECENT:], state.recent[:-RECENT]
+    above = _above_start(state, recent)
+    if above is not None or len(baseline) < MIN_BASELINE:
         return above
     losses, norms = [item.log_loss for item in baseline], [item.log_norm for item in baseline]
     level, spread = median(losses), _deviation(losses)
-    limit = level + min(max(SPIKE_DEVIATIONS * spread, SPIKE_LEAST), max(DOUBLED, DOUBLED_DEVIATIONS * spread))
+    limit = level + min(max(SPIKE_DEVIATIONS * spread, SPIKE_MIN_RISE), max(DOUBLED, DOUBLED_DEVIATIONS * spread))
     high = [item for item in recent if item.log_loss > limit]
     if len(high) >= PERSISTENT and high[-1] is recent[-1]:
         return _made(AlarmKind.LOSS_SPIKE, recent, high[0].step, high[-1].log_loss, limit)
-    norm_limit = median(norms) + max(GRADIENT_DEVIATIONS * _deviation(norms), GRADIENT_LEAST)
+    norm_limit = median(norms) + max(GRADIENT_DEVIATIONS * _deviation(norms), GRADIENT_MIN_RISE)
     steep = [item for item in recent if item.log_norm > norm_limit]
-    # Without the highest and the lowest, so that one odd batch moves nothing.
+    # The mean leaves out the highest and the lowest loss, so that one odd batch changes nothing.
     middle = sorted(item.log_loss for item in recent)[1:-1]
     mean = sum(middle) / len(middle)
     if len(steep) >= PERSISTENT and steep[-1] is recent[-1] and mean > level + GRADIENT_LOSS_DEVIATIONS * spread:
         return _made(AlarmKind.GRADIENT_SPIKE, recent, steep[0].step, steep[-1].log_norm, norm_limit)
-    # The mean of n steps scatters less than one step by the root of n.
-    drift_limit = level + max(DRIFT_DEVIATIONS * spread / math.sqrt(len(middle)), DRIFT_LEAST)
-    if watch.best_level is not None:
-        drift_limit = min(drift_limit, watch.best_level + max(ABOVE_BEST, DRIFT_DEVIATIONS * spread))
+    # The standard deviation of a mean over n steps is that of one step divided by the square root of n.
+    drift_limit = level + max(DRIFT_DEVIATIONS * spread / math.sqrt(len(middle)), DRIFT_MIN_RISE)
+    if state.best_level is not None:
+        drift_limit = min(drift_limit, state.best_level + max(ABOVE_BEST, DRIFT_DEVIATIONS * spread))
     if mean <= drift_limit:
         return None
     first = next((item for item in recent if item.log_loss > level + DRIFT_BEGINS * spread), recent[0])
     return _made(AlarmKind.LOSS_DRIFT, recent, first.step, mean, drift_limit)
 
 
-def _above_start(watch: Watch, recent: Sequence[Observation]) -> Alarm | None:
-    """A rate that is far too high shows before there is anything to compare with but the start."""
-    if len(watch.start) < START_STEPS:
+def _above_start(state: MonitorState, recent: Sequence[Observation]) -> Alarm | None:
+    """Return the alarm for a loss far above the start. A learning rate that is far too high shows in this way, before
+    there is a baseline to compare with."""
+    if len(state.start) < START_STEPS:
         return None
-    limit = median(watch.start) + ABOVE_START
+    limit = median(state.start) + ABOVE_START
     high = [item for item in recent if item.log_loss > limit]
     if len(high) < PERSISTENT or high[-1] is not recent[-1]:
         return None
@@ -182,13 +205,14 @@ def _made(kind: AlarmKind, recent: Sequence[Observation], first: int, value: flo
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Return the robust standard deviation of one value around a slow course, from the differences of neighbours."""
+    """Return the robust standard deviation of one value around a slowly changing course, from the differences between
+    neighbours."""
     differences = sorted(abs(after - before) for before, after in itertools.pairwise(values))
     kept = differences[: math.ceil(TRIMMED * len(differences))]
-    # The difference of two values scatters more than one of them by the root of 2.
-    return max(sum(kept) / len(kept) / TRIMMED_MEAN / math.sqrt(2.0), LEAST_DEVIATION)
+    # The difference of two values has the standard deviation of one value times the square root of 2.
+    return max(sum(kept) / len(kept) / TRIMMED_MEAN / math.sqrt(2.0), MIN_DEVIATION)
 
 
 def _log(value: float) -> float:
-    """Return the logarithm of a loss or a norm; a perfect fit has neither, and is as good as very small."""
+    """Return the logarithm of a loss or a norm. Zero, as a perfect fit has it, is treated as 1e-12."""
     return math.log(max(value, 1e-12))

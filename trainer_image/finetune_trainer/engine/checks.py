@@ -1,8 +1,8 @@
-"""Two checks of the loaded model before the first step: packed examples don't see each other, and the loss that is
-taken inside of the head is the loss of the model's logits.
+"""Two checks of a loaded model before the first step: that packed examples do not see each other, and that the loss
+computed inside of the output head equals the loss of the model's logits.
 
-Whether attention isolates packed examples depends on the model's code and the attention backend, and a leak would
-show in no number of the training.
+`train.py` calls `check_model`. Whether attention separates packed examples depends on the model's code and on the
+attention backend, and no number of the training would show a leak.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from finetune_trainer.data.examples import Example
 from finetune_trainer.engine.engine import Engine
 
 PROBE_TOKENS = 24
+"""How many tokens of each example the checks use."""
 LEAK = 0.1
-"""A packed example may differ from an isolated one by this share of what full contamination changes: rounding is far
-below it in bf16 too, and a leak is all or nothing."""
+"""Largest difference that packing may make to an example's logits, as a share of the difference that no separation at
+all makes. Rounding stays far below this bound, also in bf16, and a leak reaches the whole difference."""
 HEAD_DIFFERENCE = 1e-2
-"""Two ways to the same loss differ by rounding only."""
+"""Largest relative difference between the two losses. Both compute the same sum, so only rounding may differ."""
 
 
 def check_model(engine: Engine, examples: Sequence[Example], *, pad: int, packing: bool) -> None:
-    """Compare ways to compute the same, on the first two ``examples``; a collective.
+    """Check the model of ``engine`` with the first two of ``examples``. All ranks must call this function together.
 
-    Raises UserError where ``packing`` is asked for and leaks. Where the model changes logits after its head the
-    engine takes the loss from whole logits from now on.
+    Raises UserError where ``packing`` is wanted and packed examples see each other. Where a model changes the logits
+    after its head, the engine computes the loss from the full logits from now on.
     """
-    # Every token is a target, also of very short examples.
+    # Every token becomes a target, so that very short examples have a target too.
     first, second = (_shortened(examples[index % len(examples)]) for index in (0, 1))
     with torch.no_grad():
         for training in (False, True):
@@ -47,7 +48,8 @@ def _shortened(example: Example) -> Example:
 
 
 def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) -> None:
-    """Compare the logits of ``second`` alone, packed behind ``first``, and read as the continuation of it."""
+    """Compare the logits of ``second`` in three cases: alone, packed behind ``first``, and read as the continuation of
+    ``first``."""
     tokens = len(second.ids) - 1
     alone = collate([[(second, 2)]], pad=pad, packed=True)
     packed = collate([[(first, 1), (second, 2)]], pad=pad, packed=True)
@@ -66,6 +68,6 @@ def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) 
 
 def _choose_loss(engine: Engine, batch: Batch) -> None:
     batch = batch.to(engine.device)
-    inside, outside = float(engine.loss(batch)), float(engine.loss(batch, whole_logits=True))
+    inside, outside = float(engine.loss(batch)), float(engine.loss(batch, full_logits=True))
     if not abs(inside - outside) <= HEAD_DIFFERENCE * abs(outside):
-        engine.use_whole_logits()
+        engine.use_full_logits()

@@ -1,13 +1,13 @@
-"""The DeepSpeed engine without run-time compilation, and the little that the trainer needs of its inside.
+"""The DeepSpeed engine: forward, backward and update of a model that is sharded over the ranks, and access to its
+state.
 
-Everything here that depends on DeepSpeed's internals is in this module, so that an upgrade touches one file.
+`train.py` makes one engine for each run. All code that depends on DeepSpeed's internals is in this module and in
+`config.py`, so that an upgrade of DeepSpeed changes only these two files.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,74 +16,36 @@ import torch
 
 from finetune_core.contract import OptimizationConfig
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.engine.config import engine_config, prevent_compilation
 from finetune_trainer.loss.kernels import fuse_adapters
 from finetune_trainer.loss.objective import Objective
 from finetune_trainer.model.load import trained_parameters
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-BUCKET_ELEMENTS = 50_000_000
+"""AdamW's betas and epsilon: the defaults of torch and of the transformers Trainer."""
 MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
-"""The three tensors of a trained parameter: fp32 value, and AdamW's moments under torch's names."""
-
-
-def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration, with the job's overrides merged in last.
-
-    Accumulation is the loop's business (a partial batch has fewer micro-batches), so the engine counts one.
-    """
-    zero: dict[str, Any] = {
-        "stage": optimization.zero_stage,
-        "overlap_comm": False,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
-    }
-    if optimization.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if optimization.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
-    config: dict[str, Any] = {
-        "train_batch_size": optimization.micro_batch_size * world_size,
-        "train_micro_batch_size_per_gpu": optimization.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimization.gradient_clipping,
-        "bf16": {"enabled": optimization.precision == "bf16"},
-        # In bf16 the sum of many micro-batches loses what the last of them add. At stage 1 DeepSpeed would take
-        # another optimizer for it, which skips no update that is not finite.
-        "data_types": {"grad_accum_dtype": None if optimization.zero_stage == 1 else "fp32"},
-        "zero_optimization": zero,
-        # torch's AdamW wherever the state lies: DeepSpeed's own for the CPU would be compiled at run time, and its
-        # updates differ.
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-    }
-    return merged(config, json.loads(optimization.overrides)) if optimization.overrides else config
-
-
-def merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``config`` with ``overrides`` on top, objects merged key by key."""
-    result = dict(config)
-    for key, value in overrides.items():
-        below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return result
+"""Names of the three tensors that each trained parameter has: its fp32 value, and AdamW's two moments under torch's
+names."""
 
 
 class Engine:
-    """A model with its optimizer, sharded by DeepSpeed."""
+    """A model with its optimizer, sharded over the ranks by DeepSpeed."""
 
     def __init__(self, model: torch.nn.Module, optimization: OptimizationConfig, device: torch.device) -> None:
-        """Shard ``model`` over the ranks of the default process group; a collective."""
+        """Shard ``model`` over the ranks of torch's default process group. All ranks must make their engine
+        together."""
         import deepspeed
         from deepspeed.utils import set_z3_leaf_module
 
-        _prevent_compilation()
+        prevent_compilation()
         if optimization.zero_stage < 3:
-            # Before the objective, which takes over what the head computes, be it adapted or not.
+            # This must come before `Objective`, which takes over the forward function of the head, fused or not.
             fuse_adapters(model)
         self._objective = Objective(model)
         if self._objective.head is not None:
-            # Gathered once a micro-batch however many chunks it computes: ranks may differ in that.
+            # ZeRO-3 gathers a leaf module's weights once per micro-batch. Ranks may compute different numbers of head
+            # chunks, and a gather per chunk would then hang.
             set_z3_leaf_module(self._objective.head, True)
         self._stage = optimization.zero_stage
         self._linked = False
@@ -94,126 +56,136 @@ class Engine:
             lr=optimization.learning_rate,
             betas=BETAS,
             eps=EPSILON,
-            # One pass over the state instead of ten: it does not fit into any cache.
+            # The fused kernel reads the optimizer state once instead of ten times. The state does not fit into any
+            # cache.
             fused=True,
         )
-        self.module, self._zero, _, _ = deepspeed.initialize(
+        self.module, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             config=engine_config(optimization, torch.distributed.get_world_size()),
             dist_init_required=False,
         )
-        self._names = trained_parameters(model)
+        self._parameters = trained_parameters(model)
 
-    # Steps
+    # One optimizer step
 
     def forward(self, **inputs: Any) -> Any:
-        """Run the model."""
+        """Call the model with ``inputs``, the keyword arguments of its forward function, and return the model's
+        output."""
         return self.module(**inputs)
 
-    def loss(self, batch: Batch, *, whole_logits: bool = False) -> torch.Tensor:
-        """Return the summed negative log-likelihood (nats) of the batch's supervised tokens, in fp32.
+    def loss(self, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
+        """Return the summed negative log-likelihood (nats) of the supervised tokens of ``batch``, a scalar in fp32.
 
-        ``whole_logits`` computes the logits of all positions first, which is slow and takes much memory.
+        With ``full_logits`` the logits of all positions are computed first, which is slow and takes much memory. An
+        empty micro-batch gives a zero through which gradients flow, so that every rank runs the same backward pass.
         """
-        return self._objective.loss(self.module, batch, whole_logits=whole_logits)
+        return self._objective.loss(self.module, batch, full_logits=full_logits)
 
-    def use_whole_logits(self) -> None:
-        """Compute every loss with ``whole_logits`` from now on."""
-        self._objective.whole_logits = True
+    def use_full_logits(self) -> None:
+        """From now on compute every loss from the logits of all positions, as `loss` does with ``full_logits``."""
+        self._objective.full_logits = True
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Return the logits (N, vocabulary) that predict the batch's targets."""
+        """Return the logits (N, vocabulary) at the N positions that predict a target of ``batch``."""
         return self._objective.logits(self.module, batch)
 
     @property
     def model(self) -> Any:
-        """The model itself, which can generate; under ZeRO-3 its layers gather their weights as they compute."""
+        """The transformers or peft model, which can generate. Under ZeRO-3 each layer gathers its weights when it
+        computes."""
         return self.module.module
 
     @property
     def lockstep(self) -> bool:
-        """Whether all ranks have to run equally many forward passes: each gathers weights from all of them."""
+        """Return whether all ranks must run the same number of forward passes, because each pass gathers weights from
+        all ranks."""
         return self._stage == 3 and torch.distributed.get_world_size() > 1
 
-    def hide_tokens(self, ids: Sequence[int]) -> None:
-        """Compute losses as if the vocabulary were without the tokens ``ids``; with none, with all of it again."""
-        self._objective.hide(torch.tensor(list(ids), device=self.device) if ids else None)
+    def exclude_tokens(self, ids: Sequence[int]) -> None:
+        """From now on compute losses as if the tokens ``ids`` were not in the vocabulary. An empty list restores the
+        vocabulary."""
+        self._objective.exclude_tokens(torch.tensor(list(ids), device=self.device) if ids else None)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate gradients of ``loss``; DeepSpeed averages them over the ranks, so the caller scales by their
-        number. ``last`` says that the global batch is complete."""
+        """Accumulate the gradient of ``loss``. DeepSpeed averages gradients over the ranks, so the caller multiplies
+        ``loss`` by the number of ranks. ``last`` marks the last micro-batch of the global batch."""
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss, scale_wrt_gas=False)
         if not last:
             self.module.step()
 
     def gradient_norm(self) -> float:
-        """Return the norm of the accumulated gradient over all ranks before clipping, NaN where it is not finite.
+        """Return the L2 norm of the accumulated gradient over all ranks, before clipping; NaN where the norm is not
+        finite. All ranks must call this function together.
 
-        Before `step`, because DeepSpeed hides what it skipped, and stage 0 in fp32 would apply it. A collective.
+        Call this function before `step`: DeepSpeed does not report that it skipped an update for such a gradient, and
+        at stage 0 in fp32 it would apply the update.
         """
         if self._stage == 0:
-            gradients = [parameter.grad for parameter in self._names.values() if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
         elif self._stage == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
-            norm = float(combine_grad_norm_groups(self._zero._get_norm_groups()))
+            norm = float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
         else:
-            norm = float(self._zero.scaled_global_norm())
-        # DeepSpeed reports a norm that is not finite as -1.
+            norm = float(self._optimizer.scaled_global_norm())
+        # DeepSpeed returns -1 for a norm that is not finite.
         return norm if math.isfinite(norm) and norm >= 0 else math.nan
 
     def step(self, rate: float) -> None:
-        """Clip and apply the accumulated gradient with learning rate ``rate``; a collective."""
-        for group in self._zero.param_groups:
+        """Clip the accumulated gradient and update the weights with the learning rate ``rate``. All ranks must call
+        this function together."""
+        for group in self._optimizer.param_groups:
             group["lr"] = rate
         self.module.step()
         self._link_moments()
 
-    def discard(self) -> None:
-        """Forget the accumulated gradient: the step is left out."""
-        self._zero.zero_grad()
+    def discard_gradient(self) -> None:
+        """Drop the accumulated gradient, so that no update is made with it."""
+        self._optimizer.zero_grad()
         if self._stage == 0:
             return
         if self._stage == 3:
-            self._zero._overflow_clean_up(self._zero.loss_scale)
+            self._optimizer._overflow_clean_up(self._optimizer.loss_scale)
             return
-        # What DeepSpeed itself does with a gradient that overflows (stage_1_and_2.py, step).
-        if self._zero.cpu_offload:
-            self._zero.reset_cpu_buffers()
-        for group in self._zero.averaged_gradients:
-            self._zero.averaged_gradients[group] = None
-            self._zero.all_grad_tensors[group] = None
+        # The same that DeepSpeed does with a gradient that overflows (deepspeed/runtime/zero/stage_1_and_2.py, `step`).
+        if self._optimizer.cpu_offload:
+            self._optimizer.reset_cpu_buffers()
+        for group in self._optimizer.averaged_gradients:
+            self._optimizer.averaged_gradients[group] = None
+            self._optimizer.all_grad_tensors[group] = None
 
     def close(self) -> None:
-        """Free what holds weights, gradients and optimizer state; the engine can't be used any more."""
+        """Free weights, gradients and optimizer state. The engine can't be used afterwards."""
         self.module.destroy()
-        del self.module, self._zero, self._objective
-        self._names = {}
+        del self.module, self._optimizer, self._objective
+        self._parameters = {}
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def train(self, mode: bool = True) -> None:
-        """Switch dropout on or off."""
+        """Switch the model to training mode, or to evaluation mode without dropout."""
         self.module.train(mode)
 
-    # State
+    # Training state, for checkpoints
 
     @property
-    def names(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of the trained parameters by name, in the model's order: the same on every rank."""
-        return {name: tuple(full_shape(parameter)) for name, parameter in self._names.items()}
+    def parameter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Full shapes of the trained parameters by name, in the model's order, which is the same on every rank."""
+        return {name: tuple(full_shape(parameter)) for name, parameter in self._parameters.items()}
 
     def read_state(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the full fp32 value and moments of a trained parameter; a collective."""
+        """Return the full fp32 value and the two moments of the trained parameter ``name``. All ranks must call this
+        function together."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        parameter = self._names[name]
+        parameter = self._parameters[name]
         if self._stage == 0:
-            state = self._zero.state[parameter]
+            state = self._optimizer.state[parameter]
             return {MASTER: parameter.detach(), **{key: state[key] for key in (FIRST_MOMENT, SECOND_MOMENT)}}
         tensors = {MASTER: safe_get_full_fp32_param(parameter)}
         for key in (FIRST_MOMENT, SECOND_MOMENT):
@@ -221,23 +193,22 @@ class Engine:
         return tensors
 
     def _link_moments(self) -> None:
-        """Let parameters find their moments after the first update, at ZeRO 1 and 2.
+        """At ZeRO 1 and 2, let every parameter find its moments, once after the first update.
 
-        DeepSpeed does so when the first of the optimizer's groups was updated, and the others have no moments yet.
+        DeepSpeed links the moments when the first parameter group was updated, at which time the other groups have no
+        moments yet.
         """
         if self._stage in (1, 2) and not self._linked:
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
             self._linked = True
 
     def prepare_state(self, updates: int) -> None:
-        """Create the optimizer's state as after ``updates`` updates, so that `write_state` can fill it.
-
-        torch creates it at the first update only.
-        """
-        inner = self._zero if self._stage == 0 else self._zero.optimizer
+        """Create the optimizer's state as it is after ``updates`` updates, so that `write_state` can fill it. torch
+        would create the state only at the first update."""
+        inner = self._optimizer if self._stage == 0 else self._optimizer.optimizer
         shards = (
-            self._zero.fp32_partitioned_groups_flat
+            self._optimizer.fp32_partitioned_groups_flat
             if self._stage == 3
             else [parameter for group in inner.param_groups for parameter in group["params"]]
         )
@@ -248,30 +219,32 @@ class Engine:
                 SECOND_MOMENT: torch.zeros_like(shard),
             }
         if self._stage in (1, 2):
-            self._zero._lazy_init_hp_params_optimizer_state()
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def write_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set what `read_state` returned; the model's own copy in bf16 was loaded before the engine was made."""
+        """Set the fp32 value and the moments that `read_state` returned. The model's own bf16 copy is loaded before the
+        engine is made."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        parameter = self._names[name]
+        parameter = self._parameters[name]
         if self._stage == 0:
             parameter.data.copy_(tensors[MASTER])
             for key in (FIRST_MOMENT, SECOND_MOMENT):
-                self._zero.state[parameter][key].copy_(tensors[key])
+                self._optimizer.state[parameter][key].copy_(tensors[key])
             return
         safe_set_full_fp32_param(parameter, tensors[MASTER].to(self.device))
         for key in (FIRST_MOMENT, SECOND_MOMENT):
             safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), key)
 
     def write_weight(self, name: str, value: torch.Tensor) -> None:
-        """Set the weight that the model computes with to ``value``, as a checkpoint holds it; a collective.
+        """Set the weight that the model computes with to ``value``, an fp32 tensor of a checkpoint. All ranks must call
+        this function together.
 
-        The optimizer's own copy stays: training can't go on after it.
+        The optimizer's fp32 value does not change, so training can't go on after this call.
         """
         import deepspeed
 
-        parameter = self._names[name]
+        parameter = self._parameters[name]
         if self._stage < 3:
             parameter.data.copy_(value)
             return
@@ -280,27 +253,14 @@ class Engine:
                 parameter.data.copy_(value)
 
 
-def shard_new_models(optimization: OptimizationConfig, world_size: int) -> Any:
-    """Let transformers shard models over the ranks while it builds them (ZeRO-3), as long as the returned object
-    lives; None at other stages."""
-    if optimization.zero_stage != 3:
-        return None
-    import deepspeed
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    _prevent_compilation()
-    # Sharding looks at DeepSpeed's own view of the ranks, which else comes with the engine.
-    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    return HfDeepSpeedConfig(engine_config(optimization, world_size))
-
-
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Return the shape of a parameter, of which this rank may hold a shard only."""
+    """Return the full shape of ``parameter``, of which this rank may hold a shard only."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def assign(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Set a parameter of the model before the engine is made; a collective where it is sharded."""
+def assign_parameter(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Set a parameter of the model to ``value``, before the engine is made. Where the parameter is sharded, all ranks
+    must call this function together."""
     if not hasattr(parameter, "ds_shape"):
         parameter.copy_(value)
         return
@@ -311,22 +271,12 @@ def assign(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
             parameter.copy_(value)
 
 
-def _prevent_compilation() -> None:
-    """Keep DeepSpeed from compiling an op at run time.
-
-    On the CPU the communication backend would compile a shared-memory op where a compiler is found, and probing all
-    ops takes a second: an empty table answers "not compatible" for each.
-    """
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__ = {}
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-
-
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: matrices decay, vectors (norms, biases) don't, as in GPT-3 and Llama.
+    """Return the optimizer's parameter groups: weight decay applies to matrices, and not to vectors such as norms and
+    biases, as in GPT-3 and Llama.
 
-    Told apart by their full shapes: of a model that was built sharded each tensor itself is empty and a vector.
+    The full shape tells matrix and vector apart, because in a model that was built sharded each tensor itself is an
+    empty vector.
     """
     parameters = list(trained_parameters(model).values())
     if weight_decay == 0:

@@ -1,7 +1,8 @@
-"""Training state between engine and files: safetensors that don't know how many ranks wrote them.
+"""Moves the training state between the engine and safetensors files that do not depend on the number of ranks.
 
-Each trained parameter is stored whole (fp32 value and both moments) in the file of one rank, chosen by bytes: a
-checkpoint can be read by any number of ranks at any ZeRO stage, and of a LoRA run it holds the adapters alone.
+`checkpoints/saver.py` writes the files, and `train.py` loads them. Each trained parameter is stored whole (fp32 value
+and both moments), in the file of one rank. A checkpoint can therefore be read by any number of ranks at any ZeRO stage.
+The checkpoint of a LoRA run holds the adapters only.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine, assign, full_shape
-from finetune_trainer.storage.checkpoints import Damaged
+from finetune_trainer.engine.engine import FIRST_MOMENT, MASTER, SECOND_MOMENT, Engine, assign_parameter, full_shape
+from finetune_trainer.storage.checkpoint_folders import STATE_GLOB
+from finetune_trainer.storage.commit import Damaged
 
-KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
-STATE_GLOB = "state-*.safetensors"
+STATE_KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
 
 
-def owners(shapes: Mapping[str, Sequence[int]], world_size: int) -> dict[str, int]:
-    """Return which rank writes which parameter: the largest first, each to the rank with the least so far."""
+def assign_owners(shapes: Mapping[str, Sequence[int]], world_size: int) -> dict[str, int]:
+    """Return which rank writes which parameter, by name. The largest parameters come first, and each parameter goes to
+    the rank that has the fewest elements so far."""
     loads = [0] * world_size
     chosen = {}
     for name in sorted(shapes, key=lambda name: (-math.prod(shapes[name]), name)):
@@ -33,28 +35,30 @@ def owners(shapes: Mapping[str, Sequence[int]], world_size: int) -> dict[str, in
 
 
 def state_file(rank: int, world_size: int) -> str:
-    """Return the name of the file that ``rank`` writes."""
+    """Return the name of the file that ``rank`` writes, for example `state-00000-of-00008.safetensors`."""
     return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def snapshot(engine: Engine, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """Return this rank's share of the training state on the CPU, under `<parameter>/<kind>`; a collective.
+def take_snapshot(engine: Engine, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Return the part of the training state that this rank stores, as fp32 tensors on the CPU by `<parameter>/<kind>`.
+    All ranks must call this function together.
 
-    One parameter at a time is gathered, so the peak is one parameter above the share.
+    Parameters are gathered one at a time, so the peak memory is this rank's part and one parameter.
     """
-    owner = owners(engine.names, world_size)
+    owner = assign_owners(engine.parameter_shapes, world_size)
     kept: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for name in engine.names:
+        for name in engine.parameter_shapes:
             tensors = engine.read_state(name)
             if owner[name] == rank:
-                for kind in KINDS:
+                for kind in STATE_KINDS:
                     kept[f"{name}/{kind}"] = tensors[kind].to("cpu", torch.float32, copy=True).contiguous()
     return kept
 
 
 def write_snapshot(tensors: Mapping[str, torch.Tensor], folder: Path, *, rank: int, world_size: int) -> list[Path]:
-    """Write a snapshot into ``folder`` and return its files: none where this rank has no share."""
+    """Write the tensors of a snapshot into ``folder`` and return the files: none where this rank stores no
+    parameter."""
     if not tensors:
         return []
     path = folder / state_file(rank, world_size)
@@ -62,8 +66,8 @@ def write_snapshot(tensors: Mapping[str, torch.Tensor], folder: Path, *, rank: i
     return [path]
 
 
-def stored_tensors(folder: Path, kinds: Sequence[str] = KINDS) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Return the parameters of a fetched checkpoint with the asked kinds of tensors, one at a time."""
+def stored_tensors(folder: Path, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield each parameter of a fetched checkpoint with its tensors of the given ``kinds``."""
     for path in sorted(folder.glob(STATE_GLOB)):
         with safe_open(path, framework="pt") as file:
             names = dict.fromkeys(key.rpartition("/")[0] for key in file.keys())  # noqa: SIM118  (no mapping)
@@ -72,20 +76,21 @@ def stored_tensors(folder: Path, kinds: Sequence[str] = KINDS) -> Iterator[tuple
 
 
 def load_weights(model_parameters: Mapping[str, torch.nn.Parameter], folder: Path) -> None:
-    """Copy the stored values into the model before the engine is made; raises Damaged where they don't fit."""
+    """Copy the stored fp32 values into the model, before the engine is made. Raises Damaged where the checkpoint's
+    parameters are not those of the model."""
     missing = dict(model_parameters)
     with torch.no_grad():
         for name, tensors in stored_tensors(folder, (MASTER,)):
             parameter = missing.pop(name, None)
             if parameter is None or full_shape(parameter) != tensors[MASTER].shape:
                 raise Damaged(f"the checkpoint's parameter {name} does not belong to this model")
-            assign(parameter, tensors[MASTER])
+            assign_parameter(parameter, tensors[MASTER])
     if missing:
         raise Damaged(f"the checkpoint lacks parameter {next(iter(missing))}")
 
 
 def load_state(engine: Engine, folder: Path, *, updates: int) -> None:
-    """Set masters, moments and the update count of the engine from a fetched checkpoint."""
+    """Set the engine's fp32 values, moments and number of updates from a fetched checkpoint."""
     engine.prepare_state(updates)
     with torch.no_grad():
         for name, tensors in stored_tensors(folder):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from finetune_core.contract import EvaluationRecord, ScoreRecord
 from finetune_trainer.evaluation.scorer import Scorer
 from finetune_trainer.evaluation.sets import base_model_set, tuned_model_set
-from finetune_trainer.material import Data
 from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.preparation import TrainingData
 from finetune_trainer.ranks.gang import Gang
 from finetune_trainer.reporting.progress import Progress
 from finetune_trainer.storage.evaluation_file import (
@@ -32,7 +32,7 @@ class ModelComparison:
         plan: WorkerPlan,
         gang: Gang,
         root: RunRoot,
-        data: Data,
+        data: TrainingData,
         scorer: Scorer,
         run: int,
         progress: Progress | None,
@@ -63,7 +63,7 @@ class ModelComparison:
         """
         if self._base_set is None or self._tuned_set is None:
             return
-        found = self._gang.share(self._stored_scores, until_told=True)
+        found = self._gang.run_on_rank_0(self._stored_scores, until_stop=True)
         if found is not None:
             self._take(EvaluationFile.model_validate(found))
             return
@@ -98,4 +98,4 @@ class ModelComparison:
     def _write(self) -> None:
         file = self._file
         assert file is not None
-        self._gang.share(lambda: write_evaluation(self._root, self._run, file), until_told=True)
+        self._gang.run_on_rank_0(lambda: write_evaluation(self._root, self._run, file), until_stop=True)

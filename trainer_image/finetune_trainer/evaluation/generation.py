@@ -126,7 +126,7 @@ class _StopRequested(StoppingCriteria):  # type: ignore[misc]  # transformers ha
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Return a tensor (B,) of booleans, all true once this process has received SIGTERM."""
-        return torch.full((input_ids.shape[0],), self._gang.told(), device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self._gang.stop_requested(), device=input_ids.device)
 
 
 class _SuffixReached(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here

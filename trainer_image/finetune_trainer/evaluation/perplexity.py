@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from finetune_trainer.data.shares import Batches
+from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
@@ -18,18 +18,18 @@ LARGEST_PERPLEXITY = 1e30
 """Upper bound of what is reported, because exp of a large mean loss overflows."""
 
 
-def perplexity(engine: Engine, gang: Gang, batches: Batches, *, batch_size: int) -> float:
+def perplexity(engine: Engine, gang: Gang, batches: MicroBatcher, *, batch_size: int) -> float:
     """Return exp(summed negative log-likelihood / supervised tokens) over all examples of ``batches``.
 
     A collective: all ranks call this function and get the same value. ``batch_size``: sequences per micro-batch.
     """
-    share = batches.share(range(len(batches.examples)), batch_size)
+    plan = batches.plan_rows(range(len(batches.examples)), batch_size)
     nll = 0.0
     engine.train(False)
     with torch.no_grad():
-        for batch in batches.tensors(share):
+        for batch in batches.tensors(plan):
             gang.check_stop()
             nll += float(engine.loss(batch.to(engine.device)))
     engine.train()
-    mean = gang.total([nll])[0] / max(1, share.tokens)
+    mean = gang.sum_over_ranks([nll])[0] / max(1, plan.tokens)
     return min(math.exp(mean), LARGEST_PERPLEXITY) if mean < math.log(LARGEST_PERPLEXITY) else LARGEST_PERPLEXITY

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from finetune_core.contract import EvaluationConfig, Phase, ScoreRecord
 from finetune_core.tasks import TASKS
 from finetune_trainer.data.examples import Example, ExampleSet, example_set
-from finetune_trainer.data.shares import Batches
+from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.engine.engine import Engine
 from finetune_trainer.evaluation.generation import Decoding, generate_answers
 from finetune_trainer.evaluation.graders import Grade, grader_of
@@ -50,7 +50,7 @@ class Scorer:
         self,
         engine: Engine,
         gang: Gang,
-        batches: Batches,
+        batches: MicroBatcher,
         config: EvaluationConfig,
         task: str,
         *,
@@ -127,18 +127,18 @@ class Scorer:
                     text = text[:STORED_ANSWER_LENGTH]
                     stored.append(AnswerRecord(answer=text, gold=row, scores=grade.scores, problem=grade.problem))
         own = ScoreSums.of(task, grades)
-        total = own.with_vector(self._gang.total(own.as_vector()))
+        total = own.with_vector(self._gang.sum_over_ranks(own.as_vector()))
         means = total.means
         return TaskScores(main=means.get(task.main), scores=means, graded=total.graded, answers=stored)
 
     @contextmanager
     def _without_tokens(self, ids: Sequence[int]) -> Iterator[None]:
         """Compute without the embedding rows of some tokens inside the block."""
-        self._engine.hide_tokens(ids)
+        self._engine.exclude_tokens(ids)
         try:
             yield
         finally:
-            self._engine.hide_tokens(())
+            self._engine.exclude_tokens(())
 
 
 def all_tokens(examples: ExampleSet) -> ExampleSet:

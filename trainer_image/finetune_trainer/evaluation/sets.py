@@ -15,13 +15,13 @@ from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.api.evaluation import ScoredRows
 from finetune_core.contract import RunConfig
 from finetune_core.tasks import NO_TASK
-from finetune_trainer.data.dataset import Limit, make_examples
+from finetune_trainer.data.dataset import LengthLimit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_with
-from finetune_trainer.material import Data
-from finetune_trainer.model.base import skeleton
+from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
+from finetune_trainer.model.structure import read_structure
 from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.preparation import TrainingData
 from finetune_trainer.sources.inputs import source_name
 
 BASE_MODEL_SET_FOLDER = "base-model-set"
@@ -79,16 +79,16 @@ def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
     path = plan.inputs.test if rows == "Test" else plan.inputs.validation
     if rows is None or source is None or path is None or not _base_differs(config):
         return []
-    context = skeleton(plan.inputs.model).context
+    context = read_structure(plan.inputs.model).context
     # The base model's prompt may be longer than dataset.maxLength, for example because it holds solved examples.
-    limit = Limit(context, f"the model's context of {context}") if context else Limit(UNLIMITED, "anything")
+    limit = LengthLimit(context, f"the model's context of {context}") if context else LengthLimit(UNLIMITED, "anything")
     form = base_format(config.dataset, config.evaluation.base_prompt)
     examples, notices = make_examples(
         read_rows(path, "evaluation.basePrompt"),
         source_name(source),
         "evaluation.basePrompt",
         config.dataset.model_copy(update={"format": form, "long_rows": "Skip", "bad_rows": "Skip"}),
-        tokenize_with(load_tokenizer(plan.inputs.model)),
+        tokenize_functions(load_tokenizer(plan.inputs.model)),
         limit=limit,
         keep_rows=config.dataset.task != NO_TASK,
     )
@@ -106,13 +106,13 @@ def _has_one_line_references(config: RunConfig, examples: ExampleSet) -> bool:
     return form is not None and not any("\n" in str(row.fields.get(form.completion_field)) for row in examples.rows)
 
 
-def tuned_model_set(plan: WorkerPlan, data: Data) -> EvaluationSet | None:
+def tuned_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
     """Return the rows as the tuned model reads them, None where the job has neither test nor validation rows."""
     rows = _scored_rows(plan.config)
     return _trained_form(plan, data, rows) if rows is not None else None
 
 
-def validation_set(plan: WorkerPlan, data: Data) -> EvaluationSet | None:
+def validation_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
     """Return the validation rows as the tuned model reads them, None where the job has none.
 
     Checkpoints are chosen by the scores of these rows.
@@ -120,12 +120,12 @@ def validation_set(plan: WorkerPlan, data: Data) -> EvaluationSet | None:
     return _trained_form(plan, data, "Validation") if plan.config.dataset.validation is not None else None
 
 
-def _trained_form(plan: WorkerPlan, data: Data, rows: ScoredRows) -> EvaluationSet:
+def _trained_form(plan: WorkerPlan, data: TrainingData, rows: ScoredRows) -> EvaluationSet:
     examples = data.test if rows == "Test" else data.validation
     return EvaluationSet(rows, examples, data.tokenizer, data.stop_ids, _suffix(plan.config.dataset.format))
 
 
-def base_model_set(plan: WorkerPlan, data: Data) -> EvaluationSet | None:
+def base_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
     """Return the rows as the base model reads them, None where the job has neither test nor validation rows."""
     tuned, config = tuned_model_set(plan, data), plan.config
     if tuned is None:

@@ -1,8 +1,9 @@
-"""Dropout that belongs to an example: what is dropped follows from (seed, step, row, position, layer, feature) alone.
+"""Dropout that depends on the example only: what is dropped follows from (seed, step, row, position, layer, feature).
 
-torch's dropout draws from a stream, so its masks depend on ranks, micro-batches, packing and recomputation. Here each
-decision is a hash of integers, exact on every device: there is no random state to save, and packed, padded and
-distributed runs drop the same.
+`objective.py` replaces the dropout of LoRA adapters with `ExampleDropout`. torch's own dropout draws from a random
+stream, so its masks depend on ranks, micro-batches, packing and recomputation. Here each decision is a hash of
+integers, which is exact on every device. No random state has to be saved, and packed, padded and distributed runs drop
+the same features.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from torch import nn
 
 
 class DropoutKeys:
-    """Holds the keys of the tokens that the layers are computing: (B, T), or (N,) at the head."""
+    """Holds the dropout keys of the tokens that the layers currently compute: int64 of shape (B, T), or (N,) at the
+    output head."""
 
     def __init__(self) -> None:
-        """Hold none."""
+        """Begin without keys. `Objective` sets them before every forward pass."""
         self.value: torch.Tensor | None = None
 
 
 class ExampleDropout(nn.Module):  # type: ignore[misc]  # torch has no types here
-    """Drops features of each token with probability ``p`` in training."""
+    """In training, sets each feature of each token to zero with probability ``p``."""
 
     def __init__(self, p: float, name: str, keys: DropoutKeys) -> None:
-        """``name`` tells layers apart; ``keys`` holds the keys of the tokens that `forward` will see."""
+        """Make the dropout of the layer ``name``. Layers with different names drop different features. ``keys`` holds
+        the keys of the tokens that `forward` gets."""
         super().__init__()
         self.p = p
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
@@ -33,21 +36,22 @@ class ExampleDropout(nn.Module):  # type: ignore[misc]  # torch has no types her
         self._keys = keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` (..., F) with dropped features zero and the others scaled by 1 / (1 - p)."""
+        """Return ``x`` (..., F) with dropped features set to zero and the others divided by 1 - p."""
         if not self.training or self.p == 0:
             return x
         keys = self._keys.value
         if keys is None or keys.shape != x.shape[:-1]:
             raise RuntimeError("dropout has no keys for these tokens")
-        return x * kept(keys ^ self._salt, x.shape[-1], self.p) * (1 / (1 - self.p))
+        return x * keep_mask(keys ^ self._salt, x.shape[-1], self.p) * (1 / (1 - self.p))
 
     def extra_repr(self) -> str:
-        """Return what `print(model)` shows."""
+        """Return the text that `print(model)` shows for this layer."""
         return f"p={self.p}"
 
 
-def kept(keys: torch.Tensor, features: int, p: float) -> torch.Tensor:
-    """Return which of ``features`` features of each key's token stay (..., F): each with probability 1 - p."""
+def keep_mask(keys: torch.Tensor, features: int, p: float) -> torch.Tensor:
+    """Return which features stay, a bool tensor (..., ``features``) for ``keys`` (...). Each feature stays with
+    probability 1 - ``p``."""
     folded = _as_int32(keys ^ (keys >> 32))
     feature = torch.arange(features, dtype=torch.int32, device=keys.device) * _GOLDEN
     mixed = _mix(_mix(folded).unsqueeze(-1) ^ feature)
@@ -55,16 +59,18 @@ def kept(keys: torch.Tensor, features: int, p: float) -> torch.Tensor:
 
 
 _GOLDEN = 0x9E3779B9 - (1 << 32)
+"""2^32 divided by the golden ratio, as int32: spreads consecutive feature numbers over all bits."""
 
 
 def _as_int32(values: torch.Tensor) -> torch.Tensor:
-    """Return the low 32 bits of int64 ``values`` as int32."""
+    """Return the low 32 bits of the int64 tensor ``values`` as int32."""
     low = values & 0xFFFFFFFF
     return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
-    """Return MurmurHash3's 32-bit finaliser of int32 ``values``: every input bit changes every output bit."""
+    """Return MurmurHash3's 32-bit finaliser `fmix32` of the int32 tensor ``values``. Every input bit affects every
+    output bit."""
     values = values ^ _shifted(values, 16)
     values = values * (0x85EBCA6B - (1 << 32))
     values = values ^ _shifted(values, 13)
@@ -73,5 +79,6 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return ``values`` shifted right with zeros coming in; torch's shift brings in the sign."""
+    """Return ``values`` shifted right by ``bits``, filled up with zeros. torch's own shift of an int32 repeats the sign
+    bit."""
     return (values >> bits) & ((1 << (32 - bits)) - 1)

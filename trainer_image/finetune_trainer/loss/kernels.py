@@ -1,7 +1,8 @@
-"""Dense layers with LoRA, and the loss under a frozen output head, in fewer passes over memory than autograd takes.
+"""Fewer passes over memory than autograd needs, for linear layers with LoRA and for the loss under a frozen output
+head.
 
-Both compute what peft and torch compute, up to rounding; they are for training, so that what is scored and exported
-stays bit for bit what peft computes.
+`engine/engine.py` fuses the layers, and `head.py` uses the loss. Both compute the same values as peft and torch, up to
+rounding. The fused layers are used in training only, so that scores and exports are bit for bit those of peft.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ ADAPTER = "default"
 
 
 def fuse_adapters(model: nn.Module) -> int:
-    """Let the adapted dense layers of ``model`` train in fewer passes; return how many there are.
+    """Let the linear layers of ``model`` that have a LoRA adapter train with fused kernels. Return the number of such
+    layers.
 
-    Not under ZeRO-3, where the weights are gathered for one small module at a time.
+    Not for ZeRO-3, which gathers the weights of one small module at a time.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear) and _is_plain(module)]
     for layer in layers:
@@ -31,10 +33,11 @@ def fuse_adapters(model: nn.Module) -> int:
 
 
 def _is_plain(layer: Linear) -> bool:
-    """Whether ``layer`` is a frozen `nn.Linear` with one adapter of the paper's kind."""
+    """Return whether ``layer`` is a frozen `nn.Linear` with one adapter as in the LoRA paper (Hu et al., 2021), without
+    variants such as DoRA."""
     return (
         type(layer.base_layer) is nn.Linear
-        # Nobody has taken its place: neither an earlier call nor the head's loss (`LossHead`).
+        # No other forward function was set, neither by an earlier call of `fuse_adapters` nor by `LossHead`.
         and "forward" not in vars(layer)
         and not layer.base_layer.weight.requires_grad
         and (layer.base_layer.bias is None or not layer.base_layer.bias.requires_grad)
@@ -56,8 +59,11 @@ def _forward(layer: Linear, unfused: Any, x: torch.Tensor, *args: Any, **kwargs:
 
 
 class _AdaptedLinear(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
-    """y = x W^T + bias + scaling (x A^T) B^T of x (..., I), frozen W (O, I), A (r, I) and B (O, r): the adapter's part
-    is added to y and to x's gradient by the product that makes it, so neither exists on its own."""
+    """y = x W^T + bias + scaling (x A^T) B^T, for x (..., I), frozen W (O, I), A (r, I) and B (O, r).
+
+    The adapter's product is added in place to y, and in the backward pass to the gradient of x. Neither product exists
+    as a tensor of its own.
+    """
 
     @staticmethod
     def forward(
@@ -94,19 +100,21 @@ def frozen_head_loss(
     head: nn.Linear,
     targets: torch.Tensor,
     *,
-    removed: torch.Tensor | None,
+    excluded: torch.Tensor | None,
     chunk_rows: int,
 ) -> torch.Tensor:
-    """Return the summed negative log-likelihood (nats, fp32) of ``targets`` (N,) under ``head`` over ``hidden`` (N, H).
+    """Return the summed negative log-likelihood, a scalar in nats and fp32, of ``targets`` (N,) given ``hidden`` (N, H)
+    and a frozen ``head``.
 
-    ``removed`` tokens get no probability; ``chunk_rows`` positions are computed at once. The gradient is made together
-    with the loss, while a chunk of probabilities is there, so logits are neither kept nor computed twice.
+    The tokens ``excluded`` get no probability. ``chunk_rows`` positions are computed at a time. The gradient with
+    regard to ``hidden`` is computed in the forward pass, while the probabilities of a chunk are in memory, so logits
+    are neither kept nor computed twice.
     """
-    return _FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, removed, chunk_rows)
+    return _FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, excluded, chunk_rows)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
-    """The gradient of -log softmax(W h)[t] with regard to h is (softmax(W h) - onehot(t)) W."""
+    """The gradient of -log softmax(W h)[t] with regard to h is W^T (softmax(W h) - onehot(t))."""
 
     @staticmethod
     def forward(
@@ -115,7 +123,7 @@ class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch h
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        removed: torch.Tensor | None,
+        excluded: torch.Tensor | None,
         chunk_rows: int,
     ) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
@@ -123,15 +131,15 @@ class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch h
         for start in range(0, len(hidden), chunk_rows):
             part = slice(start, start + chunk_rows)
             logits = functional.linear(hidden[part], weight, bias).float()
-            if removed is not None:
-                logits.index_fill_(1, removed, float("-inf"))
-            counted = (targets[part] != IGNORED).unsqueeze(1)
-            wanted = targets[part].clamp(min=0).unsqueeze(1)
-            chances = logits.log_softmax(-1)
-            total -= (chances.gather(1, wanted) * counted).sum()
-            chances.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=chances.dtype))
-            torch.mm(chances.to(weight.dtype), weight, out=gradient[part])
-            gradient[part].mul_(counted)
+            if excluded is not None:
+                logits.index_fill_(1, excluded, float("-inf"))
+            is_supervised = (targets[part] != IGNORED).unsqueeze(1)
+            target = targets[part].clamp(min=0).unsqueeze(1)
+            log_probabilities = logits.log_softmax(-1)
+            total -= (log_probabilities.gather(1, target) * is_supervised).sum()
+            log_probabilities.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=log_probabilities.dtype))
+            torch.mm(log_probabilities.to(weight.dtype), weight, out=gradient[part])
+            gradient[part].mul_(is_supervised)
         ctx.save_for_backward(gradient)
         return total
 

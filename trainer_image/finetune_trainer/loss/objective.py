@@ -1,6 +1,7 @@
-"""Turns a causal language model into a function from a batch to its summed loss: loss head, keys of dropout.
+"""Turns a causal language model into a function from a batch to the summed loss of its supervised tokens.
 
-The model stays what transformers and peft know: without a batch it computes logits, and can generate.
+`engine/engine.py` makes one objective for each engine. The model stays a transformers or peft model: called without a
+batch it computes logits, so it can still generate.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from torch import nn
 
 from finetune_trainer.data.batches import IGNORED, Batch
 from finetune_trainer.loss.dropout import DropoutKeys, ExampleDropout
-from finetune_trainer.loss.head import LossHead, without
+from finetune_trainer.loss.head import LossHead, exclude_from_logits
 
 
 class Objective:
-    """The loss of a model; made before the model is sharded."""
+    """The loss of a model. An objective must be made before the model is sharded."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Take over head and adapter dropout of ``model`` (a PreTrainedModel or PeftModel)."""
+        """Replace the forward function of the output head of ``model``, and the dropout of its adapters. ``model`` is a
+        PreTrainedModel or a PeftModel."""
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._body_keys, head_keys = DropoutKeys(), DropoutKeys()
         head = inner.get_output_embeddings()
@@ -31,26 +33,28 @@ class Objective:
                     setattr(module, child_name, ExampleDropout(child.p, f"{name}.{child_name}", keys))
         vocabulary = inner.config.get_text_config().vocab_size
         self._head = LossHead(head, head_keys, vocabulary=vocabulary) if head is not None else None
-        self._hidden: torch.Tensor | None = None
-        self.whole_logits = self._head is None
-        """Compute the logits of all positions first: for models that change them after the head (a soft cap), which
-        a loss inside of the head would not see."""
+        self._excluded: torch.Tensor | None = None
+        self.full_logits = self._head is None
+        """Whether the logits of all positions are computed first. Models that change the logits after the head (a soft
+        cap, for example) need this, because a loss computed inside of the head would not see the change."""
 
     @property
     def head(self) -> nn.Module | None:
-        """The output head; ZeRO-3 has to gather it once for all chunks."""
+        """The output head, None where the model has none. ZeRO-3 has to gather its weights once for all chunks."""
         return self._head.module if self._head is not None else None
 
-    def hide(self, tokens: torch.Tensor | None) -> None:
-        """Compute losses as if the vocabulary were without ``tokens``."""
-        self._hidden = tokens
+    def exclude_tokens(self, tokens: torch.Tensor | None) -> None:
+        """Compute losses as if ``tokens``, a tensor of token ids, were not in the vocabulary. None restores the
+        vocabulary."""
+        self._excluded = tokens
         if self._head is not None:
-            self._head.hidden = tokens
+            self._head.excluded = tokens
 
-    def loss(self, forward: Any, batch: Batch, *, whole_logits: bool = False) -> torch.Tensor:
-        """Return the summed negative log-likelihood (nats, fp32) of ``batch``; ``forward`` runs the model."""
-        if self._head is None or self.whole_logits or whole_logits:
-            logits = without(self.logits(forward, batch).float(), self._hidden)
+    def loss(self, forward: Any, batch: Batch, *, full_logits: bool = False) -> torch.Tensor:
+        """Return the summed negative log-likelihood of the supervised tokens of ``batch``, a scalar in nats and fp32.
+        ``forward`` calls the model."""
+        if self._head is None or self.full_logits or full_logits:
+            logits = exclude_from_logits(self.logits(forward, batch).float(), self._excluded)
             return nn.functional.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
         self._head.batch = batch
         try:
@@ -59,7 +63,8 @@ class Objective:
             self._head.batch = None
 
     def logits(self, forward: Any, batch: Batch) -> torch.Tensor:
-        """Return the logits (N, vocabulary) that predict the targets of ``batch``, out of those of all positions."""
+        """Return the logits (N, vocabulary) at the N positions of ``batch`` that predict a target. The model computes
+        the logits of all positions."""
         if self._head is not None:
             self._head.keys.value = batch.dropout_keys
         return forward(**self._inputs(batch)).logits.flatten(0, 1)[batch.index]
@@ -68,6 +73,6 @@ class Objective:
         self._body_keys.value = batch.dropout_keys
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.position_ids is not None:
-            # With a cache, or with a mask, packed examples would see each other.
+            # With a cache or an attention mask, packed examples would see each other.
             inputs["position_ids"] = batch.position_ids
         return inputs

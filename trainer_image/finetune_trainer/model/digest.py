@@ -1,5 +1,8 @@
-"""The base model under a LoRA run, as a digest: a checkpoint holds none of its weights, so what it is resumed on must
-be what it was trained on. Rank 0 computes and compares it at every start.
+"""The sha256 of the base model under a LoRA run.
+
+The checkpoint of a LoRA run holds no weight of the base model, so a run must resume on the same base model that the
+checkpoint was trained on. `train.py` computes the digests on rank 0 at every start and compares them with those in the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -10,16 +13,17 @@ from pathlib import Path
 
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
-from finetune_trainer.storage.checkpoints import TrainerState
+from finetune_trainer.storage.checkpoint_folders import TrainerState
 
 CHUNK_BYTES = 4 << 20
 PARALLEL_FILES = 4
 
 
 def base_digest(folder: Path) -> str:
-    """Return the sha256 over names and contents of the weights in a model folder, whatever their order on disk.
+    """Return the sha256 over the names and contents of the safetensors files in a model folder, in the order of their
+    names.
 
-    Every byte is read; they were just fetched, or are about to be loaded, so they lie in the page cache.
+    Every byte is read. The files were just fetched or are loaded soon after, so they are likely in the page cache.
     """
     files = sorted(folder.glob("*.safetensors"))
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
@@ -37,23 +41,25 @@ def _file_digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-class Ground(ContractModel):
-    """What a LoRA run stands on and its checkpoints don't hold."""
+class BaseDigests(ContractModel):
+    """Digests of the base model that a LoRA run trains on. A checkpoint stores the digests and not the weights."""
 
     base_sha256: str | None = None
-    """Digest of the base model's weights; None for a full run, whose checkpoints hold every weight."""
+    """sha256 of the base model's weights. None for a full run, whose checkpoints hold every weight."""
     rows_sha256: str | None = None
-    """Digest of the base extended by the rows of added tokens, as they were drawn from the seed; None without."""
+    """sha256 of the extended base model, which has rows for added tokens. None where the base model was not
+    extended."""
 
     @classmethod
-    def of(cls, *, adapters: bool, base: Path, extended: Path) -> Ground:
-        """Digest the folders of the base and of the extended base, which are the same where nothing is added."""
+    def of(cls, *, adapters: bool, base: Path, extended: Path) -> BaseDigests:
+        """Compute the digests of the base model in ``base`` and of the extended one in ``extended``; both are the same
+        folder where nothing was extended."""
         if not adapters:
             return cls()
         return cls(base_sha256=base_digest(base), rows_sha256=base_digest(extended) if extended != base else None)
 
     def check(self, state: TrainerState, *, seed: int) -> None:
-        """Raise UserError where the checkpoint of ``state`` was trained on something else, or from another seed."""
+        """Raise UserError where the checkpoint of ``state`` was trained on another base model or with another seed."""
         if state.seed != seed:
             raise UserError(
                 "training.seed", f"is {seed}, but the checkpoint of step {state.step} was trained with {state.seed}"

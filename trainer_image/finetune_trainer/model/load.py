@@ -1,6 +1,8 @@
-"""Loads the base model from local files and puts the adapters on; called by every rank.
+"""Loads the base model from local files and adds LoRA adapters. Every rank calls these functions through
+`preparation.py`.
 
-Adapter weights come from (seed, name) on the CPU in fp32: the same for every stage, rank count and device.
+The initial weights of an adapter depend on (seed, parameter name) only, and are drawn in fp32 on the CPU. They are
+therefore the same at every ZeRO stage, on any number of ranks and on every device.
 """
 
 from __future__ import annotations
@@ -19,23 +21,23 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune_core.api.method import LoRASpec
 from finetune_core.errors import UserError
-from finetune_trainer.model.base import Skeleton
-from finetune_trainer.model.pages import letting_go
+from finetune_trainer.model.mmap_memory import release_mapped_pages
+from finetune_trainer.model.structure import ModelStructure
 from finetune_trainer.pod.errors import first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def adapted_modules(bones: Skeleton, lora: LoRASpec, *, added_tokens: bool) -> list[str]:
-    """Return the names of the modules that get an adapter, as short as peft understands them.
+def adapted_modules(structure: ModelStructure, lora: LoRASpec, *, added_tokens: bool) -> list[str]:
+    """Return the names of the modules that get an adapter, in peft's short form, for example `q_proj`.
 
-    Without a choice of the job's: every dense layer of the decoder, and both embeddings where tokens are added.
-    Raises UserError where a name that the job gives fits no module.
+    Where the job names no module, these are all dense layers of the decoder, and both embeddings where tokens are
+    added. Raises UserError where a name in `lora.targetModules` fits no module.
     """
-    embeddings = [name for name in (bones.input_name, bones.output_name) if name is not None]
+    embeddings = [name for name in (structure.input_name, structure.output_name) if name is not None]
     adaptable = {
         name
-        for name, module in bones.model.named_modules()
+        for name, module in structure.model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding)
     }
     if lora.target_modules:
@@ -49,40 +51,41 @@ def adapted_modules(bones: Skeleton, lora: LoRASpec, *, added_tokens: bool) -> l
         return sorted(lora.target_modules)
     dense = {
         name.rpartition(".")[2]
-        for name, module in bones.model.named_modules()
+        for name, module in structure.model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and name not in embeddings
     }
     return sorted({*dense, *(name.rpartition(".")[2] for name in embeddings if added_tokens)})
 
 
 def _fits(name: str, target: str) -> bool:
-    """Whether peft takes module ``name`` for ``target``."""
+    """Return whether peft adapts the module ``name`` for the target name ``target``."""
     return name == target or name.endswith(f".{target}")
 
 
-def adapted(bones: Skeleton, targets: Collection[str]) -> list[str]:
-    """Return the full names of the modules that get an adapter."""
+def adapted(structure: ModelStructure, targets: Collection[str]) -> list[str]:
+    """Return the full names of the modules that ``targets`` select, for example `model.layers.0.self_attn.q_proj`."""
     return [
         name
-        for name, module in bones.model.named_modules()
+        for name, module in structure.model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding)
         and any(_fits(name, target) for target in targets)
     ]
 
 
-def adapts_an_embedding(bones: Skeleton, targets: Collection[str]) -> bool:
-    """Whether one of ``targets`` is the input embedding or the output head."""
-    embeddings = [name for name in (bones.input_name, bones.output_name) if name is not None]
+def adapts_an_embedding(structure: ModelStructure, targets: Collection[str]) -> bool:
+    """Return whether ``targets`` select the input embedding or the output head."""
+    embeddings = [name for name in (structure.input_name, structure.output_name) if name is not None]
     return any(_fits(name, target) for name in embeddings for target in targets)
 
 
 def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> PreTrainedModel:
-    """Load the base model; raises UserError where its files don't make a whole causal language model.
+    """Load the base model. Raises UserError where its files are not those of a complete causal language model.
 
-    ``sharded``: its weights are copied into the shards of the ranks, so none of the files' pages is needed twice.
+    With ``sharded`` the weights are copied into the shards of the ranks (ZeRO-3), so the memory-mapped files are
+    released while they are read.
     """
     try:
-        with letting_go(folder) if sharded else contextlib.nullcontext():
+        with release_mapped_pages(folder) if sharded else contextlib.nullcontext():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -97,7 +100,7 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
     shared = {key for key, _ in getattr(model, "all_tied_weights_keys", {}).items()}
     missing = sorted(key for key in report["missing_keys"] if key not in shared)
     if missing:
-        # transformers would go on with random values.
+        # transformers gives missing weights random values and only warns.
         raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
     return model
@@ -106,9 +109,9 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
 def add_adapters(
     model: PreTrainedModel, lora: LoRASpec, *, targets: Sequence[str], seed: int, base_name: str
 ) -> PeftModel:
-    """Put LoRA adapters on the modules ``targets`` of ``model``.
+    """Add LoRA adapters to the modules ``targets`` of ``model``.
 
-    ``base_name`` is what `adapter_config.json` names as the base.
+    ``base_name`` is the base model's name for `adapter_config.json`.
     """
     config = LoraConfig(
         r=lora.rank,
@@ -121,7 +124,7 @@ def add_adapters(
         tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError("lora.targetModules", f"must name modules of the model: {first_line(error)}") from error
-    # Otherwise it is the folder that this pod fetched the base to, which means nothing to anybody else.
+    # By default peft writes the local folder of the base model, which means nothing outside of this pod.
     tuned.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
@@ -131,10 +134,10 @@ def add_adapters(
 
 
 def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """Return the first value of an adapter's weight: what it adds to the base is zero at first.
+    """Return the initial value of an adapter's weight in fp32. The product B @ A of an adapter is zero at first.
 
-    Of a dense layer B is zero and A is uniform as in Kaiming's rule with a = sqrt(5), what peft and the paper's code
-    use. Of an embedding peft has it the other way round: A is zero and B normal.
+    For a dense layer B is zero, and A is uniform with bound 1 / sqrt(columns): Kaiming's rule with a = sqrt(5), as in
+    peft and in the code of the LoRA paper (Hu et al., 2021). For an embedding peft has A zero and B normal.
     """
     embedding = "lora_embedding_" in name
     if ("lora_embedding_A" in name) if embedding else ("lora_B" in name):
@@ -148,11 +151,12 @@ def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 def enable_gradient_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass; needs gradients at the input where the embedding is frozen."""
+    """Compute activations again in the backward pass instead of storing them. The output of a frozen embedding must
+    then require a gradient."""
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that are trained, by name and in the model's order (tied ones once)."""
+    """Return the trained parameters by name, in the model's order. A tied parameter appears once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

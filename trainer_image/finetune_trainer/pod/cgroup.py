@@ -1,6 +1,6 @@
-"""What the container's cgroup says: CPU limit and number of kills for lack of memory; version 2 and version 1.
+"""Reads the container's CPU limit, memory limit and number of out-of-memory kills from the cgroup, version 2 or 1.
 
-Called by the launcher. Absent files mean no limit and no kills (a process outside any container).
+`launcher.py` calls these functions. Where the files are absent, as outside a container, there is no limit and no kill.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 def parse_cpu_max(text: str) -> float | None:
-    """Return the CPUs of cgroup v2's `cpu.max` ("200000 100000" is 2.0), None for "max"."""
+    """Return the number of CPUs in cgroup v2's `cpu.max`: 2.0 for "200000 100000", None for "max"."""
     quota, period = text.split()
     return None if quota == "max" else int(quota) / int(period)
 
 
 def parse_oom_kills(text: str) -> int:
-    """Return `oom_kill` of `memory.events` (v2) or `memory.oom_control` (v1)."""
+    """Return the counter `oom_kill` from the text of `memory.events` (v2) or `memory.oom_control` (v1)."""
     for line in text.splitlines():
         key, _, value = line.partition(" ")
         if key == "oom_kill":
@@ -35,7 +35,7 @@ def _first_text(*paths: Path) -> str | None:
 
 
 def cpu_limit(root: Path = ROOT) -> float | None:
-    """Return the container's CPU limit, None without one."""
+    """Return the container's CPU limit in CPUs, or None if there is none."""
     text = _first_text(root / "cpu.max")
     if text is not None:
         return parse_cpu_max(text)
@@ -48,30 +48,30 @@ def cpu_limit(root: Path = ROOT) -> float | None:
 
 
 def oom_kills(root: Path = ROOT) -> int:
-    """Return how many processes of the container were killed for lack of memory so far."""
+    """Return how many processes of the container the kernel has killed so far because memory ran out."""
     text = _first_text(root / "memory.events", root / "memory" / "memory.oom_control")
     return parse_oom_kills(text) if text is not None else 0
 
 
 def memory_limit(root: Path = ROOT) -> int | None:
-    """Return the container's memory limit in bytes, None without one."""
+    """Return the container's memory limit in bytes, or None if there is none."""
     text = _first_text(root / "memory.max", root / "memory" / "memory.limit_in_bytes")
     if text is None or text.strip() == "max":
         return None
-    # Version 1 writes "no limit" as the largest number of whole pages.
+    # cgroup v1 writes "no limit" as the largest possible number of whole pages.
     return int(text) if int(text) < 1 << 60 else None
 
 
 def threads_per_process(processes: int, *, limit: float | None, cores: int) -> int:
-    """Return the threads that each of ``processes`` computes with.
+    """Return how many compute threads each of ``processes`` should use, at least 1.
 
-    More threads than the CPU limit are throttled, and the results of CPU kernels depend on the number: it
-    follows from the pod's limit and not from the machine that the pod happens to be on.
+    The number follows from the CPU limit rather than from the node, because the kernel throttles threads beyond the
+    limit, and because the results of CPU kernels depend on the number of threads.
     """
     available = cores if limit is None else min(cores, limit)
     return max(1, math.floor(available / processes))
 
 
 def usable_cores() -> int:
-    """Return the cores that this process may run on."""
+    """Return the number of CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -1,7 +1,7 @@
-"""How each worker ended, and what the pod's result is made of them.
+"""Outcome files and heartbeats of the worker processes, and how the launcher derives the pod's result from them.
 
-A worker writes `outcome-<rank>.json` before it leaves; the launcher reads these files and its children's exit
-status and decides with a pure function, because exit status alone hides why (a lost peer looks like a crash).
+A worker writes `outcome-<rank>.json` before it exits. The launcher reads these files in addition to the exit statuses,
+because an exit status alone does not tell a lost peer from a crash.
 """
 
 from __future__ import annotations
@@ -25,79 +25,86 @@ PRECEDENCE: Sequence[Outcome] = (
     Outcome.EARLY_STOPPED,
     Outcome.COMPLETED,
 )
-"""Which outcome of several decides: a cause before its consequences."""
+"""Order in which the workers' outcomes determine the pod's result: a likely cause precedes its consequences."""
 
 
 class WorkerOutcome(ContractModel):
-    """Content of `outcome-<rank>.json`."""
+    """What a worker writes to `outcome-<rank>.json` before it exits."""
 
     result: Result
     caused_by_peer: bool = False
-    """The worker left because another one did."""
+    """Whether the worker exited only because another worker had exited."""
 
 
 @dataclass
-class Standing:
-    """How far this process has come: what a result says beside the outcome. The loop keeps it current."""
+class WorkerStatus:
+    """How far this worker process has come. `loop.py` updates the fields, and results and heartbeats report them."""
 
     step: int = 0
-    """Last step whose update was applied."""
+    """Last optimizer step whose update was applied; 0 before the first."""
     checkpoint: str | None = None
-    """Address of the newest committed checkpoint."""
+    """Address of the newest committed checkpoint: `s3://bucket/runs/default/demo/uid/checkpoints/000001-000000120`."""
     phase: str = Phase.LOADING.value
-    """What the process is doing."""
+    """Current phase of the run, a value of `finetune_core.contract.Phase` such as `Training`."""
 
     def where(self) -> str:
-        """Return the part of a sentence that says how far the process was."""
+        """Return a phrase for messages: `in phase Training, after step 12`."""
         return f"in phase {self.phase}, after step {self.step}" if self.step else f"in phase {self.phase}"
 
 
 @dataclass(frozen=True)
-class WorkerEnd:
-    """How one worker process ended."""
+class WorkerExit:
+    """How one worker process exited."""
 
     rank: int
     status: int
-    """Exit status; negative is the signal that ended it."""
+    """Exit status; a negative value is the number of the signal that killed the process."""
     outcome: WorkerOutcome | None
-    ended_by_launcher: bool = False
-    """The launcher killed it because it did not follow the others."""
+    killed_by_launcher: bool = False
+    """Whether the launcher killed the worker because it did not exit in time after another worker had."""
     frozen: bool = False
-    """The launcher killed it because it gave no sign of life any more."""
+    """Whether the launcher killed the worker because its heartbeats had stopped."""
     last_seen: str = ""
-    """What it was doing: `in phase Training, after step 12`."""
+    """Text of the last heartbeat: `in phase Training, after step 12`."""
 
 
 def outcome_file(folder: Path, rank: int) -> Path:
-    """Return the file that worker ``rank`` writes."""
+    """Return the path of the outcome file that worker ``rank`` writes."""
     return folder / f"outcome-{rank}.json"
 
 
-def write_outcome(folder: Path, rank: int, outcome: WorkerOutcome) -> None:
-    """Write the outcome of worker ``rank``, whole or not at all."""
-    path = outcome_file(folder, rank)
+def _heartbeat_file(folder: Path, rank: int) -> Path:
+    return folder / f"heartbeat-{rank}"
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees a part of the text."""
     temporary = path.with_suffix(".part")
-    temporary.write_text(outcome.to_json())
+    temporary.write_text(text)
     temporary.replace(path)
 
 
+def write_outcome(folder: Path, rank: int, outcome: WorkerOutcome) -> None:
+    """Write the outcome file of worker ``rank``."""
+    _write_atomically(outcome_file(folder, rank), outcome.to_json())
+
+
 def read_outcome(folder: Path, rank: int) -> WorkerOutcome | None:
-    """Return the outcome of worker ``rank``, None where it left none."""
+    """Return the outcome of worker ``rank``, or None if the worker wrote no outcome file."""
     path = outcome_file(folder, rank)
     return WorkerOutcome.model_validate_json(path.read_text()) if path.is_file() else None
 
 
-def write_sign_of_life(folder: Path, rank: int, standing: Standing) -> None:
-    """Note that worker ``rank`` is not frozen, and how far it is: all that is left of one that is killed."""
-    path = folder / f"alive-{rank}"
-    temporary = path.with_suffix(".part")
-    temporary.write_text(standing.where())
-    temporary.replace(path)
+def write_heartbeat(folder: Path, rank: int, status: WorkerStatus) -> None:
+    """Record that worker ``rank`` is alive and how far the worker has come. For a worker that is killed, the heartbeat
+    is the only record of its progress."""
+    _write_atomically(_heartbeat_file(folder, rank), status.where())
 
 
-def read_sign_of_life(folder: Path, rank: int) -> tuple[str, float] | None:
-    """Return what worker ``rank`` was doing and when (seconds since the epoch), None before its first sign."""
-    path = folder / f"alive-{rank}"
+def read_heartbeat(folder: Path, rank: int) -> tuple[str, float] | None:
+    """Return the text and the time (seconds since the epoch) of worker ``rank``'s last heartbeat, or None before the
+    first."""
+    path = _heartbeat_file(folder, rank)
     try:
         return path.read_text(), path.stat().st_mtime
     except FileNotFoundError:
@@ -105,9 +112,9 @@ def read_sign_of_life(folder: Path, rank: int) -> tuple[str, float] | None:
 
 
 def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = None) -> WorkerOutcome:
-    """Return the outcome that an exception stands for; anything unknown is a crash.
+    """Return the outcome that an exception stands for. An unknown exception is a crash.
 
-    Only the class and message of a crash get into the result: the traceback goes to the log.
+    The result of a crash holds only the class and message of the exception. The caller prints the traceback to the log.
     """
     kinds: Sequence[tuple[type[BaseException] | tuple[type[BaseException], ...], Outcome]] = (
         (UserError, Outcome.BAD_INPUT),
@@ -122,35 +129,36 @@ def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = 
     return WorkerOutcome(result=result, caused_by_peer=isinstance(error, PeerLost))
 
 
-def _judge(end: WorkerEnd, *, out_of_memory: bool, memory_limit: int | None) -> WorkerOutcome:
-    """Return a worker's outcome, from its exit status where it left no file."""
-    if end.outcome is not None:
-        return end.outcome
-    if end.ended_by_launcher:
-        message = f"rank {end.rank} did not follow the others and was ended"
+def _worker_outcome(worker: WorkerExit, *, out_of_memory: bool, memory_limit: int | None) -> WorkerOutcome:
+    """Return a worker's outcome, derived from the exit status if the worker wrote no outcome file."""
+    if worker.outcome is not None:
+        return worker.outcome
+    if worker.killed_by_launcher:
+        message = f"rank {worker.rank} did not follow the others and was ended"
         return WorkerOutcome(result=Result(outcome=Outcome.OUTSIDE_FAILURE, message=message), caused_by_peer=True)
-    if end.frozen:
-        message = f"rank {end.rank} gave no sign of life any more {end.last_seen}: it or its node was frozen"
+    if worker.frozen:
+        message = f"rank {worker.rank} gave no sign of life any more {worker.last_seen}: it or its node was frozen"
         return WorkerOutcome(result=Result(outcome=Outcome.OUTSIDE_FAILURE, message=message))
-    if end.status == -signal.SIGKILL and out_of_memory:
+    if worker.status == -signal.SIGKILL and out_of_memory:
         limit = f" of {memory_limit / 2**30:.2f} GiB" if memory_limit else ""
-        where = f" {end.last_seen}" if end.last_seen else ""
+        where = f" {worker.last_seen}" if worker.last_seen else ""
         message = (
-            f"out of memory: rank {end.rank} was killed{where} because the pod reached its memory limit{limit}: raise"
-            " resources.memory, or lower training.microBatchSize or dataset.maxLength"
+            f"out of memory: rank {worker.rank} was killed{where} because the pod reached its memory limit{limit}:"
+            " raise resources.memory, or lower training.microBatchSize or dataset.maxLength"
         )
         return WorkerOutcome(result=Result(outcome=Outcome.OUT_OF_MEMORY, message=message))
-    how = f"was ended by signal {-end.status}" if end.status < 0 else f"exited with {end.status}"
-    message = f"rank {end.rank} {how} and left no reason; its log has the details"
+    how = f"was ended by signal {-worker.status}" if worker.status < 0 else f"exited with {worker.status}"
+    message = f"rank {worker.rank} {how} and left no reason; its log has the details"
     return WorkerOutcome(result=Result(outcome=Outcome.CRASHED, message=message))
 
 
-def decide(ends: Sequence[WorkerEnd], *, out_of_memory: bool, memory_limit: int | None = None) -> Result:
-    """Return the pod's result from the ends of its workers.
+def result_of_pod(exits: Sequence[WorkerExit], *, out_of_memory: bool, memory_limit: int | None = None) -> Result:
+    """Return the pod's result, derived from the exits of its workers.
 
-    ``out_of_memory`` says that the cgroup's `oom_kill` rose while they ran, ``memory_limit`` is its limit in bytes.
-    The order is `PRECEDENCE`; what a peer caused decides only where there is nothing else.
+    ``out_of_memory`` says whether the cgroup's `oom_kill` counter rose while the workers ran, and ``memory_limit`` is
+    the container's limit in bytes. The first outcome in the order of `PRECEDENCE` is the result. Outcomes that a peer
+    caused count only if there are no others.
     """
-    judged = [_judge(end, out_of_memory=out_of_memory, memory_limit=memory_limit) for end in ends]
-    own = [outcome for outcome in judged if not outcome.caused_by_peer] or judged
+    outcomes = [_worker_outcome(worker, out_of_memory=out_of_memory, memory_limit=memory_limit) for worker in exits]
+    own = [outcome for outcome in outcomes if not outcome.caused_by_peer] or outcomes
     return min(own, key=lambda outcome: PRECEDENCE.index(outcome.result.outcome)).result

@@ -1,5 +1,6 @@
-"""Where the trainer finds and leaves files, and its time budgets: read from the command line by the launcher,
-handed to the workers as JSON."""
+"""Paths of the files that the trainer reads and writes, and its time budgets. `__main__.py` fills `Paths` from the
+command line, and the launcher passes the paths to the workers in the worker plan.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from finetune_core.contract import ContractModel
 
 
 class Paths(ContractModel):
-    """Files and folders outside the program; the defaults are those of the pod."""
+    """Files and folders outside the program. The defaults are the mount paths of a pod that the operator creates."""
 
     run_file: Path = Path(contract.RUN_FILE)
     ca_file: Path = Path(contract.CA_FILE)
@@ -25,20 +26,25 @@ class Paths(ContractModel):
 
 
 STORE_CHECK_SECONDS = 20.0
-"""Budget of the first look at the store: a pod that can't reach it says so within a minute."""
+"""How long the first requests to the object store may fail, so that a pod that can't reach the store reports the error
+within a minute."""
 HUB_SECONDS = 20.0
-"""How long one request to the hub may take."""
+"""Timeout of one request to the Hugging Face Hub."""
 STORE_BUDGET_SECONDS = 300.0
-"""How long a store may fail before the run ends with 75."""
+"""How long requests to the object store may fail before the run ends with exit code 75."""
 BACKGROUND_BUDGET_SECONDS = 900.0
-"""How long the store may fail in the background, while training goes on, before the run ends with 75."""
+"""How long background uploads may fail, while training continues, before the run ends with exit code 75."""
 STOP_COMMIT_SECONDS = 60.0
-"""How long a run that was told to stop waits for the COMMIT of its last step: within the pod's grace period of 90 s."""
+"""How long a run that received SIGTERM waits for the COMMIT of its last checkpoint. The value is shorter than the pod's
+termination grace period of 90 s."""
 PEER_WAIT_SECONDS = 300.0
-"""How long the first rank's name and the other ranks may take to appear: images are pulled at different speeds."""
+"""How long to wait for the DNS name of rank 0 and for the other ranks, because nodes pull the image at different
+speeds."""
 FROZEN_SECONDS = 60.0
-"""How much longer than a step may take a worker may give no sign of life, before the launcher ends it."""
+"""Time in addition to `stability.stall_timeout_seconds` that a worker may go without a heartbeat before the launcher
+kills it."""
 PEERS_LEAVE_SECONDS = 30.0
-"""How long workers may take to notice that another one ended, before they are killed."""
+"""How long the other workers of a pod may take to exit after one worker failed, before the launcher kills them."""
 ALL_LEAVE_SECONDS = 120.0
-"""How long workers may take to follow one that ended well (the others may still be writing)."""
+"""How long the other workers of a pod may take to exit after one worker succeeded, because they may still be writing
+files."""

@@ -1,3 +1,5 @@
-"""`python -m finetune_trainer preflight`: looks at everything that a job needs before any GPU is asked for, and leaves
-its findings in the termination message. One module a check; `program` runs them in a pod of its own, without torch.
+"""`python -m finetune_trainer preflight`: checks object store, base model and data of a job in a small pod before the
+operator requests GPUs, and leaves its findings in the termination message.
+
+Each check is a module of this room, and `entrypoint.py` runs the checks. Nothing in this room imports torch.
 """

@@ -1,30 +1,33 @@
-"""Collects what the checks find. A check raises, as the trainer itself does; here an error becomes a finding, so that
-one look tells a person everything that is wrong."""
+"""Collects the results of the preflight checks. A check raises the trainer's own exceptions; `Findings` turns the
+exceptions into findings and goes on with the next check, so that one preflight run reports every problem of a job.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
 
+from finetune_core.contract.preflight_result import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
 from finetune_core.errors import UserError
-from finetune_core.preflight import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
 from finetune_trainer.pod.errors import OutsideFailure
 
 T = TypeVar("T")
 
 
 class Findings:
-    """What was found so far, and what is being looked at."""
+    """The findings and notices so far, and the subject of the check that is running."""
 
     def __init__(self) -> None:
-        """Nothing is looked at yet."""
+        """Create an empty collection."""
         self._found: list[Finding] = []
         self._notices: list[str] = []
         self.subject = "the run file"
-        """What is being looked at."""
+        """What the running check examines, as a phrase for the time-out message: `dataset.train`."""
 
-    def of(self, subject: str, check: Callable[[], T]) -> T | None:
-        """Return what ``check`` returns; None where it found something wrong."""
+    def collect(self, subject: str, check: Callable[[], T]) -> T | None:
+        """Run ``check`` and return its result, or None if it raised UserError or OutsideFailure, which becomes a
+        finding.
+        """
         self.subject = subject
         try:
             return check()
@@ -35,14 +38,14 @@ class Findings:
         return None
 
     def add(self, kind: FindingKind, sentence: str) -> None:
-        """Add a finding."""
+        """Add a finding. The sentence is cut off after `FINDING_LIMIT` characters."""
         self._found.append(Finding(kind=kind, message=sentence[:FINDING_LIMIT]))
 
     def notice(self, *sentences: str) -> None:
-        """Add what a person may want to know though nothing is wrong."""
+        """Add notices: sentences that users should read although the job can run."""
         self._notices += sentences
 
     @property
     def result(self) -> PreflightResult:
-        """What is known now."""
+        """The findings and notices so far, in the form of the termination message."""
         return PreflightResult(findings=ordered(self._found), notices=self._notices)

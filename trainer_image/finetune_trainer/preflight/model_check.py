@@ -1,5 +1,6 @@
-"""Checks a base model without fetching its weights: every file that its index names is there and whole, its
-configuration is of a known language model, its tokenizer loads."""
+"""Checks a base model without downloading its weights: all files that the index names are present and complete,
+`config.json` describes a known language model, and the tokenizer loads. `preflight/entrypoint.py` calls `check_model`.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +18,29 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.pod.errors import first_line
-from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
+from finetune_trainer.sources.model_files import INDEX_FILE, MODEL_SUFFIXES, SINGLE_FILE, WEIGHTS_SUFFIX, ModelFiles
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 HEADER_PIECE_BYTES = 128 * 1024
-"""Read at first: nearly every header is shorter, so that one request is enough."""
+"""Number of bytes of the first read. Nearly every safetensors header is shorter, so one request is enough."""
 LARGEST_HEADER_BYTES = 100_000_000
-"""The safetensors library refuses longer ones."""
+"""The safetensors library refuses longer headers."""
 PARALLEL_READS = 4
 LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the checks of the rows need to know of the model."""
+    """What `row_check.py` needs to know about the base model."""
 
     tokenizer: Any
     context: int | None
-    """Tokens that the model reads at most; None where its configuration names no limit."""
+    """Longest sequence in tokens that the model can read (its context), or None if `config.json` names no limit."""
 
 
 def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) -> ModelFacts:
-    """Check the weights by their headers, and load configuration and tokenizer from copies in ``folder``.
+    """Check the headers of the weight files, then load configuration and tokenizer from copies in ``folder``.
 
-    Raises UserError that names the file.
+    Raises UserError that names the broken file.
     """
     check_weights(files)
     folder.mkdir()
@@ -54,7 +53,8 @@ def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) ->
 
 
 def check_weights(files: ModelFiles) -> None:
-    """Raise UserError where a file of weights is missing, cut off, or lacks a tensor that the index puts there."""
+    """Raise UserError if a weight file is missing or truncated, or lacks a tensor that the index assigns to the
+    file."""
     tensors = _tensors_by_file(files)
     missing = sorted(name for name in tensors if name not in files.sizes)
     if missing:
@@ -73,7 +73,8 @@ def check_weights(files: ModelFiles) -> None:
 
 
 def _tensors_by_file(files: ModelFiles) -> Mapping[str, list[str]]:
-    """Return the files that transformers loads, each with the tensors that must be in it."""
+    """Return the names of the weight files that transformers loads, each with the tensors that the file must contain.
+    The list of tensors is empty for a single-file model, which has no index."""
     if SINGLE_FILE in files.sizes:
         return {SINGLE_FILE: []}
     if INDEX_FILE not in files.sizes:
@@ -89,10 +90,10 @@ def _tensors_by_file(files: ModelFiles) -> Mapping[str, list[str]]:
 
 
 def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
-    """Return the header of a safetensors file: name, dtype, shape and place of each tensor.
+    """Return the header of a safetensors file, which maps each tensor's name to its dtype, shape and byte range.
 
     Format: 8 bytes with the header's length (little endian), the header in JSON, then the tensors' bytes. Raises
-    UserError where the file is another format's, or ends before its last tensor.
+    UserError if the file has another format or ends before its last tensor.
     """
     size = files.sizes[name]
     piece = files.read(name, 0, min(size, HEADER_PIECE_BYTES))
@@ -116,7 +117,8 @@ def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
 
 
 def check_configuration(folder: Path, field: str) -> int | None:
-    """Return the model's context in tokens; raises UserError where config.json is not a known language model's."""
+    """Return the model's context in tokens, or None if `config.json` names no limit. Raises UserError if `config.json`
+    does not describe a known causal language model."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:

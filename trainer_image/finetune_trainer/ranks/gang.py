@@ -1,8 +1,10 @@
-"""The ranks of a run: rendezvous, agreement on the stop flag, sums, and work that rank 0 does for all.
+"""The gang: all ranks of an attempt, as one rank sees them. Offers rendezvous, sums, stop signals, and work for all
+ranks.
 
-Two channels: a gloo group for small collectives that all ranks reach at the same place, and the rendezvous store
-for everything that takes long, so that no rank sits in a collective while another one talks to the object store.
-Being told to stop, and a stall, reach all ranks through the store too, whatever they are doing.
+The ranks talk through two channels. A gloo process group carries small collectives, which all ranks must call at the
+same point of the program. The rendezvous store of torch carries everything that may take long, so that no rank waits in
+a collective while another rank talks to the object store. A SIGTERM or a stall of one rank also reaches all ranks
+through the rendezvous store.
 """
 
 from __future__ import annotations
@@ -14,43 +16,43 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, StopAgreed, Stopped
+from finetune_trainer.pod.errors import PeerLost, StopAgreed, Stopped
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
+from finetune_trainer.ranks.peer_errors import convert_peer_failures, describe_error, first_line, unpack_answer
 from finetune_trainer.ranks.watchdog import Watchdog
 
 T = TypeVar("T")
 
-SHARE_SECONDS = 4 * STORE_BUDGET_SECONDS
-"""How long rank 0 may work for the others: several store calls, each with its own budget, and the transfer."""
-BACKGROUND_SHARE_SECONDS = 24 * 3600.0
-"""The same for background threads: a large checkpoint over a slow line. A rank that is gone is noticed anyway."""
-FAREWELL_SECONDS = 15.0
+WORK_SECONDS = 4 * STORE_BUDGET_SECONDS
+"""How long the other ranks wait for the work of one rank: several calls to the object store, each with its own budget,
+and the transfer of the data."""
+BACKGROUND_WORK_SECONDS = 24 * 3600.0
+"""The same limit for background threads: a large checkpoint over a slow line may take a day. A rank that is gone is
+noticed by its missing heartbeat, long before this limit."""
+FINAL_BARRIER_SECONDS = 15.0
 HEARTBEAT_SECONDS = 1.0
-SLICE_SECONDS = 1.0
-"""Longest wait inside torch, which lets no signal through to Python."""
-LOOK_SECONDS = 0.1
-JOIN_WHEN_TOLD_SECONDS = 12.0
-"""How long a rank that was told to stop still tries to reach the others, so that they need not wait for it."""
+STORE_WAIT_SECONDS = 1.0
+"""Longest single wait inside torch. While torch waits, Python runs no signal handler."""
+POLL_SECONDS = 0.1
+JOIN_AFTER_STOP_SECONDS = 12.0
+"""How long a rank that received SIGTERM still tries to join the other ranks, which would otherwise wait for it."""
 COLLECTIVE_MARGIN_SECONDS = 120.0
-"""How much later than the watchdog a collective gives up: the watchdog leaves stack traces."""
-SILENCE_SECONDS = 30.0
-"""A rank whose heartbeat stands still for this long is lost; a process that is killed closes no connection that the
-rendezvous store would notice."""
-SHARED_ERRORS: Mapping[str, type[Exception]] = {
-    kind.__name__: kind for kind in (OutsideFailure, NewerRun, Diverged, OutOfMemory, StopAgreed, Stopped)
-}
+"""How much longer than the stall limit of the watchdog a collective waits. The watchdog must end the process first,
+because only the watchdog writes stack traces."""
+HEARTBEAT_TIMEOUT_SECONDS = 30.0
+"""A rank whose heartbeat has not changed for so long is lost. A killed process does not always close its connections,
+so the rendezvous store may not notice."""
 
 
 class Gang:
-    """This process among the ranks."""
+    """This rank's view of all ranks. Every rank of the attempt has one gang."""
 
     def __init__(
         self,
@@ -62,24 +64,25 @@ class Gang:
     ) -> None:
         """Join the rendezvous that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-        ``stop`` says whether this process was told to stop. Raises PeerLost where not all ranks appear in time, and
-        Stopped where this one was told and the others can't be reached.
+        ``stop`` returns whether this process received SIGTERM. Raises PeerLost where not all ranks join in time, and
+        Stopped where this process received SIGTERM and the other ranks can't be reached.
         """
         self.rank = int(os.environ["RANK"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.world_size = int(os.environ["WORLD_SIZE"])
         self.device = device
-        self._shared = 0
+        self._calls = 0
         self._channel = ""
         self._channels = itertools.count(1)
-        self._share_seconds = SHARE_SECONDS
+        self._work_seconds = WORK_SECONDS
         self._stop = stop
         self._peer_stop = False
         self._watchdog = watchdog
         self._in_thread(lambda: self._join(timedelta(seconds=stall_seconds + COLLECTIVE_MARGIN_SECONDS)), joining=True)
         if watchdog is not None:
             watchdog.announce = self._announce_stall
-        threading.Thread(target=self._beat, args=(self._store.clone(),), name="heartbeat", daemon=True).start()
+        store = self._store.clone()
+        threading.Thread(target=self._heartbeat_loop, args=(store,), name="heartbeat", daemon=True).start()
 
     def _join(self, timeout: timedelta) -> None:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -106,200 +109,225 @@ class Gang:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which speaks to bucket and operator for all."""
+        """Return whether this is rank 0, the only rank that writes commits to the bucket and sends reports to the
+        operator."""
         return self.rank == 0
 
     def background(self) -> Gang:
-        """Return the same ranks for one background thread of each: only `share` and `each`, over a connection and
-        under keys of its own. No collectives, whose order is the training thread's."""
-        twin = copy.copy(self)
-        twin._store = self._store.clone()
-        twin._shared = 0
-        twin._channel = f"background-{next(self._channels)}/"
-        twin._share_seconds = BACKGROUND_SHARE_SECONDS
-        twin._watchdog = None
-        return twin
+        """Return a gang of the same ranks for one background thread on each rank.
 
-    def told(self) -> bool:
-        """Return whether this process or, as far as is known yet, another one was told to stop."""
-        return self._stop() or self._peer_stop
+        The background gang has its own connection and its own keys in the rendezvous store, and offers only
+        `run_on_rank_0`, `gather` and `run_on_all_ranks`. Collectives are left to the training thread, because all ranks
+        must call collectives in the same order.
+        """
+        clone = copy.copy(self)
+        clone._store = self._store.clone()
+        clone._calls = 0
+        clone._channel = f"background-{next(self._channels)}/"
+        clone._work_seconds = BACKGROUND_WORK_SECONDS
+        clone._watchdog = None
+        return clone
 
-    def agree(self, flag: bool) -> bool:
-        """Return whether any rank says True; a collective."""
-        return bool(self.most(int(flag)))
+    # Collectives over the gloo group
 
-    def most(self, value: int) -> int:
-        """Return the largest ``value`` of all ranks; a collective."""
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether ``flag`` is True on any rank. All ranks must call this function together."""
+        return bool(self.max_over_ranks(int(flag)))
+
+    def max_over_ranks(self, value: int) -> int:
+        """Return the largest ``value`` of all ranks. All ranks must call this function together."""
         tensor = torch.tensor([value], dtype=torch.int64)
         self._reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor.item())
 
-    def check_stop(self, *, failed: bool = False) -> None:
-        """Raise StopAgreed on every rank where any was told to stop or ``failed``; a collective, and a sign of
-        progress."""
-        if self.agree(self.told() or failed):
-            raise StopAgreed
-
-    def total(self, values: Sequence[float]) -> list[float]:
-        """Return the sums of ``values`` over all ranks, in double precision; a collective."""
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Return the sum over all ranks of each of ``values``, added in double precision. All ranks must call this
+        function together."""
         tensor = torch.tensor(values, dtype=torch.float64)
         self._reduce(tensor, dist.ReduceOp.SUM)
         return [float(value) for value in tensor]
 
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        with peers():
+        with convert_peer_failures():
             dist.all_reduce(tensor, operation, group=self._control)
         if self._watchdog is not None:
-            self._watchdog.pat()
+            self._watchdog.note_progress()
 
-    def share(self, work: Callable[[], Any], *, until_told: bool = False) -> Any:
-        """Let rank 0 do ``work`` and return what it made, a JSON value, on every rank.
+    # Stop signals
 
-        An error of rank 0 is raised on every rank with the same class. The others wait at the rendezvous
-        store, bounded, and notice when rank 0 is gone. With ``until_told`` all ranks leave the work where it is and
-        raise StopAgreed once any of them is told to stop.
+    def stop_requested(self) -> bool:
+        """Return whether this process received SIGTERM, or knows from the rendezvous store that another rank did."""
+        return self._stop() or self._peer_stop
+
+    def check_stop(self, *, failed: bool = False) -> None:
+        """Raise StopAgreed on every rank where any rank received SIGTERM or passes ``failed``.
+
+        All ranks must call this function together. The call also tells the watchdog that this rank makes progress.
         """
-        with self._patient():
-            return self._share(work, until_told)
+        if self.any_rank(self.stop_requested() or failed):
+            raise StopAgreed
 
-    def _share(self, work: Callable[[], Any], until_told: bool) -> Any:
-        self._shared += 1
-        key = f"{self._channel}shared/{self._shared}"
+    # Work of any length, through the rendezvous store
+
+    def run_on_rank_0(self, work: Callable[[], Any], *, until_stop: bool = False) -> Any:
+        """Let rank 0 call ``work``, and return the result, a JSON value, on every rank.
+
+        An error of rank 0 is raised on every rank with the same class. The other ranks wait at the rendezvous store for
+        a bounded time, and raise PeerLost when rank 0 is gone. With ``until_stop`` every rank abandons the work and
+        raises StopAgreed once any rank has received SIGTERM.
+        """
+        with self._allow_long_work():
+            return self._run_on_rank_0(work, until_stop)
+
+    def _run_on_rank_0(self, work: Callable[[], Any], until_stop: bool) -> Any:
+        self._calls += 1
+        key = f"{self._channel}shared/{self._calls}"
         if not self.is_first:
-            return _unpack(json.loads(self._await(key, self._share_seconds)))
+            return unpack_answer(json.loads(self._wait_for_key(key, self._work_seconds)))
         try:
-            value = self._in_thread(work) if until_told else work()
+            value = self._in_thread(work) if until_stop else work()
         except Exception as error:
-            self._set(key, _described(error))
+            self._publish(key, describe_error(error))
             raise
-        self._set(key, {"value": value})
+        self._publish(key, {"value": value})
         return value
 
-    def each(self, work: Callable[[], Any], *, until_told: bool = False) -> list[Any]:
-        """Let every rank do its own ``work`` and return what all of them made (JSON values), in the order of ranks.
+    def gather(self, work: Callable[[], Any], *, until_stop: bool = False) -> list[Any]:
+        """Let every rank call its own ``work``, and return the results of all ranks, JSON values in the order of ranks.
 
-        The first error is raised on every rank. No rank is in a collective meanwhile; rank 0 collects and
-        notices when a rank falls silent, the others notice when rank 0 does. ``until_told`` is as in `share`.
+        The first error of any rank is raised on every rank. Rank 0 collects the results, and raises PeerLost when the
+        heartbeat of another rank stops; the other ranks raise PeerLost when rank 0 is gone. ``until_stop`` is as in
+        `run_on_rank_0`.
         """
-        with self._patient():
-            return self._each(work, until_told)
+        with self._allow_long_work():
+            return self._gather(work, until_stop)
 
-    def _each(self, work: Callable[[], Any], until_told: bool) -> list[Any]:
-        self._shared += 1
-        key = f"{self._channel}each/{self._shared}"
+    def _gather(self, work: Callable[[], Any], until_stop: bool) -> list[Any]:
+        self._calls += 1
+        key = f"{self._channel}each/{self._calls}"
         try:
-            answer = {"value": self._in_thread(work) if until_told else work()}
+            answer = {"value": self._in_thread(work) if until_stop else work()}
         except StopAgreed as error:
-            # Told, but another rank may be done or have failed: rank 0 says what all do.
-            answer = _described(error)
+            # Another rank may be done or may have failed, so rank 0 decides what all ranks raise.
+            answer = describe_error(error)
         except Exception as error:
-            self._set(key if self.is_first else f"{key}/{self.rank}", _described(error))
+            self._publish(key if self.is_first else f"{key}/{self.rank}", describe_error(error))
             raise
         if not self.is_first:
-            self._set(f"{key}/{self.rank}", answer)
-            return list(_unpack(json.loads(self._await(key, self._share_seconds))))
-        others = [json.loads(self._await_rank(f"{key}/{rank}", rank)) for rank in range(1, self.world_size)]
+            self._publish(f"{key}/{self.rank}", answer)
+            return list(unpack_answer(json.loads(self._wait_for_key(key, self._work_seconds))))
+        others = [json.loads(self._wait_for_rank(f"{key}/{rank}", rank)) for rank in range(1, self.world_size)]
         answers = [answer, *others]
         failed = next((other for other in others if "error" in other), None)
         if "error" in answer:
             failed = failed or answer
-        self._set(key, failed or {"value": [each["value"] for each in answers]})
-        return [_unpack(each) for each in ([failed] if failed else answers)]
+        self._publish(key, failed or {"value": [each["value"] for each in answers]})
+        return [unpack_answer(each) for each in ([failed] if failed else answers)]
 
-    def together(self, work: Callable[[], T], *, until_told: bool = False) -> T:
-        """Let every rank do its own ``work`` and return what this one made, once all are done.
+    def run_on_all_ranks(self, work: Callable[[], T], *, until_stop: bool = False) -> T:
+        """Let every rank call its own ``work``, wait until all ranks are done, and return this rank's own result.
 
-        An error of one rank ends all of them at once with the same sentence. ``until_told`` is as in `share`.
+        An error of one rank is raised on every rank, as soon as rank 0 knows of the error. ``until_stop`` is as in
+        `run_on_rank_0`.
         """
-        made: list[T] = []
-        self.each(lambda: made.append(work()), until_told=until_told)
-        return made[0]
+        results: list[T] = []
+        self.gather(lambda: results.append(work()), until_stop=until_stop)
+        return results[0]
 
-    def _patient(self) -> contextlib.AbstractContextManager[None]:
-        """What the object store or loading takes has its own bound."""
-        return self._watchdog.allow(SHARE_SECONDS) if self._watchdog is not None else contextlib.nullcontext()
+    def _allow_long_work(self) -> contextlib.AbstractContextManager[None]:
+        """Keep the watchdog from ending the process during the block, because object store and loading have their own
+        time limits."""
+        return self._watchdog.allow(WORK_SECONDS) if self._watchdog is not None else contextlib.nullcontext()
 
     def _in_thread(self, work: Callable[[], Any], *, joining: bool = False) -> Any:
-        """Return what ``work`` makes; raise StopAgreed, and leave it behind, once this rank knows of a stop.
+        """Run ``work`` in a thread and return the result. Abandon the thread and raise StopAgreed once this rank knows
+        that any rank received SIGTERM.
 
-        While ``joining`` nobody else can know of it: the work goes on for a while, then Stopped is raised.
+        With ``joining`` the other ranks can't know of the SIGTERM yet, so the work goes on for JOIN_AFTER_STOP_SECONDS
+        more, and then Stopped is raised.
         """
-        made: list[Any] = []
+        results: list[Any] = []
         failed: list[BaseException] = []
 
         def run() -> None:
             try:
-                # A new thread begins with GPU 0.
+                # In a new thread torch's current device is GPU 0, whatever the device of this rank.
                 if self.device.type == "cuda":
                     torch.cuda.set_device(self.device)
-                made.append(work())
-            except BaseException as error:  # noqa: BLE001  (raised again where it was asked for)
+                results.append(work())
+            except BaseException as error:  # noqa: BLE001  (raised again in the calling thread)
                 failed.append(error)
 
         thread = threading.Thread(target=run, name="work", daemon=True)
         thread.start()
-        told_at: float | None = None
+        stop_seen_at: float | None = None
         while thread.is_alive():
-            thread.join(LOOK_SECONDS)
-            if told_at is None and self.told():
-                told_at = time.monotonic()
-            if told_at is not None and thread.is_alive():
+            thread.join(POLL_SECONDS)
+            if stop_seen_at is None and self.stop_requested():
+                stop_seen_at = time.monotonic()
+            if stop_seen_at is not None and thread.is_alive():
                 if not joining:
                     raise StopAgreed
-                if time.monotonic() - told_at > JOIN_WHEN_TOLD_SECONDS:
+                if time.monotonic() - stop_seen_at > JOIN_AFTER_STOP_SECONDS:
                     raise Stopped("told to stop before training began: there is nothing to save")
         if failed:
             raise failed[0]
-        return made[0]
+        return results[0]
 
-    def farewell(self) -> None:
-        """Wait, bounded, until every rank has come here: the store lives in rank 0, which leaves last.
+    def final_barrier(self) -> None:
+        """Wait until every rank has called `final_barrier`, for at most FINAL_BARRIER_SECONDS.
 
-        What the run came to is settled by now, so a rank that does not come changes nothing.
+        Rank 0 leaves last, because the rendezvous store lives in the process of rank 0. The outcome of the attempt is
+        decided before, so a rank that does not come changes nothing.
         """
-        with contextlib.suppress(PeerLost), peers():
+        with contextlib.suppress(PeerLost), convert_peer_failures():
             self._store.set(f"farewell/{self.rank}", "1")
             if self.is_first:
-                everyone = [f"farewell/{rank}" for rank in range(self.world_size)]
-                self._store.wait(everyone, timedelta(seconds=FAREWELL_SECONDS))
+                keys = [f"farewell/{rank}" for rank in range(self.world_size)]
+                self._store.wait(keys, timedelta(seconds=FINAL_BARRIER_SECONDS))
 
-    def _set(self, key: str, value: Any) -> None:
-        with peers():
+    def _publish(self, key: str, value: Any) -> None:
+        """Set ``key`` of the rendezvous store to ``value`` as JSON."""
+        with convert_peer_failures():
             self._store.set(key, json.dumps(value))
 
-    def _await(self, key: str, seconds: float, *, timeouts: bool = False) -> str:
-        """Return the text at ``key`` of the rendezvous store once it is there; raises PeerLost.
+    def _wait_for_key(self, key: str, seconds: float, *, raise_if_unset: bool = False) -> str:
+        """Return the text at ``key`` of the rendezvous store, waiting at most ``seconds`` for another rank to set it.
 
-        With ``timeouts`` the end of the time is `_TimeIsUpError` and no lost peer.
+        Raises PeerLost when rank 0, which holds the store, is gone. When the time is over, raises PeerLost too, or
+        `_KeyNotSetError` with ``raise_if_unset``.
         """
         deadline = time.monotonic() + seconds
-        with peers():
+        with convert_peer_failures():
             while True:
                 try:
-                    self._store.wait([key], timedelta(seconds=min(seconds, SLICE_SECONDS)))
+                    self._store.wait([key], timedelta(seconds=min(seconds, STORE_WAIT_SECONDS)))
                 except dist.DistStoreError as error:
                     if time.monotonic() < deadline:
                         continue
-                    if timeouts:
-                        raise _TimeIsUpError from error
+                    if raise_if_unset:
+                        raise _KeyNotSetError from error
                     raise
                 return bytes(self._store.get(key)).decode()
 
-    def _await_rank(self, key: str, rank: int) -> str:
-        """Return the text that ``rank`` sets at ``key``; raises PeerLost once its heart has stopped."""
-        deadline = time.monotonic() + self._share_seconds
-        beat, seen = None, time.monotonic()
+    def _wait_for_rank(self, key: str, rank: int) -> str:
+        """Return the text that ``rank`` sets at ``key``. Raises PeerLost once the heartbeat of ``rank`` has stopped."""
+        deadline = time.monotonic() + self._work_seconds
+        beat, changed_at = None, time.monotonic()
         while True:
-            with contextlib.suppress(_TimeIsUpError):
-                return self._await(key, HEARTBEAT_SECONDS, timeouts=True)
-            now, newest = time.monotonic(), self._await(f"heartbeat/{rank}", SILENCE_SECONDS)
+            with contextlib.suppress(_KeyNotSetError):
+                return self._wait_for_key(key, HEARTBEAT_SECONDS, raise_if_unset=True)
+            now, newest = time.monotonic(), self._wait_for_key(f"heartbeat/{rank}", HEARTBEAT_TIMEOUT_SECONDS)
             if newest != beat:
-                beat, seen = newest, now
-            if now - seen > SILENCE_SECONDS or now > deadline:
-                raise PeerLost(f"another rank left: rank {rank} was silent for {now - seen:.0f} s")
+                beat, changed_at = newest, now
+            if now - changed_at > HEARTBEAT_TIMEOUT_SECONDS or now > deadline:
+                raise PeerLost(f"another rank left: rank {rank} was silent for {now - changed_at:.0f} s")
 
-    def _beat(self, store: dist.Store) -> None:
-        """Show for ever that this process lives, and hear of a stop or a stall; a thread with its own connection."""
+    def _heartbeat_loop(self, store: dist.Store) -> None:
+        """Count up this rank's heartbeat in ``store``, and read whether another rank was stopped or stalls.
+
+        Runs in a thread of its own, with its own connection, until the process ends or rank 0 is gone.
+        """
         for beat in itertools.count():
             try:
                 store.set(f"heartbeat/{self.rank}", str(beat))
@@ -307,78 +335,22 @@ class Gang:
                     store.set("stop", "1")
                 self._peer_stop = self._peer_stop or store.check(["stop"])
                 if self._watchdog is not None and store.check(["stalled"]):
-                    self._watchdog.leave(bytes(store.get("stalled")).decode(), caused_by_peer=True)
+                    self._watchdog.end_process(bytes(store.get("stalled")).decode(), caused_by_peer=True)
             except (RuntimeError, dist.DistError):
-                return  # Rank 0 is gone, and with it who would look.
-            # The interval of the heartbeat; nothing waits for it.
+                return  # Rank 0 is gone, and only rank 0 reads heartbeats.
+            # The interval between two heartbeats. No other thread waits for this thread.
             time.sleep(HEARTBEAT_SECONDS)
 
     def _announce_stall(self, message: str) -> None:
-        """Tell all ranks that this one stalls; rank 0, in which the store lives, stays until they have heard."""
+        """Tell all ranks through the rendezvous store that this rank stalls.
+
+        Rank 0 must live until the other ranks have read the message, because rank 0 holds the store.
+        """
         with contextlib.suppress(RuntimeError, dist.DistError):
             self._store.set("stalled", message)
-            # Two beats of the others; the watchdog bounds the wait.
+            # The other ranks read the store once per heartbeat. The watchdog bounds this wait.
             time.sleep(2 * HEARTBEAT_SECONDS)
 
 
-class peers:  # noqa: N801  (reads as a block: `with peers():`)
-    """Turns what torch raises when another rank is gone into PeerLost."""
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        """Raise PeerLost in place of a failed collective."""
-        if isinstance(error, RuntimeError | dist.DistError) and is_peer_failure(error):
-            raise PeerLost(f"another rank left: {first_line(error)}") from error
-
-
-PEER_MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "tcpstore")
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Return whether torch reports a lost rank: it has no class of its own for gloo, only a text."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(mark in text for mark in PEER_MARKS)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, shortened: what a person needs of a C++ error."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-class _TimeIsUpError(Exception):
-    """What was waited for is not there yet."""
-
-
-def _described(error: Exception) -> dict[str, Any]:
-    """Return an error as JSON, so that other ranks can raise it too."""
-    return {"error": _error_name(error), "message": _error_parts(error)}
-
-
-def _error_name(error: Exception) -> str:
-    """Return the name of the nearest class that can be raised again on another rank."""
-    names = [kind.__name__ for kind in type(error).__mro__]
-    return next((name for name in names if name == "UserError" or name in SHARED_ERRORS), names[0])
-
-
-def _error_parts(error: Exception) -> list[str]:
-    return [error.subject, error.problem] if isinstance(error, UserError) else [str(error)]
-
-
-def _unpack(answer: Mapping[str, Any]) -> Any:
-    """Return the value that rank 0 made, or raise what it raised."""
-    if "error" in answer:
-        raise _shared_error(answer["error"], answer["message"])
-    return answer["value"]
-
-
-def _shared_error(name: str, parts: Sequence[str]) -> Exception:
-    """Return the error that another rank had; a crash there is a lost peer here."""
-    if name == "UserError":
-        return UserError(*parts)
-    if name == StopAgreed.__name__:
-        return StopAgreed()
-    if name in SHARED_ERRORS:
-        return SHARED_ERRORS[name](*parts)
-    return PeerLost(f"another rank failed: {name}: {parts[0]}")
+class _KeyNotSetError(Exception):
+    """No rank has set the awaited key of the rendezvous store yet."""

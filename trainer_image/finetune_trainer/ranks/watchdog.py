@@ -1,7 +1,9 @@
-"""Ends a process that makes no progress: stack traces of all threads into the log, the outcome on disk, exit code 75.
+"""Ends a process that makes no progress: writes the stack traces of all threads to the log and the outcome to disk,
+then exits with code 75.
 
-One thread per rank; the training thread pats it wherever the ranks meet. What may take long for good reasons (loading,
-the object store) has its own allowance. The file that it touches tells the launcher that the process is not frozen.
+Each rank has one watchdog thread. `Gang` reports progress at every collective. Work that may take long, such as loading
+or a call to the object store, gets a longer limit. The watchdog also writes a file about once a second, so that the
+launcher can tell a live process from a frozen one.
 """
 
 from __future__ import annotations
@@ -16,55 +18,66 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from finetune_core.contract import Outcome, Result
-from finetune_trainer.pod.outcomes import Standing, WorkerOutcome, write_outcome, write_sign_of_life
+from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, write_heartbeat, write_outcome
 
-LOOK_SECONDS = 1.0
+INTERVAL_SECONDS = 1.0
 ANNOUNCE_SECONDS = 5.0
-"""How long a stalled rank tries to tell the others before it leaves."""
+"""How long a stalled rank tries to tell the other ranks about the stall before it exits."""
 
 
 class Watchdog:
-    """Watches the training thread of this process."""
+    """Watches the training thread of this process from a thread of its own, and ends the process when the training
+    thread stalls."""
 
     def __init__(
-        self, folder: Path, rank: int, limit_seconds: float, standing: Standing, *, look_seconds: float = LOOK_SECONDS
+        self,
+        folder: Path,
+        rank: int,
+        limit_seconds: float,
+        status: WorkerStatus,
+        *,
+        interval_seconds: float = INTERVAL_SECONDS,
     ) -> None:
-        """Watch from now on; ``limit_seconds`` is the longest time between two pats."""
+        """Start to watch. ``limit_seconds`` is the longest time that may pass between two calls of `note_progress`."""
         self._folder = folder
         self._rank = rank
         self._limit = limit_seconds
-        self._standing = standing
-        self._look = min(look_seconds, limit_seconds / 4)
+        self._status = status
+        self._interval = min(interval_seconds, limit_seconds / 4)
         self._allowance = 0.0
-        self._seen = time.monotonic()
-        self._leaving = threading.Lock()
+        self._progress_at = time.monotonic()
+        self._end_lock = threading.Lock()
         self.announce: Callable[[str], None] = lambda _: None
-        """Tells the other ranks why this one stalls; set once they are known."""
+        """Tells the other ranks why this rank stalls. `Gang` sets the function once the ranks have joined."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def pat(self) -> None:
-        """Note progress."""
-        self._seen = time.monotonic()
+    def note_progress(self) -> None:
+        """Note that the training thread makes progress at this moment."""
+        self._progress_at = time.monotonic()
 
     @contextlib.contextmanager
     def allow(self, seconds: float) -> Iterator[None]:
-        """Let the block take ``seconds`` longer than a step may: it has a bound of its own."""
-        self.pat()
+        """Inside the block, allow ``seconds`` more than the stall limit without progress. The work in the block must
+        have a time limit of its own."""
+        self.note_progress()
         before, self._allowance = self._allowance, max(self._allowance, seconds)
         try:
             yield
         finally:
-            self.pat()
+            self.note_progress()
             self._allowance = before
 
     def claim_end(self) -> None:
-        """Make sure that one thread alone says how the process ends: the first that asks goes on, for any other this
-        never returns."""
-        if not self._leaving.acquire(blocking=False):
+        """Let only one thread decide how the process ends. The first thread that calls this function continues; for any
+        other thread the call never returns."""
+        if not self._end_lock.acquire(blocking=False):
             threading.Event().wait()
 
-    def leave(self, message: str, *, caused_by_peer: bool) -> None:
-        """Write stack traces and outcome and end the process; never returns."""
+    def end_process(self, message: str, *, caused_by_peer: bool) -> None:
+        """Write stack traces and the outcome, then end the process. Never returns.
+
+        With ``caused_by_peer`` the stall is that of another rank, so the other ranks know of it already.
+        """
         self.claim_end()
         print(f"{message}; the stacks of all threads of rank {self._rank}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
@@ -72,26 +85,26 @@ class Watchdog:
         result = Result(
             outcome=Outcome.OUTSIDE_FAILURE,
             message=message,
-            step=self._standing.step,
-            checkpoint=self._standing.checkpoint,
+            step=self._status.step,
+            checkpoint=self._status.checkpoint,
         )
         write_outcome(self._folder, self._rank, WorkerOutcome(result=result, caused_by_peer=caused_by_peer))
         if not caused_by_peer:
-            telling = threading.Thread(target=self.announce, args=(message,), daemon=True)
-            telling.start()
-            telling.join(ANNOUNCE_SECONDS)
+            announcer = threading.Thread(target=self.announce, args=(message,), daemon=True)
+            announcer.start()
+            announcer.join(ANNOUNCE_SECONDS)
         os._exit(result.exit_code)
 
     def _watch(self) -> None:
         while True:
-            write_sign_of_life(self._folder, self._rank, self._standing)
-            silent = time.monotonic() - self._seen
+            write_heartbeat(self._folder, self._rank, self._status)
+            silent = time.monotonic() - self._progress_at
             if silent > self._limit + self._allowance:
-                self.leave(
-                    f"no progress for {silent:.0f} s in phase {self._standing.phase}, after step"
-                    f" {self._standing.step} (stability.stallTimeoutSeconds is {self._limit:.0f}): rank {self._rank}"
+                self.end_process(
+                    f"no progress for {silent:.0f} s in phase {self._status.phase}, after step"
+                    f" {self._status.step} (stability.stallTimeoutSeconds is {self._limit:.0f}): rank {self._rank}"
                     " hangs, or waits for one that does",
                     caused_by_peer=False,
                 )
-            # The interval of the watch; nothing waits for it.
-            time.sleep(self._look)
+            # The interval between two checks. No other thread waits for this thread.
+            time.sleep(self._interval)

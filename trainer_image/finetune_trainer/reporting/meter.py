@@ -1,4 +1,7 @@
-"""What a step took: time by its parts, memory, and the share of the devices' peak. Measured on this rank."""
+"""Measures a step on one rank: the time of its parts, memory, and model FLOPs utilisation (MFU).
+
+`loop.py` measures every step.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,25 @@ from typing import Any
 import torch
 
 from finetune_core.planning.flops import ModelShape, peak_flops, training_flops, utilisation
-from finetune_trainer.model.base import Skeleton
+from finetune_trainer.model.structure import ModelStructure
 
 PAGE_BYTES = 4096
 DATA, FORWARD, BACKWARD, UPDATE = "data", "forward", "backward", "update"
 
 
 class Stopwatch:
-    """Adds up the time of a step's parts; on a GPU in the order of its own work, without waiting for it."""
+    """Adds up the time of a step's parts in seconds. On a GPU the times come from CUDA events, so that the CPU does not
+    wait for the GPU after each part."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begin with nothing."""
+        """Begin with no time in any part."""
         self._gpu = device.type == "cuda"
         self._spent: dict[str, float] = {}
         self._marks: list[tuple[str, Any, Any]] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the block's time as ``name``'s."""
+        """Add the time of the block to the part ``name``."""
         if self._gpu and name != DATA:
             first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             first.record()
@@ -41,7 +45,7 @@ class Stopwatch:
         self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - began
 
     def seconds(self, name: str) -> float:
-        """Return what ``name`` took; on a GPU after its work is done."""
+        """Return the time of the part ``name`` so far. On a GPU this waits until the part's work is done."""
         for part, first, last in self._marks:
             last.synchronize()
             self._spent[part] = self._spent.get(part, 0.0) + first.elapsed_time(last) / 1000
@@ -49,8 +53,9 @@ class Stopwatch:
         return self._spent.get(name, 0.0)
 
 
-def memory_of(device: torch.device, proc: Path = Path("/proc/self")) -> tuple[int, int]:
-    """Return memory in use and its peak so far, in bytes: of the GPU, on the CPU resident memory of this process."""
+def memory_usage(device: torch.device, proc: Path = Path("/proc/self")) -> tuple[int, int]:
+    """Return the memory in use and its peak so far, in bytes: of the GPU, or the resident memory of this process on a
+    CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     now = int((proc / "statm").read_text().split()[1]) * PAGE_BYTES
@@ -60,19 +65,19 @@ def memory_of(device: torch.device, proc: Path = Path("/proc/self")) -> tuple[in
     return now, now
 
 
-def shape_of(bones: Skeleton, trained: int, *, adapters: bool) -> ModelShape | None:
-    """Return what the arithmetic of a model depends on, None for one whose configuration does not tell.
+def model_shape(structure: ModelStructure, trained: int, *, adapters: bool) -> ModelShape | None:
+    """Return the numbers that a model's FLOPs depend on, None where the configuration does not have them.
 
-    ``trained`` is the number of trained parameters. A tied embedding is looked up at the input and multiplied at the
-    output: it counts once.
+    ``trained`` is the number of trained parameters. The lookup in the input embedding is no matrix multiplication, so
+    its weights are left out. A tied weight is also multiplied in the output head and therefore counts.
     """
-    config = bones.model.config.get_text_config()
+    config = structure.model.config.get_text_config()
     layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
     if layers is None or heads is None:
         return None
     width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
-    weights = sum(parameter.numel() for parameter in bones.model.parameters())
-    looked_up = 0 if bones.tied else bones.model.get_input_embeddings().weight.numel()
+    weights = sum(parameter.numel() for parameter in structure.model.parameters())
+    looked_up = 0 if structure.tied else structure.model.get_input_embeddings().weight.numel()
     return ModelShape(
         layers=layers,
         attention_width=width,
@@ -85,7 +90,8 @@ def shape_of(bones: Skeleton, trained: int, *, adapters: bool) -> ModelShape | N
 def mfu(
     shape: ModelShape | None, lengths: list[int], seconds: float, *, devices: int, device: torch.device
 ) -> float | None:
-    """Return the model FLOPs utilisation of a step over sequences of real ``lengths``; None on a CPU."""
+    """Return the model FLOPs utilisation of a step, between 0 and 1; None on a CPU. ``lengths`` are the sequence
+    lengths without padding."""
     if shape is None or device.type != "cuda":
         return None
     flops = training_flops(shape, sum(lengths), sum(length * length for length in lengths))

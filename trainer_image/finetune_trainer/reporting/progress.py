@@ -1,4 +1,8 @@
-"""What rank 0 knows about the run, told three ways: a line a step in the log, reports, rows of the step log."""
+"""What rank 0 knows about the run. Writes a log line for each step, sends reports to the operator, and collects the
+rows of the step log.
+
+`loop.py`, `finish.py` and `evaluation/` note what happens, and only rank 0 has a `Progress`.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +22,24 @@ from finetune_core.contract import (
     ScoreRecord,
 )
 from finetune_core.tasks import main_score_text
-from finetune_trainer.reporting.reporter import Reporter, Speed, Tokens, thin
-from finetune_trainer.storage.steplog import StepRow
+from finetune_trainer.reporting.curve import downsample
+from finetune_trainer.reporting.reporter import Reporter
+from finetune_trainer.reporting.throughput import Throughput, Tokens
+from finetune_trainer.storage.step_log import StepRow
 
-MOST_NOTICES = 8
+MAX_NOTICES = 8
 NOTICE_LENGTH = 512
-MOST_CHECKPOINTS = 100
-MOST_INCIDENTS = 20
+MAX_CHECKPOINTS = 100
+MAX_INCIDENTS = 20
 
 
-def say(text: str) -> None:
-    """Write a line to the pod's log at once."""
+def log_line(text: str) -> None:
+    """Write a line to the pod's log, without buffering."""
     print(text, flush=True)
 
 
 def step_line(row: StepRow, total_steps: int, tokens_per_second: float | None) -> str:
-    """Return the log line of a step: `step 20/100 loss 1.234 rate 1e-03 norm 0.52 485 tok/s`."""
+    """Return the log line of a step, for example `step 20/100 loss 1.2340 rate 0.001 norm 0.52 485 tok/s`."""
     loss = f"loss {row.loss:.4f}" if row.loss is not None else "left out" if not row.applied else "loss not finite"
     score = f" ppl {row.perplexity:.4g}" if row.perplexity is not None else ""
     norm = f" norm {row.gradient_norm:.3g}" if row.gradient_norm is not None else ""
@@ -42,7 +48,7 @@ def step_line(row: StepRow, total_steps: int, tokens_per_second: float | None) -
 
 
 def score_text(record: ScoreRecord, task: str) -> str:
-    """Return the scores as one line of the log: ``perplexity 12.3, 90.0% of 50 answers right``."""
+    """Return a model's scores for people, for example `perplexity 12.3, 90.0% of 50 answers right`."""
     text = f"perplexity {record.perplexity:.4g}"
     if record.task_score is None:
         return text
@@ -50,17 +56,18 @@ def score_text(record: ScoreRecord, task: str) -> str:
 
 
 class Progress:
-    """The state that reports are made of; it exists on rank 0 only."""
+    """Collects the state that reports to the operator are made of. Only rank 0 has a `Progress`."""
 
     def __init__(
         self, *, pod_uid: str, ranks: int, reporter: Reporter | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Begin to report, in phase Loading."""
+        """Begin in phase Loading. ``reporter`` is None where the job sends no reports. ``clock`` returns monotonic
+        seconds."""
         self._pod_uid = pod_uid
         self._ranks = ranks
         self._reporter = reporter
         self._clock = clock
-        self._speed = Speed(clock())
+        self._speed = Throughput(clock())
         self._phase = Phase.LOADING
         self._run = self._step = self._total_steps = self._resumed_from = 0
         self._epoch = 0.0
@@ -81,7 +88,8 @@ class Progress:
         self._publish(urgent=True)
 
     def begin(self, *, run: int, total_steps: int, history: Sequence[StepRow]) -> None:
-        """Note what is known before a run's first step."""
+        """Note what is known before the first step of a run: the run's number, ``total_steps``, and ``history``, the
+        rows of all steps before the run."""
         self._run, self._total_steps = run, total_steps
         self._step, self._epoch = 0, 0.0
         self._pending, self._newest = [], history[-1] if history else None
@@ -91,22 +99,23 @@ class Progress:
             scored = [row.perplexity for row in history if row.perplexity is not None]
             self._metrics |= {"perplexity": scored[-1]} if scored else {}
         self._resumed_from = self._step
-        self._speed = Speed(self._clock())
+        self._speed = Throughput(self._clock())
         self._publish(urgent=True)
 
     def notice(self, *texts: str) -> None:
-        """Tell a person something that is no failure."""
+        """Add sentences for people to the log and to the reports. A notice is not a failure."""
         for text in texts:
-            say(f"notice: {text}")
-        self._notices = [*self._notices, *(text[:NOTICE_LENGTH] for text in texts)][-MOST_NOTICES:]
+            log_line(f"notice: {text}")
+        self._notices = [*self._notices, *(text[:NOTICE_LENGTH] for text in texts)][-MAX_NOTICES:]
 
     def phase(self, phase: Phase) -> None:
-        """Note what the run is doing now."""
+        """Note the run's current phase, and report it at once."""
         self._phase = phase
         self._publish(urgent=True)
 
     def finished_step(self, row: StepRow, *, updates: int) -> None:
-        """Note a finished step; its evaluation, if one is due, comes with `scored`. ``updates`` were applied so far."""
+        """Note a finished step. ``updates`` is the number of updates applied so far. If an evaluation of the step is
+        due, its scores follow with `scored`."""
         self._speed.step(self._clock(), Tokens(row.tokens, row.real_tokens, row.padded_tokens))
         self._pending.append(row)
         self._newest = row
@@ -116,38 +125,40 @@ class Progress:
         self._publish()
 
     def scored(self, step: int, perplexity: float, task_score: float | None) -> None:
-        """Note an evaluation after ``step``, the newest one."""
+        """Note the validation scores after ``step``, which is the newest step."""
         values = {"perplexity": perplexity} | ({"taskScore": task_score} if task_score is not None else {})
         self._metrics |= values
         scores = {"perplexity": perplexity, "task_score": task_score}
         if self._newest is not None and self._newest.step == step:
             self._newest = self._newest.model_copy(update=scores)
-            # A step of an earlier run, whose evaluation was cut off, is written once more.
+            # Where an earlier run was stopped during this evaluation, its row of this step has no scores. The row is
+            # written again with scores.
             self._pending = [*(row for row in self._pending if row.step != step), self._newest]
         if self._points:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
 
     def evaluated(self, evaluation: EvaluationRecord, task: str) -> None:
-        """Note the scores of base model and tuned model that are known; ``task``: value of `dataset.task`."""
+        """Note the known scores of the base model and of the tuned model. ``task`` is `dataset.task`."""
         self._evaluation = evaluation
         for name, record in (("base", evaluation.base), ("tuned", evaluation.tuned)):
             if record is not None:
-                say(f"{name} model on {evaluation.examples} {evaluation.rows.lower()} rows: {score_text(record, task)}")
+                rows = f"{evaluation.examples} {evaluation.rows.lower()} rows"
+                log_line(f"{name} model on {rows}: {score_text(record, task)}")
         self._publish(urgent=True)
 
     def incident(self, incident: Incident) -> None:
-        """Note what the stability monitor noticed."""
-        self._incidents = [*self._incidents, incident][-MOST_INCIDENTS:]
+        """Note an incident that the stability monitor found."""
+        self._incidents = [*self._incidents, incident][-MAX_INCIDENTS:]
         self.notice(incident.message)
         self._publish(urgent=True)
 
     def log_step(self) -> None:
-        """Write the newest step's line."""
+        """Write the log line of the newest step."""
         if self._pending:
-            say(step_line(self._pending[-1], self._total_steps, self._speed.per_second().real))
+            log_line(step_line(self._pending[-1], self._total_steps, self._speed.per_second().real))
 
     def pending_rows(self) -> list[StepRow]:
-        """Return the steps since the last call: the next segment of the step log."""
+        """Return the step rows since the last call, which become the next segment of the step log in the bucket."""
         rows, self._pending = self._pending, []
         return rows
 
@@ -157,21 +168,22 @@ class Progress:
         checkpoints: Sequence[CheckpointRecord],
         best: CheckpointRecord | None,
     ) -> None:
-        """Note the committed checkpoints; ``record`` is the new one, ``best`` the best."""
-        self._checkpoints = list(checkpoints)[-MOST_CHECKPOINTS:]
+        """Note the committed ``checkpoints``. ``record`` is the checkpoint that was just committed, and ``best`` the
+        best checkpoint."""
+        self._checkpoints = list(checkpoints)[-MAX_CHECKPOINTS:]
         self._best = CheckpointName(run=best.run, step=best.step) if best is not None else None
         if record is not None:
-            say(f"checkpoint of step {record.step} committed: {record.bytes / 1e6:.1f} MB at {record.uri}")
+            log_line(f"checkpoint of step {record.step} committed: {record.bytes / 1e6:.1f} MB at {record.uri}")
         self._publish(urgent=True)
 
     def checkpointing(self, *, age: float, problem: str) -> None:
-        """Note the age of what would be resumed from, and why it grows beyond what the job asks for."""
+        """Note the age in seconds of the newest committed checkpoint, and the sentence that says why the age grows."""
         if problem.partition(":")[0] != self._checkpoint_problem.partition(":")[0]:
-            say(f"checkpoints: {problem}" if problem else "checkpoints are committed again")
+            log_line(f"checkpoints: {problem}" if problem else "checkpoints are committed again")
         self._checkpoint_age, self._checkpoint_problem = round(age), problem
 
     def end(self, result: Result) -> None:
-        """Send the final report."""
+        """Send the final report, with the result."""
         self._phase = Phase.ENDED
         if self._reporter is not None:
             self._reporter.close(self._report(result))
@@ -218,7 +230,7 @@ class Progress:
             mfu=self._mfu,
             metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
             resumed_from_step=self._resumed_from,
-            history=thin(self._points),
+            history=downsample(self._points),
             checkpoints=self._checkpoints,
             checkpoint_age_seconds=self._checkpoint_age,
             checkpoint_problem=self._checkpoint_problem[:NOTICE_LENGTH],

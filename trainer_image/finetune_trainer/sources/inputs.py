@@ -1,4 +1,6 @@
-"""Brings model and data to this machine before any worker starts, and tells early what is missing or misnamed."""
+"""Downloads base model and data files before any worker starts, so that missing files and misspelled columns are
+reported early. `launcher.py` calls `fetch_inputs`; the preflight checks share the functions for single sources.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,16 @@ from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import check_columns
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.hub_data import fetch_split
+from finetune_trainer.sources.hub_datasets import fetch_split
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files, volume_path
 from finetune_trainer.storage.client import Store
 
 
 def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) -> Inputs:
-    """Fetch model and data into ``folder``; raises UserError with the field's path for what is not there."""
+    """Fetch model and data into ``folder`` and check the columns of the data files.
+
+    Raises UserError that names the field of the spec for a file or column that does not exist.
+    """
     dataset = config.dataset
     train = data_file(dataset.train, "dataset.train", paths, store, folder / "train")
     validation = test = None
@@ -25,15 +30,15 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
         validation = data_file(dataset.validation, "dataset.validation", paths, store, folder / "validation")
     if dataset.test is not None:
         test = data_file(dataset.test, "dataset.test", paths, store, folder / "test")
-    for file, name in ((train, "dataset.train"), (validation, "dataset.validation"), (test, "dataset.test")):
+    for file, field in ((train, "dataset.train"), (validation, "dataset.validation"), (test, "dataset.test")):
         if file is not None:
-            check_columns(file, name, dataset.format)
+            check_columns(file, field, dataset.format)
     model = _model_folder(config.model, paths, store, folder / "model")
     return Inputs(model=model, train=train, validation=validation, test=test)
 
 
 def source_name(source: ModelSpec | DataSource) -> str:
-    """Return how a person names a source: its address, repository or claim."""
+    """Return the name of a source in messages: the `s3://` address, the repository on the hub, or `<claim>/<path>`."""
     hub = getattr(source, "hugging_face", None)
     if hub is not None:
         return str(hub.repo)
@@ -44,32 +49,39 @@ def source_name(source: ModelSpec | DataSource) -> str:
     raise UserError("model", "must name a source")
 
 
-def data_file(source: DataSource, name: str, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return the local path of a data file; raises UserError where it is not there."""
+def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Path:
+    """Return the local path of a data file, or of a folder with the data files of a split. Raises UserError if there is
+    no such file.
+
+    ``field`` is the path of the source in the spec: `dataset.train`. Files that are not on a volume are downloaded into
+    ``folder``.
+    """
     if source.volume is not None:
-        path = volume_path(source.volume, paths, name)
+        path = volume_path(source.volume, paths, field)
         if not path.is_file():
-            raise UserError(f"{name}.volume.path", "must name a file")
+            raise UserError(f"{field}.volume.path", "must name a file")
         return path
     if source.hugging_face is not None:
-        return fetch_split(source.hugging_face, name, data_token(source.hugging_face, name, paths), folder)
+        return fetch_split(source.hugging_face, field, data_token(source.hugging_face, field, paths), folder)
     if source.s3 is None:
-        raise UserError(name, "must be one of huggingFace, s3, volume")
+        raise UserError(field, "must be one of huggingFace, s3, volume")
     location = parse_uri(source.s3.uri)
     folder.mkdir()
     path = folder / Path(location.prefix).name
     if store.download(location.bucket, location.prefix, path) is None:
-        raise UserError(f"{name}.s3.uri", f"there is no object {source.s3.uri}")
+        raise UserError(f"{field}.s3.uri", f"there is no object {source.s3.uri}")
     return path
 
 
-def data_token(source: HuggingFaceDataSource, name: str, paths: Paths) -> str | None:
-    """Return the token for a data set; None where the job names none."""
-    return (paths.hub_data_tokens / name).read_text().strip() if source.token_secret_ref is not None else None
+def data_token(source: HuggingFaceDataSource, field: str, paths: Paths) -> str | None:
+    """Return the access token for a data set on the hub, or None if the spec names no Secret. ``field`` is
+    `dataset.train`, for example, and also the name of the mounted file."""
+    return (paths.hub_data_tokens / field).read_text().strip() if source.token_secret_ref is not None else None
 
 
 def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return the local folder of the base model: a volume's as it is, of anything else what transformers reads."""
+    """Return the local folder of the base model. A model on a volume is used in place; otherwise the files that
+    transformers reads are downloaded into ``folder``."""
     files = model_files(source, paths, store)
     if isinstance(files, LocalFiles):
         return files.folder

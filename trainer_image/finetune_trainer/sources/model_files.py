@@ -1,5 +1,6 @@
-"""Where the files of a base model lie, and how to look at them without fetching them all: their names and sizes, and
-pieces of them. The launcher fetches a model through this, the preflight check reads only headers.
+"""Access to the files of a base model on a volume, in the object store or on the Hugging Face Hub: names, sizes, byte
+ranges, and download. The launcher downloads a model with `ModelFiles`, and the preflight checks read only the headers
+of the weight files.
 """
 
 from __future__ import annotations
@@ -13,36 +14,40 @@ from finetune_core.api.sources import HuggingFaceSource, ModelSpec, S3Source, Vo
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.pod.settings import HUB_SECONDS, Paths
-from finetune_trainer.sources.hub import ask_hub
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub
 from finetune_trainer.storage.client import Store
 
 T = TypeVar("T")
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
-"""What transformers reads of a model folder; weights in pickle formats are left where they are."""
+"""Suffixes of the files that transformers reads from a model folder. Weights in pickle formats are never downloaded."""
 WEIGHTS_SUFFIX = ".safetensors"
-PARALLEL_DOWNLOADS = 4
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+"""Index of a model with several weight files, which maps each tensor to the file that holds it."""
 
 
 class ModelFiles(Protocol):
-    """The files directly in a model's folder."""
+    """Access to the files directly in a model's folder, without its subfolders."""
 
     field: str
-    """Path of the spec's field that names the folder."""
+    """Path of the field in the spec that names the folder, for example `model.s3.uri`."""
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of each file, by name."""
+        """Size of each file in bytes, by file name."""
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """Return ``length`` bytes of a file from ``start`` on, fewer where it ends."""
+        """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Write whole files into ``folder``."""
+        """Write the named files into ``folder``."""
 
 
 def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
-    """Return access to the files of a model; raises UserError where they are not a model's."""
+    """Return access to the files of a base model. Raises UserError if the folder has no `config.json` or no safetensors
+    weights."""
     files: ModelFiles
     if source.volume is not None:
         files = LocalFiles(volume_path(source.volume, paths, "model"), "model.volume.path")
@@ -52,99 +57,102 @@ def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
         files = HubFiles(source.hugging_face, hub_token(paths))
     else:
         raise UserError("model", "must be one of huggingFace, s3, volume")
-    if "config.json" not in files.sizes:
+    if CONFIG_FILE not in files.sizes:
         raise UserError(
-            files.field, "there is no config.json: it must be a folder with a model in transformers' layout"
+            files.field, f"there is no {CONFIG_FILE}: it must be a folder with a model in transformers' layout"
         )
     if not any(name.endswith(WEIGHTS_SUFFIX) for name in files.sizes):
         raise UserError(files.field, "there are no *.safetensors weights; other formats are not read")
     return files
 
 
-def volume_path(source: VolumeSource, paths: Paths, name: str) -> Path:
-    """Return the path of a volume source; raises UserError where it is not there or leads out of the volume."""
+def volume_path(source: VolumeSource, paths: Paths, field: str) -> Path:
+    """Return the path of a file or folder on a mounted volume. Raises UserError if the path does not exist or leads out
+    of the volume. ``field`` is the path of the source in the spec: `dataset.train`."""
     base = paths.volumes / source.claim_name
     path = base / source.path
     if not path.resolve().is_relative_to(base.resolve()):
-        raise UserError(f"{name}.volume.path", "must not lead out of the volume")
+        raise UserError(f"{field}.volume.path", "must not lead out of the volume")
     if not path.exists():
-        raise UserError(f"{name}.volume.path", f"there is no {source.path!r} in volume {source.claim_name!r}")
+        raise UserError(f"{field}.volume.path", f"there is no {source.path!r} in volume {source.claim_name!r}")
     return path
 
 
 def hub_token(paths: Paths) -> str | None:
-    """Return the token for the hub; None where the job names none."""
+    """Return the hub token for the base model, or None if the spec names no Secret."""
     return paths.hub_token_file.read_text().strip() if paths.hub_token_file.is_file() else None
 
 
 class LocalFiles:
-    """A folder on this machine."""
+    """Access to a model folder on a mounted volume."""
 
     def __init__(self, folder: Path, field: str) -> None:
-        """Look at ``folder``; anything else than a folder has no files."""
+        """List ``folder``. A path that is not a folder counts as an empty folder."""
         self.field = field
         self.folder = folder
         names = folder.iterdir() if folder.is_dir() else ()
         self.sizes: Mapping[str, int] = {path.name: path.stat().st_size for path in names if path.is_file()}
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """Return a piece of a file."""
+        """Return ``length`` bytes of a file from offset ``start`` on."""
         with (self.folder / name).open("rb") as file:
             file.seek(start)
             return file.read(length)
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Link files into ``folder``: a volume may hold more than the scratch folder."""
+        """Create symbolic links to the files in ``folder`` instead of copies, because the files may be larger than the
+        scratch space."""
         for name in names:
             (folder / name).symlink_to((self.folder / name).resolve())
 
 
 class StoreFiles:
-    """A folder in the object store."""
+    """Access to a model folder in the object store."""
 
     field = "model.s3.uri"
 
     def __init__(self, source: S3Source, store: Store) -> None:
-        """List the folder; raises OutsideFailure where the store does not answer."""
+        """List the folder. Raises OutsideFailure if the store can't be reached."""
         self._location, self._store = parse_uri(source.uri), store
         start = len(self._location.prefix) + 1 if self._location.prefix else 0
         prefix = self._location.key("") + "/" if self._location.prefix else ""
-        entries = [(entry.key[start:], entry) for entry in store.entries(self._location.bucket, prefix)]
+        entries = [(entry.key[start:], entry) for entry in store.list_objects(self._location.bucket, prefix)]
         self.sizes: Mapping[str, int] = {name: entry.bytes for name, entry in entries if "/" not in name}
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """Return a piece of an object."""
+        """Return ``length`` bytes of an object from offset ``start`` on."""
         data = self._store.read_range(self._location.bucket, self._location.key(name), start, length)
-        return self._there(name, data)
+        return self._require(name, data)
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
         """Download objects, several at a time."""
 
         def download(name: str) -> None:
             stored = self._store.download(self._location.bucket, self._location.key(name), folder / name)
-            self._there(name, stored)
+            self._require(name, stored)
 
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             list(pool.map(download, names))
 
-    def _there(self, name: str, found: T | None) -> T:
+    def _require(self, name: str, found: T | None) -> T:
         if found is None:
             raise UserError(self.field, f"{name} vanished while it was read")
         return found
 
 
 class HubFiles:
-    """A repository on the Hugging Face Hub."""
+    """Access to a model repository on the Hugging Face Hub."""
 
     field = "model.huggingFace.repo"
 
     def __init__(self, source: HuggingFaceSource, token: str | None) -> None:
-        """List the repository; raises UserError for an unknown revision, OutsideFailure where the hub refuses."""
+        """List the repository. Raises UserError for an unknown revision, and OutsideFailure if the hub refuses
+        access."""
         self._repo, self._revision, self._token = source.repo, source.revision, token
-        self.sizes: Mapping[str, int] = self._asked(self._list)
+        self.sizes: Mapping[str, int] = self._call(self._list)
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """Return a piece of a file."""
+        """Return ``length`` bytes of a file from offset ``start`` on."""
 
         def get() -> bytes:
             from huggingface_hub import hf_hub_url
@@ -158,10 +166,11 @@ class HubFiles:
             hf_raise_for_status(response)
             return bytes(response.content[:length])
 
-        return self._asked(get)
+        return self._call(get)
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Download files, several at a time; what a broken download left is used."""
+        """Download files, several at a time. Files that are complete from an earlier, interrupted download are not
+        downloaded again."""
 
         def download() -> None:
             from huggingface_hub import snapshot_download
@@ -175,7 +184,7 @@ class HubFiles:
                 max_workers=PARALLEL_DOWNLOADS,
             )
 
-        self._asked(download)
+        self._call(download)
 
     def _list(self) -> Mapping[str, int]:
         from huggingface_hub import HfApi
@@ -184,9 +193,9 @@ class HubFiles:
         tree = HfApi().list_repo_tree(self._repo, revision=self._revision, token=self._token or False)
         return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
 
-    def _asked(self, request: Callable[[], T]) -> T:
-        """Ask the hub, and say in a sentence what it refused."""
-        return ask_hub(
+    def _call(self, request: Callable[[], T]) -> T:
+        """Run a request to the hub, with the hub's errors turned into UserError and OutsideFailure by `call_hub`."""
+        return call_hub(
             request,
             field="model.huggingFace",
             repo=self._repo,

@@ -1,4 +1,8 @@
-"""The artifact's pointer: the first run that sets it wins, and from then on every attempt ends with that result."""
+"""Commits the artifact of a run (the trained model) and reads back the result of a run whose artifact is committed.
+
+The pointer object `ARTIFACT` names the artifact. The first run that creates the pointer wins, and every later attempt
+of the job returns that result.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,16 @@ from pathlib import Path
 
 from finetune_core.contract import ArtifactRecord, Outcome, Result
 from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Manifest, artifact_folder
-from finetune_trainer.storage.checkpoints import Damaged, commit_folder, read_manifest, upload_files
+from finetune_trainer.storage.commit import Damaged, commit_folder, read_manifest, upload_files
 from finetune_trainer.storage.evaluation_file import read_evaluation
 from finetune_trainer.storage.lineage import check_fence
 from finetune_trainer.storage.root import RunRoot
 
 
 def committed_result(root: RunRoot) -> Result | None:
-    """Return the result of a run whose artifact is committed, None where there is none.
+    """Return the result of a run whose artifact is committed, or None if no artifact is committed.
 
-    Raises Damaged where the pointer names an artifact that is not there any more.
+    Raises Damaged if the pointer names an artifact that does not exist any more or has changed.
     """
     data = root.read(ARTIFACT_POINTER)
     if data is None:
@@ -49,9 +53,9 @@ def publish(
     below: Path | None = None,
     outcome: Outcome = Outcome.COMPLETED,
 ) -> Result:
-    """Upload and commit ``files`` as the artifact of ``run``, set the pointer, and return the result.
+    """Upload and commit ``files`` as the artifact of ``run``, create the pointer, and return the result.
 
-    Where an earlier run has set the pointer, its artifact is the result.
+    If an earlier run has created the pointer already, the result is that of the earlier run's artifact.
     """
     folder = artifact_folder(run)
     manifest = Manifest(kind="Artifact", run=run, step=step, files=upload_files(root, folder, files, below=below))

@@ -1,7 +1,8 @@
-"""One bucket of an S3-compatible store: read, write, create once, list, delete; retried within a budget.
+"""Client of an S3-compatible object store: read, write, create once, list and delete objects. Requests are retried
+within a time budget.
 
-Every failure leaves here as an `OutsideFailure` with a sentence that names the cause. Used by the launcher and
-by every worker; safe to use from several threads.
+Every failure is raised as `OutsideFailure` with a sentence that names the cause. The launcher, the workers and the
+preflight checks use the client, also from several threads at once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from minio.sse import Sse, SseKMS, SseS3
 from finetune_core.api.storage import EncryptionSpec
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import STORE_BUDGET_SECONDS
-from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_connections
+from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_http_pool
 
 T = TypeVar("T")
 
@@ -43,18 +44,20 @@ MISSING_CODES = frozenset({"NoSuchKey", "NoSuchObject", "NotFound", "NoSuchUploa
 EXISTS_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
 CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 PART_BYTES = 64 * 1024 * 1024
-"""minio-py's own default makes 5 MiB parts of which a single failing one aborts the whole object."""
+"""Size of a part in multipart uploads. The default of minio-py, 5 MiB, is too small, because a single failed part
+aborts the upload of the whole object.
+"""
 CHUNK_BYTES = 1024 * 1024
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 DIGEST_METADATA = "sha256"
-"""User metadata of every uploaded file, for people who look at the bucket with other tools."""
+"""User metadata of every uploaded file, so that people can verify an object with other tools."""
 
 
-class Entry(NamedTuple):
-    """An object in a listing."""
+class ListedObject(NamedTuple):
+    """One object in a listing."""
 
     key: str
     bytes: int
@@ -62,15 +65,22 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What was written or read: size and sha256."""
+class ObjectDigest:
+    """Size in bytes and sha256 of an object or a local file."""
 
     bytes: int
     sha256: str
 
 
+def digest_of_file(path: Path) -> ObjectDigest:
+    """Return the size and sha256 of a local file."""
+    with path.open("rb") as file:
+        return ObjectDigest(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
 class Store:
-    """Access to one store; the bucket is named with each call because model and data may lie in other ones."""
+    """Access to one object store. Each call names the bucket, because model and data may be in other buckets than the
+    run."""
 
     def __init__(
         self,
@@ -85,17 +95,17 @@ class Store:
         read_seconds: float = READ_SECONDS,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Prepare access to ``endpoint`` (`http://host:port`); nothing is sent yet.
+        """Prepare access to ``endpoint``, for example `http://minio.minio.svc:9000`, without sending a request.
 
-        ``credentials`` is the folder of a mounted Secret, None for the pod's own identity. ``ca_file`` holds the
-        certificates that sign the endpoint's, None for those of the image. ``wait`` is called with the seconds
-        between two tries of a failing request.
+        ``credentials`` is the folder of a mounted Secret, or None for the pod's own identity. ``ca_file`` holds CA
+        certificates for the endpoint, or is None for those of the image. ``wait`` is called with the seconds between
+        two attempts of a failing request.
         """
         parts = urlsplit(endpoint)
         self.endpoint = endpoint
         self._budget = budget_seconds
-        self._patient = False
-        self._heard: Callable[[str], None] = _nobody
+        self._retry_refusals = False
+        self._on_attempt: Callable[[str], None] = _ignore
         self._wait = wait
         self._sse = _encryption(encryption)
         self._http = urllib3.PoolManager(
@@ -112,7 +122,7 @@ class Store:
             credentials=(
                 CredentialFiles(credentials)
                 if credentials is not None
-                else PodIdentity(region, identity_connections(ca_file))
+                else PodIdentity(region, identity_http_pool(ca_file))
             ),
             http_client=self._http,
         )
@@ -122,26 +132,25 @@ class Store:
             self._client.disable_virtual_style_endpoint()
 
     def with_budget(self, seconds: float) -> Store:
-        """Return the same access with another budget for retries."""
+        """Return the same access with another time budget for retries."""
         return self._copy(_budget=seconds)
 
-    def patient(self, seconds: float, heard: Callable[[str], None]) -> Store:
-        """Return the same access for work in the background: nothing is final within ``seconds``.
+    def for_background(self, seconds: float, on_attempt: Callable[[str], None]) -> Store:
+        """Return the same access for background work, in which no error is final before ``seconds`` have passed. Even
+        refused credentials and a missing bucket are retried, because both can be corrected meanwhile.
 
-        Refused credentials may be rotated, a bucket may come back. ``heard`` is told the sentence of every failed
-        try, and an empty one once a try has worked.
+        ``on_attempt`` is called with the error message of every failed attempt, and with an empty string once an
+        attempt succeeds.
         """
-        return self._copy(_budget=seconds, _patient=True, _heard=heard)
+        return self._copy(_budget=seconds, _retry_refusals=True, _on_attempt=on_attempt)
 
     def _copy(self, **changes: object) -> Store:
         copy = object.__new__(Store)
         copy.__dict__.update(self.__dict__, **changes)
         return copy
 
-    # Reading
-
     def read(self, bucket: str, key: str) -> bytes | None:
-        """Return an object's bytes, None where it does not exist."""
+        """Return an object's bytes, or None if the object does not exist."""
 
         def get() -> bytes:
             with self._open(bucket, key) as response:
@@ -150,7 +159,8 @@ class Store:
         return self._retried(get, bucket, missing=None)
 
     def read_range(self, bucket: str, key: str, start: int, length: int) -> bytes | None:
-        """Return ``length`` bytes of an object from ``start`` on, fewer where it ends; None where it does not exist."""
+        """Return ``length`` bytes of an object from offset ``start`` on, or fewer if the object ends before. Return
+        None if the object does not exist."""
 
         def get() -> bytes:
             try:
@@ -163,32 +173,33 @@ class Store:
 
         return self._retried(get, bucket, missing=None)
 
-    def download(self, bucket: str, key: str, path: Path) -> Stored | None:
-        """Write an object to ``path`` and return its size and digest; None where it does not exist."""
+    def download(self, bucket: str, key: str, path: Path) -> ObjectDigest | None:
+        """Write an object to the local file ``path`` and return its size and sha256, or None if the object does not
+        exist."""
 
-        def get() -> Stored:
+        def get() -> ObjectDigest:
             hasher, size = hashlib.sha256(), 0
             with self._open(bucket, key) as response, path.open("wb") as file:
                 while chunk := response.read(CHUNK_BYTES):
                     hasher.update(chunk)
                     size += file.write(chunk)
-            return Stored(size, hasher.hexdigest())
+            return ObjectDigest(size, hasher.hexdigest())
 
         return self._retried(get, bucket, missing=None)
 
-    def entries(self, bucket: str, prefix: str) -> list[Entry]:
-        """Return all objects below ``prefix``, ordered by key."""
+    def list_objects(self, bucket: str, prefix: str) -> list[ListedObject]:
+        """Return all objects whose keys begin with ``prefix``, ordered by key."""
 
-        def objects() -> list[Entry]:
+        def objects() -> list[ListedObject]:
             found = self._client.list_objects(bucket, prefix=prefix, recursive=True)
             try:
-                return [Entry(item.object_name, item.size, item.last_modified or datetime.now(UTC)) for item in found]
+                return [
+                    ListedObject(item.object_name, item.size, item.last_modified or datetime.now(UTC)) for item in found
+                ]
             except (ValueError, AttributeError) as error:
                 raise urllib3.exceptions.HTTPError(f"its listing can't be read: {error}") from error
 
         return sorted(self._retried(objects, bucket))
-
-    # Writing
 
     def write(self, bucket: str, key: str, data: bytes) -> None:
         """Create or replace an object."""
@@ -199,14 +210,10 @@ class Store:
             bucket,
         )
 
-    def upload(self, bucket: str, key: str, path: Path) -> Stored:
-        """Create or replace an object with the content of ``path`` and return the file's size and digest."""
-        hasher = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                hasher.update(chunk)
-        size = path.stat().st_size
-        metadata = {DIGEST_METADATA: hasher.hexdigest()}
+    def upload(self, bucket: str, key: str, path: Path) -> ObjectDigest:
+        """Create or replace an object with the content of the local file ``path``, and return its size and sha256."""
+        digest = digest_of_file(path)
+        metadata = {DIGEST_METADATA: digest.sha256}
 
         def put() -> None:
             with path.open("rb") as file:
@@ -214,7 +221,7 @@ class Store:
                     bucket,
                     key,
                     file,
-                    size,
+                    digest.bytes,
                     part_size=PART_BYTES,
                     num_parallel_uploads=2,
                     metadata=metadata,
@@ -222,13 +229,15 @@ class Store:
                 )
 
         self._retried(put, bucket)
-        return Stored(size, hasher.hexdigest())
+        return digest
 
     def create(self, bucket: str, key: str, data: bytes) -> bool:
-        """Create an object unless it exists; return whether ``data`` is now its content by this call.
+        """Create an object unless the key exists. Return whether this call has created the object with the content
+        ``data``.
 
-        minio-py's put_object turns `If-None-Match` into user metadata, so this is its signed call below that. A
-        lost response makes the retry meet its own object: that is told apart by reading it back.
+        The method calls minio-py's internal `_execute`, because `put_object` would turn `If-None-Match` into user
+        metadata. If the response to a successful request was lost, the retry finds the object; reading the object back
+        shows that this call has created it.
         """
 
         def put() -> bool:
@@ -244,7 +253,7 @@ class Store:
         return self._retried(put, bucket) or self.read(bucket, key) == data
 
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
-        """Delete objects; one that does not exist is no error."""
+        """Delete objects. A key that does not exist is no error."""
         names = [DeleteObject(key) for key in keys]
         if not names:
             return
@@ -255,11 +264,12 @@ class Store:
 
         self._retried(remove, bucket)
 
-    def abort_uploads(self, bucket: str, prefix: str) -> list[str]:
-        """Abort the multipart uploads below ``prefix`` that nobody finished; return their keys.
+    def abort_multipart_uploads(self, bucket: str, prefix: str) -> list[str]:
+        """Abort the unfinished multipart uploads whose keys begin with ``prefix``, and return these keys.
 
-        MinIO knows no prefixes here, only whole keys and the whole bucket, so its answer is sifted; what it forgot at
-        a restart it clears away itself after a day.
+        MinIO lists unfinished uploads only for a whole key or a whole bucket, not for other prefixes, so the whole
+        bucket is listed and filtered. MinIO forgets such uploads at a restart and then deletes their parts itself after
+        a day.
         """
 
         def uploads() -> list[tuple[str, str]]:
@@ -276,12 +286,10 @@ class Store:
             self._retried(abort, bucket, missing=None)
         return [key for key, _ in stale]
 
-    # Failures
-
     @contextlib.contextmanager
     def _open(self, bucket: str, key: str, *, offset: int = 0, length: int = 0) -> Iterator[urllib3.BaseHTTPResponse]:
-        """Open an object for reading, from ``offset`` on and for ``length`` bytes (0: to its end); its connection is
-        given back, whole or broken."""
+        """Open an object for reading, from ``offset`` on and for ``length`` bytes (0 means to the end). The connection
+        returns to the pool at the end of the block, also after an error."""
         response = self._client.get_object(bucket, key, offset=offset, length=length)
         try:
             yield response
@@ -290,7 +298,11 @@ class Store:
             response.release_conn()
 
     def _retried(self, request: Callable[[], T], bucket: str, *, missing: T | object = ...) -> T:
-        """Call ``request`` until it works, fails for good, or the budget is spent."""
+        """Call ``request`` until a call succeeds, a permanent error occurs, or the time budget is spent.
+
+        ``missing`` is the value to return if the object does not exist; without ``missing``, a missing object is an
+        error.
+        """
         deadline = time.monotonic() + self._budget
         delay = FIRST_DELAY_SECONDS
         failed = False
@@ -311,11 +323,11 @@ class Store:
                 final = False
             else:
                 if failed:
-                    self._heard("")
+                    self._on_attempt("")
                 return done
             failed = True
-            self._heard(cause)
-            if (final and not self._patient) or time.monotonic() + delay > deadline:
+            self._on_attempt(cause)
+            if (final and not self._retry_refusals) or time.monotonic() + delay > deadline:
                 raise OutsideFailure(cause)
             self._wait(delay)
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
@@ -334,26 +346,26 @@ class Store:
         if error.code == "NoSuchBucket":
             return f"storage.uri: bucket {bucket!r} does not exist at {self.endpoint}"
         if error.code == "IncompleteBody":
-            # What MinIO answers to a write that runs out of room in its middle.
+            # MinIO answers IncompleteBody to a write during which its disk becomes full.
             return (
                 f"storage.endpoint: {self.endpoint} took only a part of an object ({error.code}): its disk may be full"
             )
         return f"storage.endpoint: {self.endpoint} answered {error.code}: {error.message}"
 
 
-def _nobody(sentence: str) -> None:
-    """Nobody wants to hear of single tries."""
+def _ignore(sentence: str) -> None:
+    """Ignore the messages of single attempts."""
 
 
 def _encryption(wanted: EncryptionSpec | None) -> Sse | None:
-    """Return the headers of server-side encryption."""
+    """Return minio-py's parameter for server-side encryption, or None without encryption."""
     if wanted is None:
         return None
     return SseKMS(wanted.kms.key_id, {}) if wanted.kms is not None else SseS3()
 
 
 def _short(error: Exception) -> str:
-    """Return an error's innermost reason without urllib3's object addresses."""
+    """Return the innermost reason of an error, without urllib3's object addresses."""
     reason = getattr(error, "reason", None)
     text = str(reason if isinstance(reason, Exception) else error)
     return text.rpartition(">: ")[2] or type(error).__name__

@@ -1,6 +1,6 @@
-"""Where the access key comes from: files of a mounted Secret, or the pod's own identity.
+"""Providers of the S3 access key for minio-py: files of a mounted Secret, or the pod's own identity.
 
-Both are asked anew for each request, so that a rotated Secret and an expired session need no restart.
+Both providers look up the key again for each request, so that a rotated Secret and an expired session need no restart.
 """
 
 from __future__ import annotations
@@ -12,24 +12,27 @@ import urllib3
 from minio.credentials import Credentials, EnvAWSProvider, IamAwsProvider, Provider
 
 STS_ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL_STS"
-"""Address of the security token service for web identity, as the AWS tools know it; MinIO serves it at its own."""
+"""Endpoint of the security token service (STS) for web identity, as in the AWS tools. MinIO serves STS at its own
+endpoint.
+"""
 WEB_IDENTITY_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
 IDENTITY_SECONDS = 10.0
 
 
 class NoCredentials(Exception):  # noqa: N818  (a state that may pass, as a Secret is replaced)
-    """There is no access key at the moment; the message says where it should come from."""
+    """There is no access key at the moment. The message says where the key should come from."""
 
 
 class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type information
-    """Reads the files of a mounted Secret."""
+    """Reads the access key from the files of a mounted Secret."""
 
     def __init__(self, folder: Path) -> None:
-        """Read from files in ``folder`` that are named after the environment variables of the AWS tools."""
+        """Read from files in ``folder`` that are named after the environment variables of the AWS tools, such as
+        `AWS_ACCESS_KEY_ID`."""
         self._folder = folder
 
     def retrieve(self) -> Credentials:
-        """Return the credentials as the files hold them now; raises NoCredentials where one is missing."""
+        """Return the credentials that the files hold now. Raises NoCredentials if a file is missing or empty."""
         values = {}
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
             path = self._folder / name
@@ -42,25 +45,29 @@ class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type info
 
 
 class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type information
-    """The identity that the cluster gives the pod.
+    """Obtains an access key from the identity that the cluster gives the pod.
 
-    In this order: an access key in the environment; a web identity token (IRSA, or MinIO's AssumeRoleWithWebIdentity
-    where `AWS_ENDPOINT_URL_STS` names it); the container's credentials (EKS Pod Identity, ECS); the node's role.
+    The sources are tried in the following order:
+
+    - an access key in the environment
+    - a web identity token (IRSA on EKS, or AssumeRoleWithWebIdentity of MinIO if `AWS_ENDPOINT_URL_STS` names it)
+    - the container credentials endpoint (EKS Pod Identity, ECS)
+    - the role of the node
     """
 
     def __init__(self, region: str, http: urllib3.PoolManager) -> None:
-        """Ask over ``http``; the variables of the AWS tools in the environment say whom."""
+        """Send requests over ``http``. The environment variables of the AWS tools determine the endpoint."""
         endpoint = os.environ.get(STS_ENDPOINT_VARIABLE) if os.environ.get(WEB_IDENTITY_VARIABLE) else None
         self._provider = IamAwsProvider(custom_endpoint=endpoint, http_client=http, region=region)
 
     def retrieve(self) -> Credentials:
-        """Return an access key that has not expired; raises NoCredentials where nobody gives one."""
+        """Return an access key that has not expired. Raises NoCredentials if no source gives a key."""
         fixed = EnvAWSProvider().retrieve() if _has_key() else None
         if fixed is not None:
             return fixed
         try:
             return self._provider.retrieve()
-        # minio-py raises ValueError for a refusal, and whatever a malformed answer leads to.
+        # minio-py raises ValueError for a refusal. A malformed response leads to the other exceptions.
         except (ValueError, KeyError, OSError, urllib3.exceptions.HTTPError) as error:
             raise NoCredentials(
                 "storage.credentialsSecretRef is absent and the pod's own identity gives no access key"
@@ -73,16 +80,18 @@ def _has_key() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return why, without the query of the address: it may hold a token."""
+    """Return the reason of an error without the query string of the URL, because the query may contain a token."""
     text = str(getattr(error, "reason", None) or error).splitlines()[0] if str(error) else type(error).__name__
     return text.partition("?")[0].rpartition(">: ")[2][:200] or type(error).__name__
 
 
-def identity_connections(ca_file: Path | None) -> urllib3.PoolManager:
-    """Return connections for asking who the pod is: short times, a few tries, the store's certificates too."""
+def identity_http_pool(ca_file: Path | None) -> urllib3.PoolManager:
+    """Return a connection pool for requests to identity services: short timeouts, two retries, and the CA of the object
+    store in addition."""
     return urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=IDENTITY_SECONDS, read=IDENTITY_SECONDS),
-        # Who asks tries again, within its own budget; MinIO's 503 asks to come back after a minute.
+        # Few retries suffice, because `Store` retries the whole request within its own time budget. Retry-After is
+        # ignored, because MinIO's 503 asks for a minute.
         retries=urllib3.Retry(
             total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504], respect_retry_after_header=False
         ),

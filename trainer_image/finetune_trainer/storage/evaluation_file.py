@@ -48,7 +48,7 @@ def read_evaluation(root: RunRoot, run: int) -> EvaluationFile | None:
 
 def newest_base_evaluation(root: RunRoot) -> EvaluationFile | None:
     """Return the newest file that has the base model's scores, without the tuned model's; None where no file has."""
-    for entry in sorted(root.entries("evaluation/"), key=lambda entry: entry.key, reverse=True):
+    for entry in sorted(root.list_objects("evaluation/"), key=lambda entry: entry.key, reverse=True):
         data = root.read(entry.key)
         if data is None:
             continue

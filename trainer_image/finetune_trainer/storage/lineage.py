@@ -1,7 +1,8 @@
-"""Run numbers: each start of the gang takes the next one, which fences the earlier ones and records what it grew from.
+"""Run numbers and run records. Each start of a job's ranks, and each rollback, claims the next run number. The record
+names the checkpoint that the run continues, and the higher number keeps earlier runs from writing (fencing).
 
-Resume follows the records backwards and never asks for the highest step: a branch that was left (a rollback, a
-partitioned node) may have higher ones.
+A resuming run follows the records back to its parents instead of taking the checkpoint with the highest step. The
+highest step may belong to an abandoned branch, after a rollback or on a partitioned node.
 """
 
 from __future__ import annotations
@@ -17,42 +18,42 @@ from finetune_trainer.storage.root import RunRoot
 
 
 class CheckpointId(NamedTuple):
-    """Which checkpoint: the run that wrote it and the step that it holds."""
+    """Identifies a checkpoint by the run that wrote it and the optimizer step that it holds."""
 
     run: int
     step: int
 
 
 class ParentRecord(ContractModel):
-    """The checkpoint that a run grew from."""
+    """The checkpoint that a run resumed from."""
 
     run: int
     step: int
 
 
 class Rollback(ContractModel):
-    """A return to an earlier checkpoint; it holds for every later step of the lineage."""
+    """A rollback to an earlier checkpoint. The rollback applies to all later steps of the lineage."""
 
     step: int
-    """Step that was returned to: later ones use the lower rate."""
+    """Step of the checkpoint that training returned to. Later steps use the learning rate times `rate_factor`."""
     rate_factor: float
     skip_from: int
-    """First step whose global batch is consumed without an update."""
+    """First step whose global batch is consumed without an optimizer update."""
     skip_to: int
-    """Last such step."""
+    """Last step whose global batch is consumed without an optimizer update."""
     reason: str
 
 
 class RunRecord(ContractModel):
-    """Content of `runs/<run>.json`; it differs between any two writers, so that a conditional write can be told
-    from another's."""
+    """Content of `runs/<run>.json`. `attempt` and `pod_uid` make the records of any two writers different, so that a
+    writer can tell its own record from another one after a conditional write."""
 
     version: int = 1
     attempt: int
     pod_uid: str
     parent: ParentRecord | None = None
     rate_factor: float = 1.0
-    """Product over `rollbacks`, for people who read the file."""
+    """Product of the factors in `rollbacks`, for people who read the file."""
     rollbacks: list[Rollback] = []
     """All rollbacks of the lineage, oldest first."""
 
@@ -60,7 +61,8 @@ class RunRecord(ContractModel):
 def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId]) -> list[CheckpointId]:
     """Return the checkpoints that a new run may resume from, best first.
 
-    First those of the newest run, newest first; then its parent and the older ones of the parent's run; and so on.
+    The checkpoints of the newest run come first, newest first. Then follow the parent of that run and the older
+    checkpoints of the parent's run, and so on.
     """
     by_run: dict[int, list[int]] = {}
     for checkpoint in committed:
@@ -71,7 +73,8 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
         steps = sorted(by_run.get(run, []), reverse=True)
         found += [CheckpointId(run, step) for step in steps if newest_step is None or step <= newest_step]
         parent = records[run].parent
-        # A parent is an older run, always: this also ends the loop on a record that was tampered with.
+        # A parent always has a lower run number. The second condition ends the loop for a record that was tampered
+        # with.
         if parent is None or parent.run >= run:
             break
         run, newest_step = parent.run, parent.step
@@ -79,13 +82,13 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
 
 
 def run_numbers(root: RunRoot) -> list[int]:
-    """Return the run numbers that were taken, ascending."""
-    matches = (re.fullmatch(r"runs/(\d+)\.json", entry.key) for entry in root.entries("runs/"))
+    """Return the run numbers that were claimed so far, in ascending order."""
+    matches = (re.fullmatch(r"runs/(\d+)\.json", entry.key) for entry in root.list_objects("runs/"))
     return sorted(int(match[1]) for match in matches if match)
 
 
 def read_records(root: RunRoot) -> dict[int, RunRecord]:
-    """Return the records of all runs."""
+    """Return the records of all runs, by run number."""
     records = {}
     for run in run_numbers(root):
         data = root.read(run_key(run))
@@ -94,13 +97,13 @@ def read_records(root: RunRoot) -> dict[int, RunRecord]:
     return records
 
 
-def take_run(root: RunRoot, run: int, record: RunRecord) -> bool:
-    """Take run number ``run``; False where another writer has it."""
+def claim_run_number(root: RunRoot, run: int, record: RunRecord) -> bool:
+    """Create the record of run number ``run``. Return False if another writer has claimed the number."""
     return root.create(run_key(run), record.to_json().encode())
 
 
 def check_fence(root: RunRoot, run: int) -> None:
-    """Raise NewerRun where a later start of the job has taken a higher run number."""
+    """Raise NewerRun if a later start of the job has claimed a higher run number than ``run``."""
     newest = max(run_numbers(root), default=run)
     if newest > run:
         raise NewerRun(f"run {newest} of this job has started, so run {run} stopped writing to the bucket")

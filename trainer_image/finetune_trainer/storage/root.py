@@ -1,4 +1,6 @@
-"""The root of one run in the bucket: every key of the layout is read and written below it through this class."""
+"""The root of one run in the bucket, with the store and credentials to access the bucket. All modules that read or
+write the bucket's layout use `RunRoot`.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_core.layout import Location
-from finetune_trainer.storage.client import Entry, Store, Stored
+from finetune_core.contract import RunConfig
+from finetune_core.layout import Location, parse_uri
+from finetune_trainer.pod.settings import Paths
+from finetune_trainer.storage.client import ListedObject, ObjectDigest, Store
 
 
 @dataclass(frozen=True)
 class RunRoot:
-    """`<uri>/<namespace>/<name>/<runId>` with the store that it lies in; keys are relative to it."""
+    """The prefix `<uri>/<namespace>/<name>/<runId>` in an object store. All keys are relative to this prefix."""
 
     store: Store
     location: Location
 
     def read(self, key: str) -> bytes | None:
-        """Return an object's bytes, None where it does not exist."""
+        """Return an object's bytes, or None if the object does not exist."""
         return self.store.read(self.location.bucket, self.location.key(key))
 
     def write(self, key: str, data: bytes) -> None:
@@ -26,35 +30,50 @@ class RunRoot:
         self.store.write(self.location.bucket, self.location.key(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create an object unless it exists; return whether ``data`` is now its content by this call."""
+        """Create an object unless the key exists. Return whether this call has created the object with the content
+        ``data``."""
         return self.store.create(self.location.bucket, self.location.key(key), data)
 
-    def upload(self, key: str, path: Path) -> Stored:
-        """Create or replace an object with a file's content."""
+    def upload(self, key: str, path: Path) -> ObjectDigest:
+        """Create or replace an object with the content of a local file."""
         return self.store.upload(self.location.bucket, self.location.key(key), path)
 
-    def download(self, key: str, path: Path) -> Stored | None:
-        """Write an object to a file; None where it does not exist."""
+    def download(self, key: str, path: Path) -> ObjectDigest | None:
+        """Write an object to a local file. Return None if the object does not exist."""
         return self.store.download(self.location.bucket, self.location.key(key), path)
 
-    def entries(self, folder: str) -> list[Entry]:
-        """Return the objects below ``folder`` (with a slash at its end) with relative keys."""
+    def list_objects(self, folder: str) -> list[ListedObject]:
+        """Return the objects below ``folder``, for example `checkpoints/`, with keys relative to the root."""
         start = len(self.location.key("")) + 1 if self.location.prefix else 0
-        found = self.store.entries(self.location.bucket, self.location.key(folder))
+        found = self.store.list_objects(self.location.bucket, self.location.key(folder))
         return [entry._replace(key=entry.key[start:]) for entry in found]
 
     def delete(self, keys: list[str]) -> None:
-        """Delete objects."""
+        """Delete objects. A key that does not exist is no error."""
         self.store.delete(self.location.bucket, [self.location.key(key) for key in keys])
 
-    def abort_uploads(self) -> list[str]:
-        """Abort all multipart uploads below the root that nobody finished; return their keys in the bucket."""
-        return self.store.abort_uploads(self.location.bucket, self.location.key("") + "/")
+    def abort_multipart_uploads(self) -> list[str]:
+        """Abort all unfinished multipart uploads below the root, and return their full keys in the bucket."""
+        return self.store.abort_multipart_uploads(self.location.bucket, self.location.key("") + "/")
 
-    def patient(self, seconds: float, heard: Callable[[str], None]) -> RunRoot:
-        """Return the same root for work in the background; see `Store.patient`."""
-        return RunRoot(self.store.patient(seconds, heard), self.location)
+    def for_background(self, seconds: float, on_attempt: Callable[[str], None]) -> RunRoot:
+        """Return the same root for background work, as described at `Store.for_background`."""
+        return RunRoot(self.store.for_background(seconds, on_attempt), self.location)
 
     def uri(self, key: str) -> str:
         """Return the `s3://` address of a key."""
         return self.location.uri(key)
+
+
+def open_root(config: RunConfig, paths: Paths) -> RunRoot:
+    """Return the root of the run that the run file describes, with access to its object store."""
+    storage = config.storage
+    store = Store(
+        storage.endpoint,
+        storage.region,
+        paths.credentials if storage.credentials == "Secret" else None,
+        addressing=storage.addressing,
+        encryption=storage.encryption,
+        ca_file=paths.storage_ca_file if paths.storage_ca_file.is_file() else None,
+    )
+    return RunRoot(store, parse_uri(storage.uri))

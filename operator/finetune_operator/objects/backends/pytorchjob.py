@@ -1,7 +1,9 @@
-"""Kubeflow's PyTorchJob as backend: worker replicas only, with a static rendezvous that the template supplies.
+"""The backend that runs an attempt as a Kubeflow PyTorchJob.
 
-Without a Master training-operator adds no init container (whose image breaks `restricted` and air-gapped
-clusters) and counts the job as succeeded only when every worker is. Its own retries, deadline and TTL stay unused.
+The PyTorchJob has Worker replicas only, and the pod template gives a static address of rank 0. Without a Master replica
+training-operator adds no init container, whose image would break `restricted` namespaces and air-gapped clusters, and
+counts the PyTorchJob as succeeded only when every worker has succeeded. The retries, deadline and TTL of PyTorchJob
+are not used, because the operator has its own.
 """
 
 from __future__ import annotations
@@ -12,39 +14,43 @@ from typing import Any
 from finetune_core.api import FineTuneJob
 from finetune_core.api.conditions import Reason
 from finetune_operator import messages
-from finetune_operator.kube.cluster import ApiError, Cluster, Manifest
+from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.manifest import Manifest
+from finetune_operator.kube.resources import PYTORCHJOBS
 from finetune_operator.objects.labels import QUEUE_NAME, QUEUE_PRIORITY, attempt_labels, owner_reference
-from finetune_operator.objects.observed import ChildObservation, controller_uid, parse_time
-from finetune_operator.objects.pods import AttemptPlan, pod_template
-from finetune_operator.queue.problems import OutsideError
+from finetune_operator.objects.observations import ChildObservation, controller_uid, parse_time
+from finetune_operator.objects.pod_template import AttemptSpec, pod_template
+from finetune_operator.queue.retryable import RetryableError
+
+KIND = "PyTorchJob"
 
 
-def build_pytorchjob(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
+def build_pytorchjob(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
     """Return the PyTorchJob of an attempt."""
     resources = job.spec.resources
-    labels = attempt_labels(job.metadata.name, job.metadata.uid, plan.number)
+    labels = attempt_labels(job.metadata.name, job.metadata.uid, attempt.number)
     if queue := job.spec.run_policy.queue_name:
         labels[QUEUE_NAME] = queue
     if priority := job.metadata.labels.get(QUEUE_PRIORITY):
         labels[QUEUE_PRIORITY] = priority
     return {
-        "apiVersion": "kubeflow.org/v1",
-        "kind": "PyTorchJob",
+        "apiVersion": PYTORCHJOBS.api_version,
+        "kind": KIND,
         "metadata": {
-            "name": plan.name,
+            "name": attempt.name,
             "namespace": job.metadata.namespace,
             "labels": labels,
             "ownerReferences": [owner_reference(job)],
         },
         "spec": {
-            # A string on purpose: the schema refuses a number, and `auto` would ask the node.
+            # The CRD requires a string here. With the value `auto` the node would decide the number.
             "nprocPerNode": str(max(1, resources.gpus_per_node)),
             "runPolicy": {"cleanPodPolicy": "Running"},
             "pytorchReplicaSpecs": {
                 "Worker": {
                     "replicas": resources.nodes,
                     "restartPolicy": "Never",
-                    "template": pod_template(job, plan),
+                    "template": pod_template(job, attempt),
                 }
             },
         },
@@ -56,71 +62,75 @@ def parse_pytorchjob(manifest: Mapping[str, Any]) -> ChildObservation:
     metadata, spec = manifest["metadata"], manifest["spec"]
     conditions = {item["type"]: item for item in manifest.get("status", {}).get("conditions") or []}
 
-    def when(kind: str, status: str) -> Mapping[str, Any]:
+    def condition_if(kind: str, status: str) -> Mapping[str, Any]:
+        """Return the condition ``kind`` if its status is ``status``, else an empty mapping."""
         condition = conditions.get(kind, {})
         return condition if condition.get("status") == status else {}
 
-    end = when("Failed", "True") or when("Succeeded", "True")
+    end = condition_if("Failed", "True") or condition_if("Succeeded", "True")
     return ChildObservation(
         name=metadata["name"],
         uid=metadata["uid"],
         owner_uid=controller_uid(manifest),
         deleting="deletionTimestamp" in metadata,
-        suspended=bool(spec.get("runPolicy", {}).get("suspend") or when("Suspended", "True")),
-        resumed_at=parse_time(when("Suspended", "False").get("lastTransitionTime")),
+        suspended=bool(spec.get("runPolicy", {}).get("suspend") or condition_if("Suspended", "True")),
+        resumed_at=parse_time(condition_if("Suspended", "False").get("lastTransitionTime")),
         replicas=spec.get("pytorchReplicaSpecs", {}).get("Worker", {}).get("replicas", 1),
-        succeeded=bool(when("Succeeded", "True")),
-        failed=bool(when("Failed", "True")),
-        failed_at=parse_time(when("Failed", "True").get("lastTransitionTime")),
+        succeeded=bool(condition_if("Succeeded", "True")),
+        failed=bool(condition_if("Failed", "True")),
+        failed_at=parse_time(condition_if("Failed", "True").get("lastTransitionTime")),
         message=end.get("message", ""),
     )
 
 
 class PyTorchJobBackend:
-    """Creates, observes and deletes PyTorchJobs."""
+    """Implements the interface `Backend` with PyTorchJobs."""
 
-    kind = "PyTorchJob"
+    kind = KIND
 
-    def __init__(self, cluster: Cluster) -> None:
-        """Use ``cluster`` for every request."""
-        self._cluster = cluster
+    def __init__(self, client: KubeClient) -> None:
+        """Send every request with ``client``."""
+        self._client = client
 
-    def build(self, job: FineTuneJob, plan: AttemptPlan) -> Manifest:
+    def build(self, job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
         """Return the PyTorchJob of an attempt."""
-        return build_pytorchjob(job, plan)
+        return build_pytorchjob(job, attempt)
 
     async def create(self, manifest: Manifest) -> ChildObservation:
-        """Create the PyTorchJob. A 409 means an earlier try did, or somebody else owns the name."""
+        """Create the PyTorchJob. After a 409, return the existing PyTorchJob if this job owns it.
+
+        Raises RetryableError where another object has the name, or where the API server refuses the PyTorchJob.
+        """
         name = manifest["metadata"]["name"]
         try:
-            return parse_pytorchjob(await self._cluster.create_child(manifest))
+            return parse_pytorchjob(await self._client.create_child(manifest))
         except ApiError as error:
-            if error.status != 409:
-                raise _create_problem(error, name) from error
-        namespace, owner = manifest["metadata"]["namespace"], controller_uid(manifest)
-        existing = await self.observe(namespace, name)
+            if not error.is_conflict:
+                raise _creation_error(error, name) from error
+            conflict = error
+        existing = await self.observe(manifest["metadata"]["namespace"], name)
         if existing is None:
-            raise ApiError(409, "Conflict", f"PyTorchJob {name} was deleted while it was created")
-        if existing.owner_uid != owner:
-            raise OutsideError(Reason.NAME_CONFLICT, messages.name_conflict(self.kind, name))
+            # The PyTorchJob was deleted after the 409. The same error makes the worker reconcile again soon.
+            raise ApiError(conflict.status, "Conflict", f"PyTorchJob {name} was deleted while it was created")
+        if existing.owner_uid != controller_uid(manifest):
+            raise RetryableError(Reason.NAME_CONFLICT, messages.name_conflict(self.kind, name))
         return existing
 
     async def observe(self, namespace: str, name: str) -> ChildObservation | None:
-        """Return the PyTorchJob as it is, or None."""
-        manifest = await self._cluster.get_child(namespace, name)
+        """Return the PyTorchJob as the API server has it, or None where it does not exist."""
+        manifest = await self._client.get_child(namespace, name)
         return parse_pytorchjob(manifest) if manifest else None
 
     async def delete(self, namespace: str, child: ChildObservation) -> None:
-        """Delete exactly this PyTorchJob."""
-        await self._cluster.delete_child(namespace, child.name, child.uid)
+        """Delete the PyTorchJob with the uid of ``child``."""
+        await self._client.delete_child(namespace, child.name, child.uid)
 
 
-def _create_problem(error: ApiError, name: str) -> Exception:
-    """Return what stands in the way: a missing kind, a webhook, a policy; or the error where it is the server's."""
-    if error.status == 404 and not error.reason:
-        # The server's plain "404 page not found": it does not know the kind. A missing namespace has a reason.
-        return OutsideError(Reason.BACKEND_UNAVAILABLE, messages.backend_missing())
+def _creation_error(error: ApiError, name: str) -> Exception:
+    """Return a RetryableError for a missing CRD or a refused PyTorchJob; ``error`` itself for every other failure."""
+    if error.is_not_found and not error.reason:
+        # An unknown kind is answered with the plain text "404 page not found". A missing namespace has a reason.
+        return RetryableError(Reason.BACKEND_UNAVAILABLE, messages.backend_missing())
     if error.is_refusal:
-        message = messages.backend_refused("PyTorchJob", name, error.message)
-        return OutsideError(Reason.BACKEND_UNAVAILABLE, message)
+        return RetryableError(Reason.BACKEND_UNAVAILABLE, messages.backend_refused(KIND, name, error.message))
     return error

@@ -1,0 +1,74 @@
+"""Formats sizes, durations, measured values and one-line curves for people.
+
+The views of a job (`panel.py` and `log_lines.py`) and the commands call these pure functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+BARS = "▁▂▃▄▅▆▇█"
+"""Characters of a curve, from low to high."""
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in decimal units, for example `999 B` or `11.2 MB`."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in its two largest units, for example `42 s`, `1 min 05 s`, `3 h 20 min` or `2 d 4 h`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def number(value: str | float) -> str:
+    """Return a measured value with four significant digits, for example `0.5723`, `1.004`, `242.7` or `12345`."""
+    quantity = float(value)
+    if not math.isfinite(quantity):
+        return str(quantity)
+    if abs(quantity) >= 1000:
+        return f"{quantity:.0f}"
+    return f"{quantity:.4g}"
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Return a curve of at most ``width`` characters with the newest value at the right.
+
+    The heights are logarithmic where all finite values are greater than zero, because a loss falls by orders of
+    magnitude. A longer series is divided into equal parts, and each part is drawn as its mean. A value that is not
+    finite leaves a gap.
+    """
+    heights = [math.log(value) if _all_positive(values) and math.isfinite(value) else value for value in values]
+    stretches = [_stretch(heights, column, width) for column in range(min(width, len(heights)))]
+    means = [sum(known) / len(known) if known else None for known in stretches]
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if mean is None else BARS[round((mean - low) * scale)] for mean in means)
+
+
+def _all_positive(values: Sequence[float]) -> bool:
+    """Return whether all finite values are greater than zero, so that a logarithmic axis can show them."""
+    return all(value > 0 for value in values if math.isfinite(value))
+
+
+def _stretch(values: Sequence[float], column: int, width: int) -> list[float]:
+    """Return the finite values that the character in ``column`` stands for."""
+    columns = min(width, len(values))
+    start, end = column * len(values) // columns, (column + 1) * len(values) // columns
+    return [value for value in values[start:end] if math.isfinite(value)]

@@ -1,0 +1,269 @@
+"""Reads FineTuneJobs, Secrets and ConfigMaps from the API server. No other module of the CLI talks to Kubernetes.
+
+The client is configured by a kubeconfig, as kubectl is. Problems that a user can correct are raised as UserError. The
+commands, the demo and the end-to-end tests use `JobClient`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import urllib3
+import yaml
+from kubernetes import client, config, watch
+from pydantic import ValidationError
+
+from finetune_cli.formatting import duration
+from finetune_core.api.job import GROUP, KIND, PLURAL, VERSION, FineTuneJob
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
+from finetune_core.errors import UserError
+
+CALL_TIMEOUT_SECONDS = (5, 30)
+"""Timeouts for connecting and for reading the answer."""
+WATCH_SECONDS = 30
+"""Seconds after which the API server ends a watch, so that a connection that was lost without an error is replaced
+soon."""
+RECONNECT_FOR_SECONDS = 600
+"""Seconds for which the client tries to reach an API server that does not answer."""
+RECONNECT_DELAYS_SECONDS = (1, 2, 4, 8, 15)
+"""Seconds between two tries to reach the API server. The last delay repeats."""
+SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+NOT_A_KUBECONFIG = (TypeError, AttributeError, KeyError, ValueError)
+"""Exceptions that the Kubernetes client raises for a kubeconfig whose YAML has an unexpected structure."""
+
+
+class ConnectionLostError(Exception):
+    """The API server could not be reached. Another try may succeed."""
+
+
+def load_client() -> tuple[client.ApiClient, str]:
+    """Return a client and the default namespace, from KUBECONFIG, ~/.kube/config or the pod's service account."""
+    try:
+        config.load_config()
+    except (config.ConfigException, OSError, yaml.YAMLError, *NOT_A_KUBECONFIG) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            "kubeconfig", f"cannot be loaded ({reason}); set KUBECONFIG or create ~/.kube/config"
+        ) from error
+    return client.ApiClient(), _default_namespace()
+
+
+def _default_namespace() -> str:
+    """Return the namespace of the current context, or inside a pod the pod's namespace."""
+    try:
+        _, context = config.list_kube_config_contexts()
+    except (config.ConfigException, OSError):
+        return SERVICE_ACCOUNT_NAMESPACE.read_text().strip() if SERVICE_ACCOUNT_NAMESPACE.exists() else "default"
+    return str(context["context"].get("namespace") or "default")
+
+
+class JobClient:
+    """Reads the FineTuneJobs of one namespace, and the Secrets and ConfigMaps that the jobs name."""
+
+    def __init__(self, api: client.ApiClient, namespace: str) -> None:
+        self._custom = client.CustomObjectsApi(api)
+        self._core = client.CoreV1Api(api)
+        self._namespace = namespace
+
+    def get(self, name: str) -> FineTuneJob:
+        """Return the job. Raises UserError where the job does not exist, ConnectionLostError where no API server
+        answers."""
+        try:
+            return parse(
+                self._custom.get_namespaced_custom_object(
+                    GROUP, VERSION, self._namespace, PLURAL, name, _request_timeout=CALL_TIMEOUT_SECONDS
+                )
+            )
+        except client.ApiException as error:
+            raise self._to_exception(name, error) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise ConnectionLostError(_cause(error)) from error
+
+    def follow(
+        self, name: str, notify: Callable[[str], None], *, give_up_after: float | None = None
+    ) -> Iterator[FineTuneJob]:
+        """Yield the job now and after each change, without an end. ``notify`` gets a sentence when the connection is
+        lost.
+
+        Raises TimeoutError after ``give_up_after`` seconds. Raises UserError when the job does not exist or is deleted,
+        or when the API server does not answer for ten minutes. Raises ConnectionLostError when no API server answers at
+        the start.
+        """
+        until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
+        # At the start the client does not retry, because an unreachable server then is more likely a wrong kubeconfig
+        # than a restart.
+        current, version = self._list(name)
+        yield parse(current)
+        while (left := until - time.monotonic()) > 0:
+            uid, seen = current["metadata"]["uid"], current["metadata"]["resourceVersion"]
+            try:
+                for current in self._changes(name, version, min(left, WATCH_SECONDS)):
+                    seen = current["metadata"]["resourceVersion"]
+                    yield parse(current)
+            except ConnectionLostError as error:
+                notify(f"lost the connection to the API server ({error}); trying again")
+            current, version = self._list_with_retries(name, notify)
+            if current["metadata"]["uid"] != uid:
+                raise UserError(self._subject(name), "was deleted and created anew; watch it again")
+            if current["metadata"]["resourceVersion"] != seen:
+                yield parse(current)
+        raise TimeoutError(f"{self._subject(name)} was followed for {give_up_after} s")
+
+    def secret(self, name: str) -> dict[str, str]:
+        """Return the decoded values of a Secret. Raises UserError where the Secret is missing or may not be read."""
+        found = self._read(
+            self._core.read_namespaced_secret,
+            f"Secret {self._namespace}/{name}",
+            name,
+            {
+                404: "does not exist; the job names it in `storage.credentialsSecretRef`",
+                403: f"you may not read it; set {ACCESS_KEY_ID} and {SECRET_ACCESS_KEY}",
+            },
+        )
+        return {key: base64.b64decode(value).decode() for key, value in (found.data or {}).items()}
+
+    def config_map(self, name: str) -> dict[str, str]:
+        """Return the values of a ConfigMap. Raises UserError where the ConfigMap is missing or may not be read."""
+        found = self._read(
+            self._core.read_namespaced_config_map,
+            f"ConfigMap {self._namespace}/{name}",
+            name,
+            {404: "does not exist; the job names it in `storage.caConfigMapRef`"},
+        )
+        return dict(found.data or {})
+
+    def _read(self, read: Callable[..., Any], subject: str, name: str, sentences: Mapping[int, str]) -> Any:
+        """Return an object that ``read`` fetches. An HTTP error raises UserError with its sentence in ``sentences``."""
+        try:
+            return read(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
+        except client.ApiException as error:
+            raise UserError(subject, sentences.get(error.status) or _status_message(error)) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise ConnectionLostError(str(error)) from error
+
+    def _list_with_retries(self, name: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+        """Return the result of ``_list``, with retries because a restarting API server is back within minutes."""
+        until = time.monotonic() + RECONNECT_FOR_SECONDS
+        for attempt in range(RECONNECT_FOR_SECONDS):
+            try:
+                return self._list(name)
+            except ConnectionLostError as error:
+                delay = RECONNECT_DELAYS_SECONDS[min(attempt, len(RECONNECT_DELAYS_SECONDS) - 1)]
+                if time.monotonic() + delay > until:
+                    raise UserError(
+                        "API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)} ({error})"
+                    ) from error
+                if attempt == 1:
+                    notify(f"the API server does not answer ({error}); trying again")
+                # `until` bounds the sum of these back-offs.
+                time.sleep(delay)
+        raise UserError("API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)}")
+
+    def _list(self, name: str) -> tuple[dict[str, Any], str]:
+        """Return the job, and the resourceVersion from which a watch continues.
+
+        The returned resourceVersion is that of the list, because the resourceVersion of a job that has not changed for
+        minutes may be too old for a watch.
+        """
+        try:
+            found = self._custom.list_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                self._namespace,
+                PLURAL,
+                field_selector=f"metadata.name={name}",
+                _request_timeout=CALL_TIMEOUT_SECONDS,
+            )
+        except client.ApiException as error:
+            raise self._to_exception(name, error) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise ConnectionLostError(_cause(error)) from error
+        if not found["items"]:
+            raise UserError(self._subject(name), "does not exist")
+        return found["items"][0], found["metadata"]["resourceVersion"]
+
+    def _changes(self, name: str, resource_version: str, seconds: float) -> Iterator[dict[str, Any]]:
+        """Yield the job at each change until the server ends the watch after ``seconds``."""
+        stream = watch.Watch()
+        try:
+            for event in stream.stream(
+                self._custom.list_namespaced_custom_object,
+                GROUP,
+                VERSION,
+                self._namespace,
+                PLURAL,
+                field_selector=f"metadata.name={name}",
+                resource_version=resource_version,
+                timeout_seconds=math.ceil(seconds),
+                _request_timeout=(CALL_TIMEOUT_SECONDS[0], WATCH_SECONDS + 10),
+            ):
+                if event["type"] == "DELETED":
+                    raise UserError(self._subject(name), "was deleted")
+                yield event["object"]
+        except client.ApiException as error:
+            # 410: the resourceVersion is too old for a watch. The caller lists the job again.
+            if error.status != 410:
+                raise self._to_exception(name, error) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise ConnectionLostError(_cause(error)) from error
+        finally:
+            stream.stop()
+
+    def _subject(self, name: str) -> str:
+        return f"{KIND} {self._namespace}/{name}"
+
+    def _to_exception(self, name: str, error: client.ApiException) -> Exception:
+        """Return the exception that explains an API server's error to a user."""
+        if error.status == 404 and _reason(error) == "NotFound":
+            return UserError(self._subject(name), "does not exist")
+        if error.status == 404:
+            return UserError(KIND, "is unknown to this cluster; install the Helm chart first")
+        if error.status == 401:
+            return UserError("kubeconfig", "the API server does not accept its credentials")
+        if error.status == 403:
+            return UserError(self._subject(name), f"you may not read it ({_status_message(error)})")
+        return ConnectionLostError(_status_message(error))
+
+
+def parse(stored: dict[str, Any]) -> FineTuneJob:
+    """Return a stored object as a FineTuneJob. Raises UserError where the cluster runs a newer version than this
+    program."""
+    try:
+        return FineTuneJob.model_validate(stored)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        message = f"`{where}` is unknown to this version of finetune; install the version that the cluster runs"
+        raise UserError(f"{KIND} {stored['metadata']['namespace']}/{stored['metadata']['name']}", message) from error
+
+
+def _cause(error: urllib3.exceptions.HTTPError) -> str:
+    """Return the innermost reason of an error, which urllib3 wraps in errors of its retries and pools."""
+    reason = getattr(error, "reason", None)
+    return str(reason if reason is not None else error)
+
+
+def _reason(error: client.ApiException) -> str:
+    """Return the reason in the Status object of an error. Empty for a path that the server does not serve, because the
+    answer is plain text then."""
+    body = _status(error)
+    return str(body.get("reason", ""))
+
+
+def _status_message(error: client.ApiException) -> str:
+    """Return the API server's message for people."""
+    return str(_status(error).get("message") or f"HTTP {error.status} {error.reason}")
+
+
+def _status(error: client.ApiException) -> dict[str, Any]:
+    try:
+        body = json.loads(error.body or "")
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}

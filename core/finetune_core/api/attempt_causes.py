@@ -1,0 +1,106 @@
+"""Why attempts end: the reasons that stand in `status.attempts` and are not reasons of the whole job.
+
+Each reason has its verdict, its meaning and an advice. `reference.py` writes the table into docs/api.md, and
+tests/operator/test_states.py checks that the operator's verdicts use exactly these reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from finetune_core.api.condition_reasons import Explanation
+
+
+class Cause(StrEnum):
+    """Reason of an attempt's end that is not also a reason of the job's end."""
+
+    POD_DELETED = "PodDeleted"
+    POD_VANISHED = "PodVanished"
+    POD_REPLACED = "PodReplaced"
+    NODE_LOST = "NodeLost"
+    CHILD_DELETED = "ChildDeleted"
+    CHILD_REPLACED = "ChildReplaced"
+    CHILD_CHANGED = "ChildChanged"
+    CHILD_FAILED = "ChildFailed"
+    CRASHED = "Crashed"
+    OUTSIDE_FAILURE = "OutsideFailure"
+    STOPPED = "Stopped"
+    POD_FAILED = "PodFailed"
+    EVICTED = "Evicted"
+    NO_ARTIFACT = "NoArtifact"
+    SUSPENDED = "Suspended"
+    RESUMED_TOO_EARLY = "ResumedTooEarly"
+
+
+CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
+    Cause.SUSPENDED: ("Free", Explanation("`runPolicy.suspend` was set.", "Set it to false to go on.")),
+    Cause.RESUMED_TOO_EARLY: (
+        "Free",
+        Explanation(
+            "The queue resumed the PyTorchJob while pods of the suspended attempt still saved their checkpoint, and"
+            " training-operator took these pods for failed ones."
+        ),
+    ),
+    Cause.POD_DELETED: ("Free", Explanation("Somebody deleted the pod that the message names.")),
+    Cause.POD_VANISHED: ("Free", Explanation("A pod was deleted by force, or before its container ran.")),
+    Cause.POD_REPLACED: (
+        "Free",
+        Explanation("A pod was deleted, and training-operator created another pod in its place."),
+    ),
+    Cause.NODE_LOST: ("Free", Explanation("The pod's node does not answer.", "If this repeats, check the node.")),
+    Cause.CHILD_DELETED: ("Free", Explanation("Somebody deleted the PyTorchJob.", "Use `runPolicy` instead.")),
+    Cause.CHILD_REPLACED: (
+        "Free",
+        Explanation("Somebody deleted the PyTorchJob, and another PyTorchJob has its name."),
+    ),
+    Cause.CHILD_CHANGED: (
+        "Free",
+        Explanation("Somebody scaled the PyTorchJob.", "Create a new job with another `resources.nodes`."),
+    ),
+    Cause.EVICTED: (
+        "Charged",
+        Explanation(
+            "The kubelet evicted a pod because the pod used more memory or disk than it requested.",
+            "Raise `resources.memory`, or free disk on the node.",
+        ),
+    ),
+    Cause.OUTSIDE_FAILURE: (
+        "Charged",
+        Explanation(
+            "Exit code 75: the object store, the credentials or another rank failed for longer than the trainer waits.",
+            "Correct what the message names.",
+        ),
+    ),
+    Cause.CRASHED: (
+        "Charged",
+        Explanation(
+            "The trainer crashed: it was killed, or ended with an exit code that the trainer never sets.",
+            "Read its log: `kubectl logs`, container `pytorch`.",
+        ),
+    ),
+    Cause.STOPPED: (
+        "Charged",
+        Explanation("Exit code 143 (SIGTERM) although nobody deleted the pod.", "Find out what stops the trainer."),
+    ),
+    Cause.POD_FAILED: ("Charged", Explanation("A pod failed without an exit code.", "Run `kubectl describe pod`.")),
+    Cause.CHILD_FAILED: ("Charged", Explanation("training-operator failed the PyTorchJob.", "Read the message.")),
+    Cause.NO_ARTIFACT: (
+        "Charged",
+        Explanation(
+            "Every pod ended with exit code 0, but no result names a committed artifact.",
+            "Check that `podTemplate.image` is a trainer image.",
+        ),
+    ),
+}
+"""Verdict and meaning of each reason. A free attempt does not count against `runPolicy.maxRetries`. After three free
+attempts in a row without a new checkpoint, the next free end is charged nevertheless."""
+DISRUPTIONS: Mapping[str, str] = {
+    "EvictionByEvictionAPI": "A node was drained, or somebody evicted the pod.",
+    "PreemptionByScheduler": "A pod of higher priority took the pod's place.",
+    "DeletionByTaintManager": "The pod's node is not ready, is unreachable, or was tainted.",
+    "DeletionByPodGC": "The pod's node no longer exists.",
+    "TerminationByKubelet": "The pod's node shut down, or ran out of a resource.",
+}
+"""Reasons that Kubernetes writes into a pod's DisruptionTarget condition, with their meaning. The operator takes them
+over as reasons of free attempts."""

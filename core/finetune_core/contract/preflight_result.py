@@ -1,0 +1,99 @@
+"""The result of a preflight pod: its findings, as JSON in the container's termination message.
+
+The trainer image's preflight program writes the result, and the operator's `decide/preflight.py` reads it. A finding is
+final when the spec or the content of the data makes the job impossible. A finding is an outside problem when it can be
+solved without a change of the job, for example a missing Secret, refused credentials, or an unreachable endpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, TerminationMessage
+from finetune_core.contract.result import ExitCode
+
+PREFLIGHT_COMMAND = "preflight"
+"""Argument that makes the trainer image's entry point run the preflight checks."""
+PREFLIGHT_SECONDS = 120
+"""Most seconds that all checks may take together, measured from the start of the program."""
+
+FINDING_LIMIT = 2048
+"""Longest message of a finding in characters."""
+
+
+class FindingKind(StrEnum):
+    """Whether another try of the check can succeed: never for `Final`, possibly for `Outside`."""
+
+    FINAL = "Final"
+    OUTSIDE = "Outside"
+
+
+class Finding(ContractModel):
+    """A problem that a preflight check has found."""
+
+    kind: FindingKind
+    message: Annotated[str, Field(max_length=FINDING_LIMIT)]
+    """A sentence that begins with the field's path, for example `dataset.train: s3://bucket/key does not exist`."""
+
+
+class PreflightResult(TerminationMessage):
+    """The result of all checks. Without a finding the job can start."""
+
+    version: Literal[1] = CONTRACT_VERSION
+    findings: list[Finding]
+    """The problems, final ones first. No message occurs twice."""
+    notices: list[str] = []
+    """Remarks that a user may want to know although nothing is wrong."""
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the container: 0 without findings, 64 with a final finding, else 75."""
+        if not self.findings:
+            return int(ExitCode.DONE)
+        return int(ExitCode.BAD_INPUT if self.is_final else ExitCode.OUTSIDE_FAILURE)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether a finding makes the job impossible."""
+        return any(finding.kind is FindingKind.FINAL for finding in self.findings)
+
+    @property
+    def sentence(self) -> str:
+        """The findings in one line. If there are final findings, the line contains only them, because the job fails
+        whatever becomes of the others."""
+        decisive = [finding for finding in self.findings if finding.kind is FindingKind.FINAL] or self.findings
+        return "; ".join(finding.message for finding in decisive)
+
+    def to_termination_message(self) -> str:
+        """Return the result as JSON of at most 1,024 bytes.
+
+        Notices are dropped first, then the last findings, then the end of the first finding's message.
+        """
+        result = self
+        while result.excess_bytes > 0:
+            result = _shorter(result)
+        return result.to_json()
+
+
+def _shorter(result: PreflightResult) -> PreflightResult:
+    """Return ``result`` with slightly less content. Repeated calls end with an empty message, which always fits."""
+    if result.notices:
+        return result.model_copy(update={"notices": result.notices[:-1]})
+    *others, last = result.findings
+    if others:
+        return result.model_copy(update={"findings": others})
+    # A character takes at most 6 bytes in JSON (\u0000), and the ellipsis takes three.
+    kept = last.message.removesuffix("…")[: -(result.excess_bytes // 6 + 4)]
+    return result.model_copy(update={"findings": [last.model_copy(update={"message": f"{kept}…" if kept else ""})]})
+
+
+def ordered(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings in the order of a result: each message once, final findings first."""
+    first: dict[str, Finding] = {}
+    for finding in sorted(findings, key=lambda finding: finding.kind is not FindingKind.FINAL):
+        first.setdefault(finding.message, finding)
+    return list(first.values())

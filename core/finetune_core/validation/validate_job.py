@@ -1,0 +1,134 @@
+"""Validates a whole job: first as the API server would on `kubectl apply`, then as the operator would.
+
+The input is the parsed document, and for an update also the stored spec. The result lists every problem with its path.
+Without a problem of the API server, it also holds the spec as it would be stored. `finetune validate` calls this
+module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_core.api.base import DNS_LABEL_PATTERN, LABEL_LENGTH, LABEL_VALUE_PATTERN
+from finetune_core.api.job import API_VERSION, KIND, NAME_RULE
+from finetune_core.api.pod_template import LABEL_KEY
+from finetune_core.api.schema import openapi_schema
+from finetune_core.api.spec import FineTuneJobSpec
+from finetune_core.validation.cel_rules import check_rules, check_rules_beside, holds
+from finetune_core.validation.defaults import defaulted
+from finetune_core.validation.problems import FieldPath, Problem, Refusal
+from finetune_core.validation.runnable import unrunnable
+from finetune_core.validation.structure import check_structure, is_json
+
+ANNOTATIONS_LIMIT_BYTES = 262_144
+"""Largest size of all annotations of an object together, as in the API server."""
+METADATA_FIELDS = frozenset(
+    {
+        "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid",
+        "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds",
+        "managedFields", "selfLink",
+    }
+)  # fmt: skip
+"""Fields of Kubernetes' ObjectMeta; the API server refuses any other field."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationResult:
+    """The problems of a job, and the spec that the API server would store."""
+
+    problems: list[Problem]
+    stored: dict[str, Any] | None = None
+    """The spec with all defaults, or None when the API server refuses the job."""
+
+
+def is_job(document: Any) -> bool:
+    """Return whether ``document`` is a FineTuneJob of the API version that this program knows."""
+    return isinstance(document, dict) and document.get("kind") == KIND and document.get("apiVersion") == API_VERSION
+
+
+def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
+    """Return what API server and operator would say about ``document``. With ``old_spec`` it is judged as an update."""
+    problems = [
+        Problem((key,), "unknown field")
+        for key in document
+        if key not in ("apiVersion", "kind", "metadata", "spec", "status")
+    ]
+    problems += _metadata_problems(document.get("metadata"))
+    if document.get("spec") is None:
+        return ValidationResult([*problems, Problem(("spec",), "must be set")])
+    verdict = validate_spec(document["spec"], old_spec=old_spec)
+    return ValidationResult([*problems, *verdict.problems], None if problems else verdict.stored)
+
+
+def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
+    """Return what API server and operator would say about ``spec``, which may be any parsed value."""
+    schema = openapi_schema(FineTuneJobSpec)
+    model, problems = check_structure(spec)
+    if model is None:
+        if is_json(spec):
+            broken = [problem.path for problem in problems]
+            problems += check_rules_beside(schema, defaulted(schema, spec), ("spec",), broken)
+        return ValidationResult(problems)
+    stored = model.to_json()
+    if old_spec is None:
+        problems = list(check_rules(schema, stored, ("spec",)))
+    else:
+        problems = list(check_rules(schema, stored, ("spec",), old_spec))
+    if problems:
+        return ValidationResult(problems)
+    refused = [Problem(_split(error.subject), error.problem, Refusal.OPERATOR) for error in unrunnable(model)]
+    return ValidationResult(refused, stored)
+
+
+def _metadata_problems(metadata: Any) -> Iterator[Problem]:
+    """Yield the problems of the name, the namespace, the labels and the annotations."""
+    if not isinstance(metadata, dict):
+        yield Problem(("metadata",), "must be an object with a `name`")
+        return
+    path: FieldPath = ("metadata",)
+    for key in metadata.keys() - METADATA_FIELDS:
+        yield Problem((*path, key), "unknown field")
+    name = metadata.get("name")
+    if not isinstance(name, str) or not name:
+        yield Problem((*path, "name"), "must be set, and a string")
+    elif not holds(NAME_RULE[0], {"metadata": {"name": name}}):
+        yield Problem((*path, "name"), NAME_RULE[1].split("` ", 1)[1])
+    namespace = metadata.get("namespace")
+    if namespace is not None and not (isinstance(namespace, str) and _is_label(DNS_LABEL_PATTERN, namespace)):
+        yield Problem((*path, "namespace"), "must hold only a-z, 0-9 and '-', at most 63 characters")
+    for field in ("labels", "annotations"):
+        yield from _label_problems((*path, field), metadata.get(field), values_are_labels=field == "labels")
+
+
+def _label_problems(path: FieldPath, labels: Any, *, values_are_labels: bool) -> Iterator[Problem]:
+    if labels is None:
+        return
+    if not isinstance(labels, dict):
+        yield Problem(path, "must be an object of strings")
+        return
+    for key, value in labels.items():
+        if not isinstance(key, str) or not re.fullmatch(LABEL_KEY, key if values_are_labels else str(key).lower()):
+            yield Problem((*path, str(key)), "must be a key such as `team` or `example.com/team`")
+        elif value is not None and not isinstance(value, str):
+            yield Problem((*path, key), "must be a string; put numbers, true and false in quotes")
+        elif values_are_labels and not _is_label(LABEL_VALUE_PATTERN, value or ""):
+            yield Problem(
+                (*path, key),
+                "must be at most 63 characters of a-z, A-Z, 0-9, '-', '_' and '.', and begin and end alike",
+            )
+    size = sum(len(str(key).encode()) + len(str(value).encode()) for key, value in labels.items())
+    if not values_are_labels and size > ANNOTATIONS_LIMIT_BYTES:
+        yield Problem(path, f"must have at most {ANNOTATIONS_LIMIT_BYTES} bytes together")
+
+
+def _is_label(pattern: str, value: str) -> bool:
+    """Return whether ``value`` matches ``pattern`` and has at most 63 characters."""
+    return len(value) <= LABEL_LENGTH and re.fullmatch(pattern, value) is not None
+
+
+def _split(dotted: str) -> FieldPath:
+    """Return the field path in the subject of a UserError."""
+    return tuple(dotted.split("."))

@@ -1,0 +1,312 @@
+"""The operator's client of the API server: `KubeClient` has one method for each request, except kopf's watches.
+
+Objects are dictionaries as the API server sends them; `objects/observations.py` parses them. Each request has a
+time-out, names its entry in the permission table, and raises `ApiError` for every answer that is not a success.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+from kubernetes.aio import client as kubernetes_client
+from kubernetes.aio import config as kubernetes_config
+
+from finetune_core.api import API_VERSION, KIND
+from finetune_operator.kube.fencing import fenced_client
+from finetune_operator.kube.manifest import Manifest
+from finetune_operator.kube.rbac import Permission
+from finetune_operator.kube.resources import OPERATOR_NAME, TOKEN_REVIEWS
+from finetune_operator.queue.work_queue import Key
+
+FIELD_MANAGER: Final = OPERATOR_NAME
+REQUEST_SECONDS: Final = 15.0
+CONNECTIONS: Final = 16
+"""Limit of requests in flight, so that a restart with many jobs does not flood the API server."""
+LIST_CHUNK: Final = 500
+METADATA_ONLY: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+"""Accept header of a list without spec and status, because thousands of whole jobs are tens of megabytes."""
+METHODS: Final = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "patch": "PATCH", "delete": "DELETE"}
+"""HTTP method of each RBAC verb."""
+
+
+class ApiError(Exception):
+    """The API server answered with an HTTP status that is not 2xx."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        """Keep the HTTP ``status``, the server's ``reason`` (for example ``"AlreadyExists"``) and ``message``."""
+        super().__init__(f"the API server answered {status} {reason}: {message}")
+        self.status = status
+        self.reason = reason
+        self.message = message
+
+    @property
+    def is_not_found(self) -> bool:
+        """Whether the answer is 404: the object, the namespace or the kind does not exist."""
+        return self.status == HTTPStatus.NOT_FOUND
+
+    @property
+    def is_conflict(self) -> bool:
+        """Whether the answer is 409: the name is taken, or a precondition (uid, resourceVersion) does not hold."""
+        return self.status == HTTPStatus.CONFLICT
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether a quota, a policy or a webhook refused the object itself, so that a retry at once would fail too."""
+        webhook_down = self.status == HTTPStatus.INTERNAL_SERVER_ERROR and "webhook" in self.message
+        return webhook_down or (400 <= self.status < 500 and self.status not in _NOT_ABOUT_THE_OBJECT)
+
+
+_NOT_ABOUT_THE_OBJECT: Final = frozenset(
+    {
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.CONFLICT,
+        HTTPStatus.TOO_MANY_REQUESTS,
+    }
+)
+"""Answers of the 4xx range that say nothing about the object."""
+REQUEST_ERRORS: Final = (ApiError, aiohttp.ClientError, TimeoutError)
+"""Every exception by which a request can fail: a caller that tries again later catches all of them."""
+
+
+def describe_error(error: Exception) -> str:
+    """Return the text of ``error`` for a log line; the type's name where the text is empty, as for a TimeoutError."""
+    return str(error) or type(error).__name__
+
+
+async def load_configuration(kubeconfig: Path | None) -> Any:
+    """Return the client configuration from the file ``kubeconfig``, or from the pod's service account where None."""
+    configuration = kubernetes_client.Configuration()
+    if kubeconfig is None:
+        kubernetes_config.load_incluster_config(client_configuration=configuration)
+    else:
+        await kubernetes_config.load_kube_config(
+            config_file=str(kubeconfig), client_configuration=configuration, persist_config=False
+        )
+    configuration.connection_pool_maxsize = CONNECTIONS
+    return configuration
+
+
+def _error(status: int, body: bytes) -> ApiError:
+    """Return the error of an answer whose ``body`` is a Status object or, from a proxy or webhook, plain text."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        content = None
+    if isinstance(content, dict):
+        return ApiError(status, str(content.get("reason") or ""), str(content.get("message") or ""))
+    return ApiError(status, "", body.decode(errors="replace").strip()[:512])
+
+
+class KubeClient:
+    """Client of the API server with one method for each request that the operator sends."""
+
+    def __init__(self, configuration: Any, fence: Callable[[], None]) -> None:
+        """Open no connection yet. ``configuration`` comes from `load_configuration`.
+
+        ``fence`` is called right before every write and must end a process that is no longer the leader.
+        """
+        self._client = fenced_client(configuration, fence)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def get_job(self, key: Key) -> Manifest | None:
+        """Return the FineTuneJob, or None where it does not exist."""
+        return await self._get_or_none(Permission.GET_JOB, key.namespace, key.name)
+
+    async def list_job_keys(self, namespace: str | None) -> AsyncIterator[Key]:
+        """Yield the keys of all FineTuneJobs of ``namespace``, or of all namespaces where None, page by page."""
+        token = ""
+        while True:
+            query = {"limit": str(LIST_CHUNK)} | ({"continue": token} if token else {})
+            page = await self._request(Permission.LIST_JOBS, namespace, query=query, accept=METADATA_ONLY)
+            # `items` of an empty PartialObjectMetadataList is null, not [].
+            for item in page["items"] or ():
+                yield Key(item["metadata"]["namespace"], item["metadata"]["name"])
+            token = page["metadata"].get("continue", "")
+            if not token:
+                return
+
+    async def apply_status(self, key: Key, resource_version: str, status: Manifest) -> None:
+        """Replace the status of the job by server-side apply.
+
+        Raises ApiError (409) where the job's resourceVersion is no longer ``resource_version``.
+        """
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "metadata": {"name": key.name, "namespace": key.namespace, "resourceVersion": resource_version},
+            "status": status,
+        }
+        await self._request(
+            Permission.APPLY_STATUS,
+            key.namespace,
+            key.name,
+            body=body,
+            query={"fieldManager": FIELD_MANAGER, "force": "true"},
+            content_type="application/apply-patch+yaml",
+        )
+
+    async def get_child(self, namespace: str, name: str) -> Manifest | None:
+        """Return a PyTorchJob; None where the PyTorchJob, or the CRD of PyTorchJobs, does not exist."""
+        return await self._get_or_none(Permission.GET_CHILD, namespace, name)
+
+    async def create_child(self, manifest: Manifest) -> Manifest:
+        """Create a PyTorchJob and return the created object."""
+        return await self._create(Permission.CREATE_CHILD, manifest)
+
+    async def delete_child(self, namespace: str, name: str, uid: str) -> None:
+        """Delete the PyTorchJob with this ``uid``; the garbage collector deletes its pods later.
+
+        A PyTorchJob that does not exist any more is no error.
+        """
+        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        await self._delete(Permission.DELETE_CHILD, namespace, name, body)
+
+    async def get_config_map(self, namespace: str, name: str) -> Manifest | None:
+        """Return a ConfigMap, or None where it does not exist."""
+        return await self._get_or_none(Permission.GET_CONFIG_MAP, namespace, name)
+
+    async def create_config_map(self, manifest: Manifest) -> Manifest:
+        """Create a ConfigMap and return the created object."""
+        return await self._create(Permission.CREATE_CONFIG_MAP, manifest)
+
+    async def delete_config_map(self, namespace: str, name: str) -> None:
+        """Delete a ConfigMap. A ConfigMap that does not exist is no error."""
+        await self._delete(Permission.DELETE_CONFIG_MAP, namespace, name, {})
+
+    async def list_pods(self, namespace: str, selector: str) -> list[Manifest]:
+        """Return the pods that match the label ``selector``, for example ``"finetune.dev/job-uid=..."``."""
+        page = await self._request(Permission.LIST_PODS, namespace, query={"labelSelector": selector})
+        items: list[Manifest] = page["items"]
+        return items
+
+    async def create_pod(self, manifest: Manifest) -> Manifest:
+        """Create a pod and return the created object."""
+        return await self._create(Permission.CREATE_POD, manifest)
+
+    async def delete_pod(self, namespace: str, name: str, uid: str) -> None:
+        """Delete the pod with this ``uid``. A pod that does not exist any more is no error."""
+        await self._delete(Permission.DELETE_POD, namespace, name, {"preconditions": {"uid": uid}})
+
+    async def annotate_pod(self, namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
+        """Set ``annotations`` of the pod with this ``uid``.
+
+        The patch goes to the pod's `status` subresource, because that permission does not allow a change of the spec.
+        """
+        await self._request(
+            Permission.ANNOTATE_POD,
+            namespace,
+            name,
+            body={"metadata": {"uid": uid, "annotations": annotations}},
+            query={"fieldManager": FIELD_MANAGER},
+            content_type="application/merge-patch+json",
+        )
+
+    async def list_warnings(self, namespace: str, uid: str) -> list[Manifest]:
+        """Return up to 50 events of type Warning about the object with ``uid``."""
+        query = {"fieldSelector": f"regarding.uid={uid},type=Warning", "limit": "50"}
+        page = await self._request(Permission.LIST_EVENTS, namespace, query=query)
+        items: list[Manifest] = page["items"]
+        return items
+
+    async def create_event(self, namespace: str, manifest: Manifest) -> bool:
+        """Create an event; return False where an event of the same name exists already."""
+        try:
+            await self._request(Permission.CREATE_EVENT, namespace, body=manifest)
+        except ApiError as error:
+            if error.is_conflict:
+                return False
+            raise
+        return True
+
+    async def review_token(self, token: str, audience: str) -> Manifest:
+        """Return `status` of a TokenReview of ``token`` for ``audience``."""
+        body = {
+            "apiVersion": TOKEN_REVIEWS.api_version,
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [audience]},
+        }
+        answer = await self._request(Permission.REVIEW_TOKEN, None, body=body)
+        status: Manifest = answer.get("status", {})
+        return status
+
+    async def get_secret(self, namespace: str, name: str) -> Manifest | None:
+        """Return the operator's certificate Secret, or None where it does not exist."""
+        return await self._get_or_none(Permission.GET_CERTIFICATES, namespace, name)
+
+    async def update_secret(self, manifest: Manifest) -> Manifest:
+        """Replace the operator's certificate Secret; raises ApiError (409) where its resourceVersion has changed."""
+        return await self._update(Permission.UPDATE_CERTIFICATES, manifest)
+
+    async def get_endpoint_slice(self, namespace: str, name: str) -> Manifest | None:
+        """Return the EndpointSlice of the report Service, or None where it does not exist."""
+        return await self._get_or_none(Permission.GET_ENDPOINT_SLICE, namespace, name)
+
+    async def create_endpoint_slice(self, manifest: Manifest) -> Manifest:
+        """Create the EndpointSlice of the report Service and return the created object."""
+        namespace = manifest["metadata"]["namespace"]
+        return await self._request(Permission.CREATE_ENDPOINT_SLICE, namespace, body=manifest)
+
+    async def update_endpoint_slice(self, manifest: Manifest) -> Manifest:
+        """Replace the EndpointSlice of the report Service; raises ApiError (409) where its resourceVersion changed."""
+        return await self._update(Permission.UPDATE_ENDPOINT_SLICE, manifest)
+
+    async def _create(self, permission: Permission, manifest: Manifest) -> Manifest:
+        namespace = manifest["metadata"]["namespace"]
+        return await self._request(permission, namespace, body=manifest, query={"fieldManager": FIELD_MANAGER})
+
+    async def _update(self, permission: Permission, manifest: Manifest) -> Manifest:
+        metadata = manifest["metadata"]
+        return await self._request(permission, metadata["namespace"], metadata["name"], body=manifest)
+
+    async def _get_or_none(self, permission: Permission, namespace: str, name: str) -> Manifest | None:
+        try:
+            return await self._request(permission, namespace, name)
+        except ApiError as error:
+            if error.is_not_found:
+                return None
+            raise
+
+    async def _delete(self, permission: Permission, namespace: str, name: str, body: Manifest) -> None:
+        try:
+            await self._request(permission, namespace, name, body=body)
+        except ApiError as error:
+            # A 409 means that the uid precondition failed: the object is gone, and a new object has its name.
+            if not (error.is_not_found or error.is_conflict):
+                raise
+
+    async def _request(
+        self,
+        permission: Permission,
+        namespace: str | None,
+        name: str = "",
+        *,
+        body: Manifest | None = None,
+        query: dict[str, str] | None = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+    ) -> Manifest:
+        """Send the request that ``permission`` names and return the decoded answer."""
+        rule = permission.value
+        method, url, headers, body, _ = await self._client.param_serialize(
+            METHODS[rule.verb],
+            rule.resource.path(namespace, name, rule.subresource),
+            query_params=list((query or {}).items()),
+            header_params={"Accept": accept, "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        response = await self._client.call_api(method, url, headers, body, _request_timeout=REQUEST_SECONDS)
+        content = await response.read()
+        if not 200 <= response.status < 300:
+            raise _error(response.status, content)
+        result: Manifest = json.loads(content)
+        return result

@@ -1,0 +1,91 @@
+"""The table of RBAC permissions that the operator needs: every verb on every resource.
+
+`client.py` names an entry of the table in each request. A test compares the table with the roles in the Helm chart,
+so that the chart grants exactly these permissions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+from finetune_operator.kube.resources import (
+    CONFIG_MAPS,
+    CRDS,
+    ENDPOINT_SLICES,
+    EVENTS,
+    FINETUNEJOBS,
+    LEASES,
+    PODS,
+    PYTORCHJOBS,
+    SECRETS,
+    TOKEN_REVIEWS,
+    Resource,
+)
+
+
+class RoleScope(StrEnum):
+    """The kind of role that grants a permission."""
+
+    JOBS = "jobs"
+    """Needed in every served namespace: a ClusterRole, or a Role in each namespace of the chart's `watchNamespaces`."""
+    ANNOTATIONS = "annotations"
+    """As JOBS, but not granted where the chart switches the checkpoint annotation of pods off."""
+    CLUSTER = "cluster"
+    """For cluster-scoped resources: always a ClusterRole."""
+    DISCOVERY = "discovery"
+    """For CRDs, needed only where all namespaces are served: kopf then notices CRDs that are installed later."""
+    OWN = "own"
+    """In the operator's own namespace, limited to one object by `resourceNames`."""
+    OWN_NEW = "own-new"
+    """In the operator's own namespace without `resourceNames`, because RBAC can't limit `create` to a name."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRule:
+    """One verb on one resource, and the kind of role that grants the verb."""
+
+    resource: Resource
+    verb: str
+    scope: RoleScope = RoleScope.JOBS
+    subresource: str = ""
+    """For example ``"status"``; empty for the resource itself."""
+
+    @property
+    def rbac_resource(self) -> str:
+        """The resource as an RBAC rule writes it, for example ``"pods"`` or ``"pods/status"``."""
+        return f"{self.resource.plural}/{self.subresource}" if self.subresource else self.resource.plural
+
+
+class Permission(Enum):
+    """The permission table."""
+
+    GET_JOB = PolicyRule(FINETUNEJOBS, "get")
+    LIST_JOBS = PolicyRule(FINETUNEJOBS, "list")
+    WATCH_JOBS = PolicyRule(FINETUNEJOBS, "watch")
+    APPLY_STATUS = PolicyRule(FINETUNEJOBS, "patch", subresource="status")
+    GET_CHILD = PolicyRule(PYTORCHJOBS, "get")
+    LIST_CHILDREN = PolicyRule(PYTORCHJOBS, "list")
+    WATCH_CHILDREN = PolicyRule(PYTORCHJOBS, "watch")
+    CREATE_CHILD = PolicyRule(PYTORCHJOBS, "create")
+    DELETE_CHILD = PolicyRule(PYTORCHJOBS, "delete")
+    LIST_PODS = PolicyRule(PODS, "list")
+    CREATE_POD = PolicyRule(PODS, "create")
+    DELETE_POD = PolicyRule(PODS, "delete")
+    WATCH_PODS = PolicyRule(PODS, "watch")
+    ANNOTATE_POD = PolicyRule(PODS, "patch", RoleScope.ANNOTATIONS, subresource="status")
+    GET_CONFIG_MAP = PolicyRule(CONFIG_MAPS, "get")
+    CREATE_CONFIG_MAP = PolicyRule(CONFIG_MAPS, "create")
+    DELETE_CONFIG_MAP = PolicyRule(CONFIG_MAPS, "delete")
+    CREATE_EVENT = PolicyRule(EVENTS, "create")
+    LIST_EVENTS = PolicyRule(EVENTS, "list")
+    REVIEW_TOKEN = PolicyRule(TOKEN_REVIEWS, "create", RoleScope.CLUSTER)
+    LIST_CRDS = PolicyRule(CRDS, "list", RoleScope.DISCOVERY)
+    WATCH_CRDS = PolicyRule(CRDS, "watch", RoleScope.DISCOVERY)
+    GET_CERTIFICATES = PolicyRule(SECRETS, "get", RoleScope.OWN)
+    UPDATE_CERTIFICATES = PolicyRule(SECRETS, "update", RoleScope.OWN)
+    GET_LEASE = PolicyRule(LEASES, "get", RoleScope.OWN)
+    UPDATE_LEASE = PolicyRule(LEASES, "update", RoleScope.OWN)
+    GET_ENDPOINT_SLICE = PolicyRule(ENDPOINT_SLICES, "get", RoleScope.OWN)
+    UPDATE_ENDPOINT_SLICE = PolicyRule(ENDPOINT_SLICES, "update", RoleScope.OWN)
+    CREATE_ENDPOINT_SLICE = PolicyRule(ENDPOINT_SLICES, "create", RoleScope.OWN_NEW)

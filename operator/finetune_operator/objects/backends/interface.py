@@ -1,0 +1,36 @@
+"""The interface of a backend: the kind of object that runs an attempt's pods, such as PyTorchJob.
+
+Start here to add a backend: implement `Backend` in a new module and pass an instance to `Reconciler` in
+`application.py`. `act/`, `observe/` and `settled.py` call the methods.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from finetune_core.api import FineTuneJob
+from finetune_operator.kube.manifest import Manifest
+from finetune_operator.objects.observations import ChildObservation
+from finetune_operator.objects.pod_template import AttemptSpec
+
+
+class Backend(Protocol):
+    """Builds, creates, observes and deletes the child object of an attempt. A child is never updated."""
+
+    kind: str
+    """Kind of the child as messages and `status.child` show it, for example ``"PyTorchJob"``."""
+
+    def build(self, job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
+        """Return the child's manifest. The function is pure, so that a retry after a crash builds the same object."""
+
+    async def create(self, manifest: Manifest) -> ChildObservation:
+        """Create the child, or return the child that an earlier try has created.
+
+        Raises RetryableError where the child can't be created for a cause outside the job's spec.
+        """
+
+    async def observe(self, namespace: str, name: str) -> ChildObservation | None:
+        """Return the child as the API server has it, or None where it does not exist."""
+
+    async def delete(self, namespace: str, child: ChildObservation) -> None:
+        """Delete the child with the uid of ``child``; its pods are deleted after it."""

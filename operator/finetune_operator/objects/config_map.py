@@ -1,0 +1,45 @@
+"""Builds the ConfigMap of an attempt: the run file that the trainer reads, and the CA of the report server.
+
+The ConfigMap is immutable and owned by the job. `act/config_maps.py` creates the ConfigMap before the child object. The
+ConfigMap is deleted before the child, or at the latest before the ConfigMap of the next attempt is created.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Final
+
+from finetune_core.api import FineTuneJob
+from finetune_core.contract import CA_FILE, RUN_FILE, RunConfig
+from finetune_operator.kube.manifest import Manifest
+from finetune_operator.objects.labels import attempt_labels, owner_reference
+from finetune_operator.objects.pod_template import AttemptSpec
+
+RUN_FILE_KEY: Final = PurePosixPath(RUN_FILE).name
+"""Key of the run file in the ConfigMaps of attempts and preflight checks, for example ``"run.json"``."""
+
+
+def build_config_map(job: FineTuneJob, attempt: AttemptSpec, config: RunConfig, ca_bundle: str) -> Manifest:
+    """Return the ConfigMap of an attempt with the run file ``config`` and the PEM text ``ca_bundle``."""
+    return run_config_map(
+        job,
+        name=attempt.name,
+        labels=attempt_labels(job.metadata.name, job.metadata.uid, attempt.number),
+        data={RUN_FILE_KEY: config.to_json(), PurePosixPath(CA_FILE).name: ca_bundle},
+    )
+
+
+def run_config_map(job: FineTuneJob, *, name: str, labels: dict[str, str], data: dict[str, str]) -> Manifest:
+    """Return an immutable ConfigMap that ``job`` owns."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {
+            "name": name,
+            "namespace": job.metadata.namespace,
+            "labels": labels,
+            "ownerReferences": [owner_reference(job)],
+        },
+        "immutable": True,
+        "data": data,
+    }

@@ -1,0 +1,214 @@
+"""Pods and child objects of an attempt as immutable values, parsed from the manifests that the API server sends.
+
+`observe/observer.py` parses the manifests. `decide/` and `status/` compute verdicts, conditions and messages from these
+values and never from manifests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from finetune_core.contract import Result
+from finetune_operator.objects.labels import ATTEMPT, LAST_CHECKPOINT_TIME, PREFLIGHT, REPLICA_INDEX, TRAINING_CONTAINER
+
+
+class ContainerState(StrEnum):
+    """State of the training container; a container is in exactly one state."""
+
+    WAITING = "Waiting"
+    RUNNING = "Running"
+    TERMINATED = "Terminated"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContainerObservation:
+    """The training container (named `pytorch`) of a pod."""
+
+    state: ContainerState
+    reason: str = ""
+    """Reason of the state, for example ``"ErrImagePull"`` while waiting or ``"OOMKilled"`` after the end."""
+    message: str = ""
+    """Message of the waiting state, or the termination message of an ended container."""
+    exit_code: int | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    image_id: str = ""
+    """Image that the node runs: `repository@sha256:...`, or a bare digest of an image that came from no registry."""
+
+    @property
+    def result(self) -> Result | None:
+        """The result that the trainer wrote as termination message; None where the message holds no result."""
+        return Result.from_termination_message(self.message) if self.state is ContainerState.TERMINATED else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PodObservation:
+    """A pod of an attempt or of a preflight check. Fields without a value in the manifest are empty or None."""
+
+    name: str
+    uid: str
+    attempt: int
+    index: int
+    """Index of the worker, from 0; of a preflight pod, the number of the try."""
+    phase: str = "Pending"
+    reason: str = ""
+    """`status.reason`, set where the phase is Failed, for example ``"Evicted"``."""
+    message: str = ""
+    node: str = ""
+    version: int = 0
+    """`metadata.resourceVersion` as a number. Of two pods, the pod that changed last has the higher number."""
+    created_at: datetime
+    scheduled_at: datetime | None = None
+    """When the scheduler bound the pod to a node, so that the pod holds the GPUs from then on."""
+    delete_requested_at: datetime | None = None
+    """When the deletion was requested: `metadata.deletionTimestamp` minus the grace period."""
+    delete_deadline: datetime | None = None
+    """`metadata.deletionTimestamp`, which is the end of the grace period."""
+    disruption: str = ""
+    """Reason of the DisruptionTarget condition, for example ``"PreemptionByScheduler"``; empty where there is none."""
+    disrupted_at: datetime | None = None
+    unschedulable: str = ""
+    """Message of the PodScheduled condition while the scheduler finds no node, for example ``"0/4 nodes ..."``."""
+    container: ContainerObservation | None = None
+    memory_limit: str = ""
+    """Memory limit of the training container as the pod's spec has it, for example ``"64Gi"``."""
+    checkpoint_time: str = ""
+    """Value of the annotation `volcano.sh/last-checkpoint-time`; empty where the pod has no such annotation."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the training container has ended. Sidecars of the pod may still run."""
+        if self.container is not None and self.container.state is ContainerState.TERMINATED:
+            return True
+        return self.phase in ("Failed", "Succeeded")
+
+    @property
+    def running(self) -> bool:
+        """Whether the training container runs."""
+        return self.container is not None and self.container.state is ContainerState.RUNNING
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """When the training container ended; None while it runs and where the manifest has no time."""
+        return self.container.finished_at if self.container is not None else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChildObservation:
+    """The child object of an attempt, for example a PyTorchJob, in the terms that every backend shares."""
+
+    name: str
+    uid: str
+    owner_uid: str
+    deleting: bool = False
+    suspended: bool = False
+    """Whether the child is suspended, for example by Kueue, or is resumed and the backend has not acted on that yet."""
+    resumed_at: datetime | None = None
+    """When the backend last resumed the child after a suspension."""
+    failed_at: datetime | None = None
+    replicas: int
+    """Number of workers in the child's spec."""
+    succeeded: bool = False
+    failed: bool = False
+    message: str = ""
+    """Message of the condition with which the backend marked the child as failed or succeeded."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the child has succeeded or failed, so that the backend does nothing more with the child."""
+        return self.succeeded or self.failed
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """Return ``text`` (RFC 3339, for example ``"2026-01-31T12:00:00Z"``) as a datetime; None for None or empty."""
+    return datetime.fromisoformat(text) if text else None
+
+
+def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
+    """Return the observation of a pod; None where the labels of the pod are not those of an attempt's pod."""
+    labels = pod["metadata"].get("labels", {})
+    attempt, index = labels.get(ATTEMPT, ""), labels.get(REPLICA_INDEX, "")
+    if not (attempt.isdigit() and index.isdigit()):
+        return None
+    return _observation(pod, int(attempt), int(index))
+
+
+def parse_preflight_pod(pod: Mapping[str, Any]) -> PodObservation | None:
+    """Return the observation of a preflight pod, with attempt 0 and the number of the try as `index`.
+
+    Returns None where ``pod`` is not a preflight pod.
+    """
+    number = pod["metadata"].get("labels", {}).get(PREFLIGHT, "")
+    return _observation(pod, 0, int(number)) if number.isdigit() else None
+
+
+def _observation(pod: Mapping[str, Any], attempt: int, index: int) -> PodObservation:
+    metadata, spec, status = pod["metadata"], pod.get("spec", {}), pod.get("status", {})
+    conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
+    disruption = conditions.get("DisruptionTarget", {})
+    disrupted = disruption.get("status") == "True"
+    scheduled = conditions.get("PodScheduled", {})
+    deadline = parse_time(metadata.get("deletionTimestamp"))
+    grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
+    created = parse_time(metadata["creationTimestamp"])
+    assert created is not None
+    return PodObservation(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        attempt=attempt,
+        index=index,
+        phase=status.get("phase", "Pending"),
+        reason=status.get("reason", ""),
+        message=status.get("message", ""),
+        node=spec.get("nodeName", ""),
+        version=int(version) if (version := metadata.get("resourceVersion", "")).isdigit() else 0,
+        created_at=created,
+        scheduled_at=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
+        delete_requested_at=deadline - grace if deadline else None,
+        delete_deadline=deadline,
+        disruption=disruption.get("reason", "") or "DisruptionTarget" if disrupted else "",
+        disrupted_at=parse_time(disruption.get("lastTransitionTime")) if disrupted else None,
+        unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
+        container=_parse_container(status.get("containerStatuses", [])),
+        memory_limit=_memory_limit(spec.get("containers", [])),
+        checkpoint_time=metadata.get("annotations", {}).get(LAST_CHECKPOINT_TIME, ""),
+    )
+
+
+def _memory_limit(containers: list[Mapping[str, Any]]) -> str:
+    training = next((container for container in containers if container["name"] == TRAINING_CONTAINER), {})
+    return str(training.get("resources", {}).get("limits", {}).get("memory", ""))
+
+
+def _parse_container(statuses: list[Mapping[str, Any]]) -> ContainerObservation | None:
+    status = next((status for status in statuses if status["name"] == TRAINING_CONTAINER), None)
+    if status is None or not status.get("state"):
+        return None
+    state, image_id = status["state"], status.get("imageID", "")
+    if end := state.get("terminated"):
+        return ContainerObservation(
+            state=ContainerState.TERMINATED,
+            reason=end.get("reason", ""),
+            message=end.get("message", ""),
+            exit_code=end["exitCode"],
+            started_at=parse_time(end.get("startedAt")),
+            finished_at=parse_time(end.get("finishedAt")),
+            image_id=image_id,
+        )
+    if (running := state.get("running")) is not None:
+        started = parse_time(running.get("startedAt"))
+        return ContainerObservation(state=ContainerState.RUNNING, started_at=started, image_id=image_id)
+    waiting = state.get("waiting") or {}
+    return ContainerObservation(
+        state=ContainerState.WAITING, reason=waiting.get("reason", ""), message=waiting.get("message", "")
+    )
+
+
+def controller_uid(manifest: Mapping[str, Any]) -> str:
+    """Return the uid of the owner reference with `controller: true`; empty where the object has none."""
+    owners = manifest["metadata"].get("ownerReferences", [])
+    return next((owner["uid"] for owner in owners if owner.get("controller")), "")

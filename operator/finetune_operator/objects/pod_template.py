@@ -1,0 +1,309 @@
+"""Builds the pod template of an attempt, which is the same for every backend. The functions are pure.
+
+The pods satisfy the `restricted` Pod Security Standard, mount no API token except the projected token for reports, and
+write to emptyDirs only. Golden files in tests/operator/golden fix the result. The backends and `preflight_pod.py` call
+`pod_template`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Final
+
+from finetune_core.api import FineTuneJob
+from finetune_core.api.pod_template import Volume
+from finetune_core.api.sources import SecretKeyRef
+from finetune_core.contract import (
+    CREDENTIALS_FOLDER,
+    HUB_DATA_TOKENS_FOLDER,
+    HUB_TOKEN_FILE,
+    IDENTITY_VARIABLES,
+    MASTER_ADDR_VARIABLE,
+    MASTER_PORT,
+    MASTER_PORT_VARIABLE,
+    RUN_FOLDER,
+    SCRATCH_FOLDER,
+    STORAGE_CA_FILE,
+    TOKEN_FILE,
+    VOLUMES_FOLDER,
+    report_audience,
+)
+from finetune_core.contract.stock_reports import client_environment
+from finetune_core.names import worker_name
+from finetune_operator.kube.manifest import Manifest
+from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
+from finetune_operator.objects.labels import REPLICA_INDEX, TRAINING_CONTAINER, attempt_labels
+
+GPU_RESOURCE = "nvidia.com/gpu"
+GPU_PRODUCT_LABEL = "nvidia.com/gpu.product"
+ISTIO_INJECTION = "sidecar.istio.io/inject"
+USER = 65532
+"""User and group id of the processes, and fsGroup of the volumes."""
+UNREACHABLE_SECONDS = 30
+"""tolerationSeconds for nodes that are not ready or unreachable."""
+TOKEN_SECONDS = 3600
+"""Lifetime of the projected service account token; the kubelet renews the token in time."""
+MASTER_PORT_NAME = "pytorchjob-port"
+"""Name under which training-operator looks for the port of rank 0."""
+SHARED_READ_ONLY = 0o440
+"""File mode of mounted Secrets and ConfigMaps: the group may read, and fsGroup is the trainer's group."""
+
+RUN_VOLUME: Final = "run"
+REPORT_TOKEN_VOLUME: Final = "report-token"  # noqa: S105  (the name of a volume)
+CREDENTIALS_VOLUME: Final = "storage-credentials"
+STORAGE_CA_VOLUME: Final = "storage-ca"
+HUB_TOKEN_VOLUME: Final = "hub-token"  # noqa: S105  (the name of a volume)
+HUB_DATA_TOKENS_VOLUME: Final = "hub-data-tokens"
+SCRATCH_VOLUME: Final = "scratch"
+TMP_VOLUME: Final = "tmp"
+SHARED_MEMORY_VOLUME: Final = "shared-memory"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptSpec:
+    """The values, beside the job itself, from which the child object and the ConfigMap of an attempt are built."""
+
+    number: int
+    """Number of the attempt, from 1."""
+    name: str
+    """Name of the child object and of the ConfigMap of the attempt."""
+    image: str
+    report_base_url: str
+    """Address of the report server, for example ``"https://finetune-operator.finetune-system.svc:8443"``."""
+
+
+def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
+    """Return the template (metadata and spec) of every pod of the attempt."""
+    template = job.spec.pod_template
+    labels = dict(template.labels) | attempt_labels(job.metadata.name, job.metadata.uid, attempt.number)
+    annotations = dict(template.annotations)
+    if ISTIO_INJECTION not in {*template.labels, *template.annotations}:
+        # An Istio sidecar never ends and blocks the network until it has started. Newer versions read the label,
+        # older versions read the annotation.
+        labels[ISTIO_INJECTION] = "false"
+        annotations[ISTIO_INJECTION] = "false"
+    spec: Manifest = {
+        "serviceAccountName": template.service_account_name,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": TRAINING_GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "tolerations": _tolerations(job),
+        "containers": [_container(job, attempt)],
+        "volumes": _volumes(job, attempt),
+    }
+    if node_selector := _node_selector(job):
+        spec["nodeSelector"] = node_selector
+    if template.affinity is not None:
+        spec["affinity"] = template.affinity.to_json()
+    if priority_class := job.spec.run_policy.priority_class_name:
+        spec["priorityClassName"] = priority_class
+    if template.image_pull_secrets:
+        spec["imagePullSecrets"] = [{"name": secret.name} for secret in template.image_pull_secrets]
+    return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
+
+
+def _container(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
+    """Return the training container.
+
+    No command is set, because the entry point of the image (in exec form) is PID 1 and so receives SIGTERM.
+    """
+    return {
+        "name": TRAINING_CONTAINER,
+        "image": attempt.image,
+        "env": _environment(job, attempt),
+        "ports": [{"name": MASTER_PORT_NAME, "containerPort": MASTER_PORT, "protocol": "TCP"}],
+        "resources": _resources(job),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+        "volumeMounts": _mounts(job),
+        "terminationMessagePolicy": "File",
+    }
+
+
+def _environment(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
+    values = {
+        "namespace": {"value": job.metadata.namespace},
+        "name": {"value": job.metadata.name},
+        "uid": {"value": job.metadata.uid},
+        "attempt": {"value": str(attempt.number)},
+        "pod_name": _from_field("metadata.name"),
+        "pod_uid": _from_field("metadata.uid"),
+        # training-operator sets no node rank in a PyTorchJob without a Master; its index label serves as rank.
+        "node_rank": _from_field(f"metadata.labels['{REPLICA_INDEX}']"),
+    }
+    identity = [{"name": variable} | values[field] for field, variable in IDENTITY_VARIABLES.items()]
+    user_variables = {variable.name for variable in job.spec.pod_template.env}
+    stock_reports = client_environment(attempt.report_base_url, job.metadata.namespace, job.metadata.name)
+    return [
+        *identity,
+        # Images with other training code report through these variables. A variable that the user sets is kept.
+        *({"name": name, "value": value} for name, value in stock_reports.items() if name not in user_variables),
+        {"name": MASTER_ADDR_VARIABLE, "value": worker_name(attempt.name, 0)},
+        {"name": MASTER_PORT_VARIABLE, "value": str(MASTER_PORT)},
+        {"name": "HOME", "value": SCRATCH_FOLDER},
+        *(variable.to_json() for variable in job.spec.pod_template.env),
+    ]
+
+
+def _from_field(path: str) -> Manifest:
+    return {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
+
+
+def _resources(job: FineTuneJob) -> Manifest:
+    resources = job.spec.resources
+    amounts = {"cpu": str(resources.cpu), "memory": str(resources.memory)}
+    if resources.gpus_per_node:
+        amounts[GPU_RESOURCE] = str(resources.gpus_per_node)
+    return {"requests": dict(amounts), "limits": dict(amounts)}
+
+
+def _node_selector(job: FineTuneJob) -> dict[str, str]:
+    resources = job.spec.resources
+    product = {GPU_PRODUCT_LABEL: resources.gpu_product} if resources.gpus_per_node and resources.gpu_product else {}
+    return product | dict(job.spec.pod_template.node_selector)
+
+
+def _tolerations(job: FineTuneJob) -> list[Manifest]:
+    lost_node = [
+        {
+            "key": f"node.kubernetes.io/{taint}",
+            "operator": "Exists",
+            "effect": "NoExecute",
+            "tolerationSeconds": UNREACHABLE_SECONDS,
+        }
+        for taint in ("not-ready", "unreachable")
+    ]
+    return [*lost_node, *(toleration.to_json() for toleration in job.spec.pod_template.tolerations)]
+
+
+def _claims(job: FineTuneJob) -> list[str]:
+    """Return the names of the PersistentVolumeClaims that hold the model and the datasets, each name once."""
+    dataset = job.spec.dataset
+    sources = [job.spec.model, dataset.train, dataset.validation, dataset.test]
+    names = [source.volume.claim_name for source in sources if source is not None and source.volume is not None]
+    return list(dict.fromkeys(names))
+
+
+def _mounts(job: FineTuneJob) -> list[Manifest]:
+    mounts: list[Manifest] = [
+        {"name": RUN_VOLUME, "mountPath": RUN_FOLDER, "readOnly": True},
+        {"name": REPORT_TOKEN_VOLUME, "mountPath": _folder(TOKEN_FILE), "readOnly": True},
+        {"name": SCRATCH_VOLUME, "mountPath": SCRATCH_FOLDER},
+        {"name": TMP_VOLUME, "mountPath": "/tmp"},  # noqa: S108  (an emptyDir of the pod)
+        {"name": SHARED_MEMORY_VOLUME, "mountPath": "/dev/shm"},  # noqa: S108  (an emptyDir of the pod)
+    ]
+    if job.spec.storage.credentials_secret_ref:
+        mounts.insert(1, {"name": CREDENTIALS_VOLUME, "mountPath": CREDENTIALS_FOLDER, "readOnly": True})
+    if job.spec.storage.ca_config_map_ref:
+        mounts.append({"name": STORAGE_CA_VOLUME, "mountPath": _folder(STORAGE_CA_FILE), "readOnly": True})
+    if _hub_token(job):
+        mounts.append({"name": HUB_TOKEN_VOLUME, "mountPath": _folder(HUB_TOKEN_FILE), "readOnly": True})
+    if _data_tokens(job):
+        mounts.append({"name": HUB_DATA_TOKENS_VOLUME, "mountPath": HUB_DATA_TOKENS_FOLDER, "readOnly": True})
+    mounts += [
+        {"name": _claim_volume(number), "mountPath": f"{VOLUMES_FOLDER}/{claim}", "readOnly": True}
+        for number, claim in enumerate(_claims(job))
+    ]
+    mounts += [
+        {"name": _user_volume(volume), "mountPath": volume.mount_path, "readOnly": bool(volume.read_only)}
+        for volume in job.spec.pod_template.volumes
+    ]
+    return mounts
+
+
+def _volumes(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
+    token = {
+        "audience": report_audience(job.metadata.uid),
+        "expirationSeconds": TOKEN_SECONDS,
+        "path": PurePosixPath(TOKEN_FILE).name,
+    }
+    volumes: list[Manifest] = [
+        {"name": RUN_VOLUME, "configMap": {"name": attempt.name, "defaultMode": SHARED_READ_ONLY}},
+        {
+            "name": REPORT_TOKEN_VOLUME,
+            "projected": {"defaultMode": SHARED_READ_ONLY, "sources": [{"serviceAccountToken": token}]},
+        },
+        {"name": SCRATCH_VOLUME, "emptyDir": {}},
+        {"name": TMP_VOLUME, "emptyDir": {}},
+        {
+            "name": SHARED_MEMORY_VOLUME,
+            "emptyDir": {"medium": "Memory", "sizeLimit": str(job.spec.resources.shared_memory)},
+        },
+    ]
+    if credentials := job.spec.storage.credentials_secret_ref:
+        secret = {"secretName": credentials.name, "defaultMode": SHARED_READ_ONLY}
+        volumes.insert(1, {"name": CREDENTIALS_VOLUME, "secret": secret})
+    if authority := job.spec.storage.ca_config_map_ref:
+        item = {"key": authority.key, "path": PurePosixPath(STORAGE_CA_FILE).name}
+        certificates = {"name": authority.name, "defaultMode": SHARED_READ_ONLY, "items": [item]}
+        volumes.append({"name": STORAGE_CA_VOLUME, "configMap": certificates})
+    if reference := _hub_token(job):
+        item = {"key": reference.key, "path": PurePosixPath(HUB_TOKEN_FILE).name}
+        volumes.append(
+            {
+                "name": HUB_TOKEN_VOLUME,
+                "secret": {"secretName": reference.name, "defaultMode": SHARED_READ_ONLY, "items": [item]},
+            }
+        )
+    if tokens := _data_tokens(job):
+        sources = [
+            {"secret": {"name": reference.name, "items": [{"key": reference.key, "path": path}]}}
+            for path, reference in tokens.items()
+        ]
+        volumes.append(
+            {"name": HUB_DATA_TOKENS_VOLUME, "projected": {"defaultMode": SHARED_READ_ONLY, "sources": sources}}
+        )
+    volumes += [
+        {"name": _claim_volume(number), "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
+        for number, claim in enumerate(_claims(job))
+    ]
+    volumes += [{"name": _user_volume(volume)} | _volume_source(volume) for volume in job.spec.pod_template.volumes]
+    return volumes
+
+
+def _claim_volume(number: int) -> str:
+    return f"claim-{number}"
+
+
+def _user_volume(volume: Volume) -> str:
+    """Return the name in the pod of a volume of `podTemplate.volumes`; the prefix avoids the template's own names."""
+    return f"extra-{volume.name}"
+
+
+def _volume_source(volume: Volume) -> Manifest:
+    """Return the volume source that is set, for example ``{"persistentVolumeClaim": {...}}``."""
+    kinds = volume.to_json()
+    for key in ("name", "mountPath", "readOnly"):
+        kinds.pop(key, None)
+    return kinds
+
+
+def _hub_token(job: FineTuneJob) -> SecretKeyRef | None:
+    source = job.spec.model.hugging_face
+    return source.token_secret_ref if source else None
+
+
+def _data_tokens(job: FineTuneJob) -> dict[str, SecretKeyRef]:
+    """Return the token Secrets of gated Hugging Face datasets by field path, for example ``"dataset.train"``."""
+    dataset = job.spec.dataset
+    sources = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    return {
+        f"dataset.{name}": source.hugging_face.token_secret_ref
+        for name, source in sources.items()
+        if source is not None and source.hugging_face is not None and source.hugging_face.token_secret_ref is not None
+    }
+
+
+def _folder(path: str) -> str:
+    return str(PurePosixPath(path).parent)

@@ -1,0 +1,207 @@
+"""Leader election among the replicas of the operator by a Lease, after the model of client-go's leaderelection.
+
+Candidates wait until they acquire the Lease. A leader that can't renew the Lease in time, or finds another holder, ends
+its process at once. `application.py` calls `LeaderElector`; every write calls `LeaderElector.check`.
+
+The client library implements the election. This module adds a time limit for every call, treats errors as "not
+renewed" instead of ending the election unnoticed, and measures time with the monotonic clock. The monotonic clock also
+runs while the process is frozen, and does not jump when the machine's time is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import aiohttp
+from kubernetes.aio.client.exceptions import ApiException
+from kubernetes.aio.leaderelection.electionconfig import Config
+from kubernetes.aio.leaderelection.leaderelection import LeaderElection
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+
+logger = logging.getLogger(__name__)
+
+LEASE_SECONDS: Final = 15.0
+"""A candidate takes over a Lease that has not been renewed for this long."""
+RENEW_DEADLINE_SECONDS: Final = 10.0
+"""A leader that has not renewed for this long ends its process, five seconds before another replica may lead."""
+RETRY_SECONDS: Final = 2.0
+CALL_SECONDS: Final = 3.0
+"""Time limit of each call to the API server about the Lease."""
+LOST_EXIT_CODE: Final = 1
+
+
+class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
+    """Reads and writes the Lease. A failed call returns False, and no call takes longer than three seconds."""
+
+    def __init__(self, name: str, namespace: str, identity: str, client: Any, clock: Callable[[], float]) -> None:
+        """Use the Lease ``namespace/name``, which the chart creates, with ``identity`` as the holder identity."""
+        super().__init__(name, namespace, identity, client)
+        self._clock = clock
+        self._record: tuple[str | None, str | None] | None = None
+        self._record_changed_at = 0.0
+        self.last_error = ""
+        """Why the last call failed; empty where it succeeded."""
+
+    @property
+    def holder(self) -> str | None:
+        """Identity of the holder when the Lease was last read; None or empty where there was no holder."""
+        return self._record[0] if self._record else None
+
+    async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
+        """Read the Lease; returns (found, record), or (False, ApiException) where the call failed.
+
+        The time of a change of the record is kept on the monotonic clock of this process.
+        """
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                found, answer = await super().get(name, namespace)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            found, answer = False, ApiException(status=0, reason=str(error) or type(error).__name__)
+        self.last_error = "" if found else f"it can't be read: {answer.status} {answer.reason}"
+        if found:
+            record = (answer.holder_identity, answer.renew_time)
+            if record != self._record:
+                self._record, self._record_changed_at = record, self._clock()
+        return found, answer
+
+    async def create(self, name: str, namespace: str, election_record: Any) -> bool:
+        """Return False, because the chart creates the Lease and the operator has no permission to create Leases."""
+        self.last_error = f"Lease {namespace}/{name} must exist; the chart creates it"
+        return False
+
+    async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
+        """Acquire or renew the Lease; return False where the call failed or another replica wrote the Lease first."""
+        is_held_by_another = self.holder not in (None, "", self.identity)
+        if is_held_by_another and self._clock() - self._record_changed_at < LEASE_SECONDS:
+            return False  # the library compares wall clock times, and the wall clock may have been set forward
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                updated = bool(await super().update(name, namespace, updated_record))
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self.last_error = f"it can't be written: {str(error) or type(error).__name__}"
+            return False
+        self.last_error = "" if updated else "the API server refused the update"
+        return updated
+
+    async def clear_holder(self) -> None:
+        """Remove this process as holder, so that another candidate need not wait for the Lease to expire.
+
+        Raises the exceptions of the client library.
+        """
+        async with asyncio.timeout(CALL_SECONDS):
+            lease = await self.api_instance.read_namespaced_lease(self.name, self.namespace)
+            if lease.spec is None or lease.spec.holder_identity != self.identity:
+                return
+            lease.spec.holder_identity = None
+            await self.api_instance.replace_namespaced_lease(name=self.name, namespace=self.namespace, body=lease)
+
+
+def end_process(code: int) -> None:
+    """End the process at once with exit code ``code``; no clean-up runs, because clean-up might write."""
+    logging.shutdown()
+    os._exit(code)
+
+
+class LeaderElector:
+    """Acquires, renews and releases the Lease."""
+
+    def __init__(
+        self,
+        lease: TimedLeaseLock,
+        *,
+        end: Callable[[int], None] = end_process,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Hold no Lease yet. ``end`` is called with an exit code when the Lease is lost and must not return."""
+        self._lease = lease
+        self._end = end
+        self._clock = clock
+        self._renewed_at: float | None = None
+        self._election = LeaderElection(
+            Config(
+                lease,
+                lease_duration=int(LEASE_SECONDS),
+                renew_deadline=RENEW_DEADLINE_SECONDS,
+                retry_period=RETRY_SECONDS,
+                # `application.py` runs the leader's work, because the library would not notice an error in a callback.
+                onstarted_leading=_no_callback,
+                onstopped_leading=_no_callback,
+            )
+        )
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process has acquired the Lease and has not released the Lease."""
+        return self._renewed_at is not None
+
+    def age(self) -> float:
+        """Return the seconds since this process last renewed the Lease; 0.0 where this process is not the leader."""
+        return self._clock() - self._renewed_at if self._renewed_at is not None else 0.0
+
+    async def acquire(self, lease_read: Callable[[], None]) -> None:
+        """Wait without limit until this process holds the Lease; call ``lease_read`` after each successful read."""
+        logged = ""
+        while not await self._try():
+            state = self._lease.last_error or f"{self._lease.holder} holds it"
+            if not self._lease.last_error:
+                lease_read()
+            if state != logged:
+                logger.info("waiting for the Lease %s: %s", self._lease.name, state)
+                logged = state
+            await asyncio.sleep(RETRY_SECONDS)
+        lease_read()
+        logger.info("%s leads: it got the Lease %s", self._lease.identity, self._lease.name)
+
+    async def renew_forever(self) -> None:
+        """Renew the Lease every 2 s. Never returns; the process ends where renewals fail for 10 s."""
+        while True:
+            await asyncio.sleep(RETRY_SECONDS)
+            self.check()
+            try:
+                # The time-out makes sure that the process ends at the deadline, even while a call hangs.
+                async with asyncio.timeout(RENEW_DEADLINE_SECONDS - self.age()):
+                    renewed = await self._try()
+            except TimeoutError:
+                renewed = False
+            if not renewed and self._lease.holder not in (None, "", self._lease.identity):
+                self._lost(f"{self._lease.holder} holds it")
+            self.check()
+
+    def check(self) -> None:
+        """End the process where the Lease was not renewed in time; `kube/fencing.py` calls this before every write."""
+        if self.is_leader and self.age() < RENEW_DEADLINE_SECONDS:
+            return
+        self._lost(f"not renewed for {self.age():.0f} s ({self._lease.last_error or 'the process stood still'})")
+
+    async def release(self) -> None:
+        """Release the Lease. The caller must make sure that this process writes nothing any more."""
+        if not self.is_leader:
+            return
+        self._renewed_at = None
+        try:
+            await self._lease.clear_holder()
+        except (ApiException, aiohttp.ClientError, OSError, TimeoutError) as error:
+            logger.warning("the Lease was not given back, the next leader waits for its end: %s", error)
+        else:
+            logger.info("the Lease %s was given back", self._lease.name)
+
+    async def _try(self) -> bool:
+        # The clock is read before the calls, so that the Lease never expires earlier than this process assumes.
+        asked = self._clock()
+        if not await self._election.try_acquire_or_renew():
+            return False
+        self._renewed_at = asked
+        return True
+
+    def _lost(self, why: str) -> None:
+        logger.error("the Lease %s is lost, the process ends: %s", self._lease.name, why)
+        self._end(LOST_EXIT_CODE)
+
+
+async def _no_callback() -> None:
+    """Do nothing; the library requires callbacks."""

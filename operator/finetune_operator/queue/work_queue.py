@@ -1,0 +1,148 @@
+"""The work queue of jobs to reconcile, after the model of client-go's workqueue.
+
+The queue holds keys (namespace and name) and no objects. `watches.py`, `controller.py` and `reports/server.py` add
+keys; the workers in `controller.py` take keys out.
+
+A key that already waits is not queued twice. A key that a worker is processing is not given to a second worker; if
+the key is added meanwhile, the key is queued again when the worker calls `done`. Failures of one key back off
+exponentially with jitter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+BASE_DELAY_SECONDS = 0.2
+MAX_DELAY_SECONDS = 300.0
+
+
+class Key(NamedTuple):
+    """Namespace and name of a FineTuneJob, for example ``Key("team-a", "viggo-7b")``."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        """Return `namespace/name`."""
+        return f"{self.namespace}/{self.name}"
+
+
+def backoff_seconds(failures: int, *, jitter: float, base: float = BASE_DELAY_SECONDS) -> float:
+    """Return the delay in seconds after ``failures`` consecutive failures (at least 1).
+
+    The delay starts at ``base``, doubles with each failure and is at most 300 s. ``jitter`` (0 to 1) shortens the
+    delay by up to a quarter, so that keys which failed together are not retried together.
+    """
+    # The exponent is bounded because 2.0 ** n overflows for a key that has failed for weeks.
+    delay = min(MAX_DELAY_SECONDS, base * 2.0 ** min(failures - 1, 40))
+    return delay * (1 - jitter / 4)
+
+
+class WorkQueue:
+    """Queue of job keys with deduplication, delayed keys and a back-off per key.
+
+    The queue is not thread-safe: all callers run in one event loop.
+    """
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.monotonic, jitter: Callable[[], float] = random.random
+    ) -> None:
+        """Create an empty queue. Tests pass their own ``clock`` (seconds) and ``jitter`` (0 to 1)."""
+        self._clock = clock
+        self._jitter = jitter
+        self._ready: deque[tuple[Key, float]] = deque()
+        self._dirty: set[Key] = set()
+        self._processing: set[Key] = set()
+        self._due: dict[Key, float] = {}
+        self._heap: list[tuple[float, Key]] = []
+        self._failures: dict[Key, int] = {}
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        """Return the number of keys that are due and wait for a worker; delayed keys are not counted."""
+        return len(self._dirty)
+
+    def oldest_age(self) -> float:
+        """Return for how many seconds the first key in the queue has been waiting for a worker; 0.0 if none waits."""
+        return self._clock() - self._ready[0][1] if self._ready else 0.0
+
+    def add(self, key: Key) -> None:
+        """Queue ``key`` now. A key that already waits is not queued a second time."""
+        if key in self._dirty:
+            return
+        self._dirty.add(key)
+        if key not in self._processing:
+            self._ready.append((key, self._clock()))
+            self._changed.set()
+
+    def add_after(self, key: Key, seconds: float) -> None:
+        """Queue ``key`` in ``seconds``. If ``key`` already has an earlier due time, the earlier time is kept."""
+        due = self._clock() + max(0.0, seconds)
+        if key in self._due and self._due[key] <= due:
+            return
+        self._due[key] = due
+        heapq.heappush(self._heap, (due, key))
+        self._changed.set()
+
+    def add_rate_limited(self, key: Key) -> float:
+        """Count a failure of ``key``, queue ``key`` after its back-off, and return that back-off in seconds."""
+        self._failures[key] = self._failures.get(key, 0) + 1
+        delay = backoff_seconds(self._failures[key], jitter=self._jitter())
+        self.add_after(key, delay)
+        return delay
+
+    def forget(self, key: Key) -> None:
+        """Reset the failure count of ``key`` after a reconcile that succeeded."""
+        self._failures.pop(key, None)
+
+    def discard(self, key: Key) -> None:
+        """Drop the delay and the failure count of a job that no longer exists."""
+        self._failures.pop(key, None)
+        self._due.pop(key, None)
+
+    def pop(self) -> Key | None:
+        """Return the next key that is due, or None. The caller must call `done` after processing the key."""
+        self._promote()
+        if not self._ready:
+            return None
+        key, _ = self._ready.popleft()
+        self._dirty.discard(key)
+        self._processing.add(key)
+        return key
+
+    async def get(self) -> Key:
+        """Wait for the next key and return the key. The caller must call `done` after processing the key."""
+        while (key := self.pop()) is None:
+            self._changed.clear()
+            # The time-out is suppressed because it only marks the moment at which a delayed key becomes due.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds_to_next()):
+                    await self._changed.wait()
+        return key
+
+    def done(self, key: Key) -> None:
+        """Mark ``key`` as processed. A key that was added during the processing is queued again at once."""
+        self._processing.discard(key)
+        if key in self._dirty:
+            self._ready.append((key, self._clock()))
+            self._changed.set()
+
+    def _promote(self) -> None:
+        """Queue every delayed key whose due time has come."""
+        now = self._clock()
+        while self._heap and self._heap[0][0] <= now:
+            due, key = heapq.heappop(self._heap)
+            # `_due` no longer holds the time of a heap entry that `discard` or an earlier due time made obsolete.
+            if self._due.get(key) == due:
+                del self._due[key]
+                self.add(key)
+
+    def _seconds_to_next(self) -> float | None:
+        return max(0.0, self._heap[0][0] - self._clock()) if self._heap else None

@@ -1,0 +1,58 @@
+"""A preflight result fits into a termination message, keeps the finding that decides, and is never confused with
+another program's message."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_core.contract import RESULT_LIMIT_BYTES, Outcome, Result
+from finetune_core.contract.preflight_result import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
+from finetune_core.names import attempt_name, preflight_name
+
+FINAL, OUTSIDE = FindingKind.FINAL, FindingKind.OUTSIDE
+findings = st.builds(
+    Finding, kind=st.sampled_from(FindingKind), message=st.text(st.characters(codec="utf-8"), max_size=FINDING_LIMIT)
+)
+
+
+@given(found=st.lists(findings, max_size=6), notices=st.lists(st.text(max_size=600), max_size=4))
+def test_whatever_is_found_fits_and_keeps_the_exit_code(found: list[Finding], notices: list[str]) -> None:
+    result = PreflightResult(findings=ordered(found), notices=notices)
+    text = result.to_termination_message()
+    assert len(text.encode()) <= RESULT_LIMIT_BYTES
+    read = PreflightResult.from_termination_message(text)
+    assert read is not None
+    assert read.exit_code == result.exit_code
+    if found:
+        first = read.findings[0].message.removesuffix("…")
+        assert result.findings[0].message.startswith(first)
+
+
+@pytest.mark.parametrize(("kinds", "code"), [([], 0), ([OUTSIDE], 75), ([OUTSIDE, FINAL], 64), ([FINAL], 64)])
+def test_what_is_final_decides(kinds: list[FindingKind], code: int) -> None:
+    found = [Finding(kind=kind, message=f"field {number}: {kind}") for number, kind in enumerate(kinds)]
+    result = PreflightResult(findings=ordered(found))
+    assert result.exit_code == code
+    assert ("Outside" in result.sentence) == (kinds == [OUTSIDE])
+
+
+def test_the_same_sentence_is_said_once() -> None:
+    found = [Finding(kind=OUTSIDE, message="a"), Finding(kind=FINAL, message="b"), Finding(kind=OUTSIDE, message="a")]
+    assert [finding.message for finding in ordered(found)] == ["b", "a"]
+
+
+def test_no_other_programs_message_passes_for_a_result() -> None:
+    other = Result(outcome=Outcome.COMPLETED).to_termination_message()
+    assert PreflightResult.from_termination_message(other) is None
+    assert PreflightResult.from_termination_message("{}") is None
+    assert PreflightResult.from_termination_message("usage: python") is None
+
+
+def test_its_objects_have_names_of_their_own() -> None:
+    names = {preflight_name("job", "uid", number) for number in (1, 2, 10)}
+    assert len(names) == 3
+    assert names.isdisjoint(attempt_name("job", "uid", number) for number in range(1, 1000))
+    assert preflight_name("job", "uid", 1) != preflight_name("job", "another uid", 1)
+    assert len(preflight_name("j" * 40, "uid", 999)) <= 63

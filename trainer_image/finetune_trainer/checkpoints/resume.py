@@ -1,0 +1,200 @@
+"""The start of a run: choose the checkpoint to resume from, fetch it, and take the next run number in the bucket.
+
+Rank 0 does this for all ranks. `train.py` calls `start_run` at the start of an attempt and `start_run_after_rollback`
+after a rollback. Both return a `RunStart`, which travels to the other ranks as JSON.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune_core.contract import CheckpointRecord, ContractModel, Identity
+from finetune_core.layout import checkpoint_folder
+from finetune_trainer.model.digest import BaseDigests
+from finetune_trainer.pod.errors import NewerRun, OutsideFailure
+from finetune_trainer.storage.checkpoint_folders import (
+    TRAINER_FILE,
+    TrainerState,
+    check_readable,
+    committed,
+    fetch_folder,
+    inventory,
+    uncommitted,
+)
+from finetune_trainer.storage.commit import Damaged
+from finetune_trainer.storage.lineage import (
+    CheckpointId,
+    ParentRecord,
+    Rollback,
+    RunRecord,
+    claim_run_number,
+    lineage,
+    read_records,
+)
+from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.step_log import StepRow, read_history
+
+log = logging.getLogger(__name__)
+
+MAX_TRIES = 20
+
+
+class RunStart(ContractModel):
+    """Where a run starts: its number, the checkpoint that it resumes from, and what else the bucket holds."""
+
+    run: int
+    """Number of this run, from 1. Every start of the job's ranks takes the next number, and so does every rollback."""
+    parent: ParentRecord | None = None
+    """The checkpoint that the run resumes from. None where training starts from the base model."""
+    ancestors: list[CheckpointRecord] = []
+    """The committed checkpoints that this run continues, oldest first. The last one is `parent`."""
+    other_checkpoints: list[CheckpointRecord] = []
+    """All other committed checkpoints in the bucket: those that a rollback abandoned, and damaged ones."""
+    notices: list[str] = []
+    """Sentences for people, for example why a checkpoint was not used."""
+    base_digests: BaseDigests = BaseDigests()
+    rollbacks: list[Rollback] = []
+    """All rollbacks of the job so far. Each of them still changes the learning rate and the skipped steps of this
+    run."""
+
+
+class ResumeChoice(ContractModel):
+    """The checkpoint to resume from, and the checkpoints that could not be used."""
+
+    parent: ParentRecord | None = None
+    damaged: dict[str, str] = {}
+    """What is wrong with each checkpoint that could not be used, by its folder, for example
+    `checkpoints/000001-000120`."""
+    notices: list[str] = []
+
+
+def start_run(root: RunRoot, identity: Identity, target: Path) -> RunStart:
+    """Take the next run number, and fetch the checkpoint to resume from into the folder ``target``.
+
+    A former run that is still alive may commit one more checkpoint before the number is taken. The choice is then made
+    again, with the next number. Raises OutsideFailure where other writers take every number.
+    """
+    taken: set[int] = set()
+    for _ in range(MAX_TRIES):
+        records = read_records(root)
+        known = {run: record for run, record in records.items() if run not in taken}
+        candidates = lineage(known, committed(root))
+        choice = _choose_checkpoint(root, candidates, target)
+        run = max(records, default=0) + 1
+        # The newest run knows all rollbacks. They still hold where an older run's checkpoint is resumed from, for
+        # example because the newest run's own checkpoints are lost.
+        rollbacks = known[max(known)].rollbacks if known else []
+        if not claim_run_number(root, run, _record(identity, choice, rollbacks)):
+            continue
+        taken.add(run)
+        if lineage(known, committed(root)) == candidates:
+            _abort_stale_uploads(root)
+            return _run_start(root, run, choice, rollbacks)
+    raise OutsideFailure(f"no run number could be taken in {MAX_TRIES} tries: other writers are active")
+
+
+def start_run_after_rollback(root: RunRoot, identity: Identity, run: int, rollback: Rollback, target: Path) -> RunStart:
+    """Take the number after ``run``, which ends with ``rollback``, and fetch the checkpoint of ``rollback.step`` or
+    earlier into ``target``.
+
+    Where a checkpoint is damaged, the next older one of the lineage is used, and the base model where none is left.
+    Raises NewerRun where another start of the job has taken a number since.
+    """
+    records = read_records(root)
+    candidates = [item for item in lineage(records, committed(root)) if item.step <= rollback.step]
+    choice = _choose_checkpoint(root, candidates, target)
+    returned = choice.parent.step if choice.parent else 0
+    rollbacks = [*records[run].rollbacks, rollback.model_copy(update={"step": returned})]
+    if max(records) != run or not claim_run_number(root, run + 1, _record(identity, choice, rollbacks)):
+        raise NewerRun(f"another run of this job has started, so run {run} ended")
+    return _run_start(root, run + 1, choice, rollbacks)
+
+
+def _abort_stale_uploads(root: RunRoot) -> None:
+    """Abort the multipart uploads that former runs left unfinished, because the store keeps their parts. A store that
+    does not permit the abort is no reason to fail."""
+    try:
+        aborted = root.abort_multipart_uploads()
+    except OutsideFailure as failure:
+        log.warning("stale multipart uploads can't be aborted: %s", failure)
+        return
+    if aborted:
+        log.info("aborted %d stale multipart uploads, among them %s", len(aborted), aborted[0])
+
+
+def _record(identity: Identity, choice: ResumeChoice, rollbacks: Sequence[Rollback]) -> RunRecord:
+    return RunRecord(
+        attempt=identity.attempt,
+        pod_uid=identity.pod_uid,
+        parent=choice.parent,
+        rate_factor=math.prod(rollback.rate_factor for rollback in rollbacks),
+        rollbacks=list(rollbacks),
+    )
+
+
+def _choose_checkpoint(root: RunRoot, candidates: Sequence[CheckpointId], target: Path) -> ResumeChoice:
+    """Return the first of ``candidates`` whose every byte verifies, fetched into ``target``, and why the earlier ones
+    do not.
+
+    Notices also name the folders without COMMIT that are newer than the chosen checkpoint. Such a folder is left where
+    an upload was cut off, or where somebody deleted COMMIT.
+    """
+    damaged: dict[str, str] = {}
+    notices: list[str] = []
+    chosen: CheckpointId | None = None
+    for candidate in candidates:
+        shutil.rmtree(target, ignore_errors=True)
+        folder = checkpoint_folder(*candidate)
+        try:
+            fetch_folder(root, folder, target)
+            check_readable(target)
+        except Damaged as damage:
+            damaged[folder] = str(damage)
+            notices.append(f"checkpoint of step {candidate.step} (run {candidate.run}) was passed over: {damage}")
+            continue
+        chosen = candidate
+        break
+    for item in uncommitted(root):
+        if chosen is None or item > chosen:
+            notices.append(
+                f"checkpoint of step {item.step} (run {item.run}) does not count: {checkpoint_folder(*item)}/COMMIT is"
+                " missing, because its upload was cut off or somebody deleted it"
+            )
+    if chosen is None and candidates:
+        notices.append("no checkpoint could be used: training starts from the base model")
+    parent = ParentRecord(run=chosen.run, step=chosen.step) if chosen else None
+    return ResumeChoice(parent=parent, damaged=damaged, notices=notices)
+
+
+def _run_start(root: RunRoot, run: int, choice: ResumeChoice, rollbacks: list[Rollback]) -> RunStart:
+    """Return the start of ``run`` with all committed checkpoints of the bucket, divided into those that the run
+    continues and the rest."""
+    stored = {CheckpointId(record.run, record.step): record for record in inventory(root, choice.damaged)}
+    undamaged = [key for key, record in stored.items() if not record.damaged]
+    own = [stored[item] for item in reversed(lineage(read_records(root), undamaged))]
+    rest = [record for record in stored.values() if record not in own]
+    return RunStart(
+        run=run,
+        parent=choice.parent,
+        ancestors=own,
+        other_checkpoints=rest,
+        notices=choice.notices,
+        rollbacks=rollbacks,
+    )
+
+
+def read_steps_before(root: RunRoot, start: RunStart) -> list[StepRow]:
+    """Return the rows of all steps that led to the parent checkpoint of ``start``, read from the step log in the
+    bucket, oldest first."""
+    if start.parent is None:
+        return []
+    return read_history(root, read_records(root), start.parent.run, start.parent.step)
+
+
+def read_trainer_state(folder: Path) -> TrainerState:
+    """Return the part of a fetched checkpoint's training state that is not a tensor, such as step and seed."""
+    return TrainerState.model_validate_json((folder / TRAINER_FILE).read_text())

@@ -1,0 +1,89 @@
+"""DeepSpeed's configuration for a job, and the settings that DeepSpeed needs before a model is built.
+
+`engine.py` passes the configuration to DeepSpeed. `preparation.py` shards a model with it while the model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from finetune_core.contract import OptimizationConfig
+
+BUCKET_ELEMENTS = 50_000_000
+"""Number of elements that DeepSpeed reduces or gathers in one communication call: 100 MB in bf16. DeepSpeed's default
+is 500 million."""
+
+
+def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration. The job's `deepspeed.overrides` are merged in last, so that they win.
+
+    The engine counts one micro-batch per update, because the training loop accumulates gradients itself: the last batch
+    of an epoch may have fewer micro-batches.
+    """
+    zero: dict[str, Any] = {
+        "stage": optimization.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+    }
+    if optimization.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if optimization.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_batch_size": optimization.micro_batch_size * world_size,
+        "train_micro_batch_size_per_gpu": optimization.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimization.gradient_clipping,
+        "bf16": {"enabled": optimization.precision == "bf16"},
+        # A bf16 sum over many micro-batches loses what the last of them add, so gradients accumulate in fp32. At stage
+        # 1, DeepSpeed would choose another optimizer class for fp32 accumulation, and that class applies updates that
+        # are not finite.
+        "data_types": {"grad_accum_dtype": None if optimization.zero_stage == 1 else "fp32"},
+        "zero_optimization": zero,
+        # torch's AdamW is used even where the optimizer state lies in CPU memory. DeepSpeed's own CPU optimizer would
+        # be compiled at run time, and its updates differ.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+    }
+    return merge_overrides(config, json.loads(optimization.overrides)) if optimization.overrides else config
+
+
+def merge_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config`` with ``overrides`` merged in. Two objects under the same key are merged key by key."""
+    result = dict(config)
+    for key, value in overrides.items():
+        below = result.get(key)
+        result[key] = merge_overrides(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def shard_new_models(optimization: OptimizationConfig, world_size: int) -> Any:
+    """Let transformers shard a model over the ranks while it builds the model (ZeRO-3), as long as the returned object
+    is referenced. Return None at other stages."""
+    if optimization.zero_stage != 3:
+        return None
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    prevent_compilation()
+    # Sharding needs DeepSpeed's own process groups, which are otherwise created together with the engine.
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    return HfDeepSpeedConfig(engine_config(optimization, world_size))
+
+
+def prevent_compilation() -> None:
+    """Keep DeepSpeed from compiling its C++ and CUDA ops at run time.
+
+    DeepSpeed's communication backend for the CPU would compile a shared-memory op wherever it finds a compiler, and
+    probing all ops takes a second. An empty table of ops makes DeepSpeed treat each op as not compatible.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

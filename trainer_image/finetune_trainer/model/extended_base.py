@@ -1,0 +1,111 @@
+"""Writes an extended copy of a base model: with the job's added tokens in tokenizer and embeddings, and with an output
+head of its own where LoRA trains an embedding that is tied to the head.
+
+`preparation.py` writes the copy before any model is loaded, so that loading, ZeRO-3 and export all see one ordinary
+model folder. The rows of added tokens depend on (seed, token) only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from finetune_core.errors import UserError
+from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
+from finetune_trainer.model.structure import read_structure
+from finetune_trainer.model.weight_files import INDEX, WeightFiles, write_index
+
+CONFIG = "config.json"
+DEFAULT_SPREAD = 0.02
+"""Standard deviation of new embedding rows where the model's configuration has no `initializer_range`: the value of
+GPT-2."""
+
+
+def initial_row(token: str, *, matrix: str, width: int, spread: float, seed: int) -> torch.Tensor:
+    """Return the initial embedding row of an added token, (width,) in fp32. Its values are normal with standard
+    deviation ``spread``, as the model's own initialisation draws them. ``matrix`` is `input` or `output`."""
+    digest = hashlib.blake2b(f"{seed}/{matrix}/{token}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.empty(width, dtype=torch.float32).normal_(0, spread, generator=generator)
+
+
+def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: bool, seed: int) -> None:
+    """Write a copy of the model folder ``source`` to ``target``, with ``tokens`` added. With ``untie`` the copy has an
+    output head of its own.
+
+    Weight files without an embedding are linked, not copied. Raises UserError where the embeddings are not found.
+    """
+    target.mkdir(parents=True)
+    structure, weights = read_structure(source), WeightFiles.of(source)
+    tokenizer = load_tokenizer(source)
+    ids = add_tokens(tokenizer, tokens)
+    tokenizer.save_pretrained(target)
+    config = json.loads((source / CONFIG).read_text())
+    text = config.get("text_config", config)
+    input_key = f"{structure.input_name}.weight"
+    if input_key not in weights.files or structure.output_name is None:
+        raise UserError("model.addedTokens", f"must be empty: the model's files have no tensor {input_key}")
+    output_key = f"{structure.output_name}.weight"
+    spread = float(text.get("initializer_range") or DEFAULT_SPREAD)
+    old = weights.tensor(input_key)
+    rows = max(old.shape[0], max(ids, default=-1) + 1)
+
+    def extended(weight: torch.Tensor, matrix: str) -> torch.Tensor:
+        grown = torch.zeros((rows, weight.shape[1]), dtype=weight.dtype)
+        grown[: weight.shape[0]] = weight
+        for token, row in zip(tokens, ids, strict=True):
+            grown[row] = initial_row(token, matrix=matrix, width=weight.shape[1], spread=spread, seed=seed).to(
+                weight.dtype
+            )
+        return grown
+
+    changed = {input_key: extended(old, "input")}
+    if structure.tied and untie:
+        # The untied head begins as a copy of the input embedding. Each added token's row is drawn once, for both.
+        changed[output_key] = changed[input_key].clone()
+    elif not structure.tied:
+        changed[output_key] = extended(weights.tensor(output_key), "output")
+    bias = f"{structure.output_name}.bias"
+    if bias in weights.files:
+        old_bias = weights.tensor(bias)
+        changed[bias] = torch.cat([old_bias, old_bias.new_zeros(rows - old_bias.shape[0])])
+    text["vocab_size"] = config["vocab_size"] = rows
+    if untie:
+        text["tie_word_embeddings"] = config["tie_word_embeddings"] = False
+    (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_weights(weights, target, changed, beside=weights.files[input_key])
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and path.is_file() and not (target / path.name).exists():
+            (target / path.name).write_bytes(path.read_bytes())
+
+
+def _write_weights(weights: WeightFiles, target: Path, changed: Mapping[str, torch.Tensor], *, beside: str) -> None:
+    """Write the weight files that hold a changed tensor, and link the other files. A tensor that is in no file yet goes
+    into the file ``beside``."""
+    places = {**dict.fromkeys(changed, beside), **weights.files}
+    files = sorted(set(places.values()))
+    for name in files:
+        inside = [key for key, place in places.items() if place == name]
+        if not any(key in changed for key in inside):
+            _link(weights.folder / name, target / name)
+            continue
+        with safe_open(weights.folder / name, framework="pt") as file:
+            tensors = {key: changed[key] if key in changed else file.get_tensor(key) for key in sorted(inside)}
+        save_file(tensors, target / name, {"format": "pt"})
+    if len(files) > 1 or (weights.folder / INDEX).is_file():
+        write_index(target, places)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to ``source``, or a symbolic link where both lie on different volumes."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        target.symlink_to(source.resolve())

@@ -1,0 +1,57 @@
+"""Frees the memory of memory-mapped weight files while a model is loaded from them.
+
+`load.py` uses this module under ZeRO-3, where a rank maps every weight file until the last tensor is copied into a
+shard. The kernel would free the pages when memory gets short. Until then the pages count as memory of this process: a
+whole model beside this rank's shard.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DONTNEED = 4
+"""`MADV_DONTNEED` of Linux's madvise(2): free the pages. A later access reads them from the file again."""
+INTERVAL_SECONDS = 0.05
+
+
+@contextmanager
+def release_mapped_pages(folder: Path) -> Iterator[None]:
+    """While the block runs, free the pages of this process's mappings of weight files in ``folder``, every
+    INTERVAL_SECONDS.
+
+    Use this only for files that are read, because changes that were written through a mapping would be lost.
+    """
+    prefixes = {str(folder.resolve()), *(str(path.resolve()) for path in folder.glob("*.safetensors"))}
+    done = threading.Event()
+
+    def drop() -> None:
+        while not done.wait(INTERVAL_SECONDS):
+            release_pages(prefixes)
+
+    dropper = threading.Thread(target=drop, name="mapped pages", daemon=True)
+    dropper.start()
+    try:
+        yield
+    finally:
+        done.set()
+        dropper.join()
+
+
+def release_pages(prefixes: set[str]) -> int:
+    """Free the pages of all mappings of files whose path begins with one of ``prefixes``. Return the size of these
+    mappings in bytes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    dropped = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) < 6 or not any(fields[5].startswith(prefix) for prefix in prefixes):
+            continue
+        start, end = (int(bound, 16) for bound in fields[0].split("-"))
+        # The loader may have removed the mapping since. madvise then returns an error, and nothing is left to free.
+        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED) == 0:
+            dropped += end - start
+    return dropped

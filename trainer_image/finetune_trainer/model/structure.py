@@ -1,0 +1,59 @@
+"""The modules of a base model without its weights: a model on torch's meta device, built from `config.json`.
+
+`preparation.py` uses the structure to choose LoRA's target modules, and `reporting/meter.py` to count FLOPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from finetune_core.errors import UserError
+from finetune_trainer.pod.errors import first_line
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """The modules of a model, as its configuration describes them, without any weight."""
+
+    model: Any
+    """The transformers model on the meta device."""
+    input_name: str
+    """Module name of the input embedding, for example `model.embed_tokens`."""
+    output_name: str | None
+    """Module name of the output head, for example `lm_head`; None where the model has no head."""
+    tied: bool
+    """Whether input embedding and output head share one weight."""
+    context: int | None
+    """Length in tokens of the longest text that the model can read; None where the configuration has no limit."""
+
+
+def read_structure(folder: Path) -> ModelStructure:
+    """Return the structure of the model in ``folder``. Raises UserError where the folder holds no causal language
+    model.
+
+    Call this before the model is loaded, because it switches off the ZeRO-3 sharding of new models that a former run in
+    this process may have left on.
+    """
+    unset_hf_deepspeed_config()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    inner, head = model.get_input_embeddings(), model.get_output_embeddings()
+    text = config.get_text_config()
+    return ModelStructure(
+        model=model,
+        input_name=names[id(inner)],
+        output_name=names[id(head)] if head is not None else None,
+        tied=head is not None and (head.weight is inner.weight or bool(getattr(text, "tie_word_embeddings", False))),
+        context=getattr(text, "max_position_embeddings", None),
+    )

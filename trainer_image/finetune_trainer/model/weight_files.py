@@ -1,0 +1,72 @@
+"""The safetensors files of a model folder: which file holds which tensor, whether the files are complete, and their
+index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from finetune_core.errors import UserError
+from finetune_trainer.pod.errors import first_line
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files of a model folder."""
+
+    folder: Path
+    files: Mapping[str, str]
+    """File name by tensor name, for example `model-00001-of-00002.safetensors` for `lm_head.weight`."""
+
+    @classmethod
+    def of(cls, folder: Path) -> WeightFiles:
+        """Read from the index, or else from the files' headers, which file holds which tensor."""
+        if (folder / INDEX).is_file():
+            return cls(folder, json.loads((folder / INDEX).read_text())["weight_map"])
+        files: dict[str, str] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path.name)
+        return cls(folder, files)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return the tensor ``name``. Its bytes are read from the file when they are used."""
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Return the given ``rows`` of the matrix ``name``, as a tensor (rows, columns)."""
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
+            part = file.get_slice(name)
+            return torch.cat([part[row : row + 1] for row in rows])
+
+
+def check_complete(folder: Path) -> None:
+    """Raise UserError where a weights file of the model in ``folder`` is missing or shorter than its header says."""
+    index = folder / INDEX
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, KeyError, AttributeError):
+        raise UserError("model", f"its files are incomplete: {INDEX} is not an index of weights") from None
+    for path in sorted({*(folder / name for name in names), *folder.glob("*.safetensors")}):
+        if not path.is_file():
+            raise UserError("model", f"its files are incomplete: {INDEX} names {path.name}, which is not there")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError("model", f"its files are incomplete: {path.name} ({first_line(error)})") from error
+
+
+def write_index(folder: Path, files: Mapping[str, str]) -> None:
+    """Write the index of a model that has several weight files. ``files`` maps each tensor name to a file name."""
+    size = sum((folder / name).stat().st_size for name in set(files.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,151 @@
+"""PID 1 of the preflight pod: runs every check within a time limit and writes the findings to the termination message.
+`__main__.py` calls `run`.
+
+The preflight pod has no GPU and little memory. torch is not imported, because its import takes more time and memory
+than all checks together.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from finetune_core.contract import RunConfig
+from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, PreflightResult
+from finetune_trainer.pod.plan import read_run_file
+from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
+from finetune_trainer.pod.signals import STOP_SIGNALS
+from finetune_trainer.preflight.findings import Findings
+from finetune_trainer.preflight.store_check import check_store
+from finetune_trainer.sources.model_files import model_files
+from finetune_trainer.storage.artifact import committed_result
+from finetune_trainer.storage.root import RunRoot, open_root
+
+
+class ChecksTimedOut(BaseException):
+    """The checks took longer than their time limit. The class is a BaseException, so that no `except Exception` of a
+    check or a library can catch the time-out."""
+
+
+def run(paths: Paths) -> int:
+    """Run all checks and return the exit code: 0 nothing found, 64 the job can't run as written, 75 something outside
+    the job is missing.
+
+    An unexpected error ends the process with a traceback and exit code 1, and without a result. The operator then shows
+    the failure and starts the preflight pod again.
+    """
+    started = time.monotonic()
+    findings = Findings()
+    try:
+        with _time_limit(PREFLIGHT_SECONDS):
+            run_checks(findings, paths)
+    except ChecksTimedOut:
+        sentence = f"the checks did not end within {PREFLIGHT_SECONDS} s; they were looking at {findings.subject}"
+        findings.add(FindingKind.OUTSIDE, sentence)
+    result = findings.result
+    paths.termination_log.write_text(result.to_termination_message())
+    _print_result(result, time.monotonic() - started)
+    return result.exit_code
+
+
+def run_checks(findings: Findings, paths: Paths) -> None:
+    """Check the run file and the object store, then base model and data. Model and data are skipped if the run's
+    artifact is committed already.
+    """
+    config = findings.collect("the run file", partial(read_run_file, paths.run_file))
+    root = findings.collect("storage", partial(open_root, config, paths)) if config is not None else None
+    if config is None or root is None:
+        return
+    folder = paths.scratch / "preflight"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    root = RunRoot(root.store.with_budget(STORE_CHECK_SECONDS), root.location)
+    is_done = findings.collect("the object store", partial(_is_done, root))
+    if is_done:
+        return
+    # A store that refuses one request refuses all others with the same message, so further requests would only repeat
+    # the finding.
+    store_answers = is_done is not None
+    if store_answers:
+        findings.collect("the object store", partial(check_store, root))
+    _check_inputs(findings, config, paths, root, folder, store_answers=store_answers)
+
+
+def _is_done(root: RunRoot) -> bool:
+    """Return whether the run's artifact is committed. An attempt of such a run only returns the artifact's result."""
+    return committed_result(root) is not None
+
+
+def _check_inputs(
+    findings: Findings, config: RunConfig, paths: Paths, root: RunRoot, folder: Path, *, store_answers: bool
+) -> None:
+    """Check the base model and the first rows of each data file. Sources in a store that can't be reached are
+    skipped."""
+    _hide_torch()
+    from finetune_trainer.preflight.model_check import ModelFacts, check_model
+    from finetune_trainer.preflight.row_check import check_rows
+
+    def check_base_model() -> ModelFacts:
+        return check_model(model_files(config.model, paths, root.store), folder / "model", config.model.added_tokens)
+
+    model = findings.collect("the model", check_base_model) if config.model.s3 is None or store_answers else None
+    dataset = config.dataset
+    for part, source in (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test)):
+        if source is None or (source.s3 is not None and not store_answers):
+            continue
+        field = f"dataset.{part}"
+        check = partial(check_rows, dataset, source, field, paths, root.store, folder / part, model)
+        findings.notice(*(findings.collect(field, check) or []))
+
+
+def _hide_torch() -> None:
+    """Make transformers believe that torch is not installed. transformers loads tokenizers and configurations without
+    torch."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # `import torch` raises ModuleNotFoundError while sys.modules holds None for it.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise ChecksTimedOut in the block after ``seconds``, even while a request hangs. SIGTERM ends the process."""
+
+    def on_alarm(*_: object) -> NoReturn:
+        raise ChecksTimedOut
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+    # `__main__.py` has blocked these signals until a handler is installed.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _print_result(result: PreflightResult, seconds: float) -> None:
+    """Print the findings and notices to the log."""
+    for finding in result.findings:
+        print(f"{finding.kind.value}: {finding.message}", file=sys.stderr)
+    for notice in result.notices:
+        print(notice)
+    print(f"{len(result.findings)} findings after {seconds:.1f} s, with {_peak_memory()} at most", flush=True)
+
+
+def _peak_memory() -> str:
+    """Return the largest resident memory of this process so far, for example `212 MiB`. The memory limit of the
+    preflight pod was chosen from this figure.
+    """
+    status = Path("/proc/self/status").read_text()
+    kibibytes = status.partition("VmHWM:")[2].split()[0]
+    return f"{int(kibibytes) >> 10} MiB"

@@ -1,0 +1,122 @@
+"""Checks the first rows of a data file: columns, fields, chat template and length in tokens. The rows pass through the
+same functions as in a training run; `preflight/entrypoint.py` calls `check_rows` for each data source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from finetune_core.api.dataset import DatasetSpec
+from finetune_core.api.sources import DataSource, S3Source
+from finetune_core.errors import UserError
+from finetune_core.layout import parse_uri
+from finetune_trainer.data.dataset import NoRowsError, check_columns, length_limit, make_examples
+from finetune_trainer.data.reader import read_rows
+from finetune_trainer.data.tokenizer import tokenize_functions
+from finetune_trainer.pod.settings import Paths
+from finetune_trainer.preflight.model_check import ModelFacts
+from finetune_trainer.sources.hub_datasets import fetch_first_file
+from finetune_trainer.sources.inputs import data_file, data_token, source_name
+from finetune_trainer.storage.client import Store
+
+HEAD_ROWS = 1000
+"""Number of rows that are turned into examples."""
+HEAD_BYTES = 4 * 1024 * 1024
+"""Number of bytes that are read of a text file in the object store; a shorter file is read whole."""
+WHOLE_FILE_BYTES = 64 * 1024 * 1024
+"""Largest file that is downloaded whole for its first rows. A parquet file must be whole because its schema is at the
+end, and `fetch_first_file` downloads files of the Hugging Face Hub whole."""
+
+
+@dataclass(frozen=True)
+class FileHead:
+    """The beginning of a data file, as a local file or folder."""
+
+    path: Path
+    is_whole: bool
+    """Whether ``path`` holds all rows of the source."""
+
+
+def check_rows(
+    dataset: DatasetSpec,
+    source: DataSource,
+    field: str,
+    paths: Paths,
+    store: Store,
+    folder: Path,
+    model: ModelFacts | None,
+) -> list[str]:
+    """Check the first rows of ``source`` and return notices for the user, such as the number of rows to be skipped.
+
+    ``field`` is the path of the source in the spec, `dataset.train`. Without ``model`` only the columns are checked,
+    because rows can't be tokenized. Raises UserError with file and row for a row that would end the training, and
+    OutsideFailure where the source can't be read.
+    """
+    head = _fetch_head(source, field, paths, store, folder)
+    if head is None:
+        return [f"{field}: its first row is too far from the beginning to be checked before the training"]
+    check_columns(head.path, field, dataset.format)
+    if model is None:
+        return []
+    rows = list(islice(read_rows(head.path, field), HEAD_ROWS))
+    try:
+        _, notices = make_examples(
+            rows,
+            source_name(source),
+            field,
+            dataset,
+            tokenize_functions(model.tokenizer),
+            limit=length_limit(dataset, model.context),
+        )
+    except NoRowsError as error:
+        if head.is_whole and len(rows) < HEAD_ROWS:
+            raise
+        # Rows that can be trained on may follow after the head of the file.
+        return [str(error)]
+    return notices
+
+
+def _fetch_head(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> FileHead | None:
+    """Fetch the beginning of a data file. Return None where no whole row can be read from the beginning."""
+    if source.s3 is not None:
+        return _fetch_object_head(source.s3, field, store, folder)
+    if source.hugging_face is not None:
+        token = data_token(source.hugging_face, field, paths)
+        found = fetch_first_file(source.hugging_face, field, token, folder, most_bytes=WHOLE_FILE_BYTES)
+        return FileHead(*found) if found is not None else None
+    return FileHead(data_file(source, field, paths, store, folder), is_whole=True)
+
+
+def _fetch_object_head(source: S3Source, field: str, store: Store, folder: Path) -> FileHead | None:
+    location = parse_uri(source.uri)
+    is_text = PurePosixPath(location.prefix).suffix.lower() != ".parquet"
+    limit = HEAD_BYTES if is_text else WHOLE_FILE_BYTES
+    data = store.read_range(location.bucket, location.prefix, 0, limit + 1)
+    if data is None:
+        raise UserError(f"{field}.s3.uri", f"there is no object {source.uri}")
+    is_whole = len(data) <= limit
+    if not is_whole:
+        data = complete_rows(data, quoted=location.prefix.endswith(".csv")) if is_text else b""
+        if not data:
+            return None
+    folder.mkdir()
+    path = folder / PurePosixPath(location.prefix).name
+    path.write_bytes(data)
+    return FileHead(path, is_whole)
+
+
+def complete_rows(data: bytes, *, quoted: bool) -> bytes:
+    """Return ``data`` up to the end of its last complete row; empty bytes if no row ends in ``data``.
+
+    With ``quoted`` (csv), fields in double quotes may contain line breaks. A line break ends a row only if an even
+    number of quotes precedes it.
+    """
+    end = data.rfind(b"\n") + 1
+    quotes = data.count(b'"', 0, end) if quoted else 0
+    while end and quotes % 2:
+        before = data.rfind(b"\n", 0, end - 1) + 1
+        quotes -= data.count(b'"', before, end)
+        end = before
+    return data[:end]

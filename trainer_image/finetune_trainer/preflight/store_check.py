@@ -1,0 +1,34 @@
+"""Checks that the object store supports every request that a run makes: one object is created, read back, refused a
+second creation, and deleted. `preflight/entrypoint.py` calls `check_store`.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from finetune_core.errors import UserError
+from finetune_core.layout import probe_key
+from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.storage.root import RunRoot
+
+
+def check_store(root: RunRoot) -> None:
+    """Create, read and delete a probe object below the run's root.
+
+    Raises OutsideFailure if the store refuses a request or can't be reached. Raises UserError if the store ignores
+    `If-None-Match`, because two attempts could then overwrite each other's run records and artifacts.
+    """
+    key = probe_key(secrets.token_hex(8))
+    first, second = b"written by the preflight check", b"must not replace what is there"
+    root.create(key, first)
+    try:
+        if root.read(key) != first:
+            raise OutsideFailure(f"storage.uri: {root.uri(key)} was written and can't be read back")
+        if root.create(key, second) or root.read(key) != first:
+            raise UserError(
+                "storage.endpoint",
+                f"{root.store.endpoint} must honour If-None-Match (conditional writes), and it replaced an object"
+                " in spite of it: two attempts could overwrite each other's checkpoints",
+            )
+    finally:
+        root.delete([key])

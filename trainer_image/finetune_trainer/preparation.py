@@ -1,0 +1,238 @@
+"""Prepares base model and training rows as local files, and loads them.
+
+`train.py` calls `prepare_node` on the first rank of each node, which writes the files that all ranks of the node share.
+Then `train.py` calls `load_data` and `load_model` on every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_core.api.sources import DataSource
+from finetune_core.contract import ContractModel
+from finetune_core.errors import UserError
+from finetune_core.tasks import NO_TASK
+from finetune_trainer.data.dataset import length_limit, make_examples
+from finetune_trainer.data.examples import ExampleSet
+from finetune_trainer.data.reader import read_rows
+from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
+from finetune_trainer.engine.config import shard_new_models
+from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
+from finetune_trainer.model.extended_base import extend_base
+from finetune_trainer.model.load import (
+    DTYPES,
+    adapted,
+    adapted_modules,
+    adapts_an_embedding,
+    add_adapters,
+    enable_gradient_checkpointing,
+    load_base,
+)
+from finetune_trainer.model.structure import ModelStructure, read_structure
+from finetune_trainer.model.weight_files import check_complete
+from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.sources.inputs import source_name
+
+
+class PreparationSummary(ContractModel):
+    """What `prepare_node` wrote on one node. Every rank of the gang receives the summary."""
+
+    notices: list[str]
+    """Sentences for people, for example one for each kind of row that was skipped."""
+    context: int
+    """Length in tokens of the longest example that the model and `dataset.maxLength` allow."""
+    data_sha256: str
+    """sha256 over the token ids of the training rows."""
+    model_context: int
+    """Longest text in tokens that the model can read; `dataset.maxLength` where the model has no limit."""
+    added_rows: AddedRows | None = None
+    """Where the embedding rows of `model.addedTokens` lie in the base model; None without added tokens."""
+    added_rows_sha256: str | None = None
+    """sha256 over the values of these embedding rows in fp32."""
+
+
+def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
+    """Return the summary on which all nodes agree.
+
+    ``answers`` has one entry for each rank: the summary as JSON from the first rank of a node, None from other ranks.
+    Raises UserError where two nodes read different data, because a branch or a file changed between their reads.
+    """
+    summaries = [PreparationSummary.model_validate(answer) for answer in answers if answer is not None]
+    if len({(summary.data_sha256, summary.added_rows_sha256) for summary in summaries}) > 1:
+        raise UserError(
+            "dataset.train",
+            "the nodes of this job read different rows: it changed while they started; name a commit as `revision`, or"
+            " a file that nobody writes to",
+        )
+    return summaries[0]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The tokenizer and the tokenised rows of a job, loaded on one rank."""
+
+    tokenizer: Any
+    structure: ModelStructure
+    """The base model without weights, as the run trains it."""
+    train: ExampleSet
+    validation: ExampleSet
+    test: ExampleSet
+    capacity: int | None
+    """Most tokens of a packed sequence. None means that each sequence holds one example."""
+    stop_ids: list[int]
+    """Token ids that end a generated answer."""
+    summary: PreparationSummary
+
+    @property
+    def pad(self) -> int:
+        """Return the token id that fills short rows. Any id would do, because no position attends to padding."""
+        return int(self.tokenizer.eos_token_id)
+
+
+def prepare_node(plan: WorkerPlan) -> PreparationSummary:
+    """Write the files that the ranks of this node share: the tokenised rows, and an extended base model where needed.
+
+    Raises UserError for rows that the job does not allow, and for LoRA target modules that the model does not have.
+    """
+    check_complete(plan.inputs.model)
+    structure, config = read_structure(plan.inputs.model), plan.config
+    targets = _adapter_targets(plan, structure)
+    untie = structure.tied and adapts_an_embedding(structure, targets)
+    if config.model.added_tokens or untie:
+        extend_base(
+            plan.inputs.model,
+            _extended_folder(plan),
+            tokens=config.model.added_tokens,
+            untie=untie,
+            seed=config.optimization.seed,
+        )
+    if config.storage.artifact != "Adapter":
+        check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
+    tokenizer = load_tokenizer(base_model_folder(plan))
+    tokenize = tokenize_functions(tokenizer)
+    limit = length_limit(config.dataset, structure.context)
+    notices: list[str] = []
+    if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
+        notices.append(
+            "model.addedTokens: lora.targetModules leaves out both embeddings, so the new rows stay as they were drawn"
+        )
+    data_sha256 = ""
+    for name, source, path in _data_files(plan):
+        examples, skipped_rows = make_examples(
+            read_rows(path, f"dataset.{name}"),
+            source_name(source),
+            f"dataset.{name}",
+            config.dataset,
+            tokenize,
+            limit=limit,
+            keep_rows=config.dataset.task != NO_TASK and name != "train",
+        )
+        examples.save(_tokens_folder(plan) / name)
+        notices += skipped_rows
+        # The training rows come first in `_data_files`.
+        data_sha256 = data_sha256 or examples.digest
+    rows = _added_rows(plan, structure, tokenizer)
+    return PreparationSummary(
+        notices=notices,
+        context=limit.tokens,
+        data_sha256=data_sha256,
+        model_context=structure.context or config.dataset.max_length,
+        added_rows=rows,
+        added_rows_sha256=_rows_sha256(plan, rows),
+    )
+
+
+def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
+    """Load the tokenizer and the tokenised rows that `prepare_node` wrote."""
+    tokenizer = load_tokenizer(base_model_folder(plan))
+    present = {name for name, _, _ in _data_files(plan)}
+    sets = {
+        name: ExampleSet.load(_tokens_folder(plan) / name) if name in present else ExampleSet.empty()
+        for name in ("train", "validation", "test")
+    }
+    dataset = plan.config.dataset
+    return TrainingData(
+        tokenizer=tokenizer,
+        structure=read_structure(base_model_folder(plan)),
+        train=sets["train"],
+        validation=sets["validation"],
+        test=sets["test"],
+        capacity=summary.context if dataset.packing else None,
+        stop_ids=stop_ids(tokenizer, dataset.format),
+        summary=summary,
+    )
+
+
+def load_model(plan: WorkerPlan) -> Any:
+    """Return the model to train: the base model, with LoRA adapters where the method is LoRA.
+
+    Under ZeRO-3 all ranks must call this function together, because each rank keeps only its shard of the weights while
+    they are read.
+    """
+    config, folder = plan.config, base_model_folder(plan)
+    targets = _adapter_targets(plan, read_structure(plan.inputs.model))
+    sharding = shard_new_models(config.optimization, config.world.size)
+    model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
+    # transformers holds only a weak reference to the object that switches sharding on, and checks it in `generate` too.
+    model.sharding = sharding
+    if config.optimization.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if config.lora is None:
+        return model
+    return add_adapters(
+        model, config.lora, targets=targets, seed=config.optimization.seed, base_name=source_name(config.model)
+    )
+
+
+def base_model_folder(plan: WorkerPlan) -> Path:
+    """Return the folder of the base model that the run trains: the extended copy where `prepare_node` wrote one."""
+    extended = _extended_folder(plan)
+    return extended if extended.is_dir() else plan.inputs.model
+
+
+def _extended_folder(plan: WorkerPlan) -> Path:
+    return plan.folder / "base"
+
+
+def _tokens_folder(plan: WorkerPlan) -> Path:
+    return plan.folder / "tokens"
+
+
+def _adapter_targets(plan: WorkerPlan, structure: ModelStructure) -> list[str]:
+    config = plan.config
+    return adapted_modules(structure, config.lora, added_tokens=bool(config.model.added_tokens)) if config.lora else []
+
+
+def _data_files(plan: WorkerPlan) -> list[tuple[str, DataSource, Path]]:
+    """Return name, source and local file of each data set that the job has, the training rows first."""
+    dataset, inputs = plan.config.dataset, plan.inputs
+    given = (
+        ("train", dataset.train, inputs.train),
+        ("validation", dataset.validation, inputs.validation),
+        ("test", dataset.test, inputs.test),
+    )
+    return [(name, source, path) for name, source, path in given if source is not None and path is not None]
+
+
+def _added_rows(plan: WorkerPlan, structure: ModelStructure, tokenizer: Any) -> AddedRows | None:
+    """Return where the embedding rows of the added tokens lie, None without added tokens."""
+    if not plan.config.model.added_tokens:
+        return None
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in plan.config.model.added_tokens]
+    # An untied head begins as a copy of the input embedding, so the rows of both are stored once.
+    stored_once = structure.tied or structure.output_name is None
+    output_key = None if stored_once else f"{structure.output_name}.weight"
+    return AddedRows(ids=ids, input_key=f"{structure.input_name}.weight", output_key=output_key)
+
+
+def _rows_sha256(plan: WorkerPlan, rows: AddedRows | None) -> str | None:
+    if rows is None:
+        return None
+    sha256 = hashlib.sha256()
+    for tensor in read_added_rows(base_model_folder(plan), rows, DTYPES["fp32"]).values():
+        sha256.update(tensor.numpy().tobytes())
+    return sha256.hexdigest()

@@ -1,0 +1,85 @@
+"""Errors that concern several ranks: a lost rank as torch reports it, and the error of one rank raised on all ranks.
+
+`ranks/gang.py` and `worker.py` use this module. An error travels between ranks as JSON through the rendezvous store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from finetune_core.errors import UserError
+from finetune_trainer.pod.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, StopAgreed, Stopped
+
+SHARED_ERRORS: Mapping[str, type[Exception]] = {
+    kind.__name__: kind for kind in (OutsideFailure, NewerRun, Diverged, OutOfMemory, StopAgreed, Stopped)
+}
+"""Errors, by class name, that every rank raises as the same class when one rank raises them. UserError is one more."""
+PEER_MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "tcpstore")
+"""Parts of the messages of the RuntimeError that torch raises in a collective when another rank is gone."""
+
+
+@contextlib.contextmanager
+def convert_peer_failures() -> Iterator[None]:
+    """Inside the block, raise PeerLost in place of what torch raises when another rank is gone."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if is_peer_failure(error):
+            raise peer_lost(error) from error
+        raise
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Return whether torch raised ``error`` because another rank is gone.
+
+    For the gloo backend torch has no exception class for a lost rank, so the message decides.
+    """
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(mark in text for mark in PEER_MARKS)
+
+
+def peer_lost(error: BaseException) -> PeerLost:
+    """Return the PeerLost that stands for ``error`` of torch."""
+    return PeerLost(f"another rank left: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, at most 200 characters: torch appends a C++ stack trace to its messages."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def describe_error(error: Exception) -> dict[str, Any]:
+    """Return ``error`` as a JSON object, which `unpack_answer` raises on another rank."""
+    return {"error": _error_name(error), "message": _error_parts(error)}
+
+
+def unpack_answer(answer: Mapping[str, Any]) -> Any:
+    """Return the value that another rank sent, or raise the error that the other rank described."""
+    if "error" in answer:
+        raise _shared_error(answer["error"], answer["message"])
+    return answer["value"]
+
+
+def _error_name(error: Exception) -> str:
+    """Return the name of the most specific class of ``error`` that another rank can raise."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return next((name for name in names if name == "UserError" or name in SHARED_ERRORS), names[0])
+
+
+def _error_parts(error: Exception) -> list[str]:
+    return [error.subject, error.problem] if isinstance(error, UserError) else [str(error)]
+
+
+def _shared_error(name: str, parts: Sequence[str]) -> Exception:
+    """Return the error that another rank raised. A crash of another rank becomes a lost peer on this rank."""
+    if name == "UserError":
+        return UserError(*parts)
+    if name == StopAgreed.__name__:
+        return StopAgreed()
+    if name in SHARED_ERRORS:
+        return SHARED_ERRORS[name](*parts)
+    return PeerLost(f"another rank failed: {name}: {parts[0]}")

@@ -1,0 +1,48 @@
+"""Base models that were extended by embedding rows for added tokens, in `<storage.uri>/_bases/<digest>/`. LoRA
+artifacts refer to such a folder, and all jobs that extend a base model alike share one folder.
+
+The digest is the sha256 of the manifest, so that equal content has an equal folder name. `finish.py` calls
+`publish_base`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from finetune_core.layout import BASES, COMMIT, MANIFEST, Location, Manifest, ManifestFile, digest
+from finetune_trainer.storage.client import digest_of_file
+from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, Damaged, upload_files
+from finetune_trainer.storage.root import RunRoot
+
+
+def extended_bases_root(root: RunRoot) -> RunRoot:
+    """Return the root of all extended bases. The folder is a sibling of the namespaces; ``root`` is the root of a run,
+    `<uri>/<namespace>/<name>/<runId>`."""
+    parts = root.location.prefix.split("/")[:-3]
+    return RunRoot(root.store, Location(root.location.bucket, "/".join([*parts, BASES])))
+
+
+def publish_base(root: RunRoot, folder: Path) -> str:
+    """Upload the model in ``folder`` unless the bucket holds it already, and return its `s3://` address.
+
+    Two jobs that upload the same model at the same time write the same bytes to the same keys. Raises Damaged if the
+    store holds other bytes than were sent.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+        described = list(pool.map(_manifest_file, files))
+    manifest = Manifest(kind="Base", run=0, step=0, files=described)
+    bases, key = extended_bases_root(root), digest(manifest.encode())
+    if bases.read(f"{key}/{COMMIT}") is None:
+        uploaded = upload_files(bases, key, files)
+        if uploaded != described:
+            raise Damaged(f"{bases.uri(key)} is not what was sent")
+        bases.write(f"{key}/{MANIFEST}", manifest.encode())
+        bases.create(f"{key}/{COMMIT}", key.encode())
+    return bases.uri(key)
+
+
+def _manifest_file(path: Path) -> ManifestFile:
+    content = digest_of_file(path)
+    return ManifestFile(name=path.name, bytes=content.bytes, sha256=content.sha256)
