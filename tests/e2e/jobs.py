@@ -44,3 +44,12 @@ def has_started(attempts: int) -> JobPredicate:
         return job.status is not None and job.status.attempts.started >= attempts
 
     return reached
+
+
+def has_started_exactly(attempts: int) -> JobPredicate:
+    """Return a predicate that holds while exactly ``attempts`` attempts of the job have started, and no further one."""
+
+    def reached(job: FineTuneJob) -> bool:
+        return job.status is not None and job.status.attempts.started == attempts
+
+    return reached

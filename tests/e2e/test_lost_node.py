@@ -23,7 +23,7 @@ from tests.cluster import Cluster, wait_for
 from tests.cluster.layout import SECOND_NODE
 from tests.cluster.second_node import TOLERATION, SecondNode
 from tests.e2e.bucket import RunFolder
-from tests.e2e.jobs import MakeJob, has_checkpoint_of_run, has_started
+from tests.e2e.jobs import MakeJob, has_checkpoint_of_run, has_started_exactly
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -95,7 +95,7 @@ def test_two_trainers_of_one_job_do_no_harm(
     pod = job.status.attempts.current.pods[0].name
     installed.kubectl("delete", "pod", pod, "-n", namespace, "--force", "--grace-period=0")
     deleted = time.monotonic()
-    steps.wait_for_job(installed, namespace, NAME, "attempt 2", has_started(2), NEXT_ATTEMPT_SECONDS)
+    steps.wait_for_job(installed, namespace, NAME, "attempt 2", has_started_exactly(2), NEXT_ATTEMPT_SECONDS)
     print(f"attempt 2 started {time.monotonic() - deleted:.1f} s after the deletion")
     assert set(_trainers(second_node)) == set(orphans), "nobody has stopped the old trainer"
     with installed.enter():

@@ -102,7 +102,7 @@ def test_every_condition_that_can_be_computed_is_explained(attempts: AttemptsSta
 def test_every_reason_in_the_code_is_one_of_the_reasons() -> None:
     """A new reason goes into the enum, and with it into the table; here no text gets around it."""
     (folder,) = finetune_operator.__path__
-    for file in sorted(Path(folder).glob("*.py")):
+    for file in sorted(Path(folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
