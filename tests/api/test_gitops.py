@@ -34,7 +34,7 @@ GITOPS_MANAGERS = ("argocd-controller", "kustomize-controller")
 async def _reconcile(cluster: Cluster, key: Key) -> None:
     arguments = ["--trainer-image=localhost/busybox:1", "--namespace=default", f"--kubeconfig={cluster.kubeconfig}"]
     settings = parse_settings(arguments, {})
-    client = OperatorClient(await load_configuration(settings), fence=lambda: None)
+    client = OperatorClient(await load_configuration(settings.kubeconfig), fence=lambda: None)
     reconciler = Reconciler(
         cluster=client,
         backend=PyTorchJobBackend(client),

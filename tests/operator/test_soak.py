@@ -105,7 +105,7 @@ class Soak:
     async def work(self) -> None:
         """Look at every job whose time has come."""
         while (key := self.queue.pop()) is not None:
-            await self.controller._look(key)
+            await self.controller._reconcile(key)
             self.queue.done(key)
             # The model's answers never wait: without a turn the loop would keep the cancelled timer of every look.
             await asyncio.sleep(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, Final
 
 from kubernetes.aio import client as kubernetes_client
@@ -16,7 +17,6 @@ from kubernetes.aio import config as kubernetes_config
 from finetune_core.api import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from finetune_operator.kube.connections import fenced_client
 from finetune_operator.kube.permissions import Allowed
-from finetune_operator.process.settings import Settings
 from finetune_operator.queue.keyqueue import Key
 
 Manifest = dict[str, Any]
@@ -47,14 +47,14 @@ class ApiError(Exception):
         return webhook_down or (400 <= self.status < 500 and self.status not in (401, 408, 409, 429))
 
 
-async def load_configuration(settings: Settings) -> Any:
-    """Return the client configuration: the pod's service account, or the kubeconfig file that is set."""
+async def load_configuration(kubeconfig: Path | None) -> Any:
+    """Return the client configuration: that of ``kubeconfig``, or of the pod's service account where it is None."""
     configuration = kubernetes_client.Configuration()
-    if settings.kubeconfig is None:
+    if kubeconfig is None:
         kubernetes_config.load_incluster_config(client_configuration=configuration)
     else:
         await kubernetes_config.load_kube_config(
-            config_file=str(settings.kubeconfig), client_configuration=configuration, persist_config=False
+            config_file=str(kubeconfig), client_configuration=configuration, persist_config=False
         )
     configuration.connection_pool_maxsize = CONNECTIONS
     return configuration

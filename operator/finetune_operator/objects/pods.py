@@ -30,6 +30,7 @@ from finetune_core.contract import (
 )
 from finetune_core.contract import stock_reports as kubeflow
 from finetune_core.names import worker_name
+from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
 from finetune_operator.objects.labels import REPLICA_INDEX, TRAINING_CONTAINER, attempt_labels
 
 GPU_RESOURCE = "nvidia.com/gpu"
@@ -37,9 +38,6 @@ GPU_PRODUCT_LABEL = "nvidia.com/gpu.product"
 ISTIO_INJECTION = "sidecar.istio.io/inject"
 USER = 65532
 """User and group of the pods; volumes get the group."""
-GRACE_SECONDS = 90
-"""Time to commit a checkpoint after SIGTERM. Node loss shows after about 50 s, its taint is tolerated for 30 s and
-a dead pod is waited for 60 s beyond its grace period: with 90 s a new attempt starts within four minutes."""
 UNREACHABLE_SECONDS = 30
 TOKEN_SECONDS = 3600
 MASTER_PORT_NAME = "pytorchjob-port"
@@ -74,7 +72,7 @@ def pod_template(job: FineTuneJob, plan: AttemptPlan) -> Manifest:
         "serviceAccountName": template.service_account_name,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": TRAINING_GRACE_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,

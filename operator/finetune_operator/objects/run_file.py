@@ -6,14 +6,9 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from finetune_core.api import FineTuneJob
-from finetune_core.api.conditions import Reason
 from finetune_core.contract import CA_FILE, RUN_FILE, RunConfig
-from finetune_operator import messages
-from finetune_operator.kube.cluster import ApiError, Cluster, Manifest
 from finetune_operator.objects.labels import attempt_labels, owner_reference
-from finetune_operator.objects.observed import controller_uid
-from finetune_operator.objects.pods import AttemptPlan
-from finetune_operator.queue.problems import OutsideError
+from finetune_operator.objects.pods import AttemptPlan, Manifest
 
 
 def build_config_map(job: FineTuneJob, plan: AttemptPlan, config: RunConfig, ca_bundle: str) -> Manifest:
@@ -33,27 +28,3 @@ def build_config_map(job: FineTuneJob, plan: AttemptPlan, config: RunConfig, ca_
             PurePosixPath(CA_FILE).name: ca_bundle,
         },
     }
-
-
-async def create_config_map(cluster: Cluster, manifest: Manifest) -> None:
-    """Create the ConfigMap, or accept the one of an earlier try; raises OutsideError where it can't be."""
-    metadata = manifest["metadata"]
-    try:
-        await cluster.create_config_map(manifest)
-    except ApiError as error:
-        if error.status != 409:
-            if error.status in (400, 403, 422):
-                message = messages.backend_refused("ConfigMap", metadata["name"], error.message)
-                raise OutsideError(Reason.BACKEND_UNAVAILABLE, message) from error
-            raise
-        existing = await cluster.get_config_map(metadata["namespace"], metadata["name"])
-        if existing is not None and controller_uid(existing) != controller_uid(manifest):
-            problem = messages.name_conflict("ConfigMap", metadata["name"])
-            raise OutsideError(Reason.NAME_CONFLICT, problem) from error
-
-
-async def remove_config_map(cluster: Cluster, namespace: str, name: str, owner_uid: str) -> None:
-    """Delete the ConfigMap if it exists and belongs to the job with ``owner_uid``."""
-    existing = await cluster.get_config_map(namespace, name)
-    if existing is not None and controller_uid(existing) == owner_uid:
-        await cluster.delete_config_map(namespace, name)
