@@ -1,4 +1,7 @@
-"""`python3 -m finetune_operator`: reads the settings and runs the operator until SIGTERM."""
+"""The command `python3 -m finetune_operator`: parses arguments and environment, then runs the operator until SIGTERM.
+
+The image's entry point calls it (operator/Dockerfile); `application.py` does the work.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,17 @@ from finetune_operator.process.settings import parse_settings
 
 
 def main() -> None:
-    """Run the operator; a failure ends the process with a code that is not 0."""
+    """Run the operator until SIGTERM; an exception ends the process with an exit code other than 0."""
     settings = parse_settings(sys.argv[1:], os.environ)
     configure_logging(settings.log_level)
-    _spare_the_collector()
+    _exempt_imports_from_collection()
     asyncio.run(run(settings))
 
 
-def _spare_the_collector() -> None:
-    """Take what was imported, which lives as long as the process, out of the garbage collector's view.
+def _exempt_imports_from_collection() -> None:
+    """Exempt every object that exists now from garbage collection, because imported modules live until the end.
 
-    A full collection stops the event loop while it looks at every object that it knows, and most are modules.
+    A full collection stops the event loop while it visits every object, and most objects belong to modules.
     """
     gc.collect()
     gc.freeze()

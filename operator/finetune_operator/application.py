@@ -1,4 +1,7 @@
-"""Puts the parts together and runs them: Lease, client, certificates, servers, workers, resync, watches."""
+"""Puts the parts of the operator together and runs them: Lease, client, certificates, servers, workers and watches.
+
+`__main__.py` calls `run` with the parsed settings.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 class Replica:
-    """One process of the operator: it waits for the Lease, then does all the work until it is stopped."""
+    """One process of the operator, which waits for the Lease and then leads until it is stopped."""
 
     def __init__(self, settings: Settings, configuration: Any) -> None:
-        """Put the parts together; nothing is read or written yet."""
+        """Put the parts together without any request; ``configuration`` is the Kubernetes client's configuration."""
         self._settings = settings
         self._configuration = configuration
         self._lease_client = lease_client(configuration)
@@ -60,7 +63,7 @@ class Replica:
         )
 
     async def run(self) -> None:
-        """Run until SIGTERM; raises what ended it otherwise. A leader that loses the Lease ends the process here."""
+        """Run until SIGTERM, and raise any exception that ends the operator earlier, such as the loss of the Lease."""
         stopping = _stop_signal()
         try:
             await self._health.start(self._settings.health_port)
@@ -73,12 +76,13 @@ class Replica:
             await self._lease_client.close()
 
     async def _wait_and_lead(self) -> None:
+        """Wait for the Lease, then lead for as long as the Lease is renewed."""
         await self._leadership.acquire(self._activity.lease_read)
         self._activity.started_leading()
         await _until_first_ends(self._lead(), self._leadership.renew_forever())
 
     async def _lead(self) -> None:
-        """Do what only the leader does: take reports, watch, reconcile."""
+        """Do what only the leader does: receive reports, watch, and reconcile jobs."""
         settings = self._settings
         await self._certificates.load_with_retries()
         await self._reports.start(settings.report_port, settings.pod_ip, self._context)
@@ -121,7 +125,10 @@ class Replica:
         )
 
     def _announcements(self) -> list[Coroutine[None, None, None]]:
-        """Return what leads reports here; nothing outside a cluster, where `--report-host` names the machine."""
+        """Return the coroutine that keeps the EndpointSlice of the report Service pointing to this pod.
+
+        The list is empty outside a cluster, where `--report-host` names the machine instead.
+        """
         settings = self._settings
         if not settings.pod_ip:
             return []
@@ -137,6 +144,7 @@ class Replica:
 
 
 def _certificate_source(settings: Settings, cluster: KubeClient) -> CertificateSource:
+    """Return where the report server's certificate comes from: this operator, or somebody else such as cert-manager."""
     kind = SelfSignedCertificates if settings.certificate_from == "Operator" else ExternalCertificates
     return kind(
         cluster, namespace=settings.namespace, name=settings.certificate_secret, hostname=settings.report_hostname
@@ -144,12 +152,15 @@ def _certificate_source(settings: Settings, cluster: KubeClient) -> CertificateS
 
 
 async def run(settings: Settings) -> None:
-    """Run the operator until SIGTERM; raises what ended it otherwise, and the process ends with it."""
+    """Run the operator until SIGTERM, and raise any exception that ends it earlier."""
     await Replica(settings, await load_configuration(settings.kubeconfig)).run()
 
 
 def _stop_signal() -> asyncio.Event:
-    """Return what SIGTERM and SIGINT set. While kopf watches it answers them itself, which ends the watches."""
+    """Return an event that SIGTERM and SIGINT set.
+
+    While the watches run, kopf handles both signals itself and ends the watches, which ends the operator as well.
+    """
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -157,7 +168,7 @@ def _stop_signal() -> asyncio.Event:
 
 
 async def _until_first_ends(*coroutines: Coroutine[Any, Any, Any]) -> None:
-    """Run all; when one ends or fails, end the others and raise the failure."""
+    """Run all coroutines until the first ends or fails; cancel the others, and raise the failure."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -166,5 +177,5 @@ async def _until_first_ends(*coroutines: Coroutine[Any, Any, Any]) -> None:
     finally:
         for task in tasks:
             task.cancel()
-        # What the first failure was is being raised; what the others say while they are cancelled is its echo.
+        # The first failure is being raised; exceptions of the cancelled tasks are only its consequences.
         await asyncio.gather(*tasks, return_exceptions=True)

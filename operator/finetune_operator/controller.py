@@ -1,4 +1,7 @@
-"""The workers that take keys from the queue, and the resync that lists all jobs. Started by `application`."""
+"""The workers that take keys of jobs from the queue and reconcile them, and the resync that lists all jobs.
+
+`application.py` starts both once this process leads.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,16 @@ from finetune_operator.reconcile import Reconciler
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 60.0
-"""Longest time for one look: a request that hangs must not hold a worker for ever."""
+RECONCILE_SECONDS = 60.0
+"""Longest time for one reconcile, so that a request that hangs does not block a worker."""
 CONFLICT_SECONDS = 0.2
-"""Pause after somebody else changed the job between read and write."""
+"""Pause after the API server answered 409, because somebody else changed the job between read and write."""
 RESYNC_RETRY_SECONDS = 10.0
+"""Pause before the list of all jobs is read again after a failure."""
 
 
 class Controller:
-    """Works off the queue."""
+    """Hands the keys of the queue to the reconciler."""
 
     def __init__(
         self,
@@ -39,7 +43,7 @@ class Controller:
         activity: WatchActivity,
         metrics: Metrics,
     ) -> None:
-        """Reconcile the keys of ``queue`` with ``reconciler``."""
+        """Reconcile the keys of ``queue`` with ``reconciler``; ``activity`` and ``metrics`` record what happens."""
         self._memory = memory
         self._queue = queue
         self._reconciler = reconciler
@@ -48,16 +52,16 @@ class Controller:
         self._metrics = metrics
 
     async def work(self) -> None:
-        """Take key after key, for ever."""
+        """Reconcile one key after another until the task is cancelled. Several workers may run at once."""
         while True:
             key = await self._queue.get()
             try:
-                await self._look(key)
+                await self._reconcile(key)
             finally:
                 self._queue.done(key)
 
     async def resync(self, namespaces: Sequence[str], seconds: float) -> None:
-        """Queue every job now and every ``seconds``: what a watch lost is found here."""
+        """Queue every job now and every ``seconds``, because a watch may lose events."""
         while True:
             try:
                 await self._list_all(namespaces)
@@ -69,20 +73,20 @@ class Controller:
                 await asyncio.sleep(seconds)
 
     async def _list_all(self, namespaces: Sequence[str]) -> None:
-        """Queue every job that exists, and every one remembered: a deletion that no watch told is noticed so."""
+        """Queue every job that exists, and every job in the memory, so that a deletion without an event is noticed."""
         for key in self._memory.job_keys():
             self._queue.add(key)
         for namespace in namespaces or (None,):
             async for key in self._cluster.list_job_keys(namespace):
                 self._queue.add(key)
 
-    async def _look(self, key: Key) -> None:
-        """Look at a job once; whatever goes wrong concerns this job only and is tried again after its back-off."""
+    async def _reconcile(self, key: Key) -> None:
+        """Reconcile a job once; a failure affects no other job and is tried again after the job's back-off."""
         started = time.monotonic()
         set_log_fields(job=str(key))
         try:
-            async with asyncio.timeout(LOOK_SECONDS):
-                outcome = await self._reconciler.reconcile(key)
+            async with asyncio.timeout(RECONCILE_SECONDS):
+                requeue = await self._reconciler.reconcile(key)
         except ApiError as error:
             if error.is_conflict:
                 self._count("conflict")
@@ -92,25 +96,26 @@ class Controller:
         except (aiohttp.ClientError, TimeoutError) as error:
             self._failed(key, error)
         except Exception:
-            # A job that no code was written for must not end the worker that serves all others.
+            # An unexpected exception for one job must not end the worker, which serves all jobs.
             self._count("error")
             delay = self._queue.add_rate_limited(key)
-            logger.exception("the look failed; next in %.1f s", delay)
+            logger.exception("the reconcile failed; next in %.1f s", delay)
         else:
             self._count("ok")
             self._queue.forget(key)
-            if outcome.gone:
+            if requeue.gone:
                 self._queue.discard(key)
-            elif outcome.after is not None:
-                self._queue.add_after(key, outcome.after)
+            elif requeue.after is not None:
+                self._queue.add_after(key, requeue.after)
         finally:
             set_log_fields()
             self._metrics.reconcile_seconds.observe(time.monotonic() - started)
 
     def _failed(self, key: Key, error: Exception) -> None:
+        """Count and log the failure, and queue the key again after its back-off."""
         self._count("error")
         delay = self._queue.add_rate_limited(key)
-        logger.warning("the look failed: %s; next in %.1f s", str(error) or type(error).__name__, delay)
+        logger.warning("the reconcile failed: %s; next in %.1f s", str(error) or type(error).__name__, delay)
 
     def _count(self, result: str) -> None:
         self._metrics.reconciles.labels(result=result).inc()

@@ -1,6 +1,8 @@
-"""Brings one FineTuneJob a step further: read the world, decide, at most one change of the attempt's objects, at
-most one write of the status, and when to look again. Called by the workers of `controller`; a crash after any
-write is harmless, because every step starts from what the API server holds.
+"""Brings one FineTuneJob a step further: observe, decide, write what must be written first, act, write the status.
+
+The workers of `controller.py` call `Reconciler.reconcile` with the key of a job. Each call changes the objects of one
+attempt at most and writes the status once at most. A crash after any write is harmless, because the next call starts
+from what the API server holds.
 """
 
 from __future__ import annotations
@@ -9,53 +11,64 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from pydantic import ValidationError
 
 from finetune_core.api.conditions import ConditionType, Reason
-from finetune_core.api.status import AttemptsStatus
 from finetune_core.contract import ReportConfig, RunConfig, report_path
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
-from finetune_core.validation.runnable import unrunnable
-from finetune_operator.act.annotations import CheckpointAnnotations
 from finetune_operator.act.attempt_objects import AttemptObjects
-from finetune_operator.act.preflight_objects import Preflights
-from finetune_operator.decide.attempts import Next, Settlement, Step, World, advance, own_pods
-from finetune_operator.decide.preflight import Check
+from finetune_operator.act.backoff import CreationBackoff
+from finetune_operator.act.checkpoint_annotations import CheckpointAnnotations
+from finetune_operator.act.preflight_objects import PreflightObjects
+from finetune_operator.decide.decision import Action, Decision, JobEnd
+from finetune_operator.decide.state_machine import decide
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.observations import ChildObservation
-from finetune_operator.observe.hints import HintReader
+from finetune_operator.observe.observation import JobObservation
 from finetune_operator.observe.observer import Observer
-from finetune_operator.observe.record import Look, Record, parse_look, parse_record
+from finetune_operator.observe.stored_job import ParsedJob, StoredJob, parse_spec, parse_stored_job
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, RetryableError
 from finetune_operator.queue.work_queue import Key
 from finetune_operator.settled import SettledJobs
-from finetune_operator.status.compute import plan_of
-from finetune_operator.status.conditions import View
-from finetune_operator.status.recorder import Recorder
+from finetune_operator.status.event_recorder import EventRecorder
+from finetune_operator.status.inputs import refused_input, status_input
 from finetune_operator.status.writer import StatusWriter
 
-ACTIVE_LOOK_SECONDS = 60.0
-"""An attempt is looked at this often though no event came: a lost event costs a minute."""
+RUNNING_RESYNC_SECONDS = 60.0
+"""A job whose attempt runs is reconciled this often even without an event, so that a lost event costs a minute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """When the queue looks at the job again."""
+class Requeue:
+    """When the queue hands the job out again."""
 
     after: float | None = None
-    """Seconds; 0 for at once; None: an event or the resync will tell."""
+    """Seconds; 0 means at once, None means after the next event or resync."""
     gone: bool = False
-    """The job no longer exists."""
+    """Whether the job no longer exists."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Acted:
+    """What came of an action."""
+
+    child: ChildObservation | None = None
+    """The child as it is after the action."""
+    problem: RetryableError | None = None
+    """Why the attempt's objects could not be created."""
+    after: float | None = None
+    """Seconds after which the next step of the preflight check is due."""
 
 
 class Reconciler:
-    """Reconciles one job at a time; holds no state but the memory of reports."""
+    """Reconciles one job at a time; between two calls it keeps nothing but the memory of reports and back-offs."""
 
     def __init__(
         self,
@@ -73,227 +86,166 @@ class Reconciler:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the world, and the time, from outside. ``ca_bundle`` returns the CA of the report server; ``preflight``
-        (Run or Skip) is what jobs get that do not say it."""
+        """Put the parts together; ``now`` and ``clock`` (monotonic seconds) are the only sources of time.
+
+        ``trainer_image`` is what jobs run that name no image. ``ca_bundle`` returns the CA certificates of the report
+        server. ``instance`` is the name of the operator's pod. ``preflight`` ("Run" or "Skip") applies to jobs without
+        `runPolicy.preflight`.
+        """
         self._cluster = cluster
         self._memory = memory
+        self._metrics = metrics
+        self._trainer_image = trainer_image
         self._report_base_url = report_base_url
-        self._observer = Observer(cluster, backend, memory)
-        self._objects = AttemptObjects(
+        self._now = now
+        self._backoff = CreationBackoff(clock)
+        self._observer = Observer(cluster, backend, memory, preflight_by_default=preflight == "Run", clock=clock)
+        self._attempt_objects = AttemptObjects(
             cluster=cluster,
             backend=backend,
-            trainer_image=trainer_image,
+            backoff=self._backoff,
             report_base_url=report_base_url,
             ca_bundle=ca_bundle,
-            clock=clock,
         )
-        recorder = Recorder(cluster, instance=instance, now=now, clock=clock)
+        self._preflight_objects = PreflightObjects(cluster, self._backoff)
+        recorder = EventRecorder(cluster, instance=instance, now=now, clock=clock)
         self._writer = StatusWriter(
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
         )
         self._settled_jobs = SettledJobs(cluster, backend, self._writer)
-        self._hints = HintReader(cluster, clock)
-        self._preflights = Preflights(cluster, self._hints, self._objects, is_default=preflight == "Run", clock=clock)
         self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations)
-        self._metrics = metrics
-        self._now = now
 
-    async def reconcile(self, key: Key) -> Outcome:
-        """Look at the job once; raises ApiError where the API server refuses or was faster."""
-        raw = await self._cluster.get_job(key)
-        if raw is None or "deletionTimestamp" in raw["metadata"]:
-            # Owner references clear its objects away, also while no operator runs.
-            self._memory.forget(key)
-            self._metrics.jobs.remove(key)
-            return Outcome(gone=True)
-        record = parse_record(key, raw, self._memory.job(key), self._now())
-        set_log_fields(**record.log)
-        record.memory.resource_version = raw["metadata"]["resourceVersion"]
-        if record.settled:
-            self._memory.set_reporting_attempt(key, None)
-            self._metrics.jobs.update(key, record.stored)
-            return Outcome(after=await self._settled_jobs.tidy(record))
+    async def reconcile(self, key: Key) -> Requeue:
+        """Bring the job a step further; raises ApiError where the API server refuses a request or the job changed."""
+        manifest = await self._cluster.get_job(key)
+        if manifest is None or "deletionTimestamp" in manifest["metadata"]:
+            return self._forget(key)
+        stored = self._parse(key, manifest)
+        if stored.has_ended:
+            return await self._tidy(stored)
         try:
-            look = parse_look(record)
+            job = parse_spec(stored)
         except ValidationError as error:
-            return await self._refuse_for_now(record, _first_problem(error))
+            return await self._refuse_for_now(stored, _first_problem(error))
 
-        world = await self._observer.observe(look)
-        step = advance(look.stored.attempts, world)
+        seen = await self._observer.observe(job)
+        decision = decide(job.status, seen)
+        image = job.status.image or job.job.spec.pod_template.image or self._trainer_image
         try:
-            config = self._resolve(look, step)
+            config = self._run_config(job, decision)
         except UserError as error:
-            return await self._refuse(look, str(error))
-        checking = await self._preflights.look(look, can_open=step.next is Next.OPEN) if _is_first(look) else None
-        if checking is not None and checking.holds:
-            return await self._check_first(look, world, checking, config)
-        await self._read_hint(look, step, world)
+            return await self._refuse(job, str(error))
 
-        if _must_be_written_first(look, step):
-            await self._writer.write(look, self._view(look, step, world, config, checking=checking))
-            if step.next is Next.OPEN:
-                self._objects.forgive(look.memory)
-            return Outcome(after=0)
-        child, problem = await self._act(look, step, world.child, config)
-        view = self._view(look, step, world, config, child, problem, checking=checking)
-        later = await self._writer.write(look, view)
-        await self._annotations.tell(look, world.pods)
-        return Outcome(after=_earliest(step.wait_seconds, later, self._next_look(look, step, child, problem)))
+        if decision.must_be_written_first(job.status):
+            given = status_input(job, seen, decision, image=image, config=config)
+            later = await self._writer.write(job, given)
+            if decision.action is Action.OPEN_ATTEMPT:
+                self._backoff.reset(job.memory)
+            return Requeue(after=later or 0)
+
+        acted = await self._act(job, seen, decision, image, config)
+
+        given = status_input(
+            job, seen, decision, image=image, config=config, created=acted.child, problem=acted.problem
+        )
+        later = await self._writer.write(job, given)
+        await self._annotations.update(job, seen.pods)
+        return Requeue(after=_earliest(acted.after, decision.wait_seconds, later, self._resync(job, decision, acted)))
+
+    # ---- observe ----
+
+    def _forget(self, key: Key) -> Requeue:
+        """Drop a job that was deleted. The garbage collector removes its objects, because the job owns them."""
+        self._memory.forget(key)
+        self._metrics.jobs.remove(key)
+        return Requeue(gone=True)
+
+    def _parse(self, key: Key, manifest: dict[str, Any]) -> StoredJob:
+        stored = parse_stored_job(key, manifest, self._memory.job(key), self._now())
+        set_log_fields(**stored.log_fields)
+        stored.memory.resource_version = manifest["metadata"]["resourceVersion"]
+        return stored
+
+    async def _tidy(self, stored: StoredJob) -> Requeue:
+        """Remove what a job that has ended leaves behind, once the time for it has come."""
+        self._memory.set_reporting_attempt(stored.key, None)
+        self._metrics.jobs.update(stored.key, stored.status)
+        return Requeue(after=await self._settled_jobs.tidy(stored))
 
     # ---- decide ----
 
-    def _resolve(self, look: Look, step: Step) -> RunConfig | None:
-        """Return the run file of an attempt that is about to start; raises UserError where the spec can't be run."""
-        if step.next not in (Next.OPEN, Next.CREATE):
+    def _run_config(self, job: ParsedJob, decision: Decision) -> RunConfig | None:
+        """Return the run file of pods that are about to start; raises UserError where the spec can't be run."""
+        if not decision.needs_run_file:
             return None
-        path = report_path(look.key.namespace, look.key.name, step.attempts.started)
-        return resolve(look.job, report=ReportConfig(url=self._report_base_url + path))
+        # The preflight check reads the run file of attempt 1, which is not opened yet.
+        number = max(1, decision.attempts.started)
+        path = report_path(job.key.namespace, job.key.name, number)
+        return resolve(job.job, report=ReportConfig(url=self._report_base_url + path))
 
-    def _view(
-        self,
-        look: Look,
-        step: Step,
-        world: World,
-        config: RunConfig | None,
-        child: ChildObservation | None = None,
-        problem: RetryableError | None = None,
-        *,
-        checking: Check | None = None,
-    ) -> View:
-        current = step.attempts.current
-        resources = look.job.spec.resources
-        return View(
-            now=look.now,
-            generation=look.job.metadata.generation,
-            nodes=resources.nodes,
-            ranks=resources.nodes * max(1, resources.gpus_per_node),
-            attempts=step.attempts,
-            child=(child or world.child) if current is not None or step.settled is not None else None,
-            pods=own_pods(current, world) if current is not None else [],
-            report=look.memory.report,
-            reported_at=look.memory.reported_at,
-            seconds_per_step=look.memory.speed.seconds_per_step(),
-            problem=problem,
-            # While an attempt runs, what can't be honoured is said and the attempt goes on.
-            invalid="" if step.settled else "; ".join(str(error) for error in unrunnable(look.job.spec)),
-            hint=look.memory.hint,
-            settled=step.settled,
-            image=self._objects.image(look),
-            policy=look.job.spec.run_policy,
-            ending_pods=len(world.pods) if current is None or world.held else 0,
-            usage=world.usage,
-            plan=plan_of(config) if config is not None else None,
-            check=checking,
-        )
-
-    def _next_look(
-        self, look: Look, step: Step, child: ChildObservation | None, problem: RetryableError | None
-    ) -> float | None:
-        """Return when to look though no event came."""
-        if problem is not None:
-            return self._objects.seconds_to_retry(look.memory)
-        current = step.attempts.current
+    def _resync(self, job: ParsedJob, decision: Decision, acted: _Acted) -> float | None:
+        """Return after how many seconds an attempt is reconciled again although no event came; None without one."""
+        if acted.problem is not None:
+            return self._backoff.seconds_left(job.memory)
+        current = decision.attempts.current
         if current is None:
-            return None  # what is waited for has its own time, or a person will tell
-        if look.condition_is(ConditionType.RUNNING, "True") or (child is not None and child.suspended):
-            return ACTIVE_LOOK_SECONDS
-        age = (look.now - current.start_time).total_seconds()
+            return None
+        held = acted.child is not None and acted.child.suspended
+        if held or job.condition_is(ConditionType.RUNNING, "True"):
+            return RUNNING_RESYNC_SECONDS
+        age = (job.now - current.start_time).total_seconds()
         return EVENTS_AFTER_SECONDS if age < EVENTS_AFTER_SECONDS else EVENTS_EVERY_SECONDS
 
     # ---- act ----
 
-    async def _check_first(self, look: Look, world: World, checking: Check, config: RunConfig | None) -> Outcome:
-        """Bring the check before attempt 1 a step further: the record first, then its objects."""
-        soon = None
-        if checking.record == look.stored.preflight and checking.settled is None:
-            soon = await self._preflights.act(look, checking, config)
-        step = Step(attempts=look.stored.attempts, next=Next.WATCH, settled=checking.settled)
-        later = await self._writer.write(look, self._view(look, step, world, config, checking=checking))
-        return Outcome(after=_earliest(soon, later, checking.wait_seconds))
-
     async def _act(
-        self, look: Look, step: Step, child: ChildObservation | None, config: RunConfig | None
-    ) -> tuple[ChildObservation | None, RetryableError | None]:
-        """Create or delete the attempt's objects; return the child as it is then, or what stood in the way."""
-        if step.next is Next.REMOVE and child is not None:
-            await self._objects.remove(look, child)
-            return None, None
-        if step.next is Next.CREATE and config is not None:
-            try:
-                return await self._objects.create(look, config), None
-            except RetryableError as problem:
-                return None, problem
-        return child, None
-
-    async def _read_hint(self, look: Look, step: Step, world: World) -> None:
-        """Ask for the warnings about what the attempt waits for; one that runs waits for nothing."""
-        if look.condition_is(ConditionType.RUNNING, "True"):
-            look.memory.hint = ""
-        else:
-            await self._hints.read(look.memory, look.key.namespace, step.attempts.current, world)
+        self, job: ParsedJob, seen: JobObservation, decision: Decision, image: str, config: RunConfig | None
+    ) -> _Acted:
+        """Do what the decision says; the bookkeeping behind it is in the stored status already."""
+        match decision.action:
+            case Action.CREATE_ATTEMPT if config is not None:
+                try:
+                    return _Acted(child=await self._attempt_objects.create(job, image, config))
+                except RetryableError as problem:
+                    return _Acted(problem=problem)
+            case Action.REMOVE_ATTEMPT if seen.child is not None:
+                await self._attempt_objects.remove(job, seen.child)
+                return _Acted()
+            case Action.CREATE_PREFLIGHT_POD if config is not None:
+                number = decision.number_of_try
+                return _Acted(after=await self._preflight_objects.create(job, number, image, config))
+            case Action.REMOVE_PREFLIGHT_PODS:
+                await self._preflight_objects.remove(job, decision.preflight_pods)
+                return _Acted(after=0)
+        return _Acted(child=seen.child)
 
     # ---- refuse ----
 
-    async def _refuse(self, look: Look, message: str) -> Outcome:
-        """The spec can't be run. One that has run can be changed back; one that hasn't never will: it ends here."""
-        if look.stored.attempts.recent:
-            return await self._refuse_for_now(look, message)
-        settled = Settlement(succeeded=False, reason=Reason.BAD_INPUT, message=message)
-        await self._writer.write(look, _bare_view(look, invalid=message, settled=settled))
-        return Outcome()
+    async def _refuse(self, job: ParsedJob, message: str) -> Requeue:
+        """Record that the spec can't be run. A job that has run may be changed back, any other ends here."""
+        if job.status.attempts.recent:
+            return await self._refuse_for_now(job, message)
+        end = JobEnd(succeeded=False, reason=Reason.BAD_INPUT, message=message)
+        await self._writer.write(job, refused_input(job, invalid=message, end=end))
+        return Requeue()
 
-    async def _refuse_for_now(self, record: Record, message: str) -> Outcome:
-        """Start nothing, say why, and look again later: another version's CRD let the job in, or a field changed."""
+    async def _refuse_for_now(self, stored: StoredJob, message: str) -> Requeue:
+        """Start nothing, write why, and reconcile again after a back-off.
+
+        Another version's CRD accepted the job, or a person changed a field of a job that has run.
+        """
         problem = RetryableError(Reason.BAD_INPUT, message)
-        self._objects.postpone(record.memory, problem)
-        await self._writer.write(record, _bare_view(record, invalid=message, problem=problem))
-        return Outcome(after=self._objects.seconds_to_retry(record.memory))
-
-
-def _is_first(look: Look) -> bool:
-    """Tell whether no attempt was opened yet."""
-    return not look.stored.attempts.started
-
-
-def _must_be_written_first(look: Look, step: Step) -> bool:
-    """Tell whether the bookkeeping changed: then it is written, and the attempt's objects are touched afterwards."""
-    return step.settled is not None or _accounting(step.attempts) != _accounting(look.stored.attempts)
-
-
-def _accounting(attempts: AttemptsStatus) -> tuple[object, ...]:
-    """Return what must be written before any object is touched: numbers, counts and causes of attempts."""
-    current = attempts.current
-    return (
-        attempts.started,
-        attempts.charged,
-        attempts.free,
-        current.number if current else None,
-        current.cause if current else None,
-    )
+        self._backoff.failed(stored.memory, problem)
+        await self._writer.write(stored, refused_input(stored, invalid=message, problem=problem))
+        return Requeue(after=self._backoff.seconds_left(stored.memory))
 
 
 def _first_problem(error: ValidationError) -> str:
-    """Return the first field that another version's CRD let in, and what it must be."""
+    """Return path and message of the first field that this version can't read, for example "spec.x: must be ..."."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
-def _bare_view(
-    record: Record, *, invalid: str, settled: Settlement | None = None, problem: RetryableError | None = None
-) -> View:
-    """Return the view of a job of which nothing but its record is known."""
-    return View(
-        now=record.now,
-        generation=record.raw["metadata"].get("generation", 0),
-        nodes=1,
-        ranks=1,
-        attempts=record.stored.attempts,
-        invalid=invalid,
-        settled=settled,
-        problem=problem,
-    )
-
-
 def _earliest(*seconds: float | None) -> float | None:
-    known = [value for value in seconds if value is not None]
-    return min(known) if known else None
+    """Return the least of ``seconds``; None where all are None."""
+    return min((value for value in seconds if value is not None), default=None)

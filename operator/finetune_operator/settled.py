@@ -1,6 +1,8 @@
-"""What is done for a job that has ended: nothing is created again, and what its last attempt left behind goes in time.
-Called by `reconcile` for every job whose `Succeeded` is True or False; works on the stored object, whose spec need not
-be readable."""
+"""Removes what a job that has ended leaves behind, once the time for it has come; nothing is created any more.
+
+`reconcile.py` calls `SettledJobs.tidy` for each job whose condition `Succeeded` is True or False. The stored manifest
+is used instead of the parsed spec, because this version may not be able to read the spec of an old job.
+"""
 
 from __future__ import annotations
 
@@ -12,64 +14,66 @@ from finetune_operator.act.config_maps import delete_config_map
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.observations import ChildObservation
-from finetune_operator.observe.record import Record
+from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.status.writer import StatusWriter
 
 logger = logging.getLogger(__name__)
 
 SIDECAR_SECONDS = 60.0
-"""Pods that still run this long after their job was settled go with the child."""
+"""Pods that still run this long after the end of their job, for example because of a sidecar, are removed."""
 
 
 class SettledJobs:
     """Tidies up after jobs that have ended."""
 
     def __init__(self, cluster: KubeClient, backend: Backend, writer: StatusWriter) -> None:
-        """Delete with ``cluster`` and ``backend``, and say so with ``writer``."""
+        """Delete with ``cluster`` and ``backend``, and record with ``writer`` that the child is gone."""
         self._cluster = cluster
         self._backend = backend
         self._writer = writer
 
-    async def tidy(self, record: Record) -> float | None:
-        """Remove what is due; return in how many seconds something will be, None where nothing ever will."""
-        ended, started = record.stored.completion_time, record.stored.attempts.started
+    async def tidy(self, job: StoredJob) -> float | None:
+        """Remove what is due; return in how many seconds the next object is due, None where none ever will be."""
+        ended, started = job.status.completion_time, job.status.attempts.started
         if ended is None or not started:
             return None
-        name = attempt_name(record.key.name, record.uid, started)
-        child = await self._backend.observe(record.key.namespace, name)
-        if child is not None and child.owner_uid != record.uid:
+        name = attempt_name(job.key.name, job.uid, started)
+        child = await self._backend.observe(job.key.namespace, name)
+        if child is not None and child.owner_uid != job.uid:
             child = None
-        if child is None and record.condition_is(ConditionType.SUCCEEDED, "False"):
-            # An operator that ended between the two leaves a ConfigMap whose child was never created.
-            await delete_config_map(self._cluster, record.key.namespace, name, record.uid)
-        age = (record.now - ended).total_seconds()
+        if child is None and job.condition_is(ConditionType.SUCCEEDED, "False"):
+            # An operator that crashed between two writes leaves a ConfigMap whose child was never created.
+            await delete_config_map(self._cluster, job.key.namespace, name, job.uid)
+        age = (job.now - ended).total_seconds()
         waits = []
-        if (ttl := time_to_live(record.raw)) is not None:
+        if (ttl := time_to_live(job.manifest)) is not None:
             if age >= ttl:
-                await self._remove_all(record, name, child)
+                await self._remove_all(job, name, child)
                 return None
             waits.append(ttl - age)
         if child is not None and not child.finished and not child.deleting:
             if age >= SIDECAR_SECONDS:
-                await self._backend.delete(record.key.namespace, child)
-                logger.info("pods that outlived the job were removed", extra=record.log)
+                await self._backend.delete(job.key.namespace, child)
+                logger.info("pods that outlived the job were removed", extra=job.log_fields)
             else:
                 waits.append(SIDECAR_SECONDS - age)
         return min(waits, default=None)
 
-    async def _remove_all(self, record: Record, name: str, child: ChildObservation | None) -> None:
-        """Remove child, pods and ConfigMap; the FineTuneJob stays, and its status names no child any more."""
-        await delete_config_map(self._cluster, record.key.namespace, name, record.uid)
+    async def _remove_all(self, job: StoredJob, name: str, child: ChildObservation | None) -> None:
+        """Remove child, pods and ConfigMap. The FineTuneJob stays, and its status names no child any more."""
+        await delete_config_map(self._cluster, job.key.namespace, name, job.uid)
         if child is not None and not child.deleting:
-            await self._backend.delete(record.key.namespace, child)
-            logger.info("runPolicy.ttlSecondsAfterFinished is over: the job's objects were removed", extra=record.log)
-        if record.stored.child is not None:
-            await self._writer.forget_child(record)
+            await self._backend.delete(job.key.namespace, child)
+            logger.info(
+                "runPolicy.ttlSecondsAfterFinished is over: the job's objects were removed", extra=job.log_fields
+            )
+        if job.status.child is not None:
+            await self._writer.forget_child(job)
 
 
-def time_to_live(raw: dict[str, object]) -> int | None:
-    """Return `runPolicy.ttlSecondsAfterFinished` of a stored job; None where it is absent."""
-    spec = raw.get("spec")
+def time_to_live(manifest: dict[str, object]) -> int | None:
+    """Return `runPolicy.ttlSecondsAfterFinished` of a stored job; None where the field is absent or no integer."""
+    spec = manifest.get("spec")
     policy = spec.get("runPolicy") if isinstance(spec, dict) else None
     seconds = policy.get("ttlSecondsAfterFinished") if isinstance(policy, dict) else None
     return seconds if isinstance(seconds, int) else None

@@ -1,7 +1,7 @@
-"""The only module that knows kopf: watch streams turn into keys in the queue, nothing else.
+"""Watches FineTuneJobs, PyTorchJobs and pods with kopf, and puts the key of the affected job into the queue.
 
-Each setting carries its reason; the traps behind them were met with kopf 1.45. No handler changes an object, so
-kopf adds no finalizer and no annotation.
+`application.py` starts `watch`. No other module imports kopf. No handler changes an object, so kopf adds no finalizer
+and no annotation. Settings that differ from kopf's defaults have their reason beside them, as observed with kopf 1.45.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from finetune_operator.queue.work_queue import Key, WorkQueue
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS: Final = 15.0
-"""What kopf gets for its end: two seconds for its workers, five for what hangs, and room on a busy machine."""
+"""Time for kopf to end: two seconds for its workers, five for hanging tasks, and as much again on a busy machine."""
 WATCH_EXIT_CODE: Final = 1
+"""Exit code of a process in which one watch has ended and the others did not follow."""
 
 
 class _EndlessBackoff:
-    """Delays between tries of a watch: 1 s to 10 s with jitter, without end.
+    """An endless sequence of delays between tries of a watch: from 1 s up to 10 s, with jitter.
 
-    kopf's own list ends after 54 s and then the process: an API server that is away for two minutes would throw
-    the operator into CrashLoopBackOff.
+    kopf's default list ends after 54 s, and then kopf ends. An API server that is away for two minutes would bring the
+    operator into CrashLoopBackOff.
     """
 
     def __iter__(self) -> Iterator[float]:
@@ -45,8 +46,10 @@ class _EndlessBackoff:
 
 
 class _NoDiffs(kopf.DiffBaseStorage):
-    """Compares nothing: `on.event` needs no diff of an object, and copying each object twice for one takes a quarter
-    of the process's time when a thousand jobs run."""
+    """A storage of object states that stores none, because handlers of `on.event` need no difference between states.
+
+    kopf's default copies each object twice for a difference, which took a quarter of the CPU time with 1,000 jobs.
+    """
 
     def build(self, *, body: kopf.Body, extra_fields: Any = None) -> Any:
         return {}
@@ -59,22 +62,23 @@ class _NoDiffs(kopf.DiffBaseStorage):
 
 
 def _settings(*, confined: bool) -> kopf.OperatorSettings:
+    """Return kopf's settings; ``confined`` says whether the operator serves some namespaces only."""
     settings = kopf.OperatorSettings()
-    settings.peering.standalone = True  # peering freezes or doubles operators; it is no leader election
+    settings.peering.standalone = True  # peering is no leader election: it may pause every operator, or none
     settings.persistence.diffbase_storage = _NoDiffs()
-    settings.posting.enabled = False  # events are made on transitions, after the status was written
+    settings.posting.enabled = False  # `status/event_recorder.py` creates events about changes of the status
     settings.networking.error_backoffs = _EndlessBackoff()
     settings.networking.connect_timeout = 10
     settings.networking.request_timeout = 30
     settings.networking.enforce_retry_after = True
-    settings.watching.server_timeout = 300  # behind load balancers a watch can fall silent
+    settings.watching.server_timeout = 300  # a load balancer may drop a watch without closing its connection
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500
     for owned in (PODS, PYTORCHJOBS):
         settings.watching.label_selectors[owned.group, owned.version, owned.plural] = OWNED_OBJECTS_SELECTOR
-    settings.queueing.worker_limit = None  # a limit holds slots of idle objects; our own workers are the limit
-    settings.queueing.idle_timeout = 0.5  # a task and the object itself stay that long: 5 s are all jobs at a restart
-    settings.scanning.disabled = confined  # needs a list of CRDs, which an operator of some namespaces has not
+    settings.queueing.worker_limit = None  # objects without events would use up the limit; our workers are limited
+    settings.queueing.idle_timeout = 0.5  # kopf keeps an object for this long; with 5 s all jobs, after a restart
+    settings.scanning.disabled = confined  # scanning lists CRDs, and a confined operator has no permission for that
     return settings
 
 
@@ -95,7 +99,7 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
 
     @kopf.on.login(registry=registry)
     async def login(**_: Any) -> kopf.ConnectionInfo:
-        # Called anew after a 401, which a service-account token that the kubelet rotated leads to.
+        # kopf logs in again after a 401, because the kubelet rotates the token of the service account.
         header = await configuration.get_api_key_with_prefix("BearerToken") or ""
         scheme, token = header.split(" ", 1) if " " in header else (None, header)
         return _connection(configuration, scheme, token or None)
@@ -108,7 +112,7 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
         if not (namespace and name):
             return
         key = Key(namespace, name)
-        # At a start and after a break every job comes again, and the resync has brought most of them already.
+        # At the start and after a broken watch kopf repeats every job, and most are known from the resync.
         if event["type"] == "DELETED" or not memory.has_read(key, meta.get("resourceVersion", "")):
             queue.add(key)
 
@@ -125,16 +129,16 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
 async def watch(
     *, queue: WorkQueue, memory: Memory, activity: WatchActivity, configuration: Any, namespaces: tuple[str, ...]
 ) -> None:
-    """Watch jobs, children and pods until SIGTERM, or raise where a watcher died: the process must end then.
+    """Watch jobs, children and pods until SIGTERM; raises where a watch failed, so that the process ends.
 
-    Where kopf does not come to its end it ends the process itself: kopf waits without a bound for its other watches,
-    and one that misses its cancellation would leave an operator that lists but watches nothing.
+    kopf waits without a time limit for its other watches when one ends, and a watch may miss its cancellation. Where
+    kopf does not end in time, the process is ended at once, because it would list jobs but watch nothing.
     """
     others = asyncio.all_tasks()
     roots = await kopf.spawn_tasks(
         registry=_registry(queue, memory, activity, configuration),
         settings=_settings(confined=bool(namespaces)),
-        # Unset, kopf asks the system for the user's name, and the image has no name for its user.
+        # Without an identity kopf asks the system for the user's name, and the image's user has no name.
         identity=cast(Any, socket.gethostname()),
         standalone=True,
         clusterwide=not namespaces,

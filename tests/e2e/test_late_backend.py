@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from examples.demo import steps
-from finetune_operator.decide.preflight import Verdict
+from finetune_operator.decide.verdict import PreflightVerdict
 from tests.cluster import Cluster, images, tools, wait_for
 from tests.cluster.addons import PYTORCHJOB_CRD
 from tests.cluster.fixtures import started
@@ -144,7 +144,9 @@ def bucket_row(make: Callable[[Stage], None], spec: Manifest) -> Row:
         fault=after_ten_minutes(make, f"bucket '{late.LATE_BUCKET}' does not exist", patience=NAMED_SECONDS),
         attempts=FIRST_TIME_DONE,
         milestones=(
-            on_job("check passed", found, lambda job: job["status"]["preflight"].get("verdict") == Verdict.PASSED),
+            on_job(
+                "check passed", found, lambda job: job["status"]["preflight"].get("verdict") == PreflightVerdict.PASSED
+            ),
             on_job("job ended", found + TRAINING, settled),
         ),
         more_events=("OutsideFailure", "Running", "CheckpointAvailable"),

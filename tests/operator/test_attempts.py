@@ -1,4 +1,4 @@
-"""The life of attempts: opened once, accounted once, spaced by the back-off, ended by the rules."""
+"""The life of attempts: each is opened once and counted once, waits for its back-off, and ends by a rule."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptsStatus, PastAttempt, UsageStatus
 from finetune_core.contract import Outcome
 from finetune_operator.decide.accounting import backoff
-from finetune_operator.decide.attempts import Next, World, advance
+from finetune_operator.decide.decision import Action
+from finetune_operator.decide.states import JobState
 from finetune_operator.objects.observations import PodObservation
-from tests.operator.worlds import CHILD_UID, NOW, at, checkpoint, child, current, pod, result
+from finetune_operator.observe.observation import JobObservation
+from tests.operator.worlds import CHILD_UID, NOW, advance, at, checkpoint, child, current, pod, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 
 
-def world(pods: list[PodObservation], *, now: float = 0, active: int = 0, policy: Any = None, **changes: Any) -> World:
+def seen(
+    pods: list[PodObservation], *, now: float = 0, active: int = 0, policy: Any = None, **changes: Any
+) -> JobObservation:
+    """Return an observation of attempt 1 with its child; ``active`` is the number of seconds with a running pod."""
     values: dict[str, Any] = {
         "now": at(now),
         "nodes": 2,
@@ -31,11 +36,12 @@ def world(pods: list[PodObservation], *, now: float = 0, active: int = 0, policy
         "checkpoints": [],
         "final_result": None,
     }
-    return World(**(values | changes))
+    return JobObservation(**(values | changes))
 
 
-def empty(now: float = 0, *, pods: list[PodObservation] | None = None, **changes: Any) -> World:
-    return world(pods or [], now=now, **({"child": None, "child_uid": ""} | changes))
+def seen_no_child(now: float = 0, *, pods: list[PodObservation] | None = None, **changes: Any) -> JobObservation:
+    """Return an observation of a job whose child does not exist."""
+    return seen(pods or [], now=now, **({"child": None, "child_uid": ""} | changes))
 
 
 def running(**changes: Any) -> AttemptsStatus:
@@ -47,75 +53,75 @@ def past(number: int, verdict: str, start: float, reason: str = "Crashed") -> Pa
 
 
 def test_the_first_attempt_is_numbered_before_anything_exists() -> None:
-    step = advance(AttemptsStatus(), empty())
-    assert (step.next, step.attempts.started) == (Next.OPEN, 1)
+    step = advance(AttemptsStatus(), seen_no_child())
+    assert (step.action, step.attempts.started) == (Action.OPEN_ATTEMPT, 1)
     assert step.attempts.current is not None
     assert step.attempts.current.number == 1
 
 
 def test_a_numbered_attempt_without_child_is_created() -> None:
-    opened = advance(AttemptsStatus(), empty()).attempts
-    assert advance(opened, empty()).next is Next.CREATE
+    opened = advance(AttemptsStatus(), seen_no_child()).attempts
+    assert advance(opened, seen_no_child()).action is Action.CREATE_ATTEMPT
 
 
 def test_the_first_pod_of_each_index_is_recorded_and_stays() -> None:
     attempts = running(current=current(indexes=()))
-    step = advance(attempts, world([pod(0), pod(1, node="")]))
+    step = advance(attempts, seen([pod(0), pod(1, node="")]))
     assert step.attempts.current is not None
     assert [(record.index, record.uid, record.node) for record in step.attempts.current.pods] == [
         (0, "pod-0", "node-0"),
         (1, "pod-1", ""),
     ]
-    again = advance(step.attempts, world([pod(0), pod(1)]))
+    again = advance(step.attempts, seen([pod(0), pod(1)]))
     assert again.attempts.current is not None
     assert again.attempts.current.pods[1].node == "node-1"
 
 
 def test_the_cause_is_recorded_at_first_sight_and_the_others_get_ten_seconds() -> None:
     pods = [pod(0, exit_code=75), pod(1)]
-    step = advance(running(), world(pods))
+    step = advance(running(), seen(pods))
     assert step.attempts.current is not None
     assert step.attempts.current.cause is not None
-    assert (step.attempts.current.cause.reason, step.next, step.wait_seconds) == ("OutsideFailure", Next.WATCH, 10)
-    later = advance(step.attempts, world([pods[0], pod(1, exit_code=64)], now=2))
-    assert later.settled is not None
-    assert later.settled.reason == "BadInput"
+    assert (step.attempts.current.cause.reason, step.action, step.wait_seconds) == ("OutsideFailure", Action.NONE, 10)
+    later = advance(step.attempts, seen([pods[0], pod(1, exit_code=64)], now=2))
+    assert later.end is not None
+    assert later.end.reason == "BadInput"
 
 
 def test_a_failed_attempt_is_accounted_once_and_its_objects_go_before_the_next() -> None:
     pods = [pod(0, exit_code=1), pod(1, exit_code=75)]
-    closed = advance(running(), world(pods)).attempts
+    closed = advance(running(), seen(pods)).attempts
     assert (closed.started, closed.charged, closed.free, closed.current) == (1, 1, 0, None)
     assert closed.recent[0].reason == "Crashed"
     assert closed.next_start_time == at(10)
-    assert advance(closed, world(pods)).next is Next.REMOVE
-    assert advance(closed, world(pods)).attempts == closed
+    assert advance(closed, seen(pods)).action is Action.REMOVE_ATTEMPT
+    assert advance(closed, seen(pods)).attempts == closed
     # The child is gone, its pods are not yet: nothing starts.
-    assert advance(closed, empty(now=60, pods=pods)).next is Next.WATCH
-    opened = advance(closed, empty(now=10))
-    assert (opened.next, opened.attempts.started) == (Next.OPEN, 2)
+    assert advance(closed, seen_no_child(now=60, pods=pods)).action is Action.NONE
+    opened = advance(closed, seen_no_child(now=10))
+    assert (opened.action, opened.attempts.started) == (Action.OPEN_ATTEMPT, 2)
 
 
 def test_a_pod_that_a_dead_kubelet_keeps_is_waited_for_a_minute_beyond_its_grace() -> None:
     closed = AttemptsStatus(started=1, free=1, recent=[past(1, "Free", -10)])
     stuck = [pod(1, deleted=0, grace=90)]
-    waiting = advance(closed, empty(now=100, pods=stuck))
-    assert (waiting.next, waiting.wait_seconds) == (Next.WATCH, 50)
-    assert advance(closed, empty(now=150, pods=stuck)).next is Next.OPEN
+    waiting = advance(closed, seen_no_child(now=100, pods=stuck))
+    assert (waiting.action, waiting.wait_seconds) == (Action.NONE, 50)
+    assert advance(closed, seen_no_child(now=150, pods=stuck)).action is Action.OPEN_ATTEMPT
 
 
 def test_nothing_starts_before_the_back_off_ended() -> None:
     closed = AttemptsStatus(started=1, charged=1, recent=[past(1, "Charged", -10)], next_start_time=at(10))
-    assert advance(closed, empty(now=9)).next is Next.WATCH
-    assert advance(closed, empty(now=10)).next is Next.OPEN
+    assert advance(closed, seen_no_child(now=9)).state is JobState.BACKING_OFF
+    assert advance(closed, seen_no_child(now=10)).action is Action.OPEN_ATTEMPT
 
 
 def test_success_settles_the_job_with_the_artifact() -> None:
-    step = advance(running(), world([pod(i, exit_code=0, message=DONE) for i in (0, 1)]))
-    assert step.next is Next.SETTLE
-    assert step.settled is not None
-    assert step.settled.succeeded
-    assert step.settled.result is not None
+    step = advance(running(), seen([pod(i, exit_code=0, message=DONE) for i in (0, 1)]))
+    assert step.state is JobState.SUCCEEDED
+    assert step.end is not None
+    assert step.end.succeeded
+    assert step.end.result is not None
     assert (step.attempts.charged, step.attempts.free, step.attempts.recent[-1].verdict) == (0, 0, "Succeeded")
 
 
@@ -123,8 +129,8 @@ def test_success_settles_the_job_with_the_artifact() -> None:
 def test_max_retries_counts_charged_attempts_beyond_the_first(charged_before: int, settled: str | None) -> None:
     attempts = running(started=charged_before + 1, charged=charged_before, current=current(charged_before + 1))
     pods = [pod(i, exit_code=1, attempt=charged_before + 1) for i in (0, 1)]
-    step = advance(attempts, world(pods))
-    assert (step.settled.reason if step.settled else None) == settled
+    step = advance(attempts, seen(pods))
+    assert (step.end.reason if step.end else None) == settled
 
 
 @pytest.mark.parametrize(
@@ -136,7 +142,7 @@ def test_free_attempts_in_a_row_need_a_new_checkpoint(row: int, checkpoints: lis
     recent = [past(n + 1, "Free", -1000 + n) for n in range(row)]
     attempts = running(started=row + 1, free=row, recent=recent, current=current(row + 1))
     pods = [pod(i, attempt=row + 1, exit_code=143, deleted=-20) for i in (0, 1)]
-    step = advance(attempts, world(pods, checkpoints=checkpoints))
+    step = advance(attempts, seen(pods, checkpoints=checkpoints))
     assert step.attempts.recent[-1].verdict == expected
 
 
@@ -148,18 +154,18 @@ def test_back_off_doubles_while_nothing_is_committed() -> None:
 
 
 def test_suspension_forgets_the_pods_and_ends_nothing() -> None:
-    step = advance(running(), world([pod(0, deleted=0)], child=child(suspended=True)))
+    step = advance(running(), seen([pod(0, deleted=0)], child=child(suspended=True)))
     assert step.attempts.current is not None
     assert step.attempts.current.pods == []
-    assert step.next is Next.WATCH
+    assert step.action is Action.NONE
 
 
 def test_recent_attempts_are_bounded() -> None:
     recent = [past(n + 1, "Free", -10_000 + n) for n in range(20)]
     attempts = running(started=21, recent=recent, current=current(21))
-    step = advance(attempts, world([pod(i, attempt=21, exit_code=1) for i in (0, 1)]))
+    step = advance(attempts, seen([pod(i, attempt=21, exit_code=1) for i in (0, 1)]))
     assert [item.number for item in step.attempts.recent] == list(range(2, 22))
 
 
 def test_now_is_the_only_clock() -> None:
-    assert advance(AttemptsStatus(), empty()).attempts.current.start_time == NOW  # type: ignore[union-attr]
+    assert advance(AttemptsStatus(), seen_no_child()).attempts.current.start_time == NOW  # type: ignore[union-attr]

@@ -17,9 +17,10 @@ from finetune_core.contract import (
     Report,
     ScoreRecord,
 )
-from finetune_operator.status.conditions import View, compute_conditions
-from finetune_operator.status.history import checkpoints_of, merge_history, merge_report, percentage, thin
-from finetune_operator.status.transitions import notices
+from finetune_operator.status.conditions import compute_conditions
+from finetune_operator.status.events import events_between
+from finetune_operator.status.inputs import StatusInput
+from finetune_operator.status.report_merge import checkpoints_of, merge_history, merge_report, percentage, thin
 from tests.operator.worlds import NOW
 
 
@@ -110,7 +111,7 @@ def test_a_damaged_checkpoint_is_neither_last_nor_best_and_names_its_object() ->
     assert found[1].damaged == "state-00001 is missing"
 
 
-def test_what_a_trainer_tells_stays_once_and_the_newest_last() -> None:
+def test_notices_are_kept_once_and_the_newest_last() -> None:
     first = merge_report(FineTuneJobStatus(), report(notices=["3 rows were left out", "passed over"]), NOW)
     again = merge_report(first, report(notices=["passed over"]), NOW)
     assert again.notices == ["3 rows were left out", "passed over"]
@@ -119,24 +120,24 @@ def test_what_a_trainer_tells_stays_once_and_the_newest_last() -> None:
 
 
 def test_a_store_that_takes_no_checkpoint_becomes_a_condition() -> None:
-    """The age is told in progress and, in minutes, in the sentence; the older checkpoint is still there."""
-    told = report(
+    """The age is reported in progress and, in minutes, in the sentence; the older checkpoint is still there."""
+    reported = report(
         checkpoints=[record(20, 2.0)], checkpoint_age_seconds=190, checkpoint_problem="the store answered 503"
     )
-    status = merge_report(FineTuneJobStatus(), told, NOW)
+    status = merge_report(FineTuneJobStatus(), reported, NOW)
     assert status.progress is not None
     assert status.progress.checkpoint_age_seconds == 190
     attempts = AttemptsStatus(started=1, current=CurrentAttempt(number=1, start_time=NOW))
-    view = View(now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, report=told)
-    conditions = {condition.type: condition for condition in compute_conditions(FineTuneJobStatus(), status, view)}
+    given = StatusInput(now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, report=reported)
+    conditions = {condition.type: condition for condition in compute_conditions(FineTuneJobStatus(), status, given)}
     overdue = conditions[ConditionType.CHECKPOINT_AVAILABLE]
     assert (overdue.status, overdue.reason) == ("True", Reason.CHECKPOINT_OVERDUE)
     assert overdue.message == "step 20 is committed; 3 min of training are not saved: the store answered 503"
     before = FineTuneJobStatus()
     after = status.model_copy(update={"conditions": list(conditions.values())})
-    told_people = [notice for notice in notices(before, after, NOW) if notice.reason == Reason.CHECKPOINT_OVERDUE]
-    assert [(notice.warning, notice.note) for notice in told_people] == [(True, overdue.message)]
-    healthy = View(now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, report=report())
+    recorded = [event for event in events_between(before, after, NOW) if event.reason == Reason.CHECKPOINT_OVERDUE]
+    assert [(event.warning, event.note) for event in recorded] == [(True, overdue.message)]
+    healthy = StatusInput(now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, report=report())
     conditions = {condition.type: condition for condition in compute_conditions(FineTuneJobStatus(), status, healthy)}
     assert conditions[ConditionType.CHECKPOINT_AVAILABLE].reason == Reason.COMMITTED
 
@@ -146,7 +147,7 @@ def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None
         step=12, kind="LossSpike", value="6.1", threshold="2.5", action="RollBack", message="the loss jumped"
     )
     base = ScoreRecord(perplexity=20.0, all_token_perplexity=50.0, task_score=0.05, scores={"exact": 0.05}, graded=40)
-    told = Report(
+    reported = Report(
         run=1,
         pod_uid="p",
         phase=Phase.TRAINING,
@@ -174,7 +175,7 @@ def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None
         evaluation=EvaluationRecord(rows="Test", examples=44, base=base),
         mfu=0.4321,
     )
-    status = merge_report(FineTuneJobStatus(), told, NOW)
+    status = merge_report(FineTuneJobStatus(), reported, NOW)
     # The least perplexity is not the best where the task's score decides.
     assert [(record.step, record.best, record.task_score) for record in status.checkpoints] == [
         (5, False, "0.5"),
@@ -190,7 +191,7 @@ def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None
     # A trainer that was started again knows only its own incidents, and repeats them with every report.
     later = incident.model_copy(update={"step": 30})
     for _ in range(2):
-        status = merge_report(status, told.model_copy(update={"incidents": [later], "evaluation": None}), NOW)
+        status = merge_report(status, reported.model_copy(update={"incidents": [later], "evaluation": None}), NOW)
     assert [item.step for item in status.incidents] == [12, 30]
     assert status.evaluation is not None
     assert status.evaluation.base is not None

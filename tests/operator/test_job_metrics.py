@@ -17,12 +17,12 @@ from finetune_core.api.status import (
     UsageStatus,
 )
 from finetune_operator.kube.client import ApiError
-from finetune_operator.observe.record import Record
+from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.logs import JsonFormatter, set_log_fields
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import JobMemory
 from finetune_operator.queue.work_queue import Key
-from finetune_operator.status.recorder import Recorder
+from finetune_operator.status.event_recorder import EventRecorder
 from tests.operator.worlds import NOW, UID, at
 
 KEY = Key("team", "quickstart")
@@ -137,7 +137,7 @@ def accepted(status: str, reason: Reason) -> FineTuneJobStatus:
 
 async def test_a_condition_that_flips_creates_one_event_a_minute_for_one_reason() -> None:
     events, clock, memory = Events(), [0.0], JobMemory()
-    recorder = Recorder(
+    recorder = EventRecorder(
         events,  # type: ignore[arg-type]
         instance="pod",
         now=lambda: NOW + timedelta(seconds=clock[0]),
@@ -147,8 +147,8 @@ async def test_a_condition_that_flips_creates_one_event_a_minute_for_one_reason(
     async def flip(seconds: float, reason: Reason) -> None:
         clock[0] = seconds
         raw = {"metadata": {"uid": UID}}
-        record = Record(key=KEY, raw=raw, stored=accepted("True", Reason.VALID), now=NOW, memory=memory)
-        await recorder.tell(record, accepted("False", reason))
+        record = StoredJob(key=KEY, manifest=raw, status=accepted("True", Reason.VALID), now=NOW, memory=memory)
+        await recorder.record(record, accepted("False", reason))
 
     for seconds in (59.0, 61.0, 100.0, 118.0):  # all within 60 s of the first event, in two wall-clock minutes
         await flip(seconds, Reason.NAME_CONFLICT)
@@ -161,8 +161,8 @@ async def test_a_condition_that_flips_creates_one_event_a_minute_for_one_reason(
 async def test_a_refused_event_stops_nothing() -> None:
     events = Events()
     events.refuse = True
-    recorder = Recorder(events, instance="pod", now=lambda: NOW, clock=lambda: 0.0)  # type: ignore[arg-type]
+    recorder = EventRecorder(events, instance="pod", now=lambda: NOW, clock=lambda: 0.0)  # type: ignore[arg-type]
     raw = {"metadata": {"uid": UID}}
-    record = Record(key=KEY, raw=raw, stored=FineTuneJobStatus(), now=NOW, memory=JobMemory())
-    await recorder.tell(record, accepted("False", Reason.NAME_CONFLICT))
+    record = StoredJob(key=KEY, manifest=raw, status=FineTuneJobStatus(), now=NOW, memory=JobMemory())
+    await recorder.record(record, accepted("False", Reason.NAME_CONFLICT))
     assert events.reasons == []

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.run_policy import RunPolicySpec
-from finetune_core.api.status import PreflightStatus
+from finetune_core.api.status import PreflightStatus, UsageStatus
 from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
 from finetune_core.resolve import resolve
-from finetune_operator.decide.preflight import Next, Situation, check
+from finetune_operator.decide.decision import Action, Decision
+from finetune_operator.decide.state_machine import decide
+from finetune_operator.decide.states import JobState
 from finetune_operator.objects.observations import (
     ContainerObservation,
     ContainerState,
@@ -19,6 +22,7 @@ from finetune_operator.objects.observations import (
     parse_preflight_pod,
 )
 from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_config_map, build_preflight_pod
+from finetune_operator.observe.observation import JobObservation, PreflightObservation
 from tests.operator.worlds import NOW, at, job, pod
 
 NONE = PreflightResult(findings=[]).to_termination_message()
@@ -30,8 +34,29 @@ def found(*kinds: FindingKind) -> str:
     return PreflightResult(findings=findings).to_termination_message()
 
 
-def situation(*pods: PodObservation, **changes: Any) -> Situation:
-    return replace(Situation(now=NOW, policy=RunPolicySpec(), is_wanted=True, pods=pods), **changes)
+def seen(
+    *pods: PodObservation, enabled: bool = True, warning: str = "", policy: RunPolicySpec | None = None, now: Any = NOW
+) -> JobObservation:
+    """Return an observation of a job without an attempt, whose preflight pods are ``pods``."""
+    return JobObservation(
+        now=now,
+        nodes=2,
+        policy=policy or RunPolicySpec(),
+        child=None,
+        child_uid="",
+        pods=[],
+        checkpoints=[],
+        usage=UsageStatus(),
+        waiting_for="",
+        final_result=None,
+        warning=warning,
+        preflight=PreflightObservation(enabled=enabled, pods=pods),
+    )
+
+
+def check(record: PreflightStatus | None, given: JobObservation) -> Decision:
+    """Return what is decided for a job without an attempt whose check has this record."""
+    return decide(FineTuneJobStatus(preflight=record), given)
 
 
 def record(**changes: Any) -> PreflightStatus:
@@ -43,9 +68,9 @@ def waits(reason: str, message: str = "") -> ContainerObservation:
 
 
 def test_the_record_is_written_before_a_pod_exists() -> None:
-    begun = check(None, situation())
-    assert (begun.next, begun.record) == (Next.WATCH, PreflightStatus(start_time=NOW))
-    assert check(begun.record, situation()).next is Next.CREATE
+    begun = check(None, seen())
+    assert (begun.action, begun.preflight) == (Action.NONE, PreflightStatus(start_time=NOW))
+    assert check(begun.preflight, seen()).action is Action.CREATE_PREFLIGHT_POD
 
 
 @pytest.mark.parametrize(
@@ -67,43 +92,43 @@ def test_the_record_is_written_before_a_pod_exists() -> None:
     ],
 )
 def test_a_try_is_judged_by_its_findings_alone(ended: PodObservation, verdict: str, sentence: str) -> None:
-    step = check(record(), situation(ended))
-    assert step.record is not None
-    assert (step.next, step.record.tries, step.record.verdict) == (Next.WATCH, 1, verdict)
-    assert sentence in step.record.message
-    assert (step.record.next_try_time == at(10)) == (verdict == "Waiting")
-    assert step.cause == (step.record.message if verdict == "Waiting" else "")
+    step = check(record(), seen(ended))
+    assert step.preflight is not None
+    assert (step.action, step.preflight.tries, step.preflight.verdict) == (Action.NONE, 1, verdict)
+    assert sentence in step.preflight.message
+    assert (step.preflight.next_try_time == at(10)) == (verdict == "Waiting")
+    assert step.missing == (step.preflight.message if verdict == "Waiting" else "")
 
 
 def test_the_pauses_grow_from_10_s_to_5_min() -> None:
     pauses = []
     for tries in range(8):
         ended = pod(tries + 1, exit_code=75, message=found(FindingKind.OUTSIDE))
-        step = check(record(tries=tries), situation(ended))
-        assert step.record is not None
-        assert step.record.next_try_time is not None
-        pauses.append((step.record.next_try_time - NOW).total_seconds())
+        step = check(record(tries=tries), seen(ended))
+        assert step.preflight is not None
+        assert step.preflight.next_try_time is not None
+        pauses.append((step.preflight.next_try_time - NOW).total_seconds())
     assert pauses == [10, 20, 40, 80, 160, 300, 300, 300]
 
 
 @pytest.mark.parametrize("verdict", ["Passed", "Impossible", "Waiting"])
 def test_what_is_left_of_a_try_goes_before_anything_else_happens(verdict: str) -> None:
     ended = pod(1, exit_code=0)
-    step = check(record(tries=1, verdict=verdict), situation(ended))
-    assert (step.next, list(step.leftovers)) == (Next.REMOVE, [ended])
+    step = check(record(tries=1, verdict=verdict), seen(ended))
+    assert (step.action, list(step.preflight_pods)) == (Action.REMOVE_PREFLIGHT_PODS, [ended])
     going = replace(ended, delete_deadline=NOW)
-    assert check(record(tries=1, verdict=verdict), situation(going)).next is not Next.REMOVE
+    assert check(record(tries=1, verdict=verdict), seen(going)).action is not Action.REMOVE_PREFLIGHT_PODS
 
 
 def test_a_verdict_is_acted_on() -> None:
-    assert check(record(tries=1, verdict="Passed"), situation()).next is Next.OPEN
-    ended = check(record(tries=1, verdict="Impossible", message="no rows"), situation())
-    assert (ended.next, ended.settled and ended.settled.message) == (Next.SETTLE, "no rows")
+    assert check(record(tries=1, verdict="Passed"), seen()).action is Action.OPEN_ATTEMPT
+    ended = check(record(tries=1, verdict="Impossible", message="no rows"), seen())
+    assert (ended.state, ended.end and ended.end.message) == (JobState.FAILED, "no rows")
     waiting = record(tries=1, verdict="Waiting", message="no bucket", next_try_time=at(4))
-    step = check(waiting, situation())
-    assert (step.next, step.wait_seconds, step.cause) == (Next.WATCH, 4, "no bucket")
-    step = check(waiting, situation(now=at(4)))
-    assert (step.next, step.number, step.cause) == (Next.CREATE, 2, "no bucket")
+    step = check(waiting, seen())
+    assert (step.action, step.wait_seconds, step.missing) == (Action.NONE, 4, "no bucket")
+    step = check(waiting, seen(now=at(4)))
+    assert (step.action, step.number_of_try, step.missing) == (Action.CREATE_PREFLIGHT_POD, 2, "no bucket")
 
 
 @pytest.mark.parametrize(
@@ -116,36 +141,36 @@ def test_a_verdict_is_acted_on() -> None:
     ],
 )
 def test_a_pod_that_is_stuck_names_what_it_waits_for(stuck: PodObservation, hint: str, sentence: str) -> None:
-    step = check(record(), situation(stuck, hint=hint))
-    assert step.next is Next.WATCH
-    assert sentence in step.cause
+    step = check(record(), seen(stuck, warning=hint))
+    assert step.action is Action.NONE
+    assert sentence in step.missing
     fresh = replace(stuck, created_at=at(-2))
-    assert check(record(), situation(fresh, hint=hint)).cause == "", "a pod needs seconds to start"
+    assert check(record(), seen(fresh, warning=hint)).missing == "", "a pod needs seconds to start"
 
 
 def test_an_earlier_cause_stays_until_a_try_says_otherwise() -> None:
-    step = check(record(tries=1, verdict="Waiting", message="no bucket"), situation(pod(2)))
-    assert (step.next, step.cause) == (Next.WATCH, "no bucket")
+    step = check(record(tries=1, verdict="Waiting", message="no bucket"), seen(pod(2)))
+    assert (step.action, step.missing) == (Action.NONE, "no bucket")
 
 
 def test_the_pending_deadline_ends_a_job_that_waits_and_leaves_no_pod() -> None:
     policy = RunPolicySpec(pending_deadline_seconds=60)
     waiting = record(start_time=at(-60), tries=1, verdict="Waiting", message="no bucket", next_try_time=at(9))
-    ended = check(waiting, situation(policy=policy))
-    assert ended.settled is not None
-    assert (ended.settled.reason, "no bucket" in ended.settled.message) == ("DeadlineExceeded", True)
-    assert check(waiting, situation(pod(2), policy=policy)).next is Next.REMOVE
-    soon = check(waiting.model_copy(update={"start_time": at(-57)}), situation(policy=policy))
-    assert (soon.next, soon.wait_seconds) == (Next.WATCH, 3)
+    ended = check(waiting, seen(policy=policy))
+    assert ended.end is not None
+    assert (ended.end.reason, "no bucket" in ended.end.message) == ("DeadlineExceeded", True)
+    assert check(waiting, seen(pod(2), policy=policy)).action is Action.REMOVE_PREFLIGHT_PODS
+    soon = check(waiting.model_copy(update={"start_time": at(-57)}), seen(policy=policy))
+    assert (soon.action, soon.wait_seconds) == (Action.NONE, 3)
 
 
 def test_a_check_that_is_not_wanted_goes_and_begins_anew_later() -> None:
-    step = check(record(), situation(pod(1), is_wanted=False))
-    assert (step.next, step.is_wanted) == (Next.REMOVE, False)
-    step = check(record(), situation(is_wanted=False))
-    assert (step.next, step.record) == (Next.OPEN, None)
+    step = check(record(), seen(pod(1), enabled=False))
+    assert (step.action, step.state) == (Action.REMOVE_PREFLIGHT_PODS, JobState.CLEANING_UP)
+    step = check(record(), seen(enabled=False))
+    assert (step.action, step.preflight) == (Action.OPEN_ATTEMPT, None)
     passed = record(tries=1, verdict="Passed")
-    assert check(passed, situation(is_wanted=False)).record == passed
+    assert check(passed, seen(enabled=False)).preflight == passed
 
 
 def test_the_pod_asks_for_no_gpu_and_mounts_what_the_attempt_will() -> None:

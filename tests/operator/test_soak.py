@@ -107,7 +107,7 @@ class Soak:
     async def work(self) -> None:
         """Reconcile every job whose key is due."""
         while (key := self.queue.pop()) is not None:
-            await self.controller._look(key)
+            await self.controller._reconcile(key)
             self.queue.done(key)
             # The model's calls never wait, so the loop gets no turn to drop the cancelled timer of each reconcile.
             await asyncio.sleep(0)

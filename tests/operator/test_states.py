@@ -1,4 +1,4 @@
-"""The operator says of a job only what docs/api.md explains."""
+"""Every condition, reason and cause that the operator writes into a status is explained in docs/api.md."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import itertools
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,12 +17,12 @@ from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptCause, AttemptsStatus, CurrentAttempt, FineTuneJobStatus, PastAttempt
 from finetune_core.contract import Phase, Report
-from finetune_operator.decide.attempts import Settlement
-from finetune_operator.decide.preflight import Check, Next
+from finetune_operator.decide.decision import JobEnd
 from finetune_operator.decide.verdict import Verdict
 from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.queue.retryable import RetryableError
-from finetune_operator.status.conditions import View, compute_conditions
+from finetune_operator.status.conditions import compute_conditions
+from finetune_operator.status.inputs import StatusInput
 from tests.operator.test_verdict import TABLE
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
@@ -39,15 +40,13 @@ ATTEMPTS = (
 )
 POLICIES = tuple(RunPolicySpec(**policy) for policy in ({}, {"suspend": True}, {"cancel": True}, {"queueName": "gpu"}))
 CHILDREN = tuple(ChildObservation(name="c", uid="u", owner_uid="o", replicas=1, suspended=it) for it in (False, True))
-CHECKS = (
-    None,
-    *(Check(record=None, next=Next.WATCH, cause=cause) for cause in ("", "no bucket")),
+CHECKS: tuple[dict[str, Any], ...] = (
+    {},
+    *({"is_checked": True, "missing": missing} for missing in ("", "no bucket")),
     *(
-        Check(record=None, next=Next.SETTLE, settled=Settlement(succeeded=False, reason=reason, message="m"))
+        {"is_checked": True, "end": JobEnd(succeeded=False, reason=reason, message="m")}
         for reason in (Reason.BAD_INPUT, Reason.DEADLINE_EXCEEDED)
     ),
-    Check(record=None, next=Next.REMOVE, is_given_up=True),
-    Check(record=None, next=Next.OPEN),
 )
 REPORT = Report(
     run=1,
@@ -70,10 +69,10 @@ FINAL = (
     Reason.DEADLINE_EXCEEDED,
     Reason.CANCELLED,
 )
-SETTLED = (
+ENDS = (
     None,
-    *(Settlement(succeeded=True, reason=reason, message="") for reason in (Reason.COMPLETED, Reason.EARLY_STOPPED)),
-    *(Settlement(succeeded=False, reason=reason, message="") for reason in FINAL),
+    *(JobEnd(succeeded=True, reason=reason, message="") for reason in (Reason.COMPLETED, Reason.EARLY_STOPPED)),
+    *(JobEnd(succeeded=False, reason=reason, message="") for reason in FINAL),
 )
 PROBLEMS = (
     None,
@@ -83,16 +82,17 @@ PROBLEMS = (
 
 @pytest.mark.parametrize("attempts", ATTEMPTS, ids=["none", "between", "running", "ending", "cancelled", "late"])
 def test_every_condition_that_can_be_computed_is_explained(attempts: AttemptsStatus) -> None:
-    checks = CHECKS if not attempts.started else (None,)
+    checks = CHECKS if not attempts.started else ({},)
     reports = (None, REPORT, OVERDUE)
-    views = itertools.product(SETTLED, PROBLEMS, reports, ("", "spec.a: must"), POLICIES, CHILDREN, checks)
-    for settled, problem, report, invalid, policy, child, check in views:
-        view = View(
-            now=NOW, generation=1, nodes=1, ranks=1, attempts=attempts, settled=settled, problem=problem,
-            report=report, invalid=invalid, policy=policy, child=child, ending_pods=1, check=check,
-        )  # fmt: skip
+    inputs = itertools.product(ENDS, PROBLEMS, reports, ("", "spec.a: must"), POLICIES, CHILDREN, checks)
+    for end, problem, report, invalid, policy, child, check in inputs:
+        values: dict[str, Any] = {
+            "now": NOW, "generation": 1, "nodes": 1, "ranks": 1, "attempts": attempts, "end": end, "problem": problem,
+            "report": report, "invalid": invalid, "policy": policy, "child": child, "ending_pods": 1,
+        }  # fmt: skip
+        given = StatusInput(**(values | check))
         stored = FineTuneJobStatus()
-        conditions = compute_conditions(stored, stored.model_copy(update={"attempts": attempts}), view)
+        conditions = compute_conditions(stored, stored.model_copy(update={"attempts": attempts}), given)
         assert [condition.type for condition in conditions] == list(ConditionType)
         for condition in conditions:
             explained = STATES[ConditionType(condition.type)].get(condition.status, ())
@@ -106,7 +106,7 @@ def test_every_reason_in_the_code_is_one_of_the_reasons() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
-            if node.func.id in ("_State", "Settlement", "RetryableError"):
+            if node.func.id in ("_State", "JobEnd", "_failed", "RetryableError"):
                 texts = [
                     item for item in ast.walk(node) if isinstance(item, ast.Constant) and isinstance(item.value, str)
                 ]

@@ -19,19 +19,19 @@ from finetune_core.api.status import (
 )
 from finetune_core.contract import ArtifactRecord, Outcome, Phase, Report, Result
 from finetune_core.resolve import resolve
-from finetune_operator.decide.attempts import Settlement
+from finetune_operator.decide.decision import JobEnd
 from finetune_operator.objects.observations import ContainerObservation, ContainerState
 from finetune_operator.queue.retryable import RetryableError
 from finetune_operator.queue.work_queue import Key
-from finetune_operator.status.compute import compute_status, is_news, is_transition, plan_of
-from finetune_operator.status.conditions import View
-from finetune_operator.status.transitions import event_manifest, notices
+from finetune_operator.status.compute import compute_status, is_news, is_transition
+from finetune_operator.status.events import event_manifest, events_between
+from finetune_operator.status.inputs import StatusInput, plan_of
 from tests.operator.worlds import UID, at, child, current, job, pod
 
 WAITING = ContainerState.WAITING
 
 
-def view(**changes: Any) -> View:
+def status_input(**changes: Any) -> StatusInput:
     values: dict[str, Any] = {
         "now": at(0),
         "generation": 1,
@@ -42,11 +42,11 @@ def view(**changes: Any) -> View:
         "pods": [pod(0), pod(1)],
         "image": "trainer:1",
     }
-    return View(**(values | changes))
+    return StatusInput(**(values | changes))
 
 
 def status(stored: FineTuneJobStatus | None = None, **changes: Any) -> FineTuneJobStatus:
-    return compute_status(stored or FineTuneJobStatus(), view(**changes), child_kind="PyTorchJob")
+    return compute_status(stored or FineTuneJobStatus(), status_input(**changes), child_kind="PyTorchJob")
 
 
 def condition(of: FineTuneJobStatus, kind: ConditionType) -> Condition:
@@ -99,8 +99,8 @@ def test_every_condition_is_there_from_the_first_write() -> None:
         ({"report": report(ranks=1), "reported_at": at(0)}, Reason.STARTING),
         ({"attempts": BETWEEN, "child": None, "pods": []}, Reason.RETRYING),
         ({"problem": RetryableError(Reason.NAME_CONFLICT, "taken")}, Reason.NAME_CONFLICT),
-        ({"settled": Settlement(succeeded=True, reason="Completed", message="done")}, Reason.COMPLETED),
-        ({"settled": Settlement(succeeded=False, reason="Diverged", message="nan")}, Reason.DIVERGED),
+        ({"end": JobEnd(succeeded=True, reason="Completed", message="done")}, Reason.COMPLETED),
+        ({"end": JobEnd(succeeded=False, reason="Diverged", message="nan")}, Reason.DIVERGED),
     ],
 )
 def test_the_state_column(changes: dict[str, Any], expected: Reason) -> None:
@@ -147,7 +147,7 @@ def _waiting(reason: str, message: str = "") -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("pods", "hint", "expected"),
+    ("pods", "warning", "expected"),
     [
         ([], "", "no pod exists yet"),
         ([], "FailedCreate: quota", "FailedCreate: quota"),
@@ -163,18 +163,18 @@ def _waiting(reason: str, message: str = "") -> list[Any]:
         ([pod(0), pod(1)], "", "all pods run; no report has arrived yet"),
     ],
 )
-def test_what_an_attempt_waits_for(pods: list[Any], hint: str, expected: str) -> None:
-    assert condition(status(pods=pods, hint=hint), ConditionType.RUNNING).message == expected
+def test_what_an_attempt_waits_for(pods: list[Any], warning: str, expected: str) -> None:
+    assert condition(status(pods=pods, warning=warning), ConditionType.RUNNING).message == expected
 
 
 def test_a_success_without_its_last_report_has_artifact_and_progress() -> None:
     record = ArtifactRecord(uri="s3://b/a", step=10, bytes=1, manifest_sha256="a")
-    done = Settlement(
+    done = JobEnd(
         succeeded=True, reason="Completed", message="m",
         result=Result(outcome=Outcome.COMPLETED, step=10, artifact=record),
     )  # fmt: skip
     stored = status(**REPORTED)
-    found = status(stored, settled=done, attempts=AttemptsStatus(started=1))
+    found = status(stored, end=done, attempts=AttemptsStatus(started=1))
     assert found.progress == ProgressStatus(
         step=10, total_steps=10, epoch="0.5", percentage=100, eta_seconds=0, last_update_time=at(0)
     )
@@ -186,8 +186,8 @@ def test_a_success_without_its_last_report_has_artifact_and_progress() -> None:
 
 def test_the_usage_of_a_job_that_ended_is_closed_while_its_last_pods_still_save() -> None:
     running = UsageStatus(gpu_seconds=80, active_seconds=10, last_update_time=at(0), holders=["pod-1"], running=True)
-    failed = Settlement(succeeded=False, reason="BadInput", message="no rows")
-    found = status(usage=running, settled=failed, attempts=AttemptsStatus(started=1)).usage
+    failed = JobEnd(succeeded=False, reason="BadInput", message="no rows")
+    found = status(usage=running, end=failed, attempts=AttemptsStatus(started=1)).usage
     assert found == UsageStatus(gpu_seconds=80, active_seconds=10, last_update_time=at(0))
 
 
@@ -314,8 +314,8 @@ def test_a_job_that_its_queue_took_away_runs_again_only_with_a_new_report() -> N
 
 def test_an_end_that_was_ordered_is_no_warning() -> None:
     ended = status(attempts=AttemptsStatus(started=1, recent=[ENDED]), child=None, pods=[])
-    (told,) = notices(status(), ended, at(0))
-    assert (told.reason, told.warning) == ("AttemptEnded", False)
+    (event,) = events_between(status(), ended, at(0))
+    assert (event.reason, event.warning) == ("AttemptEnded", False)
 
 
 def test_new_numbers_are_no_transition_and_a_new_reason_is() -> None:
@@ -328,18 +328,18 @@ def test_new_numbers_are_no_transition_and_a_new_reason_is() -> None:
 
 
 def test_a_refused_spec_is_one_event() -> None:
-    refused = Settlement(succeeded=False, reason="BadInput", message="spec.x: must be y")
-    found = status(attempts=AttemptsStatus(), child=None, pods=[], invalid="spec.x: must be y", settled=refused)
-    assert [notice.reason for notice in notices(FineTuneJobStatus(), found, at(0))] == ["BadInput"]
+    refused = JobEnd(succeeded=False, reason="BadInput", message="spec.x: must be y")
+    found = status(attempts=AttemptsStatus(), child=None, pods=[], invalid="spec.x: must be y", end=refused)
+    assert [event.reason for event in events_between(FineTuneJobStatus(), found, at(0))] == ["BadInput"]
     assert condition(found, ConditionType.ACCEPTED).status == "False"
 
 
 def test_events_tell_transitions_once() -> None:
     stored = status(**REPORTED)
     ended = status(stored, attempts=BETWEEN, child=None, pods=[])
-    (told,) = notices(stored, ended, at(0))
-    assert (told.reason, told.warning) == ("AttemptEnded", True)
-    assert "the store refused the credentials" in told.note
-    assert notices(ended, ended, at(0)) == []
-    names = {event_manifest(told, Key("team", "q"), UID, at(n), "pod")["metadata"]["name"] for n in range(3)}
+    (event,) = events_between(stored, ended, at(0))
+    assert (event.reason, event.warning) == ("AttemptEnded", True)
+    assert "the store refused the credentials" in event.note
+    assert events_between(ended, ended, at(0)) == []
+    names = {event_manifest(event, Key("team", "q"), UID, at(n), "pod")["metadata"]["name"] for n in range(3)}
     assert len(names) == 1

@@ -1,5 +1,7 @@
-"""How often statuses are written: new numbers every ten seconds a job and with a budget over all jobs, transitions at
-once. Hours pass on a clock that the test sets."""
+"""How often statuses are written: new numbers every ten seconds for each job and within a budget for all jobs.
+
+Transitions are written at once. Hours pass on a clock that the test sets.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,19 @@ from itertools import pairwise
 from typing import Any
 
 from finetune_core.api import FineTuneJobStatus
-from finetune_operator.observe.record import Record
+from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import MIN_SECONDS_BETWEEN_PROGRESS_WRITES, JobMemory
 from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.budget import BURST, WRITES_PER_SECOND
-from finetune_operator.status.recorder import Recorder
+from finetune_operator.status.event_recorder import EventRecorder
 from finetune_operator.status.writer import StatusWriter
-from tests.operator.test_status import report, view
+from tests.operator.test_status import report, status_input
 from tests.operator.worlds import UID, at
 
 
 class Writes:
-    """Takes statuses and events, and notes when."""
+    """A stand-in for the API server that accepts statuses and events and keeps the time of each status write."""
 
     def __init__(self, clock: list[float]) -> None:
         self.clock = clock
@@ -36,12 +38,12 @@ class Writes:
 
 
 class Jobs:
-    """Jobs that train one step a second, looked at when the writer asks for it."""
+    """Jobs that train one step a second and are reconciled when the writer asks for it."""
 
     def __init__(self, count: int) -> None:
         self.clock = [0.0]
         self.writes = Writes(self.clock)
-        recorder = Recorder(self.writes, instance="pod", now=lambda: at(0), clock=lambda: self.clock[0])  # type: ignore[arg-type]
+        recorder = EventRecorder(self.writes, instance="pod", now=lambda: at(0), clock=lambda: self.clock[0])  # type: ignore[arg-type]
         self.writer = StatusWriter(
             cluster=self.writes,  # type: ignore[arg-type]
             recorder=recorder,
@@ -50,24 +52,25 @@ class Jobs:
             clock=lambda: self.clock[0],
         )
         self.memory = {Key("team", f"job-{number}"): JobMemory() for number in range(count)}
-        self.looks = 0
+        self.reconciles = 0
 
-    async def look(self, key: Key, **changes: Any) -> float | None:
-        self.looks += 1
-        raw = {"metadata": {"uid": UID, "resourceVersion": "1"}, "status": self.writes.stored.get(key)}
-        stored = FineTuneJobStatus.model_validate(raw["status"]) if raw["status"] else FineTuneJobStatus()
-        record = Record(key=key, raw=raw, stored=stored, now=at(0), memory=self.memory[key])
-        told = report(step=int(self.clock[0]), total_steps=100000)
-        return await self.writer.write(record, view(**({"report": told, "reported_at": at(self.clock[0])} | changes)))
+    async def reconcile(self, key: Key, **changes: Any) -> float | None:
+        self.reconciles += 1
+        manifest = {"metadata": {"uid": UID, "resourceVersion": "1"}, "status": self.writes.stored.get(key)}
+        stored = FineTuneJobStatus.model_validate(manifest["status"]) if manifest["status"] else FineTuneJobStatus()
+        job = StoredJob(key=key, manifest=manifest, status=stored, now=at(0), memory=self.memory[key])
+        newest = report(step=int(self.clock[0]), total_steps=100000)
+        values = {"report": newest, "reported_at": at(self.clock[0])} | changes
+        return await self.writer.write(job, status_input(**values))
 
     async def train(self, seconds: float) -> None:
-        """Let time pass; each job has a new report every three seconds, looked at when the writer says."""
+        """Let time pass; each job has a new report every three seconds and is reconciled when the writer says."""
         end = self.clock[0] + seconds
         due = [(self.clock[0], key) for key in self.memory]
         heapq.heapify(due)
         while due and due[0][0] <= end:
             self.clock[0], key = heapq.heappop(due)
-            left = await self.look(key)
+            left = await self.reconcile(key)
             heapq.heappush(due, (self.clock[0] + (left if left else 3.0), key))
 
 
@@ -89,7 +92,7 @@ async def test_all_jobs_together_keep_to_the_budget_and_each_comes_in_turn() -> 
     for memory in jobs.memory.values():
         assert memory.status_written_at is not None
         assert 120 - memory.status_written_at < 1.5 * 1000 / WRITES_PER_SECOND, "nobody is forgotten"
-    assert jobs.looks < 2.5 * len(jobs.writes.times) + 2000, "a job that waits is not looked at again and again"
+    assert jobs.reconciles < 2.5 * len(jobs.writes.times) + 2000, "a job that waits is not reconciled again and again"
 
 
 async def test_a_transition_waits_for_nothing() -> None:
@@ -99,5 +102,5 @@ async def test_a_transition_waits_for_nothing() -> None:
     while jobs.writer._budget.reserve() < jobs.clock[0] + 3600:
         pass  # the whole budget of an hour is spoken for
     before = len(jobs.writes.times)
-    assert await jobs.look(key, report=None, generation=2) is None
+    assert await jobs.reconcile(key, report=None, generation=2) is None
     assert len(jobs.writes.times) == before + 1

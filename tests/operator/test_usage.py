@@ -1,4 +1,4 @@
-"""What a job has taken is counted from the pods' own times: looking often, late or after a crash changes nothing."""
+"""Usage is counted from the pods' own times, so it does not depend on how often the operator reconciles a job."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from finetune_core.api.status import UsageStatus
 from finetune_operator.objects.observations import ContainerObservation, ContainerState, PodObservation
-from finetune_operator.observe.usage import account
+from finetune_operator.observe.usage import usage_until
 from tests.operator.worlds import at, pod
 
 
@@ -27,25 +27,25 @@ def holding(
     return pod(index, **({"scheduled_at": scheduled_at, "container": container} | changes))
 
 
-def count(pods: list[PodObservation], looks: list[float], gpus: int = 4) -> tuple[int, int]:
+def count(pods: list[PodObservation], times: list[float], gpus: int = 4) -> tuple[int, int]:
     usage: UsageStatus | None = None
-    for now in looks:
-        usage = account(usage, pods, gpus=gpus, now=at(now))
+    for now in times:
+        usage = usage_until(at(now), usage, pods, gpus=gpus)
     assert usage is not None
     return usage.gpu_seconds, usage.active_seconds
 
 
-@pytest.mark.parametrize("looks", [[100], [20, 100], [*range(0, 101, 7), 100], [100, 200]])
-def test_it_does_not_matter_when_the_operator_looks(looks: list[float]) -> None:
+@pytest.mark.parametrize("times", [[100], [20, 100], [*range(0, 101, 7), 100], [100, 200]])
+def test_it_does_not_matter_when_the_operator_reconciles(times: list[float]) -> None:
     lives = [(0, 0, 10, 90), (1, 5, 20, 95)]  # index, scheduled, started, ended
     usage: UsageStatus | None = None
-    for now in looks:
+    for now in times:
         seen = [
             holding(index, scheduled=scheduled, started=started, ended=ended if ended <= now else None)
             for index, scheduled, started, ended in lives
             if scheduled <= now
         ]
-        usage = account(usage, seen, gpus=4, now=at(now))
+        usage = usage_until(at(now), usage, seen, gpus=4)
     assert usage is not None
     assert (usage.gpu_seconds, usage.active_seconds) == (4 * (90 + 90), 85)
 
@@ -64,17 +64,17 @@ def test_time_that_two_pods_share_is_active_once_and_a_gap_is_not() -> None:
     assert count(pods, [100], gpus=1) == (10 + 15 + 10, 25)
 
 
-def test_a_pod_that_vanished_between_two_looks_held_its_gpus_until_the_second() -> None:
-    first = account(None, [holding(0, scheduled=0, started=0)], gpus=2, now=at(30))
+def test_a_pod_that_vanished_between_two_reconciles_held_its_gpus_until_the_second() -> None:
+    first = usage_until(at(30), None, [holding(0, scheduled=0, started=0)], gpus=2)
     assert first.holders == ["pod-0"]
-    gone = account(first, [], gpus=2, now=at(40))
+    gone = usage_until(at(40), first, [], gpus=2)
     assert (gone.gpu_seconds, gone.active_seconds, gone.holders) == (2 * 40, 40, [])
-    assert account(gone, [], gpus=2, now=at(400)).gpu_seconds == 2 * 40
+    assert usage_until(at(400), gone, [], gpus=2).gpu_seconds == 2 * 40
 
 
 def test_a_pod_that_vanished_before_it_ran_was_not_active() -> None:
-    first = account(None, [holding(0, scheduled=0)], gpus=2, now=at(30))
-    gone = account(first, [], gpus=2, now=at(40))
+    first = usage_until(at(30), None, [holding(0, scheduled=0)], gpus=2)
+    gone = usage_until(at(40), first, [], gpus=2)
     assert (gone.gpu_seconds, gone.active_seconds) == (2 * 40, 0)
 
 
@@ -84,9 +84,9 @@ def test_a_dead_kubelets_pod_counts_to_the_end_of_its_grace_period() -> None:
 
 
 def test_suspended_time_is_not_counted() -> None:
-    before = account(None, [holding(0, scheduled=0, started=0)], gpus=1, now=at(60))
-    ended = account(before, [holding(0, scheduled=0, started=0, ended=70)], gpus=1, now=at(71))
-    suspended = account(ended, [], gpus=1, now=at(5000))
+    before = usage_until(at(60), None, [holding(0, scheduled=0, started=0)], gpus=1)
+    ended = usage_until(at(71), before, [holding(0, scheduled=0, started=0, ended=70)], gpus=1)
+    suspended = usage_until(at(5000), ended, [], gpus=1)
     assert (suspended.gpu_seconds, suspended.active_seconds) == (70, 70)
 
 

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
+from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptCause
 from finetune_core.contract import Outcome, Result
-from finetune_operator.decide.verdict import Ruling, Verdict, is_of_an_earlier_admission, judge, stronger
+from finetune_operator.decide.evidence import Evidence
+from finetune_operator.decide.rules import RULES, judge
+from finetune_operator.decide.verdict import Ruling, Verdict, replaces
 from finetune_operator.objects.observations import ContainerObservation, ContainerState
+from finetune_operator.observe.observation import is_of_an_earlier_admission
 from tests.operator.worlds import CHILD_UID, NOW, at, child, current, pod, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
@@ -23,6 +27,10 @@ def ruled(pods: list[Any], **changes: Any) -> tuple[str, str] | None:
 
 
 def _judge(pods: list[Any], **changes: Any) -> Ruling | None:
+    return judge(_evidence(pods, **changes))
+
+
+def _evidence(pods: list[Any], **changes: Any) -> Evidence:
     values: dict[str, Any] = {
         "current": current(),
         "child": child(),
@@ -30,8 +38,10 @@ def _judge(pods: list[Any], **changes: Any) -> Ruling | None:
         "pods": pods,
         "nodes": 2,
         "final_result": None,
+        "policy": RunPolicySpec(),
+        "now": NOW,
     }
-    return judge(**(values | changes))
+    return Evidence(**(values | changes))
 
 
 TABLE = {
@@ -231,6 +241,48 @@ def test_verdict(name: str) -> None:
     assert ruled(pods) == expected
 
 
+CASES: list[tuple[list[Any], dict[str, Any]]] = [
+    *((pods, {}) for pods, _ in TABLE.values()),
+    *(([pod(0), pod(1)], {"policy": RunPolicySpec(**policy)}) for policy in ({"cancel": True}, {"suspend": True})),
+    ([pod(0)], {"policy": RunPolicySpec(active_deadline_seconds=60), "active_seconds": 60}),
+    (
+        [pod(0)],
+        {
+            "policy": RunPolicySpec(pending_deadline_seconds=60),
+            "current": current().model_copy(update={"admitted_time": at(-60)}),
+        },
+    ),
+    ([pod(0)], {"child": child(suspended=True)}),
+    ([], {"child": child(failed=True, failed_at=at(101), resumed_at=at(100)), "current": current(indexes=())}),
+    *(([pod(0), pod(1)], {"child": changed}) for changed in (None, child(uid="another"), child(replicas=3))),
+    ([pod(0, exit_code=143), pod(1)], {}),
+    ([pod(0), pod(1, phase="Failed", container=None)], {}),
+    ([], {"child": child(failed=True), "current": current(indexes=())}),
+]
+"""Evidence for every rule of the table."""
+
+
+def test_every_rule_decides_somewhere_with_the_verdict_that_the_table_names() -> None:
+    """The documentation shows the verdict of `RULES`; here it is compared with that of the rulings."""
+    decided = set()
+    for pods, changes in CASES:
+        evidence = _evidence(pods, **changes)
+        rule = next((rule for rule in RULES if rule.decide(evidence) is not None), None)
+        if rule is not None:
+            decided.add(rule.name)
+            answer = rule.decide(evidence)
+            assert getattr(answer, "verdict", None) == rule.verdict, rule.name
+            assert getattr(answer, "ordered", False) is rule.is_order, rule.name
+    assert decided == {rule.name for rule in RULES}
+
+
+def test_an_order_is_obeyed_only_while_no_cause_is_recorded() -> None:
+    cancelled = {"policy": RunPolicySpec(cancel=True)}
+    assert ruled([pod(0), pod(1)], **cancelled) == ("Permanent", "Cancelled")
+    ending = current().model_copy(update={"cause": _cause(Verdict.CHARGED, "Crashed")})
+    assert ruled([pod(0), pod(1)], current=ending, **cancelled) is None
+
+
 def test_all_pods_that_are_gone_are_named() -> None:
     """The operator looked too late to see which one a person deleted: training-operator removed the other."""
     ruling = _judge([])
@@ -344,4 +396,4 @@ def _cause(verdict: Verdict, reason: str) -> AttemptCause:
 def test_what_was_seen_first_stays_unless_it_was_a_consequence(
     old: AttemptCause | None, new: Ruling, expected: bool
 ) -> None:
-    assert stronger(old, new) is expected
+    assert replaces(old, new) is expected

@@ -8,15 +8,18 @@ from typing import Any
 
 import yaml
 
-from finetune_core.api import FineTuneJob
-from finetune_core.api.status import CheckpointStatus, CurrentAttempt, PodRecord
+from finetune_core.api import FineTuneJob, FineTuneJobStatus
+from finetune_core.api.status import AttemptsStatus, CheckpointStatus, CurrentAttempt, PodRecord
 from finetune_core.contract import ArtifactRecord, Outcome, Result
+from finetune_operator.decide.decision import Decision
+from finetune_operator.decide.state_machine import decide
 from finetune_operator.objects.observations import (
     ChildObservation,
     ContainerObservation,
     ContainerState,
     PodObservation,
 )
+from finetune_operator.observe.observation import JobObservation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
@@ -101,6 +104,11 @@ def current(number: int = 1, *, started: float = -100, indexes: tuple[int, ...] 
     """Return the record of an attempt whose pods were seen."""
     pods = [PodRecord(index=i, name=f"job-1-worker-{i}", uid=f"pod-{i}", node=f"node-{i}") for i in indexes]
     return CurrentAttempt(number=number, start_time=at(started), pods=pods)
+
+
+def advance(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
+    """Return what is decided for a job that has no preflight check and whose status holds ``attempts``."""
+    return decide(FineTuneJobStatus(attempts=attempts), seen)
 
 
 def checkpoint(time: float, step: int = 20) -> CheckpointStatus:

@@ -1,4 +1,7 @@
-"""How an ended attempt is accounted, once, and how long the next one waits. Pure functions on `status.attempts`."""
+"""How an ended attempt is counted, exactly once, and how long the next one waits.
+
+Pure functions on `status.attempts`, called by `attempts.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,20 @@ from finetune_core.api.status import (
     CurrentAttempt,
     PastAttempt,
 )
-from finetune_operator.decide.verdict import Ruling, Verdict
+from finetune_operator.decide.verdict import TEXT_LIMIT, Ruling, Verdict
 
 FREE_IN_A_ROW = 3
-"""After this many free attempts without a new checkpoint the next one is charged."""
+"""After this many free attempts in a row without a new checkpoint the next one is charged, so that a job that never
+gets anywhere ends."""
 FIRST_BACKOFF_SECONDS = 10
 LONGEST_BACKOFF_SECONDS = 300
-TEXT_LIMIT = 1024
 SUSPENSIONS = (Cause.SUSPENDED, Cause.RESUMED_TOO_EARLY)
-"""A person's or a queue's decision, however often: never charged, and no reason to wait."""
+"""Reasons that stem from a decision of a person or a queue. Such an attempt is never charged and never delays the next
+one, however often it happens."""
 
 
 def cause_of(ruling: Ruling, now: datetime) -> AttemptCause:
-    """Return ``ruling`` as the status keeps it."""
+    """Return ``ruling`` as `status.attempts.current.cause` stores it; ``now`` is when it was made."""
     return AttemptCause(
         verdict=ruling.verdict,
         reason=ruling.reason[:64],
@@ -43,11 +47,14 @@ def close(
     checkpoints: Sequence[CheckpointStatus],
     now: datetime,
 ) -> AttemptsStatus:
-    """Account the attempt: once, because `current` is gone afterwards."""
+    """Return ``attempts`` with ``current`` moved to `recent` and counted.
+
+    The attempt is counted once, because `current` is None afterwards.
+    """
     verdict = cause.verdict
     if verdict == Verdict.FREE and cause.reason not in SUSPENSIONS:
-        in_vain = _free_row(attempts.recent, checkpoints) >= FREE_IN_A_ROW
-        if in_vain and not _progressed(current.start_time, checkpoints):
+        in_a_row = _free_in_a_row(attempts.recent, checkpoints)
+        if in_a_row >= FREE_IN_A_ROW and not _progressed(current.start_time, checkpoints):
             verdict = Verdict.CHARGED
     past = PastAttempt(
         number=current.number,
@@ -69,7 +76,10 @@ def close(
 
 
 def backoff(attempts: AttemptsStatus, checkpoints: Sequence[CheckpointStatus]) -> timedelta:
-    """Return the pause before the next attempt: 10 s, doubled for each attempt in a row that committed nothing."""
+    """Return the pause before the next attempt: 10 s, doubled for each further attempt in a row without a checkpoint.
+
+    The pause is 300 s at most.
+    """
     row = 0
     for past in reversed(attempts.recent):
         if past.reason in SUSPENSIONS:
@@ -81,11 +91,11 @@ def backoff(attempts: AttemptsStatus, checkpoints: Sequence[CheckpointStatus]) -
 
 
 def _progressed(started: datetime, checkpoints: Sequence[CheckpointStatus]) -> bool:
-    """Whether a checkpoint was committed since ``started``."""
+    """Return whether a checkpoint was committed since ``started``."""
     return any(checkpoint.time >= started for checkpoint in checkpoints)
 
 
-def _free_row(recent: Sequence[PastAttempt], checkpoints: Sequence[CheckpointStatus]) -> int:
+def _free_in_a_row(recent: Sequence[PastAttempt], checkpoints: Sequence[CheckpointStatus]) -> int:
     """Return how many of the newest attempts in a row were free and committed nothing; suspensions do not count."""
     row = 0
     for past in reversed(recent):

@@ -1,89 +1,133 @@
-"""Reads what exists for a job: the child of its newest attempt and the pods of all attempts. Called by `reconcile`;
-tells the memory of reports which pods may report."""
+"""Reads what exists for a job: the child of its newest attempt, the pods of all attempts, preflight pods and warnings.
+
+`reconcile.py` calls `Observer.observe` once for each reconcile. The observer also records in the memory which pods may
+report, so that the report server can refuse reports of others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
-from finetune_operator.decide.attempts import World
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
-from finetune_operator.objects.labels import JOB_UID
-from finetune_operator.objects.observations import ChildObservation, PodObservation, parse_pod
-from finetune_operator.observe.record import Look
-from finetune_operator.observe.usage import account
-from finetune_operator.observe.waiting import attempt_detail
+from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
+from finetune_operator.objects.observations import ChildObservation, PodObservation, parse_pod, parse_preflight_pod
+from finetune_operator.observe.observation import JobObservation, PreflightObservation
+from finetune_operator.observe.stored_job import ParsedJob
+from finetune_operator.observe.usage import usage_until
+from finetune_operator.observe.waiting import why_attempt_waits
+from finetune_operator.observe.warning_events import WarningReader
 from finetune_operator.queue.memory import Memory, ReportingAttempt
 
 
 class Observer:
-    """Turns the API server's objects into the values that decisions are made from."""
+    """Turns the objects of the API server into the values that decisions are made from."""
 
-    def __init__(self, cluster: KubeClient, backend: Backend, memory: Memory) -> None:
-        """Read with ``cluster`` and ``backend``."""
+    def __init__(
+        self,
+        cluster: KubeClient,
+        backend: Backend,
+        memory: Memory,
+        *,
+        preflight_by_default: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        """Read with ``cluster`` and ``backend``; ``clock`` returns monotonic seconds.
+
+        ``preflight_by_default`` says whether a job without `runPolicy.preflight` is checked before attempt 1.
+        """
         self._cluster = cluster
         self._backend = backend
         self._memory = memory
+        self._preflight_by_default = preflight_by_default
+        self._warnings = WarningReader(cluster, clock)
 
-    async def observe(self, look: Look) -> World:
-        """Return the world as it is for this job."""
-        pods = await self._pods(look)
-        # After the pods: a child that has not failed yet proves that its backend has not begun to clean up.
-        child = await self._child(look)
+    async def observe(self, job: ParsedJob) -> JobObservation:
+        """Return what exists for ``job`` now."""
+        pods = await self._pods(job)
+        # The child is read after the pods: if it has not failed even then, the backend had deleted none of these pods.
+        child = await self._child(job)
         if child is not None and child.finished and not any(pod.ended for pod in pods):
-            # It ended between the two reads, and nothing that was read before explains how: its pods do, now.
-            pods = await self._pods(look)
-        self._expect_reports(look, pods)
-        report = look.memory.report
-        recorded = look.stored.child
-        return World(
-            now=look.now,
-            nodes=look.job.spec.resources.nodes,
-            policy=look.job.spec.run_policy,
+            # The child ended between the two reads, so the pods that were read first do not explain its end.
+            pods = await self._pods(job)
+        self._expect_reports(job, pods)
+        waiting_for = _waiting_for(job, pods)
+        if job.status.attempts.started:
+            preflight = PreflightObservation()
+            await self._warnings.read_for_attempt(job, child, pods)
+        else:
+            preflight = await self._preflight(job)
+        report = job.memory.report
+        recorded = job.status.child if job.status.attempts.current is not None else None
+        return JobObservation(
+            now=job.now,
+            nodes=job.job.spec.resources.nodes,
+            policy=job.job.spec.run_policy,
             child=child,
-            child_uid=recorded.uid if recorded and look.stored.attempts.current else "",
+            child_uid=recorded.uid if recorded else "",
             pods=pods,
-            checkpoints=look.stored.checkpoints,
-            usage=account(look.stored.usage, pods, gpus=look.job.spec.resources.gpus_per_node, now=look.now),
-            waiting_for=_waiting_for(look, pods),
+            checkpoints=job.status.checkpoints,
+            usage=usage_until(job.now, job.status.usage, pods, gpus=job.job.spec.resources.gpus_per_node),
+            waiting_for=waiting_for,
             final_result=report.result if report else None,
             last_phase=report.phase.value if report else "",
+            warning=job.memory.hint,
+            preflight=preflight,
         )
 
-    async def _pods(self, look: Look) -> list[PodObservation]:
-        if not look.stored.attempts.started:
+    async def _pods(self, job: ParsedJob) -> list[PodObservation]:
+        """Return the pods of all attempts."""
+        if not job.status.attempts.started:
             return []
-        manifests = await self._cluster.list_pods(look.key.namespace, f"{JOB_UID}={look.uid}")
+        manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
         return [pod for manifest in manifests if (pod := parse_pod(manifest)) is not None]
 
-    async def _child(self, look: Look) -> ChildObservation | None:
-        """Return the child of the newest attempt. Somebody else's does not count: creating ours will say so."""
-        started = look.stored.attempts.started
+    async def _child(self, job: ParsedJob) -> ChildObservation | None:
+        """Return the child of the newest attempt; None also where an object of that name belongs to another owner.
+
+        A foreign object is reported later, when the child is created and the API server answers 409.
+        """
+        started = job.status.attempts.started
         if not started:
             return None
-        name = attempt_name(look.key.name, look.uid, started)
-        child = await self._backend.observe(look.key.namespace, name)
-        return child if child is not None and child.owner_uid == look.uid else None
+        name = attempt_name(job.key.name, job.uid, started)
+        child = await self._backend.observe(job.key.namespace, name)
+        return child if child is not None and child.owner_uid == job.uid else None
 
-    def _expect_reports(self, look: Look, pods: list[PodObservation]) -> None:
-        """Tell the report server whose reports count: those of the newest attempt, also while its last pods save."""
-        attempts = look.stored.attempts
+    async def _preflight(self, job: ParsedJob) -> PreflightObservation:
+        """Return what exists of the preflight check, and read the warning events about the pod of its current try."""
+        record, policy, pods = job.status.preflight, job.job.spec.run_policy, []
+        if record is not None:  # the record is written before the first pod is created, so without it no pod exists
+            manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
+            pods = [pod for manifest in manifests if (pod := parse_preflight_pod(manifest)) is not None]
+        current = next((pod for pod in pods if record is not None and pod.index == record.tries + 1), None)
+        await self._warnings.read_for_pod(job, current)
+        problem = job.memory.problem
+        return PreflightObservation(
+            enabled=policy.preflight == "Run" or (policy.preflight is None and self._preflight_by_default),
+            pods=pods,
+            problem=problem.message if problem is not None and current is None else "",
+        )
+
+    def _expect_reports(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
+        """Record which pods may report: those of the newest attempt, also while its last pods still save."""
+        attempts = job.status.attempts
         uids = frozenset(pod.uid for pod in pods if pod.attempt == attempts.started)
         if attempts.current is None and not uids:
-            self._memory.stop_reporting(look.key)
+            self._memory.stop_reporting(job.key)
             return
-        resources = look.job.spec.resources
+        resources = job.job.spec.resources
         ranks = resources.nodes * max(1, resources.gpus_per_node)
-        reporting = ReportingAttempt(uid=look.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
-        self._memory.set_reporting_attempt(look.key, reporting)
+        reporting = ReportingAttempt(uid=job.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
+        self._memory.set_reporting_attempt(job.key, reporting)
 
 
-def _waiting_for(look: Look, pods: Sequence[PodObservation]) -> str:
-    """Return what the attempt waits for: what the status says, unless its pods say something newer."""
-    stored = {condition.type: condition.message for condition in look.stored.conditions if condition.status == "False"}
-    own = [pod for pod in pods if pod.attempt == look.stored.attempts.started]
+def _waiting_for(job: ParsedJob, pods: Sequence[PodObservation]) -> str:
+    """Return why the attempt's pods do not all run: what the pods themselves show, else the stored conditions."""
+    stored = {condition.type: condition.message for condition in job.status.conditions if condition.status == "False"}
+    own = [pod for pod in pods if pod.attempt == job.status.attempts.started]
     if own and ConditionType.ACCEPTED not in stored:
-        return attempt_detail(own, look.job.spec.resources.nodes, look.memory.hint)
+        return why_attempt_waits(own, job.job.spec.resources.nodes, job.memory.hint)
     return stored.get(ConditionType.ACCEPTED) or stored.get(ConditionType.RUNNING, "")

@@ -1,5 +1,8 @@
-"""What a job has taken: GPU seconds, and seconds with a running pod. A pure function of what was counted so far and
-of the pods' own times, so that it does not matter how often, or how late, the operator looks."""
+"""Counts what a job has used: GPU seconds, and seconds in which at least one pod ran (`status.usage`).
+
+A pure function of the stored count and of the pods' own times, so that the result does not depend on how often the
+operator reconciles the job. `observer.py` calls it.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,18 @@ from finetune_operator.objects.observations import PodObservation
 Span = tuple[datetime, datetime]
 
 
-def account(counted: UsageStatus | None, pods: Sequence[PodObservation], *, gpus: int, now: datetime) -> UsageStatus:
-    """Return the usage until ``now``; ``pods`` are those of all attempts, each with ``gpus`` GPUs.
+def usage_until(
+    now: datetime, counted: UsageStatus | None, pods: Sequence[PodObservation], *, gpus: int
+) -> UsageStatus:
+    """Return the usage until ``now``: the stored ``counted`` plus what ``pods`` used since it was last updated.
 
-    A pod holds its GPUs from the moment it gets a node until training in it has ended. One that was counted and is
-    gone since went on until now.
+    ``pods`` are those of all attempts, each with ``gpus`` GPUs. A pod holds its GPUs from the moment it gets a node
+    until training in it has ended. A counted pod that no longer exists is assumed to have held its GPUs until ``now``.
     """
     counted = counted or UsageStatus()
     since = counted.last_update_time
-    held = [span for pod in pods if (span := _clipped(pod.scheduled_at, _end(pod, now), since))]
-    ran = [span for pod in pods if (span := _clipped(_started_at(pod), _end(pod, now), since))]
+    held = [span for pod in pods if (span := _uncounted(pod.scheduled_at, _end(pod, now), since))]
+    ran = [span for pod in pods if (span := _uncounted(_started_at(pod), _end(pod, now), since))]
     known = {pod.uid for pod in pods}
     if since is not None and now > since:
         gone = [(since, now) for uid in counted.holders if uid not in known]
@@ -42,14 +47,17 @@ def _started_at(pod: PodObservation) -> datetime | None:
 
 
 def _end(pod: PodObservation, now: datetime) -> datetime:
-    """Return until when the pod counts: the end of training in it; with a dead kubelet the end of its grace period."""
+    """Return until when the pod counts: the end of training in it, else ``now``.
+
+    A pod that is being deleted counts until its grace period ends at most, because its kubelet may be dead.
+    """
     if pod.ended:
         return pod.ended_at or pod.delete_requested_at or pod.disrupted_at or pod.created_at
     return min(now, pod.delete_deadline) if pod.delete_deadline is not None else now
 
 
-def _clipped(start: datetime | None, end: datetime, since: datetime | None) -> Span | None:
-    """Return the part of the span that is not counted yet; None where nothing is left."""
+def _uncounted(start: datetime | None, end: datetime, since: datetime | None) -> Span | None:
+    """Return the part of the span from ``start`` to ``end`` that lies after ``since``; None where it is empty."""
     if start is None:
         return None
     start = max(start, since) if since is not None else start

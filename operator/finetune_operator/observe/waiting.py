@@ -1,4 +1,7 @@
-"""Why a pod does not run yet, in a person's words: what scheduler, kubelet and the newest warning event say. Pure."""
+"""Says in one sentence why pods do not run yet, from what scheduler, kubelet and warning events report.
+
+Pure functions. `observer.py`, the preflight decision and the conditions of the status use them.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,27 @@ from finetune_operator.objects.observations import ContainerState, PodObservatio
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 
 
-def pod_detail(pod: PodObservation, hint: str) -> str:
-    """Return why ``pod`` does not run, where that is known; ``hint`` is the newest warning event about it."""
+def why_pod_waits(pod: PodObservation, warning: str) -> str:
+    """Return why ``pod`` does not run; empty where nothing is known. ``warning`` is the newest warning event about the
+    pod."""
     if pod.unschedulable:
         return pod.unschedulable
     container = pod.container
     if container is None or container.state is not ContainerState.WAITING:
         return ""
     if container.reason in _IMAGE_REASONS:
-        # The kubelet alternates between ErrImagePull and ImagePullBackOff; both end with the same detail.
+        # The kubelet alternates between ErrImagePull and ImagePullBackOff; both messages end with the same detail.
         return messages.image_pull(container.message.split("ErrImagePull: ")[-1] or container.reason)
     if container.reason == "ContainerCreating":
-        return hint
+        return warning
     return f"{container.reason}: {container.message}" if container.message else container.reason
 
 
-def attempt_detail(pods: Sequence[PodObservation], nodes: int, hint: str) -> str:
-    """Return what an attempt of ``nodes`` pods waits for, of which ``pods`` exist, as one sentence."""
+def why_attempt_waits(pods: Sequence[PodObservation], nodes: int, warning: str) -> str:
+    """Return what an attempt waits for that needs ``nodes`` pods and has ``pods``, as one sentence."""
     if not pods:
-        return hint or messages.NO_PODS
+        return warning or messages.NO_PODS
     for pod in sorted(pods, key=lambda pod: pod.index):
-        if detail := pod_detail(pod, hint):
+        if detail := why_pod_waits(pod, warning):
             return messages.waiting_pod(pod.name, detail)
     return messages.waiting_for_reports(nodes, sum(pod.running for pod in pods))

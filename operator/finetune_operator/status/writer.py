@@ -1,5 +1,7 @@
-"""Writes the status where it differs from the stored one, and then tells its transitions. Called by `reconcile`; the
-only place of the operator that writes a FineTuneJob."""
+"""Writes the status of a job where it differs from the stored one, and then creates the events about the change.
+
+`reconcile.py` and `settled.py` call it. No other module of the operator writes a FineTuneJob.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ from collections.abc import Callable
 
 from finetune_core.api import FineTuneJobStatus
 from finetune_operator.kube.client import KubeClient
-from finetune_operator.observe.record import Record
+from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import JobMemory
 from finetune_operator.status.budget import WriteBudget
 from finetune_operator.status.compute import compute_status, is_news, is_transition
-from finetune_operator.status.conditions import View
-from finetune_operator.status.recorder import Recorder
+from finetune_operator.status.event_recorder import EventRecorder
+from finetune_operator.status.inputs import StatusInput
 
 
 class StatusWriter:
@@ -23,12 +25,12 @@ class StatusWriter:
         self,
         *,
         cluster: KubeClient,
-        recorder: Recorder,
+        recorder: EventRecorder,
         metrics: Metrics,
         child_kind: str,
         clock: Callable[[], float],
     ) -> None:
-        """Write with ``cluster``, tell with ``recorder``."""
+        """Write with ``cluster``; ``child_kind`` is the backend's kind; ``clock`` returns monotonic seconds."""
         self._cluster = cluster
         self._recorder = recorder
         self._metrics = metrics
@@ -36,37 +38,37 @@ class StatusWriter:
         self._clock = clock
         self._budget = WriteBudget(clock)
 
-    async def write(self, record: Record, view: View) -> float | None:
-        """Apply the status if it differs; new numbers wait until ten seconds have passed since the job's last write,
-        and for their share of the writes of all jobs.
+    async def write(self, job: StoredJob, given: StatusInput) -> float | None:
+        """Apply the status that follows from ``given`` where it differs from the stored one.
 
-        Returns in how many seconds it is to be written where it waits. Raises ApiError (409) where the job changed
-        since it was read.
+        A transition is written at once. New numbers wait until ten seconds have passed since the job's last write, and
+        for their share of the writes of all jobs. Returns in how many seconds they may be written; None where nothing
+        waits. Raises ApiError (409) where the job changed since it was read.
         """
-        status = compute_status(record.stored, view, child_kind=self._child_kind)
-        self._metrics.jobs.update(record.key, status)
-        old = record.stored if record.raw.get("status") else None
+        status = compute_status(job.status, given, child_kind=self._child_kind)
+        self._metrics.jobs.update(job.key, status)
+        old = job.status if job.manifest.get("status") else None
         if not is_news(old, status):
             return None
         if is_transition(old, status):
             self._budget.spend()
-        elif (left := self._seconds_to_numbers(record.memory)) > 0:
+        elif (left := self._seconds_to_numbers(job.memory)) > 0:
             return left
-        await self._apply(record, status)
-        await self._recorder.tell(record, status)
+        await self._apply(job, status)
+        await self._recorder.record(job, status)
         return None
 
     def _seconds_to_numbers(self, memory: JobMemory) -> float:
-        """Return how long new numbers still wait: for the job's ten seconds, and for their place among all jobs."""
+        """Return how long new numbers still wait: for the job's ten seconds, and for their turn among all jobs."""
         if memory.progress_write_at is None:
             memory.progress_write_at = self._budget.reserve()
         return memory.seconds_to_progress_write(self._clock())
 
-    async def forget_child(self, record: Record) -> None:
-        """Write that the child of a settled job is gone; everything else stays as it is."""
-        await self._apply(record, record.stored.model_copy(update={"child": None}))
+    async def forget_child(self, job: StoredJob) -> None:
+        """Write that the child of a job that has ended no longer exists; every other field stays as it is."""
+        await self._apply(job, job.status.model_copy(update={"child": None}))
 
-    async def _apply(self, record: Record, status: FineTuneJobStatus) -> None:
-        await self._cluster.apply_status(record.key, record.raw["metadata"]["resourceVersion"], status.to_json())
-        record.memory.status_written_at, record.memory.progress_write_at = self._clock(), None
+    async def _apply(self, job: StoredJob, status: FineTuneJobStatus) -> None:
+        await self._cluster.apply_status(job.key, job.manifest["metadata"]["resourceVersion"], status.to_json())
+        job.memory.status_written_at, job.memory.progress_write_at = self._clock(), None
         self._metrics.status_writes.inc()

@@ -1,4 +1,7 @@
-"""Merges a report into the status: progress, newest values, curves, checkpoints. Pure; called by `status`."""
+"""Merges a trainer's report into the status: progress, newest metrics, loss curve, checkpoints, scores and notices.
+
+Pure functions; `compute.py` calls them with the newest report that the report server received.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,11 @@ from finetune_core.contract.stock_reports import METRIC_LIMIT, StockReport
 from finetune_operator.queue.speed import eta_seconds
 
 PERCENT = 100
+"""The number of steps that a job is said to have whose trainer reports only a percentage."""
 
 
 def decimal(value: float) -> str:
-    """Return ``value`` with six significant digits: the API holds no floats."""
+    """Return ``value`` as text with six significant digits, because the API has no floating-point fields."""
     return f"{value:.6g}"
 
 
@@ -50,9 +54,10 @@ def _optional(value: float | None) -> str | None:
 def merge_report(
     stored: FineTuneJobStatus, report: Report, received: datetime, seconds_per_step: float | None = None
 ) -> FineTuneJobStatus:
-    """Return ``stored`` with what ``report`` says. A trainer that still loads knows less than the status does.
+    """Return ``stored`` with the content of ``report``, which arrived at ``received``.
 
-    ``seconds_per_step`` is the speed that the operator observed.
+    A trainer that still loads its model knows less than the stored status, so its progress and curve are ignored.
+    ``seconds_per_step`` is the speed that the operator measured; None where it has none yet.
     """
     if isinstance(report, StockReport):
         return _merge_stock_report(stored, report, received, seconds_per_step)
@@ -78,14 +83,14 @@ def merge_report(
 
 
 def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """Return what was told so far, each sentence once, the newest last: an attempt repeats its own in every report."""
+    """Return old and new notices, each sentence once and the newest last, because every report repeats its notices."""
     return [*(sentence for sentence in old if sentence not in new), *dict.fromkeys(new)][-NOTICE_LIMIT:]
 
 
 def _merge_stock_report(
     stored: FineTuneJobStatus, report: StockReport, received: datetime, seconds_per_step: float | None
 ) -> FineTuneJobStatus:
-    """Return ``stored`` with what Kubeflow's client says; what it does not repeat stays."""
+    """Return ``stored`` with a report of Kubeflow's client; values that the report lacks stay as they are."""
     old = stored.progress
     step, total = _position(report, old)
     done = report.reported_percentage == 100
@@ -115,21 +120,22 @@ def _merge_stock_report(
 
 
 def _position(report: StockReport, old: ProgressStatus | None) -> tuple[int, int]:
-    """Return step and last step. A client that never tells steps is taken at its percentage, as steps out of 100.
+    """Return the current step and the last step of the training.
 
-    At its beginning transformers says 0 %, also after a resume, and at its end no step: the status knows better.
+    Where the client never reports steps, its percentage is returned as the step out of 100. The stored step is used
+    where a report has none: transformers reports 0 % at its start, even after a resume, and no step at its end.
     """
-    told, total = report.reported_step, report.reported_total
-    if told is None and total is None and (old is None or old.total_steps == PERCENT):
+    step, total = report.reported_step, report.reported_total
+    if step is None and total is None and (old is None or old.total_steps == PERCENT):
         return report.reported_percentage or 0, PERCENT
     known = old.step if old else 0
-    return known if told is None else told, total or (old.total_steps if old else PERCENT)
+    return known if step is None else step, total or (old.total_steps if old else PERCENT)
 
 
 def progress_of(
     report: Report, received: datetime, stored: ProgressStatus | None, seconds_per_step: float | None
 ) -> ProgressStatus:
-    """Return the progress that ``report`` tells; the trainer's own estimate only where the operator has none."""
+    """Return `status.progress` for ``report``; the trainer's own remaining time only where the operator has none."""
     eta = eta_seconds(report.step, report.total_steps, seconds_per_step, stored)
     return ProgressStatus(
         step=report.step,
@@ -145,42 +151,43 @@ def progress_of(
 
 
 def percentage(step: int, total: int) -> int:
-    """Return step / total in whole percent, rounded down: 100 means done."""
+    """Return ``step`` / ``total`` in whole percent, rounded down, so that 100 means that every step is done."""
     return min(100, 100 * step // total) if total else 0
 
 
 def merge_history(old: Sequence[HistoryPoint], new: Iterable[CurvePoint], resumed_from_step: int) -> list[HistoryPoint]:
-    """Return the curve: old points up to the step that the run resumed from, then the report's.
+    """Return the loss curve: ``old`` points up to the step that the run resumed from, then the points of the report.
 
-    What an earlier run computed beyond its last checkpoint was lost and is computed anew, so it is not shown.
+    Steps that an earlier run made after its last checkpoint are dropped, because the new run makes them again.
     """
     kept = [point for point in old if point.step <= resumed_from_step]
-    told = [
+    reported = [
         HistoryPoint(step=point.step, loss=_optional(point.loss), perplexity=_optional(point.perplexity))
         for point in new
         if point.step > resumed_from_step or not kept
     ]
-    merged = {point.step: point for point in [*kept, *told]}
+    merged = {point.step: point for point in [*kept, *reported]}
     return thin([merged[step] for step in sorted(merged)], HISTORY_LIMIT)
 
 
 def thin(points: Sequence[HistoryPoint], limit: int) -> list[HistoryPoint]:
-    """Return at most ``limit`` points: the one nearest to its neighbours goes first, ends stay.
+    """Return at most ``limit`` points of the curve, with its first and last point.
 
-    Points with a perplexity are rarer than those with a loss only, so they go last.
+    The point whose neighbours are closest is dropped first. Points with a perplexity are rarer than points with only a
+    loss, so they are dropped last.
     """
     result = list(points)
     while len(result) > limit:
         inner = range(1, len(result) - 1)
-        victim = min(
+        densest = min(
             inner, key=lambda i: (result[i].perplexity is not None, result[i + 1].step - result[i - 1].step, i)
         )
-        del result[victim]
+        del result[densest]
     return result
 
 
 def evaluation_of(record: EvaluationRecord) -> EvaluationStatus:
-    """Return base and tuned model's scores as the status shows them."""
+    """Return `status.evaluation`: the scores of the base model and of the tuned model."""
     return EvaluationStatus(
         rows=record.rows,
         examples=record.examples,
@@ -203,15 +210,16 @@ def _scores(record: ScoreRecord | None) -> Scores | None:
 
 
 def merge_incidents(old: Sequence[IncidentStatus], new: Iterable[Incident]) -> list[IncidentStatus]:
-    """Return all incidents, each once: a trainer that was started again does not repeat the earlier ones."""
-    told = [IncidentStatus(**incident.model_dump()) for incident in new]
-    return [*(incident for incident in old if incident not in told), *told][-INCIDENT_LIMIT:]
+    """Return old and new incidents, each once. A restarted trainer reports only its own, so the old ones are kept."""
+    reported = [IncidentStatus(**incident.model_dump()) for incident in new]
+    return [*(incident for incident in old if incident not in reported), *reported][-INCIDENT_LIMIT:]
 
 
 def checkpoints_of(records: Sequence[CheckpointRecord], named: CheckpointName | None = None) -> list[CheckpointStatus]:
-    """Return the checkpoints in the bucket, the newest and the best whole ones marked.
+    """Return `status.checkpoints`, with the newest and the best undamaged checkpoint marked.
 
-    ``named`` is what the trainer calls the best; one that does not say so means the least perplexity.
+    ``named`` is the checkpoint that the trainer reports as the best. Where the trainer reports none, the checkpoint
+    with the least perplexity is the best.
     """
     records = records[-CHECKPOINT_LIMIT:]
     whole = [record for record in records if not record.damaged]
@@ -238,5 +246,5 @@ def checkpoints_of(records: Sequence[CheckpointRecord], named: CheckpointName | 
 
 
 def artifact_of(record: ArtifactRecord) -> ArtifactStatus:
-    """Return the artifact as the status shows it."""
+    """Return `status.artifact` for the artifact that the trainer committed."""
     return ArtifactStatus(uri=record.uri, step=record.step, bytes=record.bytes, manifest_sha256=record.manifest_sha256)

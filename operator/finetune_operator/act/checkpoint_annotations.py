@@ -1,0 +1,54 @@
+"""Annotates the pods of an attempt with the time of the job's newest checkpoint (`volcano.sh/last-checkpoint-time`).
+
+A scheduler that has to preempt a job can then choose the pods that lose least work. `reconcile.py` updates the
+annotations after each status write. The patch is sent to the pods' status subresource, where the API server accepts
+metadata but no change of the spec, so that the operator needs no permission to change what a pod runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC
+
+from finetune_core.api.status import CheckpointStatus
+from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.objects.labels import LAST_CHECKPOINT_TIME
+from finetune_operator.objects.observations import PodObservation
+from finetune_operator.observe.stored_job import ParsedJob
+
+logger = logging.getLogger(__name__)
+
+
+def annotation_value(checkpoints: Sequence[CheckpointStatus]) -> str:
+    """Return the time of the newest checkpoint, for example "2026-11-24T12:00:00Z"; empty where there is none."""
+    return checkpoints[-1].time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if checkpoints else ""
+
+
+def pods_to_annotate(pods: Sequence[PodObservation], attempt: int, value: str) -> list[PodObservation]:
+    """Return the running pods of ``attempt`` whose annotation differs from ``value``; none for an empty value."""
+    return [pod for pod in pods if value and pod.attempt == attempt and pod.running and pod.checkpoint_time != value]
+
+
+class CheckpointAnnotations:
+    """Keeps the annotation of running pods up to date."""
+
+    def __init__(self, cluster: KubeClient, *, enabled: bool) -> None:
+        """Annotate with ``cluster``; where not ``enabled``, the chart grants no permission for it."""
+        self._cluster = cluster
+        self._enabled = enabled
+
+    async def update(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
+        """Annotate the running pods with the newest checkpoint of the stored status."""
+        current = job.status.attempts.current
+        if not self._enabled or current is None:
+            return
+        value = annotation_value(job.status.checkpoints)
+        for pod in pods_to_annotate(pods, current.number, value):
+            try:
+                await self._cluster.annotate_pod(job.key.namespace, pod.name, pod.uid, {LAST_CHECKPOINT_TIME: value})
+            except ApiError as error:
+                # Nothing of the job depends on the annotation, and the next reconcile tries again. A pod that is gone
+                # answers 404 or, because of the uid, 409.
+                if not (error.is_not_found or error.is_conflict):
+                    logger.warning("pod %s was not annotated: %s", pod.name, error, extra=job.log_fields)

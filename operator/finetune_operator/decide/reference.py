@@ -1,0 +1,56 @@
+"""Writes the verdict table and the states of a job into docs/architecture.md, between the page's markers.
+
+`make docs` runs `python -m finetune_operator.decide.reference docs/architecture.md`; tests/operator/test_reference.py
+holds the page equal to the code.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from finetune_operator.decide.rules import RULES, Rule
+from finetune_operator.decide.states import MEANINGS, state_diagram
+
+
+def verdict_table() -> str:
+    """Return `RULES` as a Markdown table, in their precedence."""
+    rows = [f"| `{rule.name}` | {rule.when} | {_verdict(rule)} |" for rule in RULES]
+    return "\n".join(["| rule | evidence | verdict |", "|---|---|---|", *rows])
+
+
+def _verdict(rule: Rule) -> str:
+    if rule.verdict is None:
+        return "none"
+    return f"{rule.verdict}, as ordered" if rule.is_order else str(rule.verdict)
+
+
+def states_section() -> str:
+    """Return the states of a job as a Mermaid diagram and a Markdown table of their meanings."""
+    rows = [f"| {state} | {meaning} |" for state, meaning in MEANINGS.items()]
+    return "\n".join(["```mermaid", state_diagram(), "```", "", "| state | meaning |", "|---|---|", *rows])
+
+
+SECTIONS = {"verdicts": verdict_table, "states": states_section}
+"""Functions that make the generated sections, by the name in the marker ``<!-- generated: NAME -->``."""
+
+
+def with_generated_sections(page: str) -> str:
+    """Return ``page`` with every section between ``<!-- generated: NAME -->`` and ``<!-- end -->`` made anew.
+
+    Raises ValueError where the page lacks a section or has one twice.
+    """
+    for name, make in SECTIONS.items():
+        start, end = f"<!-- generated: {name} -->", "<!-- end -->"
+        pattern = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.DOTALL)
+        section = f"{start}\n\n{make()}\n\n{end}"
+        page, count = pattern.subn(lambda _, section=section: section, page)  # type: ignore[misc]
+        if count != 1:
+            raise ValueError(f"the page must have the marker {start} once, followed by {end}; it has {count}")
+    return page
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(with_generated_sections(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,339 @@
+"""Why an attempt ends: `RULES`, a table of named rules of which the first that matches decides.
+
+`attempts.py` calls `judge` in every reconcile and records the first ruling, because later evidence is often only its
+consequence. The table in docs/architecture.md is generated from `RULES` (`reference.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetune_core.api.attempt_causes import Cause
+from finetune_core.api.conditions import Reason
+from finetune_core.contract import ExitCode, Outcome
+from finetune_operator import messages
+from finetune_operator.decide.deadlines import is_active_deadline_over, pending_deadline
+from finetune_operator.decide.evidence import Disturbance, Evidence
+from finetune_operator.decide.verdict import GoesOn, Ruling, Verdict
+from finetune_operator.objects.observations import PodObservation
+
+# ---- success ----
+
+
+def artifact_committed(evidence: Evidence) -> Ruling | None:
+    """Return the success of the attempt."""
+    result = evidence.artifact_result
+    if result is None or result.artifact is None:
+        return None
+    reason = Reason.EARLY_STOPPED if result.outcome is Outcome.EARLY_STOPPED else Reason.COMPLETED
+    message = result.message or messages.completed(result.artifact.step, result.artifact.uri)
+    return Ruling(verdict=Verdict.SUCCEEDED, reason=reason, message=message, result=result)
+
+
+# ---- orders of `runPolicy` ----
+
+
+def cancelled(evidence: Evidence) -> Ruling | None:
+    """Return the end that `runPolicy.cancel` orders."""
+    if not evidence.policy.cancel:
+        return None
+    return _ordered(Verdict.PERMANENT, Reason.CANCELLED, messages.CANCELLED)
+
+
+def suspended(evidence: Evidence) -> Ruling | None:
+    """Return the end that `runPolicy.suspend` orders."""
+    if not evidence.policy.suspend:
+        return None
+    return _ordered(Verdict.FREE, Cause.SUSPENDED, messages.SUSPENDED)
+
+
+def active_deadline_over(evidence: Evidence) -> Ruling | None:
+    """Return the end of an attempt whose job has used up the time that its pods may run."""
+    if not is_active_deadline_over(evidence.policy, evidence.active_seconds):
+        return None
+    message = messages.active_deadline(evidence.policy.active_deadline_seconds or 0)
+    return _ordered(Verdict.PERMANENT, Reason.DEADLINE_EXCEEDED, message)
+
+
+def pending_deadline_over(evidence: Evidence) -> Ruling | None:
+    """Return the end of an attempt whose pods did not all run in time."""
+    deadline = pending_deadline(evidence.policy, evidence.current)
+    if deadline is None or deadline > evidence.now:
+        return None
+    message = messages.pending_deadline(evidence.policy.pending_deadline_seconds or 0, evidence.waiting_for)
+    return _ordered(Verdict.PERMANENT, Reason.DEADLINE_EXCEEDED, message)
+
+
+def _ordered(verdict: Verdict, reason: str, message: str) -> Ruling:
+    return Ruling(verdict=verdict, reason=reason, message=message, ordered=True)
+
+
+# ---- the queue ----
+
+
+def held_by_queue(evidence: Evidence) -> GoesOn | None:
+    """Return that the attempt goes on: its queue took the admission back and will give it again."""
+    return GoesOn() if evidence.child is not None and evidence.child.suspended else None
+
+
+# ---- failures that another attempt would repeat ----
+
+
+def bad_input(evidence: Evidence) -> Ruling | None:
+    """Return the failure of a pod whose trainer refused the spec or the data."""
+    return _permanent(evidence, ExitCode.BAD_INPUT, Reason.BAD_INPUT)
+
+
+def diverged(evidence: Evidence) -> Ruling | None:
+    """Return the failure of a pod whose training diverged."""
+    return _permanent(evidence, ExitCode.DIVERGED, Reason.DIVERGED)
+
+
+def out_of_memory(evidence: Evidence) -> Ruling | None:
+    """Return the failure of a pod that ran out of memory, by the trainer's own count or by the kernel's."""
+    return _permanent(evidence, ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY)
+
+
+def _permanent(evidence: Evidence, code: ExitCode, reason: Reason) -> Ruling | None:
+    for pod in evidence.failures:
+        container = pod.container
+        if container is None:
+            continue
+        killed = container.reason == "OOMKilled" and code is ExitCode.OUT_OF_MEMORY
+        if container.exit_code == code or killed:
+            message = container.result.message if container.result else ""
+            if not message and killed:
+                message = messages.out_of_memory(pod.memory_limit, evidence.last_phase)
+            message = message or messages.exit_sentence(container.exit_code, "")
+            return Ruling(verdict=Verdict.PERMANENT, reason=reason, message=message, node=pod.node)
+    return None
+
+
+# ---- what the job did not cause ----
+
+
+def resumed_too_early(evidence: Evidence) -> Ruling | None:
+    """Return the end of an attempt whose child failed only for pods of an earlier admission."""
+    if evidence.failures or not evidence.resumed_too_early:
+        return None
+    return _free(Cause.RESUMED_TOO_EARLY, messages.RESUMED_TOO_EARLY)
+
+
+def child_deleted(evidence: Evidence) -> Ruling | None:
+    """Return the end of an attempt whose child was deleted by somebody else."""
+    if evidence.failures or not evidence.child_uid or not (evidence.child is None or evidence.child.deleting):
+        return None
+    return _free(Cause.CHILD_DELETED, messages.CHILD_DELETED)
+
+
+def child_replaced(evidence: Evidence) -> Ruling | None:
+    """Return the end of an attempt in whose child's place another object of the same name exists."""
+    child = evidence.child
+    if evidence.failures or not evidence.child_uid or child is None or child.uid == evidence.child_uid:
+        return None
+    return _free(Cause.CHILD_REPLACED, messages.CHILD_REPLACED)
+
+
+def child_scaled(evidence: Evidence) -> Ruling | None:
+    """Return the end of an attempt whose child was scaled to another number of pods."""
+    child = evidence.child
+    if evidence.failures or not evidence.child_uid or child is None or child.replicas == evidence.nodes:
+        return None
+    return _free(Cause.CHILD_CHANGED, messages.replicas_changed(child.replicas, evidence.nodes))
+
+
+def pod_disrupted(evidence: Evidence) -> Ruling | None:
+    """Return the end of an attempt of which the cluster took a pod away."""
+    pod = _disturbed(evidence, Disturbance.DISRUPTED)
+    if pod is None:
+        return None
+    return _free(pod.disruption, messages.pod_disrupted(pod.name, pod.disruption), pod.node)
+
+
+def node_lost(evidence: Evidence) -> Ruling | None:
+    """Return the end of an attempt of which a pod's node no longer answers."""
+    pod = _disturbed(evidence, Disturbance.NODE_LOST)
+    if pod is None:
+        return None
+    return _free(Cause.NODE_LOST, messages.pod_disrupted(pod.name, Cause.NODE_LOST), pod.node)
+
+
+def pod_deleted(evidence: Evidence) -> Ruling | None:
+    """Return the end of an attempt of which somebody deleted a pod.
+
+    A pod that was deleted by force no longer exists, and training-operator then deletes the pods that are left. In that
+    case the missing pods are the reason, and the message names them and the deleted pod.
+    """
+    pod = _disturbed(evidence, Disturbance.DELETED)
+    if pod is None:
+        return None
+    message = messages.pod_deleted(pod.name)
+    missing = _missing(evidence)
+    if missing is None:
+        return _free(Cause.POD_DELETED, message, pod.node)
+    is_recorded = any(record.uid == pod.uid for record in evidence.current.pods)
+    return _free(missing.reason, f"{missing.message}; {message}" if is_recorded else missing.message, missing.node)
+
+
+def pods_missing(evidence: Evidence) -> Ruling | None:
+    """Return the end of an attempt of which recorded pods vanished or were replaced.
+
+    After a failure, missing pods prove nothing, because the backend deletes the other pods then.
+    """
+    return None if evidence.failures else _missing(evidence)
+
+
+def _disturbed(evidence: Evidence, kind: Disturbance) -> PodObservation | None:
+    """Return the pod that was disturbed first, where the disturbance was ``kind``."""
+    if evidence.disturbance is None or evidence.disturbance[0] is not kind:
+        return None
+    return evidence.disturbance[1]
+
+
+def _missing(evidence: Evidence) -> Ruling | None:
+    """Return the ruling about recorded pods that vanished or were replaced; the message names all of them.
+
+    Nothing shows any more which of the pods somebody deleted and which the backend deleted afterwards.
+    """
+    if gone := evidence.vanished:
+        return _free(Cause.POD_VANISHED, messages.pods_vanished([record.name for record in gone]), gone[0].node)
+    if other := evidence.replaced:
+        return _free(Cause.POD_REPLACED, messages.pods_replaced([record.name for record in other]), other[0].node)
+    return None
+
+
+def _free(reason: str, message: str, node: str = "") -> Ruling:
+    return Ruling(verdict=Verdict.FREE, reason=reason, message=message, node=node)
+
+
+# ---- failures that another attempt may survive ----
+
+
+def evicted(evidence: Evidence) -> Ruling | None:
+    """Return the failure of a pod that the kubelet evicted for what the pod itself used."""
+    pod = evidence.decisive_failure
+    if pod is None or pod.reason != Cause.EVICTED:
+        return None
+    return _charged(pod, Cause.EVICTED, messages.pod_failed(pod.name, pod.reason, pod.message))
+
+
+def failed_without_exit_code(evidence: Evidence) -> Ruling | None:
+    """Return the failure of a pod whose training container left no exit code."""
+    pod = evidence.decisive_failure
+    if pod is None or (pod.container is not None and pod.container.exit_code is not None):
+        return None
+    return _charged(pod, pod.reason or Cause.POD_FAILED, messages.pod_failed(pod.name, pod.reason, pod.message))
+
+
+def outside_failure(evidence: Evidence) -> Ruling | None:
+    """Return the failure of a pod for which something outside was missing for too long."""
+    return _exited(evidence, Cause.OUTSIDE_FAILURE, lambda code: code == ExitCode.OUTSIDE_FAILURE)
+
+
+def stopped(evidence: Evidence) -> Ruling | None:
+    """Return the end of a pod that received SIGTERM although nobody had deleted the pod."""
+    return _exited(evidence, Cause.STOPPED, lambda code: code == ExitCode.STOPPED)
+
+
+def crashed(evidence: Evidence) -> Ruling | None:
+    """Return the failure of a pod that ended with an exit code which the trainer does not give itself."""
+    return _exited(evidence, Cause.CRASHED, lambda code: True)
+
+
+def no_artifact(evidence: Evidence) -> Ruling | None:
+    """Return the failure of an attempt that succeeded by its exit codes but left no artifact."""
+    if len(evidence.pods) != evidence.nodes or not all(pod.ended for pod in evidence.pods):
+        return None
+    return Ruling(verdict=Verdict.CHARGED, reason=Cause.NO_ARTIFACT, message=messages.NO_ARTIFACT)
+
+
+def child_failed(evidence: Evidence) -> Ruling | None:
+    """Return the failure of an attempt whose child has finished though no pod explains that."""
+    child = evidence.child
+    if child is None or not child.finished or not all(pod.ended for pod in evidence.pods):
+        return None
+    message = child.message or messages.NO_ARTIFACT
+    return Ruling(verdict=Verdict.CHARGED, reason=Cause.CHILD_FAILED, message=message)
+
+
+def _exited(evidence: Evidence, reason: Cause, is_code: Callable[[int], bool]) -> Ruling | None:
+    pod = evidence.decisive_failure
+    container = pod.container if pod is not None else None
+    if pod is None or container is None or container.exit_code is None or not is_code(container.exit_code):
+        return None
+    message = container.result.message if container.result else ""
+    return _charged(pod, reason, message or messages.exit_sentence(container.exit_code, container.reason))
+
+
+def _charged(pod: PodObservation, reason: str, message: str) -> Ruling:
+    return Ruling(verdict=Verdict.CHARGED, reason=reason, message=message, node=pod.node)
+
+
+# ---- the table ----
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One row of the verdict table."""
+
+    decide: Callable[[Evidence], Ruling | GoesOn | None]
+    """Returns the ruling where the rule matches, None where the next rule is asked."""
+    verdict: Verdict | None
+    """The verdict of every ruling of this rule; None where the attempt goes on."""
+    when: str
+    """When the rule matches, as docs/architecture.md shows it."""
+    is_order: bool = False
+    """Whether `runPolicy` orders the end. An order is obeyed only while no other cause is recorded for the attempt."""
+
+    @property
+    def name(self) -> str:
+        """Name of the function, for example "pod_deleted"."""
+        return self.decide.__name__
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        artifact_committed,
+        Verdict.SUCCEEDED,
+        "every pod ended with 0 and a result names the artifact; or no pod is left and the final report names it",
+    ),
+    Rule(cancelled, Verdict.PERMANENT, "`runPolicy.cancel` is true", is_order=True),
+    Rule(suspended, Verdict.FREE, "`runPolicy.suspend` is true", is_order=True),
+    Rule(active_deadline_over, Verdict.PERMANENT, "`runPolicy.activeDeadlineSeconds` is over", is_order=True),
+    Rule(pending_deadline_over, Verdict.PERMANENT, "`runPolicy.pendingDeadlineSeconds` is over", is_order=True),
+    Rule(held_by_queue, None, "the queue suspended the child; the attempt goes on once the queue resumes the child"),
+    Rule(bad_input, Verdict.PERMANENT, "a pod ended with 64 and nobody had disrupted or deleted that pod before"),
+    Rule(diverged, Verdict.PERMANENT, "the same with 65"),
+    Rule(out_of_memory, Verdict.PERMANENT, "the same with 66 or OOMKilled"),
+    Rule(
+        resumed_too_early,
+        Verdict.FREE,
+        "the queue resumed the child while old pods still ended, and training-operator failed the child for those pods",
+    ),
+    Rule(child_deleted, Verdict.FREE, "no pod failed, and somebody else deleted the child"),
+    Rule(child_replaced, Verdict.FREE, "no pod failed, and another object took the child's name"),
+    Rule(child_scaled, Verdict.FREE, "no pod failed, and somebody else scaled the child"),
+    Rule(pod_disrupted, Verdict.FREE, "before the first failure a pod got the condition DisruptionTarget"),
+    Rule(node_lost, Verdict.FREE, "the node of a pod no longer answers"),
+    Rule(pod_deleted, Verdict.FREE, "before the first failure somebody deleted a pod, which then ends with 137 or 143"),
+    Rule(pods_missing, Verdict.FREE, "no pod failed, and a recorded pod vanished or another one took its place"),
+    Rule(evicted, Verdict.CHARGED, "the kubelet evicted a pod without DisruptionTarget"),
+    Rule(failed_without_exit_code, Verdict.CHARGED, "a pod failed and its container left no exit code"),
+    Rule(outside_failure, Verdict.CHARGED, "a pod ended with 75"),
+    Rule(stopped, Verdict.CHARGED, "a pod ended with 143 although nobody had deleted that pod"),
+    Rule(crashed, Verdict.CHARGED, "a pod ended with any other code but 0"),
+    Rule(no_artifact, Verdict.CHARGED, "every pod ended with 0, but no result names an artifact"),
+    Rule(child_failed, Verdict.CHARGED, "the backend finished the child, and no pod explains why"),
+)
+"""All rules in their precedence: the first that matches decides."""
+
+
+def judge(evidence: Evidence) -> Ruling | None:
+    """Return why the attempt ends, by the first rule that matches; None while the attempt goes on."""
+    for rule in RULES:
+        if rule.is_order and evidence.current.cause is not None:
+            continue
+        if (answer := rule.decide(evidence)) is not None:
+            return answer if isinstance(answer, Ruling) else None
+    return None

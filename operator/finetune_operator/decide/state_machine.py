@@ -1,0 +1,27 @@
+"""Decides what happens next to a job that has not ended: one state machine for the preflight check and all attempts.
+
+`reconcile.py` calls `decide` once for each reconcile. `attempts.py` holds the transitions of attempts, `preflight.py`
+those of the check that comes before attempt 1, and `states.py` the table of all transitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from finetune_core.api.status import FineTuneJobStatus
+from finetune_operator.decide.attempts import between_attempts, during_attempt
+from finetune_operator.decide.decision import Decision
+from finetune_operator.decide.preflight import before_first_attempt
+from finetune_operator.observe.observation import JobObservation
+
+
+def decide(stored: FineTuneJobStatus, seen: JobObservation) -> Decision:
+    """Return what is to be recorded and done for a job whose stored status is ``stored``, given what exists."""
+    attempts = stored.attempts
+    if attempts.current is not None:
+        decision = during_attempt(attempts, attempts.current, seen)
+    else:
+        decision = between_attempts(attempts, seen)
+    if attempts.started:
+        return replace(decision, preflight=stored.preflight)
+    return before_first_attempt(stored, seen, decision)

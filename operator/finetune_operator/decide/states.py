@@ -1,0 +1,92 @@
+"""The states of a job, and every transition between them that one reconcile may make.
+
+`state_machine.py` says in each `Decision` which state the job is in; tests/operator/test_job_states.py holds every run
+to `TRANSITIONS`. The diagram in docs/architecture.md is generated from the table (`reference.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class JobState(StrEnum):
+    """The state of a job after a reconcile."""
+
+    NEW = "New"
+    CHECKING = "Checking"
+    OPENED = "Opened"
+    PENDING = "Pending"
+    RUNNING = "Running"
+    HELD = "Held"
+    ENDING = "Ending"
+    CLEANING_UP = "CleaningUp"
+    BACKING_OFF = "BackingOff"
+    SUSPENDED = "Suspended"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+MEANINGS: Mapping[JobState, str] = {
+    JobState.NEW: "The operator has not reconciled the job yet.",
+    JobState.CHECKING: "The preflight check runs, or waits for its next try. No GPU was asked for.",
+    JobState.OPENED: "The next attempt is recorded in the status; its ConfigMap and child are not created yet.",
+    JobState.PENDING: "The child exists; its pods do not all run yet.",
+    JobState.RUNNING: "All pods of the attempt have run.",
+    JobState.HELD: "A queue or a person suspended the child. No deadline runs, and the attempt goes on afterwards.",
+    JobState.ENDING: "The cause of the attempt's end is recorded; the other pods get 10 s to end.",
+    JobState.CLEANING_UP: "No attempt is current. The objects of the last attempt, or of a check that is no longer"
+    " wanted, are removed, and their pods are waited for.",
+    JobState.BACKING_OFF: "The next attempt waits for its back-off.",
+    JobState.SUSPENDED: "`runPolicy.suspend` is true and no pod is left.",
+    JobState.SUCCEEDED: "The artifact is committed. This state is final.",
+    JobState.FAILED: "No attempt follows. This state is final.",
+}
+
+FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED})
+_STARTS = frozenset({JobState.CHECKING, JobState.OPENED, JobState.SUSPENDED, JobState.FAILED})
+"""What may follow while attempt 1 is not opened."""
+_ENDS = frozenset({JobState.ENDING, JobState.CLEANING_UP, JobState.SUCCEEDED, JobState.FAILED})
+"""What may follow each state in which an attempt exists."""
+ATTEMPT_STATES = (JobState.OPENED, JobState.PENDING, JobState.RUNNING, JobState.HELD)
+"""States in which an attempt exists and no cause of its end is recorded."""
+
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
+    JobState.NEW: _STARTS,
+    JobState.CHECKING: frozenset({JobState.OPENED, JobState.SUSPENDED, JobState.CLEANING_UP, JobState.FAILED}),
+    JobState.OPENED: frozenset({JobState.PENDING, JobState.RUNNING, JobState.HELD}) | _ENDS,
+    JobState.PENDING: frozenset({JobState.RUNNING, JobState.HELD}) | _ENDS,
+    JobState.RUNNING: frozenset({JobState.PENDING, JobState.HELD}) | _ENDS,
+    JobState.HELD: frozenset({JobState.PENDING, JobState.RUNNING}) | _ENDS,
+    JobState.ENDING: _ENDS - {JobState.ENDING},
+    JobState.CLEANING_UP: _STARTS | {JobState.BACKING_OFF},
+    JobState.BACKING_OFF: frozenset({JobState.OPENED, JobState.SUSPENDED, JobState.FAILED}),
+    JobState.SUSPENDED: _STARTS - {JobState.SUSPENDED} | {JobState.BACKING_OFF},
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+}
+"""For each state the states that the next reconcile may find or bring about. A job may also stay in its state.
+
+The operator may have been away for a while, so a state may be skipped: a job goes from Opened to Running where all pods
+started between two reconciles.
+"""
+
+
+def state_diagram() -> str:
+    """Return `TRANSITIONS` as a Mermaid state diagram; the states in which an attempt exists form a group."""
+    lines = ["stateDiagram-v2", f"    [*] --> {JobState.NEW}"]
+    shared = frozenset.intersection(*(TRANSITIONS[state] for state in ATTEMPT_STATES))
+    lines.append("    state Attempt {")
+    for state in ATTEMPT_STATES:
+        lines += [f"        {state} --> {other}" for other in _sorted(TRANSITIONS[state] - shared)]
+    lines.append("    }")
+    lines += [f"    Attempt --> {other}" for other in _sorted(shared)]
+    for state in JobState:
+        if state not in ATTEMPT_STATES:
+            lines += [f"    {state} --> {other}" for other in _sorted(TRANSITIONS[state])]
+    lines += [f"    {state} --> [*]" for state in JobState if state in FINAL_STATES]
+    return "\n".join(lines)
+
+
+def _sorted(states: frozenset[JobState]) -> list[JobState]:
+    return [state for state in JobState if state in states]

@@ -1,0 +1,76 @@
+"""A FineTuneJob as one reconcile reads it from the API server: manifest, status, time and what the operator remembers.
+
+`reconcile.py` parses the manifest once with `parse_stored_job` and `parse_spec`, and gives the result to `observe/`,
+`act/` and `status/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from finetune_core.api import FineTuneJob, FineTuneJobStatus
+from finetune_core.api.conditions import ConditionType
+from finetune_operator.queue.memory import JobMemory
+from finetune_operator.queue.work_queue import Key
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredJob:
+    """A FineTuneJob whose spec has not been parsed: another version's CRD may have accepted fields unknown here."""
+
+    key: Key
+    manifest: dict[str, Any]
+    """The whole object as the API server returned it."""
+    status: FineTuneJobStatus
+    """The stored `status`; an empty one where the job has none yet."""
+    now: datetime
+    """The time of this reconcile, in whole seconds, because Kubernetes stores times with that resolution."""
+    memory: JobMemory
+    """What the process remembers of the job, for example its newest report. A restart of the operator loses it."""
+
+    @property
+    def uid(self) -> str:
+        """`metadata.uid` of the job."""
+        return str(self.manifest["metadata"]["uid"])
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the condition `Succeeded` is True or False; neither value ever changes again."""
+        return any(item.type == ConditionType.SUCCEEDED and item.status != "Unknown" for item in self.status.conditions)
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """Fields that every log line about this job carries."""
+        return {"job": str(self.key), "uid": self.uid, "attempt": self.status.attempts.started}
+
+    def condition_is(self, kind: ConditionType, value: str) -> bool:
+        """Return whether the stored condition ``kind`` has the status ``value``, for example "True"."""
+        return any(item.type == kind and item.status == value for item in self.status.conditions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedJob(StoredJob):
+    """A FineTuneJob whose spec this version of the operator can read."""
+
+    job: FineTuneJob
+
+
+def parse_stored_job(key: Key, manifest: dict[str, Any], memory: JobMemory, now: datetime) -> StoredJob:
+    """Return the stored job. Status fields that only another version of the operator knows are ignored."""
+    status = manifest.get("status")
+    return StoredJob(
+        key=key,
+        manifest=manifest,
+        status=FineTuneJobStatus.model_validate(status, extra="ignore") if status else FineTuneJobStatus(),
+        now=now.replace(microsecond=0),
+        memory=memory,
+    )
+
+
+def parse_spec(stored: StoredJob) -> ParsedJob:
+    """Return the stored job with its parsed spec; raises ValidationError where this version can't read the spec."""
+    fields = ("apiVersion", "kind", "metadata", "spec")
+    job = FineTuneJob.model_validate({name: stored.manifest[name] for name in fields})
+    return ParsedJob(job=job, **vars(stored))

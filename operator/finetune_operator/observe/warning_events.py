@@ -1,0 +1,89 @@
+"""Reads Kubernetes' warning events about pods that do not start.
+
+Some causes show only there, such as a Secret that can't be mounted or a quota that is used up. `observer.py` calls
+`WarningReader` in every reconcile of a job that waits. The newest warning is kept in `JobMemory.hint` and becomes part
+of the messages of the job's conditions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from finetune_core.api.conditions import ConditionType
+from finetune_operator.kube.client import KubeClient
+from finetune_operator.objects.observations import ChildObservation, PodObservation
+from finetune_operator.observe.stored_job import ParsedJob
+from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS
+
+
+class WarningReader:
+    """Reads the newest warning event about what a job waits for, at most every ten seconds for each job."""
+
+    def __init__(self, cluster: KubeClient, clock: Callable[[], float]) -> None:
+        """Read with ``cluster``; ``clock`` returns monotonic seconds."""
+        self._cluster = cluster
+        self._clock = clock
+
+    async def read_for_attempt(
+        self, job: ParsedJob, child: ChildObservation | None, pods: Sequence[PodObservation]
+    ) -> None:
+        """Update `JobMemory.hint` for the current attempt; an attempt that runs, ends or is held has no warning.
+
+        ``pods`` are those of all attempts.
+        """
+        memory, current = job.memory, job.status.attempts.current
+        held = child is not None and child.suspended
+        if job.condition_is(ConditionType.RUNNING, "True") or current is None or current.cause is not None or held:
+            memory.hint = ""
+            return
+        if self._was_read_just_now(job):
+            return
+        own = [pod for pod in pods if pod.attempt == current.number]
+        waiting = [pod.uid for pod in own if not pod.running and not pod.ended]
+        if _seconds_since(current.start_time, job) < EVENTS_AFTER_SECONDS or (own and not waiting):
+            memory.hint = ""
+            return
+        # Without pods the events are about the child, whose controller failed to create the pods.
+        await self._read(job, waiting or ([child.uid] if child else []))
+
+    async def read_for_pod(self, job: ParsedJob, pod: PodObservation | None) -> None:
+        """Update `JobMemory.hint` for ``pod``, once it has been pending for some seconds."""
+        if pod is None or pod.running or pod.ended or _seconds_since(pod.created_at, job) < EVENTS_AFTER_SECONDS:
+            job.memory.hint = ""
+        elif not self._was_read_just_now(job):
+            await self._read(job, [pod.uid])
+
+    def _was_read_just_now(self, job: ParsedJob) -> bool:
+        read_at = job.memory.hint_read_at
+        return read_at is not None and self._clock() - read_at < EVENTS_EVERY_SECONDS
+
+    async def _read(self, job: ParsedJob, uids: Sequence[str]) -> None:
+        """Keep the newest warning about the first object of ``uids`` that has one."""
+        job.memory.hint_read_at = self._clock()
+        for uid in uids:
+            warnings = await self._cluster.list_warnings(job.key.namespace, uid)
+            if warnings:
+                newest = max(warnings, key=_event_time)
+                job.memory.hint = f"{newest.get('reason', '')}: {newest.get('note', '')}"
+                return
+        job.memory.hint = ""
+
+
+def _seconds_since(moment: datetime, job: ParsedJob) -> float:
+    return (job.now - moment).total_seconds()
+
+
+def _event_time(event: Mapping[str, Any]) -> str:
+    """Return when an event last happened, as text that sorts by time.
+
+    The field depends on which version of the events API the event's sender uses.
+    """
+    series = event.get("series") or {}
+    return str(
+        series.get("lastObservedTime")
+        or event.get("deprecatedLastTimestamp")
+        or event.get("eventTime")
+        or event["metadata"]["creationTimestamp"]
+    )
