@@ -1,25 +1,32 @@
-"""Whatever happens in whatever order, with crashes in between: every attempt is accounted once, before the next is
-created, and a job that has ended creates nothing."""
+"""Rules that hold for every order of events, also with crashes of the operator in between.
+
+Every attempt is counted once, before the next is created. A job that has ended creates nothing. Every change of a job's
+state is a transition of the table in `decide/states.py`.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from finetune_core.contract import Outcome
 from finetune_core.names import attempt_name
+from finetune_operator import reconcile
+from finetune_operator.decide.states import TRANSITIONS, JobState
 from tests.operator.model import CrashedError, Manifest, ModelServer
 from tests.operator.test_crashes import KEY, reconciler
+from tests.operator.test_job_states import recording
 from tests.operator.worlds import NOW, UID, job_manifest, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 
 
 class WatchedServer(ModelServer):
-    """A model server that checks the bookkeeping at every write."""
+    """A model server that checks the operator's bookkeeping at every write, and makes the operator crash by chance."""
 
     def __init__(self, *arguments: Any, chance: random.Random, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -59,36 +66,36 @@ class WatchedServer(ModelServer):
         assert len(self.created) == len(set(self.created)), "an attempt was created twice"
 
 
-def _happenings(chance: random.Random) -> list[tuple[Callable[[ModelServer], Any], float]]:
-    """Return what may happen, each with its weight."""
+def _events(chance: random.Random) -> list[tuple[Callable[[ModelServer], Any], float]]:
+    """Return the events that may happen between two reconciles, each with its weight."""
 
-    def scale(world: ModelServer) -> None:
-        for child in world.children.values():
+    def scale(server: ModelServer) -> None:
+        for child in server.children.values():
             child["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] = 1
 
-    def delete(world: ModelServer) -> None:
-        for name in list(world.children):
-            del world.children[name]
-            world.end_pods_of(name)
+    def delete(server: ModelServer) -> None:
+        for name in list(server.children):
+            del server.children[name]
+            server.end_pods_of(name)
 
-    def refuse(world: ModelServer) -> None:
-        world.refuses = chance.choice(("", "", "exceeded quota"))
+    def refuse(server: ModelServer) -> None:
+        server.refuses = chance.choice(("", "", "exceeded quota"))
 
-    def held(world: ModelServer) -> bool:
-        return any(child["spec"].get("runPolicy", {}).get("suspend") for child in world.children.values())
+    def held(server: ModelServer) -> bool:
+        return any(child["spec"].get("runPolicy", {}).get("suspend") for child in server.children.values())
 
     return [
-        (lambda world: world.pass_time(chance.choice((1, 5, 30, 300))), 12),
-        (lambda world: world.end_pods(chance.choice((1, 75, 137, 143))), 3),
-        (lambda world: world.end_pods(0, DONE), 0.3),
-        (lambda world: world.end_pods(64), 0.1),
-        (lambda world: world.ask_deletion(chance.choice((0, 1))), 2),
-        (lambda world: world.set_policy(suspend=chance.random() < 0.3), 2),
-        (lambda world: world.created and world.set_policy(cancel=True), 0.05),
-        (lambda world: world.set_policy(activeDeadlineSeconds=chance.choice((60, 3600, 36000))), 0.3),
-        (lambda world: world.set_policy(pendingDeadlineSeconds=chance.choice((60, 3600))), 0.3),
-        (lambda world: not held(world) and world.children and world.hold_child(), 1),
-        (lambda world: held(world) and world.release_child(), 2),
+        (lambda server: server.pass_time(chance.choice((1, 5, 30, 300))), 12),
+        (lambda server: server.end_pods(chance.choice((1, 75, 137, 143))), 3),
+        (lambda server: server.end_pods(0, DONE), 0.3),
+        (lambda server: server.end_pods(64), 0.1),
+        (lambda server: server.ask_deletion(chance.choice((0, 1))), 2),
+        (lambda server: server.set_policy(suspend=chance.random() < 0.3), 2),
+        (lambda server: server.created and server.set_policy(cancel=True), 0.05),
+        (lambda server: server.set_policy(activeDeadlineSeconds=chance.choice((60, 3600, 36000))), 0.3),
+        (lambda server: server.set_policy(pendingDeadlineSeconds=chance.choice((60, 3600))), 0.3),
+        (lambda server: not held(server) and server.children and server.hold_child(), 1),
+        (lambda server: held(server) and server.release_child(), 2),
         (scale, 0.3),
         (delete, 0.3),
         (refuse, 0.5),
@@ -96,12 +103,14 @@ def _happenings(chance: random.Random) -> list[tuple[Callable[[ModelServer], Any
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_every_attempt_is_accounted_once_and_before_the_next(seed: int) -> None:
-    """`WatchedServer` asserts at every write; here only what happens is chosen."""
+async def test_every_attempt_is_accounted_once_and_before_the_next(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`WatchedServer` asserts at every write; this function chooses the events and checks the states."""
+    states = [JobState.NEW]
+    monkeypatch.setattr(reconcile, "decide", recording(states))
     chance = random.Random(seed)
     server = WatchedServer(_job(), NOW, chance=chance, saving=chance.choice((0, 20, 85)))
     operator = reconciler(server)
-    actions, weights = zip(*_happenings(chance), strict=True)
+    actions, weights = zip(*_events(chance), strict=True)
     for _ in range(300):
         try:
             await operator.reconcile(KEY)
@@ -115,9 +124,10 @@ async def test_every_attempt_is_accounted_once_and_before_the_next(seed: int) ->
     if _settled(server):
         for _ in range(3):
             server.pass_time(30)
-            await _look_until_it_survives(server)
+            await _reconcile_without_crash(server)
         assert server.created == created
     assert server.accounted, "no attempt was ever accounted"
+    assert all(following in TRANSITIONS[state] for state, following in pairwise(states)), states
 
 
 def _job() -> Manifest:
@@ -129,7 +139,7 @@ def _settled(server: ModelServer) -> bool:
     return any(item["type"] == "Succeeded" and item["status"] != "Unknown" for item in conditions)
 
 
-async def _look_until_it_survives(server: ModelServer) -> None:
+async def _reconcile_without_crash(server: ModelServer) -> None:
     for _ in range(20):
         try:
             await reconciler(server).reconcile(KEY)

@@ -1,7 +1,7 @@
 """Writes the verdict table and the states of a job into docs/architecture.md, between the page's markers.
 
-`make docs` runs `python -m finetune_operator.decide.reference docs/architecture.md`; tests/operator/test_reference.py
-holds the page equal to the code.
+`make docs` runs `python -m finetune_operator.decide.reference docs/architecture.md`. A test compares the page with the
+code (tests/operator/test_decide_reference.py).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from finetune_operator.decide.states import MEANINGS, state_diagram
 def verdict_table() -> str:
     """Return `RULES` as a Markdown table, in their precedence."""
     rows = [f"| `{rule.name}` | {rule.when} | {_verdict(rule)} |" for rule in RULES]
-    return "\n".join(["| rule | evidence | verdict |", "|---|---|---|", *rows])
+    orders = "An order of `runPolicy` is obeyed only while no other cause of the attempt's end is recorded."
+    return "\n".join(["| rule | evidence | verdict |", "|---|---|---|", *rows, "", orders])
 
 
 def _verdict(rule: Rule) -> str:
     if rule.verdict is None:
         return "none"
-    return f"{rule.verdict}, as ordered" if rule.is_order else str(rule.verdict)
+    return f"{rule.verdict} (order)" if rule.is_order else str(rule.verdict)
 
 
 def states_section() -> str:

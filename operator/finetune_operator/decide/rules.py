@@ -303,9 +303,11 @@ RULES: tuple[Rule, ...] = (
     Rule(active_deadline_over, Verdict.PERMANENT, "`runPolicy.activeDeadlineSeconds` is over", is_order=True),
     Rule(pending_deadline_over, Verdict.PERMANENT, "`runPolicy.pendingDeadlineSeconds` is over", is_order=True),
     Rule(held_by_queue, None, "the queue suspended the child; the attempt goes on once the queue resumes the child"),
-    Rule(bad_input, Verdict.PERMANENT, "a pod ended with 64 and nobody had disrupted or deleted that pod before"),
-    Rule(diverged, Verdict.PERMANENT, "the same with 65"),
-    Rule(out_of_memory, Verdict.PERMANENT, "the same with 66 or OOMKilled"),
+    Rule(bad_input, Verdict.PERMANENT, "a pod that nobody had disrupted or deleted ended with 64"),
+    Rule(diverged, Verdict.PERMANENT, "a pod that nobody had disrupted or deleted ended with 65"),
+    Rule(
+        out_of_memory, Verdict.PERMANENT, "a pod that nobody had disrupted or deleted ended with 66 or OOMKilled"
+    ),
     Rule(
         resumed_too_early,
         Verdict.FREE,

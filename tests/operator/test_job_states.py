@@ -1,0 +1,254 @@
+"""The states of a job: every walk through the operator's state machine takes only transitions of its table.
+
+Each walk runs the whole reconciler against the model API server. Together the walks take every transition of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from finetune_core.api import FineTuneJobStatus
+from finetune_core.contract import Outcome
+from finetune_operator import reconcile
+from finetune_operator.decide.decision import Decision
+from finetune_operator.decide.state_machine import decide
+from finetune_operator.decide.states import FINAL_STATES, MEANINGS, TRANSITIONS, JobState
+from finetune_operator.observe.observation import JobObservation
+from tests.operator.model import ModelServer
+from tests.operator.test_crashes import KEY, reconciler
+from tests.operator.worlds import NOW, job_manifest, result
+
+DONE = result(Outcome.COMPLETED, with_artifact=True)
+
+Action = Callable[[ModelServer], object]
+"""A change of the cluster that the operator does not make."""
+Event = tuple[Action, ...]
+"""What happens between two reconciles; nothing where the tuple is empty."""
+
+
+def sets(**policy: Any) -> Action:
+    """Return the action of a person who changes `runPolicy`."""
+    return lambda server: server.set_policy(**policy)
+
+
+def ends(exit_code: int, message: str = "") -> Action:
+    """Return the action that ends every running training container."""
+    return lambda server: server.end_pods(exit_code, message)
+
+
+def passes(seconds: float) -> Action:
+    """Return the action that lets time pass."""
+    return lambda server: server.pass_time(seconds)
+
+
+def deletes_a_pod(server: ModelServer) -> None:
+    """Ask for the deletion of worker 1, which goes on saving its checkpoint."""
+    assert server.ask_deletion(1)
+
+
+def holds(server: ModelServer) -> None:
+    """Suspend the child as its queue does."""
+    assert server.hold_child()
+
+
+def releases(server: ModelServer) -> None:
+    """Resume the child as its queue does; new pods start if the server lets pods run."""
+    assert server.release_child()
+
+
+def starts_pods(server: ModelServer) -> None:
+    """Let waiting pods run, and every pod that is created from now on."""
+    server.pods_run = True
+    for pod in server.pods:
+        (container,) = pod["status"]["containerStatuses"]
+        if "waiting" in container["state"]:
+            container["state"] = {"running": {"startedAt": server.now.isoformat()}}
+
+
+def lets_pods_wait(server: ModelServer) -> None:
+    """Keep every pod that is created from now on from running."""
+    server.pods_run = False
+
+
+def passes_check(server: ModelServer) -> None:
+    """End the preflight pod without findings."""
+    assert server.end_check(0)
+
+
+def breaks_check(server: ModelServer) -> None:
+    """End the preflight pod with a crash, after which another try follows."""
+    assert server.end_check(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """A walk of a job through its states."""
+
+    events: Sequence[Event]
+    states: str
+    """Names of the states that the reconciles find, in their order, without New at the beginning."""
+    policy: dict[str, Any] = field(default_factory=dict)
+    pods_run: bool = True
+    """Whether pods run as soon as they are created."""
+    one_reconcile: bool = False
+    """Whether one reconcile follows each event; otherwise reconciles follow until none is due at once."""
+
+
+CHECKED, SUSPENDED, CANCELLED = {"preflight": "Run"}, {"suspend": True}, {"cancel": True}
+NOTHING: Event = ()
+RESUMED = (sets(suspend=False),)
+
+WALKS = {
+    # before attempt 1
+    "a check passes": Walk(
+        policy=CHECKED, events=[(passes_check, passes(10)), NOTHING], states="Checking Opened Running"
+    ),
+    "a job is applied suspended, and checked once it is resumed": Walk(
+        policy=CHECKED | SUSPENDED, events=[RESUMED], states="Suspended Checking"
+    ),
+    "a job is applied suspended, and cancelled": Walk(
+        policy=SUSPENDED, events=[(sets(cancel=True),)], states="Suspended Failed"
+    ),
+    "a job is applied cancelled": Walk(policy=CANCELLED, events=[], states="Failed"),
+    "a job is applied suspended, and resumed": Walk(policy=SUSPENDED, events=[RESUMED], states="Suspended Opened"),
+    "a check is cancelled between two tries": Walk(
+        policy=CHECKED, events=[(breaks_check,), (sets(cancel=True),)], states="Checking Failed"
+    ),
+    "a check is suspended between two tries": Walk(
+        policy=CHECKED, events=[(breaks_check,), (sets(suspend=True),)], states="Checking Suspended"
+    ),
+    "a check is suspended while its pod runs": Walk(
+        policy=CHECKED, events=[(sets(suspend=True),)], states="Checking CleaningUp Suspended"
+    ),
+    "a check is cancelled while its pod runs": Walk(
+        policy=CHECKED, events=[(sets(cancel=True),)], states="Checking CleaningUp Failed"
+    ),
+    "a check is skipped while its pod runs": Walk(
+        policy=CHECKED, events=[(sets(preflight="Skip"),)], states="Checking CleaningUp Opened"
+    ),
+    # an attempt that goes on
+    "pods wait, then run": Walk(pods_run=False, events=[NOTHING, (starts_pods,)], states="Opened Pending Running"),
+    "a queue holds an attempt that was just opened": Walk(events=[(holds,), (releases,)], states="Opened Held Running"),
+    "a queue holds an attempt whose pods wait": Walk(
+        pods_run=False, events=[NOTHING, (holds,), (releases,)], states="Opened Pending Held Pending"
+    ),
+    "a queue holds an attempt that runs": Walk(events=[NOTHING, (holds,)], states="Opened Running Held"),
+    "a queue holds and releases an attempt between two reconciles": Walk(
+        events=[NOTHING, (passes(5), holds, lets_pods_wait, releases)], states="Opened Running Pending"
+    ),
+    # the end of an attempt, and what follows
+    "an attempt fails, and the next follows after the back-off": Walk(
+        events=[NOTHING, (deletes_a_pod,), (ends(1),), (passes(1),), (passes(300),)],
+        states="Opened Running Ending CleaningUp BackingOff Opened",
+    ),
+    "a job is suspended and resumed during the back-off": Walk(
+        events=[NOTHING, (ends(1),), (passes(1),), (sets(suspend=True),), RESUMED],
+        states="Opened Running CleaningUp BackingOff Suspended BackingOff",
+    ),
+    "a job is cancelled during the back-off": Walk(
+        events=[NOTHING, (ends(1),), (passes(1),), (sets(cancel=True),)],
+        states="Opened Running CleaningUp BackingOff Failed",
+    ),
+    "a person deletes a pod of an attempt that succeeds all the same": Walk(
+        events=[NOTHING, (deletes_a_pod,), (ends(0, DONE),)], states="Opened Running Ending Succeeded"
+    ),
+    "a person deletes a pod of an attempt whose other pod finds a bad row": Walk(
+        events=[NOTHING, (deletes_a_pod,), (passes(1), ends(64))], states="Opened Running Ending Failed"
+    ),
+    "an attempt is suspended": Walk(
+        events=[NOTHING, (sets(suspend=True),), (passes(1),)], states="Opened Running CleaningUp Suspended"
+    ),
+    "an attempt is cancelled": Walk(
+        events=[NOTHING, (sets(cancel=True),), (passes(1),)], states="Opened Running CleaningUp Failed"
+    ),
+    "a check is suspended, and resumed in the moment in which its pod is removed": Walk(
+        policy=CHECKED,
+        events=[NOTHING, (sets(suspend=True),), RESUMED],
+        states="Checking CleaningUp Checking",
+        one_reconcile=True,
+    ),
+}
+
+REACHED = {
+    "Opened": Walk(events=[], states="Opened"),
+    "Pending": Walk(events=[NOTHING], states="Opened Pending", pods_run=False),
+    "Running": Walk(events=[NOTHING], states="Opened Running"),
+    "Held": Walk(events=[NOTHING, (holds,)], states="Opened Running Held"),
+}
+"""For each state in which an attempt exists: how a job gets there."""
+
+ENDS = {
+    "Ending": (deletes_a_pod,),
+    "CleaningUp": (sets(suspend=True),),
+    "Succeeded": (ends(0, DONE),),
+    "Failed": (ends(64),),
+}
+"""For each state that may follow: what brings it about once pods run."""
+
+
+async def walked(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> list[JobState]:
+    """Return the states that the reconciles of ``walk`` find, without repetitions, with New at the beginning."""
+    states = [JobState.NEW]
+    server = ModelServer(job_manifest(runPolicy=walk.policy), NOW, pods_run=walk.pods_run)
+    monkeypatch.setattr(reconcile, "decide", recording(states))
+    operator = reconciler(server)
+    for event in (NOTHING, *walk.events):
+        for action in event:
+            action(server)
+        for _ in range(20):
+            if (await operator.reconcile(KEY)).after != 0 or walk.one_reconcile:
+                break
+    return states
+
+
+def recording(states: list[JobState]) -> Callable[[FineTuneJobStatus, JobObservation], Decision]:
+    """Return `decide`, which also appends the state of each decision to ``states`` where the state is a new one."""
+
+    def decide_and_record(stored: FineTuneJobStatus, seen: JobObservation) -> Decision:
+        decision = decide(stored, seen)
+        if decision.state is not states[-1]:
+            states.append(decision.state)
+        return decision
+
+    return decide_and_record
+
+
+def attempt_walks() -> dict[str, Walk]:
+    """Return one walk for each way in which an attempt in each of its states can end."""
+    walks = {}
+    for state, reached in REACHED.items():
+        for end, event in ENDS.items():
+            before: Event = {"Pending": (starts_pods,), "Held": (releases, passes(1))}.get(state, ())
+            events = [*reached.events, (*before, *event)]
+            name = f"an attempt goes from {state} to {end}"
+            walks[name] = Walk(
+                events=events, states=f"{reached.states} {end}", policy=reached.policy, pods_run=reached.pods_run
+            )
+    return walks
+
+
+ALL_WALKS = WALKS | attempt_walks()
+
+
+@pytest.mark.parametrize("name", ALL_WALKS)
+async def test_a_walk_goes_through_the_states_of_the_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = ALL_WALKS[name]
+    states = await walked(walk, monkeypatch)
+    assert " ".join(states[1:]) == walk.states
+    for state, following in pairwise(states):
+        assert following in TRANSITIONS[state]
+
+
+def test_the_walks_take_every_transition_of_the_table() -> None:
+    taken = {step for walk in ALL_WALKS.values() for step in pairwise(["New", *walk.states.split()])}
+    assert taken == {(str(state), str(other)) for state, others in TRANSITIONS.items() for other in others}
+
+
+def test_every_state_has_a_meaning_and_only_the_final_ones_have_no_transition() -> None:
+    assert list(MEANINGS) == list(TRANSITIONS) == list(JobState)
+    assert {state for state, others in TRANSITIONS.items() if not others} == FINAL_STATES
