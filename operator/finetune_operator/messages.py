@@ -1,4 +1,7 @@
-"""Sentences that people read in conditions and events, in one place."""
+"""Every sentence that people read in the conditions and events of a job, in one place.
+
+All rooms take their sentences from here, so that words and tone agree. Values come in as arguments.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from finetune_core.contract import ExitCode
-from finetune_core.names import worker_name
 
-NOT_VALIDATED = "the spec has not been checked yet"
 VALID = "the spec is valid"
 SETTLED = "the job has ended"
 NO_CHECKPOINT = "no checkpoint is committed yet"
@@ -27,7 +28,6 @@ RESUMED_TOO_EARLY = (
     "the queue resumed the PyTorchJob while pods of its earlier admission still ended; training-operator counted them"
     " as failed"
 )
-RESULT_FROM_REPORT = "the pods are gone; the final report holds the result"
 
 EXIT_CODE_SENTENCES = {
     ExitCode.BAD_INPUT: "the trainer refused its input (exit code 64) and left no message",
@@ -39,18 +39,21 @@ EXIT_CODE_SENTENCES = {
 
 
 def exit_sentence(exit_code: int | None, reason: str) -> str:
-    """Return what is known of a container that left no result."""
+    """Return the sentence about a training container without a result; ``reason`` is the kubelet's, such as "Error"."""
     if exit_code in EXIT_CODE_SENTENCES:
         return EXIT_CODE_SENTENCES[ExitCode(exit_code)]
     return f"the training container ended with exit code {exit_code}" + (f" ({reason})" if reason else "")
 
 
 def out_of_memory(limit: str, phase: str) -> str:
-    """Return the sentence about a container that the kernel killed at its memory limit, PID 1 included: what the
-    trainer did, as it last reported (empty: it had not), and how much it had (empty: nobody knows)."""
+    """Return the sentence about a container that the kernel killed at its memory limit.
+
+    ``limit`` is the memory limit, for example "64Gi"; empty where it is unknown. ``phase`` is the phase of the trainer
+    in its last report, for example "Training"; empty without a report.
+    """
     when, amount = f" in phase {phase}" if phase else "", f" of {limit}" if limit else ""
-    remedy = "raise `resources.memory`, or lower `training.microBatchSize` or `dataset.maxLength`"
-    return f"out of memory: the kernel killed the trainer{when} at its memory limit{amount}; {remedy}"
+    advice = "raise `resources.memory`, or lower `training.microBatchSize` or `dataset.maxLength`"
+    return f"out of memory: the kernel killed the trainer{when} at its memory limit{amount}; {advice}"
 
 
 def pod_deleted(name: str) -> str:
@@ -59,12 +62,12 @@ def pod_deleted(name: str) -> str:
 
 
 def pods_vanished(names: Sequence[str]) -> str:
-    """Return the sentence about pods that are gone."""
+    """Return the sentence about pods that no longer exist."""
     return f"pod {names[0]} is gone" if len(names) == 1 else f"pods {', '.join(names)} are gone"
 
 
 def pods_replaced(names: Sequence[str]) -> str:
-    """Return the sentence about pods in whose place others stand."""
+    """Return the sentence about pods that other pods of the same names replaced."""
     if len(names) == 1:
         return f"pod {names[0]} was deleted and another one took its place"
     return f"pods {', '.join(names)} were deleted and others took their places"
@@ -81,73 +84,76 @@ def pod_failed(name: str, reason: str, message: str) -> str:
 
 
 def replicas_changed(replicas: int, nodes: int) -> str:
-    """Return the sentence about a child that somebody scaled."""
+    """Return the sentence about a child that somebody else scaled to ``replicas`` workers."""
     return f"the PyTorchJob was scaled to {replicas} workers by somebody else; the job has {nodes} nodes"
 
 
 def name_conflict(kind: str, name: str) -> str:
-    """Return the sentence about a foreign object under the name that the operator needs."""
+    """Return the sentence about an object of another owner that has the name which the operator needs."""
     return f"{kind} {name} exists and does not belong to this job; delete or rename it"
 
 
 def backend_missing() -> str:
-    """Return the sentence about a cluster without PyTorchJob."""
+    """Return the sentence about a cluster that does not know the kind PyTorchJob."""
     return "the API server does not know PyTorchJob (kubeflow.org/v1); install Kubeflow's training-operator"
 
 
 def backend_refused(kind: str, name: str, message: str) -> str:
-    """Return the sentence about an object that the API server does not take."""
+    """Return the sentence about an object that the API server refuses; ``message`` is the server's own."""
     return f"the API server refused {kind} {name}: {message}"
 
 
 def image_pull(detail: str) -> str:
-    """Return the sentence about an image that can't be pulled."""
+    """Return the sentence about an image that can't be pulled; ``detail`` is the kubelet's message."""
     return f"the image can't be pulled: {detail}"
 
 
 def waiting_pod(name: str, detail: str) -> str:
-    """Return the sentence about a pod that does not run yet."""
+    """Return the sentence about a pod that does not run yet; ``detail`` says why."""
     return f"pod {name}: {detail}"
 
 
 def attempt_prefix(number: int, last_cause: str) -> str:
-    """Return the beginning of a message of a later attempt: what ended the one before."""
+    """Return the first part of the message of a later attempt, which says why the last attempt ended; else nothing."""
     return f"attempt {number}, after: {last_cause}" if number > 1 and last_cause else ""
 
 
 def retrying(ended: int, cause: str, next_start: datetime | None) -> str:
-    """Return the sentence about a job between two attempts. The time is absolute, so that the sentence stays."""
+    """Return the sentence about a job between two attempts.
+
+    The message names an absolute time, because a relative one would change the message all the time.
+    """
     when = f"; the next starts after {next_start:%H:%M:%S} UTC" if next_start else "; the next starts once it is gone"
     return f"attempt {ended} ended: {cause}{when}"
 
 
 def retries_exhausted(charged: int, cause: str) -> str:
-    """Return the sentence about a job that is given up."""
+    """Return the sentence about a job that has used up `runPolicy.maxRetries`."""
     return f"{charged} attempts failed; the last: {cause}"
 
 
 def stopped(cause: str, newest_checkpoint: str) -> str:
-    """Return the sentence about a job that was ended, and where it can go on from."""
+    """Return the sentence about a job that was ended, with the URI of the checkpoint that a new job can resume from."""
     return f"{cause}; " + (f"the newest checkpoint: {newest_checkpoint}" if newest_checkpoint else NO_CHECKPOINT)
 
 
 def pods_end(cause: str, pods: int) -> str:
-    """Return the sentence about pods that commit their last checkpoint."""
+    """Return the sentence about an ended attempt of which ``pods`` pods still terminate."""
     return f"{cause}; {pods} pod{'s' if pods > 1 else ''} still end{'' if pods > 1 else 's'}" if pods else cause
 
 
 def active_deadline(seconds: int) -> str:
-    """Return the sentence about a job whose pods have run long enough."""
+    """Return the sentence about a job whose pods have run for `runPolicy.activeDeadlineSeconds`."""
     return f"its pods have run for the {seconds} s of `runPolicy.activeDeadlineSeconds`"
 
 
 def pending_deadline(seconds: int, waiting_for: str) -> str:
-    """Return the sentence about an attempt that did not come to run."""
+    """Return the sentence about an attempt whose pods did not all run in time."""
     return f"not all pods ran within the {seconds} s of `runPolicy.pendingDeadlineSeconds`: {waiting_for or NO_PODS}"
 
 
 def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
-    """Return the sentence about a preflight pod that ended without a result. It must not hold a job for ever."""
+    """Return the sentence about a preflight pod that ended without a result, and how to start without the check."""
     why = f" ({reason})" if reason and reason != "Error" else ""
     line = f": {last_line}" if last_line else ""
     return (
@@ -157,54 +163,52 @@ def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
 
 
 def preflight_deadline(seconds: int, waiting_for: str) -> str:
-    """Return the sentence about a job whose check did not pass in time."""
+    """Return the sentence about a job whose preflight check did not pass in time."""
     what = waiting_for or PREFLIGHT_RUNS
     return f"the preflight check did not pass within the {seconds} s of `runPolicy.pendingDeadlineSeconds`: {what}"
 
 
 def queued(queue: str) -> str:
-    """Return the sentence about an attempt that Kueue holds."""
+    """Return the sentence about an attempt that Kueue has not admitted."""
     return f"waits for admission by the queue {queue}"
 
 
 def most_attempts(number: int) -> str:
-    """Return the sentence about a job that can't be started again, however its attempts ended."""
+    """Return the sentence about a job that has had all the attempts that a job can have."""
     return f"{number} attempts were started, the most that a job can have; create it anew with the same `storage.runId`"
 
 
 def waiting_for_reports(nodes: int, running: int) -> str:
-    """Return the sentence about pods that run, but have not reported."""
+    """Return the sentence about an attempt with ``nodes`` pods of which not all run, or not all ranks report."""
     if running < nodes:
         return f"{running} of {nodes} pods run"
     return "all pods run; no report has arrived yet"
 
 
 def running(nodes: int, attempt: int) -> str:
-    """Return the sentence about an attempt whose ranks all report."""
+    """Return the sentence about an attempt of which all ranks report."""
     return f"attempt {attempt} trains on {nodes} pod{'s' if nodes > 1 else ''}"
 
 
 def completed(step: int, uri: str) -> str:
-    """Return the sentence about a finished job."""
+    """Return the sentence about a job that succeeded."""
     return f"the artifact of step {step} is committed: {uri}"
 
 
 def checkpoint_available(step: int, count: int) -> str:
-    """Return the sentence about committed checkpoints."""
+    """Return the sentence about ``count`` committed checkpoints of which ``step`` is the newest."""
     return f"step {step} is the newest of {count}" if count > 1 else f"step {step} is committed"
 
 
 def checkpoint_overdue(what: str, age_seconds: int, problem: str) -> str:
-    """Return the sentence about a store that takes no new checkpoint. Whole minutes, so that it does not always
-    change."""
+    """Return the sentence about a store that accepts no new checkpoint.
+
+    ``what`` is the sentence about the committed checkpoints.
+    The age is given in whole minutes, so that the message does not change with every report.
+    """
     return f"{what}; {age_seconds // 60} min of training are not saved: {problem}"
 
 
 def checkpoint_damaged(what: str, step: int, damage: str) -> str:
-    """Return the sentence about a checkpoint that can't be resumed from."""
+    """Return the sentence about a damaged checkpoint; ``what`` is the sentence about the whole checkpoints."""
     return f"{what}; that of step {step} is damaged: {damage}"
-
-
-def pod_zero(child: str) -> str:
-    """Return the command that shows the trainer's log."""
-    return f"kubectl logs {worker_name(child, 0)} -c pytorch"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from finetune_core.api.conditions import Reason
-from finetune_core.api.status import AttemptCause, AttemptsStatus, CurrentAttempt, PodRecord
+from finetune_core.api.status import ATTEMPT_LIMIT, AttemptCause, AttemptsStatus, CurrentAttempt, PodRecord
 from finetune_operator import messages
 from finetune_operator.decide.accounting import backoff, cause_of, close
 from finetune_operator.decide.deadlines import is_active_deadline_over, seconds_to_deadline
@@ -22,8 +22,6 @@ from finetune_operator.decide.verdict import Ruling, Verdict, replaces
 from finetune_operator.objects.observations import PodObservation
 from finetune_operator.observe.observation import JobObservation
 
-MOST_ATTEMPTS = 999
-"""The names of an attempt's objects have room for three digits."""
 LEAVE_TOGETHER = timedelta(seconds=10)
 """Time for the other pods to report why they end, before the attempt is closed."""
 TERMINATING_LIMIT = timedelta(seconds=60)
@@ -74,8 +72,8 @@ def _end_between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> Job
     if is_active_deadline_over(seen.policy, seen.usage.active_seconds):
         message = messages.active_deadline(seen.policy.active_deadline_seconds or 0)
         return _failed(Reason.DEADLINE_EXCEEDED, message)
-    if attempts.started >= MOST_ATTEMPTS:
-        return _failed(Reason.RETRIES_EXHAUSTED, messages.most_attempts(MOST_ATTEMPTS))
+    if attempts.started >= ATTEMPT_LIMIT:
+        return _failed(Reason.RETRIES_EXHAUSTED, messages.most_attempts(ATTEMPT_LIMIT))
     return None
 
 
@@ -215,7 +213,7 @@ def _ending(
     if permanent:
         # The child stays, so that the pods' logs can be read.
         return Decision(state=JobState.FAILED, attempts=closed, end=_failed(cause.reason, cause.message))
-    if closed.charged > seen.policy.max_retries or closed.started >= MOST_ATTEMPTS:
+    if closed.charged > seen.policy.max_retries or closed.started >= ATTEMPT_LIMIT:
         message = messages.retries_exhausted(closed.charged, cause.message)
         return Decision(state=JobState.FAILED, attempts=closed, end=_failed(Reason.RETRIES_EXHAUSTED, message))
     delay = backoff(closed, seen.checkpoints)

@@ -305,9 +305,7 @@ RULES: tuple[Rule, ...] = (
     Rule(held_by_queue, None, "the queue suspended the child; the attempt goes on once the queue resumes the child"),
     Rule(bad_input, Verdict.PERMANENT, "a pod that nobody had disrupted or deleted ended with 64"),
     Rule(diverged, Verdict.PERMANENT, "a pod that nobody had disrupted or deleted ended with 65"),
-    Rule(
-        out_of_memory, Verdict.PERMANENT, "a pod that nobody had disrupted or deleted ended with 66 or OOMKilled"
-    ),
+    Rule(out_of_memory, Verdict.PERMANENT, "a pod that nobody had disrupted or deleted ended with 66 or OOMKilled"),
     Rule(
         resumed_too_early,
         Verdict.FREE,
