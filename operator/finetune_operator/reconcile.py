@@ -47,7 +47,7 @@ RUNNING_RESYNC_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Requeue:
-    """When the queue hands the job out again."""
+    """When the job is to be reconciled again."""
 
     after: float | None = None
     """Seconds; 0 means at once, None means after the next event or resync."""
@@ -57,7 +57,7 @@ class Requeue:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Acted:
-    """What came of an action."""
+    """The outcome of an action."""
 
     child: ChildObservation | None = None
     """The child as it is after the action."""
@@ -175,7 +175,7 @@ class Reconciler:
     # ---- decide ----
 
     def _run_config(self, job: ParsedJob, decision: Decision) -> RunConfig | None:
-        """Return the run file of pods that are about to start; raises UserError where the spec can't be run."""
+        """Return the run file where pods are about to start, else None; raises UserError for a spec that can't run."""
         if not decision.needs_run_file:
             return None
         # The preflight check reads the run file of attempt 1, which is not opened yet.

@@ -77,7 +77,7 @@ def _settings(*, confined: bool) -> kopf.OperatorSettings:
     for owned in (PODS, PYTORCHJOBS):
         settings.watching.label_selectors[owned.group, owned.version, owned.plural] = OWNED_OBJECTS_SELECTOR
     settings.queueing.worker_limit = None  # objects without events would use up the limit; our workers are limited
-    settings.queueing.idle_timeout = 0.5  # kopf keeps an object for this long; with 5 s all jobs, after a restart
+    settings.queueing.idle_timeout = 0.5  # kopf keeps each object in memory for this long after its last event
     settings.scanning.disabled = confined  # scanning lists CRDs, and a confined operator has no permission for that
     return settings
 

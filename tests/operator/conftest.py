@@ -1,5 +1,8 @@
-"""The operator under test: installed by its chart into the real cluster, run as a program beside it with the role
-that the chart gave it, so that a missing permission fails here. Its pods run tiny stand-ins for the trainer."""
+"""Fixtures for tests of the operator on the real cluster.
+
+The chart is installed without its pod, and the operator runs as a program on this machine with the role that the chart
+created, so that a missing permission fails a test. Pods of jobs run small stand-ins for the trainer.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ Manifest = dict[str, Any]
 
 @dataclass
 class Installed:
-    """The cluster with the operator."""
+    """The cluster in which the operator works."""
 
     cluster: Cluster
     operator: OperatorProgram
@@ -39,7 +42,7 @@ class Installed:
         return self.cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(manifest))
 
     def job(self, namespace: str, name: str = "quickstart") -> Manifest:
-        """Return a FineTuneJob."""
+        """Return a FineTuneJob as the API server stores it."""
         found: Manifest = self.cluster.get("finetunejob", name, "-n", namespace)
         return found
 
@@ -60,7 +63,7 @@ class Installed:
         return wait_for(what, look, timeout, evidence=lambda: self.evidence(namespace), interval=0.2)
 
     def evidence(self, namespace: str) -> str:
-        """Return what tells why a job did not come where a test waited for it."""
+        """Return text for a failed wait: the job, its objects, and what the operator logged."""
         objects = self.cluster.kubectl("describe", "finetunejobs,pytorchjobs,pods", "-n", namespace)
         return f"{objects}\n{self.operator.evidence()}"
 
@@ -72,13 +75,13 @@ def condition(job: Manifest, kind: str) -> Manifest:
 
 
 def settled(job: Manifest) -> bool:
-    """Whether the job has ended."""
+    """Return whether the job has ended: its condition Succeeded is True or False."""
     return bool(condition(job, "Succeeded")["status"] != "Unknown")
 
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[Cluster]:
-    """A cluster of these tests' own: the operator of the end-to-end tests would work on the same jobs."""
+    """A cluster for these tests alone, because the operator of the end-to-end tests would reconcile the same jobs."""
     yield from started()
 
 
@@ -105,7 +108,7 @@ def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
-    """A namespace of the test's own, as strict as they get, with the Secret that the job names."""
+    """A namespace for one test, with the Pod Security level `restricted` and the Secret that the job names."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     cluster.kubectl("create", "namespace", name)
     cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
@@ -118,7 +121,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 
 @pytest.fixture(scope="package")
 def stand_in(cluster: Cluster) -> Callable[[str], str]:
-    """Return a function that puts an image on the node whose entry point is a shell script, and names it."""
+    """Return a function that loads an image, whose entry point is a shell script, into the node and returns its name."""
     made: dict[str, str] = {}
 
     def make(script: str) -> str:
@@ -126,7 +129,7 @@ def stand_in(cluster: Cluster) -> Callable[[str], str]:
             name = f"localhost/stand-in:{uuid.uuid5(uuid.NAMESPACE_OID, script).hex[:12]}"
             links = {f"bin/{command}": "busybox" for command in BUSYBOX_COMMANDS}
             archive = cluster.layout.temporary / "stand-in.tar"
-            # As in the trainer's image: the operator sets arguments, never the command.
+            # As in the trainer's image, the entry point stays: the operator sets only arguments.
             command = ["/bin/sh", "-c", script]
             write_archive(Image(name, {"bin/busybox": BUSYBOX}, links, command, is_entry_point=True), archive)
             cluster.run(["ctr", "--namespace=k8s.io", "images", "import", archive])

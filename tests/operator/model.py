@@ -1,5 +1,8 @@
-"""A model of the API server and of training-operator, in memory: just enough for a job's whole life, with a crash
-after any chosen write. The real ones are in test_on_cluster; here every single write can be the last."""
+"""An in-memory model of the API server and of training-operator, which stands in for `KubeClient` in tests.
+
+The model is complete enough for the whole life of one job, and lets the operator crash after any chosen write. Tests
+with the real servers are in test_on_cluster.py.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ Manifest = dict[str, Any]
 
 
 class CrashedError(Exception):
-    """The operator was killed right after a write."""
+    """Raised right after a write, as if the operator had been killed there."""
 
 
 class ModelServer:
-    """Holds one FineTuneJob and its objects; stands in for `Cluster`."""
+    """Holds one FineTuneJob with its objects, and answers the requests that `KubeClient` would send."""
 
     def __init__(
         self,
@@ -32,9 +35,11 @@ class ModelServer:
         pods_run: bool = True,
         saving: float = 0,
     ) -> None:
-        """Crash after write number ``crash_after``, counted from 1; ``refuses``: why no child is created.
+        """Store ``job`` at the time ``now``.
 
-        Pods that are told to end save for ``saving`` seconds.
+        The operator crashes after write number ``crash_after``, counted from 1. A ``refuses`` that is not empty is the
+        message with which the creation of a child is refused. New pods run at once where ``pods_run``. A deleted pod
+        saves its checkpoint for ``saving`` seconds before it is gone.
         """
         self.saving = saving
         self.refuses = refuses
@@ -47,7 +52,7 @@ class ModelServer:
         self.checks: list[Manifest] = []
         """Preflight pods that exist."""
         self.tried: list[str] = []
-        """Names of all preflight pods that ever did."""
+        """Names of all preflight pods that were ever created."""
         self.refuses_pods = ""
         self.events: list[Manifest] = []
         self.writes: list[str] = []
@@ -56,7 +61,7 @@ class ModelServer:
         self._version = 1
         self._generation = 0
 
-    # ---- what the operator asks ----
+    # ---- requests of the operator ----
 
     async def get_job(self, _key: Key) -> Manifest:
         return copy.deepcopy(self.job)
@@ -140,15 +145,15 @@ class ModelServer:
         self.events.append(manifest)
         return True
 
-    # ---- what the world does ----
+    # ---- what people, nodes, the queue and training-operator do ----
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass."""
+        """Move the clock on, and remove the pods that have saved their checkpoint by then."""
         self.now += timedelta(seconds=seconds)
         self.pods = [pod for pod in self.pods if pod.get("gone", self.now) >= self.now]
 
     def end_pods_of(self, child: str) -> None:
-        """Delete the pods of a child: they are gone once they have saved."""
+        """Delete the pods of a child. A pod exists until it has saved its checkpoint."""
         if not self.saving:
             self.pods = [pod for pod in self.pods if pod["child"] != child]
         for pod in self.pods:
@@ -158,7 +163,7 @@ class ModelServer:
                 pod["metadata"]["deletionGracePeriodSeconds"] = 90
 
     def end_pods(self, exit_code: int, message: str = "") -> bool:
-        """End the training container of every running pod; False where none runs."""
+        """End the training container of every running pod; return whether one ran."""
         running = [pod for pod in self.pods if "running" in pod["status"]["containerStatuses"][0]["state"]]
         for pod in running:
             started = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
@@ -169,7 +174,7 @@ class ModelServer:
         return bool(running)
 
     def end_check(self, exit_code: int, message: str = "") -> bool:
-        """End the preflight pod that runs; False where none does."""
+        """End the preflight pod that runs; return whether one ran."""
         for check in self.checks:
             (container,) = check["status"]["containerStatuses"]
             if "running" in container["state"] and "deletionTimestamp" not in check["metadata"]:
@@ -180,7 +185,7 @@ class ModelServer:
         return False
 
     def ask_deletion(self, index: int) -> bool:
-        """Ask for the deletion of a running pod; False where it does not run."""
+        """Ask for the deletion of the pod with ``index``; return whether the pod exists."""
         for pod in self.pods:
             if pod["metadata"]["labels"]["training.kubeflow.org/replica-index"] == str(index):
                 pod["metadata"]["deletionTimestamp"] = (self.now + timedelta(seconds=90)).isoformat()
@@ -189,7 +194,7 @@ class ModelServer:
         return False
 
     def set_policy(self, **changes: Any) -> bool:
-        """Change `runPolicy` as a person does."""
+        """Change fields of `runPolicy` as a person does; return True."""
         self._version += 1
         self.job["spec"]["runPolicy"] = self.job["spec"].get("runPolicy", {}) | changes
         self.job["metadata"]["generation"] += 1
@@ -197,7 +202,7 @@ class ModelServer:
         return True
 
     def hold_child(self) -> bool:
-        """Suspend the child as its queue does: its pods go."""
+        """Suspend the child as its queue does, after which its pods are deleted; return True."""
         (child,) = self.children.values()
         child["spec"].setdefault("runPolicy", {})["suspend"] = True
         self._set_child_condition(child, "Suspended", "True")
@@ -205,12 +210,12 @@ class ModelServer:
         return True
 
     def release_child(self) -> bool:
-        """Resume the child as its queue does: new pods come."""
+        """Resume the child as its queue does, after which new pods are created; return True."""
         (child,) = self.children.values()
         child["spec"]["runPolicy"]["suspend"] = False
         self._set_child_condition(child, "Suspended", "False")
         if any(pod["child"] == child["metadata"]["name"] for pod in self.pods):
-            # training-operator counts running pods with a deletionTimestamp as failed, and restartPolicy is Never.
+            # training-operator counts a running pod with a deletionTimestamp and restartPolicy Never as failed.
             failed = {"type": "Failed", "status": "True", "lastTransitionTime": self.now.isoformat()}
             child["status"]["conditions"].append(failed)
         else:
@@ -257,4 +262,4 @@ class ModelServer:
 
 
 Script = list[Callable[[ModelServer], bool]]
-"""What happens to a job, in this order; each returns False until its time has come."""
+"""What happens to a job, in this order. Each function returns False while its time has not come yet."""

@@ -96,7 +96,7 @@ def test_a_failed_attempt_is_accounted_once_and_its_objects_go_before_the_next()
     assert closed.next_start_time == at(10)
     assert advance(closed, seen(pods)).action is Action.REMOVE_ATTEMPT
     assert advance(closed, seen(pods)).attempts == closed
-    # The child is gone, its pods are not yet: nothing starts.
+    # The child is gone but its pods still exist, so no attempt starts.
     assert advance(closed, seen_no_child(now=60, pods=pods)).action is Action.NONE
     opened = advance(closed, seen_no_child(now=10))
     assert (opened.action, opened.attempts.started) == (Action.OPEN_ATTEMPT, 2)

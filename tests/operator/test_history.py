@@ -1,4 +1,4 @@
-"""How reports become progress, curves and checkpoints."""
+"""How the reports of a trainer become progress, curves, checkpoints, scores and notices of the status."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_notices_are_kept_once_and_the_newest_last() -> None:
 
 
 def test_a_store_that_takes_no_checkpoint_becomes_a_condition() -> None:
-    """The age is reported in progress and, in minutes, in the sentence; the older checkpoint is still there."""
+    """The age of the newest checkpoint is in `progress` and, in minutes, in the message of the condition."""
     reported = report(
         checkpoints=[record(20, 2.0)], checkpoint_age_seconds=190, checkpoint_problem="the store answered 503"
     )
@@ -176,7 +176,7 @@ def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None
         mfu=0.4321,
     )
     status = merge_report(FineTuneJobStatus(), reported, NOW)
-    # The least perplexity is not the best where the task's score decides.
+    # The trainer names the checkpoint with the best task score; the one with the least perplexity is another.
     assert [(record.step, record.best, record.task_score) for record in status.checkpoints] == [
         (5, False, "0.5"),
         (10, True, "0.75"),
@@ -188,7 +188,7 @@ def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None
     assert status.evaluation.tuned is None
     assert status.progress is not None
     assert status.progress.mfu == "0.4321"
-    # A trainer that was started again knows only its own incidents, and repeats them with every report.
+    # A restarted trainer knows only its own incidents, and repeats these incidents in every report.
     later = incident.model_copy(update={"step": 30})
     for _ in range(2):
         status = merge_report(status, reported.model_copy(update={"incidents": [later], "evaluation": None}), NOW)

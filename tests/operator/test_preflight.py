@@ -1,4 +1,4 @@
-"""What comes next in the check before attempt 1, as a table: only findings end a job, a broken pod never does."""
+"""Decisions about the preflight check before attempt 1: only its findings end a job, a broken pod never does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job that has ended leaves behind goes in time: with the TTL everything but the FineTuneJob."""
+"""Objects of a job that has ended are removed in time; with a TTL everything but the FineTuneJob itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.operator.worlds import NOW, job_manifest
 async def ended(**policy: object) -> ModelServer:
     scenario = Scenario(script=[during(1, ends(0, DONE))], reason="Completed", counts=(1, 0, 0), policy=policy)
     server = await run_to_end(scenario)
-    # The backend has seen its pods succeed: it does nothing more with its object.
+    # training-operator has marked the PyTorchJob as succeeded and does nothing more with it.
     for child in server.children.values():
         child["status"] = {"conditions": [{"type": "Succeeded", "status": "True"}]}
     return server
@@ -74,7 +74,7 @@ async def test_a_run_file_whose_child_was_never_created_goes_with_its_job() -> N
     with pytest.raises(CrashedError):
         await _reconcile_until(server, lambda: False)
     assert (len(server.config_maps), server.children) == (1, {})
-    # Nobody looks until the deadline is over.
+    # No reconcile happens until the deadline is over.
     server.pass_time(100)
     await _reconcile_until(server, lambda: bool(server.job["status"].get("completionTime")))
     await reconciler(server).reconcile(KEY)

@@ -1,4 +1,7 @@
-"""Remaining time from the operator's own window, and the budget of status writes: tables on a clock that tests set."""
+"""The remaining time that the operator estimates from reported steps, and the budget of status writes.
+
+Each test sets the clock itself.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def test_the_speed_outlives_a_resume_until_the_new_attempt_has_its_own() -> None
     window = StepWindow()
     window.add(0.0, 10)
     window.add(20.0, 20)
-    window.add(500.0, 15)  # resumed from an earlier checkpoint: the pause is not training
+    window.add(500.0, 15)  # the trainer resumed from an earlier checkpoint, so the pause is no training time
     assert window.seconds_per_step() == 2
     window.add(505.0, 16)
     assert window.seconds_per_step() == 5
@@ -53,7 +56,7 @@ def test_the_speed_outlives_a_resume_until_the_new_attempt_has_its_own() -> None
     [
         (2.0, None, 80),
         (2.0, stored(50, 100, 5), 80),
-        (None, stored(50, 100, 100), 80),  # after a restart of the operator
+        (None, stored(50, 100, 100), 80),  # a restarted operator has measured no speed yet
         (None, stored(50, 100, None), None),
         (None, stored(100, 100, 0), None),
         (None, None, None),

@@ -1,4 +1,4 @@
-"""The status as people read it: conditions, their messages, and which changes are written at once."""
+"""The computed status: conditions with their messages, image, plan and usage, and which changes are written at once."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ async def test_numbers_of_a_job_are_written_every_ten_seconds() -> None:
 
 
 async def test_all_jobs_together_keep_to_the_budget_and_each_comes_in_turn() -> None:
-    jobs = Jobs(1000)  # 100 writes a second by the ten seconds alone
+    jobs = Jobs(1000)  # without the budget this would be 100 writes per second
     await jobs.train(120)
     later = [time for time in jobs.writes.times if time > 60]
     assert len(later) <= 60 * WRITES_PER_SECOND + BURST
@@ -100,7 +100,7 @@ async def test_a_transition_waits_for_nothing() -> None:
     key = next(iter(jobs.memory))
     await jobs.train(30)
     while jobs.writer._budget.reserve() < jobs.clock[0] + 3600:
-        pass  # the whole budget of an hour is spoken for
+        pass  # the writes of a whole hour are reserved
     before = len(jobs.writes.times)
     assert await jobs.reconcile(key, report=None, generation=2) is None
     assert len(jobs.writes.times) == before + 1

@@ -15,7 +15,7 @@ from tests.operator.worlds import at, pod
 def holding(
     index: int, *, scheduled: float | None, started: float | None = None, ended: float | None = None, **changes: Any
 ) -> PodObservation:
-    """Return a pod with the times that count."""
+    """Return a pod that got a node, started and ended at these seconds; None where it did not."""
     state = ContainerState.TERMINATED if ended is not None else ContainerState.RUNNING
     container = ContainerObservation(
         state=state if started is not None else ContainerState.WAITING,

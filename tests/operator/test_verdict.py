@@ -1,4 +1,4 @@
-"""The verdict table of the design, row by row."""
+"""Which verdict an attempt gets: tables with pods and child on one side, verdict and reason on the other."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ TABLE = {
 
 
 SAME_SECOND = {
-    # pods, has the backend failed its object, verdict
+    # name: (pods, whether training-operator has failed the PyTorchJob, verdict and reason)
     "the backend cleaned up after a crash": (
         [pod(0, exit_code=1, finished=5), pod(1, exit_code=143, finished=5, deleted=5)],
         True,
@@ -185,7 +185,7 @@ def test_in_the_same_second_it_counts_whether_the_backend_had_begun_to_clean_up(
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0)])
 def test_a_free_attempt_names_the_pod_that_a_person_deleted(first: int, second: int) -> None:
-    """training-operator deletes the other pod in the same second, a moment later."""
+    """training-operator deletes the other pod in the same second, but a moment later: its version is higher."""
     pods = [pod(first, deleted=5, version=1000), pod(second, deleted=5, version=1001)]
     for order in (pods, pods[::-1]):
         ruling = _judge(order, child=child(failed=True))
@@ -259,11 +259,11 @@ CASES: list[tuple[list[Any], dict[str, Any]]] = [
     ([pod(0), pod(1, phase="Failed", container=None)], {}),
     ([], {"child": child(failed=True), "current": current(indexes=())}),
 ]
-"""Evidence for every rule of the table."""
+"""Pods and other evidence such that each rule of `RULES` decides at least once."""
 
 
 def test_every_rule_decides_somewhere_with_the_verdict_that_the_table_names() -> None:
-    """The documentation shows the verdict of `RULES`; here it is compared with that of the rulings."""
+    """docs/architecture.md shows the verdict in `RULES`; this test compares that verdict with those of the rulings."""
     decided = set()
     for pods, changes in CASES:
         evidence = _evidence(pods, **changes)
@@ -284,7 +284,7 @@ def test_an_order_is_obeyed_only_while_no_cause_is_recorded() -> None:
 
 
 def test_all_pods_that_are_gone_are_named() -> None:
-    """The operator looked too late to see which one a person deleted: training-operator removed the other."""
+    """Both pods are gone when the operator reconciles, so nothing shows which of them a person deleted first."""
     ruling = _judge([])
     assert ruling is not None
     assert (ruling.verdict, ruling.reason) == (Verdict.FREE, "PodVanished")
@@ -366,7 +366,7 @@ def test_a_deletion_is_no_cause_of_an_eviction_whose_time_is_not_known_yet() -> 
     container = ContainerObservation(state=ContainerState.RUNNING)
     pods = [pod(0, deleted=0), pod(1, container=container, phase="Failed", reason_="Evicted", message_="disk")]
     assert ruled(pods, child=child(failed=True)) == ("Charged", "Evicted")
-    # A backend that has not failed its object has not deleted a pod: a person has.
+    # training-operator deletes pods only after it has failed the PyTorchJob, so a person deleted this pod.
     assert ruled(pods, child=child()) == ("Free", "PodDeleted")
 
 

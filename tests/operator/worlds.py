@@ -1,4 +1,4 @@
-"""Jobs, pods and children for the tables of the operator's tests."""
+"""Builds jobs, pods, child objects and attempts for the operator's tests. Times are seconds after `NOW`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ CHILD_UID = "child-uid"
 
 
 def at(seconds: float) -> datetime:
-    """Return the moment ``seconds`` after the tests' beginning."""
+    """Return the time ``seconds`` after `NOW`."""
     return NOW + timedelta(seconds=seconds)
 
 
 def job_manifest(**spec: Any) -> dict[str, Any]:
-    """Return the quickstart as the API server would hold it, with sections of the spec replaced."""
+    """Return examples/quickstart.yaml as the API server stores the manifest, with sections of the spec replaced."""
     manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "examples/quickstart.yaml").read_text())
     manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}
     manifest["spec"] |= spec
@@ -41,17 +41,17 @@ def job_manifest(**spec: Any) -> dict[str, Any]:
 
 
 def job(**spec: Any) -> FineTuneJob:
-    """Return the quickstart with sections of the spec replaced."""
+    """Return the job of examples/quickstart.yaml with sections of the spec replaced."""
     return FineTuneJob.model_validate(job_manifest(**spec))
 
 
 def artifact() -> ArtifactRecord:
-    """Return a committed artifact."""
+    """Return the record of a committed artifact of step 100."""
     return ArtifactRecord(uri="s3://bucket/artifacts/000001", step=100, bytes=12, manifest_sha256="ab")
 
 
 def result(outcome: Outcome, message: str = "", *, with_artifact: bool = False) -> str:
-    """Return a termination message."""
+    """Return the termination message of a trainer that ended with ``outcome``."""
     record = artifact() if with_artifact else None
     return Result(outcome=outcome, message=message, step=100, artifact=record).to_termination_message()
 
@@ -68,7 +68,10 @@ def pod(
     attempt: int = 1,
     **changes: Any,
 ) -> PodObservation:
-    """Return a pod that runs, or that ended with ``exit_code``; times are seconds from the beginning."""
+    """Return a pod that runs, or that ended with ``exit_code`` at the second ``finished``.
+
+    ``deleted`` is the second in which somebody asked for the deletion, ``grace`` the pod's grace period in seconds.
+    """
     ended = exit_code is not None
     container = ContainerObservation(
         state=ContainerState.TERMINATED if ended else ContainerState.RUNNING,
@@ -90,18 +93,18 @@ def pod(
         "delete_deadline": None if deleted is None else at(deleted + grace),
         "container": container,
     }
-    # `reason` and `message` of the container have the short names; those of the pod end with an underscore.
+    # `reason` and `message` are the container's; `reason_` and `message_` are the pod's.
     return PodObservation(**(values | {name.rstrip("_"): value for name, value in changes.items()}))
 
 
 def child(**changes: Any) -> ChildObservation:
-    """Return the child of attempt 1."""
+    """Return the child of attempt 1, a PyTorchJob with two workers."""
     values: dict[str, Any] = {"name": "job-1", "uid": CHILD_UID, "owner_uid": UID, "replicas": 2}
     return ChildObservation(**(values | changes))
 
 
 def current(number: int = 1, *, started: float = -100, indexes: tuple[int, ...] = (0, 1)) -> CurrentAttempt:
-    """Return the record of an attempt whose pods were seen."""
+    """Return `status.attempts.current` of an attempt whose pods with these indexes were recorded."""
     pods = [PodRecord(index=i, name=f"job-1-worker-{i}", uid=f"pod-{i}", node=f"node-{i}") for i in indexes]
     return CurrentAttempt(number=number, start_time=at(started), pods=pods)
 
@@ -112,5 +115,5 @@ def advance(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
 
 
 def checkpoint(time: float, step: int = 20) -> CheckpointStatus:
-    """Return a checkpoint committed ``time`` seconds after the beginning."""
+    """Return a checkpoint of ``step`` that was committed at the second ``time``."""
     return CheckpointStatus(run=1, step=step, uri="s3://b/c", bytes=1, manifest_sha256="a", time=at(time), last=True)

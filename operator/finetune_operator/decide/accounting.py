@@ -30,7 +30,7 @@ one, however often it happens."""
 
 
 def cause_of(ruling: Ruling, now: datetime) -> AttemptCause:
-    """Return ``ruling`` as `status.attempts.current.cause` stores it; ``now`` is when it was made."""
+    """Return ``ruling`` as `status.attempts.current.cause` stores it; ``now`` is the time of the ruling."""
     return AttemptCause(
         verdict=ruling.verdict,
         reason=ruling.reason[:64],

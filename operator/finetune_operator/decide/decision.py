@@ -16,7 +16,7 @@ from finetune_operator.objects.observations import PodObservation
 
 
 class Action(Enum):
-    """What the reconciler does, once the bookkeeping is written."""
+    """The change of objects that the reconciler makes, once the bookkeeping is written."""
 
     NONE = auto()
     """Nothing changes: a pod runs, something is waited for, or the job has ended."""

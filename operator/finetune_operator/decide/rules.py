@@ -1,6 +1,7 @@
 """Why an attempt ends: `RULES`, a table of named rules of which the first that matches decides.
 
-`attempts.py` calls `judge` in every reconcile and records the first ruling, because later evidence is often only its
+Each rule is a function that takes the evidence and returns a ruling, or None where the rule does not match.
+`attempts.py` calls `judge` in every reconcile and records the first ruling, because later evidence is often only a
 consequence. The table in docs/architecture.md is generated from `RULES` (`reference.py`).
 """
 
@@ -22,7 +23,7 @@ from finetune_operator.objects.observations import PodObservation
 
 
 def artifact_committed(evidence: Evidence) -> Ruling | None:
-    """Return the success of the attempt."""
+    """Return the ruling that the attempt succeeded."""
     result = evidence.artifact_result
     if result is None or result.artifact is None:
         return None
@@ -35,21 +36,21 @@ def artifact_committed(evidence: Evidence) -> Ruling | None:
 
 
 def cancelled(evidence: Evidence) -> Ruling | None:
-    """Return the end that `runPolicy.cancel` orders."""
+    """Return the ruling that `runPolicy.cancel` orders."""
     if not evidence.policy.cancel:
         return None
     return _ordered(Verdict.PERMANENT, Reason.CANCELLED, messages.CANCELLED)
 
 
 def suspended(evidence: Evidence) -> Ruling | None:
-    """Return the end that `runPolicy.suspend` orders."""
+    """Return the ruling that `runPolicy.suspend` orders."""
     if not evidence.policy.suspend:
         return None
     return _ordered(Verdict.FREE, Cause.SUSPENDED, messages.SUSPENDED)
 
 
 def active_deadline_over(evidence: Evidence) -> Ruling | None:
-    """Return the end of an attempt whose job has used up the time that its pods may run."""
+    """Return the ruling about an attempt whose job has used up the time that its pods may run."""
     if not is_active_deadline_over(evidence.policy, evidence.active_seconds):
         return None
     message = messages.active_deadline(evidence.policy.active_deadline_seconds or 0)
@@ -57,7 +58,7 @@ def active_deadline_over(evidence: Evidence) -> Ruling | None:
 
 
 def pending_deadline_over(evidence: Evidence) -> Ruling | None:
-    """Return the end of an attempt whose pods did not all run in time."""
+    """Return the ruling about an attempt whose pods did not all run in time."""
     deadline = pending_deadline(evidence.policy, evidence.current)
     if deadline is None or deadline > evidence.now:
         return None
@@ -73,7 +74,7 @@ def _ordered(verdict: Verdict, reason: str, message: str) -> Ruling:
 
 
 def held_by_queue(evidence: Evidence) -> GoesOn | None:
-    """Return that the attempt goes on: its queue took the admission back and will give it again."""
+    """Return `GoesOn` where the queue has suspended the child, because the queue resumes the child later."""
     return GoesOn() if evidence.child is not None and evidence.child.suspended else None
 
 
@@ -81,17 +82,17 @@ def held_by_queue(evidence: Evidence) -> GoesOn | None:
 
 
 def bad_input(evidence: Evidence) -> Ruling | None:
-    """Return the failure of a pod whose trainer refused the spec or the data."""
+    """Return the ruling about a pod whose trainer refused the spec or the data."""
     return _permanent(evidence, ExitCode.BAD_INPUT, Reason.BAD_INPUT)
 
 
 def diverged(evidence: Evidence) -> Ruling | None:
-    """Return the failure of a pod whose training diverged."""
+    """Return the ruling about a pod whose training diverged."""
     return _permanent(evidence, ExitCode.DIVERGED, Reason.DIVERGED)
 
 
 def out_of_memory(evidence: Evidence) -> Ruling | None:
-    """Return the failure of a pod that ran out of memory, by the trainer's own count or by the kernel's."""
+    """Return the ruling about a pod that ran out of memory, by the trainer's own count or by the kernel's."""
     return _permanent(evidence, ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY)
 
 
@@ -114,21 +115,21 @@ def _permanent(evidence: Evidence, code: ExitCode, reason: Reason) -> Ruling | N
 
 
 def resumed_too_early(evidence: Evidence) -> Ruling | None:
-    """Return the end of an attempt whose child failed only for pods of an earlier admission."""
+    """Return the ruling about an attempt whose child failed only for pods of an earlier admission."""
     if evidence.failures or not evidence.resumed_too_early:
         return None
     return _free(Cause.RESUMED_TOO_EARLY, messages.RESUMED_TOO_EARLY)
 
 
 def child_deleted(evidence: Evidence) -> Ruling | None:
-    """Return the end of an attempt whose child was deleted by somebody else."""
+    """Return the ruling about an attempt whose child was deleted by somebody else."""
     if evidence.failures or not evidence.child_uid or not (evidence.child is None or evidence.child.deleting):
         return None
     return _free(Cause.CHILD_DELETED, messages.CHILD_DELETED)
 
 
 def child_replaced(evidence: Evidence) -> Ruling | None:
-    """Return the end of an attempt in whose child's place another object of the same name exists."""
+    """Return the ruling about an attempt in whose child's place another object of the same name exists."""
     child = evidence.child
     if evidence.failures or not evidence.child_uid or child is None or child.uid == evidence.child_uid:
         return None
@@ -136,7 +137,7 @@ def child_replaced(evidence: Evidence) -> Ruling | None:
 
 
 def child_scaled(evidence: Evidence) -> Ruling | None:
-    """Return the end of an attempt whose child was scaled to another number of pods."""
+    """Return the ruling about an attempt whose child was scaled to another number of pods."""
     child = evidence.child
     if evidence.failures or not evidence.child_uid or child is None or child.replicas == evidence.nodes:
         return None
@@ -144,7 +145,7 @@ def child_scaled(evidence: Evidence) -> Ruling | None:
 
 
 def pod_disrupted(evidence: Evidence) -> Ruling | None:
-    """Return the end of an attempt of which the cluster took a pod away."""
+    """Return the ruling about an attempt of which the cluster took a pod away."""
     pod = _disturbed(evidence, Disturbance.DISRUPTED)
     if pod is None:
         return None
@@ -152,7 +153,7 @@ def pod_disrupted(evidence: Evidence) -> Ruling | None:
 
 
 def node_lost(evidence: Evidence) -> Ruling | None:
-    """Return the end of an attempt of which a pod's node no longer answers."""
+    """Return the ruling about an attempt of which a pod's node no longer answers."""
     pod = _disturbed(evidence, Disturbance.NODE_LOST)
     if pod is None:
         return None
@@ -160,7 +161,7 @@ def node_lost(evidence: Evidence) -> Ruling | None:
 
 
 def pod_deleted(evidence: Evidence) -> Ruling | None:
-    """Return the end of an attempt of which somebody deleted a pod.
+    """Return the ruling about an attempt of which somebody deleted a pod.
 
     A pod that was deleted by force no longer exists, and training-operator then deletes the pods that are left. In that
     case the missing pods are the reason, and the message names them and the deleted pod.
@@ -177,7 +178,7 @@ def pod_deleted(evidence: Evidence) -> Ruling | None:
 
 
 def pods_missing(evidence: Evidence) -> Ruling | None:
-    """Return the end of an attempt of which recorded pods vanished or were replaced.
+    """Return the ruling about an attempt of which recorded pods vanished or were replaced.
 
     After a failure, missing pods prove nothing, because the backend deletes the other pods then.
     """
@@ -185,7 +186,7 @@ def pods_missing(evidence: Evidence) -> Ruling | None:
 
 
 def _disturbed(evidence: Evidence, kind: Disturbance) -> PodObservation | None:
-    """Return the pod that was disturbed first, where the disturbance was ``kind``."""
+    """Return the pod that was disturbed first; None where no pod was, or in another way than ``kind``."""
     if evidence.disturbance is None or evidence.disturbance[0] is not kind:
         return None
     return evidence.disturbance[1]
@@ -211,7 +212,7 @@ def _free(reason: str, message: str, node: str = "") -> Ruling:
 
 
 def evicted(evidence: Evidence) -> Ruling | None:
-    """Return the failure of a pod that the kubelet evicted for what the pod itself used."""
+    """Return the ruling about a pod that the kubelet evicted for what the pod itself used."""
     pod = evidence.decisive_failure
     if pod is None or pod.reason != Cause.EVICTED:
         return None
@@ -219,7 +220,7 @@ def evicted(evidence: Evidence) -> Ruling | None:
 
 
 def failed_without_exit_code(evidence: Evidence) -> Ruling | None:
-    """Return the failure of a pod whose training container left no exit code."""
+    """Return the ruling about a pod whose training container left no exit code."""
     pod = evidence.decisive_failure
     if pod is None or (pod.container is not None and pod.container.exit_code is not None):
         return None
@@ -227,29 +228,29 @@ def failed_without_exit_code(evidence: Evidence) -> Ruling | None:
 
 
 def outside_failure(evidence: Evidence) -> Ruling | None:
-    """Return the failure of a pod for which something outside was missing for too long."""
+    """Return the ruling about a pod for which something outside was missing for too long."""
     return _exited(evidence, Cause.OUTSIDE_FAILURE, lambda code: code == ExitCode.OUTSIDE_FAILURE)
 
 
 def stopped(evidence: Evidence) -> Ruling | None:
-    """Return the end of a pod that received SIGTERM although nobody had deleted the pod."""
+    """Return the ruling about a pod that received SIGTERM although nobody had deleted the pod."""
     return _exited(evidence, Cause.STOPPED, lambda code: code == ExitCode.STOPPED)
 
 
 def crashed(evidence: Evidence) -> Ruling | None:
-    """Return the failure of a pod that ended with an exit code which the trainer does not give itself."""
+    """Return the ruling about a pod that ended with an exit code which the trainer does not give itself."""
     return _exited(evidence, Cause.CRASHED, lambda code: True)
 
 
 def no_artifact(evidence: Evidence) -> Ruling | None:
-    """Return the failure of an attempt that succeeded by its exit codes but left no artifact."""
+    """Return the ruling about an attempt that succeeded by its exit codes but left no artifact."""
     if len(evidence.pods) != evidence.nodes or not all(pod.ended for pod in evidence.pods):
         return None
     return Ruling(verdict=Verdict.CHARGED, reason=Cause.NO_ARTIFACT, message=messages.NO_ARTIFACT)
 
 
 def child_failed(evidence: Evidence) -> Ruling | None:
-    """Return the failure of an attempt whose child has finished though no pod explains that."""
+    """Return the ruling about an attempt whose child has finished though no pod explains that."""
     child = evidence.child
     if child is None or not child.finished or not all(pod.ended for pod in evidence.pods):
         return None

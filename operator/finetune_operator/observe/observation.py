@@ -18,7 +18,7 @@ class PreflightObservation:
     """What was read for the preflight check, which runs before attempt 1."""
 
     enabled: bool = False
-    """Whether the job is to be checked: `runPolicy.preflight`, or the operator's default where the job is silent."""
+    """Whether the job is to be checked, by `runPolicy.preflight` or, where that is absent, by the operator's default."""
     pods: Sequence[PodObservation] = ()
     """Preflight pods of the job; `PodObservation.index` is the number of the try, counted from 1."""
     problem: str = ""
@@ -45,8 +45,8 @@ class JobObservation:
     usage: UsageStatus
     """GPU seconds and active seconds of the job until `now`."""
     waiting_for: str
-    """Why the attempt's pods do not all run, for example "pod a-worker-0: 0/3 nodes are available"; empty where they
-    do."""
+    """Why not all pods of the attempt run, for example "pod a-worker-0: 0/3 nodes are available"; empty where all
+    run."""
     final_result: Result | None
     """The trainer's result from the newest report of the current attempt; None before the final report."""
     last_phase: str = ""
