@@ -130,7 +130,7 @@ class Reconciler:
 
         seen = await self._observer.observe(job)
         decision = decide(job.status, seen)
-        image = job.status.image or job.job.spec.pod_template.image or self._trainer_image
+        image = job.status.image or job.resource.spec.pod_template.image or self._trainer_image
         try:
             config = self._run_config(job, decision)
         except UserError as error:
@@ -181,7 +181,7 @@ class Reconciler:
         # The preflight check reads the run file of attempt 1, which is not opened yet.
         number = max(1, decision.attempts.started)
         path = report_path(job.key.namespace, job.key.name, number)
-        return resolve(job.job, report=ReportConfig(url=self._report_base_url + path))
+        return resolve(job.resource, report=ReportConfig(url=self._report_base_url + path))
 
     def _resync(self, job: ParsedJob, decision: Decision, acted: _Acted) -> float | None:
         """Return after how many seconds an attempt is reconciled again although no event came; None without one."""

@@ -20,8 +20,8 @@ from tests.cluster.api import answers
 from tests.cluster.layout import API_URL, HOST_ADDRESS
 from tests.cluster.namespaces import children
 from tests.cluster.waiting import ClusterError, tail
+from tests.operator.builders import REPOSITORY
 from tests.operator.operator_program import operator_program
-from tests.operator.worlds import REPOSITORY
 
 NAMESPACE = "operator-tests"
 RELEASE = "under-test"

@@ -13,7 +13,7 @@ import pytest
 from finetune_operator.objects.labels import ATTEMPT, JOB_NAME
 from tests.faults.operators import OperatorProcess
 from tests.faults.world import World, job, settled
-from tests.operator.worlds import REPOSITORY
+from tests.operator.builders import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 

@@ -21,7 +21,7 @@ from tests.faults.loops import LoopThread
 from tests.faults.operators import OperatorProcess, install
 from tests.faults.proxy import FaultProxy
 from tests.faults.stub_node import StubNode, script
-from tests.operator.worlds import job_manifest
+from tests.operator.builders import job_manifest
 
 JOBS = f"/apis/{GROUP}/{VERSION}/{PLURAL}"
 CHILDREN = "/apis/kubeflow.org/v1/pytorchjobs"

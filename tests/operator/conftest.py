@@ -18,8 +18,8 @@ from tests.cluster import Cluster, wait_for
 from tests.cluster.fixtures import started
 from tests.cluster.layout import HOST_ADDRESS
 from tests.cluster.oci import BUSYBOX, BUSYBOX_COMMANDS, Image, write_archive
+from tests.operator.builders import REPOSITORY, job_manifest
 from tests.operator.operator_program import OperatorProgram, operator_program
-from tests.operator.worlds import REPOSITORY, job_manifest
 
 OPERATOR_NAMESPACE = "operator-tests"
 RELEASE = "under-test"
@@ -121,7 +121,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 
 @pytest.fixture(scope="package")
 def stand_in(cluster: Cluster) -> Callable[[str], str]:
-    """Return a function that loads an image, whose entry point is a shell script, into the node and returns its name."""
+    """Return a function that loads an image with a shell script as entry point into the node, and returns its name."""
     made: dict[str, str] = {}
 
     def make(script: str) -> str:

@@ -23,12 +23,12 @@ from tests.cluster import Cluster, wait_for
 from tests.cluster.api import answers
 from tests.cluster.audit import calls
 from tests.cluster.layout import BRIDGE
+from tests.operator.builders import REPOSITORY
 from tests.operator.conftest import Installed
 from tests.operator.operator_program import OperatorProgram, operator_program
 from tests.operator.test_on_cluster import child_name, pods_run, report, running
 from tests.operator.test_reports_on_cluster import token_of
 from tests.operator.test_two_replicas import owner_of_the_slice, post_by_name
-from tests.operator.worlds import REPOSITORY
 
 CHART = REPOSITORY / "charts/finetune-operator"
 SECRET = "reports-tls"

@@ -15,7 +15,7 @@ from finetune_operator.decide.decision import Action
 from finetune_operator.decide.states import JobState
 from finetune_operator.objects.observations import PodObservation
 from finetune_operator.observe.observation import JobObservation
-from tests.operator.worlds import CHILD_UID, NOW, advance, at, checkpoint, child, current, pod, result
+from tests.operator.builders import CHILD_UID, NOW, advance, at, checkpoint, child, current, pod, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 

@@ -21,8 +21,8 @@ from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
+from tests.operator.builders import NOW, UID, job_manifest, result
 from tests.operator.model import CrashedError, ModelServer, Script
-from tests.operator.worlds import NOW, UID, job_manifest, result
 
 KEY = Key("team", "quickstart")
 DONE = result(Outcome.COMPLETED, with_artifact=True)

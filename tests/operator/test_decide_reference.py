@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune_operator.decide.reference import with_generated_sections
-from tests.operator.worlds import REPOSITORY
+from tests.operator.builders import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
 

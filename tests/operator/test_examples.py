@@ -15,7 +15,7 @@ from finetune_core.api import FineTuneJob
 from finetune_core.names import attempt_name
 from finetune_operator.objects.backends.pytorchjob import build_pytorchjob
 from finetune_operator.objects.pod_template import AttemptSpec
-from tests.operator.worlds import REPOSITORY, UID
+from tests.operator.builders import REPOSITORY, UID
 
 GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES = sorted(path for path in (REPOSITORY / "examples").rglob("*.yaml") if path.name != "quickstart.yaml")

@@ -21,7 +21,7 @@ from finetune_operator.status.conditions import compute_conditions
 from finetune_operator.status.events import events_between
 from finetune_operator.status.inputs import StatusInput
 from finetune_operator.status.report_merge import checkpoints_of, merge_history, merge_report, percentage, thin
-from tests.operator.worlds import NOW
+from tests.operator.builders import NOW
 
 
 def points(*steps: int) -> list[HistoryPoint]:

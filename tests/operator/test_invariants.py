@@ -17,10 +17,10 @@ from finetune_core.contract import Outcome
 from finetune_core.names import attempt_name
 from finetune_operator import reconcile
 from finetune_operator.decide.states import TRANSITIONS, JobState
+from tests.operator.builders import NOW, UID, job_manifest, result
 from tests.operator.model import CrashedError, Manifest, ModelServer
 from tests.operator.test_crashes import KEY, reconciler
 from tests.operator.test_job_states import recording
-from tests.operator.worlds import NOW, UID, job_manifest, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 

@@ -23,7 +23,7 @@ from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import JobMemory
 from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.event_recorder import EventRecorder
-from tests.operator.worlds import NOW, UID, at
+from tests.operator.builders import NOW, UID, at
 
 KEY = Key("team", "quickstart")
 

@@ -19,9 +19,9 @@ from finetune_operator.decide.decision import Decision
 from finetune_operator.decide.state_machine import decide
 from finetune_operator.decide.states import FINAL_STATES, MEANINGS, TRANSITIONS, JobState
 from finetune_operator.observe.observation import JobObservation
+from tests.operator.builders import NOW, job_manifest, result
 from tests.operator.model import ModelServer
 from tests.operator.test_crashes import KEY, reconciler
-from tests.operator.worlds import NOW, job_manifest, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 

@@ -17,9 +17,9 @@ from finetune_core.names import worker_name
 from tests.cluster import wait_for
 from tests.cluster.kueue import FIELD_MANAGER, Kueue, PodSetInfo, suspending_webhook
 from tests.cluster.node import REGISTRY
+from tests.operator.builders import result
 from tests.operator.conftest import Installed, condition, settled, small_job
 from tests.operator.test_on_cluster import RUNS, StandIn, child_name, ends, pods_run, running
-from tests.operator.worlds import result
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -33,8 +33,8 @@ from finetune_core.contract import (
 from finetune_core.names import attempt_name, worker_name
 from tests.cluster import ClusterError, wait_for
 from tests.cluster.layout import HOST_ADDRESS
+from tests.operator.builders import NOW, result
 from tests.operator.conftest import HEALTH_PORT, REPORT_PORT, Installed, condition, settled, small_job
-from tests.operator.worlds import NOW, result
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -11,8 +11,8 @@ from finetune_core.contract import Outcome
 from finetune_operator.decide.accounting import SUSPENSIONS, backoff
 from finetune_operator.decide.decision import Action
 from finetune_operator.decide.states import JobState
+from tests.operator.builders import advance, at, checkpoint, child, current, pod, result
 from tests.operator.test_attempts import past, running, seen, seen_no_child
-from tests.operator.worlds import advance, at, checkpoint, child, current, pod, result
 
 CANCEL, SUSPEND = {"cancel": True}, {"suspend": True}
 DONE = result(Outcome.COMPLETED, with_artifact=True)

@@ -23,7 +23,7 @@ from finetune_operator.objects.observations import (
 )
 from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_config_map, build_preflight_pod
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
-from tests.operator.worlds import NOW, at, job, pod
+from tests.operator.builders import NOW, at, job, pod
 
 NONE = PreflightResult(findings=[]).to_termination_message()
 PLAN = PreflightSpec(number=3, name="quickstart-1234-preflight-3", image="trainer:1")

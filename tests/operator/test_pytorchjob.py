@@ -14,7 +14,7 @@ from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE, STO
 from finetune_core.names import attempt_name
 from finetune_operator.objects.backends.pytorchjob import build_pytorchjob, parse_pytorchjob
 from finetune_operator.objects.pod_template import AttemptSpec
-from tests.operator.worlds import UID, job
+from tests.operator.builders import UID, job
 
 GOLDEN = Path(__file__).parent / "golden" / "quickstart.yaml"
 

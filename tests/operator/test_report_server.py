@@ -16,7 +16,7 @@ from finetune_operator.queue.memory import Memory, ReportingAttempt
 from finetune_operator.queue.work_queue import Key, WorkQueue
 from finetune_operator.reports.server import ReportServer
 from finetune_operator.reports.token_review import TokenPod, TokenReviewer
-from tests.operator.worlds import NOW, UID
+from tests.operator.builders import NOW, UID
 
 KEY = Key("team", "quickstart")
 PATH = report_path("team", "quickstart", 2)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from finetune_operator.settled import time_to_live
+from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import CrashedError, Manifest, ModelServer
 from tests.operator.test_crashes import DONE, KEY, Scenario, during, ends, reconciler, run_to_end
-from tests.operator.worlds import NOW, job_manifest
 
 
 async def ended(**policy: object) -> ModelServer:

@@ -23,8 +23,8 @@ from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.work_queue import Key, WorkQueue
 from finetune_operator.reconcile import Reconciler
+from tests.operator.builders import NOW, job_manifest, result
 from tests.operator.model import Manifest, ModelServer
-from tests.operator.worlds import NOW, job_manifest, result
 
 DAYS = 10
 LIVING = 20

@@ -11,7 +11,7 @@ from finetune_core.api.status import ProgressStatus
 from finetune_operator.queue.memory import JobMemory
 from finetune_operator.queue.speed import WINDOW, StepWindow, eta_seconds
 from finetune_operator.status.budget import WriteBudget
-from tests.operator.worlds import NOW
+from tests.operator.builders import NOW
 
 
 def stored(step: int, total: int, eta: int | None) -> ProgressStatus:

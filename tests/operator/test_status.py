@@ -26,7 +26,7 @@ from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.compute import compute_status, is_news, is_transition
 from finetune_operator.status.events import event_manifest, events_between
 from finetune_operator.status.inputs import StatusInput, plan_of
-from tests.operator.worlds import UID, at, child, current, job, pod
+from tests.operator.builders import UID, at, child, current, job, pod
 
 WAITING = ContainerState.WAITING
 

@@ -17,8 +17,8 @@ from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.budget import BURST, WRITES_PER_SECOND
 from finetune_operator.status.event_recorder import EventRecorder
 from finetune_operator.status.writer import StatusWriter
+from tests.operator.builders import UID, at
 from tests.operator.test_status import report, status_input
-from tests.operator.worlds import UID, at
 
 
 class Writes:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from finetune_core.api.status import FineTuneJobStatus
 from finetune_core.contract.stock_reports import RuntimeStatus, to_report
 from finetune_operator.status.report_merge import merge_report
-from tests.operator.worlds import NOW
+from tests.operator.builders import NOW
 
 BEGIN: dict[str, Any] = {"progressPercentage": 0, "metrics": [{"name": "total_steps", "value": "200"}]}
 LOSS = {"name": "loss", "value": "1.25"}

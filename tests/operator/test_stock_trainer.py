@@ -16,10 +16,10 @@ import pytest
 
 from finetune_core.contract.stock_reports import CA_VARIABLE, SERVER_URL_VARIABLE, TOKEN_VARIABLE
 from tests.cluster import wait_for
+from tests.operator.builders import REPOSITORY
 from tests.operator.conftest import Installed, condition, small_job
 from tests.operator.stock_trainer import SAVED_EVERY, STEPS
 from tests.operator.test_on_cluster import RUNS, pods_run, running
-from tests.operator.worlds import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(500)]
 

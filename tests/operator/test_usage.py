@@ -9,7 +9,7 @@ import pytest
 from finetune_core.api.status import UsageStatus
 from finetune_operator.objects.observations import ContainerObservation, ContainerState, PodObservation
 from finetune_operator.observe.usage import usage_until
-from tests.operator.worlds import at, pod
+from tests.operator.builders import at, pod
 
 
 def holding(

@@ -14,7 +14,7 @@ from finetune_operator.decide.rules import RULES, judge
 from finetune_operator.decide.verdict import Ruling, Verdict, replaces
 from finetune_operator.objects.observations import ContainerObservation, ContainerState
 from finetune_operator.observe.observation import is_of_an_earlier_admission
-from tests.operator.worlds import CHILD_UID, NOW, at, child, current, pod, result
+from tests.operator.builders import CHILD_UID, NOW, at, child, current, pod, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 BAD = result(Outcome.BAD_INPUT, "dataset.train: column `meaning` must exist")

@@ -68,12 +68,12 @@ class AttemptObjects:
 
     async def _create(self, job: ParsedJob, image: str, config: RunConfig) -> ChildObservation:
         """Create ConfigMap, then child, under deterministic names, so that a second try finds them again."""
-        metadata, number = job.job.metadata, job.status.attempts.started
+        metadata, number = job.resource.metadata, job.status.attempts.started
         if number > 1:
             # Somebody else deleted the earlier child, or it was never created. Then its ConfigMap still exists.
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
         plan = AttemptSpec(number=number, name=name, image=image, report_base_url=self._report_base_url)
-        await create_config_map(self._cluster, build_config_map(job.job, plan, config, self._ca_bundle()))
-        return await self._backend.create(self._backend.build(job.job, plan))
+        await create_config_map(self._cluster, build_config_map(job.resource, plan, config, self._ca_bundle()))
+        return await self._backend.create(self._backend.build(job.resource, plan))

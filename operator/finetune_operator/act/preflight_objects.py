@@ -66,10 +66,10 @@ class PreflightObjects:
         name = preflight_name(job.key.name, job.uid, number)
         plan = PreflightSpec(number=number, name=name, image=image)
         try:
-            await create_config_map(self._cluster, build_preflight_config_map(job.job, plan, config))
+            await create_config_map(self._cluster, build_preflight_config_map(job.resource, plan, config))
         except RetryableError as error:
             raise RetryableError(Reason.OUTSIDE_FAILURE, error.message) from error
-        pod = build_preflight_pod(job.job, plan)
+        pod = build_preflight_pod(job.resource, plan)
         try:
             await self._cluster.create_pod(pod)
         except ApiError as error:

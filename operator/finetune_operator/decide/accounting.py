@@ -20,8 +20,8 @@ from finetune_core.api.status import (
 from finetune_operator.decide.verdict import TEXT_LIMIT, Ruling, Verdict
 
 FREE_IN_A_ROW = 3
-"""After this many free attempts in a row without a new checkpoint the next one is charged, so that a job that never
-gets anywhere ends."""
+"""After this many free attempts in a row without a new checkpoint the next one is charged, so that a job that makes no
+progress ends."""
 FIRST_BACKOFF_SECONDS = 10
 LONGEST_BACKOFF_SECONDS = 300
 SUSPENSIONS = (Cause.SUSPENDED, Cause.RESUMED_TOO_EARLY)

@@ -63,13 +63,13 @@ class Observer:
         recorded = job.status.child if job.status.attempts.current is not None else None
         return JobObservation(
             now=job.now,
-            nodes=job.job.spec.resources.nodes,
-            policy=job.job.spec.run_policy,
+            nodes=job.resource.spec.resources.nodes,
+            policy=job.resource.spec.run_policy,
             child=child,
             child_uid=recorded.uid if recorded else "",
             pods=pods,
             checkpoints=job.status.checkpoints,
-            usage=usage_until(job.now, job.status.usage, pods, gpus=job.job.spec.resources.gpus_per_node),
+            usage=usage_until(job.now, job.status.usage, pods, gpus=job.resource.spec.resources.gpus_per_node),
             waiting_for=waiting_for,
             final_result=report.result if report else None,
             last_phase=report.phase.value if report else "",
@@ -98,7 +98,7 @@ class Observer:
 
     async def _preflight(self, job: ParsedJob) -> PreflightObservation:
         """Return what exists of the preflight check, and read the warning events about the pod of its current try."""
-        record, policy, pods = job.status.preflight, job.job.spec.run_policy, []
+        record, policy, pods = job.status.preflight, job.resource.spec.run_policy, []
         if record is not None:  # the record is written before the first pod is created, so without it no pod exists
             manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
             pods = [pod for manifest in manifests if (pod := parse_preflight_pod(manifest)) is not None]
@@ -118,7 +118,7 @@ class Observer:
         if attempts.current is None and not uids:
             self._memory.stop_reporting(job.key)
             return
-        resources = job.job.spec.resources
+        resources = job.resource.spec.resources
         ranks = resources.nodes * max(1, resources.gpus_per_node)
         reporting = ReportingAttempt(uid=job.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
         self._memory.set_reporting_attempt(job.key, reporting)
@@ -129,5 +129,5 @@ def _waiting_for(job: ParsedJob, pods: Sequence[PodObservation]) -> str:
     stored = {condition.type: condition.message for condition in job.status.conditions if condition.status == "False"}
     own = [pod for pod in pods if pod.attempt == job.status.attempts.started]
     if own and ConditionType.ACCEPTED not in stored:
-        return why_attempt_waits(own, job.job.spec.resources.nodes, job.memory.hint)
+        return why_attempt_waits(own, job.resource.spec.resources.nodes, job.memory.hint)
     return stored.get(ConditionType.ACCEPTED) or stored.get(ConditionType.RUNNING, "")

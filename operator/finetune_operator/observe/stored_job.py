@@ -54,7 +54,8 @@ class StoredJob:
 class ParsedJob(StoredJob):
     """A FineTuneJob whose spec this version of the operator can read."""
 
-    job: FineTuneJob
+    resource: FineTuneJob
+    """Metadata and spec of the job."""
 
 
 def parse_stored_job(key: Key, manifest: dict[str, Any], memory: JobMemory, now: datetime) -> StoredJob:
@@ -72,5 +73,5 @@ def parse_stored_job(key: Key, manifest: dict[str, Any], memory: JobMemory, now:
 def parse_spec(stored: StoredJob) -> ParsedJob:
     """Return the stored job with its parsed spec; raises ValidationError where this version can't read the spec."""
     fields = ("apiVersion", "kind", "metadata", "spec")
-    job = FineTuneJob.model_validate({name: stored.manifest[name] for name in fields})
-    return ParsedJob(job=job, **vars(stored))
+    resource = FineTuneJob.model_validate({name: stored.manifest[name] for name in fields})
+    return ParsedJob(resource=resource, **vars(stored))

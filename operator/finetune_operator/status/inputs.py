@@ -83,18 +83,18 @@ def status_input(
 
     ``created`` is the child that this reconcile created; ``problem`` says why it could not create one.
     """
-    resources = job.job.spec.resources
+    resources = job.resource.spec.resources
     current = decision.attempts.current
     return StatusInput(
         now=job.now,
-        generation=job.job.metadata.generation,
+        generation=job.resource.metadata.generation,
         nodes=resources.nodes,
         ranks=resources.nodes * max(1, resources.gpus_per_node),
-        policy=job.job.spec.run_policy,
+        policy=job.resource.spec.run_policy,
         image=image,
         plan=plan_of(config) if config is not None else None,
         # What this version can't run keeps a new attempt from starting. An attempt that runs goes on.
-        invalid="" if decision.end else "; ".join(str(error) for error in unrunnable(job.job.spec)),
+        invalid="" if decision.end else "; ".join(str(error) for error in unrunnable(job.resource.spec)),
         attempts=decision.attempts,
         preflight=decision.preflight,
         end=decision.end,
