@@ -20,10 +20,9 @@ from rich.text import Text
 from finetune_cli.formatting import number, size
 from finetune_cli.object_store import Entry, MissingError, ObjectStoreReader
 from finetune_core.api.job import FineTuneJob
-from finetune_core.layout import COMMIT, MANIFEST, Location, Manifest, digest, parse_uri, run_root_of
+from finetune_core.layout import COMMIT, MANIFEST, TRAINER_FILE, Location, Manifest, digest, parse_uri, run_root_of
 
 COMMITTED, DAMAGED, UNFINISHED = "committed", "damaged", "unfinished"
-TRAINER_FILE = "trainer.json"
 
 
 @dataclass(frozen=True, slots=True)

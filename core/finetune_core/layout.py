@@ -23,6 +23,8 @@ from finetune_core.errors import UserError
 MANIFEST = "manifest.json"
 COMMIT = "COMMIT"
 ARTIFACT_POINTER = "ARTIFACT"
+TRAINER_FILE = "trainer.json"
+"""File of a checkpoint with step, data cursor, perplexity and the other numbers that are not tensors."""
 BASES = "_bases"
 """Folder that holds base models with added tokens, each stored once. The folder lies where otherwise folders of
 namespaces lie. No namespace can have this name, because names of namespaces have no underscore."""

@@ -11,13 +11,12 @@ from safetensors.numpy import save_file
 
 from finetune_core.contract import Identity
 from finetune_core.errors import UserError
-from finetune_core.layout import COMMIT, MANIFEST, Manifest, ManifestFile, checkpoint_folder, digest
+from finetune_core.layout import COMMIT, MANIFEST, TRAINER_FILE, Manifest, ManifestFile, checkpoint_folder, digest
 from finetune_trainer.checkpoints.resume import RunStart, start_run, start_run_after_rollback
 from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.pod.errors import NewerRun
 from finetune_trainer.storage.artifact import committed_result, publish
 from finetune_trainer.storage.checkpoint_folders import (
-    TRAINER_FILE,
     TrainerState,
     apply_retention,
     committed,

@@ -20,14 +20,13 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from finetune_core.api.status import METRIC_LIMIT
 from finetune_core.contract import CA_FILE, TOKEN_FILE, Phase, Report
 
 ROUTE: Final = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainjobs/{name}/status"
 SERVER_URL_VARIABLE: Final = "KUBEFLOW_TRAINER_SERVER_URL"
 CA_VARIABLE: Final = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 TOKEN_VARIABLE: Final = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105  (a variable's name)
-METRIC_LIMIT: Final = 32
-"""Greatest number of metrics that the status of a job holds."""
 _STEP, _TOTAL, _EPOCH = "current_step", "total_steps", "current_epoch"
 _RENAMED_METRICS: Final = {"learning_rate": "learningRate", "grad_norm": "gradientNorm", "eval_loss": "evaluationLoss"}
 """Metric names of KubeflowCallback, and the names of the same metrics in the status of a FineTuneJob."""

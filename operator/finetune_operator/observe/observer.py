@@ -119,7 +119,7 @@ class Observer:
             self._memory.stop_reporting(job.key)
             return
         resources = job.resource.spec.resources
-        ranks = resources.nodes * max(1, resources.gpus_per_node)
+        ranks = resources.processes
         reporting = ReportingAttempt(uid=job.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
         self._memory.set_reporting_attempt(job.key, reporting)
 

@@ -89,7 +89,7 @@ def status_input(
         now=job.now,
         generation=job.resource.metadata.generation,
         nodes=resources.nodes,
-        ranks=resources.nodes * max(1, resources.gpus_per_node),
+        ranks=resources.processes,
         policy=job.resource.spec.run_policy,
         image=image,
         plan=plan_of(config) if config is not None else None,

@@ -12,6 +12,7 @@ from finetune_core.api.status import (
     CHECKPOINT_LIMIT,
     HISTORY_LIMIT,
     INCIDENT_LIMIT,
+    METRIC_LIMIT,
     NOTICE_LIMIT,
     ArtifactStatus,
     CheckpointStatus,
@@ -35,7 +36,7 @@ from finetune_core.contract import (
     Report,
     ScoreRecord,
 )
-from finetune_core.contract.stock_reports import METRIC_LIMIT, StockReport
+from finetune_core.contract.stock_reports import StockReport
 from finetune_operator.queue.speed import eta_seconds
 
 PERCENT = 100

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -19,11 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from finetune_core.api.storage import Export
 from finetune_trainer.engine.engine import MASTER
 from finetune_trainer.engine.state import stored_tensors
 from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
 from finetune_trainer.model.load import DTYPES
-from finetune_trainer.model.weight_files import INDEX, WeightFiles, write_index
+from finetune_trainer.model.weight_files import WeightFiles, write_index
+from finetune_trainer.pod.model_file_names import INDEX_FILE
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NEW_ROWS_FILE = "new_embeddings.safetensors"
@@ -40,7 +42,7 @@ LARGEST_FILE = "5GB"
 class ExportOptions:
     """Which kind of artifact to make, and of which base model."""
 
-    kind: Literal["Adapter", "Merged", "Both"]
+    kind: Export
     """Kind of artifact of a LoRA run. A full run ignores the field and exports its model."""
     precision: str
     """Data type that the engine computed with, `bf16` or `fp32`. The exported weights are rounded to the same type."""
@@ -152,7 +154,7 @@ def _save_merged(base: WeightFiles, changes: Mapping[str, WeightDelta], target: 
                 weight = file.get_tensor(key)
                 merged[key] = (changes[key].added_to(weight) if key in changes else weight).to(dtype).contiguous()
         save_file(merged, target / name, {"format": "pt"})
-    if (base.folder / INDEX).is_file() or len(set(base.files.values())) > 1:
+    if (base.folder / INDEX_FILE).is_file() or len(set(base.files.values())) > 1:
         write_index(target, base.files)
 
 

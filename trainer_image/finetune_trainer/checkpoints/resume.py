@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune_core.contract import CheckpointRecord, ContractModel, Identity
-from finetune_core.layout import checkpoint_folder
+from finetune_core.layout import TRAINER_FILE, checkpoint_folder
 from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.storage.checkpoint_folders import (
-    TRAINER_FILE,
     TrainerState,
     check_readable,
     committed,

@@ -17,7 +17,7 @@ from typing import Literal
 
 from finetune_core.api.evaluation import BestBy
 from finetune_core.contract import CheckpointRecord, StorageConfig
-from finetune_core.layout import Manifest, ManifestFile, checkpoint_folder
+from finetune_core.layout import TRAINER_FILE, Manifest, ManifestFile, checkpoint_folder
 from finetune_trainer.checkpoints.resume import RunStart
 from finetune_trainer.checkpoints.uploads import Snapshot, UploadQueue
 from finetune_trainer.decisions.selection import best_first
@@ -26,7 +26,7 @@ from finetune_trainer.engine.state import take_snapshot, write_snapshot
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
 from finetune_trainer.pod.settings import BACKGROUND_BUDGET_SECONDS, STOP_COMMIT_SECONDS
 from finetune_trainer.ranks.gang import Gang
-from finetune_trainer.storage.checkpoint_folders import TRAINER_FILE, TrainerState, apply_retention, to_keep
+from finetune_trainer.storage.checkpoint_folders import TrainerState, apply_retention, to_keep
 from finetune_trainer.storage.commit import Damaged, commit_folder, upload_files
 from finetune_trainer.storage.lineage import CheckpointId
 from finetune_trainer.storage.root import RunRoot

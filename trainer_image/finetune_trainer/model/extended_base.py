@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.model.structure import read_structure
-from finetune_trainer.model.weight_files import INDEX, WeightFiles, write_index
+from finetune_trainer.model.weight_files import WeightFiles, write_index
+from finetune_trainer.pod.model_file_names import CONFIG_FILE, INDEX_FILE
 
-CONFIG = "config.json"
 DEFAULT_SPREAD = 0.02
 """Standard deviation of new embedding rows where the model's configuration has no `initializer_range`: the value of
 GPT-2."""
@@ -47,7 +47,7 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     tokenizer = load_tokenizer(source)
     ids = add_tokens(tokenizer, tokens)
     tokenizer.save_pretrained(target)
-    config = json.loads((source / CONFIG).read_text())
+    config = json.loads((source / CONFIG_FILE).read_text())
     text = config.get("text_config", config)
     input_key = f"{structure.input_name}.weight"
     if input_key not in weights.files or structure.output_name is None:
@@ -79,7 +79,7 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
     text["vocab_size"] = config["vocab_size"] = rows
     if untie:
         text["tie_word_embeddings"] = config["tie_word_embeddings"] = False
-    (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     _write_weights(weights, target, changed, beside=weights.files[input_key])
     for path in source.iterdir():
         if path.suffix != ".safetensors" and path.is_file() and not (target / path.name).exists():
@@ -99,7 +99,7 @@ def _write_weights(weights: WeightFiles, target: Path, changed: Mapping[str, tor
         with safe_open(weights.folder / name, framework="pt") as file:
             tensors = {key: changed[key] if key in changed else file.get_tensor(key) for key in sorted(inside)}
         save_file(tensors, target / name, {"format": "pt"})
-    if len(files) > 1 or (weights.folder / INDEX).is_file():
+    if len(files) > 1 or (weights.folder / INDEX_FILE).is_file():
         write_index(target, places)
 
 

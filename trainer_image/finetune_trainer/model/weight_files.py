@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import first_line
-
-INDEX = "model.safetensors.index.json"
+from finetune_trainer.pod.model_file_names import INDEX_FILE
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class WeightFiles:
     @classmethod
     def of(cls, folder: Path) -> WeightFiles:
         """Read from the index, or else from the files' headers, which file holds which tensor."""
-        if (folder / INDEX).is_file():
-            return cls(folder, json.loads((folder / INDEX).read_text())["weight_map"])
+        if (folder / INDEX_FILE).is_file():
+            return cls(folder, json.loads((folder / INDEX_FILE).read_text())["weight_map"])
         files: dict[str, str] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -50,14 +49,14 @@ class WeightFiles:
 
 def check_complete(folder: Path) -> None:
     """Raise UserError where a weights file of the model in ``folder`` is missing or shorter than its header says."""
-    index = folder / INDEX
+    index = folder / INDEX_FILE
     try:
         names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     except (ValueError, KeyError, AttributeError):
-        raise UserError("model", f"its files are incomplete: {INDEX} is not an index of weights") from None
+        raise UserError("model", f"its files are incomplete: {INDEX_FILE} is not an index of weights") from None
     for path in sorted({*(folder / name for name in names), *folder.glob("*.safetensors")}):
         if not path.is_file():
-            raise UserError("model", f"its files are incomplete: {INDEX} names {path.name}, which is not there")
+            raise UserError("model", f"its files are incomplete: {INDEX_FILE} names {path.name}, which is not there")
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -69,4 +68,4 @@ def write_index(folder: Path, files: Mapping[str, str]) -> None:
     """Write the index of a model that has several weight files. ``files`` maps each tensor name to a file name."""
     size = sum((folder / name).stat().st_size for name in set(files.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

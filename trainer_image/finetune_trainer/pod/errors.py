@@ -42,6 +42,6 @@ class NewerRun(OutsideFailure):
     """
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error message, at most 300 characters, for use in a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def first_line(error: BaseException, *, limit: int = 300) -> str:
+    """Return the first line of another library's error message, at most ``limit`` characters, for use in a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

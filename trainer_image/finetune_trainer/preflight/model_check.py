@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from finetune_core.errors import UserError
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer
 from finetune_trainer.pod.errors import first_line
-from finetune_trainer.sources.model_files import INDEX_FILE, MODEL_SUFFIXES, SINGLE_FILE, WEIGHTS_SUFFIX, ModelFiles
+from finetune_trainer.pod.model_file_names import INDEX_FILE, SINGLE_FILE
+from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
 
 HEADER_PIECE_BYTES = 128 * 1024
 """Number of bytes of the first read. Nearly every safetensors header is shorter, so one request is enough."""

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from finetune_trainer.pod.errors import PeerLost, StopAgreed, Stopped
 from finetune_trainer.pod.settings import PEER_WAIT_SECONDS, STORE_BUDGET_SECONDS
-from finetune_trainer.ranks.peer_errors import convert_peer_failures, describe_error, first_line, unpack_answer
+from finetune_trainer.ranks.peer_errors import convert_peer_failures, describe_error, torch_message, unpack_answer
 from finetune_trainer.ranks.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class Gang:
             )
             self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         except (RuntimeError, dist.DistError) as error:
-            raise PeerLost(f"not all {self.world_size} ranks came together: {first_line(error)}") from error
+            raise PeerLost(f"not all {self.world_size} ranks came together: {torch_message(error)}") from error
 
     @property
     def is_first(self) -> bool:

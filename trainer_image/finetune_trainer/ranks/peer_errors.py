@@ -12,7 +12,16 @@ from typing import Any
 import torch.distributed as dist
 
 from finetune_core.errors import UserError
-from finetune_trainer.pod.errors import Diverged, NewerRun, OutOfMemory, OutsideFailure, PeerLost, StopAgreed, Stopped
+from finetune_trainer.pod.errors import (
+    Diverged,
+    NewerRun,
+    OutOfMemory,
+    OutsideFailure,
+    PeerLost,
+    StopAgreed,
+    Stopped,
+    first_line,
+)
 
 SHARED_ERRORS: Mapping[str, type[Exception]] = {
     kind.__name__: kind for kind in (OutsideFailure, NewerRun, Diverged, OutOfMemory, StopAgreed, Stopped)
@@ -44,12 +53,12 @@ def is_peer_failure(error: BaseException) -> bool:
 
 def peer_lost(error: BaseException) -> PeerLost:
     """Return the PeerLost that stands for ``error`` of torch."""
-    return PeerLost(f"another rank left: {first_line(error)}")
+    return PeerLost(f"another rank left: {torch_message(error)}")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, at most 200 characters: torch appends a C++ stack trace to its messages."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def torch_message(error: BaseException) -> str:
+    """Return the message of ``error`` without the C++ stack trace that torch appends, at most 200 characters."""
+    return first_line(error, limit=200)
 
 
 def describe_error(error: Exception) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from finetune_core.api.sources import HuggingFaceSource, ModelSpec, S3Source, VolumeSource
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
+from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.settings import HUB_SECONDS, Paths
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub
 from finetune_trainer.storage.client import Store
@@ -22,10 +23,6 @@ T = TypeVar("T")
 MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Suffixes of the files that transformers reads from a model folder. Weights in pickle formats are never downloaded."""
 WEIGHTS_SUFFIX = ".safetensors"
-CONFIG_FILE = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-"""Index of a model with several weight files, which maps each tensor to the file that holds it."""
 
 
 class ModelFiles(Protocol):

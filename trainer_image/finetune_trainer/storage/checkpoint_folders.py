@@ -16,13 +16,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from finetune_core.contract import CheckpointRecord, ContractModel
-from finetune_core.layout import COMMIT, Manifest, ManifestFile, checkpoint_folder
+from finetune_core.layout import COMMIT, TRAINER_FILE, Manifest, ManifestFile, checkpoint_folder
 from finetune_trainer.storage.client import ListedObject
 from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, Damaged, check_sizes, read_manifest
 from finetune_trainer.storage.lineage import CheckpointId, check_fence
 from finetune_trainer.storage.root import RunRoot
 
-TRAINER_FILE = "trainer.json"
 STATE_GLOB = "state-*.safetensors"
 OWN_FILES = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]*\.(safetensors|json)")
 """Names of the files that are downloaded from a checkpoint. Any other file is ignored, even if the manifest names

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
@@ -28,7 +28,7 @@ from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, S3Error, ServerError
 from minio.sse import Sse, SseKMS, SseS3
 
-from finetune_core.api.storage import EncryptionSpec
+from finetune_core.api.storage import Addressing, EncryptionSpec
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import STORE_BUDGET_SECONDS
 from finetune_trainer.storage.credentials import CredentialFiles, NoCredentials, PodIdentity, identity_http_pool
@@ -88,7 +88,7 @@ class Store:
         region: str,
         credentials: Path | None,
         *,
-        addressing: Literal["Path", "VirtualHosted"] | None = None,
+        addressing: Addressing | None = None,
         encryption: EncryptionSpec | None = None,
         ca_file: Path | None = None,
         budget_seconds: float = STORE_BUDGET_SECONDS,

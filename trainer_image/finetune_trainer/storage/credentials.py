@@ -11,6 +11,8 @@ from pathlib import Path
 import urllib3
 from minio.credentials import Credentials, EnvAWSProvider, IamAwsProvider, Provider
 
+from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SESSION_TOKEN
+
 STS_ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL_STS"
 """Endpoint of the security token service (STS) for web identity, as in the AWS tools. MinIO serves STS at its own
 endpoint.
@@ -34,14 +36,12 @@ class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type info
     def retrieve(self) -> Credentials:
         """Return the credentials that the files hold now. Raises NoCredentials if a file is missing or empty."""
         values = {}
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        for name in (ACCESS_KEY_ID, SECRET_ACCESS_KEY, SESSION_TOKEN):
             path = self._folder / name
             values[name] = path.read_text().strip() if path.is_file() else ""
-            if not values[name] and name != "AWS_SESSION_TOKEN":
+            if not values[name] and name != SESSION_TOKEN:
                 raise NoCredentials(f"storage.credentialsSecretRef: the Secret has no key {name}, or it is empty")
-        return Credentials(
-            values["AWS_ACCESS_KEY_ID"], values["AWS_SECRET_ACCESS_KEY"], values["AWS_SESSION_TOKEN"] or None
-        )
+        return Credentials(values[ACCESS_KEY_ID], values[SECRET_ACCESS_KEY], values[SESSION_TOKEN] or None)
 
 
 class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type information
@@ -76,7 +76,7 @@ class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type informat
 
 
 def _has_key() -> bool:
-    return all(os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+    return all(os.environ.get(name) for name in (ACCESS_KEY_ID, SECRET_ACCESS_KEY))
 
 
 def _reason(error: Exception) -> str:

@@ -44,7 +44,7 @@ def build_pytorchjob(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
         },
         "spec": {
             # The CRD requires a string here. With the value `auto` the node would decide the number.
-            "nprocPerNode": str(max(1, resources.gpus_per_node)),
+            "nprocPerNode": str(resources.processes_per_node),
             "runPolicy": {"cleanPodPolicy": "Running"},
             "pytorchReplicaSpecs": {
                 "Worker": {
