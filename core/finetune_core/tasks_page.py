@@ -26,7 +26,7 @@ the same rows, and `status.evaluation` shows both. With `dataset.task: {NO_TASK}
 measured.
 
 - A grader reads the answer and its row. The row must have the columns that are listed here, **under these names**,
-  whatever columns `format.promptCompletion` names. `evaluation.generation.maxExamples` bounds the number of answers.
+  whatever columns `format.promptCompletion` names. A row without such a column is left out. `evaluation.generation.maxExamples` bounds the number of answers.
 - Every score is a value from 0 to 1 per answer. The reported value is the mean over all graded answers. Where an answer
   is right or wrong, the mean is the *share of right answers*.
 - The **main** score is `taskScore` in the status. `evaluation.bestBy: TaskScore` chooses checkpoints by it.
@@ -38,7 +38,8 @@ measured.
 _RECIPE = f"""\
 ## Add a task
 
-The three tasks are examples to copy: [GSM8K](#gsm8k) is the smallest.
+Copy the task that is nearest to yours. [GSM8K](#gsm8k) is the smallest one with answers that are right or wrong. For
+a share between 0 and 1 see `PARTIAL` in `tests/trainer/test_tasks.py`, and return `Grade.of(TASK, {{"f1": 0.5}})`.
 
 1. `core/finetune_core/tasks.py`: declare the task and add it to `TASKS`. The declaration has the name, the columns that
    the grader reads, an example of each column, an answer that is right for these examples, 1 to {SCORE_LIMIT} scores
@@ -47,16 +48,20 @@ The three tasks are examples to copy: [GSM8K](#gsm8k) is the smallest.
 2. `trainer_image/finetune_trainer/evaluation/graders/<task>.py`: write `grade(answer, row) -> Grade`, a pure function
    without torch. It returns `Grade.of(TASK, {{score: value}})`, with a `problem` if the answer can't be read, or
    `Grade.left_out(problem)` if the row can't be used. It never raises because of the answer or the row: a model may
-   write any text, and a data file may hold any value.
+   write any text, and a data file may hold any value, so leave a row out whose column is null or no text.
 3. `trainer_image/finetune_trainer/evaluation/graders/__init__.py`: add the function to `GRADERS`.
 4. `tests/trainer/test_tasks_<task>.py`: test the grader with right answers, with each way of being wrong, and with rows
    that can't be used. `tests/trainer/test_tasks.py` checks by itself that the task has a grader, that the grader reads
-   the declared columns only, and that the example answer gets every score.
-5. `make crds docs`: generate the CRD's enum, docs/api.md and this page.
+   the declared columns only, that the example answer gets every score, and that a row without a value is left out. Add
+   answers that look right and are wrong to `test_trap_25_holes_of_the_graders` there.
+5. `make crds docs`: generate `crds/finetune.dev_finetunejobs.yaml`, the chart's copy of the CRD, `docs/api.md` and this
+   page. `tests/core/test_crd.py`, `tests/core/test_reference.py`, `tests/core/test_tasks_page.py` and
+   `tests/chart/test_chart.py` fail until the committed files are the generated ones.
 6. `CHANGELOG.md`: say what can be graded now.
 
 `finetune watch`, the status, the reports and `evaluation.bestBy` need no change, because they use the declared names.
-Run `.venv/bin/python -m pytest tests/core tests/trainer/test_tasks*.py` while you write.
+Run `make unit ROOM=graders` while you write, and in the end
+`.venv/bin/python -m pytest tests/core tests/chart tests/trainer/test_tasks*.py`.
 """
 
 

@@ -71,6 +71,9 @@ def test_a_grader_reads_the_declared_columns_and_gives_the_example_answer_every_
 def test_an_empty_answer_gets_no_score_and_an_empty_row_is_left_out(task: Task) -> None:
     assert not any(GRADERS[task.name]("", example_row(task)).scores.values())
     assert not GRADERS[task.name](task.example_answer, {}).is_graded
+    for column in task.columns:
+        row = {other.name: None if other is column else other.example for other in task.columns}
+        assert not GRADERS[task.name]("None", row).is_graded, f"{column.name} is null"
 
 
 WORDS = Score(name="words", meaning="The share of words that are right.", unit=Unit.PARTIAL_CREDIT)
@@ -154,4 +157,5 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
 )
 def test_trap_25_holes_of_the_graders(task: str, gold: dict[str, str], answer: str, right: set[str]) -> None:
     scores = {name for name, value in grade(task, answer, gold).scores.items() if value}
-    assert scores & {"strict", "orderFree", "exact", "execution"} == right
+    # `function`, `attributes` and `values` of ViGGO are parts of an answer, which a wrong answer may have.
+    assert scores - {"function", "attributes", "values"} == right

@@ -65,8 +65,8 @@ def best_first(records: Iterable[CheckpointRecord], best_by: BestBy) -> list[Che
     """Return the records that have the value which ``best_by`` names, the best record first. Of equal records the
     earlier comes first.
 
-    With TaskScore, the lower perplexity decides between equal scores, because many checkpoints have the same number of
-    right answers.
+    With TaskScore, the lower perplexity decides between equal scores, because checkpoints often have equal scores where
+    an answer is right or wrong.
     """
 
     def order(record: CheckpointRecord) -> tuple[float, float, int, int]:
