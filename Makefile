@@ -14,6 +14,7 @@ UV := $(FINETUNE_CACHE)/uv/bin/uv
 PYTEST := $(PYTHON) -m pytest
 # Two groups of tests (tests/conftest.py) run at the same time, because most tests with a cluster wait more than they compute.
 TEST_WORKERS ?= 2
+PARALLEL := --numprocesses $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder
 
 .PHONY: help
 help: ## Show this list
@@ -79,12 +80,13 @@ demo: venv ## Run the whole product on this machine without GPUs (METHOD=full: a
 
 .PHONY: unit
 unit: venv ## Run the tests that need no cluster (ROOM=graders: only those of one folder of a package or of tests/)
-	@files=$$($(if $(ROOM),$(PYTHON) -m tests.rooms $(ROOM))); $(PYTEST) -m "not cluster and not long" $$files
+	@files=$$($(if $(ROOM),$(PYTHON) -m tests.rooms $(ROOM))); \
+	  $(PYTEST) -m "not cluster and not long" $(if $(ROOM),,$(PARALLEL)) $$files
 
 .PHONY: test
 test: lint ## Run the linters, the unit tests, and the end-to-end tests on a real cluster
 	@$(PYTHON) -m tests.cluster prepare
-	@$(PYTEST) -m "not long" --numprocesses $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder --durations 15
+	@$(PYTEST) -m "not long" $(PARALLEL) --durations 15
 
 .PHONY: test-long
 test-long: venv ## Run the tests that take many minutes
