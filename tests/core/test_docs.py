@@ -77,6 +77,17 @@ def rooms() -> dict[str, Room]:
     return {path: Room(*cells) for path, *cells in found if path.startswith(tuple(PARTS.values()))}
 
 
+def modules_named_by(room: Room) -> set[str]:
+    """Return the bare names of modules, for example ``"panel.py"``, in the description of a room."""
+    return set(re.findall(r"`(\w+\.py)`", room.purpose))
+
+
+@pytest.mark.parametrize(("path", "room"), rooms().items(), ids=rooms().keys())
+def test_the_modules_that_a_rooms_row_names_are_in_the_room(path: str, room: Room) -> None:
+    there = {module.name for module in (ROOT / path).rglob("*.py")}
+    assert modules_named_by(room) <= there
+
+
 def imports_of(package: str) -> str:
     """Return what the modules of a package import, as the column "imports" of docs/architecture.md says it.
 
