@@ -26,7 +26,8 @@ the same rows, and `status.evaluation` shows both. With `dataset.task: {NO_TASK}
 measured.
 
 - A grader reads the answer and its row. The row must have the columns that are listed here, **under these names**,
-  whatever columns `format.promptCompletion` names. A row without such a column is left out. `evaluation.generation.maxExamples` bounds the number of answers.
+  whatever columns `format.promptCompletion` names. A row without such a column is left out.
+  `evaluation.generation.maxExamples` bounds the number of answers.
 - Every score is a value from 0 to 1 per answer. The reported value is the mean over all graded answers. Where an answer
   is right or wrong, the mean is the *share of right answers*.
 - The **main** score is `taskScore` in the status. `evaluation.bestBy: TaskScore` chooses checkpoints by it.

@@ -1,4 +1,4 @@
-"""What the operator reads from the manifest of a pod. Each field of `PodObservation` and of its container has a test."""
+"""What the operator reads from the manifest of a pod. Each field of `PodObservation` has a test."""
 
 from __future__ import annotations
 

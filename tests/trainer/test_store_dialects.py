@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,13 +27,18 @@ from minio.credentials import AssumeRoleProvider
 
 from finetune_cli.object_store import AccessKey
 from finetune_cli.object_store import ObjectStoreReader as CliStore
+from finetune_core.api import FineTuneJob
 from finetune_core.api.storage import EncryptionSpec, StorageSpec
+from finetune_core.contract.run_file import StorageConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
+from finetune_core.resolve import resolve
 from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.pod.settings import Paths
 from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.lineage import RunRecord, claim_run_number
-from finetune_trainer.storage.root import RunRoot
+from finetune_trainer.storage.root import RunRoot, open_root
+from tests.core.jobs import quickstart
 from tests.trainer.objectstore import (
     ACCESS_KEY,
     BUCKET,
@@ -201,7 +207,7 @@ def minio_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def works(store: Store, key: str) -> None:
-    """Send every kind of request that the trainer sends to a store."""
+    """Send every kind of request that the trainer sends to a store, but a multipart upload."""
     root = RunRoot(store, parse_uri(f"s3://{BUCKET}/dialects/{key}"))
     assert claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     assert not root.create("runs/000001.json", b"another writer")
@@ -209,6 +215,12 @@ def works(store: Store, key: str) -> None:
     assert root.read("object") == b"data"
     assert [entry.key for entry in root.list_objects("")] == ["object", "runs/000001.json"]
     assert root.abort_multipart_uploads() == []
+    assert store.read_range(BUCKET, root.location.key("object"), 1, 2) == b"at"
+    with tempfile.TemporaryDirectory() as folder:
+        sent, received = Path(folder, "sent"), Path(folder, "received")
+        sent.write_bytes(b"file")
+        assert root.upload("object", sent) == root.download("object", received)
+        assert received.read_bytes() == b"file"
     root.delete(["object"])
     assert root.read("object") is None
 
@@ -336,3 +348,27 @@ def plain_metadata(strict: Strict) -> dict[str, str]:
     strict.open().write(BUCKET, "dialects/plain", b"data")
     found: dict[str, str] = strict.store.client.stat_object(BUCKET, "dialects/plain").metadata
     return found
+
+
+class ReadFields:
+    """Stands in for a StorageConfig, and records the names of the fields that are read."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        self.config = config
+        self.names: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.config, name)
+
+
+SAVING = {"checkpoint_every_steps", "checkpoint_every_minutes", "keep_last", "keep_best", "artifact"}
+"""Fields of StorageConfig that say when and what is saved, and nothing about access to the store."""
+
+
+def test_the_launcher_workers_and_preflight_use_every_field_about_access_to_the_store() -> None:
+    config = resolve(FineTuneJob.model_validate(quickstart()), report=None)
+    fields = ReadFields(config.storage)
+    open_root(config.model_copy(update={"storage": fields}), Paths())
+    expected = set(StorageConfig.model_fields) - SAVING
+    assert fields.names == expected, "open_root must give the new field to Store, or it belongs into SAVING"
