@@ -132,12 +132,12 @@ def is_gone(process: int) -> bool:
         return True
 
 
-@pytest.mark.long
 def has_reached(attempt: Attempt, step: int) -> bool:
     """Return whether the attempt has trained ``step``."""
     return newest_step(attempt) >= step
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_killed_launcher_takes_its_workers_along_and_the_next_attempt_comes_to_the_same_model(
     ranks: Zygote, store: ObjectStore, pods: StartPods, tiny_model: Path, tmp_path: Path
