@@ -19,8 +19,8 @@ from finetune_trainer.data.examples import Example
 IGNORED = -100
 """Target of a position without loss, as in `torch.nn.functional.cross_entropy`."""
 POSITION_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
-"""Factor that the position of a token is multiplied with, so that small positions spread over all 64 bits of the dropout
-keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio).
+"""Factor that the position of a token is multiplied with, so that small positions spread over all 64 bits of the
+dropout keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio).
 """
 
 

@@ -24,7 +24,8 @@ ROWS_FILE = "rows.json"
 
 
 class Example(NamedTuple):
-    """Token ids of one example, and `spans`, the ranges of its supervised tokens. `[(12, 40)]` means tokens 12 to 39."""
+    """Token ids of one example, and the ranges of its supervised tokens. The range (12, 40) means the tokens 12
+    to 39."""
 
     ids: Sequence[int] | npt.NDArray[np.integer]
     spans: Sequence[tuple[int, int]]
