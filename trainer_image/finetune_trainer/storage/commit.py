@@ -81,7 +81,7 @@ def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
 
 
 def check_sizes(folder: str, manifest: Manifest, files: Mapping[str, ListedObject]) -> None:
-    """Raise Damaged if a file of the manifest is not among ``files``, the objects of the folder, or has another size."""
+    """Raise Damaged if a file of the manifest is missing among ``files``, the folder's objects, or has another size."""
     for file in manifest.files:
         if file.name not in files:
             raise Damaged(f"{folder}/{file.name} is missing")
