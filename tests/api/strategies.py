@@ -147,8 +147,8 @@ def _rules(schema: Schema) -> list[str]:
 
 
 def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Return the section ``value`` with fields changed so that it satisfies its own CEL rules. The place at ``force``
-    stays."""
+    """Return the section ``value`` with fields changed so that it satisfies its own CEL rules. The field at the path
+    ``force`` is kept."""
     value = dict(value)
     if path == ("training",):
         if "maxSteps" in value:
@@ -179,8 +179,8 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
 
 
 def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Change sections of ``spec`` so that they satisfy the CEL rules between sections, and return it. The place at
-    ``force`` stays."""
+    """Change sections of ``spec`` so that they satisfy the CEL rules between sections, and return it. The field at the
+    path ``force`` is kept."""
     training, evaluation = spec["training"], spec.get("evaluation", {})
     if "lora" in spec or "artifact" in spec["storage"]:
         spec["method"] = "LoRA"

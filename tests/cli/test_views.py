@@ -34,7 +34,7 @@ def test_a_running_job_shows_how_far_it_is() -> None:
         "● Running  all 2 ranks report",
         "step 40/100",
         "412.5 tokens/s",
-        "1 min 13 s left",  # The report gave 75 s, and it is 2 s old.
+        "1 min 13 s left",  # The report from 2 s ago said that 75 s are left.
         "0.0051  █▆▄▂▁  from 3.9",
         "1.023",
     ):

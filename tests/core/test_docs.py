@@ -122,8 +122,8 @@ def _folder(top: str) -> Path:
 
 
 def _room(top: str, rest: str) -> str:
-    """Return the path of the room that the module ``rest`` of the import package ``top`` lies in. A module that lies in
-    no room has its own name as the result."""
+    """Return the room that holds the module ``rest`` of the import package ``top``, as a path below the package. For a
+    module that lies in no room, return its name."""
     folder = _folder(top)
     names: list[str] = []
     for name in rest.split("."):

@@ -145,7 +145,7 @@ class ExampleWriter:
 
 
 def example_set(examples: Sequence[Example]) -> ExampleSet:
-    """Return an `ExampleSet` of ``examples``, without rows."""
+    """Return ``examples`` as an `ExampleSet`, without the data rows that they were made from."""
     writer = ExampleWriter()
     for example in examples:
         writer.add(example)

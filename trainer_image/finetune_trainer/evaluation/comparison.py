@@ -59,8 +59,8 @@ class ModelComparison:
     def score_base_model(self, *, is_base: bool) -> None:
         """Score the base model, or take the scores that an earlier run of the job wrote. A collective.
 
-        ``is_base`` says whether the model on the ranks still is the base model. If it is a checkpoint, the base model
-        can't be scored. If the bucket has no scores either, a notice says so.
+        ``is_base`` says whether the ranks hold the untrained base model. If they hold a checkpoint, the base model
+        can't be scored. If the bucket has no scores of it either, a notice says so.
         """
         if self._base_set is None or self._tuned_set is None:
             return
@@ -79,7 +79,7 @@ class ModelComparison:
         self._write()
 
     def score_tuned_model(self, step: int) -> None:
-        """Score the model on the ranks, which was trained up to step ``step`` and becomes the artifact. A
+        """Score the tuned model, which the ranks hold: the checkpoint of step ``step``, which becomes the artifact. A
         collective."""
         if self._tuned_set is None or self._file is None:
             return

@@ -31,7 +31,7 @@ UNLIMITED = 1 << 30
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """An evaluation set, in the form that one of the two models reads."""
+    """An evaluation set, in the form that the base model or the tuned model reads."""
 
     rows: ScoredRows
     examples: ExampleSet

@@ -19,8 +19,8 @@ class PeerLost(OutsideFailure):
 
 
 class Diverged(Exception):  # noqa: N818
-    """The stability monitor raised an alarm about loss or gradient, and training does not go on from an earlier
-    checkpoint (exit code 65)."""
+    """The stability monitor raised an alarm about the loss or the gradient, and the run ends because of it (exit code
+    65)."""
 
 
 class OutOfMemory(Exception):  # noqa: N818

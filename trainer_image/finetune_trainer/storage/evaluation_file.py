@@ -28,7 +28,7 @@ class AnswerRecord(ContractModel):
 
 
 class EvaluationFile(ContractModel):
-    """Content of `evaluation/<run>.json`."""
+    """Content of `evaluation/<run>.json`: the scores of base model and tuned model, and some answers of each."""
 
     version: int = 1
     evaluation: EvaluationRecord

@@ -47,8 +47,8 @@ class Rollback(ContractModel):
 
 
 class RunRecord(ContractModel):
-    """Content of `runs/<run>.json`. No two writers write the same `attempt` and `pod_uid`. So a writer that finds the
-    object in place can tell from the content whether the record is its own."""
+    """Content of `runs/<run>.json`. No two writers write the same `attempt` and `pod_uid`. So a writer that finds a
+    record already stored can tell from these fields whether the record is its own."""
 
     version: int = 1
     attempt: int
