@@ -39,10 +39,10 @@ def fetch_split(source: HuggingFaceDataSource, field: str, token: str | None, fo
 def fetch_first_file(
     source: HuggingFaceDataSource, field: str, token: str | None, folder: Path, *, most_bytes: int
 ) -> tuple[Path, bool] | None:
-    """Download only the first file of a split into ``folder``, and return the folder. Return None, and download
-    nothing, if the file has more than ``most_bytes`` bytes.
+    """Download only the first file of a split into ``folder``. Return ``folder``, and whether the split has no other
+    file.
 
-    The second returned value says whether the split has no other file. Errors are those of `fetch_split`.
+    If the file has more than ``most_bytes`` bytes, download nothing and return None. Errors are those of `fetch_split`.
     """
 
     def first(files: list[str], sizes: Mapping[str, int]) -> list[str]:
@@ -187,8 +187,8 @@ def _patterns_of_split(
 
 
 def _of_first_format(files: list[str], field: str) -> list[str]:
-    """Return those of ``files`` that have the first suffix of PREFERRED_SUFFIXES that any of them has. Many
-    repositories hold the same rows in several formats, and each row must be read once."""
+    """Return the files in the preferred one of the formats that occur in ``files`` (see PREFERRED_SUFFIXES). The others
+    are left out, because many repositories hold the same rows in several formats."""
     for suffix in PREFERRED_SUFFIXES:
         found = [file for file in files if file.lower().endswith(suffix)]
         if found:
