@@ -1,4 +1,3 @@
-"""Tests of the CRD against the real API server of the test cluster.
-
-Most tests compare the pydantic models and `finetune validate` with the API server's answers to generated jobs.
+"""Tests of the CRD against the real API server of the test cluster. Most tests generate jobs and check that the API
+server answers as the pydantic models and `finetune validate` do.
 """

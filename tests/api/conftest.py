@@ -1,4 +1,4 @@
-"""Fixtures of tests/api: the API server of the test cluster with the CRD installed and no operator running."""
+"""Fixtures of tests/api: the test cluster's API server with the CRD. No operator runs, so no job changes by itself."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CRD = Path(__file__).resolve().parents[2] / "crds" / CRD_FILE
 
 
 def served(cluster: Cluster) -> bool:
-    """Return whether the API server answers requests for FineTuneJobs."""
+    """Return whether the API server serves FineTuneJobs."""
     command: list[str | Path] = [cluster.layout.programs / "kubectl", "get", "finetunejobs.finetune.dev"]
     return cluster.run(command, check=False).returncode == 0
 
 
 @pytest.fixture(scope="session")
 def server(cluster: Cluster) -> Iterator[Server]:
-    """The API server with the CRD installed."""
+    """The test cluster's API server with the CRD, and an empty namespace for the tests' jobs."""
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=CRD.read_text(encoding="utf-8"))
     wait_for("FineTuneJobs to be served", lambda: served(cluster), 60)
     cluster.kubectl("create", "namespace", NAMESPACE)

@@ -1,8 +1,8 @@
-"""Mutations of one place of a valid job: mistakes that users and generators make, and unusual values.
+"""Mutations of a valid job. A mutation changes one place of the job, such as a field or a list item: to a mistake that
+users and generators make, or to an unusual value.
 
-The input is the schema of the place. The output is named replacement values, of which `MISSING` removes the place. The
-value `2.0` for an integer is not among them, because kubectl sends 2, and because the API server's own answer to 2.0
-depends on whether a CEL rule reads the field.
+The mutations of a place follow from its schema. The value `2.0` for an integer is left out, because kubectl sends 2,
+and because the API server accepts 2.0 or not depending on whether a CEL rule reads the field.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from tests.api.strategies import Schema, SchemaPath
 
 
 class _Marker:
-    """A placeholder in a job, which `to_text` and `with_deep_list` replace by the real value."""
+    """A placeholder for what JSON can't express: `MISSING` for no value at all, `DEEP_LIST` for a list with too many
+    levels."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -26,15 +27,18 @@ class _Marker:
 
 
 MISSING = _Marker("MISSING")
-"""Removes the place from the job."""
+"""Stands for no value: `change` removes the place from the job."""
 DEEP_LIST = _Marker("DEEP_LIST")
-"""A list that is nested 20,000 levels deep. json.dumps fails at this depth, so `to_text` writes the list itself."""
+"""Stands for lists nested 20,000 levels deep. json.dumps fails at this depth, so `to_text` writes the brackets
+itself.
+"""
 MEGABYTE = "x" * 1_000_000
 DEPTH = 20_000
 
 
 def mutations(schema: Schema) -> Iterator[tuple[str, Any]]:
-    """Yield a name and a replacement for each way in which a value of ``schema`` can be wrong or unusual."""
+    """Yield the mutations that replace the value of a place with ``schema``: a name and the new value of each. The
+    values are wrong or unusual."""
     yield "missing", MISSING
     yield "null", None
     yield "empty string", ""
@@ -83,7 +87,8 @@ def _nested(depth: int) -> Any:
 
 
 def mutations_in_place(schema: Schema) -> Iterator[str]:
-    """Yield the names of the mutations that keep the value and add something to it."""
+    """Yield the names of the mutations that add something to the value of a place with ``schema``, such as an unknown
+    field."""
     kind = schema.get("type")
     if kind == "object" and "additionalProperties" not in schema:
         yield "unknown field"
@@ -97,7 +102,8 @@ def mutations_in_place(schema: Schema) -> Iterator[str]:
 
 
 def change(spec: dict[str, Any], path: SchemaPath, how: str, schema: Schema, replacement: Any) -> dict[str, Any] | None:
-    """Return a copy of ``spec`` with the place at ``path`` mutated, or None when ``spec`` has no such place."""
+    """Return a copy of ``spec`` with the place at ``path`` mutated, or None if ``spec`` has no such place. ``how`` is
+    the name of the mutation, and ``replacement`` is the new value, unless the mutation adds to the value."""
     spec = copy.deepcopy(spec)
     holder = {"spec": spec}
     node: Any = holder
@@ -135,13 +141,13 @@ def _add(node: Any, how: str, schema: Schema) -> None:
 
 
 def to_text(document: Any) -> str:
-    """Return ``document`` as JSON, with the deep list written out."""
+    """Return ``document`` as JSON text. `DEEP_LIST` becomes nested brackets."""
     text = json.dumps(document, default=lambda marker: f"<{marker!r}>")
     return text.replace(f'"<{DEEP_LIST!r}>"', "[" * DEPTH + "]" * DEPTH)
 
 
 def with_deep_list(document: Any) -> Any:
-    """Return ``document`` with a real list instead of `DEEP_LIST`, as input of the Python validation."""
+    """Return ``document`` with nested lists in place of `DEEP_LIST`, for the Python validation."""
     if isinstance(document, dict):
         return {key: with_deep_list(value) for key, value in document.items()}
     if isinstance(document, list):

@@ -1,7 +1,7 @@
-"""Posts jobs to the real API server with strict field validation, and returns the server's answers.
+"""Sends jobs to the real API server with strict field validation, and returns the server's answers.
 
-The input is the JSON text of a job or of an update. The output is the status code and the object that the server would
-store. By default a request is a dry run: the server decodes, defaults and validates the object, and stores nothing.
+A job or an update is sent as JSON text. The answer has the status code and the object that the server would store. By
+default a request is a dry run: the server fills in defaults and validates the object, but stores nothing.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ class Answer:
 
     @property
     def accepted(self) -> bool:
-        """Whether the server would store the object. A 5xx status fails the test."""
+        """Whether the server takes the object. A 5xx status fails the test."""
         assert self.status < 500, self.body
         return self.status < 300
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The spec that the server would store."""
+        """The spec of the object in the answer. In a dry run it is what the server would store."""
         spec: dict[str, Any] = self.body["spec"]
         return spec
 
     @property
     def message(self) -> str:
-        """The message that `kubectl apply` would print."""
+        """The text with which the server refuses an object. `kubectl apply` prints it."""
         return str(self.body.get("message", ""))
 
 
 class Server:
-    """Sends requests from a separate thread, which is inside the cluster's network."""
+    """Sends requests to the API server from a thread of its own, because only this thread enters the cluster's
+    network."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -65,7 +66,7 @@ class Server:
         self._inside.host = client.configuration.host
 
     def close(self) -> None:
-        """End the thread."""
+        """Leave the cluster's network and end the thread."""
         self._thread.submit(lambda: self._inside.network.__exit__(None, None, None)).result()
         self._thread.shutdown()
 
@@ -73,21 +74,21 @@ class Server:
         return self._thread.submit(work).result()
 
     def create(self, text: str, *, keep: bool = False) -> Answer:
-        """POST a job."""
+        """Create a job (POST). Without ``keep`` it is a dry run."""
         dry = "" if keep else "&dryRun=All"
         return self._send("POST", f"{PATH}?fieldValidation=Strict{dry}", text, "application/json")
 
     def update(self, name: str, text: str, *, keep: bool = False) -> Answer:
-        """PUT a job over the stored job."""
+        """Replace the stored job ``name`` (PUT). Without ``keep`` it is a dry run."""
         dry = "" if keep else "&dryRun=All"
         return self._send("PUT", f"{PATH}/{name}?fieldValidation=Strict{dry}", text, "application/json")
 
     def read(self, name: str) -> Answer:
-        """GET a job."""
+        """Read the stored job ``name`` (GET)."""
         return self._send("GET", f"{PATH}/{name}", None, "application/json")
 
     def remove(self, name: str) -> Answer:
-        """DELETE a job."""
+        """Delete the stored job ``name``."""
         return self._send("DELETE", f"{PATH}/{name}", None, "application/json")
 
     def _send(self, method: str, path: str, text: str | None, kind: str) -> Answer:

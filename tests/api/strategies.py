@@ -1,7 +1,8 @@
-"""Hypothesis strategies that generate valid jobs from the OpenAPI schema, and the list of places to mutate.
+"""Hypothesis strategies that generate valid jobs from the OpenAPI schema, and the list of the places in a job that can
+be mutated.
 
-Types, bounds, patterns, enums, unions and unique lists are generated from the schema. `_CHOSEN` and `_agree` contain
-values that satisfy the CEL rules, because random values almost never do.
+Types, bounds, patterns, enums, unions and unique lists come from the schema. Random values almost never satisfy the CEL
+rules. So `_CHOSEN` has strategies for some fields, and `_agree` makes fields fit together.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from finetune_core.validation.defaults import defaulted
 
 Schema = dict[str, Any]
 SchemaPath = tuple[str, ...]
-"""Keys from `spec` down. `[]` stands for an item of a list, `*` for a value of a map."""
+"""Path of a place in the spec: keys from `spec` down. `[]` stands for an item of a list, and `*` for a value of
+a map.
+"""
 
 SPEC: Schema = openapi_schema(FineTuneJobSpec)
 
@@ -46,13 +49,14 @@ _CHOSEN: dict[SchemaPath, st.SearchStrategy[Any]] = {
 
 
 def jobs(force: SchemaPath = ()) -> st.SearchStrategy[dict[str, Any]]:
-    """Return a strategy of specs that API server and models accept. With ``force`` each spec has a value at that
-    path."""
+    """Return a strategy that generates specs which API server and models accept. With ``force``, a path, each spec has
+    a value there."""
     return _of(SPEC, (), force).map(lambda spec: _agree(copy.deepcopy(spec), force))
 
 
 def leaves(schema: Schema = SPEC, path: SchemaPath = ()) -> Iterator[tuple[SchemaPath, Schema]]:
-    """Yield every place of the schema below ``path`` with its schema, sections and lists included."""
+    """Yield the path and the schema of every place below ``path``: of fields, sections, lists, list items and map
+    values."""
     if path:
         yield path, schema
     for name, child in schema.get("properties", {}).items():
@@ -89,7 +93,7 @@ def _of(schema: Schema, path: SchemaPath, force: SchemaPath) -> st.SearchStrateg
 def _text(schema: Schema) -> st.SearchStrategy[str]:
     longest = schema["maxLength"]
     if "pattern" in schema:
-        # The schema comes from JSON, so the type checker can't know that the pattern is a string and not bytes.
+        # The annotation tells the type checker that the pattern is text. The schema is JSON, so it can't know that.
         pattern: str = schema["pattern"]
         return st.from_regex(pattern, fullmatch=True).filter(
             lambda text: schema.get("minLength", 0) <= len(text) <= longest
@@ -143,7 +147,8 @@ def _rules(schema: Schema) -> list[str]:
 
 
 def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Return ``value`` changed so that the fields of one section satisfy its CEL rules."""
+    """Return the section ``value`` with fields changed so that it satisfies its own CEL rules. The field at the path
+    ``force`` is kept."""
     value = dict(value)
     if path == ("training",):
         if "maxSteps" in value:
@@ -174,7 +179,8 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
 
 
 def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Return ``spec`` changed so that its sections satisfy the rules between them, and keeps the value at ``force``."""
+    """Change sections of ``spec`` so that they satisfy the CEL rules between sections, and return it. The field at the
+    path ``force`` is kept."""
     training, evaluation = spec["training"], spec.get("evaluation", {})
     if "lora" in spec or "artifact" in spec["storage"]:
         spec["method"] = "LoRA"
@@ -196,7 +202,7 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
 
 
 def _accumulate(spec: dict[str, Any]) -> None:
-    """Set the global batch size to the product of micro-batch, processes and accumulation steps."""
+    """Set the global batch size to micro-batch size x processes x accumulation steps, as the CEL rule demands."""
     training, resources = spec["training"], spec.get("resources", {})
     processes = resources.get("nodes", 1) * max(1, resources.get("gpusPerNode", 1))
     training["gradientAccumulationSteps"] = min(training["gradientAccumulationSteps"], 65536 // processes)
@@ -207,4 +213,4 @@ def _accumulate(spec: dict[str, Any]) -> None:
 
 
 PLACES_WITH_FIELDS: list[SchemaPath] = [path for path, _ in leaves() if path[-1] not in ("[]", "*")]
-"""Paths of all fields of the spec."""
+"""Paths of all places that are fields of a section. Items of lists and values of maps are left out."""

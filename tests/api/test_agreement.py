@@ -1,7 +1,7 @@
-"""The pydantic models with the CEL rules accept a job exactly when the real API server accepts the job, and both then
-hold the same object.
+"""The pydantic models with the CEL rules accept a job exactly when the real API server accepts it. Both then have the
+same object, with all defaults.
 
-The jobs are generated from the schema, and the mutations try every place of the schema.
+The jobs are generated from the schema. The mutations change every place that the schema has.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ PLACES: dict[SchemaPath, Schema] = dict(leaves())
 
 
 def seeded(examples: int) -> settings:
-    """Return Hypothesis settings under which every run of the test tries the same jobs."""
+    """Return Hypothesis settings for ``examples`` generated jobs. They are the same jobs in every run of the test."""
     return settings(
         max_examples=examples,
         derandomize=True,
         deadline=None,
         database=None,
-        # Hypothesis neither shrinks nor explains a failing job, because shrinking takes thousands of requests and
-        # explaining traces every line.
+        # Only the phase `generate` is used. Hypothesis would otherwise shrink and explain a job that fails. Shrinking
+        # takes thousands of requests, and explaining traces every line.
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
 
 
 def document(spec: Any) -> dict[str, Any]:
-    """Return a job with ``spec``."""
+    """Return a FineTuneJob with ``spec``."""
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "generated"}, "spec": spec}
 
 
 def assert_agreement(server: Server, spec: Any) -> tuple[Answer, ValidationResult]:
-    """Send ``spec`` to the API server and to the Python validation, and check that both give the same answer."""
+    """Send a job with ``spec`` to the API server, validate it in Python, and fail the test if the two answers differ.
+    Return both answers."""
     text = to_text(document(spec))
     answer, verdict = server.create(text), validate_spec(with_deep_list(spec))
     accepted = verdict.stored is not None
@@ -58,7 +59,8 @@ def assert_agreement(server: Server, spec: Any) -> tuple[Answer, ValidationResul
 
 
 def try_valid_jobs(server: Server, examples: int) -> Counter[str]:
-    """Generate valid jobs. Return how many of them the operator could run and how many it would refuse."""
+    """Generate valid jobs, and check that API server and models accept them and store the same. Return how many of the
+    jobs the operator can run, and how many it would refuse."""
     seen: Counter[str] = Counter()
 
     @seeded(examples)
@@ -73,12 +75,14 @@ def try_valid_jobs(server: Server, examples: int) -> Counter[str]:
 
 
 def all_mutations(schema: Schema) -> list[tuple[str, Any]]:
-    """Return every mutation of a place with ``schema``."""
+    """Return the name and the new value of every mutation of a place with ``schema``. Mutations that add to the value
+    have None as the new value."""
     return [*mutations(schema), *((name, None) for name in mutations_in_place(schema))]
 
 
 def try_mutations(server: Server, examples: int) -> Counter[str]:
-    """Mutate jobs at randomly chosen places. Return how many of them were accepted and how many refused."""
+    """Mutate one random place in each of many jobs, and check that API server and models give the same answer. Return
+    how many of the jobs were accepted and how many refused."""
     seen: Counter[str] = Counter()
     cases = st.sampled_from(list(PLACES)).flatmap(
         lambda path: st.tuples(st.just(path), st.sampled_from(all_mutations(PLACES[path])), jobs(path))
@@ -115,7 +119,7 @@ def test_two_thousand_generated_jobs(server: Server) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("path", PLACES, ids=".".join)
 def test_every_mutation_of_every_place(server: Server, path: SchemaPath) -> None:
-    """All mutations of all places are about 9,000 jobs."""
+    """Each case tries all mutations of one place. All cases together try about 9,000 jobs."""
     seen: Counter[str] = Counter()
 
     @seeded(1)

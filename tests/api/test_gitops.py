@@ -1,4 +1,6 @@
-"""The operator never changes an applied job: after it has run, kubectl, Argo CD and Flux find no drift."""
+"""The operator never changes a job that a user or a GitOps tool has applied. After the operator has run, kubectl, Argo
+CD and Flux find no drift.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from tests.core.jobs import quickstart
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 RECONCILES = 6
-"""Enough reconciles to number the attempt, create its objects, observe them, and find nothing more to do."""
+"""How often the job is reconciled. That is enough to number the attempt, create its objects, observe them, and then
+find nothing more to do.
+"""
 GITOPS_MANAGERS = ("argocd-controller", "kustomize-controller")
 
 
@@ -54,7 +58,7 @@ async def _reconcile(cluster: Cluster, key: Key) -> None:
 
 
 def let_the_operator_run(cluster: Cluster, namespace: str, name: str) -> None:
-    """Reconcile the job several times from inside the cluster's network, as the operator's workers do."""
+    """Reconcile the job `RECONCILES` times with the operator's own code, from inside the cluster's network."""
     failures: list[BaseException] = []
 
     def inside() -> None:
@@ -72,7 +76,7 @@ def let_the_operator_run(cluster: Cluster, namespace: str, name: str) -> None:
 
 
 def canonical(value: Any) -> str:
-    """Return ``value`` as canonical JSON."""
+    """Return ``value`` as JSON text with sorted keys and without spaces, so that equal values have equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -86,7 +90,7 @@ def namespace(cluster: Cluster, server: Server, request: pytest.FixtureRequest) 
 
 
 def job() -> dict[str, Any]:
-    """Return a job with values that GitOps tools often report as drift: quantities, maps, lists, null, an empty
+    """Return a job with values that GitOps tools often report as drift: quantities, maps, lists, null and an empty
     section."""
     manifest = quickstart("resources.cpu", "1500m")
     manifest["metadata"] = {"name": "drift", "labels": {"team": "a"}, "annotations": {"note": "1"}}
@@ -118,7 +122,7 @@ def test_no_drift_after_the_operator_has_run(cluster: Cluster, namespace: str, *
     assert live["status"]["attempts"]["started"] == 1
     assert len(cluster.get("pytorchjobs", "-n", namespace)["items"]) == 1
 
-    # The stored spec is the applied spec with the schema's defaults, byte for byte. The metadata has not changed.
+    # The stored spec is the applied spec with the schema's defaults, and nothing else. The metadata has not changed.
     assert canonical(live["spec"]) == canonical(validate_spec(manifest["spec"]).stored)
     kept = ("labels", "annotations", "finalizers", "generation", "uid", "ownerReferences")
     assert {key: live["metadata"].get(key) for key in kept} == {key: before["metadata"].get(key) for key in kept}
@@ -140,10 +144,8 @@ def test_no_drift_after_the_operator_has_run(cluster: Cluster, namespace: str, *
 
 @pytest.mark.parametrize("manager", GITOPS_MANAGERS)
 def test_argo_cd_and_flux_see_no_drift(cluster: Cluster, namespace: str, manager: str) -> None:
-    """Both tools compare the live object with a server-side dry run, without status and managedFields.
-
-    Argo CD does so with ServerSideDiff, and Flux in its kustomize-controller.
-    """
+    """Argo CD (with ServerSideDiff) and Flux (in its kustomize-controller) apply a job in a server-side dry run and
+    compare the result with the live object. They leave out status and managedFields. This test does the same."""
     text = json.dumps(job())
     apply = ["apply", "--server-side", f"--field-manager={manager}", "-n", namespace, "-f", "-"]
     cluster.kubectl(*apply, stdin=text)

@@ -1,5 +1,6 @@
-"""The real API server accepts the CRD and the examples, refuses bad values with a message, and serves columns and
-explanations."""
+"""The real API server accepts the CRD and the examples, and refuses bad values with a message. `kubectl get` shows the
+columns of the CRD, and `kubectl explain` shows its descriptions.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def test_it_installs_without_a_warning(cluster: Cluster, server: Server) -> None
 
 def test_every_field_is_explained(cluster: Cluster, server: Server) -> None:
     explain: list[str | Path] = [cluster.layout.programs / "kubectl", "explain", "ftj.spec", "--recursive"]
-    # The API server publishes the schema of a new CRD some seconds after it begins to serve the resource.
+    # The test waits, because the API server publishes the schema of a new CRD some seconds after it begins to serve it.
     wait_for("the schema to be published", lambda: cluster.run(explain, check=False).returncode == 0, 60)
     text = cluster.run(explain).stdout
     for path in PLACES_WITH_FIELDS:

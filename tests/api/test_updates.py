@@ -1,7 +1,6 @@
-"""Which fields of a job may change after its creation.
+"""After the creation of a job only `runPolicy` and the retention of checkpoints (`keepLast`, `keepBest`) may change.
 
-The Python validation and the API server give the same answer to an update. Everything except `runPolicy` and the
-retention of checkpoints stays as it was created, and a refused update changes nothing.
+The Python validation and the API server give the same answer to each update. A refused update changes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ FIXED = [path for path in PLACES if not any(path[: len(place)] == place for plac
 
 
 def value_at(spec: dict[str, Any], path: SchemaPath) -> Any:
-    """Return the value at ``path``."""
+    """Return the value of ``spec`` at ``path``."""
     node: Any = spec
     for part in path:
         node = node[0] if part == "[]" else next(iter(node.values())) if part == "*" else node[part]
@@ -36,7 +35,7 @@ def value_at(spec: dict[str, Any], path: SchemaPath) -> Any:
 
 
 def immutable_part(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a stored spec that must not change."""
+    """Return a stored spec without the fields that may change after creation."""
     rest: dict[str, Any] = json.loads(json.dumps(spec))
     rest.pop("runPolicy")
     for name in ("keepLast", "keepBest"):
@@ -45,7 +44,8 @@ def immutable_part(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def try_updates(server: Server, examples: int, places: list[SchemaPath]) -> Counter[str]:
-    """Store a job, change or remove one place, and compare both answers. Return how many updates got which answer."""
+    """Create jobs, change or remove one place in each, and check that API server and Python validation answer alike.
+    ``places`` are the places to choose from. Return how many of the updates were accepted and how many refused."""
     seen: Counter[str] = Counter()
     cases = st.sampled_from(places).flatmap(
         lambda path: st.tuples(st.just(path), jobs(path), st.one_of(st.just(MISSING), jobs(path)))

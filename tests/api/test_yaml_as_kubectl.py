@@ -1,4 +1,6 @@
-"""`finetune validate` reads the same values from YAML as kubectl: numbers, booleans, nulls, anchors and merges."""
+"""`finetune validate` reads a YAML file as kubectl does: numbers, booleans, nulls, anchors and merges get the same
+values.
+"""
 
 from __future__ import annotations
 

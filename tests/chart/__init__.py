@@ -1,1 +1,1 @@
-"""Tests of the Helm chart, which is rendered with the real helm program. No test here needs a cluster."""
+"""Tests of the operator's Helm chart. The real helm program renders the chart, and no test needs a cluster."""

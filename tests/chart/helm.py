@@ -1,6 +1,7 @@
-"""Runs the real helm program for the chart's tests.
+"""Runs the real helm program for the tests of the chart.
 
-helm is taken from FINETUNE_HELM, or from the test cluster's cache, into which it is downloaded once.
+The environment variable FINETUNE_HELM names the program. Without it, helm is taken from the PATH, or downloaded once if
+it is missing there or too old.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ CHART = Path(__file__).resolve().parents[2] / "charts" / "finetune-operator"
 
 @functools.cache
 def helm_program() -> str:
-    """Return the path of helm. The test is skipped where helm can't be downloaded."""
+    """Return the path of the helm program. The calling test is skipped if helm can't be downloaded."""
     if own := os.environ.get("FINETUNE_HELM"):
         return own
     try:
         return str(clients()["helm"])
     except ClusterError as error:
-        # helm is downloaded. A developer without a network can still run the tests that need no helm.
+        # The test is skipped and does not fail, so that a developer without a network can run the tests that need no
+        # helm.
         pytest.skip(f"helm can't be had (set FINETUNE_HELM to its path): {error}")
 
 
 def helm(*arguments: str, stdin: str = "") -> str:
-    """Run helm and return its output. Raises CalledProcessError where helm fails."""
+    """Run helm with ``arguments`` and return its output. Raises CalledProcessError if helm fails."""
     done = subprocess.run(
         [helm_program(), *arguments], input=stdin, text=True, capture_output=True, check=True, timeout=60
     )

@@ -1,5 +1,6 @@
-"""The rendered chart passes `helm lint --strict`, runs the operator in a restricted pod, and grants exactly the
-permissions that the operator uses."""
+"""The rendered chart passes `helm lint --strict` and runs the operator in a restricted pod. It grants the operator
+exactly the permissions that the operator uses.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def _helm_is_there() -> None:
 
 
 def rendered(values: Manifest | None = None) -> list[Manifest]:
-    """Return the objects that the chart renders for a release in the namespace `system`."""
+    """Render the chart with ``values`` for a release in the namespace `system`, and return its objects."""
     text = helm(
         "template",
         "finetune-operator",
@@ -120,7 +121,8 @@ def test_disruption_budget_and_monitor_are_there_when_asked_for() -> None:
 
 
 def granted(roles: list[Manifest]) -> set[tuple[str, str, str, str]]:
-    """Return group, resource, verb and object name of every rule in ``roles``."""
+    """Return the permissions that ``roles`` grant: API group, resource, verb, and the object's name or an empty
+    text."""
     found: set[tuple[str, str, str, str]] = set()
     for rule in itertools.chain.from_iterable(role["rules"] for role in roles):
         names = rule.get("resourceNames", [""])
@@ -136,7 +138,7 @@ OWN_NAMES = {
 
 
 def used(*scopes: RoleScope) -> set[tuple[str, str, str, str]]:
-    """Return what the operator uses in ``scopes``."""
+    """Return the permissions that the operator uses in roles of the given scopes, in the form of `granted`."""
     permissions = [permission.value for permission in Permission if permission.value.scope in scopes]
     return {
         (

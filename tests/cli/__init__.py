@@ -1,4 +1,3 @@
-"""Tests of the command line `finetune`.
-
-The tests of checkpoints and downloads use a real MinIO, and the tests of `follow` use a real cluster.
+"""Tests of the command line program `finetune`. The tests of `finetune checkpoints` and `finetune download` use a real
+MinIO, and the tests of `finetune follow` use a real cluster.
 """

@@ -1,4 +1,6 @@
-"""FineTuneJobs as the API server returns them: examples/quickstart.yaml with a stored status."""
+"""FineTuneJobs as the API server returns them: `examples/quickstart.yaml`, with a status from a file in
+tests/cli/jobs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ FOLDER = Path(__file__).parent / "jobs"
 
 
 def stored(name: str | None = None) -> dict[str, Any]:
-    """Return the quickstart job with the status in `jobs/<name>.yaml`, or without a status."""
+    """Return the quickstart job as the API server's JSON. Its status is that of `jobs/<name>.yaml`, or absent without
+    ``name``."""
     found: dict[str, Any] = yaml.safe_load(QUICKSTART.read_text())
     found["metadata"] |= {"namespace": "research", "uid": "u", "generation": 1, "resourceVersion": "7"}
     if name is not None:
@@ -23,5 +26,6 @@ def stored(name: str | None = None) -> dict[str, Any]:
 
 
 def job(name: str | None = None) -> FineTuneJob:
-    """Return the quickstart job with the status in `jobs/<name>.yaml` as an object."""
+    """Return the quickstart job as a FineTuneJob. Its status is that of `jobs/<name>.yaml`, or absent without
+    ``name``."""
     return FineTuneJob.model_validate(stored(name))

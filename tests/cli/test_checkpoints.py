@@ -1,4 +1,6 @@
-"""`finetune checkpoints` lists the checkpoints in a real object store with their true state."""
+"""`finetune checkpoints` lists the checkpoints in a real object store, and tells committed, damaged and unfinished ones
+apart.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ STATE = "state-00000-of-00001.safetensors"
 
 
 def commit(store: ObjectStore, root: Location, run: int, step: int, perplexity: float | None) -> str:
-    """Commit a checkpoint as a trainer does, and return its folder."""
+    """Write a checkpoint with COMMIT, as a trainer does, and return the key of its folder."""
     folder = root.key(f"checkpoints/{run:06d}-{step:09d}")
     contents = {STATE: b"tensors" * 1000, "trainer.json": json.dumps({"perplexity": perplexity}).encode()}
     for name, content in contents.items():
@@ -33,7 +35,8 @@ def commit(store: ObjectStore, root: Location, run: int, step: int, perplexity: 
 
 @pytest.fixture
 def root(store: ObjectStore, tmp_path: Path) -> Location:
-    """A run with checkpoints of all kinds: two whole ones, a damaged one, and one that is not committed yet."""
+    """The folder of a job's runs with four checkpoints: two whole ones, one with a changed byte, and one without
+    COMMIT."""
     place = Location(BUCKET, f"listed/{tmp_path.name}")
     commit(store, place, 1, 20, 2.5)
     commit(store, place, 1, 40, 3.5)

@@ -1,4 +1,4 @@
-"""`finetune download` from a real object store creates a complete and verified folder, or no folder at all."""
+"""`finetune download`, from a real object store, creates a complete and verified folder, or else no folder at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def spec(store: ObjectStore) -> StorageSpec:
 
 
 def put(store: ObjectStore, key: str, content: bytes) -> None:
-    """Write an object."""
+    """Write an object with ``content`` into the bucket."""
     path = store.credentials / "object"
     path.write_bytes(content)
     store.client.fput_object(BUCKET, key, str(path))
@@ -37,7 +37,7 @@ def put(store: ObjectStore, key: str, content: bytes) -> None:
 
 @pytest.fixture
 def artifact(store: ObjectStore, request: pytest.FixtureRequest) -> ArtifactStatus:
-    """A committed artifact, as a trainer writes it."""
+    """A committed artifact in the bucket, and what the job's status says about it."""
     folder = f"runs/{request.node.name}/artifacts/000001"
     for name, content in FILES.items():
         put(store, f"{folder}/{name}", content)
@@ -45,7 +45,8 @@ def artifact(store: ObjectStore, request: pytest.FixtureRequest) -> ArtifactStat
 
 
 def commit(store: ObjectStore, folder: str, digests: dict[str, str]) -> ArtifactStatus:
-    """Write manifest and COMMIT, and return the artifact as the job's status describes it."""
+    """Write manifest and COMMIT of an artifact whose files have ``digests``. Return what the job's status says about
+    it."""
     sizes = {name: len(FILES.get(name, b"")) for name in digests}
     files = [ManifestFile(name=name, bytes=sizes[name], sha256=sha256) for name, sha256 in digests.items()]
     encoded = Manifest(kind="Artifact", run=1, step=100, files=files).encode()
@@ -61,12 +62,12 @@ def source(store: ObjectStore) -> ObjectStoreReader:
 
 
 def key_of(artifact: ArtifactStatus, name: str) -> str:
-    """Return the key of a file of the artifact."""
+    """Return the key in the bucket of the artifact's file ``name``."""
     return f"{artifact.uri.removeprefix(f's3://{BUCKET}/')}/{name}"
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return the names of the files and folders that a download has left in ``folder``."""
+    """Return the names of all files and folders in ``folder``, to find what a download has left there."""
     return [path.name for path in folder.iterdir()]
 
 

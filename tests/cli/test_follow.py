@@ -1,4 +1,4 @@
-"""Following a job on a real API server yields every change, also across a restart of the API server."""
+"""`finetune` follows a job on a real API server. It sees every change, even if the API server restarts meanwhile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAIT_SECONDS = 60
 
 @pytest.fixture(scope="module")
 def served(cluster: Cluster) -> Iterator[Cluster]:
-    """A cluster that serves FineTuneJobs and has no operator that would change them."""
+    """The test cluster with the CRD. No operator runs, so only the tests change the jobs."""
     crd = steps.REPOSITORY / "crds" / "finetune.dev_finetunejobs.yaml"
     name = yaml.safe_load(crd.read_text())["metadata"]["name"]
     cluster.kubectl("apply", "--server-side", "--filename", str(crd))
@@ -37,7 +37,7 @@ def served(cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def name(served: Cluster, request: pytest.FixtureRequest) -> str:
-    """A job without a status."""
+    """The name of a new job in the cluster, which has no status yet."""
     manifest = steps.manifest_of(
         steps.QUICKSTARTS["LoRA"], metadata__name=f"job-{abs(hash(request.node.name)) % 10**6}"
     )
@@ -46,14 +46,14 @@ def name(served: Cluster, request: pytest.FixtureRequest) -> str:
 
 
 def write_status(cluster: Cluster, name: str, stored_status: str) -> None:
-    """Write a stored status into the job, in place of the operator."""
+    """Give the job in the cluster the status in `jobs/<stored_status>.yaml`, as the operator would."""
     patch = json.dumps({"status": stored(stored_status)["status"]})
     place = ["--namespace", NAMESPACE, "--subresource=status", "--type=merge"]
     cluster.kubectl("patch", "finetunejob", name, *place, "--patch", patch)
 
 
 class Follower:
-    """Follows a job in a thread, and collects its states and notices."""
+    """Follows a job in a thread. `next` returns its states one by one, and `told` collects the notices for the user."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.seen: Queue[Any] = Queue()
@@ -70,7 +70,7 @@ class Follower:
             self.seen.put(error)
 
     def next(self) -> Any:
-        """Return the next state, or the error that ended the following."""
+        """Wait for the next state of the job and return it. If following has ended with an error, return the error."""
         return self.seen.get(timeout=WAIT_SECONDS)
 
 

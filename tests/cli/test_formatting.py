@@ -1,4 +1,4 @@
-"""Sizes, durations, numbers and curves are formatted for people."""
+"""The command line writes sizes, durations, numbers and loss curves in a form that people can read."""
 
 from __future__ import annotations
 

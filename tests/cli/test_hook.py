@@ -1,4 +1,4 @@
-"""The pre-commit hook and docs/validate.md name a command that the program has."""
+"""The pre-commit hook and docs/validate.md use a command that the program `finetune` really has."""
 
 import re
 from importlib.metadata import entry_points

@@ -1,5 +1,6 @@
-"""The program `finetune` ends with the documented exit codes, and a user's mistake gives one sentence and no
-traceback."""
+"""The program `finetune` ends with the documented exit codes. A user's mistake leads to one sentence and no
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ current-context: x
 
 
 def finetune(*arguments: str, kubeconfig: Path | str = "/nonexistent") -> subprocess.CompletedProcess[str]:
-    """Run the program."""
+    """Run the program `finetune` in a process of its own."""
     environment = {"PATH": os.environ["PATH"], "KUBECONFIG": str(kubeconfig), "HOME": "/nonexistent"}
     command = [sys.executable, "-m", "finetune_cli", *arguments]
     return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60)

@@ -1,4 +1,4 @@
-"""`finetune validate` names every problem with its line, and no input makes it crash."""
+"""`finetune validate` names every problem in a file with its line, and does not crash on any input."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ GOOD = (EXAMPLES / "quickstart.yaml").read_text(encoding="utf-8")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Run the command. Return its exit code and its standard output."""
+    """Run `finetune validate` with ``arguments``. Return its exit code and its standard output."""
     code = main(["validate", *arguments])
     return code, capsys.readouterr().out
 
 
 @pytest.fixture
 def lines_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> LinesOf:
-    """Return a function that validates the text of a file, and returns the exit code and the lines without the file's
-    name."""
+    """Return a function that runs `finetune validate` on a file with the given text. It returns the exit code and the
+    printed lines, without the file name that each line begins with."""
 
     def check(text: str | bytes) -> tuple[int, list[str]]:
         file = tmp_path / "job.yaml"

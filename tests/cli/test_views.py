@@ -1,4 +1,6 @@
-"""The panel (on a terminal) and the lines (elsewhere) show the stored states of a job."""
+"""The panel (on a terminal) and the plain lines (elsewhere) show the state of a job, for each stored status in
+tests/cli.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ NOW = datetime(2026, 11, 24, 2, 3, 0, tzinfo=UTC)
 
 
 def drawn(shown: FineTuneJob, now: datetime = NOW, width: int = 110) -> str:
-    """Return the panel as text."""
+    """Return the panel that shows the job ``shown`` at the time ``now``, as text."""
     console = Console(width=width, color_system=None, force_terminal=True)
     with console.capture() as capture:
         console.print(render(shown, now))
@@ -32,7 +34,7 @@ def test_a_running_job_shows_how_far_it_is() -> None:
         "● Running  all 2 ranks report",
         "step 40/100",
         "412.5 tokens/s",
-        "1 min 13 s left",  # The ETA was 75 s in the report of 2 s ago.
+        "1 min 13 s left",  # The report from 2 s ago said that 75 s are left.
         "0.0051  █▆▄▂▁  from 3.9",
         "1.023",
     ):

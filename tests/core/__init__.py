@@ -1,1 +1,3 @@
-"""Tests of the package finetune_core: models, CRD, API reference, contract, planning and validation."""
+"""Tests of the package finetune_core: API models, CRD, API reference, contract with the trainer, planning and
+validation.
+"""

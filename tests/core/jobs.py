@@ -1,4 +1,4 @@
-"""Documents of jobs for tests: examples/quickstart.yaml with one field changed."""
+"""FineTuneJobs for tests, as parsed YAML: `examples/quickstart.yaml` with one field changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def quickstart(path: str = "", value: Any = None) -> dict[str, Any]:
-    """Return `examples/quickstart.yaml` with ``value`` at ``path`` below `spec`. None removes the field."""
+    """Return `examples/quickstart.yaml` with the field ``path`` (below `spec`, with dots) set to ``value``. None
+    removes it."""
     document: dict[str, Any] = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text(encoding="utf-8"))
     document["metadata"] |= {"uid": "1234"}
     if path:
@@ -20,7 +21,7 @@ def quickstart(path: str = "", value: Any = None) -> dict[str, Any]:
 
 
 def set_at(node: dict[str, Any], path: list[str], value: Any) -> None:
-    """Put ``value`` at ``path`` below ``node``, and create missing sections. None removes the field."""
+    """Set the field at ``path`` below ``node`` to ``value``, and create missing sections. None removes the field."""
     for part in path[:-1]:
         node = node.setdefault(part, {})
     if value is None:

@@ -1,5 +1,6 @@
-"""Messages between operator and trainer have bounded sizes and a version, and unknown or malformed content is
-refused."""
+"""The messages between operator and trainer have a version and a largest size. Unknown and malformed content is
+refused.
+"""
 
 import json
 from datetime import UTC, datetime
@@ -122,7 +123,7 @@ def test_each_job_has_its_own_audience() -> None:
 
 
 def test_a_result_with_all_scores_of_a_task_keeps_its_message() -> None:
-    """ViGGO has the most scores of all tasks, with five for each model."""
+    """ViGGO is used, because it has the most scores of all tasks: five for each of the two models."""
     names = ("strict", "orderFree", "function", "attributes", "values")
     score = ScoreRecord(
         perplexity=1.0234567890123,

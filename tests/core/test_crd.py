@@ -1,4 +1,6 @@
-"""The committed CRD equals the models, and contains nothing that the API server forbids in a structural schema."""
+"""The CRD file in the repository fits the pydantic models, and has nothing that the API server forbids in a CRD's
+schema.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _schemas(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every schema below ``node`` with its path."""
+    """Yield the path and the schema of every place below ``node``."""
     yield path, node
     for name, child in node.get("properties", {}).items():
         yield from _schemas(child, f"{path}.{name}")
@@ -62,16 +64,16 @@ def test_no_floats_and_no_escape_from_the_schema() -> None:
 
 def test_defaults_of_sections_are_complete() -> None:
     spec = openapi_schema(FineTuneJobSpec)
-    # The defaults of the section's fields are part of the section's default, because the API server checks CEL rules on
-    # a default before it fills in nested defaults.
+    # A section's default names the defaults of its fields too, because the API server checks CEL rules on a section's
+    # default before it fills in the defaults of fields.
     assert spec["properties"]["runPolicy"]["default"] == {"suspend": False, "cancel": False, "maxRetries": 3}
     assert spec["properties"]["runPolicy"]["properties"]["maxRetries"]["default"] == 3
     assert "default" not in spec["properties"]["training"]["properties"]["learningRate"]
 
 
 def test_items_of_lists_have_no_defaults() -> None:
-    """kubectl apply and Argo CD compare whole lists, so a default that the API server adds to an item looks like
-    drift."""
+    """An item of a list must have no default, because kubectl apply and Argo CD compare whole lists. A default that the
+    API server adds to an item would look like drift."""
     spec = [(path, schema) for path, schema in _all_schemas() if path.startswith("spec")]
     assert [path for path, schema in spec if "[]" in path and "default" in schema] == []
 

@@ -1,7 +1,7 @@
-"""The written pages agree with the repository: rooms, paths, links, decisions and recipes.
+"""The pages of the documentation agree with the repository: its rooms, paths, links, decisions and recipes.
 
-The tests read README.md, CONTRIBUTING.md, CHANGELOG.md and the pages in docs/ and compare them with the files of the
-repository. `python -m tests.core.test_docs` writes the column "imports" of docs/architecture.md anew.
+The pages are README.md, CONTRIBUTING.md, CHANGELOG.md, those in docs/, and some READMEs of folders. `python -m
+tests.core.test_docs` writes the column "imports" of docs/architecture.md anew.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PARTS = {
     "trainer": "trainer_image/finetune_trainer",
     "cli": "cli/finetune_cli",
 }
-"""Folder of each import package, by the name that docs/decisions.md uses."""
+"""Folders of the four import packages, by the names that docs/decisions.md uses for them."""
 FOLDERS = (*PARTS.values(), "charts", "crds", "examples", "locks", "tests", "docs", ".ci")
 GENERATED = "<!-- Generated"
 HAND_WRITTEN = sorted(page for page in DOCS.glob("*.md") if GENERATED not in page.read_text(encoding="utf-8")[:400])
@@ -50,21 +50,21 @@ HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 
 
 def text_of(page: Path) -> str:
-    """Return the text of a page."""
+    """Return the text of the file ``page``."""
     return page.read_text(encoding="utf-8")
 
 
-# ---- rooms ----
+# ---- Each room (package) is a row of docs/architecture.md ----
 
 
 def packages() -> set[str]:
-    """Return the folders of all packages in the four import packages, relative to the repository."""
+    """Return the folders of all packages and subpackages of the four import packages, relative to the repository."""
     inits = (init for part in PARTS.values() for init in (ROOT / part).rglob("__init__.py"))
     return {init.parent.relative_to(ROOT).as_posix() for init in inits}
 
 
 class Room(NamedTuple):
-    """A row of the tables of docs/architecture.md that describes a package."""
+    """A row of docs/architecture.md that describes a package: the texts of its last three columns."""
 
     purpose: str
     imports: str
@@ -72,7 +72,7 @@ class Room(NamedTuple):
 
 
 def rooms() -> dict[str, Room]:
-    """Return the rows of the tables in docs/architecture.md whose first cell is a folder of an import package."""
+    """Return the rows of docs/architecture.md that describe packages, by the folder of the package."""
     found = ROOM_ROW.findall(text_of(DOCS / "architecture.md"))
     return {path: Room(*cells) for path, *cells in found if path.startswith(tuple(PARTS.values()))}
 
@@ -89,10 +89,11 @@ def test_the_modules_that_a_rooms_row_names_are_in_the_room(path: str, room: Roo
 
 
 def imports_of(package: str) -> str:
-    """Return what the modules of a package import, as the column "imports" of docs/architecture.md says it.
+    """Return what the modules in the folder ``package`` import, in the form of the column "imports" of
+    docs/architecture.md.
 
-    Rooms of the same import package come first, then those of the core, then libraries. A module that lies beside the
-    rooms appears with its own name.
+    First come the rooms of the same import package, then those of the core, then libraries. A module that lies in no
+    room appears with its own name.
     """
     inside: set[str] = set()
     core: set[str] = set()
@@ -119,7 +120,7 @@ def imports_of(package: str) -> str:
 
 
 def _imported(module: Path) -> Iterator[str]:
-    """Yield the dotted name of everything that a module imports, at its top or in a function."""
+    """Yield the dotted name of everything that the file ``module`` imports, also of imports within functions."""
     for node in ast.walk(ast.parse(text_of(module))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -132,7 +133,8 @@ def _folder(top: str) -> Path:
 
 
 def _room(top: str, rest: str) -> str:
-    """Return the path, below its import package, of the innermost package or of the module beside the packages."""
+    """Return the room that holds the module ``rest`` of the import package ``top``, as a path below the package. For a
+    module that lies in no room, return its name."""
     folder = _folder(top)
     names: list[str] = []
     for name in rest.split("."):
@@ -159,19 +161,20 @@ def test_a_row_says_what_its_package_is_for_and_how_to_test_it(package: str) -> 
     assert re.search(r"`make unit ROOM=[a-z]+`|`\.venv/bin/python -m pytest .+`", row.tests)
 
 
-# ---- paths ----
+# ---- Paths that the pages name exist ----
 
 
 @cache
 def files() -> frozenset[str]:
-    """Return the paths of all files of the repository that a page may name, relative to the repository."""
+    """Return the paths of all files and folders that a page may name, relative to the repository."""
     found = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
     inside = {path.relative_to(ROOT).as_posix() for path in found if "__pycache__" not in path.parts}
     return frozenset(inside | {path.name for path in ROOT.iterdir()})
 
 
 def named_paths(text: str) -> Iterator[str]:
-    """Yield every word in the code spans and code blocks of ``text`` that looks like a path of this repository."""
+    """Yield every word that looks like a path of this repository, from the code spans and code blocks of the page
+    ``text``."""
     for match in CODE.finditer(text):
         for word in re.split(r"[\s\"'=,()|]+", match[0].strip("`")):
             path = word.strip("`.:;").partition("::")[0]
@@ -184,9 +187,9 @@ def named_paths(text: str) -> Iterator[str]:
 
 
 def exists(path: str) -> bool:
-    """Return whether ``path`` is a file, folder, glob pattern or dotted module of the repository.
+    """Return whether ``path`` is a file, folder, glob pattern or dotted module of this repository.
 
-    A path may leave its beginning out: `decide/verdict.py` stands for the module in the operator.
+    The beginning of a path may be missing: `decide/verdict.py` stands for the file in the operator's package.
     """
     if re.fullmatch(r"\w+(\.\w+)+", path) and not path.endswith((".py", ".md", ".go", ".toml")):
         top, *names = path.split(".")
@@ -194,7 +197,8 @@ def exists(path: str) -> bool:
         module = base.joinpath(*names)
         return any(
             place.is_dir() or place.with_suffix(".py").is_file()
-            for place in (module, module.parent)  # the last name may be an attribute of a module
+            # The last part of a dotted name may be an attribute of a module, so the name without it is tried too.
+            for place in (module, module.parent)
         )
     if "*" in path:
         return any(fnmatch(file, pattern) for file in files() for pattern in (path, f"*/{path}"))
@@ -208,11 +212,11 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
     assert missing == set()
 
 
-# ---- links ----
+# ---- Links lead somewhere ----
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors that GitHub makes of the headings of a page."""
+    """Return the anchors that GitHub gives the headings of the page."""
     found: dict[str, int] = {}
     result = set()
     for _, heading in HEADING.findall(re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)):
@@ -234,7 +238,7 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{target} names no heading of {file.name}"
 
 
-# ---- pages ----
+# ---- The content of single pages agrees with the repository ----
 
 
 @pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: page.name)
@@ -287,7 +291,7 @@ def test_the_tree_of_the_bucket_names_every_folder_of_the_layout() -> None:
     assert f"<uri>/{layout.BASES}/" in tree
 
 
-# ---- decisions ----
+# ---- docs/decisions.md ----
 
 
 def test_every_decision_stands_under_a_room_and_the_room_leads_to_its_decisions() -> None:
@@ -304,21 +308,22 @@ def test_every_decision_stands_under_a_room_and_the_room_leads_to_its_decisions(
         assert link in rooms()[folder].purpose, f"the row of {folder} must link {link}"
 
 
-# ---- recipes ----
+# ---- The recipes of docs/extending.md ----
 
 RECIPE = re.compile(r"^## .+?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 GREP = re.compile(r"^\$ (git grep -l[wE]* .+)$", re.MULTILINE)
 
 
 def recipes() -> dict[str, str]:
-    """Return the text of each recipe of docs/extending.md that shows a `git grep` command, by its heading."""
+    """Return the recipes of docs/extending.md that show a `git grep` command: the text of each, by its heading."""
     found = RECIPE.findall(text_of(DOCS / "extending.md"))
     return {text.partition("\n")[0].removeprefix("## "): text for text in found if GREP.search(text)}
 
 
 @pytest.mark.parametrize("heading", recipes())
 def test_a_recipe_names_every_file_that_its_example_touches(heading: str) -> None:
-    """Each recipe shows the command that finds its example: what the command prints must stand in the recipe."""
+    """A recipe shows a `git grep` command that finds the files of an existing example. The recipe must name all these
+    files."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs the git repository")
     text = recipes()[heading]
@@ -339,7 +344,7 @@ def test_every_name_of_code_in_a_recipe_exists() -> None:
 
 
 def write_imports() -> None:
-    """Write the column "imports" of docs/architecture.md anew."""
+    """Write the column "imports" of docs/architecture.md anew, from the imports in the code."""
     page = DOCS / "architecture.md"
 
     def row(match: re.Match[str]) -> str:

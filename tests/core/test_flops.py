@@ -1,4 +1,6 @@
-"""The FLOPs of a token agree with published and recomputed figures for the shapes of Llama 2 and Llama 3."""
+"""The FLOPs per token agree with published figures and with figures recomputed here, for the shapes of Llama 2
+and 3.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from finetune_core.planning.flops import ModelShape, forward_flops, peak_flops, 
 
 GIGA = 1e9
 LLAMA: dict[str, tuple[int, int, float, float]] = {
-    # The columns are: layers, width, all parameters, parameters of the input embedding.
+    # Number of layers, width, number of all parameters, number of parameters of the input embedding.
     "7B": (32, 4096, 6_738_415_616, 32_000 * 4096),
     "13B": (40, 5120, 13_015_864_320, 32_000 * 5120),
     "70B": (80, 8192, 68_976_648_192, 32_000 * 8192),
@@ -52,21 +54,21 @@ def test_flops_of_a_token(name: str, length: int, adapters: bool, giga: float) -
 
 
 def test_a_published_rate_gives_the_published_flops() -> None:
-    """NeMo prints 402 TFLOP/s for 12,472.87 tokens a second of Llama 3 8B with LoRA at 4,096 tokens."""
+    """NVIDIA's NeMo prints both figures for Llama 3 8B with LoRA at 4,096 tokens: 12,472.87 tokens and 402 TFLOP a
+    second."""
     assert 12_472.87 * per_token("Llama 3 8B", 4096, adapters=True) / 1e12 == pytest.approx(402, rel=0.003)
 
 
 def test_recomputation_is_a_forward_pass_and_no_model_flops() -> None:
-    """For 70B with LoRA the model needs 276 GFLOPs a token. Hardware that recomputes the forward pass executes 414."""
+    """With LoRA a 70B model needs 276 GFLOPs a token. If the hardware computes the forward pass again in the backward
+    pass, to save memory, it executes 414 GFLOPs. The recomputation does not count as work of the model."""
     again = forward_flops(shape("70B", adapters=True), 512, 512 * 512) / 512
     assert (per_token("70B", 512, adapters=True) + again) / GIGA == pytest.approx(414, rel=0.0025)
 
 
 def test_trap_27_padding_is_no_work_and_lora_saves_at_most_a_third() -> None:
-    """Four sequences of 100 real tokens are padded to 200 positions each.
-
-    Only the real lengths count, so the utilisation is half of that of four full sequences.
-    """
+    """Four sequences of 100 tokens are padded to 200 positions each. Padding is not counted as work, so the utilisation
+    is half of that of four sequences with 200 tokens."""
     small = shape("7B", adapters=True)
     real = training_flops(small, 4 * 100, 4 * 100**2)
     full_length = training_flops(small, 4 * 200, 4 * 200**2)

@@ -1,5 +1,6 @@
-"""The packages import each other only as the import rules in pyproject.toml allow, and the core imports no heavy
-library."""
+"""The packages import each other only as the rules of import-linter in pyproject.toml allow. The core imports no heavy
+library.
+"""
 
 import os
 import shutil
@@ -13,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def lint_imports(path: str = "") -> subprocess.CompletedProcess[str]:
-    """Run import-linter; packages in the folder ``path`` are taken instead of the repository's."""
+    """Run import-linter with the rules in pyproject.toml. With ``path``, packages in that folder are checked in place
+    of the repository's."""
     command = Path(sys.executable).with_name("lint-imports")
     environment = os.environ | {"PYTHONPATH": path}
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""Keys in the bucket and names in the cluster are pure functions with bounded lengths."""
+"""The keys in the bucket and the names of objects in the cluster are pure functions, and their lengths are limited."""
 
 import pytest
 from hypothesis import given

@@ -1,5 +1,6 @@
-"""A preflight result fits into a termination message, keeps the finding that decides, and is never confused with
-another program's message."""
+"""The result of a preflight check fits into a termination message and keeps the decisive finding when it is shortened.
+Another program's message is never taken for such a result.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The committed docs/api.md equals the text that is generated from the models, and explains every condition and
-reason."""
+"""docs/api.md in the repository equals the text that is generated from the models. It explains every condition and
+every reason.
+"""
 
 from pathlib import Path
 

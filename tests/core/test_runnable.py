@@ -1,4 +1,4 @@
-"""A job that the schema accepts and this version can't run is refused with the field's path."""
+"""A job that the schema accepts, but that this version can't run, is refused with the path of the field."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ VALUES: dict[str, Any] = {
 
 
 def job(path: str = "", value: Any = None) -> FineTuneJob:
-    """Return the quickstart with ``value`` at ``path`` below `spec`. None removes the field."""
+    """Return the quickstart job with the field ``path`` (below `spec`, with dots) set to ``value``. None removes the
+    field."""
     return FineTuneJob.model_validate(quickstart(path, value))
 
 

@@ -1,4 +1,6 @@
-"""docs/tasks.md and the API field follow the declared tasks, and a declaration with too many scores is refused."""
+"""docs/tasks.md and the allowed values of `dataset.task` follow from the declared tasks. A task with too many scores is
+refused.
+"""
 
 from __future__ import annotations
 

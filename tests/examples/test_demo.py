@@ -1,4 +1,4 @@
-"""The parts of the demo that need no cluster: its job files, its generated answers, and its measurements."""
+"""Those parts of examples/demo that need no cluster: its job files, its generated answers, and its measurements."""
 
 from __future__ import annotations
 

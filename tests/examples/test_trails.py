@@ -1,4 +1,6 @@
-"""The demo's rows are the same on every machine, and held-out rows have combinations that no training row has."""
+"""examples/trails generates the same rows on every machine. A held-out row has a function with a choice of attributes
+that no training row has, and a name that no training row has.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,15 @@ MEANING = re.compile(r"(\w+)\(((?:\w+\[[^\]]+\](?:, )?)+)\)")
 
 
 def parsed(meaning: str) -> tuple[str, dict[str, str]]:
-    """Return the function and the attributes of a meaning."""
+    """Split a row's meaning, such as `function(attribute[value], ...)`, into its function and its attributes with
+    values."""
     match = MEANING.fullmatch(meaning)
     assert match, meaning
     return match[1], dict(re.findall(r"(\w+)\[([^\]]+)\]", match[2]))
 
 
 def shape(meaning: str) -> tuple[str, tuple[str, ...]]:
-    """Return the function of a meaning, and the names of its attributes."""
+    """Return the function and the names of the attributes in a row's meaning, without values."""
     function, attributes = parsed(meaning)
     return function, tuple(attributes)
 

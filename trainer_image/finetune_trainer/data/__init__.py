@@ -1,6 +1,5 @@
-"""From the rows of data files to the tensors of micro-batches: reading rows, rendering the rows as token ids, the order
-of rows, packing, and collation. Where the files come from belongs into `sources/`.
+"""Turns the rows of data files into the tensors of micro-batches: reads rows, renders them as token ids, orders and
+packs the examples, and collates them. The code that lists and downloads data files belongs into `sources/`.
 
-Only `batches.py` and `micro_batches.py` import torch, so that the preflight checks can use the other modules without
-torch.
+Only `batches.py` and `micro_batches.py` import torch. The preflight checks use the other modules without torch.
 """

@@ -1,8 +1,8 @@
 """Builds the tensors of a micro-batch: token ids, right-padded or packed, and the target token of each position that
 has a loss. `micro_batches.py` calls `collate`.
 
-No attention mask is used. With causal attention, a token can't attend to padding on its right, and packed examples are
-separated by their position ids, which a mask of ones would override.
+No attention mask is built. Padding needs none, because with causal attention a token can't attend to what stands on its
+right. Packed examples are separated by their position ids, and a mask of ones would make the model ignore that.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from finetune_trainer.data.examples import Example
 IGNORED = -100
 """Target of a position without loss, as in `torch.nn.functional.cross_entropy`."""
 POSITION_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
-"""Multiplier that spreads positions over all 64 bits (Knuth's multiplicative hashing: 2^64 divided by the golden
-ratio).
+"""Factor that the position of a token is multiplied with, so that small positions spread over all 64 bits of the
+dropout keys (Knuth's multiplicative hashing: 2^64 divided by the golden ratio).
 """
 
 
 class Batch(NamedTuple):
-    """A micro-batch: B sequences of at most T tokens, in which N tokens are supervised."""
+    """A micro-batch: B sequences, padded to T tokens. N of the tokens are supervised."""
 
     input_ids: torch.Tensor
     """Token ids of shape (B, T), padded on the right."""
     position_ids: torch.Tensor | None
     """Positions of shape (B, T), which restart at 0 for each packed example. None if each sequence is one example."""
     index: torch.Tensor
-    """Shape (N,): indices into the flattened (B * T) positions at which logits are computed, because the next token is
-    supervised. Computing only these logits saves most of a small model's work."""
+    """Shape (N,): the positions before the supervised tokens, as indices into the flattened (B * T) positions. Logits
+    are computed only there, which saves most of a small model's work."""
     targets: torch.Tensor
-    """Shape (N,): the target token at each of these positions."""
+    """Shape (N,): the supervised token that follows each position of `index`."""
     dropout_keys: torch.Tensor
-    """Shape (B, T): for each token the key from which dropout derives its mask, see `dropout_seed`."""
+    """Shape (B, T): a 64-bit key for each token, from which dropout derives its mask. The key mixes the example's
+    `dropout_seed` with the token's position in the example."""
     tokens: int
-    """Number of supervised tokens; 0 for a dummy micro-batch, whose single target is IGNORED."""
+    """Number of supervised tokens. 0 for a dummy micro-batch, whose only target is IGNORED."""
     real_tokens: int
     """Number of tokens that are not padding."""
 
@@ -55,9 +56,9 @@ class Batch(NamedTuple):
 
 
 def dropout_seed(seed: int, step: int, row: int) -> int:
-    """Return the dropout seed (63 bits) of one row in one optimizer step, derived from the run's ``seed``, ``step`` and
-    ``row`` only. Therefore no random state has to be saved, and ranks, micro-batches and packing do not change which
-    activations are dropped."""
+    """Return the dropout seed (63 bits) of one row in one optimizer step. The seed depends only on the run's ``seed``,
+    on ``step`` and on ``row``. So no state of a random generator has to be saved, and the dropped activations stay the
+    same with other ranks, micro-batches or packing."""
     digest = hashlib.blake2b(f"{seed}/{step}/{row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -68,11 +69,11 @@ def collate(
     pad: int,
     packed: bool,
 ) -> Batch:
-    """Return the tensors of ``sequences``. Each sequence is one example or several packed examples, and each example
-    comes with its dropout seed.
+    """Return the tensors of ``sequences``. Each sequence holds one example, or several packed ones. Each example comes
+    with its dropout seed.
 
-    Without sequences, return a dummy micro-batch of weight 0. Under ZeRO, all ranks must compute the same number of
-    micro-batches, even if a rank has no examples left.
+    Without sequences, return a dummy micro-batch of one padding token without loss. Under ZeRO all ranks must compute
+    the same number of micro-batches, so a rank that has no examples left computes the dummy.
     """
     if not sequences:
         one, none = torch.full((1, 1), pad), torch.zeros(1, dtype=torch.long)

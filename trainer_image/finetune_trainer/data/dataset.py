@@ -1,5 +1,5 @@
-"""Makes the examples of a data file. Rows that can't become an example, or that are too long, are skipped or raise an
-error with file and row, as `dataset.badRows` and `dataset.longRows` say.
+"""Makes the examples of a data file. A row that can't become an example (a bad row) or that is too long is either
+skipped or raises an error with file and line. `dataset.badRows` and `dataset.longRows` choose between the two.
 
 The workers and the preflight checks call `make_examples`, and the launcher calls `check_columns`.
 """
@@ -18,35 +18,36 @@ from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_
 from finetune_trainer.data.reader import Row, read_rows
 
 COLUMN_CHECK_ROWS = 100
-"""Number of first rows that are searched for the columns that the format reads. A column that none of these rows has
-is a misspelled name rather than a bad row."""
+"""How many rows from the beginning of a file are searched for the columns that `dataset.format` names. If none of these
+rows has a column, its name in the spec is taken for a misspelling, and not the rows for bad rows.
+"""
 
 
 class NoRowsError(UserError):
-    """No usable row is left. If only the beginning of a file was read, the rest of the file may still have usable
-    rows."""
+    """No usable row was found among the rows that were read. If only the beginning of a file was read, the rest may
+    still have usable rows."""
 
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The maximal length of an example in tokens, and where the limit comes from."""
+    """The largest allowed length of an example in tokens, and which field or model sets it."""
 
     tokens: int
     origin: str
-    """Source of the limit, as a phrase that follows "more than": `dataset.maxLength 512`."""
+    """What sets the limit, as a phrase that follows "more than" in messages: `dataset.maxLength 512`."""
 
 
 def length_limit(dataset: DatasetSpec, context: int | None) -> LengthLimit:
-    """Return the limit for a job: `dataset.maxLength`, or the model's context in tokens if ``context`` is known and
-    smaller."""
+    """Return the length limit of a job's examples: the smaller one of `dataset.maxLength` and the model's ``context``
+    (its longest input in tokens). ``context`` is None if the model has no limit."""
     if context is not None and context < dataset.max_length:
         return LengthLimit(context, f"the model's context of {context}")
     return LengthLimit(dataset.max_length, f"dataset.maxLength {dataset.max_length}")
 
 
 def check_columns(path: Path, field: str, form: DatasetFormat) -> None:
-    """Raise UserError if the file has no rows or lacks a column that the format reads. Only the first COLUMN_CHECK_ROWS
-    rows are read. ``field`` is the path of the source in the spec: `dataset.train`."""
+    """Raise UserError if the file has no rows, or lacks a column that the format ``form`` reads. Only the first
+    COLUMN_CHECK_ROWS rows are read. ``field`` names the file's field in the spec in error messages: `dataset.train`."""
     columns: dict[str, None] = {}
     parsed = total = 0
     for row in read_rows(path, field):
@@ -58,7 +59,8 @@ def check_columns(path: Path, field: str, form: DatasetFormat) -> None:
     if total == 0:
         raise UserError(field, f"{path.name} has no rows")
     if parsed == 0:
-        return  # No row can be parsed. `make_examples` reports the problem of each row, so nothing is raised here.
+        # If no row can be parsed, nothing is raised here, because `make_examples` reports the problem of the first row.
+        return
     for option, column in required_columns(form).items():
         if column not in columns:
             raise UserError(
@@ -77,13 +79,14 @@ def make_examples(
     limit: LengthLimit,
     keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
-    """Return the examples of ``rows``, and one sentence for each kind of skipped row.
+    """Return the examples of ``rows``, and up to two notices: how many bad rows and how many long rows were skipped.
 
     ``source`` names the data file in messages (`s3://bucket/train.jsonl`), and ``field`` is its path in the spec
-    (`dataset.train`). ``keep_rows`` keeps the rows beside the examples, because graders read columns of them.
+    (`dataset.train`). With ``keep_rows`` the result also holds the data row of each example, because graders read the
+    row's columns.
 
-    Raises UserError with file and row for the first bad or long row unless the job asks to skip such rows, and
-    NoRowsError if no row is left.
+    Raises UserError with file and line for the first bad or long row, unless `dataset.badRows` or `dataset.longRows` is
+    Skip. Raises NoRowsError if no usable row is left.
     """
     render = renderer(dataset.format, tokenize)
     made = ExampleWriter()
@@ -116,6 +119,7 @@ def make_examples(
 
 
 def _skipped(problems: Sequence[str], field: str, what: str, *, total: int) -> str:
-    """Return a notice with the number of skipped rows and the problem of the first one."""
+    """Return a notice about skipped rows: how many were skipped and how many kept, and the problem of the first skipped
+    row."""
     rows = "1 row was" if len(problems) == 1 else f"{len(problems)} rows were"
     return f"{field}: {rows} skipped and {total} kept ({what}); the first: {problems[0]}"

@@ -1,8 +1,7 @@
-"""Sets of training examples: token ids and the ranges of supervised tokens, in numpy arrays that can be saved and
-memory-mapped.
+"""Sets of examples: token ids and the ranges of supervised tokens, in numpy arrays that can be saved and memory-mapped.
 
-One process per node tokenizes a data file, and all ranks of the node map the same arrays. Therefore time and memory do
-not grow with the number of GPUs.
+On each node one process tokenizes the data files and saves the arrays. All ranks of the node memory-map the saved
+arrays, so time and memory do not grow with the number of GPUs.
 """
 
 from __future__ import annotations
@@ -25,20 +24,22 @@ ROWS_FILE = "rows.json"
 
 
 class Example(NamedTuple):
-    """Token ids of one example, and the half-open ranges of its supervised tokens: `spans=[(12, 40)]`."""
+    """Token ids of one example, and the ranges of its supervised tokens. The range (12, 40) means the tokens 12
+    to 39."""
 
     ids: Sequence[int] | npt.NDArray[np.integer]
     spans: Sequence[tuple[int, int]]
 
     @property
     def supervised_tokens(self) -> int:
-        """Number of tokens that contribute to the loss. The first token of a text does not contribute, because no
-        position predicts the first token."""
+        """Number of tokens that the loss is taken on. The first token of an example never counts, because no position
+        before it predicts it."""
         return sum(last - max(first, 1) for first, last in self.spans)
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of tokens before the first supervised token, which is the prompt from which an answer is generated."""
+        """Number of tokens before the first supervised token. These tokens are the prompt from which an answer is
+        generated."""
         return self.spans[0][0]
 
 
@@ -46,12 +47,12 @@ class ExampleSet(Sequence[Example]):
     """The examples of a data file, as an immutable sequence."""
 
     def __init__(self, arrays: dict[str, npt.NDArray[np.integer]], rows: Sequence[Row] = ()) -> None:
-        """Wrap arrays that `ExampleWriter.finish` made or `load` has read."""
+        """Use the given arrays, which `ExampleWriter.finish` made or `load` has read. ``rows`` are the data rows of the
+        examples, if they were kept."""
         self._ids, self._offsets, self._spans, self._span_offsets = (arrays[name] for name in ARRAYS)
         self._arrays = arrays
         self.rows = rows
-        """The data row of each example, which holds the reference answer for graders. Empty if the rows were not
-        kept."""
+        """The data row of each example, which graders read. Empty if the rows were not kept."""
         self.lengths: list[int] = np.diff(self._offsets).tolist()
         """Number of tokens in each example."""
 
@@ -84,32 +85,33 @@ class ExampleSet(Sequence[Example]):
 
     @property
     def digest(self) -> str:
-        """The sha256 of all token ids and ranges. Two sets with the same digest hold the same data, tokenized alike."""
+        """The sha256 of all token ids and of the ranges of supervised tokens. Sets with equal content have equal
+        digests."""
         sha256 = hashlib.sha256()
         for name in ARRAYS:
             sha256.update(np.ascontiguousarray(self._arrays[name]).data)
         return sha256.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write the set into ``folder``, one file per array."""
+        """Write the set into ``folder``: one file for each array, and the data rows as JSON."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in ARRAYS:
             np.save(folder / f"{name}.npy", self._arrays[name])
-        # Parquet has types that JSON lacks, such as dates and bytes. Such values are written as text, because no grader
-        # reads them.
+        # Values that JSON can't hold, such as dates and bytes from parquet files, are written as text. No grader reads
+        # such values.
         (folder / ROWS_FILE).write_text(json.dumps([asdict(row) for row in self.rows], default=str))
 
     @classmethod
     def load(cls, folder: Path) -> ExampleSet:
-        """Return the set that `save` wrote. The arrays are memory-mapped, so token ids are read from the file only when
-        they are used."""
+        """Return the set that `save` wrote into ``folder``. The arrays are memory-mapped: token ids are read from the
+        file when they are used."""
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         rows = json.loads((folder / ROWS_FILE).read_text())
         return cls(arrays, [Row(**row) for row in rows])
 
 
 class ExampleWriter:
-    """Collects examples in compact arrays, with four bytes per token."""
+    """Collects examples one by one, with four bytes per token, and makes an `ExampleSet` of them."""
 
     def __init__(self) -> None:
         """Create a writer without examples."""
@@ -143,7 +145,7 @@ class ExampleWriter:
 
 
 def example_set(examples: Sequence[Example]) -> ExampleSet:
-    """Return an `ExampleSet` of ``examples``, without rows."""
+    """Return ``examples`` as an `ExampleSet`, without the data rows that they were made from."""
     writer = ExampleWriter()
     for example in examples:
         writer.add(example)

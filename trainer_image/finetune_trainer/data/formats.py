@@ -15,30 +15,34 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.examples import Example
 
 Chat = Callable[[Sequence[Mapping[str, Any]], bool], Sequence[int]]
-"""Renders a conversation with the chat template and returns its token ids. If the second argument is True, the result
-ends with the generation prompt, which is the text that the template puts before an answer.
+"""A function that renders a conversation with the chat template and returns its token ids. If the second argument is
+True, the ids end with the generation prompt, which is the text that the template puts before an answer.
 """
 
 
 class TokenizeFunctions(NamedTuple):
-    """The functions that turn text into token ids, made from a tokenizer by `tokenizer.py`."""
+    """The functions that turn text into token ids, and the id of the end token. `tokenizer.py` makes them from a
+    tokenizer."""
 
     prompt: Callable[[str], Sequence[int]]
-    """Tokenizes the beginning of a text, including special tokens such as BOS that the tokenizer puts in front."""
+    """Tokenizes text that begins an example. Special tokens that the tokenizer puts in front, such as BOS, are
+    included."""
     completion: Callable[[str], Sequence[int]]
-    """Tokenizes the continuation of a text, without special tokens."""
+    """Tokenizes text that follows other text in an example. No special tokens are added."""
     end: int
     """Id of the end token (EOS), with which every example ends."""
     chat: Chat | None = None
-    """None if the tokenizer has no chat template."""
+    """Tokenizes conversations. None if the tokenizer has no chat template."""
 
 
 Render = Callable[[Mapping[str, Any]], Example | str]
-"""Maps the columns of a row to an example, or to a sentence that says what is wrong with the row."""
+"""A function that turns the columns of a row into an example. For a bad row it returns a phrase that says what is
+wrong.
+"""
 
 
 def required_columns(form: DatasetFormat) -> Mapping[str, str]:
-    """Return the columns that a format reads. The keys are the paths of the fields in the spec that name the columns,
+    """Return the names of the columns that a format reads. The keys are the fields of the spec that hold these names,
     for example `dataset.format.text.textField`."""
     if form.prompt_completion is not None:
         path = "dataset.format.promptCompletion"
@@ -54,8 +58,8 @@ def required_columns(form: DatasetFormat) -> Mapping[str, str]:
 
 
 def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
-    """Return the function that renders rows in ``form``. Raises UserError for chat messages if the tokenizer has no
-    chat template."""
+    """Return the function that renders rows in the format ``form``. Raises UserError if the format is chat messages and
+    the tokenizer has no chat template."""
     if form.prompt_completion is not None:
         return _prompt_completion(form.prompt_completion, tokenize)
     if form.messages is not None:
@@ -71,7 +75,8 @@ def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
 
 
 def _field(fields: Mapping[str, Any], column: str) -> tuple[str, str | None]:
-    """Return the text in a column of the row, and what is wrong with the column, or None."""
+    """Return the text in a column of the row, and None. If the column is missing or no text, return an empty text and a
+    phrase with the problem."""
     value = fields.get(column)
     if value is None:
         return "", f"has no {column!r}"
@@ -81,8 +86,8 @@ def _field(fields: Mapping[str, Any], column: str) -> tuple[str, str | None]:
 
 
 def _prompt_completion(form: PromptCompletionFormat, tokenize: TokenizeFunctions) -> Render:
-    """Prompt and completion are tokenized separately, because at inference the model receives the tokens of the prompt
-    alone."""
+    """Return the function that renders rows with a prompt and a completion. Prompt and completion are tokenized
+    separately, because at inference the model receives the tokens of the prompt alone."""
 
     def render(fields: Mapping[str, Any]) -> Example | str:
         prompt, problem = _field(fields, form.prompt_field)
@@ -125,7 +130,8 @@ def _messages(form: MessagesFormat, tokenize: TokenizeFunctions, chat: Chat) -> 
             return f"has no {form.messages_field!r}"
         if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
             return f"has a {form.messages_field!r} that is not a list of messages"
-        # Parquet fills a field of a message with null if other messages have the field.
+        # Fields that are null are left out. Parquet adds such fields to a message if other messages of the file have
+        # them.
         messages = [{key: value for key, value in message.items() if value is not None} for message in found]
         problem = _conversation_problem(messages)
         if problem:
@@ -152,11 +158,12 @@ def _conversation_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -> Example | str:
-    """Return the conversation up to the last assistant message, with all assistant messages supervised.
+    """Return the conversation up to the last assistant message, as an example in which all assistant messages are
+    supervised. Return a phrase with the problem if the tokens of an answer can't be told.
 
-    The tokens of an assistant message are those that the template adds to the preceding conversation. Token ids are
-    compared to verify that the template only appends, because a template that rewrites earlier messages would train on
-    text that the model never sees at inference.
+    The tokens of an assistant message are those that the template adds to the conversation before it. So the template
+    must not change earlier messages when a message follows, which is checked by comparing token ids. Such a change
+    would train the model on text that it never sees at inference.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     whole = list(chat(messages[: turns[-1] + 1], False))
@@ -171,7 +178,7 @@ def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -
         last = len(after)
         answer = after[len(before) :]
         if end in answer:
-            # Text that a template puts after the end token, such as a line break, is not supervised, because generation
+            # What a template puts after the end token, such as a line break, is not supervised, because generation
             # stops at the end token.
             last = len(before) + len(answer) - answer[::-1].index(end)
         elif turn == turns[-1]:

@@ -1,8 +1,8 @@
-"""Which micro-batches each rank computes, of a training step or of an evaluation set, and their tensors.
+"""Plans which micro-batches each rank computes of a training step or of an evaluation set, and makes their tensors.
 
 `loop.py` plans one global batch for each optimizer step, and `evaluation/` plans whole example sets. Every rank gets
-the same number of micro-batches, because ZeRO's collectives need equally many forward passes on every rank. A rank
-that has fewer rows fills up with empty micro-batches.
+the same number of micro-batches, because under ZeRO every rank must run equally many forward passes. A rank that has
+fewer rows gets empty micro-batches in addition.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from finetune_trainer.data.packing import pack
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """The micro-batches that one rank computes of a set of rows, such as a global batch."""
+    """The micro-batches that one rank computes of a set of rows. The set is, for example, a global batch."""
 
     rows: Sequence[int]
-    """Indices of all rows, those of the other ranks included."""
+    """Indices of all rows of the set, including the rows that other ranks compute."""
     tokens: int
-    """Number of supervised tokens in all rows, those of the other ranks included."""
+    """Number of supervised tokens in all rows of the set, including the rows that other ranks compute."""
     micro_batches: Sequence[Sequence[Sequence[int]]]
-    """This rank's micro-batches: each is a list of sequences, and each sequence a list of row indices. Every rank has
-    the same number of micro-batches, some of which may be empty."""
+    """This rank's micro-batches. Each micro-batch is a list of sequences, and each sequence is a list of row indices.
+    Every rank has equally many micro-batches, so some may be empty."""
 
 
 @dataclass(frozen=True)
 class MicroBatcher:
-    """Makes the micro-batches of ``examples`` for one of ``world_size`` ranks."""
+    """Plans and makes the micro-batches of one rank out of ``examples``."""
 
     examples: ExampleSet
     rank: int
     world_size: int
     pad: int
-    """Token id that fills short sequences."""
+    """Token id that fills the sequences of a micro-batch up to the longest one."""
     capacity: int | None
-    """Most tokens of a packed sequence. None means that each sequence holds one example."""
+    """Largest length of a packed sequence in tokens. None means no packing: each sequence holds one example."""
     seed: int = 0
 
     def plan_step(self, step: int, optimization: OptimizationConfig) -> MicroBatchPlan:
-        """Return this rank's part of the global batch of ``step``, which counts from 1."""
+        """Return this rank's part of the global batch of optimizer step ``step`` (counted from 1)."""
         rows = global_batch(
             step,
             rows=len(self.examples),
@@ -59,8 +59,8 @@ class MicroBatcher:
         sequences: Sequence[Sequence[int]] = (
             [[row] for row in rows]
             if self.capacity is None
-            # Only rows that are never trained on can be longer than the capacity, such as those of the base model with
-            # `evaluation.basePrompt`.
+            # The capacity is raised to the longest row. Training rows never exceed the capacity, but the base model's
+            # rows can, because `evaluation.basePrompt` may make them longer.
             else pack(
                 rows, lengths, capacity=max(self.capacity, *(lengths[row] for row in rows), 1), ranks=self.world_size
             )
@@ -71,7 +71,7 @@ class MicroBatcher:
         return MicroBatchPlan(rows, sum(self.examples[row].supervised_tokens for row in rows), own)
 
     def tensors(self, plan: MicroBatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yield the tensors of each micro-batch of ``plan``. Dropout depends on (seed, ``step``, row) only."""
+        """Yield the tensors of each micro-batch of ``plan``. ``step`` only chooses the dropout masks."""
         for micro_batch in plan.micro_batches:
             sequences = [
                 [(self.examples[row], dropout_seed(self.seed, step, row)) for row in sequence]

@@ -1,8 +1,8 @@
 """Determines which examples each optimizer step consumes, and which rank computes which of them. All functions are pure
 functions of seed, step and sizes.
 
-The step alone determines the position in the data, so a resumed run continues with exactly the rows that were not
-consumed yet, even with another number of ranks.
+The number of the step alone determines the position in the data. So a resumed run continues with exactly the rows that
+were not consumed yet, even with another number of ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Cursor(NamedTuple):
-    """Position of a global batch: epoch, and index of the batch in the epoch, both counted from 0."""
+    """Position of a global batch in the data: its epoch, and its index in the epoch. Both are counted from 0."""
 
     epoch: int
     batch: int
@@ -26,7 +26,7 @@ def batches_per_epoch(rows: int, global_batch_size: int) -> int:
 
 
 def cursor(step: int, *, rows: int, global_batch_size: int) -> Cursor:
-    """Return the position of the global batch that step ``step`` consumes. Steps are counted from 1."""
+    """Return the position in the data of the global batch that step ``step`` (counted from 1) consumes."""
     return Cursor(*divmod(step - 1, batches_per_epoch(rows, global_batch_size)))
 
 
@@ -34,8 +34,8 @@ def cursor(step: int, *, rows: int, global_batch_size: int) -> Cursor:
 def permutation(rows: int, *, seed: int, epoch: int) -> tuple[int, ...]:
     """Return the order of the rows in an epoch, as row numbers.
 
-    The rows are sorted by a digest of (seed, epoch, row) instead of a library's random generator, so that the order is
-    the same on every platform and with every library version.
+    The rows are sorted by a digest of (seed, epoch, row). No library's random generator is used, so the order is the
+    same on every platform and with every library version.
     """
 
     def key(row: int) -> bytes:
@@ -60,11 +60,11 @@ def micro_batches(
     micro_batch_size: int,
 ) -> list[list[Sequence[int]]]:
     """Return the micro-batches of rank ``rank``. Each micro-batch is a list of sequences, and each sequence is a list
-    of rows, several if the rows are packed. A rank without work left gets empty micro-batches.
+    of row numbers. A sequence has several rows only if rows are packed.
 
-    All ranks get the same number of micro-batches. Sequences are distributed in the order of falling length, so that
-    sequences that are computed together are about equally long. The order of the sequences within a global batch does
-    not change the loss.
+    All ranks get the same number of micro-batches, so a rank without work left gets empty ones. The sequences are dealt
+    to the ranks from the longest to the shortest, so that sequences that are computed together need little padding.
+    This order does not change the loss of the global batch.
     """
 
     def length(sequence: Sequence[int]) -> int:

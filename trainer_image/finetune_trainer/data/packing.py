@@ -1,7 +1,8 @@
-"""Packs the examples of a global batch into sequences by best-fit decreasing. `micro_batches.py` calls `pack`.
+"""Packs the examples of a global batch into few sequences, with the best-fit decreasing algorithm. `micro_batches.py`
+calls `pack`.
 
 The functions depend only on the lengths, so all ranks compute the same sequences without communication. Each global
-batch is packed by itself, so a packed run and a padded run consume the same examples in the same step.
+batch is packed by itself, so a step consumes the same examples with and without packing.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ from collections.abc import Sequence
 
 
 def best_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return ``rows`` in bins of at most ``capacity`` tokens. The longest row comes first, and each row goes into the
-    fullest bin that has room for it.
+    """Put ``rows`` into bins of at most ``capacity`` tokens, and return the bins. The longest row comes first. Each row
+    goes into the fullest bin that has room for it. No row may be longer than ``capacity``.
 
-    Best-fit decreasing needs at most 11/9 of the smallest possible number of bins, plus 4 (Johnson 1973). No row may be
-    longer than ``capacity``.
+    The result has at most 11/9 of the smallest possible number of bins, plus 4 (Johnson 1973).
     """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []
-    """Pairs of (free tokens, index of the bin), sorted."""
+    """For each bin a pair (free tokens, index of the bin), sorted."""
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
         length = int(lengths[row])
         at = bisect.bisect_left(rooms, (length, -1))
@@ -36,8 +36,8 @@ def best_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], capacity: i
 def pack(rows: Sequence[int], lengths: Sequence[int], *, capacity: int, ranks: int) -> list[list[int]]:
     """Return ``rows`` packed into sequences of at most ``capacity`` tokens, with lengths as even as possible.
 
-    All ranks compute the same number of sequences, so up to the next multiple of ``ranks`` an additional sequence costs
-    no time. The result uses the smallest capacity that needs no more sequences than that.
+    All ranks compute equally many sequences. So the smallest possible number of sequences is rounded up to a multiple
+    of ``ranks``, which costs no time. The sequences are then as short as this number of sequences allows.
     """
     if not rows:
         return []

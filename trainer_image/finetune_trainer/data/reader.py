@@ -1,8 +1,7 @@
-"""Reads jsonl, csv and parquet files row by row, and records the place of each row so that a user can find a bad row in
-an editor.
+"""Reads jsonl, csv and parquet files row by row. Each row knows its place in the file, so that a user can find a bad
+row in an editor.
 
-A row that can't be parsed is returned with a problem instead of fields, because the caller decides what happens to bad
-rows.
+A row that can't be parsed is returned with a problem and without columns. The caller decides what happens to bad rows.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ PARQUET_BATCH_ROWS = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data file: its place, and its columns or what is wrong with the row."""
+    """One row of a data file: its place in the file, and either its columns or what is wrong with it."""
 
     number: int
-    """Line on which the row begins, or number of the row in a parquet file, counted from 1."""
+    """Line on which the row begins, counted from 1. In a parquet file, number of the row, counted from 1."""
     fields: Mapping[str, Any]
     problem: str | None = None
     unit: Literal["line", "row"] = "line"
     file: str = ""
-    """Path of the row's file below the source, if the source has several files."""
+    """Path of the file that holds the row, relative to the folder that was read. Empty if a single file was read."""
 
     def place(self, source: str) -> str:
-        """Return the place of the row for messages, for example `data/train.jsonl line 12` if ``source`` is
-        `data/train.jsonl`."""
+        """Return the place of the row for messages: `data/train.jsonl line 12`, if ``source`` is `data/train.jsonl`."""
         return f"{source}{'/' if self.file else ''}{self.file} {self.unit} {self.number}"
 
 
 def read_rows(path: Path, field: str) -> Iterator[Row]:
-    """Return the rows of the file ``path``, or of all data files in the folder ``path``, ordered by file name.
-    ``field`` is the path of the source in the spec, for error messages: `dataset.train`.
+    """Yield the rows of the file ``path``. If ``path`` is a folder, yield the rows of all data files in it, ordered by
+    file name. ``field`` names the file's field in the spec in error messages: `dataset.train`.
 
-    Raises UserError if a file has another suffix than DATA_SUFFIXES or can't be read in the format of its suffix.
+    Raises UserError if a file can't be read in the format that its suffix names, or if ``path`` is a file with another
+    suffix than DATA_SUFFIXES.
     """
     if not path.is_dir():
         yield from _read_file(path, field)

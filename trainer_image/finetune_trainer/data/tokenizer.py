@@ -1,6 +1,7 @@
-"""Loads the tokenizer, adds the job's tokens, and turns it into the plain functions that `formats.py` takes.
+"""Loads the model's tokenizer, adds `model.addedTokens`, and makes the functions that turn text into token ids for
+`formats.py`.
 
-The module does not import torch, so that the preflight pod computes the same token ids as the workers.
+The module does not import torch, so that the preflight pod can compute the same token ids as the workers.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Add ``tokens`` to the tokenizer and return their ids. Raises UserError if a token exists already.
+    """Add ``tokens`` to the tokenizer and return their ids. Raises UserError if the tokenizer already has one of the
+    tokens.
 
-    An added token matches its exact text: neither surrounding spaces are removed nor is the text normalized.
+    An added token matches only its exact text: surrounding spaces are kept, and the text is not normalized first.
     """
     known = tokenizer.get_vocab()
     for token in tokens:
@@ -50,7 +52,8 @@ def tokenize_functions(tokenizer: PreTrainedTokenizerBase) -> TokenizeFunctions:
 
     def prompt(text: str) -> Sequence[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
-        # Some tokenizers append the end token to every text. After a prompt, the end token would end the example.
+        # The end token is removed, because some tokenizers append it to every text, and after a prompt it would end the
+        # example.
         return ids[:-1] if ids and ids[-1] == end else ids
 
     def completion(text: str) -> Sequence[int]:
@@ -73,10 +76,10 @@ def tokenize_functions(tokenizer: PreTrainedTokenizerBase) -> TokenizeFunctions:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat) -> list[int]:
-    """Return the ids of the tokens at which generation stops: the end token, and the first token of the completion
-    suffix if that is an added token.
+    """Return the ids of the tokens at which generation stops. These are the end token and, if it is an added token, the
+    first token of `completionSuffix`.
 
-    A suffix that begins with ordinary text is not a stop token, because its tokens may also occur within an answer.
+    A suffix that begins with ordinary text adds no stop token, because the same token may occur within an answer.
     """
     suffix = form.prompt_completion.completion_suffix if form.prompt_completion is not None else ""
     ids: Sequence[int] = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []

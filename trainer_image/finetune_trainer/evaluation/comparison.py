@@ -1,7 +1,7 @@
-"""Compares base model and tuned model: both are scored on the same rows, before training and at the end.
+"""Compares base model and tuned model. The base model is scored before training and the tuned model at the end, both on
+the same rows. The scores go into `evaluation/<run>.json` of the bucket, into the reports and into the result.
 
-The scores go into `evaluation/<run>.json` of the bucket, into the reports and into the result. `train.py` scores the
-base model with `ModelComparison` before the first step, `finish.py` the tuned model before the export.
+`train.py` calls `ModelComparison` before the first step, and `finish.py` calls it before the artifact is exported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from finetune_trainer.storage.root import RunRoot
 
 
 class ModelComparison:
-    """The scores of base model and tuned model as far as they are known; the same on every rank."""
+    """Computes and holds the scores of base model and tuned model. They are the same on every rank."""
 
     def __init__(
         self,
@@ -37,9 +37,9 @@ class ModelComparison:
         run: int,
         progress: Progress | None,
     ) -> None:
-        """Begin without scores. No model is scored where the job has neither test nor validation rows.
+        """Begin without scores. If the job has neither test nor validation rows, no model will be scored.
 
-        ``run``: number of the run whose file is written. ``progress``: exists on rank 0 only.
+        ``run`` is the number of the run whose scores are written to the bucket. ``progress`` is None except on rank 0.
         """
         self._gang = gang
         self._root = root
@@ -52,14 +52,15 @@ class ModelComparison:
 
     @property
     def evaluation(self) -> EvaluationRecord | None:
-        """Return the scores that are known, None before `score_base_model` and where no model is scored."""
+        """The scores that are known so far. None before `score_base_model`, and if the job has no rows to score a model
+        on."""
         return self._file.evaluation if self._file is not None else None
 
     def score_base_model(self, *, is_base: bool) -> None:
-        """Score the base model, or take the scores that an earlier run of the job wrote; a collective.
+        """Score the base model, or take the scores that an earlier run of the job wrote. A collective.
 
-        ``is_base``: whether the engine holds the base model. Where the engine holds a checkpoint and the bucket has no
-        scores of the base model, a notice says that these scores are missing.
+        ``is_base`` says whether the ranks hold the untrained base model. If they hold a checkpoint, the base model
+        can't be scored. If the bucket has no scores of it either, a notice says so.
         """
         if self._base_set is None or self._tuned_set is None:
             return
@@ -78,7 +79,8 @@ class ModelComparison:
         self._write()
 
     def score_tuned_model(self, step: int) -> None:
-        """Score the model that the engine holds, which is exported as checkpoint ``step``; a collective."""
+        """Score the tuned model, which the ranks hold: the checkpoint of step ``step``, which becomes the artifact. A
+        collective."""
         if self._tuned_set is None or self._file is None:
             return
         record, answers = self._scorer.score(self._tuned_set)

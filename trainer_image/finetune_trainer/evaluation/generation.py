@@ -1,7 +1,8 @@
-"""Generates the model's answers to prompts: greedy, in batches padded on the left, independent of batch size and ranks.
+"""Generates the model's answers to prompts by greedy decoding, in batches that are padded on the left. `scorer.py`
+calls `generate_answers`.
 
-All ranks run equally many batches, and under ZeRO-3 equally many forward passes per batch, because every forward pass
-is a collective and the ranks would otherwise wait for each other without end. `scorer.py` calls `generate_answers`.
+Under ZeRO-3 every forward pass is a collective, in which a rank waits for all others. So all ranks run the same number
+of batches, and under ZeRO-3 the same number of forward passes in each batch.
 """
 
 from __future__ import annotations
@@ -19,36 +20,38 @@ from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
 SUFFIX_SLACK = 4
-"""Tokens beyond the suffix's own that are searched for the suffix, because the same text may be split into more tokens
-behind another text."""
+"""An answer ends where its last tokens contain the suffix. This many tokens more than the suffix has are searched,
+because the suffix may be split into more tokens behind other text.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """Settings of the generation, the same for every prompt of an evaluation set."""
+    """Settings for generating the answers to an evaluation set. They are the same for every prompt."""
 
     tokenizer: Any
     stop_ids: Sequence[int]
     """Ids of the tokens that end an answer."""
     suffix: str
-    """Text that ends an answer and does not belong to the answer; may be empty."""
+    """Text at which an answer ends. It does not belong to the answer, and may be empty."""
     suppressed: Sequence[int]
-    """Ids of tokens that are never chosen: for the base model those of the job's added tokens."""
+    """Ids of tokens that are never generated. For the base model these are the job's added tokens."""
     batch_size: int
-    """Prompts that one rank answers at once."""
+    """How many prompts a rank answers at once."""
     max_new_tokens: int
     """Longest answer in tokens."""
     context: int
-    """Longest text in tokens that the model reads, prompt and answer together."""
+    """Longest text in tokens that the model can read: prompt and answer together."""
 
 
 def generate_answers(
     engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding
 ) -> Iterator[dict[int, str]]:
-    """Yield the answers of this rank, one dictionary per batch: index of the prompt in ``prompts`` -> text.
+    """Generate the answers to this rank's share of ``prompts`` (token ids). Yield one dictionary per batch, which gives
+    the answer's text by the index of its prompt in ``prompts``.
 
-    ``prompts``: token ids of all prompts; each rank answers a share of them. Every rank yields equally often. Each
-    batch is a collective, and raises StopAgreed before it begins if a rank received SIGTERM.
+    Every rank yields equally often, some dictionaries may be empty. Each batch is a collective. Before a batch begins,
+    StopAgreed is raised if a rank has received SIGTERM.
     """
     own = micro_batches(
         [[row] for row in range(len(prompts))],
@@ -69,7 +72,7 @@ def generate_answers(
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, both (B, T); every prompt ends at the last column."""
+    """Return token ids and attention mask of ``prompts``, both of shape (B, T). Every prompt is padded on the left."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad)
     mask = torch.zeros_like(ids)
@@ -80,11 +83,11 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tenso
 
 
 def _generate(engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
-    """Return the generated token ids for each of ``prompts``, without the prompt."""
+    """Generate an answer to each prompt, and return the token ids of the answers."""
     pad = int(decoding.tokenizer.eos_token_id)
     if not prompts and not engine.lockstep:
         return []
-    # A rank without a prompt generates from a dummy prompt, because under ZeRO-3 every forward pass is a collective.
+    # A rank that has no prompt left answers a dummy prompt, because under ZeRO-3 all ranks must run each forward pass.
     ids, mask = left_padded(prompts or [[pad]], pad)
     width = ids.shape[1]
     config = HuggingFaceConfig(
@@ -112,25 +115,25 @@ def _generate(engine: Engine, gang: Gang, prompts: Sequence[Sequence[int]], deco
 
 
 def _text(ids: Sequence[int], decoding: Decoding) -> str:
-    """Return the text of generated token ids up to the first stop token or the suffix."""
+    """Return the text of generated token ids, up to the first stop token or up to the suffix."""
     end = next((place for place, token in enumerate(ids) if token in decoding.stop_ids), len(ids))
     text = str(decoding.tokenizer.decode(ids[:end], skip_special_tokens=True))
     return text.split(decoding.suffix)[0] if decoding.suffix else text
 
 
 class _StopRequested(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here
-    """Ends a batch early once this process has received SIGTERM; the answers of this batch are not used then."""
+    """Ends the generation of a batch once this process has received SIGTERM. The unfinished answers are not used."""
 
     def __init__(self, gang: Gang) -> None:
         self._gang = gang
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return a tensor (B,) of booleans, all true once this process has received SIGTERM."""
+        """Return whether each of the B answers must end: all of them after SIGTERM, otherwise none."""
         return torch.full((input_ids.shape[0],), self._gang.stop_requested(), device=input_ids.device)
 
 
 class _SuffixReached(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here
-    """Ends an answer once its newest tokens contain the suffix."""
+    """Ends an answer when the text of its last tokens contains the suffix."""
 
     def __init__(self, decoding: Decoding, width: int) -> None:
         self._decoding = decoding
@@ -139,7 +142,7 @@ class _SuffixReached(StoppingCriteria):  # type: ignore[misc]  # transformers ha
         self._tail = len(suffix_ids) + SUFFIX_SLACK
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return a tensor (B,) of booleans, true where the newest tokens of an answer contain the suffix."""
+        """Return for each of the B answers whether the text of its last tokens contains the suffix."""
         start = max(self._width, input_ids.shape[1] - self._tail)
         tails = self._decoding.tokenizer.batch_decode(input_ids[:, start:])
         return torch.tensor([self._decoding.suffix in tail for tail in tails], device=input_ids.device)

@@ -1,7 +1,7 @@
 """The perplexity of a model over a whole set of examples.
 
-The mean is taken once over the supervised tokens of all ranks and never over means, so that perplexity does not depend
-on how examples are grouped into micro-batches. `scorer.py` calls this module.
+Losses are summed over the supervised tokens of all ranks, and the mean is taken once at the end. So the perplexity does
+not depend on how examples are grouped into micro-batches. `scorer.py` calls this module.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
 LARGEST_PERPLEXITY = 1e30
-"""Upper bound of what is reported, because exp of a large mean loss overflows."""
+"""Largest perplexity that is returned, because exp of a large mean loss would overflow."""
 
 
 def perplexity(engine: Engine, gang: Gang, batches: MicroBatcher, *, batch_size: int) -> float:
-    """Return exp(summed negative log-likelihood / supervised tokens) over all examples of ``batches``.
+    """Compute exp(summed negative log-likelihood / number of supervised tokens) over all examples of ``batches``.
 
-    A collective: all ranks call this function and get the same value. ``batch_size``: sequences per micro-batch.
+    A collective: every rank gets the same value. ``batch_size`` is the number of sequences that a rank computes at
+    once.
     """
     plan = batches.plan_rows(range(len(batches.examples)), batch_size)
     nll = 0.0

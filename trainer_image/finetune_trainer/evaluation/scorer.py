@@ -1,8 +1,8 @@
-"""Scores a model on an evaluation set: perplexity of answer tokens, perplexity of all tokens, and the task's scores.
+"""Scores a model on an evaluation set: perplexity of the answers, perplexity of all tokens, and the scores of the task.
 
-The task's scores are means over generated answers, each graded by the task's grader. Sums and counts of all ranks are
-added up before a mean is taken, so that no figure depends on batch size or number of ranks. `loop.py` scores
-checkpoints with `Scorer`, `comparison.py` scores base model and tuned model.
+The task's scores are means over generated answers, which the task's grader has graded. Sums and counts are added up
+over all ranks before a mean is taken, so that no figure depends on batch size or number of ranks. `loop.py` scores
+checkpoints with `Scorer`, and `comparison.py` scores base model and tuned model.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from finetune_trainer.storage.evaluation_file import AnswerRecord
 
 MOST_STORED_ANSWERS = 20
 STORED_ANSWER_LENGTH = 2000
-"""Longest stored answer in characters."""
+"""A stored answer is cut off after this many characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """The task's scores of a model on an evaluation set."""
+    """The scores of a model on an evaluation set for the job's task."""
 
     main: float | None
-    """Mean of the task's main score, None where no answer was graded."""
+    """Mean of the task's main score. None if no answer was graded."""
     scores: Mapping[str, float]
-    """Mean of every score of the task over the graded answers, by the score's name."""
+    """Mean of each score of the task over the graded answers, by the score's name."""
     graded: int
-    """Number of graded answers over all ranks."""
+    """Number of answers that all ranks together graded."""
     answers: Sequence[AnswerRecord]
-    """The first answers that this rank generated, with their grades, at most `MOST_STORED_ANSWERS`."""
+    """The first answers that this rank generated, with their grades. At most `MOST_STORED_ANSWERS`."""
 
 
 class Scorer:
-    """Scores the model of an engine. Every method is a collective and raises StopAgreed between two batches."""
+    """Scores the model that the ranks hold. Every method is a collective, and raises StopAgreed between two batches if
+    a rank has received SIGTERM."""
 
     def __init__(
         self,
@@ -58,11 +59,11 @@ class Scorer:
         context: int,
         phase: Callable[[Phase], None],
     ) -> None:
-        """Take the parts that scoring needs; raises UserError where ``task`` has no grader.
+        """Take what scoring needs. Raises UserError if ``task``, the value of `dataset.task`, has no grader.
 
-        ``batches``: how examples become tensors. ``task``: value of `dataset.task`. ``batch_size``: sequences whose
-        loss is computed at once. ``context``: longest text in tokens that the model reads. ``phase``: called with the
-        phase that begins.
+        ``batches`` makes micro-batches of examples. ``batch_size`` is the number of sequences whose loss a rank
+        computes at once. ``context`` is the longest text in tokens that the model can read. ``phase`` is called when
+        evaluating or generating begins.
         """
         self._engine = engine
         self._gang = gang
@@ -75,14 +76,15 @@ class Scorer:
         self._phase = phase
 
     def perplexity(self, examples: ExampleSet) -> float:
-        """Return the perplexity over supervised tokens."""
+        """Compute the model's perplexity over the supervised tokens of ``examples``."""
         self._phase(Phase.EVALUATING)
         return perplexity(
             self._engine, self._gang, replace(self._batches, examples=examples), batch_size=self._batch_size
         )
 
     def score(self, evaluation_set: EvaluationSet) -> tuple[ScoreRecord, Sequence[AnswerRecord]]:
-        """Return both perplexities and, if the job has a task, the task's scores with some answers of this rank."""
+        """Score the model, and return its scores and some answers of this rank. The scores are the perplexity of the
+        answers, the perplexity of all tokens and, if the job has a task, the task's scores."""
         with self._without_tokens(evaluation_set.added_ids):
             answer_tokens = self.perplexity(evaluation_set.examples)
             every_token = self.perplexity(all_tokens(evaluation_set.examples))
@@ -99,7 +101,8 @@ class Scorer:
         return record, found.answers
 
     def task_scores(self, evaluation_set: EvaluationSet) -> TaskScores:
-        """Generate an answer to each prompt of ``evaluation_set``, grade the answers, and return the task's scores."""
+        """Generate answers to the prompts of ``evaluation_set``, grade them, and return the task's scores. At most
+        `evaluation.generation.maxExamples` prompts are answered."""
         task, grader = TASKS[self._task], self._grader
         assert grader is not None
         self._phase(Phase.GENERATING)
@@ -133,7 +136,7 @@ class Scorer:
 
     @contextmanager
     def _without_tokens(self, ids: Sequence[int]) -> Iterator[None]:
-        """Compute without the embedding rows of some tokens inside the block."""
+        """Inside the `with` block, compute losses as if the tokens ``ids`` were not in the vocabulary."""
         self._engine.exclude_tokens(ids)
         try:
             yield
@@ -142,8 +145,10 @@ class Scorer:
 
 
 def all_tokens(examples: ExampleSet) -> ExampleSet:
-    """Return the same texts with every token supervised, prompt and answer, as the script of Anyscale's study did it.
+    """Return the same examples with every token supervised, prompt and answer, as in the script of Anyscale's study of
+    LoRA.
 
-    The study also counted padding tokens. This function has none, because perplexity would depend on the batch size.
+    Other than in that study, padding tokens are not counted, because the perplexity would then depend on the batch
+    size.
     """
     return example_set([Example(example.ids, [(0, len(example.ids))]) for example in examples])

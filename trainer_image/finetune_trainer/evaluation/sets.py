@@ -1,8 +1,9 @@
-"""The evaluation sets: the rows of `dataset.test`, else of `dataset.validation`, in the form that each model reads.
+"""The evaluation sets: the rows of `dataset.test`, or of `dataset.validation` if there is no test file. Base model and
+tuned model may read these rows in different forms.
 
-The base model reads the rows with its own tokenizer, without the job's added tokens, and in the template of
-`evaluation.basePrompt` if the job has one. The first rank of a node prepares these rows on disk (`train.py` calls
-`prepare_base_model_set`), and every rank loads them.
+The base model reads them with its own tokenizer, without the job's added tokens, and in the template of
+`evaluation.basePrompt` if the job has one. On each node the first rank writes the rows in this form to the disk
+(`train.py` calls `prepare_base_model_set`). Then every rank loads them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ UNLIMITED = 1 << 30
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """An evaluation set in the form that either the base model or the tuned model reads."""
+    """An evaluation set, in the form that the base model or the tuned model reads."""
 
     rows: ScoredRows
     examples: ExampleSet
@@ -38,15 +39,17 @@ class EvaluationSet:
     stop_ids: Sequence[int]
     """Ids of the tokens that end an answer."""
     suffix: str
-    """Text that ends an answer and does not belong to the answer; may be empty."""
+    """Text at which an answer ends. It does not belong to the answer, and may be empty."""
     added_ids: Sequence[int] = ()
-    """Ids of `model.addedTokens`, which the base model is scored without; empty for the tuned model."""
+    """Ids of `model.addedTokens` in the base model's set, because the base model is scored without these tokens. Empty
+    in the tuned model's set."""
     one_line: bool = False
-    """Whether an answer ends with its first line. A base model often goes on with a next example after the answer."""
+    """Whether only the first line of an answer counts. A base model often goes on with another example behind its
+    answer."""
 
 
 def _scored_rows(config: RunConfig) -> ScoredRows | None:
-    """Return which rows base model and tuned model are scored with, None where the job has no such rows."""
+    """Return which rows base model and tuned model are scored on: test rows, else validation rows, else None."""
     if config.dataset.test is not None:
         return "Test"
     return "Validation" if config.dataset.validation is not None else None
@@ -55,7 +58,7 @@ def _scored_rows(config: RunConfig) -> ScoredRows | None:
 def base_format(dataset: DatasetSpec, base_prompt: str | None) -> DatasetFormat:
     """Return the format in which the base model reads rows.
 
-    With a prompt of its own the answer has no suffix, because the base model never learned the job's suffix.
+    With `evaluation.basePrompt` an answer has no suffix, because the base model never learned `completionSuffix`.
     """
     form = dataset.format.prompt_completion
     if base_prompt is None or form is None:
@@ -70,9 +73,10 @@ def _base_differs(config: RunConfig) -> bool:
 
 
 def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
-    """Write the rows in the form that the base model reads, if the tuned model reads another form.
+    """Save the rows in the form that the base model reads. Nothing is saved if the tuned model reads them in the same
+    form.
 
-    Return one notice for each kind of row that was left out.
+    Return a notice for each kind of row that was left out (bad rows and long rows).
     """
     config, rows = plan.config, _scored_rows(plan.config)
     source = config.dataset.test if rows == "Test" else config.dataset.validation
@@ -80,7 +84,8 @@ def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
     if rows is None or source is None or path is None or not _base_differs(config):
         return []
     context = read_structure(plan.inputs.model).context
-    # The base model's prompt may be longer than dataset.maxLength, for example because it holds solved examples.
+    # `dataset.maxLength` does not apply, because `evaluation.basePrompt` may be long. For example, it may hold solved
+    # examples.
     limit = LengthLimit(context, f"the model's context of {context}") if context else LengthLimit(UNLIMITED, "anything")
     form = base_format(config.dataset, config.evaluation.base_prompt)
     examples, notices = make_examples(
@@ -107,15 +112,16 @@ def _has_one_line_references(config: RunConfig, examples: ExampleSet) -> bool:
 
 
 def tuned_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
-    """Return the rows as the tuned model reads them, None where the job has neither test nor validation rows."""
+    """Return the evaluation set as the tuned model reads it, or None if the job has neither test nor validation
+    rows."""
     rows = _scored_rows(plan.config)
     return _trained_form(plan, data, rows) if rows is not None else None
 
 
 def validation_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
-    """Return the validation rows as the tuned model reads them, None where the job has none.
+    """Return the validation rows as the tuned model reads them, or None if the job has none.
 
-    Checkpoints are chosen by the scores of these rows.
+    The best checkpoint is chosen by the scores on these rows.
     """
     return _trained_form(plan, data, "Validation") if plan.config.dataset.validation is not None else None
 
@@ -126,7 +132,7 @@ def _trained_form(plan: WorkerPlan, data: TrainingData, rows: ScoredRows) -> Eva
 
 
 def base_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
-    """Return the rows as the base model reads them, None where the job has neither test nor validation rows."""
+    """Return the evaluation set as the base model reads it, or None if the job has neither test nor validation rows."""
     tuned, config = tuned_model_set(plan, data), plan.config
     if tuned is None:
         return None

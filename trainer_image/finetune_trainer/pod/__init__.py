@@ -1,5 +1,5 @@
 """What the launcher (PID 1 of a training pod) and its worker processes share: paths and time budgets, the worker plan,
-exceptions, outcome files, heartbeats, signal handling and the container's cgroup.
+exceptions, outcome files, heartbeats, signal handlers, and the limits of the container.
 
-Only what needs neither torch nor the object store belongs here, because every other room may import this one.
+Every other room may import this one. So only code that needs neither torch nor the object store belongs here.
 """

@@ -1,6 +1,7 @@
-"""Reads the container's CPU limit, memory limit and number of out-of-memory kills from the cgroup, version 2 or 1.
+"""Reads the container's CPU limit, memory limit and number of out-of-memory kills from its cgroup (version 2 or 1).
+`launcher.py` calls these functions.
 
-`launcher.py` calls these functions. Where the files are absent, as outside a container, there is no limit and no kill.
+Outside a container the cgroup's files may be absent. Then there is no limit, and the number of kills is 0.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 def parse_cpu_max(text: str) -> float | None:
-    """Return the number of CPUs in cgroup v2's `cpu.max`: 2.0 for "200000 100000", None for "max"."""
+    """Return the number of CPUs in the text of cgroup v2's `cpu.max`: 2.0 for "200000 100000", None for "max"."""
     quota, period = text.split()
     return None if quota == "max" else int(quota) / int(period)
 
 
 def parse_oom_kills(text: str) -> int:
-    """Return the counter `oom_kill` from the text of `memory.events` (v2) or `memory.oom_control` (v1)."""
+    """Return the value of `oom_kill` in the text of `memory.events` (v2) or `memory.oom_control` (v1), or 0
+    without it."""
     for line in text.splitlines():
         key, _, value = line.partition(" ")
         if key == "oom_kill":
@@ -35,7 +37,7 @@ def _first_text(*paths: Path) -> str | None:
 
 
 def cpu_limit(root: Path = ROOT) -> float | None:
-    """Return the container's CPU limit in CPUs, or None if there is none."""
+    """Return the container's CPU limit as a number of CPUs, or None without a limit."""
     text = _first_text(root / "cpu.max")
     if text is not None:
         return parse_cpu_max(text)
@@ -48,25 +50,26 @@ def cpu_limit(root: Path = ROOT) -> float | None:
 
 
 def oom_kills(root: Path = ROOT) -> int:
-    """Return how many processes of the container the kernel has killed so far because memory ran out."""
+    """Return how many processes of the container the kernel has killed so far for lack of memory."""
     text = _first_text(root / "memory.events", root / "memory" / "memory.oom_control")
     return parse_oom_kills(text) if text is not None else 0
 
 
 def memory_limit(root: Path = ROOT) -> int | None:
-    """Return the container's memory limit in bytes, or None if there is none."""
+    """Return the container's memory limit in bytes, or None without a limit."""
     text = _first_text(root / "memory.max", root / "memory" / "memory.limit_in_bytes")
     if text is None or text.strip() == "max":
         return None
-    # cgroup v1 writes "no limit" as the largest possible number of whole pages.
+    # cgroup v1 has no word for "no limit". It writes the largest possible number of bytes in whole pages instead.
     return int(text) if int(text) < 1 << 60 else None
 
 
 def threads_per_process(processes: int, *, limit: float | None, cores: int) -> int:
-    """Return how many compute threads each of ``processes`` should use, at least 1.
+    """Return how many compute threads each of ``processes`` should use, at least 1. ``limit`` is the container's CPU
+    limit, and ``cores`` is the number of CPU cores that the process may run on.
 
-    The number follows from the CPU limit rather than from the node, because the kernel throttles threads beyond the
-    limit, and because the results of CPU kernels depend on the number of threads.
+    Threads beyond the CPU limit would be throttled by the kernel. The results of CPU computations also depend on the
+    number of threads, so this number must not depend on the size of the node where a limit is set.
     """
     available = cores if limit is None else min(cores, limit)
     return max(1, math.floor(available / processes))

@@ -1,25 +1,26 @@
-"""The exceptions that end a run early. Each class stands for one outcome of `finetune_core.contract.Outcome`, and its
-message is the sentence that users see in the job's status.
+"""The exceptions that end a run early. Each stands for an outcome of `finetune_core.contract.Outcome`. The message of
+an exception is the sentence that users see in the job's status.
 
 Every room of the trainer raises these exceptions, and `pod/outcomes.py` turns them into outcomes. Errors that a user
-can correct are raised as `finetune_core.errors.UserError` instead (exit code 64).
+can correct in the job or its data are raised as `finetune_core.errors.UserError` instead (exit code 64).
 """
 
 from __future__ import annotations
 
 
 class OutsideFailure(Exception):  # noqa: N818  (named after the outcome, not after Python's errors)
-    """A service outside the pod (object store, network, driver) failed for longer than its time budget (code 75)."""
+    """Something outside of the spec and the data fails or is missing, for example the object store, the network or
+    credentials (exit code 75)."""
 
 
 class PeerLost(OutsideFailure):
-    """Another rank exited or stopped answering (exit code 75). The result of the pod ignores this error whenever some
-    worker reported a cause of its own, because losing a peer is only a consequence.
-    """
+    """Another rank exited or stopped answering (exit code 75). Losing a rank is only a consequence. So this error
+    counts only if no worker of the pod reports a cause of its own."""
 
 
 class Diverged(Exception):  # noqa: N818
-    """The loss or the gradient is no longer a finite number (exit code 65)."""
+    """The stability monitor raised an alarm about the loss or the gradient, and the run ends because of it (exit code
+    65)."""
 
 
 class OutOfMemory(Exception):  # noqa: N818
@@ -27,21 +28,21 @@ class OutOfMemory(Exception):  # noqa: N818
 
 
 class Stopped(Exception):  # noqa: N818
-    """The process received SIGTERM, and all finished steps, if any, are committed in a checkpoint (exit code 143)."""
+    """This process was told to stop with SIGTERM (exit code 143). All steps that were finished are in a committed
+    checkpoint."""
 
 
 class StopAgreed(Exception):  # noqa: N818
-    """All ranks have agreed to stop because one of them received SIGTERM. The training loop then saves a checkpoint and
-    raises `Stopped`.
-    """
+    """All ranks know that one of them received SIGTERM, and stop together. Whoever catches this error saves what is not
+    saved yet, and raises `Stopped`."""
 
 
 class NewerRun(OutsideFailure):
-    """A newer run of the same job has claimed a higher run number in the bucket, so this run must not write any more
-    (exit code 75).
-    """
+    """A later run of the same job has taken a higher run number, so this run must not write to the bucket any more
+    (exit code 75)."""
 
 
 def first_line(error: BaseException, *, limit: int = 300) -> str:
-    """Return the first line of another library's error message, at most ``limit`` characters, for use in a sentence."""
+    """Return the first line of another library's error message, cut off after ``limit`` characters. It becomes part of
+    a sentence for the user."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

@@ -1,12 +1,12 @@
-"""Names of the files in a model's folder, as transformers writes and reads them.
+"""Names of the files in a model's folder, as transformers writes and reads them. `sources/` and `preflight/`, which do
+without torch, share these names with `model/` and `checkpoints/`.
 
-The checks without torch (`sources/`, `preflight/`) and the code that loads and exports models (`model/`,
-`checkpoints/`) share these names. transformers has constants for the names, but importing transformers takes seconds,
-which PID 1 avoids.
+transformers has constants for these names too. They are not used, because importing transformers takes seconds, and the
+launcher does without it.
 """
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
-"""Weights of a model that has a single weights file."""
+"""File with all weights of a model, if the model has only one weight file."""
 INDEX_FILE = "model.safetensors.index.json"
-"""Index of a model with several weights files, which maps each tensor to the file that holds it."""
+"""Index of a model with several weight files. It names for each tensor the file that holds it."""

@@ -1,7 +1,7 @@
-"""Outcome files and heartbeats of the worker processes, and how the launcher derives the pod's result from them.
+"""Outcome files and heartbeats of the worker processes, and how the launcher derives the result of the pod from them.
 
-A worker writes `outcome-<rank>.json` before it exits. The launcher reads these files in addition to the exit statuses,
-because an exit status alone does not tell a lost peer from a crash.
+A worker writes `outcome-<rank>.json` before it exits. The launcher needs these files besides the exit statuses, because
+an exit status alone does not tell whether a worker crashed or only lost another rank.
 """
 
 from __future__ import annotations
@@ -25,30 +25,33 @@ PRECEDENCE: Sequence[Outcome] = (
     Outcome.EARLY_STOPPED,
     Outcome.COMPLETED,
 )
-"""Order in which the workers' outcomes determine the pod's result: a likely cause precedes its consequences."""
+"""The first of these outcomes that any worker has becomes the outcome of the pod. Likely causes come before their
+consequences.
+"""
 
 
 class WorkerOutcome(ContractModel):
-    """What a worker writes to `outcome-<rank>.json` before it exits."""
+    """Content of `outcome-<rank>.json`, which a worker writes before it exits."""
 
     result: Result
     caused_by_peer: bool = False
-    """Whether the worker exited only because another worker had exited."""
+    """Whether the worker ended only because another worker had ended."""
 
 
 @dataclass
 class WorkerStatus:
-    """How far this worker process has come. `loop.py` updates the fields, and results and heartbeats report them."""
+    """How far this worker process has come. `loop.py` updates the fields, and the worker's result and heartbeats report
+    them."""
 
     step: int = 0
-    """Last optimizer step whose update was applied; 0 before the first."""
+    """Last finished optimizer step; 0 before the first. Steps whose global batch was left out are included."""
     checkpoint: str | None = None
     """Address of the newest committed checkpoint: `s3://bucket/runs/default/demo/uid/checkpoints/000001-000000120`."""
     phase: str = Phase.LOADING.value
-    """Current phase of the run, a value of `finetune_core.contract.Phase` such as `Training`."""
+    """What the worker does at the moment, a value of `finetune_core.contract.Phase` such as `Training`."""
 
     def where(self) -> str:
-        """Return a phrase for messages: `in phase Training, after step 12`."""
+        """Return phase and step as part of a sentence: `in phase Training, after step 12`."""
         return f"in phase {self.phase}, after step {self.step}" if self.step else f"in phase {self.phase}"
 
 
@@ -61,11 +64,11 @@ class WorkerExit:
     """Exit status; a negative value is the number of the signal that killed the process."""
     outcome: WorkerOutcome | None
     killed_by_launcher: bool = False
-    """Whether the launcher killed the worker because it did not exit in time after another worker had."""
+    """Whether the launcher killed the worker because it still ran too long after another worker had exited."""
     frozen: bool = False
     """Whether the launcher killed the worker because its heartbeats had stopped."""
     last_seen: str = ""
-    """Text of the last heartbeat: `in phase Training, after step 12`."""
+    """Text of the worker's last heartbeat: `in phase Training, after step 12`."""
 
 
 def outcome_file(folder: Path, rank: int) -> Path:
@@ -78,7 +81,7 @@ def _heartbeat_file(folder: Path, rank: int) -> Path:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that a reader never sees a part of the text."""
+    """Write a file under a temporary name and rename it, so that nobody can read an unfinished file."""
     temporary = path.with_suffix(".part")
     temporary.write_text(text)
     temporary.replace(path)
@@ -90,20 +93,20 @@ def write_outcome(folder: Path, rank: int, outcome: WorkerOutcome) -> None:
 
 
 def read_outcome(folder: Path, rank: int) -> WorkerOutcome | None:
-    """Return the outcome of worker ``rank``, or None if the worker wrote no outcome file."""
+    """Return what worker ``rank`` wrote into its outcome file, or None if it wrote none."""
     path = outcome_file(folder, rank)
     return WorkerOutcome.model_validate_json(path.read_text()) if path.is_file() else None
 
 
 def write_heartbeat(folder: Path, rank: int, status: WorkerStatus) -> None:
-    """Record that worker ``rank`` is alive and how far the worker has come. For a worker that is killed, the heartbeat
-    is the only record of its progress."""
+    """Write the heartbeat of worker ``rank``: a file whose age shows that the worker is alive, and whose text shows how
+    far it has come. The text is all that is known about a worker that gets killed."""
     _write_atomically(_heartbeat_file(folder, rank), status.where())
 
 
 def read_heartbeat(folder: Path, rank: int) -> tuple[str, float] | None:
-    """Return the text and the time (seconds since the epoch) of worker ``rank``'s last heartbeat, or None before the
-    first."""
+    """Return text and time (seconds since 1970) of the last heartbeat of worker ``rank``, or None before the
+    first one."""
     path = _heartbeat_file(folder, rank)
     try:
         return path.read_text(), path.stat().st_mtime
@@ -112,9 +115,9 @@ def read_heartbeat(folder: Path, rank: int) -> tuple[str, float] | None:
 
 
 def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = None) -> WorkerOutcome:
-    """Return the outcome that an exception stands for. An unknown exception is a crash.
+    """Return the outcome of a worker that ``error`` ended. Exceptions that this function does not know are crashes.
 
-    The result of a crash holds only the class and message of the exception. The caller prints the traceback to the log.
+    The message of a crash is only the class and message of the exception. The caller prints the traceback to the log.
     """
     kinds: Sequence[tuple[type[BaseException] | tuple[type[BaseException], ...], Outcome]] = (
         (UserError, Outcome.BAD_INPUT),
@@ -130,7 +133,7 @@ def outcome_of(error: BaseException, *, step: int = 0, checkpoint: str | None = 
 
 
 def _worker_outcome(worker: WorkerExit, *, out_of_memory: bool, memory_limit: int | None) -> WorkerOutcome:
-    """Return a worker's outcome, derived from the exit status if the worker wrote no outcome file."""
+    """Return the outcome that a worker wrote. If it wrote none, derive its outcome from the way it exited."""
     if worker.outcome is not None:
         return worker.outcome
     if worker.killed_by_launcher:
@@ -153,11 +156,11 @@ def _worker_outcome(worker: WorkerExit, *, out_of_memory: bool, memory_limit: in
 
 
 def result_of_pod(exits: Sequence[WorkerExit], *, out_of_memory: bool, memory_limit: int | None = None) -> Result:
-    """Return the pod's result, derived from the exits of its workers.
+    """Return the result of the pod: of its workers' results, the one whose outcome stands first in `PRECEDENCE`. A
+    worker that ended only because of another worker counts only if all did.
 
-    ``out_of_memory`` says whether the cgroup's `oom_kill` counter rose while the workers ran, and ``memory_limit`` is
-    the container's limit in bytes. The first outcome in the order of `PRECEDENCE` is the result. Outcomes that a peer
-    caused count only if there are no others.
+    ``out_of_memory`` says whether the kernel killed a process of the pod for lack of memory while the workers ran.
+    ``memory_limit`` is the container's limit in bytes.
     """
     outcomes = [_worker_outcome(worker, out_of_memory=out_of_memory, memory_limit=memory_limit) for worker in exits]
     own = [outcome for outcome in outcomes if not outcome.caused_by_peer] or outcomes

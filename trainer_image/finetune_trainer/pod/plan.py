@@ -1,5 +1,5 @@
-"""The worker plan: what the launcher writes to `plan.json` for its worker processes. The plan holds the run file, the
-identity of the attempt, and the local paths of model and data.
+"""The worker plan: what the launcher writes to `plan.json` for its worker processes. It holds the content of the run
+file, the identity of the attempt, and the local paths of model and data.
 
 `read_run_file` reads the run file, which the operator mounts into the pod.
 """
@@ -16,9 +16,8 @@ from finetune_trainer.pod.settings import Paths
 
 
 class Inputs(ContractModel):
-    """Local paths of the base model's folder and of the data files; a data set from the Hugging Face Hub is a folder of
-    data files.
-    """
+    """Local paths of the base model's folder and of the data files. For a data set of the Hugging Face Hub the path is
+    a folder with data files."""
 
     model: Path
     train: Path
@@ -27,20 +26,21 @@ class Inputs(ContractModel):
 
 
 class WorkerPlan(ContractModel):
-    """Everything that a worker process needs except its ranks, which are in its environment variables."""
+    """Everything that a worker process needs to know, except its rank and the number of ranks. These two are in
+    environment variables."""
 
     paths: Paths
     identity: Identity
     config: RunConfig
     inputs: Inputs
     folder: Path
-    """Scratch folder of this attempt, in which the workers write outcome files, heartbeats and checkpoint snapshots."""
+    """Temporary folder of the attempt, in which the workers write outcome files, heartbeats and snapshots of
+    checkpoints."""
 
 
 def read_run_file(path: Path) -> RunConfig:
-    """Return the parsed run file. Raises UserError that names the invalid field where the file is missing, or was
-    written for another version of the trainer.
-    """
+    """Return the content of the run file. Raises UserError if the file can't be read, or if a field is invalid because
+    the file was written for another version of the trainer."""
     try:
         return RunConfig.model_validate_json(path.read_text())
     except OSError as error:

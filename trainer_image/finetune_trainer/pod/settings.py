@@ -1,4 +1,4 @@
-"""Paths of the files that the trainer reads and writes, and its time budgets. `__main__.py` fills `Paths` from the
+"""The paths of the files that the trainer reads and writes, and time limits. `__main__.py` fills `Paths` from the
 command line, and the launcher passes the paths to the workers in the worker plan.
 """
 
@@ -11,7 +11,8 @@ from finetune_core.contract import ContractModel
 
 
 class Paths(ContractModel):
-    """Files and folders outside the program. The defaults are the mount paths of a pod that the operator creates."""
+    """Files and folders that the operator mounts, and those that the trainer writes. The defaults fit the operator's
+    pods."""
 
     run_file: Path = Path(contract.RUN_FILE)
     ca_file: Path = Path(contract.CA_FILE)
@@ -26,25 +27,32 @@ class Paths(ContractModel):
 
 
 STORE_CHECK_SECONDS = 20.0
-"""How long the first requests to the object store may fail, so that a pod that can't reach the store reports the error
-within a minute."""
+"""How long the first requests of a pod to the object store are repeated, in seconds. The time is short, so that a pod
+that can't reach the store reports the error within a minute.
+"""
 HUB_SECONDS = 20.0
-"""Timeout of one request to the Hugging Face Hub."""
+"""Time-out in seconds for reading a byte range of a file on the Hugging Face Hub."""
 STORE_BUDGET_SECONDS = 300.0
-"""How long requests to the object store may fail before the run ends with exit code 75."""
+"""How long a failing request to the object store is repeated, in seconds, before the run ends with exit code 75."""
 BACKGROUND_BUDGET_SECONDS = 900.0
-"""How long background uploads may fail, while training continues, before the run ends with exit code 75."""
+"""How long a failing request of a background upload is repeated, in seconds, before the run ends with exit code 75.
+Training continues meanwhile.
+"""
 STOP_COMMIT_SECONDS = 60.0
-"""How long a run that received SIGTERM waits for the COMMIT of its last checkpoint. The value is shorter than the pod's
-termination grace period of 90 s."""
+"""How long a run that received SIGTERM waits for the COMMIT of its last checkpoint, in seconds. The value is shorter
+than the pod's termination grace period of 90 s.
+"""
 PEER_WAIT_SECONDS = 300.0
-"""How long to wait for the DNS name of rank 0 and for the other ranks, because nodes pull the image at different
-speeds."""
+"""How long a pod waits for the DNS name of rank 0, and then for the other ranks, in seconds. The time is long, because
+nodes may need minutes to pull the image.
+"""
 FROZEN_SECONDS = 60.0
-"""Time in addition to `stability.stall_timeout_seconds` that a worker may go without a heartbeat before the launcher
-kills it."""
+"""The launcher kills a worker whose last heartbeat is older than `stability.stallTimeoutSeconds` plus this many
+seconds.
+"""
 PEERS_LEAVE_SECONDS = 30.0
-"""How long the other workers of a pod may take to exit after one worker failed, before the launcher kills them."""
+"""After a worker failed, the other workers of the pod have this many seconds to exit before the launcher kills them."""
 ALL_LEAVE_SECONDS = 120.0
-"""How long the other workers of a pod may take to exit after one worker succeeded, because they may still be writing
-files."""
+"""After a worker succeeded or stopped as told, the other workers of the pod have this many seconds to exit before the
+launcher kills them. The time is long, because they may still be writing files.
+"""

@@ -1,5 +1,5 @@
-"""The signals that ask a pod to stop, and a flag that records them. The launcher and every worker process create one
-`StopFlag` at their start.
+"""The signals that ask a pod to stop (SIGTERM and SIGINT), and a flag that remembers whether one has arrived. The
+launcher and every worker process create one `StopFlag` at their start.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopFlag:
-    """Becomes true when this process receives SIGTERM or SIGINT. The main thread checks the flag between two pieces of
+    """Remembers whether this process has received SIGTERM or SIGINT. The program asks the flag between two pieces of
     work, because a signal handler should do no work of its own."""
 
     def __init__(self) -> None:
-        """Install the signal handlers and unblock the signals. A signal that arrived while the signals were blocked is
-        delivered now, so none is lost.
-        """
+        """Install the signal handlers and unblock the signals. A signal that arrived while it was blocked is delivered
+        now, so no signal is lost."""
         self._is_set = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._set)

@@ -1,5 +1,5 @@
-"""`python -m finetune_trainer preflight`: checks object store, base model and data of a job in a small pod before the
-operator requests GPUs, and leaves its findings in the termination message.
+"""`python -m finetune_trainer preflight` checks the object store, the base model and the data of a job in a small pod,
+before the operator requests GPUs. The findings go into the pod's termination message.
 
 Each check is a module of this room, and `entrypoint.py` runs the checks. Nothing in this room imports torch.
 """

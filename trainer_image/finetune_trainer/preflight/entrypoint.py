@@ -1,8 +1,8 @@
 """PID 1 of the preflight pod: runs every check within a time limit and writes the findings to the termination message.
 `__main__.py` calls `run`.
 
-The preflight pod has no GPU and little memory. torch is not imported, because its import takes more time and memory
-than all checks together.
+torch is not imported, because the pod has little memory and no GPU. The import would take more time and memory than all
+checks together.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from finetune_trainer.storage.root import RunRoot, open_root
 
 
 class ChecksTimedOut(BaseException):
-    """The checks took longer than their time limit. The class is a BaseException, so that no `except Exception` of a
-    check or a library can catch the time-out."""
+    """The checks took longer than their time limit. This is a BaseException, so that no `except Exception` in a check
+    or a library catches it."""
 
 
 def run(paths: Paths) -> int:
-    """Run all checks and return the exit code: 0 nothing found, 64 the job can't run as written, 75 something outside
-    the job is missing.
+    """Run all checks and return the exit code. 0: nothing was found. 64: the job can't run as written. 75: something
+    outside the job is missing.
 
     An unexpected error ends the process with a traceback and exit code 1, and without a result. The operator then shows
     the failure and starts the preflight pod again.
@@ -57,9 +57,8 @@ def run(paths: Paths) -> int:
 
 
 def run_checks(findings: Findings, paths: Paths) -> None:
-    """Check the run file and the object store, then base model and data. Model and data are skipped if the run's
-    artifact is committed already.
-    """
+    """Check the run file and the object store, then the base model and the data. If the artifact of the job is
+    committed already, nothing else is checked."""
     config = findings.collect("the run file", partial(read_run_file, paths.run_file))
     root = findings.collect("storage", partial(open_root, config, paths)) if config is not None else None
     if config is None or root is None:
@@ -71,8 +70,7 @@ def run_checks(findings: Findings, paths: Paths) -> None:
     is_done = findings.collect("the object store", partial(_is_done, root))
     if is_done:
         return
-    # A store that refuses one request refuses all others with the same message, so further requests would only repeat
-    # the finding.
+    # If the store does not answer, nothing else is requested from it, because the same finding would only be repeated.
     store_answers = is_done is not None
     if store_answers:
         findings.collect("the object store", partial(check_store, root))
@@ -80,15 +78,16 @@ def run_checks(findings: Findings, paths: Paths) -> None:
 
 
 def _is_done(root: RunRoot) -> bool:
-    """Return whether the run's artifact is committed. An attempt of such a run only returns the artifact's result."""
+    """Return whether the artifact of the job is committed. An attempt of such a job trains nothing: it only returns the
+    result."""
     return committed_result(root) is not None
 
 
 def _check_inputs(
     findings: Findings, config: RunConfig, paths: Paths, root: RunRoot, folder: Path, *, store_answers: bool
 ) -> None:
-    """Check the base model and the first rows of each data file. Sources in a store that can't be reached are
-    skipped."""
+    """Check the base model and the first rows of each data file. What lies in an object store that does not answer is
+    left out."""
     _hide_torch()
     from finetune_trainer.preflight.model_check import ModelFacts, check_model
     from finetune_trainer.preflight.row_check import check_rows
@@ -107,8 +106,8 @@ def _check_inputs(
 
 
 def _hide_torch() -> None:
-    """Make transformers believe that torch is not installed. transformers loads tokenizers and configurations without
-    torch."""
+    """Make transformers believe that torch is not installed. transformers can load tokenizers and configurations
+    without it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # `import torch` raises ModuleNotFoundError while sys.modules holds None for it.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
@@ -116,14 +115,15 @@ def _hide_torch() -> None:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise ChecksTimedOut in the block after ``seconds``, even while a request hangs. SIGTERM ends the process."""
+    """Raise ChecksTimedOut in the `with` block after ``seconds``, even while a request hangs. From now on SIGTERM ends
+    the process at once."""
 
     def on_alarm(*_: object) -> NoReturn:
         raise ChecksTimedOut
 
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: os._exit(128 + number))
-    # `__main__.py` has blocked these signals until a handler is installed.
+    # `__main__.py` blocked these signals at the start, so that none arrives before its handler is installed.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -134,7 +134,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _print_result(result: PreflightResult, seconds: float) -> None:
-    """Print the findings and notices to the log."""
+    """Print the findings and notices, the time and the memory that the checks took to the log."""
     for finding in result.findings:
         print(f"{finding.kind.value}: {finding.message}", file=sys.stderr)
     for notice in result.notices:
@@ -143,9 +143,8 @@ def _print_result(result: PreflightResult, seconds: float) -> None:
 
 
 def _peak_memory() -> str:
-    """Return the largest resident memory of this process so far, for example `212 MiB`. The memory limit of the
-    preflight pod was chosen from this figure.
-    """
+    """Return the largest resident memory of this process so far, for example `212 MiB`. The figure serves to choose the
+    memory limit of the preflight pod."""
     status = Path("/proc/self/status").read_text()
     kibibytes = status.partition("VmHWM:")[2].split()[0]
     return f"{int(kibibytes) >> 10} MiB"

@@ -1,5 +1,5 @@
-"""Collects the results of the preflight checks. A check raises the trainer's own exceptions; `Findings` turns the
-exceptions into findings and goes on with the next check, so that one preflight run reports every problem of a job.
+"""Collects the findings of the preflight checks. A check raises an exception for a problem. `Findings` turns the
+exception into a finding, so that the next check can run and one preflight pod finds all problems of a job.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ T = TypeVar("T")
 
 
 class Findings:
-    """The findings and notices so far, and the subject of the check that is running."""
+    """The findings and notices so far, and what the running check examines."""
 
     def __init__(self) -> None:
-        """Create an empty collection."""
+        """Begin without findings."""
         self._found: list[Finding] = []
         self._notices: list[str] = []
         self.subject = "the run file"
-        """What the running check examines, as a phrase for the time-out message: `dataset.train`."""
+        """What the running check examines, for the message after a time-out: `dataset.train`."""
 
     def collect(self, subject: str, check: Callable[[], T]) -> T | None:
-        """Run ``check`` and return its result, or None if it raised UserError or OutsideFailure, which becomes a
-        finding.
-        """
+        """Run ``check`` and return its result. If it raises UserError or OutsideFailure, add a finding and return None.
+        ``subject`` says what the check examines."""
         self.subject = subject
         try:
             return check()
@@ -38,11 +37,11 @@ class Findings:
         return None
 
     def add(self, kind: FindingKind, sentence: str) -> None:
-        """Add a finding. The sentence is cut off after `FINDING_LIMIT` characters."""
+        """Add a finding. Its sentence is cut off after `FINDING_LIMIT` characters."""
         self._found.append(Finding(kind=kind, message=sentence[:FINDING_LIMIT]))
 
     def notice(self, *sentences: str) -> None:
-        """Add notices: sentences that users should read although the job can run."""
+        """Add notices, which are sentences that users should read although the job can run."""
         self._notices += sentences
 
     @property

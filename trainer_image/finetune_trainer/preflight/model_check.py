@@ -1,5 +1,5 @@
-"""Checks a base model without downloading its weights: all files that the index names are present and complete,
-`config.json` describes a known language model, and the tokenizer loads. `preflight/entrypoint.py` calls `check_model`.
+"""Checks a base model without downloading its weights: all weight files are present and complete, `config.json`
+describes a known language model, and the tokenizer loads. `preflight/entrypoint.py` calls `check_model`.
 """
 
 from __future__ import annotations
@@ -22,26 +22,29 @@ from finetune_trainer.pod.model_file_names import INDEX_FILE, SINGLE_FILE
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, WEIGHTS_SUFFIX, ModelFiles
 
 HEADER_PIECE_BYTES = 128 * 1024
-"""Number of bytes of the first read. Nearly every safetensors header is shorter, so one request is enough."""
+"""How many bytes of a weight file are read first. Nearly every safetensors header is shorter, so one request is
+enough.
+"""
 LARGEST_HEADER_BYTES = 100_000_000
-"""The safetensors library refuses longer headers."""
+"""Longest header in bytes that is accepted. The safetensors library refuses longer ones."""
 PARALLEL_READS = 4
 LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What `row_check.py` needs to know about the base model."""
+    """What the checks of the data files need to know about the base model."""
 
     tokenizer: Any
     context: int | None
-    """Longest sequence in tokens that the model can read (its context), or None if `config.json` names no limit."""
+    """Longest sequence in tokens that the model can read. None if `config.json` names no limit."""
 
 
 def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) -> ModelFacts:
-    """Check the headers of the weight files, then load configuration and tokenizer from copies in ``folder``.
+    """Check the headers of the weight files. Then copy the small files into ``folder``, and load configuration and
+    tokenizer from there.
 
-    Raises UserError that names the broken file.
+    Raises UserError that names the file in question.
     """
     check_weights(files)
     folder.mkdir()
@@ -54,8 +57,7 @@ def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) ->
 
 
 def check_weights(files: ModelFiles) -> None:
-    """Raise UserError if a weight file is missing or truncated, or lacks a tensor that the index assigns to the
-    file."""
+    """Raise UserError if a weight file is missing or truncated, or lacks a tensor that the index expects in it."""
     tensors = _tensors_by_file(files)
     missing = sorted(name for name in tensors if name not in files.sizes)
     if missing:
@@ -74,8 +76,8 @@ def check_weights(files: ModelFiles) -> None:
 
 
 def _tensors_by_file(files: ModelFiles) -> Mapping[str, list[str]]:
-    """Return the names of the weight files that transformers loads, each with the tensors that the file must contain.
-    The list of tensors is empty for a single-file model, which has no index."""
+    """Return the names of the weight files, each with the names of the tensors that must be in it. For a model with a
+    single weight file the list of tensors is empty, because there is no index."""
     if SINGLE_FILE in files.sizes:
         return {SINGLE_FILE: []}
     if INDEX_FILE not in files.sizes:
@@ -91,10 +93,10 @@ def _tensors_by_file(files: ModelFiles) -> Mapping[str, list[str]]:
 
 
 def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
-    """Return the header of a safetensors file, which maps each tensor's name to its dtype, shape and byte range.
+    """Return the header of a safetensors file, which gives dtype, shape and byte range of each tensor by its name.
 
-    Format: 8 bytes with the header's length (little endian), the header in JSON, then the tensors' bytes. Raises
-    UserError if the file has another format or ends before its last tensor.
+    The file consists of the header's length in 8 bytes (little endian), the header as JSON, and the bytes of the
+    tensors. Raises UserError if the file has another format, or another length than the header tells.
     """
     size = files.sizes[name]
     piece = files.read(name, 0, min(size, HEADER_PIECE_BYTES))
@@ -118,8 +120,8 @@ def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
 
 
 def check_configuration(folder: Path, field: str) -> int | None:
-    """Return the model's context in tokens, or None if `config.json` names no limit. Raises UserError if `config.json`
-    does not describe a known causal language model."""
+    """Return the longest sequence in tokens that the model can read, or None if `config.json` names no limit. Raises
+    UserError if `config.json` does not describe a causal language model that transformers knows."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:

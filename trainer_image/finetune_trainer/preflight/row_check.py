@@ -1,5 +1,7 @@
-"""Checks the first rows of a data file: columns, fields, chat template and length in tokens. The rows pass through the
-same functions as in a training run; `preflight/entrypoint.py` calls `check_rows` for each data source.
+"""Checks the first rows of a data file: columns, values, chat template and length in tokens. `preflight/entrypoint.py`
+calls `check_rows` for each data file.
+
+The rows pass through the functions that also make the examples of a training run.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from finetune_trainer.sources.inputs import data_file, data_token, source_name
 from finetune_trainer.storage.client import Store
 
 HEAD_ROWS = 1000
-"""Number of rows that are turned into examples."""
+"""Most rows of a data file that are turned into examples."""
 HEAD_BYTES = 4 * 1024 * 1024
-"""Number of bytes that are read of a text file in the object store; a shorter file is read whole."""
+"""Most bytes that are read of a text file in the object store. A longer file is cut off behind its last whole row."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
-"""Largest file that is downloaded whole for its first rows. A parquet file must be whole because its schema is at the
-end, and `fetch_first_file` downloads files of the Hugging Face Hub whole."""
+"""Largest file in bytes that is downloaded as a whole. This concerns parquet files, whose schema is at the end, and all
+files of the Hugging Face Hub. The rows of a larger file are not checked.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class FileHead:
 
     path: Path
     is_whole: bool
-    """Whether ``path`` holds all rows of the source."""
+    """Whether ``path`` holds all rows of the data source."""
 
 
 def check_rows(
@@ -48,11 +51,11 @@ def check_rows(
     folder: Path,
     model: ModelFacts | None,
 ) -> list[str]:
-    """Check the first rows of ``source`` and return notices for the user, such as the number of rows to be skipped.
+    """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
-    ``field`` is the path of the source in the spec, `dataset.train`. Without ``model`` only the columns are checked,
-    because rows can't be tokenized. Raises UserError with file and row for a row that would end the training, and
-    OutsideFailure where the source can't be read.
+    ``field`` is the path of the source in the spec, for example `dataset.train`. If ``model`` is None, only the columns
+    are checked, because rows can't be tokenized. Raises UserError with file and line for a row that would end the
+    training, and OutsideFailure if the source can't be read.
     """
     head = _fetch_head(source, field, paths, store, folder)
     if head is None:
@@ -73,13 +76,13 @@ def check_rows(
     except NoRowsError as error:
         if head.is_whole and len(rows) < HEAD_ROWS:
             raise
-        # Rows that can be trained on may follow after the head of the file.
+        # This is only a notice, because rows that can be trained on may follow behind the rows that were read.
         return [str(error)]
     return notices
 
 
 def _fetch_head(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> FileHead | None:
-    """Fetch the beginning of a data file. Return None where no whole row can be read from the beginning."""
+    """Fetch the beginning of a data file. Return None if no whole row can be read without downloading too much."""
     if source.s3 is not None:
         return _fetch_object_head(source.s3, field, store, folder)
     if source.hugging_face is not None:
@@ -108,10 +111,10 @@ def _fetch_object_head(source: S3Source, field: str, store: Store, folder: Path)
 
 
 def complete_rows(data: bytes, *, quoted: bool) -> bytes:
-    """Return ``data`` up to the end of its last complete row; empty bytes if no row ends in ``data``.
+    """Return ``data`` up to the end of the last row that is complete, or empty bytes if no row is complete.
 
-    With ``quoted`` (csv), fields in double quotes may contain line breaks. A line break ends a row only if an even
-    number of quotes precedes it.
+    With ``quoted`` (csv), a line break between double quotes belongs to a field. So a line break ends a row only if an
+    even number of quotes precedes it.
     """
     end = data.rfind(b"\n") + 1
     quotes = data.count(b'"', 0, end) if quoted else 0

@@ -1,5 +1,5 @@
-"""Checks that the object store supports every request that a run makes: one object is created, read back, refused a
-second creation, and deleted. `preflight/entrypoint.py` calls `check_store`.
+"""Checks that the object store supports the requests of a run: an object is created, read back, protected from a second
+creation, and deleted. `preflight/entrypoint.py` calls `check_store`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from finetune_trainer.storage.root import RunRoot
 
 
 def check_store(root: RunRoot) -> None:
-    """Create, read and delete a probe object below the run's root.
+    """Create, read and delete a test object in the folder of the job's runs.
 
     Raises OutsideFailure if the store refuses a request or can't be reached. Raises UserError if the store ignores
-    `If-None-Match`, because two attempts could then overwrite each other's run records and artifacts.
+    `If-None-Match`, because two attempts could then overwrite each other's objects.
     """
     key = probe_key(secrets.token_hex(8))
     first, second = b"written by the preflight check", b"must not replace what is there"

@@ -1,8 +1,8 @@
-"""Downloads one split of a data set from the Hugging Face Hub, at one commit. `inputs.py` calls `fetch_split`; the
+"""Downloads one split of a data set from the Hugging Face Hub, at one commit. `inputs.py` calls `fetch_split`, and the
 preflight checks call `fetch_first_file`.
 
-The files of a split are determined as the hub's own data set viewer does: from `configs` in the front matter of the
-data card if there are any, otherwise from the file names. No code of the repository is executed.
+As in the hub's own data set viewer, `configs` in the front matter of the data card names the files of a split. Without
+`configs`, the file names tell the split. No code of the repository is executed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub
 
 DATA_CARD = "README.md"
 PREFERRED_SUFFIXES = (".parquet", ".jsonl", ".csv")
-"""Data formats in the order of preference, for repositories that hold the same rows in several formats."""
+"""Suffixes of data formats, the preferred format first. If a repository holds files in several formats, only those of
+the first format are read.
+"""
 
 
 def fetch_split(source: HuggingFaceDataSource, field: str, token: str | None, folder: Path) -> Path:
     """Download the files of a split into ``folder`` and return ``folder``. ``field`` is the path of the data source in
     the spec, for example `dataset.train`.
 
-    Raises UserError for a split or subset that does not exist, and OutsideFailure if the hub refuses access.
+    Raises UserError if the split or subset does not exist, and OutsideFailure if the hub can't be read or refuses
+    access.
     """
     _fetch(source, field, token, folder, lambda files, sizes: files)
     return folder
@@ -36,10 +39,10 @@ def fetch_split(source: HuggingFaceDataSource, field: str, token: str | None, fo
 def fetch_first_file(
     source: HuggingFaceDataSource, field: str, token: str | None, folder: Path, *, most_bytes: int
 ) -> tuple[Path, bool] | None:
-    """Download the first file of a split into ``folder``, like `fetch_split`. Return None if the file has more than
-    ``most_bytes`` bytes.
+    """Download only the first file of a split into ``folder``. Return ``folder``, and whether the split has no other
+    file.
 
-    Otherwise return the folder, and whether the file is the only one of the split.
+    If the file has more than ``most_bytes`` bytes, download nothing and return None. Errors are those of `fetch_split`.
     """
 
     def first(files: list[str], sizes: Mapping[str, int]) -> list[str]:
@@ -56,8 +59,8 @@ def _fetch(
     folder: Path,
     choose: Callable[[list[str], Mapping[str, int]], list[str]],
 ) -> tuple[list[str], list[str]]:
-    """Download the files that ``choose`` selects from a split's files and their sizes in bytes. Return the selected
-    files and all files of the split."""
+    """Download some files of a split. ``choose`` gets the paths of all files of the split and the sizes of files in
+    bytes, and returns the paths to download. Return the paths of the downloaded files and of all files of the split."""
     from huggingface_hub import HfApi, snapshot_download
 
     hub_field = f"{field}.huggingFace"
@@ -92,13 +95,13 @@ def _fetch(
 
 
 def _literal(file: str) -> str:
-    """Return a glob pattern that matches only ``file``, by escaping its special characters."""
+    """Return a glob pattern that matches only the path ``file``, with glob's special characters escaped."""
     return re.sub(r"([*?\[])", r"[\1]", file)
 
 
 def card_configs(card: str) -> Mapping[str, Mapping[str, Sequence[str]]]:
-    """Return the file patterns that a data card's front matter names, by subset and split; empty if the card names
-    none.
+    """Return the file patterns in the front matter of a data card, by subset and split. Empty if the card names no
+    files.
 
     Example: `{"default": {"train": ["data/train-*.parquet"]}}`.
     """
@@ -112,7 +115,7 @@ def card_configs(card: str) -> Mapping[str, Mapping[str, Sequence[str]]]:
     found: dict[str, dict[str, list[str]]] = {}
     for config in (fields.get("configs") or []) if isinstance(fields, dict) else []:
         files = config.get("data_files") if isinstance(config, dict) else None
-        # `data_files` without split names, as one pattern or a list of patterns, belongs to the split `train`.
+        # If `data_files` names no splits and is a pattern or a list of patterns, its files belong to the split `train`.
         # Otherwise each item of the list names its split.
         items = files if isinstance(files, list) else [files] if files else []
         splits: dict[str, list[str]] = {}
@@ -133,10 +136,11 @@ def split_files(
     split: str,
     field: str,
 ) -> list[str]:
-    """Return the paths of a split's data files in the repository. Raises UserError that names the existing subsets,
-    splits or files.
+    """Return the paths of a split's data files in the repository. ``files`` are the paths of all files of the
+    repository, and ``configs`` is the result of `card_configs`. ``field`` is the path in the spec:
+    `dataset.train.huggingFace`.
 
-    ``configs`` is the result of `card_configs`, and ``field`` the path in the spec: `dataset.train.huggingFace`.
+    Raises UserError if there are no such files. The message names the subsets, splits or files that exist.
     """
     if configs:
         patterns = _patterns_of_split(configs, subset, split, field)
@@ -161,8 +165,8 @@ def split_files(
 
 
 def _names_split(file: str, split: str) -> bool:
-    """Return whether the name of a file or of its folder contains the split's name as a word, as
-    `main/train-00000-of-1.parquet` does for `train`."""
+    """Return whether the file's name or its folder's name contains the split's name as a word. For the split `train`,
+    `main/train-00000-of-1.parquet` does."""
     parts = PurePosixPath(file).parts[-2:]
     return any(re.search(rf"(^|[-._ 0-9]){re.escape(split)}($|[-._ 0-9])", part) for part in parts)
 
@@ -170,8 +174,8 @@ def _names_split(file: str, split: str) -> bool:
 def _patterns_of_split(
     configs: Mapping[str, Mapping[str, Sequence[str]]], subset: str | None, split: str, field: str
 ) -> Sequence[str]:
-    """Return the file patterns that the data card names for a split. Raises UserError that lists the subsets or splits
-    that exist."""
+    """Return the file patterns that the data card names for a split. If the subset or split does not exist, raises
+    UserError with the existing ones."""
     if subset is None and len(configs) > 1 and "default" not in configs:
         raise UserError(f"{field}.subset", f"must be one of {', '.join(configs)}")
     chosen = subset or ("default" if "default" in configs else next(iter(configs)))
@@ -183,8 +187,8 @@ def _patterns_of_split(
 
 
 def _of_first_format(files: list[str], field: str) -> list[str]:
-    """Return the files of the first format in PREFERRED_SUFFIXES that occurs, because many repositories hold the same
-    rows in several formats."""
+    """Return the files in the preferred one of the formats that occur in ``files`` (see PREFERRED_SUFFIXES). The others
+    are left out, because many repositories hold the same rows in several formats."""
     for suffix in PREFERRED_SUFFIXES:
         found = [file for file in files if file.lower().endswith(suffix)]
         if found:

@@ -1,8 +1,8 @@
-"""Runs requests to the Hugging Face Hub, for models and data sets alike, and turns the client's errors into sentences
-for the user.
+"""Runs requests to the Hugging Face Hub, for models and data sets alike, and turns errors of the hub's client library
+into sentences for the user.
 
-An error that a user may remove while the job waits, such as missing access to a gated repository, becomes
-OutsideFailure. Only an error in the spec itself becomes UserError.
+An unknown revision is an error in the spec and becomes UserError. All other errors become OutsideFailure, because they
+can be solved without a change of the spec. Missing access to a gated repository is an example.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import OutsideFailure, first_line
 
 PARALLEL_DOWNLOADS = 4
-"""Number of files that are downloaded at the same time."""
+"""How many files of one repository or folder are downloaded at the same time."""
 T = TypeVar("T")
 
 
@@ -22,8 +22,7 @@ def call_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, 
     """Run ``request`` and return its result. ``field`` is the path of the source in the spec, for example
     `dataset.train.huggingFace`.
 
-    Raises UserError for an unknown revision, and OutsideFailure for every error that may disappear without a change of
-    the spec.
+    Raises UserError for an unknown revision, and OutsideFailure for every other error of the hub or the network.
     """
     import httpx2
     from huggingface_hub.errors import (
@@ -42,7 +41,8 @@ def call_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, 
     except GatedRepoError as error:
         raise OutsideFailure(f"{field}: {repo} is gated and {access}") from error
     except RepositoryNotFoundError as error:
-        # The hub answers alike for a private repository and for one that does not exist.
+        # The message names both causes, because the hub gives the same answer for a private repository and for a
+        # missing one.
         raise OutsideFailure(f"{field}: {repo} does not exist, or {access}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         raise OutsideFailure(f"{field}: {repo} can't be read: {first_line(error)}") from error

@@ -1,5 +1,7 @@
-"""Downloads base model and data files before any worker starts, so that missing files and misspelled columns are
-reported early. `launcher.py` calls `fetch_inputs`; the preflight checks share the functions for single sources.
+"""Fetches the base model and the data files to local paths before any worker starts, so that missing files and
+misspelled columns are reported early.
+
+The launcher calls `fetch_inputs`. The preflight checks call the functions that fetch or name a single source.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from finetune_trainer.storage.client import Store
 
 
 def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) -> Inputs:
-    """Fetch model and data into ``folder`` and check the columns of the data files.
+    """Fetch model and data, and check the columns of the data files. Whatever is not on a volume is downloaded into
+    ``folder``.
 
-    Raises UserError that names the field of the spec for a file or column that does not exist.
+    Raises UserError with the field of the spec if a file or column does not exist.
     """
     dataset = config.dataset
     train = data_file(dataset.train, "dataset.train", paths, store, folder / "train")
@@ -50,11 +53,10 @@ def source_name(source: ModelSpec | DataSource) -> str:
 
 
 def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return the local path of a data file, or of a folder with the data files of a split. Raises UserError if there is
-    no such file.
+    """Return the local path of a data file, or of a folder with the data files of a split. Files in the object store or
+    on the Hugging Face Hub are downloaded into ``folder`` first.
 
-    ``field`` is the path of the source in the spec: `dataset.train`. Files that are not on a volume are downloaded into
-    ``folder``.
+    ``field`` is the path of the source in the spec: `dataset.train`. Raises UserError if there is no such file.
     """
     if source.volume is not None:
         path = volume_path(source.volume, paths, field)
@@ -74,13 +76,13 @@ def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder
 
 
 def data_token(source: HuggingFaceDataSource, field: str, paths: Paths) -> str | None:
-    """Return the access token for a data set on the hub, or None if the spec names no Secret. ``field`` is
-    `dataset.train`, for example, and also the name of the mounted file."""
+    """Return the token for reading a data set on the Hugging Face Hub, or None if the spec names no Secret. ``field``
+    is, for example, `dataset.train`, and the file with the token has the same name."""
     return (paths.hub_data_tokens / field).read_text().strip() if source.token_secret_ref is not None else None
 
 
 def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return the local folder of the base model. A model on a volume is used in place; otherwise the files that
+    """Return the local folder of the base model. A model on a volume is used where it lies. Otherwise the files that
     transformers reads are downloaded into ``folder``."""
     files = model_files(source, paths, store)
     if isinstance(files, LocalFiles):

@@ -1,6 +1,6 @@
-"""Access to the files of a base model on a volume, in the object store or on the Hugging Face Hub: names, sizes, byte
-ranges, and download. The launcher downloads a model with `ModelFiles`, and the preflight checks read only the headers
-of the weight files.
+"""Access to the files of a base model on a volume, in the object store or on the Hugging Face Hub: file sizes, byte
+ranges, and download. The launcher downloads whole models. The preflight checks read only the headers of the weight
+files, and download the small files.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ from finetune_trainer.storage.client import Store
 T = TypeVar("T")
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
-"""Suffixes of the files that transformers reads from a model folder. Weights in pickle formats are never downloaded."""
+"""Suffixes of the files that transformers reads from a model folder. Weights in pickle formats have other suffixes and
+are never downloaded.
+"""
 WEIGHTS_SUFFIX = ".safetensors"
 
 
 class ModelFiles(Protocol):
-    """Access to the files directly in a model's folder, without its subfolders."""
+    """Access to the files of a model's folder. Subfolders are left out."""
 
     field: str
     """Path of the field in the spec that names the folder, for example `model.s3.uri`."""
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Size of each file in bytes, by file name."""
+        """Size in bytes of each file, by file name."""
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Write the named files into ``folder``."""
+        """Put the files called ``names`` into the local folder ``folder``."""
 
 
 def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
@@ -64,8 +66,8 @@ def model_files(source: ModelSpec, paths: Paths, store: Store) -> ModelFiles:
 
 
 def volume_path(source: VolumeSource, paths: Paths, field: str) -> Path:
-    """Return the path of a file or folder on a mounted volume. Raises UserError if the path does not exist or leads out
-    of the volume. ``field`` is the path of the source in the spec: `dataset.train`."""
+    """Return the path of a file or folder on a mounted volume. Raises UserError if the path does not exist, or if it
+    leads out of the volume. ``field`` is the path of the source in the spec, such as `dataset.train` or `model`."""
     base = paths.volumes / source.claim_name
     path = base / source.path
     if not path.resolve().is_relative_to(base.resolve()):
@@ -76,7 +78,8 @@ def volume_path(source: VolumeSource, paths: Paths, field: str) -> Path:
 
 
 def hub_token(paths: Paths) -> str | None:
-    """Return the hub token for the base model, or None if the spec names no Secret."""
+    """Return the token for reading the base model on the Hugging Face Hub, or None if no Secret with a token is
+    mounted."""
     return paths.hub_token_file.read_text().strip() if paths.hub_token_file.is_file() else None
 
 
@@ -84,21 +87,22 @@ class LocalFiles:
     """Access to a model folder on a mounted volume."""
 
     def __init__(self, folder: Path, field: str) -> None:
-        """List ``folder``. A path that is not a folder counts as an empty folder."""
+        """List the files of ``folder``. A path that is not a folder counts as an empty folder. ``field`` is the path in
+        the spec that messages name."""
         self.field = field
         self.folder = folder
         names = folder.iterdir() if folder.is_dir() else ()
         self.sizes: Mapping[str, int] = {path.name: path.stat().st_size for path in names if path.is_file()}
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """Return ``length`` bytes of a file from offset ``start`` on."""
+        """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
         with (self.folder / name).open("rb") as file:
             file.seek(start)
             return file.read(length)
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Create symbolic links to the files in ``folder`` instead of copies, because the files may be larger than the
-        scratch space."""
+        """Create symbolic links in ``folder`` to the files on the volume. Nothing is copied, because the files may be
+        larger than the scratch space."""
         for name in names:
             (folder / name).symlink_to((self.folder / name).resolve())
 
@@ -117,12 +121,12 @@ class StoreFiles:
         self.sizes: Mapping[str, int] = {name: entry.bytes for name, entry in entries if "/" not in name}
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """Return ``length`` bytes of an object from offset ``start`` on."""
+        """Return ``length`` bytes of an object from offset ``start`` on, or fewer if the object ends before."""
         data = self._store.read_range(self._location.bucket, self._location.key(name), start, length)
         return self._require(name, data)
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Download objects, several at a time."""
+        """Download the objects called ``names`` into ``folder``, several at a time."""
 
         def download(name: str) -> None:
             stored = self._store.download(self._location.bucket, self._location.key(name), folder / name)
@@ -166,8 +170,8 @@ class HubFiles:
         return self._call(get)
 
     def fetch(self, names: Iterable[str], folder: Path) -> None:
-        """Download files, several at a time. Files that are complete from an earlier, interrupted download are not
-        downloaded again."""
+        """Download the files called ``names`` into ``folder``, several at a time. Files that an earlier, interrupted
+        call has downloaded completely are not downloaded again."""
 
         def download() -> None:
             from huggingface_hub import snapshot_download
@@ -191,7 +195,8 @@ class HubFiles:
         return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
 
     def _call(self, request: Callable[[], T]) -> T:
-        """Run a request to the hub, with the hub's errors turned into UserError and OutsideFailure by `call_hub`."""
+        """Run ``request`` to the hub and return its result. `call_hub` turns the hub's errors into UserError and
+        OutsideFailure."""
         return call_hub(
             request,
             field="model.huggingFace",

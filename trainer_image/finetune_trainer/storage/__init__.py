@@ -1,6 +1,7 @@
-"""What a run keeps in the S3-compatible object store below its root: run records, checkpoints, step log, scores and the
-artifact, on top of a client that retries requests.
+"""Reads and writes what the runs of a job keep in the S3-compatible object store: run records, checkpoints, step log,
+scores and the artifact. Includes the client of the object store, which retries requests. `finetune_core.layout` defines
+the keys.
 
-The layout's keys come from `finetune_core.layout`. When to write belongs into other rooms: `checkpoints/` decides that
-for checkpoints. Nothing here imports torch.
+Code that decides when to write belongs into other rooms, for checkpoints into `checkpoints/`. Nothing here imports
+torch.
 """

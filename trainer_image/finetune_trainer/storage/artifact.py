@@ -1,7 +1,7 @@
-"""Commits the artifact of a run (the trained model) and reads back the result of a run whose artifact is committed.
+"""Commits the artifact of a job (the trained model), and reads back the result of a job whose artifact is committed.
 
-The pointer object `ARTIFACT` names the artifact. The first run that creates the pointer wins, and every later attempt
-of the job returns that result.
+The object `ARTIFACT` names the folder of the artifact that counts. The first run that creates this object wins, and
+every later attempt of the job returns the result of that run.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from finetune_trainer.storage.root import RunRoot
 
 
 def committed_result(root: RunRoot) -> Result | None:
-    """Return the result of a run whose artifact is committed, or None if no artifact is committed.
+    """Return the job's result if its artifact is committed, else None.
 
-    Raises Damaged if the pointer names an artifact that does not exist any more or has changed.
+    Raises Damaged if the folder that `ARTIFACT` names does not exist any more or has changed.
     """
     data = root.read(ARTIFACT_POINTER)
     if data is None:
@@ -53,9 +53,10 @@ def publish(
     below: Path | None = None,
     outcome: Outcome = Outcome.COMPLETED,
 ) -> Result:
-    """Upload and commit ``files`` as the artifact of ``run``, create the pointer, and return the result.
+    """Upload and commit ``files`` as the artifact of ``run``, create the object `ARTIFACT`, and return the job's
+    result.
 
-    If an earlier run has created the pointer already, the result is that of the earlier run's artifact.
+    If an earlier run has already created `ARTIFACT`, the returned result is that of the earlier run's artifact.
     """
     folder = artifact_folder(run)
     manifest = Manifest(kind="Artifact", run=run, step=step, files=upload_files(root, folder, files, below=below))

@@ -1,8 +1,8 @@
-"""Checkpoint folders in the bucket, `checkpoints/<run>-<step>/`: download with verification, inventory and retention.
-The modules of `checkpoints/` call this module.
+"""Checkpoint folders in the bucket, `checkpoints/<run>-<step>/`: download with verification, inventory, and deletion of
+old checkpoints (retention). The modules of `checkpoints/` call this module.
 
-The folders follow the commit protocol of `commit.py`. A folder whose bytes do not match its manifest is skipped, and
-the reason is reported.
+The folders are written as `commit.py` describes. A folder whose bytes differ from its manifest raises Damaged, or is
+listed as damaged with the reason.
 """
 
 from __future__ import annotations
@@ -31,54 +31,55 @@ DAMAGE_LENGTH = 256
 
 
 class TrainerState(ContractModel):
-    """`trainer.json` of a checkpoint: the part of the training state that is not a tensor.
+    """Content of a checkpoint's `trainer.json`: the part of the training state that is not a tensor.
 
-    No state of random number generators is stored, because the order of rows follows from (seed, epoch) and dropout
-    from (seed, step).
+    No state of a random generator is stored. The order of the rows follows from (seed, epoch), and dropout follows from
+    (seed, step, row).
     """
 
     version: int = 1
     step: int
-    """Global batches consumed so far. Together with batch size and seed, this number determines the position in the
+    """Number of global batches consumed so far. Together with batch size and seed, it determines the position in the
     data."""
     epoch: int
     batch_in_epoch: int
     seed: int
     updates: int
-    """Optimizer updates applied so far, which is the step count of AdamW."""
+    """Number of optimizer updates applied so far. AdamW's step count has the same value."""
     tokens: int
-    """Supervised tokens trained on so far."""
+    """Number of supervised tokens trained on so far."""
     world_size: int
     zero_stage: int
     rows: int
-    """Number of training rows, with which a resuming run detects that the data has changed."""
+    """Number of training rows. The notice that the data has changed since the checkpoint names this number."""
     data_sha256: str | None = None
-    """sha256 of the token ids of all training rows."""
+    """`ExampleSet.digest` of the training rows. If a resuming run has another digest, the data has changed."""
     perplexity: float | None = None
-    """Validation perplexity at this step, if the step was evaluated."""
+    """Validation perplexity after this step, or None if the step was not evaluated."""
     task_score: float | None = None
-    """Share of correct answers on the validation set at this step, if the best checkpoint is chosen by task score."""
+    """Mean of the task's main score on the validation rows after this step. None unless `evaluation.bestBy` is
+    TaskScore."""
     best_perplexity: float | None = None
     base_sha256: str | None = None
-    """sha256 of the base model's weights in a LoRA run, whose checkpoints do not hold these weights."""
+    """sha256 of the base model's weights, which the checkpoints of a LoRA run do not hold. None for a full run."""
     rows_sha256: str | None = None
-    """sha256 of the extended base model in a LoRA run with added tokens. The embedding rows of the added tokens are as
-    they were initialized from the seed."""
+    """sha256 of the extended base model, which has the first values of the added tokens' embedding rows. None if the
+    run has no added tokens, or trains all weights."""
 
 
 def fetch_folder(root: RunRoot, folder: str, target: Path) -> tuple[Manifest, str]:
-    """Download a committed checkpoint into ``target`` and verify the sha256 of every file. Return the manifest and its
-    sha256.
+    """Download a committed checkpoint into ``target`` and verify the sha256 of every downloaded file. Return the
+    manifest and the manifest's sha256.
 
-    Raises Damaged with the key of the damaged object. Only safetensors and JSON files are downloaded, even if the
-    manifest names other files, because other formats, such as pickle, may execute code when they are opened.
+    Only safetensors and JSON files are downloaded, even if the manifest names others. Files of other formats, such as
+    pickle, may execute code when they are opened. Raises Damaged with the key of the damaged object.
     """
     manifest, manifest_sha256 = read_manifest(root, folder)
     target.mkdir(parents=True, exist_ok=True)
 
     def fetch(file: ManifestFile) -> None:
-        # A file with a wrong digest is downloaded once more before it counts as damaged, because the error may have
-        # happened in transit.
+        # A file with a wrong sha256 is downloaded a second time, because the bytes may have changed in transit. If the
+        # sha256 is wrong again, the file counts as damaged.
         for last_try in (False, True):
             stored = root.download(f"{folder}/{file.name}", target / file.name)
             if stored is None:
@@ -95,7 +96,8 @@ def fetch_folder(root: RunRoot, folder: str, target: Path) -> tuple[Manifest, st
 
 
 def check_readable(folder: Path) -> None:
-    """Raise Damaged if `trainer.json` or a state file of a downloaded checkpoint can't be parsed."""
+    """Raise Damaged if `trainer.json` of a downloaded checkpoint is missing or can't be parsed, or if a safetensors
+    file of the training state can't be opened."""
     try:
         TrainerState.model_validate_json((folder / TRAINER_FILE).read_bytes())
     except FileNotFoundError as error:
@@ -111,7 +113,7 @@ def check_readable(folder: Path) -> None:
 
 
 def _folders(entries: Sequence[ListedObject]) -> dict[CheckpointId, dict[str, ListedObject]]:
-    """Return the objects of each checkpoint folder, by checkpoint and file name."""
+    """Group a listing by checkpoint: return the objects of each checkpoint folder by file name."""
     folders: dict[CheckpointId, dict[str, ListedObject]] = {}
     for entry in entries:
         match = re.fullmatch(r"checkpoints/(\d+)-(\d+)/(.+)", entry.key)
@@ -131,10 +133,11 @@ def uncommitted(root: RunRoot) -> list[CheckpointId]:
 
 
 def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[CheckpointRecord]:
-    """Return the records of all committed checkpoints, ordered by run and step.
+    """Return a record of each committed checkpoint, ordered by run and step. A damaged checkpoint has the reason in its
+    record.
 
-    ``damaged`` maps folders that are known to be damaged to the reason. Damage that shows in sizes, manifest or
-    `trainer.json` is added, because these are read anyway; the other files are not downloaded.
+    ``damaged`` gives the reason for folders that are already known to be damaged. Others are found to be damaged only
+    by file sizes, manifest or `trainer.json`, because no other file is read.
     """
     records = []
     for checkpoint, files in sorted(_folders(root.list_objects("checkpoints/")).items()):
@@ -175,22 +178,22 @@ def to_keep(
     keep_best: int,
     parent: CheckpointId | None,
 ) -> set[CheckpointId]:
-    """Return the checkpoints of a lineage that retention keeps: the ``keep_last`` newest (at least one), the
-    ``keep_best`` best, and the parent of the run."""
+    """Return which checkpoints to keep, of those that led to the current weights: the ``keep_last`` newest (at least
+    one), the ``keep_best`` best, and ``parent``, from which the run resumed."""
     kept = {*newest_first[: max(1, keep_last)], *best_first[:keep_best]}
     return kept | ({parent} if parent is not None else set())
 
 
 def apply_retention(root: RunRoot, run: int, keep: Collection[CheckpointId]) -> list[CheckpointId]:
-    """Delete every checkpoint folder that is not in ``keep`` and is older than the newest committed checkpoint of
-    ``run``. Return the deleted checkpoints that were committed.
+    """Delete the checkpoint folders that are not in ``keep`` and that are older than the newest committed checkpoint of
+    ``run``. Return the deleted checkpoints that had a COMMIT.
 
-    Nothing is deleted before ``run`` has committed a checkpoint of its own. Newer folders are left alone, because their
-    upload may still be running. COMMIT is deleted first, so that a folder that is deleted only in part no longer counts
-    as a checkpoint and the next retention deletes the rest.
+    Nothing is deleted before ``run`` has committed a checkpoint of its own. Newer folders stay, because their upload
+    may still be running. COMMIT is deleted first, so that a half-deleted folder no longer counts as a checkpoint. The
+    next retention deletes the rest of the folder.
 
-    Raises NewerRun if a later run exists, because the later run may be reading a checkpoint. The fence is checked again
-    before each folder, because this process may have been frozen for a while at any point.
+    Raises NewerRun if a later run of the job exists, because that run may be reading a checkpoint. The check is
+    repeated before each folder, because this process may have been frozen for a while.
     """
     folders = _folders(root.list_objects("checkpoints/"))
     newest = max((key for key, files in folders.items() if key.run == run and COMMIT in files), default=None)

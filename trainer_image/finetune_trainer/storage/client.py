@@ -1,8 +1,8 @@
-"""Client of an S3-compatible object store: read, write, create once, list and delete objects. Requests are retried
-within a time budget.
+"""Client of an S3-compatible object store: read, list, write, create if absent, and delete objects. Failed requests are
+repeated until a time budget is spent.
 
 Every failure is raised as `OutsideFailure` with a sentence that names the cause. The launcher, the workers and the
-preflight checks use the client, also from several threads at once.
+preflight checks use the client, from several threads at once.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ MISSING_CODES = frozenset({"NoSuchKey", "NoSuchObject", "NotFound", "NoSuchUploa
 EXISTS_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
 CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 PART_BYTES = 64 * 1024 * 1024
-"""Size of a part in multipart uploads. The default of minio-py, 5 MiB, is too small, because a single failed part
-aborts the upload of the whole object.
+"""Size of a part in multipart uploads. minio-py's default of 5 MiB would make many parts, and one failed part aborts
+the upload of the whole object.
 """
 CHUNK_BYTES = 1024 * 1024
 FIRST_DELAY_SECONDS = 0.5
@@ -53,11 +53,11 @@ LONGEST_DELAY_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 DIGEST_METADATA = "sha256"
-"""User metadata of every uploaded file, so that people can verify an object with other tools."""
+"""Name of the user metadata that holds the sha256 of an uploaded file. People can verify an object with other tools."""
 
 
 class ListedObject(NamedTuple):
-    """One object in a listing."""
+    """An object as a listing shows it."""
 
     key: str
     bytes: int
@@ -79,8 +79,8 @@ def digest_of_file(path: Path) -> ObjectDigest:
 
 
 class Store:
-    """Access to one object store. Each call names the bucket, because model and data may be in other buckets than the
-    run."""
+    """Access to an object store. Each call names the bucket, because model and data may lie in other buckets than the
+    runs."""
 
     def __init__(
         self,
@@ -95,11 +95,11 @@ class Store:
         read_seconds: float = READ_SECONDS,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Prepare access to ``endpoint``, for example `http://minio.minio.svc:9000`, without sending a request.
+        """Prepare access to ``endpoint``, for example `http://minio.minio.svc:9000`. No request is sent.
 
-        ``credentials`` is the folder of a mounted Secret, or None for the pod's own identity. ``ca_file`` holds CA
-        certificates for the endpoint, or is None for those of the image. ``wait`` is called with the seconds between
-        two attempts of a failing request.
+        ``credentials`` is the folder of a mounted Secret. If it is None, the pod's own identity is used. ``ca_file``
+        holds the CA certificates for the endpoint. If it is None, the image's own certificates are used. ``wait`` is
+        called before a failed request is repeated, and must wait the given number of seconds.
         """
         parts = urlsplit(endpoint)
         self.endpoint = endpoint
@@ -132,15 +132,16 @@ class Store:
             self._client.disable_virtual_style_endpoint()
 
     def with_budget(self, seconds: float) -> Store:
-        """Return the same access with another time budget for retries."""
+        """Return a copy of this store with another time budget for repeating failed requests."""
         return self._copy(_budget=seconds)
 
     def for_background(self, seconds: float, on_attempt: Callable[[str], None]) -> Store:
-        """Return the same access for background work, in which no error is final before ``seconds`` have passed. Even
-        refused credentials and a missing bucket are retried, because both can be corrected meanwhile.
+        """Return a copy of this store for background work, which repeats every failed request until ``seconds`` have
+        passed. Even refused credentials and a missing bucket do not end the work at once, because people can correct
+        both meanwhile.
 
-        ``on_attempt`` is called with the error message of every failed attempt, and with an empty string once an
-        attempt succeeds.
+        ``on_attempt`` is called with the error message after each failed request, and with an empty text when a
+        repeated request succeeds.
         """
         return self._copy(_budget=seconds, _retry_refusals=True, _on_attempt=on_attempt)
 
@@ -150,7 +151,7 @@ class Store:
         return copy
 
     def read(self, bucket: str, key: str) -> bytes | None:
-        """Return an object's bytes, or None if the object does not exist."""
+        """Return the bytes of an object, or None if the object does not exist."""
 
         def get() -> bytes:
             with self._open(bucket, key) as response:
@@ -232,12 +233,13 @@ class Store:
         return digest
 
     def create(self, bucket: str, key: str, data: bytes) -> bool:
-        """Create an object unless the key exists. Return whether this call has created the object with the content
-        ``data``.
+        """Create an object unless the key exists. Return whether the object now has the content ``data``.
 
-        The method calls minio-py's internal `_execute`, because `put_object` would turn `If-None-Match` into user
-        metadata. If the response to a successful request was lost, the retry finds the object; reading the object back
-        shows that this call has created it.
+        If the response to a successful request is lost, the repeated request finds the object. The object is then read
+        back, and counts as created by this call if it has the same content.
+
+        The method calls minio-py's internal `_execute`, because `put_object` would send `If-None-Match` as user
+        metadata.
         """
 
         def put() -> bool:
@@ -267,9 +269,9 @@ class Store:
     def abort_multipart_uploads(self, bucket: str, prefix: str) -> list[str]:
         """Abort the unfinished multipart uploads whose keys begin with ``prefix``, and return these keys.
 
-        MinIO lists unfinished uploads only for a whole key or a whole bucket, not for other prefixes, so the whole
-        bucket is listed and filtered. MinIO forgets such uploads at a restart and then deletes their parts itself after
-        a day.
+        The uploads of the whole bucket are listed as well and then filtered, because MinIO ignores a prefix that is not
+        a whole key. After a restart MinIO does not list older uploads any more, but deletes their parts itself after a
+        day.
         """
 
         def uploads() -> list[tuple[str, str]]:
@@ -288,8 +290,8 @@ class Store:
 
     @contextlib.contextmanager
     def _open(self, bucket: str, key: str, *, offset: int = 0, length: int = 0) -> Iterator[urllib3.BaseHTTPResponse]:
-        """Open an object for reading, from ``offset`` on and for ``length`` bytes (0 means to the end). The connection
-        returns to the pool at the end of the block, also after an error."""
+        """Open an object and yield the response, to read ``length`` bytes from ``offset`` on (0 means to the end). At
+        the end of the `with` block the connection returns to the pool, also after an error."""
         response = self._client.get_object(bucket, key, offset=offset, length=length)
         try:
             yield response
@@ -298,10 +300,10 @@ class Store:
             response.release_conn()
 
     def _retried(self, request: Callable[[], T], bucket: str, *, missing: T | object = ...) -> T:
-        """Call ``request`` until a call succeeds, a permanent error occurs, or the time budget is spent.
+        """Call ``request`` again and again until it succeeds, and return its result. Raise OutsideFailure after a
+        permanent error, or when the time budget is spent.
 
-        ``missing`` is the value to return if the object does not exist; without ``missing``, a missing object is an
-        error.
+        ``missing`` is returned if the object does not exist. Without ``missing``, a missing object is an error.
         """
         deadline = time.monotonic() + self._budget
         delay = FIRST_DELAY_SECONDS
@@ -346,7 +348,7 @@ class Store:
         if error.code == "NoSuchBucket":
             return f"storage.uri: bucket {bucket!r} does not exist at {self.endpoint}"
         if error.code == "IncompleteBody":
-            # MinIO answers IncompleteBody to a write during which its disk becomes full.
+            # MinIO answers IncompleteBody if its disk becomes full during a write.
             return (
                 f"storage.endpoint: {self.endpoint} took only a part of an object ({error.code}): its disk may be full"
             )
@@ -354,18 +356,18 @@ class Store:
 
 
 def _ignore(sentence: str) -> None:
-    """Ignore the messages of single attempts."""
+    """Do nothing with the error message of a failed request. This is the default of `Store._on_attempt`."""
 
 
 def _encryption(wanted: EncryptionSpec | None) -> Sse | None:
-    """Return minio-py's parameter for server-side encryption, or None without encryption."""
+    """Return the job's server-side encryption as minio-py's object, or None without encryption."""
     if wanted is None:
         return None
     return SseKMS(wanted.kms.key_id, {}) if wanted.kms is not None else SseS3()
 
 
 def _short(error: Exception) -> str:
-    """Return the innermost reason of an error, without urllib3's object addresses."""
+    """Return the innermost reason of an error, without the addresses of urllib3's objects in memory."""
     reason = getattr(error, "reason", None)
     text = str(reason if isinstance(reason, Exception) else error)
     return text.rpartition(">: ")[2] or type(error).__name__

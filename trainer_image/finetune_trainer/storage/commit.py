@@ -1,5 +1,6 @@
-"""The commit protocol of folders in the bucket, which makes an upload of many files atomic. The files are written
-first, then a manifest with their sizes and sha256, and last the object COMMIT with the sha256 of the manifest.
+"""Writes and reads folders in the bucket in such a way that an unfinished upload never counts. The files of a folder
+are uploaded first. Then comes a manifest with their sizes and sha256, and last the object COMMIT with the sha256 of the
+manifest.
 
 A folder without COMMIT does not count. Checkpoints and artifacts are written with `upload_files` and `commit_folder`,
 and read with `read_manifest`.
@@ -24,12 +25,12 @@ PARALLEL_TRANSFERS = 4
 
 
 class Damaged(OutsideFailure):
-    """A committed folder does not hold the bytes that its manifest names. The message names the object."""
+    """A committed folder does not hold the bytes that its manifest names. The message names the damaged object."""
 
 
 def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Path | None = None) -> list[ManifestFile]:
-    """Upload ``files`` into ``folder`` and return their entries for the manifest. The names in the manifest are file
-    names, or paths relative to the local folder ``below``."""
+    """Upload ``files`` into ``folder`` of the bucket, and return an entry for the manifest for each file. Objects are
+    named after the files. With ``below``, a local folder, they are named by the paths of the files relative to it."""
 
     def upload(path: Path) -> ManifestFile:
         name = path.relative_to(below).as_posix() if below is not None else path.name
@@ -41,11 +42,11 @@ def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Pa
 
 
 def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
-    """Write the manifest, verify that all files are in the bucket, check the fence, and write COMMIT. Return the sha256
-    of the manifest.
+    """Write the manifest, verify that all its files are in the bucket, check the fence, and write COMMIT. Return the
+    sha256 of the manifest.
 
-    Raises Damaged if the listing differs from the manifest. Raises NewerRun if a later run of the job exists, because
-    the later run may already have resumed from the earlier checkpoints.
+    Raises Damaged if the files in the bucket differ from the manifest. Raises NewerRun if a later run of the job
+    exists, because that run may already have resumed from an earlier checkpoint, or if the folder has a COMMIT already.
     """
     data = manifest.encode()
     root.write(f"{folder}/{MANIFEST}", data)
@@ -61,8 +62,8 @@ def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
 
 
 def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
-    """Return a committed folder's manifest and its sha256. Raises Damaged if COMMIT or manifest is missing, or if they
-    do not match."""
+    """Return a committed folder's manifest and the manifest's sha256. Raises Damaged if COMMIT or the manifest is
+    missing, or if the sha256 in COMMIT is not that of the manifest."""
     commit, data = root.read(f"{folder}/{COMMIT}"), root.read(f"{folder}/{MANIFEST}")
     if commit is None:
         raise Damaged(f"{folder}/{COMMIT} is missing")
@@ -80,7 +81,7 @@ def read_manifest(root: RunRoot, folder: str) -> tuple[Manifest, str]:
 
 
 def check_sizes(folder: str, manifest: Manifest, files: Mapping[str, ListedObject]) -> None:
-    """Raise Damaged if the listing lacks a file of the manifest or shows another size."""
+    """Raise Damaged if a file of the manifest is missing among ``files``, the folder's objects, or has another size."""
     for file in manifest.files:
         if file.name not in files:
             raise Damaged(f"{folder}/{file.name} is missing")

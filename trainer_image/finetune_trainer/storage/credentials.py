@@ -1,6 +1,6 @@
-"""Providers of the S3 access key for minio-py: files of a mounted Secret, or the pod's own identity.
+"""Providers that give minio-py the S3 access key: from files of a mounted Secret, or from the pod's own identity.
 
-Both providers look up the key again for each request, so that a rotated Secret and an expired session need no restart.
+The key is looked up again for each request. So neither a replaced Secret nor an expired session needs a restart.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from minio.credentials import Credentials, EnvAWSProvider, IamAwsProvider, Provi
 from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SESSION_TOKEN
 
 STS_ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL_STS"
-"""Endpoint of the security token service (STS) for web identity, as in the AWS tools. MinIO serves STS at its own
-endpoint.
+"""Environment variable with the endpoint of the security token service (STS) for web identity, as in the AWS tools. It
+is needed for MinIO, which serves STS at its own endpoint.
 """
 WEB_IDENTITY_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
 IDENTITY_SECONDS = 10.0
 
 
 class NoCredentials(Exception):  # noqa: N818  (a state that may pass, as a Secret is replaced)
-    """There is no access key at the moment. The message says where the key should come from."""
+    """There is no access key at the moment. The message names the place that should give one."""
 
 
 class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type information
     """Reads the access key from the files of a mounted Secret."""
 
     def __init__(self, folder: Path) -> None:
-        """Read from files in ``folder`` that are named after the environment variables of the AWS tools, such as
-        `AWS_ACCESS_KEY_ID`."""
+        """Read from the files in ``folder``, the mounted Secret. The files are named after the environment variables of
+        the AWS tools, such as `AWS_ACCESS_KEY_ID`."""
         self._folder = folder
 
     def retrieve(self) -> Credentials:
-        """Return the credentials that the files hold now. Raises NoCredentials if a file is missing or empty."""
+        """Return the access key that the files hold now. Raises NoCredentials if a file is missing or empty. Only the
+        session token may be absent."""
         values = {}
         for name in (ACCESS_KEY_ID, SECRET_ACCESS_KEY, SESSION_TOKEN):
             path = self._folder / name
@@ -47,7 +48,7 @@ class CredentialFiles(Provider):  # type: ignore[misc]  # minio has no type info
 class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type information
     """Obtains an access key from the identity that the cluster gives the pod.
 
-    The sources are tried in the following order:
+    The first of the following sources that exists gives the key:
 
     - an access key in the environment
     - a web identity token (IRSA on EKS, or AssumeRoleWithWebIdentity of MinIO if `AWS_ENDPOINT_URL_STS` names it)
@@ -56,18 +57,18 @@ class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type informat
     """
 
     def __init__(self, region: str, http: urllib3.PoolManager) -> None:
-        """Send requests over ``http``. The environment variables of the AWS tools determine the endpoint."""
+        """Use ``http`` for requests. The environment variables of the AWS tools name the endpoint and the token."""
         endpoint = os.environ.get(STS_ENDPOINT_VARIABLE) if os.environ.get(WEB_IDENTITY_VARIABLE) else None
         self._provider = IamAwsProvider(custom_endpoint=endpoint, http_client=http, region=region)
 
     def retrieve(self) -> Credentials:
-        """Return an access key that has not expired. Raises NoCredentials if no source gives a key."""
+        """Return an access key that has not expired. Raises NoCredentials if none can be obtained."""
         fixed = EnvAWSProvider().retrieve() if _has_key() else None
         if fixed is not None:
             return fixed
         try:
             return self._provider.retrieve()
-        # minio-py raises ValueError for a refusal. A malformed response leads to the other exceptions.
+        # minio-py raises ValueError if the key is refused. The other exceptions come from malformed or missing answers.
         except (ValueError, KeyError, OSError, urllib3.exceptions.HTTPError) as error:
             raise NoCredentials(
                 "storage.credentialsSecretRef is absent and the pod's own identity gives no access key"
@@ -80,18 +81,19 @@ def _has_key() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason of an error without the query string of the URL, because the query may contain a token."""
+    """Return the reason of an error. A URL in it loses its query string, which may contain a secret token."""
     text = str(getattr(error, "reason", None) or error).splitlines()[0] if str(error) else type(error).__name__
     return text.partition("?")[0].rpartition(">: ")[2][:200] or type(error).__name__
 
 
 def identity_http_pool(ca_file: Path | None) -> urllib3.PoolManager:
-    """Return a connection pool for requests to identity services: short timeouts, two retries, and the CA of the object
-    store in addition."""
+    """Return an HTTP connection pool for requests to identity services, with short timeouts and two retries.
+    ``ca_file`` is the file with the CA certificates of the object store. Without it the default certificates are used.
+    """
     return urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=IDENTITY_SECONDS, read=IDENTITY_SECONDS),
-        # Few retries suffice, because `Store` retries the whole request within its own time budget. Retry-After is
-        # ignored, because MinIO's 503 asks for a minute.
+        # Two retries are enough, because `Store` repeats the whole request within its own time budget. Retry-After is
+        # ignored, because MinIO asks for a minute with each 503.
         retries=urllib3.Retry(
             total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504], respect_retry_after_header=False
         ),

@@ -1,8 +1,7 @@
-"""Base models that were extended by embedding rows for added tokens, in `<storage.uri>/_bases/<digest>/`. LoRA
-artifacts refer to such a folder, and all jobs that extend a base model alike share one folder.
+"""Base models with embedding rows for added tokens, in `<storage.uri>/_bases/<digest>/` of the bucket. LoRA artifacts
+refer to such a folder. All jobs that add the same tokens to the same base model in the same way share one folder.
 
-The digest is the sha256 of the manifest, so that equal content has an equal folder name. `finish.py` calls
-`publish_base`.
+The digest is the sha256 of the manifest, so equal content has an equal folder name. `finish.py` calls `publish_base`.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from finetune_trainer.storage.root import RunRoot
 
 
 def extended_bases_root(root: RunRoot) -> RunRoot:
-    """Return the root of all extended bases. The folder is a sibling of the namespaces; ``root`` is the root of a run,
-    `<uri>/<namespace>/<name>/<runId>`."""
+    """Return the folder of all extended base models in the bucket, `<uri>/_bases`. ``root`` is the folder of a job's
+    runs, `<uri>/<namespace>/<name>/<runId>`."""
     parts = root.location.prefix.split("/")[:-3]
     return RunRoot(root.store, Location(root.location.bucket, "/".join([*parts, BASES])))
 
 
 def publish_base(root: RunRoot, folder: Path) -> str:
-    """Upload the model in ``folder`` unless the bucket holds it already, and return its `s3://` address.
+    """Upload the model in ``folder`` unless the bucket holds it already. Return the model's `s3://` address.
 
-    Two jobs that upload the same model at the same time write the same bytes to the same keys. Raises Damaged if the
-    store holds other bytes than were sent.
+    Two jobs may upload the same model at the same time, because both write the same bytes to the same keys. Raises
+    Damaged if other bytes were uploaded than ``folder`` held before.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:

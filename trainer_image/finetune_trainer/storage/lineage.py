@@ -1,8 +1,9 @@
-"""Run numbers and run records. Each start of a job's ranks, and each rollback, claims the next run number. The record
-names the checkpoint that the run continues, and the higher number keeps earlier runs from writing (fencing).
+"""Run numbers and run records. Each start of a job's ranks, and each rollback, takes the next run number and writes a
+run record. The record names the checkpoint from which the run continues. Once a higher number is taken, earlier runs
+stop writing (see `check_fence`).
 
-A resuming run follows the records back to its parents instead of taking the checkpoint with the highest step. The
-highest step may belong to an abandoned branch, after a rollback or on a partitioned node.
+A new run follows the records from run to parent to find its checkpoint. It does not take the checkpoint with the
+highest step, because that one may belong to a branch that was left, after a rollback or on a node that was cut off.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from finetune_trainer.storage.root import RunRoot
 
 
 class CheckpointId(NamedTuple):
-    """Identifies a checkpoint by the run that wrote it and the optimizer step that it holds."""
+    """Identifies a checkpoint: the run that wrote it, and the last optimizer step that it includes."""
 
     run: int
     step: int
@@ -32,37 +33,39 @@ class ParentRecord(ContractModel):
 
 
 class Rollback(ContractModel):
-    """A rollback to an earlier checkpoint. The rollback applies to all later steps of the lineage."""
+    """A return to an earlier checkpoint. It changes the learning rate and the data of the runs that follow."""
 
     step: int
-    """Step of the checkpoint that training returned to. Later steps use the learning rate times `rate_factor`."""
+    """Step of the checkpoint that training returned to. In later steps the learning rate is multiplied by
+    `rate_factor`."""
     rate_factor: float
     skip_from: int
-    """First step whose global batch is consumed without an optimizer update."""
+    """First step whose global batch is left out: the step counts as done, but the weights are not updated."""
     skip_to: int
-    """Last step whose global batch is consumed without an optimizer update."""
+    """Last step whose global batch is left out."""
     reason: str
 
 
 class RunRecord(ContractModel):
-    """Content of `runs/<run>.json`. `attempt` and `pod_uid` make the records of any two writers different, so that a
-    writer can tell its own record from another one after a conditional write."""
+    """Content of `runs/<run>.json`. No two writers write the same `attempt` and `pod_uid`. So a writer that finds a
+    record already stored can tell from these fields whether the record is its own."""
 
     version: int = 1
     attempt: int
     pod_uid: str
     parent: ParentRecord | None = None
     rate_factor: float = 1.0
-    """Product of the factors in `rollbacks`, for people who read the file."""
+    """Product of the rate factors of all `rollbacks`. The program does not read it; it is for people who read the file.
+    """
     rollbacks: list[Rollback] = []
-    """All rollbacks of the lineage, oldest first."""
+    """All rollbacks that apply to this run, oldest first."""
 
 
 def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId]) -> list[CheckpointId]:
-    """Return the checkpoints that a new run may resume from, best first.
+    """Return the checkpoints that a new run may resume from, the preferred ones first.
 
-    The checkpoints of the newest run come first, newest first. Then follow the parent of that run and the older
-    checkpoints of the parent's run, and so on.
+    First come the checkpoints of the newest run, from the newest to the oldest. Then follow the checkpoint that this
+    run resumed from and the older checkpoints of that checkpoint's run, and so on.
     """
     by_run: dict[int, list[int]] = {}
     for checkpoint in committed:
@@ -73,8 +76,7 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
         steps = sorted(by_run.get(run, []), reverse=True)
         found += [CheckpointId(run, step) for step in steps if newest_step is None or step <= newest_step]
         parent = records[run].parent
-        # A parent always has a lower run number. The second condition ends the loop for a record that was tampered
-        # with.
+        # A parent always has a lower run number. Checking it ends the loop even if someone has changed a record.
         if parent is None or parent.run >= run:
             break
         run, newest_step = parent.run, parent.step
@@ -82,7 +84,7 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
 
 
 def run_numbers(root: RunRoot) -> list[int]:
-    """Return the run numbers that were claimed so far, in ascending order."""
+    """Return the run numbers that the job's runs have taken so far, in ascending order."""
     matches = (re.fullmatch(r"runs/(\d+)\.json", entry.key) for entry in root.list_objects("runs/"))
     return sorted(int(match[1]) for match in matches if match)
 
@@ -98,12 +100,12 @@ def read_records(root: RunRoot) -> dict[int, RunRecord]:
 
 
 def claim_run_number(root: RunRoot, run: int, record: RunRecord) -> bool:
-    """Create the record of run number ``run``. Return False if another writer has claimed the number."""
+    """Take run number ``run`` by creating its run record. Return False if another writer has taken the number."""
     return root.create(run_key(run), record.to_json().encode())
 
 
 def check_fence(root: RunRoot, run: int) -> None:
-    """Raise NewerRun if a later start of the job has claimed a higher run number than ``run``."""
+    """Raise NewerRun if a higher run number than ``run`` has been taken for the job, so that ``run`` stops writing."""
     newest = max(run_numbers(root), default=run)
     if newest > run:
         raise NewerRun(f"run {newest} of this job has started, so run {run} stopped writing to the bucket")

@@ -1,5 +1,5 @@
-"""The root of one run in the bucket, with the store and credentials to access the bucket. All modules that read or
-write the bucket's layout use `RunRoot`.
+"""The folder of a job's runs in the bucket, together with the access to its object store. All modules that read or
+write the keys of `finetune_core.layout` use `RunRoot`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from finetune_trainer.storage.client import ListedObject, ObjectDigest, Store
 
 @dataclass(frozen=True)
 class RunRoot:
-    """The prefix `<uri>/<namespace>/<name>/<runId>` in an object store. All keys are relative to this prefix."""
+    """The folder of a job's runs: the prefix `<uri>/<namespace>/<name>/<runId>` in an object store. Keys in the methods
+    are relative to this prefix."""
 
     store: Store
     location: Location
@@ -30,20 +31,21 @@ class RunRoot:
         self.store.write(self.location.bucket, self.location.key(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create an object unless the key exists. Return whether this call has created the object with the content
-        ``data``."""
+        """Create an object unless the key exists. Return whether the object now has the content ``data`` (see
+        `Store.create`)."""
         return self.store.create(self.location.bucket, self.location.key(key), data)
 
     def upload(self, key: str, path: Path) -> ObjectDigest:
-        """Create or replace an object with the content of a local file."""
+        """Create or replace an object with the content of the local file ``path``, and return its size and sha256."""
         return self.store.upload(self.location.bucket, self.location.key(key), path)
 
     def download(self, key: str, path: Path) -> ObjectDigest | None:
-        """Write an object to a local file. Return None if the object does not exist."""
+        """Write an object to the local file ``path`` and return its size and sha256, or None if the object does not
+        exist."""
         return self.store.download(self.location.bucket, self.location.key(key), path)
 
     def list_objects(self, folder: str) -> list[ListedObject]:
-        """Return the objects below ``folder``, for example `checkpoints/`, with keys relative to the root."""
+        """Return all objects below ``folder``, for example `checkpoints/`. Their keys are relative to the prefix."""
         start = len(self.location.key("")) + 1 if self.location.prefix else 0
         found = self.store.list_objects(self.location.bucket, self.location.key(folder))
         return [entry._replace(key=entry.key[start:]) for entry in found]
@@ -53,11 +55,11 @@ class RunRoot:
         self.store.delete(self.location.bucket, [self.location.key(key) for key in keys])
 
     def abort_multipart_uploads(self) -> list[str]:
-        """Abort all unfinished multipart uploads below the root, and return their full keys in the bucket."""
+        """Abort all unfinished multipart uploads below the prefix, and return their full keys in the bucket."""
         return self.store.abort_multipart_uploads(self.location.bucket, self.location.key("") + "/")
 
     def for_background(self, seconds: float, on_attempt: Callable[[str], None]) -> RunRoot:
-        """Return the same root for background work, as described at `Store.for_background`."""
+        """Return the same folder, with a store for background work. See `Store.for_background` for the parameters."""
         return RunRoot(self.store.for_background(seconds, on_attempt), self.location)
 
     def uri(self, key: str) -> str:
@@ -66,7 +68,7 @@ class RunRoot:
 
 
 def open_root(config: RunConfig, paths: Paths) -> RunRoot:
-    """Return the root of the run that the run file describes, with access to its object store."""
+    """Return the folder of runs that the run file names, with access to its object store. No request is sent."""
     storage = config.storage
     store = Store(
         storage.endpoint,

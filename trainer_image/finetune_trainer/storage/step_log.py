@@ -1,5 +1,5 @@
-"""The step log in the bucket: immutable segments of JSON lines, one line per optimizer step. `checkpoints/` writes a
-segment with each checkpoint and reads the history when a run resumes.
+"""The step log in the bucket: files of JSON lines that are never changed, with one line for each optimizer step.
+`checkpoints/` writes such a file (a segment) with each checkpoint, and reads all earlier lines when a run resumes.
 """
 
 from __future__ import annotations
@@ -19,49 +19,50 @@ class StepRow(ContractModel):
     step: int
     epoch: float
     loss: float | None = None
-    """Mean negative log-likelihood (nats) of the global batch's supervised tokens. Absent if the value is not finite,
-    or if the step was skipped after a rollback."""
+    """Mean negative log-likelihood (nats) of the supervised tokens in the global batch. None if the value is not
+    finite, or if the step was not trained because a rollback excluded its batch."""
     learning_rate: float
     gradient_norm: float | None = None
-    """Norm of the gradient over all trained parameters, before clipping. Absent in the same cases as `loss`."""
+    """L2 norm of the gradient over all trained parameters, before clipping. None if it is not finite, or if the step
+    was not trained."""
     applied: bool = True
     """Whether the optimizer updated the weights in this step."""
     tokens: int
-    """Number of supervised tokens in the global batch."""
+    """Number of supervised tokens in the global batch; 0 if the step was not trained."""
     real_tokens: int = 0
-    """Number of tokens in prompts and answers, without padding."""
+    """Number of tokens in the global batch, prompts included and padding excluded."""
     padded_tokens: int = 0
-    """Number of token positions that were computed, including padding."""
+    """Number of token positions that were computed on all ranks, padding included."""
     seconds: float
     data_seconds: float = 0.0
-    """Time that rank 0 spent on making batches. The following times are also those of rank 0."""
+    """Seconds that rank 0 spent on making micro-batches. All times of a row are those of rank 0."""
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     update_seconds: float = 0.0
-    """Time of the optimizer update, including its communication."""
+    """Seconds of the optimizer update, including the communication between ranks."""
     cpu_seconds: float = 0.0
-    """CPU time of the training thread in this step. A value well below `seconds` shows that other threads used the
-    core."""
+    """CPU time in seconds that the training thread used in this step. A value well below `seconds` shows that the
+    thread had to wait, for example because other threads used its CPU core."""
     checkpoint_seconds: float = 0.0
-    """Time since the previous step during which training waited for checkpoints."""
+    """Seconds that training spent on saving checkpoints since the step before."""
     mfu: float | None = None
     memory_bytes: int = 0
-    """Memory in use on rank 0 after the step: GPU memory, or the memory of the process if it trains on the CPU."""
+    """Bytes in use on rank 0 after the step: GPU memory, or the memory of the process if training runs on the CPU."""
     memory_peak_bytes: int = 0
     perplexity: float | None = None
-    """Validation perplexity after this step, if the step was evaluated."""
+    """Validation perplexity after this step, or None if the step was not evaluated."""
     task_score: float | None = None
-    """Share of correct answers on the validation set after this step, if answers were generated."""
+    """Mean of the task's main score on the validation rows after this step. None if no answers were generated."""
 
 
 def write_segment(root: RunRoot, run: int, segment: int, rows: Iterable[StepRow]) -> None:
-    """Write one segment of the step log of ``run``."""
+    """Write ``rows`` as segment number ``segment`` of the step log of ``run``."""
     root.write(metrics_key(run, segment), "".join(f"{row.to_json()}\n" for row in rows).encode())
 
 
 def read_history(root: RunRoot, records: Mapping[int, RunRecord], run: int, step: int) -> list[StepRow]:
-    """Return the rows of all steps that led to ``step`` of ``run``: those of the run itself, preceded by those of its
-    ancestors up to each parent checkpoint."""
+    """Return the rows of all steps that led to step ``step`` of run ``run``, ordered by step. They come from the run
+    itself and, before the checkpoint that it resumed from, from its parent, and so on."""
     keys: dict[int, list[str]] = {}
     for entry in root.list_objects("metrics/"):
         match = re.fullmatch(r"metrics/(\d+)-\d+\.jsonl", entry.key)

@@ -1,7 +1,8 @@
-"""The functions that grade generated answers, one module for each task; `sql_*` are the parts of the SQL grader.
+"""The graders: functions that grade generated answers, one module for each task. The modules `sql_*` are parts of the
+SQL grader.
 
-A grader is a pure function without torch: it gets a generated answer and its row of the evaluation set, and returns a
-`Grade`. The names, columns and scores of the tasks are declared in `finetune_core.tasks`, not here.
+A grader is a pure function without torch. It gets a generated answer and its row of the evaluation set, and returns a
+`Grade`. `finetune_core.tasks` declares the names, columns and scores of the tasks.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ __all__ = ["GRADERS", "Grade", "Grader", "grader_of"]
 
 
 class Grader(Protocol):
-    """Grades one generated answer against the row that the prompt came from."""
+    """A function that grades a generated answer. It compares the answer with the row that the prompt came from."""
 
     def __call__(self, answer: str, row: Mapping[str, object]) -> Grade:
-        """Return the scores of ``answer``; never raises because of what the answer or the row holds."""
+        """Return the grade of ``answer``. Never raises an exception, whatever the answer and the row contain."""
 
 
 GRADERS: Mapping[str, Grader] = {"ViGGO": viggo.grade, "GSM8K": gsm8k.grade, "SQL": sql.grade}
@@ -29,9 +30,10 @@ GRADERS: Mapping[str, Grader] = {"ViGGO": viggo.grade, "GSM8K": gsm8k.grade, "SQ
 
 
 def grader_of(task: str) -> Grader | None:
-    """Return the grader of the task that `dataset.task` names, None where the job has no task.
+    """Return the grader of ``task``, the value of `dataset.task`. Return None if the value says that the job has no
+    task.
 
-    Raises UserError for a task without a grader, so that a job never trains to the end and reports no score.
+    Raises UserError for a task without a grader. Otherwise the job would train to the end and report no score.
     """
     if task == NO_TASK:
         return None

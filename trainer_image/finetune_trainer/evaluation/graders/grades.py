@@ -1,6 +1,6 @@
-"""The result of grading one answer, and the means over many answers.
+"""The grade of one answer, and the mean scores of many answers.
 
-Every grader returns a `Grade`; `scorer.py` adds the grades of all ranks up with `ScoreSums`.
+Every grader returns a `Grade`. `scorer.py` adds up the grades of all ranks with `ScoreSums`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from finetune_core.tasks import Task, Unit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grade:
-    """The scores of one answer, made with `Grade.of` or `Grade.left_out`."""
+    """The scores of one answer. Graders make a grade with `Grade.of`, or with `Grade.left_out` if the row can't be
+    used."""
 
     scores: Mapping[str, bool | float] = field(default_factory=dict)
-    """The value of every score of the task, from 0 to 1; True is 1. Empty where the row itself can't be used."""
+    """The value of each score of the task, from 0 to 1, where True counts as 1. Empty if the row can't be used."""
     problem: str = ""
-    """Why the answer could not be read, or why the row was left out. Graders use few different texts, so that equal
-    problems can be counted."""
+    """Why the answer could not be read, or why the row can't be used. Graders use only a few different texts, so that
+    equal problems can be counted."""
 
     @classmethod
     def of(cls, task: Task, scores: Mapping[str, bool | float], *, problem: str = "") -> Grade:
-        """Return the grade of an answer; a score of ``task`` that ``scores`` does not have is wrong, or 0.
+        """Return the grade of an answer. A score of ``task`` that is not in ``scores`` becomes False, or 0 if the score
+        gives partial credit.
 
-        Raises ValueError for a value that ``task`` does not allow. A score with the unit RIGHT_OR_WRONG needs True or
-        False, a score with the unit PARTIAL_CREDIT needs a number from 0 to 1.
+        Raises ValueError for a score that ``task`` does not have, and for a value of the wrong kind: scores with the
+        unit RIGHT_OR_WRONG are True or False, and scores with the unit PARTIAL_CREDIT are numbers from 0 to 1.
         """
         if not scores.keys() <= set(task.score_names):
             raise ValueError(f"{task.name} declares no score {', '.join(scores.keys() - set(task.score_names))}")
@@ -41,41 +43,43 @@ class Grade:
 
     @classmethod
     def left_out(cls, problem: str) -> Grade:
-        """Return the grade of an answer whose row can't be used, for example because the reference can't be parsed."""
+        """Return the grade of an answer whose row can't be used, for example because the reference answer can't be
+        parsed."""
         return cls(problem=problem)
 
     @property
     def is_graded(self) -> bool:
-        """Return False for an answer that counts neither as right nor as wrong, because the row can't be used."""
+        """Whether the answer counts as right or wrong. False if its row can't be used."""
         return bool(self.scores)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreSums:
-    """The grades of many answers as sums, which ranks can add up before the means are taken."""
+    """The sums of the scores of many answers. The ranks add their sums up before means are taken."""
 
     graded: int
-    """Number of graded answers."""
+    """Number of answers in the sums. Answers whose row can't be used are left out."""
     sums: Mapping[str, float]
-    """Sum of each score over the graded answers; for a score with True and False, the number of right answers."""
+    """Sum of each score over the answers. For a right-or-wrong score this is the number of right answers."""
 
     @classmethod
     def of(cls, task: Task, grades: Iterable[Grade]) -> ScoreSums:
-        """Return the sums over ``grades``, all of ``task``."""
+        """Add up ``grades``, which all belong to ``task``."""
         graded = [grade for grade in grades if grade.is_graded]
         sums = {name: float(sum(grade.scores[name] for grade in graded)) for name in task.score_names}
         return cls(graded=len(graded), sums=sums)
 
     @property
     def means(self) -> dict[str, float]:
-        """Return the mean of each score over the graded answers; empty where no answer was graded."""
+        """The mean of each score over the graded answers. Empty if no answer was graded."""
         return {name: total / self.graded for name, total in self.sums.items()} if self.graded else {}
 
     def as_vector(self) -> list[float]:
-        """Return the count and the sums as a list that ranks can add up elementwise."""
+        """Return the number of answers and the sums as a list of numbers, which the ranks add up element by element."""
         return [self.graded, *self.sums.values()]
 
     def with_vector(self, vector: Iterable[float]) -> ScoreSums:
-        """Return the sums of all ranks: ``vector`` is the elementwise total of every rank's `as_vector`."""
+        """Return the sums over all ranks. ``vector`` is the sum of the `as_vector` of every rank, element by
+        element."""
         graded, *sums = vector
         return ScoreSums(graded=int(graded), sums=dict(zip(self.sums, sums, strict=True)))

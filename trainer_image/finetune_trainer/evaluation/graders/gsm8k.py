@@ -1,6 +1,6 @@
-"""The grader of GSM8K: a word problem is answered step by step, and only the number after `####` counts.
+"""The grader of GSM8K: a word problem in arithmetic is answered step by step, and only the number after `####` counts.
 
-The row's column `answer` holds a reference answer, for example `48+24 = 72 clips altogether.\\n#### 72`, and the model
+The row's column `answer` holds the reference answer, for example `48+24 = 72 clips altogether.\\n#### 72`. The model
 answers in the same form. `evaluation/scorer.py` calls `grade` for every generated answer.
 """
 
@@ -25,18 +25,19 @@ _ANSWER = re.compile(
     """,
     re.VERBOSE,
 )
-"""Matches `#### {number}` (the data set's own convention, Cobbe et al. 2021) on one line, with digits in ASCII.
+"""Matches `#### {number}` on one line, with digits in ASCII. The `####` is the data set's own convention (Cobbe et al.
+2021).
 
-Commas or spaces may separate groups of three digits. After the number may stand a unit, a full stop or a sentence, but
-not an exponent, a fraction, a range, a calculation or a list, because each of these makes another number.
+Commas or spaces may separate groups of three digits. Behind the number may stand a unit, a full stop or a sentence. An
+exponent, a fraction, a range, a calculation or a list must not stand there, because it would mean another number.
 """
 
 
 def extract(text: str) -> Decimal | None:
-    """Return the number after the first `####` that a number follows, None where the text has no such number.
+    """Return the first number that stands after `####`, or None if the text has no such number.
 
-    Commas, currency signs, spaces, a trailing dot and a unit behind the number are ignored, as in Anyscale's study of
-    LoRA. The first number counts, as in the data set's published grader, because a base model often goes on with
+    As in Anyscale's study of LoRA, these are ignored: commas, currency signs, spaces, a full stop and a unit behind the
+    number. As in the data set's published grader, the first number counts, because a base model often goes on with
     another problem after its answer.
     """
     match = _ANSWER.search(text)
@@ -50,9 +51,10 @@ def extract(text: str) -> Decimal | None:
 
 
 def grade(answer: str, row: Mapping[str, object]) -> Grade:
-    """Return whether ``answer`` and the row's `answer` have the same number after `####`, as decimals (5 = 5.00).
+    """Return the grade of ``answer``. It is right if the number after `####` equals that of the row's column `answer`,
+    as decimals (5 = 5.00).
 
-    An answer without `####` and a number is wrong. A row without a number is left out.
+    An answer without such a number is wrong. A row without such a number can't be used.
     """
     reference = extract(str(row.get("answer", "")))
     if reference is None:

@@ -1,8 +1,9 @@
 """The grader of SQL: a question about tables is answered by a query, and the query is judged by running it.
 
-The row's column `context` holds CREATE TABLE statements, and `answer` holds the reference query. Answer and reference
-query run on several random databases that `sql_rows.py` makes for the reference query, in the sandbox of
-`sql_sandbox.py`, and must return the same rows. `evaluation/scorer.py` calls `grade` for every generated answer.
+The row's column `context` holds CREATE TABLE statements, and the column `answer` holds the reference query. The
+generated query and the reference query must return the same rows on several random databases. `sql_rows.py` fills these
+databases to suit the reference query, and `sql_sandbox.py` runs the queries. `evaluation/scorer.py` calls `grade` for
+every generated answer.
 """
 
 from __future__ import annotations
@@ -21,32 +22,37 @@ from finetune_trainer.evaluation.graders.sql_sandbox import Cell, QueryFailed, S
 from finetune_trainer.evaluation.graders.sql_text import row_requirements
 
 DATABASES = 5
-"""Most databases that an answer runs on; a wrong query is graded as right only if it agrees on all by chance."""
+"""Largest number of databases that an answer runs on. With several databases, a wrong query hardly ever returns the
+right rows on all of them by chance.
+"""
 ENOUGH = 2
-"""Fewest usable databases with which an answer can be graded."""
+"""Smallest number of usable databases with which an answer can be graded (see `grade`)."""
 ATTEMPTS = 20
-"""Most databases that are made for a row to find ``DATABASES`` usable databases."""
+"""Largest number of databases that are tried for a row until `DATABASES` usable ones are found."""
 
 Rows = list[tuple[Cell, ...]]
 
 
 class Case(NamedTuple):
-    """A database, and the rows that the reference query returns on the database."""
+    """A database, and the rows that the reference query returns on it."""
 
     sandbox: Sandbox
     expected: Rows
 
 
 def grade(answer: str, row: Mapping[str, object]) -> Grade:
-    """Return whether ``answer`` returns the same rows as the row's reference query on every database made for the row.
+    """Return the grade of ``answer``. It is right if it returns the same rows as the reference query on each of up to
+    `DATABASES` usable databases.
 
-    Rows are compared as a multiset, and in order only where the reference query has an ORDER BY. Columns are compared
-    by place and not by name, numbers by value. As in test-suite accuracy (Zhong et al. 2020, Distilled Test Suites),
-    several databases are made, so that similar queries differ from the reference query on at least one of them.
+    The order of rows counts only if the reference query has an ORDER BY. Names of columns do not count, only their
+    order. Numbers are compared by value. Several databases are used, so that a query that is only similar to the
+    reference query differs on at least one of them. This is test-suite accuracy (Zhong et al. 2020, Distilled Test
+    Suites).
 
-    A database is usable only if the reference query returns something on it, because otherwise every query without a
-    result would be right, and only if the order in which sqlite visits rows does not change the result. A row is left
-    out where fewer than ``ENOUGH`` usable databases are found, or where sqlite can't run the row's tables or query.
+    A database is usable if two conditions hold. The reference query returns something on it, because otherwise every
+    query that returns nothing would be right. And the result does not depend on the order in which sqlite visits the
+    rows. The row can't be used if fewer than `ENOUGH` usable databases are found, or if sqlite can't run its
+    statements.
     """
     context, query = str(row.get("context", "")), str(row.get("answer", ""))
     with ExitStack() as stack:
@@ -68,7 +74,8 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
 
 
 def _cases(stack: ExitStack, context: str, query: str) -> tuple[bool, list[Case]]:
-    """Return whether the reference query has an ORDER BY outside of parentheses, and usable databases for the query."""
+    """Make the usable databases of a row in sandboxes, which ``stack`` closes. Return whether the order of rows counts,
+    and the databases."""
     cases: list[Case] = []
     ordered = False
     nothing: Rows | None = None
@@ -89,23 +96,24 @@ def _cases(stack: ExitStack, context: str, query: str) -> tuple[bool, list[Case]
 
 
 def _seeds(context: str, query: str) -> Iterator[Random]:
-    """Yield a random generator for each database, seeded by the row alone, so that a grade can be repeated."""
+    """Yield a random generator for each database. Its seed depends only on the row, so that a grade can be repeated."""
     for attempt in range(ATTEMPTS):
         digest = hashlib.sha256(f"{attempt}\n{context}\n{query}".encode(errors="surrogatepass")).digest()
         yield Random(digest)  # noqa: S311  (rows, not secrets)
 
 
 def _is_telling(rows: Rows) -> bool:
-    """Return whether a result has a value besides NULL and 0, which many queries return where no row matches."""
+    """Return whether a result has a value other than NULL and 0. Many queries return NULL or 0 if no row matches."""
     return any(cell is not None and cell != 0 for row in rows for cell in row)
 
 
 def _same(left: Rows, right: Rows, ordered: bool) -> bool:
-    """Return whether two results have the same rows, in the same order where ``ordered`` is true."""
+    """Return whether two results have the same rows. If ``ordered``, the order of the rows must be the same too."""
     plain_left, plain_right = [_plain(row) for row in left], [_plain(row) for row in right]
     return plain_left == plain_right if ordered else Counter(plain_left) == Counter(plain_right)
 
 
 def _plain(row: tuple[Cell, ...]) -> tuple[Cell, ...]:
-    """Return the row with floats of ten digits, because the order of addition changes the last digits of a sum."""
+    """Return the row with its floats rounded to ten digits, because the last digits of a sum depend on the order of
+    addition."""
     return tuple(float(f"{cell:.10g}") if isinstance(cell, float) else cell for cell in row)

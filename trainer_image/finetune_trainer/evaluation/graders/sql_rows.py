@@ -1,8 +1,8 @@
-"""Generates rows on which a reference query and similar queries return different results.
+"""Generates table rows that tell a reference query from similar queries, because their results differ on these rows.
 
-Some rows match the query's literals, others narrowly miss them. `sql.py` calls `generate` with the tables, the query's
-requirements and a random generator. No value is NULL, because the questions of the data set never say what a missing
-value means, and people use COUNT(*) and COUNT(column) for the same.
+Some rows match the literals in the reference query, and others narrowly miss them. `sql.py` calls `generate` with the
+tables, what `sql_text.py` read from the query, and a random generator. No value is NULL, because the questions of the
+data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) for the same.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ WORDS = (
 )  # fmt: skip
 MAX_TABLE_ROWS = 60
 _RANDOM_ROWS = 5
-"""Fewest random rows of a table, beside those that match or miss the query."""
+"""Each table gets at least this many random rows in addition to the rows that match or narrowly miss the query."""
 _ALL = range(100, 1000)
 _SMALL, _MIDDLE, _LARGE = _ALL[:300], _ALL[300:600], _ALL[600:]
-"""Lower, middle and upper numbers of three digits, because texts of three digits sort in the order of the numbers."""
+"""Small, middle and large numbers. All have three digits, so that they sort in the same order as numbers and as
+texts.
+"""
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
@@ -31,32 +33,35 @@ Tables = Mapping[str, Sequence[Column]]
 
 
 def generate(tables: Tables, requirements: RowRequirements, random: Random) -> dict[str, list[list[Value]]]:
-    """Return rows for each table, in random order.
+    """Generate rows for every table, in random order, and return them by the table's name.
 
-    - Matching rows satisfy every condition of the query at once, where one value can. The first matching row is as
-      near to the literals as possible and stands in the table twice, so that DISTINCT and UNION change the result.
-    - For each condition two rows narrowly miss the condition and satisfy the others. These two rows have the largest
-      and the smallest numbers in the columns that the query calculates with or sorts by.
-    - All other rows are random. Each column has few values, so that joins and groups find rows, and columns that the
-      query compares with each other have the same values.
+    - Matching rows satisfy all conditions of the query, as far as one value can satisfy all conditions of a column. The
+      first matching row is as near to the literals as possible. It stands in the table twice, so that DISTINCT and
+      UNION change the result.
+    - For each condition, two rows narrowly miss this condition and satisfy all others. In the columns that the query
+      calculates with or sorts by, one row has large numbers and the other has small numbers.
+    - All other rows are random. Most columns have only a few values, so that joins and groups find rows. Columns that
+      the query compares with each other have the same values.
     """
     return RowGenerator(requirements, random).rows(tables)
 
 
 class RowGenerator:
-    """Generates the rows of one database; a column without a condition draws its values from a small pool."""
+    """Generates the rows of one database. What it draws once for the whole database, such as the few values of a
+    column, is kept in the generator."""
 
     def __init__(self, requirements: RowRequirements, random: Random) -> None:
         self._requirements = requirements
         self._random = random
         self._variety = random.choice((2, 3, 5, 8))
         self._sorted_apart = random.random() < 0.7
-        """Whether a sorted column differs in nearly every row, because rows that tie have no definite order."""
+        """Whether a column that the query sorts by gets many different values. Rows with equal values have no definite
+        order."""
         self._pools: dict[str, list[Value]] = {}
         self._class = _classes(requirements.joined)
 
     def rows(self, tables: Tables) -> dict[str, list[list[Value]]]:
-        """Return the rows of every table."""
+        """Generate rows for every table, and return them by the table's name."""
         return {name: self._table(columns) for name, columns in tables.items()}
 
     def _table(self, columns: Sequence[Column]) -> list[list[Value]]:
@@ -77,7 +82,8 @@ class RowGenerator:
         return rows
 
     def _make_unique(self, rows: Sequence[list[Value]], place: int, column: Column) -> None:
-        """Replace each primary key that another row has too, because sqlite refuses the second of two equal keys."""
+        """Give each row its own primary key, because sqlite refuses a row whose key another row has. ``column`` is the
+        primary key, and ``place`` is its index in a row."""
         taken: set[Value] = set()
         for row in rows:
             if row[place] in taken:
@@ -88,10 +94,10 @@ class RowGenerator:
             taken.add(row[place])
 
     def _witness(self, columns: Sequence[Column], turn: int, numbers: range | None = None) -> list[Value]:
-        """Return a row that satisfies the conditions of the query.
+        """Generate a row that satisfies all conditions of the query.
 
-        Where no value satisfies all conditions of a column, ``turn`` chooses the condition that is satisfied.
-        ``numbers``: the range for columns without a condition, if their size matters.
+        Where no value satisfies all conditions of a column, ``turn`` chooses which of them is satisfied. ``numbers`` is
+        the range for columns without conditions, where the query calculates with them or sorts by them.
         """
         row: list[Value] = []
         if numbers is None:
@@ -110,7 +116,8 @@ class RowGenerator:
         return row
 
     def _near_miss(self, condition: Condition, column: Column) -> Value:
-        """Return a value that does not satisfy ``condition``: the condition's literal, or a value near the literal."""
+        """Return a value that does not satisfy ``condition``: its literal, or else a value near the literal. If all of
+        these satisfy the condition, return one of the column's few values."""
         if not _holds(condition, condition.literal):
             return _typed(condition.literal, column)
         near = [value for value in _neighbours(condition.literal, column) if not _holds(condition, value)]
@@ -119,7 +126,7 @@ class RowGenerator:
     def _random_value(self, column: Column) -> Value:
         """Return a random value for ``column``.
 
-        If the query compares the column with literals, half of the values are a literal or lie near a literal.
+        If the query compares the column with literals, every second value is such a literal or lies near one.
         """
         conditions = self._requirements.conditions.get(column.name.lower(), [])
         if conditions and self._random.random() < 0.5:
@@ -128,9 +135,9 @@ class RowGenerator:
         return self._free_value(column, _ALL)
 
     def _free_value(self, column: Column, numbers: range) -> Value:
-        """Return a random value for a column without conditions.
+        """Return a random value, without regard to conditions: one of the column's few values.
 
-        The value is one of ``numbers`` if the query calculates with the column or sorts by it.
+        If the query calculates with the column or sorts by it, the value is made from one of ``numbers`` instead.
         """
         name = column.name.lower()
         spread = name in self._requirements.numeric or (name in self._requirements.sorted_by and self._sorted_apart)
@@ -142,7 +149,7 @@ class RowGenerator:
         return f"{WORDS[(number - _ALL[0]) * len(WORDS) // len(_ALL)]} {number}"
 
     def _satisfying(self, condition: Condition, column: Column) -> list[Value]:
-        """Return values that satisfy ``condition``, or values near the condition's literal if none satisfies."""
+        """Return values that satisfy ``condition``. If none is found, return values near its literal."""
         literal = condition.literal
         if condition.operator == "like":
             filled = str(literal).replace("_", "a")
@@ -154,7 +161,8 @@ class RowGenerator:
         return [value for value in values if _holds(condition, value)] or values
 
     def _pool(self, column: Column) -> list[Value]:
-        """Return the few values that a column has in this database; columns that are joined have the same values."""
+        """Return the few values that a column without conditions has in this database. Columns that the query compares
+        with each other have the same values."""
         name = column.name.lower()
         key = self._class.get(name, name)
         if key not in self._pools:
@@ -167,8 +175,8 @@ class RowGenerator:
 
 
 def _classes(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return a representative for each column of ``pairs``; columns that are compared, also by way of a third column,
-    have the same representative."""
+    """Group the columns of ``pairs``, and return for each column the name of its group. Two columns are in one group if
+    the query compares them, directly or through other columns. The name of a group is one of its columns."""
     representative: dict[str, str] = {}
     for left, right in pairs:
         old, new = representative.get(right, right), representative.get(left, left)
@@ -178,7 +186,7 @@ def _classes(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def _number(value: Value) -> int | float | None:
-    """Return ``value`` as a number, None where ``value`` is text that is not written as a number."""
+    """Return ``value`` as a number, or None if it is a text that is not written like a number."""
     if not isinstance(value, str):
         return value
     if not _NUMBER.fullmatch(value):
@@ -187,7 +195,8 @@ def _number(value: Value) -> int | float | None:
 
 
 def _typed(value: Value, column: Column) -> Value:
-    """Return ``value`` as the column stores it, because sqlite turns numbers in a column of text into text."""
+    """Return ``value`` as sqlite stores it in ``column``. For example, a column of type TEXT turns numbers into
+    text."""
     number = _number(value)
     if column.affinity is Affinity.NUMBER:
         return value if number is None else number
@@ -195,7 +204,8 @@ def _typed(value: Value, column: Column) -> Value:
 
 
 def _neighbours(literal: Value, column: Column) -> list[Value]:
-    """Return values near ``literal``: larger and smaller numbers, or longer, shorter and differently cased texts."""
+    """Return values near ``literal``. For a number these are slightly larger and smaller numbers. For a text they are
+    longer and shorter texts, the text in other case, and another word."""
     number = _number(literal)
     if number is not None:
         return [_typed(number + step, column) for step in (-7, -1, 1, 2, 9)]
@@ -205,7 +215,8 @@ def _neighbours(literal: Value, column: Column) -> list[Value]:
 
 
 def _nearest(literal: Value, values: Sequence[Value]) -> Value:
-    """Return the value that is nearest to ``literal``, or the first value where not all of them are numbers."""
+    """Return the number in ``values`` that is nearest to ``literal``. If these are not all numbers, return the first
+    value."""
     wanted = _number(literal)
     numbers = [_number(value) for value in values]
     if wanted is None or None in numbers:
@@ -214,7 +225,8 @@ def _nearest(literal: Value, values: Sequence[Value]) -> Value:
 
 
 def _holds(condition: Condition, value: Value) -> bool:
-    """Return whether ``value`` satisfies ``condition``; two numbers are compared as numbers, anything else as text."""
+    """Return whether ``value`` satisfies ``condition``. If both sides are numbers they are compared as numbers, else as
+    text."""
     left, right = _number(value), _number(condition.literal)
     if left is None or right is None:
         return _compare(condition.operator, str(value), str(condition.literal))
@@ -222,12 +234,12 @@ def _holds(condition: Condition, value: Value) -> bool:
 
 
 def _like_pattern(pattern: str) -> str:
-    """Return a LIKE pattern as a regular expression."""
+    """Turn a LIKE pattern into a regular expression."""
     return re.escape(pattern).replace("%", ".*").replace("_", ".")
 
 
 def _compare(operator: str, left: float | str, right: float | str) -> bool:
-    """Return whether the comparison ``left operator right`` holds; both sides are numbers, or both are text."""
+    """Return whether ``left operator right`` is true. Both sides must be numbers, or both must be texts."""
     smaller = left < right  # type: ignore[operator]
     return {
         "=": left == right,

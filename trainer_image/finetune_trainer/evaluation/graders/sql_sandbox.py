@@ -1,8 +1,8 @@
-"""Runs queries that a model wrote, in sqlite in memory, where a query can read the row's tables and do nothing else.
+"""Runs queries that a model wrote, in an sqlite database in memory. A query can read the tables of its row and do
+nothing else: it can't write, attach files, load extensions, run without end or fill the memory.
 
-`sql.py` makes a `Sandbox` of CREATE TABLE statements, inserts rows and runs queries. A query can't write, attach files,
-load extensions, hang or fill the memory. The bounds count sqlite's instructions, so that a grade does not depend on the
-load of the machine; a bound in seconds is the last resort.
+`sql.py` creates a `Sandbox` from CREATE TABLE statements, inserts rows and runs queries. The main limit counts sqlite's
+instructions, so that a grade does not depend on how busy the machine is. A limit in seconds is the last resort.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from finetune_trainer.evaluation.graders.sql_text import Kind, Value, expansions
 
 MAX_ROWS = 1000
 MAX_INSTRUCTIONS = 400_000
-"""Most instructions of sqlite's virtual machine for one query: a hundred times what a join of three tables takes."""
+"""Largest number of instructions of sqlite's virtual machine that one query may execute: a hundred times what a join of
+three tables takes.
+"""
 MAX_SECONDS = 5.0
 MAX_TABLES = 20
 _HANDLER_EVERY = 1000
-"""Number of instructions between two checks of the bounds."""
+"""sqlite checks the limits on instructions and seconds each time it has executed this many instructions."""
 _MAX_EXPANSIONS = 5000
-"""Most copies of common table expressions (`sql_text.expansions`)."""
+"""Largest number of copies of common table expressions that a query may cause (see `sql_text.expansions`)."""
 _MAX_VALUE_BYTES = 4000
-"""Largest value or row; together with the instructions it bounds the memory that a sort can take."""
+"""Largest size of a value or a row in bytes. Together with the limit on instructions, it bounds the memory of a
+sort.
+"""
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_SQL_LENGTH: 10_000,
     sqlite3.SQLITE_LIMIT_COLUMN: 200,
@@ -48,17 +52,19 @@ _CREATING = _READING | {
     sqlite3.SQLITE_REINDEX,
 }
 _REFUSED_FUNCTIONS = frozenset({"load_extension", "random", "randomblob", "fts3_tokenizer"})
-"""Functions that load code, or that return another result at every call."""
+"""Functions that a query must not call, because they load code or return another result at every call."""
 
 Cell = int | float | str | bytes | None
 
 
 class QueryFailed(Exception):  # noqa: N818  (what happened to a query, not an error of ours)
-    """A query or a CREATE TABLE statement could not be run; the messages are few, so that they can be counted."""
+    """A query or a CREATE TABLE statement was refused or failed. There are only a few different messages, so that equal
+    problems can be counted."""
 
 
 class Affinity(Enum):
-    """How a column converts the values that are stored in it (sqlite.org/datatype3.html, 3)."""
+    """What a column turns stored values into. sqlite calls this the column's affinity
+    (sqlite.org/datatype3.html, 3)."""
 
     NUMBER = "INTEGER, REAL or NUMERIC"
     TEXT = "TEXT"
@@ -66,19 +72,21 @@ class Affinity(Enum):
 
 
 class Column(NamedTuple):
-    """A column of a table, as sqlite understood the CREATE TABLE statement."""
+    """A column of a table, with sqlite's reading of its declaration."""
 
     name: str
     affinity: Affinity
     key: bool
-    """Whether the column alone is the table's primary key."""
+    """Whether this column is the table's whole primary key."""
 
 
 class Sandbox:
-    """A database in memory with the tables of one row of the evaluation set; a `with` block closes the database."""
+    """A database in memory with the tables of one row of the evaluation set. Leaving the `with` block closes the
+    database."""
 
     def __init__(self, create_tables: str) -> None:
-        """Raise QueryFailed unless ``create_tables`` is made of CREATE TABLE statements that sqlite accepts."""
+        """Create the tables. Raise QueryFailed if ``create_tables`` has anything but CREATE TABLE statements, or if
+        sqlite refuses one."""
         self._connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
         for limit, value in _LIMITS.items():
             self._connection.setlimit(limit, value)
@@ -100,12 +108,12 @@ class Sandbox:
         self._connection.close()
 
     def tables(self) -> Mapping[str, tuple[Column, ...]]:
-        """Return the tables and their columns, in the order of creation."""
+        """Return the columns of each table by the table's name, in the order in which the tables were created."""
         names = [str(row[0]) for row in self._own("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY rowid")]
         return {name: tuple(self._columns(name)) for name in names if not name.startswith("sqlite_")}
 
     def insert(self, table: str, rows: Sequence[Sequence[Value]]) -> None:
-        """Insert rows that have a value for each column; skip rows that sqlite refuses."""
+        """Insert ``rows``, which have a value for each column. Rows that sqlite refuses are left out."""
         if rows:
             name = table.replace('"', '""')
             places = ", ".join("?" * len(rows[0]))
@@ -119,10 +127,10 @@ class Sandbox:
             self._connection.set_authorizer(self._authorize)
 
     def run(self, query: str, *, reverse: bool = False) -> list[tuple[Cell, ...]]:
-        """Return the rows of ``query``; raise QueryFailed unless ``query`` is a single SELECT within the bounds.
+        """Run ``query`` and return its rows. Raise QueryFailed if it is not a single SELECT or exceeds a limit.
 
-        With ``reverse`` sqlite visits rows in the opposite order where the query does not order them. If the result
-        changes, the query does not determine it (sqlite.org/pragma.html#pragma_reverse_unordered_selects).
+        With ``reverse`` sqlite visits rows in the opposite order, except where the query orders them. If the result is
+        then different, it depends on chance (sqlite.org/pragma.html#pragma_reverse_unordered_selects).
         """
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
         self._own(f"PRAGMA reverse_unordered_selects = {int(reverse)}")
@@ -133,7 +141,7 @@ class Sandbox:
         return self._bounded(query)
 
     def _create(self, create_tables: str) -> None:
-        """Create the tables; raise QueryFailed for any other statement."""
+        """Run the CREATE TABLE statements. Raise QueryFailed if there is any other statement."""
         parts = statements(create_tables)
         if not parts or len(parts) > MAX_TABLES:
             raise QueryFailed(f"must have 1 to {MAX_TABLES} CREATE TABLE statements")
@@ -143,7 +151,8 @@ class Sandbox:
             self._bounded(part)
 
     def _bounded(self, statement: str) -> list[tuple[Cell, ...]]:
-        """Return the rows of a statement from the model or the data set; raise QueryFailed beyond the bounds."""
+        """Run a statement that comes from the model or the data set, and return its rows. Raise QueryFailed if it fails
+        or exceeds a limit."""
         if len(statement) > _LIMITS[sqlite3.SQLITE_LIMIT_SQL_LENGTH]:
             raise QueryFailed("is too long")
         if expansions(statement) > _MAX_EXPANSIONS:
@@ -170,7 +179,8 @@ class Sandbox:
         return rows
 
     def _own(self, statement: str) -> list[tuple[Cell, ...]]:
-        """Return the rows of one of this class's own statements, which the authorizer would refuse."""
+        """Run a statement that this class itself wrote, and return its rows. The authorizer is off, because it would
+        refuse it."""
         self._connection.set_authorizer(None)
         try:
             return self._connection.execute(statement).fetchall()
@@ -184,13 +194,14 @@ class Sandbox:
         return [Column(str(row[1]), _affinity(str(row[2])), [row[1]] == keys) for row in rows]
 
     def _authorize(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
-        """Return SQLITE_OK or SQLITE_DENY for an action of a statement (sqlite.org/c3ref/c_alter_table.html)."""
+        """sqlite calls this authorizer for each action of a statement. Return SQLITE_OK to allow it, or SQLITE_DENY.
+        The actions are listed at sqlite.org/c3ref/c_alter_table.html."""
         refused = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _REFUSED_FUNCTIONS
         return sqlite3.SQLITE_OK if action in self._allowed and not refused else sqlite3.SQLITE_DENY
 
 
 def _affinity(declared: str) -> Affinity:
-    """Return the affinity of a column that is declared as type ``declared`` (sqlite.org/datatype3.html, 3.1)."""
+    """Return what a column with the declared type ``declared`` turns values into (sqlite.org/datatype3.html, 3.1)."""
     upper = declared.upper()
     if "INT" in upper:
         return Affinity.NUMBER

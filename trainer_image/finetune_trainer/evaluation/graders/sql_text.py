@@ -1,7 +1,7 @@
-"""Reads SQL text for the grader: tokens, statements, and what a reference query requires of generated rows.
+"""Reads SQL text for the SQL grader: tokens, statements, and which generated rows a reference query needs.
 
-The module is no parser, because sqlite itself runs the queries. A requirement that is overlooked here makes the
-generated rows less useful, which `sql.py` notices, and never changes the result of a query.
+The module does not parse SQL completely, because sqlite runs the queries. If something is overlooked here, the
+generated rows tell fewer queries apart. The result of a query on given rows never changes.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import NamedTuple
 
 
 class Kind(Enum):
-    """The kind of a token."""
+    """Kind of an SQL token."""
 
     WORD = "word"
-    """A keyword or a name, quoted or not."""
+    """A keyword or a name. A name may stand in quotes."""
     STRING = "string"
     NUMBER = "number"
     SYMBOL = "symbol"
 
 
 class Token(NamedTuple):
-    """A token of SQL; ``text`` has no quotes, and is in lower case where the token is a keyword or a name."""
+    """An SQL token. Its ``text`` has no quotes. Keywords and names are in lower case."""
 
     kind: Kind
     text: str
     depth: int
-    """Number of parentheses that are open around the token."""
+    """Number of parentheses that are open where the token stands."""
 
 
 Value = int | float | str
@@ -55,7 +55,7 @@ _AGGREGATES = frozenset({"avg", "sum", "total", "min", "max"})
 
 
 def tokens(text: str, columns: Collection[str] = ()) -> list[Token]:
-    """Return the tokens of ``text``; text in double quotes is a name if ``columns`` contains the text, else a string.
+    """Split SQL into tokens. A text in double quotes is a name if it is one of ``columns``, and else a string.
 
     sqlite reads double quotes in the same way (sqlite.org/quirks.html, double-quoted string literals).
     """
@@ -78,7 +78,7 @@ def tokens(text: str, columns: Collection[str] = ()) -> list[Token]:
 
 
 def statements(text: str) -> list[str]:
-    """Return the statements of ``text``, without the semicolons between them."""
+    """Split SQL at its semicolons into statements, and return the statements without the semicolons."""
     parts = [""]
     for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|;|[^;'\"`]+|.", text, re.DOTALL):
         if match[0] == ";":
@@ -89,10 +89,11 @@ def statements(text: str) -> list[str]:
 
 
 def expansions(text: str) -> int:
-    """Return an upper bound for the number of subqueries that sqlite makes of a query's common table expressions.
+    """Return an upper bound for the number of copies that sqlite makes of a query's common table expressions.
 
-    sqlite copies such an expression at each use while it prepares the query, and no limit and no progress handler can
-    interrupt the preparation. In a chain where each expression uses the one before twice, the copies double each time.
+    sqlite copies such an expression wherever it is used. If each expression uses the one before it twice, the number of
+    copies doubles with each expression. The copies are made while the query is prepared, which neither sqlite's limits
+    nor a progress handler can interrupt.
     """
     words = [token.text.lower() for token in tokens(text)]
     if "with" not in words:
@@ -102,9 +103,9 @@ def expansions(text: str) -> int:
 
 
 def _named(words: Sequence[str], index: int) -> str | None:
-    """Return the name that the AS at ``index`` gives a subquery, None where the AS names something else.
+    """Return the name that stands before the AS at ``index``, if the AS is followed by a subquery. Else return None.
 
-    A list of columns may stand between the name and the AS.
+    Between the name and the AS may stand a list of columns in parentheses.
     """
     place = index - 1
     if place >= 0 and words[place] == ")":
@@ -116,7 +117,7 @@ def _named(words: Sequence[str], index: int) -> str | None:
 
 
 class Condition(NamedTuple):
-    """A comparison of a column with a literal, for example ``< 1950``."""
+    """A condition of a query: the comparison of a column with a literal, for example ``< 1950``."""
 
     operator: str
     """One of ``=``, ``!=``, ``<``, ``>``, ``<=``, ``>=`` and ``like``."""
@@ -125,24 +126,27 @@ class Condition(NamedTuple):
 
 @dataclass
 class RowRequirements:
-    """Properties of rows that decide what a query returns; columns are named in lower case and without their table."""
+    """What generated rows must take into account, so that a query gives a telling result on them. Columns are named in
+    lower case and without their table."""
 
     conditions: dict[str, list[Condition]] = field(default_factory=dict)
-    """Comparisons with literals, by column."""
+    """Conditions of the query (comparisons with literals), by column."""
     joined: list[tuple[str, str]] = field(default_factory=list)
-    """Pairs of columns that are compared with each other."""
+    """Pairs of columns that the query compares with each other."""
     numeric: set[str] = field(default_factory=set)
-    """Columns that the query calculates with or compares with numbers, whatever their declared type."""
+    """Columns that need numbers even if declared as text, because the query calculates with them or compares them with
+    numbers."""
     sorted_by: set[str] = field(default_factory=set)
-    """Columns that an ORDER BY names."""
+    """Columns that the query sorts by."""
     rows: int = 0
-    """Number of rows that LIMIT and OFFSET reach: the sum of both."""
+    """Sum of all numbers behind LIMIT and OFFSET. A query needs about this many rows to return a full result."""
     ordered: bool = False
-    """Whether an ORDER BY outside of all parentheses orders the result."""
+    """Whether the order of the result counts: whether the query has an ORDER BY outside of all parentheses."""
 
 
 def row_requirements(query: str, columns: Collection[str]) -> RowRequirements:
-    """Return what ``query`` requires of the rows of tables that have ``columns`` (in lower case)."""
+    """Return which properties generated rows need so that ``query`` gives a telling result on them. ``columns`` are the
+    columns of all tables, in lower case."""
     all_tokens = tokens(query, columns)
     found = RowRequirements()
     for index, token in enumerate(all_tokens):
@@ -163,7 +167,8 @@ def row_requirements(query: str, columns: Collection[str]) -> RowRequirements:
 
 
 def _sorting_columns(after: Sequence[Token], depth: int, columns: Collection[str]) -> Iterator[str]:
-    """Yield the columns that an ORDER BY at parenthesis ``depth`` names; ``after``: the tokens behind ORDER."""
+    """Yield the columns that an ORDER BY names. ``after`` are the tokens behind ORDER. ``depth`` is the number of
+    parentheses that are open there."""
     for token in after:
         if token.text == "limit" or (token.text == ")" and token.depth < depth):
             return
@@ -174,11 +179,12 @@ def _sorting_columns(after: Sequence[Token], depth: int, columns: Collection[str
 def _compare(
     found: RowRequirements, operator: str, before: Sequence[Token], after: Sequence[Token], columns: Collection[str]
 ) -> None:
-    """Add the comparison ``operator`` between the tokens ``before`` and ``after`` to ``found``."""
+    """Add a comparison to ``found``, as a condition or as a pair of columns. ``before`` are the tokens on the left of
+    ``operator``, and ``after`` are those on its right."""
     left = _column(reversed(before[-6:]), columns)
     right = list(_literals(after, operator))
     if left is None:
-        # The literal may stand first, as in `5 < year`.
+        # There is no column on the left, so the literal may stand there, as in `5 < year`.
         left = _column(iter(after[:4]), columns)
         right = [_literal(before[-1])] if before and before[-1].kind in {Kind.STRING, Kind.NUMBER} else []
         operator = _MIRRORED.get(operator, operator)
@@ -197,7 +203,7 @@ def _compare(
 
 
 def _column(near: Iterator[Token], columns: Collection[str]) -> str | None:
-    """Return the first column in ``near``, None where a literal or another clause comes first."""
+    """Return the first column among the tokens ``near``, or None if a literal or another clause comes before it."""
     for token in near:
         if token.kind is Kind.WORD and token.text in columns:
             return token.text
@@ -207,7 +213,8 @@ def _column(near: Iterator[Token], columns: Collection[str]) -> str | None:
 
 
 def _literals(after: Sequence[Token], operator: str) -> Iterator[Value]:
-    """Yield the literals behind a comparison: two behind BETWEEN, all of the list behind IN, else one."""
+    """Yield the literals on the right of a comparison: two for BETWEEN, the whole list for IN, and one for other
+    operators."""
     left = {"between": 2, "in": len(after)}.get(operator, 1)
     skipped = {"(", "not", ",", "-", "lower", "upper"} | ({"and"} if operator == "between" else set())
     sign = 1
@@ -224,7 +231,7 @@ def _literals(after: Sequence[Token], operator: str) -> Iterator[Value]:
 
 
 def _literal(token: Token) -> Value:
-    """Return the value of a token that is a string or a number."""
+    """Return the value of a string token or number token."""
     if token.kind is Kind.STRING:
         return token.text
     return int(token.text) if token.text.isdigit() and len(token.text) < 18 else float(token.text)

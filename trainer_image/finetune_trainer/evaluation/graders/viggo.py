@@ -1,7 +1,7 @@
-"""The grader of ViGGO: a sentence about a video game is turned into a functional representation.
+"""The grader of ViGGO: a sentence about a video game is turned into a formal meaning (a functional representation).
 
-The row's column `mr` holds the reference, for example `inform(name[Dirt: Showdown], genres[driving/racing, sport])`: a
-function, then attributes, each with its values in square brackets. The brackets may be empty, as in
+The row's column `mr` holds the reference, for example `inform(name[Dirt: Showdown], genres[driving/racing, sport])`. It
+consists of a function and its attributes, each with values in square brackets. The brackets may be empty, as in
 `request_attribute(esrb[])`. `evaluation/scorer.py` calls `grade` for every generated answer.
 """
 
@@ -26,7 +26,7 @@ FUNCTIONS = (
     "recommend",
     "request_attribute",
 )
-"""The functions of a representation: the data set's dialogue acts (Juraska et al. 2019, ViGGO)."""
+"""All functions that a representation can have: the dialogue acts of the data set (Juraska et al. 2019, ViGGO)."""
 
 ATTRIBUTES = (
     "name",
@@ -44,13 +44,15 @@ ATTRIBUTES = (
     "has_mac_release",
     "specifier",
 )
-"""The attributes of a representation, in the order that the prompt of Anyscale's study of LoRA demands.
+"""All attributes that a representation can have, in the order that the prompt of Anyscale's study of LoRA demands.
 
-Every published row keeps this order, so an answer that has the order of its reference also has the demanded order.
+Every published row keeps this order. So an answer with the attributes in the order of its reference keeps it too.
 """
 
 LISTS = frozenset({"genres", "player_perspective", "platforms"})
-"""Attributes whose value is a list. In other attributes a comma belongs to the value, as in `Sumo Digital, Inc.`."""
+"""Attributes that hold a list of values. In all other attributes a comma belongs to the value, as in `Sumo Digital,
+Inc.`.
+"""
 
 _FUNCTION = re.compile(r"\s*(\w+)\s*\(")
 _ATTRIBUTE = re.compile(r"\s*(\w+)\s*\[")
@@ -59,21 +61,23 @@ _END = re.compile(r"\s*\)\s*\Z")
 
 
 class Attribute(NamedTuple):
-    """An attribute and its values in the order of the text; ``values`` is empty where the brackets are."""
+    """An attribute of a representation, with its values in the order of the text. There are none if the brackets are
+    empty."""
 
     name: str
     values: tuple[str, ...]
 
 
 class Representation(NamedTuple):
-    """A functional representation: a function and its attributes in the order of the text."""
+    """A functional representation: a function, and its attributes in the order of the text."""
 
     function: str
     attributes: tuple[Attribute, ...]
 
 
 def parse(text: str) -> Representation | None:
-    """Return the functional representation that ``text`` is, None where ``text`` is anything else or more.
+    """Parse ``text`` as a functional representation. Return None if it is something else, or if other text stands
+    beside it.
 
     White space around names, brackets and commas is ignored, and white space inside a value counts as one space. Quotes
     have no meaning. Square brackets inside a value must be balanced. A list is split at commas outside of all brackets.
@@ -99,10 +103,10 @@ def parse(text: str) -> Representation | None:
 
 
 def grade(answer: str, row: Mapping[str, object]) -> Grade:
-    """Return the five scores of ``answer`` against the representation in the row's `mr`.
+    """Return the five scores of ``answer``, compared with the representation in the row's column `mr`.
 
-    Of an answer that does not parse, only the function's name can be right. A row is left out if its representation
-    does not parse, or has a function or an attribute that the data set does not know.
+    If the answer is no representation, only its function can still be right. The row can't be used if its reference is
+    no representation, or if the data set has no such function or attribute.
     """
     reference = parse(str(row.get("mr", "")))
     if reference is None:
@@ -128,17 +132,17 @@ def grade(answer: str, row: Mapping[str, object]) -> Grade:
 
 
 def _attribute_names(representation: Representation) -> Counter[str]:
-    """Return how often each attribute stands in ``representation``."""
+    """Count how often each attribute stands in ``representation``."""
     return Counter(attribute.name for attribute in representation.attributes)
 
 
 def _unordered(representation: Representation) -> Counter[tuple[str, tuple[str, ...]]]:
-    """Return the attributes with their values, equal for two representations that differ in order only."""
+    """Return the attributes with their values. Two representations that differ only in order have equal results."""
     return Counter((attribute.name, tuple(sorted(attribute.values))) for attribute in representation.attributes)
 
 
 def _closing_bracket(text: str, start: int) -> int | None:
-    """Return the position of the bracket that closes the one just before ``start``, None where no bracket does."""
+    """Return the position of the bracket that closes the one before ``start``, or None if it is never closed."""
     depth = 1
     for position in range(start, len(text)):
         depth += {"[": 1, "]": -1}.get(text[position], 0)
@@ -148,7 +152,7 @@ def _closing_bracket(text: str, start: int) -> int | None:
 
 
 def _values(name: str, text: str) -> tuple[str, ...]:
-    """Return the values in ``text``, which stands between the brackets of the attribute ``name``."""
+    """Return the values of the attribute ``name``. ``text`` is what stands between its brackets."""
     if not text.strip():
         return ()
     parts = _split(text) if name in LISTS else [text]
@@ -156,7 +160,7 @@ def _values(name: str, text: str) -> tuple[str, ...]:
 
 
 def _split(text: str) -> list[str]:
-    """Return the parts of ``text`` between commas; a comma inside of brackets separates nothing."""
+    """Split ``text`` at its commas. Commas inside of brackets do not count."""
     parts = [""]
     depth = 0
     for character in text:
