@@ -1,4 +1,5 @@
-"""The end of a job: choose a checkpoint, fetch and verify its bytes, score the model, and publish the artifact.
+"""The end of a job's training: choose a checkpoint, download and verify its files, score the tuned model, and publish
+the artifact.
 
 `train.py` calls `finish` after the last optimizer step of a run.
 """
@@ -43,8 +44,8 @@ def finish(
 ) -> Result:
     """Publish the artifact and return the job's result, on every rank. Raises StopAgreed after SIGTERM.
 
-    The scores and the artifact come from the verified bytes of the chosen checkpoint in the bucket, not from the
-    weights in memory.
+    The tuned model's scores and the artifact come from the chosen checkpoint in the bucket, whose files are verified,
+    and not from the weights in memory.
     """
     chosen = saver.chosen(plan.config.evaluation.artifact_from)
     source = plan.folder / "chosen"
@@ -85,8 +86,8 @@ def export_files(
 ) -> list[Path]:
     """Write the artifact of the checkpoint in folder ``source`` into folder ``target``, and return the files.
 
-    An adapter names its base model. Where the run extended the base model, for example by added tokens, the extended
-    base model is published first, so that the adapter can name the published one.
+    An adapter's configuration names its base model. Where the run extended the base model, for example by added tokens,
+    the extended copy is uploaded to the bucket first, and the adapter names its address there.
     """
     config, folder = plan.config, base_model_folder(plan)
     base_name = source_name(config.model)

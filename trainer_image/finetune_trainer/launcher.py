@@ -60,8 +60,8 @@ def run(paths: Paths, environment: Mapping[str, str]) -> int:
 
 
 def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Result:
-    """Read the run file, fetch model and data, run the workers, and return the pod's result. If the run's artifact is
-    committed already, its result is returned at once.
+    """Read the run file, fetch model and data, run the workers, and return the pod's result. If an earlier attempt has
+    committed the artifact already, return its result at once.
     """
     identity = Identity.from_environment(environment)
     config = read_run_file(paths.run_file)
@@ -77,8 +77,8 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
         return prepared
     if prepared is None and config.world.nodes == 1:
         raise Stopped("told to stop before training began: there is nothing to save")
-    # The workers of the other pods wait for the workers of this pod. After a SIGTERM, the workers of this pod read no
-    # inputs: they start only to report the stop to the other ranks.
+    # The workers of the other pods wait for the workers of this pod. So the workers are started even after SIGTERM,
+    # only to report the stop to the other ranks. They then read no inputs, and the paths here are placeholders.
     inputs = prepared or Inputs(model=folder, train=folder)
     plan = WorkerPlan(paths=paths, identity=identity, config=config, inputs=inputs, folder=folder)
     threads = cgroup.threads_per_process(
@@ -93,8 +93,8 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
 
 
 def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, address: str) -> Inputs | Result:
-    """Return the local inputs once they are downloaded and the DNS name of rank 0 resolves. If the run's artifact is
-    committed already, return the result of the run instead.
+    """Download model and data, wait until the DNS name of rank 0 resolves, and return the local inputs. If the artifact
+    is committed already, do neither, and return the committed result instead.
     """
     root = open_root(config, paths)
     done = committed_result(RunRoot(root.store.with_budget(STORE_CHECK_SECONDS), root.location))

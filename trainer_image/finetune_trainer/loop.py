@@ -1,7 +1,7 @@
 """The optimizer steps of a run: train on a global batch, update, watch the loss, evaluate, save a checkpoint, report.
 
-`train.py` makes one `TrainingLoop` for each run. `TrainingLoop.run` reads as the story of a run, and
-`TrainingLoop._train_step` as the story of one optimizer step.
+`train.py` makes one `TrainingLoop` for each run. `TrainingLoop.run` shows all phases of a run in their order, and
+`TrainingLoop._train_step` those of one optimizer step.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class TrainingLoop:
     ) -> None:
         """Begin after the step of ``state``, or at step 1 where ``state`` is None.
 
-        ``replayed`` holds the best evaluation so far and the memory of the stability monitor, as the steps before this
-        run left them.
+        ``replayed`` holds the best evaluation and the state of the stability monitor after the steps before this run.
         """
         self._config = plan.config
         self._gang = gang
@@ -109,15 +108,15 @@ class TrainingLoop:
         )
 
     def run(self) -> bool:
-        """Train to the last step, with evaluations and checkpoints. Return whether `evaluation.patience` ended the run
-        before the last step.
+        """Train to the last step, with evaluations and checkpoints. Return whether `evaluation.patience` is exhausted,
+        which ends the run before its last step.
 
-        Raises Stopped after SIGTERM, Diverged, or RollbackRequired.
+        Raises Stopped after SIGTERM, and RollbackRequired or Diverged after an alarm.
         """
         try:
             if self._evaluation_missing:
-                # SIGTERM cut this evaluation off before the run resumed. Without the evaluation, the choice of the best
-                # checkpoint would depend on when SIGTERM came.
+                # Make up for the evaluation of the parent checkpoint, which SIGTERM cut off. Without it, the choice of
+                # the best checkpoint would depend on when SIGTERM came.
                 self._evaluate_and_save(catching_up=True)
             while self.step < self.total_steps and not self._selection.exhausted:
                 step = self.step + 1
@@ -134,7 +133,8 @@ class TrainingLoop:
     def _train_step(self, step: int) -> Alarm | None:
         """Train on the global batch of ``step``. Return an alarm where the loss or the gradient is suspicious.
 
-        The update is applied only where loss and gradient are finite. Raises StopAgreed before the update.
+        The update is applied only where loss and gradient are finite. After SIGTERM raises StopAgreed, always before
+        the update.
         """
         started, started_cpu, stopwatch = time.monotonic(), time.thread_time(), Stopwatch(self._gang.device)
         with stopwatch.part(DATA):
@@ -177,7 +177,7 @@ class TrainingLoop:
 
         Return two sums over all ranks: the negative log-likelihood (nats) of the supervised tokens, and the number of
         computed positions with padding. The gradient is that of the mean over all supervised tokens of the global
-        batch, whatever the number of ranks and micro-batches. Raises StopAgreed.
+        batch, whatever the number of ranks and micro-batches. Raises StopAgreed after SIGTERM.
         """
         gang = self._gang
         nll = torch.zeros((), dtype=torch.float64, device=gang.device)
@@ -192,7 +192,7 @@ class TrainingLoop:
             nll += loss.detach()
             positions += micro_batch.input_ids.numel()
             with stopwatch.part(BACKWARD):
-                # DeepSpeed averages gradients over the ranks, so the factor undoes the division by their number.
+                # DeepSpeed averages gradients over the ranks. The factor `world_size` turns the average into a sum.
                 factor = gang.world_size / max(1, batch_plan.tokens)
                 self._engine.backward(loss * factor, last=index == len(batch_plan.micro_batches))
         total_nll, total_positions = gang.sum_over_ranks([float(nll), positions])
@@ -207,8 +207,8 @@ class TrainingLoop:
         self._record_step(row, None)
 
     def _record_step(self, row: StepRow, batch_plan: MicroBatchPlan | None) -> None:
-        """Advance to the step of ``row``. Rank 0 also reports the row, with memory, utilisation and the time for saving
-        added.
+        """Advance to the step of ``row``. Rank 0 also adds memory, utilisation and the time for saving to the row, and
+        reports it.
 
         ``batch_plan`` is None for a skipped step.
         """
@@ -246,7 +246,8 @@ class TrainingLoop:
         if error is not None:
             if self._progress is not None:
                 self._progress.log_step()
-            # The checkpoint that a rollback returns to must not depend on how far an upload was.
+            # Wait for all uploads, so that the checkpoint to which a rollback returns does not depend on how far an
+            # upload was.
             self._wait_for_commits()
             raise error
 
@@ -257,9 +258,10 @@ class TrainingLoop:
         return self.step % every == 0 or self.step == self.total_steps
 
     def _evaluate_and_save(self, *, catching_up: bool = False) -> None:
-        """Evaluate and save a checkpoint where they are due after the current step, and report both.
+        """Evaluate the model if an evaluation is due after the current step, save a checkpoint if one is due, and
+        report both.
 
-        With ``catching_up`` the step and its checkpoint belong to an earlier run, and only the evaluation is missing.
+        With ``catching_up`` an earlier run made the step and its checkpoint, and only the evaluation is missing.
         """
         perplexity = task_score = None
         if self._validation is not None and self._evaluation_due():
@@ -287,7 +289,7 @@ class TrainingLoop:
     def _save(self, perplexity: float | None, task_score: float | None, *, required: bool) -> None:
         """Copy the training state into memory. A background thread uploads and commits the copy as a checkpoint.
 
-        A ``required`` checkpoint is committed even where a later one waits for its upload too.
+        Where too many copies wait for their upload, those that are not ``required`` are dropped first.
         """
         self._set_phase(Phase.SAVING)
         began = time.monotonic()
@@ -315,7 +317,8 @@ class TrainingLoop:
         self._set_phase(Phase.TRAINING)
 
     def _report_checkpoints(self) -> None:
-        """Report the checkpoints that were committed since the last call, and the age of the newest one."""
+        """Report the checkpoints that were committed since the last call, the age of the newest checkpoint, and any
+        problem with saving."""
         for record in self._saver.take_committed():
             self._status.checkpoint = record.uri
             if self._progress is not None:
@@ -330,7 +333,8 @@ class TrainingLoop:
         self._report_checkpoints()
 
     def _save_and_stop(self) -> None:
-        """Save the last step, wait for its commit, and raise Stopped; all ranks call this together.
+        """Save a checkpoint of the newest finished step unless it is saved already, wait until it is committed, and
+        raise Stopped. All ranks call this together.
 
         Where the upload thread of a rank failed, the error of that thread is raised on all ranks instead.
         """

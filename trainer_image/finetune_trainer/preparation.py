@@ -42,7 +42,7 @@ class PreparationSummary(ContractModel):
     """What `prepare_node` wrote on one node. Every rank of the gang receives the summary."""
 
     notices: list[str]
-    """Sentences for people, for example one for each kind of row that was skipped."""
+    """Sentences for the log and the reports, for example one for each kind of row that was skipped."""
     context: int
     """Length in tokens of the longest example that the model and `dataset.maxLength` allow."""
     data_sha256: str
@@ -52,7 +52,7 @@ class PreparationSummary(ContractModel):
     added_rows: AddedRows | None = None
     """Where the embedding rows of `model.addedTokens` lie in the base model; None without added tokens."""
     added_rows_sha256: str | None = None
-    """sha256 over the values of these embedding rows in fp32."""
+    """sha256 over the values of the embedding rows in `added_rows`, in fp32. None without added tokens."""
 
 
 def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
@@ -89,14 +89,16 @@ class TrainingData:
 
     @property
     def pad(self) -> int:
-        """Return the token id that fills short rows. Any id would do, because no position attends to padding."""
+        """Return the token id that fills up short sequences of a batch. Any id would do, because no position attends to
+        padding."""
         return int(self.tokenizer.eos_token_id)
 
 
 def prepare_node(plan: WorkerPlan) -> PreparationSummary:
     """Write the files that the ranks of this node share: the tokenised rows, and an extended base model where needed.
 
-    Raises UserError for rows that the job does not allow, and for LoRA target modules that the model does not have.
+    Raises UserError for bad input, such as incomplete model files, rows that the job does not allow, or LoRA target
+    modules that the model does not have.
     """
     check_complete(plan.inputs.model)
     structure, config = read_structure(plan.inputs.model), plan.config
@@ -133,7 +135,7 @@ def prepare_node(plan: WorkerPlan) -> PreparationSummary:
         )
         examples.save(_tokens_folder(plan) / name)
         notices += skipped_rows
-        # The training rows come first in `_data_files`.
+        # Keep the digest of the training rows only. They come first in `_data_files`.
         data_sha256 = data_sha256 or examples.digest
     rows = _added_rows(plan, structure, tokenizer)
     return PreparationSummary(
@@ -177,7 +179,8 @@ def load_model(plan: WorkerPlan) -> Any:
     targets = _adapter_targets(plan, read_structure(plan.inputs.model))
     sharding = shard_new_models(config.optimization, config.world.size)
     model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
-    # transformers holds only a weak reference to the object that switches sharding on, and checks it in `generate` too.
+    # The model keeps the object that switches sharding on alive. transformers holds only a weak reference to the
+    # object, and still needs it in `generate`.
     model.sharding = sharding
     if config.optimization.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -219,11 +222,12 @@ def _data_files(plan: WorkerPlan) -> list[tuple[str, DataSource, Path]]:
 
 
 def _added_rows(plan: WorkerPlan, structure: ModelStructure, tokenizer: Any) -> AddedRows | None:
-    """Return where the embedding rows of the added tokens lie, None without added tokens."""
+    """Return where the embedding rows of the added tokens lie in the base model's files. None without added tokens."""
     if not plan.config.model.added_tokens:
         return None
     ids = [tokenizer.convert_tokens_to_ids(token) for token in plan.config.model.added_tokens]
-    # An untied head begins as a copy of the input embedding, so the rows of both are stored once.
+    # Where the base model's head is tied, the rows are stored once. This also holds where the head was untied for LoRA,
+    # because it then begins as a copy of the input embedding.
     stored_once = structure.tied or structure.output_name is None
     output_key = None if stored_once else f"{structure.output_name}.weight"
     return AddedRows(ids=ids, input_key=f"{structure.input_name}.weight", output_key=output_key)

@@ -22,7 +22,7 @@ from finetune_trainer.pod.settings import ALL_LEAVE_SECONDS, PEERS_LEAVE_SECONDS
 from finetune_trainer.pod.signals import STOP_SIGNALS
 
 SUPERVISION_SECONDS = 1.0
-"""Longest time between two checks of the workers when no signal arrives."""
+"""Longest time in seconds between two checks of the workers when no signal arrives."""
 
 
 def worker_environments(
@@ -52,7 +52,7 @@ class WorkerProcesses:
     """The worker processes, one per GPU or CPU rank, that the launcher (PID 1 of the pod) starts and supervises."""
 
     def __init__(self, folder: Path, *, heartbeat_timeout: float = math.inf) -> None:
-        """Workers write outcome files and heartbeats into ``folder``. A worker without a new heartbeat for
+        """The workers write outcome files and heartbeats into ``folder``. A worker without a new heartbeat for
         ``heartbeat_timeout`` seconds is killed.
         """
         self._folder = folder
@@ -92,8 +92,8 @@ class WorkerProcesses:
     def _start(self, plan: WorkerPlan, environments: Sequence[Mapping[str, str]]) -> None:
         path = self._folder / "plan.json"
         path.write_text(plan.to_json())
-        # A worker inherits the blocked signals, so a SIGTERM that arrives before the worker has installed its handler
-        # stays pending until the worker unblocks the signal.
+        # Block the stop signals while the workers are started. A worker inherits the block, so that a SIGTERM that
+        # arrives before the worker has installed its handler waits until the worker unblocks the signal.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             for environment in environments:
@@ -147,8 +147,8 @@ class WorkerProcesses:
 
 @contextlib.contextmanager
 def _collect_signals() -> Iterator[_ReceivedSignals]:
-    """Collect stop signals and SIGCHLD while the block runs. Python writes the number of each signal into a pipe, which
-    wakes the supervision loop.
+    """While the block runs, collect the stop signals and SIGCHLD, which tells that a worker has exited. Python writes
+    the number of each signal into a pipe, and this wakes the loop that supervises the workers.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -166,7 +166,8 @@ def _collect_signals() -> Iterator[_ReceivedSignals]:
 
 
 class _ReceivedSignals:
-    """Waits at most `SUPERVISION_SECONDS` for signals and returns their numbers, one byte each."""
+    """A callable: waits until a signal arrives, at most `SUPERVISION_SECONDS`, and returns the numbers of the signals
+    that arrived, one byte each. The bytes are empty if none arrived."""
 
     def __init__(self, reader: int) -> None:
         self._reader = reader

@@ -1,7 +1,8 @@
-"""One attempt, from the first meeting of all ranks to the committed artifact. `worker.py` calls `train` on every rank.
+"""One attempt to train a job, from the first agreement of all ranks to the committed artifact. `worker.py` calls
+`train` on every rank.
 
-`train` reads as the story of an attempt. `loop.py` holds the optimizer steps of a run, and `finish.py` makes the
-artifact of the chosen checkpoint.
+`train` shows all phases of an attempt in their order. `loop.py` holds the optimizer steps of a run, and `finish.py`
+makes the artifact of the chosen checkpoint.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ from finetune_trainer.storage.root import RunRoot, open_root
 def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: WorkerStatus) -> Result:
     """Train, write checkpoints and publish the artifact. Return the result, which is the same on every rank.
 
-    ``progress`` is None on all ranks but rank 0. ``status`` is kept current on every rank. At every micro-batch, every
-    evaluation batch and every wait for the object store, the ranks agree on whether any rank received SIGTERM. After
-    SIGTERM `train` raises Stopped, once everything that was trained is committed. The other exceptions of
-    `pod/errors.py` can be raised too.
+    ``progress`` is None on all ranks but rank 0. ``status`` is updated on every rank as training goes on. At every
+    micro-batch, every evaluation batch and every wait for the object store, the ranks agree on whether any rank
+    received SIGTERM. After SIGTERM `train` raises Stopped, once everything that was trained is committed. The other
+    exceptions of `pod/errors.py` can be raised too.
     """
     try:
         gang.check_stop()
@@ -86,8 +87,8 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
                 run.close()
                 start = _start_run_after_rollback(plan, gang, root, start, required.rollback)
     except StopAgreed:
-        # `TrainingLoop.run` saves what a stop interrupts. A stop that ends up here came before the first step or after
-        # the last checkpoint, so nothing is left to save.
+        # Nothing is left to save: `TrainingLoop.run` catches StopAgreed itself and saves. StopAgreed arrives here only
+        # if SIGTERM came before the first step or after the last checkpoint.
         where = "what was trained is committed" if status.checkpoint else "no step was finished yet"
         raise Stopped(f"told to stop: {where}") from None
 
@@ -99,7 +100,7 @@ def _prepare_and_load_data(plan: WorkerPlan, gang: Gang) -> TrainingData:
 
 
 def _prepare(plan: WorkerPlan) -> object:
-    """Write the files that the ranks of this node share, and return their `PreparationSummary` as JSON."""
+    """Write the files that the ranks of this node share, and return the `PreparationSummary` of the node as JSON."""
     summary = prepare_node(plan)
     notices = [*summary.notices, *prepare_base_model_set(plan)]
     return summary.model_copy(update={"notices": notices}).model_dump(mode="json")
@@ -122,7 +123,7 @@ def _start_first_run(plan: WorkerPlan, gang: Gang, root: RunRoot) -> RunStart:
 def _start_run_after_rollback(
     plan: WorkerPlan, gang: Gang, root: RunRoot, failed: RunStart, rollback: Rollback
 ) -> RunStart:
-    """Take the run number after that of the ``failed`` run, and fetch the checkpoint that ``rollback`` returns to."""
+    """Take the next run number after the ``failed`` run, and fetch the checkpoint to which ``rollback`` returns."""
 
     def take_run_number(target: Path) -> RunStart:
         start = start_run_after_rollback(root, plan.identity, failed.run, rollback, target)
@@ -134,8 +135,8 @@ def _start_run_after_rollback(
 def _begin_run(plan: WorkerPlan, gang: Gang, root: RunRoot, take_run_number: Callable[[Path], RunStart]) -> RunStart:
     """Return the start of a run on every rank, with the checkpoint to resume from on the disk of every node.
 
-    Rank 0 calls ``take_run_number``, which also fetches the checkpoint into the folder that it is given. Then the first
-    rank of each other node fetches the same checkpoint. All ranks must call this function together.
+    Rank 0 calls ``take_run_number``, which also downloads the checkpoint into the folder that it gets as its argument.
+    Then the first rank of each other node fetches the same checkpoint. All ranks must call this function together.
     """
 
     def on_rank_0() -> object:
@@ -161,7 +162,8 @@ def _resume_folder(plan: WorkerPlan, start: RunStart) -> Path:
 
 
 class Run:
-    """The model, engine, saver, scorer and loop of one run. After a rollback the next run makes all of them anew."""
+    """The objects of one run: model, engine, saver, scorer and training loop. After a rollback the next run makes new
+    ones."""
 
     def __init__(
         self,

@@ -28,17 +28,17 @@ from finetune_trainer.reporting.reporter import Reporter
 
 ERRORS_OF_ALL_RANKS = (UserError, OutsideFailure, Diverged, Stopped)
 """Errors that end every rank in the same way. Rank 0 waits until the other ranks have read the error from the
-rendezvous store, which lives in rank 0. After any other error the process leaves at once, because the other ranks wait
-in a collective and notice the sooner that this rank is gone."""
+rendezvous store, which lives in rank 0. After any other error the process ends at once, so that the other ranks, which
+wait in a collective, soon notice that this rank is gone."""
 PR_SET_PDEATHSIG = 1
-"""Option of `prctl(2)`: the signal that the kernel sends to this process when its parent ends."""
+"""Option of `prctl(2)` that sets which signal the kernel sends to this process when its parent ends."""
 
 
 def end_with_launcher(launcher: int) -> None:
     """Let the kernel send SIGTERM to this process when the process with id ``launcher`` ends, for whatever reason.
 
-    In a container every process ends with PID 1. Outside a container, a worker whose launcher was killed would train on
-    unnoticed and keep the devices that the next attempt needs.
+    In a container every process ends with PID 1. Outside of a container, this call is needed: a worker whose launcher
+    was killed would otherwise train on unnoticed, and keep the devices that the next attempt needs.
     """
     if sys.platform != "linux":
         return
@@ -63,7 +63,8 @@ def main() -> int:
         if outcome.result.outcome is Outcome.CRASHED:
             traceback.print_exc()
     write_outcome(plan.folder, int(os.environ["RANK"]), outcome)
-    # At a normal exit, threads of torch and gloo may hang where another rank is gone. Nothing is left to write.
+    # End the process without the cleanup of a normal exit, in which threads of torch and gloo may hang if another rank
+    # is gone. Only the output streams are left to write.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(outcome.result.exit_code)
@@ -93,9 +94,9 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
             result = train(plan, gang, progress, status)
     except Exception as error:
         if isinstance(error, PeerLost):
-            # When this rank stalls, its watchdog announces the stall, and the other ranks leave. The watchdog's outcome
-            # names the stall, so the lost ranks that follow from it must not become the outcome. Once the watchdog has
-            # begun to end the process, `claim_end` never returns.
+            # The other ranks may be gone because this rank stalled: its watchdog announced the stall, and the other
+            # ranks left. Then the outcome must be the stall and not PeerLost. So if the watchdog has begun to end the
+            # process, `claim_end` never returns, and the watchdog writes the outcome.
             watchdog.claim_end()
         if progress is not None:
             progress.end(outcome_of(error, step=status.step, checkpoint=status.checkpoint).result)

@@ -1,7 +1,9 @@
-"""Makes the artifact of a fetched checkpoint: a LoRA adapter that peft loads, or a model that transformers loads.
+"""Makes the artifact, which the job publishes, of a downloaded checkpoint: a LoRA adapter that peft loads, or a model
+that transformers loads.
 
-`finish.py` calls `export_artifact` on rank 0, without any collective. The artifact is made of the verified bytes of the
-checkpoint and not of the weights in memory, so that the published weights are those that a run could resume from.
+`finish.py` calls `export_artifact` on rank 0 only; no other rank takes part. The weights are read from the checkpoint's
+files, whose sha256 was verified, and not from the model in memory. The published weights are therefore those that a
+later run would resume from.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ from finetune_trainer.pod.model_file_names import INDEX_FILE
 ADAPTER_FILE = "adapter_model.safetensors"
 NEW_ROWS_FILE = "new_embeddings.safetensors"
 """File in an adapter's folder that holds the embedding rows of the added tokens. The file name and the tensor names are
-those of Anyscale's and IBM's tools. With this file the adapter can be used without the extended base model."""
+those of Anyscale's and IBM's tools. With this file the adapter can be used without the extended base model, a copy of
+the base model that has these rows."""
 MERGED_FOLDER = "merged"
 PEFT_PREFIX = "base_model.model."
 """Prefix that peft puts before the names of all modules of the base model."""
 LARGEST_FILE = "5GB"
-"""Size at which `save_torch_state_dict` begins the next weights file."""
+"""Largest size of one weights file. `save_torch_state_dict` splits a larger model into several files."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,18 @@ class ExportOptions:
     """Which kind of artifact to make, and of which base model."""
 
     kind: Export
-    """Kind of artifact of a LoRA run. A full run ignores the field and exports its model."""
+    """What a LoRA run exports: `Adapter`, `Merged` (the merged model) or `Both`. A full run ignores the field and
+    exports its model."""
     precision: str
     """Data type that the engine computed with, `bf16` or `fp32`. The exported weights are rounded to the same type."""
     base: Path
-    """Folder of the base model that the run trained, added tokens included."""
+    """Local folder of the base model that the run trained. Where the run extended the base model, for example by added
+    tokens, this is the extended copy."""
     base_name: str
-    """Name or address of the base model for `adapter_config.json`, for example `meta-llama/Llama-2-7b-hf`."""
+    """Name or address of the base model, which is written into `adapter_config.json`, for example
+    `meta-llama/Llama-2-7b-hf`."""
     added_rows: AddedRows | None
-    """Where the embedding rows of added tokens lie in the base model; None without added tokens."""
+    """Where the embedding rows of added tokens lie in the files of `base`; None without added tokens."""
     stop_ids: Sequence[int]
     """Token ids that end a generated text."""
 
@@ -59,7 +65,8 @@ class ExportOptions:
 def export_artifact(
     model: Any, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, target: Path, options: ExportOptions
 ) -> list[Path]:
-    """Write the artifact of the checkpoint in folder ``checkpoint`` into ``target``, and return its files.
+    """Write the artifact of the checkpoint in folder ``checkpoint`` into the folder ``target``, and return the written
+    files.
 
     With kind `Both` the merged model lies in the subfolder `merged`. ``model`` provides names and configuration only;
     no weight is read from it.
@@ -93,8 +100,8 @@ def _save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], target:
     config = model.peft_config["default"]
     config.inference_mode = True
     config.base_model_name_or_path = base_name
-    # peft keeps the names in a set, whose order differs between processes. Sorted names let the same run give the same
-    # bytes.
+    # The names are sorted so that the same run always writes the same bytes. peft keeps the names in a set, whose order
+    # differs between processes.
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(target))
 
@@ -119,8 +126,8 @@ class WeightDelta:
 
 
 def adapter_deltas(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, WeightDelta]:
-    """Return the delta of each adapted weight, by tensor name in the base model. ``weights`` holds the adapters' values
-    by parameter name."""
+    """Return what the adapters add to each adapted weight, by the weight's tensor name in the base model. ``weights``
+    holds the adapters' values by parameter name of ``model``."""
     found = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -144,8 +151,8 @@ def adapter_deltas(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dic
 
 
 def _save_merged(base: WeightFiles, changes: Mapping[str, WeightDelta], target: Path, dtype: torch.dtype) -> None:
-    """Write the base model with the deltas added in fp32 and then rounded to ``dtype``. One file is in memory at a
-    time."""
+    """Write the merged model into the folder ``target``: the weights of ``base`` plus ``changes``, added in fp32 and
+    then rounded to ``dtype``. Only one weights file is in memory at a time."""
     check_mergeable(list(changes), base.folder)
     for name in sorted(set(base.files.values())):
         merged = {}

@@ -43,22 +43,25 @@ MAX_TRIES = 20
 
 
 class RunStart(ContractModel):
-    """Where a run starts: its number, the checkpoint that it resumes from, and what else the bucket holds."""
+    """How a run starts: its run number, the checkpoint that it resumes from, and which other checkpoints the bucket
+    holds."""
 
     run: int
     """Number of this run, from 1. Every start of the job's ranks takes the next number, and so does every rollback."""
     parent: ParentRecord | None = None
     """The checkpoint that the run resumes from. None where training starts from the base model."""
     ancestors: list[CheckpointRecord] = []
-    """The committed checkpoints that this run continues, oldest first. The last one is `parent`."""
+    """The committed checkpoints that led to the weights this run starts with, oldest first. `parent` is the last of
+    them."""
     other_checkpoints: list[CheckpointRecord] = []
-    """All other committed checkpoints in the bucket: those that a rollback abandoned, and damaged ones."""
+    """All other committed checkpoints in the bucket, for example damaged checkpoints and those that a rollback left
+    behind."""
     notices: list[str] = []
-    """Sentences for people, for example why a checkpoint was not used."""
+    """Sentences for the log and the reports, for example why a checkpoint was not used."""
     base_digests: BaseDigests = BaseDigests()
     rollbacks: list[Rollback] = []
-    """All rollbacks of the job so far. Each of them still changes the learning rate and the skipped steps of this
-    run."""
+    """All rollbacks of the job so far. Each rollback lowers the learning rate from some step on, and excludes the data
+    of some steps. This run still follows all of them."""
 
 
 class ResumeChoice(ContractModel):
@@ -66,7 +69,7 @@ class ResumeChoice(ContractModel):
 
     parent: ParentRecord | None = None
     damaged: dict[str, str] = {}
-    """What is wrong with each checkpoint that could not be used, by its folder, for example
+    """What is wrong with each checkpoint that could not be used, by the checkpoint's folder, for example
     `checkpoints/000001-000120`."""
     notices: list[str] = []
 
@@ -74,8 +77,9 @@ class ResumeChoice(ContractModel):
 def start_run(root: RunRoot, identity: Identity, target: Path) -> RunStart:
     """Take the next run number, and fetch the checkpoint to resume from into the folder ``target``.
 
-    A former run that is still alive may commit one more checkpoint before the number is taken. The choice is then made
-    again, with the next number. Raises OutsideFailure where other writers take every number.
+    A former run that is still alive may commit one more checkpoint before the number is taken. The checkpoint is then
+    chosen again, and the run takes one more number. Raises OutsideFailure where other writers get ahead of all
+    MAX_TRIES tries.
     """
     taken: set[int] = set()
     for _ in range(MAX_TRIES):
@@ -84,8 +88,8 @@ def start_run(root: RunRoot, identity: Identity, target: Path) -> RunStart:
         candidates = lineage(known, committed(root))
         choice = _choose_checkpoint(root, candidates, target)
         run = max(records, default=0) + 1
-        # The newest run knows all rollbacks. They still hold where an older run's checkpoint is resumed from, for
-        # example because the newest run's own checkpoints are lost.
+        # The record of the newest run lists all rollbacks of the job. They also hold where this run resumes from an
+        # older run's checkpoint, for example because the checkpoints of the newest run are lost.
         rollbacks = known[max(known)].rollbacks if known else []
         if not claim_run_number(root, run, _record(identity, choice, rollbacks)):
             continue
@@ -97,11 +101,12 @@ def start_run(root: RunRoot, identity: Identity, target: Path) -> RunStart:
 
 
 def start_run_after_rollback(root: RunRoot, identity: Identity, run: int, rollback: Rollback, target: Path) -> RunStart:
-    """Take the number after ``run``, which ends with ``rollback``, and fetch the checkpoint of ``rollback.step`` or
-    earlier into ``target``.
+    """Start the next run after ``run``, which ended with ``rollback``: take the run number ``run`` + 1, and fetch the
+    newest checkpoint up to ``rollback.step`` into the folder ``target``.
 
-    Where a checkpoint is damaged, the next older one of the lineage is used, and the base model where none is left.
-    Raises NewerRun where another start of the job has taken a number since.
+    Where that checkpoint is damaged, the next older checkpoint that led to it is used. Where no checkpoint is left,
+    training starts from the base model. Raises NewerRun where another start of the job has taken a run number since
+    ``run`` began.
     """
     records = read_records(root)
     candidates = [item for item in lineage(records, committed(root)) if item.step <= rollback.step]
@@ -114,8 +119,8 @@ def start_run_after_rollback(root: RunRoot, identity: Identity, run: int, rollba
 
 
 def _abort_stale_uploads(root: RunRoot) -> None:
-    """Abort the multipart uploads that former runs left unfinished, because the store keeps their parts. A store that
-    does not permit the abort is no reason to fail."""
+    """Abort the multipart uploads that former runs left unfinished, because the store would keep the uploaded parts.
+    Where the store refuses, only log a warning."""
     try:
         aborted = root.abort_multipart_uploads()
     except OutsideFailure as failure:
@@ -136,11 +141,11 @@ def _record(identity: Identity, choice: ResumeChoice, rollbacks: Sequence[Rollba
 
 
 def _choose_checkpoint(root: RunRoot, candidates: Sequence[CheckpointId], target: Path) -> ResumeChoice:
-    """Return the first of ``candidates`` whose every byte verifies, fetched into ``target``, and why the earlier ones
-    do not.
+    """Download ``candidates`` into the folder ``target``, one after another, until all files of a checkpoint match
+    their sha256. Return this checkpoint, and what is wrong with the checkpoints that were tried before it.
 
-    Notices also name the folders without COMMIT that are newer than the chosen checkpoint. Such a folder is left where
-    an upload was cut off, or where somebody deleted COMMIT.
+    The notices also name the checkpoint folders without COMMIT that are newer than the chosen checkpoint. Such a folder
+    remains where an upload was cut off, or where somebody deleted COMMIT.
     """
     damaged: dict[str, str] = {}
     notices: list[str] = []
@@ -170,8 +175,8 @@ def _choose_checkpoint(root: RunRoot, candidates: Sequence[CheckpointId], target
 
 
 def _run_start(root: RunRoot, run: int, choice: ResumeChoice, rollbacks: list[Rollback]) -> RunStart:
-    """Return the start of ``run`` with all committed checkpoints of the bucket, divided into those that the run
-    continues and the rest."""
+    """Return the `RunStart` of run number ``run``. All committed checkpoints of the bucket are divided into those that
+    led to the chosen checkpoint and all others."""
     stored = {CheckpointId(record.run, record.step): record for record in inventory(root, choice.damaged)}
     undamaged = [key for key, record in stored.items() if not record.damaged]
     own = [stored[item] for item in reversed(lineage(read_records(root), undamaged))]
@@ -195,5 +200,6 @@ def read_steps_before(root: RunRoot, start: RunStart) -> list[StepRow]:
 
 
 def read_trainer_state(folder: Path) -> TrainerState:
-    """Return the part of a fetched checkpoint's training state that is not a tensor, such as step and seed."""
+    """Return the training state of the downloaded checkpoint in ``folder`` without its tensors: step, seed and other
+    values."""
     return TrainerState.model_validate_json((folder / TRAINER_FILE).read_text())

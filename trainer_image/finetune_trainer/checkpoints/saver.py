@@ -1,9 +1,10 @@
-"""Saves checkpoints of a run, and knows which checkpoints exist: the last, the best, and those that the run continues.
+"""Saves checkpoints of a run, and knows which checkpoints exist: the newest, the best, and all that led to the current
+weights.
 
-`save` copies the training state into memory, a short collective that training waits for, and queues the copy
-(`uploads.py`). In a background thread each rank uploads its own files, and rank 0 writes COMMIT once all ranks have
-reported their files. The background threads meet at the rendezvous store, so that no rank waits in a collective while
-another rank talks to the bucket.
+`Saver.save` copies the training state into memory and queues the copy for upload (`uploads.py`). All ranks call it
+together, and training waits for the copy only. A background thread on each rank uploads the rank's own files, and rank
+0 writes COMMIT once all ranks have reported their files. The background threads communicate through torch's rendezvous
+store and not by collectives, so that no rank waits in a collective while another rank talks to the bucket.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ from finetune_trainer.storage.step_log import StepRow, write_segment
 
 MAX_WAITING = 4
 WAITING_BYTES = 1 << 30
-"""Limits for the snapshots that wait for the current upload: how many may wait, and how many bytes they may take on one
-rank. Beyond either limit the newest snapshot replaces waiting ones. After an outage of the store the run therefore does
-not upload old checkpoints that retention would delete at once."""
+"""Limits for the snapshots (copies of the training state in memory) that wait while another snapshot is uploaded: how
+many may wait, and how many bytes they may take on one rank. Beyond either limit, a new snapshot replaces waiting
+snapshots. So after an outage of the store, the run does not upload old checkpoints that it would delete at once."""
 POLL_SECONDS = 0.2
-"""Interval in seconds at which the ranks that wait for the last COMMIT compare their state."""
+"""While the ranks wait for the last COMMIT, they tell each other at this interval (seconds) whether they still upload,
+have failed, or received SIGTERM."""
 MAX_UPLOAD_TRIES = 3
-"""How many times a checkpoint is uploaded where the bucket's listing does not show what was uploaded."""
+"""How many times in all a checkpoint is uploaded, if the bucket does not show the uploaded files afterwards."""
 SLOW_UPLOAD_SECONDS = 120.0
-"""An upload that takes longer than this, while the next checkpoint waits, is reported as a problem."""
+"""An upload that takes more than this many seconds, while the next checkpoint waits, is reported as a problem."""
 
 
 def is_due(storage: StorageConfig, step: int, elapsed: float) -> bool:
@@ -53,7 +55,7 @@ def is_due(storage: StorageConfig, step: int, elapsed: float) -> bool:
 
 
 class Saver:
-    """The checkpoints of one run: those that exist, and those on their way to the bucket."""
+    """Saves the checkpoints of one run, and knows which checkpoints the bucket holds."""
 
     def __init__(
         self,
@@ -65,8 +67,8 @@ class Saver:
         best_by: BestBy,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Continue from the checkpoints in ``start``. The files of each checkpoint lie below ``folder`` until their
-        upload is done."""
+        """Start the background thread that uploads. ``start`` lists the checkpoints that exist already. The files of
+        each new checkpoint lie below the local ``folder`` until they are committed."""
         self._gang = gang
         self._background_gang = gang.background()
         self._root = root.for_background(BACKGROUND_BUDGET_SECONDS, self._note_upload_problem)
@@ -83,31 +85,37 @@ class Saver:
         self._snapshot_at = self._committed_at = self._upload_began_at = clock()
         self._upload_problem = self._retention_problem = ""
         self.lineage: Sequence[CheckpointRecord] = tuple(start.ancestors)
-        """The committed checkpoints that led to the current weights, oldest first. The background thread may replace
-        the whole sequence, but never changes a sequence in place."""
+        """The committed checkpoints that led to the current weights, oldest first. Only rank 0 removes deleted
+        checkpoints from the sequence. The background thread may replace the whole sequence, but never changes it in
+        place."""
         self._other_checkpoints = tuple(start.other_checkpoints)
         self._uploads = UploadQueue(self._upload)
 
-    # Which checkpoints exist
+    # Properties and functions that tell which checkpoints exist
 
     @property
     def committed(self) -> list[CheckpointRecord]:
-        """All committed checkpoints in the bucket, by run and step."""
+        """All committed checkpoints in the bucket, ordered by run and step. Other ranks than rank 0 still list deleted
+        ones."""
         return sorted([*self._other_checkpoints, *self.lineage], key=lambda record: (record.run, record.step))
 
     @property
     def last(self) -> CheckpointRecord | None:
-        """The newest checkpoint of the lineage, None before the first."""
+        """The newest of the checkpoints that led to the current weights. None before the first checkpoint."""
         return self.lineage[-1] if self.lineage else None
 
     @property
     def best(self) -> CheckpointRecord | None:
-        """The best checkpoint of the lineage by `evaluation.bestBy`, None where none was scored."""
+        """The best, by `evaluation.bestBy`, of the checkpoints that led to the current weights. None where no
+        checkpoint was scored."""
         return next(iter(best_first(self.lineage, self._best_by)), None)
 
     def chosen(self, artifact_from: Literal["Best", "Last"]) -> CheckpointRecord:
-        """Return the checkpoint that the artifact is made of. There always is one, because the last step's checkpoint
-        is always committed."""
+        """Return the checkpoint that the artifact is made of: for `Best` the best checkpoint where one was scored, else
+        the newest.
+
+        Call this after the last step. The last step's checkpoint is always committed, so a checkpoint exists.
+        """
         return (self.best if artifact_from == "Best" else None) or self.lineage[-1]
 
     @property
@@ -118,13 +126,14 @@ class Saver:
 
     @property
     def age_seconds(self) -> float:
-        """Seconds since this run's newest COMMIT, or since its start: how much training time a lost pod would cost."""
+        """Seconds since this run's newest COMMIT; before the first COMMIT, seconds since this `Saver` was made. If the
+        pod were lost now, at most this much training time would be lost."""
         return self._clock() - self._committed_at
 
     @property
     def problem(self) -> str:
-        """A sentence that says why checkpoints are committed later than the job asks for. Empty while there is no
-        problem."""
+        """What is wrong with saving, as a sentence: why checkpoints are committed late, or why old checkpoints can't be
+        deleted. Empty where nothing is wrong."""
         step, elapsed = self._uploads.current_step, self._clock() - self._upload_began_at
         if step is None:
             return self._retention_problem
@@ -138,7 +147,7 @@ class Saver:
         """Return the records of the checkpoints that were committed since the last call."""
         return self._uploads.take_done()
 
-    # Called by the training thread
+    # Functions that the training thread calls
 
     def due(self, step: int) -> bool:
         """Return whether the job asks for a checkpoint after ``step``.
@@ -154,26 +163,27 @@ class Saver:
     def save(self, engine: Engine, state: TrainerState, rows: Sequence[StepRow], *, required: bool = False) -> None:
         """Copy the engine's state into memory and queue the copy for upload. All ranks call this together.
 
-        ``rows`` are the rows of the step log since the last save, on rank 0. A ``required`` checkpoint is committed
-        even where a later one waits for its upload too.
+        ``rows`` are the rows of the step log since the last save, on rank 0; other ranks pass no rows. Where too many
+        snapshots wait for their upload, those that are not ``required`` are dropped first.
         """
         gang = self._gang
         tensors = take_snapshot(engine, rank=gang.rank, world_size=gang.world_size)
         self._snapshots_taken += 1
         taken = Snapshot(self._snapshots_taken, state.model_copy(update=self._base_digests), tensors, rows, required)
         with self._uploads.hold() as waiting:
-            # After SIGTERM the run has no time to upload snapshots that its last checkpoint replaces.
+            # Waiting snapshots are dropped where too many wait. They are dropped after SIGTERM too, because then there
+            # is little time to upload the last checkpoint.
             full = waiting.count >= MAX_WAITING or waiting.bytes + taken.bytes > WAITING_BYTES
             if gang.any_rank(full or gang.stop_requested()):
-                # An upload that one rank has begun must be finished by all ranks, so only snapshots that no rank has
-                # begun are dropped.
+                # All ranks must finish an upload that one rank has begun. So a snapshot is dropped only if no rank has
+                # begun to upload it.
                 begun = gang.max_over_ranks((waiting.first or self._snapshots_taken) - 1)
                 taken.rows = [*waiting.drop(waiting.replaceable(begun)), *rows]
             self._uploads.put(taken)
         self._snapshot_at = self._clock()
 
     def wait_for_commits(self, stop: Callable[[], bool], *, bound: float = STOP_COMMIT_SECONDS) -> None:
-        """Wait until everything is committed. All ranks call this together.
+        """Wait until every saved checkpoint is committed. All ranks call this together.
 
         ``stop`` returns whether this rank received SIGTERM. From then on the ranks wait at most ``bound`` seconds more,
         and then raise OutsideFailure.
@@ -195,7 +205,8 @@ class Saver:
                 )
 
     def raise_failure(self) -> None:
-        """Raise on all ranks the error that ended the background thread of any rank. All ranks call this together."""
+        """If the background thread of any rank ended with an error, raise the error on all ranks. All ranks call this
+        together."""
 
         def own() -> None:
             if self._uploads.failure is not None:
@@ -203,7 +214,7 @@ class Saver:
 
         self._gang.run_on_all_ranks(own)
 
-    # Called by the background thread
+    # Functions that the background thread calls
 
     def _note_upload_problem(self, sentence: str) -> None:
         self._upload_problem = sentence
@@ -252,7 +263,7 @@ class Saver:
     def _commit(
         self, folder: str, files: list[ManifestFile], state: TrainerState, rows: Sequence[StepRow]
     ) -> CheckpointRecord:
-        """Write step log, manifest and COMMIT, then delete the checkpoints that retention does not keep. Only rank 0
+        """Write step log, manifest and COMMIT, then delete the old checkpoints that the job does not keep. Only rank 0
         calls this."""
         if rows:
             self._segment += 1
@@ -273,10 +284,10 @@ class Saver:
         return record
 
     def _retain(self) -> None:
-        """Delete the checkpoints that the job does not keep.
+        """Delete the checkpoints that `keepLast` and `keepBest` of the job do not keep.
 
-        The parent of the run stays until the job ends, because a later start falls back to the parent where it can't
-        use this run's own checkpoints.
+        The checkpoint from which this run resumed stays too, because a later start falls back to it where this run's
+        own checkpoints can't be used.
         """
         keep = to_keep(
             [_id(record) for record in reversed(self.lineage)],
@@ -290,8 +301,8 @@ class Saver:
         except NewerRun:
             raise
         except OutsideFailure as failure:
-            # Credentials may permit to write and not to delete. The run then goes on, with more checkpoints in the
-            # bucket than it should have.
+            # The failure is only reported, because credentials may permit writing but not deleting. The run then goes
+            # on, and the bucket holds more checkpoints than the job asks for.
             self._retention_problem = f"old checkpoints can't be deleted: {failure}"
             return
         self._retention_problem = ""

@@ -1,8 +1,8 @@
-"""The queue of snapshots between the training thread and the background thread that uploads them. Each rank has one
-queue.
+"""The queue of snapshots (copies of the training state in memory) that wait for their upload. Each rank has one queue.
+Its training thread adds snapshots, and a background thread uploads them.
 
-`saver.py` uses the queue. The training thread puts snapshots and never waits, except in `wait`. When an upload fails,
-the background thread ends; the training thread finds the error in `failure`, and all ranks leave together.
+`saver.py` uses the queue. The training thread never waits for an upload, except in `wait`. When an upload fails, the
+background thread ends. The training thread then finds the error in `failure`, and all ranks end together.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class Snapshot:
     state: TrainerState
     """The training state that is not a tensor, such as step, seed and validation perplexity."""
     tensors: Mapping[str, torch.Tensor]
-    """fp32 tensors by `<parameter>/<kind>`, for example `model.norm.weight/exp_avg`."""
+    """fp32 tensors by `<parameter>/<kind>`, where the kind names the value or one of AdamW's two moments, for example
+    `model.norm.weight/exp_avg`."""
     rows: Sequence[StepRow]
     """Rows of the step log since the last snapshot. Empty on all ranks but rank 0."""
     required: bool
-    """Whether the checkpoint must be committed even where a newer snapshot waits, because the checkpoint is the best so
-    far or that of the last step."""
+    """Whether the snapshot is the best so far or the last of the run. Where too many snapshots wait, the other
+    snapshots are dropped first."""
     bytes: int = field(init=False)
     """Size of `tensors` in bytes."""
 
@@ -91,8 +92,8 @@ class UploadQueue:
 
     @contextmanager
     def hold(self) -> Iterator[WaitingSnapshots]:
-        """Inside the block the background thread starts no new upload, so that the waiting snapshots may be
-        replaced."""
+        """Keep the background thread from starting an upload while the block runs. The block receives the waiting
+        snapshots, and may drop some of them."""
         with self._changed:
             yield WaitingSnapshots(self._waiting, self._current)
 
@@ -117,7 +118,8 @@ class UploadQueue:
 
 @dataclass
 class WaitingSnapshots:
-    """The snapshots that wait for their upload, while `UploadQueue.hold` keeps the queue unchanged."""
+    """The snapshots that wait for their upload. Use this only inside of `UploadQueue.hold`, which keeps the background
+    thread from taking a snapshot."""
 
     _snapshots: list[Snapshot]
     _current: Snapshot | None
@@ -140,8 +142,8 @@ class WaitingSnapshots:
     def drop(self, numbers: Sequence[int]) -> list[StepRow]:
         """Remove the snapshots with these ``numbers``.
 
-        The step-log rows of a removed snapshot are added to the next one that stays. Return the rows for which no later
-        snapshot is left, so that the caller can add them to a new snapshot.
+        The step-log rows of a removed snapshot are added to the next snapshot that stays. Return the rows for which no
+        later snapshot is left, so that the caller can add them to a new snapshot.
         """
         rows: list[StepRow] = []
         kept = []
@@ -154,11 +156,11 @@ class WaitingSnapshots:
         return rows
 
     def replaceable(self, begun: int) -> list[int]:
-        """Return the numbers of the waiting snapshots above ``begun`` that may be dropped in favour of a newer
-        snapshot.
+        """Return the numbers of the waiting snapshots that may be dropped in favour of a newer snapshot. Snapshots up
+        to number ``begun`` are not among them, because some rank has begun to upload them.
 
-        These are the snapshots that are not required. Where all snapshots are required, only the oldest is returned,
-        because of several best checkpoints the newest is the best.
+        The snapshots that are not required may be dropped. Where all are required, only the oldest may be dropped: each
+        was the best when it was taken, so the later snapshots are better.
         """
         open_ = [item for item in self._snapshots if item.number > begun]
         return [item.number for item in open_ if not item.required] or [item.number for item in open_[:1]]

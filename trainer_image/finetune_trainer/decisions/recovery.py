@@ -19,8 +19,8 @@ from finetune_trainer.storage.lineage import Rollback
 RATE_FACTOR = 0.3
 MAX_ROLLBACKS = 3
 SKIPPED_STEPS_AFTER_ALARM = 8
-"""How many steps after the alarm are skipped too, because bad rows often follow each other. PaLM skipped 200 to 500
-batches, in a run a thousand times as long."""
+"""How many steps after the alarm a rollback skips too, because bad rows often follow each other. PaLM skipped 200 to
+500 batches, in a run a thousand times as long."""
 DIGITS = ".6g"
 
 
@@ -47,7 +47,8 @@ def plan_recovery(
 ) -> tuple[Incident, RollbackRequired | Diverged | None]:
     """Return the incident to report, and the error to raise, which is None where the alarm is only recorded.
 
-    ``rollbacks`` are the earlier rollbacks of the job. After MAX_ROLLBACKS of them the run ends with Diverged instead.
+    ``rollbacks`` are the earlier rollbacks of the job. Where they are MAX_ROLLBACKS already, the error is Diverged and
+    not another rollback.
     """
     action = recovery_action(alarm, config)
     sentence = alarm.describe()
@@ -87,8 +88,8 @@ def _last_good(alarm: Alarm) -> int:
     """Return the last step whose checkpoint can be trusted.
 
     The loss of a step is computed with the weights that the step before left. The update before the first bad loss may
-    therefore be the cause, and is not trusted. A rising loss may have begun before it stood out, so after such an alarm
-    none of the recent steps is trusted.
+    therefore be the cause, and is not trusted. A loss may have begun to rise before the rise stood out, so after such
+    an alarm none of the newest RECENT steps is trusted.
     """
     last = alarm.first - 2
     return max(0, last if alarm.kind in NON_FINITE else min(last, alarm.step - RECENT))
@@ -100,7 +101,8 @@ def _skip_from(alarm: Alarm) -> int:
 
 
 def _skip_to(alarm: Alarm) -> int:
-    """Return the last step to skip. A single gradient that is not finite says nothing about the steps after it."""
+    """Return the last step to skip. After a loss or gradient that is not finite, no later step is skipped, because such
+    a value says nothing about the steps after it."""
     return alarm.step + (0 if alarm.kind in NON_FINITE else SKIPPED_STEPS_AFTER_ALARM)
 
 

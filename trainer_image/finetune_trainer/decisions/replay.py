@@ -1,7 +1,7 @@
-"""Restores the state of all decisions that depend on earlier steps, by replaying the step log of the bucket.
+"""Restores the state of all decisions that depend on earlier steps, by replaying the step log from the bucket.
 
-`train.py` calls `replay_decisions` on rank 0, which reads the step log, and sends the state to all ranks. Checkpoints
-therefore need not hold this state.
+`train.py` calls `replay_decisions` on rank 0 with the rows of the step log, and sends the returned state to all ranks.
+Checkpoints therefore need not hold this state.
 """
 
 from __future__ import annotations

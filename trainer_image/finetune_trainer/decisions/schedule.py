@@ -18,8 +18,8 @@ def learning_rate_at(
     """Return the learning rate of the update at ``step``, which counts from 1 to ``total_steps``.
 
     During warm-up the rate rises linearly, and reaches its peak at the last warm-up step. No step has rate 0. After the
-    warm-up a linear or cosine schedule falls towards zero, which the step after the last step would have. Each rollback
-    lowers the rate of all steps after the step that the rollback returned to.
+    warm-up a linear or cosine schedule falls towards zero: one more step after the last would have rate 0. Any other
+    schedule stays at the peak. Each rollback lowers the rate of all steps after the step that the rollback returned to.
     """
     factor = math.prod(rollback.rate_factor for rollback in rollbacks if step > rollback.step)
     peak, warmup = optimization.learning_rate * factor, optimization.warmup_steps

@@ -1,4 +1,4 @@
-"""Which evaluation of the run is the best so far, and when `evaluation.patience` is exhausted.
+"""Which evaluation is the best so far, and when `evaluation.patience` ends the training early.
 
 The functions are pure. `loop.py` adds every evaluation, and after a resume `replay.py` computes the state again from
 the step log, so that nothing has to be saved.
@@ -14,7 +14,7 @@ from finetune_trainer.storage.step_log import StepRow
 
 
 class Selection(ContractModel):
-    """The best evaluation of a run so far, and the settings that decide which one is the best."""
+    """The best evaluation so far, and the settings that decide which evaluation is the best."""
 
     best_by: BestBy
     min_delta: float
@@ -62,11 +62,11 @@ def selection_after(config: EvaluationConfig, history: Iterable[StepRow] = ()) -
 
 
 def best_first(records: Iterable[CheckpointRecord], best_by: BestBy) -> list[CheckpointRecord]:
-    """Return the records that have the value which ``best_by`` names, the best record first. Of equal records the
-    earlier comes first.
+    """Return the records sorted from best to worst by the value that ``best_by`` names. Records without this value are
+    left out. Of equal records the earlier comes first.
 
-    With TaskScore, the lower perplexity decides between equal scores, because checkpoints often have equal scores where
-    an answer is right or wrong.
+    Task scores are often equal, because each answer is either right or wrong. With TaskScore, the lower perplexity
+    therefore decides between equal scores.
     """
 
     def order(record: CheckpointRecord) -> tuple[float, float, int, int]:

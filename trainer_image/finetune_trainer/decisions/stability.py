@@ -3,8 +3,8 @@
 `loop.py` calls the monitor after every step. The monitor is a pure function of the losses and gradient norms over all
 ranks, so every rank has the same alarms. Its input is the loss of each global batch and the norm of the gradient before
 clipping. An alarm compares the last 8 steps with the 32 steps before them (the baseline) by robust statistics: the
-median, and a trimmed mean of the differences between neighbouring steps. A falling loss hardly widens these
-differences, so neither one odd batch nor the normal course of a run raises an alarm.
+median, and a trimmed mean of the differences between neighbouring steps. One odd batch hardly changes these statistics,
+and neither does the slowly falling loss of a normal run. So neither of them raises an alarm.
 """
 
 from __future__ import annotations
@@ -19,44 +19,47 @@ from statistics import median
 from finetune_core.contract import ContractModel
 
 RECENT = 8
-"""Number of newest steps in which a fault must show."""
+"""Number of newest steps that are compared with the steps before them. A fault must show in these steps."""
 BASELINE = 32
 MIN_BASELINE = 12
 """The recent steps are compared with the BASELINE steps before them, or with fewer in a young run, but never with fewer
 than MIN_BASELINE."""
 PERSISTENT = 4
-"""How many of the recent steps must stand out. A shorter spike heals by itself (KillLossSpike of llm-foundry also waits
-for 4)."""
+"""How many of the recent steps must stand out for an alarm. A shorter spike passes by itself (KillLossSpike of
+llm-foundry also waits for 4)."""
 
 SPIKE_DEVIATIONS, SPIKE_MIN_RISE = 5.0, math.log(1.25)
-"""How far the log-loss of a step must lie above the median of the baseline for a spike: a number of standard
-deviations, and a least distance."""
+"""In a spike, the logarithm of a step's loss lies above the median of the baseline by more than this number of standard
+deviations, and by more than this least distance."""
 DOUBLED, DOUBLED_DEVIATIONS = math.log(2.0), 3.0
 """In a run with noisy batches, twice the median loss of the baseline is a spike too (the threshold of llm-foundry),
 provided that the loss lies at least DOUBLED_DEVIATIONS standard deviations above the median."""
 GRADIENT_DEVIATIONS, GRADIENT_MIN_RISE = 8.0, math.log(4.0)
-"""How far the log of the gradient norm must lie above the median of the baseline for an alarm: a number of standard
-deviations, and a least distance."""
+"""For an alarm, the logarithm of the gradient norm must lie above the median of the baseline by more than this number
+of standard deviations, and by more than this least distance."""
 GRADIENT_LOSS_DEVIATIONS = 1.5
-"""For a gradient alarm the mean recent loss must have risen by this number of standard deviations too. A large gradient
-alone is no fault, because adapters begin with none."""
+"""For a gradient alarm the mean log-loss of the recent steps must lie above the median of the baseline too, by this
+number of standard deviations. A large gradient alone is no fault: the gradient of a LoRA adapter is small at first and
+then grows."""
 DRIFT_DEVIATIONS, DRIFT_MIN_RISE = 6.5, math.log(1.15)
-"""How far the mean log-loss of the recent steps must lie above the median of the baseline for an alarm: a number of
-standard deviations of the mean, and a least distance."""
+"""For an alarm, the mean log-loss of the recent steps must lie above the median of the baseline by more than this
+number of standard deviations of a mean, and by more than this least distance."""
 DRIFT_BEGINS = 2.0
 """A drift is reported to begin at the first recent step whose log-loss lies this number of standard deviations above
 the median of the baseline."""
 ABOVE_START = math.log(1.5)
-"""How far the log-loss may lie above the median log-loss of the first steps."""
+"""How far the log-loss may lie above the median log-loss of the first steps without an alarm: the loss may be half
+more."""
 ABOVE_BEST = math.log(1.5)
-"""How far the mean recent log-loss may lie above the lowest median of a baseline so far."""
+"""How far the mean log-loss of the recent steps may lie above the lowest median of any baseline so far: the loss may be
+half more. In noisy runs it may lie higher, see DRIFT_DEVIATIONS."""
 MIN_DEVIATION = 0.02
 """Smallest standard deviation of the log of the loss that is assumed. In an unusually smooth run any small change would
 otherwise stand out."""
 TRIMMED, TRIMMED_MEAN = 0.9, 0.6574
-"""The largest tenth of the differences is left out. For a normal distribution, the mean size of the remaining
-differences is 2 (phi(0) - phi(1.645)) / 0.9 standard deviations. This estimate is robust enough here, and less noisy
-than the median absolute deviation."""
+"""The share of the differences that is kept, and their mean size in standard deviations. The largest tenth of the
+differences is left out. For a normal distribution, the mean size of the others is 2 (phi(0) - phi(1.645)) / 0.9
+standard deviations. This estimate is robust enough here, and less noisy than the median absolute deviation."""
 START_STEPS = 3
 """Number of first steps whose losses define the start of a run."""
 
@@ -189,8 +192,8 @@ def _alarm(state: MonitorState) -> Alarm | None:
 
 
 def _above_start(state: MonitorState, recent: Sequence[Observation]) -> Alarm | None:
-    """Return the alarm for a loss far above the start. A learning rate that is far too high shows in this way, before
-    there is a baseline to compare with."""
+    """Return the alarm for a loss far above the losses of the job's first steps, if there is one. In this way a
+    learning rate that is far too high shows before there is a baseline to compare with."""
     if len(state.start) < START_STEPS:
         return None
     limit = median(state.start) + ABOVE_START
@@ -205,8 +208,8 @@ def _made(kind: AlarmKind, recent: Sequence[Observation], first: int, value: flo
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Return the robust standard deviation of one value around a slowly changing course, from the differences between
-    neighbours."""
+    """Estimate the standard deviation of single values around their slowly changing course, from the differences
+    between neighbouring values. A few outliers hardly change the result."""
     differences = sorted(abs(after - before) for before, after in itertools.pairwise(values))
     kept = differences[: math.ceil(TRIMMED * len(differences))]
     # The difference of two values has the standard deviation of one value times the square root of 2.

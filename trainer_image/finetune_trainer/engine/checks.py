@@ -1,8 +1,8 @@
-"""Two checks of a loaded model before the first step: that packed examples do not see each other, and that the loss
-computed inside of the output head equals the loss of the model's logits.
+"""Two checks of a loaded model before the first step: that packed examples do not attend to each other, and that the
+loss computed inside of the output head equals the loss of the model's logits.
 
-`train.py` calls `check_model`. Whether attention separates packed examples depends on the model's code and on the
-attention backend, and no number of the training would show a leak.
+`train.py` calls `check_model`. The model's code and the attention backend decide whether packed examples stay separate.
+Without the check, no figure of the training would show that they do not.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from finetune_trainer.data.examples import Example
 from finetune_trainer.engine.engine import Engine
 
 PROBE_TOKENS = 24
-"""How many tokens of each example the checks use."""
+"""The checks use at most this number of tokens of an example."""
 LEAK = 0.1
-"""Largest difference that packing may make to an example's logits, as a share of the difference that no separation at
-all makes. Rounding stays far below this bound, also in bf16, and a leak reaches the whole difference."""
+"""Packing may change an example's logits by at most this share of the change that appears when two examples are read as
+one text. Rounding stays far below this share, also in bf16. Without separation the whole change appears."""
 HEAD_DIFFERENCE = 1e-2
-"""Largest relative difference between the two losses. Both compute the same sum, so only rounding may differ."""
+"""Largest relative difference between the loss computed inside of the output head and the loss of the model's logits.
+Both are the same sum, so only rounding may make them differ."""
 
 
 def check_model(engine: Engine, examples: Sequence[Example], *, pad: int, packing: bool) -> None:
     """Check the model of ``engine`` with the first two of ``examples``. All ranks must call this function together.
 
-    Raises UserError where ``packing`` is wanted and packed examples see each other. Where a model changes the logits
-    after its head, the engine computes the loss from the full logits from now on.
+    Raises UserError where ``packing`` is wanted and packed examples see each other. Where the two losses differ,
+    because the model changes the logits after its output head, the engine computes every loss from the full logits from
+    now on.
     """
     # Every token becomes a target, so that very short examples have a target too.
     first, second = (_shortened(examples[index % len(examples)]) for index in (0, 1))
@@ -48,8 +50,8 @@ def _shortened(example: Example) -> Example:
 
 
 def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) -> None:
-    """Compare the logits of ``second`` in three cases: alone, packed behind ``first``, and read as the continuation of
-    ``first``."""
+    """Raise UserError where packing changes the logits of ``second``. The logits are compared in three cases:
+    ``second`` alone, packed behind ``first``, and read as the continuation of ``first``."""
     tokens = len(second.ids) - 1
     alone = collate([[(second, 2)]], pad=pad, packed=True)
     packed = collate([[(first, 1), (second, 2)]], pad=pad, packed=True)

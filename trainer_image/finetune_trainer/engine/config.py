@@ -1,6 +1,7 @@
 """DeepSpeed's configuration for a job, and the settings that DeepSpeed needs before a model is built.
 
-`engine.py` passes the configuration to DeepSpeed. `preparation.py` shards a model with it while the model is loaded.
+`engine.py` passes the configuration to DeepSpeed. `preparation.py` uses it to shard a model over the ranks while the
+model is loaded (ZeRO-3).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ is 500 million."""
 def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration. The job's `deepspeed.overrides` are merged in last, so that they win.
 
-    The engine counts one micro-batch per update, because the training loop accumulates gradients itself: the last batch
-    of an epoch may have fewer micro-batches.
+    DeepSpeed is told that an update has one micro-batch. The training loop accumulates gradients itself, because the
+    last global batch of an epoch may have fewer micro-batches than the others.
     """
     zero: dict[str, Any] = {
         "stage": optimization.zero_stage,
@@ -41,9 +42,9 @@ def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimization.gradient_clipping,
         "bf16": {"enabled": optimization.precision == "bf16"},
-        # A bf16 sum over many micro-batches loses what the last of them add, so gradients accumulate in fp32. At stage
-        # 1, DeepSpeed would choose another optimizer class for fp32 accumulation, and that class applies updates that
-        # are not finite.
+        # Gradients accumulate in fp32, because a bf16 sum over many micro-batches loses what the last of them add.
+        # Stage 1 keeps DeepSpeed's default: for fp32 accumulation DeepSpeed would choose another optimizer class there,
+        # which applies updates that are not finite.
         "data_types": {"grad_accum_dtype": None if optimization.zero_stage == 1 else "fp32"},
         "zero_optimization": zero,
         # torch's AdamW is used even where the optimizer state lies in CPU memory. DeepSpeed's own CPU optimizer would
@@ -64,8 +65,8 @@ def merge_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 
 
 def shard_new_models(optimization: OptimizationConfig, world_size: int) -> Any:
-    """Let transformers shard a model over the ranks while it builds the model (ZeRO-3), as long as the returned object
-    is referenced. Return None at other stages."""
+    """At ZeRO stage 3, let transformers shard every model over the ranks while it builds the model. This holds as long
+    as the returned object is referenced. At other stages do nothing and return None."""
     if optimization.zero_stage != 3:
         return None
     import deepspeed
@@ -80,8 +81,9 @@ def shard_new_models(optimization: OptimizationConfig, world_size: int) -> Any:
 def prevent_compilation() -> None:
     """Keep DeepSpeed from compiling its C++ and CUDA ops at run time.
 
-    DeepSpeed's communication backend for the CPU would compile a shared-memory op wherever it finds a compiler, and
-    probing all ops takes a second. An empty table of ops makes DeepSpeed treat each op as not compatible.
+    DeepSpeed looks up in a table which ops it can compile. The table is emptied, so that DeepSpeed treats every op as
+    not compatible. Otherwise its communication backend for the CPU would compile a shared-memory op wherever it finds a
+    compiler, and the check of all ops would take a second.
     """
     import deepspeed.ops
 

@@ -1,5 +1,5 @@
 """The DeepSpeed engine: forward, backward and update of a model that is sharded over the ranks, and access to its
-state.
+training state.
 
 `train.py` makes one engine for each run. All code that depends on DeepSpeed's internals is in this module and in
 `config.py`, so that an upgrade of DeepSpeed changes only these two files.
@@ -40,12 +40,14 @@ class Engine:
 
         prevent_compilation()
         if optimization.zero_stage < 3:
-            # This must come before `Objective`, which takes over the forward function of the head, fused or not.
+            # Fuse before `Objective` is made. `Objective` replaces the forward function of the output head, and
+            # `fuse_adapters` leaves out layers with a replaced forward function.
             fuse_adapters(model)
         self._objective = Objective(model)
         if self._objective.head is not None:
-            # ZeRO-3 gathers a leaf module's weights once per micro-batch. Ranks may compute different numbers of head
-            # chunks, and a gather per chunk would then hang.
+            # Make the output head a leaf module, whose weights ZeRO-3 gathers once per micro-batch. The head computes
+            # the loss in chunks. A gather for each chunk would hang, because ranks may compute different numbers of
+            # chunks.
             set_z3_leaf_module(self._objective.head, True)
         self._stage = optimization.zero_stage
         self._linked = False
@@ -56,8 +58,8 @@ class Engine:
             lr=optimization.learning_rate,
             betas=BETAS,
             eps=EPSILON,
-            # The fused kernel reads the optimizer state once instead of ten times. The state does not fit into any
-            # cache.
+            # The fused kernel reads the optimizer state from memory once instead of ten times. No cache is large enough
+            # to hold the state.
             fused=True,
         )
         self.module, self._optimizer, _, _ = deepspeed.initialize(
@@ -68,7 +70,7 @@ class Engine:
         )
         self._parameters = trained_parameters(model)
 
-    # One optimizer step
+    # Functions of an optimizer step
 
     def forward(self, **inputs: Any) -> Any:
         """Call the model with ``inputs``, the keyword arguments of its forward function, and return the model's
@@ -109,8 +111,8 @@ class Engine:
         self._objective.exclude_tokens(torch.tensor(list(ids), device=self.device) if ids else None)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of ``loss``. DeepSpeed averages gradients over the ranks, so the caller multiplies
-        ``loss`` by the number of ranks. ``last`` marks the last micro-batch of the global batch."""
+        """Accumulate the gradient of ``loss``. DeepSpeed averages gradients over the ranks. To get the sum, the caller
+        multiplies ``loss`` by the number of ranks. ``last`` marks the last micro-batch of the global batch."""
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(loss, scale_wrt_gas=False)
         if not last:
@@ -120,8 +122,8 @@ class Engine:
         """Return the L2 norm of the accumulated gradient over all ranks, before clipping; NaN where the norm is not
         finite. All ranks must call this function together.
 
-        Call this function before `step`: DeepSpeed does not report that it skipped an update for such a gradient, and
-        at stage 0 in fp32 it would apply the update.
+        Call this function before `step`, and do not call `step` where the norm is NaN. DeepSpeed would skip such an
+        update without a report, and at stage 0 in fp32 it would apply the update.
         """
         if self._stage == 0:
             gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
@@ -151,7 +153,7 @@ class Engine:
         if self._stage == 3:
             self._optimizer._overflow_clean_up(self._optimizer.loss_scale)
             return
-        # The same that DeepSpeed does with a gradient that overflows (deepspeed/runtime/zero/stage_1_and_2.py, `step`).
+        # Clear what DeepSpeed clears when a gradient overflows (`step` in deepspeed/runtime/zero/stage_1_and_2.py).
         if self._optimizer.cpu_offload:
             self._optimizer.reset_cpu_buffers()
         for group in self._optimizer.averaged_gradients:
@@ -171,16 +173,17 @@ class Engine:
         """Switch the model to training mode, or to evaluation mode without dropout."""
         self.module.train(mode)
 
-    # Training state, for checkpoints
+    # Functions that read and write the training state, for checkpoints
 
     @property
     def parameter_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Full shapes of the trained parameters by name, in the model's order, which is the same on every rank."""
+        """Shapes of the trained parameters before sharding, by name, in the model's order, which is the same on every
+        rank."""
         return {name: tuple(full_shape(parameter)) for name, parameter in self._parameters.items()}
 
     def read_state(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the full fp32 value and the two moments of the trained parameter ``name``. All ranks must call this
-        function together."""
+        """Return the fp32 value and AdamW's two moments of the trained parameter ``name``, gathered from the shards of
+        all ranks. All ranks must call this function together."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._parameters[name]
@@ -193,10 +196,10 @@ class Engine:
         return tensors
 
     def _link_moments(self) -> None:
-        """At ZeRO 1 and 2, let every parameter find its moments, once after the first update.
+        """At ZeRO stages 1 and 2, link every parameter to its AdamW moments, once after the first update.
 
-        DeepSpeed links the moments when the first parameter group was updated, at which time the other groups have no
-        moments yet.
+        DeepSpeed itself links them too early: when it has updated the first parameter group and the other groups have
+        no moments yet.
         """
         if self._stage in (1, 2) and not self._linked:
             self._optimizer._hp_optimizer_states_linked = False
@@ -222,7 +225,8 @@ class Engine:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def write_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set the fp32 value and the moments that `read_state` returned. The model's own bf16 copy is loaded before the
+        """Set the fp32 value and the two moments of the trained parameter ``name`` to ``tensors``, as `read_state`
+        returned them. The bf16 weights that the model computes with are not set here, but by `load_weights` before the
         engine is made."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -254,7 +258,7 @@ class Engine:
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Return the full shape of ``parameter``, of which this rank may hold a shard only."""
+    """Return the shape of ``parameter`` before sharding. This rank may hold only a shard of it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -275,8 +279,8 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[
     """Return the optimizer's parameter groups: weight decay applies to matrices, and not to vectors such as norms and
     biases, as in GPT-3 and Llama.
 
-    The full shape tells matrix and vector apart, because in a model that was built sharded each tensor itself is an
-    empty vector.
+    The shape before sharding tells whether a parameter is a matrix. The tensor itself does not tell, because in a model
+    that was built under ZeRO-3 each tensor is an empty vector.
     """
     parameters = list(trained_parameters(model).values())
     if weight_decay == 0:

@@ -1,8 +1,8 @@
-"""Moves the training state between the engine and safetensors files that do not depend on the number of ranks.
+"""Writes the engine's training state into safetensors files, and loads it from them.
 
 `checkpoints/saver.py` writes the files, and `train.py` loads them. Each trained parameter is stored whole (fp32 value
-and both moments), in the file of one rank. A checkpoint can therefore be read by any number of ranks at any ZeRO stage.
-The checkpoint of a LoRA run holds the adapters only.
+and both AdamW moments) in the file of one rank. A checkpoint can therefore be read by any number of ranks at any ZeRO
+stage. The checkpoint of a LoRA run holds the adapters only.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ STATE_KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
 
 
 def assign_owners(shapes: Mapping[str, Sequence[int]], world_size: int) -> dict[str, int]:
-    """Return which rank writes which parameter, by name. The largest parameters come first, and each parameter goes to
-    the rank that has the fewest elements so far."""
+    """Return which rank writes each parameter, by the parameter's name. The largest parameters are assigned first, each
+    to the rank with the fewest elements so far."""
     loads = [0] * world_size
     chosen = {}
     for name in sorted(shapes, key=lambda name: (-math.prod(shapes[name]), name)):
@@ -43,7 +43,7 @@ def take_snapshot(engine: Engine, *, rank: int, world_size: int) -> dict[str, to
     """Return the part of the training state that this rank stores, as fp32 tensors on the CPU by `<parameter>/<kind>`.
     All ranks must call this function together.
 
-    Parameters are gathered one at a time, so the peak memory is this rank's part and one parameter.
+    Parameters are gathered one at a time, so that memory holds only this rank's part and one parameter.
     """
     owner = assign_owners(engine.parameter_shapes, world_size)
     kept: dict[str, torch.Tensor] = {}
@@ -57,8 +57,8 @@ def take_snapshot(engine: Engine, *, rank: int, world_size: int) -> dict[str, to
 
 
 def write_snapshot(tensors: Mapping[str, torch.Tensor], folder: Path, *, rank: int, world_size: int) -> list[Path]:
-    """Write the tensors of a snapshot into ``folder`` and return the files: none where this rank stores no
-    parameter."""
+    """Write the tensors of a snapshot into a file in ``folder``, and return the path of the file in a list. The list is
+    empty where this rank stores no parameter."""
     if not tensors:
         return []
     path = folder / state_file(rank, world_size)
@@ -67,7 +67,8 @@ def write_snapshot(tensors: Mapping[str, torch.Tensor], folder: Path, *, rank: i
 
 
 def stored_tensors(folder: Path, kinds: Sequence[str] = STATE_KINDS) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Yield each parameter of a fetched checkpoint with its tensors of the given ``kinds``."""
+    """Yield (parameter name, tensors by kind) for each parameter of a checkpoint downloaded to ``folder``. ``kinds``
+    selects from the fp32 value and the two AdamW moments."""
     for path in sorted(folder.glob(STATE_GLOB)):
         with safe_open(path, framework="pt") as file:
             names = dict.fromkeys(key.rpartition("/")[0] for key in file.keys())  # noqa: SIM118  (no mapping)
@@ -76,8 +77,8 @@ def stored_tensors(folder: Path, kinds: Sequence[str] = STATE_KINDS) -> Iterator
 
 
 def load_weights(model_parameters: Mapping[str, torch.nn.Parameter], folder: Path) -> None:
-    """Copy the stored fp32 values into the model, before the engine is made. Raises Damaged where the checkpoint's
-    parameters are not those of the model."""
+    """Copy the fp32 values of the checkpoint in ``folder`` into the model's trained parameters. Call this before the
+    engine is made. Raises Damaged where the checkpoint's parameters are not those of the model."""
     missing = dict(model_parameters)
     with torch.no_grad():
         for name, tensors in stored_tensors(folder, (MASTER,)):
@@ -90,7 +91,8 @@ def load_weights(model_parameters: Mapping[str, torch.nn.Parameter], folder: Pat
 
 
 def load_state(engine: Engine, folder: Path, *, updates: int) -> None:
-    """Set the engine's fp32 values, moments and number of updates from a fetched checkpoint."""
+    """Set the engine's fp32 values and AdamW moments to those of the checkpoint in ``folder``, and its number of
+    updates to ``updates``."""
     engine.prepare_state(updates)
     with torch.no_grad():
         for name, tensors in stored_tensors(folder):

@@ -1,4 +1,5 @@
-"""Dropout that depends on the example only: what is dropped follows from (seed, step, row, position, layer, feature).
+"""Dropout that does not depend on how examples are batched: what is dropped follows from (seed, step, row, position,
+layer, feature) only.
 
 `objective.py` replaces the dropout of LoRA adapters with `ExampleDropout`. torch's own dropout draws from a random
 stream, so its masks depend on ranks, micro-batches, packing and recomputation. Here each decision is a hash of
@@ -15,8 +16,8 @@ from torch import nn
 
 
 class DropoutKeys:
-    """Holds the dropout keys of the tokens that the layers currently compute: int64 of shape (B, T), or (N,) at the
-    output head."""
+    """Holds one dropout key for each token that the layers currently compute. From the key, `ExampleDropout` derives
+    what is dropped. The keys are int64 of shape (batch, length), or (number of tokens,) at the output head."""
 
     def __init__(self) -> None:
         """Begin without keys. `Objective` sets them before every forward pass."""
@@ -50,8 +51,8 @@ class ExampleDropout(nn.Module):  # type: ignore[misc]  # torch has no types her
 
 
 def keep_mask(keys: torch.Tensor, features: int, p: float) -> torch.Tensor:
-    """Return which features stay, a bool tensor (..., ``features``) for ``keys`` (...). Each feature stays with
-    probability 1 - ``p``."""
+    """Return which features are not dropped: a bool tensor of shape (..., ``features``) for ``keys`` of shape (...).
+    Each feature stays with probability 1 - ``p``."""
     folded = _as_int32(keys ^ (keys >> 32))
     feature = torch.arange(features, dtype=torch.int32, device=keys.device) * _GOLDEN
     mixed = _mix(_mix(folded).unsqueeze(-1) ^ feature)

@@ -2,8 +2,8 @@
 time.
 
 `objective.py` puts a `LossHead` on a model. The logits of a whole batch (batch x length x vocabulary in fp32) would be
-the largest tensor of a training step. The replaced `forward` picks the positions that have a target, and sums the loss
-of one chunk before it computes the logits of the next.
+the largest tensor of a training step. So `LossHead` replaces the head's `forward`: it picks the positions that have a
+target, and sums the loss of one chunk of positions before it computes the logits of the next chunk.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from finetune_trainer.loss.dropout import DropoutKeys
 from finetune_trainer.loss.kernels import frozen_head_loss
 
 CHUNK_LOGITS = 1 << 25
-"""Number of logits in a chunk: 128 MiB in fp32."""
+"""Number of logits that are computed at a time, in one chunk of positions: 128 MiB in fp32."""
 CPU_CHUNK_LOGITS = 1 << 22
-"""Number of logits in a chunk of a frozen head on the CPU. A chunk that fits into the cache is faster there, and more
+"""The same number for a frozen output head on the CPU. A chunk that fits into the cache is faster there, and more
 chunks cost nothing, because a frozen head computes no chunk twice."""
 
 
@@ -32,7 +32,7 @@ class LossHead:
     def __init__(
         self, head: nn.Module, keys: DropoutKeys, *, vocabulary: int, chunk_logits: int = CHUNK_LOGITS
     ) -> None:
-        """Replace the forward function of ``head``. ``keys`` are the dropout keys of the head's own adapter."""
+        """Replace the forward function of ``head``. ``keys`` are the dropout keys for a LoRA adapter on the head."""
         self.module = head
         self._logits = head.forward
         self.keys = keys
@@ -42,7 +42,8 @@ class LossHead:
         """The batch whose loss `forward` returns. While it is None, `forward` returns logits, as generation needs
         them."""
         self.excluded: torch.Tensor | None = None
-        """Ids of tokens that get no probability, a tensor on the device; None for the whole vocabulary."""
+        """Ids of the tokens that get no probability, as a tensor on the model's device. None where no token is
+        excluded."""
         head.forward = self._forward
 
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -62,8 +63,8 @@ class LossHead:
         chunks = list(zip(*pieces, strict=True))
         if len(chunks) == 1 or not torch.is_grad_enabled():
             return torch.stack([self._nll(*chunk) for chunk in chunks]).sum()
-        # Each chunk's logits are computed again in the backward pass. Otherwise the logits of all chunks would be kept
-        # for it.
+        # The logits of each chunk are computed again in the backward pass. Otherwise the logits of all chunks would
+        # stay in memory until then.
         sums = [checkpoint(self._nll, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         return torch.stack(sums).sum()
 

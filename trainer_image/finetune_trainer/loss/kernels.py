@@ -1,8 +1,8 @@
-"""Fewer passes over memory than autograd needs, for linear layers with LoRA and for the loss under a frozen output
-head.
+"""Fused kernels for linear layers with a LoRA adapter, and for the loss of a frozen output head. They make fewer passes
+over memory than torch's autograd.
 
-`engine/engine.py` fuses the layers, and `head.py` uses the loss. Both compute the same values as peft and torch, up to
-rounding. The fused layers are used in training only, so that scores and exports are bit for bit those of peft.
+`engine/engine.py` fuses the layers, and `head.py` uses the loss. The kernels compute the same values as peft and torch,
+up to rounding. The fused layers are used in training only, so that scores and exports are bit for bit those of peft.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def fuse_adapters(model: nn.Module) -> int:
     """Let the linear layers of ``model`` that have a LoRA adapter train with fused kernels. Return the number of such
     layers.
 
-    Not for ZeRO-3, which gathers the weights of one small module at a time.
+    Do not call this under ZeRO-3, which gathers a module's weights only when the module's own `forward` is called. A
+    fused layer reads the weights of its inner modules without calling them.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear) and _is_plain(module)]
     for layer in layers:
@@ -114,7 +115,8 @@ def frozen_head_loss(
 
 
 class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
-    """The gradient of -log softmax(W h)[t] with regard to h is W^T (softmax(W h) - onehot(t))."""
+    """The loss of `frozen_head_loss` and its gradient. The gradient of -log softmax(W h)[t] with regard to h is W^T
+    (softmax(W h) - onehot(t))."""
 
     @staticmethod
     def forward(

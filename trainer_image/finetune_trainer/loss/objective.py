@@ -1,7 +1,7 @@
 """Turns a causal language model into a function from a batch to the summed loss of its supervised tokens.
 
-`engine/engine.py` makes one objective for each engine. The model stays a transformers or peft model: called without a
-batch it computes logits, so it can still generate.
+`engine/engine.py` makes one objective for each engine. The model stays a transformers or peft model, and outside of
+`Objective.loss` it returns logits. So it can still generate text.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Objective:
     """The loss of a model. An objective must be made before the model is sharded."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Replace the forward function of the output head of ``model``, and the dropout of its adapters. ``model`` is a
-        PreTrainedModel or a PeftModel."""
+        """Replace the forward function of the model's output head, and the dropout of the model's LoRA adapters.
+        ``model`` is a PreTrainedModel or a PeftModel."""
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._body_keys, head_keys = DropoutKeys(), DropoutKeys()
         head = inner.get_output_embeddings()
@@ -35,12 +35,14 @@ class Objective:
         self._head = LossHead(head, head_keys, vocabulary=vocabulary) if head is not None else None
         self._excluded: torch.Tensor | None = None
         self.full_logits = self._head is None
-        """Whether the logits of all positions are computed first. Models that change the logits after the head (a soft
-        cap, for example) need this, because a loss computed inside of the head would not see the change."""
+        """Whether `loss` computes the logits of all positions first, and then the loss. Models that change the logits
+        after the head (a soft cap, for example) need this, because a loss computed inside of the head would not see the
+        change."""
 
     @property
     def head(self) -> nn.Module | None:
-        """The output head, None where the model has none. ZeRO-3 has to gather its weights once for all chunks."""
+        """The output head, None where the model has none. Under ZeRO-3, the engine must gather the head's weights once
+        for all chunks of a loss."""
         return self._head.module if self._head is not None else None
 
     def exclude_tokens(self, tokens: torch.Tensor | None) -> None:
@@ -73,6 +75,7 @@ class Objective:
         self._body_keys.value = batch.dropout_keys
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.position_ids is not None:
-            # With a cache or an attention mask, packed examples would see each other.
+            # transformers finds the borders of packed examples in `position_ids`, but only where neither an attention
+            # mask nor a KV cache is passed. Otherwise packed examples would attend to each other.
             inputs["position_ids"] = batch.position_ids
         return inputs

@@ -1,4 +1,4 @@
-"""The sha256 of the base model under a LoRA run.
+"""The sha256 of the base model that a LoRA run trains on.
 
 The checkpoint of a LoRA run holds no weight of the base model, so a run must resume on the same base model that the
 checkpoint was trained on. `train.py` computes the digests on rank 0 at every start and compares them with those in the
@@ -23,7 +23,8 @@ def base_digest(folder: Path) -> str:
     """Return the sha256 over the names and contents of the safetensors files in a model folder, in the order of their
     names.
 
-    Every byte is read. The files were just fetched or are loaded soon after, so they are likely in the page cache.
+    Every byte is read. That costs little, because the files are likely in the page cache: they were just downloaded, or
+    will be loaded soon after.
     """
     files = sorted(folder.glob("*.safetensors"))
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
@@ -42,13 +43,14 @@ def _file_digest(path: Path) -> str:
 
 
 class BaseDigests(ContractModel):
-    """Digests of the base model that a LoRA run trains on. A checkpoint stores the digests and not the weights."""
+    """Digests of the base model that a LoRA run trains on. A checkpoint stores the digests instead of the base model's
+    weights."""
 
     base_sha256: str | None = None
     """sha256 of the base model's weights. None for a full run, whose checkpoints hold every weight."""
     rows_sha256: str | None = None
-    """sha256 of the extended base model, which has rows for added tokens. None where the base model was not
-    extended."""
+    """sha256 of the extended base model, a copy with rows for added tokens or with an untied output head. None where
+    the base model was not extended."""
 
     @classmethod
     def of(cls, *, adapters: bool, base: Path, extended: Path) -> BaseDigests:
@@ -59,7 +61,8 @@ class BaseDigests(ContractModel):
         return cls(base_sha256=base_digest(base), rows_sha256=base_digest(extended) if extended != base else None)
 
     def check(self, state: TrainerState, *, seed: int) -> None:
-        """Raise UserError where the checkpoint of ``state`` was trained on another base model or with another seed."""
+        """Raise UserError where a checkpoint was trained on another base model or with another seed. ``state`` is the
+        training state that the checkpoint stores."""
         if state.seed != seed:
             raise UserError(
                 "training.seed", f"is {seed}, but the checkpoint of step {state.step} was trained with {state.seed}"

@@ -1,8 +1,8 @@
-"""Writes an extended copy of a base model: with the job's added tokens in tokenizer and embeddings, and with an output
-head of its own where LoRA trains an embedding that is tied to the head.
+"""Writes an extended copy of a base model: with the job's added tokens in tokenizer and embeddings, and with separate
+weights for the output head where LoRA adapts an embedding that shares its weights with the head.
 
 `preparation.py` writes the copy before any model is loaded, so that loading, ZeRO-3 and export all see one ordinary
-model folder. The rows of added tokens depend on (seed, token) only.
+model folder. The random values of an added token's rows follow from the seed and the token only.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ GPT-2."""
 
 
 def initial_row(token: str, *, matrix: str, width: int, spread: float, seed: int) -> torch.Tensor:
-    """Return the initial embedding row of an added token, (width,) in fp32. Its values are normal with standard
-    deviation ``spread``, as the model's own initialisation draws them. ``matrix`` is `input` or `output`."""
+    """Return the initial embedding row of an added token, (width,) in fp32. Its values are drawn from a normal
+    distribution with standard deviation ``spread``, as in the model's own initialisation. ``matrix`` names the
+    embedding: `input` or `output`."""
     digest = hashlib.blake2b(f"{seed}/{matrix}/{token}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.empty(width, dtype=torch.float32).normal_(0, spread, generator=generator)
 
 
 def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: bool, seed: int) -> None:
-    """Write a copy of the model folder ``source`` to ``target``, with ``tokens`` added. With ``untie`` the copy has an
-    output head of its own.
+    """Write a copy of the model folder ``source`` to ``target``, with ``tokens`` added. With ``untie`` the output head
+    of the copy does not share its weights with the input embedding.
 
-    Weight files without an embedding are linked, not copied. Raises UserError where the embeddings are not found.
+    Weight files that hold no embedding are linked, not copied. Raises UserError where the embeddings are not found.
     """
     target.mkdir(parents=True)
     structure, weights = read_structure(source), WeightFiles.of(source)
@@ -87,8 +88,8 @@ def extend_base(source: Path, target: Path, *, tokens: Sequence[str], untie: boo
 
 
 def _write_weights(weights: WeightFiles, target: Path, changed: Mapping[str, torch.Tensor], *, beside: str) -> None:
-    """Write the weight files that hold a changed tensor, and link the other files. A tensor that is in no file yet goes
-    into the file ``beside``."""
+    """Write the weight files that hold a tensor of ``changed``, and link the other files. A new tensor, which is in no
+    file yet, goes into the file ``beside``."""
     places = {**dict.fromkeys(changed, beside), **weights.files}
     files = sorted(set(places.values()))
     for name in files:

@@ -31,8 +31,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def adapted_modules(structure: ModelStructure, lora: LoRASpec, *, added_tokens: bool) -> list[str]:
     """Return the names of the modules that get an adapter, in peft's short form, for example `q_proj`.
 
-    Where the job names no module, these are all dense layers of the decoder, and both embeddings where tokens are
-    added. Raises UserError where a name in `lora.targetModules` fits no module.
+    Where the job names no module, these are all dense layers of the decoder. Where the job adds tokens, both embeddings
+    are among them too. Raises UserError where a name in `lora.targetModules` fits no module.
     """
     embeddings = [name for name in (structure.input_name, structure.output_name) if name is not None]
     adaptable = {
@@ -58,7 +58,7 @@ def adapted_modules(structure: ModelStructure, lora: LoRASpec, *, added_tokens: 
 
 
 def _fits(name: str, target: str) -> bool:
-    """Return whether peft adapts the module ``name`` for the target name ``target``."""
+    """Return whether peft adds an adapter to the module ``name`` when its `target_modules` contain ``target``."""
     return name == target or name.endswith(f".{target}")
 
 
@@ -81,8 +81,8 @@ def adapts_an_embedding(structure: ModelStructure, targets: Collection[str]) -> 
 def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> PreTrainedModel:
     """Load the base model. Raises UserError where its files are not those of a complete causal language model.
 
-    With ``sharded`` the weights are copied into the shards of the ranks (ZeRO-3), so the memory-mapped files are
-    released while they are read.
+    With ``sharded`` (ZeRO-3) the weights are copied from memory-mapped files into the shards of the ranks, and the
+    memory of the mapped files is freed in the meantime.
     """
     try:
         with release_mapped_pages(folder) if sharded else contextlib.nullcontext():
@@ -100,7 +100,7 @@ def load_base(folder: Path, dtype: torch.dtype, *, sharded: bool = False) -> Pre
     shared = {key for key, _ in getattr(model, "all_tied_weights_keys", {}).items()}
     missing = sorted(key for key in report["missing_keys"] if key not in shared)
     if missing:
-        # transformers gives missing weights random values and only warns.
+        # This is an error here, because transformers gives missing weights random values and only warns.
         raise UserError("model", f"its files are incomplete: they lack {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
     return model
@@ -124,7 +124,7 @@ def add_adapters(
         tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError("lora.targetModules", f"must name modules of the model: {first_line(error)}") from error
-    # By default peft writes the local folder of the base model, which means nothing outside of this pod.
+    # Replace peft's default, the local folder of the base model, which means nothing outside of this pod.
     tuned.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
@@ -137,7 +137,8 @@ def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """Return the initial value of an adapter's weight in fp32. The product B @ A of an adapter is zero at first.
 
     For a dense layer B is zero, and A is uniform with bound 1 / sqrt(columns): Kaiming's rule with a = sqrt(5), as in
-    peft and in the code of the LoRA paper (Hu et al., 2021). For an embedding peft has A zero and B normal.
+    peft and in the code of the LoRA paper (Hu et al., 2021). For an embedding A is zero and B is normally distributed,
+    as in peft.
     """
     embedding = "lora_embedding_" in name
     if ("lora_embedding_A" in name) if embedding else ("lora_B" in name):
@@ -151,8 +152,8 @@ def initial_adapter(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 def enable_gradient_checkpointing(model: Any) -> None:
-    """Compute activations again in the backward pass instead of storing them. The output of a frozen embedding must
-    then require a gradient."""
+    """Let ``model`` compute activations again in the backward pass instead of storing them. For this, the output of the
+    input embedding is made to require a gradient, even where the embedding is frozen."""
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

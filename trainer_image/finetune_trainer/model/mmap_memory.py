@@ -1,8 +1,8 @@
 """Frees the memory of memory-mapped weight files while a model is loaded from them.
 
 `load.py` uses this module under ZeRO-3, where a rank maps every weight file until the last tensor is copied into a
-shard. The kernel would free the pages when memory gets short. Until then the pages count as memory of this process: a
-whole model beside this rank's shard.
+shard. The kernel frees the pages of mapped files only when memory gets short. Until then the pages count as memory of
+this process, which would hold a whole model in addition to its shard.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ INTERVAL_SECONDS = 0.05
 
 @contextmanager
 def release_mapped_pages(folder: Path) -> Iterator[None]:
-    """While the block runs, free the pages of this process's mappings of weight files in ``folder``, every
-    INTERVAL_SECONDS.
+    """While the block runs, free the memory of the weight files in ``folder`` that this process has mapped. This is
+    done every INTERVAL_SECONDS.
 
-    Use this only for files that are read, because changes that were written through a mapping would be lost.
+    Use this only for files that are read and not written, because changes that were written through a mapping would be
+    lost.
     """
     prefixes = {str(folder.resolve()), *(str(path.resolve()) for path in folder.glob("*.safetensors"))}
     done = threading.Event()
@@ -42,7 +43,7 @@ def release_mapped_pages(folder: Path) -> Iterator[None]:
 
 
 def release_pages(prefixes: set[str]) -> int:
-    """Free the pages of all mappings of files whose path begins with one of ``prefixes``. Return the size of these
+    """Free the pages of all mappings of files whose path begins with one of ``prefixes``. Return the size of the freed
     mappings in bytes."""
     libc = ctypes.CDLL(None, use_errno=True)
     dropped = 0
@@ -51,7 +52,8 @@ def release_pages(prefixes: set[str]) -> int:
         if len(fields) < 6 or not any(fields[5].startswith(prefix) for prefix in prefixes):
             continue
         start, end = (int(bound, 16) for bound in fields[0].split("-"))
-        # The loader may have removed the mapping since. madvise then returns an error, and nothing is left to free.
+        # madvise returns an error where the loader has removed the mapping in the meantime. Nothing is left to free
+        # then.
         if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED) == 0:
             dropped += end - start
     return dropped

@@ -1,5 +1,5 @@
-"""The safetensors files of a model folder: which file holds which tensor, whether the files are complete, and their
-index."""
+"""The safetensors files of a model folder: which file holds which tensor, whether the files are complete, and the
+index, a file that lists the tensors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class WeightFiles:
 
 
 def check_complete(folder: Path) -> None:
-    """Raise UserError where a weights file of the model in ``folder`` is missing or shorter than its header says."""
+    """Raise UserError where a weights file of the model in ``folder`` is missing, or can't be opened, for example
+    because it is shorter than its header says."""
     index = folder / INDEX_FILE
     try:
         names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
@@ -65,7 +66,8 @@ def check_complete(folder: Path) -> None:
 
 
 def write_index(folder: Path, files: Mapping[str, str]) -> None:
-    """Write the index of a model that has several weight files. ``files`` maps each tensor name to a file name."""
+    """Write the index file of a model, which lists in which weights file each tensor lies. ``files`` maps each tensor
+    name to a file name."""
     size = sum((folder / name).stat().st_size for name in set(files.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,4 +1,5 @@
-"""The ranks of an attempt: rendezvous and collectives, errors between ranks, watchdog, and the process around torch.
+"""The ranks of an attempt: rendezvous and collectives, errors that travel between ranks, the watchdog, and environment
+and device of a rank's process.
 
 The launcher's supervision of worker processes belongs in `processes.py`.
 """

@@ -1,5 +1,5 @@
-"""The gang: all ranks of an attempt, as one rank sees them. Offers rendezvous, sums, stop signals, and work for all
-ranks.
+"""The gang: all ranks of an attempt, as one rank sees them. `Gang` joins the ranks, adds up numbers of all ranks, tells
+all ranks of a SIGTERM, and runs functions on one rank or on all.
 
 The ranks talk through two channels. A gloo process group carries small collectives, which all ranks must call at the
 same point of the program. The rendezvous store of torch carries everything that may take long, so that no rank waits in
@@ -31,24 +31,26 @@ from finetune_trainer.ranks.watchdog import Watchdog
 T = TypeVar("T")
 
 WORK_SECONDS = 4 * STORE_BUDGET_SECONDS
-"""How long the other ranks wait for the work of one rank: several calls to the object store, each with its own budget,
-and the transfer of the data."""
+"""How many seconds the other ranks wait for the work of one rank. The work may make several calls to the object store,
+each with a time limit of its own, and may transfer much data."""
 BACKGROUND_WORK_SECONDS = 24 * 3600.0
-"""The same limit for background threads: a large checkpoint over a slow line may take a day. A rank that is gone is
-noticed by its missing heartbeat, long before this limit."""
+"""How many seconds background threads wait for the work of one rank: a large checkpoint over a slow line may take a
+day. A rank that is gone is noticed by its missing heartbeat, long before this limit."""
 FINAL_BARRIER_SECONDS = 15.0
 HEARTBEAT_SECONDS = 1.0
 STORE_WAIT_SECONDS = 1.0
-"""Longest single wait inside torch. While torch waits, Python runs no signal handler."""
+"""Longest single wait for the rendezvous store, in seconds. While torch waits, Python runs no signal handler, so longer
+waits are made of several short ones."""
 POLL_SECONDS = 0.1
 JOIN_AFTER_STOP_SECONDS = 12.0
-"""How long a rank that received SIGTERM still tries to join the other ranks, which would otherwise wait for it."""
+"""For this many seconds after SIGTERM a rank still tries to join the other ranks, because they would otherwise wait for
+it."""
 COLLECTIVE_MARGIN_SECONDS = 120.0
-"""How much longer than the stall limit of the watchdog a collective waits. The watchdog must end the process first,
-because only the watchdog writes stack traces."""
+"""A collective waits this many seconds longer than the stall limit of the watchdog. So the watchdog ends a hanging
+process first, because only the watchdog writes stack traces."""
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
-"""A rank whose heartbeat has not changed for so long is lost. A killed process does not always close its connections,
-so the rendezvous store may not notice."""
+"""A rank whose heartbeat has not changed for this many seconds counts as lost. The rendezvous store may not notice the
+loss, because a killed process does not always close its connections."""
 
 
 class Gang:
@@ -153,14 +155,14 @@ class Gang:
         if self._watchdog is not None:
             self._watchdog.note_progress()
 
-    # Stop signals
+    # Stop signals (SIGTERM)
 
     def stop_requested(self) -> bool:
         """Return whether this process received SIGTERM, or knows from the rendezvous store that another rank did."""
         return self._stop() or self._peer_stop
 
     def check_stop(self, *, failed: bool = False) -> None:
-        """Raise StopAgreed on every rank where any rank received SIGTERM or passes ``failed``.
+        """If any rank received SIGTERM or passes ``failed``, raise StopAgreed on every rank.
 
         All ranks must call this function together. The call also tells the watchdog that this rank makes progress.
         """
@@ -172,9 +174,10 @@ class Gang:
     def run_on_rank_0(self, work: Callable[[], Any], *, until_stop: bool = False) -> Any:
         """Let rank 0 call ``work``, and return the result, a JSON value, on every rank.
 
-        An error of rank 0 is raised on every rank with the same class. The other ranks wait at the rendezvous store for
-        a bounded time, and raise PeerLost when rank 0 is gone. With ``until_stop`` every rank abandons the work and
-        raises StopAgreed once any rank has received SIGTERM.
+        An error of rank 0 is raised on every rank. The other ranks raise the same class if `SHARED_ERRORS` names it or
+        it is UserError, else PeerLost. The other ranks wait at the rendezvous store for a bounded time, and raise
+        PeerLost when rank 0 is gone. With ``until_stop`` every rank abandons the work and raises StopAgreed once any
+        rank has received SIGTERM.
         """
         with self._allow_long_work():
             return self._run_on_rank_0(work, until_stop)
@@ -195,9 +198,9 @@ class Gang:
     def gather(self, work: Callable[[], Any], *, until_stop: bool = False) -> list[Any]:
         """Let every rank call its own ``work``, and return the results of all ranks, JSON values in the order of ranks.
 
-        The first error of any rank is raised on every rank. Rank 0 collects the results, and raises PeerLost when the
-        heartbeat of another rank stops; the other ranks raise PeerLost when rank 0 is gone. ``until_stop`` is as in
-        `run_on_rank_0`.
+        Where the work of a rank fails, every rank raises an error, as in `run_on_rank_0`. Rank 0 collects the results,
+        and raises PeerLost when the heartbeat of another rank stops; the other ranks raise PeerLost when rank 0 is
+        gone. ``until_stop`` is as in `run_on_rank_0`.
         """
         with self._allow_long_work():
             return self._gather(work, until_stop)
@@ -208,7 +211,7 @@ class Gang:
         try:
             answer = {"value": self._in_thread(work) if until_stop else work()}
         except StopAgreed as error:
-            # Another rank may be done or may have failed, so rank 0 decides what all ranks raise.
+            # Do not raise yet. Another rank may have failed with an error, so rank 0 decides what all ranks raise.
             answer = describe_error(error)
         except Exception as error:
             self._publish(key if self.is_first else f"{key}/{self.rank}", describe_error(error))
@@ -251,7 +254,7 @@ class Gang:
 
         def run() -> None:
             try:
-                # In a new thread torch's current device is GPU 0, whatever the device of this rank.
+                # Select the GPU of this rank, because in a new thread torch's current device is always GPU 0.
                 if self.device.type == "cuda":
                     torch.cuda.set_device(self.device)
                 results.append(work())
@@ -275,10 +278,10 @@ class Gang:
         return results[0]
 
     def final_barrier(self) -> None:
-        """Wait until every rank has called `final_barrier`, for at most FINAL_BARRIER_SECONDS.
+        """Tell rank 0 that this rank is done. Rank 0 waits until all ranks are done, for at most FINAL_BARRIER_SECONDS.
 
         Rank 0 leaves last, because the rendezvous store lives in the process of rank 0. The outcome of the attempt is
-        decided before, so a rank that does not come changes nothing.
+        decided before this call, so a rank that never calls it changes nothing.
         """
         with contextlib.suppress(PeerLost), convert_peer_failures():
             self._store.set(f"farewell/{self.rank}", "1")
@@ -311,7 +314,8 @@ class Gang:
                 return bytes(self._store.get(key)).decode()
 
     def _wait_for_rank(self, key: str, rank: int) -> str:
-        """Return the text that ``rank`` sets at ``key``. Raises PeerLost once the heartbeat of ``rank`` has stopped."""
+        """Return the text that ``rank`` sets at ``key`` of the rendezvous store. Raises PeerLost when the heartbeat of
+        ``rank`` has stopped, or when the time limit for the work of a rank is over."""
         deadline = time.monotonic() + self._work_seconds
         beat, changed_at = None, time.monotonic()
         while True:
@@ -324,7 +328,8 @@ class Gang:
                 raise PeerLost(f"another rank left: rank {rank} was silent for {now - changed_at:.0f} s")
 
     def _heartbeat_loop(self, store: dist.Store) -> None:
-        """Count up this rank's heartbeat in ``store``, and read whether another rank was stopped or stalls.
+        """Every HEARTBEAT_SECONDS, count up this rank's heartbeat in ``store``, tell the other ranks if this rank
+        received SIGTERM, and read whether another rank received SIGTERM or stalls.
 
         Runs in a thread of its own, with its own connection, until the process ends or rank 0 is gone.
         """

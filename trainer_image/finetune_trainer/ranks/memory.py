@@ -38,7 +38,8 @@ def out_of_memory_message(error: BaseException, status: WorkerStatus, config: Ru
 
 
 def _readable(amount: str) -> str:
-    """Return an amount of memory in MiB where ``amount`` counts bytes, as torch's CPU allocator does: `1,024 MiB`."""
+    """Return ``amount`` as people read it. Bytes, in which torch's CPU allocator counts, become MiB: `1,024 MiB`. Any
+    other text stays as it is."""
     number = amount.removesuffix("bytes").strip()
     return f"{int(number) / 2**20:,.0f} MiB" if number.isdigit() else amount
 

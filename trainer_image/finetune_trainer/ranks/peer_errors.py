@@ -1,4 +1,5 @@
-"""Errors that concern several ranks: a lost rank as torch reports it, and the error of one rank raised on all ranks.
+"""Errors that concern several ranks: the errors with which torch reports a lost rank, and errors of one rank that are
+raised on all ranks.
 
 `ranks/gang.py` and `worker.py` use this module. An error travels between ranks as JSON through the rendezvous store.
 """
@@ -26,7 +27,8 @@ from finetune_trainer.pod.errors import (
 SHARED_ERRORS: Mapping[str, type[Exception]] = {
     kind.__name__: kind for kind in (OutsideFailure, NewerRun, Diverged, OutOfMemory, StopAgreed, Stopped)
 }
-"""Errors, by class name, that every rank raises as the same class when one rank raises them. UserError is one more."""
+"""Errors, by class name, that every rank raises as the same class when one rank raises them. UserError is raised on
+every rank too, but is handled apart, because it consists of two texts."""
 PEER_MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "tcpstore")
 """Parts of the messages of the RuntimeError that torch raises in a collective when another rank is gone."""
 
@@ -74,7 +76,8 @@ def unpack_answer(answer: Mapping[str, Any]) -> Any:
 
 
 def _error_name(error: Exception) -> str:
-    """Return the name of the most specific class of ``error`` that another rank can raise."""
+    """Return the name of the most specific class of ``error`` that another rank can raise, or else the name of its own
+    class."""
     names = [kind.__name__ for kind in type(error).__mro__]
     return next((name for name in names if name == "UserError" or name in SHARED_ERRORS), names[0])
 
@@ -84,7 +87,8 @@ def _error_parts(error: Exception) -> list[str]:
 
 
 def _shared_error(name: str, parts: Sequence[str]) -> Exception:
-    """Return the error that another rank raised. A crash of another rank becomes a lost peer on this rank."""
+    """Return the error that this rank must raise because another rank raised an error with the class ``name``. Where
+    this rank can't raise that class, as after a crash of the other rank, the error is PeerLost."""
     if name == "UserError":
         return UserError(*parts)
     if name == StopAgreed.__name__:

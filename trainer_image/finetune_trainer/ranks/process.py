@@ -1,5 +1,5 @@
-"""The process around torch: environment variables that must be set before torch is imported, and the device of the
-rank.
+"""The process in which torch runs: environment variables that must be set before torch is imported, and the device of
+the rank.
 
 `worker.py` calls both functions at its start.
 """

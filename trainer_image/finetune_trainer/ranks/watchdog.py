@@ -22,7 +22,7 @@ from finetune_trainer.pod.outcomes import WorkerOutcome, WorkerStatus, write_hea
 
 INTERVAL_SECONDS = 1.0
 ANNOUNCE_SECONDS = 5.0
-"""How long a stalled rank tries to tell the other ranks about the stall before it exits."""
+"""For at most this many seconds a stalled rank tries to tell the other ranks about the stall before it exits."""
 
 
 class Watchdog:
@@ -76,7 +76,8 @@ class Watchdog:
     def end_process(self, message: str, *, caused_by_peer: bool) -> None:
         """Write stack traces and the outcome, then end the process. Never returns.
 
-        With ``caused_by_peer`` the stall is that of another rank, so the other ranks know of it already.
+        With ``caused_by_peer`` another rank stalls, and that rank has told all ranks. Otherwise the other ranks are
+        told here.
         """
         self.claim_end()
         print(f"{message}; the stacks of all threads of rank {self._rank}:", file=sys.stderr, flush=True)

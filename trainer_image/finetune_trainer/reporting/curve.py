@@ -1,4 +1,4 @@
-"""The loss curve of a report, which has room for few points. `progress.py` chooses the points here."""
+"""The loss curve of a report. A report has room for few points, so `progress.py` calls `downsample` to choose them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ MAX_POINTS = 60
 
 
 def downsample(points: Sequence[CurvePoint], limit: int = MAX_POINTS) -> list[CurvePoint]:
-    """Return at most ``limit`` of ``points``: the first, the last, the newest evaluations, and an even choice of the
-    rest.
+    """Return at most ``limit`` of ``points``: the first, the last, an even choice of the points with an evaluation, and
+    an even choice of the rest.
 
-    Points with an evaluation are rare and tell more, but get at most half of the ``limit``.
+    Points with an evaluation are rare and tell more, so they are chosen first, but they get at most half of the
+    ``limit``.
     """
     if len(points) <= limit:
         return list(points)

@@ -21,8 +21,8 @@ DATA, FORWARD, BACKWARD, UPDATE = "data", "forward", "backward", "update"
 
 
 class Stopwatch:
-    """Adds up the time of a step's parts in seconds. On a GPU the times come from CUDA events, so that the CPU does not
-    wait for the GPU after each part."""
+    """Adds up the time of a step's parts in seconds. On a GPU all parts but DATA are timed with CUDA events, so that
+    the CPU does not wait for the GPU after each part."""
 
     def __init__(self, device: torch.device) -> None:
         """Begin with no time in any part."""
@@ -45,7 +45,8 @@ class Stopwatch:
         self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - began
 
     def seconds(self, name: str) -> float:
-        """Return the time of the part ``name`` so far. On a GPU this waits until the part's work is done."""
+        """Return the time of the part ``name`` so far. On a GPU this waits until the work of all timed parts is
+        done."""
         for part, first, last in self._marks:
             last.synchronize()
             self._spent[part] = self._spent.get(part, 0.0) + first.elapsed_time(last) / 1000
@@ -90,8 +91,11 @@ def model_shape(structure: ModelStructure, trained: int, *, adapters: bool) -> M
 def mfu(
     shape: ModelShape | None, lengths: list[int], seconds: float, *, devices: int, device: torch.device
 ) -> float | None:
-    """Return the model FLOPs utilisation of a step, between 0 and 1; None on a CPU. ``lengths`` are the sequence
-    lengths without padding."""
+    """Return the model FLOPs utilisation of a step, between 0 and 1. None on a CPU, and where the model's shape or the
+    GPU's peak is not known.
+
+    ``lengths`` are the lengths of all examples of the step, in tokens without padding.
+    """
     if shape is None or device.type != "cuda":
         return None
     flops = training_flops(shape, sum(lengths), sum(length * length for length in lengths))

@@ -1,5 +1,5 @@
-"""What rank 0 knows about the run. Writes a log line for each step, sends reports to the operator, and collects the
-rows of the step log.
+"""What rank 0 knows about the run: `Progress` writes a log line for each step, sends reports to the operator, and
+collects the rows of the step log.
 
 `loop.py`, `finish.py` and `evaluation/` note what happens, and only rank 0 has a `Progress`.
 """
@@ -131,8 +131,8 @@ class Progress:
         scores = {"perplexity": perplexity, "task_score": task_score}
         if self._newest is not None and self._newest.step == step:
             self._newest = self._newest.model_copy(update=scores)
-            # Where an earlier run was stopped during this evaluation, its row of this step has no scores. The row is
-            # written again with scores.
+            # The row is added to the pending rows even if an earlier run wrote it already. Where that run was stopped
+            # during this evaluation, its row has no scores.
             self._pending = [*(row for row in self._pending if row.step != step), self._newest]
         if self._points:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
@@ -177,7 +177,8 @@ class Progress:
         self._publish(urgent=True)
 
     def checkpointing(self, *, age: float, problem: str) -> None:
-        """Note the age in seconds of the newest committed checkpoint, and the sentence that says why the age grows."""
+        """Note the age in seconds of the newest committed checkpoint, and what is wrong with saving: a sentence, or an
+        empty text. Write a log line where the problem has changed."""
         if problem.partition(":")[0] != self._checkpoint_problem.partition(":")[0]:
             log_line(f"checkpoints: {problem}" if problem else "checkpoints are committed again")
         self._checkpoint_age, self._checkpoint_problem = round(age), problem

@@ -30,7 +30,7 @@ class TokenRates(NamedTuple):
 
 class Throughput:
     """Tokens per second and remaining time over the last RATE_WINDOW steps. All time counts, also the time for
-    saving."""
+    evaluating and saving."""
 
     def __init__(self, now: float) -> None:
         """Start at ``now``, in monotonic seconds."""
