@@ -1,6 +1,6 @@
 """The two deadlines of `runPolicy`: how long pods may run in total, and how long an attempt may wait for its pods.
 
-Pure functions. `rules.py` asks whether a deadline is over, and `attempts.py` in how many seconds the next one ends.
+Pure functions. `rules.py` asks whether a deadline is over. `attempts.py` asks in how many seconds the next one is over.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Decision:
     end: JobEnd | None = None
     """How the job ends; None while it goes on."""
     is_checked: bool = False
-    """Whether the preflight check is what attempt 1 waits for, or what ended the job."""
+    """Whether attempt 1 waits for the preflight check, or the job ends because of that check."""
     missing: str = ""
     """What attempt 1 lacks outside the spec according to the preflight check, as a sentence; empty if not known."""
     preflight_pods: Sequence[PodObservation] = ()

@@ -70,7 +70,7 @@ class HealthServer(HttpServer):
         leadership: LeaderElector,
         resync_seconds: float,
     ) -> None:
-        """Serve the state of the other parts. /healthz fails after three ``resync_seconds`` without ``activity``."""
+        """Keep the parts whose state is served. /healthz fails once ``activity`` is older than three resync periods."""
         self._activity = activity
         self._queue = queue
         self._metrics = metrics
