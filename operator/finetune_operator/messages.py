@@ -78,7 +78,7 @@ def pods_replaced(names: Sequence[str]) -> str:
 
 
 def pod_disrupted(name: str, reason: str) -> str:
-    """Return the sentence about a pod with a DisruptionTarget condition."""
+    """Return the sentence about a pod that the cluster removed, or whose node was lost; ``reason`` says why."""
     return f"pod {name} was removed by the cluster ({reason})"
 
 

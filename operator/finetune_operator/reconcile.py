@@ -252,7 +252,7 @@ class Reconciler:
 
 
 def _first_problem(error: ValidationError) -> str:
-    """Return, for example, "spec.x: must be ...": path and problem of the first field that this version can't read."""
+    """Return path and problem of the first field that this version can't read, such as "spec.x: must be ..."."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 

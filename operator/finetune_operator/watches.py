@@ -65,19 +65,19 @@ class _NoDiffs(kopf.DiffBaseStorage):
 def _settings(*, confined: bool) -> kopf.OperatorSettings:
     """Return the settings of kopf; ``confined`` says whether the operator serves only some namespaces."""
     settings = kopf.OperatorSettings()
-    settings.peering.standalone = True  # no peering, because it may pause every replica or none
+    settings.peering.standalone = True  # peering is off, because it may pause all replicas at once, or none
     settings.persistence.diffbase_storage = _NoDiffs()
     settings.posting.enabled = False  # kopf posts no events; `status/event_recorder.py` creates them
     settings.networking.error_backoffs = _EndlessBackoff()
     settings.networking.connect_timeout = 10
     settings.networking.request_timeout = 30
     settings.networking.enforce_retry_after = True
-    settings.watching.server_timeout = 300  # short, because a load balancer may silently drop a watch
+    settings.watching.server_timeout = 300  # seconds; short, because a load balancer may silently drop a watch
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500
     for owned in (PODS, PYTORCHJOBS):
         settings.watching.label_selectors[owned.group, owned.version, owned.plural] = OWNED_OBJECTS_SELECTOR
-    settings.queueing.worker_limit = None  # idle objects would use up a limit; `Controller` limits workers
+    settings.queueing.worker_limit = None  # no limit, because idle objects would use it up
     settings.queueing.idle_timeout = 0.5  # seconds that kopf keeps an object in memory after an event
     settings.scanning.disabled = confined  # a confined operator has no permission to list CRDs
     return settings

@@ -73,8 +73,8 @@ class AttemptObjects:
         """Create the ConfigMap, then the child. Their names are deterministic, so that a retry finds them again."""
         metadata, number = job.resource.metadata, job.status.attempts.started
         if number > 1:
-            # The ConfigMap of the attempt before may still exist, because somebody else deleted the child of that
-            # attempt, or because that child was never created.
+            # The ConfigMap of the attempt before is deleted here. It still exists where somebody else deleted the child
+            # of that attempt, or where that child was never created.
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)

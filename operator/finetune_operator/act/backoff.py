@@ -16,7 +16,7 @@ class CreationBackoff:
     """Keeps, in the memory of a job, the error of the last try to create an object, and when the next try is due."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """Measure with ``clock``, which returns monotonic seconds."""
+        """Measure time with ``clock``, which returns monotonic seconds."""
         self._clock = clock
 
     def failed(self, memory: JobMemory, problem: RetryableError) -> None:

@@ -1,4 +1,5 @@
-"""Creates and deletes the ConfigMaps that carry the run file: one per attempt and one per try of the check.
+"""Creates and deletes the ConfigMaps with the run file: one for each attempt, and one for each try of the preflight
+check.
 
 `attempt_objects.py` and `preflight_objects.py` create a ConfigMap before the child object or pod that mounts the
 ConfigMap, and delete it with them. `settled.py` calls `delete_config_map` after the job has ended.

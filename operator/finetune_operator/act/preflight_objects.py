@@ -61,7 +61,7 @@ class PreflightObjects:
     async def _create(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> None:
         """Create the ConfigMap, then the pod. Their names are deterministic, so that a retry finds them again."""
         if number > 1:
-            # The ConfigMap of the try before still exists where somebody else deleted the pod of that try.
+            # The ConfigMap of the try before is deleted here. It still exists where somebody else deleted its pod.
             before = preflight_name(job.key.name, job.uid, number - 1)
             await delete_config_map(self._cluster, job.key.namespace, before, job.uid)
         name = preflight_name(job.key.name, job.uid, number)

@@ -1,4 +1,5 @@
-"""What one reconcile decides: the attempts and tries to record, the job's state, and at most one change of its objects.
+"""What one reconcile decides: what to record about attempts and the preflight check, in which state the job is, and
+which change of its objects to make, if any.
 
 `state_machine.py` makes a `Decision`; `reconcile.py` writes it, acts on it and computes the status from it.
 """
@@ -56,7 +57,8 @@ class Decision:
     """`status.preflight` as it is to be recorded."""
     action: Action = Action.NONE
     wait_seconds: float | None = None
-    """When to reconcile again even if no event arrives; None where only an event can change the decision."""
+    """Seconds until the job is reconciled again even if no event arrives; None where only an event can change the
+    decision."""
     end: JobEnd | None = None
     """How the job ends; None while it goes on."""
     is_checked: bool = False

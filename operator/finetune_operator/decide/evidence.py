@@ -101,8 +101,9 @@ class Evidence:
         if not self.failures:
             return True
         all_stopped = all(pod.container and pod.container.exit_code == ExitCode.STOPPED for pod in self.failures)
-        # Within one second, the deletion came first in two cases: all failed pods exited with 143, which a trainer does
-        # only after SIGTERM, or the child has not failed, so that the backend itself has deleted no pod.
+        # Where deletion and failure fall into the same second, the deletion came first in two cases: all failed pods
+        # exited with 143, which a trainer does only after SIGTERM, or the child has not failed, so that the backend
+        # itself has deleted no pod.
         deletion_came_first = all_stopped or (self.child is not None and not self.child.failed)
         times = [finished_at(pod) for pod in self.failures]
         first_failure = min((time for time in times if time is not None), default=None)

@@ -67,8 +67,8 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
 }
 """For each state, the states in which the job may be after the next reconcile. A job may also stay in its state.
 
-The operator may have been away for a while, so a state may be skipped: a job goes from Opened to Running where all pods
-started between two reconciles.
+States may be skipped, because the operator may have been away for a while. For example, a job goes from Opened to
+Running where all pods started between two reconciles.
 """
 
 

@@ -18,7 +18,7 @@ from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.rest import RESTClientObject
 
 UNACKNOWLEDGED_MILLISECONDS: Final = 5000
-"""After this time without a TCP acknowledgement the kernel discards unsent data and closes the connection.
+"""After this time without a TCP acknowledgement the kernel discards the unacknowledged data and closes the connection.
 `process/leader_election.py` leaves as much time between the end of a leader that can't renew its Lease and the start of
 the next leader."""
 _DROP_AT_CLOSE: Final = b"\x01\x00\x00\x00\x00\x00\x00\x00"
@@ -54,7 +54,7 @@ def fenced_client(configuration: Any, fence: Callable[[], None]) -> Any:
 
 
 def lease_client(configuration: Any) -> Any:
-    """Return an unfenced API client for the Lease, because a candidate must write the Lease to become leader."""
+    """Return an API client for the Lease. It has no fence, because a candidate writes the Lease to become leader."""
     client = ApiClient(configuration)
     client.rest_client = _ShortLivedConnections(_without_environment(configuration))
     return client

@@ -139,8 +139,8 @@ def _environment(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
         "attempt": {"value": str(attempt.number)},
         "pod_name": _from_field("metadata.name"),
         "pod_uid": _from_field("metadata.uid"),
-        # The rank of the node is read from the index label that training-operator sets, because training-operator sets
-        # no variable with it in a PyTorchJob without a Master.
+        # The node's rank is read from the index label of the pod, because training-operator sets no environment
+        # variable with the rank in a PyTorchJob without a Master.
         "node_rank": _from_field(f"metadata.labels['{REPLICA_INDEX}']"),
     }
     identity = [{"name": variable} | values[field] for field, variable in IDENTITY_VARIABLES.items()]

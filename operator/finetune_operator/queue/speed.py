@@ -44,9 +44,10 @@ class StepWindow:
         self._steps.clear()
 
     def seconds_per_step(self) -> float | None:
-        """Return the seconds per step in this window; where it has fewer than two steps, those in the window before.
+        """Return the seconds per step in this window.
 
-        None means that neither is known.
+        Where this window has fewer than two steps yet, the value of the window before is returned, or None if that is
+        not known either.
         """
         if len(self._steps) < 2:
             return self._previous_seconds_per_step

@@ -275,7 +275,8 @@ def _hostnames(pem: str) -> list[str]:
 
 
 def _general_name(hostname: str) -> x509.GeneralName:
-    """Return ``hostname`` as an IP address of a certificate where it is one (outside a cluster), else as a DNS name."""
+    """Return ``hostname`` as a certificate's name: an IP address where the operator runs outside a cluster, else a DNS
+    name."""
     try:
         return x509.IPAddress(ipaddress.ip_address(hostname))
     except ValueError:

@@ -22,7 +22,10 @@ class WriteBudget:
     def __init__(
         self, clock: Callable[[], float], *, per_second: float = WRITES_PER_SECOND, burst: float = BURST
     ) -> None:
-        """Create a full bucket: it holds ``burst`` tokens at most and gains ``per_second``. ``clock`` gives seconds."""
+        """Create a full bucket, which holds ``burst`` tokens at most and gains ``per_second`` tokens per second.
+
+        ``clock`` returns monotonic seconds.
+        """
         self._clock = clock
         self._per_second = per_second
         self._burst = burst

@@ -43,11 +43,11 @@ def compute_status(stored: FineTuneJobStatus, given: StatusInput, *, child_kind:
 
 
 def fixed_image(image: str | None, pods: Sequence[PodObservation]) -> str | None:
-    """Return ``image`` with the digest that the node of the first pod runs, so that later attempts run the same image.
+    """Return ``image`` with the digest that the node of a pod reports, so that later attempts run the same image.
 
-    ``image`` is returned unchanged where it already has a digest, and where no pod's node reports a digest that its
-    registry must know: no node has pulled the image yet, or the image was loaded into the node without a registry, or
-    the node reports it under another repository.
+    ``image`` is returned unchanged where it already has a digest, and where no node has pulled it yet. The digest of a
+    node is not used where the image was loaded into the node without a registry, or where the node reports another
+    repository, because the registry of ``image`` need not know such a digest.
     """
     if image is None or "@" in image:
         return image

@@ -27,7 +27,7 @@ _ORDERED_BY_A_PERSON = (Reason.SUSPENDED, Reason.CANCELLED)
 
 
 class EventReason(StrEnum):
-    """Reasons of events. Other events have the reason of the condition that they are about, such as `Succeeded`."""
+    """Reasons of events that do not take their reason from a condition, as events about `Succeeded` do."""
 
     ATTEMPT_STARTED = "AttemptStarted"
     ATTEMPT_ENDED = "AttemptEnded"
