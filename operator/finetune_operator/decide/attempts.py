@@ -35,7 +35,7 @@ _DELETION_SECONDS = 1.0
 """Seconds after the deletion of an object until the next reconcile checks whether the object is gone."""
 
 
-# ---- between two attempts ----
+# ---- decisions while no attempt is current ----
 
 
 def between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
@@ -101,7 +101,7 @@ def _seconds_until_gone(pod: PodObservation, now: datetime) -> float:
     return max(0.0, (pod.delete_deadline + TERMINATING_LIMIT - now).total_seconds())
 
 
-# ---- during an attempt ----
+# ---- decisions while an attempt is current ----
 
 
 def during_attempt(attempts: AttemptsStatus, current: CurrentAttempt, seen: JobObservation) -> Decision:

@@ -281,7 +281,7 @@ class Rule:
     """One row of `RULES`, the table that decides why an attempt ended and with which verdict."""
 
     decide: Callable[[Evidence], Ruling | GoesOn | None]
-    """Function that returns a ruling where the rule matches. Where it returns None, the next rule is asked."""
+    """Function that returns a ruling (or `GoesOn`) where the rule matches, and None where the next rule is asked."""
     verdict: Verdict | None
     """The verdict of every ruling that `decide` returns; None where `decide` returns `GoesOn`."""
     when: str

@@ -164,8 +164,8 @@ def _running(given: StatusInput, old: Condition | None) -> _State:
     current = given.attempts.current
     if current is None or current.cause is not None or given.held:
         return _State("False", Reason.WAITING_FOR_PODS, messages.BETWEEN_ATTEMPTS)
-    # Only a report of a recorded pod counts, because the queue may since have deleted the pod that reported and
-    # admitted new pods.
+    # Only a report of a pod that the status records counts. A pod that the queue has suspended since, and replaced by a
+    # new one, may have sent the newest report.
     recorded = {record.uid for record in current.pods}
     reported = given.report is not None and given.report.ranks >= given.ranks and given.report.pod_uid in recorded
     # The condition stays True if it became True in this attempt, because a restarted operator has no report in memory.
