@@ -1,6 +1,6 @@
 """The command `python3 -m finetune_operator`: parses arguments and environment, then runs the operator until SIGTERM.
 
-The image's entry point calls it (operator/Dockerfile); `application.py` does the work.
+The operator's image starts this command (operator/Dockerfile). `application.py` does the work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finetune_operator.process.settings import parse_settings
 
 
 def main() -> None:
-    """Run the operator until SIGTERM; an exception ends the process with an exit code other than 0."""
+    """Run the operator until SIGTERM. An exception ends the process with an exit code other than 0."""
     settings = parse_settings(sys.argv[1:], os.environ)
     configure_logging(settings.log_level)
     _exempt_imports_from_collection()
@@ -24,9 +24,10 @@ def main() -> None:
 
 
 def _exempt_imports_from_collection() -> None:
-    """Exempt every object that exists now from garbage collection, because imported modules live until the end.
+    """Exempt every object that exists now from Python's garbage collection.
 
-    A full collection stops the event loop while it visits every object, and most objects belong to modules.
+    Most objects belong to imported modules and live until the end of the process. A full collection would visit them
+    all, and the event loop would stand still meanwhile.
     """
     gc.collect()
     gc.freeze()

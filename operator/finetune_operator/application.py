@@ -37,7 +37,7 @@ class Replica:
     """One process of the operator, which waits for the Lease and then leads until it is stopped."""
 
     def __init__(self, settings: Settings, configuration: Any) -> None:
-        """Put the parts together without any request; ``configuration`` is the Kubernetes client's configuration."""
+        """Create all parts without sending a request; ``configuration`` configures the Kubernetes client."""
         self._settings = settings
         self._configuration = configuration
         self._lease_client = lease_client(configuration)
@@ -82,7 +82,7 @@ class Replica:
         await _until_first_ends(self._lead(), self._leadership.renew_forever())
 
     async def _lead(self) -> None:
-        """Do what only the leader does: receive reports, watch, and reconcile jobs."""
+        """Do what only the leader does: receive reports, watch objects, and reconcile jobs."""
         settings = self._settings
         await self._certificates.load_with_retries()
         await self._reports.start(settings.report_port, settings.pod_ip, self._context)
@@ -125,9 +125,9 @@ class Replica:
         )
 
     def _announcements(self) -> list[Coroutine[None, None, None]]:
-        """Return the coroutine that keeps the EndpointSlice of the report Service pointing to this pod.
+        """Return, as a list, the coroutine that keeps the EndpointSlice of the report Service pointing to this pod.
 
-        The list is empty outside a cluster, where `--report-host` names the machine instead.
+        The list is empty where the operator runs outside a cluster. Training pods then send reports to `--report-host`.
         """
         settings = self._settings
         if not settings.pod_ip:
@@ -144,7 +144,11 @@ class Replica:
 
 
 def _certificate_source(settings: Settings, cluster: KubeClient) -> CertificateSource:
-    """Return where the report server's certificate comes from: this operator, or somebody else such as cert-manager."""
+    """Return the source of the report server's certificate.
+
+    By the setting `--certificate-from`, the operator makes the certificate itself, or reads a certificate that somebody
+    else maintains, such as cert-manager.
+    """
     kind = SelfSignedCertificates if settings.certificate_from == "Operator" else ExternalCertificates
     return kind(
         cluster, namespace=settings.namespace, name=settings.certificate_secret, hostname=settings.report_hostname
@@ -159,7 +163,7 @@ async def run(settings: Settings) -> None:
 def _stop_signal() -> asyncio.Event:
     """Return an event that SIGTERM and SIGINT set.
 
-    While the watches run, kopf handles both signals itself and ends the watches, which ends the operator as well.
+    While the watches run, kopf handles both signals itself and ends the watches. That ends the operator as well.
     """
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -168,7 +172,7 @@ def _stop_signal() -> asyncio.Event:
 
 
 async def _until_first_ends(*coroutines: Coroutine[Any, Any, Any]) -> None:
-    """Run all coroutines until the first ends or fails; cancel the others, and raise the failure."""
+    """Run all coroutines until the first ends or fails. Then cancel the others, and raise the failure, if any."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -177,5 +181,5 @@ async def _until_first_ends(*coroutines: Coroutine[Any, Any, Any]) -> None:
     finally:
         for task in tasks:
             task.cancel()
-        # The first failure is being raised; exceptions of the cancelled tasks are only its consequences.
+        # Exceptions of the cancelled tasks are dropped, because only the first failure is to be raised.
         await asyncio.gather(*tasks, return_exceptions=True)

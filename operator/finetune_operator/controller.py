@@ -1,6 +1,6 @@
-"""The workers that take keys of jobs from the queue and reconcile them, and the resync that lists all jobs.
+"""The workers, which take keys of jobs from the queue and reconcile these jobs, and the resync, which lists all jobs.
 
-`application.py` starts both once this process leads.
+`application.py` starts both once this process is the leader.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from finetune_operator.reconcile import Reconciler
 logger = logging.getLogger(__name__)
 
 RECONCILE_SECONDS = 60.0
-"""Longest time for one reconcile, so that a request that hangs does not block a worker."""
+"""Time limit in seconds of one reconcile, so that a request that hangs does not block a worker."""
 CONFLICT_SECONDS = 0.2
-"""Pause after the API server answered 409, because somebody else changed the job between read and write."""
+"""Seconds until a job is reconciled again after the API server answered 409, because somebody else changed the job
+between read and write."""
 RESYNC_RETRY_SECONDS = 10.0
-"""Pause before the list of all jobs is read again after a failure."""
+"""Seconds after a failed list of all jobs until the jobs are listed again."""
 
 
 class Controller:
-    """Hands the keys of the queue to the reconciler."""
+    """Takes the keys of jobs out of the queue, hands them to the reconciler, and queues a key again when needed."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Controller:
                 self._queue.done(key)
 
     async def resync(self, namespaces: Sequence[str], seconds: float) -> None:
-        """Queue every job now and every ``seconds``, because a watch may lose events."""
+        """Queue every job now and again every ``seconds``, because a watch may lose events. Never returns."""
         while True:
             try:
                 await self._list_all(namespaces)
@@ -73,7 +74,10 @@ class Controller:
                 await asyncio.sleep(seconds)
 
     async def _list_all(self, namespaces: Sequence[str]) -> None:
-        """Queue every job that exists, and every job in the memory, so that a deletion without an event is noticed."""
+        """Queue every job that exists, and every job that the memory holds.
+
+        The latter is needed for jobs that were deleted without a watch event.
+        """
         for key in self._memory.job_keys():
             self._queue.add(key)
         for namespace in namespaces or (None,):
@@ -81,7 +85,7 @@ class Controller:
                 self._queue.add(key)
 
     async def _reconcile(self, key: Key) -> None:
-        """Reconcile a job once; a failure affects no other job and is tried again after the job's back-off."""
+        """Reconcile a job once, and queue it again where needed. After a failure the job waits for its own back-off."""
         started = time.monotonic()
         set_log_fields(job=str(key))
         try:
@@ -112,7 +116,7 @@ class Controller:
             self._metrics.reconcile_seconds.observe(time.monotonic() - started)
 
     def _failed(self, key: Key, error: Exception) -> None:
-        """Count and log the failure, and queue the key again after its back-off."""
+        """Count and log a failed reconcile, and queue the key again after its back-off."""
         self._count("error")
         delay = self._queue.add_rate_limited(key)
         logger.warning("the reconcile failed: %s; next in %.1f s", str(error) or type(error).__name__, delay)

@@ -1,6 +1,7 @@
-"""Every sentence that people read in the conditions and events of a job, in one place.
+"""The operator's sentences in the conditions and events of a job, all in one place so that words and tone agree.
 
-All rooms take their sentences from here, so that words and tone agree. Values come in as arguments.
+Values, and messages of others such as the kubelet, come in as arguments. Some sentences do not come from here,
+such as results of the trainer and errors about a spec.
 """
 
 from __future__ import annotations
@@ -39,14 +40,17 @@ EXIT_CODE_SENTENCES = {
 
 
 def exit_sentence(exit_code: int | None, reason: str) -> str:
-    """Return the sentence about a training container without a result; ``reason`` is the kubelet's, such as "Error"."""
+    """Return the sentence about a training container that ended without a message of its own.
+
+    ``reason`` is the reason that the kubelet gives, such as "Error".
+    """
     if exit_code in EXIT_CODE_SENTENCES:
         return EXIT_CODE_SENTENCES[ExitCode(exit_code)]
     return f"the training container ended with exit code {exit_code}" + (f" ({reason})" if reason else "")
 
 
 def out_of_memory(limit: str, phase: str) -> str:
-    """Return the sentence about a container that the kernel killed at its memory limit.
+    """Return the sentence about a training container that the kernel killed at its memory limit.
 
     ``limit`` is the memory limit, for example "64Gi"; empty where it is unknown. ``phase`` is the phase of the trainer
     in its last report, for example "Training"; empty without a report.
@@ -67,14 +71,14 @@ def pods_vanished(names: Sequence[str]) -> str:
 
 
 def pods_replaced(names: Sequence[str]) -> str:
-    """Return the sentence about pods that other pods of the same names replaced."""
+    """Return the sentence about pods that were deleted and in whose place other pods exist."""
     if len(names) == 1:
         return f"pod {names[0]} was deleted and another one took its place"
     return f"pods {', '.join(names)} were deleted and others took their places"
 
 
 def pod_disrupted(name: str, reason: str) -> str:
-    """Return the sentence about a pod with a DisruptionTarget condition."""
+    """Return the sentence about a pod that the cluster removed, or whose node was lost; ``reason`` says why."""
     return f"pod {name} was removed by the cluster ({reason})"
 
 
@@ -84,12 +88,12 @@ def pod_failed(name: str, reason: str, message: str) -> str:
 
 
 def replicas_changed(replicas: int, nodes: int) -> str:
-    """Return the sentence about a child that somebody else scaled to ``replicas`` workers."""
+    """Return the sentence about a PyTorchJob that somebody else scaled to ``replicas`` instead of ``nodes`` workers."""
     return f"the PyTorchJob was scaled to {replicas} workers by somebody else; the job has {nodes} nodes"
 
 
 def name_conflict(kind: str, name: str) -> str:
-    """Return the sentence about an object of another owner that has the name which the operator needs."""
+    """Return the sentence about an object that has the name which the operator needs, but belongs to another owner."""
     return f"{kind} {name} exists and does not belong to this job; delete or rename it"
 
 
@@ -99,7 +103,7 @@ def backend_missing() -> str:
 
 
 def backend_refused(kind: str, name: str, message: str) -> str:
-    """Return the sentence about an object that the API server refuses; ``message`` is the server's own."""
+    """Return the sentence about an object that the API server refused; ``message`` is the API server's message."""
     return f"the API server refused {kind} {name}: {message}"
 
 
@@ -114,14 +118,17 @@ def waiting_pod(name: str, detail: str) -> str:
 
 
 def attempt_prefix(number: int, last_cause: str) -> str:
-    """Return the first part of the message of a later attempt, which says why the last attempt ended; else nothing."""
+    """Return how the message of attempt 2 or later begins: by saying why the attempt before ended.
+
+    Empty for attempt 1, and where ``last_cause`` is empty.
+    """
     return f"attempt {number}, after: {last_cause}" if number > 1 and last_cause else ""
 
 
 def retrying(ended: int, cause: str, next_start: datetime | None) -> str:
-    """Return the sentence about a job between two attempts.
+    """Return the sentence about an attempt that ended and after which another attempt will start.
 
-    The message names an absolute time, because a relative one would change the message all the time.
+    It names the absolute time of the next start, because a relative time would change the sentence in every reconcile.
     """
     when = f"; the next starts after {next_start:%H:%M:%S} UTC" if next_start else "; the next starts once it is gone"
     return f"attempt {ended} ended: {cause}{when}"
@@ -133,12 +140,15 @@ def retries_exhausted(charged: int, cause: str) -> str:
 
 
 def stopped(cause: str, newest_checkpoint: str) -> str:
-    """Return the sentence about a job that was ended, with the URI of the checkpoint that a new job can resume from."""
+    """Return the sentence about a job that ended before its artifact was committed.
+
+    It names the newest checkpoint, from which a new job can resume.
+    """
     return f"{cause}; " + (f"the newest checkpoint: {newest_checkpoint}" if newest_checkpoint else NO_CHECKPOINT)
 
 
 def pods_end(cause: str, pods: int) -> str:
-    """Return the sentence about an ended attempt of which ``pods`` pods still terminate."""
+    """Return ``cause``, followed by how many pods still terminate if ``pods`` is not 0."""
     return f"{cause}; {pods} pod{'s' if pods > 1 else ''} still end{'' if pods > 1 else 's'}" if pods else cause
 
 
@@ -153,7 +163,7 @@ def pending_deadline(seconds: int, waiting_for: str) -> str:
 
 
 def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
-    """Return the sentence about a preflight pod that ended without a result, and how to start without the check."""
+    """Return the sentence about a preflight pod that ended without a result. It also says how to skip the check."""
     why = f" ({reason})" if reason and reason != "Error" else ""
     line = f": {last_line}" if last_line else ""
     return (
@@ -163,30 +173,33 @@ def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
 
 
 def preflight_deadline(seconds: int, waiting_for: str) -> str:
-    """Return the sentence about a job whose preflight check did not pass in time."""
+    """Return the sentence about a job whose preflight check did not pass within the pending deadline."""
     what = waiting_for or PREFLIGHT_RUNS
     return f"the preflight check did not pass within the {seconds} s of `runPolicy.pendingDeadlineSeconds`: {what}"
 
 
 def queued(queue: str) -> str:
-    """Return the sentence about an attempt that Kueue has not admitted."""
+    """Return the sentence about an attempt that waits until Kueue admits it."""
     return f"waits for admission by the queue {queue}"
 
 
 def most_attempts(number: int) -> str:
-    """Return the sentence about a job that has had all the attempts that a job can have."""
+    """Return the sentence about a job that has started ``number`` attempts, the most that a job can have."""
     return f"{number} attempts were started, the most that a job can have; create it anew with the same `storage.runId`"
 
 
 def waiting_for_reports(nodes: int, running: int) -> str:
-    """Return the sentence about an attempt with ``nodes`` pods of which not all run, or not all ranks report."""
+    """Return the sentence about an attempt that does not train yet: ``running`` of its ``nodes`` pods run.
+
+    Where all of them run, the sentence says that the first report is still missing.
+    """
     if running < nodes:
         return f"{running} of {nodes} pods run"
     return "all pods run; no report has arrived yet"
 
 
 def running(nodes: int, attempt: int) -> str:
-    """Return the sentence about an attempt of which all ranks report."""
+    """Return the sentence about an attempt that trains."""
     return f"attempt {attempt} trains on {nodes} pod{'s' if nodes > 1 else ''}"
 
 
@@ -196,19 +209,19 @@ def completed(step: int, uri: str) -> str:
 
 
 def checkpoint_available(step: int, count: int) -> str:
-    """Return the sentence about ``count`` committed checkpoints of which ``step`` is the newest."""
+    """Return the sentence about ``count`` committed checkpoints, the newest of which is of step ``step``."""
     return f"step {step} is the newest of {count}" if count > 1 else f"step {step} is committed"
 
 
 def checkpoint_overdue(what: str, age_seconds: int, problem: str) -> str:
-    """Return the sentence about a store that accepts no new checkpoint.
+    """Return the sentence about a job whose newest checkpoint is older than the job asks for.
 
-    ``what`` is the sentence about the committed checkpoints.
-    The age is given in whole minutes, so that the message does not change with every report.
+    ``what`` is the sentence about the committed checkpoints, and ``problem`` says why no newer one was committed. The
+    age is given in whole minutes, so that the message does not change with every report.
     """
     return f"{what}; {age_seconds // 60} min of training are not saved: {problem}"
 
 
 def checkpoint_damaged(what: str, step: int, damage: str) -> str:
-    """Return the sentence about a damaged checkpoint; ``what`` is the sentence about the whole checkpoints."""
+    """Return the sentence about a damaged checkpoint; ``what`` is the sentence about the undamaged checkpoints."""
     return f"{what}; that of step {step} is damaged: {damage}"

@@ -1,8 +1,8 @@
 """Brings one FineTuneJob a step further: observe, decide, write what must be written first, act, write the status.
 
 The workers of `controller.py` call `Reconciler.reconcile` with the key of a job. Each call changes the objects of one
-attempt at most and writes the status once at most. A crash after any write is harmless, because the next call starts
-from what the API server holds.
+attempt or of the preflight check at most, and writes the status once at most. A crash after any write is harmless,
+because the next call starts from what the API server holds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from finetune_operator.status.inputs import refused_input, status_input
 from finetune_operator.status.writer import StatusWriter
 
 RUNNING_RESYNC_SECONDS = 60.0
-"""A job whose attempt runs is reconciled this often even without an event, so that a lost event costs a minute."""
+"""Seconds between two reconciles of a job whose attempt runs or whose child is suspended. So even where a watch event
+is lost, the operator acts within a minute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,25 +51,25 @@ class Requeue:
     """When the job is to be reconciled again."""
 
     after: float | None = None
-    """Seconds; 0 means at once, None means after the next event or resync."""
+    """Seconds to wait: 0 means at once; None means to wait for the next watch event or resync."""
     gone: bool = False
     """Whether the job no longer exists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Acted:
-    """The outcome of an action."""
+    """What came of the action of a decision, that is of the creation or deletion of objects."""
 
     child: ChildObservation | None = None
-    """The child as it is after the action."""
+    """The child object as it is after the action; None where it does not exist."""
     problem: RetryableError | None = None
-    """Why the attempt's objects could not be created."""
+    """Why the attempt's objects could not be created; None where nothing failed."""
     after: float | None = None
     """Seconds after which the next step of the preflight check is due."""
 
 
 class Reconciler:
-    """Reconciles one job at a time; between two calls it keeps nothing but the memory of reports and back-offs."""
+    """Reconciles jobs, one in each call. Between two calls it keeps only what may be lost: reports and back-offs."""
 
     def __init__(
         self,
@@ -86,11 +87,11 @@ class Reconciler:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Put the parts together; ``now`` and ``clock`` (monotonic seconds) are the only sources of time.
+        """Create the parts. ``now`` (wall clock) and ``clock`` (monotonic seconds) are the only sources of time.
 
-        ``trainer_image`` is what jobs run that name no image. ``ca_bundle`` returns the CA certificates of the report
-        server. ``instance`` is the name of the operator's pod. ``preflight`` ("Run" or "Skip") applies to jobs without
-        `runPolicy.preflight`.
+        ``trainer_image`` is the image of jobs that name no image. ``ca_bundle`` returns the CA certificates of the
+        report server. ``instance`` is the name of the operator's pod. ``preflight`` ("Run" or "Skip") applies to jobs
+        without `runPolicy.preflight`.
         """
         self._cluster = cluster
         self._memory = memory
@@ -116,7 +117,10 @@ class Reconciler:
         self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations)
 
     async def reconcile(self, key: Key) -> Requeue:
-        """Bring the job a step further; raises ApiError where the API server refuses a request or the job changed."""
+        """Bring the job a step further, and return when to call again.
+
+        Raises ApiError where the API server refuses a request, or where the job has changed since it was read.
+        """
         manifest = await self._cluster.get_job(key)
         if manifest is None or "deletionTimestamp" in manifest["metadata"]:
             return self._forget(key)
@@ -152,10 +156,10 @@ class Reconciler:
         await self._annotations.update(job, seen.pods)
         return Requeue(after=_earliest(acted.after, decision.wait_seconds, later, self._resync(job, decision, acted)))
 
-    # ---- observe ----
+    # ---- before the decision: jobs that are deleted, read or ended ----
 
     def _forget(self, key: Key) -> Requeue:
-        """Drop a job that was deleted. The garbage collector removes its objects, because the job owns them."""
+        """Drop the memory and metrics of a deleted job. The garbage collector removes the objects that the job owns."""
         self._memory.forget(key)
         self._metrics.jobs.remove(key)
         return Requeue(gone=True)
@@ -167,24 +171,27 @@ class Reconciler:
         return stored
 
     async def _tidy(self, stored: StoredJob) -> Requeue:
-        """Remove what a job that has ended leaves behind, once the time for it has come."""
+        """Remove those objects of an ended job that are due, and accept no more reports of the job."""
         self._memory.set_reporting_attempt(stored.key, None)
         self._metrics.jobs.update(stored.key, stored.status)
         return Requeue(after=await self._settled_jobs.tidy(stored))
 
-    # ---- decide ----
+    # ---- around the decision: the run file, and when to reconcile again ----
 
     def _run_config(self, job: ParsedJob, decision: Decision) -> RunConfig | None:
-        """Return the run file where pods are about to start, else None; raises UserError for a spec that can't run."""
+        """Return the run file where pods are about to start, else None; raise UserError if the spec can't be run."""
         if not decision.needs_run_file:
             return None
-        # The preflight check reads the run file of attempt 1, which is not opened yet.
+        # The preflight check comes before attempt 1 exists, but reads the run file of attempt 1.
         number = max(1, decision.attempts.started)
         path = report_path(job.key.namespace, job.key.name, number)
         return resolve(job.resource, report=ReportConfig(url=self._report_base_url + path))
 
     def _resync(self, job: ParsedJob, decision: Decision, acted: _Acted) -> float | None:
-        """Return after how many seconds an attempt is reconciled again although no event came; None without one."""
+        """Return in how many seconds to reconcile the current attempt again even if no watch event comes.
+
+        None where no attempt is current.
+        """
         if acted.problem is not None:
             return self._backoff.seconds_left(job.memory)
         current = decision.attempts.current
@@ -196,12 +203,12 @@ class Reconciler:
         age = (job.now - current.start_time).total_seconds()
         return EVENTS_AFTER_SECONDS if age < EVENTS_AFTER_SECONDS else EVENTS_EVERY_SECONDS
 
-    # ---- act ----
+    # ---- the action: create and delete objects ----
 
     async def _act(
         self, job: ParsedJob, seen: JobObservation, decision: Decision, image: str, config: RunConfig | None
     ) -> _Acted:
-        """Do what the decision says; the bookkeeping behind it is in the stored status already."""
+        """Create or delete the objects that ``decision.action`` names. The stored status has the decision already."""
         match decision.action:
             case Action.CREATE_ATTEMPT if config is not None:
                 try:
@@ -219,10 +226,13 @@ class Reconciler:
                 return _Acted(after=0)
         return _Acted(child=seen.child)
 
-    # ---- refuse ----
+    # ---- specs that can't be run ----
 
     async def _refuse(self, job: ParsedJob, message: str) -> Requeue:
-        """Record that the spec can't be run. A job that has run may be changed back, any other ends here."""
+        """Record that the spec can't be run. The job ends, unless it has had an attempt.
+
+        A job that has had an attempt goes on later, because a person may undo the change of its spec.
+        """
         if job.status.attempts.recent:
             return await self._refuse_for_now(job, message)
         end = JobEnd(succeeded=False, reason=Reason.BAD_INPUT, message=message)
@@ -232,7 +242,8 @@ class Reconciler:
     async def _refuse_for_now(self, stored: StoredJob, message: str) -> Requeue:
         """Start nothing, write why, and reconcile again after a back-off.
 
-        Another version's CRD accepted the job, or a person changed a field of a job that has run.
+        Used where the spec may become usable: the CRD of another version of the operator accepted it, or a person
+        changed a field of a job that has had an attempt.
         """
         problem = RetryableError(Reason.BAD_INPUT, message)
         self._backoff.failed(stored.memory, problem)
@@ -241,7 +252,7 @@ class Reconciler:
 
 
 def _first_problem(error: ValidationError) -> str:
-    """Return path and message of the first field that this version can't read, for example "spec.x: must be ..."."""
+    """Return path and problem of the first field that this version can't read, such as "spec.x: must be ..."."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 

@@ -1,4 +1,4 @@
-"""Removes what a job that has ended leaves behind, once the time for it has come; nothing is created any more.
+"""Removes the objects that an ended job leaves behind, each when it is due. Nothing is created for such a job.
 
 `reconcile.py` calls `SettledJobs.tidy` for each job whose condition `Succeeded` is True or False. The stored manifest
 is used instead of the parsed spec, because this version may not be able to read the spec of an old job.
@@ -20,20 +20,20 @@ from finetune_operator.status.writer import StatusWriter
 logger = logging.getLogger(__name__)
 
 SIDECAR_SECONDS = 60.0
-"""Pods that still run this long after the end of their job, for example because of a sidecar, are removed."""
+"""Seconds after the end of a job at which its pods that still run, for example because of a sidecar, are removed."""
 
 
 class SettledJobs:
-    """Tidies up after jobs that have ended."""
+    """Removes the objects that ended jobs leave behind."""
 
     def __init__(self, cluster: KubeClient, backend: Backend, writer: StatusWriter) -> None:
-        """Delete with ``cluster`` and ``backend``, and record with ``writer`` that the child is gone."""
+        """Delete objects with ``cluster`` and ``backend``. ``writer`` removes a deleted child from the status."""
         self._cluster = cluster
         self._backend = backend
         self._writer = writer
 
     async def tidy(self, job: StoredJob) -> float | None:
-        """Remove what is due; return in how many seconds the next object is due, None where none ever will be."""
+        """Remove the job's objects that are due. Return in how many seconds the next is due; None if none will be."""
         ended, started = job.status.completion_time, job.status.attempts.started
         if ended is None or not started:
             return None
@@ -42,7 +42,7 @@ class SettledJobs:
         if child is not None and child.owner_uid != job.uid:
             child = None
         if child is None and job.condition_is(ConditionType.SUCCEEDED, "False"):
-            # An operator that crashed between two writes leaves a ConfigMap whose child was never created.
+            # A ConfigMap without a child may exist, because the operator may have crashed before it created the child.
             await delete_config_map(self._cluster, job.key.namespace, name, job.uid)
         age = (job.now - ended).total_seconds()
         waits = []
@@ -60,7 +60,7 @@ class SettledJobs:
         return min(waits, default=None)
 
     async def _remove_all(self, job: StoredJob, name: str, child: ChildObservation | None) -> None:
-        """Remove child, pods and ConfigMap. The FineTuneJob stays, and its status names no child any more."""
+        """Remove the child object with its pods, and the ConfigMap. The FineTuneJob stays, without `status.child`."""
         await delete_config_map(self._cluster, job.key.namespace, name, job.uid)
         if child is not None and not child.deleting:
             await self._backend.delete(job.key.namespace, child)
@@ -72,7 +72,7 @@ class SettledJobs:
 
 
 def time_to_live(manifest: dict[str, object]) -> int | None:
-    """Return `runPolicy.ttlSecondsAfterFinished` of a stored job; None where the field is absent or no integer."""
+    """Return `spec.runPolicy.ttlSecondsAfterFinished` in ``manifest``; None where it is absent or not an integer."""
     spec = manifest.get("spec")
     policy = spec.get("runPolicy") if isinstance(spec, dict) else None
     seconds = policy.get("ttlSecondsAfterFinished") if isinstance(policy, dict) else None

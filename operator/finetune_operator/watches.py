@@ -1,7 +1,7 @@
 """Watches FineTuneJobs, PyTorchJobs and pods with kopf, and puts the key of the affected job into the queue.
 
 `application.py` starts `watch`. No other module imports kopf. No handler changes an object, so kopf adds no finalizer
-and no annotation. Settings that differ from kopf's defaults have their reason beside them, as observed with kopf 1.45.
+and no annotation. Comments give the reasons for settings that differ from kopf's defaults, as observed with kopf 1.45.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from finetune_operator.queue.work_queue import Key, WorkQueue
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS: Final = 15.0
-"""Time for kopf to end: two seconds for its workers, five for hanging tasks, and as much again on a busy machine."""
+"""Most seconds that kopf may take to end. It waits two seconds for its workers and five for tasks that hang; a busy
+machine may need twice as long."""
 WATCH_EXIT_CODE: Final = 1
-"""Exit code of a process in which one watch has ended and the others did not follow."""
+"""Exit code of the process where one watch has ended and the other watches did not end in time."""
 
 
 class _EndlessBackoff:
     """An endless sequence of delays between tries of a watch: from 1 s up to 10 s, with jitter.
 
-    kopf's default list ends after 54 s, and then kopf ends. An API server that is away for two minutes would bring the
-    operator into CrashLoopBackOff.
+    kopf ends when the list of delays ends, and its default list ends after 54 s. An API server that is away for two
+    minutes would then bring the operator into CrashLoopBackOff.
     """
 
     def __iter__(self) -> Iterator[float]:
@@ -46,9 +47,9 @@ class _EndlessBackoff:
 
 
 class _NoDiffs(kopf.DiffBaseStorage):
-    """A storage of object states that stores none, because handlers of `on.event` need no difference between states.
+    """Makes kopf keep no earlier states of objects, because handlers of `on.event` do not compare states.
 
-    kopf's default copies each object twice for a difference, which took a quarter of the CPU time with 1,000 jobs.
+    kopf's default copies each object twice for such comparisons. That took a quarter of the CPU time with 1,000 jobs.
     """
 
     def build(self, *, body: kopf.Body, extra_fields: Any = None) -> Any:
@@ -62,23 +63,23 @@ class _NoDiffs(kopf.DiffBaseStorage):
 
 
 def _settings(*, confined: bool) -> kopf.OperatorSettings:
-    """Return kopf's settings; ``confined`` says whether the operator serves some namespaces only."""
+    """Return the settings of kopf; ``confined`` says whether the operator serves only some namespaces."""
     settings = kopf.OperatorSettings()
-    settings.peering.standalone = True  # peering is no leader election: it may pause every operator, or none
+    settings.peering.standalone = True  # peering is off, because it may pause all replicas at once, or none
     settings.persistence.diffbase_storage = _NoDiffs()
-    settings.posting.enabled = False  # `status/event_recorder.py` creates events about changes of the status
+    settings.posting.enabled = False  # kopf posts no events; `status/event_recorder.py` creates them
     settings.networking.error_backoffs = _EndlessBackoff()
     settings.networking.connect_timeout = 10
     settings.networking.request_timeout = 30
     settings.networking.enforce_retry_after = True
-    settings.watching.server_timeout = 300  # a load balancer may drop a watch without closing its connection
+    settings.watching.server_timeout = 300  # seconds; short, because a load balancer may silently drop a watch
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500
     for owned in (PODS, PYTORCHJOBS):
         settings.watching.label_selectors[owned.group, owned.version, owned.plural] = OWNED_OBJECTS_SELECTOR
-    settings.queueing.worker_limit = None  # objects without events would use up the limit; our workers are limited
-    settings.queueing.idle_timeout = 0.5  # kopf keeps each object in memory for this long after its last event
-    settings.scanning.disabled = confined  # scanning lists CRDs, and a confined operator has no permission for that
+    settings.queueing.worker_limit = None  # no limit, because idle objects would use it up
+    settings.queueing.idle_timeout = 0.5  # seconds that kopf keeps an object in memory after an event
+    settings.scanning.disabled = confined  # a confined operator has no permission to list CRDs
     return settings
 
 
@@ -99,7 +100,7 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
 
     @kopf.on.login(registry=registry)
     async def login(**_: Any) -> kopf.ConnectionInfo:
-        # kopf logs in again after a 401, because the kubelet rotates the token of the service account.
+        # The token is read anew at each login: the kubelet rotates the token, and kopf logs in again after a 401.
         header = await configuration.get_api_key_with_prefix("BearerToken") or ""
         scheme, token = header.split(" ", 1) if " " in header else (None, header)
         return _connection(configuration, scheme, token or None)
@@ -112,7 +113,8 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
         if not (namespace and name):
             return
         key = Key(namespace, name)
-        # At the start and after a broken watch kopf repeats every job, and most are known from the resync.
+        # A job in a version that a reconcile has read is not queued, because at the start and after a broken watch kopf
+        # sends an event for every job.
         if event["type"] == "DELETED" or not memory.has_read(key, meta.get("resourceVersion", "")):
             queue.add(key)
 
@@ -129,16 +131,17 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
 async def watch(
     *, queue: WorkQueue, memory: Memory, activity: WatchActivity, configuration: Any, namespaces: tuple[str, ...]
 ) -> None:
-    """Watch jobs, children and pods until SIGTERM; raises where a watch failed, so that the process ends.
+    """Watch jobs, child objects and pods until SIGTERM; raise where a watch failed, so that the process ends.
 
-    kopf waits without a time limit for its other watches when one ends, and a watch may miss its cancellation. Where
-    kopf does not end in time, the process is ended at once, because it would list jobs but watch nothing.
+    When one watch ends, kopf cancels the others and waits for them without a time limit. A watch may miss its
+    cancellation, and the operator would then go on without watches. So the process is ended where kopf takes too long.
     """
     others = asyncio.all_tasks()
     roots = await kopf.spawn_tasks(
         registry=_registry(queue, memory, activity, configuration),
         settings=_settings(confined=bool(namespaces)),
-        # Without an identity kopf asks the system for the user's name, and the image's user has no name.
+        # An identity is given, because kopf would otherwise ask the system for the user's name, and the user of the
+        # image has no name.
         identity=cast(Any, socket.gethostname()),
         standalone=True,
         clusterwide=not namespaces,

@@ -1,4 +1,5 @@
-"""Changes the objects of a job as `decide/` has decided: creates and deletes ConfigMaps, children and preflight pods.
+"""Changes a job's objects as `decide/` has decided: creates and deletes ConfigMaps, child objects and preflight pods.
 
-One reconcile changes the objects of one attempt or one try at most. The status is not written here but in `status/`.
+One reconcile changes the objects of at most one attempt or one try of the preflight check. `status/`, not this room,
+writes the status.
 """

@@ -1,7 +1,7 @@
 """Creates and deletes the objects of an attempt: a ConfigMap with the run file, and the backend's child object.
 
-`reconcile.py` calls this after the attempt was recorded in the status. What stands in the way outside the job's spec is
-kept in the job's memory, and the creation is tried again after a back-off.
+`reconcile.py` calls `AttemptObjects` after the attempt was recorded in the status. Where the API server refuses an
+object, for example because of a quota, the error is kept in memory and the creation is tried again after a back-off.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class AttemptObjects:
-    """Creates and deletes ConfigMap and child of attempts."""
+    """Creates and deletes the ConfigMap and the child object (PyTorchJob) of an attempt."""
 
     def __init__(
         self,
@@ -36,7 +36,10 @@ class AttemptObjects:
         report_base_url: str,
         ca_bundle: Callable[[], str],
     ) -> None:
-        """Create with ``cluster`` and ``backend``; ``ca_bundle`` returns the CA certificates of the report server."""
+        """Send requests with ``cluster`` and ``backend``.
+
+        ``ca_bundle`` returns the CA certificates of the report server as PEM text.
+        """
         self._cluster = cluster
         self._backend = backend
         self._backoff = backoff
@@ -44,9 +47,9 @@ class AttemptObjects:
         self._ca_bundle = ca_bundle
 
     async def create(self, job: ParsedJob, image: str, config: RunConfig) -> ChildObservation:
-        """Create the objects of the current attempt and return its child.
+        """Create ConfigMap and child of the current attempt, and return the child.
 
-        Raises RetryableError where the API server refuses them, and while the back-off after such a refusal lasts.
+        Raises RetryableError where one of the two can't be created, and as long as the back-off after that lasts.
         """
         if job.memory.problem is not None and self._backoff.holds(job.memory):
             raise job.memory.problem
@@ -61,16 +64,17 @@ class AttemptObjects:
         return child
 
     async def remove(self, job: ParsedJob, child: ChildObservation) -> None:
-        """Delete ConfigMap and child of an attempt that ended; the garbage collector deletes the pods."""
+        """Delete the ConfigMap and the child of an attempt that ended. The garbage collector deletes its pods."""
         await delete_config_map(self._cluster, job.key.namespace, child.name, job.uid)
         await self._backend.delete(job.key.namespace, child)
         logger.info("attempt removed", extra=job.log_fields)
 
     async def _create(self, job: ParsedJob, image: str, config: RunConfig) -> ChildObservation:
-        """Create ConfigMap, then child, under deterministic names, so that a second try finds them again."""
+        """Create the ConfigMap, then the child. Their names are deterministic, so that a retry finds them again."""
         metadata, number = job.resource.metadata, job.status.attempts.started
         if number > 1:
-            # Somebody else deleted the earlier child, or it was never created. Then its ConfigMap still exists.
+            # The ConfigMap of the attempt before is deleted here. It still exists where somebody else deleted the child
+            # of that attempt, or where that child was never created.
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)

@@ -1,4 +1,4 @@
-"""How long nothing is created after the API server refused an object of a job, for example because of a quota.
+"""The back-off of a job after the API server refused to create one of its objects, for example because of a quota.
 
 `attempt_objects.py`, `preflight_objects.py` and `reconcile.py` share the back-off, which is kept in `JobMemory`.
 """
@@ -13,14 +13,14 @@ from finetune_operator.queue.work_queue import backoff_seconds
 
 
 class CreationBackoff:
-    """Keeps what stood in the way of the last creation, and when the operator tries again."""
+    """Keeps, in the memory of a job, the error of the last try to create an object, and when the next try is due."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """Measure with ``clock``, which returns monotonic seconds."""
+        """Measure time with ``clock``, which returns monotonic seconds."""
         self._clock = clock
 
     def failed(self, memory: JobMemory, problem: RetryableError) -> None:
-        """Keep ``problem``; the next try is due after 10 s, doubled with each further failure up to 300 s."""
+        """Keep ``problem``. The next try is due after 10 s; each further failure doubles this time, up to 300 s."""
         memory.failures += 1
         memory.problem = problem
         memory.retry_at = self._clock() + backoff_seconds(memory.failures, jitter=0, base=FIRST_RETRY_SECONDS)
@@ -30,9 +30,9 @@ class CreationBackoff:
         memory.problem, memory.failures = None, 0
 
     def holds(self, memory: JobMemory) -> bool:
-        """Return whether nothing is to be created yet."""
+        """Return whether the back-off still lasts, so that nothing is to be created yet."""
         return memory.problem is not None and self._clock() < memory.retry_at
 
     def seconds_left(self, memory: JobMemory) -> float:
-        """Return in how many seconds the next try is due."""
+        """Return in how many seconds the next try is due; 0.0 where it is due now."""
         return max(0.0, memory.retry_at - self._clock())

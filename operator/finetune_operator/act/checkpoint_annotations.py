@@ -1,8 +1,9 @@
 """Annotates the pods of an attempt with the time of the job's newest checkpoint (`volcano.sh/last-checkpoint-time`).
 
-A scheduler that has to preempt a job can then choose the pods that lose least work. `reconcile.py` updates the
-annotations after each status write. The patch is sent to the pods' status subresource, where the API server accepts
-metadata but no change of the spec, so that the operator needs no permission to change what a pod runs.
+A scheduler that has to preempt pods can then choose those that lose least work. `reconcile.py` calls
+`CheckpointAnnotations.update` after it has written the status. The patch goes to the pods' status subresource, because
+the API server accepts metadata there but no change of the spec. So the operator needs no permission to change what a
+pod runs.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ def pods_to_annotate(pods: Sequence[PodObservation], attempt: int, value: str) -
 
 
 class CheckpointAnnotations:
-    """Keeps the annotation of running pods up to date."""
+    """Keeps the annotation `volcano.sh/last-checkpoint-time` of running pods up to date."""
 
     def __init__(self, cluster: KubeClient, *, enabled: bool) -> None:
-        """Annotate with ``cluster``; where not ``enabled``, the chart grants no permission for it."""
+        """Annotate pods with ``cluster``. Where not ``enabled``, do nothing: the chart then grants no permission."""
         self._cluster = cluster
         self._enabled = enabled
 
     async def update(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
-        """Annotate the running pods with the newest checkpoint of the stored status."""
+        """Annotate the running pods with the time of the newest checkpoint in the stored status."""
         current = job.status.attempts.current
         if not self._enabled or current is None:
             return
@@ -48,7 +49,7 @@ class CheckpointAnnotations:
             try:
                 await self._cluster.annotate_pod(job.key.namespace, pod.name, pod.uid, {LAST_CHECKPOINT_TIME: value})
             except ApiError as error:
-                # Nothing of the job depends on the annotation, and the next reconcile tries again. A pod that is gone
-                # answers 404 or, because of the uid, 409.
+                # A failure is only logged, because nothing of the job depends on the annotation and the next reconcile
+                # tries again. Not even logged: the pod is gone (404), or a new pod has its name but another uid (409).
                 if not (error.is_not_found or error.is_conflict):
                     logger.warning("pod %s was not annotated: %s", pod.name, error, extra=job.log_fields)

@@ -1,7 +1,8 @@
-"""Creates and deletes the ConfigMaps of attempts and of tries of the preflight check, which carry the run file.
+"""Creates and deletes the ConfigMaps with the run file: one for each attempt, and one for each try of the preflight
+check.
 
-`attempt_objects.py` and `preflight_objects.py` call these functions before they create a child object or a pod.
-`settled.py` calls `delete_config_map` after the job has ended.
+`attempt_objects.py` and `preflight_objects.py` create a ConfigMap before the child object or pod that mounts the
+ConfigMap, and delete it with them. `settled.py` calls `delete_config_map` after the job has ended.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ _REFUSALS: Final = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.FORBIDDEN, HTTP
 
 
 async def create_config_map(client: KubeClient, manifest: Manifest) -> None:
-    """Create the ConfigMap, or accept the ConfigMap that an earlier try has created.
+    """Create the ConfigMap, or accept the existing one where an earlier reconcile of the same job has created it.
 
-    Raises RetryableError where the API server refuses the ConfigMap or where another object has its name.
+    Raises RetryableError where the API server refuses the ConfigMap, or where a ConfigMap of that name belongs to
+    another owner.
     """
     metadata = manifest["metadata"]
     try:
@@ -40,7 +42,7 @@ async def create_config_map(client: KubeClient, manifest: Manifest) -> None:
 
 
 async def delete_config_map(client: KubeClient, namespace: str, name: str, owner_uid: str) -> None:
-    """Delete the ConfigMap if it exists and its controller is the job with ``owner_uid``."""
+    """Delete the ConfigMap if it exists and its owner is the job with the uid ``owner_uid``."""
     existing = await client.get_config_map(namespace, name)
     if existing is not None and controller_uid(existing) == owner_uid:
         await client.delete_config_map(namespace, name)

@@ -1,6 +1,6 @@
 """Creates and deletes the objects of a try of the preflight check: a ConfigMap with the run file, and a pod.
 
-`reconcile.py` calls this before attempt 1 is opened, once the check's record is in the status.
+`reconcile.py` calls `PreflightObjects` before attempt 1 exists, once `status.preflight` records the check.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 class PreflightObjects:
-    """Creates and deletes ConfigMap and pod of tries."""
+    """Creates and deletes the ConfigMap and the pod of each try of the preflight check."""
 
     def __init__(self, cluster: KubeClient, backoff: CreationBackoff) -> None:
-        """Create with ``cluster``, and not before ``backoff`` allows it."""
+        """Create objects with ``cluster``, but none as long as ``backoff`` holds the job."""
         self._cluster = cluster
         self._backoff = backoff
 
     async def create(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> float | None:
-        """Create the objects of try ``number``, unless a back-off holds them.
+        """Create ConfigMap and pod of try ``number``, unless the back-off after a refusal still lasts.
 
-        Returns in how many seconds to reconcile again; None where the pod exists and its events tell.
+        Returns in how many seconds to reconcile again. None means that the pod exists, so that its watch events cause
+        the next reconcile.
         """
         if self._backoff.holds(job.memory):
             return self._backoff.seconds_left(job.memory)
@@ -45,22 +46,22 @@ class PreflightObjects:
         except RetryableError as problem:
             self._backoff.failed(job.memory, problem)
             logger.warning("preflight pod not created: %s", problem.message, extra=job.log_fields)
-            return 0  # the next reconcile writes the problem into the conditions
+            return 0  # reconcile again at once, because the next reconcile writes the problem into the conditions
         self._backoff.reset(job.memory)
         logger.info("preflight pod of try %d created", number, extra=job.log_fields)
         return None
 
     async def remove(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
-        """Delete the ConfigMaps and the pods of tries."""
+        """Delete ``pods``, each the pod of a try, and their ConfigMaps."""
         for pod in pods:
             await delete_config_map(self._cluster, job.key.namespace, pod.name, job.uid)
             await self._cluster.delete_pod(job.key.namespace, pod.name, pod.uid)
             logger.info("preflight pod of try %d removed", pod.index, extra=job.log_fields)
 
     async def _create(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> None:
-        """Create ConfigMap, then pod, under deterministic names, so that a second try finds them again."""
+        """Create the ConfigMap, then the pod. Their names are deterministic, so that a retry finds them again."""
         if number > 1:
-            # Somebody else may have deleted the earlier pod. Then its ConfigMap still exists.
+            # The ConfigMap of the try before is deleted here. It still exists where somebody else deleted its pod.
             before = preflight_name(job.key.name, job.uid, number - 1)
             await delete_config_map(self._cluster, job.key.namespace, before, job.uid)
         name = preflight_name(job.key.name, job.uid, number)
@@ -82,7 +83,7 @@ class PreflightObjects:
                 raise
 
     async def _accept_existing(self, job: ParsedJob, pod: Manifest) -> None:
-        """Return if the existing pod of that name is an earlier try's; raises RetryableError where it is foreign."""
+        """Accept the existing pod with the name of ``pod`` where this job owns it; raise RetryableError otherwise."""
         found = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
         ours = [item for item in found if item["metadata"]["name"] == pod["metadata"]["name"]]
         if not ours or controller_uid(ours[0]) != job.uid:

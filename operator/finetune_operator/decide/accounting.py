@@ -1,4 +1,4 @@
-"""How an ended attempt is counted, exactly once, and how long the next one waits.
+"""Counts an ended attempt exactly once, and computes how long the next attempt waits.
 
 Pure functions on `status.attempts`, called by `attempts.py`.
 """
@@ -20,13 +20,13 @@ from finetune_core.api.status import (
 from finetune_operator.decide.verdict import TEXT_LIMIT, Ruling, Verdict
 
 FREE_IN_A_ROW = 3
-"""After this many free attempts in a row without a new checkpoint the next one is charged, so that a job that makes no
-progress ends."""
+"""After this many free attempts in a row without a new checkpoint, the next free attempt without a new checkpoint is
+charged, so that a job that makes no progress ends."""
 FIRST_BACKOFF_SECONDS = 10
 LONGEST_BACKOFF_SECONDS = 300
 SUSPENSIONS = (Cause.SUSPENDED, Cause.RESUMED_TOO_EARLY)
-"""Reasons that stem from a decision of a person or a queue. Such an attempt is never charged and never delays the next
-one, however often it happens."""
+"""Reasons of attempts that ended because a person or a queue suspended the job or its PyTorchJob. Such attempts are
+never charged and never make the back-off longer, however many they are."""
 
 
 def cause_of(ruling: Ruling, now: datetime) -> AttemptCause:
@@ -47,9 +47,10 @@ def close(
     checkpoints: Sequence[CheckpointStatus],
     now: datetime,
 ) -> AttemptsStatus:
-    """Return ``attempts`` with ``current`` moved to `recent` and counted.
+    """Return ``attempts`` after the end of ``current``: counted as charged or free, and moved to `recent`.
 
-    The attempt is counted once, because `current` is None afterwards.
+    A free attempt is charged where FREE_IN_A_ROW says so. No attempt is counted twice, because `attempts.current` is
+    None afterwards.
     """
     verdict = cause.verdict
     if verdict == Verdict.FREE and cause.reason not in SUSPENSIONS:
@@ -78,7 +79,7 @@ def close(
 def backoff(attempts: AttemptsStatus, checkpoints: Sequence[CheckpointStatus]) -> timedelta:
     """Return the pause before the next attempt: 10 s, doubled for each further attempt in a row without a checkpoint.
 
-    The pause is 300 s at most.
+    The pause is 300 s at most. Attempts that ended by a suspension are left out of the row.
     """
     row = 0
     for past in reversed(attempts.recent):
@@ -91,12 +92,15 @@ def backoff(attempts: AttemptsStatus, checkpoints: Sequence[CheckpointStatus]) -
 
 
 def _progressed(started: datetime, checkpoints: Sequence[CheckpointStatus]) -> bool:
-    """Return whether a checkpoint was committed since ``started``."""
+    """Return whether one of ``checkpoints`` was committed since ``started``."""
     return any(checkpoint.time >= started for checkpoint in checkpoints)
 
 
 def _free_in_a_row(recent: Sequence[PastAttempt], checkpoints: Sequence[CheckpointStatus]) -> int:
-    """Return how many of the newest attempts in a row were free and committed nothing; suspensions do not count."""
+    """Return how many attempts in a row, back from the newest, were free and without a new checkpoint.
+
+    Attempts that ended by a suspension are left out of the row.
+    """
     row = 0
     for past in reversed(recent):
         if past.reason in SUSPENSIONS:

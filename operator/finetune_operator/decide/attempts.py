@@ -1,7 +1,7 @@
-"""The life of attempts: when the next one may start, what is recorded while one exists, and when it is closed.
+"""The life of attempts: when the next attempt may start, what is recorded while it exists, and when it is closed.
 
-Pure functions on `status.attempts`, called by `state_machine.py`. `reconcile.py` writes their result before it touches
-any object, so that a crash repeats nothing.
+Pure functions on `status.attempts`, called by `state_machine.py`. `reconcile.py` writes their result into the status
+before it creates or deletes an object, so that a restart after a crash repeats nothing.
 """
 
 from __future__ import annotations
@@ -23,22 +23,27 @@ from finetune_operator.objects.observations import PodObservation
 from finetune_operator.observe.observation import JobObservation
 
 LEAVE_TOGETHER = timedelta(seconds=10)
-"""Time for the other pods to report why they end, before the attempt is closed."""
+"""How long an attempt stays open after the cause of its end was recorded, so that its other pods can still tell why
+they end."""
 TERMINATING_LIMIT = timedelta(seconds=60)
-"""A pod whose grace period ended this long ago is no longer waited for, because its kubelet is dead.
+"""A pod whose grace period ended this long ago is no longer waited for, because its kubelet counts as dead.
 
-A trainer that still runs there stops at its next commit, because the next attempt takes a higher run number in the
-bucket.
+A trainer that still runs in such a pod does no harm: it stops at its next commit, because the next attempt has taken a
+higher run number in the bucket.
 """
 _DELETION_SECONDS = 1.0
-"""Pause before a reconcile looks whether a deletion has removed its object."""
+"""Seconds after the deletion of an object until the next reconcile checks whether the object is gone."""
 
 
-# ---- between two attempts ----
+# ---- decisions while no attempt is current ----
 
 
 def between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
-    """Return what happens while no attempt is current: clean up, then end, rest, back off or open the next attempt."""
+    """Return the decision while no attempt is current.
+
+    First the objects of the last attempt are removed and its pods waited for. Then the job ends, rests because it is
+    suspended, waits for its back-off, or gets its next attempt.
+    """
     if seen.child is not None and not seen.child.deleting:
         return Decision(
             state=JobState.CLEANING_UP,
@@ -62,7 +67,11 @@ def between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> Decision
 
 
 def _end_between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> JobEnd | None:
-    """Return why no attempt follows: the last one ended for good, or an order came while none was current."""
+    """Return how the job ends where no further attempt may follow; None where one may follow.
+
+    The job ends if the verdict of its last attempt is permanent, if it is cancelled, if its active deadline is over,
+    or if it has had ATTEMPT_LIMIT attempts.
+    """
     newest_checkpoint = seen.checkpoints[-1].uri if seen.checkpoints else ""
     last = attempts.recent[-1] if attempts.recent else None
     if last is not None and last.verdict == Verdict.PERMANENT:
@@ -78,7 +87,7 @@ def _end_between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> Job
 
 
 def _open_next(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
-    """Return the decision that numbers the next attempt."""
+    """Return the decision that records the next attempt, with its number, in the status."""
     number = attempts.started + 1
     current = CurrentAttempt(number=number, start_time=seen.now, admitted_time=seen.now)
     opened = attempts.model_copy(update={"started": number, "current": current, "next_start_time": None})
@@ -86,17 +95,17 @@ def _open_next(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
 
 
 def _seconds_until_gone(pod: PodObservation, now: datetime) -> float:
-    """Return how long a pod of an ended attempt is waited for; 0 once it counts as gone."""
+    """Return for how many more seconds to wait for a pod of an ended attempt; 0 once the pod counts as gone."""
     if pod.delete_deadline is None:
-        return 5  # the garbage collector has not yet begun to delete the pod of a deleted child
+        return 5  # the child is deleted, but the garbage collector has not yet begun to delete this pod
     return max(0.0, (pod.delete_deadline + TERMINATING_LIMIT - now).total_seconds())
 
 
-# ---- during an attempt ----
+# ---- decisions while an attempt is current ----
 
 
 def during_attempt(attempts: AttemptsStatus, current: CurrentAttempt, seen: JobObservation) -> Decision:
-    """Return what happens while an attempt is current: record its pods, and close it once a rule says that it ends."""
+    """Return the decision while an attempt is current: record its pods, and close it once a rule says that it ends."""
     pods = seen.pods_of(current)
     current = _with_observed_pods(current, pods, seen)
     ruling = judge(_evidence(current, pods, seen))
@@ -152,7 +161,7 @@ def _state_of_attempt(current: CurrentAttempt, seen: JobObservation, *, never_cr
 
 
 def _with_cause(current: CurrentAttempt, ruling: Ruling | None, now: datetime) -> CurrentAttempt:
-    """Return the attempt with the cause of its end, where ``ruling`` gives the first or a stronger one."""
+    """Return ``current`` with ``ruling`` as the cause of its end, where no cause or a weaker cause is recorded."""
     if ruling is None or not replaces(current.cause, ruling):
         return current
     return current.model_copy(update={"cause": cause_of(ruling, now)})
@@ -161,16 +170,16 @@ def _with_cause(current: CurrentAttempt, ruling: Ruling | None, now: datetime) -
 def _with_observed_pods(
     current: CurrentAttempt, pods: Sequence[PodObservation], seen: JobObservation
 ) -> CurrentAttempt:
-    """Return the attempt with what was observed of its pods.
+    """Return ``current`` with records of its pods, and with the times at which it was admitted and at which all ran.
 
-    While a queue holds the attempt, it has no pods and no deadline runs.
+    While the child is suspended, for example by a queue, pods and times are empty, so that no pending deadline runs.
     """
     if seen.held:
         return current.model_copy(update={"pods": [], "admitted_time": None, "running_time": None})
     resumed_at = seen.child.resumed_at if seen.child is not None else None
     if resumed_at is not None and (current.admitted_time is None or resumed_at > current.admitted_time):
-        # The queue admitted the attempt anew, perhaps without a reconcile in between that saw the child suspended. The
-        # recorded pods and times belong to the earlier admission.
+        # The queue suspended the attempt and admitted it anew, perhaps before any reconcile saw the child suspended.
+        # Pods and times are recorded anew, because the recorded ones belong to the earlier admission.
         current = current.model_copy(update={"pods": [], "admitted_time": resumed_at, "running_time": None})
     all_ran = sum(pod.running or pod.ended for pod in pods) >= seen.nodes
     return current.model_copy(
@@ -183,7 +192,7 @@ def _with_observed_pods(
 
 
 def _pod_records(records: Sequence[PodRecord], pods: Sequence[PodObservation]) -> list[PodRecord]:
-    """Return the first pod seen for each index; the node is filled in once the same pod has a node."""
+    """Return ``records`` with the first pod seen for each worker index; its node is filled in once the pod has one."""
     known = {record.index: record for record in records}
     for pod in pods:
         record = known.get(pod.index)
@@ -201,9 +210,10 @@ def _ending(
     pods: Sequence[PodObservation],
     seen: JobObservation,
 ) -> Decision:
-    """Return what happens once the cause is known: close the attempt when all pods have ended or 10 s have passed.
+    """Return the decision once the cause of the attempt's end is recorded.
 
-    A permanent cause closes the attempt at once, because no later evidence can replace it.
+    The attempt is closed when all pods have ended or 10 s have passed. A permanent cause closes the attempt at once,
+    because no later evidence can replace that cause.
     """
     permanent = cause.verdict == Verdict.PERMANENT
     left = (cause.time + LEAVE_TOGETHER - seen.now).total_seconds()
@@ -211,7 +221,7 @@ def _ending(
         return Decision(state=JobState.ENDING, attempts=attempts, wait_seconds=left)
     closed = close(attempts, current, cause, seen.checkpoints, seen.now)
     if permanent:
-        # The child stays, so that the pods' logs can be read.
+        # No action removes the child, so that its pods stay and their logs can be read.
         return Decision(state=JobState.FAILED, attempts=closed, end=_failed(cause.reason, cause.message))
     if closed.charged > seen.policy.max_retries or closed.started >= ATTEMPT_LIMIT:
         message = messages.retries_exhausted(closed.charged, cause.message)

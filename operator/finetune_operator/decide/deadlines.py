@@ -1,6 +1,6 @@
 """The two deadlines of `runPolicy`: how long pods may run in total, and how long an attempt may wait for its pods.
 
-Pure functions. `rules.py` asks whether a deadline is over, and `attempts.py` when the next one will be.
+Pure functions. `rules.py` asks whether a deadline is over. `attempts.py` asks in how many seconds the next one is over.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ def is_active_deadline_over(policy: RunPolicySpec, active_seconds: int) -> bool:
 
 
 def pending_deadline(policy: RunPolicySpec, current: CurrentAttempt) -> datetime | None:
-    """Return when all pods of the attempt must run.
+    """Return the time by which all pods of the attempt must run.
 
-    None where all pods have run, where a queue holds the attempt, and where `runPolicy.pendingDeadlineSeconds` is
-    absent.
+    None where all pods have already run, where a queue has suspended the attempt, and where
+    `runPolicy.pendingDeadlineSeconds` is absent.
     """
     if policy.pending_deadline_seconds is None or current.running_time is not None or current.admitted_time is None:
         return None
@@ -30,7 +30,7 @@ def pending_deadline(policy: RunPolicySpec, current: CurrentAttempt) -> datetime
 def seconds_to_deadline(
     policy: RunPolicySpec, current: CurrentAttempt, *, now: datetime, active_seconds: int, any_pod_runs: bool
 ) -> float | None:
-    """Return in how many seconds the next deadline is over if nothing changes; None where no deadline is running."""
+    """Return in how many seconds the earlier of the two deadlines is over; None where no deadline is running."""
     waits = []
     if policy.active_deadline_seconds is not None and any_pod_runs:
         waits.append(float(policy.active_deadline_seconds - active_seconds))

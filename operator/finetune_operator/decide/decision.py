@@ -1,4 +1,5 @@
-"""What one reconcile decides: the bookkeeping to record, the state of the job, and at most one change of its objects.
+"""What one reconcile decides: what to record about attempts and the preflight check, in which state the job is, and
+which change of its objects to make, if any.
 
 `state_machine.py` makes a `Decision`; `reconcile.py` writes it, acts on it and computes the status from it.
 """
@@ -16,16 +17,17 @@ from finetune_operator.objects.observations import PodObservation
 
 
 class Action(Enum):
-    """The change of objects that the reconciler makes, once the bookkeeping is written."""
+    """What the reconciler does with the job's objects, once the decision is recorded in the status."""
 
     NONE = auto()
-    """Nothing changes: a pod runs, something is waited for, or the job has ended."""
+    """Change no object, for example because a pod runs, something is waited for, or the job has ended."""
     CREATE_PREFLIGHT_POD = auto()
     """Create ConfigMap and pod of the next try of the preflight check."""
     REMOVE_PREFLIGHT_PODS = auto()
     """Delete the objects of the tries in `Decision.preflight_pods`."""
     OPEN_ATTEMPT = auto()
-    """Write the number of the next attempt into the status. The following reconcile creates the attempt's objects."""
+    """Change no object yet: only the number of the next attempt is written into the status. The following reconcile
+    creates the attempt's objects."""
     CREATE_ATTEMPT = auto()
     """Create ConfigMap and child of the current attempt."""
     REMOVE_ATTEMPT = auto()
@@ -34,14 +36,14 @@ class Action(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobEnd:
-    """How the job ended; becomes the condition `Succeeded`."""
+    """How the job ends, as the condition `Succeeded` will say."""
 
     succeeded: bool
     reason: str
     """CamelCase reason of the condition, for example "RetriesExhausted"."""
     message: str
     result: Result | None = None
-    """The trainer's result with artifact and scores; only where the job succeeded."""
+    """The trainer's result with artifact and scores; None where the job failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,37 +57,39 @@ class Decision:
     """`status.preflight` as it is to be recorded."""
     action: Action = Action.NONE
     wait_seconds: float | None = None
-    """When to reconcile again even if no event arrives; None where only an event can change the decision."""
+    """Seconds until the job is reconciled again even if no event arrives; None where only an event can change the
+    decision."""
     end: JobEnd | None = None
     """How the job ends; None while it goes on."""
     is_checked: bool = False
-    """Whether the preflight check is what attempt 1 waits for, or what ended the job."""
+    """Whether attempt 1 waits for the preflight check, or the job ends because of that check."""
     missing: str = ""
-    """What the preflight check found missing outside the spec, as a sentence; empty where nothing is known."""
+    """What attempt 1 lacks outside the spec according to the preflight check, as a sentence; empty if not known."""
     preflight_pods: Sequence[PodObservation] = ()
     """Pods that `Action.REMOVE_PREFLIGHT_PODS` deletes."""
 
     @property
     def number_of_try(self) -> int:
-        """The try of the preflight check that runs or comes next, counted from 1."""
+        """Number, from 1, of the try of the preflight check that runs now or comes next."""
         return (self.preflight.tries if self.preflight else 0) + 1
 
     @property
     def needs_run_file(self) -> bool:
-        """Whether a pod that reads the run file is about to start, so that the spec must be resolved."""
+        """Whether a pod may be about to start. Pods read the run file, so the spec must then be resolved into one."""
         return self.state in (JobState.CHECKING, JobState.OPENED)
 
     def must_be_written_first(self, stored: FineTuneJobStatus) -> bool:
-        """Return whether the bookkeeping changed. Then no object is touched before the status is written.
+        """Return whether the status must be written before any object is created or deleted.
 
-        An operator that crashes between the two writes finds its decision in the status and does not decide anew.
+        This is so where the numbers of attempts or tries have changed, or where the job ends. An operator that crashes
+        right after that write finds its decision in the status and does not decide anew.
         """
         changed = _bookkeeping(self.attempts, self.preflight) != _bookkeeping(stored.attempts, stored.preflight)
         return changed or self.end is not None
 
 
 def _bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
-    """Return what must not be lost in a crash: numbers, counts and causes of attempts, and tries of the check."""
+    """Return what must not be lost in a crash: number, counts and cause of attempts, and the record of the check."""
     current = attempts.current
     return (
         attempts.started,

@@ -1,7 +1,7 @@
-"""What is known about an attempt when `rules.py` asks whether it ends: its pods, its child object, orders and clocks.
+"""What is known about an attempt when `rules.py` asks whether it ends: its pods, its child object, its job's policy.
 
-Times have a resolution of one second in Kubernetes, and training-operator deletes the other pods after the first
-failure. The properties here decide which of several pods that failed or were deleted was the first.
+The properties here find out what came first where several pods failed or were deleted. The times alone do not tell,
+because Kubernetes gives whole seconds, and training-operator deletes the other pods right after the first failure.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from finetune_operator.objects.observations import ChildObservation, ContainerSt
 _SIGNALLED = (137, ExitCode.STOPPED)
 """Exit codes of a container that was killed (137) or that obeyed SIGTERM (143)."""
 _LATE_CODES = (ExitCode.OUTSIDE_FAILURE, ExitCode.STOPPED)
-"""Exit codes that a failing peer can cause. A crash explains more than 75, and 75 explains more than 143."""
+"""Exit codes with which a pod may end only because another pod failed: 75 and 143. Every other exit code explains more
+than 75, and 75 explains more than 143."""
 RESUME_WINDOW = timedelta(seconds=TRAINING_GRACE_SECONDS + 30)
-"""A child that fails this soon after its queue resumed it may have failed for the pods of its earlier admission."""
+"""A child object that fails within this time after its queue resumed it may have failed only because pods of its
+earlier admission still ended."""
 
 
 class Disturbance(Enum):
     """What somebody outside the job did to a pod."""
 
     DISRUPTED = auto()
-    """The pod has the condition DisruptionTarget: a drain, a preemption, a taint, or the kubelet."""
+    """The pod has the condition DisruptionTarget, because of a drain, a preemption, a taint or an eviction."""
     NODE_LOST = auto()
     """The pod's node no longer answers."""
     DELETED = auto()
@@ -40,25 +42,26 @@ class Disturbance(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Everything from which a rule decides whether an attempt ends."""
+    """Everything from which the rules in `rules.py` decide whether an attempt ends."""
 
     current: CurrentAttempt
     """The attempt as recorded, with the first pod that was seen for each index."""
     child: ChildObservation | None
     child_uid: str
-    """Uid that the status recorded for the child; empty where none was seen yet."""
+    """Uid of the child as recorded in the status; empty where no child was seen yet."""
     pods: Sequence[PodObservation]
     """Pods of this attempt only."""
     nodes: int
     """Number of pods that the attempt needs."""
     final_result: Result | None
-    """The trainer's result from its final report, which arrives also where the pods are gone; None without one."""
+    """The trainer's result from its final report, which is known even where the pods are gone. None where no final
+    report has arrived."""
     last_phase: str = ""
     """Phase of the trainer in its newest report, for example "Training"; empty without a report."""
     policy: RunPolicySpec
     now: datetime
     active_seconds: int = 0
-    """Seconds with a running pod, over all attempts."""
+    """Seconds in which at least one pod of the job ran, over all attempts."""
     waiting_for: str = ""
     """Why the attempt's pods do not all run; empty where they do."""
 
@@ -69,7 +72,7 @@ class Evidence:
 
     @cached_property
     def decisive_failure(self) -> PodObservation | None:
-        """The failed pod that explains most: a crash before 75 before 143, then the lowest index."""
+        """The failed pod whose exit code explains most (see _LATE_CODES); of several, the pod with the lowest index."""
 
         def rank(pod: PodObservation) -> tuple[int, int]:
             code = pod.container.exit_code if pod.container else None
@@ -79,7 +82,10 @@ class Evidence:
 
     @cached_property
     def disturbance(self) -> tuple[Disturbance, PodObservation] | None:
-        """What was done first to a pod from outside, where that came before the attempt's first failure."""
+        """The first disturbance of a pod and the pod itself; None where no disturbance came before the first failure.
+
+        The loss of a node counts even after a failure.
+        """
         for pod in sorted(self.pods, key=_disturbed_first):
             if pod.disruption and self._precedes_failures(pod.disrupted_at):
                 return Disturbance.DISRUPTED, pod
@@ -91,36 +97,40 @@ class Evidence:
         return None
 
     def _precedes_failures(self, time: datetime | None) -> bool:
-        """Return whether something that was done at ``time`` came before every failure of the attempt."""
+        """Return whether a disruption or deletion at ``time`` came before every failure of the attempt."""
         if not self.failures:
             return True
         all_stopped = all(pod.container and pod.container.exit_code == ExitCode.STOPPED for pod in self.failures)
-        # A backend that has not failed its object has deleted no pod, and a trainer exits with 143 only after SIGTERM.
+        # Where deletion and failure fall into the same second, the deletion came first in two cases: all failed pods
+        # exited with 143, which a trainer does only after SIGTERM, or the child has not failed, so that the backend
+        # itself has deleted no pod.
         deletion_came_first = all_stopped or (self.child is not None and not self.child.failed)
         times = [finished_at(pod) for pod in self.failures]
         first_failure = min((time for time in times if time is not None), default=None)
         if first_failure is None or None in times:
-            # The kubelet reports that a pod was evicted before it reports when the pod's container ended.
+            # The time of a failure may still be missing, because the kubelet reports the eviction of a pod before it
+            # reports when the pod's container ended.
             return deletion_came_first
         return time is not None and (time < first_failure or (time == first_failure and deletion_came_first))
 
     @property
     def vanished(self) -> Sequence[PodRecord]:
-        """Recorded pods that no longer exist."""
+        """Pods that the status records for the attempt but that no longer exist."""
         present = {pod.index for pod in self.pods}
         return [record for record in self.current.pods if record.index not in present]
 
     @property
     def replaced(self) -> Sequence[PodRecord]:
-        """Recorded pods in whose place another pod of the same name exists."""
+        """Pods that the status records for the attempt but in whose place another pod with another uid exists."""
         present = {pod.index: pod.uid for pod in self.pods}
         return [record for record in self.current.pods if present.get(record.index, record.uid) != record.uid]
 
     @property
     def resumed_too_early(self) -> bool:
-        """Whether training-operator failed the child for pods that the earlier suspension of the child had deleted.
+        """Whether the child failed so soon after its queue resumed it that pods of the earlier admission explain it.
 
-        The pods' restartPolicy is Never, so training-operator counts a pod with a deletionTimestamp as failed.
+        The suspension deleted those pods. training-operator counts a pod with a deletionTimestamp as failed, because
+        the pods' restartPolicy is Never.
         """
         child = self.child
         if child is None or child.resumed_at is None or child.failed_at is None:
@@ -129,7 +139,10 @@ class Evidence:
 
     @property
     def artifact_result(self) -> Result | None:
-        """The result that names the committed artifact, once every pod ended with 0 or no pod exists any more."""
+        """The trainer's result that names the committed artifact, once every pod ended with 0 or no pod is left.
+
+        None before that, and where no result names an artifact.
+        """
         done = [pod for pod in self.pods if pod.container is not None and pod.container.exit_code == 0]
         if len(done) == self.nodes == len(self.pods):
             results = [pod.container.result for pod in sorted(done, key=lambda pod: pod.index) if pod.container]
@@ -164,25 +177,26 @@ def _failed_by_itself(pod: PodObservation) -> bool:
     disturbances = [time for time in (pod.delete_requested_at, pod.disrupted_at) if time is not None]
     if finished is None or not disturbances:
         return True
-    # Where both fall into one second, a disruption explains the exit code of a signal. The kubelet sets its own
-    # DisruptionTarget condition in the second in which it kills the container, whatever the exit code is.
+    # Where the end and a disturbance fall into the same second, the disturbance is taken to explain the exit code of a
+    # signal. A disruption explains any exit code, because the kubelet sets its own DisruptionTarget condition in the
+    # second in which it kills the container.
     signalled = container.exit_code in _SIGNALLED or pod.disrupted_at == finished
     first = min(disturbances)
     return finished < first or (finished == first and not signalled)
 
 
 def _disturbed_first(pod: PodObservation) -> tuple[bool, datetime, int]:
-    """Return a key that sorts pods by when they were first disrupted or deleted.
+    """Return a sort key: the pod that was disrupted or deleted first comes first, undisturbed pods come last.
 
-    training-operator deletes the other pods in the same second as the first, a moment later. The pod with the lower
-    resourceVersion was therefore deleted by somebody else.
+    After somebody deleted a pod, training-operator deletes the others a moment later, often in the same second. Within
+    one second the lowest resourceVersion comes first, because it belongs to the pod that somebody else deleted.
     """
     times = [time for time in (pod.disrupted_at, pod.delete_requested_at) if time is not None]
     return (not times, min(times, default=pod.created_at), pod.version)
 
 
 def _ended_before_deletion(pod: PodObservation) -> bool:
-    """Return whether the pod had ended by itself before its deletion, which then was only a clean-up."""
+    """Return whether the pod had ended by itself before it was deleted, so that the deletion was only a clean-up."""
     finished = finished_at(pod)
     if finished is None or pod.delete_requested_at is None or pod.container is None:
         return False

@@ -1,8 +1,8 @@
-"""What happens before attempt 1: a small pod checks the job, and only its verdict lets the attempt be opened.
+"""What happens before attempt 1: a small pod checks the job, and attempt 1 is opened only after the verdict Passed.
 
-Pure functions on `status.preflight`, called by `state_machine.py`. A try is one pod. Its verdict is recorded first and
-its objects are removed next. Only then does the verdict take effect: attempt 1 is opened, the job ends, or another try
-follows.
+Pure functions on `status.preflight`, called by `state_machine.py`. A try is one run of the pod. First the verdict of a
+try is recorded, then the objects of the try are removed. Only then does the verdict take effect: attempt 1 is opened,
+the job ends, or another try follows.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from finetune_operator.queue.work_queue import backoff_seconds
 
 
 def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchecked: Decision) -> Decision:
-    """Return the decision for a job without an attempt; ``unchecked`` is the decision without a preflight check.
+    """Return the decision for a job that has had no attempt; ``unchecked`` is the decision without a preflight check.
 
-    The check runs where it is enabled and nothing else keeps attempt 1 from being opened.
+    The check runs where it is enabled and where ``unchecked`` would open attempt 1.
     """
     record = stored.preflight
     alive = [pod for pod in seen.preflight.pods if pod.delete_deadline is None]
     if not (seen.preflight.enabled and unchecked.action is Action.OPEN_ATTEMPT):
-        # The job was suspended or cancelled, or a person skips the check. A later check begins anew.
+        # No check is wanted, for example because the job was suspended or cancelled, or because `runPolicy.preflight`
+        # is Skip. A check that is not finished is dropped, and a later check begins anew.
         if alive:
             return _removing(stored.attempts, record, alive, state=JobState.CLEANING_UP)
         return replace(unchecked, preflight=record if _passed(record) else None)
@@ -52,7 +53,7 @@ def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchec
 def _during_try(
     attempts: AttemptsStatus, record: PreflightStatus, seen: JobObservation, alive: Sequence[PodObservation]
 ) -> Decision:
-    """Return what happens while no verdict is recorded for the current try: watch its pod, create it, or wait."""
+    """Return the decision while no verdict is recorded for the current try: watch its pod, create the pod, or wait."""
     pod = next((pod for pod in seen.preflight.pods if pod.index == record.tries + 1), None)
     outcome = _outcome(pod) if pod is not None else None
     if outcome is not None:
@@ -122,12 +123,12 @@ def _passed(record: PreflightStatus | None) -> bool:
 
 
 def _missing(record: PreflightStatus) -> str:
-    """Return what the last try found missing; the sentence stays true until a later try says otherwise."""
+    """Return, as a sentence, what the last try found missing outside the spec; empty where its verdict is another."""
     return record.message if record.verdict == PreflightVerdict.WAITING else ""
 
 
 def _with_verdict(record: PreflightStatus, verdict: PreflightVerdict, message: str, now: datetime) -> PreflightStatus:
-    """Return the record with the verdict of one more try. The try's pod is a leftover from then on."""
+    """Return ``record`` with one more try, whose verdict is ``verdict``. The pod of that try is then to be removed."""
     pause = backoff_seconds(record.tries + 1, jitter=0, base=FIRST_RETRY_SECONDS)
     return record.model_copy(
         update={
@@ -140,9 +141,9 @@ def _with_verdict(record: PreflightStatus, verdict: PreflightVerdict, message: s
 
 
 def _outcome(pod: PodObservation) -> tuple[PreflightVerdict, str] | None:
-    """Return verdict and message of a pod that has ended; None while it has not.
+    """Return the verdict and the message of a try whose pod has ended; None while the pod has not ended.
 
-    Only findings of the check end a job. A pod that broke never does, because the next one may succeed.
+    Only findings of the check end a job. A pod that ended without findings does not, because the next try may succeed.
     """
     container = pod.container
     if container is not None and container.state is ContainerState.TERMINATED:
@@ -153,7 +154,7 @@ def _outcome(pod: PodObservation) -> tuple[PreflightVerdict, str] | None:
             verdict = PreflightVerdict.IMPOSSIBLE if result.is_final else PreflightVerdict.WAITING
             return verdict, result.sentence
         if pod.delete_deadline is None:
-            # The kubelet puts the end of the log into the message where the program left none.
+            # Where the program left no termination message, the kubelet has filled it with the end of the log.
             last_line = (container.message.strip().splitlines() or [""])[-1]
             message = messages.preflight_broke(container.exit_code, container.reason, last_line)
             return PreflightVerdict.WAITING, message
@@ -165,7 +166,7 @@ def _outcome(pod: PodObservation) -> tuple[PreflightVerdict, str] | None:
 
 
 def _why_stuck(pod: PodObservation, seen: JobObservation) -> str:
-    """Return why the pod does not run although it had time to start; empty where it runs or nothing is known."""
+    """Return why the pod does not run yet; empty where it runs, is a few seconds old, or the reason is not known."""
     if pod.running or not _had_time_to_start(pod, seen.now):
         return ""
     detail = why_pod_waits(pod, seen.warning)
@@ -177,7 +178,7 @@ def _had_time_to_start(pod: PodObservation, now: datetime) -> bool:
 
 
 def _seconds_to_deadline(record: PreflightStatus, seen: JobObservation) -> float | None:
-    """Return what is left of `runPolicy.pendingDeadlineSeconds`; None where the field is absent."""
+    """Return how many seconds of `runPolicy.pendingDeadlineSeconds` are left; None where the field is absent."""
     limit = seen.policy.pending_deadline_seconds
     if limit is None:
         return None

@@ -1,4 +1,4 @@
-"""Writes the verdict table and the states of a job into docs/architecture.md, between the page's markers.
+"""Writes the rules and verdicts of attempts and the states of a job into docs/architecture.md, between its markers.
 
 `make docs` runs `python -m finetune_operator.decide.reference docs/architecture.md`. A test compares the page with the
 code (tests/operator/test_decide_reference.py).
@@ -15,7 +15,7 @@ from finetune_operator.decide.states import MEANINGS, state_diagram
 
 
 def verdict_table() -> str:
-    """Return `RULES` as a Markdown table, in their precedence."""
+    """Return a Markdown table with one line for each rule of `RULES`, in the order in which the rules are asked."""
     rows = [f"| `{rule.name}` | {rule.when} | {_verdict(rule)} |" for rule in RULES]
     orders = "An order of `runPolicy` is obeyed only while no other cause of the attempt's end is recorded."
     return "\n".join(["| rule | evidence | verdict |", "|---|---|---|", *rows, "", orders])
@@ -34,11 +34,11 @@ def states_section() -> str:
 
 
 SECTIONS = {"verdicts": verdict_table, "states": states_section}
-"""Functions that make the generated sections, by the name in the marker ``<!-- generated: NAME -->``."""
+"""For each name in a marker ``<!-- generated: NAME -->``, the function that returns the text of the section."""
 
 
 def with_generated_sections(page: str) -> str:
-    """Return ``page`` with every section between ``<!-- generated: NAME -->`` and ``<!-- end -->`` made anew.
+    """Return ``page`` with fresh text in each section between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 
     Raises ValueError where the page lacks a section or has one twice.
     """

@@ -1,8 +1,9 @@
 """Why an attempt ends: `RULES`, a table of named rules of which the first that matches decides.
 
-Each rule is a function that takes the evidence and returns a ruling, or None where the rule does not match.
-`attempts.py` calls `judge` in every reconcile and records the first ruling, because later evidence is often only a
-consequence. The table in docs/architecture.md is generated from `RULES` (`reference.py`).
+Each rule is a function that takes the evidence and returns a `Ruling` (why the attempt ends and what this means), or
+None where the rule does not match. `attempts.py` calls `judge` in every reconcile. The first ruling is recorded and
+mostly kept, because later evidence is often only its consequence. `reference.py` writes `RULES` as a table into
+docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from finetune_operator.decide.evidence import Disturbance, Evidence
 from finetune_operator.decide.verdict import GoesOn, Ruling, Verdict
 from finetune_operator.objects.observations import PodObservation
 
-# ---- success ----
+# ---- the rule for success ----
 
 
 def artifact_committed(evidence: Evidence) -> Ruling | None:
-    """Return the ruling that the attempt succeeded."""
+    """Return the verdict Succeeded where a result names the committed artifact."""
     result = evidence.artifact_result
     if result is None or result.artifact is None:
         return None
@@ -32,25 +33,25 @@ def artifact_committed(evidence: Evidence) -> Ruling | None:
     return Ruling(verdict=Verdict.SUCCEEDED, reason=reason, message=message, result=result)
 
 
-# ---- orders of `runPolicy` ----
+# ---- rules for orders of `runPolicy` ----
 
 
 def cancelled(evidence: Evidence) -> Ruling | None:
-    """Return the ruling that `runPolicy.cancel` orders."""
+    """Return the verdict Permanent where `runPolicy.cancel` is true."""
     if not evidence.policy.cancel:
         return None
     return _ordered(Verdict.PERMANENT, Reason.CANCELLED, messages.CANCELLED)
 
 
 def suspended(evidence: Evidence) -> Ruling | None:
-    """Return the ruling that `runPolicy.suspend` orders."""
+    """Return the verdict Free where `runPolicy.suspend` is true."""
     if not evidence.policy.suspend:
         return None
     return _ordered(Verdict.FREE, Cause.SUSPENDED, messages.SUSPENDED)
 
 
 def active_deadline_over(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt whose job has used up the time that its pods may run."""
+    """Return the verdict Permanent where the job's pods have run for `runPolicy.activeDeadlineSeconds`."""
     if not is_active_deadline_over(evidence.policy, evidence.active_seconds):
         return None
     message = messages.active_deadline(evidence.policy.active_deadline_seconds or 0)
@@ -58,7 +59,7 @@ def active_deadline_over(evidence: Evidence) -> Ruling | None:
 
 
 def pending_deadline_over(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt whose pods did not all run in time."""
+    """Return the verdict Permanent where not all pods ran within `runPolicy.pendingDeadlineSeconds`."""
     deadline = pending_deadline(evidence.policy, evidence.current)
     if deadline is None or deadline > evidence.now:
         return None
@@ -70,29 +71,29 @@ def _ordered(verdict: Verdict, reason: str, message: str) -> Ruling:
     return Ruling(verdict=verdict, reason=reason, message=message, ordered=True)
 
 
-# ---- the queue ----
+# ---- the rule for a suspended child ----
 
 
 def held_by_queue(evidence: Evidence) -> GoesOn | None:
-    """Return `GoesOn` where the queue has suspended the child, because the queue resumes the child later."""
+    """Return `GoesOn` where a queue has suspended the child object, because the queue resumes the child later."""
     return GoesOn() if evidence.child is not None and evidence.child.suspended else None
 
 
-# ---- failures that another attempt would repeat ----
+# ---- rules for failures that another attempt would repeat ----
 
 
 def bad_input(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about a pod whose trainer refused the spec or the data."""
+    """Return the verdict Permanent where a trainer refused the spec or the data (exit code 64)."""
     return _permanent(evidence, ExitCode.BAD_INPUT, Reason.BAD_INPUT)
 
 
 def diverged(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about a pod whose training diverged."""
+    """Return the verdict Permanent where the training diverged (exit code 65)."""
     return _permanent(evidence, ExitCode.DIVERGED, Reason.DIVERGED)
 
 
 def out_of_memory(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about a pod that ran out of memory, by the trainer's own count or by the kernel's."""
+    """Return the verdict Permanent where a trainer ran out of memory: exit code 66, or OOMKilled."""
     return _permanent(evidence, ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY)
 
 
@@ -111,25 +112,25 @@ def _permanent(evidence: Evidence, code: ExitCode, reason: Reason) -> Ruling | N
     return None
 
 
-# ---- what the job did not cause ----
+# ---- rules for ends that the job did not cause ----
 
 
 def resumed_too_early(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt whose child failed only for pods of an earlier admission."""
+    """Return the verdict Free where the child failed only because pods of its earlier admission still ended."""
     if evidence.failures or not evidence.resumed_too_early:
         return None
     return _free(Cause.RESUMED_TOO_EARLY, messages.RESUMED_TOO_EARLY)
 
 
 def child_deleted(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt whose child was deleted by somebody else."""
+    """Return the verdict Free where no pod failed and somebody else deleted the child object."""
     if evidence.failures or not evidence.child_uid or not (evidence.child is None or evidence.child.deleting):
         return None
     return _free(Cause.CHILD_DELETED, messages.CHILD_DELETED)
 
 
 def child_replaced(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt in whose child's place another object of the same name exists."""
+    """Return the verdict Free where no pod failed and another object has taken the child's name."""
     child = evidence.child
     if evidence.failures or not evidence.child_uid or child is None or child.uid == evidence.child_uid:
         return None
@@ -137,7 +138,7 @@ def child_replaced(evidence: Evidence) -> Ruling | None:
 
 
 def child_scaled(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt whose child was scaled to another number of pods."""
+    """Return the verdict Free where no pod failed and somebody else scaled the child to another number of pods."""
     child = evidence.child
     if evidence.failures or not evidence.child_uid or child is None or child.replicas == evidence.nodes:
         return None
@@ -145,7 +146,7 @@ def child_scaled(evidence: Evidence) -> Ruling | None:
 
 
 def pod_disrupted(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt of which the cluster took a pod away."""
+    """Return the verdict Free where a pod got the condition DisruptionTarget before the first failure."""
     pod = _disturbed(evidence, Disturbance.DISRUPTED)
     if pod is None:
         return None
@@ -153,7 +154,7 @@ def pod_disrupted(evidence: Evidence) -> Ruling | None:
 
 
 def node_lost(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt of which a pod's node no longer answers."""
+    """Return the verdict Free where the node of a pod no longer answers."""
     pod = _disturbed(evidence, Disturbance.NODE_LOST)
     if pod is None:
         return None
@@ -161,10 +162,10 @@ def node_lost(evidence: Evidence) -> Ruling | None:
 
 
 def pod_deleted(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt of which somebody deleted a pod.
+    """Return the verdict Free where somebody deleted a pod before the first failure.
 
-    A pod that was deleted by force no longer exists, and training-operator then deletes the pods that are left. In that
-    case the missing pods are the reason, and the message names them and the deleted pod.
+    After a deletion by force the pod no longer exists, and training-operator deletes the pods that are left. In that
+    case the reason is that pods are missing, and the message names the missing pods as well.
     """
     pod = _disturbed(evidence, Disturbance.DELETED)
     if pod is None:
@@ -178,24 +179,25 @@ def pod_deleted(evidence: Evidence) -> Ruling | None:
 
 
 def pods_missing(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt of which recorded pods vanished or were replaced.
+    """Return the verdict Free where no pod failed and recorded pods vanished or were replaced.
 
-    After a failure, missing pods prove nothing, because the backend deletes the other pods then.
+    After a failure missing pods prove nothing, because the backend itself then deletes the other pods.
     """
     return None if evidence.failures else _missing(evidence)
 
 
 def _disturbed(evidence: Evidence, kind: Disturbance) -> PodObservation | None:
-    """Return the pod that was disturbed first; None where no pod was, or in another way than ``kind``."""
+    """Return the pod of the first disturbance where that disturbance is of ``kind``; None otherwise."""
     if evidence.disturbance is None or evidence.disturbance[0] is not kind:
         return None
     return evidence.disturbance[1]
 
 
 def _missing(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about recorded pods that vanished or were replaced; the message names all of them.
+    """Return the verdict Free where recorded pods vanished or were replaced; None where all recorded pods exist.
 
-    Nothing shows any more which of the pods somebody deleted and which the backend deleted afterwards.
+    The message names all missing pods, because nothing shows any more which of them somebody deleted and which the
+    backend deleted afterwards.
     """
     if gone := evidence.vanished:
         return _free(Cause.POD_VANISHED, messages.pods_vanished([record.name for record in gone]), gone[0].node)
@@ -208,11 +210,11 @@ def _free(reason: str, message: str, node: str = "") -> Ruling:
     return Ruling(verdict=Verdict.FREE, reason=reason, message=message, node=node)
 
 
-# ---- failures that another attempt may survive ----
+# ---- rules for failures that another attempt may survive ----
 
 
 def evicted(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about a pod that the kubelet evicted for what the pod itself used."""
+    """Return the verdict Charged where the kubelet evicted a pod, for example because the pod used too much disk."""
     pod = evidence.decisive_failure
     if pod is None or pod.reason != Cause.EVICTED:
         return None
@@ -220,7 +222,7 @@ def evicted(evidence: Evidence) -> Ruling | None:
 
 
 def failed_without_exit_code(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about a pod whose training container left no exit code."""
+    """Return the verdict Charged where a pod failed and its training container left no exit code."""
     pod = evidence.decisive_failure
     if pod is None or (pod.container is not None and pod.container.exit_code is not None):
         return None
@@ -228,29 +230,29 @@ def failed_without_exit_code(evidence: Evidence) -> Ruling | None:
 
 
 def outside_failure(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about a pod for which something outside was missing for too long."""
+    """Return the verdict Charged where something outside of the job failed, such as the store (exit code 75)."""
     return _exited(evidence, Cause.OUTSIDE_FAILURE, lambda code: code == ExitCode.OUTSIDE_FAILURE)
 
 
 def stopped(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about a pod that received SIGTERM although nobody had deleted the pod."""
+    """Return the verdict Charged where a pod ended after SIGTERM (exit code 143) although nobody had deleted it."""
     return _exited(evidence, Cause.STOPPED, lambda code: code == ExitCode.STOPPED)
 
 
 def crashed(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about a pod that ended with an exit code which the trainer does not give itself."""
+    """Return the verdict Charged where a pod failed with any exit code that no earlier rule handles."""
     return _exited(evidence, Cause.CRASHED, lambda code: True)
 
 
 def no_artifact(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt that succeeded by its exit codes but left no artifact."""
+    """Return the verdict Charged where every pod ended without a failure, but no result names an artifact."""
     if len(evidence.pods) != evidence.nodes or not all(pod.ended for pod in evidence.pods):
         return None
     return Ruling(verdict=Verdict.CHARGED, reason=Cause.NO_ARTIFACT, message=messages.NO_ARTIFACT)
 
 
 def child_failed(evidence: Evidence) -> Ruling | None:
-    """Return the ruling about an attempt whose child has finished though no pod explains that."""
+    """Return the verdict Charged where the backend finished the child, and no pod explains why."""
     child = evidence.child
     if child is None or not child.finished or not all(pod.ended for pod in evidence.pods):
         return None
@@ -271,17 +273,17 @@ def _charged(pod: PodObservation, reason: str, message: str) -> Ruling:
     return Ruling(verdict=Verdict.CHARGED, reason=reason, message=message, node=pod.node)
 
 
-# ---- the table ----
+# ---- the verdict table: RULES ----
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of the verdict table."""
+    """One row of `RULES`, the table that decides why an attempt ended and with which verdict."""
 
     decide: Callable[[Evidence], Ruling | GoesOn | None]
-    """Returns the ruling where the rule matches, None where the next rule is asked."""
+    """Function that returns a ruling (or `GoesOn`) where the rule matches, and None where the next rule is asked."""
     verdict: Verdict | None
-    """The verdict of every ruling of this rule; None where the attempt goes on."""
+    """The verdict of every ruling that `decide` returns; None where `decide` returns `GoesOn`."""
     when: str
     """When the rule matches, as docs/architecture.md shows it."""
     is_order: bool = False
@@ -289,7 +291,7 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """Name of the function, for example "pod_deleted"."""
+        """Name of the function `decide`, for example "pod_deleted"."""
         return self.decide.__name__
 
 
@@ -327,11 +329,14 @@ RULES: tuple[Rule, ...] = (
     Rule(no_artifact, Verdict.CHARGED, "every pod ended with 0, but no result names an artifact"),
     Rule(child_failed, Verdict.CHARGED, "the backend finished the child, and no pod explains why"),
 )
-"""All rules in their precedence: the first that matches decides."""
+"""All rules, in the order in which they are asked. The first rule that matches decides."""
 
 
 def judge(evidence: Evidence) -> Ruling | None:
-    """Return why the attempt ends, by the first rule that matches; None while the attempt goes on."""
+    """Return the ruling of the first rule that matches; None while the attempt goes on.
+
+    Rules for orders are left out once the attempt has a cause of its end.
+    """
     for rule in RULES:
         if rule.is_order and evidence.current.cause is not None:
             continue

@@ -16,7 +16,7 @@ from finetune_operator.observe.observation import JobObservation
 
 
 def decide(stored: FineTuneJobStatus, seen: JobObservation) -> Decision:
-    """Return what is to be recorded and done for a job whose stored status is ``stored``, given what exists."""
+    """Return what to record and what to do next for a job with the stored status ``stored``, in view of ``seen``."""
     attempts = stored.attempts
     if attempts.current is not None:
         decision = during_attempt(attempts, attempts.current, seen)

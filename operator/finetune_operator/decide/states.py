@@ -1,7 +1,7 @@
 """The states of a job, and every transition between them that one reconcile may make.
 
-`state_machine.py` says in each `Decision` which state the job is in; tests/operator/test_job_states.py holds every run
-to `TRANSITIONS`. The diagram in docs/architecture.md is generated from the table (`reference.py`).
+Each `Decision` of `state_machine.py` names the state of the job. tests/operator/test_job_states.py checks that every
+run keeps to `TRANSITIONS`. `reference.py` draws the diagram in docs/architecture.md from that table.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ MEANINGS: Mapping[JobState, str] = {
 
 FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED})
 _STARTS = frozenset({JobState.CHECKING, JobState.OPENED, JobState.SUSPENDED, JobState.FAILED})
-"""What may follow while attempt 1 is not opened."""
+"""States that may follow New, CleaningUp and Suspended, in which no attempt is current."""
 _ENDS = frozenset({JobState.ENDING, JobState.CLEANING_UP, JobState.SUCCEEDED, JobState.FAILED})
-"""What may follow each state in which an attempt exists."""
+"""States that may follow every state in which an attempt exists and goes on."""
 ATTEMPT_STATES = (JobState.OPENED, JobState.PENDING, JobState.RUNNING, JobState.HELD)
 """States in which an attempt exists and no cause of its end is recorded."""
 
@@ -65,10 +65,10 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset(),
 }
-"""For each state the states that the next reconcile may find or bring about. A job may also stay in its state.
+"""For each state, the states in which the job may be after the next reconcile. A job may also stay in its state.
 
-The operator may have been away for a while, so a state may be skipped: a job goes from Opened to Running where all pods
-started between two reconciles.
+States may be skipped, because the operator may have been away for a while. For example, a job goes from Opened to
+Running where all pods started between two reconciles.
 """
 
 

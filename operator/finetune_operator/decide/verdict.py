@@ -16,7 +16,7 @@ from finetune_core.contract import Result
 TEXT_LIMIT = 1024
 """Most characters of a message that `status.attempts` and `status.preflight` store."""
 CONSEQUENCES = (Cause.OUTSIDE_FAILURE, Cause.STOPPED)
-"""Reasons (exit codes 75 and 143) that the crash of another pod can bring about."""
+"""Reasons with which a pod may end only because another pod crashed (exit codes 75 and 143)."""
 
 
 class Verdict(StrEnum):
@@ -25,11 +25,11 @@ class Verdict(StrEnum):
     SUCCEEDED = "Succeeded"
     """The artifact is committed; the job ends."""
     PERMANENT = "Permanent"
-    """The job ends without another attempt, because that attempt would end the same way or because it was ordered."""
+    """The job ends: another attempt would end in the same way, or `runPolicy` orders the end."""
     CHARGED = "Charged"
-    """Another attempt follows, and the ended one counts against `runPolicy.maxRetries`."""
+    """The ended attempt counts against `runPolicy.maxRetries`. Another attempt follows if that limit allows."""
     FREE = "Free"
-    """Another attempt follows, and the ended one does not count, because the job did not cause its end."""
+    """The ended attempt does not count, because the job did not cause its end. Another attempt follows."""
 
 
 class PreflightVerdict(StrEnum):
@@ -55,21 +55,21 @@ class Ruling:
     node: str = ""
     """Name of the node on which the deciding pod ran; empty where no pod decided."""
     result: Result | None = None
-    """The trainer's result that names the artifact; only with the verdict Succeeded."""
+    """The trainer's result that names the artifact; None unless the verdict is Succeeded."""
     ordered: bool = False
-    """Whether `runPolicy` ended the attempt. Then it is closed at once, because no later evidence can matter."""
+    """Whether `runPolicy` ended the attempt. The attempt is closed at once, because no later evidence can matter."""
 
 
 @dataclass(frozen=True, slots=True)
 class GoesOn:
-    """The answer of a rule that keeps an attempt going, so that no later rule is asked."""
+    """The answer of a rule that matches and lets the attempt go on. No later rule is asked."""
 
 
 def replaces(recorded: AttemptCause | None, ruling: Ruling) -> bool:
     """Return whether ``ruling`` replaces the cause that was recorded for the attempt.
 
-    The cause that was seen first stays, because later evidence is often its consequence. Two kinds of evidence still
-    replace it: a permanent failure, and the crash of a peer that explains an exit code 75 or 143.
+    The cause that was recorded first stays, because later evidence is often its consequence. Two rulings still replace
+    it: a permanent failure, and the crash of another pod where the recorded cause is exit code 75 or 143.
     """
     if recorded is None:
         return True

@@ -1,7 +1,8 @@
 """The operator's client of the API server: `KubeClient` has one method for each request, except kopf's watches.
 
 Objects are dictionaries as the API server sends them; `objects/observations.py` parses them. Each request has a
-time-out, names its entry in the permission table, and raises `ApiError` for every answer that is not a success.
+time-out and names its entry in the permission table (`rbac.py`). A method raises `ApiError` for an answer that is not
+a success, unless its docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from finetune_operator.queue.work_queue import Key
 FIELD_MANAGER: Final = OPERATOR_NAME
 REQUEST_SECONDS: Final = 15.0
 CONNECTIONS: Final = 16
-"""Limit of requests in flight, so that a restart with many jobs does not flood the API server."""
+"""Most requests at the same time, so that a restart with many jobs does not flood the API server."""
 LIST_CHUNK: Final = 500
 METADATA_ONLY: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-"""Accept header of a list without spec and status, because thousands of whole jobs are tens of megabytes."""
+"""Accept header that asks for a list with metadata only. A list of thousands of jobs with spec and status would have
+tens of megabytes."""
 METHODS: Final = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "patch": "PATCH", "delete": "DELETE"}
-"""HTTP method of each RBAC verb."""
+"""HTTP method of each RBAC verb that the client uses."""
 
 
 class ApiError(Exception):
     """The API server answered with an HTTP status that is not 2xx."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
-        """Keep the HTTP ``status``, the server's ``reason`` (for example ``"AlreadyExists"``) and ``message``."""
+        """Keep the HTTP ``status`` and the answer's ``reason`` (for example ``"AlreadyExists"``) and ``message``."""
         super().__init__(f"the API server answered {status} {reason}: {message}")
         self.status = status
         self.reason = reason
@@ -56,7 +58,10 @@ class ApiError(Exception):
 
     @property
     def is_refusal(self) -> bool:
-        """Whether a quota, a policy or a webhook refused the object itself, so that a retry at once would fail too."""
+        """Whether the object itself was refused, for example by a quota, a policy or a webhook.
+
+        A retry at once would then fail as well.
+        """
         webhook_down = self.status == HTTPStatus.INTERNAL_SERVER_ERROR and "webhook" in self.message
         return webhook_down or (400 <= self.status < 500 and self.status not in _NOT_ABOUT_THE_OBJECT)
 
@@ -69,18 +74,18 @@ _NOT_ABOUT_THE_OBJECT: Final = frozenset(
         HTTPStatus.TOO_MANY_REQUESTS,
     }
 )
-"""Answers of the 4xx range that say nothing about the object."""
+"""HTTP status codes of the 4xx range that do not mean that the object itself was refused."""
 REQUEST_ERRORS: Final = (ApiError, aiohttp.ClientError, TimeoutError)
-"""Every exception by which a request can fail: a caller that tries again later catches all of them."""
+"""The exceptions with which a request can fail. A caller that tries again later catches all of them."""
 
 
 def describe_error(error: Exception) -> str:
-    """Return the text of ``error`` for a log line; the type's name where the text is empty, as for a TimeoutError."""
+    """Return the text of ``error`` for a log line; the name of its type where the text is empty (TimeoutError)."""
     return str(error) or type(error).__name__
 
 
 async def load_configuration(kubeconfig: Path | None) -> Any:
-    """Return the client configuration from the file ``kubeconfig``, or from the pod's service account where None."""
+    """Return the client configuration from the file ``kubeconfig``; where None, from the pod's service account."""
     configuration = kubernetes_client.Configuration()
     if kubeconfig is None:
         kubernetes_config.load_incluster_config(client_configuration=configuration)
@@ -93,7 +98,7 @@ async def load_configuration(kubeconfig: Path | None) -> Any:
 
 
 def _error(status: int, body: bytes) -> ApiError:
-    """Return the error of an answer whose ``body`` is a Status object or, from a proxy or webhook, plain text."""
+    """Return the ApiError for an answer. Its ``body`` is a Status object or, from a proxy or webhook, plain text."""
     try:
         content = json.loads(body)
     except ValueError:
@@ -107,7 +112,7 @@ class KubeClient:
     """Client of the API server with one method for each request that the operator sends."""
 
     def __init__(self, configuration: Any, fence: Callable[[], None]) -> None:
-        """Open no connection yet. ``configuration`` comes from `load_configuration`.
+        """Keep ``configuration``, which `load_configuration` returned; no connection is opened yet.
 
         ``fence`` is called right before every write and must end a process that is no longer the leader.
         """
@@ -122,7 +127,7 @@ class KubeClient:
         return await self._get_or_none(Permission.GET_JOB, key.namespace, key.name)
 
     async def list_job_keys(self, namespace: str | None) -> AsyncIterator[Key]:
-        """Yield the keys of all FineTuneJobs of ``namespace``, or of all namespaces where None, page by page."""
+        """Yield the keys of all FineTuneJobs in ``namespace``; where None, in all namespaces. The list is paged."""
         token = ""
         while True:
             query = {"limit": str(LIST_CHUNK)} | ({"continue": token} if token else {})
@@ -197,9 +202,9 @@ class KubeClient:
         await self._delete(Permission.DELETE_POD, namespace, name, {"preconditions": {"uid": uid}})
 
     async def annotate_pod(self, namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
-        """Set ``annotations`` of the pod with this ``uid``.
+        """Set ``annotations`` on the pod with this ``uid``.
 
-        The patch goes to the pod's `status` subresource, because that permission does not allow a change of the spec.
+        The patch goes to the pod's `status` subresource, so that the operator needs no permission to change pod specs.
         """
         await self._request(
             Permission.ANNOTATE_POD,
@@ -279,7 +284,8 @@ class KubeClient:
         try:
             await self._request(permission, namespace, name, body=body)
         except ApiError as error:
-            # A 409 means that the uid precondition failed: the object is gone, and a new object has its name.
+            # A 404 or 409 is no error. 409 means that the uid precondition failed: the object is gone, and a new object
+            # has its name.
             if not (error.is_not_found or error.is_conflict):
                 raise
 

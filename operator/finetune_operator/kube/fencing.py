@@ -1,7 +1,7 @@
-"""API clients whose connections can't deliver a write of a former leader.
+"""API clients that keep a former leader from writing.
 
-A write is fenced: right before the request is sent, a callback checks that this process still holds the Lease. The
-socket options make the kernel discard what the server has not acknowledged when the process ends, so that no write
+Right before a write is sent, a callback (the fence) checks that this process still holds the Lease. When the process
+ends, the kernel discards data that the server has not acknowledged, because of the socket options set here. So no write
 arrives after another replica became leader. `client.py` uses the fenced client, `application.py` the Lease client.
 """
 
@@ -18,15 +18,16 @@ from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.rest import RESTClientObject
 
 UNACKNOWLEDGED_MILLISECONDS: Final = 5000
-"""After this time without a TCP acknowledgement the kernel gives up the data. `process/leader_election.py` leaves the
-same five seconds between the end of a leader that can't renew its Lease and the start of the next leader."""
+"""After this time without a TCP acknowledgement the kernel discards the unacknowledged data and closes the connection.
+`process/leader_election.py` leaves as much time between the end of a leader that can't renew its Lease and the start of
+the next leader."""
 _DROP_AT_CLOSE: Final = b"\x01\x00\x00\x00\x00\x00\x00\x00"
-"""`struct linger {1, 0}`: closing the socket discards unsent data and resets the connection."""
+"""Value of SO_LINGER, `struct linger {1, 0}`: closing the socket discards unsent data and resets the connection."""
 _READS: Final = frozenset({"GET", "HEAD"})
 
 
 def short_lived_socket(address: tuple[Any, ...]) -> socket.socket:
-    """Return a TCP socket whose data is delivered within five seconds or not at all.
+    """Return a TCP socket whose data is acknowledged within five seconds or discarded.
 
     ``address`` is an entry that `socket.getaddrinfo` returns.
     """
@@ -53,16 +54,16 @@ def fenced_client(configuration: Any, fence: Callable[[], None]) -> Any:
 
 
 def lease_client(configuration: Any) -> Any:
-    """Return an unfenced API client for the Lease, because a candidate must write the Lease to become leader."""
+    """Return an API client for the Lease. It has no fence, because a candidate writes the Lease to become leader."""
     client = ApiClient(configuration)
     client.rest_client = _ShortLivedConnections(_without_environment(configuration))
     return client
 
 
 def _without_environment(configuration: Any) -> Any:
-    """Return a copy of ``configuration`` whose sessions ignore proxy variables and `.netrc`.
+    """Return a copy of ``configuration`` with which HTTP sessions ignore proxy variables and `.netrc`.
 
-    The library would look both up in a thread before every request. kopf's watches ignore both as well.
+    aiohttp would otherwise look both up in a thread before every request. kopf's watches ignore both as well.
     """
     copied = copy.copy(configuration)
     copied.client_session_kwargs = {"trust_env": False}
@@ -70,7 +71,10 @@ def _without_environment(configuration: Any) -> Any:
 
 
 def _with_fence(configuration: Any, fence: Callable[[], None]) -> Any:
-    """Return a copy of ``configuration`` whose sessions call ``fence`` once a write has got its connection."""
+    """Return a copy of ``configuration`` with which HTTP sessions call ``fence`` right before a write is sent.
+
+    ``fence`` is called once the write has its connection, because the wait for a connection may be long.
+    """
     trace = aiohttp.TraceConfig()
 
     async def request_started(

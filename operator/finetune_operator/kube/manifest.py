@@ -1,6 +1,6 @@
-"""The type of Kubernetes objects as dictionaries, shared by the client and by the modules that build objects.
+"""The type `Manifest` of a Kubernetes object as a dictionary. The client and the modules that build objects share it.
 
-The module imports nothing, so that pure modules can use the type without importing the client.
+It has a module of its own, so that pure modules can use the type without importing the client.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of RBAC permissions that the operator needs: every verb on every resource.
+"""The table of RBAC permissions that the operator needs: one entry for each verb on each resource.
 
 `client.py` names an entry of the table in each request. A test compares the table with the roles in the Helm chart,
 so that the chart grants exactly these permissions.
@@ -25,31 +25,32 @@ from finetune_operator.kube.resources import (
 
 
 class RoleScope(StrEnum):
-    """The kind of role that grants a permission."""
+    """Which role of the Helm chart grants a permission."""
 
     JOBS = "jobs"
     """Needed in every served namespace: a ClusterRole, or a Role in each namespace of the chart's `watchNamespaces`."""
     ANNOTATIONS = "annotations"
-    """As JOBS, but not granted where the chart switches the checkpoint annotation of pods off."""
+    """As JOBS, but granted only where the chart's values keep the checkpoint annotation of pods switched on."""
     CLUSTER = "cluster"
-    """For cluster-scoped resources: always a ClusterRole."""
+    """A ClusterRole in every installation, because the resource is cluster-scoped."""
     DISCOVERY = "discovery"
-    """For CRDs, needed only where all namespaces are served: kopf then notices CRDs that are installed later."""
+    """A ClusterRole on CRDs, granted only where all namespaces are served. With it kopf notices CRDs that are
+    installed later."""
     OWN = "own"
-    """In the operator's own namespace, limited to one object by `resourceNames`."""
+    """A Role in the operator's own namespace, limited to one object by `resourceNames`."""
     OWN_NEW = "own-new"
-    """In the operator's own namespace without `resourceNames`, because RBAC can't limit `create` to a name."""
+    """A Role in the operator's own namespace without `resourceNames`, because RBAC can't limit `create` to a name."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyRule:
-    """One verb on one resource, and the kind of role that grants the verb."""
+    """A permission: one verb on one resource, and which role grants it."""
 
     resource: Resource
     verb: str
     scope: RoleScope = RoleScope.JOBS
     subresource: str = ""
-    """For example ``"status"``; empty for the resource itself."""
+    """Subresource that the permission is about, for example ``"status"``; empty for the resource itself."""
 
     @property
     def rbac_resource(self) -> str:
@@ -58,7 +59,7 @@ class PolicyRule:
 
 
 class Permission(Enum):
-    """The permission table."""
+    """The table of all RBAC permissions that the operator needs, one member for each verb on each resource."""
 
     GET_JOB = PolicyRule(FINETUNEJOBS, "get")
     LIST_JOBS = PolicyRule(FINETUNEJOBS, "list")

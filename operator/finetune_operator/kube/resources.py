@@ -1,7 +1,7 @@
 """The API resources that the operator uses, each named once with group, version and plural.
 
-`rbac.py` builds the permission table from them, `client.py` the request paths, `watches.py` the watches and
-`objects/` the apiVersion of new objects.
+`rbac.py` builds the permission table from these resources, `client.py` the request paths, `watches.py` the watches,
+and `objects/` the apiVersion of new objects.
 """
 
 from __future__ import annotations

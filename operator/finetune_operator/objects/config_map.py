@@ -1,7 +1,8 @@
 """Builds the ConfigMap of an attempt: the run file that the trainer reads, and the CA of the report server.
 
 The ConfigMap is immutable and owned by the job. `act/config_maps.py` creates the ConfigMap before the child object. The
-ConfigMap is deleted before the child, or at the latest before the ConfigMap of the next attempt is created.
+ConfigMap is deleted right before the child, or else before the next attempt gets its ConfigMap. `settled.py` removes
+the last ConfigMap of an ended job.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from finetune_operator.objects.labels import attempt_labels, owner_reference
 from finetune_operator.objects.pod_template import AttemptSpec
 
 RUN_FILE_KEY: Final = PurePosixPath(RUN_FILE).name
-"""Key of the run file in the ConfigMaps of attempts and preflight checks, for example ``"run.json"``."""
+"""Key of the run file in the ConfigMaps of attempts and preflight checks: the file name ``"run.json"``."""
 
 
 def build_config_map(job: FineTuneJob, attempt: AttemptSpec, config: RunConfig, ca_bundle: str) -> Manifest:
-    """Return the ConfigMap of an attempt with the run file ``config`` and the PEM text ``ca_bundle``."""
+    """Return the ConfigMap of an attempt, which holds ``config`` as the run file and ``ca_bundle`` as a PEM file."""
     return run_config_map(
         job,
         name=attempt.name,
@@ -30,7 +31,7 @@ def build_config_map(job: FineTuneJob, attempt: AttemptSpec, config: RunConfig, 
 
 
 def run_config_map(job: FineTuneJob, *, name: str, labels: dict[str, str], data: dict[str, str]) -> Manifest:
-    """Return an immutable ConfigMap that ``job`` owns."""
+    """Return the manifest of an immutable ConfigMap that ``job`` owns."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

@@ -1,6 +1,6 @@
 """The time that a training pod may take to end after SIGTERM.
 
-`pod_template.py` sets the value in the pods of attempts. The rules of `decide/` compute with the same value.
+`pod_template.py` sets this time in the pods of attempts. `decide/evidence.py` computes with the same time.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 TRAINING_GRACE_SECONDS: Final = 90
-"""terminationGracePeriodSeconds of the pods: the time to commit a checkpoint after SIGTERM.
+"""terminationGracePeriodSeconds of training pods: the time to commit a checkpoint after SIGTERM.
 
-A lost node is noticed after about 50 s, its taint is tolerated for 30 s, and a pod on the node is given up 60 s after
-its grace period. With 90 s a new attempt therefore starts within four minutes.
+With 90 s a new attempt starts within four minutes after the loss of a node: the loss is noticed after about 50 s, the
+node's taint is tolerated for 30 s, and a pod on the node is given up 60 s after its grace period.
 """

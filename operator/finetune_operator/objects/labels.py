@@ -1,6 +1,6 @@
 """Labels, annotations and owner references of the objects that the operator creates.
 
-`objects/` sets the labels; `watches.py` finds with them the job to which a watched object belongs.
+The builders in `objects/` set the labels. `watches.py` reads them to find the job to which a watched object belongs.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ JOB_UID = f"{GROUP}/job-uid"
 ATTEMPT = f"{GROUP}/attempt"
 """Label with the number of the attempt, for example ``"2"``."""
 PREFLIGHT = f"{GROUP}/preflight"
-"""Label with the number of the try of the preflight check; preflight pods carry this label instead of ATTEMPT."""
+"""Label with the number of the try of the preflight check. Preflight pods carry this label instead of ATTEMPT."""
 MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGER = OPERATOR_NAME
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
-"""Label with the LocalQueue in which Kueue queues a PyTorchJob."""
+"""Label with the name of the LocalQueue in which Kueue queues a PyTorchJob."""
 QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
-"""Label with Kueue's WorkloadPriorityClass; the operator copies the label from the FineTuneJob to the PyTorchJob.
+"""Label with the name of a WorkloadPriorityClass of Kueue, copied by the operator from FineTuneJob to PyTorchJob.
 
 A WorkloadPriorityClass is not the PriorityClass of `runPolicy.priorityClassName`. Where the label is absent, Kueue
 takes the priority from the pods' PriorityClass."""
 LAST_CHECKPOINT_TIME = "volcano.sh/last-checkpoint-time"
-"""Annotation of pods with the time of the newest checkpoint; a scheduler can preempt the pods that lose least work."""
+"""Annotation of pods with the time of the job's newest checkpoint. A scheduler can then preempt the pods that lose
+least work."""
 REPLICA_INDEX = "training.kubeflow.org/replica-index"
 """Label with the index of a worker, set on every pod by training-operator."""
 TRAINING_CONTAINER = "pytorch"
 """Name of the training container; PyTorchJob requires exactly this name."""
 OWNED_OBJECTS_SELECTOR = JOB_NAME
-"""Label selector of the watches on pods and PyTorchJobs: the API server sends only objects that carry the label."""
+"""Label selector of the watches on pods and PyTorchJobs. The API server sends only objects that have this label."""
 
 
 def attempt_labels(job_name: str, job_uid: str, attempt: int) -> dict[str, str]:
@@ -54,7 +55,7 @@ def job_key(namespace: str | None, labels: Mapping[str, str]) -> Key | None:
 
 
 def owner_reference(job: FineTuneJob) -> dict[str, Any]:
-    """Return the controller reference by which the garbage collector deletes an object after its job.
+    """Return the owner reference to ``job``, by which the garbage collector deletes an object after its job.
 
     `blockOwnerDeletion` is not set, because it needs a permission on finalizers and serves foreground deletion only.
     """

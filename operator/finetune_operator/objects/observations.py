@@ -1,7 +1,7 @@
-"""Pods and child objects of an attempt as immutable values, parsed from the manifests that the API server sends.
+"""Pods and child objects of an attempt as immutable values, and the functions that parse pods into such values.
 
-`observe/observer.py` parses the manifests. `decide/` and `status/` compute verdicts, conditions and messages from these
-values and never from manifests.
+`observe/observer.py` and the backends parse what the API server sends. `decide/` and `status/` compute verdicts,
+conditions and messages from these values and never from manifests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune_operator.objects.labels import ATTEMPT, LAST_CHECKPOINT_TIME, PREF
 
 
 class ContainerState(StrEnum):
-    """State of the training container; a container is in exactly one state."""
+    """State of the training container, as its status in the pod names it."""
 
     WAITING = "Waiting"
     RUNNING = "Running"
@@ -37,11 +37,11 @@ class ContainerObservation:
     started_at: datetime | None = None
     finished_at: datetime | None = None
     image_id: str = ""
-    """Image that the node runs: `repository@sha256:...`, or a bare digest of an image that came from no registry."""
+    """Image that the node runs: `repository@sha256:...`, or only a digest where the image came from no registry."""
 
     @property
     def result(self) -> Result | None:
-        """The result that the trainer wrote as termination message; None where the message holds no result."""
+        """The result that the trainer wrote as termination message; None where there is none or the container runs."""
         return Result.from_termination_message(self.message) if self.state is ContainerState.TERMINATED else None
 
 
@@ -56,14 +56,14 @@ class PodObservation:
     """Index of the worker, from 0; of a preflight pod, the number of the try."""
     phase: str = "Pending"
     reason: str = ""
-    """`status.reason`, set where the phase is Failed, for example ``"Evicted"``."""
+    """`status.reason` of the pod, for example ``"Evicted"`` in the phase Failed."""
     message: str = ""
     node: str = ""
     version: int = 0
-    """`metadata.resourceVersion` as a number. Of two pods, the pod that changed last has the higher number."""
+    """`metadata.resourceVersion` as a number. Of two pods, the pod that changed later has the higher number."""
     created_at: datetime
     scheduled_at: datetime | None = None
-    """When the scheduler bound the pod to a node, so that the pod holds the GPUs from then on."""
+    """When the scheduler bound the pod to a node. From then on the pod holds its GPUs."""
     delete_requested_at: datetime | None = None
     """When the deletion was requested: `metadata.deletionTimestamp` minus the grace period."""
     delete_deadline: datetime | None = None
@@ -93,20 +93,21 @@ class PodObservation:
 
     @property
     def ended_at(self) -> datetime | None:
-        """When the training container ended; None while it runs and where the manifest has no time."""
+        """When the training container ended; None while it runs, or where the manifest does not give the time."""
         return self.container.finished_at if self.container is not None else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildObservation:
-    """The child object of an attempt, for example a PyTorchJob, in the terms that every backend shares."""
+    """What every backend can say about the child object of an attempt, for example about a PyTorchJob."""
 
     name: str
     uid: str
     owner_uid: str
     deleting: bool = False
     suspended: bool = False
-    """Whether the child is suspended, for example by Kueue, or is resumed and the backend has not acted on that yet."""
+    """Whether the child is suspended, for example by Kueue. True also right after a resume, until the backend has acted
+    on the resume."""
     resumed_at: datetime | None = None
     """When the backend last resumed the child after a suspension."""
     failed_at: datetime | None = None
@@ -119,17 +120,17 @@ class ChildObservation:
 
     @property
     def finished(self) -> bool:
-        """Whether the child has succeeded or failed, so that the backend does nothing more with the child."""
+        """Whether the child has succeeded or failed. The backend then starts nothing more for the child."""
         return self.succeeded or self.failed
 
 
 def parse_time(text: str | None) -> datetime | None:
-    """Return ``text`` (RFC 3339, for example ``"2026-01-31T12:00:00Z"``) as a datetime; None for None or empty."""
+    """Return ``text``, for example ``"2026-01-31T12:00:00Z"`` (RFC 3339), as a datetime; None where it is empty."""
     return datetime.fromisoformat(text) if text else None
 
 
 def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
-    """Return the observation of a pod; None where the labels of the pod are not those of an attempt's pod."""
+    """Return the observation of a pod of an attempt; None where the labels of ``pod`` name no attempt and index."""
     labels = pod["metadata"].get("labels", {})
     attempt, index = labels.get(ATTEMPT, ""), labels.get(REPLICA_INDEX, "")
     if not (attempt.isdigit() and index.isdigit()):
@@ -138,9 +139,9 @@ def parse_pod(pod: Mapping[str, Any]) -> PodObservation | None:
 
 
 def parse_preflight_pod(pod: Mapping[str, Any]) -> PodObservation | None:
-    """Return the observation of a preflight pod, with attempt 0 and the number of the try as `index`.
+    """Return the observation of a preflight pod; None where ``pod`` is not a preflight pod.
 
-    Returns None where ``pod`` is not a preflight pod.
+    In the observation, `attempt` is 0 and `index` is the number of the try.
     """
     number = pod["metadata"].get("labels", {}).get(PREFLIGHT, "")
     return _observation(pod, 0, int(number)) if number.isdigit() else None
@@ -209,6 +210,6 @@ def _parse_container(statuses: list[Mapping[str, Any]]) -> ContainerObservation 
 
 
 def controller_uid(manifest: Mapping[str, Any]) -> str:
-    """Return the uid of the owner reference with `controller: true`; empty where the object has none."""
+    """Return the uid in the owner reference with `controller: true`; empty where the object has no such reference."""
     owners = manifest["metadata"].get("ownerReferences", [])
     return next((owner["uid"] for owner in owners if owner.get("controller")), "")

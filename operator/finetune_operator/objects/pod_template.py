@@ -1,8 +1,8 @@
 """Builds the pod template of an attempt, which is the same for every backend. The functions are pure.
 
-The pods satisfy the `restricted` Pod Security Standard, mount no API token except the projected token for reports, and
-write to emptyDirs only. Golden files in tests/operator/golden fix the result. The backends and `preflight_pod.py` call
-`pod_template`.
+The pods satisfy the `restricted` Pod Security Standard and mount no service account token except the projected token
+for reports. The template's writable folders are emptyDirs. Golden files in tests/operator/golden hold the expected
+templates. The backends and `preflight_pod.py` call `pod_template`.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ GPU_RESOURCE = "nvidia.com/gpu"
 GPU_PRODUCT_LABEL = "nvidia.com/gpu.product"
 ISTIO_INJECTION = "sidecar.istio.io/inject"
 USER = 65532
-"""User and group id of the processes, and fsGroup of the volumes."""
+"""User id and group id of the pod's processes, and fsGroup of its volumes."""
 UNREACHABLE_SECONDS = 30
-"""tolerationSeconds for nodes that are not ready or unreachable."""
+"""tolerationSeconds of the pods for the taints of nodes that are not ready or unreachable."""
 TOKEN_SECONDS = 3600
-"""Lifetime of the projected service account token; the kubelet renews the token in time."""
+"""Lifetime in seconds of the projected service account token. The kubelet renews the token in time."""
 MASTER_PORT_NAME = "pytorchjob-port"
-"""Name under which training-operator looks for the port of rank 0."""
+"""Name of the container port on which rank 0 listens. training-operator looks for a port of this name."""
 SHARED_READ_ONLY = 0o440
-"""File mode of mounted Secrets and ConfigMaps: the group may read, and fsGroup is the trainer's group."""
+"""File mode of mounted Secrets and ConfigMaps. The trainer can read them, because fsGroup is its group."""
 
 RUN_VOLUME: Final = "run"
 REPORT_TOKEN_VOLUME: Final = "report-token"  # noqa: S105  (the name of a volume)
@@ -62,7 +62,7 @@ SHARED_MEMORY_VOLUME: Final = "shared-memory"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptSpec:
-    """The values, beside the job itself, from which the child object and the ConfigMap of an attempt are built."""
+    """The values from which, together with the job, the child object and the ConfigMap of an attempt are built."""
 
     number: int
     """Number of the attempt, from 1."""
@@ -79,8 +79,8 @@ def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
     labels = dict(template.labels) | attempt_labels(job.metadata.name, job.metadata.uid, attempt.number)
     annotations = dict(template.annotations)
     if ISTIO_INJECTION not in {*template.labels, *template.annotations}:
-        # An Istio sidecar never ends and blocks the network until it has started. Newer versions read the label,
-        # older versions read the annotation.
+        # Istio is told to inject no sidecar, because a sidecar never ends and blocks the network until it has started.
+        # Newer versions of Istio read the label, older versions read the annotation.
         labels[ISTIO_INJECTION] = "false"
         annotations[ISTIO_INJECTION] = "false"
     spec: Manifest = {
@@ -113,7 +113,7 @@ def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
 def _container(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
     """Return the training container.
 
-    No command is set, because the entry point of the image (in exec form) is PID 1 and so receives SIGTERM.
+    No command is set, so that the image's entry point (in exec form) is PID 1 and receives SIGTERM.
     """
     return {
         "name": TRAINING_CONTAINER,
@@ -139,7 +139,8 @@ def _environment(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
         "attempt": {"value": str(attempt.number)},
         "pod_name": _from_field("metadata.name"),
         "pod_uid": _from_field("metadata.uid"),
-        # training-operator sets no node rank in a PyTorchJob without a Master; its index label serves as rank.
+        # The node's rank is read from the index label of the pod, because training-operator sets no environment
+        # variable with the rank in a PyTorchJob without a Master.
         "node_rank": _from_field(f"metadata.labels['{REPLICA_INDEX}']"),
     }
     identity = [{"name": variable} | values[field] for field, variable in IDENTITY_VARIABLES.items()]
@@ -147,7 +148,8 @@ def _environment(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
     stock_reports = client_environment(attempt.report_base_url, job.metadata.namespace, job.metadata.name)
     return [
         *identity,
-        # Images with other training code report through these variables. A variable that the user sets is kept.
+        # Images with other training code than this project's find the report server by these variables. A variable
+        # that the user sets is kept.
         *({"name": name, "value": value} for name, value in stock_reports.items() if name not in user_variables),
         {"name": MASTER_ADDR_VARIABLE, "value": worker_name(attempt.name, 0)},
         {"name": MASTER_PORT_VARIABLE, "value": str(MASTER_PORT)},
@@ -188,7 +190,7 @@ def _tolerations(job: FineTuneJob) -> list[Manifest]:
 
 
 def _claims(job: FineTuneJob) -> list[str]:
-    """Return the names of the PersistentVolumeClaims that hold the model and the datasets, each name once."""
+    """Return the names of the PersistentVolumeClaims that hold the model or datasets, each name once."""
     dataset = job.spec.dataset
     sources = [job.spec.model, dataset.train, dataset.validation, dataset.test]
     names = [source.volume.claim_name for source in sources if source is not None and source.volume is not None]
@@ -277,12 +279,15 @@ def _claim_volume(number: int) -> str:
 
 
 def _user_volume(volume: Volume) -> str:
-    """Return the name in the pod of a volume of `podTemplate.volumes`; the prefix avoids the template's own names."""
+    """Return the name that a volume of `podTemplate.volumes` gets in the pod.
+
+    The prefix keeps the name apart from the names of the template's own volumes.
+    """
     return f"extra-{volume.name}"
 
 
 def _volume_source(volume: Volume) -> Manifest:
-    """Return the volume source that is set, for example ``{"persistentVolumeClaim": {...}}``."""
+    """Return the source of ``volume`` as a pod's spec writes it, for example ``{"persistentVolumeClaim": {...}}``."""
     kinds = volume.to_json()
     for key in ("name", "mountPath", "readOnly"):
         kinds.pop(key, None)
@@ -295,7 +300,7 @@ def _hub_token(job: FineTuneJob) -> SecretKeyRef | None:
 
 
 def _data_tokens(job: FineTuneJob) -> dict[str, SecretKeyRef]:
-    """Return the token Secrets of gated Hugging Face datasets by field path, for example ``"dataset.train"``."""
+    """Return which Secrets hold the tokens for gated Hugging Face datasets, by field path such as "dataset.train"."""
     dataset = job.spec.dataset
     sources = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     return {

@@ -1,7 +1,7 @@
 """Builds the pod of a preflight check and the ConfigMap of that pod. The functions are pure.
 
-The pod is derived from the pod template of attempt 1 without what only training needs, so that the check sees the same
-mounts and may run on the same nodes as the attempt. `act/preflight_objects.py` creates both objects.
+The pod is made from the pod template of attempt 1, so that the check sees the same mounts and may run on the same nodes
+as the attempt. Parts that only training needs are left out. `act/preflight_objects.py` creates both objects.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ RESOURCES = {
     "requests": {"cpu": "100m", "memory": "256Mi"},
     "limits": {"cpu": "1", "memory": "1Gi"},
 }
-"""The checks take about 150 MiB; the limit leaves room for a large tokenizer."""
+"""Requests and limits of the preflight container. The checks take about 150 MiB of memory; the limit leaves room for a
+large tokenizer."""
 PREFLIGHT_GRACE_SECONDS = 2
-"""terminationGracePeriodSeconds of the pod, which has no checkpoint to save."""
+"""terminationGracePeriodSeconds of the preflight pod. It is short, because the pod has no checkpoint to save."""
 ONLY_FOR_TRAINING = (REPORT_TOKEN_VOLUME, SHARED_MEMORY_VOLUME)
-"""Names of the volumes that a check does not need."""
+"""Names of the volumes of a training pod that the preflight pod does not need."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreflightSpec:
-    """The values, beside the job itself, from which a preflight pod and its ConfigMap are built."""
+    """The values from which, together with the job, a preflight pod and its ConfigMap are built."""
 
     number: int
     """Number of the try, from 1."""
@@ -39,10 +40,10 @@ class PreflightSpec:
 
 
 def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
-    """Return the pod of a try.
+    """Return the pod of one try of the preflight check.
 
-    The pod may run wherever `podTemplate` allows, also on nodes without GPUs. `gpuProduct` is left out, because
-    the pod would otherwise wait for the very GPUs that the check is meant to spare.
+    The pod may run wherever `podTemplate` allows, also on nodes without GPUs. Neither GPUs nor `gpuProduct` are asked
+    for, because no GPU is to be held while the job is checked.
     """
     without_gpus = job.spec.model_copy(
         update={"resources": job.spec.resources.model_copy(update={"gpus_per_node": 0, "gpu_product": None})}
@@ -58,7 +59,7 @@ def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
         "env": [item for item in container["env"] if item["name"] in kept_variables],
         "resources": RESOURCES,
         "volumeMounts": [item for item in container["volumeMounts"] if item["name"] not in ONLY_FOR_TRAINING],
-        # A program that fails before it writes a termination message is explained by the last lines of its log.
+        # Where the program fails before it writes a termination message, the kubelet takes the end of the log instead.
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
     container.pop("ports")
@@ -82,7 +83,7 @@ def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
 
 
 def build_preflight_config_map(job: FineTuneJob, preflight: PreflightSpec, config: RunConfig) -> Manifest:
-    """Return the ConfigMap of a try with ``config``, the run file that attempt 1 would get."""
+    """Return the ConfigMap of one try of the preflight check. ``config`` is the run file that attempt 1 would get."""
     return run_config_map(
         job, name=preflight.name, labels=_labels(job, preflight), data={RUN_FILE_KEY: config.to_json()}
     )

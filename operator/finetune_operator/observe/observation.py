@@ -1,5 +1,5 @@
-"""What one reconcile has read for a job that has not ended, as immutable values. `observer.py` fills them in; the pure
-functions of `decide/` and `status/` take them as their input."""
+"""What one reconcile has read for a job that has not ended, as immutable values. `observer.py` makes these values; the
+pure functions of `decide/` and `status/` take them as input."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class PreflightObservation:
     """What was read for the preflight check, which runs before attempt 1."""
 
     enabled: bool = False
-    """Whether the job is to be checked: `runPolicy.preflight`, or where the field is absent the operator's default."""
+    """Whether the job is to be checked, by `runPolicy.preflight` or, if that is absent, by the operator's default."""
     pods: Sequence[PodObservation] = ()
-    """Preflight pods of the job; `PodObservation.index` is the number of the try, counted from 1."""
+    """Preflight pods of the job. Their `PodObservation.index` is the number of the try, counted from 1."""
     problem: str = ""
-    """Why the API server refused the pod of the current try when it was last created; empty where it did not."""
+    """Why the objects of the current try could not be created; empty where the pod exists or nothing was refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,39 +34,43 @@ class JobObservation:
     """`spec.resources.nodes`: the number of pods of an attempt."""
     policy: RunPolicySpec
     child: ChildObservation | None
-    """The backend's object (PyTorchJob) of the newest attempt, whether that attempt goes on or has ended."""
+    """The child object (PyTorchJob) of the newest attempt, whether that attempt goes on or has ended. None where the
+    child does not exist."""
     child_uid: str
-    """Uid that the status recorded for the current attempt's child; empty where no child was seen yet, and between
-    attempts."""
+    """Uid of the current attempt's child as the status records it. Empty between two attempts, and where no child was
+    seen yet."""
     pods: Sequence[PodObservation]
-    """Pods of every attempt that still exist."""
+    """All pods of the job that still exist, of whichever attempt."""
     checkpoints: Sequence[CheckpointStatus]
     """Committed checkpoints as the stored status lists them, oldest first."""
     usage: UsageStatus
-    """GPU seconds and active seconds of the job until `now`."""
+    """What the job has used until `now`: GPU seconds, and seconds in which at least one of its pods ran."""
     waiting_for: str
     """Why not all pods of the attempt run, for example "pod a-worker-0: 0/3 nodes are available"; empty where all
     run."""
     final_result: Result | None
-    """The trainer's result from the newest report of the current attempt; None before the final report."""
+    """The trainer's result from the newest report of the current attempt. None before the final report."""
     last_phase: str = ""
-    """Phase of the trainer in the newest report of the current attempt, for example "Training"; empty without one."""
+    """Phase of the trainer in the newest report of the current attempt, for example "Training"; empty if no report."""
     warning: str = ""
-    """Newest warning event about a pod that does not start, for example "FailedMount: secret x not found"."""
+    """Newest warning event about a pod that does not start, such as "FailedMount: secret x not found"; else empty."""
     preflight: PreflightObservation = field(default_factory=PreflightObservation)
 
     @property
     def held(self) -> bool:
-        """Whether the child is suspended: a queue such as Kueue has not admitted the attempt."""
+        """Whether the child is suspended, for example because a queue such as Kueue has not admitted the attempt."""
         return self.child is not None and self.child.suspended
 
     def pods_of(self, attempt: CurrentAttempt) -> list[PodObservation]:
-        """Return the pods of ``attempt`` without those that an earlier suspension of its child has deleted."""
+        """Return the pods of ``attempt``, without pods that an earlier suspension of the child object deleted."""
         pods = [pod for pod in self.pods if pod.attempt == attempt.number]
         return [pod for pod in pods if not is_of_an_earlier_admission(pod, self.child)]
 
 
 def is_of_an_earlier_admission(pod: PodObservation, child: ChildObservation | None) -> bool:
-    """Return whether a suspension that is over deleted ``pod``. Such a pod still terminates, but proves no failure."""
+    """Return whether ``pod`` was deleted before ``child`` was last resumed, and so by a suspension that is over.
+
+    Such a pod may still terminate, but its end proves no failure of the attempt.
+    """
     resumed = child.resumed_at if child is not None else None
     return resumed is not None and pod.delete_requested_at is not None and pod.delete_requested_at <= resumed

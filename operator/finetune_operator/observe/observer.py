@@ -1,7 +1,7 @@
 """Reads what exists for a job: the child of its newest attempt, the pods of all attempts, preflight pods and warnings.
 
-`reconcile.py` calls `Observer.observe` once for each reconcile. The observer also records in the memory which pods may
-report, so that the report server can refuse reports of others.
+`reconcile.py` calls `Observer.observe` once for each reconcile. The observer also stores in memory which pods may send
+reports, so that the report server can refuse reports of other pods.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from finetune_operator.queue.memory import Memory, ReportingAttempt
 
 
 class Observer:
-    """Turns the objects of the API server into the values that decisions are made from."""
+    """Reads a job's objects from the API server and returns them as the values from which decisions are made."""
 
     def __init__(
         self,
@@ -45,12 +45,12 @@ class Observer:
         self._warnings = WarningReader(cluster, clock)
 
     async def observe(self, job: ParsedJob) -> JobObservation:
-        """Return what exists for ``job`` now."""
+        """Read what exists for ``job`` now and return it. Also updates in memory which pods may send reports."""
         pods = await self._pods(job)
-        # The child is read after the pods: if it has not failed even then, the backend had deleted none of these pods.
+        # The child is read after the pods. So if the child has not failed, the backend had deleted none of these pods.
         child = await self._child(job)
         if child is not None and child.finished and not any(pod.ended for pod in pods):
-            # The child ended between the two reads, so the pods that were read first do not explain its end.
+            # The pods are read again, because the child ended between the two reads and the first pods do not show why.
             pods = await self._pods(job)
         self._expect_reports(job, pods)
         waiting_for = _waiting_for(job, pods)
@@ -78,16 +78,17 @@ class Observer:
         )
 
     async def _pods(self, job: ParsedJob) -> list[PodObservation]:
-        """Return the pods of all attempts."""
+        """Return the existing pods of all attempts of the job."""
         if not job.status.attempts.started:
             return []
         manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
         return [pod for manifest in manifests if (pod := parse_pod(manifest)) is not None]
 
     async def _child(self, job: ParsedJob) -> ChildObservation | None:
-        """Return the child of the newest attempt; None also where an object of that name belongs to another owner.
+        """Return the child of the newest attempt; None where it does not exist or belongs to another owner.
 
-        A foreign object is reported later, when the child is created and the API server answers 409.
+        An object of another owner becomes a problem only later, when the API server answers 409 to the creation of the
+        child.
         """
         started = job.status.attempts.started
         if not started:
@@ -97,7 +98,7 @@ class Observer:
         return child if child is not None and child.owner_uid == job.uid else None
 
     async def _preflight(self, job: ParsedJob) -> PreflightObservation:
-        """Return what exists of the preflight check, and read the warning events about the pod of its current try."""
+        """Return what exists of the preflight check, and read warning events about the pod of the current try."""
         record, policy, pods = job.status.preflight, job.resource.spec.run_policy, []
         if record is not None:  # the record is written before the first pod is created, so without it no pod exists
             manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
@@ -112,7 +113,10 @@ class Observer:
         )
 
     def _expect_reports(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
-        """Record which pods may report: those of the newest attempt, also while its last pods still save."""
+        """Store in memory which pods may send reports: those of the newest attempt.
+
+        They may do so even after the end of the attempt, while they still save a checkpoint.
+        """
         attempts = job.status.attempts
         uids = frozenset(pod.uid for pod in pods if pod.attempt == attempts.started)
         if attempts.current is None and not uids:
@@ -125,7 +129,7 @@ class Observer:
 
 
 def _waiting_for(job: ParsedJob, pods: Sequence[PodObservation]) -> str:
-    """Return why the attempt's pods do not all run: what the pods themselves show, else the stored conditions."""
+    """Return why not all pods of the attempt run, as the pods show it or else as a stored condition says it."""
     stored = {condition.type: condition.message for condition in job.status.conditions if condition.status == "False"}
     own = [pod for pod in pods if pod.attempt == job.status.attempts.started]
     if own and ConditionType.ACCEPTED not in stored:

@@ -18,17 +18,20 @@ from finetune_operator.queue.work_queue import Key
 
 @dataclass(frozen=True, kw_only=True)
 class StoredJob:
-    """A FineTuneJob whose spec has not been parsed: another version's CRD may have accepted fields unknown here."""
+    """A FineTuneJob whose spec is not parsed yet.
+
+    The spec may have fields that this version does not know, because the CRD of another version has accepted them.
+    """
 
     key: Key
     manifest: dict[str, Any]
     """The whole object as the API server returned it."""
     status: FineTuneJobStatus
-    """The stored `status`; an empty one where the job has none yet."""
+    """The stored `status`; an empty status where the job has none yet."""
     now: datetime
     """The time of this reconcile, in whole seconds, because Kubernetes stores times with that resolution."""
     memory: JobMemory
-    """What the process remembers of the job, for example its newest report. A restart of the operator loses it."""
+    """What the operator keeps in memory about the job, such as its newest report. A restart loses this memory."""
 
     @property
     def uid(self) -> str:
@@ -37,7 +40,7 @@ class StoredJob:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the condition `Succeeded` is True or False; neither value ever changes again."""
+        """Whether the condition `Succeeded` is True or False. Once it is, it never changes again."""
         return any(item.type == ConditionType.SUCCEEDED and item.status != "Unknown" for item in self.status.conditions)
 
     @property

@@ -1,7 +1,7 @@
 """Counts what a job has used: GPU seconds, and seconds in which at least one pod ran (`status.usage`).
 
-A pure function of the stored count and of the pods' own times, so that the result does not depend on how often the
-operator reconciles the job. `observer.py` calls it.
+`usage_until` is a pure function of the stored count and of the times that the pods themselves carry, so that the result
+does not depend on how often the operator reconciles the job. `observer.py` calls it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ Span = tuple[datetime, datetime]
 def usage_until(
     now: datetime, counted: UsageStatus | None, pods: Sequence[PodObservation], *, gpus: int
 ) -> UsageStatus:
-    """Return the usage until ``now``: the stored ``counted`` plus what ``pods`` used since it was last updated.
+    """Return the usage until ``now``: ``counted`` (from the status) plus what the pods have used since then.
 
-    ``pods`` are those of all attempts, each with ``gpus`` GPUs. A pod holds its GPUs from the moment it gets a node
-    until training in it has ended. A counted pod that no longer exists is assumed to have held its GPUs until ``now``.
+    ``pods`` are the pods of all attempts, each with ``gpus`` GPUs. A pod holds its GPUs from the moment it gets a node
+    until its training container has ended. A pod in ``counted.holders`` that no longer exists is assumed to have held
+    its GPUs until ``now``.
     """
     counted = counted or UsageStatus()
     since = counted.last_update_time
@@ -47,9 +48,9 @@ def _started_at(pod: PodObservation) -> datetime | None:
 
 
 def _end(pod: PodObservation, now: datetime) -> datetime:
-    """Return until when the pod counts: the end of training in it, else ``now``.
+    """Return until when the pod counts as using its GPUs: the end of its training container, or else ``now``.
 
-    A pod that is being deleted counts until its grace period ends at most, because its kubelet may be dead.
+    A pod that is being deleted counts at most until its grace period ends, because its kubelet may be dead.
     """
     if pod.ended:
         return pod.ended_at or pod.delete_requested_at or pod.disrupted_at or pod.created_at
@@ -57,7 +58,7 @@ def _end(pod: PodObservation, now: datetime) -> datetime:
 
 
 def _uncounted(start: datetime | None, end: datetime, since: datetime | None) -> Span | None:
-    """Return the part of the span from ``start`` to ``end`` that lies after ``since``; None where it is empty."""
+    """Return the part of the time from ``start`` to ``end`` that lies after ``since``; None where that is empty."""
     if start is None:
         return None
     start = max(start, since) if since is not None else start
@@ -69,7 +70,7 @@ def _seconds(span: Span) -> int:
 
 
 def _union_seconds(spans: Sequence[Span]) -> int:
-    """Return how many seconds at least one of ``spans`` covers."""
+    """Return the seconds that ``spans`` cover together. Seconds in several spans count once."""
     total, covered = 0, None
     for start, end in sorted(spans):
         begin = start if covered is None else max(start, covered)

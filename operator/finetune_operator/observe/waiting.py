@@ -1,6 +1,6 @@
 """Says in one sentence why pods do not run yet, from what scheduler, kubelet and warning events report.
 
-Pure functions. `observer.py`, the preflight decision and the conditions of the status use them.
+Pure functions. `observer.py`, `decide/preflight.py` and `status/conditions.py` call them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrIm
 
 
 def why_pod_waits(pod: PodObservation, warning: str) -> str:
-    """Return why ``pod`` does not run; empty where nothing is known. ``warning`` is the newest warning event about the
-    pod."""
+    """Return why ``pod`` does not run; empty where the reason is not known.
+
+    ``warning`` is the newest warning event about a pod that waits, or empty.
+    """
     if pod.unschedulable:
         return pod.unschedulable
     container = pod.container
     if container is None or container.state is not ContainerState.WAITING:
         return ""
     if container.reason in _IMAGE_REASONS:
-        # The kubelet alternates between ErrImagePull and ImagePullBackOff; both messages end with the same detail.
+        # Only the end of the message is used, which is the same for both reasons: the kubelet alternates between
+        # ErrImagePull and ImagePullBackOff.
         return messages.image_pull(container.message.split("ErrImagePull: ")[-1] or container.reason)
     if container.reason == "ContainerCreating":
         return warning
@@ -30,7 +33,10 @@ def why_pod_waits(pod: PodObservation, warning: str) -> str:
 
 
 def why_attempt_waits(pods: Sequence[PodObservation], nodes: int, warning: str) -> str:
-    """Return what an attempt waits for that needs ``nodes`` pods and has ``pods``, as one sentence."""
+    """Return, as one sentence, what an attempt waits for: pods that do not run yet, or the first report.
+
+    The attempt needs ``nodes`` pods and has ``pods``. ``warning`` is the newest warning event about them, or empty.
+    """
     if not pods:
         return warning or messages.NO_PODS
     for pod in sorted(pods, key=lambda pod: pod.index):

@@ -1,8 +1,8 @@
 """Reads Kubernetes' warning events about pods that do not start.
 
-Some causes show only there, such as a Secret that can't be mounted or a quota that is used up. `observer.py` calls
-`WarningReader` in every reconcile of a job that waits. The newest warning is kept in `JobMemory.hint` and becomes part
-of the messages of the job's conditions.
+Only these events show some causes, such as a Secret that can't be mounted or a quota that is used up. `observer.py`
+calls `WarningReader` in every reconcile. The newest warning is kept in `JobMemory.hint` and becomes part of the
+messages of the job's conditions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY
 
 
 class WarningReader:
-    """Reads the newest warning event about what a job waits for, at most every ten seconds for each job."""
+    """Reads the newest warning event about the pods that a job waits for, at most once in ten seconds for each job."""
 
     def __init__(self, cluster: KubeClient, clock: Callable[[], float]) -> None:
         """Read with ``cluster``; ``clock`` returns monotonic seconds."""
@@ -29,9 +29,9 @@ class WarningReader:
     async def read_for_attempt(
         self, job: ParsedJob, child: ChildObservation | None, pods: Sequence[PodObservation]
     ) -> None:
-        """Update `JobMemory.hint` for the current attempt; an attempt that runs, ends or is held has no warning.
+        """Update `JobMemory.hint`, the newest warning, for the current attempt. ``pods`` are the pods of all attempts.
 
-        ``pods`` are those of all attempts.
+        The hint is emptied where the attempt runs, ends, or has a suspended child.
         """
         memory, current = job.memory, job.status.attempts.current
         held = child is not None and child.suspended
@@ -45,11 +45,14 @@ class WarningReader:
         if _seconds_since(current.start_time, job) < EVENTS_AFTER_SECONDS or (own and not waiting):
             memory.hint = ""
             return
-        # Without pods the events are about the child, whose controller failed to create the pods.
+        # Where no pod exists, the child's events are read, because they say why its controller creates no pods.
         await self._read(job, waiting or ([child.uid] if child else []))
 
     async def read_for_pod(self, job: ParsedJob, pod: PodObservation | None) -> None:
-        """Update `JobMemory.hint` for ``pod``, once it has been pending for some seconds."""
+        """Update `JobMemory.hint`, the newest warning, for ``pod``.
+
+        The hint is emptied where the pod runs, has ended, does not exist, or was created just now.
+        """
         if pod is None or pod.running or pod.ended or _seconds_since(pod.created_at, job) < EVENTS_AFTER_SECONDS:
             job.memory.hint = ""
         elif not self._was_read_just_now(job):
@@ -60,7 +63,7 @@ class WarningReader:
         return read_at is not None and self._clock() - read_at < EVENTS_EVERY_SECONDS
 
     async def _read(self, job: ParsedJob, uids: Sequence[str]) -> None:
-        """Keep the newest warning about the first object of ``uids`` that has one."""
+        """Set `JobMemory.hint` to the newest warning about the first object in ``uids`` that has warnings."""
         job.memory.hint_read_at = self._clock()
         for uid in uids:
             warnings = await self._cluster.list_warnings(job.key.namespace, uid)
@@ -76,9 +79,9 @@ def _seconds_since(moment: datetime, job: ParsedJob) -> float:
 
 
 def _event_time(event: Mapping[str, Any]) -> str:
-    """Return when an event last happened, as text that sorts by time.
+    """Return when ``event`` last happened, as text that sorts by time.
 
-    The field depends on which version of the events API the event's sender uses.
+    Which field holds the time depends on the version of the events API that the sender of the event uses.
     """
     series = event.get("series") or {}
     return str(

@@ -1,8 +1,9 @@
 """The paths /healthz, /readyz and /metrics over plain HTTP, for the kubelet and Prometheus.
 
-/healthz fails when no event and no list of jobs has arrived for three resync periods, so that the kubelet restarts an
-operator whose watches have stopped without an error. /readyz succeeds for the leader once the first list of all jobs
-has succeeded, and for a replica that waits for the Lease as long as the replica can read the Lease.
+/healthz fails when the API server has sent nothing (no watch event, no list of jobs, no Lease) for three resync
+periods, so that the kubelet restarts an operator whose watches have stopped without an error. /readyz succeeds for the
+leader once the first list of all jobs has succeeded. For a replica that waits for the Lease, /readyz succeeds once the
+replica has read the Lease.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from finetune_operator.process.metrics import CONTENT_TYPE, Metrics
 from finetune_operator.queue.work_queue import WorkQueue
 
 STALE_RESYNC_PERIODS = 3
-"""Number of resync periods without any activity after which /healthz fails."""
+"""Number of resync periods after which /healthz fails if the API server has sent nothing."""
 
 
 class WatchActivity:
     """Records when the API server last sent something: a watch event, a list of jobs, or the Lease."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Count the start of the process as activity, so that /healthz succeeds until the first list."""
+        """Take the start of the process as the last activity, so that /healthz succeeds at first."""
         self._clock = clock
         self._last_activity = clock()
         self.ready = False
@@ -38,12 +39,12 @@ class WatchActivity:
         self._last_activity = self._clock()
 
     def lease_read(self) -> None:
-        """Record that a waiting replica has read the Lease, so that the replica is ready to take over."""
+        """Record that a replica without the Lease has read it, so that the replica counts as ready to take over."""
         self.event_received()
         self.ready = True
 
     def started_leading(self) -> None:
-        """Record that this replica is now the leader; it is not ready until all jobs are listed."""
+        """Record that this replica is now the leader. It is not ready until it has listed all jobs."""
         self.event_received()
         self.ready = False
 
@@ -53,7 +54,7 @@ class WatchActivity:
         self.ready = True
 
     def age(self) -> float:
-        """Return the seconds since the last activity."""
+        """Return the seconds since the API server last sent something."""
         return self._clock() - self._last_activity
 
 
@@ -69,7 +70,7 @@ class HealthServer(HttpServer):
         leadership: LeaderElector,
         resync_seconds: float,
     ) -> None:
-        """Let /healthz fail once ``activity`` is older than three times ``resync_seconds``."""
+        """Keep the parts whose state is served. /healthz fails once ``activity`` is older than three resync periods."""
         self._activity = activity
         self._queue = queue
         self._metrics = metrics
@@ -103,6 +104,6 @@ class HealthServer(HttpServer):
         self._metrics.watch_age_seconds.set(self._activity.age())
         self._metrics.leader.set(self._leadership.is_leader)
         self._metrics.lease_age_seconds.set(self._leadership.age())
-        # A thread renders the text, because with thousands of jobs the rendering would block the event loop.
+        # The text is rendered in a thread, because with thousands of jobs it would block the event loop for long.
         text = await asyncio.to_thread(self._metrics.render)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})

@@ -18,15 +18,15 @@ class HttpServer(ABC):
         """Return the web application with its routes."""
 
     async def start(self, port: int, address: str = "", context: ssl.SSLContext | None = None) -> None:
-        """Listen on ``port`` of the IP ``address``, or of every address where ``address`` is empty.
+        """Listen on ``port`` of the IP address ``address``, or of all addresses where ``address`` is empty.
 
-        With ``context`` the server speaks HTTPS, else HTTP.
+        The server speaks HTTPS where ``context`` is given, else HTTP.
         """
         self._runner = web.AppRunner(self.application(), handle_signals=False, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, address or None, port, ssl_context=context).start()
 
     async def stop(self) -> None:
-        """Stop listening. A server that was never started is left as it is."""
+        """Stop the server; do nothing where it was never started."""
         if self._runner is not None:
             await self._runner.cleanup()

@@ -1,7 +1,7 @@
 """Prometheus metrics of the jobs, collected from the newest status of each job.
 
-`reconcile.py` and `status/writer.py` update the status. The series of a job end when the job is deleted, or an hour
-after the job has ended, so that ended jobs do not pile up in Prometheus. The labels are `job_namespace` and
+`reconcile.py` and `status/writer.py` pass in the newest status. A job's series are exported until the job is deleted,
+or until an hour after its end, so that ended jobs do not pile up in Prometheus. The labels are `job_namespace` and
 `job_name`, because Prometheus itself sets `namespace` and `job` for the scraped target.
 """
 
@@ -19,13 +19,13 @@ from finetune_core.api import FineTuneJobStatus
 from finetune_operator.queue.work_queue import Key
 
 RETENTION_AFTER_END: Final = timedelta(hours=1)
-"""How long the series of an ended job are still exported."""
+"""How long after its end the series of a job are still exported."""
 LABELS: Final = ("job_namespace", "job_name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobMetrics:
-    """The exported numbers of one job, kept instead of the whole status, which takes many thousand bytes."""
+    """The exported numbers of one job. They are kept instead of the whole status, because a status is large."""
 
     step: int | None = None
     total_steps: int | None = None
@@ -43,7 +43,7 @@ class JobMetrics:
 
 
 def job_metrics(status: FineTuneJobStatus) -> JobMetrics:
-    """Return the exported numbers of ``status``; a number that the status does not have is None."""
+    """Return the exported numbers of a job with ``status``; a number that the status lacks is None."""
     progress, attempts = status.progress, status.attempts
     metrics = {metric.name: float(metric.value) for metric in status.metrics}
     return JobMetrics(
@@ -76,15 +76,15 @@ class JobMetricsCollector(Collector):
         self._jobs: dict[Key, JobMetrics] = {}
 
     def update(self, key: Key, status: FineTuneJobStatus) -> None:
-        """Export the numbers of ``status`` for the job ``key`` from now on."""
+        """Export the numbers of ``status`` for the job ``key`` until the next call for the same job."""
         self._jobs[key] = job_metrics(status)
 
     def remove(self, key: Key) -> None:
-        """End the series of the job ``key``, which no longer exists."""
+        """Stop the export of the job ``key``, which no longer exists."""
         self._jobs.pop(key, None)
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the metric families; a number that is None has no sample."""
+        """Yield all metric families with a sample for each job; a number that is None gets no sample."""
         now = self._now()
         exported = [(key, job) for key, job in list(self._jobs.items()) if not _is_expired(job, now)]
         for name, text, value in GAUGES:

@@ -1,11 +1,11 @@
 """Leader election among the replicas of the operator by a Lease, after the model of client-go's leaderelection.
 
 Candidates wait until they acquire the Lease. A leader that can't renew the Lease in time, or finds another holder, ends
-its process at once. `application.py` calls `LeaderElector`; every write calls `LeaderElector.check`.
+its process at once. `application.py` calls `LeaderElector`; `LeaderElector.check` is called before every write.
 
-The client library implements the election. This module adds a time limit for every call, treats errors as "not
-renewed" instead of ending the election unnoticed, and measures time with the monotonic clock. The monotonic clock also
-runs while the process is frozen, and does not jump when the machine's time is set.
+The Kubernetes client library implements the election. This module adds a time limit for every call, treats an error as
+a failed renewal (the library would end the election unnoticed), and measures time with the monotonic clock. That clock
+runs on while the process is frozen, and does not jump when the machine's time is set.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS: Final = 15.0
-"""A candidate takes over a Lease that has not been renewed for this long."""
+"""Seconds without a renewal after which a candidate takes over the Lease."""
 RENEW_DEADLINE_SECONDS: Final = 10.0
-"""A leader that has not renewed for this long ends its process, five seconds before another replica may lead."""
+"""Seconds without a renewal after which a leader ends its process: five seconds before another replica may lead."""
 RETRY_SECONDS: Final = 2.0
 CALL_SECONDS: Final = 3.0
-"""Time limit of each call to the API server about the Lease."""
+"""Time limit in seconds of each request to the API server about the Lease."""
 LOST_EXIT_CODE: Final = 1
 
 
 class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
-    """Reads and writes the Lease. A failed call returns False, and no call takes longer than three seconds."""
+    """Reads and writes the Lease for the client library. No call takes longer than three seconds."""
 
     def __init__(self, name: str, namespace: str, identity: str, client: Any, clock: Callable[[], float]) -> None:
         """Use the Lease ``namespace/name``, which the chart creates, with ``identity`` as the holder identity."""
@@ -49,13 +49,13 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
 
     @property
     def holder(self) -> str | None:
-        """Identity of the holder when the Lease was last read; None or empty where there was no holder."""
+        """Identity of the Lease's holder when the Lease was last read; None or empty where it had no holder."""
         return self._record[0] if self._record else None
 
     async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
-        """Read the Lease; returns (found, record), or (False, ApiException) where the call failed.
+        """Read the Lease; return (True, record), or (False, ApiException) where the call failed.
 
-        The time of a change of the record is kept on the monotonic clock of this process.
+        Also remembers, by the monotonic clock of this process, when the record was last seen to change.
         """
         try:
             async with asyncio.timeout(CALL_SECONDS):
@@ -78,7 +78,7 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
         """Acquire or renew the Lease; return False where the call failed or another replica wrote the Lease first."""
         is_held_by_another = self.holder not in (None, "", self.identity)
         if is_held_by_another and self._clock() - self._record_changed_at < LEASE_SECONDS:
-            return False  # the library compares wall clock times, and the wall clock may have been set forward
+            return False  # the library would take over by wall clock times, but that clock may have been set forward
         try:
             async with asyncio.timeout(CALL_SECONDS):
                 updated = bool(await super().update(name, namespace, updated_record))
@@ -89,9 +89,9 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
         return updated
 
     async def clear_holder(self) -> None:
-        """Remove this process as holder, so that another candidate need not wait for the Lease to expire.
+        """Remove this process as holder of the Lease, so that another candidate need not wait until the Lease expires.
 
-        Raises the exceptions of the client library.
+        Raises the exceptions of the client library where a call fails.
         """
         async with asyncio.timeout(CALL_SECONDS):
             lease = await self.api_instance.read_namespaced_lease(self.name, self.namespace)
@@ -102,7 +102,7 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
 
 
 def end_process(code: int) -> None:
-    """End the process at once with exit code ``code``; no clean-up runs, because clean-up might write."""
+    """End the process at once with exit code ``code``. No clean-up runs, because it might write to the API server."""
     logging.shutdown()
     os._exit(code)
 
@@ -117,7 +117,10 @@ class LeaderElector:
         end: Callable[[int], None] = end_process,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Hold no Lease yet. ``end`` is called with an exit code when the Lease is lost and must not return."""
+        """Prepare the election; the Lease is not acquired yet.
+
+        ``end`` is called with an exit code when the Lease is lost. It must not return.
+        """
         self._lease = lease
         self._end = end
         self._clock = clock
@@ -128,7 +131,8 @@ class LeaderElector:
                 lease_duration=int(LEASE_SECONDS),
                 renew_deadline=RENEW_DEADLINE_SECONDS,
                 retry_period=RETRY_SECONDS,
-                # `application.py` runs the leader's work, because the library would not notice an error in a callback.
+                # The callbacks do nothing. `application.py` runs the leader's work itself, because the library would
+                # not notice an error in a callback.
                 onstarted_leading=_no_callback,
                 onstopped_leading=_no_callback,
             )
@@ -136,7 +140,7 @@ class LeaderElector:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process has acquired the Lease and has not released the Lease."""
+        """Whether this process has acquired the Lease and has not released it since."""
         return self._renewed_at is not None
 
     def age(self) -> float:
@@ -158,12 +162,15 @@ class LeaderElector:
         logger.info("%s leads: it got the Lease %s", self._lease.identity, self._lease.name)
 
     async def renew_forever(self) -> None:
-        """Renew the Lease every 2 s. Never returns; the process ends where renewals fail for 10 s."""
+        """Renew the Lease every 2 s. Never returns.
+
+        The process ends where no renewal succeeds for 10 s, or where another replica holds the Lease.
+        """
         while True:
             await asyncio.sleep(RETRY_SECONDS)
             self.check()
             try:
-                # The time-out makes sure that the process ends at the deadline, even while a call hangs.
+                # The time-out is what is left until the deadline, so that the process ends then even if a call hangs.
                 async with asyncio.timeout(RENEW_DEADLINE_SECONDS - self.age()):
                     renewed = await self._try()
             except TimeoutError:
@@ -173,13 +180,16 @@ class LeaderElector:
             self.check()
 
     def check(self) -> None:
-        """End the process where the Lease was not renewed in time; `kube/fencing.py` calls this before every write."""
+        """End the process unless it is the leader and has renewed the Lease within the last 10 s.
+
+        `kube/fencing.py` calls this method before every write.
+        """
         if self.is_leader and self.age() < RENEW_DEADLINE_SECONDS:
             return
         self._lost(f"not renewed for {self.age():.0f} s ({self._lease.last_error or 'the process stood still'})")
 
     async def release(self) -> None:
-        """Release the Lease. The caller must make sure that this process writes nothing any more."""
+        """Release the Lease. The caller must make sure that this process writes nothing afterwards."""
         if not self.is_leader:
             return
         self._renewed_at = None
@@ -191,7 +201,7 @@ class LeaderElector:
             logger.info("the Lease %s was given back", self._lease.name)
 
     async def _try(self) -> bool:
-        # The clock is read before the calls, so that the Lease never expires earlier than this process assumes.
+        # The time of the renewal is taken before the requests, so that the Lease never expires earlier than assumed.
         asked = self._clock()
         if not await self._election.try_acquire_or_renew():
             return False
@@ -204,4 +214,4 @@ class LeaderElector:
 
 
 async def _no_callback() -> None:
-    """Do nothing; the library requires callbacks."""
+    """Do nothing. The library requires a callback for the start and for the end of leadership."""

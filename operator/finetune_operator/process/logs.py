@@ -13,14 +13,14 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 
 JOB_FIELDS = ("job", "uid", "attempt")
-"""Keys of `extra=` in a logging call that become fields of the JSON line."""
+"""Names of the fields that a logging call may pass in `extra=` and that are written into the JSON line."""
 _fields: ContextVar[Mapping[str, object]] = ContextVar("fields", default={})  # noqa: B039  (never changed in place)
 
 
 def set_log_fields(**fields: object) -> None:
     """Add ``fields`` to every further log line of the running asyncio task, also to lines that libraries log.
 
-    The fields replace those of an earlier call. A call without fields removes them.
+    The fields of an earlier call are removed, so that a call without fields leaves none.
     """
     _fields.set(fields)
 
@@ -44,12 +44,14 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Send every record of at least ``level`` (for example ``"info"``) to standard output; earlier handlers go."""
+    """Log every record of at least ``level`` (for example ``"info"``) to standard output, and to nowhere else."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # The library logs a traceback for every failed call; `leader_election.py` logs each cause once instead.
+    # The client library's election is silenced, because it logs a traceback for every failed call.
+    # `leader_election.py` logs each cause once instead.
     logging.getLogger("kubernetes.aio.leaderelection").setLevel(logging.CRITICAL)
-    # One line for each HTTP request and each watch event would hide the lines that a person looks for.
+    # These loggers log warnings only, because a line for each HTTP request and each watch event would hide the lines
+    # that a person looks for.
     for noisy in ("aiohttp.access", "kopf.objects", "kopf._core", "kopf._cogs"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))

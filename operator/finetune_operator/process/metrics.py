@@ -1,6 +1,6 @@
 """Prometheus metrics of the operator itself; `job_metrics.py` has the metrics of the jobs.
 
-`application.py` creates one `Metrics`; the other modules set its members, and `health.py` renders it at /metrics.
+`application.py` creates one `Metrics` object. The other modules set its members, and `health.py` serves it at /metrics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class Metrics:
-    """All metrics in a separate registry, so that tests can run two operators in one process."""
+    """All metrics of one operator, in a registry of their own, so that tests can run two operators in one process."""
 
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         """Register every metric. ``now`` returns the current time, from which the ages of checkpoints are computed."""

@@ -21,7 +21,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """The settings that an installation can choose."""
+    """The settings of the operator's process that an installation can choose."""
 
     trainer_image: str
     """Image of jobs without `podTemplate.image`."""
@@ -32,20 +32,22 @@ class Settings:
     certificate_secret: str
     """Name of the Secret with the CA and the certificate of the report server."""
     certificate_from: str
-    """``"Operator"``: the operator makes and renews the certificate. ``"Secret"``: for example cert-manager does."""
+    """Who makes and renews the certificate: ``"Operator"``, or ``"Secret"`` where somebody else does, such as
+    cert-manager."""
     lease: str
     """Name of the Lease whose holder is the leader."""
     report_service: str
     """Name of the headless Service in front of the report server."""
     report_host: str
-    """Host name in the report URL and the certificate. Where empty, it is `<report_service>.<namespace>.svc`."""
+    """Host name in the report URL and in the certificate. Empty means `<report_service>.<namespace>.svc`."""
     report_port: int
     health_port: int
     """Port of /healthz, /readyz and /metrics."""
     pod_name: str
     pod_uid: str
     pod_ip: str
-    """Address to which the report Service leads while this process is the leader; empty outside a cluster."""
+    """IP address of this pod, to which the report Service leads while this process is the leader. Empty outside a
+    cluster."""
     checkpoint_annotations: bool
     """Whether pods get the annotation `volcano.sh/last-checkpoint-time`, for schedulers that preempt."""
     watch_namespaces: tuple[str, ...]
@@ -59,10 +61,10 @@ class Settings:
     """Kubeconfig file for an operator outside a cluster; None means the pod's service account."""
 
     def lease_identity(self) -> str:
-        """Return the holder identity of this process for the Lease, for example ``"operator-7d4f_<uid of the pod>"``.
+        """Return the name of this process as holder of the Lease, for example ``"operator-7d4f_<uid of the pod>"``.
 
-        A container that the kubelet has restarted keeps the identity of its predecessor and so need not wait for the
-        Lease to expire. Outside a pod every process has an identity of its own.
+        A container that the kubelet has restarted has the same identity as its predecessor, so it need not wait until
+        the Lease expires. Outside a pod every process has an identity of its own.
         """
         return f"{self.pod_name}_{self.pod_uid or uuid.uuid4()}"
 
@@ -75,7 +77,7 @@ class Settings:
     def report_base_url(self) -> str:
         """Base of all report URLs, for example ``"https://finetune-operator.finetune-system.svc:8443"``.
 
-        The Service is headless, so the port is the port of the operator's pod.
+        The URL has the port of the operator's pod, because the report Service is headless and maps no ports.
         """
         return f"https://{self.report_hostname}:{self.report_port}"
 
@@ -85,7 +87,7 @@ def _variable(flag: str) -> str:
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Return the settings; exits with a usage message where a setting is missing or malformed."""
+    """Return the settings. Where a setting is missing or malformed, print a usage message and end the process."""
     parser = argparse.ArgumentParser(
         prog="python3 -m finetune_operator",
         description="Operator of FineTuneJob: starts the training pods of each job and keeps its status true.",

@@ -1,8 +1,8 @@
 """In-memory state of each job between two reconciles: the newest report of the current attempt, the pods that may send
 reports, and the time of the last status write.
 
-`reconcile.py` sets the attempt and reads the report; `reports/server.py` reads the attempt and stores the report.
-A restart of the operator loses this state without harm.
+`observe/observer.py` stores which attempt may report, and `reports/server.py` stores the reports of that attempt. A
+restart of the operator loses this state without harm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finetune_operator.queue.speed import StepWindow
 from finetune_operator.queue.work_queue import Key
 
 MIN_SECONDS_BETWEEN_PROGRESS_WRITES = 10.0
-"""Least interval between two status writes of one job in which only numbers (step, loss, speed) differ."""
+"""Least seconds between a status write of a job and the next write in which only numbers (step, loss, speed) differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class ReportingAttempt:
     attempt: int
     pod_uids: frozenset[str]
     ranks: int = 1
-    """Number of training processes over all pods of the attempt."""
+    """Number of training processes of the attempt, over all its pods."""
 
 
 @dataclass(slots=True)
@@ -42,23 +42,25 @@ class JobMemory:
     """`metadata.resourceVersion` of the job at the last reconcile."""
     reporting: ReportingAttempt | None = None
     report: Report | None = None
-    """Newest report of the attempt in `reporting`."""
+    """Newest report of the attempt in `reporting`. It is kept for a while after that attempt has ended."""
     reported_at: datetime | None = None
     speed: StepWindow = field(default_factory=StepWindow)
-    """Training speed over all attempts of the job."""
+    """Recent training speed, from the newest reports of the attempt. A new attempt keeps the speed of the one before
+    until it has reported two steps."""
     event_created_at: dict[str, float] = field(default_factory=dict)
-    """For each reason of an event: when an event with this reason was last created."""
+    """For each event reason that may recur: when an event with this reason was last created."""
     status_written_at: float | None = None
     progress_write_at: float | None = None
-    """Earliest time at which the write budget of all jobs admits the next status write with only new numbers."""
+    """Earliest time of the next status write with only new numbers, by the limit for all jobs together
+    (`status/budget.py`). None where no such write waits."""
     problem: RetryableError | None = None
-    """Error of the last try to create the attempt's objects."""
+    """Error of the last try to create the job's objects; None where the last try succeeded."""
     retry_at: float = 0.0
-    """When the creation is tried again after `problem`."""
+    """Time of the next try to create the objects, after the error in `problem`."""
     failures: int = 0
     """Number of consecutive tries that ended with a RetryableError."""
     hint: str = ""
-    """Newest warning event about the pods or the child object that the attempt waits for; empty where there is none."""
+    """Text of the newest warning event about the pods or the child object that the job waits for; empty if none."""
     hint_read_at: float | None = None
 
     def seconds_to_progress_write(self, now: float) -> float:
@@ -81,7 +83,7 @@ class Memory:
         return list(self._jobs)
 
     def job(self, key: Key) -> JobMemory:
-        """Return the state of the job ``key``; an empty state is created where there is none."""
+        """Return the state of the job ``key``; create an empty state where the job has none."""
         return self._jobs.setdefault(key, JobMemory())
 
     def has_read(self, key: Key, resource_version: str) -> bool:
@@ -95,7 +97,7 @@ class Memory:
         return job.reporting if job else None
 
     def set_reporting_attempt(self, key: Key, reporting: ReportingAttempt | None) -> None:
-        """Accept reports of ``reporting`` only, from now on. A stored report of another attempt is dropped."""
+        """From now on accept only reports of the attempt ``reporting``; drop a stored report of another attempt."""
         job = self.job(key)
         old = job.reporting
         if reporting is None or old is None or (old.uid, old.attempt) != (reporting.uid, reporting.attempt):
@@ -104,13 +106,13 @@ class Memory:
         job.reporting = reporting
 
     def stop_reporting(self, key: Key) -> None:
-        """Accept no report until the next attempt. The newest report is kept, so that the status can still show it."""
+        """Accept no report until the next attempt. Keep the newest report, so that the status can still show it."""
         job = self.job(key)
         job.reporting = None
         _end_attempt(job)
 
     def store_report(self, key: Key, report: Report, received: datetime) -> None:
-        """Store ``report`` as the newest report of the job's attempt."""
+        """Store ``report`` as the newest report of the job's attempt, and measure the training speed by its step."""
         job = self.job(key)
         job.report, job.reported_at = report, received
         step = report.reported_step if isinstance(report, StockReport) else report.step
@@ -127,6 +129,6 @@ class Memory:
 
 
 def _end_attempt(job: JobMemory) -> None:
-    """Reset what belongs to one attempt only: the speed window and the warning event."""
+    """Start a new speed window and drop the warning event, because both belong to the attempt that ended."""
     job.speed.start_new()
     job.hint, job.hint_read_at = "", None

@@ -1,7 +1,7 @@
-"""Errors that the operator shows in a job's conditions and retries, and the intervals of such retries.
+"""The error after which the operator tries again to create a job's objects, and intervals of such tries.
 
-A missing CRD, a webhook or a quota is such an error: a change outside the job's spec can remove the cause, so the
-error never ends the job. `objects/` and `act/` raise `RetryableError`; `reconcile.py` writes it into the status.
+The cause is for example a missing CRD, a webhook or a quota. A change outside the job's spec can remove such a cause,
+so the error never ends the job. `objects/` and `act/` raise `RetryableError`; `status/` shows it in the conditions.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ class RetryableError(Exception):
     """An object of the job can't be created at the moment, for a cause outside the job's spec."""
 
     def __init__(self, reason: Reason, message: str) -> None:
-        """Keep ``reason`` and ``message`` for the condition in which the error is shown."""
+        """Keep ``reason`` and ``message``, which the conditions of the job will show."""
         super().__init__(message)
         self.reason = reason
         self.message = message
 
 
 FIRST_RETRY_SECONDS = 10.0
-"""Delay before the first retry. The delay doubles with each further failure, up to 5 minutes (`backoff_seconds`)."""
+"""Seconds before the first retry. The delay doubles with each further failure, up to 300 s (`backoff_seconds`)."""
 EVENTS_AFTER_SECONDS = 5.0
-"""Age in seconds at which the operator starts to read the warning events of a pod that does not run yet."""
+"""Age in seconds from which on the operator reads the warning events of a pod or attempt that does not run yet."""
 EVENTS_EVERY_SECONDS = 10.0
-"""Interval in seconds between two reads of the warning events of a pod that does not run yet."""
+"""Seconds between two reads of the warning events of a pod or attempt that does not run yet."""

@@ -1,9 +1,9 @@
 """Training speed and remaining time of a job, measured by the operator from the steps in the trainer's reports.
 
-The estimates of the clients are not used: a resumed trainer starts its own estimate anew, and Kubeflow's client divides
-the time since its start by all steps, including the steps of earlier runs. The operator keeps one speed for all
-attempts: until a new attempt has reported two steps, the speed of the attempt before is assumed. After a restart of
-the operator the speed comes from the remaining time in the stored status.
+The operator prefers its own measurement to the trainer's estimates. A resumed trainer starts its estimate anew, and
+Kubeflow's client divides the time since its start by all steps, including the steps of earlier runs. Until a new
+attempt has reported two steps, the speed of the attempt before is assumed. After a restart of the operator, the speed
+is derived from the remaining time in the stored status.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Final
 from finetune_core.api.status import ProgressStatus
 
 WINDOW: Final = 64
-"""Number of reports with a new step over which the speed is averaged: about three minutes where steps are short."""
+"""Number of newest reports with a new step over which the speed is averaged: about three minutes of short steps."""
 
 
 class StepWindow:
-    """Sliding window over the reported steps of one job; yields seconds per step.
+    """Sliding window over the newest reported steps of one job, from which the seconds per step are computed.
 
     Pauses for evaluations and checkpoints count as training time.
     """
 
     def __init__(self) -> None:
-        """Create an empty window; the speed is unknown."""
+        """Create an empty window. The speed is not known yet."""
         self._steps: deque[tuple[float, int]] = deque(maxlen=WINDOW)
         self._previous_seconds_per_step: float | None = None
 
     def add(self, now: float, step: int) -> None:
         """Add ``step``, reported at monotonic time ``now``.
 
-        A new window starts where ``step`` is lower than before, because the training was then resumed.
+        A new window starts where ``step`` is lower than before, because training then resumed from a checkpoint.
         """
         if self._steps and step < self._steps[-1][1]:
             self.start_new()
@@ -44,9 +44,10 @@ class StepWindow:
         self._steps.clear()
 
     def seconds_per_step(self) -> float | None:
-        """Return the seconds per step of this window, or of the window before while this one has fewer than two steps.
+        """Return the seconds per step in this window.
 
-        None means that no window has had two steps yet.
+        Where this window has fewer than two steps yet, the value of the window before is returned, or None if that is
+        not known either.
         """
         if len(self._steps) < 2:
             return self._previous_seconds_per_step

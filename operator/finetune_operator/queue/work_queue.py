@@ -3,9 +3,9 @@
 The queue holds keys (namespace and name) and no objects. `watches.py`, `controller.py` and `reports/server.py` add
 keys; the workers in `controller.py` take keys out.
 
-A key that already waits is not queued twice. A key that a worker is processing is not given to a second worker; if
-the key is added meanwhile, the key is queued again when the worker calls `done`. Failures of one key back off
-exponentially with jitter.
+A key that already waits is not queued twice. A key that a worker is processing is not given to a second worker. If the
+key is added meanwhile, it is queued again when the first worker calls `done`. After failures a key waits for a back-off
+that grows exponentially and has jitter.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Key(NamedTuple):
 
 
 def backoff_seconds(failures: int, *, jitter: float, base: float = BASE_DELAY_SECONDS) -> float:
-    """Return the delay in seconds after ``failures`` consecutive failures (at least 1).
+    """Return the delay in seconds before the next try, after ``failures`` (1 or more) consecutive failures.
 
-    The delay starts at ``base``, doubles with each failure and is at most 300 s. ``jitter`` (0 to 1) shortens the
-    delay by up to a quarter, so that keys which failed together are not retried together.
+    The delay is ``base`` after the first failure, doubles with each further failure, and is at most 300 s. ``jitter``
+    (0 to 1) shortens the delay by up to a quarter, so that keys which failed together are not retried together.
     """
-    # The exponent is bounded because 2.0 ** n overflows for a key that has failed for weeks.
+    # The exponent is bounded, because 2.0 ** n overflows for a key that has failed for weeks.
     delay = min(MAX_DELAY_SECONDS, base * 2.0 ** min(failures - 1, 40))
     return delay * (1 - jitter / 4)
 
@@ -103,12 +103,15 @@ class WorkQueue:
         self._failures.pop(key, None)
 
     def discard(self, key: Key) -> None:
-        """Drop the delay and the failure count of a job that no longer exists."""
+        """Drop the delay and the failure count of ``key``, because its job no longer exists."""
         self._failures.pop(key, None)
         self._due.pop(key, None)
 
     def pop(self) -> Key | None:
-        """Return the next key that is due, or None. The caller must call `done` after processing the key."""
+        """Take the next key that is due out of the queue and return it; None where no key is due.
+
+        The caller must call `done` after processing the key.
+        """
         self._promote()
         if not self._ready:
             return None
@@ -118,7 +121,10 @@ class WorkQueue:
         return key
 
     async def get(self) -> Key:
-        """Wait for the next key and return the key. The caller must call `done` after processing the key."""
+        """Wait until a key is due, take it out of the queue and return it.
+
+        The caller must call `done` after processing the key.
+        """
         while (key := self.pop()) is None:
             self._changed.clear()
             # The time-out is suppressed because it only marks the moment at which a delayed key becomes due.
@@ -139,7 +145,8 @@ class WorkQueue:
         now = self._clock()
         while self._heap and self._heap[0][0] <= now:
             due, key = heapq.heappop(self._heap)
-            # `_due` no longer holds the time of a heap entry that `discard` or an earlier due time made obsolete.
+            # Obsolete heap entries are skipped. They remain after `discard` and after an `add_after` with an earlier
+            # due time, and `_due` no longer holds their time.
             if self._due.get(key) == due:
                 del self._due[key]
                 self.add(key)

@@ -22,29 +22,29 @@ RETRY_SECONDS: Final = 5.0
 
 
 class CertificateSource(Protocol):
-    """The place that certificates come from: `SelfSignedCertificates` or `ExternalCertificates`."""
+    """Where certificates come from. Implemented by `SelfSignedCertificates` and `ExternalCertificates`."""
 
     async def current(self, now: datetime) -> ServingCertificate:
-        """Return the certificate that is valid at ``now``; raises CertificateError where there is none."""
+        """Return a certificate that is valid at ``now``; raise CertificateError where there is none."""
 
 
 class CertificateReloader:
-    """Keeps a TLS context up to date with the certificates of a source."""
+    """Loads the certificate of a source into a TLS context, again and again, so that a renewed one is used."""
 
     def __init__(self, source: CertificateSource, context: ssl.SSLContext, metrics: Metrics) -> None:
-        """Load certificates of ``source`` into ``context``; nothing is loaded yet."""
+        """Prepare to load certificates of ``source`` into ``context``. Nothing is loaded yet."""
         self._source = source
         self._context = context
         self._metrics = metrics
         self._current: ServingCertificate | None = None
 
     def ca_bundle(self) -> str:
-        """Return the PEM text of the CA that the training pods must trust."""
+        """Return the PEM text of the CA that the training pods must trust. `load` must have been called before."""
         assert self._current is not None, "load() comes first"
         return self._current.ca_certificate
 
     async def load(self) -> None:
-        """Read the certificate from the source; present a changed certificate to all new connections."""
+        """Read the certificate from the source. If it has changed, present it to all new connections."""
         certificate = await self._source.current(datetime.now(UTC))
         if certificate != self._current:
             load_certificate(self._context, certificate)
@@ -55,7 +55,8 @@ class CertificateReloader:
     async def reload_forever(self, seconds: float) -> None:
         """Load the certificate again every ``seconds``. Never returns.
 
-        A failure is retried after 5 s. Retries have 30 days, because a certificate is renewed so long before its end.
+        A failure is retried every 5 s. The retries have time: the operator renews its certificate 30 days before the
+        old one expires.
         """
         while True:
             await asyncio.sleep(seconds)

@@ -1,8 +1,8 @@
 """TLS certificates of the report server, made by the operator or read from a Secret that somebody else maintains.
 
-A CA made here is valid for 10 years and goes into every attempt's ConfigMap; the server certificate is valid for 90
-days and is renewed 30 days before its end. Creation and renewal are pure functions of the time. The classes
-`SelfSignedCertificates` and `ExternalCertificates` access the Secret; `certificate_reloader.py` calls them.
+The operator's own CA is valid for 10 years and goes into every attempt's ConfigMap. Its server certificate is valid for
+90 days and is renewed 30 days before its end. Functions make and renew certificates without any access to the cluster.
+The classes `SelfSignedCertificates` and `ExternalCertificates` access the Secret; `certificate_reloader.py` calls them.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ CA_LIFETIME = timedelta(days=3650)
 LEAF_LIFETIME = timedelta(days=90)
 RENEW_BEFORE = timedelta(days=30)
 BACKDATED = timedelta(minutes=10)
-"""How far in the past the validity of a certificate starts, so that nodes whose clocks are slow accept it."""
+"""A new certificate is valid from this long before its creation, so that nodes whose clocks are slow accept it."""
 
 CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY = "ca.crt", "ca.key", "tls.crt", "tls.key"
 _ALL_KEYS = (CA_CERTIFICATE, CA_KEY, CERTIFICATE, KEY)
-"""Keys of the operator's own Secret, in the order of the fields of `CertificateSet`."""
+"""Keys in `data` of the operator's own Secret, in the order of the fields of `CertificateSet`."""
 _EXTERNAL_KEYS = (CA_CERTIFICATE, CERTIFICATE, KEY)
-"""Keys of an external Secret, in the order of the fields of `ServingCertificate`."""
+"""Keys in `data` of a Secret that somebody else maintains, in the order of the fields of `ServingCertificate`."""
 
 
 class CertificateError(Exception):
-    """The certificate Secret is missing, or its content can't be used; the message says which key is wrong."""
+    """The certificate Secret is missing, or its content can't be used. The message says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServingCertificate:
-    """The certificate and key that the report server presents, and the CA that clients must trust, as PEM texts."""
+    """The report server's certificate with its private key, and the CA that clients must trust, as PEM texts."""
 
     ca_certificate: str
     certificate: str
@@ -65,11 +65,11 @@ class CertificateSet:
 
     @property
     def serving(self) -> ServingCertificate:
-        """The set without the CA's private key, which the server does not need."""
+        """The certificates without the CA's private key. The report server does not need that key."""
         return ServingCertificate(self.ca_certificate, self.certificate, self.key)
 
     def to_data(self) -> dict[str, str]:
-        """Return `data` of the Secret: base64 texts by key."""
+        """Return these certificates and keys as `data` of a Secret: base64 texts by the Secret's keys."""
         values = (self.ca_certificate, self.ca_key, self.certificate, self.key)
         return {name: base64.b64encode(text.encode()).decode() for name, text in zip(_ALL_KEYS, values, strict=True)}
 
@@ -82,10 +82,10 @@ def from_secret_data(data: Mapping[str, str]) -> CertificateSet | None:
 
 
 def renew_if_due(old: CertificateSet | None, *, hostname: str, now: datetime) -> CertificateSet:
-    """Return ``old`` where it is valid for ``hostname`` for more than 30 days, else a renewed set.
+    """Return ``old`` where nothing in it is due for renewal, else a renewed set.
 
-    The server certificate is renewed with the same CA. The CA is made anew where its validity is shorter than that
-    of a new server certificate.
+    The server certificate is due where it is valid for 30 days or less, or not for ``hostname``. It is renewed with the
+    same CA. Where the CA would end before a new server certificate (90 days), both are made anew.
     """
     if old is None or _not_after(old.ca_certificate) - now < LEAF_LIFETIME:
         ca_key, ca = _make_ca(now)
@@ -101,7 +101,7 @@ def renew_if_due(old: CertificateSet | None, *, hostname: str, now: datetime) ->
 
 
 def server_context() -> ssl.SSLContext:
-    """Return a TLS context for the report server (TLS 1.2 or later) in which no certificate is loaded yet."""
+    """Return a TLS context for the report server (TLS 1.2 or later). No certificate is loaded into it yet."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
@@ -111,16 +111,17 @@ def load_certificate(context: ssl.SSLContext, serving: ServingCertificate) -> No
     """Make ``context`` present the certificate of ``serving`` to all new connections.
 
     Raises:
-        CertificateError: key and certificate don't belong together; ``context`` is unchanged.
+        CertificateError: key and certificate don't belong together. ``context`` is then unchanged.
     """
-    # Files are needed because the ssl module loads keys from files only. The pod's /tmp is memory-backed.
+    # The key is written into a file, because the ssl module loads keys from files only. The pod's /tmp lies in memory.
     with tempfile.TemporaryDirectory() as folder:
         certificate, key = Path(folder, CERTIFICATE), Path(folder, KEY)
         certificate.write_text(serving.certificate, encoding="ascii")
         key.touch(mode=0o600)
         key.write_text(serving.key, encoding="ascii")
         try:
-            # A new context tries the pair first, because a pair that fails would leave its certificate in ``context``.
+            # The pair is tried in another context first, because a pair that does not match would leave its certificate
+            # in ``context``.
             server_context().load_cert_chain(certificate, key)
         except ssl.SSLError as error:
             raise CertificateError(f"{KEY} must be the private key of {CERTIFICATE}, both PEM: {error}") from error
@@ -138,14 +139,14 @@ class SelfSignedCertificates:
         self._hostname = hostname
 
     async def current(self, now: datetime) -> ServingCertificate:
-        """Return a certificate that is valid at ``now``, made or renewed where due.
+        """Return the certificate to use at ``now``. Where due, make or renew it first and store it in the Secret.
 
         Raises CertificateError where the Secret does not exist.
         """
         return (await self.ensure(now)).serving
 
     async def ensure(self, now: datetime) -> CertificateSet:
-        """Return the content of the Secret after it was made or renewed where due.
+        """Make or renew the certificates where due, store them in the Secret, and return the Secret's certificates.
 
         Raises CertificateError where the Secret does not exist.
         """
@@ -166,7 +167,7 @@ class SelfSignedCertificates:
 
 
 class ExternalCertificates:
-    """Reads a certificate that cert-manager or a person maintains in a Secret of type kubernetes.io/tls with ca.crt."""
+    """Reads a certificate that somebody else, such as cert-manager, maintains in a TLS Secret that also has ca.crt."""
 
     def __init__(self, client: KubeClient, *, namespace: str, name: str, hostname: str) -> None:
         """Read the certificate for ``hostname`` from the Secret ``namespace/name``; the Secret is never written."""
@@ -177,7 +178,11 @@ class ExternalCertificates:
         self._hostname = hostname
 
     async def current(self, now: datetime) -> ServingCertificate:
-        """Return the certificate in the Secret; raises CertificateError where it is not valid for ``hostname`` now."""
+        """Return the certificate in the Secret.
+
+        Raises CertificateError where the Secret is missing or incomplete, and where its certificate can't be read, has
+        ended at ``now``, or is for another host name.
+        """
         secret = await self._client.get_secret(self._namespace, self._name)
         data = (secret or {}).get("data") or {}
         missing = [name for name in _EXTERNAL_KEYS if not data.get(name)]
@@ -270,7 +275,8 @@ def _hostnames(pem: str) -> list[str]:
 
 
 def _general_name(hostname: str) -> x509.GeneralName:
-    """Return ``hostname`` as a DNS name, or as an IP address where the operator runs outside the cluster."""
+    """Return ``hostname`` as a certificate's name: an IP address where the operator runs outside a cluster, else a DNS
+    name."""
     try:
         return x509.IPAddress(ipaddress.ip_address(hostname))
     except ValueError:

@@ -1,8 +1,8 @@
-"""Publishes the address of the leader: the EndpointSlice of the report Service, which has no selector.
+"""Publishes the leader's address in the EndpointSlice of the report Service.
 
-All healthy replicas are Ready, but only the leader takes reports, so readiness can't choose the endpoint. The leader
-writes its own pod address after it has acquired the Lease. The leader's pod owns the slice, so that the slice is
-deleted with the pod. `application.py` runs `publish_forever` while the process leads.
+The report Service has no selector: all healthy replicas are Ready, but only the leader takes reports, so readiness
+can't choose the endpoint. The leader writes its own pod address after it has acquired the Lease. The leader's pod owns
+the slice, so that the slice is deleted with the pod. `application.py` runs `publish_forever` while the process leads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune_operator.objects.labels import MANAGER
 logger = logging.getLogger(__name__)
 
 RECHECK_SECONDS: Final = 30.0
-"""Interval at which the slice is read again, so that a slice which somebody changed or deleted is restored."""
+"""Seconds between two reads of the slice. A slice that somebody changed or deleted is then written anew."""
 RETRY_SECONDS: Final = 2.0
 
 
@@ -44,7 +44,7 @@ class ReportEndpoint:
 
 
 def build_endpoint_slice(endpoint: ReportEndpoint) -> Manifest:
-    """Return the EndpointSlice that leads to ``endpoint`` and is owned by its pod."""
+    """Return the EndpointSlice that leads to ``endpoint``. Its owner is the pod of the endpoint."""
     version = ipaddress.ip_address(endpoint.address).version
     pod = {"kind": "Pod", "namespace": endpoint.namespace, "name": endpoint.pod_name, "uid": endpoint.pod_uid}
     owner = {"apiVersion": "v1", "kind": "Pod", "name": endpoint.pod_name, "uid": endpoint.pod_uid}
@@ -67,7 +67,7 @@ def build_endpoint_slice(endpoint: ReportEndpoint) -> Manifest:
 
 
 def is_up_to_date(stored: Manifest, wanted: Manifest) -> bool:
-    """Return whether the ``stored`` slice has the endpoints, labels and owner of ``wanted``."""
+    """Return whether the ``stored`` slice has the endpoints, ports, labels and owner of ``wanted``."""
     metadata = stored["metadata"]
     return (
         all(stored.get(name) == wanted[name] for name in ("addressType", "endpoints", "ports"))
@@ -80,12 +80,12 @@ class EndpointSlicePublisher:
     """Keeps the EndpointSlice pointing at this process's pod while the process leads."""
 
     def __init__(self, client: KubeClient, endpoint: ReportEndpoint) -> None:
-        """Publish ``endpoint``; nothing is written yet."""
+        """Prepare to publish ``endpoint``. Nothing is written yet."""
         self._client = client
         self._wanted = build_endpoint_slice(endpoint)
 
     async def publish_forever(self) -> None:
-        """Publish the slice now and again every 30 s; a failed request is retried after 2 s. Never returns."""
+        """Publish the slice now, and check it every 30 s. A failed request is retried after 2 s. Never returns."""
         while True:
             try:
                 await self.publish()
@@ -96,9 +96,9 @@ class EndpointSlicePublisher:
                 await asyncio.sleep(RECHECK_SECONDS)
 
     async def publish(self) -> None:
-        """Create the slice, or replace a slice that is not up to date.
+        """Create the slice where it does not exist; replace it where it is not up to date.
 
-        Raises ApiError (409) where somebody else wrote the slice between the read and the write.
+        Raises ApiError (409) where somebody else wrote the slice between this method's read and write.
         """
         metadata = self._wanted["metadata"]
         stored = await self._client.get_endpoint_slice(metadata["namespace"], metadata["name"])

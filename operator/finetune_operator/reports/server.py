@@ -1,9 +1,9 @@
 """The HTTPS server that receives the progress reports of rank 0.
 
 The server authenticates the pod, parses the report strictly, stores the report in `queue/memory.py`, and queues the job
-for a reconcile. A rejected report changes nothing but a counter. The answers are 401 (no valid token), 403 (token of
-another pod), 408 (body too slow), 409 (another attempt), 413 (body too long), 422 (malformed) and 503 (the API server
-does not review the token).
+for a reconcile. A rejected report is not stored. It is answered with 401 (no valid token), 403 (token of a pod that may
+not report), 408 (body too slow), 409 (no attempt or another attempt is known, or a stock report after a full report),
+413 (body too long), 422 (malformed) or 503 (the API server did not review the token).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 ROUTE: Final = "/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/{attempt}/report"
 BODY_SECONDS: Final = 10.0
-"""Time limit for the body of a report, so that a slow client does not keep a connection."""
+"""Seconds in which the body of a report must arrive, so that a slow client does not keep a connection."""
 
 
 class RejectedError(Exception):
-    """The report is rejected."""
+    """A report is rejected; the error holds the HTTP status and the message of the answer."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         """Keep the HTTP ``status`` of the answer and ``message``, a sentence for the trainer's log."""
@@ -46,10 +46,11 @@ class RejectedError(Exception):
 def authorize(pod: TokenPod | None, reporting: ReportingAttempt, key: Key, attempt: str) -> TokenPod:
     """Return ``pod``, the pod of the request's token, if this pod may report for the attempt ``reporting``.
 
-    ``attempt`` is the number of the attempt in the request's path, or empty where the path has none.
+    ``pod`` is None where the token is not valid. ``attempt`` is the attempt's number in the request's path, or empty
+    where the path has none.
 
     Raises:
-        RejectedError: the token is not valid, the path names another attempt, or the pod is not of the attempt.
+        RejectedError: the token is not valid, the path names another attempt, or the pod is none of the attempt's.
     """
     if pod is None:
         raise RejectedError(HTTPStatus.UNAUTHORIZED, "the token is not valid for this job")
@@ -61,7 +62,7 @@ def authorize(pod: TokenPod | None, reporting: ReportingAttempt, key: Key, attem
 
 
 def parse_report(body: bytes, pod: TokenPod, _reporting: ReportingAttempt) -> Report:
-    """Return the report in ``body``.
+    """Return the report in ``body``, in the format of this project's trainer.
 
     Raises RejectedError where the report is malformed, contains NaN, or names another pod than ``pod``.
     """
@@ -75,7 +76,7 @@ def parse_report(body: bytes, pod: TokenPod, _reporting: ReportingAttempt) -> Re
 
 
 def parse_stock_report(body: bytes, pod: TokenPod, reporting: ReportingAttempt) -> Report:
-    """Return the report in ``body``, sent by a Kubeflow client; raises RejectedError where ``body`` is malformed."""
+    """Return the report in ``body``, in Kubeflow's protocol (a stock report); raise RejectedError if malformed."""
     try:
         return stock_reports.to_report(stock_reports.RuntimeStatus.model_validate_json(body), pod.uid, reporting.ranks)
     except ValidationError as error:
@@ -85,7 +86,7 @@ def parse_stock_report(body: bytes, pod: TokenPod, reporting: ReportingAttempt) 
 
 
 def _malformed(error: ValidationError) -> RejectedError:
-    """Return the rejection that names the first three problems of ``error``."""
+    """Return a rejection (422) whose message names the first three problems in ``error``."""
     problems = json.dumps(error.errors(include_url=False, include_input=False, include_context=False)[:3])
     return RejectedError(HTTPStatus.UNPROCESSABLE_ENTITY, f"the report is malformed: {problems}")
 
@@ -99,7 +100,10 @@ def bearer_token(header: str | None) -> str:
 
 
 def needs_reconcile_now(before: Report | None, report: Report) -> bool:
-    """Return whether ``report`` has more than new numbers: the first of an attempt, a new checkpoint, or a result."""
+    """Return whether ``report`` tells more than new numbers, so that its job is to be reconciled at once.
+
+    This is so where no report came ``before``, where the list of checkpoints differs, and where there is a result.
+    """
     return before is None or report.result is not None or report.checkpoints != before.checkpoints
 
 
@@ -126,7 +130,7 @@ class ReportServer(HttpServer):
         self._now = now
 
     def application(self) -> web.Application:
-        """Return the web application. A body longer than REPORT_LIMIT_BYTES is rejected while the body is read."""
+        """Return the web application with one path per report format. Bodies over REPORT_LIMIT_BYTES are rejected."""
         application = web.Application(client_max_size=REPORT_LIMIT_BYTES)
         application.router.add_post(ROUTE, self._post)
         application.router.add_post(stock_reports.ROUTE, self._post_stock_report)
@@ -136,11 +140,14 @@ class ReportServer(HttpServer):
         return await self._receive(request, parse_report) or web.Response(status=HTTPStatus.NO_CONTENT)
 
     async def _post_stock_report(self, request: web.Request) -> web.Response:
-        # KubeflowCallback accepts the status 200 only.
+        # The answer is 200 with a body and not 204, because KubeflowCallback accepts 200 only.
         return await self._receive(request, parse_stock_report) or web.json_response({})
 
     async def _receive(self, request: web.Request, parse: Parse) -> web.Response | None:
-        """Store the report in ``request``; return None, or the answer where the report is rejected."""
+        """Check and store the report in ``request``, and queue its job for a reconcile.
+
+        Returns None where the report is accepted, else the answer that rejects it.
+        """
         key = Key(request.match_info["namespace"], request.match_info["name"])
         known = self._memory.reporting_attempt(key)
         set_log_fields(job=str(key), **({"uid": known.uid, "attempt": known.attempt} if known else {}))
@@ -162,7 +169,8 @@ class ReportServer(HttpServer):
             return self._reject(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
         before = self._memory.job(key).report
         self._memory.store_report(key, report, self._now().replace(microsecond=0))
-        # A reconcile costs requests, so a reconcile that may not write the new numbers yet is delayed until it may.
+        # The job is reconciled when its status may be written: at once, or for new numbers alone later. An earlier
+        # reconcile would cost requests and write nothing.
         self._queue.add_after(
             key, 0.0 if needs_reconcile_now(before, report) else self._memory.seconds_to_progress_write(key)
         )
@@ -173,13 +181,14 @@ class ReportServer(HttpServer):
         """Return the attempt that may report for ``key``; raises RejectedError (409) where none is known."""
         reporting = self._memory.reporting_attempt(key)
         if reporting is None:
-            # After a restart the job may not have been reconciled yet. The next report finds the attempt.
+            # The job is queued, because after a restart it may not have been reconciled yet. The next report then finds
+            # the attempt.
             self._queue.add(key)
             raise RejectedError(HTTPStatus.CONFLICT, "no attempt of this job is known")
         return reporting
 
     async def _authenticate(self, key: Key, request: web.Request, reporting: ReportingAttempt) -> TokenPod:
-        """Return the pod to which the request's token is bound; raises RejectedError where the pod may not report."""
+        """Return the pod to which the request's token is bound; raise RejectedError where that pod may not report."""
         token = bearer_token(request.headers.get("Authorization"))
         reviewed = await self._reviewer.pod_of(token, report_audience(reporting.uid))
         try:
@@ -192,9 +201,9 @@ class ReportServer(HttpServer):
             raise
 
     def _check_same_format(self, key: Key, report: Report) -> None:
-        """Reject a stock report where the attempt also sends reports of this project's trainer, which hold more.
+        """Reject a stock report (Kubeflow's protocol) where the newest report is from this project's trainer.
 
-        Raises RejectedError (409).
+        The stock report holds less than the stored report. Raises RejectedError (409).
         """
         known = self._memory.job(key).report
         if isinstance(report, stock_reports.StockReport) and not isinstance(known, stock_reports.StockReport | None):

@@ -1,6 +1,7 @@
 """Finds out which pod a report's bearer token belongs to, by a TokenReview of the API server.
 
-`server.py` calls `TokenReviewer.pod_of` for every report. Answers are cached for a minute by the hash of the token.
+`server.py` calls `TokenReviewer.pod_of` for every report. Answers are cached for a minute, by a hash of token and
+audience.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_e
 CACHE_SECONDS = 60.0
 CACHE_ENTRIES = 4096
 REVIEWS_AT_ONCE = 4
-"""Number of client connections that reviews may use, so that many wrong tokens leave connections to the reconciler."""
+"""Most reviews at the same time, so that many wrong tokens leave connections to the API server for the reconciler."""
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 _SERVICE_ACCOUNT = "system:serviceaccount:"
 
 
 class ReviewUnavailableError(Exception):
-    """The API server did not answer a TokenReview, so that the token's pod is unknown at the moment."""
+    """A TokenReview failed, so that the pod of the token is not known at the moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ class TokenPod:
 
 
 def parse_review(status: Mapping[str, Any], audience: str) -> TokenPod | None:
-    """Return the pod of a reviewed token from `status` of a TokenReview.
+    """Return the pod to which a reviewed token is bound; ``status`` is the `status` of the TokenReview.
 
     Returns None where the token is not valid for ``audience`` or is not bound to a pod.
     """
@@ -55,7 +56,8 @@ def parse_review(status: Mapping[str, Any], audience: str) -> TokenPod | None:
 
 
 class TokenReviewer:
-    """Reviews tokens and caches the answers. Refusals are cached too: a wrong token costs one review a minute."""
+    """Reviews tokens and caches the answers for a minute. Refusals are cached too, so that a wrong token that is sent
+    again costs no second review."""
 
     def __init__(self, client: KubeClient, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Send reviews with ``client``. Tests pass their own ``clock`` (monotonic seconds)."""
@@ -65,9 +67,9 @@ class TokenReviewer:
         self._cache: OrderedDict[bytes, tuple[float, TokenPod | None]] = OrderedDict()
 
     async def pod_of(self, token: str, audience: str) -> TokenPod | None:
-        """Return the pod to which ``token`` is bound, or None where the token is not valid for ``audience``.
+        """Return the pod to which ``token`` is bound; None where it is bound to no pod or not valid for ``audience``.
 
-        Raises ReviewUnavailableError where the API server does not answer.
+        Raises ReviewUnavailableError where the review fails.
         """
         digest = hashlib.sha256(f"{audience}\0{token}".encode()).digest()
         cached = self._cache.get(digest)

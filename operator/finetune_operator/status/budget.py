@@ -1,8 +1,8 @@
-"""Limits how many statuses are written per second for new numbers only, over all jobs, with a token bucket.
+"""A token bucket that limits the status writes per second over all jobs, so that the API server is not flooded.
 
-With ten seconds between two writes of a job, 5,000 jobs would still cause 500 writes per second. A change of a
-condition or of an attempt is written at once, even with an empty bucket, and takes a token as well. `writer.py` owns
-the bucket.
+Only writes of new numbers (step, loss, speed) wait for the bucket: with ten seconds between two writes of a job, 5,000
+jobs would still cause 500 writes per second. A change of a condition or of an attempt is written at once, even with an
+empty bucket, and takes a token as well. `writer.py` owns the bucket.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ BURST: Final = 100.0
 
 
 class WriteBudget:
-    """A token bucket for status writes, in which jobs reserve a place."""
+    """A token bucket for status writes. Each write takes a token, and a job can reserve a later write in advance."""
 
     def __init__(
         self, clock: Callable[[], float], *, per_second: float = WRITES_PER_SECOND, burst: float = BURST
     ) -> None:
-        """Start with a full bucket; ``clock`` returns monotonic seconds."""
+        """Create a full bucket, which holds ``burst`` tokens at most and gains ``per_second`` tokens per second.
+
+        ``clock`` returns monotonic seconds.
+        """
         self._clock = clock
         self._per_second = per_second
         self._burst = burst
@@ -30,16 +33,19 @@ class WriteBudget:
         self._filled_at = clock()
 
     def reserve(self) -> float:
-        """Reserve the next write of new numbers; return the time of the clock at which it may happen.
+        """Reserve a write of new numbers, and return the time of the clock at which this write may happen.
 
-        A job that has to wait is reconciled once, at that time, instead of asking the bucket again and again.
+        A job that has to wait is reconciled at that time, instead of asking the bucket again and again.
         """
         self._fill()
         self._tokens -= 1
         return self._filled_at + max(0.0, -self._tokens) / self._per_second
 
     def spend(self) -> None:
-        """Take a token for a write that does not wait. The debt is bounded, so that new numbers are written in time."""
+        """Take a token for a write that does not wait, unless the bucket owes ``burst`` tokens already.
+
+        Without that bound, many such writes would delay the writes of new numbers too long.
+        """
         self._fill()
         if self._tokens > -self._burst:
             self._tokens -= 1

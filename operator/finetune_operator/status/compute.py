@@ -1,6 +1,7 @@
-"""Computes the whole status of a FineTuneJob from the stored one and from what this reconcile has read and decided.
+"""Computes the new status of a FineTuneJob from the stored status and from what this reconcile has read and decided.
 
-Pure functions. `writer.py` writes the result where it differs: a transition at once, new numbers every ten seconds.
+Pure functions. `writer.py` writes the new status where it differs: a change such as that of a condition at once, new
+numbers every ten seconds at most.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from finetune_operator.status.report_merge import artifact_of, evaluation_of, me
 
 
 def compute_status(stored: FineTuneJobStatus, given: StatusInput, *, child_kind: str) -> FineTuneJobStatus:
-    """Return the status that follows ``stored``; ``child_kind`` is the backend's kind, for example "PyTorchJob"."""
+    """Return the new status, from the status ``stored`` and the inputs ``given``.
+
+    ``child_kind`` is the kind of child objects, for example "PyTorchJob".
+    """
     status = stored
     if given.report is not None and given.reported_at is not None:
         status = merge_report(status, given.report, given.reported_at, given.seconds_per_step)
@@ -39,11 +43,11 @@ def compute_status(stored: FineTuneJobStatus, given: StatusInput, *, child_kind:
 
 
 def fixed_image(image: str | None, pods: Sequence[PodObservation]) -> str | None:
-    """Return ``image`` with the digest that the first pod's node pulled, so that later attempts run the same image.
+    """Return ``image`` with the digest that the node of a pod reports, so that later attempts run the same image.
 
-    An image that already has a digest, or that no node has pulled yet, is returned unchanged. So is an image that was
-    loaded into the node without a registry, because no registry knows its digest, and an image that the node reports
-    under another repository, because this image's registry need not know the digest of the other.
+    ``image`` is returned unchanged where it already has a digest, and where no node has pulled it yet. The digest of a
+    node is not used where the image was loaded into the node without a registry, or where the node reports another
+    repository, because the registry of ``image`` need not know such a digest.
     """
     if image is None or "@" in image:
         return image
@@ -55,9 +59,9 @@ def fixed_image(image: str | None, pods: Sequence[PodObservation]) -> str | None
 
 
 def _is_of(repository: str, image: str) -> bool:
-    """Return whether ``repository``, as a node reports it in full, is the repository of ``image``.
+    """Return whether ``repository``, the full name that a node reports, is the repository of ``image``.
 
-    For example "docker.io/library/trainer" is that of "trainer:1".
+    For example, "docker.io/library/trainer" is the repository of the image "trainer:1".
     """
     folder, slash, name = image.rpartition("/")
     wanted = folder + slash + name.partition(":")[0]
@@ -65,12 +69,12 @@ def _is_of(repository: str, image: str) -> bool:
 
 
 def _child(stored: FineTuneJobStatus, given: StatusInput, kind: str) -> ChildStatus | None:
-    """Return `status.child`: the child of the current attempt, or the last child of a job that ends.
+    """Return `status.child`: the child object of the current attempt, or the last child where the job ends.
 
-    The last child stays in the status so that a person finds the pods with the logs.
+    A job that ends keeps its last child in the status, so that a person finds the pods with the logs.
     """
     if given.end is not None:
-        # An operator that was away during the whole attempt sees the child for the first time when the job ends.
+        # The child may not be in the status yet, because the operator may have been away during the whole attempt.
         observed = given.child
         return stored.child or (ChildStatus(kind=kind, name=observed.name, uid=observed.uid) if observed else None)
     if given.attempts.current is None:
@@ -80,19 +84,19 @@ def _child(stored: FineTuneJobStatus, given: StatusInput, kind: str) -> ChildSta
         return None if opened_now else stored.child
     recorded = stored.child
     if recorded is not None and recorded.uid and recorded.name == given.child.name:
-        return recorded  # the first uid stays, because another uid proves that somebody replaced the child
+        return recorded  # the first uid is kept, because a child with another uid proves that it was replaced
     return ChildStatus(kind=kind, name=given.child.name, uid=given.child.uid)
 
 
 def _closed(usage: UsageStatus | None) -> UsageStatus | None:
-    """Return the usage of a job that has ended: pods that still save a checkpoint are no longer counted."""
+    """Return ``usage`` for a job that ends. Pods that still save a checkpoint do not count any more."""
     return usage.model_copy(update={"holders": [], "running": False}) if usage is not None else None
 
 
 def _numbers_of_result(status: FineTuneJobStatus, given: StatusInput) -> dict[str, object]:
-    """Return artifact, scores and progress of a job that succeeded; empty where the job has no result.
+    """Return the status fields that come from the trainer's result: artifact, scores and progress.
 
-    They are taken from the result, because the job's last report may be lost.
+    They are not taken from the last report, because that report may be lost. Empty where the job ends without result.
     """
     result = given.end.result if given.end else None
     if result is None:
@@ -112,7 +116,10 @@ def _numbers_of_result(status: FineTuneJobStatus, given: StatusInput) -> dict[st
 
 
 def is_news(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
-    """Return whether ``new`` is worth a write. Usage that only grew with time is not; the next write includes it."""
+    """Return whether ``new`` differs from ``old`` in more than usage that grew with time.
+
+    Such usage alone is not written, but the next write includes it.
+    """
     if old is None or old.usage is None or new.usage is None:
         return old != new
     passed = new.usage.model_copy(update={"holders": old.usage.holders, "running": old.usage.running})
@@ -120,7 +127,10 @@ def is_news(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
 
 
 def is_transition(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
-    """Return whether more than numbers and messages changed. Such a status is written at once."""
+    """Return whether the change from ``old`` to ``new`` must be written at once.
+
+    This is so where the spec's generation, the status or reason of a condition, or one of the fields below has changed.
+    """
     if old is None or old.observed_generation != new.observed_generation:
         return True
     if [(c.type, c.status, c.reason) for c in old.conditions] != [(c.type, c.status, c.reason) for c in new.conditions]:

@@ -1,6 +1,6 @@
 """Computes the conditions of a FineTuneJob, such as `Running` and `Succeeded`, with their reasons and messages.
 
-Pure functions; `compute.py` calls them. What each reason means for people is in `finetune_core.api.condition_reasons`.
+Pure functions; `compute.py` calls them. `finetune_core.api.condition_reasons` explains each reason for users.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finetune_operator.observe.waiting import why_attempt_waits
 from finetune_operator.status.inputs import StatusInput
 
 MESSAGE_LIMIT = 2048
-"""Most characters of a condition's message that are written."""
+"""Most characters of a condition's message. A longer message is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class _State:
 def compute_conditions(stored: FineTuneJobStatus, status: FineTuneJobStatus, given: StatusInput) -> list[Condition]:
     """Return all conditions that the operator knows, in the order of the API.
 
-    ``stored`` is the status as it is in the API server, ``status`` the new one with the values of the newest report.
-    `lastTransitionTime` is kept where a condition's status did not change.
+    ``stored`` is the status in the API server. ``status`` is the new status, in which everything but the conditions is
+    computed already. A condition whose status did not change keeps its `lastTransitionTime`.
     """
     old = {condition.type: condition for condition in stored.conditions}
     running = _running(given, old.get(ConditionType.RUNNING))
@@ -64,7 +64,7 @@ def _condition(kind: ConditionType, state: _State, old: Condition | None, given:
 
 
 def _succeeded(given: StatusInput, *, is_running: bool) -> _State:
-    """Return `Succeeded`, the summary of the job; `kubectl get` shows its reason in the column State."""
+    """Return the condition `Succeeded`, which sums up the job. `kubectl get` shows its reason in the column State."""
     if given.end is not None:
         return _State("True" if given.end.succeeded else "False", given.end.reason, given.end.message)
     if given.problem is not None:
@@ -89,7 +89,7 @@ def _succeeded(given: StatusInput, *, is_running: bool) -> _State:
 
 
 def _between_attempts(given: StatusInput, last: PastAttempt | None) -> _State:
-    """Return the summary while no attempt is current; ``last`` is the attempt that ended last."""
+    """Return the condition `Succeeded` while no attempt is current; ``last`` is the attempt that ended last."""
     if last is not None and last.verdict == Verdict.PERMANENT:
         return _State("Unknown", last.reason, messages.pods_end(last.message, given.ending_pods))
     if given.policy.cancel:
@@ -104,7 +104,7 @@ def _between_attempts(given: StatusInput, last: PastAttempt | None) -> _State:
 
 
 def _held(given: StatusInput) -> _State:
-    """Return the summary of an attempt whose child is suspended: by its queue, or by a person where it has none."""
+    """Return the condition `Succeeded` while the child is suspended: by a queue, or by a person if the job has none."""
     if queue := given.policy.queue_name:
         return _State("Unknown", Reason.QUEUED, messages.pods_end(messages.queued(queue), given.ending_pods))
     return _State("Unknown", Reason.SUSPENDED, messages.SUSPENDED_ELSEWHERE)
@@ -139,7 +139,7 @@ def _accepted(given: StatusInput) -> _State:
 
 
 def _accepted_by_check(given: StatusInput) -> _State:
-    """Return `Accepted` while the preflight check keeps attempt 1 from being opened."""
+    """Return the condition `Accepted` of a job that waits for its preflight check, or that ended because of it."""
     if given.end is not None and given.end.reason == Reason.BAD_INPUT:
         return _State("False", Reason.BAD_INPUT, given.end.message)
     if missing := given.end.message if given.end is not None else given.missing:
@@ -164,10 +164,11 @@ def _running(given: StatusInput, old: Condition | None) -> _State:
     current = given.attempts.current
     if current is None or current.cause is not None or given.held:
         return _State("False", Reason.WAITING_FOR_PODS, messages.BETWEEN_ATTEMPTS)
-    # Only a report of a recorded pod counts: the queue may have deleted the reporting pod since and admitted new pods.
+    # Only a report of a pod that the status records counts. A pod that the queue has suspended since, and replaced by a
+    # new one, may have sent the newest report.
     recorded = {record.uid for record in current.pods}
     reported = given.report is not None and given.report.ranks >= given.ranks and given.report.pod_uid in recorded
-    # A restarted operator has no report in its memory, so the stored condition of this attempt stays valid.
+    # The condition stays True if it became True in this attempt, because a restarted operator has no report in memory.
     since = current.admitted_time or current.start_time
     known = old is not None and old.status == "True" and old.last_transition_time >= since
     if reported or known:
@@ -176,7 +177,10 @@ def _running(given: StatusInput, old: Condition | None) -> _State:
 
 
 def _checkpoint_available(status: FineTuneJobStatus, given: StatusInput) -> _State:
-    """Return whether a committed checkpoint exists; the reason also says where no newer one can be committed."""
+    """Return the condition `CheckpointAvailable`: whether an undamaged checkpoint is committed.
+
+    Its reason and message also tell where new checkpoints can't be committed in time.
+    """
     whole = [checkpoint for checkpoint in status.checkpoints if not checkpoint.damaged]
     what = messages.checkpoint_available(whole[-1].step, len(whole)) if whole else messages.NO_CHECKPOINT
     available = "True" if whole else "False"
@@ -191,5 +195,5 @@ def _checkpoint_available(status: FineTuneJobStatus, given: StatusInput) -> _Sta
 
 
 def _why_waiting(given: StatusInput) -> str:
-    """Return why the attempt's pods do not all run and report, as one sentence."""
+    """Return, as one sentence, what the attempt waits for: pods that do not run yet, or the first report."""
     return why_attempt_waits(given.pods, given.nodes, given.warning)

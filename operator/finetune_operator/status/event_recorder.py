@@ -15,11 +15,11 @@ from finetune_operator.status.events import event_manifest, events_between
 logger = logging.getLogger(__name__)
 
 LEAST_SECONDS_BETWEEN_EVENTS = 60.0
-"""Between two events of one job with the same reason that may recur."""
+"""Least seconds between two events with the same reason about one job. Applies to reasons that may recur."""
 
 
 class EventRecorder:
-    """Creates events and writes each as a line into the operator's log."""
+    """Creates Kubernetes events about jobs, and logs each event as a line of the operator's log."""
 
     def __init__(
         self, cluster: KubeClient, *, instance: str, now: Callable[[], datetime], clock: Callable[[], float]
@@ -34,13 +34,13 @@ class EventRecorder:
         self._clock = clock
 
     async def record(self, job: StoredJob, new: FineTuneJobStatus) -> None:
-        """Create the events of the change from the stored status to ``new``; a refused event is only logged."""
+        """Create the events about the change from the stored status to ``new``. A refused event is only logged."""
         now = self._now()
         log_fields = job.log_fields | {"attempt": new.attempts.started}
         for event in events_between(job.status, new, now):
             logger.info("%s: %s", event.reason, event.note, extra=log_fields)
             if event.recurs and not self._is_due(job.memory, event.reason):
-                continue  # a condition of the job carries the same message all the time
+                continue  # nothing is lost without this event, because a condition shows the same message
             manifest = event_manifest(event, job.key, job.uid, now, self._instance)
             try:
                 await self._cluster.create_event(job.key.namespace, manifest)
@@ -48,7 +48,7 @@ class EventRecorder:
                 logger.warning("event not created: %s", error, extra=log_fields)
 
     def _is_due(self, memory: JobMemory, reason: str) -> bool:
-        """Return whether a minute has passed since the last event of ``reason``, and count one as created now."""
+        """Return whether no event with ``reason`` was created within the last minute; if so, note that one is now."""
         last = memory.event_created_at.get(reason)
         if last is not None and self._clock() - last < LEAST_SECONDS_BETWEEN_EVENTS:
             return False

@@ -1,4 +1,4 @@
-"""Which Kubernetes events a change of the status is worth, by comparing the stored status with the new one.
+"""Decides which Kubernetes events to create, by comparing the stored status of a job with the new status.
 
 Pure functions; `event_recorder.py` creates the events. An event's name is made from job, reason and occasion, so that
 the API server answers 409 where the operator creates the same event again after a crash.
@@ -23,11 +23,11 @@ from finetune_operator.queue.work_queue import Key
 NOTE_LIMIT = 1024
 """Most characters of an event's note that the API server accepts."""
 _ORDERED_BY_A_PERSON = (Reason.SUSPENDED, Reason.CANCELLED)
-"""Reasons of ended attempts that are no warning, because a person ordered the end."""
+"""Reasons for which the event about an ended attempt is no warning, because a person ordered the end."""
 
 
 class EventReason(StrEnum):
-    """Reasons of events. Events about the conditions `Accepted` and `Succeeded` have the condition's own reason."""
+    """Reasons of events that do not take their reason from a condition, as events about `Succeeded` do."""
 
     ATTEMPT_STARTED = "AttemptStarted"
     ATTEMPT_ENDED = "AttemptEnded"
@@ -37,19 +37,20 @@ class EventReason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobEvent:
-    """An event that is to be created about a job."""
+    """A Kubernetes event that is to be created about a job."""
 
     reason: str
     note: str
     warning: bool
     occasion: str
-    """What sets two events of the same reason apart: the attempt's number, or the time of the change."""
+    """What distinguishes two events of the same reason: the attempt's number, or the time of the change. A fixed word
+    where a job has at most one such event."""
     recurs: bool = False
-    """Whether the same reason may return many times within one attempt. Then it is recorded once a minute at most."""
+    """Whether the event may come many times within one attempt. Such an event is created once a minute at most."""
 
 
 def events_between(old: FineTuneJobStatus, new: FineTuneJobStatus, now: datetime) -> list[JobEvent]:
-    """Return the events that the change of the status from ``old`` to ``new`` is worth."""
+    """Return the events to create for the change of the status from ``old`` to ``new``."""
     found: list[JobEvent] = []
     moment = now.isoformat(timespec="seconds")
     known = {past.number for past in old.attempts.recent}
@@ -77,7 +78,7 @@ def _changed(old: Condition | None, new: Condition) -> bool:
 
 
 def _of_condition(condition: Condition, moment: str, attempt: int) -> list[JobEvent]:
-    """Return the event that a changed condition is worth; none where the change is no news."""
+    """Return the event to create for a changed condition; an empty list where the change needs no event."""
     kind, status = condition.type, condition.status
     if kind == ConditionType.SUCCEEDED and status != "Unknown":
         return [_event(condition.reason, condition.message, status == "False", "settled")]
@@ -97,7 +98,7 @@ def _event(reason: str, note: str, warning: bool, occasion: str) -> JobEvent:
 
 
 def event_manifest(event: JobEvent, key: Key, uid: str, now: datetime, instance: str) -> Manifest:
-    """Return the events.k8s.io/v1 Event about the job with ``uid``; ``instance`` is the name of the operator's pod."""
+    """Return the manifest of the event about the job with ``uid``; ``instance`` is the name of the operator's pod."""
     digest = hashlib.sha256(f"{uid}/{event.reason}/{event.occasion}".encode()).hexdigest()[:16]
     return {
         "apiVersion": EVENTS.api_version,

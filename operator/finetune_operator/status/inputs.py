@@ -1,4 +1,6 @@
-"""What a status is computed from, beside the stored one: the decision of this reconcile, what was read, and reports.
+"""The inputs from which a job's new status is computed, besides the status stored in the API server.
+
+They are the decision of this reconcile, the objects that were read from the cluster, and the newest report.
 
 `reconcile.py` makes a `StatusInput` in each reconcile; `compute.py` and `conditions.py` read it.
 """
@@ -22,46 +24,46 @@ from finetune_operator.queue.retryable import RetryableError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatusInput:
-    """Everything that a status is computed from, beside the stored one."""
+    """Everything from which a job's new status is computed, besides the stored status."""
 
     now: datetime
     generation: int
     """`metadata.generation` of the job, which becomes `observedGeneration`."""
     nodes: int
-    """Pods of an attempt."""
+    """Number of pods of an attempt."""
     ranks: int
-    """Training processes over all pods of an attempt."""
+    """Number of training processes of an attempt, over all its pods."""
     policy: RunPolicySpec = field(default_factory=RunPolicySpec)
     image: str | None = None
-    """Image that the job's pods run."""
+    """Image that the job's pods are to run."""
     plan: PlanStatus | None = None
-    """What the spec of an attempt that is about to start was resolved to; None in any other reconcile."""
+    """`status.plan` of an attempt that is about to start, such as its batch sizes; None in any other reconcile."""
     invalid: str = ""
-    """Why the spec can't be run, with the field's path; empty where it can."""
+    """Why the spec can't be run, with the path of the field; empty where the spec can be run."""
     attempts: AttemptsStatus
     preflight: PreflightStatus | None = None
     end: JobEnd | None = None
     """How the job ends; None while it goes on."""
     is_checked: bool = False
-    """Whether the preflight check is what attempt 1 waits for, or what ended the job."""
+    """Whether attempt 1 waits for the preflight check, or the job ends because of that check."""
     missing: str = ""
-    """What the preflight check found missing outside the spec; empty where nothing is known."""
+    """What attempt 1 lacks outside the spec according to the preflight check; empty if not known."""
     child: ChildObservation | None = None
-    """Child of the current attempt, or of the last one of a job that ends; None between attempts."""
+    """Child object of the current attempt or, where the job ends, of its last attempt. None between two attempts."""
     pods: Sequence[PodObservation] = ()
-    """Pods of the current attempt; none between attempts."""
+    """Pods of the current attempt; empty between two attempts."""
     ending_pods: int = 0
-    """Pods of ended attempts, or of an admission that a queue took back, that still terminate."""
+    """Number of pods that still terminate after their attempt ended, or after their child was suspended."""
     usage: UsageStatus | None = None
     problem: RetryableError | None = None
-    """Why the API server refused to create the attempt's objects; None where it did not."""
+    """Why the attempt's objects could not be created, or why the spec can't be used at the moment; None otherwise."""
     warning: str = ""
-    """Newest warning event about a pod that does not start."""
+    """Newest warning event about a pod that does not start, or empty."""
     report: Report | None = None
     """Newest report of the current attempt, or the last report of the attempt that just ended."""
     reported_at: datetime | None = None
     seconds_per_step: float | None = None
-    """Duration of an optimizer step as the operator measured it over all attempts; None before two steps."""
+    """Recent training speed as the operator measured it (`queue/speed.py`); None where it is not known yet."""
 
     @property
     def held(self) -> bool:
@@ -79,9 +81,9 @@ def status_input(
     created: ChildObservation | None = None,
     problem: RetryableError | None = None,
 ) -> StatusInput:
-    """Return the input for a job whose reconcile has read ``seen`` and decided ``decision``.
+    """Return the inputs for the status of a job whose reconcile has read ``seen`` and decided ``decision``.
 
-    ``created`` is the child that this reconcile created; ``problem`` says why it could not create one.
+    ``created`` is the child object that this reconcile created; ``problem`` says why it could not create a child.
     """
     resources = job.resource.spec.resources
     current = decision.attempts.current
@@ -93,7 +95,8 @@ def status_input(
         policy=job.resource.spec.run_policy,
         image=image,
         plan=plan_of(config) if config is not None else None,
-        # What this version can't run keeps a new attempt from starting. An attempt that runs goes on.
+        # The status names what this version can't run. That keeps a new attempt from starting, but an attempt that
+        # runs already goes on.
         invalid="" if decision.end else "; ".join(str(error) for error in unrunnable(job.resource.spec)),
         attempts=decision.attempts,
         preflight=decision.preflight,
@@ -115,7 +118,10 @@ def status_input(
 def refused_input(
     job: StoredJob, *, invalid: str, end: JobEnd | None = None, problem: RetryableError | None = None
 ) -> StatusInput:
-    """Return the input for a job whose spec this version can't read or run; attempts and check stay as they are."""
+    """Return the inputs for the status of a job whose spec this version can't read or run.
+
+    The attempts and the preflight check in the status stay as they are.
+    """
     return StatusInput(
         now=job.now,
         generation=job.manifest["metadata"].get("generation", 0),
@@ -130,19 +136,19 @@ def refused_input(
 
 
 def _shown_child(seen: JobObservation, decision: Decision, created: ChildObservation | None) -> ChildObservation | None:
-    """Return the child that the status names: the current attempt's, or the last one's where the job ends."""
+    """Return the child object that `status.child` names: that of the current attempt or, if the job ends, the last."""
     if decision.attempts.current is None and decision.end is None:
         return None
     return created or seen.child
 
 
 def _ending_pods(seen: JobObservation, decision: Decision) -> int:
-    """Return how many pods terminate, while no attempt is current or a queue has taken the admission back."""
+    """Return how many pods still terminate, where no attempt is current or the child is suspended; else 0."""
     return len(seen.pods) if decision.attempts.current is None or seen.held else 0
 
 
 def plan_of(config: RunConfig) -> PlanStatus:
-    """Return `status.plan`: what the spec of an attempt was resolved to."""
+    """Return `status.plan` for the run file ``config``: processes, ZeRO stage and batch sizes of an attempt."""
     batch, micro = config.optimization.global_batch_size, config.optimization.micro_batch_size
     return PlanStatus(
         zero_stage=config.optimization.zero_stage,

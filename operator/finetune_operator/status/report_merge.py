@@ -40,7 +40,7 @@ from finetune_core.contract.stock_reports import StockReport
 from finetune_operator.queue.speed import eta_seconds
 
 PERCENT = 100
-"""The number of steps that a job is said to have whose trainer reports only a percentage."""
+"""`totalSteps` in the status of a job whose trainer reports only a percentage, so that one step is one percent."""
 
 
 def decimal(value: float) -> str:
@@ -55,10 +55,10 @@ def _optional(value: float | None) -> str | None:
 def merge_report(
     stored: FineTuneJobStatus, report: Report, received: datetime, seconds_per_step: float | None = None
 ) -> FineTuneJobStatus:
-    """Return ``stored`` with the content of ``report``, which arrived at ``received``.
+    """Return the status ``stored`` with the content of ``report``, which arrived at ``received``.
 
-    A trainer that still loads its model knows less than the stored status, so its progress and curve are ignored.
-    ``seconds_per_step`` is the speed that the operator measured; None where it has none yet.
+    Progress and loss curve of a trainer that still loads its model are ignored, because the stored status knows more.
+    ``seconds_per_step`` is the speed that the operator measured; None where no speed is known yet.
     """
     if isinstance(report, StockReport):
         return _merge_stock_report(stored, report, received, seconds_per_step)
@@ -84,14 +84,17 @@ def merge_report(
 
 
 def merge_notices(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """Return old and new notices, each sentence once and the newest last, because every report repeats its notices."""
+    """Return old and new notices, the newest last. Each notice is kept once, because every report repeats its notices.
+
+    Where there are more than NOTICE_LIMIT, the oldest are dropped.
+    """
     return [*(sentence for sentence in old if sentence not in new), *dict.fromkeys(new)][-NOTICE_LIMIT:]
 
 
 def _merge_stock_report(
     stored: FineTuneJobStatus, report: StockReport, received: datetime, seconds_per_step: float | None
 ) -> FineTuneJobStatus:
-    """Return ``stored`` with a report of Kubeflow's client; values that the report lacks stay as they are."""
+    """Return ``stored`` with a report in Kubeflow's protocol; values that the report lacks stay as they are."""
     old = stored.progress
     step, total = _position(report, old)
     done = report.reported_percentage == 100
@@ -121,10 +124,11 @@ def _merge_stock_report(
 
 
 def _position(report: StockReport, old: ProgressStatus | None) -> tuple[int, int]:
-    """Return the current step and the last step of the training.
+    """Return the current step and the total number of steps of the training.
 
-    Where the client never reports steps, its percentage is returned as the step out of 100. The stored step is used
-    where a report has none: transformers reports 0 % at its start, even after a resume, and no step at its end.
+    Where the client has reported only percentages so far, the percentage is returned as a step out of 100. Where only
+    this report has no step, the stored step is returned: transformers reports 0 % at its start, even after a resume,
+    and no step at its end.
     """
     step, total = report.reported_step, report.reported_total
     if step is None and total is None and (old is None or old.total_steps == PERCENT):
@@ -136,7 +140,8 @@ def _position(report: StockReport, old: ProgressStatus | None) -> tuple[int, int
 def progress_of(
     report: Report, received: datetime, stored: ProgressStatus | None, seconds_per_step: float | None
 ) -> ProgressStatus:
-    """Return `status.progress` for ``report``; the trainer's own remaining time only where the operator has none."""
+    """Return `status.progress` for ``report``. The trainer's estimate of the remaining time is used only where the
+    operator has no speed of its own."""
     eta = eta_seconds(report.step, report.total_steps, seconds_per_step, stored)
     return ProgressStatus(
         step=report.step,
@@ -152,14 +157,14 @@ def progress_of(
 
 
 def percentage(step: int, total: int) -> int:
-    """Return ``step`` / ``total`` in whole percent, rounded down, so that 100 means that every step is done."""
+    """Return ``step`` / ``total`` in whole percent. It is rounded down, so that 100 means that every step is done."""
     return min(100, 100 * step // total) if total else 0
 
 
 def merge_history(old: Sequence[HistoryPoint], new: Iterable[CurvePoint], resumed_from_step: int) -> list[HistoryPoint]:
-    """Return the loss curve: ``old`` points up to the step that the run resumed from, then the points of the report.
+    """Return the loss curve: the ``old`` points up to the step from which the run resumed, then the ``new`` points.
 
-    Steps that an earlier run made after its last checkpoint are dropped, because the new run makes them again.
+    Old points after that step are dropped, because the new run trains these steps again.
     """
     kept = [point for point in old if point.step <= resumed_from_step]
     reported = [
@@ -172,10 +177,10 @@ def merge_history(old: Sequence[HistoryPoint], new: Iterable[CurvePoint], resume
 
 
 def thin(points: Sequence[HistoryPoint], limit: int) -> list[HistoryPoint]:
-    """Return at most ``limit`` points of the curve, with its first and last point.
+    """Return at most ``limit`` points of the curve, always with its first and last point.
 
-    The point whose neighbours are closest is dropped first. Points with a perplexity are rarer than points with only a
-    loss, so they are dropped last.
+    The point whose neighbours are closest to each other is dropped first. Points with a perplexity are dropped last,
+    because they are rarer than points with only a loss.
     """
     result = list(points)
     while len(result) > limit:
@@ -188,7 +193,7 @@ def thin(points: Sequence[HistoryPoint], limit: int) -> list[HistoryPoint]:
 
 
 def evaluation_of(record: EvaluationRecord) -> EvaluationStatus:
-    """Return `status.evaluation`: the scores of the base model and of the tuned model."""
+    """Return `status.evaluation` for ``record``: the scores of the base model and of the tuned model."""
     return EvaluationStatus(
         rows=record.rows,
         examples=record.examples,
@@ -211,16 +216,16 @@ def _scores(record: ScoreRecord | None) -> Scores | None:
 
 
 def merge_incidents(old: Sequence[IncidentStatus], new: Iterable[Incident]) -> list[IncidentStatus]:
-    """Return old and new incidents, each once. A restarted trainer reports only its own, so the old ones are kept."""
+    """Return old and new incidents, each once. Old ones are kept, because a restarted trainer does not know them."""
     reported = [IncidentStatus(**incident.model_dump()) for incident in new]
     return [*(incident for incident in old if incident not in reported), *reported][-INCIDENT_LIMIT:]
 
 
 def checkpoints_of(records: Sequence[CheckpointRecord], named: CheckpointName | None = None) -> list[CheckpointStatus]:
-    """Return `status.checkpoints`, with the newest and the best undamaged checkpoint marked.
+    """Return `status.checkpoints`. Of the undamaged checkpoints, the newest is marked `last` and the best `best`.
 
-    ``named`` is the checkpoint that the trainer reports as the best. Where the trainer reports none, the checkpoint
-    with the least perplexity is the best.
+    ``named`` is the checkpoint that the trainer reports as the best. Where the trainer reports no best checkpoint, the
+    one with the least perplexity is marked.
     """
     records = records[-CHECKPOINT_LIMIT:]
     whole = [record for record in records if not record.damaged]
@@ -247,5 +252,5 @@ def checkpoints_of(records: Sequence[CheckpointRecord], named: CheckpointName | 
 
 
 def artifact_of(record: ArtifactRecord) -> ArtifactStatus:
-    """Return `status.artifact` for the artifact that the trainer committed."""
+    """Return `status.artifact` for the committed artifact that the trainer's result names."""
     return ArtifactStatus(uri=record.uri, step=record.step, bytes=record.bytes, manifest_sha256=record.manifest_sha256)

@@ -1,6 +1,6 @@
-"""Writes the status of a job where it differs from the stored one, and then creates the events about the change.
+"""Writes the status of a job where it differs from the stored status, and then creates the events about the change.
 
-`reconcile.py` and `settled.py` call it. No other module of the operator writes a FineTuneJob.
+`reconcile.py` and `settled.py` call `StatusWriter`. No other module of the operator writes to a FineTuneJob.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finetune_operator.status.inputs import StatusInput
 
 
 class StatusWriter:
-    """Applies the status of one job at a time."""
+    """Computes the new status of a job, and writes it to the API server where and when that is needed."""
 
     def __init__(
         self,
@@ -30,7 +30,10 @@ class StatusWriter:
         child_kind: str,
         clock: Callable[[], float],
     ) -> None:
-        """Write with ``cluster``; ``child_kind`` is the backend's kind; ``clock`` returns monotonic seconds."""
+        """Write with ``cluster`` and create events with ``recorder``.
+
+        ``child_kind`` is the kind of child objects, for example "PyTorchJob". ``clock`` returns monotonic seconds.
+        """
         self._cluster = cluster
         self._recorder = recorder
         self._metrics = metrics
@@ -39,11 +42,12 @@ class StatusWriter:
         self._budget = WriteBudget(clock)
 
     async def write(self, job: StoredJob, given: StatusInput) -> float | None:
-        """Apply the status that follows from ``given`` where it differs from the stored one.
+        """Write the status that follows from ``given`` where it differs from the stored status.
 
-        A transition is written at once. New numbers wait until ten seconds have passed since the job's last write, and
-        for their share of the writes of all jobs. Returns in how many seconds they may be written; None where nothing
-        waits. Raises ApiError (409) where the job changed since it was read.
+        A change such as that of a condition (see `is_transition`) is written at once. New numbers alone are not written
+        within ten seconds after the job's last write, and not while the write budget of all jobs is used up. Returns in
+        how many seconds such numbers may be written; None where nothing waits. Raises ApiError (409) where the job has
+        changed since it was read.
         """
         status = compute_status(job.status, given, child_kind=self._child_kind)
         self._metrics.jobs.update(job.key, status)
@@ -59,13 +63,16 @@ class StatusWriter:
         return None
 
     def _seconds_to_numbers(self, memory: JobMemory) -> float:
-        """Return how long new numbers still wait: for the job's ten seconds, and for their turn among all jobs."""
+        """Return for how many seconds new numbers still wait; reserve their place in the budget where not done yet."""
         if memory.progress_write_at is None:
             memory.progress_write_at = self._budget.reserve()
         return memory.seconds_to_progress_write(self._clock())
 
     async def forget_child(self, job: StoredJob) -> None:
-        """Write that the child of a job that has ended no longer exists; every other field stays as it is."""
+        """Remove `status.child` of an ended job, because the job's PyTorchJob no longer exists.
+
+        All other fields stay as they are.
+        """
         await self._apply(job, job.status.model_copy(update={"child": None}))
 
     async def _apply(self, job: StoredJob, status: FineTuneJobStatus) -> None:

@@ -1,4 +1,4 @@
-"""The interface of a backend: the kind of object that runs an attempt's pods, such as PyTorchJob.
+"""The interface of a backend, which runs the pods of an attempt by a child object such as a PyTorchJob.
 
 Start here to add a backend: implement `Backend` in a new module and pass an instance to `Reconciler` in
 `application.py`. `act/`, `observe/` and `settled.py` call the methods.
@@ -18,19 +18,19 @@ class Backend(Protocol):
     """Builds, creates, observes and deletes the child object of an attempt. A child is never updated."""
 
     kind: str
-    """Kind of the child as messages and `status.child` show it, for example ``"PyTorchJob"``."""
+    """Kind of the child object as messages and `status.child` show it, for example ``"PyTorchJob"``."""
 
     def build(self, job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
-        """Return the child's manifest. The function is pure, so that a retry after a crash builds the same object."""
+        """Return the child's manifest. The method is pure, so that a retry after a crash builds the same object."""
 
     async def create(self, manifest: Manifest) -> ChildObservation:
-        """Create the child, or return the child that an earlier try has created.
+        """Create the child and return it; where an earlier reconcile has created the child already, return that one.
 
-        Raises RetryableError where the child can't be created for a cause outside the job's spec.
+        Raises RetryableError where the child can't be created for a cause outside the job's spec, such as a quota.
         """
 
     async def observe(self, namespace: str, name: str) -> ChildObservation | None:
         """Return the child as the API server has it, or None where it does not exist."""
 
     async def delete(self, namespace: str, child: ChildObservation) -> None:
-        """Delete the child with the uid of ``child``; its pods are deleted after it."""
+        """Delete ``child``, identified by name and uid. Its pods are deleted afterwards."""

@@ -1,9 +1,10 @@
 """The backend that runs an attempt as a Kubeflow PyTorchJob.
 
-The PyTorchJob has Worker replicas only, and the pod template gives a static address of rank 0. Without a Master replica
-training-operator adds no init container, whose image would break `restricted` namespaces and air-gapped clusters, and
-counts the PyTorchJob as succeeded only when every worker has succeeded. The retries, deadline and TTL of PyTorchJob
-are not used, because the operator has its own.
+The PyTorchJob has Worker replicas and no Master replica, for two reasons. With a Master, training-operator would add an
+init container, whose image does not work in `restricted` namespaces and air-gapped clusters. Without a Master,
+training-operator counts the PyTorchJob as succeeded only when every worker has succeeded. The workers find rank 0 by
+the address that the pod template sets. The retries, deadline and TTL of PyTorchJob are not used, because the operator
+has its own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def build_pytorchjob(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
             "ownerReferences": [owner_reference(job)],
         },
         "spec": {
-            # The CRD requires a string here. With the value `auto` the node would decide the number.
+            # A string, because the CRD of PyTorchJob requires one. It is a number and not `auto`, because with `auto`
+            # the node would decide the number of processes.
             "nprocPerNode": str(resources.processes_per_node),
             "runPolicy": {"cleanPodPolicy": "Running"},
             "pytorchReplicaSpecs": {
@@ -58,12 +60,12 @@ def build_pytorchjob(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
 
 
 def parse_pytorchjob(manifest: Mapping[str, Any]) -> ChildObservation:
-    """Return the observation of a PyTorchJob."""
+    """Return what the operator needs to know about the PyTorchJob ``manifest``."""
     metadata, spec = manifest["metadata"], manifest["spec"]
     conditions = {item["type"]: item for item in manifest.get("status", {}).get("conditions") or []}
 
     def condition_if(kind: str, status: str) -> Mapping[str, Any]:
-        """Return the condition ``kind`` if its status is ``status``, else an empty mapping."""
+        """Return the PyTorchJob's condition of type ``kind`` if its status is ``status``, else an empty mapping."""
         condition = conditions.get(kind, {})
         return condition if condition.get("status") == status else {}
 
@@ -97,9 +99,10 @@ class PyTorchJobBackend:
         return build_pytorchjob(job, attempt)
 
     async def create(self, manifest: Manifest) -> ChildObservation:
-        """Create the PyTorchJob. After a 409, return the existing PyTorchJob if this job owns it.
+        """Create the PyTorchJob and return it; where the job already owns one of that name, return the existing one.
 
-        Raises RetryableError where another object has the name, or where the API server refuses the PyTorchJob.
+        Raises RetryableError where a PyTorchJob of that name has another owner, or where the API server refuses the
+        PyTorchJob.
         """
         name = manifest["metadata"]["name"]
         try:
@@ -110,7 +113,8 @@ class PyTorchJobBackend:
             conflict = error
         existing = await self.observe(manifest["metadata"]["namespace"], name)
         if existing is None:
-            # The PyTorchJob was deleted after the 409. The same error makes the worker reconcile again soon.
+            # The existing PyTorchJob was deleted after the 409. Another 409 is raised, so that the job is reconciled
+            # again soon.
             raise ApiError(conflict.status, "Conflict", f"PyTorchJob {name} was deleted while it was created")
         if existing.owner_uid != controller_uid(manifest):
             raise RetryableError(Reason.NAME_CONFLICT, messages.name_conflict(self.kind, name))
@@ -122,14 +126,15 @@ class PyTorchJobBackend:
         return parse_pytorchjob(manifest) if manifest else None
 
     async def delete(self, namespace: str, child: ChildObservation) -> None:
-        """Delete the PyTorchJob with the uid of ``child``."""
+        """Delete the PyTorchJob ``child``, identified by name and uid."""
         await self._client.delete_child(namespace, child.name, child.uid)
 
 
 def _creation_error(error: ApiError, name: str) -> Exception:
-    """Return a RetryableError for a missing CRD or a refused PyTorchJob; ``error`` itself for every other failure."""
+    """Return a RetryableError where the CRD is missing or the PyTorchJob is refused; otherwise ``error`` itself."""
     if error.is_not_found and not error.reason:
-        # An unknown kind is answered with the plain text "404 page not found". A missing namespace has a reason.
+        # The CRD is missing: the API server answers an unknown kind with the plain text "404 page not found". Its
+        # answer for a missing namespace has a reason.
         return RetryableError(Reason.BACKEND_UNAVAILABLE, messages.backend_missing())
     if error.is_refusal:
         return RetryableError(Reason.BACKEND_UNAVAILABLE, messages.backend_refused(KIND, name, error.message))
