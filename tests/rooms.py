@@ -47,7 +47,6 @@ def unit_test_files(room: str) -> list[Path]:
     long.
 
     Raises:
-
         RoomError: no room has that name, or no file is left.
     """
     rooms, groups = rooms_of_packages(), groups_of_tests()
