@@ -61,13 +61,13 @@ class Fleet:
     """CPU seconds that each program used during the run, by the name of the program."""
 
     def seconds(self, moments: dict[str, float]) -> list[float]:
-        """Return, sorted, how many seconds after its creation each job reached the state of ``moments``, one of the
-        dictionaries of this object."""
+        """``moments`` is one of the dictionaries of this object. Return, sorted, the seconds from each job's creation
+        to its time in ``moments``."""
         return sorted(moments[name] - self.created[name] for name in moments)
 
     def span(self, moments: dict[str, float]) -> float:
-        """Return the seconds from the creation of the first job until the last job reached the state of ``moments``,
-        one of the dictionaries of this object."""
+        """``moments`` is one of the dictionaries of this object. Return the seconds from the creation of the first job
+        to the last time in ``moments``."""
         return max(moments.values()) - min(self.created.values())
 
 

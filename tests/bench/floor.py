@@ -59,11 +59,12 @@ class Sample:
 
 
 def measure(sample_job: Manifest, jobs: Sequence[Manifest], flags: Mapping[str, Sequence[str]]) -> float:
-    """Return the seconds that a bare client needs for the writes for ``jobs``. The function starts a control plane for
-    this, whose programs get the additional command-line arguments ``flags``.
+    """Start a control plane, and return the seconds that a bare client needs there to make the operator's writes for
+    ``jobs``.
 
     ``sample_job`` is one more job, with the name `SAMPLE`. The operator runs it first, so that its objects can be
-    copied.
+    copied. ``flags`` holds additional command-line arguments for the programs of the control plane, by the name of the
+    program.
     """
     with tempfile.TemporaryDirectory() as folder, running_world(Path(folder), direct=True, flags=flags) as world:
         world.operator.start()

@@ -1,5 +1,6 @@
-"""A job loses all its pods three times, then a checkpoint is damaged and the object store restarted. It still ends with
-the same losses, bit for bit, as an undisturbed job, and without a charged attempt."""
+"""A job loses all its pods three times. After the second loss its newest checkpoint is damaged, and after the third the
+object store is restarted. The job still ends with the same losses, bit for bit, as an undisturbed job, and no attempt
+is charged."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ def after_ten_minutes(
     """Return a function that waits until ten minutes after the job's first status and then calls ``make``, which
     creates the missing object.
 
-    Meanwhile it asserts that the message of the condition Accepted contains ``words``, which name the missing object,
-    within ``patience`` seconds, and that no attempt is charged.
+    Within ``patience`` seconds the message of the condition Accepted must contain ``words``, which name the missing
+    object. After the ten minutes it must still contain them, and no attempt may have been charged.
     """
 
     def named(job: Manifest) -> bool:

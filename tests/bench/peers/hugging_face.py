@@ -1,5 +1,5 @@
-"""What the contenders `padded.py` and `sft.py` share: the model with LoRA adapters, the training arguments, the clock
-and the losses. Only `padded.py` uses the tokenised rows."""
+"""What `padded.py` and `sft.py`, the two compared programs with transformers' Trainer, share: the model with LoRA
+adapters, the training arguments, the clock and the losses. Only `padded.py` uses the tokenised rows."""
 
 from __future__ import annotations
 

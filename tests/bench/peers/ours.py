@@ -1,5 +1,5 @@
-"""The contender of this project: the trainer's own training loop with DeepSpeed. The rows of each global batch are
-packed into sequences.
+"""The contender (compared program) of this project: the trainer's own training loop with DeepSpeed. The rows of each
+global batch are packed into sequences.
 
     python -m tests.bench.peers.ours WORKLOAD OUT STORE_ENDPOINT CREDENTIALS
 """

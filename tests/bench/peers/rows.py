@@ -1,4 +1,4 @@
-"""The rows on which the contenders train. They come from the data set GSM8K in `../shared`, beside the checkout.
+"""The rows on which the compared programs train. They come from the data set GSM8K in `../shared`, beside the checkout.
 
 If that file does not exist, random words replace GSM8K: questions of about 60 words, and answers of about 55 words that
 end with `#### number`, as in GSM8K.

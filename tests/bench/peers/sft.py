@@ -1,5 +1,5 @@
-"""The contender with trl's SFTTrainer and its best settings for short rows: best-fit packing, and a loss on answers
-only.
+"""The contender (compared program) with trl's SFTTrainer and its best settings for short rows: best-fit packing, and a
+loss on answers only.
 
 trl packs over the whole data set, so its updates hold other rows than the updates of the other contenders. The number
 of updates and the rows of all updates together are the same. transformers keeps packed rows apart by their position

@@ -1,5 +1,5 @@
-"""What a contender gets and what it returns. `__main__.py` passes a `Workload` to the contender as a JSON file, and the
-contender writes a `Measured` as a JSON file."""
+"""What a contender (one of the compared programs) gets and what it returns. `__main__.py` passes a `Workload` to the
+contender as a JSON file, and the contender writes a `Measured` as a JSON file."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Workload(BaseModel):
 
 
 class Measured(BaseModel):
-    """The figures of one contender. Times and token counts leave out the first update, because most memory is allocated
-    in it."""
+    """The figures of one compared program. Times and token counts leave out the first update, because most memory is
+    allocated in it."""
 
     supervised_tokens: int
     """Number of tokens that carry a loss."""
@@ -64,8 +64,8 @@ class Clock:
         self._marks.append((time.process_time(), time.perf_counter()))
 
     def measured(self, tokens: list[tuple[int, int]], losses: list[float]) -> Measured:
-        """Return the figures of the run. ``tokens`` holds a pair (supervised tokens, tokens without padding) for each
-        update, including the first one."""
+        """Return the figures of the run. ``tokens`` holds one pair for each update, including the first: the number of
+        tokens that carry a loss, and the number of all tokens without padding."""
         (cpu_from, wall_from), (cpu_to, wall_to) = self._marks[0], self._marks[-1]
         return Measured(
             supervised_tokens=sum(supervised for supervised, _ in tokens[1:]),

@@ -23,7 +23,7 @@ ENDING = 5.0
 
 
 def cause(bound: float = SEEN) -> Milestone:
-    """Return the milestone that the status says why the attempt ends."""
+    """Return the milestone that is reached when the status says why the attempt ends."""
 
     def reached(job: Manifest) -> bool:
         attempts = job["status"]["attempts"]
@@ -33,23 +33,23 @@ def cause(bound: float = SEEN) -> Milestone:
 
 
 def accounted(bound: float = SEEN + LEAVE_TOGETHER) -> Milestone:
-    """Return the milestone that `status.attempts.recent` lists the ended attempt."""
+    """Return the milestone that is reached when `status.attempts.recent` lists an ended attempt."""
     return on_job("attempt accounted", bound, lambda job: job["status"]["attempts"]["recent"])
 
 
 def next_attempt(bound: float = SEEN + LEAVE_TOGETHER + BACKOFF + SEEN, number: int = 2) -> Milestone:
-    """Return the milestone that the attempt with ``number`` has started."""
+    """Return the milestone that is reached when the attempt with ``number`` has started."""
     name = f"attempt {number} started"
     return on_job(name, bound, lambda job: job["status"]["attempts"]["started"] == number)
 
 
 def end(bound: float = SEEN) -> Milestone:
-    """Return the milestone that the job has ended."""
+    """Return the milestone that is reached when the job has ended."""
     return on_job("job ended", bound, settled)
 
 
 def says_in_running(*words: str, bound: float) -> Milestone:
-    """Return the milestone that the message of the condition Running contains all ``words``."""
+    """Return the milestone that is reached when the message of the condition Running contains all ``words``."""
     return on_job("cause told", bound, lambda job: all(word in condition(job, "Running")["message"] for word in words))
 
 

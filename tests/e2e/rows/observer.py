@@ -32,8 +32,8 @@ WATCH_SECONDS = 5
 
 @dataclass(frozen=True)
 class Sighting:
-    """An observed state of an object. At the time ``at`` (`time.monotonic`) the object had been written with this
-    state."""
+    """A state of an object that a watch has delivered. At the time ``at`` (`time.monotonic`) this state had certainly
+    been written."""
 
     at: float
     object: Manifest
@@ -49,7 +49,7 @@ class Timeline:
 
     def date(self, revision: int, now: float) -> float:
         """Return when a write with the resourceVersion ``revision``, or with a higher one, was first observed. ``now``
-        is the time at which the write is observed now."""
+        is the present time, at which a watch has delivered the write."""
         later = bisect.bisect_left(self._revisions, revision)
         if later < len(self._revisions):
             return self._moments[later]
@@ -133,8 +133,8 @@ class Observer:
                     try:
                         version = self._stream(api, kind, version)
                     except (urllib3.exceptions.HTTPError, client.ApiException) as error:
-                        # The API server may be unavailable for a moment. The next watch begins with a list of all
-                        # current objects, so that no state is missed for good.
+                        # The API server may be unavailable for a moment, so the watch is started again. It begins with
+                        # a list of all current objects.
                         print(f"watching {kind}s again after: {error}")
                         version = None
                         self._ended.wait(0.5)
