@@ -1,8 +1,9 @@
-"""The fixture `cluster` for every test, and the order and the groups in which `make test` runs the tests with
+"""The fixture `cluster` for all tests, and the order and the groups in which `make test` runs the tests with
 pytest-xdist.
 
-Tests that share a cluster run on one worker, and so do the tests of one file, because they share servers and processes.
-The folders that take longest start first, so that both workers end at about the same time.
+All tests of a group run in the same pytest-xdist worker. A group is a folder whose tests share a cluster, or else a
+file, whose tests share servers and processes. The folders that take longest start first, so that both workers end at
+about the same time.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ __all__ = ["cluster"]
 
 TESTS = Path(__file__).parent
 FIRST = ("e2e", "trainer", "operator", "faults", "api", "cluster")
-"""Folders of `tests/` in the order in which they start. `e2e` and `trainer` compute most and run at the same time; most
-of the others mainly wait."""
+"""Folders of `tests/` in the order in which they start. `e2e` and `trainer` come first, because they compute most and
+can run at the same time. Most of the other folders mainly wait."""
 ONE_CLUSTER = ("e2e", "operator", "faults", "api", "cluster")
-"""Folders of `tests/` whose tests share a cluster."""
+"""Folders of `tests/` in each of which all tests share one cluster."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,16 +35,19 @@ def _rank(folder: str) -> int:
 
 
 def group_of(nodeid: str) -> str:
-    """Return the name of the group of a test such as ``"tests/e2e/test_rows.py::test_row[exit 1]"``. The name is the
-    folder if the folder's tests share a cluster, and else the file."""
+    """Return the name of the group to which a test belongs. ``nodeid`` is for example
+    ``"tests/e2e/test_rows.py::test_row[exit 1]"``.
+
+    Tests of the folders in `ONE_CLUSTER` are grouped by folder, all other tests by file.
+    """
     file = nodeid.partition("::")[0]
     folder = file.split("/")[1]
     return folder if folder in ONE_CLUSTER else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Return a scheduler that keeps the tests of a group on one worker. The class is needed because pytest 9.2 ignores
-    xdist's own marker for groups."""
+    """Make pytest-xdist run all tests of a group in one worker, by returning a scheduler of our own. xdist's marker for
+    groups can't be used, because pytest 9.2 ignores it."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no type information

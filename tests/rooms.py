@@ -1,8 +1,9 @@
 """Find the test files of a room for `make unit ROOM=graders`, which runs `python -m tests.rooms graders`.
 
 A room is a folder inside one of the four packages, such as `graders` or `decide`, or a folder of `tests/`. A test file
-belongs to a room if the file imports a module of the room. The file also belongs to the room if the file imports a
-module of `tests/` or of a package's top folder, such as `finetune_operator/reconcile.py`, that imports the room.
+belongs to a room of a package if the file imports a module of the room. It also belongs to the room if it imports a
+module that imports the room, provided that this module is in `tests/` or directly in the folder of a package, such as
+`finetune_operator/reconcile.py`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ PACKAGES = {folder.name: folder for folder in sorted(REPOSITORY.glob("*/finetune
 
 
 class RoomError(Exception):
-    """There is no such room, or the room has no test that runs without a cluster."""
+    """There is no room with the given name, or all tests of the room need the cluster or are long."""
 
 
 def rooms_of_packages() -> dict[str, list[str]]:
-    """Return the dotted names of the packages' inner folders by the last part of the dotted name.
+    """Return the dotted names of all rooms inside the packages, by the name of the room, which is the last part of the
+    dotted name.
 
     For example ``{"graders": ["finetune_trainer.evaluation.graders"]}``.
     """
@@ -36,15 +38,16 @@ def rooms_of_packages() -> dict[str, list[str]]:
 
 
 def groups_of_tests() -> list[str]:
-    """Return the folders of `tests/` that hold test files, for example ``["api", "chart"]``."""
+    """Return the names of the folders of `tests/` that hold test files, for example ``["api", "chart"]``."""
     return sorted({file.relative_to(TESTS).parts[0] for file in TESTS.glob("*/**/test_*.py")})
 
 
 def unit_test_files(room: str) -> list[Path]:
-    """Return the test files of ``room`` that have tests that run without a cluster, sorted by path.
+    """Return the test files of ``room``, sorted by path, without the files whose tests all need the cluster or are
+    long.
 
     Raises:
-        RoomError: no room has that name, or every test file of the room needs the cluster or is long.
+        RoomError: no room has that name, or no file is left.
     """
     rooms, groups = rooms_of_packages(), groups_of_tests()
     if room not in rooms and room not in groups:
@@ -61,7 +64,8 @@ def unit_test_files(room: str) -> list[Path]:
 
 
 def _uses(file: Path, folder: str) -> bool:
-    """Return whether ``file``, or a module that `_is_followed` allows, imports a module of the package ``folder``."""
+    """Return whether ``file`` imports the package ``folder`` or a module of it, either itself or through a module for
+    which `_is_followed` returns True."""
     reached = set(_imports(file))
     for module in _imports(file):
         if _is_followed(module):
@@ -70,7 +74,8 @@ def _uses(file: Path, folder: str) -> bool:
 
 
 def _is_followed(module: str) -> bool:
-    """Return whether the imports of ``module`` count for a test file that imports ``module``."""
+    """Return whether a test file that imports ``module`` also counts as importing what ``module`` imports. This holds
+    for modules of `tests/` and for modules directly in the folder of a package."""
     top, *below = module.split(".")
     return (top == "tests" or (top in PACKAGES and len(below) == 1)) and _path_of(module).is_file()
 
@@ -83,7 +88,8 @@ def _path_of(module: str) -> Path:
 
 @cache
 def _imports(file: Path) -> frozenset[str]:
-    """Return the dotted names that ``file`` imports; ``from a import b`` counts as ``a`` and as ``a.b``."""
+    """Return the dotted names that ``file`` imports. ``from a import b`` gives both ``a`` and ``a.b``, because ``b``
+    may be a module."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -94,7 +100,8 @@ def _imports(file: Path) -> frozenset[str]:
 
 
 def _is_left_out(file: Path) -> bool:
-    """Return whether ``file`` marks all of its tests as ``cluster`` or ``long``, by its variable ``pytestmark``."""
+    """Return whether all tests of ``file`` need the cluster or are long, because its variable ``pytestmark`` holds the
+    marker ``cluster`` or ``long``."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(ast.unparse(target) == "pytestmark" for target in node.targets):
             marks = {found.attr for found in ast.walk(node.value) if isinstance(found, ast.Attribute)}
@@ -103,7 +110,8 @@ def _is_left_out(file: Path) -> bool:
 
 
 def main() -> None:
-    """Print the files of the room that the command line names, one a line, relative to the repository."""
+    """Print the paths of the test files of the room that the command line names, one per line, relative to the
+    repository."""
     try:
         for file in unit_test_files(sys.argv[1]):
             print(file.relative_to(REPOSITORY))

@@ -1,4 +1,5 @@
-"""`make unit ROOM=graders` runs the tests of one room; every room of the packages has tests that need no cluster."""
+"""`make unit ROOM=graders` runs the tests of one room. Every room of the packages has tests that run without a
+cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def test_a_room_has_the_test_files_that_import_it_and_no_others() -> None:
 
 
 def test_a_room_that_is_used_through_the_top_of_a_package_has_the_tests_of_its_user() -> None:
-    """`act/` is imported by `reconcile.py`, which the tests of crashes call."""
+    """The room `act` is imported by `finetune_operator/reconcile.py`, which `test_crashes.py` imports."""
     assert TESTS / "operator" / "test_crashes.py" in unit_test_files("act")
 
 

@@ -1,2 +1,2 @@
-"""The measurements of `make bench`. Each measurement compares two programs in the same run and prints ratios. No
-measurement asserts a speed."""
+"""The measurements of `make bench`. Each measurement runs the programs or settings that it compares in turns or in the
+same run, and prints ratios. No measurement asserts a speed."""

@@ -1,7 +1,8 @@
-"""The command of `make bench`, which runs all measurements of the project, or one of them with ``--only``.
+"""The command of `make bench`, which runs all measurements of the project, or only the measurement that ``--only``
+names.
 
-Each measurement prints tables that compare two programs. Both programs are measured in the same run, because other
-work on the machine changes absolute times.
+Each measurement prints a table that compares this project with another program, or with another setting of itself. The
+compared programs run close together in time, because other work on the machine changes absolute times.
 
     python -m tests.bench --only fleet
 """
@@ -19,7 +20,7 @@ BENCHES = {
     "uploads": "the training thread with checkpoints at 5 MB/s against none",
     "fleet": "the operator with thousands of jobs beside training-operator",
 }
-"""The modules of this package that measure something, and what each module measures."""
+"""What each measurement compares, by the name of its module in this package."""
 
 
 def main() -> None:
@@ -34,8 +35,8 @@ def main() -> None:
     chosen = parser.parse_args().only
     for name in [chosen] if chosen else BENCHES:
         print(f"{name}, load average {os.getloadavg()[0]:.1f}", flush=True)
-        # Each measurement runs in a process of its own, so that it inherits no memory, threads or settings from another
-        # one.
+        # Each measurement runs in a process of its own, so that it inherits no memory, threads or settings from the
+        # measurement before.
         subprocess.run([sys.executable, "-m", f"tests.bench.{name}"], check=True)
 
 

@@ -1,8 +1,9 @@
-"""Measure the operator with thousands of jobs against the limits R2 to R4 of docs/performance.md.
+"""Measure the operator with thousands of jobs, for the gates R2 to R4 of docs/performance.md (requirements with a
+limit).
 
-The control plane runs 1000 PyTorchJobs with the training-operator alone, and then 1000 FineTuneJobs with our operator
-and the training-operator. A stub node ends the pods. `floor.py` first measures the writes of R3 without any operator.
-The result is two tables. `FINETUNE_BENCH_JOBS` sets a smaller number of jobs.
+First `floor.py` measures how long the writes of R3 take without any operator. Then 1000 PyTorchJobs run with Kubeflow's
+training-operator alone, and then 1000 FineTuneJobs with our operator and the training-operator. No real pod runs: a
+stub node sets the status of each pod. The results are two tables. `FINETUNE_BENCH_JOBS` sets a smaller number of jobs.
 """
 
 from __future__ import annotations
@@ -34,45 +35,51 @@ JOBS_IDLE = 5 * JOBS_NEW
 PATIENCE_SECONDS = 900
 PROBE_SECONDS = 0.05
 RESYNC_SECONDS = 120
-"""With the operator's default of 300 s, the measurement of R4 would wait 300 s for the next resync."""
+"""Seconds between two resyncs (the operator's lists of all jobs). The operator's default is 300 s, but R4 waits for a
+resync, so this measurement shortens the time."""
 SCRAPE_SECONDS = 2.0
-"""Seconds between two reads of the operator's metrics. With thousands of jobs a read takes the operator some time."""
+"""Seconds between two reads of the operator's metrics. The reads are rare, because with thousands of jobs each read
+takes the operator some time."""
 UNTHROTTLED = {"training-operator": ["--kube-api-qps=500", "--kube-api-burst=1000"]}
-"""With its default flags the training-operator sends 20 requests per second, which is enough for only three jobs per
-second and would hide what is measured."""
+"""Flags that raise the training-operator's limit of API requests per second. The default limit of 20 allows only three
+jobs per second, so the limit would be measured instead of the operator."""
 API_SERVER, TRAINING_OPERATOR = "api-server", "training-operator"
 
 
 @dataclass
 class Fleet:
-    """The times at which many jobs reached certain states, as a watch observed them (`time.monotonic`, by the name of
-    the job)."""
+    """When many jobs reached certain states. Each dictionary except ``processor`` maps the name of a job to the time
+    (`time.monotonic`) at which a watch observed the state."""
 
     created: dict[str, float] = field(default_factory=dict)
     first_event: dict[str, float] = field(default_factory=dict)
     """Time of the first watch event of each job."""
     first_status: dict[str, float] = field(default_factory=dict)
-    """Time of the first status with conditions."""
+    """Time at which each job's status first had conditions."""
     ended: dict[str, float] = field(default_factory=dict)
     processor: dict[str, float] = field(default_factory=dict)
     """CPU seconds that each program used during the run, by the name of the program."""
 
     def seconds(self, moments: dict[str, float]) -> list[float]:
-        """Return the seconds from each job's creation to its time in ``moments``, sorted."""
+        """``moments`` is one of the dictionaries of this object. Return, sorted, the seconds from each job's creation
+        to its time in ``moments``."""
         return sorted(moments[name] - self.created[name] for name in moments)
 
     def span(self, moments: dict[str, float]) -> float:
-        """Return the seconds from the first creation of a job to the last time in ``moments``."""
+        """``moments`` is one of the dictionaries of this object. Return the seconds from the creation of the first job
+        to the last time in ``moments``."""
         return max(moments.values()) - min(self.created.values())
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the percentile of sorted ``values``; ``share`` is for example 0.99."""
+    """Return the value that the given share of ``values`` does not exceed. ``values`` must be sorted; ``share`` is 0.99
+    for the 99th percentile."""
     return values[min(len(values) - 1, int(share * len(values)))]
 
 
 async def follow(admin: Admin, path: str, namespace: str, fleet: Fleet, is_over: Callable[[Manifest], bool]) -> None:
-    """Record the time of the first status and of the end of each object in a namespace."""
+    """Watch the objects at ``path`` without end. Record in ``fleet`` when each object of ``namespace`` was first
+    observed, when it first had conditions, and when it ended."""
     async for event in admin.watch(path):
         manifest = event["object"]
         if manifest["metadata"]["namespace"] != namespace:
@@ -86,7 +93,8 @@ async def follow(admin: Admin, path: str, namespace: str, fleet: Fleet, is_over:
 
 
 async def create_all(admin: Admin, path: str, manifests: Sequence[Manifest], fleet: Fleet) -> None:
-    """Create the objects, at most 16 at a time. The time of a job starts with its own request."""
+    """Create the objects with at most 16 requests at a time. Record in ``fleet`` for each object the time right before
+    its request."""
     turns = asyncio.Semaphore(16)
 
     async def create(manifest: Manifest) -> None:
@@ -104,14 +112,15 @@ def child_is_over(manifest: Manifest) -> bool:
 
 
 def one_pod(*words: str, name: str, **spec: Any) -> Manifest:
-    """Return the manifest of a job with one pod, whose stub ends as ``words`` say."""
+    """Return the manifest of a FineTuneJob with one pod. ``words`` is the script by which the stub node ends the job's
+    pods, one word for each attempt."""
     manifest = job(*words, name=name, **spec)
     manifest["spec"]["resources"]["nodes"] = 1
     return manifest
 
 
 def measure_children(world: World) -> tuple[Fleet, int]:
-    """Run PyTorchJobs like those of our operator, but without our operator. Return the times and the
+    """Run the PyTorchJobs that our operator would create, but without our operator. Return the observed times, and the
     training-operator's memory in bytes."""
     namespace = world.namespace()
     manifests = []
@@ -139,7 +148,8 @@ def run_fleet(
     manifests: Sequence[Manifest],
     is_over: Callable[[Manifest], bool],
 ) -> Fleet:
-    """Create the objects, wait until all have ended, and return the observed times."""
+    """Create the objects of ``manifests``, wait until ``is_over`` holds for all of them, and return the observed
+    times."""
     fleet = Fleet()
     before = processor_seconds(world)
     world.loop.spawn(follow(world.admin, watched, namespace, fleet, is_over))
@@ -150,11 +160,13 @@ def run_fleet(
 
 
 def processor_seconds(world: World) -> dict[str, float]:
-    """Return the CPU seconds that API server, training-operator and operator have used since their start."""
+    """Return the CPU seconds that each program has used since its start, by name: API server, training-operator and, if
+    it runs, our operator."""
     pids = {name: world.cluster.components[name].pid for name in (API_SERVER, TRAINING_OPERATOR)}
     if world.operator.pid is not None:
         pids["operator"] = world.operator.pid
-    # The CPU times are fields 14 and 15 of /proc/PID/stat. The program's name, in parentheses, may contain spaces.
+    # The CPU times are fields 14 and 15 of /proc/PID/stat. The line is split after the last parenthesis, because the
+    # program's name stands in parentheses and may contain spaces.
     fields = {name: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for name, pid in pids.items()}
     return {name: (int(each[11]) + int(each[12])) / os.sysconf("SC_CLK_TCK") for name, each in fields.items()}
 
@@ -170,7 +182,8 @@ def lag_of(operator: OperatorProcess) -> Iterator[list[float]]:
     """Request `/healthz` of the operator 20 times per second during the block, and yield the list of response times in
     seconds.
 
-    The health server runs in the operator's event loop, so that the response time is an upper bound of the loop's lag.
+    The health server runs in the operator's event loop. A response time is therefore an upper bound of the loop's
+    delay.
     """
     taken: list[float] = []
     over = threading.Event()
@@ -191,23 +204,23 @@ def lag_of(operator: OperatorProcess) -> Iterator[list[float]]:
 
 
 def reconciles(operator: OperatorProcess) -> float:
-    """Return the number of reconciles since the operator's start."""
+    """Return how many reconciles the operator has made since its start."""
     return operator.metric("finetune_reconciles_total")
 
 
 def writes(operator: OperatorProcess) -> float:
-    """Return the number of status writes since the operator's start."""
+    """Return how often the operator has written the status of a job since its start."""
     return operator.metric("finetune_status_writes_total")
 
 
 def all_reconciled(operator: OperatorProcess, jobs: int) -> bool:
-    """Return whether the operator has made at least ``jobs`` reconciles and its queue is empty."""
+    """Return whether the operator has made at least ``jobs`` reconciles and has none left in its queue."""
     return reconciles(operator) >= jobs and operator.metric("finetune_queue_depth") == 0
 
 
 def restart(world: World, jobs: int) -> tuple[float, float, float]:
     """Restart the operator. Return the seconds until it is ready, the seconds until it has reconciled every job, and
-    the number of its status writes."""
+    how often it has written the status of a job by then."""
     world.operator.stop()
     began = time.monotonic()
     world.operator.start()
@@ -218,7 +231,7 @@ def restart(world: World, jobs: int) -> tuple[float, float, float]:
 
 
 def run() -> None:
-    """Run all measurements and print the tables."""
+    """Run all measurements of this module and print both tables."""
     console = Console(width=120)
     manifests = [one_pod("done", name=f"job-{number}") for number in range(JOBS_NEW)]
     bare_writes = floor.measure(one_pod("done", name=floor.SAMPLE), manifests, UNTHROTTLED)
@@ -286,7 +299,8 @@ def run() -> None:
 
 
 def print_side_by_side(console: Console, beneath: Fleet, above: Fleet, go_memory: int, our_memory: int) -> None:
-    """Print the figures of the training-operator alone (``beneath``) beside those of FineTuneJobs (``above``)."""
+    """Print a table that compares PyTorchJobs under the training-operator alone (``beneath``) with FineTuneJobs under
+    both operators (``above``)."""
     table = Table(title=f"{JOBS_NEW} jobs of one pod, load average {os.getloadavg()[0]:.1f}")
     for column in ("", "PyTorchJob", "FineTuneJob", "ratio"):
         table.add_column(column, justify="right")
@@ -312,7 +326,7 @@ def print_side_by_side(console: Console, beneath: Fleet, above: Fleet, go_memory
 
 
 def print_gates(console: Console, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Print the measured figures beside their limits."""
+    """Print ``rows``: for each gate its name, the measured figure and the limit."""
     table = Table(title=f"gates, load average {os.getloadavg()[0]:.1f}")
     for column in ("gate", "figure", "bar on 2 idle cores"):
         table.add_column(column, justify="left")

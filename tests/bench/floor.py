@@ -1,8 +1,10 @@
-"""Measure how long the writes of limit R3 take if a bare client makes them, without an operator.
+"""Measure how long the writes of gate R3 in docs/performance.md take without an operator, as the least time that any
+operator could need.
 
-For each of many jobs the client repeats the operator's requests up to the first attempt: the job, the status that opens
-the attempt, the ConfigMap, the PyTorchJob, the event, and the status that names the child. The client reads and watches
-nothing. The training-operator and the stub node run as usual. `fleet.py` prints the seconds beside R3.
+A bare client, which reads and watches nothing, makes the same requests for each job as the operator makes until the
+first attempt runs: the job, the first status with attempt 1, the ConfigMap, the PyTorchJob, the event, and the status
+that names the PyTorchJob. The training-operator and the stub node run as usual. `fleet.py` prints the seconds beside
+those of R3.
 """
 
 from __future__ import annotations
@@ -26,28 +28,30 @@ from tests.faults.world import JOBS, World, running_world
 SAMPLE = "the-sample"
 APPLY = "application/apply-patch+yaml"
 CLIENTS = 16
-"""Number of jobs that are written at the same time, which is the number of the operator's connections."""
+"""Number of jobs that are written at the same time. It equals the number of the operator's connections to the API
+server."""
 PATIENCE_SECONDS = 600
 _SERVER_FIELDS = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The objects that the operator wrote for one job, as JSON text. `of` replaces the job's name, uid and
-    namespace."""
+    """The objects that the operator wrote for one sample job, as JSON text. `of` turns such a text into the same object
+    of another job."""
 
     namespace: str
     uid: str
     opened: str
-    """The status that opens attempt 1."""
+    """The first status that counts attempt 1 as started, before the attempt's PyTorchJob exists."""
     running: str
-    """The status that names the attempt's child object."""
+    """The first status that names the PyTorchJob of attempt 1."""
     config_map: str
     child: str
     event: str
 
     def of(self, text: str, *, name: str, uid: str, namespace: str) -> Manifest:
-        """Return the object that ``text`` describes, with the name, uid and namespace of another job."""
+        """Parse ``text``, one of the texts of this sample, and return the object with the name, uid and namespace of
+        another job."""
         for mine, other in ((self.uid, uid), (SAMPLE, name), (self.namespace, namespace)):
             text = text.replace(mine, other)
         manifest: Manifest = json.loads(text)
@@ -55,8 +59,13 @@ class Sample:
 
 
 def measure(sample_job: Manifest, jobs: Sequence[Manifest], flags: Mapping[str, Sequence[str]]) -> float:
-    """Start a control plane whose programs get ``flags``, and return the seconds that the writes for ``jobs`` take.
-    ``sample_job`` is a further job called `SAMPLE`, for which the operator writes first."""
+    """Start a control plane, and return the seconds that a bare client needs there to make the operator's writes for
+    ``jobs``.
+
+    ``sample_job`` is one more job, with the name `SAMPLE`. The operator runs it first, so that its objects can be
+    copied. ``flags`` holds additional command-line arguments for the programs of the control plane, by the name of the
+    program.
+    """
     with tempfile.TemporaryDirectory() as folder, running_world(Path(folder), direct=True, flags=flags) as world:
         world.operator.start()
         world.operator.wait_ready(120)
@@ -66,10 +75,11 @@ def measure(sample_job: Manifest, jobs: Sequence[Manifest], flags: Mapping[str, 
 
 
 def take_sample(world: World, job: Manifest) -> Sample:
-    """Let the running operator write for ``job``, which is called `SAMPLE`, and return the written objects.
+    """Create ``job``, which has the name `SAMPLE`, while the operator runs, and return the objects that the operator
+    writes.
 
-    The sample's own pods keep running until the objects are read. The pods that are made from the sample end as ``job``
-    says.
+    The pods of ``job`` itself run without end, so that its objects can be read in peace. The objects that are made from
+    the sample have the script of ``job`` again, so that their pods end as ``job`` says.
     """
     namespace = world.namespace()
     statuses: list[Manifest] = []
@@ -114,7 +124,8 @@ def take_sample(world: World, job: Manifest) -> Sample:
 
 
 def _to_create(manifest: Manifest) -> Manifest:
-    """Return the object without the fields that the API server sets."""
+    """Return a copy of the object without its status and the metadata that the API server sets, so that it can be
+    created."""
     metadata = {name: value for name, value in manifest["metadata"].items() if name not in _SERVER_FIELDS}
     return {name: value for name, value in manifest.items() if name not in ("status", "metadata")} | {
         "metadata": metadata
@@ -122,8 +133,8 @@ def _to_create(manifest: Manifest) -> Manifest:
 
 
 def write_all(world: World, sample: Sample, jobs: Sequence[Manifest]) -> float:
-    """Create ``jobs`` and all objects that the operator would write until each job has its child. Return the seconds
-    that the writes took."""
+    """Create ``jobs`` and, for each job, the objects that the operator would write until the job's PyTorchJob exists.
+    Return the seconds that all writes took."""
     namespace = world.namespace()
     began = time.monotonic()
     world.loop.run(_write_all(world.admin, sample, jobs, namespace), PATIENCE_SECONDS)

@@ -1,9 +1,9 @@
-"""Measure the trainer's seconds per optimizer step against a plain PyTorch loop with the same model, rows, batches and
-optimizer.
+"""Measure the seconds of one optimizer step of the trainer, against a plain PyTorch loop with the same model, rows,
+batches and optimizer.
 
-The result is a table with the seconds of both and their ratio, for LoRA and Full with ZeRO stage 1 in one process. The
-two programs run in turns, because other work on the machine changes the times. The table shows the median of the ratios
-of all pairs.
+The result is a table with the seconds of both programs and their ratio, once for LoRA and once for Full. The trainer
+runs as one process with ZeRO stage 1. Trainer and plain loop run in turns, because other work on the machine changes
+the times. Two runs that follow each other make a pair, and the table shows the median of the ratios of all pairs.
 
     python -m tests.bench --only step
 """
@@ -35,7 +35,7 @@ from tests.trainer.pods import run_config
 
 STEPS = 16
 WARM_UP = 4
-"""Number of first steps that are not counted, because memory is allocated in them."""
+"""Number of steps at the start of a run that are not counted, because memory is allocated in them."""
 ROWS = 64
 BATCH = 8
 RATE = 1e-3
@@ -44,7 +44,7 @@ METHODS = ("LoRA", "Full")
 
 @dataclass(frozen=True)
 class Pair:
-    """Median seconds of a step, of the trainer and of the plain loop that ran right after the trainer."""
+    """The median seconds of a step in one run of the trainer, and in the run of the plain loop right after it."""
 
     trainer: float
     plain: float
@@ -56,8 +56,8 @@ class Pair:
 
 
 def write_model(folder: Path) -> Path:
-    """Write a Llama model of 13 million parameters with the tests' tokenizer. The model is large enough that arithmetic
-    takes more time than Python."""
+    """Write a Llama model of about 11 million parameters, with the tokenizer of the tests, into ``folder``. The model
+    is so large that a step spends more time in arithmetic than in Python."""
     tiny.write_model(folder)
     torch.manual_seed(7)
     config = LlamaConfig.from_pretrained(folder)
@@ -68,7 +68,8 @@ def write_model(folder: Path) -> Path:
 
 
 def trainer_seconds(store: ObjectStore, model: Path, rows: Path, method: str, name: str, folder: Path) -> float:
-    """Run the trainer and return the median seconds of a step from the trainer's step log."""
+    """Run the trainer and return the median seconds of a step. The seconds come from the step log in the object
+    store."""
     config = run_config(
         store,
         name,
@@ -88,8 +89,8 @@ def trainer_seconds(store: ObjectStore, model: Path, rows: Path, method: str, na
 
 
 def plain_seconds(model_folder: Path, rows: list[dict[str, str]], method: str) -> float:
-    """Run the shortest loop that makes the same updates, with batches padded to their longest row. Return the median
-    seconds of a step."""
+    """Run the shortest PyTorch loop that makes the same updates as the trainer, and return the median seconds of a
+    step. Each batch is padded to its longest row."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     if method == "LoRA":
@@ -119,7 +120,8 @@ def plain_seconds(model_folder: Path, rows: list[dict[str, str]], method: str) -
 
 
 def measure(store: ObjectStore, pairs: int, folder: Path) -> dict[str, list[Pair]]:
-    """Return the measured pairs of each method. The trainer and the plain loop run in turns."""
+    """Measure ``pairs`` pairs for each method, and return them by method. The trainer and the plain loop run in
+    turns."""
     torch.set_num_threads(1)
     model = write_model(folder / "model")
     rows = tiny.rows(ROWS, seed=1)
@@ -137,7 +139,7 @@ def measure(store: ObjectStore, pairs: int, folder: Path) -> dict[str, list[Pair
 
 
 def run(pairs: int = 5) -> None:
-    """Measure each method ``pairs`` times and print the table."""
+    """Measure ``pairs`` pairs for each method and print the table."""
     binary = minio_binary()
     if binary is None:
         sys.exit("error: no MinIO program: run `python -m tests.cluster build`, or set FINETUNE_MINIO")

@@ -1,8 +1,9 @@
-"""Measure how much background uploads of checkpoints slow down the training thread, with MinIO throttled to 5 MB/s.
+"""Measure how much the training thread is slowed down by checkpoints that are uploaded in the background to a MinIO
+that takes only 5 MB/s.
 
-The result is two ratios of a run with checkpoints to a run without: the training thread's CPU time over the same steps,
-and the 99th percentile of the seconds of a step. Both kinds of runs take turns in one process, and the table shows the
-median of the ratios of all pairs.
+The result is two ratios between a run with checkpoints and a run without: of the training thread's CPU time over the
+same steps, and of the 99th percentile of the seconds of a step. Both kinds of runs take turns in one process. Two runs
+that follow each other make a pair, and the table shows the median of the ratios of all pairs.
 
     python -m tests.bench --only uploads
 """
@@ -29,27 +30,28 @@ from tests.trainer.storeproxy import proxy_before
 PAIRS = 5
 STEPS = 120
 WARM_UP = 10
-"""Number of first steps that are not counted, because memory is allocated in them."""
+"""Number of steps at the start of a run that are not counted, because memory is allocated in them."""
 EVERY = 10
-"""Steps between two checkpoints, which take about as long as the upload of one checkpoint."""
+"""Number of steps from one checkpoint to the next. So many steps take about as long as the upload of one checkpoint."""
 NEVER = 1_000_000
 BYTES_PER_SECOND = 5_000_000
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of one run."""
+    """The figures of one run, without its first `WARM_UP` steps."""
 
     cpu_seconds: float
-    """CPU seconds of the training thread over all counted steps."""
+    """CPU seconds of the training thread, summed over all counted steps."""
     p99_seconds: float
     """99th percentile of the seconds of a step."""
     stall_seconds: float
-    """Mean seconds that training waited for the snapshot of a checkpoint. The wait is not part of a step's seconds."""
+    """Mean seconds for which training stood still while a checkpoint was copied in memory. This time is not part of a
+    step's seconds."""
 
     @classmethod
     def of(cls, rows: list[StepRow]) -> Measured:
-        """Compute the figures of a run from its step log."""
+        """Compute the figures of a run from ``rows``, the lines of its step log."""
         counted = rows[WARM_UP:]
         stalls = [row.checkpoint_seconds for row in counted if row.checkpoint_seconds]
         return cls(
@@ -60,7 +62,7 @@ class Measured:
 
 
 def write_model(folder: Path) -> Path:
-    """Write a Llama model of 4 million parameters with the tests' tokenizer."""
+    """Write a Llama model of about 3.4 million parameters, with the tokenizer of the tests, into ``folder``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,14 +76,15 @@ def write_model(folder: Path) -> Path:
 
 
 def measure(folder: Path, binary: Path) -> list[tuple[Measured, Measured]]:
-    """Run `PAIRS` pairs and return the figures of each pair: with checkpoints, without checkpoints."""
+    """Run `PAIRS` pairs of runs. Return for each pair first the figures of the run with checkpoints, then those of the
+    run without."""
     (folder / "minio").mkdir()
     model = write_model(folder / "model")
     rows = tiny.write_jsonl(folder / "train.jsonl", tiny.rows(64, seed=1))
     with running_store(binary, folder / "minio") as store, proxy_before(store.endpoint) as proxy:
         proxy.bytes_per_second = BYTES_PER_SECOND
-        # Every other pair starts with the run without checkpoints, because an earlier run in the same process changes
-        # the times of a later one.
+        # Every second pair starts with the run without checkpoints, because the first run in a process changes the
+        # times of the second.
         names = [
             (f"uploads-{number}-{every}", every)
             for number in range(PAIRS)

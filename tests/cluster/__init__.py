@@ -1,7 +1,7 @@
-"""A real Kubernetes cluster on one machine, without a container engine, for the end-to-end tests.
+"""A real Kubernetes cluster on one machine, without a container engine, for tests that need a cluster.
 
-``Cluster.start()`` starts a cluster from Python and ``python -m tests.cluster`` starts one from the command line. The
-module `fixtures.py` gives a cluster to pytest, and README.md explains how a cluster works.
+``Cluster.start()`` starts a cluster from Python, and ``python -m tests.cluster up`` starts one from the command line.
+The module `fixtures.py` provides a cluster to pytest. README.md explains how such a cluster works.
 """
 
 from tests.cluster.cluster import Cluster, ObjectStore, unusable_because

@@ -1,6 +1,6 @@
 """The command line of the test cluster: ``python -m tests.cluster build|prepare|up|down|status|images``.
 
-The Makefile calls the commands `prepare` (`make test`), `up` (`make cluster`) and `images` (`make images`).
+The Makefile uses it: `make test` runs `prepare`, `make cluster` runs `up`, and `make images` runs `images`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def build() -> None:
 
 def prepare() -> None:
     """Build and install all that the tests need. On a machine that can't run a cluster, print the reason and build only
-    the programs that also run without a cluster, such as MinIO."""
+    the programs, without Debian packages and images."""
     reason = unusable_because()
     if reason:
         say(f"{reason}: tests that need it are skipped, the others run")
@@ -82,8 +82,8 @@ def prepare() -> None:
 
 
 def up(nodes: int) -> None:
-    # SIGTERM raises KeyboardInterrupt in the main thread, so that a cluster is also ended when SIGTERM arrives while
-    # the cluster is still starting.
+    # From here on SIGTERM raises KeyboardInterrupt, so that the cluster is ended also when SIGTERM arrives while the
+    # cluster is still starting.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     try:
@@ -105,7 +105,7 @@ def up(nodes: int) -> None:
 
 
 def build_images() -> None:
-    """Build the project's images where needed and print the reference of each image, as a pod spec names the image."""
+    """Build the project's images that are not built yet. Print the reference of each image, as a pod spec names it."""
     reason = unusable_because()
     if reason:
         raise ClusterError(reason)
@@ -125,8 +125,8 @@ def status() -> None:
 
 
 def down() -> None:
-    """Send SIGTERM to the owner of every cluster that the command `up` started, and wait until each cluster is removed.
-    Clusters of test runs stay."""
+    """End every cluster that the command `up` started: send SIGTERM to its owner process and wait until the cluster is
+    removed. Clusters of test runs go on."""
     for layout in running():
         if not layout.kept_up.exists():
             continue
@@ -140,8 +140,8 @@ def _gone(path: Path) -> bool:
 
 
 def running() -> list[Layout]:
-    """Return the layouts of the clusters whose state folder is in the folder for temporary files and whose owner
-    process still runs."""
+    """Return the running clusters as their `Layout`. A cluster is found if its state folder is in the folder for
+    temporary files, and counts as running while its owner process runs."""
     found = [Layout(state) for state in sorted(Path(tempfile.gettempdir()).glob(f"{STATE_PREFIX}*"))]
     return [
         layout

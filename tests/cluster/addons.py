@@ -1,7 +1,8 @@
-"""CoreDNS, MinIO, the image registry and Kubeflow's training-operator, which run beside Kubernetes in the test cluster.
+"""The programs that run beside Kubernetes in the test cluster: CoreDNS, MinIO, the image registry and Kubeflow's
+training-operator.
 
-The functions return the command line of each program and create the API objects that the programs need. `cluster.py`
-calls the functions while a cluster starts.
+For each program, except the registry, a function returns the command line. `apply_objects` creates the API objects of
+all four. `cluster.py` calls the functions while a cluster starts.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
 def coredns(layout: Layout, credentials: Credentials) -> list[str]:
     corefile = layout.config / "Corefile"
-    # The Corefile has no `cache` plugin, because a cached negative answer would hide a name that is created a moment
+    # The Corefile has no `cache` plugin. A cached answer "no such name" would hide a name that is created a moment
     # later.
     corefile.write_text(f""".:53 {{
     bind {DNS_ADDRESS}
@@ -56,19 +57,22 @@ def minio(layout: Layout) -> list[str]:
 
 
 def training_operator(layout: Layout, credentials: Credentials) -> list[str]:
-    """Return the command of the training-operator, which runs with a /tmp of its own. The program reads its certificate
-    from a fixed folder below /tmp, and other programs use the machine's /tmp at the same time."""
+    """Copy the training-operator's files into a folder, and return the command that runs it with this folder as /tmp.
+
+    The program reads its certificate from a fixed folder below /tmp. The machine's /tmp can't be used for it, because
+    other programs use the same folder at the same time.
+    """
     own = layout.state / "training-operator"
     serving = own / "k8s-webhook-server" / "serving-certs"
     serving.mkdir(parents=True)
     for name, file in _webhook_files(credentials).items():
         shutil.copyfile(file, serving / name)
-    # The bind mount hides the machine's /tmp, so all files that the training-operator reads are copied into the one
-    # folder that replaces /tmp.
+    # All files that the training-operator reads are copied into `own`, because `own` is mounted over the machine's
+    # /tmp.
     shutil.copy(tools.TRAINING_OPERATOR.path(), own / "training-operator")
     shutil.copyfile(credentials.kubeconfigs["training-operator"], own / "kubeconfig.yaml")
-    # The empty list turns off the init container that the training-operator adds to workers of a job with a Master,
-    # because the cluster can't pull the init container's image.
+    # In a job with a Master, the training-operator adds an init container to the workers. The empty list turns this
+    # off, because the cluster can't pull the init container's image.
     (own / "init-container.yaml").write_text("[]\n")
     return [
         *("unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /tmp && cd / && TMPDIR=/tmp exec "$@"', str(own)),
@@ -126,8 +130,8 @@ def _dns_objects() -> list[tuple[str, Object]]:
         "roleRef": {"apiGroup": rbac, "kind": "ClusterRole", "name": name},
         "subjects": [{"apiGroup": rbac, "kind": "User", "name": name}],
     }
-    # CoreDNS listens on the address itself. The Service only reserves the address, so that the API server gives it to
-    # no other Service.
+    # CoreDNS itself listens on the cluster IP of this Service. The Service exists only so that the API server gives the
+    # address to no other Service.
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -142,7 +146,7 @@ def _dns_objects() -> list[tuple[str, Object]]:
 
 
 def _machine_service(name: str, port: int) -> list[tuple[str, Object]]:
-    """Return the objects that give a program beside the cluster a DNS name inside the cluster, such as
+    """Return the objects by which pods find a program that runs outside of pods under a DNS name, such as
     ``minio.minio.svc``."""
     metadata = {"name": name, "namespace": name}
     endpoints = {

@@ -1,6 +1,7 @@
-"""A small HTTP client for the cluster's own programs, which `cluster.py` uses before kubectl can be used.
+"""A small HTTP client for the API server and the other programs of a cluster. `cluster.py` uses it before kubectl can
+be used.
 
-Callers run in a thread inside the cluster's network namespace (`Namespaces.network`).
+Callers run in a thread inside the cluster's network namespace (see `Namespaces.network`).
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ FIELD_MANAGER = "test-cluster"
 
 Object = dict[str, Any]
 
-# An empty ProxyHandler ignores proxies that environment variables name, because no proxy reaches an address inside the
-# cluster.
+# The empty ProxyHandler makes urllib ignore the proxies that environment variables name. No proxy could reach an
+# address inside the cluster.
 _HANDLERS = [urllib.request.ProxyHandler({})]
 
 
 def answers(url: str, context: ssl.SSLContext | None = None) -> bool:
-    """Return whether a GET of ``url`` is answered with a 2xx status code now."""
+    """Send a GET to ``url`` and return whether the status code of the answer is 2xx. Return False without an answer."""
     try:
         with _opener(context).open(url, timeout=CALL_TIMEOUT_SECONDS):
             return True
@@ -36,7 +37,7 @@ def answers(url: str, context: ssl.SSLContext | None = None) -> bool:
 
 
 class Api:
-    """A client of the Kubernetes API with the administrator's certificate."""
+    """A client of the Kubernetes API that authenticates with the administrator's certificate."""
 
     def __init__(self, authority: Pair, administrator: Pair) -> None:
         self._context = ssl.create_default_context(cafile=str(authority.certificate))
@@ -56,8 +57,10 @@ class Api:
             raise
 
     def apply(self, path: str, manifest: Object | str) -> Object:
-        """Create or change one object by server-side apply and return the stored object. ``path`` names the object;
-        ``manifest`` is a mapping or YAML text."""
+        """Create or change one object by server-side apply, and return the object as stored.
+
+        ``path`` is the URL path of the object. ``manifest`` is a mapping or YAML text.
+        """
         body = manifest if isinstance(manifest, str) else json.dumps(manifest)
         try:
             return self._call("PATCH", f"{path}?fieldManager={FIELD_MANAGER}&force=true", body)

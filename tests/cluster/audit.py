@@ -1,7 +1,8 @@
-"""Read the API server's audit log: which account sent which request, and which status code the API server answered.
+"""Read the API server's audit log: which account sent which request, and with which status code the API server
+answered.
 
-The log records only requests of service accounts outside kube-system, and records no bodies, because tests ask only for
-these requests.
+The log holds only requests of service accounts outside of kube-system, because tests ask for no others. It holds no
+request or response bodies.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ class Call:
     answered: datetime
     user: str
     credential: str
-    """Value of the audit entry's credential-id, which differs between two tokens of one service account; see
-    `credential_of`."""
+    """Identifies the token with which the request was sent. Two tokens of one service account have different values;
+    `credential_of` computes the value of a token."""
     agent: str
     verb: str
     group: str
     resource: str
-    """Plural name of the resource, with the subresource, for example ``"finetunejobs/status"``."""
+    """Plural name of the resource, followed by the subresource if there is one, for example
+    ``"finetunejobs/status"``."""
     namespace: str
     name: str
     code: int
@@ -53,22 +55,23 @@ class Call:
 
     @property
     def writes(self) -> bool:
-        """Whether the request changes a stored object. A TokenReview does not count, because the API server never
-        stores it."""
+        """Whether the request creates, changes or deletes a stored object. Creating a TokenReview does not count,
+        because the API server only answers it and stores nothing."""
         return self.verb in ("create", "update", "patch", "delete") and self.resource != "tokenreviews"
 
 
 def credential_of(token: str) -> str:
-    """Return the value of `Call.credential` for requests that carry this service-account token."""
+    """Return the value that `Call.credential` has for requests with this service-account token."""
     claims = token.split(".")[1]
     decoded = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
     return f"JTI={decoded['jti']}"
 
 
 def calls(log: Path, user: str, *, offset: int = 0) -> Iterator[Call]:
-    """Yield the requests of ``user`` in the order of their answers, starting at byte ``offset`` of the log.
+    """Yield the requests of the account ``user`` in the order in which they were answered. Reading starts at byte
+    ``offset`` of the log.
 
-    A watch request appears twice: once when the watch begins and once when the watch ends.
+    A watch request appears twice: when the watch begins and when the watch ends.
     """
     with log.open("rb") as lines:
         lines.seek(offset)

@@ -1,5 +1,5 @@
-"""Build the base image of the project's Dockerfiles: Debian with Python, made by debootstrap from the Debian archive
-that the machine's apt uses."""
+"""Build the base image for the project's Dockerfiles: a Debian with Python. debootstrap makes it from the Debian
+archive that the machine's apt uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cluster.waiting import ClusterError
 
 SUITE = "bookworm"
 PACKAGES = ("ca-certificates", "python3", "python3-pip", "python3-venv")
-# Folders that are not needed at run time. They are half of the image's size.
+# Folders that are emptied, because their content is not needed at run time. Their content is half of the image's size.
 DROPPED = (
     "var/cache/apt",
     "var/lib/apt/lists",
@@ -35,13 +35,13 @@ BOOTSTRAP_TIMEOUT_SECONDS = 1200
 
 
 def base_key() -> str:
-    """Return a hash of the base image's recipe. The hash is part of the image's name, so that a changed recipe makes a
-    new image."""
+    """Return a hash of all that decides the content of the base image: Debian suite, packages, emptied folders and
+    Dockerfile. The image's name contains the hash, so that a change makes a new image."""
     return hashlib.sha256(repr((SUITE, PACKAGES, DROPPED, DOCKERFILE)).encode()).hexdigest()[:12]
 
 
 def ensure_base() -> str:
-    """Return the name of the base image in buildah's storage. The first call builds the image."""
+    """Return the name of the base image in buildah's storage. If the image does not exist yet, build it first."""
     name = f"finetune-base-{base_key()}"
     image = f"localhost/{name}:latest"
     if not buildah.exists(image):
@@ -53,7 +53,8 @@ def ensure_base() -> str:
             _bootstrap(root)
             context.mkdir()
             (context / "Dockerfile").write_text(DOCKERFILE)
-            # The files go into a tar archive because ADD of a tar archive keeps owners, modes and links exactly.
+            # The files are packed into a tar archive, because the instruction ADD keeps owners, modes and links of an
+            # archive exactly.
             archive = [
                 "tar",
                 "--numeric-owner",
@@ -69,7 +70,8 @@ def ensure_base() -> str:
 
 
 def _bootstrap(root: Path) -> None:
-    """Unpack and configure Debian below ``root``. debootstrap's mounts stay in a mount namespace of their own."""
+    """Install Debian into the folder ``root`` and empty the folders `DROPPED`. debootstrap runs in a mount namespace of
+    its own, so that none of its mounts stays on the machine."""
     command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root), *_mirror()]
     done = subprocess.run(
         [*buildah.ISOLATED, *command], text=True, capture_output=True, timeout=BOOTSTRAP_TIMEOUT_SECONDS
@@ -82,8 +84,8 @@ def _bootstrap(root: Path) -> None:
 
 
 def _mirror() -> list[str]:
-    """Return a list with the URL of the Debian archive that the machine's apt uses for `SUITE`. The list is empty if
-    apt uses none, and debootstrap then takes its own default."""
+    """Return a list with the URL of the Debian archive that the machine's apt uses for `SUITE`. If apt uses none, the
+    list is empty, so that debootstrap takes its own default."""
     targets = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(CODENAME) $(COMPONENT) $(CREATED_BY) $(REPO_URI)"],
         text=True,

@@ -1,6 +1,6 @@
-"""Run buildah as root, with its storage in the cache folder.
+"""Run buildah as root. Its image storage is in the cache folder.
 
-Each call runs in mount and PID namespaces of its own, so that no mount and no process of buildah stays behind.
+Each call runs in mount and PID namespaces of its own, so that no mount and no process of buildah stays on the machine.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from tests.cluster.wheels import pip
 BUILD_TIMEOUT_SECONDS = 3600
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
 
-# A RUN step of a Dockerfile needs the machine's certificates and pip configuration to reach the machine's package
-# index.
+# Files of the machine that every RUN step of a Dockerfile sees. With these certificates and this pip configuration a
+# RUN step reaches the machine's package index.
 MACHINE_FILES = (Path("/etc/ssl/certs"), Path("/etc/pip.conf"))
 
 
 def build(name: str, dockerfile: Path, context: Path, base: str | None = None) -> str:
     """Build a Dockerfile and return the name of the built image in buildah's storage.
 
-    ``base`` becomes the build argument BASE. A RUN step with ``--mount=type=cache,id=uv`` or ``id=pip`` sees the
-    download cache of the machine's uv or pip, so that packages of the virtual environment are not downloaded again.
+    ``base`` becomes the Dockerfile's build argument BASE. In a RUN step with ``--mount=type=cache,id=uv`` or
+    ``id=pip``, the mounted cache is the download cache of the machine's uv or pip, so that packages are not downloaded
+    a second time.
     """
     _share_download_caches()
     volumes = [f"--volume={path}:{path}:ro" for path in MACHINE_FILES if path.exists()]
@@ -43,10 +44,10 @@ def build(name: str, dockerfile: Path, context: Path, base: str | None = None) -
 
 
 def push(built: str, name: str, tag: str) -> None:
-    """Push an image from buildah's storage into the storage of the clusters' registry.
+    """Push the image ``built`` from buildah's storage into the storage of the clusters' registry, as ``name:tag``.
 
-    The layers are compressed by zstd at level 1, which takes less CPU time than gzip on both ends and makes a smaller
-    result.
+    The layers are compressed by zstd at level 1. In comparison with gzip, pushing and pulling take less CPU time, and
+    the result is smaller.
     """
     with serving() as registry:
         compression = ["--format=oci", "--compression-format=zstd", "--compression-level=1"]
@@ -63,7 +64,8 @@ def exists(image: str) -> bool:
 
 
 def images_folder() -> Path:
-    """Return the folder for buildah's storage, logs and temporary files. The registry's storage is another folder."""
+    """Return the folder for buildah's storage, logs and temporary files, and create it if needed. The registry's
+    storage is another folder."""
     folder = cache_folder() / "images"
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     return folder
@@ -100,8 +102,8 @@ def _environment() -> dict[str, str]:
 
 
 def _share_download_caches() -> None:
-    """Link the machine's pip and uv caches to the folders where buildah looks for cache mounts with the ids ``pip`` and
-    ``uv``."""
+    """Make buildah use the download caches of the machine's pip and uv. For this, the folders in which buildah looks
+    for the cache mounts ``pip`` and ``uv`` become links to these caches."""
     mounts = images_folder() / "tmp" / "buildah-cache"
     mounts.mkdir(exist_ok=True)
     caches = {"pip": [*pip(), "cache", "dir"]}

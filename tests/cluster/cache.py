@@ -1,4 +1,4 @@
-"""The cache folder, which holds what is built or downloaded once and is used by all later clusters."""
+"""The cache folder. It holds what is built or downloaded only once, for all later clusters."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return the path in ``$FINETUNE_CACHE``, or else the folder ``finetune-operator`` in the user's cache folder. The
-    folder is created if it does not exist."""
+    """Return the path of the cache folder, and create the folder if needed. The path is ``$FINETUNE_CACHE`` if that is
+    set, and otherwise ``finetune-operator`` in the user's cache folder."""
     named = os.environ.get("FINETUNE_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(named) if named else home / "finetune-operator"
@@ -22,8 +22,8 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold the cache folder's lock ``name`` during the block, so that two processes never build the same thing at the
-    same time."""
+    """Hold the lock ``name`` of the cache folder during the block, so that two processes never build the same thing at
+    the same time. While another process holds the lock, wait."""
     folder = cache_folder() / "locks"
     folder.mkdir(exist_ok=True)
     with (folder / name).open("w") as file:

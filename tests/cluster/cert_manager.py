@@ -1,5 +1,5 @@
-"""Run cert-manager in a test cluster: its CRDs are installed, and its controllers run as a program beside the cluster.
-The program is built on first use."""
+"""Run cert-manager in a test cluster. Its CRDs are installed, and its controllers run as a program beside the cluster,
+which is built on first use."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ ESTABLISHED = ("wait", "crd", "--for=condition=Established", "--timeout=30s")
 
 @contextmanager
 def cert_manager(cluster: Cluster, namespace: str) -> Iterator[Component]:
-    """Install cert-manager, run it during the block, and remove its CRDs afterwards, which also removes all objects of
-    these kinds.
+    """Install cert-manager and run it during the block. Afterwards remove its CRDs, and with them all objects of these
+    kinds.
 
-    ``namespace`` holds the Secrets with which ClusterIssuers sign.
+    ``namespace`` is where a ClusterIssuer looks for the Secret with its signing key.
     """
     tools.build_missing((tools.CERT_MANAGER,))
     definitions = [f"--filename={file}" for file in tools.CERT_MANAGER.data_files()]
-    # Server-side apply is needed because the schema of an issuer is larger than the annotation in which client-side
-    # apply stores the object.
+    # Only server-side apply works here. Client-side apply stores the whole object in an annotation, and the schema of
+    # the issuers' CRDs is too large for an annotation.
     cluster.kubectl("apply", "--server-side", *definitions)
     names = cluster.kubectl("get", *definitions, "--output=jsonpath={.items[*].metadata.name}").split()
-    # The controllers start after their CRDs are served, because a controller whose kind is missing tries again only
-    # seconds later.
+    # The CRDs must be served before the controllers start. A controller whose kind is missing tries again only seconds
+    # later.
     cluster.kubectl(*ESTABLISHED, *names)
     program = Component(
         "cert-manager",
@@ -38,8 +38,8 @@ def cert_manager(cluster: Cluster, namespace: str) -> Iterator[Component]:
             f"--kubeconfig={cluster.kubeconfig}",
             f"--cluster-resource-namespace={namespace}",
         ],
-        # cert-manager's controllers have no endpoint that says that they are ready, so the component counts as ready at
-        # once. Tests see it work by the status of an Issuer.
+        # The component counts as ready at once, because cert-manager's controllers have no endpoint that says whether
+        # they are ready. Tests see in the status of an Issuer that the controllers work.
         lambda: True,
         cluster.namespaces,
         cluster.layout.logs / "cert-manager.log",

@@ -1,7 +1,7 @@
-"""Create and remove a cgroup folder for each cluster, in every cgroup hierarchy (version 1 or 2) of the machine.
+"""Create and remove the cgroup folder of a cluster in every cgroup hierarchy (version 1 or 2) of the machine.
 
-The kubelet puts the cgroups of all pods below the folder (``cgroupRoot``). Clusters therefore don't share cgroups, and
-removing one folder is enough at the end.
+The kubelet puts the cgroups of all its pods below this folder (``cgroupRoot``). Clusters therefore share no cgroups,
+and at the end only this folder has to be removed from each hierarchy.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ REMOVAL_TIMEOUT_SECONDS = 10
 
 
 def hierarchies() -> list[Path]:
-    """Return the mount points of the cgroup file systems."""
+    """Return the folders at which cgroup file systems are mounted."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     return [Path(fields[1]) for fields in mounts if fields[2] in {"cgroup", "cgroup2"}]
 
 
 def create(name: str) -> None:
-    """Create the cgroup folder ``name`` in every hierarchy, with all CPUs and all controllers usable below the folder.
+    """Create the cgroup folder ``name`` in every hierarchy. Its processes may use all CPUs and controllers of the
+    parent folder.
 
-    ``name`` may be a path whose parent folder was created by an earlier call.
+    ``name`` may be a path like ``"cluster/node-2"``, if an earlier call has created the parent folder.
     """
     for hierarchy in hierarchies():
         root, own = (hierarchy / name).parent, Path(name).name
@@ -37,7 +38,8 @@ def create(name: str) -> None:
                 (root / "cgroup.subtree_control").write_text(wanted)
         folder = root / own
         folder.mkdir(exist_ok=True)
-        # In version 1 a new cpuset has no CPUs and no memory nodes, and a process can't join such a cpuset.
+        # In version 1 a new cpuset has no CPUs and no memory nodes, and no process can join it. The settings of the
+        # parent folder are therefore copied.
         for setting in ("cpuset.cpus", "cpuset.mems"):
             file = folder / setting
             if file.exists() and not controllers.exists():
@@ -45,26 +47,27 @@ def create(name: str) -> None:
 
 
 def remove(name: str) -> None:
-    """Remove the folder ``name`` and all folders below from every hierarchy. All processes in the folders must have
-    ended."""
+    """Remove the cgroup folder ``name`` and all folders below it from every hierarchy. All of their processes must have
+    ended before."""
     for root in hierarchies():
         folder = root / name
         wait_for(f"the cgroup {folder} to be empty", partial(_removed, folder), REMOVAL_TIMEOUT_SECONDS)
 
 
 def processes(name: str) -> set[int]:
-    """Return the ids, in the machine's PID namespace, of all processes in the folder ``name`` and below."""
+    """Return the process ids of all processes in the cgroup folder ``name`` and below it, as the machine's PID
+    namespace numbers them."""
     found: set[int] = set()
     for folder in existing(name):
         for inner in _bottom_up(folder):
-            # A folder that is removed during the loop has no processes.
+            # A folder that is removed during the loop is skipped, because it has no processes any more.
             with contextlib.suppress(FileNotFoundError):
                 found |= {int(line) for line in (inner / "cgroup.procs").read_text().split()}
     return found
 
 
 def existing(name: str) -> list[Path]:
-    """Return the cgroup folders called ``name`` that exist, one for each hierarchy."""
+    """Return the paths at which the cgroup folder ``name`` exists: at most one in each hierarchy."""
     return [root / name for root in hierarchies() if (root / name).exists()]
 
 
@@ -75,7 +78,8 @@ def _removed(folder: Path) -> bool:
     except FileNotFoundError:
         return not folder.exists()
     except OSError as error:
-        # The kernel reports EBUSY for a short time after the last process of a cgroup has ended.
+        # The kernel reports EBUSY for a short time after the last process of a cgroup has ended, so the caller tries
+        # again.
         if error.errno == errno.EBUSY:
             return False
         raise

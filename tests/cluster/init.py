@@ -1,8 +1,8 @@
-"""The first process inside a cluster's namespaces. The process configures network and mounts and then reaps orphaned
+"""The first process inside a cluster's namespaces (PID 1). It configures network and mounts, and then reaps orphaned
 processes until it is killed.
 
-`watcher.py` starts the process under ``unshare`` as ``python -m tests.cluster.init STATE_FOLDER``. All changes are
-inside the cluster's namespaces and vanish when the process ends.
+`watcher.py` starts it under ``unshare`` as ``python -m tests.cluster.init STATE_FOLDER``. All of its changes are inside
+the cluster's namespaces and vanish with them.
 """
 
 from __future__ import annotations
@@ -34,26 +34,28 @@ def main() -> None:
 
 
 def network() -> None:
-    """Configure the loopback interface and the pods' bridge. No route leads out of the network namespace."""
+    """Configure the loopback interface and the bridge to which pods are connected. No route leads out of the network
+    namespace."""
     run("ip", "link", "set", "lo", "up")
-    # No kube-proxy runs. The address of the Service "kubernetes" and CoreDNS's address are therefore addresses of the
-    # loopback interface, on which the API server and CoreDNS listen.
+    # The cluster runs no kube-proxy. The API server and CoreDNS therefore listen on the cluster IPs of their Services,
+    # which become addresses of the loopback interface here.
     for address in (SERVICE_ADDRESS, DNS_ADDRESS):
         run("ip", "address", "add", f"{address}/32", "dev", "lo")
-    # The bridge gets a fixed MAC address. Without one, a bridge takes the lowest MAC address of its ports, which
-    # changes as pods start and end. Pods would then send to the old address for half a minute, until their neighbour
-    # caches expire.
+    # The bridge gets a fixed MAC address. Otherwise it would take the lowest MAC address of its ports, which changes as
+    # pods start and end. Pods would then send to the old address for half a minute, until their neighbour caches
+    # expire.
     run("ip", "link", "add", BRIDGE, "address", BRIDGE_MAC, "type", "bridge")
     run("ip", "address", "add", f"{HOST_ADDRESS}/{POD_PREFIX_LENGTH}", "dev", BRIDGE)
     run("ip", "link", "set", BRIDGE, "up")
-    # With this route a connection to any other Service address fails at once instead of timing out.
+    # Because of this route, a connection to the cluster IP of any other Service fails at once instead of timing out.
     run("ip", "route", "add", "blackhole", SERVICE_NETWORK)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
 
 
 def mounts(layout: Layout) -> None:
-    """Mount the cluster's own folders over the machine's folders to which the kubelet and containerd write."""
-    # The link is resolved first, because /etc/resolv.conf may be a link into /run, which the next mount hides.
+    """Mount folders of the cluster over those folders of the machine to which the kubelet and containerd write, and a
+    resolv.conf that names CoreDNS."""
+    # /etc/resolv.conf may be a link into /run. The link is resolved here, before the mount over /run hides its target.
     resolver = Path("/etc/resolv.conf").resolve()
     for own, place in ((layout.var_lib, "/var/lib"), (layout.var_log, "/var/log")):
         own.mkdir(exist_ok=True)
@@ -66,19 +68,19 @@ def mounts(layout: Layout) -> None:
 
 
 def collect_orphans() -> None:
-    """Reap processes whose parents have ended, without end."""
+    """Reap processes whose parent processes have ended. The function never returns."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while True:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:
-            pass  # There is no child process at the moment.
+            pass  # This process has no child process at the moment.
         signal.sigtimedwait({signal.SIGCHLD}, 1)
 
 
 def run(*argv: str) -> None:
-    """Run a program. If the program fails, end this process with the program's error output."""
+    """Run a program. If it fails, print its error output and end this process."""
     done = subprocess.run(argv, text=True, capture_output=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(argv)}: {done.stderr.strip()}")

@@ -1,8 +1,8 @@
-"""The process that holds the namespaces of a second node. The process connects the node to the cluster's network, makes
-the node's mounts, and then waits until it is killed.
+"""The process that holds the namespaces of a second node. It makes the node's mounts, connects the node to the
+cluster's network, and then waits until it is killed.
 
-`second_node.py` starts the process inside the cluster's namespaces as ``unshare --net --mount -- python -m
-tests.cluster.join STATE_FOLDER``.
+`second_node.py` starts it inside the cluster's namespaces as ``unshare --net --mount -- python -m tests.cluster.join
+STATE_FOLDER``.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ def main() -> None:
 
 
 def leave_the_first_node() -> None:
-    """Unmount the mounts of the first node's pods, which the new mount namespace has inherited."""
+    """Unmount what the first node mounted over /var/lib, /var/log and /run, and the mounts of its pods below. The new
+    mount namespace began as a copy of the first node's."""
     for place in ("/var/lib", "/var/log", "/run"):
         run("umount", "--recursive", "--lazy", place)
 
 
 def network() -> None:
-    """Connect the node to the first node's bridge by a veth pair. The pods of one node reach the pods of the other node
-    through routes between the nodes."""
-    # The commands of the first node run in the network namespace of the cluster's first process.
+    """Connect the second node to the first node's bridge by a veth pair, and add the routes by which the pods of one
+    node reach the pods of the other."""
+    # Prefix of the commands that run in the first node's network namespace, which is that of the process with PID 1.
     first_node = ("nsenter", "--net=/proc/1/ns/net", "--")
     cable = ("link", "add", SECOND_NODE_LINK, "type", "veth", "peer", "name", CABLE_END, "netns", str(os.getpid()))
     run(*first_node, "ip", *cable)
@@ -54,7 +55,7 @@ def network() -> None:
     run("ip", "address", "add", f"{SECOND_NODE.address}/{POD_PREFIX_LENGTH}", "dev", CABLE_END)
     run("ip", "link", "set", CABLE_END, "up")
     run("ip", "route", "add", SERVICE_NETWORK, "via", HOST_ADDRESS)
-    # An earlier second node may have left a route behind, so that `replace` is needed instead of `add`.
+    # `replace` instead of `add`, because the route of an earlier second node may still exist.
     run(*first_node, "ip", "route", "replace", SECOND_NODE.pod_network, "via", SECOND_NODE.address)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
 

@@ -1,9 +1,9 @@
-"""Imitate what Kueue does to PyTorchJobs, without a Kueue. The webhook suspends new jobs, and the controller admits and
-evicts jobs. A real Kueue would need its CRDs, quotas and a queue, while the operator only sees these writes.
+"""A stand-in for Kueue: it changes PyTorchJobs as Kueue 0.19 does. A real Kueue would need its CRDs, quotas and a
+queue, and the operator sees nothing of Kueue but these changes.
 
-The behaviour is that of Kueue 0.19. The webhook sets `runPolicy.suspend` of a job with a queue label. Admission sets
-`runPolicy.suspend` to false and merges the flavor's node selector and tolerations into every pod template. Eviction
-restores the pod templates and suspends the job. Each step is one update of the whole object.
+A webhook sets `runPolicy.suspend` of each new job with a queue label. Admission sets `runPolicy.suspend` to false, and
+merges the node selector and tolerations of the flavor (Kueue's name for a kind of nodes) into every pod template.
+Eviction restores the pod templates and suspends the job. Admission and eviction each update the whole object at once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class PodSetInfo:
-    """What admission merges into a pod template: the node selector and tolerations of the flavor, and Kueue's own
-    labels and annotations."""
+    """What admission adds to a pod template: node selector and tolerations of the flavor (Kueue's name for a kind of
+    nodes), and Kueue's own labels and annotations."""
 
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: Sequence[Mapping[str, str]] = ()
@@ -42,21 +42,22 @@ class PodSetInfo:
 
 
 class Kueue:
-    """Kueue's controller for the PyTorchJobs of one namespace."""
+    """Stands in for Kueue's controller: it admits and evicts the PyTorchJobs of one namespace when a test says so."""
 
     def __init__(self, cluster: Cluster, namespace: str) -> None:
-        """Admit and evict PyTorchJobs of ``namespace``."""
+        """Manage the PyTorchJobs of ``namespace``."""
         self._cluster = cluster
         self._namespace = namespace
         self._originals: dict[str, Manifest] = {}
 
     def get(self, name: str) -> Manifest:
-        """Return a PyTorchJob as the API server stores it, with its managed fields."""
+        """Return the PyTorchJob ``name`` as the API server stores it, including its managed fields."""
         found: Manifest = self._cluster.get("pytorchjob", name, "-n", self._namespace, "--show-managed-fields")
         return found
 
     def admit(self, name: str, info: PodSetInfo) -> Manifest:
-        """Admit the job: merge ``info`` into its pod templates and set `suspend` to false. Return the stored object."""
+        """Admit the PyTorchJob ``name``: merge ``info`` into its pod templates and set `suspend` to false. Return the
+        job as stored."""
         job = self.get(name)
         self._originals[name] = copy.deepcopy(job["spec"]["pytorchReplicaSpecs"])
         for replica in job["spec"]["pytorchReplicaSpecs"].values():
@@ -65,21 +66,22 @@ class Kueue:
         return self._update(job)
 
     def evict(self, name: str) -> Manifest:
-        """Evict the job: restore its pod templates and set `suspend` to true. Return the stored object."""
+        """Evict the PyTorchJob ``name``: restore the pod templates from before its admission and set `suspend` to true.
+        Return the job as stored."""
         job = self.get(name)
         job["spec"]["pytorchReplicaSpecs"] = self._originals.pop(name)
         job["spec"]["runPolicy"]["suspend"] = True
         return self._update(job)
 
     def is_active(self, name: str) -> bool:
-        """Return whether the job's status counts active pods. Kueue admits an evicted job again only when no pod is
-        active."""
+        """Return whether the status of the PyTorchJob ``name`` counts active pods. Kueue admits an evicted job again
+        only when it has no active pods."""
         replicas = self.get(name).get("status", {}).get("replicaStatuses") or {}
         return any(status.get("active") for status in replicas.values())
 
     def _update(self, job: Manifest) -> Manifest:
-        """Replace the object and return the stored object. The object's resourceVersion makes a conflict an error,
-        which the caller sees."""
+        """Replace the object ``job`` and return it as stored. If somebody else has changed it since it was read, the
+        API server refuses the old resourceVersion, and the call raises."""
         job.pop("status", None)
         job["metadata"].pop("managedFields", None)
         arguments = ("replace", "-f", "-", f"--field-manager={FIELD_MANAGER}", "--output=json")
@@ -88,7 +90,7 @@ class Kueue:
 
 
 def _merge(template: Manifest, info: PodSetInfo) -> None:
-    """Merge ``info`` into a pod template. A key that already has another value raises ValueError."""
+    """Merge ``info`` into a pod template. Raise ValueError if a key already has another value there."""
     metadata, spec = template.setdefault("metadata", {}), template["spec"]
     for place, name, added in (
         (metadata, "labels", info.labels),
@@ -105,7 +107,8 @@ def _merge(template: Manifest, info: PodSetInfo) -> None:
 
 @contextmanager
 def suspending_webhook(cluster: Cluster, namespace: str) -> Iterator[None]:
-    """Serve Kueue's mutating webhook for PyTorchJobs that are created in ``namespace``, until the block ends."""
+    """Serve Kueue's mutating webhook during the block. It suspends PyTorchJobs that are created in ``namespace`` with a
+    queue label."""
     certificates = renew_if_due(None, hostname=HOST_ADDRESS, now=datetime.now(UTC))
     context = server_context()
     load_certificate(context, certificates.serving)
@@ -132,7 +135,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers the API server's AdmissionReview requests."""
+    """Answers the API server's AdmissionReview requests for new PyTorchJobs."""
 
     def do_POST(self) -> None:
         review = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -144,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Log nothing, because the base class would log every request to standard error."""
+        """Log nothing. The method of the base class would print every request to standard error."""
 
 
 def _answer(review: Manifest) -> Manifest:

@@ -1,4 +1,4 @@
-"""The folders and files below a cluster's state folder, and the addresses inside the cluster's network namespace.
+"""Where the files of a cluster are, all below the cluster's state folder, and which addresses its programs have.
 
 The addresses are the same in every cluster, because each cluster has a network namespace of its own.
 """
@@ -10,12 +10,13 @@ from pathlib import Path
 
 BRIDGE = "cni0"
 BRIDGE_MAC = "0a:58:0a:f4:00:01"
-"""A locally administered MAC address, whose last four bytes are `HOST_ADDRESS`."""
+"""MAC address of the bridge: the bytes 0a:58, which mark a locally administered address, and the four bytes of
+`HOST_ADDRESS`."""
 POD_NETWORK = "10.244.0.0/24"
 POD_PREFIX_LENGTH = 24
 CLUSTER_PODS = "10.244.0.0/16"
-"""The network of the pods of all nodes."""
-# The address of the machine as pods see it. The API server, MinIO and the registry listen on this address.
+"""The IP network that holds the pod networks of all nodes."""
+# IP address by which pods reach programs that run outside of pods. The API server, MinIO and the registry listen on it.
 HOST_ADDRESS = "10.244.0.1"
 
 SERVICE_NETWORK = "10.96.0.0/16"
@@ -50,29 +51,29 @@ CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 
 @dataclass(frozen=True)
 class NodePlace:
-    """A node's name, and the addresses of the node and of its pods."""
+    """The name of a node, its IP address, and the IP addresses that its pods get."""
 
     name: str
     address: str
-    """Address of the node's kubelet, for example ``"10.244.0.1"``."""
+    """IP address of the node, on which its kubelet listens, for example ``"10.244.0.1"``."""
     pod_network: str
     gateway: str
-    """Address of the node's own bridge, which is the default gateway of the node's pods."""
+    """IP address of the bridge on this node, which is the default gateway of the node's pods."""
     last_pod: str
-    """Highest address that a pod of the node gets."""
+    """Highest IP address that a pod of the node can get."""
 
 
-# The addresses above `last_pod` are free for machines that are connected to the first node's bridge. The second node
-# has one of these addresses.
+# Pods of the first node get no addresses above `last_pod`, so these are free for other machines at the first node's
+# bridge. The second node has such an address.
 FIRST_NODE = NodePlace("node-1", HOST_ADDRESS, POD_NETWORK, HOST_ADDRESS, "10.244.0.239")
 SECOND_NODE = NodePlace("node-2", "10.244.0.240", "10.244.1.0/24", "10.244.1.1", "10.244.1.239")
 SECOND_NODE_LINK = "node-2"
-"""Name of the network interface that connects the first node's bridge to the second node."""
+"""Name of the network interface at the first node's bridge that leads to the second node."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The folders and files below one cluster's state folder."""
+    """The paths of all files and folders below one cluster's state folder."""
 
     state: Path
 
@@ -91,12 +92,12 @@ class Layout:
 
     @property
     def config(self) -> Path:
-        """Folder with the configuration files of the programs."""
+        """Folder with the configuration files of the cluster's programs."""
         return self.state / "config"
 
     @property
     def audit_policy(self) -> Path:
-        """File with the audit policy, which says what the API server records; see `audit.py`."""
+        """File that tells the API server which requests belong into its audit log; see `audit.py`."""
         return self.config / "audit-policy.json"
 
     @property
@@ -106,58 +107,58 @@ class Layout:
 
     @property
     def temporary(self) -> Path:
-        """Folder that the programs get as TMPDIR."""
+        """Folder for temporary files, which the cluster's programs get as TMPDIR."""
         return self.state / "tmp"
 
     @property
     def var_lib(self) -> Path:
-        """Folder that is mounted over /var/lib and holds the kubelet's and containerd's data."""
+        """Folder that is mounted over /var/lib inside the cluster. It holds the data of the kubelet and containerd."""
         return self.state / "var-lib"
 
     @property
     def var_log(self) -> Path:
-        """Folder that is mounted over /var/log and holds the pods' logs."""
+        """Folder that is mounted over /var/log inside the cluster. It holds the logs of the pods."""
         return self.state / "var-log"
 
     @property
     def second_node(self) -> Layout:
-        """The layout of the second node's folders, whose names are the same as those of a cluster."""
+        """The same paths for the second node, in a folder of its own below this state folder."""
         return Layout(self.state / SECOND_NODE.name)
 
     @property
     def resolver(self) -> Path:
-        """File that is mounted over /etc/resolv.conf."""
+        """File that is mounted over /etc/resolv.conf inside the cluster."""
         return self.state / "resolv.conf"
 
     @property
     def namespaces_ready(self) -> Path:
-        """Empty file that the cluster's first process creates once network and mounts are configured."""
+        """Empty file. The cluster's first process creates it as soon as network and mounts are configured."""
         return self.state / "namespaces-ready"
 
     @property
     def init_pid(self) -> Path:
-        """File with the process id, in the machine's PID namespace, of the cluster's first process."""
+        """File with the process id of the cluster's first process, as the machine's PID namespace numbers it."""
         return self.state / "init.pid"
 
     @property
     def owner_pid(self) -> Path:
-        """File with the process id of the program that started the cluster."""
+        """File with the process id of the cluster's owner, which is the process that called `Cluster.start`."""
         return self.state / "owner.pid"
 
     @property
     def kept_up(self) -> Path:
-        """Empty file that exists if the command `up` started the cluster, and does not exist in a test run."""
+        """Empty file. It exists only in clusters that the command `up` started, and not in clusters of test runs."""
         return self.state / "kept-up"
 
     @property
     def programs(self) -> Path:
-        """Folder with links to kubectl and helm, which is on the PATH inside the cluster."""
+        """Folder with links to kubectl and helm. It is on the PATH of programs inside the cluster."""
         return self.state / "programs"
 
     @property
     def enter_script(self) -> Path:
-        """Shell script that runs its arguments inside the cluster, with KUBECONFIG set and kubectl and helm on the
-        PATH."""
+        """Shell script that runs the command in its arguments inside the cluster. The command gets KUBECONFIG, and a
+        PATH with kubectl and helm."""
         return self.state / "enter"
 
     def create(self) -> None:

@@ -1,4 +1,5 @@
-"""Enter a cluster's network, mount and PID namespaces, either with a new program or with one thread of this process."""
+"""Enter the network, mount and PID namespaces of a cluster with a new program, or its network namespace with a thread
+of this process."""
 
 from __future__ import annotations
 
@@ -17,19 +18,19 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Namespaces:
-    """The network, mount and PID namespaces of the process ``pid``, which is the first process of a cluster or node."""
+    """The network, mount and PID namespaces of the process ``pid``, for example of the first process of a cluster."""
 
     pid: int
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """Return the command that runs ``argv`` inside the network, mount and PID namespaces. The kernel kills the
-        program when the cluster ends."""
+        """Return a command that runs ``argv`` inside the network, mount and PID namespaces. Such a program never
+        outlives the cluster, because the kernel kills all processes of a PID namespace together with its first."""
         return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--pid", "--", *argv]
 
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
         """Move the calling thread into the network namespace during the block. Threads and programs that start during
-        the block are inside too."""
+        the block are inside too, and stay inside after the block."""
         with (
             Path("/proc/thread-self/ns/net").open("rb") as before,
             Path(f"/proc/{self.pid}/ns/net").open("rb") as inside,
@@ -48,23 +49,23 @@ def _setns(descriptor: int) -> None:
 
 
 def die_with_parent(signal_number: int) -> None:
-    """Ask the kernel to send ``signal_number`` to this process when its parent process ends."""
+    """Tell the kernel to send ``signal_number`` to this process when its parent process ends."""
     if _libc.prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
 def children(pid: int) -> list[int]:
-    """Return the ids of the child processes of ``pid`` that have not ended."""
+    """Return the ids of all child processes of the process ``pid``, without those that have ended."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            # The name of the program is in parentheses and may hold any character. The state and the parent's id follow
-            # it.
+            # In /proc/PID/stat, state and parent's id follow the program's name. The line is split after the last
+            # parenthesis, because the name stands in parentheses and may contain any characters.
             state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
         except (FileNotFoundError, ProcessLookupError):
-            continue  # The process ended during the loop.
+            continue  # The process has ended since the folder was listed.
         if int(parent) == pid and state != "Z":
             found.append(int(entry.name))
     return found

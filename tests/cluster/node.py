@@ -1,4 +1,5 @@
-"""The configuration files and command lines of a node's programs: containerd, the kubelet and the device plugin."""
+"""The configuration files and command lines of the programs of a node: containerd, the kubelet and the device
+plugin."""
 
 from __future__ import annotations
 
@@ -96,8 +97,11 @@ def _pod_network(place: NodePlace) -> dict[str, object]:
 def kubelet(
     layout: Layout, place: NodePlace, kubeconfig: Path, authority: Pair, server: Pair, cgroup: str, *, taint: str = ""
 ) -> list[str]:
-    """Return the command of a node's kubelet, which puts the pods' cgroups below ``cgroup``. ``taint`` keeps pods
-    without the matching toleration away."""
+    """Write the configuration of a node's kubelet and return the kubelet's command.
+
+    The kubelet puts the cgroups of its pods below the cgroup folder ``cgroup``. With ``taint`` the node takes only pods
+    with a matching toleration.
+    """
     config = layout.config / "kubelet.json"
     config.write_text(json.dumps(_kubelet_config(layout, authority, server, cgroup), indent=2))
     labels = ",".join(f"{name}={value}" for name, value in NODE_LABELS.items())
@@ -126,10 +130,11 @@ def _kubelet_config(layout: Layout, authority: Pair, server: Pair, cgroup: str) 
         "clusterDNS": [DNS_ADDRESS],
         "clusterDomain": CLUSTER_DOMAIN,
         "resolvConf": str(layout.resolver),
-        # The short interval makes the devices appear in the node's status soon, because the kubelet adds devices with
-        # its next update of the status.
+        # The kubelet reports new devices only with its next status update. The interval is short, so that the devices
+        # of the device plugin soon appear in the node's status.
         "nodeStatusUpdateFrequency": "2s",
-        # The node's disk is the machine's disk, so that files of other programs must not make the kubelet evict pods.
+        # The thresholds are low, because the node's disk is the machine's disk. Files of other programs must not make
+        # the kubelet evict pods.
         "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
@@ -150,13 +155,13 @@ def device_plugin() -> list[str]:
 
 
 def is_ready(api: Api, name: str) -> bool:
-    """Return whether the node's condition Ready is True."""
+    """Return whether the condition Ready of the node ``name`` is True."""
     conditions = _status(api, name).get("conditions", [])
     return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
 
 
 def has_devices(api: Api, name: str) -> bool:
-    """Return whether the node's status lists all devices of the device plugin."""
+    """Return whether the status of the node ``name`` lists all GPUs that the device plugin simulates."""
     allocatable: dict[str, str] = _status(api, name).get("allocatable", {})
     return allocatable.get(GPU_RESOURCE) == str(GPU_COUNT)
 

@@ -1,5 +1,5 @@
-"""The two small images that every node gets without a registry: ``pause``, and ``busybox`` for tests whose pods need
-only a shell."""
+"""Two small images that every node gets without a registry: ``pause``, which Kubernetes needs for every pod, and
+``busybox`` for test pods that need only a shell."""
 
 from __future__ import annotations
 
@@ -37,15 +37,19 @@ BUSYBOX_COMMANDS = (
 
 @dataclass(frozen=True)
 class Image:
-    """An image with one layer. ``files`` and ``links`` map paths inside the image to source files and link targets."""
+    """A container image with one layer.
+
+    ``files`` maps paths in the image to the files that are copied there. ``links`` maps paths in the image to the
+    targets of symbolic links.
+    """
 
     name: str
     files: Mapping[str, Path]
     links: Mapping[str, str]
     command: Sequence[str]
     is_entry_point: bool = False
-    """Whether ``command`` becomes the image's entry point. A container's arguments then follow the command instead of
-    replacing it."""
+    """Whether ``command`` is the image's entry point. If so, the arguments of a container are appended to ``command``;
+    otherwise they replace it."""
 
 
 def pause(program: Path) -> Image:
@@ -58,7 +62,8 @@ def busybox() -> Image:
 
 
 def write_archive(image: Image, target: Path) -> None:
-    """Write ``image`` as a tar archive in the format of ``docker save``, which containerd can import."""
+    """Write ``image`` to the file ``target``, as a tar archive in the format of ``docker save``. containerd can import
+    this format."""
     layer = _layer(image)
     config = json.dumps(
         {

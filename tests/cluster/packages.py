@@ -1,5 +1,5 @@
-"""Install the Debian packages that the cluster and the image builds need. A package is installed only if its program is
-missing."""
+"""Install the Debian packages that the cluster and the image builds need. A package is not installed if the machine
+already has its program."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from tests.cluster.progress import step
 from tests.cluster.waiting import ClusterError
 
-# The key is a package and the value is a file or program of the package. A machine that has the program from another
-# source does not need the package.
+# Maps each Debian package to one of its programs or files. If the machine already has this program, from whatever
+# source, the package is not needed.
 NODE_PACKAGES: Mapping[str, str] = {
     "containerd": "containerd",
     "runc": "runc",
@@ -28,8 +28,7 @@ APT_TIMEOUT_SECONDS = 900
 
 
 def install(packages: Mapping[str, str]) -> None:
-    """Install those of ``packages`` whose program is missing. Raises ClusterError if the packages can't be
-    installed."""
+    """Install those of ``packages`` whose program is missing. Raise ClusterError if they can't be installed."""
     missing = [package for package, program in packages.items() if not _present(program)]
     if not missing:
         return

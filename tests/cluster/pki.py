@@ -1,4 +1,4 @@
-"""The keys and certificates of one cluster. Each cluster has a certificate authority of its own, which signs all
+"""The keys and certificates of one cluster. Each cluster has a certificate authority of its own, which signs all of its
 certificates."""
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-# The training-operator replaces certificates that end within 90 days, so that the lifetime is longer.
+# How long certificates are valid. It must be more than 90 days, because the training-operator replaces certificates
+# that end within 90 days.
 LIFETIME = datetime.timedelta(days=365)
 
-# The training-operator looks for its certificate authority by this name.
+# Name of the certificate authority. The training-operator replaces certificates of an authority with any other name.
 AUTHORITY_NAME = "training-operator-ca"
 
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
@@ -25,18 +26,18 @@ PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 @dataclass(frozen=True)
 class Pair:
-    """The paths of a certificate file and its private key file."""
+    """The paths of a certificate and of its private key."""
 
     certificate: Path
     key: Path
 
 
 class Authority:
-    """A certificate authority, which signs certificates and writes them into ``folder``."""
+    """A new certificate authority. It signs certificates, and writes all certificates and keys into ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # The key is RSA in PKCS#1 form, because the training-operator's certificate rotator reads no other form.
+        # The authority's key is an RSA key in PKCS#1 form, because the training-operator can read no other form.
         self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         self._name = _subject(AUTHORITY_NAME, ())
         builder = begin(self._name, self._name, self._key)
@@ -55,11 +56,11 @@ class Authority:
         hosts: Sequence[str] = (),
         old_format: bool = False,
     ) -> Pair:
-        """Sign a certificate for ``name``, which clients and servers may use, and write ``<file>.crt`` and
-        ``<file>.key``.
+        """Make a key and a certificate for ``name``, valid for clients and servers. Write them as ``<file>.key`` and
+        ``<file>.crt``.
 
-        ``hosts`` are the DNS names and IP addresses of a server. ``old_format`` makes an RSA key in PKCS#1 form instead
-        of an elliptic-curve key.
+        ``hosts`` are the DNS names and IP addresses under which a server is reached. With ``old_format`` the key is an
+        RSA key instead of an elliptic-curve key.
         """
         key: PrivateKey = (
             rsa.generate_private_key(65537, 2048) if old_format else ec.generate_private_key(ec.SECP256R1())
@@ -76,8 +77,8 @@ class Authority:
         return self._write(file, builder.sign(self._key, hashes.SHA256()), key)
 
     def service_account_keys(self) -> Pair:
-        """Write the key that signs service-account tokens. The field ``certificate`` of the result is the file with the
-        public key."""
+        """Make and write the key pair for service-account tokens: the private key signs tokens, and the public key
+        verifies them. The field ``certificate`` of the returned pair is the path of the public key."""
         key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         pair = Pair(self._folder / "service-account.pub", self._folder / "service-account.key")
         public = key.public_key().public_bytes(
@@ -108,8 +109,8 @@ def _subject(name: str, organizations: Sequence[str]) -> x509.Name:
 def begin(
     subject: x509.Name, issuer: x509.Name, key: PrivateKey, lifetime: datetime.timedelta = LIFETIME
 ) -> x509.CertificateBuilder:
-    """Return a builder of a certificate that is valid from five minutes ago. The caller adds extensions and signs the
-    certificate."""
+    """Return the builder of a certificate to which the caller adds extensions before signing it. The certificate is
+    valid from five minutes ago, for ``lifetime``."""
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -123,8 +124,8 @@ def begin(
 
 
 def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    """Return the key usage extension of a server's certificate or, with ``signs_certificates``, of a certificate
-    authority."""
+    """Return the key usage extension for the certificate of a certificate authority if ``signs_certificates`` is True,
+    and otherwise for a client's or server's certificate."""
     return x509.KeyUsage(
         digital_signature=True,
         key_encipherment=True,

@@ -1,4 +1,4 @@
-"""Print progress of slow steps, such as builds, with the seconds that a step has taken so far."""
+"""Print the progress of slow steps, such as builds, with the seconds that the step has taken so far."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REPEAT_SECONDS = 20
 
 @contextlib.contextmanager
 def step(label: str) -> Iterator[None]:
-    """Print ``label`` when the block starts, again every 20 s with the elapsed time, and once more when the block
+    """Print ``label`` when the block starts, then every 20 s with the elapsed time, and once more when the block
     ends."""
     started = time.monotonic()
     ended = threading.Event()
@@ -38,5 +38,5 @@ def step(label: str) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Print a line to standard error, because standard output is for the results of a command."""
+    """Print a line to standard error. Standard output is only for the results of a command."""
     print(line, file=sys.stderr, flush=True)

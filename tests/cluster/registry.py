@@ -1,5 +1,5 @@
-"""The image registry of the clusters. The storage of the registry is in the cache folder. A server on the loopback
-address runs while images are pushed without a cluster."""
+"""The image registry. Its storage is in the cache folder and serves every cluster. To push images no cluster is needed:
+a registry of its own runs meanwhile."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from tests.cluster.waiting import ClusterError, tail, wait_for
 
 
 def storage() -> Path:
-    """Return the folder with all pushed images, which the registry of every cluster serves."""
+    """Return the folder with all pushed images, from which the registry of every cluster serves, and create it if
+    needed."""
     folder = cache_folder() / "registry"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def has_image(name: str, tag: str) -> bool:
-    """Return whether an image was pushed completely. The registry writes the file ``link`` after all other files."""
+    """Return whether the image was pushed completely. Only then the file ``link`` exists, because the registry writes
+    it last."""
     return (storage() / f"docker/registry/v2/repositories/{name}/_manifests/tags/{tag}/current/link").exists()
 
 
 def command(config: Path, address: str) -> list[str]:
-    """Write the configuration file and return the command of a registry that listens on ``address``, for example
-    ``"10.244.0.1:5000"``."""
+    """Write the configuration file ``config`` of a registry that listens on ``address``, for example
+    ``"10.244.0.1:5000"``, and return the registry's command."""
     content = {
         "version": "0.1",
         "log": {"level": "warn", "accesslog": {"disabled": True}},
@@ -45,14 +47,14 @@ def command(config: Path, address: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Server:
-    """A running registry in a network namespace of its own, in which port 5000 is always free."""
+    """A registry that runs in a network namespace of its own, so that its port 5000 is always free."""
 
     namespaces: Namespaces
     address: str = "127.0.0.1:5000"
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """Return the command that runs ``argv`` in the registry's network namespace, where no other network can be
-        reached."""
+        """Return a command that runs ``argv`` in the registry's network namespace. Such a program reaches only the
+        registry."""
         return ["nsenter", f"--net=/proc/{self.namespaces.pid}/ns/net", "--", *argv]
 
     def serves(self) -> bool:
@@ -64,8 +66,8 @@ class Server:
 def serving() -> Iterator[Server]:
     """Run a registry during the block, so that images can be pushed without a cluster.
 
-    The address is always the same because buildah remembers by address which layers a registry has. With a new address,
-    buildah would push five gigabytes of dependencies again after each change of the project's code.
+    The registry always has the same address, because buildah remembers by address which layers a registry already has.
+    With a new address, buildah would push five gigabytes of dependencies again after each change of the project's code.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "registry.log"

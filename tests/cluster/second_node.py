@@ -1,9 +1,9 @@
-"""A second node, for tests in which a node is lost. The node has a network and a mount namespace inside the cluster's,
-with a containerd, kubelet and device plugin of its own. A veth pair, which tests can cut, connects the node to the
-first node's bridge.
+"""A second node of the cluster, for tests in which a node is lost.
 
-``Cluster.second_node`` starts the node. The node's processes are in the cluster's PID namespace and its pods' cgroups
-are below the cluster's, so that the node always ends together with the cluster.
+The node has a network and a mount namespace of its own inside the cluster, and its own containerd, kubelet and device
+plugin. A veth pair, which tests can cut, connects it to the first node's bridge. The node always ends together with the
+cluster, because its processes are in the cluster's PID namespace and the cgroups of its pods are below the cluster's
+cgroup folder.
 """
 
 from __future__ import annotations
@@ -28,38 +28,37 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TAINT_KEY = "tests.finetune.dev/second-node"
 TAINT = f"{TAINT_KEY}=:NoSchedule"
 TOLERATION = {"key": TAINT_KEY, "operator": "Exists", "effect": "NoSchedule"}
-"""The toleration that a pod needs to be placed on a reserved second node."""
+"""The toleration with which a pod can be placed on a reserved second node."""
 END_SECONDS = 30
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The parts of the cluster that a second node needs."""
+    """What a second node needs from the cluster in which it runs."""
 
     layout: Layout
     credentials: Credentials
     api: Api
     namespaces: Namespaces
-    """The namespaces of the cluster, which are also those of the first node."""
+    """The namespaces of the cluster, in which the first node also runs."""
     run: Callable[[list[str]], object]
-    """Runs a program inside the cluster's namespaces and waits for its end."""
+    """A function that runs a program inside the cluster's namespaces and waits for its end."""
     cgroup: str
     environment: Mapping[str, str]
-    """Environment variables of every program of the node."""
+    """Environment variables that all programs of the node get."""
 
 
 class SecondNode:
     """A second node. ``name`` is the name of its Node object.
 
-    ``components`` holds containerd, kubelet and device-plugin. ``components["kubelet"].stop()`` kills only the kubelet
-    and leaves the processes of the pods running, as on a machine whose kubelet has died.
+    ``components`` holds its programs containerd, kubelet and device-plugin. ``components["kubelet"].stop()`` kills only
+    the kubelet. The processes of the pods keep running, as on a machine whose kubelet has died.
     """
 
     name = SECOND_NODE.name
 
     def __init__(self, around: Surroundings, *, reserved: bool) -> None:
-        """Prepare the node without starting it. With ``reserved`` only pods with ``TOLERATION`` are placed on the
-        node."""
+        """Prepare the node; `start` starts it. On a ``reserved`` node only pods with `TOLERATION` are placed."""
         self._around = around
         self._reserved = reserved
         self._layout = around.layout.second_node
@@ -73,16 +72,17 @@ class SecondNode:
             {**around.environment, "PYTHONPATH": str(REPOSITORY)},
         )
         self.components: dict[str, Component] = {}
-        """The node's programs by name. ``start`` fills the dictionary, because the programs need the node's namespaces
-        first."""
+        """The node's programs by name. Empty until ``start`` has made the node's namespaces, in which the programs
+        run."""
 
     def start(self, import_images: Callable[[SecondNode], None]) -> None:
-        """Start the node and wait until pods can be placed on the node.
+        """Start the node and wait until pods can be placed on it.
 
-        ``import_images`` puts the images that every node has into the node's containerd.
+        As soon as containerd runs, ``import_images`` is called with this node. It must import the images that every
+        node has.
 
         Raises:
-            ClusterError: a program of the node did not start; the message holds the end of its log.
+            ClusterError: a program of the node did not start; the message holds the end of the program's log.
         """
         self._layout.create()
         cgroups.create(self._cgroup)
@@ -99,20 +99,21 @@ class SecondNode:
 
     @property
     def namespaces(self) -> Namespaces:
-        """The node's network and mount namespaces."""
+        """The namespaces in which the node's programs run: its own network and mount namespaces, and the cluster's PID
+        namespace."""
         return Namespaces(self._anchor.pid)
 
     def cut_off(self) -> None:
-        """Cut the network connection. The node and its pods can't be reached any more and keep running."""
+        """Cut the node's network connection. The node and its pods keep running, but nobody can reach them."""
         self._set_link("down")
 
     def reconnect(self) -> None:
-        """Restore the network connection that `cut_off` cut."""
+        """Restore the node's network connection after `cut_off`."""
         self._set_link("up")
 
     def stop(self) -> None:
-        """Kill every process of the node and of its pods. The Node object stays in the API server, as it does when a
-        machine is lost."""
+        """Kill all processes of the node and of its pods. The Node object stays in the API server, as after the loss of
+        a machine."""
         if not self._anchor.running:
             return
         for component in self.components.values():
@@ -125,7 +126,7 @@ class SecondNode:
         self._layout.namespaces_ready.unlink(missing_ok=True)
 
     def evidence(self) -> str:
-        """Return the last lines of the logs of the node's programs."""
+        """Return the last log lines of each of the node's programs."""
         return "\n".join(component.evidence() for component in (self._anchor, *self.components.values()))
 
     def _define_components(self) -> None:
@@ -157,19 +158,20 @@ class SecondNode:
         self._around.run(["ip", "link", "set", SECOND_NODE_LINK, state])
 
     def _killed(self) -> bool:
-        """Kill all processes of the node and return whether none was found. The caller repeats the call, because a
-        container's shim may start a process during the loop."""
+        """Kill all processes of the node that are found, and return True if there were none. The caller repeats this
+        until then, because the process that containerd leaves beside each container (its shim) may start another
+        process meanwhile."""
         left = self.processes()
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
-                continue  # The process ended during the loop.
+                continue  # The process has ended since it was listed.
         return not left
 
     def processes(self) -> set[int]:
-        """Return the process ids of the node, including those of its pods: all processes in the node's cgroup or mount
-        namespace."""
+        """Return the process ids of the node and of its pods. These are all processes in the node's cgroup folder or in
+        its mount namespace, except the process that holds the namespaces."""
         anchor = self._anchor.pid
         own = Path(f"/proc/{anchor}/ns/mnt").readlink()
         found = cgroups.processes(self._cgroup)

@@ -1,4 +1,5 @@
-"""A cluster leaves nothing on the machine, however its owner process ends, and two clusters don't see each other."""
+"""A cluster leaves nothing on the machine, in whatever way the process that owns it ends. Two clusters at the same time
+do not see each other."""
 
 from __future__ import annotations
 
@@ -48,23 +49,23 @@ with Cluster.start(Path(sys.argv[1]), verbose=False) as cluster:
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine's mounts and network interfaces, which a cluster must leave unchanged."""
+    """The mounts and network interfaces of the machine. They must be the same before and after a cluster."""
 
     mounts: list[str]
     interfaces: list[str]
 
     @staticmethod
     def now(own: Path) -> Machine:
-        """Return the mounts and interfaces of now, without the mounts that other tests make in their own temporary
-        folders. Mounts below ``own`` are included."""
+        """Return the present mounts and interfaces. Left out are mounts in the temporary folders of tests, which other
+        tests make meanwhile, except those below ``own``."""
         lines = [line.split(" ", 1)[1] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         mounts = [line for line in lines if "/pytest-of-" not in line or str(own) in line]
         return Machine(sorted(mounts), sorted(path.name for path in Path("/sys/class/net").iterdir()))
 
 
 def network_namespaces(processes: list[int]) -> set[str]:
-    """Return the network namespaces of those of ``processes`` that still run. Processes that may not be inspected are
-    left out."""
+    """Return the network namespaces of ``processes``, as the kernel names them. Processes that have ended or may not be
+    inspected are left out."""
     found = set()
     for pid in processes:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
@@ -74,15 +75,16 @@ def network_namespaces(processes: list[int]) -> set[str]:
 
 @dataclass
 class Owner:
-    """A program that owns a cluster, together with all processes of that cluster."""
+    """A process that has started a cluster, and the processes of that cluster."""
 
     process: subprocess.Popen[str]
     state: Path
     processes: list[int]
     networks: set[str]
     everyone: list[int]
-    """All processes of the machine while the cluster ran. Processes that began later are not checked, because the
-    kernel reuses the number of a removed namespace at once."""
+    """The ids of all processes that the machine had while the cluster ran. Only these are searched for network
+    namespaces of the cluster afterwards. A later process could have a namespace of the same number, because the kernel
+    uses the number of a removed namespace again at once."""
 
     def assert_nothing_is_left(self, before: Machine) -> None:
         wait_for("every process to end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.processes), 30)
@@ -138,7 +140,7 @@ def test_an_owner_killed_by_9_leaves_nothing_behind_of_two_nodes(tmp_path: Path)
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     before = Machine.now(tmp_path)
     with owner(tmp_path / "interrupted") as owned:
-        # A terminal sends SIGINT to the whole process group.
+        # SIGINT goes to the whole process group, as Ctrl-C in a terminal sends it.
         os.killpg(owned.process.pid, signal.SIGINT)
         owned.process.wait(timeout=60)
         owned.assert_nothing_is_left(before)

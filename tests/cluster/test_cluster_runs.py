@@ -1,5 +1,5 @@
-"""The parts of a test cluster on which other end-to-end tests rely work: pods, DNS, devices, PyTorchJobs, object store
-and registry. No connection leaves the cluster."""
+"""The parts of a test cluster that other tests rely on do work: pods, DNS, devices, PyTorchJobs, object store and
+registry. No connection leads out of the cluster."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pod(name: str, script: str, **container: Any) -> dict[str, Any]:
 
 
 def output_of(cluster: Cluster, namespace: str, manifest: dict[str, Any]) -> str:
-    """Run a pod to its end, assert that the pod succeeded, and return the pod's log."""
+    """Run a pod to its end, assert that it succeeded, and return its log."""
     name = manifest["metadata"]["name"]
     cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(manifest))
 
@@ -98,7 +98,8 @@ def test_nothing_leaves_the_cluster(cluster: Cluster, namespace: str) -> None:
 
 
 def test_the_bridge_keeps_its_address_while_pods_come_and_go(cluster: Cluster, namespace: str) -> None:
-    # Pods whose neighbour cache holds an old address of the bridge lose their connection for half a minute.
+    # If the bridge changed its MAC address, pods would send to the old address and have no connection for half a
+    # minute.
     def address() -> str:
         return str(json.loads(cluster.run(["ip", "-json", "link", "show", BRIDGE]).stdout)[0]["address"])
 

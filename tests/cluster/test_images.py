@@ -1,4 +1,4 @@
-"""Images are built from a Dockerfile, built only once for the same content, and pulled and run by the kubelet."""
+"""An image is built from a Dockerfile, but only once for the same content. The kubelet pulls and runs it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A second node behaves like a machine of its own. Pods of the second and the first node reach each other until the
-connection is cut, and a stopped node leaves no process."""
+"""A second node behaves like a machine of its own: its pods and those of the first node reach each other until the
+connection is cut, and no process is left after the node is stopped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def pods(cluster: Cluster, second: SecondNode, namespace: str) -> dict[str, str]:
-    """The addresses of two serving pods, one on each node, by the name of the node."""
+    """The IP addresses of two pods with a server on port 8000, one pod on each node, by the name of the node."""
     addresses = {}
     for node in (FIRST_NODE.name, second.name):
         cluster.kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(serving(node)))
@@ -65,7 +65,7 @@ def serving(node: str) -> dict[str, Any]:
 
 
 def answer(cluster: Cluster, namespace: str, node: str, script: str) -> str:
-    """Run a script with `kubectl exec` in the pod on ``node`` and return the script's output."""
+    """Run a shell script in the pod on ``node`` with `kubectl exec`, and return what it prints."""
     shell = ["exec", node, "-n", namespace, "--", "sh", "-c", script]
     return cluster.kubectl(*shell).strip()
 

@@ -1,8 +1,10 @@
-"""The programs of a cluster: pinned Go modules in ``tools/``, each of which is built once into the cache folder.
+"""The programs of a cluster. They are Go modules with pinned versions in ``tools/``, each of which is built once into
+the cache folder.
 
-A binary is taken from the environment variable ``FINETUNE_TOOL_<NAME>``, such as ``FINETUNE_TOOL_KUBE_APISERVER``. If
-the variable is not set, the binary comes from the cache or is built. A hash of all sources of a binary names its folder
-in the cache, so that a changed pin makes a new folder. An interrupted build goes on with the first missing binary.
+If the environment variable ``FINETUNE_TOOL_<NAME>`` is set, for example ``FINETUNE_TOOL_KUBE_APISERVER``, it names the
+binary to use. Otherwise the binary comes from the cache, and is built if the cache lacks it. The binary's folder in the
+cache is named by a hash of the binary's sources, so that a new version gets a new folder. After an interrupted build,
+the next build goes on with the first missing binary.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ class Tool:
     """One program that is built from a Go module.
 
     ``folder`` is the folder below ``tools/`` with the go.mod file, and ``package`` is the Go package to compile.
-    ``stamps_version`` puts the Kubernetes version into the binary, because clients and kubelet compare versions.
-    ``data`` is a glob pattern of files, such as CRDs, that are copied beside the binary. The pattern is relative to the
-    module of ``package``, or of ``data_from`` where ``package`` is the project's own.
+    ``stamps_version`` writes the Kubernetes version into the binary, because clients and the kubelet compare versions.
+    ``data`` is a glob pattern of files, such as CRDs, that are copied beside the binary. They come from the Go module
+    that contains ``package``, or ``data_from`` if that is given, because ``package`` may be a package of this project.
     """
 
     name: str
@@ -45,7 +47,8 @@ class Tool:
 
     @property
     def variable(self) -> str:
-        """The environment variable that names a binary to use instead, for example ``"FINETUNE_TOOL_ETCD"``."""
+        """Name of the environment variable by which another binary can be used instead, for example
+        ``"FINETUNE_TOOL_ETCD"``."""
         return "FINETUNE_TOOL_" + re.sub(r"\W", "_", self.name).upper()
 
     @property
@@ -54,8 +57,8 @@ class Tool:
 
     @cached_property
     def build_arguments(self) -> tuple[str, ...]:
-        """The arguments of ``go build``. The binary is static, stripped and free of paths, so that it depends only on
-        the pinned modules."""
+        """The arguments of ``go build``. With them the binary holds no debug information and no paths of this machine,
+        so that it depends only on the pinned modules."""
         flags = "-s -w"
         if self.stamps_version:
             version = pinned_version("kubernetes", "k8s.io/kubernetes")
@@ -66,7 +69,7 @@ class Tool:
 
     @cached_property
     def cached(self) -> Path:
-        """The binary's path in the cache. The file may not exist yet."""
+        """The path of the binary in the cache folder, whether or not it is built yet."""
         digest = hashlib.sha256(repr((self.package, self.data, self.build_arguments)).encode())
         for source in sorted(self.sources.iterdir()):
             if source.suffix in {".go", ".mod", ".sum"}:
@@ -74,10 +77,11 @@ class Tool:
         return cache_folder() / f"bin-{digest.hexdigest()[:16]}" / self.name
 
     def path(self) -> Path:
-        """Return the path of the binary to run.
+        """Return the path of the binary to run: the path in the environment variable, or else the path in the cache
+        folder.
 
         Raises:
-            ClusterError: the binary is not built yet, or the environment variable names a file that can't be run.
+            ClusterError: the binary is not built yet, or the environment variable does not name an executable file.
         """
         named = os.environ.get(self.variable)
         if named:
@@ -93,7 +97,7 @@ class Tool:
         return not os.environ.get(self.variable) and not self.cached.exists()
 
     def data_files(self) -> list[Path]:
-        """Return the paths of the files that were copied beside the binary by ``data``."""
+        """Return the paths of the files beside the binary that ``data`` selected."""
         if self.data is None:
             raise ValueError(f"{self.name} has no data files")
         found = sorted(self.cached.parent.glob(Path(self.data).name))
@@ -129,7 +133,8 @@ CERT_MANAGER = Tool(
     data="deploy/crds/cert-manager.io_*.yaml",
     data_from="github.com/cert-manager/cert-manager/pkg/controller",
 )
-"""Not in ``ALL``, because only one long test needs cert-manager and builds the program itself."""
+"""cert-manager's controllers. They are not part of ``ALL``, because only one long test needs them; it builds the
+program itself."""
 
 ALL = (
     PAUSE,
@@ -147,11 +152,12 @@ ALL = (
 
 
 CONTROL_PLANE = (ETCD, API_SERVER, CONTROLLER_MANAGER, TRAINING_OPERATOR)
-"""The programs of a cluster without a node."""
+"""The programs that a cluster without a node needs."""
 
 
 def pinned_version(folder: str, module: str) -> str:
-    """Return the version of ``module`` in the file ``tools/<folder>/go.mod``, for example ``"v1.34.4"``."""
+    """Return the version of the Go module ``module`` that ``tools/<folder>/go.mod`` requires, for example
+    ``"v1.34.4"``."""
     text = (TOOLS_FOLDER / folder / "go.mod").read_text()
     found = re.search(rf"^\s*(?:require )?{re.escape(module)} (v\S+)", text, re.MULTILINE)
     if not found:
@@ -160,7 +166,8 @@ def pinned_version(folder: str, module: str) -> str:
 
 
 def build_missing(wanted: Sequence[Tool] = ALL) -> None:
-    """Build every binary of ``wanted`` that no environment variable names and that the cache does not hold."""
+    """Build those programs of ``wanted`` that are not in the cache yet, without those whose environment variable names
+    another binary."""
     if not any(tool.missing for tool in wanted):
         return
     with locked("build"):

@@ -1,5 +1,5 @@
-"""Wait for a condition with a time limit. When the time is up, the error says what was waited for and shows the end of
-a log."""
+"""Wait until a condition holds, with a time limit. When the time is up, the error says what was waited for, and shows
+for example the end of a log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG_TAIL_LINES = 25
 
 
 class ClusterError(RuntimeError):
-    """A part of the cluster failed. The message is complete and written for a person."""
+    """A part of the cluster failed. The message tells a person all that is known about it."""
 
 
 def wait_for(
@@ -25,13 +25,14 @@ def wait_for(
     evidence: Callable[[], str] | None = None,
     interval: float = 0.05,
 ) -> T:
-    """Call ``condition`` until its result is truthy, and return the result.
+    """Call ``condition`` again and again until its result is truthy, and return the result.
 
-    ``what`` completes the sentence "waited N s for ...". ``evidence`` is called when the time is up, and its result
-    becomes part of the message. ``condition`` may raise ``ClusterError`` when further waiting is useless.
+    ``what`` completes the sentence "waited N s for ..." of the error. If ``evidence`` is given, it is called when the
+    time is up, and its result becomes part of the error's message. ``condition`` may raise ``ClusterError`` if further
+    waiting is useless.
 
     Raises:
-        ClusterError: ``condition`` did not become truthy within ``timeout`` seconds.
+        ClusterError: ``condition`` had no truthy result within ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -41,12 +42,12 @@ def wait_for(
         if time.monotonic() >= deadline:
             reason = f"\n{evidence()}" if evidence else ""
             raise ClusterError(f"waited {timeout:g} s for {what}{reason}")
-        # The pause is the interval between two calls of `condition`. The deadline bounds the whole wait.
+        # This is only the pause between two calls of `condition`. The deadline above bounds the whole wait.
         time.sleep(interval)
 
 
 def tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
-    """Return the last lines of a log file below a line with the file's path."""
+    """Return the path of a log file and its last lines, as text for an error message."""
     if not log.exists():
         return f"--- {log}: does not exist"
     with log.open("rb") as file:

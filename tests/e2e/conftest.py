@@ -1,5 +1,6 @@
-"""Fixtures of the end-to-end tests: one cluster with the operator from its own image and chart, and with models and
-training rows in MinIO. Each test has a namespace of its own, with the `restricted` Pod Security Standard."""
+"""Fixtures of the end-to-end tests: one cluster, in which the operator runs from its own image and chart, and whose
+MinIO holds a model and training rows. Each test has a namespace of its own, with the Pod Security Standard
+`restricted`."""
 
 from __future__ import annotations
 
@@ -19,22 +20,22 @@ from tests.e2e.tiny_model import TINY_MODEL, put_tiny_model_and_rows
 
 @pytest.fixture(scope="session")
 def operated(cluster: Cluster) -> Cluster:  # noqa: F811
-    """The session's cluster with the operator installed."""
+    """The session's cluster, with the operator installed."""
     steps.install_operator(cluster, steps.chart_values())
     return cluster
 
 
 @pytest.fixture(scope="session")
 def installed(operated: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    """The cluster with the operator installed, and with a tiny model and generated rows about hiking trails in
-    MinIO."""
+    """The session's cluster, with the operator installed, and with a tiny model and training rows about hiking trails
+    in MinIO."""
     put_tiny_model_and_rows(operated, tmp_path_factory.mktemp("tiny"))
     return operated
 
 
 @pytest.fixture
 def namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a new namespace, which is deleted after the test."""
+    """The name of a new namespace. It is deleted after the test."""
     name = f"test-{secrets.token_hex(4)}"
     steps.make_namespace(installed, name)
     yield name
@@ -43,8 +44,8 @@ def namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[st
 
 @pytest.fixture(scope="session")
 def tiny_job() -> MakeJob:
-    """Return a function that makes the manifest of a job from the quickstart file. The job trains a tiny model for a
-    few seconds."""
+    """Return a function that makes the manifest of a job: that of examples/quickstart.yaml, with the tiny model and so
+    few steps that training takes only seconds."""
 
     def make(name: str, **changes: Any) -> Manifest:
         defaults: dict[str, Any] = {

@@ -1,7 +1,5 @@
-"""What end-to-end tests share about jobs: how a manifest is made, and predicates that `steps.wait_for_job` waits for.
-
-The fixture `tiny_job` of `conftest.py` has the type `MakeJob`.
-"""
+"""What several end-to-end tests need for jobs: the type `MakeJob` of the fixture `tiny_job`, and functions that make
+predicates for `steps.wait_for_job`."""
 
 from __future__ import annotations
 
@@ -12,14 +10,14 @@ from finetune_core.api.job import FineTuneJob
 
 Manifest = dict[str, Any]
 MakeJob = Callable[..., Manifest]
-"""A function that takes the job's name and changes of the quickstart, such as ``spec__training__maxSteps=300``, and
-returns the manifest."""
+"""A function that returns the manifest of a job. Its arguments are the job's name and changes to
+examples/quickstart.yaml, such as ``spec__training__maxSteps=300``."""
 JobPredicate = Callable[[FineTuneJob], bool]
-"""A function that returns whether a job's status shows what a test waits for."""
+"""A function of a job that returns whether the job has the status that a test waits for."""
 
 
 def has_checkpoint(step: int) -> JobPredicate:
-    """Return a predicate that holds once the status lists a checkpoint of ``step`` or of a later step."""
+    """Return a predicate: the status lists a checkpoint of ``step`` or of a later step."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(checkpoint.step >= step for checkpoint in job.status.checkpoints)
@@ -28,8 +26,7 @@ def has_checkpoint(step: int) -> JobPredicate:
 
 
 def has_checkpoint_of_run(run: int) -> JobPredicate:
-    """Return a predicate that holds once the status lists a checkpoint that was committed by the run with number
-    ``run``."""
+    """Return a predicate: the status lists a checkpoint that the run with number ``run`` committed."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(checkpoint.run == run for checkpoint in job.status.checkpoints)
@@ -38,7 +35,7 @@ def has_checkpoint_of_run(run: int) -> JobPredicate:
 
 
 def has_started(attempts: int) -> JobPredicate:
-    """Return a predicate that holds once at least ``attempts`` attempts of the job have started."""
+    """Return a predicate: at least ``attempts`` attempts of the job have started."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and job.status.attempts.started >= attempts
@@ -47,7 +44,7 @@ def has_started(attempts: int) -> JobPredicate:
 
 
 def has_started_exactly(attempts: int) -> JobPredicate:
-    """Return a predicate that holds while exactly ``attempts`` attempts of the job have started, and no further one."""
+    """Return a predicate: exactly ``attempts`` attempts of the job have started."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and job.status.attempts.started == attempts

@@ -1,5 +1,4 @@
-"""Search the cluster for the object store's secret key while the pods of a job run. End-to-end tests call the
-function."""
+"""Search a cluster for places into which the object store's secret key has leaked, while the pods of a job run."""
 
 from __future__ import annotations
 
@@ -10,11 +9,15 @@ from tests.cluster import Cluster
 
 
 def assert_no_key_leaks(cluster: Cluster, namespace: str, child: str) -> None:
-    """Assert that the secret key is in the Secret only, and not in other objects, in logs, or in command lines and
-    trainer environments of the machine's processes."""
+    """Assert that the object store's secret key is in a Secret of ``namespace`` and nowhere else: not in other objects
+    and pod logs of the namespace, not in the command line of any process, and not in the environment of the trainer's
+    processes.
+
+    The pods of ``child``, a job's PyTorchJob, must be running.
+    """
     secret = cluster.minio.secret_key
     forms = (secret, base64.b64encode(secret.encode()).decode())
-    # This assertion shows that the search works, because the Secret contains the key.
+    # The Secret must contain the key. Otherwise the searches below would find nothing even if the key had leaked.
     assert forms[1] in cluster.kubectl("get", "secrets", "-n", namespace, "-o", "yaml")
     for kind in ("configmaps", "pods", "pytorchjobs", "finetunejobs", "events"):
         objects = cluster.kubectl("get", kind, "-n", namespace, "-o", "yaml")
@@ -28,7 +31,7 @@ def assert_no_key_leaks(cluster: Cluster, namespace: str, child: str) -> None:
         try:
             command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # The process ended during the loop.
+            continue  # The process has ended, or it may not be read.
         assert secret.encode() not in command, command
         if b"finetune_trainer" in command:
             assert secret.encode() not in environment

@@ -1,4 +1,5 @@
-"""Mistakes in a job's spec are named in a condition within a minute, and lead to few or no further attempts."""
+"""Mistakes in a job's spec, and refused credentials, are named in a condition within about a minute. The preflight
+check finds them before any attempt starts."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ WITHIN_SECONDS = 60
 
 
 def _says(*words: str) -> JobPredicate:
-    """Return a predicate that holds once the message of a condition that is not True contains all ``words``."""
+    """Return a predicate: there is a condition that is not True, and its message contains all ``words``."""
 
     def reached(job: FineTuneJob) -> bool:
         conditions = job.status.conditions if job.status else []
@@ -60,15 +61,15 @@ def test_bad_data_ends_the_job_with_its_name(
     assert stalled is not None
     assert stalled.status == "True"
     assert job.status is not None
-    # The check before the first attempt found the mistake, so that no pod asked for a GPU.
+    # The preflight check found the mistake. No attempt started, so no pod has requested a GPU.
     assert job.status.attempts.started == 0
     assert job.status.preflight is not None
     assert (job.status.preflight.tries, job.status.preflight.verdict) == (1, "Impossible")
 
 
 def _ended(cluster: Cluster, namespace: str, name: str) -> FineTuneJob:
-    """Return the job after its end, and print the seconds until then. The wait may last three times the promised
-    time."""
+    """Wait until the job has ended and return it. Print the seconds of the wait, and fail if it takes more than three
+    times the promised minute."""
     started = time.monotonic()
     with steps.jobs_in(cluster, namespace) as jobs:
         for job in jobs.follow(name, lambda sentence: None, give_up_after=3 * WITHIN_SECONDS):
@@ -95,10 +96,11 @@ def test_refused_credentials_are_named_and_retried_slowly(
     accepted = condition(job, ConditionType.ACCEPTED)
     assert accepted is not None
     assert (accepted.status, accepted.reason) == ("False", "OutsideFailure")
-    # The back-off of 10 s doubles each time, so that at most three tries fit into a minute.
+    # At most three tries of the preflight check fit into a minute, because the pause before the next try is 10 s at
+    # first and doubles each time.
     assert job.status.preflight.tries <= 3
     assert job.status.attempts.started == 0
-    # The job continues without further action once the Secret holds the right keys.
+    # As soon as the Secret holds the right keys, the job must go on without any other action.
     right = {"AWS_ACCESS_KEY_ID": installed.minio.access_key, "AWS_SECRET_ACCESS_KEY": installed.minio.secret_key}
     steps.apply(installed, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": right})
     job = steps.wait_for_condition(installed, namespace, "refused", ConditionType.SUCCEEDED, timeout=300)

@@ -1,5 +1,6 @@
-"""A job survives three losses of all its pods, a damaged checkpoint and a restart of the object store, and ends with
-the same model as an undisturbed job."""
+"""A job loses all its pods three times. After the second loss its newest checkpoint is damaged, and after the third the
+object store is restarted. The job still ends with the same losses, bit for bit, as an undisturbed job, and no attempt
+is charged."""
 
 from __future__ import annotations
 
@@ -23,13 +24,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 DELETIONS = 3
 SPOILED = 2
-"""Number of the deletion after which the newest checkpoint is damaged."""
+"""After which deletion of the pods (1 to `DELETIONS`) the newest checkpoint is damaged."""
 STEPS = 240
 CHANGES = {"spec__training__maxSteps": STEPS, "spec__evaluation__everySteps": 80}
 
 
 def _has_notice(text: str) -> JobPredicate:
-    """Return a predicate that holds once a notice of the status contains ``text``."""
+    """Return a predicate: the status has a notice that contains ``text``."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(text in notice for notice in job.status.notices)
@@ -38,8 +39,8 @@ def _has_notice(text: str) -> JobPredicate:
 
 
 def _flip_a_bit_of_the_newest(cluster: Cluster, namespace: str, job: FineTuneJob) -> str:
-    """Flip one bit in a file of the newest committed checkpoint. Return the file's key, relative to the run's
-    folder."""
+    """Flip one bit in a file of the newest committed checkpoint. Return the key of the file, relative to the folder of
+    the job's runs."""
     run = run_folder(cluster, namespace, job)
     with cluster.enter():
         newest = run.verified("checkpoints")[-1]
@@ -62,8 +63,8 @@ def test_three_lost_gangs_and_a_restarted_store_end_in_the_same_model_and_cost_n
         )
         child = attempt_name("disturbed", job.metadata.uid, number)
         victims = [worker_name(child, index) for index in range(job.spec.resources.nodes)]
-        # kubectl waits until both pods are gone, which have committed a checkpoint before. The next attempt starts
-        # after a back-off of 10 s.
+        # kubectl waits until both pods are gone. Before their end the pods commit a checkpoint. The checkpoint can be
+        # damaged safely here, because the next attempt starts only after a back-off of 10 s.
         installed.kubectl("delete", "pod", *victims, "-n", namespace, "--timeout=120s", timeout=150)
         spoiled = _flip_a_bit_of_the_newest(installed, namespace, job) if number == SPOILED else ""
         steps.wait_for_job(installed, namespace, "disturbed", "the next attempt", has_started(number + 1), 300)

@@ -1,4 +1,4 @@
-"""The tuned model of `make demo` answers most held-out sentences exactly, and the base model hardly any."""
+"""The tuned model of `make demo` answers most held-out sentences exactly right, and the base model hardly any."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEAST_AFTER, MOST_BEFORE = 0.8, 0.05
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_tuned_model_answers_what_the_base_model_cannot(method: str) -> None:
     if reason := unusable_because():
-        # The demo starts a cluster, which needs root and namespaces of its own.
+        # The demo starts a cluster of its own, which is not possible on this machine.
         pytest.skip(reason)
     done = subprocess.run(["make", "demo", f"METHOD={method}"], cwd=steps.REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

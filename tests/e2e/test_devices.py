@@ -1,5 +1,5 @@
-"""Each pod that requests `nvidia.com/gpu` gets GPUs of its own, on a node with the label of the requested GPU
-product."""
+"""Each pod of a job with `gpusPerNode: 2` gets two GPUs that no other pod has, and is placed on a node with the GPU
+product that the job asks for."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Jobs that are created before Kubeflow is installed: the status names the missing backend, and the job runs after the
-installation. A second test also creates a Secret, a claim, an image and a bucket ten minutes late.
+"""Jobs that are created before Kubeflow is installed. Their status names the missing PyTorchJob backend, and they run
+after its installation. A second test also creates a Secret, a PersistentVolumeClaim, an image and a bucket ten minutes
+after the jobs that need them.
 
 The tests need a cluster of their own, because all other tests need Kubeflow from the start.
 """
@@ -31,24 +32,27 @@ from tests.e2e.tiny_model import put_tiny_model_and_rows
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 PAUSE = 20.0
-"""Seconds of the operator's pause before its third try. The first two pauses are 10 s."""
+"""Seconds that the operator waits before its third try to create the PyTorchJob, after 10 s before the second try."""
 LONGEST_PAUSE = 300.0
-"""Seconds of the longest pause, after ten minutes of tries, of the operator and of the kubelet's image pulls."""
+"""Longest pause, in seconds, between two tries of the operator, or between two image pulls of the kubelet. The pauses
+double and have reached this value after ten minutes."""
 LONGEST_MOUNT_PAUSE = 122.0
-"""Seconds of the kubelet's longest pause between two attempts to mount a volume."""
+"""Longest pause, in seconds, between two tries of the kubelet to mount a volume."""
 RUN = 5.0
 CHECK = 20.0
-"""Seconds of the real trainer's check before the first attempt, as documented."""
+"""Seconds that the preflight check with the real trainer takes, as documented."""
 TRAINING = 60.0
-"""Seconds of two pods of the real trainer, which train a tiny model for 8 steps."""
+"""Seconds that two pods with the real trainer need from start to end, for 8 steps of a tiny model."""
 NAMED_SECONDS = 300.0
-"""Seconds until the real trainer's check has reported a problem. The time includes the pull of the trainer's image."""
+"""Seconds within which the preflight check with the real trainer must have reported a problem, including the pull of
+the trainer's image."""
 TEN_MINUTES = 600.0
 
 
 @pytest.fixture
 def bare() -> Iterator[Cluster]:
-    """A cluster with the operator but without Kubeflow's training-operator and its CRD."""
+    """A cluster of its own with the operator, but without Kubeflow's training-operator and without the CRD
+    PyTorchJob."""
     for cluster in started():
         cluster.components["training-operator"].stop()
         cluster.kubectl("delete", "crd", PYTORCHJOB_CRD)
@@ -58,12 +62,12 @@ def bare() -> Iterator[Cluster]:
 
 
 def install_backend(stage: Stage) -> None:
-    """Install the CRD PyTorchJob, start the training-operator, and wait until it serves."""
+    """Install the CRD PyTorchJob, start the training-operator, and wait until both can be used."""
     (crd,) = tools.TRAINING_OPERATOR.data_files()
     stage.cluster.kubectl("create", "-f", "-", stdin=crd.read_text())
 
     def is_established() -> bool:
-        # `kubectl wait` can't be used, because it fails while the CRD has no condition yet.
+        # The conditions are read here, because `kubectl wait` fails as long as the CRD has no condition at all.
         conditions = stage.cluster.get("crd", PYTORCHJOB_CRD).get("status", {}).get("conditions") or []
         return any(item["type"] == "Established" and item["status"] == "True" for item in conditions)
 
@@ -102,8 +106,12 @@ def test_the_backend_appears_later(bare: Cluster) -> None:
 def after_ten_minutes(
     make: Callable[[Stage], None], *words: str, patience: float = PATIENCE_SECONDS
 ) -> Callable[[Stage], float]:
-    """Return a fault: the missing object is created by ``make`` ten minutes after the job. Until then `Accepted` must
-    name the object with ``words``, and no attempt may be charged."""
+    """Return a function that waits until ten minutes after the job's first status and then calls ``make``, which
+    creates the missing object.
+
+    Within ``patience`` seconds the message of the condition Accepted must contain ``words``, which name the missing
+    object. After the ten minutes it must still contain them, and no attempt may have been charged.
+    """
 
     def named(job: Manifest) -> bool:
         accepted = condition(job, "Accepted")
@@ -125,8 +133,8 @@ def after_ten_minutes(
 
 
 def bucket_row(make: Callable[[Stage], None], spec: Manifest) -> Row:
-    """Return the row of a job with ``spec`` that runs the real trainer, because only the real trainer's check looks for
-    the bucket."""
+    """Return the test case of a job with ``spec`` whose bucket is created late. This job runs the real trainer, because
+    the scripted trainer of the other cases would not look for the bucket."""
 
     def artifact_is_there(stage: Stage, job: Manifest) -> None:
         with stage.cluster.enter():
@@ -164,8 +172,8 @@ def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster, tiny_job
         backend_serves.set()
 
     def behind_the_backend(make: Callable[[Stage], None]) -> Callable[[Stage], None]:
-        """Return a function that calls ``make`` after the backend is installed, so that each job then waits for only
-        one object."""
+        """Return a function that waits until the backend is installed and then calls ``make``. Each job then waits for
+        only one object."""
 
         def made(stage: Stage) -> None:
             assert backend_serves.wait(120), "the backend was not installed"
@@ -182,8 +190,8 @@ def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster, tiny_job
             attempts=FIRST_TIME_DONE,
             milestones=(on_job("job ended", bound + RUN, settled),),
             more_events=("BackendUnavailable" if make is backend else "OutsideFailure",),
-            # Once the claim exists, the message says that the claim is not bound yet. The changed message may cause one
-            # more event.
+            # For the claim one more event is allowed: as soon as the claim exists, the message changes and says that
+            # the claim is not bound yet.
             repeated_event="OutsideFailure" if "model" in spec else None,
         )
 

@@ -1,5 +1,5 @@
-"""A job with the real trainer waits for a missing Secret and then for a missing bucket. `Accepted` names the missing
-object, no GPU is requested, no attempt is charged, and the job runs once both exist."""
+"""A job with the real trainer waits for a missing Secret and then for a missing bucket, and runs as soon as both exist.
+Until then its condition Accepted names the missing object, no GPU is requested, and no attempt is charged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LATE_SECRET = "late-keys"
 
 
 def _waits_for(*words: str) -> JobPredicate:
-    """Return a predicate that holds once `Accepted` is False and its message contains all ``words``."""
+    """Return a predicate: the condition Accepted is False and its message contains all ``words``."""
 
     def reached(job: FineTuneJob) -> bool:
         found = condition(job, ConditionType.ACCEPTED)

@@ -1,5 +1,5 @@
-"""A job that is suspended, preempted by its queue, or deleted and applied again loses no step. The job resumes from the
-checkpoint that its pods commit after SIGTERM."""
+"""A job loses no step when it is suspended, evicted by its queue, or deleted and created again: it resumes from the
+checkpoint that its pods commit after SIGTERM. A cancelled job keeps that checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from tests.e2e.jobs import JobPredicate, MakeJob, has_checkpoint
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 STEPS = 300
-# No checkpoint is due within the run's 300 steps, so that every checkpoint was committed because of SIGTERM.
+# Changes to the job so that no checkpoint is due within its 300 steps. A checkpoint of an earlier step must then have
+# been committed because of SIGTERM.
 QUIET_RUN = {
     "spec__training__maxSteps": STEPS,
     "spec__evaluation__everySteps": 1000,
@@ -54,8 +55,8 @@ def pods_gone(cluster: Cluster, namespace: str) -> None:
 
 
 def newest_step(cluster: Cluster, folder: str, run: int) -> int:
-    """Return the step of the newest checkpoint of run ``run`` in ``folder``. The bytes of all checkpoints are
-    verified."""
+    """Return the step of the newest checkpoint that run ``run`` committed into the bucket folder ``folder``. Assert
+    that the bytes of all checkpoints are intact."""
     with cluster.enter():
         folders = RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{folder}").verified("checkpoints")
     return max(folder.manifest.step for folder in folders if folder.manifest.run == run)
@@ -105,7 +106,7 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
         records = run.runs()
         logged = [step for _, step in run.steps_logged()]
     assert [record["attempt"] for record in records] == [1, 1, 2]
-    # Each run resumes at the step at which the run before it was stopped, and no step was trained twice.
+    # Each run must resume at the step at which the run before it stopped. Then no step is trained twice.
     assert [record["parent"] for record in records[1:]] == [
         {"run": 1, "step": first_stop},
         {"run": 2, "step": second_stop},

@@ -1,6 +1,7 @@
-"""Two trainers of one job run at the same time: the kubelet of a node dies, so that the old trainer keeps running after
-its pod is deleted by force. The record of the new run in the object store keeps the old trainer from committing, and
-the new trainer loses no committed step.
+"""Two trainers of one job run at the same time, and the job loses no committed step.
+
+For this the kubelet of a node is killed and the job's pod is deleted by force, so that the old trainer keeps running
+beside the new one. The old trainer finds the record of the new run in the object store, and stops committing.
 
 The time that Kubernetes needs to notice a lost node is measured in test_rows.py.
 """
@@ -54,8 +55,8 @@ ENDLESS = {
     "spec__podTemplate": PREFERS_THE_SECOND_NODE,
 }
 RACE = timedelta(seconds=2)
-"""The old trainer may still commit for this long, because it checks the newest run's record shortly before it writes,
-and because the object store's times are whole seconds."""
+"""How long after the start of the new run the old trainer may still commit. It looks for a newer run shortly before
+each commit, not at the same moment, and the object store's times are whole seconds."""
 
 
 @pytest.fixture
@@ -67,14 +68,14 @@ def second_node(installed: Cluster) -> Iterator[SecondNode]:
 
 
 def _trainers(node: SecondNode) -> list[int]:
-    """Return the ids of the trainer's processes that run on the node."""
+    """Return the ids of all processes on ``node`` that run the trainer."""
     found = []
     for pid in node.processes():
         try:
             if b"finetune_trainer" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
         except (FileNotFoundError, ProcessLookupError):
-            continue  # The process ended during the loop.
+            continue  # The process has ended since it was listed.
     return found
 
 
@@ -126,7 +127,7 @@ def test_two_trainers_of_one_job_do_no_harm(
 
 
 def _commits(root: RunFolder, run: int) -> dict[str, datetime]:
-    """Return the time of the commit of each checkpoint of run ``run``, by the key of its COMMIT object."""
+    """Return when each checkpoint of run ``run`` was committed, by the key of its object COMMIT."""
     times = root.times("checkpoints/")
     return {key: at for key, at in times.items() if key.endswith(f"/{COMMIT}") and _run(key) == run}
 

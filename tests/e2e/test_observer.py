@@ -1,4 +1,5 @@
-"""The observer of the rows never dates an earlier write after a later one, even if one watch lags behind the other."""
+"""The observer (see rows/observer.py) never gives an earlier write a later time than a later write, even if one of its
+watches lags behind the other."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The check before the first attempt with the real trainer image: how many seconds the check adds to a job, and how a
-job waits for a missing bucket."""
+"""The preflight check with the real trainer image: how many seconds it adds to a job, and how a job waits for a missing
+bucket."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_bucket_that_comes_late_is_waited_for_and_then_used(
 ) -> None:
     storage = tiny_job("late")["spec"]["storage"] | {"uri": f"s3://{LATE_BUCKET}/runs"}
     steps.apply(installed, tiny_job("late", spec__storage=storage, spec__training__maxSteps=2), namespace)
-    # The node may have to pull the trainer's image first, which takes minutes.
+    # The wait is long, because the node may have to pull the trainer's image first, which takes minutes.
     job = steps.wait_for_job(installed, namespace, "late", "the missing bucket", _names_the_bucket, 300)
     assert job.status is not None
     assert job.status.attempts.started == 0
@@ -43,8 +43,8 @@ def test_a_bucket_that_comes_late_is_waited_for_and_then_used(
     pytorchjobs = installed.get("pytorchjobs", "-n", namespace)["items"]
     assert pytorchjobs == []
 
-    # The second job needs nothing that is missing. The check adds the time from the check's start to the start of
-    # attempt 1.
+    # The second job lacks nothing. The seconds that the check adds to it are those from the start of the check to the
+    # start of attempt 1.
     steps.apply(installed, tiny_job("twin", spec__training__maxSteps=2), namespace)
     twin = steps.wait_for_condition(installed, namespace, "twin", ConditionType.SUCCEEDED, timeout=300)
     assert twin.status is not None

@@ -1,5 +1,5 @@
-"""The quickstart with the real base model, from `kubectl apply` to an adapter that peft loads without this project's
-code."""
+"""The quickstart with the real base model, from `kubectl apply` to an adapter that peft loads without code of this
+project."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ print(json.dumps({"adapters": len(lora), "trained": sum(bool(p.abs().sum() > 0) 
 
 
 def _viggo(split: str, rows: int | None) -> bytes:
-    """Return the header and the first ``rows`` rows of a published ViGGO file, a CSV file with the columns mr and ref.
-    None means all rows."""
+    """Return the header and the first ``rows`` rows of the ViGGO file of ``split``, or all rows for None. The files are
+    CSV with the columns mr and ref."""
     lines = (DATA / "viggo" / f"viggo-{split}.csv").read_bytes().splitlines(keepends=True)
     return b"".join(lines[: rows + 1 if rows else None])
 
 
 def _quickstart(cluster: Cluster, name: str) -> dict[str, object]:
-    """Return the quickstart's manifest. The job trains on ViGGO if the data set is on this machine, and otherwise on
-    generated rows."""
+    """Return the manifest of examples/quickstart.yaml with fewer steps. If the data set ViGGO is on this machine,
+    upload rows of it and let the job train on them; otherwise the job trains on generated rows."""
     changes: dict[str, object] = {
         "metadata__name": name,
         "spec__training__maxSteps": TRAINING_STEPS,
@@ -89,7 +89,8 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
         seen.append(job)
         return job.status is not None and job.status.progress is not None and job.status.progress.step > 0
 
-    # The wait includes the pull of the trainer's image, which has several gigabytes, unless an earlier test pulled it.
+    # The wait is long, because it includes the pull of the trainer's image (several gigabytes) unless an earlier test
+    # has pulled it.
     during = steps.wait_for_job(cluster, namespace, "quickstart", "a first step", running, 300)
     assert during.status is not None
     assert {condition.type for condition in during.status.conditions} == set(ConditionType)
@@ -109,7 +110,8 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
     assert evaluation.base is not None
     assert evaluation.tuned is not None
     assert (evaluation.rows, evaluation.tuned_step) == ("Validation", artifact.step)
-    # The tuned model is the best checkpoint, so that its perplexity equals the one that was measured during training.
+    # The tuned model is the best checkpoint. Its perplexity must therefore be the one that was measured for this
+    # checkpoint during training.
     assert float(evaluation.tuned.perplexity or 0) == pytest.approx(float(best[0].perplexity or 0), rel=0.01)
     assert float(evaluation.base.perplexity or 0) > float(evaluation.tuned.perplexity or 0)
 
@@ -124,7 +126,7 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
         timeout=300,
     ).stdout
     adapters = json.loads(output.splitlines()[-1])
-    # The base model has 30 layers with 7 dense matrices each.
+    # Every adapter is trained. There are 210, because the base model has 30 layers with 7 linear layers each.
     assert adapters["adapters"] == adapters["trained"] == 210
 
     with cluster.enter():

@@ -1,5 +1,5 @@
-"""A job survives the deletion of a pod and a kill of the operator. No step is lost or trained into a different
-model."""
+"""A job survives the deletion of a pod: it ends with the same losses as an undisturbed job, and no attempt is charged.
+A job also survives a kill of the operator: its pods train on, and no step is lost."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ LONG_RUN = {"spec__training__maxSteps": 300, "spec__evaluation__everySteps": 100
 
 @pytest.fixture(scope="module")
 def undisturbed_losses(installed: Cluster, tiny_job: MakeJob) -> Iterator[Callable[[], dict[int, float]]]:
-    """Start an undisturbed job with the spec of the disturbed jobs. Return a function that waits for the job's end and
-    returns the loss of each step."""
+    """Start an undisturbed job with the same spec as the disturbed jobs. Return a function that waits for its end and
+    returns the loss of each step, by the number of the step."""
     namespace = f"test-{secrets.token_hex(4)}"
     steps.make_namespace(installed, namespace)
     steps.apply(installed, tiny_job("undisturbed", **LONG_RUN), namespace)
@@ -110,7 +110,7 @@ def _operator_restarts(cluster: Cluster) -> int:
 
 
 def _operator_process(cluster: Cluster) -> int:
-    """Return the process id, in the machine's PID namespace, of the operator in its container."""
+    """Return the process id of the operator in its container, as the machine's PID namespace numbers it."""
     (pod,) = cluster.get("pods", "-n", steps.OPERATOR_NAMESPACE)["items"]
     uid = pod["metadata"]["uid"]
     found = []
@@ -120,7 +120,7 @@ def _operator_process(cluster: Cluster) -> int:
         try:
             groups, command = (folder / "cgroup").read_text(), (folder / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
-            continue  # The process ended during the loop.
+            continue  # The process has ended since the folder was listed.
         if uid in groups.replace("_", "-") and b"finetune_operator" in command:
             found.append(int(folder.name))
     assert found, f"no process of pod {uid}"

@@ -1,5 +1,5 @@
-"""Two replicas of the operator, installed by the chart: both are Ready, and the leader takes the trainer's reports.
-After the leader's pod is deleted, the other replica gets the reports of the same attempt."""
+"""The chart installs the operator with two replicas. Both are Ready, and the trainer's reports go to the leader. After
+the leader's pod is deleted, reports of the same attempt go to the other replica."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from tests.e2e.jobs import MakeJob
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 TAKEOVER_SECONDS, REPORT_SECONDS = 20, 40
-"""Promised seconds until a new leader and until its first report. The test allows three times as much."""
+"""Promised seconds after the deletion of the leader's pod: until there is a new leader, and until its first report is
+in the status. The test allows three times as much."""
 
 
 @pytest.fixture
 def two_replicas(installed: Cluster) -> Iterator[Cluster]:
-    """The cluster with two replicas of the operator during the test."""
+    """The session's cluster, with two replicas of the operator instead of one during the test."""
     upgrade = ["upgrade", RELEASE, str(CHART), "--namespace", OPERATOR_NAMESPACE, "--reuse-values", "--wait"]
     installed.helm(*upgrade, "--set", "replicas=2", "--timeout=120s")
     yield installed
@@ -42,13 +43,13 @@ def operator_pods(cluster: Cluster) -> dict[str, str]:
 
 
 def leader(cluster: Cluster) -> str:
-    """Return the name of the pod that holds the Lease, or an empty string."""
+    """Return the name of the pod that holds the Lease of the leader, or an empty string if no pod does."""
     lease = cluster.get("lease", RELEASE, "-n", OPERATOR_NAMESPACE)
     return str(lease["spec"].get("holderIdentity", "")).partition("_")[0]
 
 
 def service_addresses(cluster: Cluster) -> list[str]:
-    """Return the IP addresses of the Service to which trainers send reports."""
+    """Return the IP addresses to which the Service for the trainers' reports leads."""
     found = cluster.get("endpointslice", f"{RELEASE}-leader", "-n", OPERATOR_NAMESPACE)
     return [address for endpoint in found["endpoints"] for address in endpoint["addresses"]]
 
@@ -72,7 +73,7 @@ def test_reports_follow_the_leader(two_replicas: Cluster, namespace: str, tiny_j
     took_over = time.monotonic() - deleted_at
     second = leader(cluster)
     wait_for("reports to be led to it", lambda: service_addresses(cluster) == [operator_pods(cluster).get(second)], 60)
-    # The former leader may have written a newer step after the job was read above.
+    # Read the job again. The former leader may have written a newer step since the job was read above.
     led_at = steps.wait_for_job(cluster, namespace, "followed", "the job", lambda job: True, 60)
     assert led_at.status is not None
     assert led_at.status.progress is not None

@@ -1,8 +1,8 @@
-"""The rows of the verdict table with real pods: conditions, attempts and events of each row, and the seconds until each
-milestone.
+"""The rows of the operator's verdict table (docs/architecture.md) as test cases with real pods. Each case checks
+conditions, attempts and events of a job, and the seconds until each milestone (a state that must be reached in time).
 
-All selected rows run at the same time on one cluster, each in a namespace of its own. At the end the measured times are
-printed beside the bounds of the design.
+All selected cases run at the same time on one cluster, each in a namespace of its own; only the cases with the second
+node run one after another. At the end the measured times are printed beside the designed times.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Played = Callable[[Row], list[Measured]]
 def played(
     operated: Cluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Played]:
-    """Start all selected rows and return a function that waits for one row and returns its measured milestones."""
+    """Start all selected test cases. Return a function that waits for the end of one case and returns its measured
+    milestones."""
     rows = {row.name: row for row in _selected(request)}
     with ExitStack() as around:
         operated.import_image(scripts.IMAGE)
@@ -70,7 +71,7 @@ def _second_node(cluster: Cluster, around: ExitStack) -> SecondNode:
 
 
 def _selected(request: pytest.FixtureRequest) -> list[Row]:
-    """Return the rows of those tests of this module that the session runs."""
+    """Return the test cases of those tests of this module that pytest runs in this session."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     of_this_module = [item for item in items if item.module is request.module and hasattr(item, "callspec")]
     rows = [item.callspec.params["row"] for item in of_this_module]
@@ -78,7 +79,8 @@ def _selected(request: pytest.FixtureRequest) -> list[Row]:
 
 
 def _print(request: pytest.FixtureRequest, rows: Iterable[Row], finished: dict[str, list[Measured]]) -> None:
-    """Print the table for docs/performance.md to the terminal, although pytest captures the output of tests."""
+    """Print the measured times as a table for docs/performance.md. The table goes to the terminal, although pytest
+    captures the output of tests."""
     lines = [
         f"load average {os.getloadavg()[0]:.0f} at the end; seconds, in parentheses the design",
         "| what happens to one of two pods | attempt 1 | until it shows |",

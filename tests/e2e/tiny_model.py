@@ -1,7 +1,8 @@
-"""Make a Llama model of 230,000 parameters with random weights. With this model, jobs of tests that need no useful
-model start and end within seconds.
+"""Make a Llama model of about 250,000 parameters with random weights. With it, jobs of tests that need no useful model
+run within seconds.
 
-The result is a model folder as `model.s3` expects it. The tokenizer is byte-level, so that it accepts any text.
+The model's folder has the files that `model.s3` of a job needs. The tokenizer works on bytes, so that it accepts any
+text.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ VOCABULARY = 320
 
 
 def put_tiny_model_and_rows(cluster: Cluster, folder: Path) -> None:
-    """Create the tiny model in ``folder``, upload it to `TINY_MODEL`, and upload generated rows to the location that
-    the quickstart names."""
+    """Create the tiny model in ``folder`` and upload it to `TINY_MODEL`. Generate training rows and upload them to the
+    place that examples/quickstart.yaml names."""
     steps.make_bucket(cluster)
     steps.name_object_store(cluster)
     steps.put_base_model(cluster, make_tiny_model(folder), "models/tiny")
@@ -26,8 +27,8 @@ def put_tiny_model_and_rows(cluster: Cluster, folder: Path) -> None:
 
 
 def make_tiny_model(folder: Path) -> Path:
-    """Write the model and its tokenizer into ``folder`` and return ``folder``. The weights are the same in every
-    call."""
+    """Write the model and its tokenizer into ``folder``, and return ``folder``. The weights are random, but the same in
+    every call."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

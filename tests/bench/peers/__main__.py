@@ -1,6 +1,7 @@
-"""Run the contenders in turns and print tokens per CPU second and memory, as ratios to the padded Trainer.
+"""Run the contenders (compared programs) in turns. Print tokens per CPU second and memory of each contender, and their
+ratio to transformers' Trainer with padded batches.
 
-python -m tests.bench.peers --pairs 3
+    python -m tests.bench.peers --pairs 3
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ BASELINE = "Trainer + peft, padded to 512"
 
 
 def contenders(endpoint: str, credentials: Path) -> dict[str, list[str]]:
-    """Return the module and the further arguments of each contender, by the contender's name in the table."""
+    """Return the command of each contender, by its name in the table: first the Python module, then the arguments that
+    only this contender gets."""
     return {
         "finetune-operator, packed": ["tests.bench.peers.ours", endpoint, str(credentials)],
         BASELINE: ["tests.bench.peers.padded", "max_length"],
@@ -40,8 +42,8 @@ def contenders(endpoint: str, credentials: Path) -> dict[str, list[str]]:
 
 
 def measure(command: Sequence[str], workload: Path, out: Path, threads: int) -> Measured:
-    """Run one contender and return its figures. If the contender fails, end this program with the contender's
-    output."""
+    """Run the contender ``command`` in a process of its own and return its figures. If it fails, end this program with
+    the contender's output."""
     module, *rest = command
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
     done = subprocess.run(
@@ -57,8 +59,8 @@ def measure(command: Sequence[str], workload: Path, out: Path, threads: int) -> 
 
 
 def check_same_work(taken: Mapping[str, Sequence[Measured]]) -> None:
-    """End the program if contenders did not do the same work. The losses of equal batches must agree within a
-    thousandth."""
+    """End the program if contenders did not do the same work: in each update their losses must agree within a
+    thousandth. trl is not compared, because it packs rows across batches."""
     unpacked = [name for name in taken if not name.startswith("trl")]
     reference = taken[unpacked[0]][0].losses
     for name in unpacked[1:]:
@@ -68,7 +70,8 @@ def check_same_work(taken: Mapping[str, Sequence[Measured]]) -> None:
 
 
 def table_of(taken: Mapping[str, Sequence[Measured]]) -> Table:
-    """Return the table of medians. The ratios to the padded Trainer are computed pair by pair."""
+    """Return the table with the medians of all contenders. The ratio of speeds is the median of the ratios between a
+    contender and `BASELINE` in the same round."""
     table = Table(title="LoRA r 8 on SmolLM2-135M, GSM8K rows, fp32, one process")
     for column in ("", "supervised tokens / CPU s", "ratio (from, to)", "real tokens / s", "peak memory", "ratio"):
         table.add_column(column, justify="right" if column else "left")
@@ -91,7 +94,7 @@ def table_of(taken: Mapping[str, Sequence[Measured]]) -> Table:
 
 
 def main() -> None:
-    """Run the comparison and print the table."""
+    """Run the comparison with the options of the command line and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.peers",
         description="Compare the trainer with transformers' Trainer + peft and with trl, in turns.",
@@ -116,8 +119,8 @@ def main() -> None:
         ]
         workload = Workload(
             model=base_model(),
-            # The Hugging Face contenders read the rows in the file's order, and our trainer in an order of its own. The
-            # file is sorted so that all contenders train on the same batches.
+            # Our trainer orders the rows itself, but transformers' Trainer reads them in the order of the file. Its
+            # file is therefore written in our trainer's order, so that both train on the same batches.
             rows=write_rows(folder / "ordered.jsonl", [rows[index] for index in order]),
             batch=options.batch,
             micro_batch=8,
@@ -127,7 +130,8 @@ def main() -> None:
             threads=options.threads,
             seed=SEED,
         )
-        # Our trainer's micro-batch counts packed sequences. One full sequence at a time equals trl's setting.
+        # Our trainer's micro-batch counts packed sequences. It computes one packed sequence at a time, as trl does
+        # here.
         mine = {"rows": write_rows(folder / "rows.jsonl", rows), "micro_batch": 1}
         ours = workload.model_copy(update=mine)
         files = {}

@@ -1,5 +1,5 @@
-"""The common part of the two Hugging Face contenders: the model with the same adapters, the tokenised rows, the
-training arguments and the clock."""
+"""What `padded.py` and `sft.py`, the two compared programs with transformers' Trainer, share: the model with LoRA
+adapters, the training arguments, the clock and the losses. Only `padded.py` uses the tokenised rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.bench.peers.workload import LORA_ALPHA, LORA_RANK, TEMPLATE, Clock, W
 
 IGNORED = -100
 DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The names of all dense layers of a Llama model."""
+"""The names of the linear layers of a Llama model that get LoRA adapters."""
 
 
 class Timing(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-    """A callback that calls the clock at the end of each optimizer step."""
+    """A callback for transformers' Trainer that tells the clock when an optimizer step has ended."""
 
     def __init__(self, clock: Clock) -> None:
-        """Call ``clock`` at the end of each step."""
+        """Tell ``clock`` the end of each optimizer step."""
         self._clock = clock
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -30,7 +30,8 @@ class Timing(TrainerCallback):  # type: ignore[misc]  # transformers has no type
 
 
 def load(workload: Workload) -> tuple[Any, Any]:
-    """Return the tokenizer and the fp32 model, with the same initial adapters as in our trainer."""
+    """Load the tokenizer and the fp32 model, and add the adapters. The adapters have the same initial values as in our
+    trainer."""
     torch.set_num_threads(workload.threads)
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
     tokenizer.padding_side = "right"
@@ -41,8 +42,8 @@ def load(workload: Workload) -> tuple[Any, Any]:
 
 
 def examples(workload: Workload, tokenizer: Any) -> list[dict[str, list[int]]]:
-    """Return token ids and labels of every row. The labels of prompt tokens are `IGNORED`, so that they carry no
-    loss."""
+    """Return token ids and labels of every row. Prompt tokens have the label `IGNORED`, so that the loss leaves them
+    out."""
     made = []
     for row in workload.read_rows():
         prompt = tokenizer(TEMPLATE.replace("{prompt}", row["question"]))["input_ids"]
@@ -52,7 +53,8 @@ def examples(workload: Workload, tokenizer: Any) -> list[dict[str, list[int]]]:
 
 
 def arguments(workload: Workload, folder: str) -> dict[str, Any]:
-    """Return arguments of `TrainingArguments` with which all contenders make the same updates."""
+    """Return the arguments of `TrainingArguments` for both contenders. Learning rate, gradient clipping and weight
+    decay are those of our trainer's run in `ours.py`."""
     return {
         "output_dir": folder,
         "max_steps": workload.updates,
@@ -74,5 +76,5 @@ def arguments(workload: Workload, folder: str) -> dict[str, Any]:
 
 
 def logged_losses(history: list[dict[str, Any]]) -> list[float]:
-    """Return the training loss of every step from a Trainer's log history."""
+    """Return the training loss of every step. ``history`` is the `log_history` of a Trainer."""
     return [float(entry["loss"]) for entry in history if "loss" in entry]

@@ -1,5 +1,5 @@
-"""The contender of this project: the trainer's own loop on the DeepSpeed engine, with rows packed within each global
-batch.
+"""The contender (compared program) of this project: the trainer's own training loop with DeepSpeed. The rows of each
+global batch are packed into sequences.
 
     python -m tests.bench.peers.ours WORKLOAD OUT STORE_ENDPOINT CREDENTIALS
 """
@@ -22,7 +22,8 @@ from tests.trainer.objectstore import BUCKET, free_port
 
 
 def run_file(workload: Workload, endpoint: str, name: str) -> RunConfig:
-    """Return the run file of a LoRA run that makes the same updates as the other contenders."""
+    """Return the run file (all settings of a trainer's run) of a LoRA run that makes the same updates as
+    `padded.py`."""
     source = {"volume": {"claimName": "bench", "path": "rows"}}
     return RunConfig.model_validate(
         {
@@ -65,7 +66,7 @@ def run_file(workload: Workload, endpoint: str, name: str) -> RunConfig:
 
 
 def main() -> None:
-    """Train, and write the figures to the file OUT."""
+    """Train on the workload in the file WORKLOAD, and write the figures to the file OUT."""
     workload = Workload.model_validate_json(Path(sys.argv[1]).read_text())
     out, endpoint, credentials = Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     os.environ |= {

@@ -1,5 +1,5 @@
-"""The contender with transformers' Trainer and peft. Batches are padded either to `max_length` or to the longest row of
-the batch.
+"""The contender (compared program) with transformers' Trainer and peft. The last argument says how rows are padded:
+either to the workload's `max_length` tokens or to the longest row of the batch.
 
     python -m tests.bench.peers.padded WORKLOAD OUT max_length|longest
 """
@@ -20,14 +20,15 @@ from tests.bench.peers.workload import Clock, Workload
 
 
 class InOrder(Trainer):  # type: ignore[misc]  # transformers has no types here
-    """A Trainer that reads the rows in the data set's order, so that all contenders train on the same batches."""
+    """A Trainer that reads the rows in the order of the file instead of shuffling them, so that it trains on the same
+    batches as our trainer."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
 
 def main() -> None:
-    """Train, and write the figures to the file OUT."""
+    """Train on the workload in the file WORKLOAD, and write the figures to the file OUT."""
     workload = Workload.model_validate_json(Path(sys.argv[1]).read_text())
     padding = {"max_length": "max_length", "longest": True}[sys.argv[3]]
     tokenizer, model = hugging_face.load(workload)

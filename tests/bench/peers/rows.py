@@ -1,5 +1,8 @@
-"""Rows of GSM8K for the comparison. If the data set is not beside the checkout, rows with random words of the same
-lengths replace it: questions of about 60 words, and answers of about 55 words with a last line `#### number`."""
+"""The rows on which the compared programs train. They come from the data set GSM8K in `../shared`, beside the checkout.
+
+If that file does not exist, random words replace GSM8K: questions of about 60 words, and answers of about 55 words that
+end with `#### number`, as in GSM8K.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ WORDS = "she buys seven boxes of apples each day and sells half of them at noon 
 
 
 def gsm8k_rows(count: int) -> list[dict[str, str]]:
-    """Return ``count`` rows with the fields `question` and `answer`."""
+    """Return ``count`` rows of GSM8K, or random rows if the data set is missing. Each row has the fields `question` and
+    `answer`."""
     if REAL.is_file():
         with REAL.open() as file:
             return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]

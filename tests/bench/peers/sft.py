@@ -1,8 +1,9 @@
-"""The contender with trl's SFTTrainer and its best settings for short rows: best-fit packing, and loss on completions
-only.
+"""The contender (compared program) with trl's SFTTrainer and its best settings for short rows: best-fit packing, and a
+loss on answers only.
 
-trl packs over the whole data set, so that an update holds other rows than the update of the other contenders. The
-number of updates and of tokens is the same. transformers separates packed rows by their position ids.
+trl packs over the whole data set, so its updates hold other rows than the updates of the other contenders. The number
+of updates and the rows of all updates together are the same. transformers keeps packed rows apart by their position
+ids.
 
     python -m tests.bench.peers.sft WORKLOAD OUT
 """
@@ -22,7 +23,7 @@ from tests.bench.peers.workload import TEMPLATE, Clock, Workload
 
 
 def build(workload: Workload, model: Any, tokenizer: Any, folder: str, accumulation: int, clock: Clock) -> SFTTrainer:
-    """Return an SFTTrainer that accumulates ``accumulation`` packed sequences per update."""
+    """Return an SFTTrainer in which each update adds up the gradients of ``accumulation`` packed sequences."""
     rows = [
         {"prompt": TEMPLATE.replace("{prompt}", row["question"]), "completion": row["answer"]}
         for row in workload.read_rows()
@@ -45,7 +46,7 @@ def build(workload: Workload, model: Any, tokenizer: Any, folder: str, accumulat
 
 
 def main() -> None:
-    """Train, and write the figures to the file OUT."""
+    """Train on the workload in the file WORKLOAD, and write the figures to the file OUT."""
     workload = Workload.model_validate_json(Path(sys.argv[1]).read_text())
     tokenizer, model = hugging_face.load(workload)
     clock = Clock()

@@ -1,5 +1,5 @@
-"""The input and the result of a contender. `__main__.py` passes a `Workload` as a JSON file, and each contender writes
-a `Measured` as a JSON file."""
+"""What a contender (one of the compared programs) gets and what it returns. `__main__.py` passes a `Workload` to the
+contender as a JSON file, and the contender writes a `Measured` as a JSON file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ TEMPLATE = "Question: {prompt}\nAnswer: "
 
 
 class Workload(BaseModel):
-    """One LoRA run of `updates` optimizer steps, which trains on `batch` rows per step in the order of the file."""
+    """A LoRA run of `updates` optimizer steps with `batch` rows in each step."""
 
     model: Path
     """Folder of the base model."""
     rows: Path
-    """JSON Lines file with the fields `question` and `answer`: first the rows of update 1, then those of update 2, and
-    so on."""
+    """JSON Lines file with the fields `question` and `answer`. For the contenders with transformers' Trainer the rows
+    stand in the order in which our trainer takes them. Our trainer gets them unordered."""
     batch: int
     micro_batch: int
     updates: int
@@ -31,40 +31,41 @@ class Workload(BaseModel):
     seed: int
 
     def read_rows(self) -> list[dict[str, str]]:
-        """Return the rows in the order of training."""
+        """Read the file `rows` and return its rows in the order of the file."""
         return [json.loads(line) for line in self.rows.read_text().splitlines()]
 
 
 class Measured(BaseModel):
-    """The figures of one contender. Times and tokens leave out the first update, because memory is allocated in it."""
+    """The figures of one compared program. Times and token counts leave out the first update, because most memory is
+    allocated in it."""
 
     supervised_tokens: int
     """Number of tokens that carry a loss."""
     real_tokens: int
-    """Number of tokens without padding."""
+    """Number of tokens of the rows, without padding."""
     cpu_seconds: float
     """CPU seconds of the process, summed over all threads."""
     wall_seconds: float
     peak_bytes: int
-    """Largest resident memory of the process, in bytes."""
+    """Highest resident memory that the process ever had, in bytes."""
     losses: list[float]
     """Training loss of every update, including the first one."""
 
 
 class Clock:
-    """Records CPU time and wall time at the end of each update."""
+    """Records the CPU time and the wall-clock time at which each update ends."""
 
     def __init__(self) -> None:
-        """Start without recorded times."""
+        """Make a clock that has recorded nothing yet."""
         self._marks: list[tuple[float, float]] = []
 
     def update_ended(self) -> None:
-        """Record the current CPU time and wall time."""
+        """Record that an update ends now."""
         self._marks.append((time.process_time(), time.perf_counter()))
 
     def measured(self, tokens: list[tuple[int, int]], losses: list[float]) -> Measured:
-        """Return the figures of the run. ``tokens`` holds a pair (supervised tokens, tokens without padding) for each
-        update, including the first one."""
+        """Return the figures of the run. ``tokens`` holds one pair for each update, including the first: the number of
+        tokens that carry a loss, and the number of all tokens without padding."""
         (cpu_from, wall_from), (cpu_to, wall_to) = self._marks[0], self._marks[-1]
         return Measured(
             supervised_tokens=sum(supervised for supervised, _ in tokens[1:]),

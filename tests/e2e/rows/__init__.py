@@ -1,2 +1,5 @@
-"""The rows of the operator's verdict table as end-to-end tests with real pods. In each row a scripted trainer, a pod or
-a node fails in one way. The row then says what the job's status and events must show, and within how many seconds."""
+"""The rows of the operator's verdict table (docs/architecture.md) as test cases with real pods.
+
+In each case something happens to a job: a scripted trainer fails, a pod or node is lost, a person gives an order, or an
+object appears late. The case says what the job's status and events must then show, and within how many seconds.
+"""

@@ -1,5 +1,5 @@
-"""The faults of the rows. Each function causes a fault, or waits for the fault, and returns the time at which the fault
-was observed (`time.monotonic`)."""
+"""What happens to the jobs of the test cases in `table.py`. Each function, or the function that it returns, causes an
+event in the cluster or waits for one, and returns the time (`time.monotonic`) at which the event was observed."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from tests.e2e.rows.stage import Stage, training_state
 
 
 def exits(code: int, worker: int = 1) -> Callable[[Stage], float]:
-    """Return a fault: the trainer of one worker exits with ``code``."""
+    """Return a function that waits until the trainer of one worker has exited with ``code``. The job's script makes it
+    exit."""
     return lambda stage: stage.ended(worker, code)
 
 
 def is_deleted(stage: Stage) -> float:
-    """A person deletes a running pod."""
+    """Delete the running pod of worker 1, as a person does."""
     stage.both_pods_run()
     stage.delete_pod(1)
     return stage.pod_deleted(1)
 
 
 def is_deleted_by_force(stage: Stage) -> float:
-    """A person deletes a running pod with `--force --grace-period=0`."""
+    """Delete the running pod of worker 1 with `--force --grace-period=0`, as a person does."""
     stage.both_pods_run()
     stage.delete_pod(1, force=True)
     return stage.pod_deleted(1)
 
 
 def is_deleted_while_pending(stage: Stage) -> float:
-    """A person deletes a pod that is not scheduled yet."""
+    """Delete the pod of worker 1, which is not scheduled yet, as a person does."""
     stage.job("both pods recorded", lambda job: len(job["status"]["attempts"].get("current", {}).get("pods", [])) == 2)
     stage.delete_pod(1)
     return stage.pod_deleted(1)
 
 
 def is_evicted(stage: Stage) -> float:
-    """The eviction API evicts a running pod, as `kubectl drain` does."""
+    """Evict the running pod of worker 1 through the eviction API, as `kubectl drain` does."""
     stage.both_pods_run()
     stage.evict_pod(1)
     return stage.pod_deleted(1)
 
 
 def outgrows_its_disk(stage: Stage) -> float:
-    """The kubelet evicts a pod whose volume outgrew its size limit."""
+    """Wait until the kubelet evicts the pod of worker 1, because a volume of the pod has outgrown its size limit."""
     return stage.pod(1, "its eviction", lambda pod: pod["status"].get("reason") == "Evicted").at
 
 
 def cannot_be_pulled(stage: Stage) -> float:
-    """The kubelet can't pull the image."""
+    """Wait until the kubelet has failed to pull the image of both pods. Return the time of the first failure."""
 
     def failing(pod: Manifest) -> bool:
         return "Pull" in training_state(pod).get("waiting", {}).get("reason", "")
@@ -59,14 +60,13 @@ def cannot_be_pulled(stage: Stage) -> float:
 
 
 def begins(stage: Stage) -> float:
-    """Return the time at which attempt 1 begins. The pods of the row never run, so that the row needs no other
-    fault."""
+    """Wait until attempt 1 begins. Nothing else has to happen in this test case, because its pods never run."""
     return stage.job("attempt 1", lambda job: job["status"]["attempts"]["started"] == 1).at
 
 
 def runs_on(stage: Stage) -> float:
-    """Return the time at which the first training container runs. The scripted trainer of the row never ends by
-    itself."""
+    """Wait until both training containers run, and return when the first of them ran. Nothing else has to happen in
+    this test case, because its scripted trainer never ends by itself."""
     running = [
         stage.pod(worker, "its container to run", lambda pod: training_state(pod).get("running")) for worker in (0, 1)
     ]
@@ -74,7 +74,7 @@ def runs_on(stage: Stage) -> float:
 
 
 def is_ordered(**run_policy: Any) -> Callable[[Stage], float]:
-    """Return a fault: a person changes fields of `runPolicy` while both pods run."""
+    """Return a function that changes fields of `runPolicy` while both pods run, as a person does."""
 
     def order(stage: Stage) -> float:
         stage.both_pods_run()
@@ -84,8 +84,8 @@ def is_ordered(**run_policy: Any) -> Callable[[Stage], float]:
 
 
 def is_suspended_and_resumed(stage: Stage) -> float:
-    """A person suspends the job, and resumes the job after its pods are gone. The returned time is the time of
-    resuming."""
+    """Suspend the job as a person does, and resume it after its pods are gone. Return the time at which it was
+    resumed."""
     is_ordered(suspend=True)(stage)
     for worker in (0, 1):
         stage.pod_gone(worker)
@@ -94,12 +94,14 @@ def is_suspended_and_resumed(stage: Stage) -> float:
 
 
 def outlived_by_its_sidecar(stage: Stage) -> float:
-    """The training containers of all pods end while the sidecar containers keep running."""
+    """Wait until the training containers of both pods have ended with exit code 0. The sidecar containers of the pods
+    keep running."""
     return max(stage.ended(worker, 0) for worker in (0, 1))
 
 
 def is_deleted_again_and_again(stage: Stage) -> float:
-    """A person deletes a pod in each of four attempts in a row, before any attempt has committed a checkpoint."""
+    """Delete the pod of worker 1 in each of the first four attempts, as a person does. No attempt commits a checkpoint
+    before."""
     at = 0.0
     for attempt in (1, 2, 3, 4):
         stage.both_pods_run(attempt)

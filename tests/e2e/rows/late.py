@@ -1,8 +1,8 @@
-"""The rows in which an object that the job needs, such as a Secret, is created after the job. The status must name the
-missing object, no attempt may be charged, and the job must run once the object exists.
+"""The test cases in which an object that the job needs, such as a Secret, is created later than the job. The status
+must name the missing object, no attempt may be charged, and the job must run as soon as the object exists.
 
-The bounds come from Kubernetes: the kubelet repeats mounts and image pulls after pauses that double. A
-PersistentVolumeClaim is bound by the volume controller, and the binding wakes the scheduler.
+The designed times come from Kubernetes. The kubelet repeats mounts and image pulls after pauses that double each time.
+The volume controller binds a PersistentVolumeClaim, and the scheduler then places the pods.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ LATE_CLAIM = "late-claim"
 LATE_IMAGE = "localhost/late-trainer:1"
 LATE_BUCKET = "late-bucket"
 KUBELET_PAUSE = 40.0
-"""Longest pause, in seconds, of the kubelet between two attempts to mount or pull within the first minute."""
+"""Longest pause, in seconds, between two tries of the kubelet to mount a volume or pull an image, if the object appears
+within the first minute."""
 SCHEDULER_PAUSE = 10.0
 VOLUME_PAUSE = 15.0
-"""Seconds between two checks of an unbound claim by the volume controller (`--pvclaimbinder-sync-period`)."""
+"""Seconds between two checks of an unbound PersistentVolumeClaim by the volume controller
+(`--pvclaimbinder-sync-period`)."""
 RUN = 5.0
-"""Seconds that two small pods need from start to end once all that the pods wait for exists."""
+"""Seconds that two small pods need from start to end, as soon as everything that they need exists."""
 
 
 def wait_until_named(stage: Stage, *words: str) -> None:
-    """Wait until the message of the condition Running contains all ``words``."""
+    """Wait until the message of the job's condition Running contains all ``words``."""
     stage.job(f"{words}", lambda job: all(word in condition(job, "Running")["message"] for word in words))
 
 
 def appears(make: Callable[[Stage], None], *words: str) -> Callable[[Stage], float]:
-    """Return a fault: wait until the status contains ``words``, then call ``make``, which creates the missing object.
-    The fault's time is the end of ``make``."""
+    """Return a function that waits until the message of the condition Running contains ``words``, and then calls
+    ``make``, which creates the missing object. The function returns the time at which ``make`` has ended."""
 
     def fault(stage: Stage) -> float:
         wait_until_named(stage, *words)
@@ -49,23 +51,23 @@ def appears(make: Callable[[Stage], None], *words: str) -> Callable[[Stage], flo
 
 
 def make_secret(stage: Stage) -> None:
-    """Create the Secret with the keys of the object store."""
+    """Create the Secret for which the job waits. Its keys are not valid, but the scripted trainer does not use them."""
     keys = ["--from-literal=AWS_ACCESS_KEY_ID=a", "--from-literal=AWS_SECRET_ACCESS_KEY=b"]
     stage.cluster.kubectl("create", "secret", "generic", LATE_SECRET, "-n", stage.namespace, *keys)
 
 
 def make_image(stage: Stage) -> None:
-    """Import the image into the node's containerd."""
+    """Import the image `LATE_IMAGE`, a scripted trainer, into the first node's containerd."""
     stage.cluster.import_image(replace(IMAGE, name=LATE_IMAGE))
 
 
 def make_bucket(stage: Stage) -> None:
-    """Create the bucket in the object store."""
+    """Create the bucket `LATE_BUCKET` in the object store."""
     steps.make_bucket(stage.cluster, LATE_BUCKET)
 
 
 def make_claim(stage: Stage) -> None:
-    """Create the PersistentVolumeClaim and a PersistentVolume for the claim."""
+    """Create the PersistentVolumeClaim `LATE_CLAIM` and a PersistentVolume to which it is bound."""
     modes = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
     folder = {"path": f"/var/lib/{stage.namespace}", "type": "DirectoryOrCreate"}
     volume = {
@@ -89,7 +91,8 @@ def _claim_reference(stage: Stage) -> dict[str, Any]:
 
 
 def _volume_deleted(stage: Stage, job: Manifest) -> None:
-    """Deleting the namespace does not delete the PersistentVolume, because PersistentVolumes belong to no namespace."""
+    """Delete the PersistentVolume of `make_claim`. It belongs to no namespace, so it is not deleted with the job's
+    namespace."""
     stage.cluster.kubectl("delete", "persistentvolume", stage.namespace, "--wait=false")
 
 

@@ -1,8 +1,9 @@
-"""The milestones of the rows: what the status must show after a fault, and within how many seconds by design.
+"""The milestones of the test cases: states that the job must reach after something happened to it, and within how many
+seconds by design.
 
-The bounds come from the operator. Most changes are written to the status within 2 s. A change of only a message waits
-until 10 s have passed since the last write. An attempt is closed when its pods have ended, at most 10 s after the
-cause. The next attempt starts after a back-off of 10 s.
+The designed times come from the operator. It writes most changes to the status within 2 s. If only a message changes,
+it waits until 10 s have passed since its last write. It closes an attempt when the pods have ended, at most 10 s after
+the cause. The next attempt starts after a back-off of 10 s.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ SIDECAR_SECONDS = 60.0
 STARTING = 5.0
 """Seconds from the creation of two small pods until their scripts run."""
 ENDING = 5.0
-"""Seconds from SIGTERM until two small pods are gone."""
+"""Seconds from SIGTERM to two small pods until both are gone."""
 
 
 def cause(bound: float = SEEN) -> Milestone:
-    """Return the milestone at which the status records why the attempt ends."""
+    """Return the milestone that is reached when the status says why the attempt ends."""
 
     def reached(job: Manifest) -> bool:
         attempts = job["status"]["attempts"]
@@ -32,23 +33,23 @@ def cause(bound: float = SEEN) -> Milestone:
 
 
 def accounted(bound: float = SEEN + LEAVE_TOGETHER) -> Milestone:
-    """Return the milestone at which the ended attempt is listed in `status.attempts.recent`."""
+    """Return the milestone that is reached when `status.attempts.recent` lists an ended attempt."""
     return on_job("attempt accounted", bound, lambda job: job["status"]["attempts"]["recent"])
 
 
 def next_attempt(bound: float = SEEN + LEAVE_TOGETHER + BACKOFF + SEEN, number: int = 2) -> Milestone:
-    """Return the milestone at which the attempt with ``number`` has started."""
+    """Return the milestone that is reached when the attempt with ``number`` has started."""
     name = f"attempt {number} started"
     return on_job(name, bound, lambda job: job["status"]["attempts"]["started"] == number)
 
 
 def end(bound: float = SEEN) -> Milestone:
-    """Return the milestone at which the job has ended."""
+    """Return the milestone that is reached when the job has ended."""
     return on_job("job ended", bound, settled)
 
 
 def says_in_running(*words: str, bound: float) -> Milestone:
-    """Return the milestone at which the message of the condition Running contains all ``words``."""
+    """Return the milestone that is reached when the message of the condition Running contains all ``words``."""
     return on_job("cause told", bound, lambda job: all(word in condition(job, "Running")["message"] for word in words))
 
 

@@ -1,9 +1,10 @@
-"""The rows in which a node is lost. The pods of the job run on two nodes, and the second node is drained, loses its
-network, or loses its kubelet. The rows run one after another, because there is only one second node.
+"""The test cases that need a second node. In most of them the pods of a job run on both nodes, and the second node is
+drained, loses its network or loses its kubelet. In one case both pods run on the second node and are preempted. The
+cases run one after another, because there is only one second node.
 
-The bounds come from Kubernetes' defaults. The controller manager marks a node as not ready 40 to 55 s after the
-kubelet's last heartbeat. The pods tolerate a node that is not ready for 30 s and are then deleted with a grace period
-of 90 s. 60 s later the operator counts a pod on a dead node as gone. The sum is less than 4 minutes.
+The designed times come from Kubernetes' defaults. The controller manager marks a node as not ready 40 to 55 s after the
+kubelet's last heartbeat. The pods tolerate such a node for 30 s, and are then deleted with a grace period of 90 s.
+After 60 more seconds the operator counts a pod on a dead node as gone. The sum is less than 4 minutes.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ ON_BOTH_NODES: dict[str, Any] = {
     "tolerations": [TOLERATION],
     "affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [APART]}},
 }
-"""Fields of `podTemplate` that place one pod on each node while two nodes are usable, and otherwise both pods on the
-first node."""
+"""Fields of `podTemplate` by which each node gets one of two pods. If the second node can't take pods, the first node
+gets both."""
 ON_SECOND_NODE: dict[str, Any] = {
     "tolerations": [TOLERATION],
     "nodeSelector": {"kubernetes.io/hostname": SECOND_NODE.name},
@@ -47,7 +48,8 @@ ON_SECOND_NODE: dict[str, Any] = {
 
 
 def is_drained(stage: Stage) -> float:
-    """An administrator drains the node of one pod with `kubectl drain`."""
+    """Drain the second node, on which one pod runs, with `kubectl drain`, as an administrator does. Return when the pod
+    was deleted."""
     worker = worker_on_second_node(stage)
     selector = f"--pod-selector={JOB_UID}={stage.uid}"
     options = ["--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s"]
@@ -56,21 +58,23 @@ def is_drained(stage: Stage) -> float:
 
 
 def loses_its_kubelet(stage: Stage) -> float:
-    """The kubelet on the node of one pod is killed, while the processes of the pod keep running."""
+    """Kill the kubelet of the second node, on which one pod runs. The processes of the pod keep running."""
     worker_on_second_node(stage)
     stage.second_node.components["kubelet"].stop()
     return stage.now()
 
 
 def is_cut_off(stage: Stage) -> float:
-    """The node of one pod loses its network, while the kubelet and the processes of the pod keep running."""
+    """Cut the network of the second node, on which one pod runs. The node's kubelet and the processes of the pod keep
+    running."""
     worker_on_second_node(stage)
     stage.second_node.cut_off()
     return stage.now()
 
 
 def is_preempted(stage: Stage) -> float:
-    """The scheduler preempts the pods for a pod of higher priority, which holds all GPUs of the node for 20 s."""
+    """Let the scheduler preempt the job's pods, by creating a pod of higher priority that needs all GPUs of the node.
+    This pod runs for 20 s. Return when the pod of worker 1 was deleted."""
     stage.both_pods_run()
     stage.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(_preemptor(stage.namespace)))
     return stage.pod_deleted(1)
@@ -106,8 +110,8 @@ def _preemptor(namespace: str) -> dict[str, Any]:
 
 
 def worker_on_second_node(stage: Stage) -> int:
-    """Wait until both pods run and return the number of the worker on the second node. Exactly one worker runs
-    there."""
+    """Wait until both pods run, and return the number of the worker whose pod is on the second node. Assert that there
+    is exactly one."""
     stage.both_pods_run()
     nodes = {worker: stage.pod(worker, "a node", lambda pod: "nodeName" in pod["spec"]).object for worker in (0, 1)}
     found = [worker for worker, pod in nodes.items() if pod["spec"]["nodeName"] == SECOND_NODE.name]
@@ -116,19 +120,21 @@ def worker_on_second_node(stage: Stage) -> int:
 
 
 def drained(stage: Stage, job: Manifest) -> None:
-    """Check that the pods of attempt 2 ran on the first node, and make the second node schedulable again."""
+    """After the drain: assert that the pods of attempt 2 ran on the first node, and let the second node take pods
+    again."""
     _assert_ran_on_the_first_node(stage)
     stage.cluster.kubectl("uncordon", SECOND_NODE.name)
 
 
 def preempted(stage: Stage, job: Manifest) -> None:
-    """Delete the PriorityClass, which belongs to no namespace and is therefore not deleted with the row's namespace."""
+    """After the preemption: delete the PriorityClass. It belongs to no namespace, so it is not deleted with the job's
+    namespace."""
     stage.cluster.kubectl("delete", "priorityclass", stage.namespace)
 
 
 def lost(stage: Stage, job: Manifest) -> None:
-    """Check that attempt 2 started and ended while the old pod was still Terminating, and that the old node's return
-    changes no attempt."""
+    """After the loss of the node: assert that attempt 2 ended while the pod on the lost node was still Terminating.
+    Then bring the node back, and assert that this changes no attempt."""
     _assert_ran_on_the_first_node(stage)
     old = [pod for pod in _pods(stage, attempt=1) if pod["spec"]["nodeName"] == SECOND_NODE.name]
     assert [("deletionTimestamp" in pod["metadata"]) for pod in old] == [True], "the old pod is still Terminating"

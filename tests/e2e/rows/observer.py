@@ -1,9 +1,9 @@
-"""Record every change of FineTuneJobs and their pods with the time of the change. Two watches serve all rows, so that
-the rows need not poll.
+"""Record every change of FineTuneJobs and their pods, with the time of the change. There are two watches, one for jobs
+and one for pods, which serve all test cases, so that the cases need not poll.
 
-One watch may lag behind the other and would then date a cause later than its consequence. The resourceVersions of all
-objects come from one counter. A write is therefore dated by the first time at which this write or any later write was
-observed.
+One watch may lag behind the other. If each change got the time at which it arrived, a cause could get a later time than
+its consequence. But the resourceVersions of all objects come from one counter. The time of a write is therefore the
+time at which it, or any write with a higher resourceVersion, was first observed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from tests.cluster import Cluster, ClusterError
 
 Manifest = dict[str, Any]
 WATCH_SECONDS = 5
-"""Seconds after which one watch request ends. The next request continues at the last resourceVersion."""
+"""Seconds after which a watch request ends. The next request goes on from the last resourceVersion."""
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """A state of an object, and the time (`time.monotonic`) by which the state had been written."""
+    """A state of an object that a watch has delivered. At the time ``at`` (`time.monotonic`) this state had certainly
+    been written."""
 
     at: float
     object: Manifest
@@ -40,15 +41,15 @@ class Sighting:
 
 
 class Timeline:
-    """Dates writes by their resourceVersion, for any number of watches on one API server."""
+    """Decides the time of each write from its resourceVersion. All watches on one API server share one such object."""
 
     def __init__(self) -> None:
         self._revisions: list[int] = []
         self._moments: list[float] = []
 
     def date(self, revision: int, now: float) -> float:
-        """Return the time at which a write with ``revision`` or a later one was first observed. ``now`` is the time at
-        which this write is observed."""
+        """Return when a write with the resourceVersion ``revision``, or with a higher one, was first observed. ``now``
+        is the present time, at which a watch has delivered the write."""
         later = bisect.bisect_left(self._revisions, revision)
         if later < len(self._revisions):
             return self._moments[later]
@@ -58,7 +59,8 @@ class Timeline:
 
 
 class Observer:
-    """The recorded states of all FineTuneJobs and their pods, by kind, namespace and name."""
+    """Watches all FineTuneJobs and their pods, and keeps every observed state by kind, namespace and name of the
+    object."""
 
     def __init__(self) -> None:
         self._timeline = Timeline()
@@ -69,7 +71,7 @@ class Observer:
 
     @contextmanager
     def watching(self, cluster: Cluster) -> Iterator[None]:
-        """Watch FineTuneJobs and pods during the block."""
+        """Watch the FineTuneJobs and their pods in threads during the block."""
         threads = [threading.Thread(target=self._watch, args=(cluster, kind), daemon=True) for kind in ("job", "pod")]
         for thread in threads:
             thread.start()
@@ -81,13 +83,13 @@ class Observer:
                 thread.join(WATCH_SECONDS + 10)
 
     def history(self, kind: str, namespace: str, name: str) -> list[Sighting]:
-        """Return all recorded states of an object, in order."""
+        """Return all observed states of an object so far, oldest first."""
         with self._changed:
             return list(self._seen[kind, namespace, name])
 
     def names(self, kind: str, namespace: str) -> list[str]:
-        """Return the names of all objects that were ever observed in the namespace, in the order in which the objects
-        appeared."""
+        """Return the names of all objects of ``kind`` that were ever observed in the namespace, in the order in which
+        they appeared."""
         with self._changed:
             return [name for found, place, name in self._seen if (found, place) == (kind, namespace)]
 
@@ -100,7 +102,8 @@ class Observer:
         reached: Callable[[Sighting], Any],
         timeout: float,
     ) -> Sighting:
-        """Return the first state for which ``reached`` holds. The call waits until such a state is observed.
+        """Wait until a state is observed for which ``reached`` holds, and return the first such state. States that were
+        observed before the call count too.
 
         Raises:
             ClusterError: no such state was observed within ``timeout`` seconds. The message holds the last state.
@@ -130,8 +133,8 @@ class Observer:
                     try:
                         version = self._stream(api, kind, version)
                     except (urllib3.exceptions.HTTPError, client.ApiException) as error:
-                        # The API server may be unavailable for a moment. The next watch starts with a list of all
-                        # current objects.
+                        # The API server may be unavailable for a moment, so the watch is started again. It begins with
+                        # a list of all current objects.
                         print(f"watching {kind}s again after: {error}")
                         version = None
                         self._ended.wait(0.5)
@@ -142,8 +145,8 @@ class Observer:
             raise
 
     def _stream(self, api: client.ApiClient, kind: str, version: str | None) -> str | None:
-        """Record all changes since the resourceVersion ``version`` for a few seconds. Return the resourceVersion at
-        which the next watch continues."""
+        """Watch for a few seconds and record all changes since the resourceVersion ``version``. Return the
+        resourceVersion from which the next watch must go on."""
         limits: dict[str, Any] = {"timeout_seconds": WATCH_SECONDS, "_request_timeout": WATCH_SECONDS + 5}
         if version:
             limits["resource_version"] = version

@@ -1,5 +1,5 @@
-"""Define a row and run it: cause the fault, measure when each milestone is reached, and compare conditions, attempts
-and events with the design."""
+"""Define and run a test case: cause the event, measure when the job reaches each milestone, and compare its conditions,
+attempts and Kubernetes events with the design."""
 
 from __future__ import annotations
 
@@ -13,74 +13,77 @@ from tests.e2e.rows.observer import Manifest
 from tests.e2e.rows.stage import PATIENCE_SECONDS, Stage
 
 TOLERANCE = 3
-"""The bounds of milestones hold for an idle machine. A row fails if a milestone takes longer than this factor times its
-bound."""
+"""A test case fails if a milestone takes longer than this factor times its designed time. The designed times hold for
+an idle machine."""
 EVENTS_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Milestone:
-    """A state that must be reached after the fault, and the number of seconds that the design allows."""
+    """A state that must be reached after the event of a test case, and the number of seconds (``bound``) that the
+    design allows."""
 
     name: str
     bound: float
     when: Callable[[Stage, float], float]
-    """Waits for the state, for at most the given number of seconds, and returns the time at which the state was
-    reached."""
+    """Waits for the state, at most the given number of seconds, and returns the time at which the state was reached."""
 
 
 def on_job(name: str, bound: float, reached: Callable[[Manifest], Any]) -> Milestone:
-    """Return a milestone that is reached when ``reached`` holds for the job's manifest."""
+    """Return a milestone that is reached as soon as ``reached`` holds for the job's manifest."""
     return Milestone(name, bound, lambda stage, timeout: stage.job(name, reached, timeout).at)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A milestone and the seconds from the fault until the milestone was reached."""
+    """A milestone, and the seconds from the event of the test case until the milestone was reached."""
 
     milestone: Milestone
     seconds: float
 
     @property
     def late(self) -> bool:
-        """Whether the milestone took longer than `TOLERANCE` times its bound."""
+        """Whether the milestone took longer than `TOLERANCE` times its designed time."""
         return self.seconds > TOLERANCE * self.milestone.bound
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way in which a job fails, with all that the job's status and events must show."""
+    """A test case: what happens to a job, and all that the job's status and events must then show. It belongs to a row
+    of the operator's verdict table."""
 
     name: str
     script: str
-    """Shell script that the scripted trainer runs; see `scripts.py`."""
+    """Shell script that the job's pods run in place of a trainer; see `scripts.py`."""
     fault: Callable[[Stage], float]
-    """Causes the fault, or waits for it, and returns the time of the fault."""
+    """Causes what happens to the job, or waits for it, and returns the time at which it happened."""
     attempts: tuple[tuple[str, str], ...]
-    """Verdict and reason of every attempt that ends, in order. A reason may list alternatives, such as
+    """Verdict and reason of each ended attempt, oldest first. A reason may list alternatives, such as
     ``"PodDeleted|PodVanished"``."""
     words: tuple[str, ...] = ()
-    """Words that the message of the first ended attempt contains. ``{worker_1}`` stands for the name of worker 1's
+    """Words that the message of the first ended attempt must contain. ``{worker_1}`` stands for the name of worker 1's
     pod."""
     final: tuple[str, str] | None = ("True", "Completed")
-    """Status and reason of the condition Succeeded at the end. None means that the job does not end."""
+    """Status and reason that the condition Succeeded must have at the end. None means that the job must not end."""
     open_attempts: int = 1
-    """Number of attempts that still run at the end of a row without a final state."""
+    """Number of attempts that still run at the end, if the job must not end."""
     milestones: tuple[Milestone, ...]
     spec: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Labels of the row's namespace."""
+    """Labels of the namespace in which the job runs."""
     more_events: tuple[str, ...] = ()
-    """Reasons of further events, beside those for the start and end of attempts and for the end of the job."""
+    """Reasons of the events that must appear in addition to those for the start and end of attempts and for the end of
+    the job."""
     repeated_event: str | None = None
-    """Reason of an event that may occur once more, because the object for which the job waits changes."""
+    """Reason of an event that may appear once more than expected, because the message about the missing object can
+    change."""
     check: Callable[[Stage, Manifest], None] = lambda stage, job: None
-    """A further check of the job's manifest at the end."""
+    """A function with further assertions at the end. It gets the job's last manifest."""
 
 
 def play(row: Row, stage: Stage) -> list[Measured]:
-    """Run ``row`` on ``stage`` and return the times of its milestones. All other expectations of the row are
-    asserted."""
+    """Run the test case ``row`` in the namespace of ``stage``. Return when each milestone was reached, and assert
+    everything else that the case expects."""
     stage.apply(row.script, row.spec)
     fault_at = row.fault(stage)
     measured = [
@@ -97,8 +100,8 @@ def play(row: Row, stage: Stage) -> list[Measured]:
 
 
 def assert_attempts(row: Row, stage: Stage, job: Manifest) -> None:
-    """Assert that every ended attempt has the verdict and reason of the row, and that the first message contains the
-    row's words."""
+    """Assert that the ended attempts have the expected verdicts and reasons, and that the message of the first contains
+    the expected words."""
     attempts = job["status"]["attempts"]
     found = tuple((past["verdict"], past["reason"]) for past in attempts["recent"])
     assert len(found) == len(row.attempts), attempts
@@ -114,17 +117,17 @@ def assert_attempts(row: Row, stage: Stage, job: Manifest) -> None:
 
 
 def started_by(row: Row) -> int:
-    """Return the number of attempts that have started by the end of the row."""
+    """Return how many attempts must have started by the end of the test case."""
     return len(row.attempts) + (0 if row.final else row.open_attempts)
 
 
 def words_of(row: Row, stage: Stage) -> list[str]:
-    """Return the row's words with the names of the pods filled in."""
+    """Return the expected words of the first attempt's message, with the real names of the pods filled in."""
     return [word.format(worker_0=stage.pod_name(0), worker_1=stage.pod_name(1)) for word in row.words]
 
 
 def assert_conditions(row: Row, job: Manifest) -> None:
-    """Assert that the conditions agree with each other and with the final state of the row."""
+    """Assert that all conditions fit the expected end of the job, and each other."""
     shown = {item["type"]: item["status"] for item in job["status"]["conditions"]}
     status = row.final[0] if row.final else "Unknown"
     expected = {
@@ -142,8 +145,8 @@ def assert_conditions(row: Row, job: Manifest) -> None:
 
 
 def assert_events(row: Row, stage: Stage) -> None:
-    """Assert that there is one event for the start of each attempt, one for each end that is no success, one for the
-    end of the job, and no others."""
+    """Assert that there is one event for the start of each attempt, one for each attempt that ended without success,
+    one for the end of the job, those in ``more_events``, and no others."""
     unsuccessful = [verdict for verdict, _ in row.attempts if verdict != "Succeeded"]
     expected = Counter({"AttemptStarted": started_by(row), "AttemptEnded": len(unsuccessful)})
     expected.update(row.more_events)
@@ -174,5 +177,5 @@ def condition(job: Manifest, kind: str) -> Manifest:
 
 
 def settled(job: Manifest) -> bool:
-    """Return whether the job has ended."""
+    """Return whether the job has ended, which means that its condition Succeeded is True or False."""
     return bool(condition(job, "Succeeded")["status"] != "Unknown")

@@ -1,6 +1,6 @@
-"""The image of a scripted trainer, whose entry point runs the shell script in the environment variable `SCRIPT`. The
-scripts end with the trainer's termination messages and exit codes, so that a row needs no model and ends within
-seconds."""
+"""The scripted trainer: an image whose entry point runs the shell script in the environment variable `SCRIPT`. The
+scripts here write the termination messages of the real trainer and end with its exit codes, so that a test case needs
+no model and takes only seconds."""
 
 from __future__ import annotations
 
@@ -14,39 +14,40 @@ IMAGE = Image(
     {"bin/busybox": BUSYBOX},
     {f"bin/{command}": "busybox" for command in COMMANDS},
     ["/bin/sh", "-c", 'eval "$SCRIPT"'],
-    # The command is the entry point as in the trainer's image, because the operator sets only a container's arguments.
+    # The command must be the image's entry point, as in the trainer's image, because the operator sets only the
+    # arguments of the container.
     is_entry_point=True,
 )
 
 RUNS = "trap 'exit 143' TERM; while :; do sleep 0.2; done"
-"""Run until SIGTERM, then exit with code 143, as a trainer does that has committed its checkpoint."""
+"""Script that runs until SIGTERM and then exits with code 143, as a trainer does after committing a checkpoint."""
 FILLS_ITS_MEMORY = "x=x; while :; do x=$x$x; done"
 
 
 def says(outcome: Outcome, message: str = "", *, artifact: bool = False) -> str:
-    """Return the script that writes a result with this outcome as termination message and exits with the outcome's exit
-    code."""
+    """Return a script that writes a result with this outcome as its termination message, and exits with the exit code
+    of the outcome. With ``artifact`` the result names a published artifact."""
     record = ArtifactRecord(uri="s3://bucket/artifacts/000001", step=100, bytes=12, manifest_sha256="ab")
     result = Result(outcome=outcome, message=message, step=100, artifact=record if artifact else None)
     return f"echo -n '{result.to_termination_message()}' > /dev/termination-log; exit {result.exit_code}"
 
 
 DONE = says(Outcome.COMPLETED, artifact=True)
-"""The script of a trainer that completes and has committed an artifact."""
+"""Script of a trainer that has completed and published an artifact."""
 
 
 def at_first(script: str, *, worker: int | None = 1, others: str = RUNS, later: str = DONE) -> str:
-    """Return a script that runs ``script`` in attempt 1 and ``later`` in later attempts.
+    """Return a script that runs ``script`` in attempt 1 and ``later`` in all later attempts.
 
-    In attempt 1 only the pod of ``worker`` runs ``script``, and the other pods run ``others``. With None every pod runs
-    ``script``.
+    In attempt 1 only the pod of ``worker`` runs ``script``, and the other pods run ``others``. If ``worker`` is None,
+    every pod runs ``script``.
     """
     mine = "true" if worker is None else f"[ $PET_NODE_RANK = {worker} ]"
     return f"if [ $FTJ_ATTEMPT -gt 1 ]; then {later}; elif {mine}; then {script}; else {others}; fi"
 
 
 def checked(script: str) -> str:
-    """Return a script that passes the check before the first attempt, and runs ``script`` in attempts."""
+    """Return a script that passes the preflight check when it runs as that, and runs ``script`` otherwise."""
     answer = PreflightResult(findings=[])
     passes = f"echo -n '{answer.to_termination_message()}' > /dev/termination-log; exit {answer.exit_code}"
     return f'if [ "$0" = {PREFLIGHT_COMMAND} ]; then {passes}; fi; {script}'

@@ -1,5 +1,5 @@
-"""Functions for the common forms of rows: a charged or free attempt that is followed by a successful one, or a job that
-ends with its first attempt. Further fields of the row are passed as keyword arguments."""
+"""Functions that make the common kinds of test cases: a job whose first attempt fails and whose second attempt
+succeeds, or a job that ends with its first attempt. Other fields of `Row` are keyword arguments."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ DONE_THEN = ("Succeeded", "Completed")
 
 
 def charged(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
-    """Return the row of a job whose first attempt is charged and whose second attempt succeeds."""
+    """Return a test case in which the first attempt is charged, for ``reason``, and the second attempt succeeds."""
     return _retried(name, ("Charged", reason), script, fault, more)
 
 
 def free(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
-    """Return the row of a job whose first attempt is free and whose second attempt succeeds."""
+    """Return a test case in which the first attempt is free, for ``reason``, and the second attempt succeeds."""
     return _retried(name, ("Free", reason), script, fault, more)
 
 
 def permanent(name: str, reason: str, script: str, fault: Fault, **more: Any) -> Row:
-    """Return the row of a job that ends for good with its first attempt, for ``reason``."""
+    """Return a test case in which the job fails for good with its first attempt, for ``reason``."""
     shape: dict[str, Any] = {
         "attempts": (("Permanent", reason),),
         "final": ("False", reason),

@@ -1,5 +1,5 @@
-"""A mutating webhook that adds a sidecar container, which never ends, to every pod of a labelled namespace, as a
-service mesh does. A thread inside the cluster's network serves the webhook."""
+"""A mutating webhook that adds a sidecar container to every pod of a labelled namespace, as a service mesh does. The
+sidecar never ends by itself. A thread of the tests serves the webhook inside the cluster's network namespace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.cluster.pki import Authority
 
 PORT = 9543
 LABEL = "tests.finetune.dev/sidecar"
-"""Key of the label of the namespaces whose pods get the sidecar. The label's value is ``"inject"``."""
+"""Label key of the namespaces whose pods get the sidecar. The label's value must be ``"inject"``."""
 NAME = "sidecar-injector.tests.finetune.dev"
 SIDECAR = {
     "name": "mesh",
@@ -50,12 +50,12 @@ class _Injector(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the signature of http.server)
-        """Log nothing, because the API server's log already has every call."""
+        """Log nothing. The method of the base class would print every request to standard error."""
 
 
 @contextmanager
 def injecting(cluster: Cluster, folder: Path) -> Iterator[None]:
-    """Serve the webhook during the block. The webhook's certificate is written into ``folder``."""
+    """Serve the webhook during the block. ``folder`` receives the webhook's certificate and key."""
     authority = Authority(folder)
     serving = authority.issue("injector", "injector", hosts=[HOST_ADDRESS])
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -63,7 +63,8 @@ def injecting(cluster: Cluster, folder: Path) -> Iterator[None]:
     with cluster.enter():
         server = ThreadingHTTPServer((HOST_ADDRESS, PORT), _Injector)
         server.socket = context.wrap_socket(server.socket, server_side=True)
-        # The thread is started inside the cluster's network namespace, so that its requests stay in that namespace.
+        # The thread is started inside the cluster's network namespace, so that the threads that it starts for requests
+        # are inside too.
         threading.Thread(target=server.serve_forever, daemon=True).start()
     cluster.kubectl("apply", "-f", "-", stdin=json.dumps(_configuration(authority.pair.certificate)))
     try:

@@ -1,4 +1,5 @@
-"""The namespace and the job of one row, with methods to wait for states of the job and its pods and to change them."""
+"""The namespace and the job of one test case, with methods that change the job and its pods and that wait until they
+have reached a state."""
 
 from __future__ import annotations
 
@@ -20,18 +21,18 @@ from tests.e2e.rows.observer import Manifest, Observer, Sighting
 
 JOB = "row"
 PATIENCE_SECONDS = 90
-"""Seconds of a wait that has no bound by design, such as the wait for pods to start on a busy machine."""
+"""Seconds for waits that have no designed time, such as the wait until pods have started on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The namespace of one row on the shared cluster, with the row's job."""
+    """The namespace in which one test case runs on the shared cluster, and the job `JOB` in it."""
 
     cluster: Cluster
     observer: Observer
     namespace: str
     node: SecondNode | None
-    """The second node, or None for rows that lose no node."""
+    """The second node, or None if the cluster has none."""
 
     @classmethod
     def set(
@@ -41,8 +42,8 @@ class Stage:
         node: SecondNode | None,
         labels: Mapping[str, str],
     ) -> Stage:
-        """Create a namespace with the `restricted` Pod Security Standard and further ``labels``, and return its
-        stage."""
+        """Create a namespace with the Pod Security Standard `restricted` and the additional ``labels``, and return its
+        `Stage`."""
         namespace = f"row-{secrets.token_hex(4)}"
         steps.make_namespace(cluster, namespace)
         if labels:
@@ -51,13 +52,13 @@ class Stage:
 
     @property
     def second_node(self) -> SecondNode:
-        """The second node. Only rows that lose a node may ask for it."""
+        """The second node. Only the test cases in `nodes.py` may ask for it."""
         assert self.node is not None, "only the rows of nodes.py have a second node"
         return self.node
 
     def apply(self, script: str, spec: Mapping[str, Any]) -> None:
-        """Apply a job of two small pods that run ``script``. ``spec`` replaces or extends sections of the job's
-        spec."""
+        """Create the job: two small pods that run ``script``. ``spec`` holds changes to the job's spec, by the name of
+        the section."""
         job = steps.manifest_of(Path("examples/quickstart.yaml"), metadata__name=JOB)
         resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "20m", "memory": "100Mi"}
         template: dict[str, Any] = {"image": scripts.IMAGE.name, "env": [{"name": "SCRIPT", "value": script}]}
@@ -66,7 +67,7 @@ class Stage:
         job["spec"] |= {
             "resources": resources | {"sharedMemory": "8Mi"} | spec.get("resources", {}),
             "podTemplate": template | spec.get("podTemplate", {}),
-            # The check before the first attempt is skipped, because the scripted trainer has no model and no data.
+            # The preflight check is skipped by default, because the scripted trainer has no model and no data to check.
             "runPolicy": {"preflight": "Skip"} | spec.get("runPolicy", {}),
             "storage": job["spec"]["storage"] | spec.get("storage", {}),
             **changes,
@@ -76,22 +77,22 @@ class Stage:
     # Reading the state
 
     def now(self) -> float:
-        """Return the current time on the clock that also dates the observed states."""
+        """Return the present time, on the same clock as the times of observed states (`time.monotonic`)."""
         return time.monotonic()
 
     @property
     def uid(self) -> str:
-        """The job's `metadata.uid`."""
+        """The job's `metadata.uid`. Waits until the job has a status."""
         first = self.job("the first sight", lambda job: True)
         return str(first.object["metadata"]["uid"])
 
     def pod_name(self, worker: int, attempt: int = 1) -> str:
-        """Return the name of the pod of ``worker`` in ``attempt``."""
+        """Return the name of the pod of worker number ``worker`` in attempt number ``attempt``."""
         return worker_name(attempt_name(JOB, self.uid, attempt), worker)
 
     def job(self, what: str, reached: Callable[[Manifest], Any], timeout: float = PATIENCE_SECONDS) -> Sighting:
-        """Return the first observed state of the job for which ``reached`` holds. States without a status are
-        skipped."""
+        """Wait until a state of the job is observed for which ``reached`` holds, and return the first such state.
+        States without a status are skipped."""
         return self.observer.first(
             "job", self.namespace, JOB, what, lambda seen: "status" in seen.object and reached(seen.object), timeout
         )
@@ -105,19 +106,22 @@ class Stage:
         *,
         attempt: int = 1,
     ) -> Sighting:
-        """Return the first observed state of a worker's pod for which ``reached`` holds."""
+        """Wait until a state of the worker's pod is observed for which ``reached`` holds, and return the first such
+        state."""
         name = self.pod_name(worker, attempt)
         return self.observer.first(
             "pod", self.namespace, name, what, lambda seen: not seen.deleted and reached(seen.object), timeout
         )
 
     def pod_gone(self, worker: int, timeout: float = PATIENCE_SECONDS) -> float:
-        """Return the time at which a pod of attempt 1 was observed to be removed."""
+        """Wait until the worker's pod of attempt 1 is removed from the API server, and return when that was
+        observed."""
         name = self.pod_name(worker)
         return self.observer.first("pod", self.namespace, name, "its end", lambda seen: seen.deleted, timeout).at
 
     def pod_deleted(self, worker: int, *, attempt: int = 1) -> float:
-        """Return the time at which a worker's pod was observed to have a deletionTimestamp, or to be removed."""
+        """Wait until the worker's pod has a deletionTimestamp or is removed, and return when that was first
+        observed."""
         name = self.pod_name(worker, attempt)
         return self.observer.first(
             "pod",
@@ -130,7 +134,7 @@ class Stage:
 
     def both_pods_run(self, attempt: int = 1) -> None:
         """Wait until both training containers run and the status records both pods with their nodes."""
-        # The back-off before an attempt doubles each time, so that later attempts need a longer wait.
+        # Later attempts get a longer wait, because the back-off before an attempt doubles each time.
         patience = PATIENCE_SECONDS * attempt
         for worker in (0, 1):
             self.pod(
@@ -145,8 +149,8 @@ class Stage:
         self.job("both pods recorded", are_recorded)
 
     def ended(self, worker: int, exit_code: int | None = None) -> float:
-        """Return the time at which a training container of attempt 1 was observed to have ended, with ``exit_code`` if
-        one is given."""
+        """Wait until the training container of the worker's pod in attempt 1 has ended, with ``exit_code`` if that is
+        given. Return when that was observed."""
 
         def reached(pod: Manifest) -> bool:
             end = training_state(pod).get("terminated")
@@ -155,7 +159,7 @@ class Stage:
         return self.pod(worker, "the end of the training container", reached).at
 
     def events(self) -> list[tuple[str, str]]:
-        """Return a pair (reason, note) for every event about the job."""
+        """Return the reason and note of every event about the job, as pairs."""
         found = self.cluster.get("events.events.k8s.io", "-n", self.namespace)["items"]
         mine = [event for event in found if event["regarding"]["kind"] == "FineTuneJob"]
         return [(event["reason"], event["note"]) for event in mine]
@@ -163,13 +167,13 @@ class Stage:
     # Changing the state
 
     def delete_pod(self, worker: int, *, force: bool = False, attempt: int = 1) -> None:
-        """Delete a worker's pod with kubectl, as a person does."""
+        """Delete the pod of a worker with kubectl, as a person does."""
         how = ["--force", "--grace-period=0"] if force else []
         name = self.pod_name(worker, attempt)
         self.cluster.kubectl("delete", "pod", name, "-n", self.namespace, "--wait=false", *how)
 
     def evict_pod(self, worker: int) -> None:
-        """Evict a pod of attempt 1 through the eviction API, as a drain does."""
+        """Evict the pod of a worker in attempt 1 through the eviction API, as `kubectl drain` does."""
         name = self.pod_name(worker)
         body = {
             "apiVersion": "policy/v1",
@@ -180,19 +184,19 @@ class Stage:
         self.cluster.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(body))
 
     def change_run_policy(self, **fields: Any) -> float:
-        """Patch `spec.runPolicy`, as a person does, and return the time at which the change was observed."""
+        """Change fields of `spec.runPolicy`, as a person does, and return the time at which the change was observed."""
         patch = json.dumps({"spec": {"runPolicy": fields}})
         changed = ["finetunejob", JOB, "-n", self.namespace, "--type=merge", "--patch", patch, "--output=json"]
         version = json.loads(self.cluster.kubectl("patch", *changed))["metadata"]["generation"]
         return self.job("the change", lambda job: job["metadata"]["generation"] == version).at
 
     def clear(self) -> None:
-        """Delete the namespace with all its objects."""
+        """Start the deletion of the namespace with all its objects, without waiting for its end."""
         self.cluster.kubectl("delete", "namespace", self.namespace, "--wait=false")
 
 
 def training_state(pod: Manifest) -> Manifest:
-    """Return the state of a pod's training container, for example ``{"running": {...}}``, or an empty mapping if there
-    is none yet."""
+    """Return the state of the pod's training container, for example ``{"running": {...}}``. If the pod has no such
+    state yet, return an empty dictionary."""
     statuses = pod["status"].get("containerStatuses", [])
     return next((status["state"] for status in statuses if status["name"] == TRAINING_CONTAINER), {})

@@ -1,5 +1,5 @@
-"""The rows of the verdict table in docs/architecture.md that need only one node. `make test` runs the rows of FAST, and
-`make test-long` runs the rows of SLOW."""
+"""The test cases for those rows of the verdict table in docs/architecture.md that need only one node. `make test` runs
+the cases in FAST, and `make test-long` runs those in SLOW."""
 
 from __future__ import annotations
 
@@ -44,10 +44,12 @@ from tests.e2e.rows.shapes import charged, free, permanent
 from tests.e2e.rows.stage import Stage
 
 ANY_LOSS = "PodDeleted|PodVanished|PodReplaced"
-"""Reasons for a pod that is removed at once. The API server first writes the deletionTimestamp and then removes the
-pod. The operator may first see the timestamp, the absence of the pod, or the new pod of the training-operator."""
+"""Possible reasons of an attempt whose pod was removed at once. The API server first writes a deletionTimestamp and
+then removes the pod. The operator may first see the timestamp, or that the pod is missing, or the new pod that the
+training-operator has created in its place."""
 PENDING_SECONDS = ACTIVE_SECONDS = 60.0
-"""Seconds of both deadlines, which are the shortest that the API allows."""
+"""The values of `pendingDeadlineSeconds` and of `activeDeadlineSeconds` in the test cases. The API allows no shorter
+deadlines."""
 
 
 OUTSIDE = "storage.endpoint: nobody answered for 600 s"
