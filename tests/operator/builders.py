@@ -33,7 +33,10 @@ def at(seconds: float) -> datetime:
 
 
 def job_manifest(**spec: Any) -> dict[str, Any]:
-    """Return examples/quickstart.yaml as the API server stores the manifest, with sections of the spec replaced."""
+    """Return the manifest of examples/quickstart.yaml as the API server stores it.
+
+    ``spec`` replaces sections of its spec.
+    """
     manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "examples/quickstart.yaml").read_text())
     manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}
     manifest["spec"] |= spec
@@ -41,7 +44,7 @@ def job_manifest(**spec: Any) -> dict[str, Any]:
 
 
 def job(**spec: Any) -> FineTuneJob:
-    """Return the job of examples/quickstart.yaml with sections of the spec replaced."""
+    """Return the job of examples/quickstart.yaml. ``spec`` replaces sections of the job's spec."""
     return FineTuneJob.model_validate(job_manifest(**spec))
 
 
@@ -68,9 +71,10 @@ def pod(
     attempt: int = 1,
     **changes: Any,
 ) -> PodObservation:
-    """Return a pod that runs, or that ended with ``exit_code`` at the second ``finished``.
+    """Return a pod that runs, or that ended with ``exit_code``.
 
-    ``deleted`` is the second in which somebody asked for the deletion, ``grace`` the pod's grace period in seconds.
+    All times are seconds after `NOW`. ``finished`` is the end of the container, ``deleted`` the time at which the
+    deletion was requested. ``grace`` is the pod's grace period in seconds.
     """
     ended = exit_code is not None
     container = ContainerObservation(
@@ -93,7 +97,8 @@ def pod(
         "delete_deadline": None if deleted is None else at(deleted + grace),
         "container": container,
     }
-    # `reason` and `message` are the container's; `reason_` and `message_` are the pod's.
+    # In ``changes``, `reason_` and `message_` set these fields of the pod. The parameters `reason` and `message` set
+    # the fields of the container.
     return PodObservation(**(values | {name.rstrip("_"): value for name, value in changes.items()}))
 
 
@@ -104,16 +109,16 @@ def child(**changes: Any) -> ChildObservation:
 
 
 def current(number: int = 1, *, started: float = -100, indexes: tuple[int, ...] = (0, 1)) -> CurrentAttempt:
-    """Return `status.attempts.current` of an attempt whose pods with these indexes were recorded."""
+    """Return `status.attempts.current` for attempt ``number``, with one recorded pod for each of ``indexes``."""
     pods = [PodRecord(index=i, name=f"job-1-worker-{i}", uid=f"pod-{i}", node=f"node-{i}") for i in indexes]
     return CurrentAttempt(number=number, start_time=at(started), pods=pods)
 
 
 def advance(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
-    """Return what is decided for a job that has no preflight check and whose status holds ``attempts``."""
+    """Return the operator's decision for a job without a preflight check, whose status holds ``attempts``."""
     return decide(FineTuneJobStatus(attempts=attempts), seen)
 
 
 def checkpoint(time: float, step: int = 20) -> CheckpointStatus:
-    """Return a checkpoint of ``step`` that was committed at the second ``time``."""
+    """Return a checkpoint of ``step`` that was committed ``time`` seconds after `NOW`."""
     return CheckpointStatus(run=1, step=step, uri="s3://b/c", bytes=1, manifest_sha256="a", time=at(time), last=True)

@@ -31,7 +31,7 @@ Manifest = dict[str, Any]
 
 @dataclass
 class Installed:
-    """The cluster in which the operator works."""
+    """The chart installed in a cluster, the operator that runs for it, and helpers to apply and await jobs."""
 
     cluster: Cluster
     operator: OperatorProgram
@@ -69,7 +69,7 @@ class Installed:
 
 
 def condition(job: Manifest, kind: str) -> Manifest:
-    """Return a condition of a job as it is stored."""
+    """Return the condition of type ``kind`` from the status of a job."""
     found: Manifest = next(item for item in job["status"]["conditions"] if item["type"] == kind)
     return found
 
@@ -87,7 +87,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="package")
 def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    """The chart without its Deployment's pod, and the operator as a program with the chart's service account."""
+    """Install the chart with zero replicas, and run the operator as a program with the chart's service account."""
     chart = str(REPOSITORY / "charts/finetune-operator")
     values = ["--set", "replicas=0"]
     cluster.helm("install", RELEASE, chart, "-n", OPERATOR_NAMESPACE, "--create-namespace", *values)
@@ -108,7 +108,7 @@ def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
-    """A namespace for one test, with the Pod Security level `restricted` and the Secret that the job names."""
+    """A namespace for one test, with the Pod Security level `restricted` and the quickstart's storage Secret."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     cluster.kubectl("create", "namespace", name)
     cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
@@ -121,7 +121,10 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 
 @pytest.fixture(scope="package")
 def stand_in(cluster: Cluster) -> Callable[[str], str]:
-    """Return a function that loads an image with a shell script as entry point into the node, and returns its name."""
+    """Return a function that loads an image into the node and returns the image's name.
+
+    The function's argument is a shell script, which becomes the image's entry point.
+    """
     made: dict[str, str] = {}
 
     def make(script: str) -> str:
@@ -129,7 +132,8 @@ def stand_in(cluster: Cluster) -> Callable[[str], str]:
             name = f"localhost/stand-in:{uuid.uuid5(uuid.NAMESPACE_OID, script).hex[:12]}"
             links = {f"bin/{command}": "busybox" for command in BUSYBOX_COMMANDS}
             archive = cluster.layout.temporary / "stand-in.tar"
-            # As in the trainer's image, the entry point stays: the operator sets only arguments.
+            # The script is the image's entry point, because the operator sets only arguments, as for the trainer's
+            # image.
             command = ["/bin/sh", "-c", script]
             write_archive(Image(name, {"bin/busybox": BUSYBOX}, links, command, is_entry_point=True), archive)
             cluster.run(["ctr", "--namespace=k8s.io", "images", "import", archive])
@@ -141,7 +145,7 @@ def stand_in(cluster: Cluster) -> Callable[[str], str]:
 
 
 def small_job(image: str, **spec: Any) -> Manifest:
-    """Return the quickstart with little memory and another image, as a person would apply it."""
+    """Return examples/quickstart.yaml as a person would apply it, with little memory and the image ``image``."""
     resources = {"nodes": 2, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}
     manifest = job_manifest(**({"resources": resources, "podTemplate": {"image": image}} | spec))
     manifest["metadata"] = {"name": "quickstart"}

@@ -128,7 +128,10 @@ class Attempt:
         return post_by_name(self.release.cluster, server, path, body, self.token, self.trusted)
 
     def assert_only_the_next_one_trusts(self, authority: str) -> None:
-        """Assert that only the next attempt trusts a server certificate of the new ``authority`` (PEM)."""
+        """Assert that only the next attempt trusts a server certificate of the new CA ``authority`` (PEM).
+
+        The current attempt still has the old CA. A pod of it is deleted, so that the next attempt begins.
+        """
         with pytest.raises(ssl.SSLCertVerificationError):
             self.post()
         name = self.pod["name"]
@@ -153,7 +156,7 @@ class Attempt:
 def installed_release(installed: Installed, folder: Path, name: str, namespace: str) -> Iterator[Release]:
     """Install the chart as a second release.
 
-    The operator of ``installed`` is stopped meanwhile, because it would reconcile the same jobs.
+    The operator of ``installed`` is stopped meanwhile, because both operators would reconcile the same jobs.
     """
     cluster = installed.cluster
     certificate = {"existingSecret": SECRET}
@@ -174,7 +177,7 @@ def installed_release(installed: Installed, folder: Path, name: str, namespace: 
         health_port=HEALTH_PORT,
         name=name,
         settings={
-            # These variables come from the rendered Deployment, because the chart's value must set them.
+            # These variables are copied from the rendered Deployment, to test that the chart's value sets them.
             **{key: chosen[key] for key in ("FINETUNE_CERTIFICATE_SECRET", "FINETUNE_CERTIFICATE_FROM")},
             "FINETUNE_POD_IP": ADDRESS,
             "FINETUNE_POD_UID": owner_of_the_slice(installed, name, namespace),

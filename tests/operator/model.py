@@ -37,9 +37,9 @@ class ModelServer:
     ) -> None:
         """Store ``job`` at the time ``now``.
 
-        The operator crashes after write number ``crash_after``, counted from 1. A ``refuses`` that is not empty is the
-        message with which the creation of a child is refused. New pods run at once where ``pods_run``. A deleted pod
-        saves its checkpoint for ``saving`` seconds before it is gone.
+        The operator crashes after write number ``crash_after``, counted from 1. If ``refuses`` is not empty, the
+        creation of a PyTorchJob fails with ``refuses`` as the message. With ``pods_run``, new pods run at once. A
+        deleted pod saves its checkpoint for ``saving`` seconds before it is gone.
         """
         self.saving = saving
         self.refuses = refuses
@@ -145,7 +145,7 @@ class ModelServer:
         self.events.append(manifest)
         return True
 
-    # ---- what people, nodes, the queue and training-operator do ----
+    # ---- what people, nodes, Kueue and training-operator do ----
 
     def pass_time(self, seconds: float) -> None:
         """Move the clock on, and remove the pods that have saved their checkpoint by then."""
@@ -153,7 +153,7 @@ class ModelServer:
         self.pods = [pod for pod in self.pods if pod.get("gone", self.now) >= self.now]
 
     def end_pods_of(self, child: str) -> None:
-        """Delete the pods of a child. A pod exists until it has saved its checkpoint."""
+        """Delete the pods of the PyTorchJob ``child``. Each pod exists until it has saved its checkpoint."""
         if not self.saving:
             self.pods = [pod for pod in self.pods if pod["child"] != child]
         for pod in self.pods:
@@ -163,7 +163,7 @@ class ModelServer:
                 pod["metadata"]["deletionGracePeriodSeconds"] = 90
 
     def end_pods(self, exit_code: int, message: str = "") -> bool:
-        """End the training container of every running pod; return whether one ran."""
+        """End the training container of every running pod; return whether any pod was running."""
         running = [pod for pod in self.pods if "running" in pod["status"]["containerStatuses"][0]["state"]]
         for pod in running:
             started = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
@@ -174,7 +174,7 @@ class ModelServer:
         return bool(running)
 
     def end_check(self, exit_code: int, message: str = "") -> bool:
-        """End the preflight pod that runs; return whether one ran."""
+        """End the running preflight pod; return whether one was running."""
         for check in self.checks:
             (container,) = check["status"]["containerStatuses"]
             if "running" in container["state"] and "deletionTimestamp" not in check["metadata"]:
@@ -202,7 +202,7 @@ class ModelServer:
         return True
 
     def hold_child(self) -> bool:
-        """Suspend the child as its queue does, after which its pods are deleted; return True."""
+        """Suspend the PyTorchJob as Kueue does, and delete its pods; return True."""
         (child,) = self.children.values()
         child["spec"].setdefault("runPolicy", {})["suspend"] = True
         self._set_child_condition(child, "Suspended", "True")
@@ -210,12 +210,13 @@ class ModelServer:
         return True
 
     def release_child(self) -> bool:
-        """Resume the child as its queue does, after which new pods are created; return True."""
+        """Resume the PyTorchJob as Kueue does, and create new pods if the old pods are gone; return True."""
         (child,) = self.children.values()
         child["spec"]["runPolicy"]["suspend"] = False
         self._set_child_condition(child, "Suspended", "False")
         if any(pod["child"] == child["metadata"]["name"] for pod in self.pods):
-            # training-operator counts a running pod with a deletionTimestamp and restartPolicy Never as failed.
+            # Old pods still exist. training-operator counts a running pod with a deletionTimestamp and restartPolicy
+            # Never as failed, so the PyTorchJob fails.
             failed = {"type": "Failed", "status": "True", "lastTransitionTime": self.now.isoformat()}
             child["status"]["conditions"].append(failed)
         else:
@@ -262,4 +263,7 @@ class ModelServer:
 
 
 Script = list[Callable[[ModelServer], bool]]
-"""What happens to a job, in this order. Each function returns False while its time has not come yet."""
+"""The events of a job, in their order.
+
+Each function lets its event happen, or returns False while it is too early for it.
+"""

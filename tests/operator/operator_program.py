@@ -77,9 +77,10 @@ def operator_program(
     name: str = "operator",
     settings: Mapping[str, str] | None = None,
 ) -> OperatorProgram:
-    """Return a replica that is not started yet, for a release in ``namespace`` with service account ``account``.
+    """Return a replica of the operator, which is not started yet.
 
-    ``settings`` are environment variables that override the defaults set here.
+    The replica belongs to the release in ``namespace`` and uses the service account ``account``. ``settings`` are
+    environment variables that override the defaults set here.
     """
     token = cluster.kubectl("create", "token", account, "-n", namespace, "--duration=8h").strip()
     config = json.loads(cluster.kubectl("config", "view", "--raw", "--output=json"))
@@ -96,7 +97,7 @@ def operator_program(
         "FINETUNE_LEASE": account,
         "FINETUNE_REPORT_SERVICE": account,
         "FINETUNE_POD_NAME": name,
-        # The uid stays the same at every start, as for a container that the kubelet restarts.
+        # The pod's uid is the same at every start of the program, as for a container that the kubelet restarts.
         "FINETUNE_POD_UID": str(uuid.uuid4()),
         "FINETUNE_HEALTH_PORT": str(health_port),
         "FINETUNE_KUBECONFIG": str(kubeconfig),

@@ -1,7 +1,7 @@
 """A training program that uses nothing of this project: the Trainer of transformers on a tiny model with random rows.
 
-`test_stock_trainer.py` runs it as `python -m tests.operator.stock_trainer FOLDER [CRASH_AT]`. With CRASH_AT the process
-exits without clean-up at that step. A second run resumes from the last checkpoint in FOLDER.
+`test_stock_trainer.py` runs this program as `python -m tests.operator.stock_trainer FOLDER [CRASH_AT]`. If CRASH_AT is
+given, the process exits at step CRASH_AT without clean-up. A second run resumes from the last checkpoint in FOLDER.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 
 
 class TcpProxy:
-    """Listens on a port of 127.0.0.1 inside the cluster's network."""
+    """The proxy, which listens on 127.0.0.1 in the cluster's network namespace and forwards to the API server."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -36,7 +36,7 @@ class TcpProxy:
         return f"https://127.0.0.1:{self.port}"
 
     def cut(self) -> None:
-        """Stop passing data, without closing a connection."""
+        """Stop passing data, but keep all connections open."""
         self._loop.call_soon_threadsafe(self._open.clear)
 
     def heal(self) -> None:

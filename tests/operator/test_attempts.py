@@ -1,4 +1,4 @@
-"""The life of attempts: each is opened once and counted once, waits for its back-off, and ends by a rule."""
+"""The life of attempts: each attempt starts after its back-off, is opened once and counted once, and ends by a rule."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ DONE = result(Outcome.COMPLETED, with_artifact=True)
 def seen(
     pods: list[PodObservation], *, now: float = 0, active: int = 0, policy: Any = None, **changes: Any
 ) -> JobObservation:
-    """Return an observation of attempt 1 with its child; ``active`` is the number of seconds with a running pod."""
+    """Return an observation of attempt 1 with its PyTorchJob.
+
+    ``active`` is for how many seconds a pod of the job has run so far.
+    """
     values: dict[str, Any] = {
         "now": at(now),
         "nodes": 2,
@@ -40,7 +43,7 @@ def seen(
 
 
 def seen_no_child(now: float = 0, *, pods: list[PodObservation] | None = None, **changes: Any) -> JobObservation:
-    """Return an observation of a job whose child does not exist."""
+    """Return an observation of a job whose PyTorchJob does not exist."""
     return seen(pods or [], now=now, **({"child": None, "child_uid": ""} | changes))
 
 
@@ -96,7 +99,7 @@ def test_a_failed_attempt_is_accounted_once_and_its_objects_go_before_the_next()
     assert closed.next_start_time == at(10)
     assert advance(closed, seen(pods)).action is Action.REMOVE_ATTEMPT
     assert advance(closed, seen(pods)).attempts == closed
-    # The child is gone but its pods still exist, so no attempt starts.
+    # The PyTorchJob is gone but its pods still exist, so no attempt starts.
     assert advance(closed, seen_no_child(now=60, pods=pods)).action is Action.NONE
     opened = advance(closed, seen_no_child(now=10))
     assert (opened.action, opened.attempts.started) == (Action.OPEN_ATTEMPT, 2)

@@ -65,7 +65,7 @@ def certificate_of_the_readme() -> dict[str, Any]:
 
 
 class ManagedCertificate:
-    """A Certificate object of cert-manager: renews and changes it, and reads the Secret that cert-manager writes."""
+    """Renews and changes a Certificate object of cert-manager, and reads the Secret that cert-manager writes."""
 
     def __init__(self, cluster: Cluster, program: Component, namespace: str, name: str) -> None:
         self._cluster = cluster

@@ -1,6 +1,6 @@
 """The operator crashes after each single write in turn, and the job must end as it does without a crash.
 
-The tests run `Reconciler` against a model of the API server (`model.py`). No attempt may be doubled or lost.
+No attempt may be doubled or lost. The tests run `Reconciler` against `ModelServer`, an in-memory API server.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Action = Callable[[ModelServer], bool]
 
 
 def during(attempt: int, action: Action) -> Action:
-    """Return ``action``, limited to the time in which pods of ``attempt`` exist."""
+    """Return an action that does ``action`` while pods of ``attempt`` exist, and else only returns False."""
     return lambda world: _attempt(world) == attempt and action(world)
 
 
 def once(reason: str, action: Action) -> Action:
-    """Return ``action``, limited to the time in which the condition Succeeded has ``reason`` and no pod exists."""
+    """Return an action that does ``action`` while Succeeded has ``reason`` and no pod exists, else returns False."""
     return lambda world: _reason(world) == reason and not world.pods and action(world)
 
 
@@ -49,7 +49,7 @@ def sets(**policy: Any) -> Action:
 
 
 def found(kind: FindingKind, sentence: str) -> str:
-    """Return the termination message of a preflight check with one finding."""
+    """Return the termination message of a preflight check that found one problem."""
     return PreflightResult(findings=[Finding(kind=kind, message=sentence)]).to_termination_message()
 
 
@@ -228,9 +228,9 @@ def reconciler(server: ModelServer, trainer_image: str = "trainer:1", memory: Me
 
 
 async def run_to_end(scenario: Scenario, crash_after: int | None = None) -> ModelServer:
-    """Reconcile a job until it has ended, and start a new operator after each crash.
+    """Reconcile the job of ``scenario`` until it has ended. After a crash, a new operator goes on.
 
-    The model server lets the operator crash after write number ``crash_after``; None means no crash.
+    The model server makes the operator crash after write number ``crash_after``; None means no crash.
     """
     job = job_manifest(runPolicy=scenario.policy)
     server = ModelServer(job, NOW, crash_after=crash_after, refuses=scenario.refuses, pods_run=scenario.pods_run)
@@ -244,7 +244,7 @@ async def run_to_end(scenario: Scenario, crash_after: int | None = None) -> Mode
             operator = reconciler(server)
             continue
         if was_settled:
-            return server  # the reconcile after the end has deleted leftover objects
+            return server  # this was the reconcile after the job's end, which deletes leftover objects
         if _reason(server, settled=True):
             continue
         if events and outcome.after != 0 and events[0](server):
@@ -260,7 +260,10 @@ def _attempt(server: ModelServer) -> int:
 
 
 def _reason(server: ModelServer, *, settled: bool = False) -> str:
-    """Return the reason of the condition Succeeded; with ``settled`` only where the job has ended, else empty."""
+    """Return the reason of the condition Succeeded.
+
+    With ``settled``, return an empty text while the job has not ended.
+    """
     for item in server.job.get("status", {}).get("conditions", []):
         if item["type"] == "Succeeded" and not (settled and item["status"] == "Unknown"):
             return str(item["reason"])
@@ -268,7 +271,7 @@ def _reason(server: ModelServer, *, settled: bool = False) -> str:
 
 
 def _essence(server: ModelServer) -> dict[str, Any]:
-    """Return the parts of the final state that must be the same with and without a crash, which excludes times."""
+    """Return those parts of the final state that a crash must not change. Times are left out."""
     status = server.job["status"]
     attempts = status["attempts"]
     return {
@@ -407,7 +410,7 @@ async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_check
 
 
 def _report(*checkpoints: int) -> Report:
-    """Return a report of pod `p` that has committed the checkpoints of steps ``checkpoints``."""
+    """Return a report of pod `p` with committed checkpoints of the steps ``checkpoints``."""
     records = [
         CheckpointRecord(run=1, step=step, uri="s3://b/c", bytes=9, manifest_sha256="ab", time=NOW)
         for step in checkpoints
@@ -419,7 +422,10 @@ def _report(*checkpoints: int) -> Report:
 
 
 class _LatePodList(ModelServer):
-    """A model server whose first list of pods after the end is empty, as between two reads of a loaded API server."""
+    """A model server that answers with an empty list of pods once, when the pods have ended.
+
+    So the operator sees an ended PyTorchJob without pods, as if it had read the pods too early.
+    """
 
     late = 0
 

@@ -1,4 +1,4 @@
-"""The verdict table and the states of a job in docs/architecture.md are those of the code."""
+"""The generated sections of docs/architecture.md, verdicts and states of a job, agree with the code."""
 
 from __future__ import annotations
 

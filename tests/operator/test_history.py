@@ -120,7 +120,7 @@ def test_notices_are_kept_once_and_the_newest_last() -> None:
 
 
 def test_a_store_that_takes_no_checkpoint_becomes_a_condition() -> None:
-    """The age of the newest checkpoint is in `progress` and, in minutes, in the message of the condition."""
+    """The age of the newest checkpoint stands in `progress` (seconds) and in the condition's message (minutes)."""
     reported = report(
         checkpoints=[record(20, 2.0)], checkpoint_age_seconds=190, checkpoint_problem="the store answered 503"
     )
@@ -176,7 +176,8 @@ def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None
         mfu=0.4321,
     )
     status = merge_report(FineTuneJobStatus(), reported, NOW)
-    # The trainer names the checkpoint with the best task score; the one with the least perplexity is another.
+    # `best` marks the checkpoint that the trainer names, which has the best task score. The perplexity is lowest at
+    # another checkpoint.
     assert [(record.step, record.best, record.task_score) for record in status.checkpoints] == [
         (5, False, "0.5"),
         (10, True, "0.75"),
@@ -188,7 +189,8 @@ def test_scores_incidents_and_the_named_best_reach_the_status_and_stay() -> None
     assert status.evaluation.tuned is None
     assert status.progress is not None
     assert status.progress.mfu == "0.4321"
-    # A restarted trainer knows only its own incidents, and repeats these incidents in every report.
+    # A restarted trainer repeats only its own incidents in every report. The status keeps the earlier incidents, and
+    # adds each new incident once.
     later = incident.model_copy(update={"step": 30})
     for _ in range(2):
         status = merge_report(status, reported.model_copy(update={"incidents": [later], "evaluation": None}), NOW)

@@ -1,7 +1,7 @@
-"""Rules that hold for every order of events, also with crashes of the operator in between.
+"""Rules that hold for every order of events, even if the operator crashes in between.
 
-Every attempt is counted once, before the next is created. A job that has ended creates nothing. Every change of a job's
-state is a transition of the table in `decide/states.py`.
+Every attempt is counted once, before the next attempt is created. A job that has ended creates nothing. Every change of
+a job's state is a transition of the table in `decide/states.py`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _events(chance: random.Random) -> list[tuple[Callable[[ModelServer], Any], f
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_every_attempt_is_accounted_once_and_before_the_next(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`WatchedServer` asserts at every write; this function chooses the events and checks the states."""
+    """Choose events by chance, and check the states of the job. `WatchedServer` checks the attempts at every write."""
     states = [JobState.NEW]
     monkeypatch.setattr(reconcile, "decide", recording(states))
     chance = random.Random(seed)

@@ -1,6 +1,6 @@
-"""The states of a job: every walk through the operator's state machine takes only transitions of its table.
+"""Walks of a job through the operator's state machine, each of which may take only transitions of `TRANSITIONS`.
 
-Each walk runs the whole reconciler against the model API server. Together the walks take every transition of the table.
+Each walk runs the whole reconciler against the model API server. Together the walks take every transition.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tests.operator.test_crashes import KEY, reconciler
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 
 Action = Callable[[ModelServer], object]
-"""A change of the cluster that the operator does not make."""
+"""A change of the cluster by anyone but the operator, for example a person or a node."""
 Event = tuple[Action, ...]
-"""What happens between two reconciles; nothing where the tuple is empty."""
+"""The changes of the cluster between two reconciles, in their order; may be empty."""
 
 
 def sets(**policy: Any) -> Action:
-    """Return the action of a person who changes `runPolicy`."""
+    """Return the action of a person who sets the fields ``policy`` of `runPolicy`."""
     return lambda server: server.set_policy(**policy)
 
 
@@ -42,27 +42,27 @@ def ends(exit_code: int, message: str = "") -> Action:
 
 
 def passes(seconds: float) -> Action:
-    """Return the action that lets time pass."""
+    """Return the action that moves the clock on by ``seconds``."""
     return lambda server: server.pass_time(seconds)
 
 
 def deletes_a_pod(server: ModelServer) -> None:
-    """Ask for the deletion of worker 1, which goes on saving its checkpoint."""
+    """Ask for the deletion of the pod with index 1. The pod stays until its container ends."""
     assert server.ask_deletion(1)
 
 
 def holds(server: ModelServer) -> None:
-    """Suspend the child as its queue does."""
+    """Suspend the PyTorchJob as Kueue does."""
     assert server.hold_child()
 
 
 def releases(server: ModelServer) -> None:
-    """Resume the child as its queue does; new pods start if the server lets pods run."""
+    """Resume the PyTorchJob as Kueue does; new pods start if the server lets pods run."""
     assert server.release_child()
 
 
 def starts_pods(server: ModelServer) -> None:
-    """Let waiting pods run, and every pod that is created from now on."""
+    """Let all waiting pods run, and let every later pod run as soon as it is created."""
     server.pods_run = True
     for pod in server.pods:
         (container,) = pod["status"]["containerStatuses"]
@@ -71,7 +71,7 @@ def starts_pods(server: ModelServer) -> None:
 
 
 def lets_pods_wait(server: ModelServer) -> None:
-    """Keep every pod that is created from now on from running."""
+    """Let every pod that is created from now on wait instead of run."""
     server.pods_run = False
 
 
@@ -87,16 +87,16 @@ def breaks_check(server: ModelServer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Walk:
-    """A walk of a job through its states."""
+    """A job, the events of its life, and the states that it must go through."""
 
     events: Sequence[Event]
     states: str
-    """Names of the states that the reconciles find, in their order, without New at the beginning."""
+    """Names of the states that the reconciles find, in order and without the first state, New."""
     policy: dict[str, Any] = field(default_factory=dict)
     pods_run: bool = True
     """Whether pods run as soon as they are created."""
     one_reconcile: bool = False
-    """Whether one reconcile follows each event; otherwise reconciles follow until none is due at once."""
+    """Whether only one reconcile follows each event. Otherwise reconciles follow until none is due at once."""
 
 
 CHECKED, SUSPENDED, CANCELLED = {"preflight": "Run"}, {"suspend": True}, {"cancel": True}
@@ -104,7 +104,7 @@ NOTHING: Event = ()
 RESUMED = (sets(suspend=False),)
 
 WALKS = {
-    # before attempt 1
+    # walks before attempt 1
     "a check passes": Walk(
         policy=CHECKED, events=[(passes_check, passes(10)), NOTHING], states="Checking Opened Running"
     ),
@@ -131,7 +131,7 @@ WALKS = {
     "a check is skipped while its pod runs": Walk(
         policy=CHECKED, events=[(sets(preflight="Skip"),)], states="Checking CleaningUp Opened"
     ),
-    # an attempt that goes on
+    # walks in which an attempt goes on
     "pods wait, then run": Walk(pods_run=False, events=[NOTHING, (starts_pods,)], states="Opened Pending Running"),
     "a queue holds an attempt that was just opened": Walk(events=[(holds,), (releases,)], states="Opened Held Running"),
     "a queue holds an attempt whose pods wait": Walk(
@@ -141,7 +141,7 @@ WALKS = {
     "a queue holds and releases an attempt between two reconciles": Walk(
         events=[NOTHING, (passes(5), holds, lets_pods_wait, releases)], states="Opened Running Pending"
     ),
-    # the end of an attempt, and what follows
+    # walks with the end of an attempt, and what follows
     "an attempt fails, and the next follows after the back-off": Walk(
         events=[NOTHING, (deletes_a_pod,), (ends(1),), (passes(1),), (passes(300),)],
         states="Opened Running Ending CleaningUp BackingOff Opened",
@@ -180,7 +180,7 @@ REACHED = {
     "Running": Walk(events=[NOTHING], states="Opened Running"),
     "Held": Walk(events=[NOTHING, (holds,)], states="Opened Running Held"),
 }
-"""For each state in which an attempt exists: how a job gets there."""
+"""By name of a state in which an attempt exists: the walk that leads a job into this state."""
 
 ENDS = {
     "Ending": (deletes_a_pod,),
@@ -188,11 +188,11 @@ ENDS = {
     "Succeeded": (ends(0, DONE),),
     "Failed": (ends(64),),
 }
-"""For each state that may follow: what brings it about once pods run."""
+"""By name of a state that may follow: the event that leads into this state while pods run."""
 
 
 async def walked(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> list[JobState]:
-    """Return the states that the reconciles of ``walk`` find, without repetitions, with New at the beginning."""
+    """Run ``walk`` and return the job's states: first New, then each state that differs from the one before."""
     states = [JobState.NEW]
     server = ModelServer(job_manifest(runPolicy=walk.policy), NOW, pods_run=walk.pods_run)
     monkeypatch.setattr(reconcile, "decide", recording(states))
@@ -207,7 +207,10 @@ async def walked(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> list[JobState]:
 
 
 def recording(states: list[JobState]) -> Callable[[FineTuneJobStatus, JobObservation], Decision]:
-    """Return `decide`, which also appends the state of each decision to ``states`` where the state is a new one."""
+    """Return a replacement of `decide`, which makes the same decisions and records their states.
+
+    The state of a decision is appended to ``states`` if it differs from the last recorded state.
+    """
 
     def decide_and_record(stored: FineTuneJobStatus, seen: JobObservation) -> Decision:
         decision = decide(stored, seen)
@@ -219,7 +222,7 @@ def recording(states: list[JobState]) -> Callable[[FineTuneJobStatus, JobObserva
 
 
 def attempt_walks() -> dict[str, Walk]:
-    """Return one walk for each way in which an attempt in each of its states can end."""
+    """Return walks by name: one for each state in `REACHED`, combined with each end in `ENDS`."""
     walks = {}
     for state, reached in REACHED.items():
         for end, event in ENDS.items():

@@ -97,7 +97,10 @@ class Release:
         return list(calls(self.installed.cluster.layout.audit_log, self.user))
 
     def unused(self, granted: list[Grant]) -> list[Grant]:
-        """Return the grants that no call has used so far. A call in one served namespace counts for all of them."""
+        """Return the grants that no call has used so far.
+
+        A call in one served namespace counts for all served namespaces.
+        """
         made = self.calls()
         return [grant for grant in granted if not any(_anywhere(grant, self.served).covers(call) for call in made)]
 
@@ -108,7 +111,10 @@ def _anywhere(grant: Grant, served: list[str]) -> Grant:
 
 @pytest.fixture(params=["wide", "narrow"])
 def release(request: pytest.FixtureRequest, installed: Installed, namespace: str, tmp_path: Path) -> Iterator[Release]:
-    """Install a release that serves all namespaces ("wide") or two ("narrow"), and stop the other operator."""
+    """Install a release that serves all namespaces ("wide") or two ("narrow").
+
+    The operator of ``installed`` is stopped meanwhile.
+    """
     cluster, name = installed.cluster, str(request.param)
     served = [namespace, "default"] if name == "narrow" else []
     values = {"replicas": 0, "crds": {"enabled": False}, "watchNamespaces": served}
@@ -162,7 +168,10 @@ def test_every_call_is_granted_and_every_grant_is_used(release: Release, namespa
 
 
 def live_through(release: Release, namespace: str, image: str) -> None:
-    """Make the operator use every permission: preflight, attempts, warnings, a name conflict, a report, and a retry."""
+    """Bring the operator into situations in which it needs, taken together, every permission of its roles.
+
+    Among them are a preflight check, lost pods, a name conflict, a report and a second start.
+    """
     installed, program = release.installed, release.program
     conflict = small_job("localhost/busybox:1", resources=TOO_MANY_GPUS)
     conflict["metadata"] = {"name": "conflict"}
@@ -196,7 +205,7 @@ def live_through(release: Release, namespace: str, image: str) -> None:
     body = report(pod["uid"]).to_json()
     assert post(installed, namespace, token, body, server=server, ca_certificate=ca) == 204
     wait_for("the annotation of the pods", lambda: annotated(installed, namespace), 60)
-    # The operator removes child and ConfigMap of an attempt that lost a pod.
+    # The attempt loses a pod, so the operator deletes the attempt's PyTorchJob and ConfigMap.
     installed.cluster.kubectl("delete", "pod", pod["name"], "-n", namespace, "--wait=false")
     evident("the end of the attempt", lambda job: job["status"]["attempts"].get("recent"))
     # The second start has another pod uid, so that the operator updates the EndpointSlice instead of creating it.
@@ -220,7 +229,7 @@ def annotated(installed: Installed, namespace: str) -> bool:
 
 
 def pod_of(installed: Installed, namespace: str, name: str) -> dict[str, str]:
-    """Return the settings that make the operator use the name and uid of the pod ``name`` as its own."""
+    """Return the settings that tell the operator that its own pod is the pod ``name``, which is created here."""
     return {"FINETUNE_POD_NAME": name, "FINETUNE_POD_UID": owner_of_the_slice(installed, name, namespace)}
 
 

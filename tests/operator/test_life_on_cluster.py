@@ -54,7 +54,7 @@ def objects(installed: Installed, namespace: str, kinds: str) -> list[str]:
 
 
 def held(job: Manifest) -> bool:
-    """Return whether the job's status says that the queue holds the attempt, so that no deadline runs."""
+    """Return whether Kueue holds the attempt back according to the job's status, so that no deadline runs."""
     current = job["status"]["attempts"].get("current")
     return bool(current) and "admittedTime" not in current and reason(job) == "Queued"
 
@@ -173,7 +173,7 @@ def test_what_kueue_wrote_into_the_child_is_never_written_over(
 
 
 def _only_kueue_wrote(now: Manifest, written: Manifest) -> None:
-    """Assert that the operator has not changed spec, labels or annotations of the child since Kueue wrote them."""
+    """Assert that the operator has not changed spec, labels or annotations of the PyTorchJob since Kueue did."""
     assert now["spec"] == written["spec"]
     assert now["metadata"]["generation"] == written["metadata"]["generation"]
     for part in ("labels", "annotations", "ownerReferences"):
@@ -188,7 +188,10 @@ def _only_kueue_wrote(now: Manifest, written: Manifest) -> None:
 def test_a_queue_that_resumes_while_old_pods_still_save_costs_a_free_attempt(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
-    """training-operator counts the old pods as failed for good, so the operator must start a new attempt."""
+    """Kueue resumes the PyTorchJob while old pods still exist, so that the operator must start a new attempt.
+
+    The reason is training-operator, which counts the old pods as failed for good.
+    """
     kueue = Kueue(installed.cluster, namespace)
     with suspending_webhook(installed.cluster, namespace):
         installed.apply(small_job(stand_in(SAVES), runPolicy={"queueName": "gpu"}), namespace)
@@ -312,7 +315,7 @@ def test_the_image_of_attempt_1_is_run_by_later_attempts_also_after_an_upgrade(
         job = installed.wait(namespace, "the digest", lambda job: "@sha256:" in job["status"]["image"])
         assert job["status"]["image"].startswith(f"{moving}@sha256:")
         wait_for("both pods to run", lambda: pods_run(installed, namespace), 60)
-        # The tag now points to another image, and an upgrade of the operator changes the default image.
+        # The tag now points to another image. In addition, an upgrade of the operator changes the default image.
         push(installed, stand_in(SAVES), moving)
         environment["FINETUNE_TRAINER_IMAGE"] = f"{REGISTRY}/stand-ins:upgraded"
         installed.operator.restart()
@@ -334,7 +337,10 @@ def test_the_image_of_attempt_1_is_run_by_later_attempts_also_after_an_upgrade(
 def test_an_image_that_the_node_also_knows_from_another_registry_is_run_again(
     installed: Installed, namespace: str, stand_in: StandIn
 ) -> None:
-    """The kubelet reports the image under the other registry, with a digest that the job's registry may not have."""
+    """The job's next attempt must use the tag, because the digest that the kubelet reports is of no use.
+
+    The kubelet reports the image under the other registry, with a digest that the job's registry may not have.
+    """
     image, elsewhere = stand_in(f"{RUNS} # known twice"), f"{REGISTRY}/elsewhere"
     push(installed, image, f"{elsewhere}:1")
     other = small_job(f"{elsewhere}:1")
@@ -371,7 +377,7 @@ def push(installed: Installed, image: str, reference: str) -> None:
         installed.cluster.run([*ctr, *arguments])
 
 
-# The following tests come last, because the jobs of `late_jobs` have reached their deadlines by now.
+# The following tests use the jobs of `late_jobs`. They come last, so that these jobs have reached their deadlines.
 
 
 def test_the_active_deadline_ends_a_job_to_the_second(installed: Installed, late_jobs: str) -> None:

@@ -317,7 +317,7 @@ def post(
     path: str = "",
     ca_certificate: str = "",
 ) -> int:
-    """Post a report as rank 0 does, with only the operator's CA trusted; return the HTTP status."""
+    """Post a report as rank 0 of a job does, and return the HTTP status. Only the operator's CA is trusted."""
     ca = ca_certificate or installed.ca_certificate
     context = ssl.create_default_context(cadata=b64decode(ca).decode())
     url = server + (path or report_path(namespace, "quickstart", attempt))
@@ -370,7 +370,7 @@ def test_a_report_with_the_pods_own_token_reaches_the_status_and_others_are_refu
 
 
 def _status_writes_during_reports(installed: Installed, namespace: str, token: str, pod_uid: str) -> int:
-    """Post 16 reports with a new step each; return how often the operator wrote the status meanwhile."""
+    """Post 16 reports, each with a new step; return how often the operator wrote the job's status meanwhile."""
     versions: set[str] = set()
     steps = iter(range(21, 37))
 

@@ -24,7 +24,7 @@ def both(**changes: Any) -> list[Any]:
     return [pod(0, **changes), pod(1, **changes)]
 
 
-# ---- suspend ----
+# ---- suspend and resume ----
 
 
 def test_suspend_closes_the_attempt_free_and_removes_it() -> None:
@@ -128,7 +128,7 @@ def test_cancel_of_an_attempt_that_a_queue_holds() -> None:
     assert (closed.state, closed.attempts.recent[-1].reason) == (JobState.CLEANING_UP, "Cancelled")
 
 
-# ---- deadlines ----
+# ---- the two deadlines ----
 
 
 def waiting(*, admitted: float | None, runs: float | None = None) -> AttemptsStatus:

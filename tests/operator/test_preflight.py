@@ -55,7 +55,7 @@ def seen(
 
 
 def check(record: PreflightStatus | None, given: JobObservation) -> Decision:
-    """Return what is decided for a job without an attempt whose check has this record."""
+    """Return the operator's decision for a job without an attempt, whose `status.preflight` is ``record``."""
     return decide(FineTuneJobStatus(preflight=record), given)
 
 

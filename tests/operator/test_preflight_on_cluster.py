@@ -1,7 +1,7 @@
 """Tests on a real cluster of the preflight check, and of Secrets, claims, images and quotas that come late.
 
-The conditions must name what the job waits for, and the job must run once the missing object exists. The images are
-stand-ins with scripts; tests/trainer and tests/e2e test the findings of the real check.
+The conditions must name what the job waits for, and the job must run once the missing object exists. The images of the
+pods are stand-ins with scripts. tests/trainer and tests/e2e test the findings of the real check.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ONE_POD = {"nodes": 1, "gpusPerNode": 0, "device": "CPU", "cpu": "50m", "memory"
 
 
 def checks(finding: Finding | None, then: str) -> str:
-    """Return the script of an image that reports ``finding`` as preflight check, and runs ``then`` as training."""
+    """Return the script of a stand-in image: its preflight check reports ``finding``, its training runs ``then``."""
     answer = PreflightResult(findings=[finding] if finding else [])
     mounted = f"test -s {RUN_FILE} && test -s {CREDENTIALS_FOLDER}/AWS_ACCESS_KEY_ID || exit 99"
     message = answer.to_termination_message().replace("'", "")

@@ -115,7 +115,7 @@ def test_a_pytorchjob_is_read_back() -> None:
 
 
 def test_a_store_with_an_authority_of_its_own_and_the_pods_identity() -> None:
-    """Without a named Secret no Secret is mounted, and the CA file is mounted at the path that the trainer reads."""
+    """The job names no Secret, so no Secret is mounted. The CA file is mounted at the path that the trainer reads."""
     storage = {"uri": "s3://bucket/x", "caConfigMapRef": {"name": "company", "key": "root.pem"}}
     spec = template(storage=storage, podTemplate={"serviceAccountName": "trainer"})["spec"]
     volumes = {volume["name"]: volume for volume in spec["volumes"]}

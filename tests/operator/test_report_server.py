@@ -218,7 +218,7 @@ async def test_reports_with_only_new_numbers_queue_no_reconcile_before_the_next_
 ) -> None:
     memory.job(KEY).status_written_at = (
         time.monotonic() + 3600
-    )  # in the future, so that the 10 s do not pass on a slow machine
+    )  # the last status write is in the future, so that on a slow machine the 10 s after it are not over too early
     assert await post(client, "good", body()) == 204
     assert queue.pop() == KEY, "the first report of an attempt is reconciled at once"
     queue.done(KEY)

@@ -99,7 +99,7 @@ def test_expired_tokens_other_jobs_and_earlier_attempts_are_refused_counted_and_
     job = installed.wait(
         namespace, "attempt 2", lambda job: job["status"]["attempts"]["started"] == 2 and running(job), 120
     )
-    # The token became invalid with the deletion of its pod, but the operator may have cached its review for a minute.
+    # The token became invalid when its pod was deleted, but the operator may have cached the TokenReview for a minute.
     assert post(installed, namespace, token, body) in (401, 409)
     assert post(installed, namespace, token, body, attempt=2) in (401, 403)
     fresh, uid = exec_token(first_pod(job)["name"]), first_pod(job)["uid"]
@@ -109,7 +109,8 @@ def test_expired_tokens_other_jobs_and_earlier_attempts_are_refused_counted_and_
     counted = {code: after[code] - before.get(code, 0) for code in ("401", "403", "409", "422")}
     assert sum(counted.values()) == 8
     assert all(counted.values())
-    # A token of the same signing key with valid claims is accepted, so the claims of the tokens above were wrong.
+    # This token has valid claims, is signed with the same key, and is accepted. So the signed tokens above were
+    # rejected because of their claims.
     assert post(installed, namespace, signed(fresh, key, exp=now + 7200), report(uid).to_json(), attempt=2) == 204
 
 
@@ -138,7 +139,7 @@ def presented(installed: Installed) -> str:
 
 
 def ending_in(days: int, data: dict[str, str]) -> dict[str, str]:
-    """Return ``data`` of the Secret with a certificate of the same CA that expires in ``days``."""
+    """Return the Secret's ``data`` with another server certificate of the same CA, which expires in ``days`` days."""
     then = datetime.now(UTC) - LEAF_LIFETIME + timedelta(days=days)
     old = from_secret_data(data)
     assert old is not None

@@ -1,4 +1,7 @@
-"""Objects of a job that has ended are removed in time; with a TTL everything but the FineTuneJob itself."""
+"""What is removed after a job has ended.
+
+With a TTL, everything but the FineTuneJob is removed when the TTL is over. Without a TTL, the pods stay for their logs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.operator.test_crashes import DONE, KEY, Scenario, during, ends, recon
 async def ended(**policy: object) -> ModelServer:
     scenario = Scenario(script=[during(1, ends(0, DONE))], reason="Completed", counts=(1, 0, 0), policy=policy)
     server = await run_to_end(scenario)
-    # training-operator has marked the PyTorchJob as succeeded and does nothing more with it.
+    # This marks the PyTorchJob as succeeded, as training-operator does at the end.
     for child in server.children.values():
         child["status"] = {"conditions": [{"type": "Succeeded", "status": "True"}]}
     return server

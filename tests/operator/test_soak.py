@@ -1,4 +1,4 @@
-"""Soak test (R14 in docs/performance.md): many short-lived jobs in a simulated day, with a fake clock.
+"""Soak test (R14 in docs/performance.md): many short-lived jobs, in about a day of a fake clock.
 
 Queue and memory must keep nothing of a deleted job, and the memory of the process must not grow with the events.
 """
@@ -32,7 +32,7 @@ DONE = result(Outcome.COMPLETED, with_artifact=True)
 
 
 class Servers:
-    """Behaves as one model server, and passes each call to the model server of the namespace."""
+    """Stands for the API server of all namespaces: passes each call to the model server of the call's namespace."""
 
     def __init__(self) -> None:
         self.by_namespace: dict[str, ModelServer] = {}
@@ -109,11 +109,15 @@ class Soak:
         while (key := self.queue.pop()) is not None:
             await self.controller._reconcile(key)
             self.queue.done(key)
-            # The model's calls never wait, so the loop gets no turn to drop the cancelled timer of each reconcile.
+            # This lets the event loop drop the cancelled timer of each reconcile. Otherwise the loop would get no turn,
+            # because the model's calls never wait.
             await asyncio.sleep(0)
 
     def random_event(self) -> None:
-        """Advance the clock by up to 4 s, and end, delete or only touch a random job."""
+        """Advance the clock by up to 4 s and choose a job by chance.
+
+        The job is deleted and replaced by a new one, its pods end, a pod is deleted, or there are only watch events.
+        """
         self.seconds += self.choose.uniform(0, 4)
         for server in self.servers.by_namespace.values():
             server.now = self.now()
@@ -144,7 +148,7 @@ def _settled(server: ModelServer) -> bool:
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -161,7 +165,7 @@ async def test_queue_and_memory_do_not_grow_with_deleted_jobs(events: int) -> No
             await soak.work()
         soak.delete_all()
         await soak.work()
-        soak.seconds += 400  # beyond the longest delay, so that obsolete heap entries are dropped too
+        soak.seconds += 400  # longer than any delay of the queue, so that obsolete heap entries are dropped too
         await soak.work()
         assert len(soak.memory.job_keys()) == len(soak.queue) == len(soak.queue._due) == 0
         assert not soak.queue._heap
@@ -171,5 +175,5 @@ async def test_queue_and_memory_do_not_grow_with_deleted_jobs(events: int) -> No
         held.append(resident_bytes())
     assert soak.metrics.reconciles.labels(result="error")._value.get() == 0
     print(f"{soak.events} events, {soak.created} jobs in {soak.seconds / 3600:.1f} h; RSS MB {[h >> 20 for h in held]}")
-    # The first half of the days fills caches and the allocator; after that the memory must not grow.
+    # Caches and the allocator fill up in the first half of the test. After that the memory must not grow.
     assert held[-1] - held[DAYS // 2] < 3 * 2**20, held

@@ -56,7 +56,8 @@ def test_the_speed_outlives_a_resume_until_the_new_attempt_has_its_own() -> None
     [
         (2.0, None, 80),
         (2.0, stored(50, 100, 5), 80),
-        (None, stored(50, 100, 100), 80),  # a restarted operator has measured no speed yet
+        # a restarted operator has not measured a speed, so it derives one from the stored status
+        (None, stored(50, 100, 100), 80),
         (None, stored(50, 100, None), None),
         (None, stored(100, 100, 0), None),
         (None, None, None),

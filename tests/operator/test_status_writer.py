@@ -1,6 +1,6 @@
-"""How often statuses are written: new numbers every ten seconds for each job and within a budget for all jobs.
+"""How often statuses are written: new numbers every ten seconds for each job, and within a budget for all jobs.
 
-Transitions are written at once. Hours pass on a clock that the test sets.
+Transitions of a job's state are written at once. The tests set the clock.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Writes:
 
 
 class Jobs:
-    """Jobs that train one step a second and are reconciled when the writer asks for it."""
+    """Simulated jobs that train one step a second, with a status writer and a fake clock."""
 
     def __init__(self, count: int) -> None:
         self.clock = [0.0]
@@ -64,7 +64,10 @@ class Jobs:
         return await self.writer.write(job, status_input(**values))
 
     async def train(self, seconds: float) -> None:
-        """Let time pass; each job has a new report every three seconds and is reconciled when the writer says."""
+        """Move the clock on by ``seconds``, and reconcile each job with a new report whenever it is due.
+
+        A job is due after the delay that the status writer returned, or after three seconds where it returned none.
+        """
         end = self.clock[0] + seconds
         due = [(self.clock[0], key) for key in self.memory]
         heapq.heapify(due)
@@ -84,7 +87,7 @@ async def test_numbers_of_a_job_are_written_every_ten_seconds() -> None:
 
 
 async def test_all_jobs_together_keep_to_the_budget_and_each_comes_in_turn() -> None:
-    jobs = Jobs(1000)  # without the budget this would be 100 writes per second
+    jobs = Jobs(1000)  # without the budget, these jobs would cause 100 writes per second
     await jobs.train(120)
     later = [time for time in jobs.writes.times if time > 60]
     assert len(later) <= 60 * WRITES_PER_SECOND + BURST
@@ -100,7 +103,7 @@ async def test_a_transition_waits_for_nothing() -> None:
     key = next(iter(jobs.memory))
     await jobs.train(30)
     while jobs.writer._budget.reserve() < jobs.clock[0] + 3600:
-        pass  # the writes of a whole hour are reserved
+        pass  # reserves all writes of the next hour
     before = len(jobs.writes.times)
     assert await jobs.reconcile(key, report=None, generation=2) is None
     assert len(jobs.writes.times) == before + 1

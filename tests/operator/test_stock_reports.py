@@ -1,6 +1,7 @@
-"""Tests of reports in Kubeflow Trainer's protocol: how wrong values of its client are handled, and what is rejected.
+"""Tests of stock reports, in the protocol of Kubeflow Trainer's runtime status.
 
-The bodies are those that transformers 5.23 sends. `test_stock_trainer.py` runs the real client.
+They show which reports are rejected, and how wrong values of the protocol's client in transformers are handled. The
+bodies are those that transformers 5.23 sends. `test_stock_trainer.py` runs the real client.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LOSS = {"name": "loss", "value": "1.25"}
 
 
 def step(number: int, **metrics: float) -> dict[str, Any]:
-    """Return the body that the client sends after step ``number``."""
+    """Return the body of the report that transformers sends after step ``number``."""
     reported = {**metrics, "current_step": number, "total_steps": 200, "current_epoch": number / 100}
     values = [{"name": name, "value": str(value)} for name, value in reported.items()]
     return {"progressPercentage": number // 2, "estimatedRemainingSeconds": 7, "metrics": values}
@@ -31,7 +32,7 @@ END: dict[str, Any] = {"progressPercentage": 100, "estimatedRemainingSeconds": 0
 
 
 def merged(*bodies: dict[str, Any], seconds_per_step: float | None = 3.0) -> FineTuneJobStatus:
-    """Return the status after the reports ``bodies``."""
+    """Return the status that results when stock reports with the fields ``bodies`` are merged, one after another."""
     status = FineTuneJobStatus()
     for body in bodies:
         text = json.dumps({"trainerStatus": {"lastUpdatedTime": NOW.isoformat()} | body})

@@ -57,7 +57,7 @@ def test_a_stock_trainer_reports_crashes_resumes_and_ends(
         command = [sys.executable, "-m", "tests.operator.stock_trainer", str(out), *arguments]
         log = (tmp_path / "trainer.log").open("ab")
         variables = {**os.environ, **environment}
-        # The trainer runs in the cluster's network namespace with the test machine's file system.
+        # The trainer enters only the network namespace of the cluster, and keeps the test machine's file system.
         enter = ["nsenter", f"--target={installed.cluster.namespaces.pid}", "--net", "--"]
         return subprocess.Popen([*enter, *command], cwd=REPOSITORY, env=variables, stdout=log, stderr=log)
 
@@ -79,7 +79,8 @@ def test_a_stock_trainer_reports_crashes_resumes_and_ends(
     assert second.returncode == 0, (tmp_path / "trainer.log").read_text()
     done = installed.wait(namespace, "100 %", lambda job: progress(job)["percentage"] == 100, 30)
     resumed_from = CRASH_AT // SAVED_EVERY * SAVED_EVERY
-    # The client reports 0 % after a resume. The status must not fall below the step of the checkpoint.
+    # After a resume the client first reports 0 %. The step in the status must still not fall below the step of the
+    # checkpoint from which the run resumed.
     assert min(item["step"] for item in seen) >= min(before["step"], resumed_from)
     assert progress(done)["etaSeconds"] == 0
     values = {metric["name"]: float(metric["value"]) for metric in done["status"]["metrics"]}

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 StandIn = Callable[[str], str]
 ADDRESSES = {"one": "10.251.0.1", "two": "10.251.0.2"}
-"""IP address of each replica, so that both can serve reports on the same port, as pods do."""
+"""IP address of each replica. Two addresses let both replicas serve reports on the same port, as pods do."""
 SERVICE = f"{SERVICE_ACCOUNT}.{OPERATOR_NAMESPACE}.svc"
 USER = f"system:serviceaccount:{OPERATOR_NAMESPACE}:{SERVICE_ACCOUNT}"
 TAKEOVER_SECONDS, REPORT_SECONDS, FROZEN_SECONDS = 20, 40, 30
@@ -101,7 +101,8 @@ def replicas(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> 
 def owner_of_the_slice(installed: Installed, name: str, namespace: str = OPERATOR_NAMESPACE) -> str:
     """Create a pod ``name`` that is never scheduled and return its uid.
 
-    The pod serves as owner of the EndpointSlice, because the garbage collector deletes a slice without owner.
+    The pod serves as owner of the EndpointSlice, because the garbage collector deletes a slice whose owner does not
+    exist.
     """
     container = {"name": "operator", "image": "localhost/busybox:1"}
     spec = {"containers": [container], "schedulingGates": [{"name": "tests.finetune.dev/never"}]}
@@ -169,7 +170,7 @@ def reporting(replicas: Replicas, namespace: str, stand_in: StandIn) -> Reportin
 
 
 def apply_new_jobs(installed: Installed, namespace: str, prefix: str) -> list[str]:
-    """Create jobs whose pods find no node; return their names.
+    """Create jobs whose pods find no node; return the names of the jobs.
 
     Such jobs need every kind of write of the operator and no resources of the node.
     """
@@ -317,7 +318,7 @@ def test_a_stopped_leader_gives_the_lease_back(replicas: Replicas) -> None:
     renewed = replicas.lease()
     assert renewed["holderIdentity"].startswith(f"{other}_")
     print(f"takeover after SIGTERM {time.monotonic() - stopped_at:.1f} s")
-    # The log proves that the Lease was released and did not expire, also on a slow machine.
+    # The log proves that the leader released the Lease, which did not simply expire on a slow machine.
     assert "was given back" in replicas.programs[leader].log.read_text()
     replicas.programs[leader].start()
     replicas.programs[leader].wait_ready()

@@ -15,7 +15,10 @@ from tests.operator.builders import at, pod
 def holding(
     index: int, *, scheduled: float | None, started: float | None = None, ended: float | None = None, **changes: Any
 ) -> PodObservation:
-    """Return a pod that got a node, started and ended at these seconds; None where it did not."""
+    """Return a pod that was scheduled, started and ended at the given seconds after `NOW`.
+
+    None means that this has not happened.
+    """
     state = ContainerState.TERMINATED if ended is not None else ContainerState.RUNNING
     container = ContainerObservation(
         state=state if started is not None else ContainerState.WAITING,
@@ -37,7 +40,8 @@ def count(pods: list[PodObservation], times: list[float], gpus: int = 4) -> tupl
 
 @pytest.mark.parametrize("times", [[100], [20, 100], [*range(0, 101, 7), 100], [100, 200]])
 def test_it_does_not_matter_when_the_operator_reconciles(times: list[float]) -> None:
-    lives = [(0, 0, 10, 90), (1, 5, 20, 95)]  # index, scheduled, started, ended
+    # of each pod: index, and the seconds at which it was scheduled, started and ended
+    lives = [(0, 0, 10, 90), (1, 5, 20, 95)]
     usage: UsageStatus | None = None
     for now in times:
         seen = [

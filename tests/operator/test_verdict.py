@@ -1,4 +1,4 @@
-"""Which verdict an attempt gets: tables with pods and child on one side, verdict and reason on the other."""
+"""Which verdict an attempt gets. Tables list pods and PyTorchJob of an attempt, and the expected verdict and reason."""
 
 from __future__ import annotations
 
@@ -185,7 +185,10 @@ def test_in_the_same_second_it_counts_whether_the_backend_had_begun_to_clean_up(
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0)])
 def test_a_free_attempt_names_the_pod_that_a_person_deleted(first: int, second: int) -> None:
-    """training-operator deletes the other pod in the same second, but a moment later: its version is higher."""
+    """A person deletes the first pod. training-operator deletes the other pod in the same second.
+
+    The resourceVersion, which is higher for the other pod, shows the order of the deletions.
+    """
     pods = [pod(first, deleted=5, version=1000), pod(second, deleted=5, version=1001)]
     for order in (pods, pods[::-1]):
         ruling = _judge(order, child=child(failed=True))
@@ -259,11 +262,11 @@ CASES: list[tuple[list[Any], dict[str, Any]]] = [
     ([pod(0), pod(1, phase="Failed", container=None)], {}),
     ([], {"child": child(failed=True), "current": current(indexes=())}),
 ]
-"""Pods and other evidence such that each rule of `RULES` decides at least once."""
+"""Pods and other evidence of attempts. Each rule of `RULES` decides at least one of these cases."""
 
 
 def test_every_rule_decides_somewhere_with_the_verdict_that_the_table_names() -> None:
-    """docs/architecture.md shows the verdict in `RULES`; this test compares that verdict with those of the rulings."""
+    """Each rule must decide with the verdict that `RULES` states for it, and that docs/architecture.md shows."""
     decided = set()
     for pods, changes in CASES:
         evidence = _evidence(pods, **changes)
