@@ -197,6 +197,16 @@ class Cluster:
         """Run helm as the cluster's administrator and return its standard output."""
         return self.run([self.layout.programs / "helm", *arguments], stdin=stdin, timeout=timeout).stdout
 
+    def learn_new_kinds(self) -> None:
+        """Make the garbage collector know the kinds of all CRDs that exist now. Call this after CRDs were applied, and
+        before a test waits until the objects of a deleted owner are gone.
+
+        A running garbage collector looks for new kinds every 30 s only, and then lists their objects. Until then it
+        deletes nothing whose owner is of such a kind. The controller manager contains the garbage collector, so this
+        method restarts the controller manager.
+        """
+        self.components["controller-manager"].restart()
+
     def second_node(self, *, reserved: bool = True) -> SecondNode:
         """Start a second node and wait until pods can be placed on it. ``SecondNode.stop()`` of the returned object
         ends it.

@@ -22,6 +22,7 @@ from tests.e2e.tiny_model import TINY_MODEL, put_tiny_model_and_rows
 def operated(cluster: Cluster) -> Cluster:  # noqa: F811
     """The session's cluster, with the operator installed."""
     steps.install_operator(cluster, steps.chart_values())
+    cluster.learn_new_kinds()
     return cluster
 
 

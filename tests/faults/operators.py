@@ -60,6 +60,7 @@ def install(cluster: Cluster) -> None:
     chart = str(REPOSITORY / "charts/finetune-operator")
     options = ["--set", "replicas=0"]
     cluster.helm("install", RELEASE, chart, "-n", NAMESPACE, "--create-namespace", *options)
+    cluster.learn_new_kinds()
 
 
 class OperatorProcess:

@@ -91,6 +91,7 @@ def installed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
     chart = str(REPOSITORY / "charts/finetune-operator")
     values = ["--set", "replicas=0"]
     cluster.helm("install", RELEASE, chart, "-n", OPERATOR_NAMESPACE, "--create-namespace", *values)
+    cluster.learn_new_kinds()
     operator = operator_program(
         cluster,
         tmp_path_factory.mktemp("operator"),
