@@ -205,8 +205,8 @@ class FaultProxy:
     def _killer(self, request: Request, status: int) -> Kill | None:
         if request.verb not in WRITES or not 200 <= status < 300:
             return None
-        # A list and not `next`: `is_due` must count the write in every kill, and `next` would stop at the first kill
-        # that is due.
+        # Every kill must count the write (`is_due`), so this is a list. `next` would stop at the first kill that is
+        # due.
         due = [kill for kill in self.kills if kill.is_due(request)]
         return due[0] if due else None
 

@@ -245,8 +245,8 @@ class StubNode:
     async def _until_recorded(self, pods: list[Manifest]) -> None:
         """Wait until the status of the job lists ``pods``, before one of the pods is disturbed.
 
-        training-operator replaces a lost pod within a second. An operator that was down for the whole life of a pod
-        could not know that the pod had existed.
+        Otherwise an operator that is down for the whole life of a pod could not know that the pod existed, because
+        training-operator replaces a lost pod within a second.
         """
         path = f"{_job_path(pods[0])}/status"
         wanted = {pod["metadata"]["uid"] for pod in pods}
@@ -314,7 +314,7 @@ class StubNode:
             else:
                 return
             await asyncio.sleep(RETRY_SECONDS)
-        # If even the last try met a conflict, a newer pod has the name, which is no error.
+        # Status 409 even in the last try means that a newer pod has this name, which is no error.
         if not (isinstance(last, RefusedError) and last.status == 409):
             self.errors.append(repr(last))
 

@@ -32,7 +32,7 @@ from tests.trainer.zygote import Zygote, zygote
 
 STEPS, EVERY = 60, 3
 ONLY_FIRST = ("manifest", "commit", "committed", "retention")
-"""Points that only rank 0 reaches."""
+"""Points of `faults.POINTS` that only rank 0 reaches."""
 KILLED = -9
 
 

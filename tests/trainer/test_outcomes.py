@@ -1,4 +1,7 @@
-"""The exit code of a pod for several combinations of worker exits. A likely cause counts before its consequences."""
+"""The exit code of a pod for several combinations of worker exits.
+
+Where workers report different reasons, the one that is likely the cause decides, and not its consequences.
+"""
 
 from __future__ import annotations
 
