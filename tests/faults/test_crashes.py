@@ -33,10 +33,10 @@ The groups are small, because each start of the operator reconciles all jobs of 
 AGAIN = (8, 1, 1, 1)
 """How many trials run at a time in each further round, which repeats the trials whose own kill did not happen.
 
-The first round runs all trials at once. One operator serves all trials, so that each trial also experiences the kills
-of the others. After a restart one reconcile may combine two changes that the fault-free run handled in two. Such a
-trial needs fewer writes and may end before its own kill. In a trial that runs alone, one reconcile may still combine
-two changes in quick succession.
+The first round runs all trials at once. One operator serves all of them, so each trial also experiences the kills of
+the others. After a restart one reconcile may combine two changes that the fault-free run handled in two reconciles.
+Such a trial needs fewer writes and may end before its own kill, so later rounds run fewer trials at a time. The last
+rounds are needed because even in a trial that runs alone, one reconcile may combine two changes in quick succession.
 """
 SPARE, SPARE_OF_SCENARIO = 0.05, 0.1
 """Greatest shares of trials whose own kill did not happen: of all trials of a group, and of the trials of one scenario.

@@ -336,5 +336,5 @@ def test_the_program_needs_little_memory_and_leaves_a_whole_result(paths: Paths,
     assert ended.result.findings[0].kind is FINAL
     assert ended.result.findings[0].message.startswith(f"dataset.train.s3.uri: there is no object s3://{BUCKET}/xxx")
     assert "Traceback" not in ended.log
-    # The memory limit of the preflight pod is 1 GiB.
+    # The preflight pod may use 1 GiB, so 400 MiB leave it much room.
     assert ended.memory_mebibytes < 400

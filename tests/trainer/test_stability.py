@@ -86,7 +86,7 @@ def half_of_the_labels(step: curves.Step) -> None:
 def test_trap_26_twenty_clean_seeds_raise_no_alarm() -> None:
     torch.set_num_threads(1)
     clean = curves.train(SEEDS, 200)
-    assert all(curve[-1][0] < 0.5 * curve[0][0] for curve in clean)  # shows that the models learn
+    assert all(curve[-1][0] < 0.5 * curve[0][0] for curve in clean)  # this shows that the models learn
     assert [alarm.describe() for curve in clean for alarm in alarms(curve)] == []
 
 

@@ -1,4 +1,7 @@
-"""Which checkpoint a starting run resumes from, whatever happened to the bucket before, against a real object store."""
+"""From which checkpoint a starting run resumes, whatever happened to the bucket before.
+
+The tests use a real object store.
+"""
 
 from __future__ import annotations
 
