@@ -39,13 +39,13 @@ class Admin:
     """Sends requests as administrator. All calls must come from one event loop."""
 
     def __init__(self, context: ssl.SSLContext, *, connections: int = 32) -> None:
-        """Open no connection yet."""
+        """Prepare a client without opening a connection. It later opens at most ``connections`` at a time."""
         connector = aiohttp.TCPConnector(limit=connections, ssl=context)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
         self._session = aiohttp.ClientSession(API_URL, connector=connector, timeout=timeout, read_bufsize=4 * 1024**2)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close all connections to the API server."""
         await self._session.close()
 
     async def call(

@@ -12,7 +12,7 @@ from tests.faults.world import World, running_world
 
 @pytest.fixture(scope="package")
 def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Run control plane, stub node and proxy for all tests of the package."""
+    """Start control plane, stub node, proxy and operator program once, for all tests of the package."""
     if reason := unusable_because():
         # The control plane needs Linux namespaces, which only root can create.
         pytest.skip(reason)
@@ -22,7 +22,7 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture
 def world(shared_world: World) -> Iterator[World]:
-    """Return the shared world with a ready operator, and remove all faults after the test."""
+    """Give a test the shared control plane with a ready operator, and remove all faults after the test."""
     shared_world.keep_operator_alive()
     shared_world.operator.wait_ready()
     yield shared_world

@@ -1,6 +1,7 @@
 """Reduces the stored state of a job to its essence, which must be the same with and without faults.
 
-The essence leaves out times, uids and hashes. `trials.py` computes the essence of every run; tests compare two of them.
+The essence leaves out times, uids and hashes. `trials.py` computes the essence of every run; tests compare the essences
+of two runs.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ _TIMES = re.compile(r"[tT]ime$")
 HASH = re.compile(r"-[0-9a-f]{8}-(?=\d)")
 _CLOCK = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|\+00:00)")
 _GONE = ("PodDeleted", "PodVanished", "PodReplaced", "ChildFailed", "DeletionByTaintManager", "EvictionByEvictionAPI")
-"""Reasons of attempts that are not charged. The essence treats these reasons as equal, because the reason depends on
-whether the operator ran when the pod was deleted."""
+"""Reasons of free attempts that lost a pod.
+
+In the essence all these reasons are the same word, because it depends on chance which of them the operator records: the
+operator may be down while the pod is deleted.
+"""
 
 
 def essence(world: World, namespace: str) -> dict[str, Any]:
-    """Return the essence of the only job of ``namespace``, which can be compared with the essence of another run."""
+    """Return the essence of the only job in ``namespace``."""
     (job,) = world.jobs(namespace)
     base = f"/api/v1/namespaces/{namespace}/configmaps?labelSelector=finetune.dev/job-uid"
     maps = world.loop.run(world.admin.list_all(base))

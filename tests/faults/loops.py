@@ -1,4 +1,4 @@
-"""Runs an event loop in a thread in the cluster's network namespace, for the proxy and the stub node."""
+"""Runs an event loop in a thread, for the proxy and the stub node. The thread is in the cluster's network namespace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the operator as a process that tests kill and restart, with the service account of an installed chart.
+"""Runs the operator as a process that tests kill and restart, with the service account that the chart installs.
 
 The operator is forked from a process that has already imported all modules, so that hundreds of restarts are cheap.
 """
@@ -50,13 +50,14 @@ for line in sys.stdin:
     status = os.waitpid(child, 0)[1]
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
-"""Program that forks an operator for each line on standard input; the line is the path of the log.
+"""Program that forks an operator for each line on standard input; the line is the path of the operator's log.
 
-The program prints ``started`` after the fork, and the exit code after the operator has ended."""
+The program prints ``started`` after the fork, and the exit code after the operator has ended.
+"""
 
 
 def install(cluster: Cluster) -> None:
-    """Install the chart with zero replicas, for the CRD, the roles, the service account and the Secret."""
+    """Install the chart with zero replicas: CRD, roles, service account and Secret, but no pod of the operator."""
     chart = str(REPOSITORY / "charts/finetune-operator")
     options = ["--set", "replicas=0"]
     cluster.helm("install", RELEASE, chart, "-n", NAMESPACE, "--create-namespace", *options)
@@ -117,7 +118,7 @@ class OperatorProcess:
         self._nursery.stdin.write(f"{self.log}\n")
         self._nursery.stdin.flush()
         assert self._nursery.stdout is not None
-        # The wait is needed because `pid` is None until the fork, as for an operator that has ended.
+        # `pid` is None until the fork, as if the operator had ended. So this line waits for the fork.
         assert self._nursery.stdout.readline() == "started\n", self.evidence()
         self._waiting = True
 

@@ -55,29 +55,29 @@ class Record:
 
     @property
     def wrote(self) -> bool:
-        """Whether the request is a write that succeeded."""
+        """Whether the request is a create, update, patch or delete that succeeded."""
         return self.request.verb in WRITES and 200 <= self.status < 300
 
 
 @dataclass
 class Kill:
-    """Kill a process right after the ``number``-th successful write in ``namespace``, counted from 1."""
+    """An order to kill a process right after the ``number``-th successful write in ``namespace``, counted from 1."""
 
     number: int
     victim: Callable[[], int | None]
     """Returns the process id to kill, or None where no process runs."""
     namespace: str = ""
-    """Namespace whose writes are counted; empty counts all."""
+    """Only writes in this namespace are counted; if empty, all writes are counted."""
     tell: bool = False
-    """Whether the answer is passed on before the kill, so that the victim may have read the answer."""
+    """Whether the proxy passes the write's answer on before the kill, so that the victim may have read the answer."""
     writes: int = field(default=0, init=False)
     done: bool = field(default=False, init=False)
-    """Whether the chosen write has happened."""
+    """Whether the ``number``-th write has happened."""
     struck: bool = field(default=False, init=False)
     """Whether a running process was killed; False where the process had already been killed by another `Kill`."""
 
     def is_due(self, request: Request) -> bool:
-        """Count a successful write, and return whether it is write ``number``, after which the victim is killed."""
+        """Count a successful write; return True if it is write ``number``, after which the victim must be killed."""
         if self.done or (self.namespace and request.namespace != self.namespace):
             return False
         self.writes += 1
@@ -104,7 +104,7 @@ class FaultProxy:
     async def start(self) -> None:
         """Listen on 127.0.0.1. A second `start` after `stop` uses the same port."""
         connector = aiohttp.TCPConnector(limit=0, ssl=self._client_context)
-        # No compression is requested, because the proxy must read the lines of watches.
+        # The client asks for no compression, because the proxy must read the lines of watches.
         self._session = aiohttp.ClientSession(
             connector=connector,
             auto_decompress=False,
@@ -114,7 +114,8 @@ class FaultProxy:
         )
         application = web.Application(client_max_size=_LARGEST_BODY)
         application.router.add_route("*", "/{path:.*}", self._handle)
-        # A closed client connection cancels its handler, which ends a watch. `_handle` shields writes from that.
+        # With `handler_cancellation`, a client that closes its connection cancels the handler. This ends watches.
+        # `_handle` shields all other requests that it forwards.
         self._runner = web.AppRunner(
             application, handle_signals=False, access_log=None, shutdown_timeout=0, handler_cancellation=True
         )
@@ -144,7 +145,7 @@ class FaultProxy:
         for watch in self._watches:
             watch.cancel()
 
-    # ---- one request ----
+    # ---- handling of one request ----
 
     async def _handle(self, incoming: web.Request) -> web.StreamResponse:
         request = Request.of(incoming.method, incoming.path, incoming.query)
@@ -155,7 +156,7 @@ class FaultProxy:
             return self._answer(request, fault)
         elif isinstance(fault, Drop):
             self._note(request, 0)
-            await asyncio.Event().wait()  # the client closes the connection after its own time-out
+            await asyncio.Event().wait()  # until the client closes the connection after its own time-out
         elif isinstance(fault, Reset) and not fault.carried_out:
             self._note(request, 0)
             return self._reset(incoming)
@@ -204,7 +205,8 @@ class FaultProxy:
     def _killer(self, request: Request, status: int) -> Kill | None:
         if request.verb not in WRITES or not 200 <= status < 300:
             return None
-        # The list is needed because `is_due` must count the write in every kill. `next` would stop at the first kill.
+        # Every kill must count the write (`is_due`), so this is a list. `next` would stop at the first kill that is
+        # due.
         due = [kill for kill in self.kills if kill.is_due(request)]
         return due[0] if due else None
 
@@ -224,7 +226,7 @@ class FaultProxy:
         except (aiohttp.ClientError, ConnectionError, asyncio.CancelledError):
             if not answer.prepared:
                 self._note(request, 0)
-            # The operator must see a reset in every case, not the regular end of a stream.
+            # The operator must always see a connection reset, never the regular end of a stream.
             return self._reset(incoming)
         finally:
             self._watches.discard(task)
@@ -271,7 +273,7 @@ def _kill(kill: Kill) -> None:
 
 
 async def _edited(stream: aiohttp.StreamReader, fault: Fault | None) -> AsyncIterator[bytes]:
-    """Yield the lines of a watch stream after ``fault`` was applied to them."""
+    """Yield the lines that the operator gets from a watch stream, into which ``fault`` is injected."""
     if isinstance(fault, StreamError):
         status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": fault.code, "reason": fault.reason}
         yield _line({"type": "ERROR", "object": status | {"message": "an error by the proxy"}})

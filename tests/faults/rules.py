@@ -52,14 +52,14 @@ def _names_an_object(path: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """Forward the request after a delay of ``seconds``."""
+    """Fault: the request is forwarded ``seconds`` later."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Answer the request with an error, without forwarding the request to the API server."""
+    """Fault: the proxy answers the request with an error, and does not forward the request."""
 
     status: int
     reason: str = ""
@@ -68,33 +68,36 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Reset the connection: with ``carried_out`` after the API server has answered, else before the request is sent."""
+    """Fault: a TCP reset.
+
+    If ``carried_out``, the reset follows the API server's answer; else the request is never sent.
+    """
 
     carried_out: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Never answer the request and never forward it."""
+    """Fault: the request is neither forwarded nor answered."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOld:
-    """Answer lists with the state at an older resourceVersion; watches replay all events since that version."""
+    """Fault: lists show the state at an older resourceVersion, and watches replay all events since that version."""
 
     resource_version: str
 
 
 @dataclass(frozen=True, slots=True)
 class CutWatch:
-    """End the stream of a watch after ``after_events`` events, without an error."""
+    """Fault: the stream of a watch ends after ``after_events`` events, without an error."""
 
     after_events: int
 
 
 @dataclass(frozen=True, slots=True)
 class StreamError:
-    """Send an ERROR event in the stream of a watch and end the stream."""
+    """Fault: the stream of a watch consists of one ERROR event and ends."""
 
     code: int
     reason: str
@@ -102,7 +105,7 @@ class StreamError:
 
 @dataclass(frozen=True, slots=True)
 class EditEvents:
-    """Replace each event of a watch by the events that ``edit`` returns for it."""
+    """Fault: each event of a watch is replaced by the events that ``edit`` returns for it."""
 
     edit: Callable[[Event], Sequence[Event]]
 
@@ -112,7 +115,7 @@ Fault = Delay | Answer | Reset | Drop | ServeOld | CutWatch | StreamError | Edit
 
 @dataclass
 class Rule:
-    """Skips the first ``skip`` matching requests, then injects ``fault`` into the next ``times`` (None: no limit)."""
+    """Injects ``fault`` into ``times`` matching requests (None: all), after the first ``skip`` matching requests."""
 
     fault: Fault
     verbs: frozenset[str] = frozenset()
@@ -139,7 +142,10 @@ class Rule:
 
 
 def dropping(chosen: Callable[[int], bool]) -> Callable[[Event], Sequence[Event]]:
-    """Return an edit that drops each event for whose number, counted from 1, ``chosen`` returns True."""
+    """Return a function for `EditEvents` that drops chosen events.
+
+    ``chosen`` gets the number of each event, counted from 1, and returns True for an event to drop.
+    """
     number = 0
 
     def edit(event: Event) -> Sequence[Event]:
@@ -151,12 +157,12 @@ def dropping(chosen: Callable[[int], bool]) -> Callable[[Event], Sequence[Event]
 
 
 def duplicating(event: Event) -> Sequence[Event]:
-    """Return ``event`` twice, so that the watch sends every event twice."""
+    """Return ``event`` twice; with `EditEvents`, the watch then sends every event twice."""
     return (event, event)
 
 
 def swapping() -> Callable[[Event], Sequence[Event]]:
-    """Return an edit that swaps each pair of neighbouring events. Bookmarks keep their position."""
+    """Return a function for `EditEvents` that swaps each pair of neighbouring events. Bookmarks keep their position."""
     held: list[Event] = []
 
     def edit(event: Event) -> Sequence[Event]:

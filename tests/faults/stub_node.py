@@ -1,8 +1,8 @@
 """A stub node without containers: it updates the pods of PyTorchJobs as a kubelet does, so that jobs end in seconds.
 
-The stub node also simulates drains, deletions and lost nodes. The annotation `stub-node/script` of a pod has one word
-for each attempt, for example ``"exit-75 drained done"``; later attempts repeat the last word. Pods without the
-annotation keep running.
+The stub node also simulates drains, deletions and lost nodes. The annotation `stub-node/script` of a pod says how each
+attempt goes: it has one word for each attempt, for example ``"exit-75 drained done"``. Later attempts repeat the last
+word. Pods without the annotation keep running.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NODE = "stub-1"
 HEARTBEAT_SECONDS = 2.0
 TRIES, RETRY_SECONDS = 20, 0.2
 TERMINATION_SECONDS = 0.5
-"""Time in seconds that a pod takes to end after its deletion, as a trainer that saves a checkpoint does."""
+"""Seconds that a pod takes to end after its deletion. A real trainer saves a checkpoint in this time."""
 PASSES = "passes"
 DISRUPTIONS = ("drained", "deleted", "vanished", "lost")
 STRATEGIC = "application/strategic-merge-patch+json"
@@ -42,7 +42,7 @@ def script(*words: str) -> dict[str, str]:
 
 
 def message(outcome: Outcome) -> str:
-    """Return the termination message of a trainer that ends with ``outcome``."""
+    """Return the termination message that a trainer with this ``outcome`` leaves."""
     artifact = ArtifactRecord(uri="s3://bucket/artifacts/000001", step=100, bytes=12, manifest_sha256="ab")
     done = outcome in (Outcome.COMPLETED, Outcome.EARLY_STOPPED)
     result = Result(outcome=outcome, message="", step=100, artifact=artifact if done else None)
@@ -50,10 +50,13 @@ def message(outcome: Outcome) -> str:
 
 
 class StubNode:
-    """Watches the pods of PyTorchJobs and preflight checks, and updates their status. Runs in one event loop."""
+    """Watches the pods of PyTorchJobs and preflight checks, and updates their status.
+
+    All methods run in one event loop.
+    """
 
     def __init__(self, admin: Admin, *, delay: float = 0.2) -> None:
-        """Wait ``delay`` seconds after all pods of an attempt run before the word of the script is carried out."""
+        """Prepare the node. ``delay`` seconds after all pods of an attempt run, the script's word is carried out."""
         self._admin = admin
         self._delay = delay
         self._pods: dict[str, Manifest] = {}
@@ -134,7 +137,8 @@ class StubNode:
         gang = _gang_of(pod)
         if pod["status"]["phase"] == "Running" and gang not in self._acted and self._is_complete(pod):
             self._acted.add(gang)
-            # A task of its own, because the script may delete the pod, and the deletion is a step of the pod.
+            # The script is not a step of the pod but a task of its own: the script may delete the pod, and the handling
+            # of a deletion is a step, which can't begin while another step runs.
             self._spawn(self._try(partial(self._befall, pod)))
         return None
 
@@ -239,10 +243,10 @@ class StubNode:
             raise ValueError(f"no such word: {word}")
 
     async def _until_recorded(self, pods: list[Manifest]) -> None:
-        """Wait until the status of the job lists ``pods``.
+        """Wait until the status of the job lists ``pods``, before one of the pods is disturbed.
 
-        training-operator replaces a lost pod within a second. An operator that was down for the whole life of a pod
-        could not know that the pod had existed.
+        Otherwise an operator that is down for the whole life of a pod could not know that the pod existed, because
+        training-operator replaces a lost pod within a second.
         """
         path = f"{_job_path(pods[0])}/status"
         wanted = {pod["metadata"]["uid"] for pod in pods}
@@ -276,7 +280,7 @@ class StubNode:
     async def _patch_job(self, pod: Manifest, policy: Manifest) -> None:
         await self._admin.call("PATCH", _job_path(pod), {"spec": {"runPolicy": policy}}, content_type=MERGE_PATCH)
 
-    # ---- plumbing ----
+    # ---- tasks and retries ----
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -310,13 +314,13 @@ class StubNode:
             else:
                 return
             await asyncio.sleep(RETRY_SECONDS)
-        # A conflict in every try means that a newer pod has the name, which is no error.
+        # Status 409 even in the last try means that a newer pod has this name, which is no error.
         if not (isinstance(last, RefusedError) and last.status == 409):
             self.errors.append(repr(last))
 
 
 def word_of(pod: Manifest) -> str:
-    """Return the word of the script for the pod's attempt; for a preflight pod, the word of a check that passes."""
+    """Return the word of the script for the pod's attempt; `PASSES` for a preflight pod."""
     if PREFLIGHT in pod["metadata"]["labels"]:
         return PASSES
     words = pod["metadata"].get("annotations", {}).get(SCRIPT, "").split()

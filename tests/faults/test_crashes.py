@@ -1,4 +1,7 @@
-"""R1 of docs/performance.md: the operator is killed after each single write, and the job must end as without a kill."""
+"""R1 of docs/performance.md: for each write of a scenario, one trial kills the operator right after that write.
+
+Every trial must end as the run without kills.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,24 @@ TOGETHER = (
     ("is suspended and resumed", "is checked first"),
     ("succeeds", "is drained"),
 )
-"""Groups of scenarios that run at the same time. The groups are small, because each start of the operator reconciles
-all jobs of the group before it goes on."""
-AGAIN = (8, 1, 1, 1)
-"""How many trials run at a time when the trials without a crash are repeated. The first round runs all trials at once.
+"""Groups of scenarios; the scenarios of a group run at the same time.
 
-One operator serves all trials, so that each trial also experiences the kills of the others. After a restart one
-reconcile may combine two changes that the fault-free run handled in two. Such a trial needs fewer writes and may end
-before its own kill. In a trial that runs alone, one reconcile may still combine two changes in quick succession."""
+The groups are small, because each start of the operator reconciles all jobs of the group before it goes on.
+"""
+AGAIN = (8, 1, 1, 1)
+"""How many trials run at a time in each further round, which repeats the trials whose own kill did not happen.
+
+The first round runs all trials at once. One operator serves all of them, so each trial also experiences the kills of
+the others. After a restart one reconcile may combine two changes that the fault-free run handled in two reconciles.
+Such a trial needs fewer writes and may end before its own kill, so later rounds run fewer trials at a time. The last
+rounds are needed because even in a trial that runs alone, one reconcile may combine two changes in quick succession.
+"""
 SPARE, SPARE_OF_SCENARIO = 0.05, 0.1
-"""Greatest shares of trials without a crash, for a group and for each scenario. One write number of a scenario may
-always be left, because the fault-free run may by chance have made one write more than the other runs."""
+"""Greatest shares of trials whose own kill did not happen: of all trials of a group, and of the trials of one scenario.
+
+In each scenario one write may always stay without a kill, because the fault-free run may by chance have made one write
+more than the other runs.
+"""
 STATUS = "patch finetunejobs/job/status"
 
 
@@ -42,7 +52,7 @@ def compare(found: End, expected: End) -> Iterator[str]:
     trial = found.trial
     if differs := differences(found.essence, expected.essence):
         yield f"{trial}, of {len(expected.writes)} writes: {differs}"
-    # A killed operator may lose an event. An event that the fault-free run does not have is an error.
+    # A killed operator may lose an event. But an event that the fault-free run does not have is an error.
     if surplus := found.events - expected.events:
         yield f"{trial}: events {surplus}"
     assert trial.kill is not None
@@ -50,7 +60,8 @@ def compare(found: End, expected: End) -> Iterator[str]:
         yield f"{trial}: no kill, in spite of {found.writes}"
     if not found.undisturbed:
         return
-    # This run had no fault either. It may have combined two status writes, and must equal the first run otherwise.
+    # One operator process ran all the time, so no kill disturbed this run. The run may have combined two status writes,
+    # but must otherwise equal the expected run.
     if lost := expected.events - found.events:
         yield f"{trial}: no events {lost}"
     others, wanted = ([write for write in each.writes if write != STATUS] for each in (found, expected))
@@ -61,9 +72,10 @@ def compare(found: End, expected: End) -> Iterator[str]:
 def crash_after_every_write(
     world: World, scenarios: tuple[str, ...], *, tell: tuple[bool, ...], spare: float, timeout: float
 ) -> None:
-    """Run a trial for each write of each scenario and compare the results with the fault-free run.
+    """Run a trial for each write of each scenario, and compare the results with the fault-free run of the scenario.
 
-    Trials without a crash are repeated until at most the share ``spare`` of all trials is left without a crash.
+    The trials whose own kill did not happen are repeated in up to four more rounds, until they are at most the share
+    ``spare`` of all trials.
     """
     fault_free = run_all(world, [Point(name) for name in scenarios], len(scenarios), timeout)
     expected = {found.trial.point.scenario: found for found in fault_free}
@@ -78,7 +90,8 @@ def crash_after_every_write(
     left, ends = points, list[End]()
     for together in (len(points), *AGAIN):
         begun = time.monotonic()
-        # Trials are sorted by the relative time of their kill, because kills at the same time disturb each other least.
+        # Trials that run at the same time disturb each other least if their kills come at the same time. So the trials
+        # are sorted by the relative time of their kill.
         left = sorted(left, key=lambda point: point.after / writes[point.scenario])
         ends = run_all(world, left, together, timeout)
         wrong += [line for found in ends for line in compare(found, expected[found.trial.point.scenario])]

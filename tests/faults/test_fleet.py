@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 CONVERGED_SECONDS = 30
 PREVIOUS = "2433999"
-"""Commit of the first version that ran jobs. It had no leader election and an older form of the status."""
+"""Commit of the first version that ran jobs. That version had no leader election and an older form of the status."""
 
 
 @pytest.mark.long
@@ -62,7 +62,7 @@ def test_random_kills_double_and_lose_no_job(world: World) -> None:
 
 
 def ended_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
-    """Return (job name, attempt number) of each attempt whose PyTorchJob has ended."""
+    """Return a pair (job name, attempt number) for each attempt whose PyTorchJob has ended."""
     return {
         (child["metadata"]["labels"][JOB_NAME], int(child["metadata"]["labels"][ATTEMPT]))
         for child in world.children(namespace)
@@ -74,7 +74,7 @@ def ended_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
 
 
 def recorded_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
-    """Return (job name, attempt number) of each attempt whose end is recorded in the status of its job."""
+    """Return a pair (job name, attempt number) for each attempt whose end is recorded in the job's status."""
     return {
         (found["metadata"]["name"], attempt["number"])
         for found in world.jobs(namespace)
@@ -130,7 +130,7 @@ def _running(world: World, namespace: str) -> int:
 
 
 def _objects(world: World, namespace: str) -> tuple[list[str], list[str], list[int]]:
-    """Return the uids of all children, the uids of all pods, and the number of started attempts of each job."""
+    """Return the uids of all PyTorchJobs, the uids of all pods, and each job's number of started attempts."""
     return (
         sorted(child["metadata"]["uid"] for child in world.children(namespace)),
         sorted(pod["metadata"]["uid"] for pod in world.pods(namespace)),

@@ -1,7 +1,7 @@
 """R2 and R10 to R13 of docs/performance.md.
 
-The cases are: restarts without changes, bursts of updates, edited children, deletion of a namespace while the operator
-is down, and one unreadable job among many valid jobs.
+The cases are: restarts without changes, bursts of updates, edited PyTorchJobs, deletion of a namespace while the
+operator is down, and one unreadable job among many valid jobs.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def test_a_hundred_updates_lead_to_a_handful_of_reconciles(world: World) -> None
     final = world.job(namespace)["metadata"]["generation"]
     told = world.wait_job(namespace, "the last one", lambda found: found["status"]["observedGeneration"] == final)
     seen = told["metadata"]["resourceVersion"]
-    # The last status write is an update too and causes one more reconcile.
+    # The operator's last status write updates the job too, and so causes one more reconcile.
     world.wait("the reconcile after it", lambda: reconciles(world, job_path(namespace), last) >= 2, 30)
-    # In addition, a job with a waiting pod is reconciled every ten seconds.
+    # The division by 10 is there because a job with a waiting pod is reconciled every ten seconds.
     assert reconciles(world, job_path(namespace), last) <= 3 + (time.monotonic() - last) / 10
     assert world.job(namespace)["metadata"]["resourceVersion"] == seen
     assert told["status"]["attempts"]["started"] == 1
@@ -113,7 +113,7 @@ def test_a_namespace_goes_without_the_operator(world: World) -> None:
 def poison_among(world: World, good: int) -> None:
     """Create a job that the operator can't parse, and ``good`` valid jobs; assert that the valid jobs end as usual.
 
-    The CRD is loosened meanwhile, as a CRD of another version could be.
+    Meanwhile the CRD accepts any value of one field, as the CRD of another version could.
     """
     crd = world.call("GET", CRD)
     spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
@@ -140,7 +140,8 @@ def poison_among(world: World, good: int) -> None:
         assert condition(told, "Accepted")["status"] == "False"
         assert "longRows" in condition(told, "Accepted")["message"]
         assert condition(told, "Stalled")["status"] == "False"
-        # Retries come after 10 s, 20 s, 40 s and so on. A few more reconciles come from the job's own status writes.
+        # The operator retries after 10 s, 20 s, 40 s and so on. Its own writes to the job's status cause a few more
+        # reconciles.
         assert reconciles(world, job_path(namespace, "poison"), began) <= 8 + took / 10
         assert events(world, namespace)["BadInput"] <= 1 + took / 60
         print(f"{good} good jobs beside a poisoned one: {took:.1f} s")

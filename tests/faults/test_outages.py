@@ -1,7 +1,7 @@
 """R5, R6 and R8 of docs/performance.md: an API server that refuses requests, is unreachable, hangs or breaks watches.
 
-The operator may end at most once, because it loses its Lease. No request may be repeated more than once a second, and
-all jobs must reach their expected state soon after the recovery.
+In an outage the operator may end at most once, and only where it can't renew its Lease. On average no request may fail
+more than once a second. Soon after the recovery all jobs must reach their expected state.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Outage = Callable[[World], AbstractContextManager[None]]
 
 
 def answering(*answers: Answer, path: str = "") -> Outage:
-    """Return an outage in which requests whose path matches ``path`` get one of ``answers``."""
+    """Return an outage: the proxy answers requests whose path matches ``path`` with an error of ``answers``."""
     return lambda world: world.proxy.fault(*(Rule(answer, path=path) for answer in answers))
 
 
 @contextmanager
 def refused(world: World) -> Iterator[None]:
-    """Refuse connections, because nothing listens on the API server's port during the block."""
+    """Stop the proxy during the block, so that the operator's connections are refused."""
     world.loop.run(world.proxy.stop())
     try:
         yield
@@ -38,7 +38,8 @@ def refused(world: World) -> Iterator[None]:
 
 
 OUTAGES: dict[str, tuple[Outage, float, int]] = {
-    # Outage, duration in seconds, and how often the operator may end; once where it can't renew its Lease.
+    # By name: the outage, its duration in seconds, and how often the operator may end. An operator that can't renew its
+    # Lease ends once.
     "500": (answering(Answer(500, "InternalError")), 120, 1),
     "refused": (refused, 120, 1),
     "429": (answering(Answer(429, "TooManyRequests", {"Retry-After": "2"}), path=NOT_THE_LEASE), 60, 0),
@@ -47,7 +48,10 @@ OUTAGES: dict[str, tuple[Outage, float, int]] = {
 
 
 def go_through(world: World, outage: Outage, seconds: float) -> int:
-    """Delete a child during an outage and wait until the status shows it; return how often the operator ended."""
+    """Delete a PyTorchJob during an outage, and wait after the outage until the job's second attempt has started.
+
+    Return how often the operator ended during the outage.
+    """
     namespace = world.namespace()
     world.create(namespace, *(job("run", name=f"job-{number}") for number in range(5)))
     world.wait("five attempts", lambda: len(_recorded(world, namespace)) == 5)
@@ -80,14 +84,15 @@ def go_through(world: World, outage: Outage, seconds: float) -> int:
         return sorted(each["started"] for each in attempts) == [1, 1, 1, 1, 2] and sum(a["free"] for a in attempts) == 1
 
     recovered = time.monotonic()
-    # The expected time is 30 s plus 10 s of back-off before attempt 2; a busy machine gets three times as long.
+    # Expected are 40 s: 30 s until the operator has recovered, and 10 s of back-off before attempt 2. A busy machine
+    # may take three times as long.
     world.wait("the lost child's second attempt", has_converged, 3 * 40)
     print(f"converged {time.monotonic() - recovered:.1f} s after the outage; the operator ended {ended} times")
     return ended
 
 
 def _recorded(world: World, namespace: str) -> list[str]:
-    """Return the names of the jobs whose status lists both pods."""
+    """Return the names of the jobs whose status lists both pods of the current attempt."""
     return [
         found["metadata"]["name"]
         for found in world.jobs(namespace)
@@ -175,7 +180,7 @@ def test_an_api_server_that_is_killed_or_frozen_is_found_again(
 
 
 def _namespace(world: World) -> str | None:
-    """Return a new namespace, or None where the API server does not answer."""
+    """Create a namespace and return its name, or None where the API server does not answer."""
     try:
         return world.namespace()
     except (OSError, TimeoutError):

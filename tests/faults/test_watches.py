@@ -57,7 +57,7 @@ def test_disturbed_watches_change_nothing_but_the_time(world: World, undisturbed
     with world.proxy.fault(*rules):
         world.loop.run(world.proxy.end_watches())
         began = time.monotonic()
-        # A step whose event is lost is found at the next resync, after up to 30 s.
+        # If the event of a step is lost, the operator finds the step at the next resync, after up to 30 s.
         found = run_scenarios(world, 300)
         print(f"{name}: {len(WATCHED_SCENARIOS)} jobs ended after {time.monotonic() - began:.1f} s")
     assert any(rule.applied for rule in rules)
@@ -95,14 +95,17 @@ def _pods(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _with_both_pods(world: World, namespace: str) -> dict[str, Any] | None:
-    # A watch that gets a 410 ends, and the operator's process ends up to 15 s later.
+    # The watch that got status 410 ends the operator's process up to 15 s later, so the operator is started again here.
     world.keep_operator_alive()
     found = world.job(namespace)
     return found if "status" in found and len(_pods(found)) == 2 else None
 
 
 def test_a_server_that_shows_the_past_leads_to_nothing_foreign(world: World) -> None:
-    """A job is deleted and created again with the same name while lists and watches still show the old objects."""
+    """The operator must not take the old objects of a job for those of a new job with the same name.
+
+    The job is deleted and created again while lists and watches still show the old objects.
+    """
     namespace = world.namespace()
     world.create(namespace, job("run"))
     first = world.wait("both pods", partial(_with_both_pods, world, namespace))

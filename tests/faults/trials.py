@@ -1,4 +1,4 @@
-"""Runs scripted jobs at the same time while the operator is killed after chosen writes.
+"""Runs jobs that follow a script, many at the same time, while the operator is killed after chosen writes.
 
 `test_crashes.py` and `test_watches.py` compare the results with a run without faults.
 """
@@ -35,17 +35,22 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "runs too long": (("run",), {"runPolicy": {"activeDeadlineSeconds": 60}}),
     "waits too long": (("pending",), {"runPolicy": {"pendingDeadlineSeconds": 60}}),
 }
-"""For each scenario: the script of the stub node, and changes of the job's spec."""
+"""By name of the scenario: the words of the stub node's script, one for each attempt, and changes of the job's spec."""
 WAVE_SECONDS = 15.0
-"""Seconds between the starts of two groups of trials. Most scenarios take less time, so that the kills of one group do
-not disturb the next group."""
+"""Seconds between the starts of two groups of trials.
+
+Most trials take less time, so that the kills of one group do not disturb the next group.
+"""
 LIST_SECONDS = 1.0
-"""Seconds between two lists of all jobs, because frequent lists of hundreds of jobs would slow the operator down."""
+"""Seconds between two lists of all jobs.
+
+Lists of hundreds of jobs would slow the operator down if they were frequent.
+"""
 
 
 @dataclass(frozen=True)
 class Point:
-    """The point of a crash: the operator is killed after write number ``after`` of a scenario; 0 means no kill."""
+    """When the operator is killed: after write number ``after`` of a scenario, counted from 1; 0 means no kill."""
 
     scenario: str
     after: int = 0
@@ -55,7 +60,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """One job during whose life the operator is killed at a point."""
+    """One run of a scenario: a job, and the kill of the operator that belongs to it.
+
+    ``kill`` is None if there is none.
+    """
 
     point: Point
     namespace: str
@@ -65,7 +73,7 @@ class Trial:
 
     @property
     def crashed(self) -> bool:
-        """Whether the kill of this trial has happened and has killed a running operator."""
+        """Whether this trial's own kill has happened and has ended a running operator."""
         return self.kill is not None and self.kill.struck
 
 
@@ -97,7 +105,8 @@ def begin(world: World, point: Point) -> Trial:
 def is_finished(world: World, ended: Manifest) -> bool:
     """Return whether the operator will write nothing more about the ended job ``ended``.
 
-    The event about the end exists, or the operator was restarted after the last status write and the event was lost.
+    This is so if the event about the job's end exists. It is also so if the operator was restarted after its last write
+    in the namespace, because the event may then be lost.
     """
     namespace = ended["metadata"]["namespace"]
     last = max(record.at for record in world.proxy.records if record.wrote and record.request.namespace == namespace)
@@ -105,7 +114,7 @@ def is_finished(world: World, ended: Manifest) -> bool:
 
 
 def writes_in(world: World, namespace: str) -> tuple[str, ...]:
-    """Return the successful writes of the operator in ``namespace``, in order, with hashes replaced."""
+    """Return the operator's successful writes in ``namespace``, in order. `-hash-` replaces the hashes in names."""
     paths = [
         (record.request.verb, record.request.path.partition(f"/{namespace}/")[2])
         for record in world.proxy.records
@@ -115,9 +124,10 @@ def writes_in(world: World, namespace: str) -> tuple[str, ...]:
 
 
 def run_all(world: World, points: Sequence[Point], together: int, timeout: float) -> list[End]:
-    """Run a job for each point, ``together`` at a time, and return the results.
+    """Run a job for each point, ``together`` of them at a time, and return the results.
 
-    A trial ends when nothing more is written about its job. The operator is started again after each kill.
+    A trial with a kill is over when its job has ended, any other trial when the operator has also written all about it.
+    The operator is started again after each kill.
     """
     queue = list(points)
     waiting: dict[str, Trial] = {}
@@ -151,7 +161,8 @@ def run_all(world: World, points: Sequence[Point], together: int, timeout: float
                 undisturbed,
                 essence=essence(world, place),
                 events=events(world, place),
-                # The writes are read last, because the proxy records a write a moment after the object exists.
+                # `writes` is computed last, because the proxy records a write a moment after the API server has carried
+                # it out.
                 writes=writes_in(world, place),
             )
         )

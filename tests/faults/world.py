@@ -30,8 +30,8 @@ SHORT_NODE_LOSS: Mapping[str, Sequence[str]] = {
         "--node-monitor-period=1s",
         "--node-monitor-grace-period=20s",
         "--node-startup-grace-period=20s",
-        # The tests lose many nodes at once. The defaults taint one node in ten seconds, and none where most nodes of a
-        # small cluster are lost.
+        # The tests lose many nodes at once. These options let the controller manager taint all of them soon. By default
+        # it taints one node in ten seconds, and none where most nodes of a small cluster are lost.
         "--node-eviction-rate=10",
         "--secondary-node-eviction-rate=10",
         "--large-cluster-size-threshold=0",
@@ -41,7 +41,7 @@ SHORT_NODE_LOSS: Mapping[str, Sequence[str]] = {
 
 @dataclass
 class World:
-    """The running parts, with helpers to create and read jobs, children and pods."""
+    """The running control plane, stub node, proxy and operator, with helpers to create and read jobs and pods."""
 
     cluster: Cluster
     loop: LoopThread
@@ -50,9 +50,9 @@ class World:
     proxy: FaultProxy
     operator: OperatorProcess
     created: dict[str, tuple[str, str]]
-    """For every PyTorchJob that has ever existed: uid to namespace and number of the attempt."""
+    """Every PyTorchJob that has ever existed: its uid leads to its namespace and the number of its attempt."""
 
-    # ---- jobs ----
+    # ---- jobs and other objects ----
 
     def namespace(self) -> str:
         """Create a namespace with a random name and return the name."""
@@ -88,7 +88,7 @@ class World:
         return self.call("GET", f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}")
 
     def children(self, namespace: str) -> list[Manifest]:
-        """Return the PyTorchJobs of ``namespace``."""
+        """Return the PyTorchJobs (child objects) of ``namespace``."""
         return self.loop.run(self.admin.list_all(f"/apis/kubeflow.org/v1/namespaces/{namespace}/pytorchjobs"))
 
     def pods(self, namespace: str) -> list[Manifest]:
@@ -118,7 +118,7 @@ class World:
             self.operator.start()
 
     def evidence(self) -> str:
-        """Return the operator's log, the stub node's errors and the open jobs, for the message of a failed wait."""
+        """Return a text for a failed wait: the operator's log, the stub node's errors and the open jobs."""
         open_jobs = [found for found in self.jobs() if not settled(found)]
         lines = [
             f"{found['metadata']['namespace']}/{found['metadata']['name']}: "
@@ -170,9 +170,9 @@ def running_world(
     flags: Mapping[str, Sequence[str]] = SHORT_NODE_LOSS,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[World]:
-    """Start control plane, stub node and proxy for the block; the operator is prepared and not started.
+    """Start control plane, stub node and proxy for the block. The operator is prepared but not started.
 
-    With ``direct`` the operator connects to the API server without the proxy.
+    With ``direct``, the operator connects to the API server without the proxy.
     """
     with Cluster.start(with_node=False, flags=flags) as cluster:
         install(cluster)

@@ -19,7 +19,7 @@ StartPods = Callable[..., Attempt]
 
 @pytest.fixture(scope="session")
 def minio() -> Path:
-    """The path of the MinIO binary, for tests that run a server of their own."""
+    """The path of the MinIO binary, for tests that start MinIO servers of their own."""
     binary = minio_binary()
     if binary is None:
         # Without MinIO there is no object store to test against. `make test` builds MinIO first, so it skips no test.
@@ -46,7 +46,10 @@ def store(empty_store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture
 def pods(tmp_path: Path, store: ObjectStore) -> Iterator[StartPods]:
-    """A function that starts the pods of an attempt. All processes that still run at the end of the test are killed."""
+    """A function that starts the pods of an attempt, each as a launcher process.
+
+    All processes that still run at the end of the test are killed.
+    """
     started: list[Attempt] = []
 
     def start(

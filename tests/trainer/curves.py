@@ -19,8 +19,10 @@ RATE = 1.5e-2
 
 @dataclass
 class Step:
-    """The inputs of one training step, which a fault may change before the update. The first axis of each tensor is the
-    seed."""
+    """The inputs of one training step, which a fault may change before the update.
+
+    The shapes name two sizes: S is the number of seeds, N the number of predicted words for each seed.
+    """
 
     number: int
     contexts: torch.Tensor
@@ -38,9 +40,9 @@ Fault = Callable[[Step], None]
 def train(
     seeds: int, steps: int, fault: Fault = lambda _: None, *, first_seed: int = 0
 ) -> list[list[tuple[float, float]]]:
-    """Return for each seed the loss and the gradient norm before clipping of each step."""
+    """Train one model per seed. Return each seed's pairs (loss, gradient norm before clipping), one for each step."""
     generator = torch.Generator().manual_seed(first_seed)
-    # Nine of ten words are determined by the preceding word; the tenth is random.
+    # In nine of ten cases the preceding word determines the next word. In the tenth case the next word is random.
     chain = torch.full((seeds, WORDS, WORDS), 0.1 / WORDS)
     for seed in range(seeds):
         chain[seed, torch.arange(WORDS), torch.randperm(WORDS, generator=generator)] += 0.9

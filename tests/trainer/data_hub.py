@@ -21,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """The repository that the server offers, and a record of the requests for the repository."""
+    """The one repository that the server offers, and the paths of all requests that the server has received."""
 
     repo: str
     files: dict[str, bytes]
@@ -32,7 +32,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)
 
     def answer(self, path: str, token: str | None) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers and body of the response to a request."""
+        """Record the request for ``path`` in `asked`, and return status, headers and body of the response."""
         self.asked.append(path)
         if self.token is not None and token != f"Bearer {self.token}":
             return 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}, b""

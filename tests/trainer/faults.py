@@ -1,7 +1,8 @@
-"""Scripted faults of a training run. A fault is injected inside a rank by patching the trainer: wrong targets, a
-learning rate that is too high, an infinite gradient, a kill.
+"""Scripted faults of a training run.
 
-After a rollback, a fault of the learning rate does not return, as if the rate had been its cause.
+A fault is injected inside a rank by patching the trainer: wrong targets, a learning rate that is too high, an infinite
+gradient, a kill. A fault of the learning rate stays away after a rollback, as if the rollback's lower rate had cured
+it.
 """
 
 from __future__ import annotations
@@ -34,17 +35,20 @@ from finetune_trainer.storage.root import RunRoot
 
 @contextmanager
 def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
-    """Inject ``fault`` into the trainer while the block runs. A fault is a dictionary of one of these kinds; `step` is
-    the first step with the fault:
+    """Inject ``fault`` into the trainer while the block runs.
 
-    - {"kind": "noise", "step": s, "share": s, "growth": g, "steps": n} replaces targets by random words
-    - {"kind": "rate", "step": s, "factor": f} multiplies the learning rate
+    A fault is a dictionary of one of these kinds. `step` is the first step with the fault. A rank that is told to stop
+    behaves as if it had received SIGTERM:
+
+    - {"kind": "noise", "step": s, "share": p, "growth": g, "steps": n} replaces the share p of the targets by random
+      words during n steps; the share grows by g with each step
+    - {"kind": "rate", "step": s, "factor": f} multiplies the learning rate by f until a rollback
     - {"kind": "gradient", "step": s} makes one gradient infinite
-    - {"kind": "stop", "step": s} stops all ranks as SIGTERM does
-    - {"kind": "told", "step": s, "rank": r} stops rank r during the evaluation after the step
-    - {"kind": "phase", "phase": p} stops rank 0 at the beginning of phase p
+    - {"kind": "stop", "step": s} stops all ranks before step s
+    - {"kind": "told", "step": s, "rank": r}: rank r is told to stop during the evaluation after step s
+    - {"kind": "phase", "phase": p}: rank 0 is told to stop at the beginning of phase p
     - {"kind": "budget", "seconds": s} sets the time budget of background uploads
-    - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches a point of `POINTS` for the n-th
+    - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` for the n-th
       time
     """
     if fault is None:
@@ -66,14 +70,16 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
 
 
 POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed", "retention")
-"""Points at which a rank can be killed: before a backward pass; between two tensors of a snapshot; during the upload of
-a file; before the manifest; before COMMIT; after COMMIT but before the run has recorded it; before a deletion of
+"""Points at which a rank can be killed, in the order of a step and its checkpoint.
+
+They are: before a backward pass; between two tensors of a snapshot; during the upload of a file; before the manifest is
+written; before COMMIT is written; after COMMIT but before the run has recorded the checkpoint; before a deletion by
 retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
 """
 
 
 def _kill(fault: dict[str, Any]) -> Any:
-    """Return a patch that kills the rank with SIGKILL when the rank reaches the point for the n-th time."""
+    """Return a patch that kills the rank with SIGKILL when the rank reaches the fault's point for the n-th time."""
     point, left = fault["point"], itertools.count(fault["count"] - 1, -1)
 
     def die() -> None:
@@ -159,7 +165,7 @@ def _phase(fault: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def recorded(file: Path) -> Iterator[None]:
-    """Record the rows that this rank consumes in each step, as one JSON line per step."""
+    """Write the rows that this rank consumes in each step to ``file``, as one JSON line per step."""
     made = MicroBatcher.plan_step
 
     def step(self: MicroBatcher, number: int, optimization: Any) -> Any:

@@ -28,7 +28,7 @@ def write_plans(
     faults: list[dict[str, Any] | None] | None = None,
     attempt: int = 1,
 ) -> list[Path]:
-    """Write the file of run plans that each rank of `many_runs` reads, and return the files in the order of ranks."""
+    """Write one file per rank, with the plans of all runs, for `many_runs`. Return the files in the order of ranks."""
     files = []
     for rank in range(configs[0]["world"]["nodes"]):
         scratch = folder / f"rank-{rank}"
@@ -61,10 +61,10 @@ def train_all(
     seconds: float = RUN_SECONDS,
     faults: list[dict[str, Any] | None] | None = None,
 ) -> list[Result]:
-    """Train every config on the number of ranks that all configs have in common, and return the result of each run.
+    """Train every config, one after another, and return the result of each run.
 
-    ``inputs`` are either common to all configs or one per config. ``faults`` has one entry per config, see
-    `faults.scripted`.
+    All configs must have the same number of ranks. ``inputs`` are either common to all configs or one per config.
+    ``faults`` has one entry per config, see `faults.scripted`.
     """
     world = configs[0]["world"]["nodes"]
     port = free_port()
@@ -102,7 +102,7 @@ def train_all(
 
 
 def step_rows(store: ObjectStore, name: str) -> list[StepRow]:
-    """Return the rows of a run's step log."""
+    """Return the rows of a job's step log, in the order of steps."""
     lines = [
         line
         for key in store.keys(f"runs/default/{name}/uid-1/metrics/")
@@ -112,14 +112,14 @@ def step_rows(store: ObjectStore, name: str) -> list[StepRow]:
 
 
 def losses_of(store: ObjectStore, name: str) -> list[float]:
-    """Return the loss of each step of a run of which every step was applied."""
+    """Return the loss of each step of a job. Every step must have a loss, so no step may have been skipped."""
     losses = [row.loss for row in step_rows(store, name)]
     assert None not in losses, name
     return [loss for loss in losses if loss is not None]
 
 
 def rows_consumed(folder: Path, index: int, world: int) -> dict[int, list[int]]:
-    """Return for each step the rows that all ranks together consumed in the ``index``-th run of `train_all`."""
+    """Return, by step, the sorted rows that all ranks together consumed in the ``index``-th run of `train_all`."""
     consumed: dict[int, list[int]] = {}
     for rank in range(world):
         for line in (folder / f"rank-{rank}" / f"run-{index}" / f"rows-{rank}.jsonl").read_text().splitlines():

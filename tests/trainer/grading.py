@@ -1,4 +1,4 @@
-"""Counts the problems that graders report; `test_tasks_viggo.py` and its neighbours use the counts."""
+"""Counts the grades that name a problem, for `test_tasks_viggo.py`, `test_tasks_sql.py` and `test_tasks_gsm8k.py`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from finetune_trainer.evaluation.graders import Grade
 
 
 def left_out(grades: Sequence[Grade]) -> Counter[str]:
-    """Return the problems of rows that could not be used, each with the number of such rows."""
+    """Count the rows that could not be used for grading, by the problem that the grader names."""
     return Counter(grade.problem for grade in grades if not grade.is_graded)
 
 
 def unreadable(grades: Sequence[Grade]) -> Counter[str]:
-    """Return the problems of graded answers that could not be read, each with the number of such answers."""
+    """Count the answers that were graded although they could not be read, by the problem that the grader names."""
     return Counter(grade.problem for grade in grades if grade.is_graded and grade.problem)

@@ -23,18 +23,18 @@ TOKEN = "hf_the-right-token"
 
 @dataclass
 class Hub:
-    """Content, address and requests of the server."""
+    """Address of the server, the repositories that it refuses, and the requests that it has received."""
 
     endpoint: str
     gated: set[str] = field(default_factory=set)
-    """Repositories to which the token gives no access."""
+    """Repositories that are refused with status 403 although the token is right, as for a gated model."""
     requests: list[str] = field(default_factory=list)
     """Method and path of every request, for example `GET /api/models/org/tiny/tree/main`."""
 
 
 @contextmanager
 def running_hub(repositories: Mapping[str, Path]) -> Iterator[Hub]:
-    """Serve local folders as model repositories, all of which need the token."""
+    """Run a server that offers local folders as model repositories. Every request must carry the token `TOKEN`."""
 
     class Handler(_Handler):
         folders = repositories
@@ -56,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, *_: Any) -> None:
-        """Print no log line, because the tests read `Hub.requests`."""
+        """Print no log line. The tests read `Hub.requests` instead."""
 
     def do_GET(self) -> None:
         self._answer(with_body=True)

@@ -1,8 +1,8 @@
-"""One rank that loads a model as the trainer does and prints the memory that loading took, as JSON: `python -m
-tests.trainer.loading`.
+"""One rank that loads a model as the trainer does, and prints memory figures: `python -m tests.trainer.loading`.
 
-Printed are the peak of resident memory above the level before loading, in bytes, in total and of anonymous pages only
-(the kernel can drop pages of mapped files at any time), and the bytes of the parameters that the rank holds.
+The figures are JSON, in bytes. `peak` is the peak of resident memory above the level before loading. `anonymous` is the
+same for anonymous pages only, because the kernel can drop pages of mapped files at any time. `held` is the size of the
+parameters that the rank holds after loading.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 
 
 def resident() -> tuple[int, int]:
-    """Return the resident memory of this process, and the part of the resident memory that is anonymous, both in
-    bytes."""
+    """Return two sizes in bytes: this process's resident memory, and its anonymous part (no mapped files)."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(1024 * int(lines[name].split()[0]) for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
 

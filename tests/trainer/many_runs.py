@@ -1,8 +1,8 @@
-"""One rank that trains several plans one after another in one process: `python -m tests.trainer.many_runs FILE`.
+"""One rank that trains several runs one after another in one process: `python -m tests.trainer.many_runs FILE`.
 
-Importing torch takes longer than training the tiny model, so many runs share one import. The results are written to
-`results.json` in the rank's scratch folder. A run may have a scripted fault (see `faults.py`), and writes the rows that
-it consumed to `rows-<rank>.jsonl` in its folder.
+FILE holds one plan per run. Importing torch takes longer than training the tiny model, so many runs share one import.
+The results are written to `results.json` in the rank's scratch folder. A run may have a scripted fault (see
+`faults.py`). The rows that a run consumed are written to `rows-<rank>.jsonl` in the run's folder.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ BUCKET = "finetune"
 
 
 def minio_binary() -> Path | None:
-    """Return the path of the MinIO binary from FINETUNE_MINIO or from the cluster's cache, or None if there is none."""
+    """Return the path of the MinIO binary from FINETUNE_MINIO or from the cluster's cache; None where it is missing."""
     named = os.environ.get("FINETUNE_MINIO")
     if named:
         return Path(named)
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 @dataclass
 class ObjectStore:
-    """A running MinIO server."""
+    """A running MinIO server, with methods to read and fill its bucket `finetune`."""
 
     endpoint: str
     credentials: Path
@@ -90,8 +90,8 @@ def running_store(
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         endpoint = f"http://127.0.0.1:{port}" if certificates is None else f"https://localhost:{port}"
-        # A server that is still initializing answers with Retry-After of a minute, although it is ready a moment later.
-        # The client therefore does not wait for Retry-After.
+        # A MinIO server that is still initializing asks for a pause of a minute (Retry-After), although it is ready a
+        # moment later. So the client ignores Retry-After.
         retries = urllib3.Retry(
             30, backoff_factor=0.1, backoff_max=1, status_forcelist=[503], respect_retry_after_header=False
         )
@@ -141,6 +141,6 @@ def wait_ready(
                 return
         except urllib3.exceptions.HTTPError:
             pass
-        # Pause between two attempts; the number of attempts is bounded.
+        # Pause between two attempts; the deadline bounds their total time.
         time.sleep(0.1)
     raise TimeoutError(f"MinIO was not ready after {seconds} s: {log.read_text()[-2000:]}")

@@ -21,8 +21,7 @@ START_SECONDS = 90.0
 
 
 def fill_bucket(store: ObjectStore, model: Path, folder: Path) -> None:
-    """Upload the model and its data, which are first written to ``folder``, to the addresses that `run_config`
-    names."""
+    """Write the training data to ``folder``, and upload data and model to the addresses that `run_config` names."""
     folder.mkdir(exist_ok=True)
     tiny.write_jsonl(folder / "train.jsonl", tiny.rows(20, seed=1))
     tiny.write_jsonl(folder / "validation.jsonl", tiny.rows(7, seed=2))
@@ -31,8 +30,10 @@ def fill_bucket(store: ObjectStore, model: Path, folder: Path) -> None:
 
 
 def run_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
-    """Return a run file for the tiny model. ``changes`` replace single fields, `section__field=value`, or whole
-    sections."""
+    """Return a run file for the tiny model, with changes.
+
+    A change replaces a whole section, or as `section__field=value` a single field. The value None removes the field.
+    """
     config: dict[str, Any] = {
         "version": 1,
         "world": {"nodes": 2, "processesPerNode": 1, "device": "CPU"},
@@ -110,8 +111,10 @@ class Pod:
         return self.log.read_text()
 
     def workers(self) -> list[int]:
-        """Return the process ids of the workers. If the launcher runs in a wrapper, the only entry is the launcher
-        itself."""
+        """Return the process ids of the workers.
+
+        If a wrapper runs the launcher as its child, return the launcher's id instead.
+        """
         return children(self.process.pid)
 
 
@@ -134,7 +137,7 @@ class Attempt:
         return "\n".join(pod.output for pod in self.pods)
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
-        """Wait until ``condition`` holds, and fail if all pods exit before."""
+        """Wait until ``condition`` holds. Fail after ``seconds``, or if all pods exit before it holds."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds} s for {what}:\n{self.output}"
@@ -162,8 +165,11 @@ def start_pods(
     variables: Mapping[str, str] | None = None,
     wrapper: tuple[str, ...] = (),
 ) -> Attempt:
-    """Start one launcher per node of ``config``. ``variables`` are added to the launcher's environment. ``wrapper`` is
-    a command that runs the launcher as its child, such as `unshare`."""
+    """Start one launcher process for each node of ``config``.
+
+    ``variables`` are added to the launcher's environment. ``wrapper`` is the beginning of a command line that runs the
+    launcher, such as `unshare` with its options.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.json"
     run_file.write_text(json.dumps(config))

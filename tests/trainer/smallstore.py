@@ -16,21 +16,27 @@ from finetune_trainer.storage.client import Store
 from tests.trainer.objectstore import BUCKET, ObjectStore, running_store
 
 FULL = re.compile("XMinioStorageFull|no space left on device|its disk may be full")
-"""Messages of the errors of a full disk. The last one is the answer to a write during which the disk becomes full."""
+"""Matches every error message about a full disk.
+
+The last alternative stands for a disk that becomes full in the middle of a write.
+"""
 PURGE_SECONDS = 5
-"""MinIO moves deleted objects to a trash folder, which it empties every 5 minutes unless this setting is lower."""
+"""Seconds between two cleanings of the trash folder to which MinIO moves deleted objects.
+
+MinIO's default is 5 minutes.
+"""
 BALLAST = "ballast/"
 BALLAST_BYTES = 4_000_000
 
 
 @contextmanager
 def small_store(minio: Path, folder: Path) -> Iterator[ObjectStore]:
-    """Run a server on a file system of its own while the block runs. Skip the test if no file system can be mounted."""
+    """Run a MinIO server on a file system of 40 MB. Skip the test if no file system can be mounted."""
     (folder / "data").mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder / "data")]
     mounted = subprocess.run(command, capture_output=True)
     if mounted.returncode != 0:
-        # A disk that is really full needs a small file system, and only root may mount one.
+        # A disk that really gets full needs a small file system of its own, and only root may mount one.
         pytest.skip(f"a file system of its own needs root: {mounted.stderr.decode().strip()}")
     try:
         with running_store(minio, folder, variables={"MINIO_DELETE_CLEANUP_INTERVAL": f"{PURGE_SECONDS}s"}) as small:
@@ -41,7 +47,7 @@ def small_store(minio: Path, folder: Path) -> Iterator[ObjectStore]:
 
 
 def fill(small: ObjectStore, folder: Path) -> int:
-    """Write objects until the disk is full, and return how many objects were written."""
+    """Write objects of 4 MB until the disk is full, and return how many objects were written."""
     ballast = folder / "ballast"
     ballast.write_bytes(b"\1" * BALLAST_BYTES)
     store = Store(small.endpoint, "us-east-1", small.credentials, budget_seconds=0)

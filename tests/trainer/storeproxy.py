@@ -1,9 +1,9 @@
 """An HTTP/1.1 proxy in front of a real object store that injects faults which a healthy server does not have.
 
-The proxy counts the requests and asks a plan what to do with each request: forward the request, answer with an error,
-cut the connection before or after the store has handled the request, hang, or flip a bit. The proxy can also throttle
-the transfer or refuse all connections. The proxy runs in a thread of the test process, and the trainer sees an ordinary
-endpoint.
+The proxy counts the requests. For each request it calls the test's plan, a function that returns None (forward the
+request) or a fault: answer with an error, cut the connection before or after the store has handled the request, hang,
+or flip a bit. The proxy can also throttle the transfer or refuse all connections. It runs in a thread of the test
+process, and the trainer sees an ordinary endpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 16 * 1024
 
 
 class Fault(Enum):
-    """What the proxy does to a request."""
+    """A fault that the proxy injects into one request. The value describes what happens."""
 
     ERROR = "500 without a word"
     SLOW_DOWN = "503 SlowDown"
@@ -61,23 +61,23 @@ class _Head:
 
 
 def pass_all(request: Request) -> Fault | None:
-    """Inject no fault: the plan of a healthy store."""
+    """A plan without faults: every request is forwarded."""
     return None
 
 
 @dataclass
 class StoreProxy:
-    """A running proxy. Tests may change its fields at any time from another thread."""
+    """A running proxy. A test may change the fields at any time from its own thread."""
 
     endpoint: str
     plan: Callable[[Request], Fault | None] = pass_all
     bytes_per_second: float | None = None
-    """Bandwidth limit, which all connections and both directions share."""
+    """Limit of the bandwidth, which all connections and both directions share. None means no limit."""
     down: bool = False
     """While true, new connections are refused and existing ones are reset."""
     requests: list[Request] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
-    """Once set, the connections of hanging requests are closed."""
+    """While it is not set, hanging requests wait. Once it is set, their connections are closed."""
     _upstream: tuple[str, int] = ("", 0)
     _free_at: float = 0.0
 
@@ -108,7 +108,10 @@ class StoreProxy:
         store: asyncio.StreamReader,
         to_store: asyncio.StreamWriter,
     ) -> bool:
-        """Forward one request and its response. Return whether the connection stays open."""
+        """Ask the plan for a fault, and forward one request and its response.
+
+        Return whether the connection stays open.
+        """
         method, target, _ = head.start.split(" ", 2)
         request = Request(len(self.requests), method, unquote(target), head.fields)
         self.requests.append(request)
@@ -169,7 +172,7 @@ class StoreProxy:
     async def _copy(
         self, source: asyncio.StreamReader, target: asyncio.StreamWriter, length: int, *, flip: bool
     ) -> None:
-        """Copy ``length`` bytes at the configured bandwidth. ``flip`` inverts one bit in the middle."""
+        """Copy ``length`` bytes, not faster than `bytes_per_second`. ``flip`` inverts one bit in the middle."""
         done = 0
         while done < length:
             chunk = bytearray(await source.readexactly(min(CHUNK, length - done)))
@@ -199,10 +202,10 @@ async def _read_head(reader: asyncio.StreamReader) -> _Head | None:
 
 
 def _error(fault: Fault) -> bytes:
-    """Return the HTTP response of a store that fails."""
+    """Return the HTTP response that stands for the fault ERROR or SLOW_DOWN."""
     if fault is Fault.SLOW_DOWN:
         body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
-        # MinIO adds Retry-After to every response with status 503.
+        # The pause is here because MinIO adds Retry-After to every response with status 503.
         line = "503 Service Unavailable\r\nRetry-After: 60"
     else:
         body, line = b"", "500 Internal Server Error"

@@ -1,5 +1,7 @@
-"""A proxy in front of the real store that hides refused conditional writes, as an old S3-compatible store does that
-ignores `If-None-Match`. No such store is available to the tests.
+"""A proxy that answers refused conditional writes with success.
+
+Behind the proxy the real store looks like an old S3-compatible store that ignores `If-None-Match`. No such store is
+available to the tests.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "keep-alive"
 
 @contextmanager
 def swallowing_store(endpoint: str) -> Iterator[str]:
-    """Return the address of a proxy for the store at ``endpoint`` that turns status 412 into 200."""
+    """Run a proxy for the store at ``endpoint`` that turns status 412 into 200, and yield the proxy's address."""
     host = urlsplit(endpoint).netloc
 
     class Handler(BaseHTTPRequestHandler):

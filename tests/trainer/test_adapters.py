@@ -1,5 +1,7 @@
-"""An adapter with added tokens is complete and loads in plain peft. The adapter, the extended base model and the merged
-model compute the same logits.
+"""The artifact of a LoRA run with added tokens holds everything that plain peft needs to load it.
+
+The adapter on the extended base model (the base model with rows for the added tokens), the merged model and the
+trainer's own model compute the same logits.
 """
 
 from __future__ import annotations
@@ -47,13 +49,16 @@ FORMAT = {
     }
 }
 SHARD_EVERYTHING = '{"zero_optimization": {"stage3_param_persistence_threshold": 0}}'
-"""Without this setting, ZeRO-3 keeps small parameters whole on every rank, and the tiny model has only small ones."""
+"""DeepSpeed settings that make ZeRO-3 shard every parameter.
+
+By default ZeRO-3 keeps small parameters whole on every rank, and the tiny model has only small parameters.
+"""
 PROMPT = "<START_Q>w1 w2 w3<END_Q><START_A>w3"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run and its files."""
+    """A finished run: its base model, config, checkpoints and artifact."""
 
     name: str
     artifact: Path
@@ -64,8 +69,11 @@ class Trained:
     config: dict[str, Any]
 
     def adapted(self, base: Path, dtype: torch.dtype) -> Any:
-        """Load the adapter as any user would who follows adapter_config.json. `autocast_adapter_dtype=False` keeps a
-        bf16 adapter in bf16; by default peft would compute in fp32, which the engine did not."""
+        """Load the adapter on ``base`` with plain peft, as a user would.
+
+        `autocast_adapter_dtype=False` keeps a bf16 adapter in bf16. By default peft would convert the adapter to fp32,
+        but the trainer computes in bf16.
+        """
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         return PeftModel.from_pretrained(model, self.artifact, autocast_adapter_dtype=False).eval()
 
@@ -83,7 +91,10 @@ def fetch(store: ObjectStore, prefix: str, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """LoRA runs with added tokens on a base model with tied and with untied embeddings, in fp32 and in bf16."""
+    """Train LoRA runs with added tokens, and return them by name.
+
+    The base models have tied or untied embeddings, and the runs compute in fp32 or bf16.
+    """
     folder = tmp_path_factory.mktemp("adapters")
     models = {tied: tiny.write_model(folder / f"tied-{tied}", tied=tied, files="60KB") for tied in (False, True)}
     rows = {
@@ -122,9 +133,11 @@ def trained(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def test_trap_1_new_rows_not_saved(trained: dict[str, Trained]) -> None:
-    """The logits are bit-equal to the engine's, for the extended base model and for the plain base model with the
-    adapter's embedding rows. Neither depends on the seed of the loading process, and the dtype is that in which the
-    engine computed."""
+    """The adapter computes the trainer's logits bit for bit.
+
+    This holds on the extended base model, and on the plain base model with the new embedding rows that lie beside the
+    adapter. The adapter is loaded under another random seed, so that a row that was not saved would be noticed.
+    """
     for name in ("untied", "untied-bf16", "tied-bf16"):
         run, dtype = trained[name], torch.bfloat16 if "bf16" in name else torch.float32
         engine_model = as_the_engine_had_it(run)
@@ -223,7 +236,8 @@ def test_trap_3_a_7b_adapter_with_its_rows_is_at_most_41_3_mb(tmp_path: Path) ->
     save_file(
         {f"{name}/master": torch.zeros(shape) for name, shape in shapes.items()}, checkpoint / "state-0.safetensors"
     )
-    # Of the base model only the embedding rows of the four added tokens are read, so the file holds nothing else.
+    # The export reads only the embedding rows of the four added tokens from the base model, so this file holds nothing
+    # else.
     rows = {name: torch.zeros((4, 4096), dtype=torch.bfloat16) for name in ("in.weight", "out.weight")}
     base_folder = tmp_path / "base"
     base_folder.mkdir()

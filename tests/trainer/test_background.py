@@ -39,7 +39,7 @@ def proxy(store: ObjectStore) -> Iterator[StoreProxy]:
 
 
 def newest_step(attempt: Attempt) -> int:
-    """Return the newest step in the pods' logs."""
+    """Return the last step that the pods' logs name, or 0 if they name none."""
     found = re.findall(r"^step (\d+)/", attempt.output, re.MULTILINE)
     return int(found[-1]) if found else 0
 
@@ -94,8 +94,10 @@ def test_trap_20_no_step_waits_for_the_store_and_what_fails_for_a_while_is_made_
 
 
 def assert_no_key_is_told(attempt: Attempt) -> None:
-    """The access keys appear in the Secret's files and nowhere else: neither in the log, the files of the attempt, the
-    arguments of a process, nor its environment."""
+    """Assert that the access keys stand only in the Secret's files.
+
+    They must not stand in the logs and files of the attempt, in the arguments of a process, or in its environment.
+    """
     secrets = (SECRET_KEY.encode(), b"rotated-away")
     folder = attempt.pods[0].log.parent
     for path in folder.rglob("*"):
@@ -155,8 +157,8 @@ def test_training_goes_on_beside_a_full_disk_and_commits_once_there_is_room(
 ) -> None:
     with small_store(minio, tmp_path / "small") as small:
         fill_bucket(small, tiny_model, tmp_path / "bucket")
-        # Checkpoints are rare, because MinIO keeps deleted checkpoints in its trash for seconds, while ten steps take
-        # only a quarter of a second. More frequent checkpoints would fill the disk by themselves.
+        # The job saves only every 100 steps. Ten steps take a quarter of a second, and MinIO keeps deleted checkpoints
+        # in its trash for seconds, so more frequent checkpoints would fill the disk by themselves.
         config = run_config(small, "full", **{**ENDLESS, "storage__checkpointEverySteps": 100})
         attempt = pods(config, credentials=small.credentials)
         attempt.wait_for(lambda: newest_commit(small, "full") > 0, "the first checkpoint")

@@ -1,7 +1,8 @@
-"""The trainer runs as in a restricted pod: with a read-only root file system, an unknown user without capabilities, no
-home directory and no compiler. Users also learn the reason when the kernel kills the trainer at its memory limit.
+"""The trainer runs in a restricted pod, and a user learns why the kernel killed it.
 
-Namespaces and cgroups that the tests create stand for the container, so these tests need root.
+The pod has a read-only root file system, a user id without name, capabilities or home directory, and no compiler. When
+the kernel kills the trainer at its memory limit, the result says so. Namespaces and cgroups that the tests create stand
+for the container, so these tests need root.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ pytestmark = [
 
 REPOSITORY = Path(__file__).parents[2]
 USER = "65532"
-"""The user id of the image, which has no entry in /etc/passwd."""
+"""User id of the trainer image. It has no entry in /etc/passwd."""
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CONFINE = """
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
@@ -56,14 +57,17 @@ export PYTHONPATH="/srv/repository/core:/srv/repository/trainer_image:/srv/repos
 exec "$setpriv" --reuid "$user" --regid "$user" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \\
   "/srv/base/bin/$python" "$@"
 """
-"""Shell script that sets up the restricted environment and becomes the given command. Arguments one to six describe the
-environment, such as the user id and Python's installation prefix. Argument seven is the Python outside, which is
-replaced by the same Python mounted where any user can read it; the rest are its arguments.
+"""Shell script that confines its own process and then becomes Python.
+
+Its arguments are: the repository, the folder of Python packages in it, the only writable folder, the user id, Python's
+installation prefix, and the name of the Python binary. The seventh argument is the Python that the launcher's command
+line names. The script drops it and runs the same Python from a mount that any user can read, with all further
+arguments.
 """
 
 
 def unshared(script: str, *arguments: str) -> list[str]:
-    """Return the command that runs ``script`` in a mount namespace of its own."""
+    """Return the command line that runs ``script`` in a mount namespace of its own."""
     unshare = shutil.which("unshare", path=SYSTEM_PATH)
     assert unshare is not None
     return [unshare, "--mount", "--propagation", "private", "/bin/sh", "-euc", script, "confine", *arguments]
@@ -71,15 +75,17 @@ def unshared(script: str, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def anywhere() -> Iterator[Path]:
-    """A temporary folder that every user can enter, unlike pytest's."""
+    """A temporary folder that every user can enter, which pytest's `tmp_path` does not allow."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
 def everything(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
-    """Return a short run with all features that DeepSpeed would compile code for: ZeRO-3 with offload of optimizer and
-    parameters, on one process."""
+    """Return the run file of a short job with all features for which DeepSpeed would compile code.
+
+    These are ZeRO-3 and the offload of optimizer and parameters, in one process.
+    """
     options = {
         "world__nodes": 1,
         "method": "Full",
@@ -129,8 +135,10 @@ def test_it_trains_with_a_read_only_root_no_home_no_compiler_and_an_unknown_user
 def test_nothing_is_compiled_where_a_compiler_is_at_hand(
     method: str, store: ObjectStore, pods: StartPods, tmp_path: Path
 ) -> None:
-    """If DeepSpeed finds a compiler, it builds its shared-memory operator and its CPU optimizer. The trainer must
-    prevent this."""
+    """A compiler is found on PATH.
+
+    DeepSpeed would then compile its shared-memory operator and its CPU optimizer, but the trainer must prevent this.
+    """
     trace, programs = tmp_path / "compiled", tmp_path / "programs"
     programs.mkdir()
     for name in ("cc", "c++", "gcc", "g++", "clang", "clang++", "ninja", "nvcc", "make", "ld"):
@@ -141,7 +149,8 @@ def test_nothing_is_compiled_where_a_compiler_is_at_hand(
     attempt = pods(config, variables={"PATH": path, "CC": str(programs / "cc"), "CXX": str(programs / "c++")})
     assert attempt.wait() == [0], attempt.output
     calls = trace.read_text().splitlines() if trace.exists() else []
-    # Python itself runs a linker to find libraries (ctypes.util.find_library), which compiles nothing.
+    # A linker call with `-t` is no compilation: Python itself makes such calls to find libraries
+    # (ctypes.util.find_library).
     assert [call for call in calls if "-o" in call.split() and " -t " not in call] == []
 
 
@@ -158,8 +167,10 @@ exec "$@"
 
 @pytest.fixture
 def limited() -> Iterator[list[str]]:
-    """The command prefix that runs a process in a cgroup with a memory limit of 900 MiB. The process sees the cgroup
-    where a container sees its own."""
+    """The beginning of a command line that runs a process in a cgroup with a memory limit of 900 MiB.
+
+    The process sees this cgroup at the path where a container sees its own cgroup.
+    """
     name = f"finetune-memory-{os.getpid()}"
     cgroups.create(name)
     try:
@@ -178,7 +189,7 @@ def limited() -> Iterator[list[str]]:
 def test_a_kill_by_the_kernel_is_told_with_phase_amount_and_remedy(
     store: ObjectStore, pods: StartPods, limited: list[str], tmp_path: Path
 ) -> None:
-    """Loading the model fits into the memory limit, but the activations of 12,000 tokens do not."""
+    """Loading the model stays below the memory limit, but the activations of 12,000 tokens exceed it."""
     shape: dict[str, Any] = {
         "hidden_size": 512,
         "intermediate_size": 2048,

@@ -32,7 +32,7 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def wild_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny model with weights so large that the answers to two prompts differ."""
+    """Write a tiny model whose weights are so large that not all prompts get the same answer, and return its folder."""
     folder = tmp_path_factory.mktemp("wild")
     torch.manual_seed(11)
     config = AutoConfig.from_pretrained(tiny_model, initializer_range=0.4, tie_word_embeddings=False)
@@ -58,7 +58,7 @@ def texts(model: Path, count: int) -> list[tuple[list[int], list[tuple[int, int]
 
 
 def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int], sizes: list[int]) -> list[Any]:
-    """Run `score_many` on ``world`` ranks; return its figures and the answers of all ranks for each stage and size."""
+    """Run `score_many` on ``world`` ranks. For each stage and size, return the scores and the answers of all ranks."""
     port, ranks = free_port(), []
     for rank in range(world):
         asked = {
@@ -97,7 +97,7 @@ def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int],
 
 
 def plain_scores(model: Path) -> dict[str, Any]:
-    """Return the expected figures, computed by transformers alone with one text at a time."""
+    """Return the expected scores and answers, computed by transformers alone with one text at a time."""
     tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     suppressed = unused_tokens(model)
     sums, counts = [0.0, 0.0, 0.0], [0, 0, 0]
@@ -128,7 +128,7 @@ def plain_scores(model: Path) -> dict[str, Any]:
 
 
 def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model: Path, tmp_path: Path) -> None:
-    """Trap 6 is a perplexity that is a mean of means, trap 24 is padding that changes generated answers."""
+    """Trap 6: a perplexity that is a mean of the batches' means. Trap 24: padding that changes generated answers."""
     torch.set_num_threads(1)
     plain = plain_scores(wild_model)
     found = scored_by_ranks(wild_model, tmp_path, 1, stages=[1], sizes=[1, 2, 8, 32])
@@ -137,16 +137,18 @@ def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model:
     assert len(set(plain["answers"].values())) > 1
     for case in found:
         where = (case["stage"], case["size"])
-        # Losses in nats are compared, because exp would multiply their rounding error for a perplexity of thousands.
+        # The logarithms (losses in nats) are compared, because exp would enlarge the rounding errors of the losses: the
+        # perplexity is in the thousands.
         assert math.log(case["perplexity"]) == pytest.approx(math.log(plain["perplexity"]), rel=1e-6), where
         assert math.log(case["all"]) == pytest.approx(math.log(plain["all"]), rel=1e-6), where
         assert case["answers"] == plain["answers"], where
-        # Hidden tokens have no probability, so the other tokens get more and the perplexity is lower.
+        # `hidden` is the perplexity when some unused tokens are excluded. The other tokens then have higher
+        # probabilities, so this perplexity is lower.
         assert math.log(case["hidden"]) == pytest.approx(math.log(plain["hidden"]), rel=1e-6), where
         assert case["hidden"] < case["perplexity"]
 
 
-# Choice of the best
+# ---- which checkpoint is the best ----
 
 
 def evaluated(*values: float | None, score: bool = False) -> list[StepRow]:
@@ -207,7 +209,7 @@ def test_the_best_checkpoint_by_perplexity_and_by_score() -> None:
     assert [item.step for item in best_first(records, "TaskScore")] == [3, 1, 2, 5]
 
 
-# Real runs
+# ---- training runs on two ranks ----
 
 SUMS = [*tiny.WORDS[:10], "####", *(str(number) for number in range(10)), "because", "so", ":", "Answer"]
 
@@ -218,7 +220,7 @@ def sum_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sum_rows(first: int, last: int) -> list[dict[str, str]]:
-    """Return rows in the form of GSM8K, whose answers are an explanation and a number after `####`."""
+    """Return rows like those of GSM8K: an answer is an explanation, `####` and a number."""
     return [
         {"question": f"w{number}", "answer": f"because w{number} so #### {number % 10}"}
         for number in range(first, last)
@@ -252,7 +254,7 @@ def scores_of(store: ObjectStore, name: str, run: int = 1) -> EvaluationFile:
 def runs(
     store: ObjectStore, sum_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Result, dict[str, Any]]]:
-    """Train several jobs one after the other on two ranks; return the result and the run file of each by its name."""
+    """Train several jobs one after the other on two ranks; return each job's result and run file by its name."""
     folder = tmp_path_factory.mktemp("evaluated")
     rows = tiny.write_jsonl(folder / "rows.jsonl", sum_rows(0, 10))
     few = tiny.write_jsonl(folder / "few.jsonl", sum_rows(2, 5))
@@ -298,7 +300,10 @@ def runs(
 def test_trap_8_answers_of_an_overfit_set_end_by_themselves(
     runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
 ) -> None:
-    """The model learns the end token, so each answer equals the reference answer and is shorter than maxNewTokens."""
+    """The model overfits the rows, and so also learns the end token.
+
+    It must end each answer itself, exactly as the reference answer ends.
+    """
     for name in ("by-score", "with-tokens"):
         scores = scores_of(store, name)
         assert scores.tuned_answers
@@ -322,7 +327,7 @@ def test_base_and_tuned_model_are_scored_and_the_result_has_both(
     assert (base.graded, tuned.graded, tuned.scores) == (10, 10, {"exact": 1.0})
     assert tuned.perplexity < 1.5 < base.perplexity
     assert tuned.all_token_perplexity is not None
-    assert tuned.all_token_perplexity > tuned.perplexity  # the loss of prompt tokens is not trained
+    assert tuned.all_token_perplexity > tuned.perplexity  # because the loss of prompt tokens is not trained
     assert "100.0% of the answers right (the base model 0.0%)" in result.message
     assert len(result.to_termination_message().encode()) <= 1024
     assert Result.from_termination_message(result.to_termination_message()) == result
@@ -376,10 +381,10 @@ def test_patience_stops_early_and_still_makes_an_artifact(
     result, _ = runs["patience"]
     assert result.outcome is Outcome.EARLY_STOPPED
     assert result.exit_code == 0
-    # The first evaluation stays the best, so patience ends the run after two more.
+    # The evaluation at step 15 stays the best, so patience ends the run after two more evaluations, at step 45.
     assert step_rows(store, "patience")[-1].step == 45
     assert result.artifact is not None
-    assert result.artifact.step == 45  # evaluation.artifactFrom is Last
+    assert result.artifact.step == 45  # because evaluation.artifactFrom is Last
     assert result.message.endswith("stopped early, because 2 evaluations in a row brought no improvement")
     pointer = json.loads(store.read("runs/default/patience/uid-1/ARTIFACT"))
     assert pointer["outcome"] == "EarlyStopped"
@@ -388,7 +393,10 @@ def test_patience_stops_early_and_still_makes_an_artifact(
 def test_an_evaluation_that_was_cut_off_is_made_up_for(
     runs: dict[str, tuple[Result, dict[str, Any]]], store: ObjectStore
 ) -> None:
-    """The chosen checkpoint must not depend on the step at which a run received SIGTERM."""
+    """The next run repeats an evaluation that SIGTERM cut off.
+
+    The choice of the best checkpoint must not depend on the moment of the SIGTERM.
+    """
     assert runs["cut-off"][0].outcome is Outcome.STOPPED
     assert runs["cut-off"][0].message == "told to stop: the checkpoint of step 30 is committed"
     assert runs["resumed"][0].outcome is Outcome.COMPLETED
@@ -397,7 +405,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(
     found = {row.step: row.perplexity for row in step_rows(store, "cut-off") if row.perplexity is not None}
     assert found == {step: expected[step] for step in (15, 30, 45)}
     assert all(value is not None for value in found.values())
-    # The second run takes the base model's scores from the file of the first run.
+    # The second run takes the base model's scores from the evaluation file of the first run.
     first, second = scores_of(store, "cut-off", 1), scores_of(store, "cut-off", 2)
     assert first.evaluation.tuned is None
     assert second.evaluation.base == first.evaluation.base

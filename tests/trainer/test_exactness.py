@@ -40,7 +40,7 @@ Rows = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Plain:
-    """Losses, perplexity and model of a single process that uses nothing but PyTorch."""
+    """Losses, perplexity and model of a plain training loop in one process, without engine and DeepSpeed."""
 
     losses: list[float]
     perplexity: float
@@ -94,7 +94,7 @@ TRAIN, VALIDATION = tiny.rows(20, seed=1), tiny.rows(7, seed=2)
 
 @pytest.fixture(scope="module")
 def plain(tiny_model: Path) -> dict[tuple[str, float], Plain]:
-    """Plain runs by method and weight decay."""
+    """The plain training loop's results by method and weight decay."""
     torch.set_num_threads(1)
     return {
         (method, decay): plain_run(tiny_model, method, TRAIN, VALIDATION, weight_decay=decay)
@@ -104,8 +104,10 @@ def plain(tiny_model: Path) -> dict[tuple[str, float], Plain]:
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration that must compute the same losses. ``micro`` is the number of examples per micro-batch; a rank
-    computes its micro-batches one after another."""
+    """One configuration of the trainer, whose losses must equal those of the plain loop or of another case.
+
+    ``micro`` is the number of examples per micro-batch; a rank computes its micro-batches one after another.
+    """
 
     world: int
     method: str
@@ -119,8 +121,10 @@ class Case:
     decay: float = 0.0
     repetition: int = 0
     data: str = ""
-    """Name of a case with another model or other rows, because a run with an equal name would find the usual case's
-    artifact and train nothing."""
+    """First word of the job's name, for a case with another model or other rows.
+
+    Under the usual name such a case would find the artifact of the usual case in the bucket, and train nothing.
+    """
 
     @property
     def name(self) -> str:
@@ -161,7 +165,7 @@ def run(
     seconds: float = RUN_SECONDS,
     **changes: Any,
 ) -> dict[Case, list[float]]:
-    """Train all cases, which have one world size in common, and return the losses of each case."""
+    """Train all cases and return the losses of each case. All cases must have the same number of ranks."""
     inputs = Inputs(
         model=model,
         train=tiny.write_jsonl(folder / "train.jsonl", rows),
@@ -231,8 +235,11 @@ def test_trap_5_topology_dependent_loss_in_every_combination(
     tiny_model: Path,
     tmp_path: Path,
 ) -> None:
-    """All combinations of ZeRO stage, accumulation and gradient checkpointing; offload at the stages where DeepSpeed
-    supports it; packing and weight decay at every stage."""
+    """Every ZeRO stage is tested with accumulation, gradient checkpointing, packing and weight decay.
+
+    Accumulation and gradient checkpointing are also combined. Offload is tested at the stages where DeepSpeed supports
+    it.
+    """
     cases = [
         Case(world, method, stage, micro=micro, recompute=recompute)
         for stage, micro, recompute in itertools.product((0, 1, 2, 3), (1, 6), (False, True))
@@ -277,7 +284,7 @@ def test_dropout_belongs_to_the_example_whatever_computes_it(
 
 
 def uneven_rows() -> Rows:
-    """Return rows whose completions have 1 and 1,000 tokens in turn, including the end token."""
+    """Return rows whose completions have 2 and 1,000 tokens in turn, including the end token."""
     rng = random.Random(5)
     made = []
     for index in range(8):
@@ -290,7 +297,10 @@ def uneven_rows() -> Rows:
 def test_ranks_with_one_and_a_thousand_tokens_and_ranks_with_none_do_not_hang(
     store: ObjectStore, tmp_path: Path
 ) -> None:
-    """Four ranks share two examples per step and a single evaluation row, so some ranks have nothing to compute."""
+    """Four ranks share two examples per step, and a single row for evaluation.
+
+    So some ranks have nothing to compute.
+    """
     model = tiny.write_model(tmp_path / "long", max_position_embeddings=1100)
     rows = uneven_rows()
     data = "uneven"
@@ -314,8 +324,10 @@ def test_ranks_with_one_and_a_thousand_tokens_and_ranks_with_none_do_not_hang(
 
 @pytest.mark.long
 def test_heads_with_two_chunks_on_one_rank_and_one_on_the_other_do_not_hang(store: ObjectStore, tmp_path: Path) -> None:
-    """The vocabulary is so large that 1,000 tokens need two chunks. Under ZeRO-3, computing a chunk must not involve a
-    collective, because the ranks have different numbers of chunks."""
+    """One rank computes its logits in two chunks, the other rank in one, because only 1,000 tokens need two chunks.
+
+    Under ZeRO-3, computing a chunk must not involve a collective, because the ranks have different numbers of chunks.
+    """
     model = tiny.write_model(tmp_path / "large", max_position_embeddings=1100, vocab_size=40_000)
     assert CHUNK_LOGITS < 1000 * 40_000
     rows, scored = uneven_rows(), VALIDATION[:1]
@@ -323,9 +335,9 @@ def test_heads_with_two_chunks_on_one_rank_and_one_on_the_other_do_not_hang(stor
     case = Case(2, "Full", 3, micro=1, data="chunks")
     found = run([case], store, model, tmp_path, rows=rows, scored=scored, **changes)[case]
     torch.set_num_threads(1)
-    # Adam divides the gradients of 40,000 rarely seen tokens by their own magnitude, which amplifies rounding errors.
-    # In fp32, the plain loop computes all logits of a row at once and already differs by 4.4e-6 from its own result in
-    # fp64, so the comparison uses fp64.
+    # The plain loop computes in fp64 here, because its losses in fp32 differ by 4.4e-6 from those in fp64. In fp32 it
+    # computes all logits of a row at once, and Adam amplifies its rounding errors: Adam divides the gradients of 40,000
+    # rarely seen tokens by their own magnitude.
     plain = plain_run(model, "Full", rows, scored, global_batch_size=2, dtype=torch.float64)
     print(f"largest relative difference {max(abs(a - b) / b for a, b in zip(found, plain.losses, strict=True)):.2g}")
     assert found == pytest.approx(plain.losses, rel=1e-6)
@@ -355,8 +367,7 @@ def assert_same_weights(artifact: Path, model: torch.nn.Module, case: str) -> No
 
 
 def assert_loads_and_computes_the_same(artifact: Path, base: Path, model: torch.nn.Module) -> None:
-    """A few lines of peft and transformers, as a user would write them, load the artifact and compute the same logits
-    as the trained model."""
+    """Assert that plain peft and transformers load the artifact, and compute the trained ``model``'s logits."""
     if (artifact / "adapter_config.json").exists():
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), artifact)
         config = json.loads((artifact / "adapter_config.json").read_text())

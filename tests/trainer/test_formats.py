@@ -1,4 +1,4 @@
-"""Rows become examples: which tokens are supervised, which rows are bad, and which files belong to a split."""
+"""Rows become examples: which tokens are supervised, which rows are refused, and which files belong to a split."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_the_files_of_a_split(card: str, subset: str | None, split: str, found: 
 
 
 def test_a_split_is_downloaded_at_one_commit_from_the_hub(tmp_path: Path) -> None:
-    """The download runs in a process of its own, because huggingface_hub reads its endpoint when it is imported."""
+    """Each download runs in a process of its own, because huggingface_hub reads its endpoint when it is imported."""
     lines = [b'{"question": "w1", "reply": "w2"}\n', b'{"question": "w3"}\n']
     files = {"README.md": b"", "train-1.jsonl": lines[1], "train-0.jsonl": lines[0], "test.jsonl": b"{}"}
     program = """

@@ -24,7 +24,7 @@ from tests.trainer.test_objective import FIRST, SECOND, OneProcess, batch_of, gr
 
 
 def adapted_model(folder: Path, *, dropout: str = "0", recompute: bool = False, dtype: Any = torch.float32) -> Any:
-    """Return the tiny model with non-zero adapters on its dense layers and a frozen head."""
+    """Return the tiny model with a frozen head, and with non-zero adapters on its dense layers."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     base.config.use_cache = False
     if recompute:
@@ -39,7 +39,7 @@ def adapted_model(folder: Path, *, dropout: str = "0", recompute: bool = False, 
 
 
 def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the calls of the fused layer."""
+    """Return a list that gets one more entry at each call of the fused layer."""
     counted: list[int] = []
     apply = _AdaptedLinear.apply
 
@@ -69,8 +69,10 @@ def test_loss_and_gradients_of_adapted_layers_are_those_of_peft(
 
 
 def test_an_adapted_head_still_turns_logits_into_the_loss(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused adapter and the objective both replace the head's forward. The engine fuses first, and so does this
-    test."""
+    """`fuse_adapters` and the objective, which computes the loss, both replace the forward function of the head.
+
+    The engine calls `fuse_adapters` first, and so does this test.
+    """
     batch = batch_of([FIRST], [SECOND])
     wanted = gradients(OneProcess(model_of(tiny_model)), batch)
     model = model_of(tiny_model)
@@ -99,7 +101,7 @@ def test_dropout_bf16_and_bias_are_computed_too(tiny_model: Path, monkeypatch: p
     plain, model = (adapted_model(tiny_model, dropout="0.3") for _ in range(2))
     fuse_adapters(model)
     assert torch.equal(OneProcess(model).loss(batch), OneProcess(plain).loss(batch))
-    assert counted == []  # Dropout acts between the input x and the matrix A, so such layers are not fused.
+    assert counted == []  # Layers with dropout are not fused: dropout acts between the input x and the matrix A.
 
     half = adapted_model(tiny_model, dtype=torch.bfloat16)
     fuse_adapters(half)

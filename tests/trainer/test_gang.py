@@ -1,6 +1,4 @@
-"""Ranks that wait at the rendezvous store for a rank that has exited leave as well, each with the right error
-message.
-"""
+"""Ranks that wait for a rank that has exited leave too, each with the right error message."""
 
 from __future__ import annotations
 
@@ -35,8 +33,10 @@ os._exit(0)
 
 
 def run_ranks(event: str, folder: Path, world: int = 3) -> list[str]:
-    """Start ``world`` ranks, run the code ``event`` on rank 1 while the other ranks wait, and return what each rank
-    printed."""
+    """Start ``world`` ranks, and return what each rank printed.
+
+    Rank 1 runs the code ``event`` while the other ranks wait for it.
+    """
     program, port = PROGRAM.replace("{event}", event), free_port()
     ranks = []
     for rank in range(world):

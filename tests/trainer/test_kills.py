@@ -32,7 +32,7 @@ from tests.trainer.zygote import Zygote, zygote
 
 STEPS, EVERY = 60, 3
 ONLY_FIRST = ("manifest", "commit", "committed", "retention")
-"""Points that only rank 0 reaches."""
+"""Points of `faults.POINTS` that only rank 0 reaches."""
 KILLED = -9
 
 
@@ -43,12 +43,14 @@ def ranks() -> Iterator[Zygote]:
 
 
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
-    """Return the kill of one round. The rounds take all points in turn; rank and count are random. The kill comes after
-    the first COMMIT of the round."""
+    """Return the kill of one round.
+
+    The rounds take the points in turn. The count is random, and so is the rank where all ranks reach the point.
+    """
     point = POINTS[round_ % len(POINTS)]
     rank = 0 if point in ONLY_FIRST else rng.randrange(2)
-    # How often a point is reached: two backward passes per step, several tensors per snapshot, two deletions per
-    # checkpoint.
+    # `count` depends on how often a point is reached: two backward passes per step, several tensors per snapshot, two
+    # deletions per checkpoint.
     most = {"accumulation": 2 * 3 * EVERY, "snapshot": 60, "upload": 3, "retention": 3}.get(point, 2)
     least = {"accumulation": 2 * EVERY, "snapshot": 30, "upload": 2, "retention": 1}.get(point, 2)
     return {
@@ -61,8 +63,10 @@ def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
 
 
 def play(ranks: Zygote, store: ObjectStore, model: Path, folder: Path, rounds: int, seed: int) -> None:
-    """Kill a run ``rounds`` times, let the last attempt finish, and compare losses and artifact with those of an
-    undisturbed run. Each seed begins with another point."""
+    """Kill a job ``rounds`` times, then let the last attempt finish.
+
+    Losses and artifact must equal those of an undisturbed job. Each seed begins with another point.
+    """
     rng = random.Random(seed)
     rows = tiny.write_jsonl(folder / "train.jsonl", tiny.rows(20, seed=1))
     inputs = Inputs(model=model, train=rows, validation=None)
@@ -98,7 +102,7 @@ def play(ranks: Zygote, store: ObjectStore, model: Path, folder: Path, rounds: i
 
 
 def newest_parent(store: ObjectStore, prefix: str) -> int | None:
-    """Return the step that the newest run resumed from, or None if the run began with the base model."""
+    """Return the step from which the newest run resumed, or None if that run began with the base model."""
     parent = json.loads(store.read(store.keys(f"{prefix}runs/")[-1])).get("parent")
     return parent["step"] if parent else None
 
@@ -119,8 +123,9 @@ def test_trap_15_ten_kills_of_each_of_five_runs(
 
 
 OWN_PROCESSES = ("--pid", "--fork", "--kill-child")
-"""Options with which `unshare` makes the launcher PID 1, as in its container. When PID 1 ends, the kernel kills all
-other processes of the namespace.
+"""Options with which `unshare` makes the launcher PID 1, as in its container.
+
+When PID 1 ends, the kernel kills all other processes of its PID namespace.
 """
 
 
@@ -142,8 +147,10 @@ def has_reached(attempt: Attempt, step: int) -> bool:
 def test_a_killed_launcher_takes_its_workers_along_and_the_next_attempt_comes_to_the_same_model(
     ranks: Zygote, store: ObjectStore, pods: StartPods, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The launcher of each pod is killed in two ways: as PID 1 of a container, and as an ordinary process, whose
-    workers have to notice its end."""
+    """The launcher of each pod is killed once as PID 1 of a container, and once as an ordinary process.
+
+    The workers of an ordinary process must notice the end of their launcher themselves.
+    """
     unshare = shutil.which("unshare")
     assert unshare is not None
     rng = random.Random(7)
@@ -171,8 +178,8 @@ def test_a_killed_launcher_takes_its_workers_along_and_the_next_attempt_comes_to
         assert workers
         os.kill(launcher, signal.SIGKILL)
         ends = attempt.wait()
-        # Without a container, the orphaned workers receive SIGTERM, inform the other ranks and save a checkpoint. In a
-        # container, the kernel kills the workers at once, so the other pod loses its peer.
+        # Without a container, the workers receive SIGTERM when their launcher ends, inform the other ranks and save a
+        # checkpoint. In a container, the kernel kills the workers at once, so the ranks of the other pod lose a peer.
         assert contained or ends[victim] == KILLED, attempt.output
         assert ends[1 - victim] == (75 if contained else 143), attempt.output
         attempt_ended = time.monotonic()

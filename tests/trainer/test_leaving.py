@@ -26,9 +26,7 @@ from tests.trainer.pods import Attempt, run_config
 
 LEAVE_SECONDS = 25.0
 SLACK = 3.0
-"""Factor by which a test may exceed the time bound, because the machine may be busy. The tests print the time that was
-needed.
-"""
+"""Factor by which a test may exceed its time limit, because the machine may be busy. The tests print the real time."""
 
 
 def is_past(moment: float) -> bool:
@@ -49,8 +47,8 @@ def long_run(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
         **changes,
     )
     config["evaluation"]["generation"] = {"maxNewTokens": 30, "batchSize": 2}
-    # The reference answers have no number after ####, so no answer can be graded. The tests only need answers to be
-    # generated.
+    # The task only makes the job generate answers. No answer can be graded, because the reference answers have no
+    # number after ####.
     return config
 
 
@@ -60,8 +58,10 @@ def committed(store: ObjectStore, name: str) -> list[int]:
 
 
 def assert_left_together(attempt: Attempt, store: ObjectStore, name: str, told_at: float) -> float:
-    """Wait until all pods have exited after the SIGTERM at ``told_at`` (monotonic), and return the seconds that they
-    took."""
+    """Wait for the end of all pods, and return the seconds since the SIGTERM at ``told_at`` (monotonic).
+
+    Assert that all pods were stopped by it, and that the last finished step is committed.
+    """
     codes = attempt.wait(SLACK * LEAVE_SECONDS)
     took = time.monotonic() - told_at
     assert codes == [143] * len(codes), attempt.output
@@ -71,7 +71,7 @@ def assert_left_together(attempt: Attempt, store: ObjectStore, name: str, told_a
         assert pod.result.outcome is Outcome.STOPPED
         assert pod.result.message.startswith("told to stop"), pod.result
     if done:
-        # The newest checkpoint holds the last finished step, so no training is lost.
+        # No training is lost: the newest checkpoint holds the last finished step.
         assert len(steps) == 1, attempt.output
         assert committed(store, name)[-1] == steps.pop() >= max(done), attempt.output
     assert "Traceback" not in attempt.output
@@ -121,8 +121,10 @@ def test_a_pod_that_waits_for_a_store_leaves_at_once(store: ObjectStore, pods: S
 def test_trap_21_told_at_random_moments_all_ranks_leave_with_a_checkpoint(
     part: int, store: ObjectStore, pods: StartPods
 ) -> None:
-    """Fifty random moments in ten parts, from the start of the pods until well into training. Each SIGTERM goes to a
-    random process."""
+    """Five jobs in each of ten parts get a SIGTERM at a random moment in their first 30 s.
+
+    The SIGTERM goes to a random process of the job.
+    """
     rng = random.Random(part)
     for round_ in range(5):
         name = f"random-{part}-{round_}"
@@ -191,15 +193,14 @@ def test_a_stall_ends_every_rank_with_75_and_stack_traces(tmp_path: Path) -> Non
         assert outcome is not None
         assert outcome.result.outcome is Outcome.OUTSIDE_FAILURE
         assert "s in phase Training, after step 12 (stability.stallTimeoutSeconds is 2)" in outcome.result.message
-    # At least the rank that noticed the stall first reports the stall as its own cause. The other ranks may have left
-    # because of that rank.
+    # The rank that noticed the stall first reports the stall as its own cause. The other ranks may have left because of
+    # that rank.
     assert not all(outcome.caused_by_peer for outcome in outcomes if outcome)
 
 
 @pytest.mark.long
 def test_a_frozen_rank_is_ended_by_its_launcher(store: ObjectStore, pods: StartPods) -> None:
-    """A rank that is stopped with SIGSTOP can't exit by itself and blocks all other ranks, which makes SIGSTOP the
-    hardest kind of hang."""
+    """A rank that is frozen by SIGSTOP can't exit by itself and blocks all other ranks."""
     attempt = pods(long_run(store, "frozen") | {"stability": {"stallTimeoutSeconds": 6}})
     attempt.wait_for(lambda: "step 3/" in attempt.output, "step 3", 270)
     os.kill(attempt.pods[1].workers()[0], signal.SIGSTOP)

@@ -1,5 +1,6 @@
-"""Loading a model: incomplete files are named in the error, and under ZeRO-3 a node holds only its shards and one
-weight file per rank.
+"""Loading a model: incomplete files are named in the error, and under ZeRO-3 a node never holds the whole model.
+
+A node holds only its shards, and one weight file per rank.
 """
 
 from __future__ import annotations
@@ -73,8 +74,11 @@ def test_a_model_that_lacks_a_weight_is_refused_and_not_made_up(tmp_path: Path) 
 
 @pytest.mark.long
 def test_a_node_holds_its_shard_and_a_weight_file_a_rank_while_it_loads(tmp_path: Path) -> None:
-    """The model has 120 million parameters in eight files. The documented memory bound allows 4 GiB in addition for a
-    model of any size; this test allows 256 MiB per rank, because its model is small."""
+    """The model has 120 million parameters in eight files.
+
+    Beside its shards and one weight file per rank, a node may use 4 GiB for a model of any size. This model is small,
+    so the test allows only 256 MiB per rank.
+    """
     torch.set_default_dtype(torch.bfloat16)
     try:
         folder = tiny.write_model(

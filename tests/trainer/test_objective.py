@@ -1,5 +1,6 @@
-"""The loss of a model in one process: chunks, dropout, gradient checkpointing, and packed examples, which must not
-attend to each other with any attention backend.
+"""The loss of a model in one process: with chunks, dropout, gradient checkpointing and packing.
+
+Packed examples must not attend to each other with any attention backend.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SECOND = Example((5, 12, 19, 26, 1), [(2, 5)])
 
 
 class OneProcess:
-    """The part of the engine's interface that `check_model` needs, around a model that is not sharded."""
+    """Stands for the engine: has the methods that `check_model` calls, for a model in one process without sharding."""
 
     device = torch.device("cpu")
 
@@ -94,8 +95,10 @@ def test_trap_9_packing_contamination(attention: str, training: bool, tiny_model
 
 
 def test_a_backend_that_leaks_is_refused(tiny_model: Path) -> None:
-    """In transformers, an attention mask of ones joins packed examples. Here the forward function of the model adds
-    such a mask."""
+    """The model's forward function adds an attention mask of ones.
+
+    With such a mask transformers no longer separates packed examples, so the examples attend to each other.
+    """
     model = model_of(tiny_model)
 
     def leaking(**inputs: Any) -> Any:

@@ -1,5 +1,6 @@
-"""The exit code of a pod for several combinations of worker exits: a likely cause takes precedence over its
-consequences.
+"""The exit code of a pod for several combinations of worker exits.
+
+Where workers report different reasons, the one that is likely the cause decides, and not its consequences.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ OUTSIDE, PEER, STOP, CRASH = OutsideFailure("store"), PeerLost("rank left"), Sto
         ([said(0, MEMORY), said(1, CRASH)], False, 66),
         ([said(0, MEMORY), said(1, DIVERGED)], False, 65),
         ([said(0, DIVERGED), said(1, BAD)], False, 64),
-        # A lost peer determines the result only if no worker reports another cause.
+        # A lost peer decides the exit code only if no worker reports another cause.
         ([said(0, PEER), said(1, STOP)], False, 143),
         ([said(0, PEER), said(1, PEER)], False, 75),
         ([said(0, PEER), WorkerExit(1, KILLED, None)], False, 1),
         ([said(0, PEER), WorkerExit(1, KILLED, None)], True, 66),
-        # An out-of-memory kill of the cgroup explains a worker that ended by signal 9, but no other exit status.
+        # A kill at the cgroup's memory limit explains a worker that ended by signal 9, but no other end of a worker.
         ([WorkerExit(0, 3, None)], True, 1),
-        # A worker that the launcher killed counts as a consequence of another worker's exit.
+        # Rank 1 did not end after rank 0, so the launcher killed it. Its end is then a consequence and not the cause.
         ([said(0, MEMORY), WorkerExit(1, KILLED, None, killed_by_launcher=True)], True, 66),
         ([done(0), WorkerExit(1, KILLED, None, killed_by_launcher=True)], False, 0),
     ],

@@ -1,5 +1,6 @@
-"""Two attempts at the same time: the pods of a partitioned node freeze, and continue after a second attempt has
-finished.
+"""Two attempts at the same time, as after a network partition.
+
+The pods of the first attempt freeze, and continue after a second attempt has finished.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ def send(attempt: Attempt, number: int) -> None:
 def test_a_frozen_attempt_that_thaws_after_the_artifact_was_committed_changes_nothing(
     store: ObjectStore, pods: StartPods
 ) -> None:
-    # The first attempt has more steps than the second, so the first attempt is still in training when its processes
-    # continue.
+    # The first attempt has more steps than the second, so that it is still training when its processes continue.
     first = pods(run_config(store, "frozen", **{**CHANGES, "optimization__maxSteps": 5000}))
     first.wait_for(lambda: bool(committed_steps(store, "frozen")), "the first checkpoint")
     send(first, signal.SIGSTOP)

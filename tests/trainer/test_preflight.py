@@ -1,5 +1,6 @@
-"""The preflight checks find in advance what would end the training, and report it in the same sentences. Errors in the
-spec are final, while missing things outside the job may still appear.
+"""The preflight checks find in advance what would end the training, and report it in the same sentences.
+
+Errors in the spec are final. What is missing outside of the job may still appear, so it is not final.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def test_a_store_that_ignores_if_none_match_is_refused(check: Check, store: Obje
 
 @pytest.fixture
 def broken_model(tmp_path: Path, tiny_model: Path) -> tuple[Path, dict[str, Any]]:
-    """A copy of the model on a volume that a test may break, and the change of the spec that names the copy."""
+    """A copy of the model on a volume, which a test may break, and the change of the spec that selects the copy."""
     folder = tmp_path / "volumes" / "models" / "copy"
     shutil.copytree(tiny_model, folder)
     return folder, {"model": {"volume": {"claimName": "models", "path": "copy"}}}
@@ -167,7 +168,10 @@ def _cut(folder: Path) -> None:
 
 
 def _split(folder: Path, *, lost_file: bool) -> None:
-    """Replace the single weight file by an index that names a missing tensor, or a missing file."""
+    """Rename the weight file and write an index.
+
+    The index also names a tensor that is missing or, with ``lost_file``, a file that is missing.
+    """
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     weights = {"model.norm.weight": "model-00001-of-00002.safetensors"}
     weights["lost.weight"] = f"model-0000{2 if lost_file else 1}-of-00002.safetensors"
@@ -332,5 +336,5 @@ def test_the_program_needs_little_memory_and_leaves_a_whole_result(paths: Paths,
     assert ended.result.findings[0].kind is FINAL
     assert ended.result.findings[0].message.startswith(f"dataset.train.s3.uri: there is no object s3://{BUCKET}/xxx")
     assert "Traceback" not in ended.log
-    # The memory limit of the preflight pod is 1 GiB.
+    # The preflight pod may use 1 GiB, so 400 MiB leave it much room.
     assert ended.memory_mebibytes < 400

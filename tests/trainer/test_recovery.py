@@ -1,5 +1,6 @@
-"""After a crash, a SIGTERM or damage, the next attempt continues the run, and the final model equals that of an
-undisturbed run.
+"""After a crash, a SIGTERM or damage in the bucket, the next attempt continues the training.
+
+The final model equals that of an undisturbed job.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def artifact_files(store: ObjectStore, name: str) -> dict[str, bytes]:
 def undisturbed(
     store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[float], dict[str, bytes]]]:
-    """Losses and artifact files of the same jobs without any disturbance, by method."""
+    """By method: the losses and artifact files of an undisturbed job, which the tests compare with."""
     folder = tmp_path_factory.mktemp("undisturbed")
     inputs = Inputs(
         model=tiny_model,

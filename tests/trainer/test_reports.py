@@ -1,4 +1,4 @@
-"""Rank 0 posts reports over HTTPS with the token from its file. The reports hold what the job's status shows."""
+"""Rank 0 posts reports over HTTPS with the token from a file. The reports hold what the job's status shows."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_reports_tell_the_run_from_loading_to_its_result(
     token.write_text("the-token\n")
     config = run_config(store, "reported", world__nodes=1, evaluation__everySteps=3)
     config["report"] = {"url": report_server.url, "intervalSeconds": 0.05}
-    report_server.fail = True  # Reports that fail never stop training.
+    report_server.fail = True  # The server refuses the first reports. This must never stop the training.
     attempt = pods(config, arguments=("--ca-file", str(report_server.ca_file), "--report-token-file", str(token)))
     attempt.wait_for(lambda: bool(report_server.reports), "the first report")
     report_server.fail = False
@@ -130,7 +130,7 @@ def test_reports_tell_the_run_from_loading_to_its_result(
         assert sum(parts) <= row.seconds
         assert row.tokens < row.real_tokens < row.padded_tokens
         assert 0 < row.memory_bytes <= row.memory_peak_bytes
-        assert row.mfu is None  # the peak FLOPs of a CPU are unknown, so there is no MFU
+        assert row.mfu is None  # MFU is None, because the peak FLOPs of a CPU are unknown
     # The time of the checkpoint at step 3 is recorded in the row of step 4.
     assert rows[3].checkpoint_seconds > 0
     assert rows[4].checkpoint_seconds == 0
@@ -163,8 +163,7 @@ def test_a_thinned_curve_keeps_its_ends_and_its_evaluations() -> None:
 
 
 def test_trap_27_padding_does_not_count_as_throughput() -> None:
-    """Half of the batch's positions are padding, so the throughput in real tokens is half of that in computed
-    positions."""
+    """Half of the batch's positions are padding, so per second half as many real tokens as positions are computed."""
     lengths = (2, 10, 2, 6)
     examples = example_set([Example(range(length), [(1, length)]) for length in lengths])
     batches = MicroBatcher(examples, rank=0, world_size=1, pad=0, capacity=None)

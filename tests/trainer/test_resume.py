@@ -23,7 +23,7 @@ from tests.trainer.test_recovery import artifact_files
 STEPS, INTERRUPTED = 14, 4
 RATE, DECAY = 1e-3, 0.1
 Changed = tuple[str, int, int, int]
-"""Method and ZeRO stage of the interrupted run; world size and ZeRO stage of the resumed run."""
+"""Four values: method and ZeRO stage of the interrupted run, then number of ranks and ZeRO stage of the resumed run."""
 CASES = [(method, stage) for method in ("LoRA", "Full") for stage in (0, 2, 3)]
 CHANGED = [("LoRA", 2, 1, 2), ("LoRA", 3, 1, 0), ("Full", 0, 1, 3), ("Full", 2, 2, 3), ("LoRA", 0, 2, 3)]
 LARGER = [("LoRA", 3, 4, 1), ("Full", 2, 4, 2), ("Full", 0, 4, 3)]
@@ -31,7 +31,7 @@ LARGER = [("LoRA", 3, 4, 1), ("Full", 2, 4, 2), ("Full", 0, 4, 3)]
 
 @dataclass(frozen=True)
 class Bench:
-    """Store and inputs of this module's runs."""
+    """The object store and the inputs with which the jobs of this module train."""
 
     store: ObjectStore
     inputs: Inputs
@@ -56,7 +56,7 @@ class Bench:
         return dict(zip([row.step for row in rows], losses_of(self.store, name.lower()), strict=True))
 
     def copy(self, name: str, target: str) -> None:
-        """Copy a run in the bucket to another name, so that one interrupted run can be resumed in several ways."""
+        """Copy a job's files in the bucket to another job name. So several jobs can resume from one interrupted run."""
         prefix = f"runs/default/{name.lower()}/uid-1/"
         for key in self.store.keys(prefix):
             to = key.replace(f"/{name.lower()}/", f"/{target.lower()}/")
@@ -71,8 +71,10 @@ def bench(store: ObjectStore, tiny_model: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def two_ranks(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of runs on two ranks. Each case is trained without interruption, then with an interruption, and
-    resumed; then follow the changed cases that resume on two ranks."""
+    """Train on two ranks: each case without interruption, then with an interruption, then resumed.
+
+    The cases that resume with another ZeRO stage on two ranks follow. Return the folder of the runs' files.
+    """
     folder = tmp_path_factory.mktemp("two-ranks")
     configs, faults = [], []
     for method, stage in CASES:
@@ -127,8 +129,10 @@ def test_in_a_larger_world_too(two_ranks: Path, bench: Bench, tmp_path: Path) ->
 
 
 def resume_and_compare(cases: list[Changed], two_ranks: Path, bench: Bench, folder: Path) -> None:
-    """Resume ``cases``, which have one world size in common, and compare the consumed rows with those of the
-    uninterrupted run."""
+    """Resume ``cases`` and assert that they consume the rows of the uninterrupted run.
+
+    All cases must resume on the same number of ranks.
+    """
     world = cases[0][2]
     configs = [
         bench.config(f"changed-{method}-{stage}-{world}-{to_stage}", method, to_stage, world)
@@ -142,14 +146,14 @@ def resume_and_compare(cases: list[Changed], two_ranks: Path, bench: Bench, fold
 
 
 def assert_goes_on(changed_case: Changed, bench: Bench) -> None:
-    """Compare the losses of a run that resumed with another world size or ZeRO stage with those of the uninterrupted
-    run."""
+    """Assert that a run with another number of ranks or ZeRO stage has the losses of the uninterrupted run."""
     method, stage, world, to_stage = changed_case
     case = f"{method}-{stage}-{world}-{to_stage}"
     whole, changed = bench.losses(f"whole-{method}-{stage}"), bench.losses(f"changed-{case}")
     assert sorted(changed) == list(range(1, STEPS + 1)), case
     first = INTERRUPTED + 1
-    # The losses differ only by the order of summation: one rank adds up the examples that two ranks added separately.
+    # The first loss after the resume is computed with the same weights. Only the order of summation differs: each rank
+    # adds up other examples before the ranks' sums are added.
     assert changed[first] == pytest.approx(whole[first], rel=1e-7), case
     worst = max(abs(changed[step] - whole[step]) / whole[step] for step in range(first, STEPS + 1))
     print(f"{case}: largest relative difference of a loss {worst:.2g}")
@@ -165,6 +169,6 @@ def test_a_checkpoint_of_adapters_holds_no_base_weight_and_names_its_base(two_ra
     state = TrainerState.model_validate_json(bench.store.read(f"{prefix}/trainer.json"))
     assert state.base_sha256 is not None
     trained = 2 * 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)  # two layers, rank 4, seven matrices per layer
-    tensors = 12 * trained  # Each trained parameter has an fp32 weight and two moments of AdamW, 4 bytes each.
+    tensors = 12 * trained  # Each trained parameter has an fp32 weight and two fp32 moments of AdamW.
     held = sum(size for name, size in sizes.items() if name.startswith("state-"))
     assert tensors <= held <= tensors * 1.02 + 2 * 8192, "data, and the names of the tensors"

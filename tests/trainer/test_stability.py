@@ -40,7 +40,7 @@ WITHIN = 8
 
 
 def alarms(curve: Curve) -> list[Alarm]:
-    """Return the alarms that the monitor raises for a curve of losses and gradient norms."""
+    """Return the alarms that the stability monitor raises for a curve, a list of pairs (loss, gradient norm)."""
     watch, found = MonitorState(), []
     for step, (loss, norm) in enumerate(curve, start=1):
         alarm = non_finite_alarm(step, loss, norm)
@@ -73,7 +73,7 @@ def infinite_gradient(step: curves.Step) -> None:
 
 
 def slow_drift(step: curves.Step) -> None:
-    """The share of wrong words grows by 4 % with each step after the onset."""
+    """Replace a share of the target words by random words: 4 % at the onset, and 4 % more with each step."""
     if step.number >= ONSET:
         random_words(step, 0.04 * (step.number - ONSET + 1))
 
@@ -86,7 +86,7 @@ def half_of_the_labels(step: curves.Step) -> None:
 def test_trap_26_twenty_clean_seeds_raise_no_alarm() -> None:
     torch.set_num_threads(1)
     clean = curves.train(SEEDS, 200)
-    assert all(curve[-1][0] < 0.5 * curve[0][0] for curve in clean)  # the models really learn
+    assert all(curve[-1][0] < 0.5 * curve[0][0] for curve in clean)  # this shows that the models learn
     assert [alarm.describe() for curve in clean for alarm in alarms(curve)] == []
 
 
@@ -154,8 +154,8 @@ def test_what_follows_an_alarm(
     assert raised is None if order is None else isinstance(raised, order)
     if isinstance(raised, RollbackRequired):
         rollback = raised.rollback
-        # The loss at step 61 results from the update of step 60, so step 60 is skipped too. For a rising loss, the
-        # rollback goes further back, because the rise may have begun before the monitor noticed the rise.
+        # The loss at step 61 results from the update of step 60, so the data of step 60 is skipped too. For a rising
+        # loss the rollback returns to an earlier step, because the rise may have begun before the monitor noticed it.
         assert (rollback.step, rollback.rate_factor) == (62 if alarm is INFINITE else 56, 0.3)
         last = 64 if alarm is INFINITE else 72
         assert [step for step in range(50, 80) if is_skipped(step, [rollback])] == list(
@@ -171,7 +171,7 @@ def test_trap_22_the_rate_is_a_function_of_step_and_rollbacks_alone() -> None:
     second = Rollback(step=60, rate_factor=0.3, skip_from=61, skip_to=61, reason="")
     plain = [learning_rate_at(step, 100, optimization) for step in range(1, 101)]
     lowered = [learning_rate_at(step, 100, optimization, [first, second]) for step in range(1, 101)]
-    assert plain[0] == pytest.approx(1e-4)  # the warm-up begins at one tenth of the rate rather than at zero
+    assert plain[0] == pytest.approx(1e-4)  # the warm-up begins at one tenth of the learning rate, not at zero
     assert plain[9] == pytest.approx(1e-3)
     assert lowered[:40] == plain[:40]
     assert lowered[40:60] == pytest.approx([0.3 * value for value in plain[40:60]])
@@ -189,8 +189,10 @@ RECORD = {"onNonFinite": "Record", "onExplodingLoss": "Record"}
 
 
 def plateau_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Return rows whose answers are half random. The predictable half is learned soon, and then the loss stays on a
-    plateau."""
+    """Return rows whose answers are half random.
+
+    The model soon learns the half that is not random. Then the loss stays on a plateau.
+    """
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -256,8 +258,10 @@ def run_faults(
 def test_a_fault_is_rolled_back_and_a_step_that_is_not_finite_is_left_out(
     store: ObjectStore, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Also covers trap 14: an infinite gradient is reported and counted, its update is not applied, and the learning
-    rate schedule continues."""
+    """This test also covers trap 14, an infinite gradient.
+
+    It is reported and counted, its update is not applied, and the learning rate schedule continues.
+    """
     cases = [("clean", ROLL_BACK, None), ("noise", ROLL_BACK, NOISE), ("gradient", RECORD, GRADIENT)]
     results = run_faults(store, tiny_model, tmp_path, cases, world=1, prefix="fault")
     assert [result.outcome for result in results] == [Outcome.COMPLETED] * 3
@@ -312,7 +316,7 @@ def test_every_fault_ends_within_two_percent_of_the_clean_run(
 def test_trap_14_an_infinite_gradient_is_left_out_at_every_stage(
     store: ObjectStore, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The weights after the step equal those before, so the next losses are the same at every ZeRO stage."""
+    """The step with the infinite gradient changes no weight, so the later losses are the same at every ZeRO stage."""
     configs: list[dict[str, Any]] = []
     faults: list[dict[str, Any] | None] = []
     for stage in (0, 1, 2, 3):

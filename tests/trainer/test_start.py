@@ -1,4 +1,7 @@
-"""Which checkpoint a starting run resumes from, whatever happened to the bucket before, against a real object store."""
+"""From which checkpoint a starting run resumes, whatever happened to the bucket before.
+
+The tests use a real object store.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def begin(root: RunRoot, folder: Path, pod: str = "pod-1") -> RunStart:
 
 
 def commit(root: RunRoot, run: int, step: int, folder: Path, *, perplexity: float | None = None) -> None:
-    """Commit a checkpoint of two small state files, as the ranks of run ``run`` do."""
+    """Commit a checkpoint with the trainer's state and two small state shards, as the ranks of run ``run`` do."""
     state = TrainerState(
         step=step, epoch=0, batch_in_epoch=step, seed=1, updates=step, tokens=step, world_size=2, zero_stage=2,
         rows=20, perplexity=perplexity,
@@ -61,7 +64,7 @@ def commit(root: RunRoot, run: int, step: int, folder: Path, *, perplexity: floa
 
 
 def spoil(root: RunRoot, key: str, how: str) -> None:
-    """Damage an object as a failing disk does."""
+    """Damage an object as a failing disk does: ``how`` is flip (one bit), truncate or delete."""
     data = bytearray(root.read(key) or b"")
     if how == "delete":
         root.delete([key])
@@ -152,7 +155,7 @@ def test_a_malicious_pickle_among_the_files_is_never_opened(
     start = begin(root, tmp_path)
     assert start.parent is not None
     assert start.parent.step == (10 if place is None else 5)
-    # Only files with the names of the trainer's own files are downloaded.
+    # Files in the manifest with other names than the trainer's own files are not downloaded.
     fetched = sorted(path.name for path in (tmp_path / "resume").iterdir())
     assert fetched == sorted([TRAINER_FILE, OBJECTS[0], OBJECTS[1]])
     assert "".join(start.notices).endswith(problem)
@@ -168,7 +171,7 @@ def test_a_crash_right_after_a_rollback_does_not_resume_into_the_branch_that_div
     rollback = Rollback(step=5, rate_factor=0.3, skip_from=6, skip_to=16, reason="the loss exploded at step 16")
     second = start_run_after_rollback(root, identity(), 1, rollback, tmp_path / "resume")
     assert (second.run, second.parent and second.parent.step) == (2, 5)
-    # The process of run 2 is killed here, before its first checkpoint.
+    # The process of run 2 ends here, before its first checkpoint, and run 3 begins.
     third = begin(root, tmp_path, "pod-2")
     assert third.run == 3
     assert third.parent is not None
@@ -190,8 +193,10 @@ def test_a_run_that_was_fenced_can_not_roll_back(root: RunRoot, tmp_path: Path) 
 
 
 def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, tmp_path: Path) -> None:
-    """Run 1 is frozen before each of its writes. Run 2 resumes, deletes old checkpoints and publishes its artifact, and
-    then run 1 continues."""
+    """Run 1 freezes before any of its writes, and continues after run 2 has finished.
+
+    Meanwhile run 2 resumes, commits checkpoints and publishes its artifact.
+    """
     begin(root, tmp_path)
     for step in (5, 10):
         commit(root, 1, step, tmp_path)
@@ -203,12 +208,12 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
     result = publish(root, 2, 14, [tmp_path / "adapter"])
     before = {entry.key for entry in root.list_objects("")}
 
-    # If run 1 was frozen after it had checked the fence and before it wrote COMMIT, this one write succeeds. The
-    # checkpoint belongs to an abandoned branch, from which no later run resumes.
+    # Only one write of run 1 can succeed: COMMIT, if run 1 froze after it had checked the fence for this COMMIT. The
+    # checkpoint then belongs to a branch that was left, from which no later run resumes.
     frozen = checkpoint_folder(1, 15)
     root.write(f"{frozen}/{MANIFEST}", b"{}")
     assert root.create(f"{frozen}/{COMMIT}", digest(b"{}").encode())
-    # All later writes check the fence again.
+    # Before all other writes run 1 checks the fence again.
     (tmp_path / "adapter").write_bytes(b"first")
     for write in (
         lambda: commit(root, 1, 20, tmp_path),
@@ -229,8 +234,11 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
 def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_whole_and_is_cleared(
     root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
-    """Retention is killed at each of its six deletions. For each checkpoint, retention deletes first COMMIT and then
-    the other files, half of which are gone when the process is killed."""
+    """Retention deletes three checkpoints, each with two deletions: first COMMIT, then all other files.
+
+    In each case the process is killed during one of the six deletions, when half of the deletion's files (rounded down)
+    are gone.
+    """
     begin(root, tmp_path)
     for step in (1, 2, 3, 4):
         commit(root, 1, step, tmp_path)
@@ -268,8 +276,10 @@ def test_trap_18_a_crash_in_the_middle_of_retention_leaves_nothing_that_looks_wh
 def test_a_start_that_reads_while_the_former_run_retains_ends_with_a_whole_checkpoint_of_the_lineage(
     root: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The former run is still alive and deletes a checkpoint that the new run is reading. Once the new run has claimed
-    its run number, the former run may not delete any more."""
+    """While the new run reads a checkpoint, the former run is still alive and deletes this checkpoint.
+
+    Once the new run has claimed its run number, the former run may not delete any more.
+    """
     begin(root, tmp_path)
     commit(root, 1, 5, tmp_path)
     real, reads = root.store.download, []
@@ -308,7 +318,7 @@ def test_trap_18_retention_keeps_the_best_of_the_lineage_and_what_is_on_its_way(
 
 
 def test_the_bucket_holds_what_the_listing_says(root: RunRoot, empty_store: ObjectStore, tmp_path: Path) -> None:
-    """The other tests read the bucket with the trainer's own client; this test uses minio-py directly."""
+    """The other tests read the bucket with the trainer's own client; this test uses the client of MinIO."""
     begin(root, tmp_path)
     commit(root, 1, 5, tmp_path)
     keys = empty_store.keys(f"{root.location.prefix}/")

@@ -1,5 +1,7 @@
-"""Dialects of S3, each against a MinIO that is configured for it: TLS with a private CA, the bucket name in the host
-name, regions, session tokens, web identity, and encryption at rest.
+"""Variants of S3, each against a MinIO server that is configured for it.
+
+They are: TLS with a private CA, the bucket name in the host name, regions, session tokens, web identity, and encryption
+at rest.
 """
 
 from __future__ import annotations
@@ -55,13 +57,13 @@ CLIENT_ID = "finetune"
 
 @dataclass(frozen=True)
 class Issuer:
-    """A small OpenID issuer. A Kubernetes cluster is such an issuer for its service accounts."""
+    """A small OpenID Connect issuer of tokens. For its service accounts, a Kubernetes cluster is such an issuer."""
 
     url: str
     key: rsa.RSAPrivateKey
 
     def token(self, **claims: Any) -> str:
-        """Return a signed token that is valid for an hour."""
+        """Return a signed token that is valid for an hour. ``claims`` are added to its claims or replace them."""
         now = int(time.time())
         payload = {"iss": self.url, "aud": CLIENT_ID, "sub": "pod", "iat": now, "exp": now + 3600, **claims}
         parts = [_encoded(json.dumps(part).encode()) for part in ({"alg": "RS256", "kid": "1", "typ": "JWT"}, payload)]
@@ -124,7 +126,10 @@ def issuer() -> Iterator[Issuer]:
 
 
 def write_certificates(folder: Path) -> Path:
-    """Write a CA and a certificate for localhost, minio.test and its subdomains, which name buckets."""
+    """Write a CA and a certificate for localhost, minio.test and its subdomains.
+
+    Each subdomain is named after a bucket.
+    """
     folder.mkdir()
     now = datetime.now(UTC)
     authority_key, key = (rsa.generate_private_key(65537, 2048) for _ in range(2))
@@ -164,7 +169,7 @@ def write_certificates(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Strict:
-    """A MinIO with TLS, a KMS key, OpenID and virtual-hosted buckets."""
+    """A running MinIO server with TLS, a KMS key, OpenID and bucket names in the host name."""
 
     store: ObjectStore
     ca: Path
@@ -207,7 +212,7 @@ def minio_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def works(store: Store, key: str) -> None:
-    """Send every kind of request that the trainer sends to a store, but a multipart upload."""
+    """Send every kind of request that the trainer sends except a multipart upload, and check the answers."""
     root = RunRoot(store, parse_uri(f"s3://{BUCKET}/dialects/{key}"))
     assert claim_run_number(root, 1, RunRecord(attempt=1, pod_uid="pod"))
     assert not root.create("runs/000001.json", b"another writer")
@@ -303,7 +308,7 @@ def test_session_tokens_are_sent_and_an_expired_one_is_named(strict: Strict, tmp
 def test_the_pods_own_identity_gives_the_key(
     strict: Strict, issuer: Issuer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pod is prepared as the IRSA webhook does: the environment names a token file and the STS endpoint."""
+    """The environment names a token file and the STS endpoint, as AWS's webhook for IAM roles (IRSA) sets it."""
     token = tmp_path / "token"
     token.write_text(issuer.token(policy="readwrite"))
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
@@ -344,14 +349,14 @@ def test_everything_that_is_written_is_encrypted_as_asked(
 
 
 def plain_metadata(strict: Strict) -> dict[str, str]:
-    """Return the metadata of an object that was written without encryption settings."""
+    """Write an object without encryption settings, and return its metadata."""
     strict.open().write(BUCKET, "dialects/plain", b"data")
     found: dict[str, str] = strict.store.client.stat_object(BUCKET, "dialects/plain").metadata
     return found
 
 
 class ReadFields:
-    """Stands in for a StorageConfig, and records the names of the fields that are read."""
+    """Stands for a StorageConfig, and records the names of the fields that are read."""
 
     def __init__(self, config: StorageConfig) -> None:
         self.config = config
@@ -363,7 +368,7 @@ class ReadFields:
 
 
 SAVING = {"checkpoint_every_steps", "checkpoint_every_minutes", "keep_last", "keep_best", "artifact"}
-"""Fields of StorageConfig that say when and what is saved, and nothing about access to the store."""
+"""Fields of StorageConfig that say when and what is saved. All other fields are about access to the store."""
 
 
 def test_the_launcher_workers_and_preflight_use_every_field_about_access_to_the_store() -> None:

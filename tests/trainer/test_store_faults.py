@@ -1,5 +1,6 @@
-"""Whatever happens to a request, every COMMIT in the bucket belongs to a checkpoint that verifies, and temporary
-failures are retried.
+"""Whatever happens to a request, each COMMIT in the bucket belongs to a checkpoint that verifies.
+
+Temporary failures are retried.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def healthy(proxy: StoreProxy) -> Iterator[StoreProxy]:
 
 
 def root_at(endpoint: str, credentials: Path, name: str, *, budget: float = 20, **options: Any) -> RunRoot:
-    """Return a run's root behind ``endpoint``, with a client that retries without a pause."""
+    """Return the run folder ``name`` in the store at ``endpoint``, with a client that retries without a pause."""
     store = Store(
         endpoint, "us-east-1", credentials, budget_seconds=budget, read_seconds=2, wait=lambda delay: None, **options
     )
@@ -56,12 +57,12 @@ def root_at(endpoint: str, credentials: Path, name: str, *, budget: float = 20, 
 
 
 def fault_at(index: int, fault: Fault) -> Callable[[Request], Fault | None]:
-    """Return a plan that does ``fault`` to the request with the number ``index`` only."""
+    """Return a plan for the proxy that injects ``fault`` into the request with the number ``index`` only."""
     return lambda request: fault if request.index == index else None
 
 
 def fault_from(index: int, fault: Fault) -> Callable[[Request], Fault | None]:
-    """Return a plan that does ``fault`` to the request with the number ``index`` and to all later ones."""
+    """Return a plan for the proxy that injects ``fault`` into request number ``index`` and all later requests."""
     return lambda request: fault if request.index >= index else None
 
 
@@ -73,7 +74,7 @@ def write_files(folder: Path) -> list[Path]:
 
 
 def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
-    """Do in one thread what the ranks of a run do in the background: upload, commit, and delete old checkpoints."""
+    """Upload and commit a checkpoint, and delete older ones, in one thread. A run's ranks do this in the background."""
     target = checkpoint_folder(1, step)
     for last_try in (False, False, True):
         uploaded = upload_files(root, target, files)
@@ -87,7 +88,7 @@ def commit_checkpoint(root: RunRoot, files: list[Path], step: int) -> None:
 
 
 def fails(root: RunRoot, files: list[Path], step: int) -> bool:
-    """Return whether committing a checkpoint failed."""
+    """Commit a checkpoint and return True if that failed."""
     try:
         commit_checkpoint(root, files, step)
     except OutsideFailure:
@@ -96,8 +97,10 @@ def fails(root: RunRoot, files: list[Path], step: int) -> bool:
 
 
 def assert_every_commit_verifies(store: ObjectStore, prefix: str) -> int:
-    """Verify every committed folder by reading the bucket directly, without the proxy and the trainer's code. Return
-    the number of COMMIT objects."""
+    """Verify every committed folder, and return the number of COMMIT objects.
+
+    The bucket is read directly, without the proxy and without the trainer's code.
+    """
     commits = [key for key in store.keys(prefix) if key.endswith(f"/{COMMIT}")]
     for key in commits:
         folder = key.removesuffix(f"/{COMMIT}")
@@ -142,7 +145,7 @@ def test_a_store_that_stays_broken_from_any_request_on_commits_nothing_false(
         healthy.plan = fault_from(first + index, fault)
         failures += fails(root, files, index + 1)
         assert_every_commit_verifies(empty_store, f"faults/{name}/")
-    # Only requests with a body can be changed on their way to the store.
+    # FLIP_UPLOAD makes fewer commits fail, because it only affects requests with a body.
     assert failures >= (4 if fault is Fault.FLIP_UPLOAD else 9)
 
 
@@ -209,7 +212,7 @@ def test_rotated_credentials_and_a_bucket_that_comes_back_are_waited_for_in_the_
     said: list[str] = []
 
     def rotate(_: float) -> None:
-        if len(said) >= 2:  # several uploads fail before the keys are replaced
+        if len(said) >= 2:  # the keys are replaced after two failures were reported
             write_credentials(keys, ACCESS_KEY, SECRET_KEY)
 
     impatient = Store(empty_store.endpoint, "us-east-1", keys, wait=rotate)
@@ -258,7 +261,7 @@ def test_a_wrong_clock_is_named_and_passes(
 
 @pytest.mark.long
 def test_a_full_disk_is_waited_for_and_named(minio: Path, tmp_path: Path) -> None:
-    """Somebody deletes other objects while an upload is being retried."""
+    """The disk is full, and somebody deletes other objects while the upload is being retried."""
     with small_store(minio, tmp_path / "small") as small:
         assert fill(small, tmp_path) > 1
         said: list[str] = []
@@ -280,8 +283,8 @@ def test_a_full_disk_is_waited_for_and_named(minio: Path, tmp_path: Path) -> Non
         assert freed
         assert all(FULL.search(sentence) for sentence in said if sentence), said
         assert said[-1] == ""
-        # The upload may take one interval of MinIO's trash clean-up and one pause between attempts; the bound is three
-        # times that, because the machine may be busy.
+        # After the objects are deleted, the upload may take as long as one interval of MinIO's trash cleaning and one
+        # pause between attempts. The test allows three times that, because the machine may be busy.
         assert time.monotonic() - began < 3 * (PURGE_SECONDS + LONGEST_DELAY_SECONDS + 10)
 
 

@@ -1,6 +1,7 @@
 """Every declared task has a grader that keeps to the declaration, and no grader has one of the known holes.
 
-Each hole is one mutation of a right answer. `test_tasks_viggo.py` and its neighbours test each grader in depth.
+A hole is a wrong answer that a grader accepts, or a right answer that it rejects. Each hole is tested by one mutation
+of a right answer. `test_tasks_viggo.py` and its neighbours test each grader in depth.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def grade(task: str, answer: str, gold: dict[str, str]) -> Grade:
 
 
 class ReadColumns(Mapping[str, object]):
-    """A row that records the names of the columns that a grader reads."""
+    """A row that records which columns a grader reads, by their names."""
 
     def __init__(self, columns: dict[str, str]) -> None:
         self._columns = columns
@@ -133,22 +134,23 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
 @pytest.mark.parametrize(
     ("task", "gold", "answer", "right"),
     [
-        # Attributes in another order are right for orderFree, but not for strict.
+        # Attributes in another order are right for the score orderFree, but wrong for the score strict.
         ("ViGGO", MEANING, "inform(rating[good], name[Portal], genres[puzzle, shooter])", {"orderFree"}),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle, shooter], rating[good])", {"strict", "orderFree"}),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle], rating[good])", set()),
         ("ViGGO", MEANING, "inform(name[Portal], genres[puzzle, shooter], rating[good]) inform(name[Portal])", set()),
-        # The number counts with or without text behind and commas inside, but not without ####.
+        # The number after #### counts, also with commas inside or text behind it. A number without #### does not count.
         ("GSM8K", NUMBER, "#### 1000", {"exact"}),
         ("GSM8K", NUMBER, "so #### $1,000. That is what is left.", {"exact"}),
         ("GSM8K", NUMBER, "#### 1,000,000", set()),
         ("GSM8K", NUMBER, "#### 10 or 1000", set()),
         ("GSM8K", NUMBER, "The answer is 1000", set()),
-        # Two empty results must not count as equal, so the generated rows contain the literal of the reference query.
+        # A wrong query must not be right because both results are empty. So the generated rows contain the literal of
+        # the reference query, here 'Quay'.
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Nowhere'", set()),
         ("SQL", FOUND, "SELECT name FROM boat WHERE 1 = 0", set()),
         ("SQL", FOUND, "SELECT b.name FROM boat AS b WHERE b.harbour = 'Quay'", {"execution"}),
-        # Duplicate rows count, and order counts only where the reference query has an ORDER BY.
+        # Duplicate rows count. The order of rows counts only where the reference query has an ORDER BY.
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' UNION ALL SELECT name FROM boat", set()),
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Quay' ORDER BY name DESC", {"execution"}),
         ("SQL", SORTED, "SELECT name FROM boat ORDER BY length", set()),
@@ -157,5 +159,6 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
 )
 def test_trap_25_holes_of_the_graders(task: str, gold: dict[str, str], answer: str, right: set[str]) -> None:
     scores = {name for name, value in grade(task, answer, gold).scores.items() if value}
-    # `function`, `attributes` and `values` of ViGGO are parts of an answer, which a wrong answer may have.
+    # The scores `function`, `attributes` and `values` of ViGGO grade parts of an answer, so a wrong answer may have
+    # them.
     assert scores - {"function", "attributes", "values"} == right

@@ -1,4 +1,4 @@
-"""The SQL grader accepts queries that return the same rows, rejects mutated queries, and contains hostile queries."""
+"""The SQL grader accepts queries that return the same rows, rejects mutated queries, and survives hostile queries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.trainer.grading import left_out
 
 DATA = Path(os.environ.get("FINETUNE_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "sql"
 EVERY = 40
-"""One of so many published rows is graded, because grading all rows takes half a minute."""
+"""Only every 40th of the published rows is graded, because grading all rows takes half a minute."""
 BOATS = "CREATE TABLE boat (id INTEGER PRIMARY KEY, name VARCHAR, harbour VARCHAR, length INTEGER)"
 CREWS = f"{BOATS}; CREATE TABLE sailor (name VARCHAR, boat_id INTEGER, age INTEGER);"
 OWN_ROWS = [
@@ -47,7 +47,10 @@ NESTED = " ".join(["SELECT", "(" * 500, "1", ")" * 500])
 LONG = " ".join(["SELECT", "1+" * 20_000, "1"])
 LINKS = [f"c{link} AS (SELECT p.x FROM c{link - 1} p, c{link - 1} q)" for link in range(1, 60)]  # noqa: S608
 CHAIN = " ".join(["WITH c0 AS (SELECT 1 AS x),", ", ".join(LINKS), "SELECT x FROM c59"])
-"""A query with sixty common table expressions, of which sqlite would make 2^59 copies."""
+"""A query with sixty common table expressions.
+
+Each reads the preceding one twice, so sqlite would read the first 2^59 times.
+"""
 
 
 def right(answer: str, gold: str, context: str = BOATS) -> bool:

@@ -1,4 +1,4 @@
-"""The ViGGO grader gives published rows every score, and each mutation of an answer loses the expected scores."""
+"""The ViGGO grader gives every score to published answers. Each mutation of an answer loses the expected scores."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 
 def rows() -> dict[int, str]:
-    """Return the column with the tests of each trap, by the number of the trap."""
+    """Return, by the number of the trap, the cell of the page's table that names the tests of the trap."""
     found = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", PAGE.read_text(), re.MULTILINE)
     return {int(number): tests for number, tests in found}
 

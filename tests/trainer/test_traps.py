@@ -26,8 +26,7 @@ from tests.trainer.pods import run_config
 
 
 class Gathered:
-    """Stands for an engine that gathers whole parameters, and counts the bytes of gathered parameters that are
-    alive."""
+    """Stands for an engine that gathers whole parameters, and records the peak bytes of gathered tensors."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.parameter_shapes = shapes
@@ -50,8 +49,8 @@ def test_trap_19_a_save_gathers_one_parameter_at_a_time() -> None:
         kept = take_snapshot(engine, rank=rank, world_size=2)  # type: ignore[arg-type]
         own = [name for name, owner in assign_owners(shapes, 2).items() if owner == rank]
         assert {name.rpartition("/")[0] for name in kept} == set(own)
-        # At most two gathered parameters are alive at once, because the previous parameter is freed when the next has
-        # been gathered. The copies that the snapshot keeps are not counted.
+        # While the engine gathers a parameter, the preceding one is still alive. So at most two are alive at once,
+        # beside the copies that the snapshot keeps.
         assert engine.peak <= 2 * largest
 
 
@@ -72,8 +71,10 @@ def test_overrides_are_merged_into_deepspeeds_configuration_last() -> None:
 
 @pytest.mark.long
 def test_trap_13_bf16_masters_lose_no_updates(store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:
-    """At a learning rate of 3e-5, each of 200 updates is far below the resolution of bf16 weights. The fp32 master
-    weights must change nevertheless."""
+    """Each update at a learning rate of 3e-5 is far below the resolution of bf16 weights.
+
+    After 200 such updates the fp32 master weights must have changed nevertheless.
+    """
     steps = 200
     options: dict[str, Any] = {
         "world__nodes": 1,

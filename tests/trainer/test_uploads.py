@@ -1,5 +1,7 @@
-"""The queue of snapshots: which snapshots are replaced by newer ones, which are not, and that no row of the step log is
-lost. Neither store nor ranks are needed, because only the order of events matters.
+"""The queue of snapshots that wait for their upload.
+
+Newer snapshots replace some of the waiting snapshots, and no row of the step log is lost. Neither store nor ranks are
+needed, because only the order of events matters.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ def snapshot(number: int, *, required: bool = False) -> Snapshot:
 
 
 class Store:
-    """Stands for the store. A snapshot is committed only when the test allows the commit, and the committed snapshots
-    are recorded."""
+    """A callable in place of the upload and commit of a snapshot.
+
+    It waits until the test allows the commit, and then records the snapshot in `committed`.
+    """
 
     def __init__(self) -> None:
         self.committed: list[Snapshot] = []
@@ -59,7 +63,7 @@ def test_what_waits_is_replaced_but_not_the_best_and_no_step_is_lost(store: Stor
         uploads.put(taken)
     with uploads.hold() as waiting:
         assert (waiting.count, waiting.first, waiting.bytes) == (3, 2, 3 * 1024)
-        # Another rank has begun to upload snapshot 2, so this rank must upload it too.
+        # Another rank has begun to upload snapshot 2, so this rank must upload snapshot 2 too and may not replace it.
         assert waiting.replaceable(2) == [4]
         assert waiting.replaceable(1) == [2, 4]
         rows = waiting.drop([2, 4])

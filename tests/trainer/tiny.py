@@ -1,5 +1,6 @@
-"""A tiny, randomly initialized Llama with a word tokenizer, and rows that the model can learn. The tests create model
-and rows, so nothing has to be downloaded.
+"""A tiny, randomly initialized Llama with a word tokenizer, and rows that the model can learn.
+
+The tests create both, so nothing has to be downloaded.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ def write_model(
     seed: int = 7,
     **shape: Any,
 ) -> Path:
-    """Write model and tokenizer in transformers' layout. ``shape`` changes fields of the LlamaConfig, and ``files`` is
-    the maximal size of a weight file, for example "60KB"."""
+    """Write model and tokenizer to ``folder`` in transformers' layout, and return the folder.
+
+    ``shape`` changes fields of the LlamaConfig. ``files`` is the largest size of a weight file, for example "60KB".
+    """
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

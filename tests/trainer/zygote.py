@@ -25,15 +25,17 @@ END_SECONDS = 120.0
 
 
 class Zygote:
-    """The test's side of the process: starts groups of ranks and waits until they have ended."""
+    """The test's handle on the process: starts groups of ranks and waits until they have ended."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
         self._told = b""
 
     def gang(self, plans: Sequence[Path], logs: Path) -> list[int]:
-        """Run one rank for each file of plans. Return the exit status of each rank; a negative status is the number of
-        the signal that killed the rank."""
+        """Run one rank for each file of plans, wait for their ends, and return their exit statuses.
+
+        A negative status is the number of the signal that killed the rank.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         port = free_port()
@@ -62,7 +64,7 @@ class Zygote:
 
 @contextlib.contextmanager
 def zygote() -> Iterator[Zygote]:
-    """Start the process, which imports torch once, for the duration of the block."""
+    """Run the process that forks ranks for the duration of the block."""
     environment = {
         **os.environ,
         "PATH": "/nonexistent",
@@ -97,7 +99,8 @@ def _fork(order: dict[str, Any]) -> int:
         many_runs.main()
         status = 0
     finally:
-        # os._exit leaves the files and buffers alone that the parent process had open.
+        # The rank ends with os._exit, so that it leaves the inherited files and buffers of its parent process
+        # untouched.
         if status:
             import traceback
 

@@ -1,7 +1,7 @@
 // Command cert-manager runs cert-manager's control loops for Certificates and for
-// self-signed and CA issuers. cert-manager's own program lies in a module that has
-// no version and can't be required, so this one starts the loops; those of ACME,
-// Vault and the like would only make it bigger.
+// self-signed and CA issuers. It replaces cert-manager's own program, whose Go module
+// has no version and so can't be required here. It leaves out the loops for ACME, Vault
+// and other issuers, which the tests don't need.
 package main
 
 import (
@@ -56,7 +56,8 @@ func run(ctx context.Context, options controller.ContextOptions) error {
 		log.Printf("starting %s", name)
 		loops.Go(func() error { return loop.Run(1, ctx) })
 	}
-	// All contexts of the factory share the caches, which may start only when every loop has named those it needs.
+	// The loops share the caches of the factory. The caches may start only after every loop has named the caches that it
+	// needs.
 	shared, err := factory.Build()
 	if err != nil {
 		return err

@@ -1,9 +1,10 @@
 // Command device-plugin tells the kubelet that its node has GPUs.
 //
-// It speaks the kubelet's device-plugin API and gives every container the ids
-// of its own devices in NVIDIA_VISIBLE_DEVICES, as NVIDIA's plugin does, so
-// that scheduling, quotas and "which pod got which device" are real while no
-// GPU is there. Called by the test cluster after the kubelet has started.
+// No GPU is there. But the plugin speaks the kubelet's device-plugin API, and
+// gives every container the ids of its devices in NVIDIA_VISIBLE_DEVICES, as
+// NVIDIA's plugin does. So the scheduling of GPUs, their quotas and their
+// assignment to pods are real. The test cluster starts the plugin after the
+// kubelet.
 package main
 
 import (
@@ -33,7 +34,7 @@ func (p *plugin) GetDevicePluginOptions(context.Context, *api.Empty) (*api.Devic
 	return &api.DevicePluginOptions{}, nil
 }
 
-// ListAndWatch sends the devices once; they never change their health.
+// ListAndWatch sends the list of devices once, because their health never changes.
 func (p *plugin) ListAndWatch(_ *api.Empty, stream grpc.ServerStreamingServer[api.ListAndWatchResponse]) error {
 	if err := stream.Send(&api.ListAndWatchResponse{Devices: p.devices}); err != nil {
 		return err
@@ -53,8 +54,9 @@ func (p *plugin) Allocate(_ context.Context, request *api.AllocateRequest) (*api
 	return response, nil
 }
 
-// serveUntilGone serves on the socket until the kubelet removes it, which it
-// does whenever it starts: the sign that a plugin has to register again.
+// serveUntilGone registers the plugin and serves on its socket until the
+// kubelet removes the socket. The kubelet does so whenever it starts, and then
+// the plugin must register again.
 func serveUntilGone(p *plugin, folder, resource string) error {
 	name := strings.ReplaceAll(resource, "/", "_") + ".sock"
 	socket := filepath.Join(folder, name)
