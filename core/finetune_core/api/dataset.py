@@ -80,7 +80,8 @@ class DatasetSpec(ApiModel):
     validation: DataSource | None = None
     """Rows whose perplexity is measured during training. The scores on these rows choose the best checkpoint."""
     test: DataSource | None = None
-    """Rows that the base model and the tuned model are scored on at the end. No checkpoint is chosen by these rows."""
+    """Rows that the base model is scored on before training, and the tuned model at the end. These rows never influence
+    which checkpoint is chosen."""
     format: DatasetFormat
     """How a row becomes an example."""
     task: Annotated[TaskName, Field(description=task_field_text())] = NO_TASK

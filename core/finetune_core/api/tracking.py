@@ -11,7 +11,7 @@ from finetune_core.api.sources import SecretKeyRef
 
 
 class TensorBoardSpec(ApiModel):
-    """TensorBoard event files below the run's folder in the bucket."""
+    """TensorBoard event files in the job's folder in the bucket."""
 
 
 class MLflowSpec(ApiModel):
@@ -45,7 +45,7 @@ class TrackingSpec(ApiModel):
     model_config = ConfigDict(json_schema_extra=exactly_one_of("tensorBoard", "mlflow", "weightsAndBiases"))
 
     tensor_board: TensorBoardSpec | None = None
-    """TensorBoard event files below the run's folder in the bucket."""
+    """TensorBoard event files in the job's folder in the bucket."""
     mlflow: MLflowSpec | None = None
     """A run on an MLflow tracking server."""
     weights_and_biases: WeightsAndBiasesSpec | None = None
