@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
-    """Add a command that takes the name of one job."""
+    """Add a command that takes the name of one job, and return the command's parser."""
     command = commands.add_parser(
         name,
         help=summary,

@@ -89,7 +89,7 @@ class LineView(View):
 
 @contextmanager
 def view_for(console: Console) -> Iterator[View]:
-    """Give the view that suits ``console``: a live panel for a terminal, lines otherwise."""
+    """Yield the view that suits ``console``: a live panel for a terminal, lines otherwise."""
     if console.is_terminal:
         with LiveView(console) as live:
             yield live
