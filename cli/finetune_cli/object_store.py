@@ -43,7 +43,8 @@ class AccessKey:
 
 
 def access_key_from(values: Mapping[str, str]) -> AccessKey | None:
-    """Return the access key in a Secret's values or in the environment, or None where a part of it is missing."""
+    """Return the access key in ``values``, which are those of a Secret or of the environment. None where a part of the
+    key is missing."""
     access, secret = values.get(ACCESS_KEY_ID), values.get(SECRET_ACCESS_KEY)
     return AccessKey(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
 
@@ -67,7 +68,7 @@ class ObjectStoreReader:
     def __init__(
         self, storage: StorageSpec, keys: AccessKey, endpoint: str | None = None, certificates: str | None = None
     ) -> None:
-        """Create the client. ``endpoint`` replaces the object store's address in ``storage``, and ``certificates`` (PEM)
+        """Create the client. ``endpoint`` replaces the object store's address in ``storage``. ``certificates`` (PEM)
         replace the CA certificates that this machine trusts."""
         self.endpoint = endpoint or storage.endpoint_url
         address = urllib3.util.parse_url(self.endpoint)
@@ -191,8 +192,8 @@ class ObjectStoreReader:
 
 
 def _trust(certificates: str | None) -> ssl.SSLContext:
-    """Return a TLS context that trusts the CA certificates in ``certificates`` (PEM). Where it is None, the context trusts
-    those in the file that SSL_CERT_FILE names, or those of certifi."""
+    """Return a TLS context that trusts the CA certificates in ``certificates`` (PEM). Where it is None, trusts the
+    CA certificates in the file that SSL_CERT_FILE names, or those of certifi."""
     if certificates is None:
         return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
     try:

@@ -159,7 +159,7 @@ def _or_dash(value: str | None) -> str:
 
 
 def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None:
-    """Return a table of the attempts and their ends, or None while no attempt has ended badly."""
+    """Return a table of the attempts and how each ended. None while every attempt so far has succeeded or goes on."""
     attempts = status.attempts
     current = attempts.current
     ended_well = all(past.verdict == "Succeeded" for past in attempts.recent)

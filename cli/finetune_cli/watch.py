@@ -75,7 +75,7 @@ class LineView(View):
         self._shown: FineTuneJob | None = None
 
     def show_job(self, job: FineTuneJob) -> None:
-        """Write the changes since the last written state."""
+        """Write a line for each change since the state of the job that was written last."""
         lines = new_lines(self._shown, job)
         for line in lines:
             self.show_notice(line)
@@ -83,7 +83,7 @@ class LineView(View):
             self._shown = job
 
     def show_notice(self, sentence: str) -> None:
-        """Write one line."""
+        """Write ``sentence`` as a line, with the time."""
         self._write(f"{datetime.now():%H:%M:%S}  {sentence}")
 
 

@@ -20,9 +20,9 @@ import yaml
 from finetune_core.validation.problems import FieldPath
 
 DEPTH_LIMIT = 200
-"""Deepest nesting of a document that is accepted."""
+"""Most levels of nesting that a YAML document may have."""
 GIVE_UP_DEPTH = 2000
-"""Nesting depth at which parsing stops, because the parser's time grows with the square of the depth."""
+"""Levels of refused nesting after which parsing stops, because the parser's time grows with the square of the depth."""
 NODE_LIMIT = 1_000_000
 """Most values in a document. The values behind an alias count each time that the alias is used."""
 
@@ -66,8 +66,8 @@ class Document:
 
 
 def load(text: str) -> tuple[list[Document], list[YamlProblem]]:
-    """Return the documents of ``text``, and the syntax error that ends the text, if any. Empty documents are left
-    out."""
+    """Return the YAML documents of ``text``, and the syntax error at which the parser stopped, if any. Empty documents
+    are left out."""
     documents: list[Document] = []
     builder: _Builder | None = None
     try:
@@ -221,7 +221,7 @@ class _Builder:
         return (*frame.path, frame.key) if isinstance(frame.key, str) else frame.path
 
     def _attach(self, event: Any, value: Any) -> None:
-        """Add a complete value to the mapping or list that contains it."""
+        """Add a complete value to the open mapping or list. Without an open one, it is the value of the document."""
         if not self._frames:
             self.document.value = value
             return

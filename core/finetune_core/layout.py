@@ -41,16 +41,16 @@ class Location(NamedTuple):
     prefix: str
 
     def key(self, *parts: str) -> str:
-        """Return the key of ``parts`` below the prefix."""
+        """Return the key that consists of the prefix and ``parts``, joined with slashes."""
         return "/".join(part for part in (self.prefix, *parts) if part)
 
     def uri(self, *parts: str) -> str:
-        """Return the `s3://` address of ``parts`` below the prefix."""
+        """Return the `s3://` address that consists of bucket, prefix and ``parts``, joined with slashes."""
         return f"s3://{self.bucket}/{self.key(*parts)}"
 
 
 def parse_uri(uri: str) -> Location:
-    """Split `s3://bucket/prefix`. Raises UserError for any other text."""
+    """Return the bucket and the prefix in an address `s3://bucket/prefix`. Raises UserError for any other text."""
     match = re.fullmatch(r"s3://([^/]+)/?(.*)", uri)
     if match is None:
         raise UserError(uri, "must be an address of the form s3://bucket/key")
@@ -76,7 +76,7 @@ def run_key(run: int) -> str:
 
 
 def checkpoint_folder(run: int, step: int) -> str:
-    """Return the folder of a checkpoint, relative to the folder of all runs of the job:
+    """Return the folder of a checkpoint, relative to the folder of all runs of the job, for example
     `checkpoints/000001-000000120`."""
     return f"checkpoints/{run:06d}-{step:09d}"
 

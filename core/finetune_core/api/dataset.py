@@ -92,8 +92,9 @@ class DatasetSpec(ApiModel):
     padding. The computed gradient stays the same. The job is refused at its start when the model's attention can't
     keep the examples of one sequence apart."""
     long_rows: Literal["Fail", "Skip"] = "Fail"
-    """What happens to rows longer than `maxLength`. Fail: the job fails before training. Skip: the rows are left out
-    and counted."""
+    """What happens to rows with more tokens than `maxLength`, or more than the model can read. Fail: the job fails
+    before training. Skip: the rows are left out and counted."""
     bad_rows: Literal["Fail", "Skip"] = "Fail"
-    """What happens to rows that lack a field or have an empty completion. Fail: the job fails before training. Skip:
-    the rows are left out and counted."""
+    """What happens to rows that can't be read, lack a field, hold something else than the format asks for, or have
+    nothing to learn, such as an empty completion. Fail: the job fails before training. Skip: the rows are left out and
+    counted."""

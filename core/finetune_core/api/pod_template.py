@@ -36,8 +36,8 @@ RESERVED_FOLDERS = (
     "/proc",
     "/sys",
 )
-"""Folders that `volumes` must not hide, because the operator mounts files there or the container needs them to
-start."""
+"""Paths at which, and below which, `volumes` must not be mounted, because the operator mounts files there or the
+container needs the folder to start."""
 RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
 """Beginnings of names of environment variables that users must not set. The operator itself sets variables that begin
 with `FTJ_` or `PET_`. Variables that begin with `AWS_` would override the credentials of the object store."""
@@ -108,7 +108,7 @@ class EnvVarSource(ApiModel):
 
 
 class EnvVar(ApiModel):
-    """An environment variable of the trainer: exactly one of `value`, `valueFrom` is set."""
+    """An environment variable of the trainer. Exactly one of `value` and `valueFrom` is set."""
 
     model_config = ConfigDict(
         json_schema_extra=join(

@@ -107,8 +107,8 @@ class CurrentAttempt(StatusModel):
     """Time at which the attempt was admitted: its start, or the time at which its queue resumed the PyTorchJob. Absent
     while a queue holds the attempt."""
     running_time: datetime | None = None
-    """Time at which the operator first saw that all pods of the attempt had run since the admission. Absent until
-    then."""
+    """Time, after the admission, at which the operator first saw that all pods of the attempt run or have run. Absent
+    until then."""
     pods: Annotated[list[PodRecord], Field(max_length=NODES_LIMIT, json_schema_extra=ATOMIC)] = []
     """For each replica index, the first pod that the operator saw with this index."""
     cause: AttemptCause | None = None
@@ -307,7 +307,7 @@ class IncidentStatus(StatusModel):
     step: Count
     """Optimizer step at which the stability monitor noticed the incident."""
     kind: Annotated[str, Field(max_length=32)]
-    """NonFiniteLoss, NonFiniteGradient, LossSpike, GradientSpike, LossDrift or LossAboveStart."""
+    """Kind of the incident: NonFiniteLoss, NonFiniteGradient, LossSpike, GradientSpike, LossDrift or LossAboveStart."""
     value: Annotated[str, Field(max_length=32)]
     """Measured value, for example `"8.31"` or `"nan"`."""
     threshold: Annotated[str, Field(max_length=32)]
@@ -354,7 +354,7 @@ class ChildStatus(StatusModel):
     """The PyTorchJob of the current attempt."""
 
     kind: Annotated[str, Field(max_length=64)]
-    """Kind of the object, PyTorchJob."""
+    """Kind of the child object: PyTorchJob."""
     name: Annotated[str, Field(max_length=63)]
     """`metadata.name` of the PyTorchJob."""
     uid: Annotated[str, Field(max_length=64)] = ""
