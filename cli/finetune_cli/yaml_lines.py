@@ -261,7 +261,7 @@ def _key(value: Any) -> str | None:
 
 
 def _resolve(event: Any) -> Any:
-    """Return the value of a scalar. Raises ValueError for a YAML tag whose values JSON can't express."""
+    """Return the value of a YAML scalar. Raises ValueError for a value or a tag that JSON can't express."""
     text: str = event.value
     tag = event.tag
     if tag is not None and tag != "!":
@@ -275,7 +275,8 @@ def _resolve(event: Any) -> Any:
 
 
 def _plain(text: str) -> Any:
-    """Return the value of a plain (unquoted) scalar as kubectl reads it."""
+    """Return the value of a plain (unquoted) scalar as kubectl reads it. Raises ValueError for a number that is not
+    finite."""
     if text in _NULL:
         return None
     if text in _TRUE or text in _FALSE:

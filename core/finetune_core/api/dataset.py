@@ -51,7 +51,7 @@ class TextFormat(ApiModel):
 
 
 class DatasetFormat(ApiModel):
-    """How a row becomes an example: exactly one of the members is set."""
+    """How a row becomes a training example. Exactly one of the fields must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("promptCompletion", "messages", "text"))
 
@@ -83,7 +83,7 @@ class DatasetSpec(ApiModel):
     """Rows that the base model is scored on before training, and the tuned model at the end. These rows never influence
     which checkpoint is chosen."""
     format: DatasetFormat
-    """How a row becomes an example."""
+    """How a row becomes a training example."""
     task: Annotated[TaskName, Field(description=task_field_text())] = NO_TASK
     max_length: Annotated[int, Field(ge=8, le=131072)] = 512
     """Longest example in tokens, prompt and completion together."""

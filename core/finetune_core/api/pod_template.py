@@ -97,7 +97,7 @@ class LocalObjectReference(ApiModel):
 
 
 class EnvVarSource(ApiModel):
-    """Source of an environment variable's value: exactly one of the members is set."""
+    """Source of an environment variable's value. Exactly one of the fields must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("secretKeyRef", "configMapKeyRef"))
 
@@ -175,7 +175,7 @@ class CsiVolume(ApiModel):
 
 
 class Volume(ApiModel):
-    """A volume of the pods and the path where it is mounted: exactly one kind of volume is set."""
+    """A volume of the pods, and the path where it is mounted. Exactly one kind of volume must be set."""
 
     model_config = ConfigDict(
         json_schema_extra=join(

@@ -156,7 +156,7 @@ class PreflightStatus(StatusModel):
     """Time at which the check was started, or started again after a suspension. `runPolicy.pendingDeadlineSeconds` is
     measured from this time."""
     tries: Count = 0
-    """Number of tries of the check that have ended."""
+    """Number of ended tries of the check."""
     verdict: Annotated[str, Field(max_length=32)] = ""
     """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is
     missing). Empty before the first result."""
@@ -167,7 +167,7 @@ class PreflightStatus(StatusModel):
 
 
 class ProgressStatus(StatusModel):
-    """How far the training is."""
+    """How far the training has come."""
 
     step: Count = 0
     """Number of global batches that the training has gone through, one for each optimizer step."""
@@ -380,7 +380,7 @@ class FineTuneJobStatus(StatusModel):
     completion_time: datetime | None = None
     """Time at which the job ended."""
     progress: ProgressStatus | None = None
-    """How far the training is."""
+    """How far the training has come."""
     metrics: Annotated[list[MetricValue], Field(max_length=METRIC_LIMIT, json_schema_extra=ATOMIC)] = []
     """Newest value of each metric."""
     history: Annotated[list[HistoryPoint], Field(max_length=HISTORY_LIMIT, json_schema_extra=ATOMIC)] = []

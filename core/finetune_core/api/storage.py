@@ -58,7 +58,7 @@ class KmsKey(ApiModel):
 
 
 class EncryptionSpec(ApiModel):
-    """Server-side encryption of every object that the job writes: exactly one of the members is set."""
+    """Server-side encryption of every object that the job writes. Exactly one of the fields must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("sseS3", "kms"))
 
