@@ -22,7 +22,8 @@ from finetune_core.validation.problems import FieldPath
 DEPTH_LIMIT = 200
 """Most levels of nesting that a YAML document may have."""
 GIVE_UP_DEPTH = 2000
-"""Levels of refused nesting after which parsing stops, because the parser's time grows with the square of the depth."""
+"""Most levels of nesting that are skipped below a level that is refused. Beyond them parsing stops, because the
+parser's time grows with the square of the depth."""
 NODE_LIMIT = 1_000_000
 """Most values in a document. The values behind an alias count each time that the alias is used."""
 

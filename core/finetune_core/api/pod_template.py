@@ -108,7 +108,7 @@ class EnvVarSource(ApiModel):
 
 
 class EnvVar(ApiModel):
-    """An environment variable of the trainer. Exactly one of `value` and `valueFrom` is set."""
+    """An environment variable of the trainer. Exactly one of `value` and `valueFrom` must be set."""
 
     model_config = ConfigDict(
         json_schema_extra=join(

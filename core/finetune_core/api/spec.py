@@ -119,7 +119,7 @@ class FineTuneJobSpec(ApiModel):
     evaluation: EvaluationSpec = EvaluationSpec()
     """When the validation rows are scored, and which checkpoint becomes the artifact."""
     stability: StabilitySpec = StabilitySpec()
-    """What the trainer does when the loss is not finite or explodes, or a step hangs."""
+    """What the trainer does when the loss is not finite or explodes, or when a step hangs."""
     resources: ResourcesSpec = ResourcesSpec()
     """Number of pods, and the GPUs, CPUs and memory of each pod."""
     storage: StorageSpec

@@ -401,4 +401,4 @@ class FineTuneJobStatus(StatusModel):
     usage: UsageStatus | None = None
     """GPU time and running time that the job has used."""
     child: ChildStatus | None = None
-    """The PyTorchJob of the current attempt."""
+    """The child object of the current attempt: its PyTorchJob."""
