@@ -1,7 +1,7 @@
-"""`finetune checkpoints`: lists the checkpoints in a job's bucket, read from the bucket and not from the job's status.
+"""`finetune checkpoints`: lists the checkpoints in a job's bucket, as the bucket and not the job's status shows them.
 
-The input is the job's object store and the root of its run. The output has one entry for each checkpoint folder, as a
-table or as JSON. `main.py` calls `inspect_checkpoints`.
+The input is the job's object store, and the folder of all runs of the job. The output has one entry for each checkpoint
+folder, as a table or as JSON. `main.py` calls `inspect_checkpoints`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CheckpointFolder:
     bytes: int
     files: int
     time: datetime
-    """Time of the commit. For an unfinished checkpoint, time of its newest file."""
+    """Time of the commit. For an unfinished checkpoint, the time of its newest file."""
     manifest_sha256: str = ""
     perplexity: float | None = None
     problem: str = ""
@@ -48,14 +48,15 @@ class CheckpointFolder:
 
 
 def root_of(job: FineTuneJob) -> Location:
-    """Return bucket and prefix of the job's run."""
+    """Return the bucket and the prefix of the folder of all runs of ``job``."""
     return parse_uri(run_root_of(job))
 
 
 def inspect_checkpoints(
     store: ObjectStoreReader, root: Location, *, verify: bool, progress: Callable[[str], None]
 ) -> list[CheckpointFolder]:
-    """Return all checkpoint folders, sorted by run and step. With ``verify`` every byte is compared with the manifest.
+    """Return all checkpoint folders below ``root``, sorted by run and step. With ``verify`` every file is read and its
+    sha256 compared with the manifest. Without ``verify`` only names and sizes of the files are compared.
 
     ``progress`` is called with the address of each folder before the folder is inspected.
     """
@@ -66,8 +67,8 @@ def inspect_checkpoints(
         try:
             found.append(_inspect_folder(store, place, run, step, files, verify=verify))
         except MissingError:
-            # A running trainer deletes old checkpoints, COMMIT first. A folder that has lost its COMMIT is therefore
-            # being deleted and is not listed.
+            # The folder changed while it was inspected. A running trainer deletes old checkpoints, and deletes COMMIT
+            # first. So a folder that has lost its COMMIT is being deleted, and is not listed.
             left = _folders(store, root).get((run, step), {})
             if COMMIT in left:
                 found.append(_inspect_folder(store, place, run, step, left, verify=verify))
@@ -75,7 +76,8 @@ def inspect_checkpoints(
 
 
 def _folders(store: ObjectStoreReader, root: Location) -> dict[tuple[int, int], dict[str, Entry]]:
-    """Return the objects of each checkpoint folder: by run and step, then by file name."""
+    """Return the objects of all checkpoint folders. The keys are (run, step); the value is the folder's objects by file
+    name."""
     folders: dict[tuple[int, int], dict[str, Entry]] = {}
     start = len(root.key("checkpoints")) + 1
     for entry in store.entries(root.bucket, root.key("checkpoints") + "/"):
@@ -118,7 +120,7 @@ def _inspect_folder(
 
 
 class DamageError(Exception):
-    """The trainer can't resume from this checkpoint. The message names the damaged object."""
+    """A checkpoint is damaged, so the trainer can't resume from it. The message names the damaged object."""
 
 
 def _manifest(encoded: bytes) -> Manifest:
@@ -129,7 +131,8 @@ def _manifest(encoded: bytes) -> Manifest:
 
 
 def _perplexity(encoded: bytes) -> float | None:
-    """Return the validation perplexity in the trainer's state, or None when the state has none."""
+    """Return the validation perplexity in ``encoded``, the content of a checkpoint's trainer.json. None where it has
+    none."""
     try:
         value = json.loads(encoded).get("perplexity")
     except (ValueError, AttributeError):
@@ -138,7 +141,8 @@ def _perplexity(encoded: bytes) -> float | None:
 
 
 def _with_last_and_best(found: Sequence[CheckpointFolder]) -> list[CheckpointFolder]:
-    """Return ``found`` with the newest and the best committed checkpoint marked."""
+    """Return ``found`` with two marks: `last` on the newest committed checkpoint, and `best` on the committed
+    checkpoint with the lowest validation perplexity."""
     whole = [item for item in found if item.state == COMMITTED]
     last = whole[-1] if whole else None
     scored = [item for item in whole if item.perplexity is not None]
@@ -147,7 +151,7 @@ def _with_last_and_best(found: Sequence[CheckpointFolder]) -> list[CheckpointFol
 
 
 def as_json(root: Location, found: Sequence[CheckpointFolder]) -> str:
-    """Return the list as JSON for programs."""
+    """Return the checkpoint folders as JSON for programs."""
 
     def plain(item: CheckpointFolder) -> dict[str, Any]:
         values = asdict(item) | {"time": item.time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
@@ -158,7 +162,7 @@ def as_json(root: Location, found: Sequence[CheckpointFolder]) -> str:
 
 
 def as_table(root: Location, found: Sequence[CheckpointFolder]) -> Table:
-    """Return the list as a table for people."""
+    """Return the checkpoint folders as a table for people."""
     table = Table(title=root.uri(), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in ("run", "step", "size", "files", "perplexity"):
         table.add_column(column, justify="right")

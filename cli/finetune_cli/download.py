@@ -34,8 +34,8 @@ def artifact_of(job: FineTuneJob) -> ArtifactStatus:
 def download(
     artifact: ArtifactStatus, store: ObjectStoreReader, folder: Path, progress: Callable[[int], None]
 ) -> Manifest:
-    """Download ``artifact`` into the new folder ``folder`` and return its manifest. Raises UserError where a file
-    differs.
+    """Download ``artifact`` into the new folder ``folder`` and return its manifest. Raises UserError where the size or
+    sha256 of a file differs from the manifest, or the manifest from the job's status.
 
     The files are written into a temporary folder, which is renamed after all files are verified.
     """
@@ -61,7 +61,7 @@ def download(
                     f" {MANIFEST} says {file.bytes} bytes, sha256 {file.sha256[:12]}…",
                 )
         (partial / MANIFEST).write_bytes(manifest.encode())
-        # mkdtemp creates a folder that only its owner can read. The result gets the usual permissions of a new folder.
+        # The folder gets the usual permissions of a new folder, because mkdtemp made it readable for its owner only.
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)
@@ -74,7 +74,8 @@ def download(
 
 
 def read_manifest(artifact: ArtifactStatus, store: ObjectStoreReader) -> Manifest:
-    """Return the artifact's manifest. Its sha256 must equal the ones in the job's status and in the object COMMIT."""
+    """Return the artifact's manifest. Raises UserError where the manifest's sha256 is not the sha256 in the job's
+    status and in the object COMMIT."""
     place = parse_uri(artifact.uri)
     committed = store.read(place.bucket, place.key(COMMIT)).decode(errors="replace").strip()
     encoded = store.read(place.bucket, place.key(MANIFEST))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
-"""Characters of a curve, from low to high."""
+"""Characters that a curve is drawn with, from the lowest value to the highest."""
 
 
 def size(count: int) -> str:
@@ -68,7 +68,7 @@ def _all_positive(values: Sequence[float]) -> bool:
 
 
 def _stretch(values: Sequence[float], column: int, width: int) -> list[float]:
-    """Return the finite values that the character in ``column`` stands for."""
+    """Return the finite values of a curve that are drawn as one character, the one in ``column``."""
     columns = min(width, len(values))
     start, end = column * len(values) // columns, (column + 1) * len(values) // columns
     return [value for value in values[start:end] if math.isfinite(value)]

@@ -25,14 +25,14 @@ from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 
 CALL_TIMEOUT_SECONDS = (5, 30)
-"""Timeouts for connecting and for reading the answer."""
+"""Seconds after which a call to the API server is given up: while connecting, and while waiting for the answer."""
 WATCH_SECONDS = 30
 """Seconds after which the API server ends a watch, so that a connection that was lost without an error is replaced
 soon."""
 RECONNECT_FOR_SECONDS = 600
 """Seconds for which the client tries to reach an API server that does not answer."""
 RECONNECT_DELAYS_SECONDS = (1, 2, 4, 8, 15)
-"""Seconds between two tries to reach the API server. The last delay repeats."""
+"""Pauses in seconds between tries to reach the API server. The last pause repeats."""
 SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 NOT_A_KUBECONFIG = (TypeError, AttributeError, KeyError, ValueError)
@@ -44,7 +44,8 @@ class ConnectionLostError(Exception):
 
 
 def load_client() -> tuple[client.ApiClient, str]:
-    """Return a client and the default namespace, from KUBECONFIG, ~/.kube/config or the pod's service account."""
+    """Return a client of the API server and the default namespace. Both come from KUBECONFIG, ~/.kube/config or the
+    pod's service account. Raises UserError where none of them can be loaded."""
     try:
         config.load_config()
     except (config.ConfigException, OSError, yaml.YAMLError, *NOT_A_KUBECONFIG) as error:
@@ -56,7 +57,8 @@ def load_client() -> tuple[client.ApiClient, str]:
 
 
 def _default_namespace() -> str:
-    """Return the namespace of the current context, or inside a pod the pod's namespace."""
+    """Return the namespace of the current kubeconfig context. Without a kubeconfig, return the namespace of the pod
+    that the program runs in. `default` where neither names a namespace."""
     try:
         _, context = config.list_kube_config_contexts()
     except (config.ConfigException, OSError):
@@ -73,8 +75,8 @@ class JobClient:
         self._namespace = namespace
 
     def get(self, name: str) -> FineTuneJob:
-        """Return the job. Raises UserError where the job does not exist, ConnectionLostError where no API server
-        answers."""
+        """Return the job. Raises UserError where the job does not exist or can't be read by this user or this version
+        of the program, and ConnectionLostError where no API server answers."""
         try:
             return parse(
                 self._custom.get_namespaced_custom_object(
@@ -89,16 +91,16 @@ class JobClient:
     def follow(
         self, name: str, notify: Callable[[str], None], *, give_up_after: float | None = None
     ) -> Iterator[FineTuneJob]:
-        """Yield the job now and after each change, without an end. ``notify`` gets a sentence when the connection is
-        lost.
+        """Yield the job now and after each change, without an end. ``notify`` is called with a sentence when the
+        connection is lost.
 
         Raises TimeoutError after ``give_up_after`` seconds. Raises UserError when the job does not exist or is deleted,
         or when the API server does not answer for ten minutes. Raises ConnectionLostError when no API server answers at
         the start.
         """
         until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
-        # At the start the client does not retry, because an unreachable server then is more likely a wrong kubeconfig
-        # than a restart.
+        # This first call is not repeated where no API server answers, because then a wrong kubeconfig is more likely
+        # than a restart of the API server.
         current, version = self._list(name)
         yield parse(current)
         while (left := until - time.monotonic()) > 0:
@@ -140,7 +142,8 @@ class JobClient:
         return dict(found.data or {})
 
     def _read(self, read: Callable[..., Any], subject: str, name: str, sentences: Mapping[int, str]) -> Any:
-        """Return an object that ``read`` fetches. An HTTP error raises UserError with its sentence in ``sentences``."""
+        """Return the object that ``read`` fetches. For an HTTP error, raises UserError with the sentence that
+        ``sentences`` has for the error's status code, or else with the API server's message."""
         try:
             return read(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
         except client.ApiException as error:
@@ -149,7 +152,8 @@ class JobClient:
             raise ConnectionLostError(str(error)) from error
 
     def _list_with_retries(self, name: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-        """Return the result of ``_list``, with retries because a restarting API server is back within minutes."""
+        """Return the result of `_list`. Where no API server answers, try again for ten minutes, because a restarting
+        API server is back within minutes."""
         until = time.monotonic() + RECONNECT_FOR_SECONDS
         for attempt in range(RECONNECT_FOR_SECONDS):
             try:
@@ -162,15 +166,15 @@ class JobClient:
                     ) from error
                 if attempt == 1:
                     notify(f"the API server does not answer ({error}); trying again")
-                # `until` bounds the sum of these back-offs.
+                # The sum of all pauses is bounded, because no try begins after `until`.
                 time.sleep(delay)
         raise UserError("API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)}")
 
     def _list(self, name: str) -> tuple[dict[str, Any], str]:
         """Return the job, and the resourceVersion from which a watch continues.
 
-        The returned resourceVersion is that of the list, because the resourceVersion of a job that has not changed for
-        minutes may be too old for a watch.
+        The resourceVersion is that of the list and not that of the job. A job that has not changed for minutes may have
+        a resourceVersion that is too old for a watch.
         """
         try:
             found = self._custom.list_namespaced_custom_object(
@@ -190,7 +194,7 @@ class JobClient:
         return found["items"][0], found["metadata"]["resourceVersion"]
 
     def _changes(self, name: str, resource_version: str, seconds: float) -> Iterator[dict[str, Any]]:
-        """Yield the job at each change until the server ends the watch after ``seconds``."""
+        """Yield the job after each change, until the API server ends the watch after ``seconds``."""
         stream = watch.Watch()
         try:
             for event in stream.stream(
@@ -244,20 +248,20 @@ def parse(stored: dict[str, Any]) -> FineTuneJob:
 
 
 def _cause(error: urllib3.exceptions.HTTPError) -> str:
-    """Return the innermost reason of an error, which urllib3 wraps in errors of its retries and pools."""
+    """Return the reason of an error from urllib3, which wraps the reason in errors of its retries and pools."""
     reason = getattr(error, "reason", None)
     return str(reason if reason is not None else error)
 
 
 def _reason(error: client.ApiException) -> str:
-    """Return the reason in the Status object of an error. Empty for a path that the server does not serve, because the
-    answer is plain text then."""
+    """Return the reason in the API server's answer to a failed request, for example `NotFound`. Empty where the answer
+    is plain text, as it is for a path that the API server does not serve."""
     body = _status(error)
     return str(body.get("reason", ""))
 
 
 def _status_message(error: client.ApiException) -> str:
-    """Return the API server's message for people."""
+    """Return the API server's message for people about a failed request."""
     return str(_status(error).get("message") or f"HTTP {error.status} {error.reason}")
 
 

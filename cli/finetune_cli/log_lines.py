@@ -12,13 +12,13 @@ from finetune_cli.state import blocking_message, ending, metric, scores_by_name,
 from finetune_core.api.job import FineTuneJob
 
 PROGRESS_EVERY_PERCENT = 5
-"""Progress in percent of all steps after which a progress line is written."""
+"""A line about the progress is written each time when the progress has grown by this many percent of all steps."""
 
 
 def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:
-    """Return the lines about everything that ``job`` has and ``shown``, the state that was written last, has not.
+    """Return the lines about all changes from ``shown``, the state of the job that was written last, to ``job``.
 
-    A change of the step alone gives a line every five percent, so that the log of a long run stays readable.
+    Where only the step has changed, there is a line every five percent, so that the log of a long run stays readable.
     """
     return [
         *_state(shown, job),
@@ -35,7 +35,8 @@ def _state(shown: FineTuneJob | None, job: FineTuneJob) -> Iterator[str]:
         text = f"{state(seen)}: {state_message(seen)}" if state_message(seen) else state(seen)
         return f"{text} ({blocking_message(seen)})" if blocking_message(seen) else text
 
-    # While the job runs, its message may contain the step, which the progress lines show already.
+    # While the job runs, a change of its message alone gives no line, because the message may contain the step, which
+    # the progress lines show already.
     if shown is None or state(shown) != state(job) or (state(job) != "Running" and words(shown) != words(job)):
         yield words(job)
 

@@ -122,7 +122,7 @@ def download_artifact(options: argparse.Namespace) -> int:
 
 
 def list_checkpoints(options: argparse.Namespace) -> int:
-    """List the checkpoints in a job's bucket. Return 0 when no checkpoint is damaged, else 1."""
+    """Print the checkpoints in a job's bucket. Return 0 when no checkpoint is damaged, else 1."""
     api, namespace = load_client()
     jobs = JobClient(api, options.namespace or namespace)
     job = jobs.get(options.name)
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
-    """Add a command that takes the name of one job."""
+    """Add a command that takes the name of one job, and return the command's parser."""
     command = commands.add_parser(
         name,
         help=summary,

@@ -1,6 +1,6 @@
 """Reads objects of a job from MinIO or S3. No other module of the CLI talks to the object store.
 
-The input is the job's storage section and an access key. Failures are raised as UserError that names the bucket, the
+The input is the job's storage section and an access key. A failed request raises UserError that names the bucket, the
 key or the address. `download.py`, `checkpoints.py` and the demo call this module.
 """
 
@@ -26,11 +26,11 @@ from finetune_core.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 SMALL_OBJECT_BYTES = 16 << 20
-"""Largest object that is read into memory. Manifests and pointers are far smaller."""
+"""Most bytes of an object that is read into memory. Manifests and pointers are far smaller."""
 TRIES = 3
-"""Number of tries to download an object."""
+"""Most tries to download an object."""
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
-"""S3 error codes that mean refused credentials."""
+"""S3 error codes with which an object store refuses the credentials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,8 @@ class AccessKey:
 
 
 def access_key_from(values: Mapping[str, str]) -> AccessKey | None:
-    """Return the access key in a Secret's values or in the environment, or None where a part of it is missing."""
+    """Return the access key in ``values``, which are those of a Secret or of the environment. None where a part of the
+    key is missing."""
     access, secret = values.get(ACCESS_KEY_ID), values.get(SECRET_ACCESS_KEY)
     return AccessKey(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
 
@@ -58,17 +59,17 @@ class Entry:
 
 
 class MissingError(UserError):
-    """The object, or its bucket, does not exist."""
+    """The requested object, or its bucket, does not exist."""
 
 
 class ObjectStoreReader:
-    """Reads objects. Each failure names the address or the key."""
+    """Reads objects from a job's object store. A failed request raises UserError that names the address or the key."""
 
     def __init__(
         self, storage: StorageSpec, keys: AccessKey, endpoint: str | None = None, certificates: str | None = None
     ) -> None:
-        """Create the client. ``endpoint`` replaces the job's address, and ``certificates`` (PEM) replace this machine's
-        CA certificates."""
+        """Create the client. ``endpoint`` replaces the object store's address in ``storage``. ``certificates`` (PEM)
+        replace the CA certificates that this machine trusts."""
         self.endpoint = endpoint or storage.endpoint_url
         address = urllib3.util.parse_url(self.endpoint)
         if address.scheme not in ("http", "https") or not address.host or address.path not in (None, "", "/"):
@@ -82,7 +83,8 @@ class ObjectStoreReader:
             secure=address.scheme == "https",
             http_client=urllib3.PoolManager(
                 timeout=urllib3.Timeout(connect=5, read=60),
-                # MinIO's Retry-After is a minute for every 503. A user would wait that long without any output.
+                # Retry-After is ignored. MinIO asks for a minute with every 503, and a user would wait that long
+                # without any output.
                 retries=urllib3.Retry(
                     total=2,
                     backoff_factor=0.5,
@@ -108,7 +110,8 @@ class ObjectStoreReader:
             )
 
     def digest(self, bucket: str, key: str) -> str:
-        """Return the sha256 of an object in hexadecimal. The object may be larger than memory."""
+        """Return the sha256 of an object in hexadecimal. The object is read in pieces, so it may be larger than the
+        memory."""
         hasher = hashlib.sha256()
         self._stream(bucket, key, hasher.update)
         return hasher.hexdigest()
@@ -126,11 +129,11 @@ class ObjectStoreReader:
         return bytes(found)
 
     def fetch(self, bucket: str, key: str, target: Path, progress: Callable[[int], None]) -> tuple[int, str]:
-        """Write an object to ``target`` and return its size in bytes and its sha256. A broken transfer is repeated from
-        its start.
+        """Write an object to ``target``, and return its size in bytes and its sha256. A transfer that breaks off is
+        repeated from its start.
 
-        ``progress`` is called with the number of bytes of each chunk, and with a negative number when a transfer is
-        repeated.
+        ``progress`` is called with the number of bytes of each chunk. Before a transfer is repeated, it is called with
+        the negative number of bytes that the broken transfer had written.
         """
         for attempt in range(1, TRIES + 1):
             sha256, written = hashlib.sha256(), 0
@@ -153,7 +156,8 @@ class ObjectStoreReader:
         raise AssertionError("the last try returns or raises")
 
     def _stream(self, bucket: str, key: str, add: Callable[[bytes], None]) -> None:
-        """Pass an object to ``add`` in chunks. Raises urllib3's error when the transfer breaks off."""
+        """Read an object and call ``add`` with each chunk of it. Raises urllib3's error when the transfer breaks
+        off."""
         with self._explained(f"s3://{bucket}/{key}"):
             response = self._minio.get_object(bucket, key)
         try:
@@ -165,7 +169,7 @@ class ObjectStoreReader:
 
     @contextmanager
     def _explained(self, subject: str) -> Iterator[None]:
-        """Turn the errors of a request inside the block into a UserError about ``subject``."""
+        """Raise UserError about ``subject`` where the request in the `with` block fails."""
         try:
             yield
         except S3Error as error:
@@ -188,7 +192,8 @@ class ObjectStoreReader:
 
 
 def _trust(certificates: str | None) -> ssl.SSLContext:
-    """Return a TLS context with the CA certificates that may sign the object store's certificate."""
+    """Return a TLS context that trusts the CA certificates in ``certificates`` (PEM). Where it is None, trusts the
+    CA certificates in the file that SSL_CERT_FILE names, or those of certifi."""
     if certificates is None:
         return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
     try:

@@ -27,7 +27,7 @@ seconds."""
 
 
 def render(job: FineTuneJob, now: datetime) -> RenderableType:
-    """Return the whole view of ``job`` at the time ``now``, which has a time zone."""
+    """Return the whole view of ``job``. ``now`` is the current time, with a time zone."""
     status = status_of(job)
     parts: list[RenderableType] = [_state(job)]
     if status.progress and status.progress.total_steps:
@@ -105,8 +105,8 @@ def _pace(job: FineTuneJob, now: datetime) -> list[str]:
 
 
 def _curves(job: FineTuneJob) -> RenderableType | None:
-    """Return the newest value, the curve and the first value of loss and validation perplexity, or None without any
-    value."""
+    """Return a row for the loss and one for the validation perplexity: newest value, curve and first value. None where
+    the job has no value yet."""
     history = status_of(job).history
     table = Table.grid(padding=(0, 2))
     for label, name, values in (
@@ -159,7 +159,7 @@ def _or_dash(value: str | None) -> str:
 
 
 def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None:
-    """Return a table of the attempts and their ends, or None while no attempt has ended badly."""
+    """Return a table of the attempts and how each ended. None while every attempt so far has succeeded or goes on."""
     attempts = status.attempts
     current = attempts.current
     ended_well = all(past.verdict == "Succeeded" for past in attempts.recent)
@@ -190,8 +190,7 @@ def _artifact(status: FineTuneJobStatus) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Return a table without borders whose first column is headed by ``title``, as in the other sections of the
-    panel."""
+    """Return a table without borders, headed by ``title`` in its first column as in the other sections of the panel."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_edge=False)
     table.add_column(title)
     for column in columns:

@@ -1,4 +1,5 @@
-"""The state of a FineTuneJob in words for people: state, message, obstacle and end, computed from the conditions.
+"""The state of a FineTuneJob in words for people, computed from its conditions: the state, a message, what stops the
+job from going on, and how the job ended.
 
 All functions are pure. `panel.py`, `log_lines.py` and the commands call these functions.
 """
@@ -38,16 +39,16 @@ def condition(job: FineTuneJob, kind: ConditionType) -> Condition | None:
 
 
 def state(job: FineTuneJob) -> str:
-    """Return the word in the State column of `kubectl get`."""
+    """Return the word that `kubectl get` shows in its State column, or `Pending` while the status is empty."""
     summary = condition(job, ConditionType.SUCCEEDED)
     return summary.reason if summary else NOT_SEEN
 
 
 def state_message(job: FineTuneJob) -> str:
-    """Return what the job does or waits for, or how it ended.
+    """Return a sentence about what the job does or waits for, or how it ended.
 
-    The message is that of the `Succeeded` condition. Where that message is empty, the message is that of the first of
-    `Accepted`, `Scheduled` and `Running` that is not True.
+    The sentence is the message of the condition `Succeeded`. Where that message is empty, it is the message of the
+    first condition that is not True, in the order `Accepted`, `Scheduled`, `Running`.
     """
     summary = condition(job, ConditionType.SUCCEEDED)
     if summary is None:
@@ -62,7 +63,8 @@ def state_message(job: FineTuneJob) -> str:
 
 
 def blocking_message(job: FineTuneJob) -> str:
-    """Return why an unfinished job can't go on, or an empty text when `state_message` says so already."""
+    """Return why an unfinished job can't go on. Empty where nothing stops it, or where `state_message` says so
+    already."""
     if ending(job):
         return ""
     accepted = condition(job, ConditionType.ACCEPTED)
@@ -87,9 +89,10 @@ def metric(job: FineTuneJob, name: str) -> MetricValue | None:
 
 
 def scores_by_name(scores: Scores | None, task: str) -> dict[str, str]:
-    """Return the values of all scores of a model by the label that `watch` shows; empty where it was not scored.
+    """Return the values of all scores of a model, each under the label that `finetune watch` shows. Empty where the
+    model was not scored.
 
-    ``task``: value of `dataset.task`.
+    ``task`` is the value of `dataset.task`.
     """
     if scores is None:
         return {}

@@ -1,7 +1,7 @@
 """`finetune validate`: reports the problems that API server and operator would find in job files, without a cluster.
 
 The input is YAML or JSON files. The output has one line for each problem, `file:line: path: what it must be`, or is
-JSON for programs. `finetune_core.validation` checks the schema and the rules.
+JSON for programs. `finetune_core.validation` checks the jobs against the schema and the rules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune_core.validation.validate_job import is_job, validate_job
 STDIN = "-"
 """File name that stands for standard input."""
 SIZE_LIMIT = 32 << 20
-"""Largest file in bytes. The API server accepts at most 3 MB."""
+"""Most bytes of a file. The API server accepts at most 3 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def validate_files(options: argparse.Namespace) -> int:
 
 
 def json_report(checked: Sequence[FileReport]) -> dict[str, Any]:
-    """Return the result for programs."""
+    """Return the reports on all files as a JSON object for programs."""
     located = [problem for file in checked for problem in file.problems]
     problems = [
         {("refusedBy" if key == "refused_by" else key): value for key, value in asdict(problem).items()}
@@ -78,7 +78,7 @@ def json_report(checked: Sequence[FileReport]) -> dict[str, Any]:
 
 
 def print_report(checked: Sequence[FileReport]) -> None:
-    """Print the result for people."""
+    """Print the reports on all files for people."""
     for file in checked:
         for problem in file.problems:
             print(problem)
@@ -91,7 +91,7 @@ def print_report(checked: Sequence[FileReport]) -> None:
 
 
 def check_file(name: str) -> FileReport:
-    """Return every problem of the jobs in a file. Documents of other kinds are ignored."""
+    """Check the file ``name`` and return every problem of its jobs. Objects of other kinds in the file are ignored."""
     try:
         raw = sys.stdin.buffer.read(SIZE_LIMIT + 1) if name == STDIN else _read(Path(name))
         if len(raw) > SIZE_LIMIT:
@@ -124,7 +124,7 @@ def _unreadable(name: str, message: str, line: int = 1) -> FileReport:
 
 
 def _jobs(value: Any) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
-    """Yield the jobs of a document, also those in a List, each with its path in the document."""
+    """Yield each job of a YAML document, and its path in the document. A document may also be a List of objects."""
     if not isinstance(value, dict):
         return
     if value.get("kind") == "List" and isinstance(value.get("items"), list):

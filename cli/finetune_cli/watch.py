@@ -75,7 +75,7 @@ class LineView(View):
         self._shown: FineTuneJob | None = None
 
     def show_job(self, job: FineTuneJob) -> None:
-        """Write the changes since the last written state."""
+        """Write a line for each change since the state of the job that was written last."""
         lines = new_lines(self._shown, job)
         for line in lines:
             self.show_notice(line)
@@ -83,13 +83,13 @@ class LineView(View):
             self._shown = job
 
     def show_notice(self, sentence: str) -> None:
-        """Write one line."""
+        """Write ``sentence`` as a line, with the time."""
         self._write(f"{datetime.now():%H:%M:%S}  {sentence}")
 
 
 @contextmanager
 def view_for(console: Console) -> Iterator[View]:
-    """Give the view that suits ``console``: a live panel for a terminal, lines otherwise."""
+    """Yield the view that suits ``console``: a live panel for a terminal, lines otherwise."""
     if console.is_terminal:
         with LiveView(console) as live:
             yield live

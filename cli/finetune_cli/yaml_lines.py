@@ -1,11 +1,11 @@
 """Parses YAML as kubectl does, and records the line of every key and item. `validate.py` calls `load`.
 
-The result is plain values with their lines, and the problems of the text itself: syntax errors, duplicate keys, and
-aliases that expand without bound. The module processes the parser's events with its own stack, because recursion would
-overflow Python's stack on deep nesting.
+The result is plain values with their lines, and the problems of the YAML itself: syntax errors, duplicate keys, and
+aliases that expand without bound. The module processes the parser's events with a stack of its own, because recursion
+would overflow Python's stack on deep nesting.
 
 kubectl's parser and PyYAML both follow YAML 1.1, each with different exceptions. For example, kubectl's parser knows no
-timestamps and reads `1e-4` as a number. So this module, and not PyYAML, decides what a plain scalar means.
+timestamps and reads `1e-4` as a number. So this module, and not PyYAML, decides the value of a plain (unquoted) scalar.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import yaml
 from finetune_core.validation.problems import FieldPath
 
 DEPTH_LIMIT = 200
-"""Deepest nesting of a document that is accepted."""
+"""Most levels of nesting that a YAML document may have."""
 GIVE_UP_DEPTH = 2000
-"""Nesting depth at which parsing stops, because the parser's time grows with the square of the depth."""
+"""Most levels of nesting that are skipped below a level that is refused. Beyond them parsing stops, because the
+parser's time grows with the square of the depth."""
 NODE_LIMIT = 1_000_000
-"""Most values in a document, where an alias counts as often as it is used."""
+"""Most values in a document. The values behind an alias count each time that the alias is used."""
 
 _TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
 _FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})
@@ -34,13 +35,13 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = object()
-"""Marks the merge key `<<`."""
+"""Stands for the merge key `<<` where otherwise the text of a key stands."""
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
 class YamlProblem:
-    """A problem of the text itself, with its line and the path of the field."""
+    """A problem of the YAML itself, such as a duplicate key, with its line and the path of the field."""
 
     line: int
     path: FieldPath
@@ -49,7 +50,8 @@ class YamlProblem:
 
 @dataclass(slots=True)
 class Document:
-    """A document of the file: its value, the line of each path, and the problems of its text."""
+    """One YAML document of the file: its parsed value, the line number of each field path, and the problems of the YAML
+    itself, such as duplicate keys."""
 
     line: int
     value: Any = None
@@ -57,15 +59,16 @@ class Document:
     problems: list[YamlProblem] = field(default_factory=list)
 
     def line_of(self, path: FieldPath) -> int:
-        """Return the line of ``path``, or of the nearest section above ``path`` that exists."""
+        """Return the line of ``path``. Where the document has no such path, return the line of the nearest section
+        above it."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, self.line)
 
 
 def load(text: str) -> tuple[list[Document], list[YamlProblem]]:
-    """Return the documents of ``text``, and the syntax error that ends the text, if any. Empty documents are left
-    out."""
+    """Return the YAML documents of ``text``, and the syntax error at which the parser stopped, if any. Empty documents
+    are left out."""
     documents: list[Document] = []
     builder: _Builder | None = None
     try:
@@ -101,7 +104,7 @@ class _Frame:
 
 
 class _Builder:
-    """Builds one document from the parser's events."""
+    """Builds one `Document` from the events of PyYAML's parser."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -111,7 +114,7 @@ class _Builder:
         self._skipping = 0
 
     def take(self, event: Any) -> None:
-        """Process the next event."""
+        """Process the parser's next event."""
         if isinstance(event, yaml.CollectionStartEvent):
             self._start(event)
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -179,7 +182,8 @@ class _Builder:
         self._put(event, value)
 
     def _put(self, event: Any, value: Any) -> None:
-        """Add ``value`` as the next key, value or item."""
+        """Add ``value`` to the open mapping or list: as the next key, as the value of the last key, or as the next
+        item."""
         frame = self._frames[-1] if self._frames else None
         if frame is not None and isinstance(frame.value, dict) and not frame.has_key:
             self._take_key(event, frame, value)
@@ -205,7 +209,8 @@ class _Builder:
         self.document.lines[path] = _line(event)
 
     def _place(self, event: Any) -> FieldPath:
-        """Return the path of the value that begins, and record its line unless its key has recorded one."""
+        """Return the path of the value that ``event`` begins. Record the line of the path too, except below a mapping,
+        where the line of the key is recorded."""
         if not self._frames:
             self.document.lines[()] = _line(event)
             return ()
@@ -217,7 +222,7 @@ class _Builder:
         return (*frame.path, frame.key) if isinstance(frame.key, str) else frame.path
 
     def _attach(self, event: Any, value: Any) -> None:
-        """Add a complete value to the mapping or list that contains it."""
+        """Add a complete value to the open mapping or list. Without an open one, it is the value of the document."""
         if not self._frames:
             self.document.value = value
             return
@@ -248,7 +253,7 @@ def _line(event: Any) -> int:
 
 
 def _key(value: Any) -> str | None:
-    """Return a key as it stands in JSON, or None for a key that JSON can't express."""
+    """Return a key of a mapping as JSON would have it, or None for a key that JSON can't express."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -257,7 +262,7 @@ def _key(value: Any) -> str | None:
 
 
 def _resolve(event: Any) -> Any:
-    """Return the value of a scalar. Raises ValueError for a tag that JSON can't express."""
+    """Return the value of a YAML scalar. Raises ValueError for a value or a tag that JSON can't express."""
     text: str = event.value
     tag = event.tag
     if tag is not None and tag != "!":
@@ -271,7 +276,8 @@ def _resolve(event: Any) -> Any:
 
 
 def _plain(text: str) -> Any:
-    """Return the value of a plain (unquoted) scalar as kubectl reads it."""
+    """Return the value of a plain (unquoted) scalar as kubectl reads it. Raises ValueError for a number that is not
+    finite."""
     if text in _NULL:
         return None
     if text in _TRUE or text in _FALSE:
@@ -302,5 +308,6 @@ def _integer(number: str) -> int | float:
     digits = number.lstrip("+-").lower()
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
         return sign * int(digits, 8)
-    # int() refuses thousands of digits. Such a number exceeds every bound of the schema anyway.
+    # A number of 100 digits or more becomes 1e308, because int() refuses thousands of digits. Such a number exceeds
+    # every bound of the schema anyway.
     return sign * int(digits, 0) if len(digits) < 100 else float("1e308")

@@ -11,7 +11,8 @@ class UserError(Exception):
     """
 
     def __init__(self, subject: str, problem: str) -> None:
-        """Join ``subject`` (a field path such as ``dataset.train``, or a file) and ``problem`` to one sentence."""
+        """Make one sentence of ``subject``, which is a field's path such as ``dataset.train`` or a file, and
+        ``problem``."""
         self.subject = subject
         self.problem = problem
         super().__init__(f"{subject}: {problem}")

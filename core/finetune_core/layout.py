@@ -1,13 +1,15 @@
-"""Keys in the object store: the places of runs, checkpoints, metrics and artifacts below a run's root.
+"""Keys in the object store: where the records of runs, the step logs, the checkpoints and the artifacts of a job lie.
+
+All of them lie in the folder of all runs of the job:
 
 <uri>/<namespace>/<name>/<runId>/
-  runs/<run>.json                 created with If-None-Match, so that two trainers never take the same run number
-  metrics/<run>-<segment>.jsonl   one row per optimizer step, in immutable segments
+  runs/<run>.json                 record of a run; created with If-None-Match, so that no two runs take the same number
+  metrics/<run>-<segment>.jsonl   step log: one row per optimizer step, in files (segments) that never change
   checkpoints/<run>-<step>/       files and manifest.json; COMMIT is written last
   artifacts/<run>/                files and manifest.json; COMMIT is written last
   evaluation/<run>.json           scores
   preflight/<token>               written, read back and deleted by a preflight check
-  ARTIFACT                        pointer to the artifact, created with If-None-Match so that the first writer wins
+  ARTIFACT                        names the job's artifact; created with If-None-Match, so that the first writer wins
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ MANIFEST = "manifest.json"
 COMMIT = "COMMIT"
 ARTIFACT_POINTER = "ARTIFACT"
 TRAINER_FILE = "trainer.json"
-"""File of a checkpoint with step, data cursor, perplexity and the other numbers that are not tensors."""
+"""Name of the file in a checkpoint that holds everything but tensors: the step, the position in the data, the
+perplexity and other numbers."""
 BASES = "_bases"
-"""Folder that holds base models with added tokens, each stored once. The folder lies where otherwise folders of
-namespaces lie. No namespace can have this name, because names of namespaces have no underscore."""
+"""Name of the folder, directly below `storage.uri`, with the base models that have added tokens. Each such model is
+stored once for all jobs. The other folders there are named after namespaces, and no namespace's name has an
+underscore."""
 
 
 class Location(NamedTuple):
@@ -37,16 +41,16 @@ class Location(NamedTuple):
     prefix: str
 
     def key(self, *parts: str) -> str:
-        """Return the key of ``parts`` below the prefix."""
+        """Return the key that consists of the prefix and ``parts``, joined with slashes."""
         return "/".join(part for part in (self.prefix, *parts) if part)
 
     def uri(self, *parts: str) -> str:
-        """Return the `s3://` address of ``parts`` below the prefix."""
+        """Return the `s3://` address that consists of bucket, prefix and ``parts``, joined with slashes."""
         return f"s3://{self.bucket}/{self.key(*parts)}"
 
 
 def parse_uri(uri: str) -> Location:
-    """Split `s3://bucket/prefix`. Raises UserError for any other text."""
+    """Return the bucket and the prefix in an address `s3://bucket/prefix`. Raises UserError for any other text."""
     match = re.fullmatch(r"s3://([^/]+)/?(.*)", uri)
     if match is None:
         raise UserError(uri, "must be an address of the form s3://bucket/key")
@@ -54,43 +58,48 @@ def parse_uri(uri: str) -> Location:
 
 
 def run_root(storage_uri: str, namespace: str, name: str, run_id: str) -> str:
-    """Return the `s3://` address of a run's root, for example `s3://finetune/runs/team-a/quickstart/<runId>`."""
+    """Return the `s3://` address of the folder of all runs of a job, for example
+    `s3://finetune/runs/team-a/quickstart/<runId>`."""
     return parse_uri(storage_uri).uri(namespace, name, run_id)
 
 
 def run_root_of(job: FineTuneJob) -> str:
-    """Return the `s3://` address of the root of ``job``'s run. Without `storage.runId` the job's uid names the run."""
+    """Return the `s3://` address of the folder of all runs of ``job``. Without `storage.runId` the last part of the
+    address is the job's uid."""
     storage, metadata = job.spec.storage, job.metadata
     return run_root(storage.uri, metadata.namespace, metadata.name, storage.run_id or metadata.uid)
 
 
 def run_key(run: int) -> str:
-    """Return the key of a run's record, relative to the run's root."""
+    """Return the key of the record of run number ``run``, relative to the folder of all runs of the job."""
     return f"runs/{run:06d}.json"
 
 
 def checkpoint_folder(run: int, step: int) -> str:
-    """Return the folder of a checkpoint, relative to the run's root: `checkpoints/000001-000000120`."""
+    """Return the folder of a checkpoint, relative to the folder of all runs of the job, for example
+    `checkpoints/000001-000000120`."""
     return f"checkpoints/{run:06d}-{step:09d}"
 
 
 def artifact_folder(run: int) -> str:
-    """Return the folder of a run's artifact, relative to the run's root."""
+    """Return the folder of the artifact that run number ``run`` writes, relative to the folder of all runs of the
+    job."""
     return f"artifacts/{run:06d}"
 
 
 def metrics_key(run: int, segment: int) -> str:
-    """Return the key of a segment of the step log, relative to the run's root."""
+    """Return the key of one file (segment) of the step log, relative to the folder of all runs of the job."""
     return f"metrics/{run:06d}-{segment:06d}.jsonl"
 
 
 def evaluation_key(run: int) -> str:
-    """Return the key of a run's scores, relative to the run's root."""
+    """Return the key of the scores that run number ``run`` measured, relative to the folder of all runs of the job."""
     return f"evaluation/{run:06d}.json"
 
 
 def probe_key(token: str) -> str:
-    """Return the key of the object that a preflight check writes, reads and deletes, relative to the run's root."""
+    """Return the key of an object that a preflight check writes, reads and deletes. It is relative to the folder of all
+    runs of the job."""
     return f"preflight/{token}"
 
 
@@ -103,12 +112,12 @@ class ManifestFile(ContractModel):
 
 
 class Manifest(ContractModel):
-    """The list of files in a checkpoint or an artifact. The object COMMIT in the same folder holds the sha256 of the
-    manifest's bytes."""
+    """The list of the files of a checkpoint or of an artifact. The object COMMIT in the same folder holds the sha256 of
+    this manifest as it is stored."""
 
     version: int = 1
     kind: str
-    """`Checkpoint` or `Artifact`."""
+    """What the manifest lists the files of: `Checkpoint` or `Artifact`."""
     run: int
     step: int
     files: list[ManifestFile]
@@ -119,12 +128,12 @@ class Manifest(ContractModel):
         return sum(file.bytes for file in self.files)
 
     def encode(self) -> bytes:
-        """Return the bytes that are stored, and whose sha256 COMMIT holds."""
+        """Return the manifest as it is stored. COMMIT holds the sha256 of these bytes."""
         return self.to_json().encode()
 
 
 class ArtifactPointer(ContractModel):
-    """Content of the object ARTIFACT, which names the folder of the run's only artifact."""
+    """Content of the object ARTIFACT. Of all artifact folders of a job, it names the one that counts."""
 
     version: int = 1
     run: int

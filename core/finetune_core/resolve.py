@@ -1,6 +1,7 @@
-"""Resolves a job into the run file of an attempt, with a value for every default that depends on other fields.
+"""Turns a job into the run file of an attempt. Each field that the job leaves open gets its value here.
 
-The operator calls `resolve` before each attempt, so that each default is decided in one place.
+The operator calls `resolve` before each attempt. The trainer chooses no defaults, so that each default is decided in
+one place.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from finetune_core.planning.training_plan import micro_batch_size, zero_stage
 from finetune_core.validation.runnable import unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
-"""Peak learning rate by method, as in the study that the project repeats (Anyscale, September 2023)."""
+"""Peak learning rate of each method, as in Anyscale's study of LoRA (September 2023), which the project repeats."""
 DEFAULT_CHECKPOINT_STEPS = 100
-"""Optimizer steps between two checkpoints."""
+"""Optimizer steps between two checkpoints where the job sets no interval."""
 
 
 def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:

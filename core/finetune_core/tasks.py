@@ -1,7 +1,9 @@
-"""Declares the tasks whose generated answers can be graded, one declaration for each value of `dataset.task`.
+"""Declares the tasks whose generated answers can be graded. Each value of `dataset.task` except `None` has one
+declaration.
 
-The enum and the texts of the API fields, the names of the scores, the CLI's label and docs/tasks.md are made from
-`TASKS`. The trainer binds a grading function to each name (`finetune_trainer/evaluation/graders/__init__.py`).
+From `TASKS` are made: the allowed values of `dataset.task`, the descriptions of API fields, the names of the scores,
+the CLI's label and docs/tasks.md. The trainer binds a grading function to each name
+(`finetune_trainer/evaluation/graders/__init__.py`).
 """
 
 from __future__ import annotations
@@ -15,21 +17,23 @@ from pydantic import Field, GetPydanticSchema
 from pydantic_core import core_schema
 
 NO_TASK = "None"
-"""Value of `dataset.task` with which no answer is generated or graded."""
+"""Value of `dataset.task` with which no answers are generated or graded."""
 
 SCORE_LIMIT = 8
-"""Largest number of scores of a task: `status.evaluation` and every report have room for so many."""
+"""Most scores of a task, because `status.evaluation` and the reports have room for no more."""
 SCORE_NAME_LENGTH = 32
-"""Longest name of a score in characters."""
+"""Most characters of a score's name."""
 
 PERPLEXITY = "perplexity"
-"""Label of a model's perplexity in every table of scores, therefore no name of a score."""
+"""Label of a model's perplexity in tables of scores. No score of a task may have this name, because the tables show
+both."""
 
 ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
 
 
 class Unit(StrEnum):
-    """The values that a grader can give one answer for a score; the mean over all graded answers is reported."""
+    """What a score says about a single answer, and therefore what its mean over all graded answers is. The mean is
+    reported."""
 
     RIGHT_OR_WRONG = "share of right answers"
     """The grader returns True or False, so that the mean is the share of right answers."""
@@ -62,7 +66,8 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Declaration of a task; raises ValueError where status and reports have no room for the scores."""
+    """The declaration of a task. Raises ValueError where the scores have too many, too long, equal or forbidden names,
+    or where `main` names none of them."""
 
     name: str
     """Value of `dataset.task`, for example ``GSM8K``."""
@@ -75,7 +80,7 @@ class Task:
     main: str
     """Name of the score that the field `taskScore` shows and that `evaluation.bestBy: TaskScore` compares."""
     example_answer: str
-    """Answer that gets the highest value of every score for the row that consists of the columns' examples."""
+    """An answer to the row that consists of the `example` of each column. It gets the highest value of every score."""
 
     def __post_init__(self) -> None:
         names = self.score_names
@@ -95,7 +100,7 @@ class Task:
 
     @property
     def main_score(self) -> Score:
-        """Return the score that is compared where a single number is asked for."""
+        """Return the score that stands for the task where only one number can be shown or compared."""
         return next(score for score in self.scores if score.name == self.main)
 
 
@@ -187,7 +192,8 @@ TASKS: Mapping[str, Task] = {task.name: task for task in (VIGGO, GSM8K, SQL)}
 """Every task that `dataset.task` can name, in the order in which the API lists them."""
 
 TaskName = Annotated[str, GetPydanticSchema(lambda _type, _handler: core_schema.literal_schema([NO_TASK, *TASKS]))]
-"""Type of `dataset.task`. Schema and errors are those of a Literal that lists `None` and the names of all tasks."""
+"""Type of `dataset.task`. Its schema and its errors are the same as those of a Literal of `None` and the names of all
+tasks."""
 
 
 def task_field_text() -> str:
@@ -197,7 +203,8 @@ def task_field_text() -> str:
 
 
 def score_names_text() -> str:
-    """Return the description of the field that holds a score's name; the description lists all names by task."""
+    """Return the description of the field that holds a score's name. The description lists the names of each task's
+    scores."""
     named = [f"{', '.join(task.score_names)} ({task.name})" for task in TASKS.values()]
     return f"Such as {', '.join(named)}."
 
@@ -205,7 +212,8 @@ def score_names_text() -> str:
 def main_score_text(task: str, value: float, *, answers: int | None = None) -> str:
     """Return the main score of ``task`` as part of a sentence, for example ``90.0% of 50 answers right``.
 
-    ``value``: mean over the graded answers, from 0 to 1. ``answers``: number of graded answers; None leaves it out.
+    ``value`` is the mean over the graded answers, from 0 to 1. ``answers`` is the number of graded answers. Where it is
+    None, the text leaves the number out.
     """
     credit = _partial_credit(task)
     if credit is None:
@@ -216,13 +224,14 @@ def main_score_text(task: str, value: float, *, answers: int | None = None) -> s
 def main_score_label(task: str) -> str | None:
     """Return the label of the main score of ``task`` in a table of scores, for example ``right answers``.
 
-    None where answers get partial credit for the main score, because a table already has that score by its own name.
+    Returns None where an answer can be partly right for the main score, because tables already show that score under
+    its own name.
     """
     return "right answers" if _partial_credit(task) is None else None
 
 
 def _partial_credit(task: str) -> Score | None:
-    """Return the main score of ``task`` if answers get partial credit for it, else None; ``task`` may be `None`."""
+    """Return the main score of ``task`` if an answer can be partly right for it, else None. ``task`` may be `None`."""
     declared = TASKS.get(task)
     if declared is None or declared.main_score.unit is Unit.RIGHT_OR_WRONG:
         return None

@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave the cluster up until Ctrl-C")
     options = parser.parse_args(arguments)
-    # Both signals raise KeyboardInterrupt in the main thread, so that the cluster is removed wherever the program is.
-    # SIGINT is set too, because a shell that starts the program in the background makes it ignore SIGINT.
+    # SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, so that the cluster is removed wherever the program
+    # is. SIGINT is set too, because a shell that starts the program in the background makes it ignore SIGINT.
     for request in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request, signal.default_int_handler)
     command = f"make demo METHOD={options.method}"

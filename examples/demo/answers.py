@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TEMPLATE = "Sentence: {sentence}\nMeaning: "
 """Prompt template, equal to the one in the quickstart job files."""
 MAX_NEW_TOKENS = 28
-"""Most tokens of an answer. The longest reference answer has 25, its end token included."""
+"""Most tokens of a generated answer. The longest reference answer has 25 tokens, its end token included."""
 BATCH = 40
 """Number of sentences in one call of `generate`."""
 
 
 def answers(model: Any, tokenizer: Any, sentences: Sequence[str]) -> list[str]:
-    """Return the model's greedy answer to each sentence, cut after the first line because a reference answer has one
-    line."""
+    """Return the model's answer to each sentence, generated greedily. Each answer ends with its first line, because a
+    reference answer has one line."""
     found: list[str] = []
     for start in range(0, len(sentences), BATCH):
         prompts = [TEMPLATE.format(sentence=sentence) for sentence in sentences[start : start + BATCH]]
@@ -72,7 +72,7 @@ def compare(base_folder: Path, tuned_folder: Path, rows: Sequence[dict[str, str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare the two models and write the answers."""
+    """Compare the base model and the tuned model, and write their answers into a file."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo.answers", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="the base model")
     parser.add_argument("--tuned", type=Path, required=True, metavar="FOLDER", help="the adapter, or a whole model")

@@ -36,11 +36,11 @@ class Measurements:
 
     command: str
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds of each phase of the demo, in their order."""
+    """Seconds that each phase of the demo took, in the order of the phases."""
     job: dict[str, float] = field(default_factory=dict)
     """Seconds from `kubectl apply` to each milestone of the job."""
     memory: dict[str, int] = field(default_factory=dict)
-    """Bytes of the operator's memory."""
+    """Memory of the operator in bytes, under the name of what was measured."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     artifact: dict[str, Any] = field(default_factory=dict)
     exact_match: dict[str, float] = field(default_factory=dict)
@@ -56,7 +56,8 @@ class Measurements:
             self.phases[name] = round(time.monotonic() - started, 1)
 
     def record_sizes(self, cluster: Cluster, job: FineTuneJob) -> None:
-        """Record the sizes of a job that has ended."""
+        """Record the operator's memory, and the sizes of the checkpoints and the artifact of ``job``, which has
+        ended."""
         status = status_of(job)
         self.memory["operatorWorkingSetBytes"] = operator_memory(cluster)
         self.checkpoints = [{"step": point.step, "bytes": point.bytes} for point in status.checkpoints]
@@ -86,7 +87,8 @@ class Measurements:
 
 
 class JobTimes:
-    """Records the times at which the job reaches its milestones, while another part of the program shows the job."""
+    """Records when the job reaches its milestones, such as its first step. Use it as a context manager while another
+    part of the program shows the job."""
 
     def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
         self._cluster, self._namespace, self._pods = cluster, namespace, pods
@@ -105,11 +107,11 @@ class JobTimes:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds from `kubectl apply` to each milestone, in the order of the milestones."""
+        """Seconds from `kubectl apply` to each milestone, the earliest first."""
         return {name: round(when - self._applied, 1) for name, when in sorted(self._times.items(), key=lambda t: t[1])}
 
     def observe(self, jobs: Iterable[FineTuneJob]) -> Iterator[FineTuneJob]:
-        """Record the milestones in each state of the job, and yield the states unchanged."""
+        """Pass the states of the job on unchanged, and record the milestones that they show."""
         for job in jobs:
             status = status_of(job)
             if status.conditions:
@@ -128,8 +130,8 @@ class JobTimes:
         self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
-        """Record when all pods of the first attempt are created and run. The pods are polled, because the job's status
-        shows their state later."""
+        """Record when all pods of the first attempt exist and when all run. The pods are polled, because the job's
+        status shows the state of the pods later."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:
             core = client.CoreV1Api(api)
             while not self._stopped.wait(POD_POLL_SECONDS):

@@ -49,8 +49,8 @@ def object_store(cluster: Cluster) -> Minio:
     """Return a client of the cluster's MinIO, which works only inside ``cluster.enter()``."""
     store = cluster.minio
     address = urllib3.util.parse_url(store.endpoint).netloc or ""
-    # A separate pool is used, because minio's default pool would use a proxy from the environment. Retry-After is
-    # ignored, because a MinIO that has just started asks for a minute and is ready much earlier.
+    # The client gets a pool of its own, because minio's default pool would use a proxy from the environment.
+    # Retry-After is ignored, because a MinIO that has just started asks for a minute and is ready much earlier.
     retries = urllib3.Retry(
         total=10, backoff_factor=0.2, backoff_max=2, status_forcelist=[503], respect_retry_after_header=False
     )
@@ -66,7 +66,7 @@ def object_store(cluster: Cluster) -> Minio:
 
 
 def make_bucket(cluster: Cluster, bucket: str = BUCKET) -> None:
-    """Create the job files' bucket if it does not exist."""
+    """Create ``bucket`` if it does not exist. The default is the bucket that the job files name."""
     with cluster.enter():
         store = object_store(cluster)
         if not store.bucket_exists(bucket):
@@ -97,9 +97,10 @@ def put_file(cluster: Cluster, key: str, content: bytes, bucket: str = BUCKET) -
 
 
 def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> None:
-    """Make the cluster's MinIO reachable under the name in the job files, `minio.storage.svc`.
+    """Make the demo's MinIO, which runs outside of Kubernetes, reachable in the cluster as `minio.storage.svc`, the
+    name in the job files.
 
-    MinIO runs outside of the cluster, so the Service has no pods to select. An EndpointSlice contains MinIO's address.
+    The Service has no selector. It gets MinIO's address from an EndpointSlice.
     """
     port = {"name": "http", "port": MINIO_PORT, "protocol": "TCP"}
     metadata = {"name": "minio", "namespace": namespace}
@@ -125,7 +126,7 @@ def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> Non
 
 
 def chart_values() -> dict[str, Any]:
-    """Return the chart's values with the images of this working tree. Missing images are built."""
+    """Return values for the Helm chart that name the images of this working tree. Missing images are built."""
     repository, _, tag = images.ensure(images.OPERATOR).rpartition(":")
     return {"image": {"repository": repository, "tag": tag}, "trainer": {"image": images.ensure(images.TRAINER)}}
 
@@ -176,8 +177,8 @@ def manifest_of(path: Path, **changes: Any) -> dict[str, Any]:
 
 @contextmanager
 def jobs_in(cluster: Cluster, namespace: str) -> Iterator[JobClient]:
-    """Give a client for the FineTuneJobs of a namespace. The calling thread is inside the cluster's network in the
-    block."""
+    """Yield a client for the FineTuneJobs of ``namespace``. Inside the `with` block the calling thread is in the
+    cluster's network."""
     with cluster.enter(), kubernetes_client(cluster) as api:
         yield JobClient(api, namespace)
 

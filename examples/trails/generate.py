@@ -34,7 +34,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "view": ("lake", "valley", "glacier", "coast", "forest"),
     "dogs": ("yes", "no"),
 }
-"""Attributes except `name` with their possible values, in the order in which a meaning lists the attributes."""
+"""The possible values of each attribute except `name`. A meaning lists its attributes in this order."""
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "length": ("it is {value} long", "it runs for {value}"),
@@ -42,7 +42,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "difficulty": ("it is {value}", "the going is {value}"),
     "view": ("it looks over the {value}", "it shows you the {value}"),
 }
-"""Clauses about each attribute except `name` and `dogs`."""
+"""For each attribute except `name` and `dogs`, the clauses that can express it in a sentence."""
 DOGS_PHRASES: dict[str, tuple[str, ...]] = {
     "yes": ("dogs are welcome", "you can bring your dog"),
     "no": ("dogs are not allowed", "leave your dog at home"),
@@ -55,16 +55,16 @@ SENTENCES: dict[str, tuple[str, ...]] = {
     "warn": ("Careful on {name}, {details}.", "Beware of {name}, {details}."),
     "review": ("We loved {name}, {details}.", "I enjoyed {name}, {details}."),
 }
-"""Sentences for each of the five functions."""
+"""For each of the five functions, the templates of its sentences."""
 
 T = TypeVar("T")
 Shape = tuple[str, tuple[str, ...]]
-"""A function, and the attributes except `name` that a row contains."""
+"""A function, and the names of the attributes, except `name`, that a row contains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trail:
-    """The content of a row before it becomes a sentence."""
+    """What a row says, before it is put into words."""
 
     function: str
     name: str
@@ -72,7 +72,7 @@ class Trail:
 
     @property
     def shape(self) -> Shape:
-        """The function and the names of its attributes, without their values."""
+        """The function, and the names of the attributes without their values."""
         return self.function, tuple(attribute for attribute, _ in self.attributes)
 
     @property
@@ -86,8 +86,9 @@ class Trail:
 class Rows:
     """The three sets of rows. No meaning occurs in two sets.
 
-    A held-out row combines a function with attributes, and a name's two words, that never occur together in a training
-    row. Each single word and each single attribute does occur in training rows.
+    The held-out rows are new combinations of known parts. The function and the attributes of a held-out row never occur
+    together in a training row, and neither do the two words of its name. But each single word and each single attribute
+    occurs in training rows.
     """
 
     train: list[dict[str, str]]
@@ -117,7 +118,8 @@ def write(rows: Rows, folder: Path) -> None:
 
 
 def _attribute_sets() -> Iterator[tuple[str, ...]]:
-    """Yield every choice of one or two attributes except `name`, in the order of a meaning."""
+    """Yield every choice of one or two attributes except `name`. Two attributes come in the order in which a meaning
+    lists them."""
     for size in (1, 2):
         yield from itertools.combinations(VALUES, size)
 
@@ -144,7 +146,7 @@ def _distinct(number: int, shapes: Sequence[Shape], names: Sequence[str], chance
 
 
 def _row(trail: Trail, chance: random.Random) -> dict[str, str]:
-    """Return the row of a trail, with its details in random order in the sentence."""
+    """Return the row of a trail: its sentence, with the attributes in random order, and its meaning."""
     details = [_phrase(attribute, value, chance) for attribute, value in trail.attributes]
     chance.shuffle(details)
     sentence = chance.choice(SENTENCES[trail.function]).format(name=trail.name, details=" and ".join(details))

@@ -46,7 +46,7 @@ class PreparationSummary(ContractModel):
     context: int
     """Length in tokens of the longest example that the model and `dataset.maxLength` allow."""
     data_sha256: str
-    """sha256 over the token ids of the training rows."""
+    """sha256 over the training rows: over their token ids, and over the ranges of supervised tokens in each row."""
     model_context: int
     """Longest text in tokens that the model can read; `dataset.maxLength` where the model has no limit."""
     added_rows: AddedRows | None = None

@@ -1,7 +1,8 @@
-"""`podTemplate.affinity`: a typed subset of the affinity in Kubernetes' core/v1.
+"""`podTemplate.affinity`: a typed subset of the affinity in Kubernetes' core/v1. The subset leaves out `matchFields`
+and namespace selectors.
 
-The subset leaves out `matchFields` and namespace selectors. Fields of list items have no defaults, because kubectl and
-Argo CD compare lists as a whole and would report a filled-in default as drift.
+Fields of list items have no defaults, because kubectl and Argo CD compare lists as a whole: they would report every
+default that the API server fills in as a difference from the user's file.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class PodAffinityTerm(ApiModel):
 
 
 class PreferredPods(ApiModel):
-    """A preference about the place of other pods."""
+    """A preference of the scheduler to place the job's pods near other pods, or away from other pods."""
 
     weight: Weight
     """Weight of the preference, 1 to 100. The scheduler adds the weights of all matching terms."""

@@ -1,7 +1,8 @@
-"""Why attempts end: the reasons that stand in `status.attempts` and are not reasons of the whole job.
+"""The reasons for the end of an attempt in `status.attempts`, each with its verdict, its meaning and an advice. Reasons
+that also end the whole job stand in `conditions.py`.
 
-Each reason has its verdict, its meaning and an advice. `reference.py` writes the table into docs/api.md, and
-tests/operator/test_states.py checks that the operator's verdicts use exactly these reasons.
+`reference.py` writes these reasons as a table into docs/api.md. tests/operator/test_states.py checks that the
+operator's verdicts use exactly these reasons.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from finetune_core.api.condition_reasons import Explanation
 
 
 class Cause(StrEnum):
-    """Reason of an attempt's end that is not also a reason of the job's end."""
+    """Why an attempt ended. Reasons that end the attempt and the whole job, such as `Diverged`, belong to `Reason` in
+    `conditions.py`."""
 
     POD_DELETED = "PodDeleted"
     POD_VANISHED = "PodVanished"
@@ -93,8 +95,9 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
         ),
     ),
 }
-"""Verdict and meaning of each reason. A free attempt does not count against `runPolicy.maxRetries`. After three free
-attempts in a row without a new checkpoint, the next free end is charged nevertheless."""
+"""Verdict, meaning and advice of each reason. A Charged attempt counts against `runPolicy.maxRetries`, a Free attempt
+does not. But after three free attempts in a row without a new checkpoint, the next attempt without a new checkpoint
+counts even where its verdict here is Free. Suspended and ResumedTooEarly attempts never count."""
 DISRUPTIONS: Mapping[str, str] = {
     "EvictionByEvictionAPI": "A node was drained, or somebody evicted the pod.",
     "PreemptionByScheduler": "A pod of higher priority took the pod's place.",
@@ -102,5 +105,5 @@ DISRUPTIONS: Mapping[str, str] = {
     "DeletionByPodGC": "The pod's node no longer exists.",
     "TerminationByKubelet": "The pod's node shut down, or ran out of a resource.",
 }
-"""Reasons that Kubernetes writes into a pod's DisruptionTarget condition, with their meaning. The operator takes them
-over as reasons of free attempts."""
+"""The reasons that Kubernetes writes into a pod's condition DisruptionTarget, and their meanings. Where a pod gets such
+a condition before the first failure of an attempt, the attempt ends with the same reason, and its verdict is Free."""

@@ -1,8 +1,9 @@
-"""The base class of all models in the resource, and the scalar types that many fields share.
+"""The base class of all pydantic models that make up the FineTuneJob resource, and the scalar types that many fields
+share.
 
 Kubernetes' API conventions ask for camelCase names, no floats, and bounds on every string and list. The types here
-carry the bounds, so that each section of the API reads as a list of fields. Patterns list their characters one by one,
-because `\\s` and `\\w` mean different characters in the API server's regular expressions and in pydantic's.
+contain the bounds, so that each section of the API reads as a list of fields. Regular expressions name their characters
+explicitly (`[0-9]`, not `\\d`), because `\\s` and `\\w` match different characters in the API server and in pydantic.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pydantic.alias_generators import to_camel, to_snake
 
 
 class ApiModel(BaseModel):
-    """A section of the resource. Keys are camelCase in YAML and snake_case in Python, and unknown fields are
-    refused."""
+    """The base class of every section of a FineTuneJob. Keys are camelCase in YAML and snake_case in Python. Unknown
+    fields are refused."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,
@@ -28,7 +29,7 @@ class ApiModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """Drop keys with a null value, as the API server does before it fills in defaults.
+        """Drop keys with a null value, as the API server drops them before it fills in defaults.
 
         A null under an unknown key is kept, so that the unknown field is still refused.
         """
@@ -43,24 +44,25 @@ class ApiModel(BaseModel):
 
 
 def cel(*rules: tuple[str, str]) -> dict[str, Any]:
-    """Return the schema extension that holds the CEL ``rules``, each given as an expression and its message."""
+    """Return a schema extension with the CEL ``rules``. Each rule is a CEL expression, and the message that users see
+    where the expression is false."""
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
 
 
 def join(*extensions: dict[str, Any]) -> dict[str, Any]:
-    """Return one schema extension that holds the rules of all ``extensions``."""
+    """Return one schema extension with the CEL rules of all ``extensions``, which `cel` has made."""
     rules = [rule for extension in extensions for rule in extension["x-kubernetes-validations"]]
     return {"x-kubernetes-validations": rules}
 
 
 def exactly_one_of(*fields: str) -> dict[str, Any]:
-    """Return the CEL rule that exactly one of ``fields`` is set, as exactly one source of a Kubernetes volume is
-    set."""
+    """Return a schema extension with the CEL rule that exactly one of ``fields`` must be set. Kubernetes has the same
+    rule for the sources of a volume."""
     return cel((f"{_set_members(fields)} == 1", f"exactly one of {_names(fields)} must be set"))
 
 
 def at_most_one_of(*fields: str) -> dict[str, Any]:
-    """Return the CEL rule that at most one of ``fields`` is set."""
+    """Return a schema extension with the CEL rule that at most one of ``fields`` may be set."""
     return cel((f"{_set_members(fields)} <= 1", f"at most one of {_names(fields)} must be set"))
 
 
@@ -80,8 +82,8 @@ ATOMIC: dict[str, Any] = {"x-kubernetes-list-type": "atomic"}
 
 
 def by_key(*keys: str) -> dict[str, Any]:
-    """Return the schema extension of a list of objects that server-side apply merges by ``keys``, for example by
-    `name`."""
+    """Return the schema extension of a list of objects, in which server-side apply identifies an object by ``keys``,
+    for example by `name`. No two objects may have equal keys."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
 
 
@@ -102,11 +104,13 @@ def _without_null(values: Any) -> Any:
 
 
 ENTRIES = BeforeValidator(_without_null)
-"""Validator of a map: entries with a null value are dropped, as the API server drops them."""
+"""Validator of a map: drops entries with a null value, as the API server drops them."""
 UNIQUE = AfterValidator(_unique)
-"""Validator of a list of scalars: no value may occur twice, as `SET` demands of the API server."""
+"""Validator of a list of scalars: refuses a value that occurs twice. The API server refuses it because of the schema
+extension `SET`."""
 UNIQUE_NAMES = AfterValidator(_unique_names)
-"""Validator of a list of objects: no `name` may occur twice, as `by_key("name")` demands of the API server."""
+"""Validator of a list of objects: refuses a `name` that occurs twice. The API server refuses it because of the schema
+extension `by_key("name")`."""
 
 DecimalString = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$")]
 """A non-negative decimal number as a string, for example `"1e-4"` or `"0.05"`, because the API conventions forbid
@@ -119,7 +123,8 @@ SecretKey = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-
 """A key in the `data` of a Secret or a ConfigMap, for example `ca.crt`."""
 
 S3Uri = Annotated[str, Field(max_length=1024, pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^ \t\r\n\f]*)?$")]
-"""`s3://bucket/key`: a bucket and a key in the object store that `storage.endpoint` names."""
+"""Address of an object or of a folder in the job's object store: `s3://bucket/key`. Without a key it is the whole
+bucket."""
 
 HttpUrl = Annotated[str, Field(max_length=512, pattern=r"^https?://[^/ \t\r\n\f]+(/[^ \t\r\n\f]*)?$")]
 """An `http://` or `https://` address with an optional path."""
@@ -139,21 +144,22 @@ def int_or_string(pattern: str, *, least: int, most: int) -> dict[str, Any]:
 
 
 QUANTITY_LENGTH = 16
-"""Longest quantity in characters, for example `1.5Gi` has 5."""
+"""Most characters of a quantity. For example, the quantity `1.5Gi` has 5 characters."""
 
 LabelKey = str
-"""A label or annotation key. A structural schema can't bound the keys of a map, so a CEL rule checks them
-(`pod_template.py`)."""
+"""Key of a label or of an annotation. The type has no bounds, because a structural schema can't bound the keys of a
+map. CEL rules in `pod_template.py` check the keys instead."""
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
-"""Pattern of a label's value, which may be empty."""
+"""Regular expression that the value of a label must match. The value may be empty."""
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-"""Pattern of a DNS label (RFC 1123), for example the name of a namespace or of a volume."""
+"""Regular expression that a DNS label (RFC 1123) must match, for example the name of a namespace or of a volume."""
 LABEL_LENGTH = 63
-"""Longest label value, and longest DNS label, in characters."""
+"""Most characters of a label's value, and of a DNS label."""
 
 LabelValue = Annotated[str, Field(max_length=LABEL_LENGTH, pattern=LABEL_VALUE_PATTERN)]
-"""The value of a Kubernetes label."""
+"""The value of a Kubernetes label, which may be empty."""
 DnsLabel = Annotated[str, Field(min_length=1, max_length=LABEL_LENGTH, pattern=DNS_LABEL_PATTERN)]
-"""A DNS label (RFC 1123)."""
+"""A name that is a DNS label (RFC 1123): `a-z`, `0-9` and `-`, at most 63 characters."""
 QualifiedName = Annotated[str, Field(min_length=1, max_length=317)]
-"""Key of a label or a taint with its optional prefix, for example `nvidia.com/gpu`: 253 + 1 + 63 characters at most."""
+"""Key of a label or of a taint, with an optional prefix, for example `nvidia.com/gpu`. The prefix has at most 253
+characters, and the name after the slash at most 63."""

@@ -132,13 +132,14 @@ _WAITS = (Reason.PREFLIGHT, Reason.QUEUED, Reason.STARTING, Reason.RUNNING, Reas
 _OUTSIDE = (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE)
 _DONE = (Reason.COMPLETED, Reason.EARLY_STOPPED)
 _STOPPING = (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED)
-"""Reasons that `Succeeded` already carries as Unknown, while the pods save their last checkpoint."""
+"""Reasons for which the operator stops a job. The condition `Succeeded` is Unknown with such a reason while the pods
+save their last checkpoint, and False afterwards."""
 _FAILED = (Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED, *_STOPPING)
 
 STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.SUCCEEDED: {
-        # `Succeeded` is Unknown with BadInput while the operator's version can't read the spec, because another version
-        # may read the spec.
+        # BadInput is also possible with Unknown: where this version of the operator can't read the spec, the job has
+        # not failed, because another version may be able to read it.
         "Unknown": (*_WAITS, *_OUTSIDE, *_STOPPING, Reason.BAD_INPUT),
         "True": _DONE,
         "False": _FAILED,
@@ -158,4 +159,5 @@ STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.RECONCILING: {"True": (Reason.IN_PROGRESS,), "False": (Reason.SETTLED,)},
     ConditionType.STALLED: {"True": _FAILED, "False": (Reason.IN_PROGRESS, Reason.SETTLED)},
 }
-"""The reasons that each condition may carry with each status."""
+"""The reasons that a condition may have: for each type of condition, by the condition's status (True, False or
+Unknown)."""

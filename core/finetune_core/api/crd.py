@@ -76,16 +76,17 @@ def custom_resource_definition() -> dict[str, Any]:
 
 
 def crd_yaml() -> str:
-    """Return the manifest as the YAML text that is committed."""
+    """Return the CustomResourceDefinition as YAML text, as it is committed in crds/."""
     header = "# Generated from core/finetune_core/api by `make crds`; do not edit.\n"
     return header + yaml.safe_dump(custom_resource_definition(), sort_keys=False, width=100)
 
 
 def chart_template() -> str:
-    """Return the manifest as a template of the Helm chart, rendered only when the value `crds.enabled` is true.
+    """Return the CustomResourceDefinition as a template of the Helm chart. The template is rendered only when the
+    chart's value `crds.enabled` is true.
 
-    Helm never upgrades CRDs in a chart's own `crds/` folder, so the CRD is a template. With the value `crds.keep` an
-    annotation keeps the CRD when the chart is uninstalled.
+    The CRD is a template because Helm never upgrades CRDs in a chart's own `crds/` folder. With the chart's value
+    `crds.keep` an annotation keeps the CRD when the chart is uninstalled.
     """
     text = crd_yaml()
     if "{{" in text:
@@ -97,7 +98,8 @@ def chart_template() -> str:
 
 
 def main() -> None:
-    """Write the manifest into a folder."""
+    """Write the CustomResourceDefinition into the folder that the command line names, as plain YAML or as a template of
+    the Helm chart."""
     parser = argparse.ArgumentParser(
         description="Write the CustomResourceDefinition of FineTuneJob.",
         epilog="example: python -m finetune_core.api.crd crds",

@@ -51,7 +51,7 @@ class TextFormat(ApiModel):
 
 
 class DatasetFormat(ApiModel):
-    """How a row becomes an example: exactly one of the members is set."""
+    """How a row becomes a training example. Exactly one of the fields must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("promptCompletion", "messages", "text"))
 
@@ -80,9 +80,10 @@ class DatasetSpec(ApiModel):
     validation: DataSource | None = None
     """Rows whose perplexity is measured during training. The scores on these rows choose the best checkpoint."""
     test: DataSource | None = None
-    """Rows that the base model and the tuned model are scored on at the end. No checkpoint is chosen by these rows."""
+    """Rows that the base model is scored on before training, and the tuned model at the end. These rows never influence
+    which checkpoint is chosen."""
     format: DatasetFormat
-    """How a row becomes an example."""
+    """How a row becomes a training example."""
     task: Annotated[TaskName, Field(description=task_field_text())] = NO_TASK
     max_length: Annotated[int, Field(ge=8, le=131072)] = 512
     """Longest example in tokens, prompt and completion together."""
@@ -91,8 +92,9 @@ class DatasetSpec(ApiModel):
     padding. The computed gradient stays the same. The job is refused at its start when the model's attention can't
     keep the examples of one sequence apart."""
     long_rows: Literal["Fail", "Skip"] = "Fail"
-    """What happens to rows longer than `maxLength`. Fail: the job fails before training. Skip: the rows are left out
-    and counted."""
+    """What happens to rows with more tokens than `maxLength`, or more than the model can read. Fail: the job fails
+    before training. Skip: the rows are left out and counted."""
     bad_rows: Literal["Fail", "Skip"] = "Fail"
-    """What happens to rows that lack a field or have an empty completion. Fail: the job fails before training. Skip:
-    the rows are left out and counted."""
+    """What happens to rows that can't be read, lack a field, hold something else than the format asks for, or have
+    nothing to learn, such as an empty completion. Fail: the job fails before training. Skip: the rows are left out and
+    counted."""

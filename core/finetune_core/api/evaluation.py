@@ -10,11 +10,12 @@ from pydantic import ConfigDict, Field
 from finetune_core.api.base import ApiModel, DecimalString, cel
 
 BestBy = Literal["Perplexity", "TaskScore"]
-"""Score by which checkpoints are compared."""
+"""Which score decides which checkpoint is the best."""
 ArtifactFrom = Literal["Best", "Last"]
-"""Checkpoint that is exported as the artifact."""
+"""Which checkpoint is exported as the artifact."""
 ScoredRows = Literal["Validation", "Test"]
-"""Evaluation set that the base model and the tuned model are scored on."""
+"""Which rows the base model and the tuned model are scored on: those of `dataset.validation` or those of
+`dataset.test`."""
 
 
 class GenerationSpec(ApiModel):
@@ -23,7 +24,7 @@ class GenerationSpec(ApiModel):
     max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 256
     """Longest generated answer in tokens."""
     max_examples: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Number of rows of the evaluation set for which answers are generated. Absent: all rows."""
+    """Number of validation or test rows for which answers are generated. Absent: all rows."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
     """Number of answers that one process generates at once."""
 
@@ -45,8 +46,8 @@ class EvaluationSpec(ApiModel):
     )
 
     every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Optimizer steps between two evaluations. Absent: one evaluation at the end of each epoch and one at the end of
-    training."""
+    """Optimizer steps between two evaluations. Absent: the steps of one epoch. The last step of the training is always
+    evaluated too."""
     generation: GenerationSpec | None = None
     """Limits of generated answers. Only with a `dataset.task`."""
     base_prompt: Annotated[str, Field(max_length=8192)] | None = None

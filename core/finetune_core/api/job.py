@@ -25,12 +25,13 @@ NAME_RULE = (
     "`metadata.name` must start with a letter, hold only a-z, 0-9 and '-', and have at most"
     f" {NAME_MAX_LENGTH} characters",
 )
-"""CEL rule and message about `metadata.name`. The rule is stricter than Kubernetes' own, because names of pods and
-Services begin with the job's name and have at most 63 characters."""
+"""CEL rule about `metadata.name`, and the message where a name violates the rule. Kubernetes' own rule is less strict,
+but names of pods and Services begin with the job's name and have at most 63 characters."""
 
 
 class Metadata(BaseModel):
-    """The fields of Kubernetes' ObjectMeta that the project reads. All other fields are ignored."""
+    """The fields of a job's `metadata` that the project reads. All other fields of Kubernetes' ObjectMeta are
+    ignored."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
 
@@ -46,8 +47,8 @@ class Metadata(BaseModel):
 
 
 class FineTuneJob(ApiModel):
-    """Fine-tunes a language model with LoRA adapters or with every parameter. The status shows the progress and the
-    result."""
+    """Fine-tunes a language model: trains either LoRA adapters or every parameter. The status shows the progress and
+    the result."""
 
     api_version: str = API_VERSION
     kind: str = KIND

@@ -11,7 +11,7 @@ from finetune_core.api.base import SET, UNIQUE, ApiModel, DecimalString, cel
 
 
 class Method(StrEnum):
-    """What is trained: low-rank adapters while the model's weights are frozen, or every parameter."""
+    """What is trained: low-rank adapters while the model's own weights stay as they are, or every parameter."""
 
     LORA = "LoRA"
     FULL = "Full"
@@ -34,4 +34,4 @@ class LoRASpec(ApiModel):
         list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []
     """Names of the modules that get an adapter, for example `["q_proj", "v_proj"]`. Empty: all linear layers of the
-    decoder, and both embeddings when `model.addedTokens` is set."""
+    decoder. With `model.addedTokens` the input embedding and the output head get an adapter too."""

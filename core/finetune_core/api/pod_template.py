@@ -36,20 +36,21 @@ RESERVED_FOLDERS = (
     "/proc",
     "/sys",
 )
-"""Folders that `volumes` must not hide, because the operator mounts files there or the container needs them to
-start."""
+"""Paths at which, and below which, `volumes` must not be mounted, because the operator mounts files there or the
+container needs the folder to start."""
 RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
-"""Prefixes of environment variables that users must not set. The operator sets `FTJ_` and `PET_` variables, and `AWS_`
-variables would override the object store's credentials."""
+"""Beginnings of names of environment variables that users must not set. The operator itself sets variables that begin
+with `FTJ_` or `PET_`. Variables that begin with `AWS_` would override the credentials of the object store."""
 
 
 LABEL_KEY = r"^([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-._A-Za-z0-9]{0,61}[A-Za-z0-9])?$"
-"""Pattern of a label or annotation key with an optional DNS prefix, for example `example.com/team`."""
+"""Regular expression for the key of a label or an annotation with an optional DNS prefix, for example
+`example.com/team`."""
 
 
 def _label_keys(field: str) -> tuple[str, str]:
-    """Return the CEL rule about the keys of the map ``field``, because a structural schema can't bound the keys of a
-    map."""
+    """Return a CEL rule and its message: every key of the map ``field`` must be a valid key of a label. A CEL rule is
+    needed because a structural schema can't bound the keys of a map."""
     return (
         f"self.{field}.all(key, key.matches('{LABEL_KEY}'))",
         f"`{field}` must have keys such as `team` or `example.com/team`",
@@ -96,7 +97,7 @@ class LocalObjectReference(ApiModel):
 
 
 class EnvVarSource(ApiModel):
-    """Source of an environment variable's value: exactly one of the members is set."""
+    """Source of an environment variable's value. Exactly one of the fields must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("secretKeyRef", "configMapKeyRef"))
 
@@ -107,7 +108,7 @@ class EnvVarSource(ApiModel):
 
 
 class EnvVar(ApiModel):
-    """An environment variable of the trainer: exactly one of `value`, `valueFrom` is set."""
+    """An environment variable of the trainer. Exactly one of `value` and `valueFrom` must be set."""
 
     model_config = ConfigDict(
         json_schema_extra=join(
@@ -174,7 +175,7 @@ class CsiVolume(ApiModel):
 
 
 class Volume(ApiModel):
-    """A volume of the pods and the path where it is mounted: exactly one kind of volume is set."""
+    """A volume of the pods, and the path where it is mounted. Exactly one kind of volume must be set."""
 
     model_config = ConfigDict(
         json_schema_extra=join(
@@ -230,7 +231,7 @@ class PodTemplateSpec(ApiModel):
     ] = []
     """Secrets of type `kubernetes.io/dockerconfigjson` that are used to pull the image."""
     service_account_name: ObjectName = "default"
-    """ServiceAccount of the pods. The pods do not get its API token."""
+    """ServiceAccount of the pods. Its token for the API server is not mounted."""
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16), ENTRIES] = {}
     """Node labels that the pods need, in addition to `resources.gpuProduct`."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []

@@ -24,8 +24,8 @@ Schema = dict[str, Any]
 
 REFERENCE_FILE = "api.md"
 FOLDED = frozenset({"spec.podTemplate.affinity"})
-"""Sections whose table also lists all fields of their subsections, because a heading for each subsection would take
-more room than its one or two fields."""
+"""Paths of sections whose subsections get no heading and no table of their own. Their fields are listed in the
+section's table, because each subsection has only one or two fields."""
 
 _INTRODUCTION = f"""\
 # API reference
@@ -58,7 +58,8 @@ def reference() -> str:
 
 
 def _sections(schema: Schema, path: str) -> Iterator[str]:
-    """Yield the table of a section and the tables of all its subsections."""
+    """Yield the Markdown lines about the section at ``path``: its heading, description, table of fields and rules, and
+    then the same for each of its subsections."""
     if path.count(".") > 0:
         yield f"\n### {path}\n"
     yield schema.get("description", "") + "\n"
@@ -175,14 +176,14 @@ def _columns() -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Return ``text`` for a cell of a Markdown table, with `|` escaped, and with `<` escaped outside of code because
-    Markdown takes it for an HTML tag."""
+    """Return ``text`` for a cell of a Markdown table: `|` is escaped, and so is `<` outside of code, because Markdown
+    takes `<` for the beginning of an HTML tag."""
     parts = text.replace("|", "\\|").replace("\n", " ").split("`")
     return "`".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
 
 
 def main() -> None:
-    """Write the reference into a folder."""
+    """Write docs/api.md into the folder that the command line names."""
     parser = argparse.ArgumentParser(
         description="Write the API reference of FineTuneJob.",
         epilog="example: python -m finetune_core.api.reference docs",

@@ -9,9 +9,9 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from finetune_core.api.base import QUANTITY_LENGTH, ApiModel, LabelValue, cel, int_or_string
 
 MEBIBYTE = 1 << 20
-"""Bytes."""
+"""Number of bytes in one MiB."""
 TEBIBYTE = 1 << 40
-"""Bytes."""
+"""Number of bytes in one TiB."""
 
 _CPU = r"^([1-9][0-9]{1,6}m|[1-9][0-9]{0,3}(\.[0-9]{1,3})?|0\.[0-9]{0,2}[1-9]0{0,2})$"
 _LARGE = r"[1-9][0-9]{0,4}(\.[0-9]{1,3})?(Gi|G)|[1-9][0-9]?(\.[0-9]{1,3})?(Ti|T)"
@@ -34,13 +34,13 @@ VolatileMemory = Annotated[
     | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_VOLATILE)],
     WithJsonSchema(int_or_string(_VOLATILE, least=MEBIBYTE, most=99 * TEBIBYTE)),
 ]
-"""A memory or disk quantity of at least 1 MiB, for the size of a folder."""
+"""A memory or disk quantity of at least 1 MiB, for example `16Gi`: the size limit of a folder."""
 
 
 Device = Literal["GPU", "CPU"]
 """Kind of device that the trainer computes on."""
 NODES_LIMIT = 99
-"""Largest number of nodes, because the pod's index has two digits in its name."""
+"""Most nodes of a job, because the name of a pod has room for an index of two digits."""
 
 
 class ResourcesSpec(ApiModel):

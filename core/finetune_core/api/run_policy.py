@@ -1,4 +1,5 @@
-"""`runPolicy`: how the operator starts, stops, retries and cleans up attempts. This section may change at any time."""
+"""`runPolicy`: how the operator starts, stops, retries and cleans up attempts. Users may edit this section at any time,
+also while the job runs."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ Seconds = Annotated[int, Field(ge=60, le=31_536_000)]
 
 
 class RunPolicySpec(ApiModel):
-    """How the operator starts, stops, retries and cleans up attempts. May change at any time."""
+    """How the operator starts, stops, retries and cleans up attempts. Users may edit this section at any time, also
+    while the job runs."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -29,12 +31,14 @@ class RunPolicySpec(ApiModel):
     `cancel` can't change back to false."""
     max_retries: Annotated[int, Field(ge=0, le=100)] = 3
     """Number of retries after attempts that failed. Attempts that ended because a pod or a node was lost are retried
-    too, and do not count."""
+    too and do not count, except after three such attempts in a row without a new checkpoint."""
     active_deadline_seconds: Seconds | None = None
-    """Most seconds in which pods of the job may run, added up over all attempts. Absent: no limit."""
+    """Most seconds in which pods of the job may run, added up over all attempts. After this time the job ends as
+    failed. Absent: no limit."""
     pending_deadline_seconds: Seconds | None = None
-    """Most seconds that the preflight check may wait for something outside the job, and most seconds from an attempt's
-    admission until all its pods run. Each attempt has its own deadline. Absent: no limit."""
+    """Most seconds that the preflight check may wait for something outside the job. Also most seconds until all pods of
+    an attempt run, counted from the attempt's start or, with a queue, from the time at which the queue admits the
+    attempt. Each attempt has its own deadline. Absent: no limit."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
     """Seconds from the end of the job until its pods and its PyTorchJob are deleted. The FineTuneJob itself stays.
     Absent: pods and PyTorchJob stay until the FineTuneJob is deleted."""

@@ -1,5 +1,5 @@
-"""Makes the structural OpenAPI 3.0 schema of a model, from which the CRD, the API reference and `finetune validate` are
-made.
+"""Makes the structural OpenAPI 3.0 schema of a pydantic model. The CRD and the API reference are generated from the
+schema, and `finetune validate` checks jobs against it.
 
 Pydantic's JSON schema has parts that the API server refuses, such as references, titles, nullable unions, `const` and
 numeric exclusive bounds. This module rewrites such parts. A model that can't be expressed as a structural schema raises
@@ -18,8 +18,8 @@ from finetune_core.api.base import ApiModel
 
 
 class _KubernetesJsonSchema(GenerateJsonSchema):
-    """Generator of JSON schemas in which optional fields are absent instead of null, and a default of None is left
-    out."""
+    """Generates JSON schemas in which no field can be null. An optional field can be absent instead, and a default of
+    None is left out."""
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
@@ -30,13 +30,14 @@ class _KubernetesJsonSchema(GenerateJsonSchema):
         return super().default_schema(schema)
 
     def encode_default(self, dft: Any) -> Any:
-        """Return a section's default with the defaults of all its fields, because the API server checks CEL rules on a
-        default before it fills in nested defaults."""
+        """Return the default ``dft`` as JSON. The default of a section contains the defaults of all its fields, because
+        the API server checks CEL rules on a default before it fills in nested defaults."""
         return dft.to_json() if isinstance(dft, ApiModel) else super().encode_default(dft)
 
 
 def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = ()) -> Any:
-    """Return ``node`` with references inlined, and with everything rewritten that a structural schema forbids."""
+    """Return ``node``, a part of pydantic's JSON schema, as a part of a structural schema. References are replaced by
+    their ``definitions``, and what a structural schema forbids is rewritten or dropped."""
     if isinstance(node, list):
         return [_structural(item, definitions, path) for item in node]
     if not isinstance(node, dict):
@@ -75,7 +76,8 @@ def _structural(node: Any, definitions: dict[str, Any], path: tuple[str, ...] = 
 
 @cache
 def openapi_schema(model: type[ApiModel]) -> dict[str, Any]:
-    """Return the structural schema of ``model``. Raises ValueError where the model can't be expressed as one."""
+    """Return the structural schema of ``model``. Raises ValueError where the model can't be expressed as a structural
+    schema."""
     schema = model.model_json_schema(by_alias=True, mode="validation", schema_generator=_KubernetesJsonSchema)
     result: dict[str, Any] = _structural(schema, schema.get("$defs", {}))
     return result

@@ -68,7 +68,7 @@ class VolumeSource(ApiModel):
 
 
 class ModelSpec(ApiModel):
-    """The base model, a folder with `config.json`, tokenizer files and safetensors: exactly one source is set."""
+    """The base model: a folder with `config.json`, tokenizer files and safetensors. Exactly one source must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("huggingFace", "s3", "volume"))
 
@@ -87,8 +87,8 @@ class ModelSpec(ApiModel):
 
 
 class DataSource(ApiModel):
-    """One data file (`.jsonl`, `.csv` or `.parquet`) or a split on the Hugging Face Hub: exactly one of the members is
-    set."""
+    """One data file (`.jsonl`, `.csv` or `.parquet`), or a split of a data set on the Hugging Face Hub. Exactly one of
+    the fields must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("huggingFace", "s3", "volume"))
 

@@ -21,7 +21,8 @@ _ACCUMULATED = f"(self.training.gradientAccumulationSteps * {_PROCESSES})"
 
 
 def _immutable(section: str, *, optional: bool = False) -> tuple[str, str]:
-    """Return the CEL rule that the field or section ``section`` must not change after creation.
+    """Return a CEL rule and its message: ``section``, the path of a field or a section of the spec, must not change
+    after the job is created.
 
     For an optional field the rule also compares whether the field is set, because the API server skips a plain `self.x
     == oldSelf.x` when `x` is added or removed.
@@ -118,7 +119,7 @@ class FineTuneJobSpec(ApiModel):
     evaluation: EvaluationSpec = EvaluationSpec()
     """When the validation rows are scored, and which checkpoint becomes the artifact."""
     stability: StabilitySpec = StabilitySpec()
-    """What the trainer does when the loss is not finite or explodes, or a step hangs."""
+    """What the trainer does when the loss is not finite or explodes, or when a step hangs."""
     resources: ResourcesSpec = ResourcesSpec()
     """Number of pods, and the GPUs, CPUs and memory of each pod."""
     storage: StorageSpec
@@ -126,6 +127,7 @@ class FineTuneJobSpec(ApiModel):
     tracking: TrackingSpec | None = None
     """Experiment tracker that also gets the metrics."""
     run_policy: RunPolicySpec = RunPolicySpec()
-    """How the operator starts, stops, retries and cleans up attempts. May change at any time."""
+    """How the operator starts, stops, retries and cleans up attempts. Users may edit this section at any time, also
+    while the job runs."""
     pod_template: PodTemplateSpec = PodTemplateSpec()
     """The parts of the training pods that users may set."""

@@ -1,5 +1,5 @@
-"""`status` of a FineTuneJob: what the operator observed. Only the operator writes the status, and nothing in it is an
-instruction."""
+"""`status` of a FineTuneJob: what the operator observed and recorded. Only the operator writes the status. What users
+want stands in `spec`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from finetune_core.api.resources import NODES_LIMIT
 from finetune_core.tasks import SCORE_LIMIT, ScoreName, score_names_text
 
 ATTEMPT_LIMIT = 999
-"""Largest number of an attempt, because names of pods have room for three digits."""
+"""Largest number that an attempt can have, because names of pods have room for three digits."""
 METRIC_LIMIT = 32
-"""Most metrics in the status."""
+"""Most entries in `status.metrics`."""
 HISTORY_LIMIT = 60
-"""Most points of the curves in the status."""
+"""Most points in `status.history`, the curves of loss and perplexity."""
 CHECKPOINT_LIMIT = 100
-"""Most checkpoints in the status; the newest ones stay."""
+"""Most entries in `status.checkpoints`. The newest ones are kept."""
 RECENT_ATTEMPTS_LIMIT = 20
-"""Most ended attempts in the status; the newest ones stay."""
+"""Most ended attempts in `status.attempts.recent`. The newest ones are kept."""
 NOTICE_LIMIT = 8
-"""Most notices in the status; the newest ones stay."""
+"""Most sentences in `status.notices`. The newest ones are kept."""
 INCIDENT_LIMIT = 20
-"""Most incidents in the status; the newest ones stay."""
+"""Most entries in `status.incidents`. The newest ones are kept."""
 MOST_HOLDERS = 2 * NODES_LIMIT
-"""Most pods that can hold GPUs at the same time: all pods of one attempt, and those of the attempt before that still
-terminate."""
+"""Most pods that can hold GPUs at the same time: all pods of one attempt, and all pods of the attempt before, which may
+still be terminating."""
 
 Decimal = Annotated[str, Field(max_length=32)]
 """A decimal number as a string, because the API conventions forbid floats."""
@@ -63,15 +63,15 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class StatusModel(ApiModel):
-    """A part of the status. Unknown fields are dropped, so that an older operator after a rollback can read the status
-    that a newer operator wrote."""
+    """The base class of all parts of the status. Unknown fields are dropped, so that an operator that was set back to
+    an older version can read the status that the newer version wrote."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class PodRecord(StatusModel):
-    """The first pod that was seen with a replica index. A pod with another uid under the same index means that the
-    first pod was replaced."""
+    """The first pod that the operator saw with a given replica index in an attempt. A pod with another uid under the
+    same index means that the first pod was replaced."""
 
     index: Count
     """Replica index of the pod in the PyTorchJob, from 0 on."""
@@ -84,8 +84,8 @@ class PodRecord(StatusModel):
 
 
 class AttemptCause(StatusModel):
-    """Why the current attempt is about to end. The cause is recorded when it is first seen, before the pods that prove
-    it are deleted."""
+    """Why the current attempt is about to end. The operator records the cause when it first sees the cause, because the
+    pods that show the cause may be deleted before the attempt has ended."""
 
     verdict: Annotated[str, Field(max_length=32)]
     """How the end counts: Succeeded, Permanent (no retry), Charged (counts against `runPolicy.maxRetries`) or Free
@@ -107,9 +107,10 @@ class CurrentAttempt(StatusModel):
     """Time at which the attempt was admitted: its start, or the time at which its queue resumed the PyTorchJob. Absent
     while a queue holds the attempt."""
     running_time: datetime | None = None
-    """Time at which all pods of the attempt first ran after the admission. Absent until then."""
+    """Time, after the admission, at which the operator first saw that all pods of the attempt run or have run. Absent
+    until then."""
     pods: Annotated[list[PodRecord], Field(max_length=NODES_LIMIT, json_schema_extra=ATOMIC)] = []
-    """The first pod that was seen with each replica index."""
+    """For each replica index, the first pod that the operator saw with this index."""
     cause: AttemptCause | None = None
     """Why the attempt is about to end. Absent while the attempt goes on."""
 
@@ -144,7 +145,8 @@ class AttemptsStatus(StatusModel):
     recent: Annotated[list[PastAttempt], Field(max_length=RECENT_ATTEMPTS_LIMIT, json_schema_extra=ATOMIC)] = []
     """The newest ended attempts, oldest first."""
     next_start_time: datetime | None = None
-    """Earliest time at which the next attempt starts, while the back-off after an attempt lasts."""
+    """Earliest time at which the next attempt may start. The pause after the end of an attempt (back-off) lasts until
+    then."""
 
 
 class PreflightStatus(StatusModel):
@@ -154,7 +156,7 @@ class PreflightStatus(StatusModel):
     """Time at which the check was started, or started again after a suspension. `runPolicy.pendingDeadlineSeconds` is
     measured from this time."""
     tries: Count = 0
-    """Number of tries that have ended."""
+    """Number of ended tries of the check."""
     verdict: Annotated[str, Field(max_length=32)] = ""
     """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is
     missing). Empty before the first result."""
@@ -165,10 +167,10 @@ class PreflightStatus(StatusModel):
 
 
 class ProgressStatus(StatusModel):
-    """How far the training is."""
+    """How far the training has come."""
 
     step: Count = 0
-    """Number of global batches that are consumed, one per optimizer step."""
+    """Number of global batches that the training has gone through, one for each optimizer step."""
     total_steps: Count = 0
     """Number of global batches of the whole training."""
     epoch: Decimal = "0"
@@ -178,9 +180,11 @@ class ProgressStatus(StatusModel):
     eta_seconds: Count | None = None
     """Estimated seconds until the last step."""
     tokens_per_second: Decimal | None = None
-    """Tokens of prompts and completions (without padding) per second, over all processes."""
+    """Recent training speed: tokens of prompts and completions (without padding) per second, summed over all
+    processes."""
     mfu: Decimal | None = None
-    """Model FLOPs utilisation, from 0 to 1: the share of the GPUs' peak that the model's own arithmetic takes."""
+    """Model FLOPs utilisation of the newest step, from 0 to 1: the share of the GPUs' peak that the model's own
+    arithmetic takes."""
     checkpoint_age_seconds: Count | None = None
     """Seconds from the newest committed checkpoint of this run (without one: from the run's start) to the last report.
     A lost pod would cost this much training."""
@@ -196,11 +200,11 @@ class MetricValue(StatusModel):
     value: Decimal
     """Newest value of the metric."""
     step: Count
-    """Optimizer step that the value belongs to."""
+    """Newest optimizer step at the time when the value was reported."""
 
 
 class HistoryPoint(StatusModel):
-    """A point of the curves over the steps."""
+    """Training loss and validation perplexity at one optimizer step."""
 
     step: Count
     """Optimizer step of the point."""
@@ -214,7 +218,7 @@ class CheckpointStatus(StatusModel):
     """A committed checkpoint in the bucket."""
 
     run: Annotated[int, Field(ge=1)]
-    """Number of the run that wrote the checkpoint. Every start of the trainer and every rollback takes the next
+    """Number of the run that wrote the checkpoint. Every start of the trainer and every rollback takes the next run
     number."""
     step: Count
     """Optimizer step that the checkpoint holds."""
@@ -225,29 +229,30 @@ class CheckpointStatus(StatusModel):
     manifest_sha256: Digest
     """sha256 of the checkpoint's manifest.json."""
     perplexity: Decimal | None = None
-    """Validation perplexity at this step."""
+    """Validation perplexity at this step. Absent where no evaluation followed the step."""
     task_score: Decimal | None = None
-    """Main score of `dataset.task` at this step, from 0 to 1. Absent where checkpoints are not compared by it."""
+    """Main score of `dataset.task` at this step, from 0 to 1. Absent where `evaluation.bestBy` compares checkpoints by
+    perplexity."""
     time: datetime
     """Time at which the checkpoint was committed."""
     last: bool = False
-    """true for the newest whole checkpoint."""
+    """true for the newest checkpoint that is not damaged."""
     best: bool = False
-    """true for the best whole checkpoint by `evaluation.bestBy`."""
+    """true for the best checkpoint, by `evaluation.bestBy`, that is not damaged."""
     damaged: Annotated[str, Field(max_length=256)] = ""
     """Why the trainer can't resume from the checkpoint: the object, and how it differs from the manifest. Empty when no
     damage is known."""
 
 
 class PlanStatus(StatusModel):
-    """Values that were chosen where the spec leaves them open."""
+    """Values that the operator chose where the spec leaves them open."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     """ZeRO stage of DeepSpeed."""
     processes: Annotated[int, Field(ge=1)]
     """Number of training processes over all pods."""
     micro_batch_size: Annotated[int, Field(ge=1)]
-    """Examples that one process computes at once."""
+    """Examples (with `dataset.packing`: sequences) that one process computes at once."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)]
     """Micro-batches per optimizer step."""
     gpu_memory_bytes: Count | None = None
@@ -261,7 +266,8 @@ class NamedScore(StatusModel):
 
     name: Annotated[ScoreName, Field(description=score_names_text())]
     value: Decimal
-    """Mean over the graded answers, from 0 to 1; the share of right answers where an answer is right or wrong."""
+    """Mean of the score over the graded answers, from 0 to 1. For a score that is only right or wrong this is the share
+    of right answers."""
 
 
 class Scores(StatusModel):
@@ -270,7 +276,8 @@ class Scores(StatusModel):
     perplexity: Decimal | None = None
     """Perplexity over supervised tokens: exp of their mean loss. Lower is better."""
     all_token_perplexity: Decimal | None = None
-    """Perplexity over the tokens of prompts and completions, as in Anyscale's study."""
+    """Perplexity over all tokens of prompts and completions, as Anyscale's study of LoRA (September 2023) reports
+    it."""
     task_score: Decimal | None = None
     """Main score of `dataset.task`, from 0 to 1: the mean over the graded answers."""
     scores: Annotated[list[NamedScore], Field(max_length=SCORE_LIMIT, json_schema_extra=ATOMIC)] = []
@@ -298,13 +305,13 @@ class IncidentStatus(StatusModel):
     """A training step whose loss or gradient norm was not finite or far too high, and what the trainer did."""
 
     step: Count
-    """Optimizer step at which the stability monitor raised the incident."""
+    """Optimizer step at which the stability monitor noticed the incident."""
     kind: Annotated[str, Field(max_length=32)]
-    """NonFiniteLoss, NonFiniteGradient, LossSpike, GradientSpike, LossDrift or LossAboveStart."""
+    """Kind of the incident: NonFiniteLoss, NonFiniteGradient, LossSpike, GradientSpike, LossDrift or LossAboveStart."""
     value: Annotated[str, Field(max_length=32)]
     """Measured value, for example `"8.31"` or `"nan"`."""
     threshold: Annotated[str, Field(max_length=32)]
-    """Value that the measured value had to stay below."""
+    """Largest value that would not have been an incident."""
     action: Annotated[str, Field(max_length=32)]
     """What the trainer did: Record, RollBack or Fail."""
     message: Message = ""
@@ -314,7 +321,8 @@ class UsageStatus(StatusModel):
     """GPU time and running time that the job has used."""
 
     gpu_seconds: Count = 0
-    """GPUs times seconds for which pods held the GPUs, over all attempts, counted until `lastUpdateTime`."""
+    """GPU seconds until `lastUpdateTime`, over all attempts: for each pod, its number of GPUs times the seconds for
+    which it held them."""
     active_seconds: Count = 0
     """Seconds in which at least one pod ran, over all attempts. `runPolicy.activeDeadlineSeconds` limits this
     number."""
@@ -323,10 +331,10 @@ class UsageStatus(StatusModel):
     holders: Annotated[
         list[Annotated[str, Field(max_length=64)]], Field(max_length=MOST_HOLDERS, json_schema_extra=ATOMIC)
     ] = []
-    """uids of the pods that had a node at `lastUpdateTime`. The operator counts their time after `lastUpdateTime` even
-    when the pods are deleted in between."""
+    """uids of the pods that had a node and had not ended at `lastUpdateTime`. The operator counts the time of these
+    pods after `lastUpdateTime` even when they are deleted in between."""
     running: bool = False
-    """Whether at least one of the pods in `holders` was running at `lastUpdateTime`."""
+    """Whether at least one of the pods in `holders` ran at `lastUpdateTime`."""
 
 
 class ArtifactStatus(StatusModel):
@@ -346,7 +354,7 @@ class ChildStatus(StatusModel):
     """The PyTorchJob of the current attempt."""
 
     kind: Annotated[str, Field(max_length=64)]
-    """Kind of the object, PyTorchJob."""
+    """Kind of the child object: PyTorchJob."""
     name: Annotated[str, Field(max_length=63)]
     """`metadata.name` of the PyTorchJob."""
     uid: Annotated[str, Field(max_length=64)] = ""
@@ -372,20 +380,20 @@ class FineTuneJobStatus(StatusModel):
     completion_time: datetime | None = None
     """Time at which the job ended."""
     progress: ProgressStatus | None = None
-    """How far the training is."""
+    """How far the training has come."""
     metrics: Annotated[list[MetricValue], Field(max_length=METRIC_LIMIT, json_schema_extra=ATOMIC)] = []
     """Newest value of each metric."""
     history: Annotated[list[HistoryPoint], Field(max_length=HISTORY_LIMIT, json_schema_extra=ATOMIC)] = []
     """Training loss and validation perplexity over the steps. Points are thinned out as the training goes on."""
     checkpoints: Annotated[list[CheckpointStatus], Field(max_length=CHECKPOINT_LIMIT, json_schema_extra=ATOMIC)] = []
-    """Committed checkpoints in the bucket, oldest first."""
+    """Committed checkpoints in the bucket, oldest first. Where there are more than 100, only the newest 100."""
     notices: Annotated[list[Text], Field(max_length=NOTICE_LIMIT, json_schema_extra=ATOMIC)] = []
     """Messages of the trainer that are not failures, oldest first, for example rows that were left out or a checkpoint
     that could not be resumed from."""
     plan: PlanStatus | None = None
     """Values that were chosen where the spec leaves them open."""
     incidents: Annotated[list[IncidentStatus], Field(max_length=INCIDENT_LIMIT, json_schema_extra=ATOMIC)] = []
-    """Steps at which the stability monitor raised an incident, oldest first. The newest ones stay."""
+    """Training steps whose loss or gradient norm was not finite or far too high, oldest first. The newest ones stay."""
     evaluation: EvaluationStatus | None = None
     """Scores of the base model and of the tuned model on the same rows."""
     artifact: ArtifactStatus | None = None
@@ -393,4 +401,4 @@ class FineTuneJobStatus(StatusModel):
     usage: UsageStatus | None = None
     """GPU time and running time that the job has used."""
     child: ChildStatus | None = None
-    """The PyTorchJob of the current attempt."""
+    """The child object of the current attempt: its PyTorchJob."""

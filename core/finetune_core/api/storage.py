@@ -9,9 +9,9 @@ from pydantic import ConfigDict, Field
 from finetune_core.api.base import ApiModel, ObjectName, S3Uri, SecretKey, at_most_one_of, exactly_one_of
 
 Addressing = Literal["Path", "VirtualHosted"]
-"""Place of the bucket's name in a request to the object store."""
+"""Where the bucket's name stands in a request to the object store: in the path, or in the host name."""
 Export = Literal["Adapter", "Merged", "Both"]
-"""Form of a LoRA run's artifact: the adapter, the merged model, or both."""
+"""Form of the artifact of a LoRA job: the adapter, the merged model, or both."""
 
 
 class CredentialsSecretRef(ApiModel):
@@ -58,7 +58,7 @@ class KmsKey(ApiModel):
 
 
 class EncryptionSpec(ApiModel):
-    """Server-side encryption of every object that the job writes: exactly one of the members is set."""
+    """Server-side encryption of every object that the job writes. Exactly one of the fields must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("sseS3", "kms"))
 
@@ -91,8 +91,8 @@ class StorageSpec(ApiModel):
     encryption: EncryptionSpec | None = None
     """Server-side encryption that is requested for every object. Absent: the bucket's default encryption."""
     run_id: Annotated[str, Field(max_length=63, pattern=r"^[a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?$")] | None = None
-    """Name of the run's folder in the bucket. Absent: the job's uid. A new job with the same name, namespace and runId
-    resumes from the newest checkpoint, or takes over the artifact that is already there."""
+    """Name of the folder in the bucket that holds all runs of the job. Absent: the job's uid. A new job with the same
+    name, namespace and runId resumes from the newest checkpoint, or takes over the artifact that is already there."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """How often checkpoints are committed, and how many of them are kept."""
     artifact: Export | None = None

@@ -11,7 +11,7 @@ from finetune_core.api.sources import SecretKeyRef
 
 
 class TensorBoardSpec(ApiModel):
-    """TensorBoard event files below the run's folder in the bucket."""
+    """TensorBoard event files in the job's folder in the bucket."""
 
 
 class MLflowSpec(ApiModel):
@@ -39,13 +39,13 @@ class WeightsAndBiasesSpec(ApiModel):
 
 
 class TrackingSpec(ApiModel):
-    """Experiment tracker that gets the metrics in addition to the status: exactly one of the members is set. A failing
-    tracker never stops the training."""
+    """Experiment tracker that gets the metrics in addition to the status. Exactly one of the fields must be set. A
+    failing tracker never stops the training."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("tensorBoard", "mlflow", "weightsAndBiases"))
 
     tensor_board: TensorBoardSpec | None = None
-    """TensorBoard event files below the run's folder in the bucket."""
+    """TensorBoard event files in the job's folder in the bucket."""
     mlflow: MLflowSpec | None = None
     """A run on an MLflow tracking server."""
     weights_and_biases: WeightsAndBiasesSpec | None = None

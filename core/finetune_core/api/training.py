@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from finetune_core.api.base import QUANTITY_LENGTH, ApiModel, DecimalString, cel, exactly_one_of, int_or_string, join
 
 Schedule = Literal["Linear", "Cosine", "Constant"]
-"""Shape of the learning rate after the warm-up."""
+"""Course of the learning rate after the warm-up."""
 Precision = Literal["bf16", "fp32"]
 """Number format of the computation."""
 StabilityAction = Literal["Record", "RollBack", "Fail"]
@@ -41,7 +41,8 @@ class TrainingSpec(ApiModel):
     )
 
     learning_rate: DecimalString | None = None
-    """Peak learning rate. Absent: 1e-4 with LoRA, 5e-6 with Full, the rates of the study that the project repeats."""
+    """Peak learning rate. Absent: 1e-4 with LoRA and 5e-6 with Full, as in Anyscale's study of LoRA (September
+    2023)."""
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Passes over the training rows."""
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
@@ -55,8 +56,8 @@ class TrainingSpec(ApiModel):
     """Micro-batches per optimizer step. Absent: as many as the global batch needs. When set, this number times
     `microBatchSize` times the number of processes must equal `globalBatchSize`."""
     schedule: Schedule = "Linear"
-    """Shape of the learning rate after the warm-up: falls to zero in a straight line, falls to zero in a half cosine,
-    or stays constant."""
+    """Course of the learning rate after the warm-up: Linear falls to zero in a straight line, Cosine falls to zero in a
+    half cosine, Constant stays at the peak."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Steps in which the learning rate rises from zero to its peak in a straight line."""
     weight_decay: DecimalString = "0"

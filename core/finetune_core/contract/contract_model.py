@@ -1,7 +1,7 @@
-"""The base models and the version of everything that operator and trainer send each other.
+"""The base classes of all messages between operator and trainer, and the version number of these messages.
 
-A trainer refuses a run file of another version with exit code 64. An operator counts a report of another version as
-malformed. No message contains a secret.
+Where the run file has another version, the trainer ends with exit code 64. Where a report has another version, the
+operator counts it as malformed. No message contains a secret.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from pydantic.alias_generators import to_camel
 
 CONTRACT_VERSION: Literal[1] = 1
 RESULT_LIMIT_BYTES = 1024
-"""Largest termination message in bytes, because the kubelet shares 12 KiB among all containers of a pod."""
+"""Most bytes of a termination message. The limit is small because the kubelet shares 12 KiB among all containers of a
+pod."""
 
 
 class ContractModel(BaseModel):
-    """Base of all messages: camelCase keys, immutable objects, and no unknown fields, NaN or infinity."""
+    """The base class of all messages: keys are camelCase and objects are immutable. Unknown fields, NaN and infinity
+    are refused."""
 
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, allow_inf_nan=False
@@ -29,12 +31,13 @@ class ContractModel(BaseModel):
 
 
 class TerminationMessage(ContractModel):
-    """A message that a container leaves in its termination log, from where the kubelet copies it into the pod's
+    """A message that a container writes into its termination log. The kubelet copies the message into the pod's
     status."""
 
     @property
     def excess_bytes(self) -> int:
-        """Number of bytes by which the JSON text exceeds the limit; at most 0 when the text fits."""
+        """Number of bytes by which the JSON text is longer than `RESULT_LIMIT_BYTES`. 0 or negative where the text
+        fits."""
         return len(self.to_json().encode()) - RESULT_LIMIT_BYTES
 
     @classmethod

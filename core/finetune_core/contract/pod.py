@@ -1,6 +1,6 @@
 """Environment variables and file paths that a training pod gets from the operator, in addition to the run file.
 
-The operator's `objects/` sets and mounts them, and the trainer reads them when a pod starts.
+The operator's `objects/` sets the variables and mounts the files, and the trainer reads both when a pod starts.
 """
 
 from __future__ import annotations
@@ -17,30 +17,33 @@ from finetune_core.errors import UserError
 RUN_FOLDER = "/etc/finetune"
 RUN_FILE = f"{RUN_FOLDER}/run.json"
 CA_FILE = f"{RUN_FOLDER}/ca.crt"
-"""CA certificates of the operator's report server, a key of the attempt's ConfigMap."""
+"""Path of the CA certificates that the trainer needs to trust the operator's report server. The file is a key of the
+attempt's ConfigMap."""
 ACCESS_KEY_ID = "AWS_ACCESS_KEY_ID"
 SECRET_ACCESS_KEY = "AWS_SECRET_ACCESS_KEY"  # noqa: S105  (the name of a variable)
 SESSION_TOKEN = "AWS_SESSION_TOKEN"  # noqa: S105  (the name of a variable)
-"""Keys of the job's credentials Secret, names of the mounted files, and environment variables of the AWS SDKs."""
+"""Each of these three names is a key of the job's credentials Secret, the name of a mounted file, and an environment
+variable of the AWS SDKs."""
 CREDENTIALS_FOLDER = "/var/run/secrets/finetune.dev/storage"
 """Folder with the files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN from the job's
 Secret."""
 STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
-"""CA certificates of the object store, from `storage.caConfigMapRef`. Without the file the image's certificates are
-used."""
+"""Path of the object store's CA certificates, from `storage.caConfigMapRef`. Where the file does not exist, the CA
+certificates in the image are used."""
 HUB_DATA_TOKENS_FOLDER = "/var/run/secrets/finetune.dev/hub-data"
-"""Folder with Hugging Face tokens for gated data sets. Each file is named after the field of its source, for example
-`dataset.train`."""
+"""Folder with the Hugging Face tokens for gated data sets. Each file is named after the source that needs the token,
+for example `dataset.train`."""
 HUB_TOKEN_FILE = "/var/run/secrets/finetune.dev/hub/token"  # noqa: S105  (a path)
-"""Hugging Face token for a gated base model."""
+"""Path of the Hugging Face token for a gated base model."""
 TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path)
-"""Projected service-account token that authenticates reports. The kubelet renews the file."""
+"""Path of the projected service-account token that authenticates a pod's reports. The kubelet renews the token."""
 TERMINATION_LOG = "/dev/termination-log"
 """File whose content the kubelet copies into the pod's status when the container ends."""
 SCRATCH_FOLDER = "/scratch"
-"""Writable emptyDir of the pod, used for HOME, downloads and snapshots."""
+"""Path at which a writable emptyDir is mounted. HOME, downloads and snapshots lie there."""
 VOLUMES_FOLDER = "/var/run/finetune/volumes"
-"""A PersistentVolumeClaim that holds the model or data is mounted read-only at `<folder>/<name of the claim>`."""
+"""Folder below which PersistentVolumeClaims with the model or data are mounted, read-only, each at `<this folder>/<name
+of the claim>`."""
 
 
 class Identity(ContractModel):
@@ -56,7 +59,7 @@ class Identity(ContractModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Identity:
-        """Read the identity. Raises UserError with the name of a missing or malformed variable."""
+        """Read the identity from ``environment``. Raises UserError with the name of a missing or malformed variable."""
         values: dict[str, str] = {}
         for field, variable in IDENTITY_VARIABLES.items():
             value = environment.get(variable)
@@ -78,7 +81,7 @@ IDENTITY_VARIABLES: Mapping[str, str] = {
     "pod_uid": "FTJ_POD_UID",
     "node_rank": "PET_NODE_RANK",
 }
-"""Environment variable of each field of `Identity`."""
+"""For each field of `Identity`, the name of the environment variable that holds its value."""
 MASTER_ADDR_VARIABLE = "PET_MASTER_ADDR"
 MASTER_PORT_VARIABLE = "PET_MASTER_PORT"
 MASTER_PORT = 23456

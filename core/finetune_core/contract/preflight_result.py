@@ -22,7 +22,7 @@ PREFLIGHT_SECONDS = 120
 """Most seconds that all checks may take together, measured from the start of the program."""
 
 FINDING_LIMIT = 2048
-"""Longest message of a finding in characters."""
+"""Most characters of a finding's message."""
 
 
 class FindingKind(StrEnum):
@@ -63,8 +63,8 @@ class PreflightResult(TerminationMessage):
 
     @property
     def sentence(self) -> str:
-        """The findings in one line. If there are final findings, the line contains only them, because the job fails
-        whatever becomes of the others."""
+        """The findings in one line. If there are final findings, the line contains only these, because they decide that
+        the job fails."""
         decisive = [finding for finding in self.findings if finding.kind is FindingKind.FINAL] or self.findings
         return "; ".join(finding.message for finding in decisive)
 
@@ -80,19 +80,21 @@ class PreflightResult(TerminationMessage):
 
 
 def _shorter(result: PreflightResult) -> PreflightResult:
-    """Return ``result`` with slightly less content. Repeated calls end with an empty message, which always fits."""
+    """Return ``result`` without its last notice, else without its last finding, else with a shorter message. Repeated
+    calls end with an empty message, which always fits."""
     if result.notices:
         return result.model_copy(update={"notices": result.notices[:-1]})
     *others, last = result.findings
     if others:
         return result.model_copy(update={"findings": others})
-    # A character takes at most 6 bytes in JSON (\u0000), and the ellipsis takes three.
+    # The cut assumes 6 bytes of JSON for each character, the most that one character takes (\u0000). So it may be too
+    # small, and the next call then cuts more. The ellipsis takes three bytes.
     kept = last.message.removesuffix("…")[: -(result.excess_bytes // 6 + 4)]
     return result.model_copy(update={"findings": [last.model_copy(update={"message": f"{kept}…" if kept else ""})]})
 
 
 def ordered(findings: Sequence[Finding]) -> list[Finding]:
-    """Return the findings in the order of a result: each message once, final findings first."""
+    """Return ``findings`` as `PreflightResult.findings` lists them: final findings first, and no message twice."""
     first: dict[str, Finding] = {}
     for finding in sorted(findings, key=lambda finding: finding.kind is not FindingKind.FINAL):
         first.setdefault(finding.message, finding)

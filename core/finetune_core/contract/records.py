@@ -1,4 +1,5 @@
-"""Parts of reports and results: checkpoints, the artifact, scores, incidents and points of the curves."""
+"""The models that reports and results are made of: checkpoints, the artifact, scores, incidents and points of the
+curves."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ class CheckpointRecord(ContractModel):
     task_score: float | None = None
     time: datetime
     damaged: Annotated[str, Field(max_length=256)] = ""
-    """Name of a damaged object and how it differs from the manifest, where the trainer tried to resume from the
-    checkpoint and could not. Empty otherwise."""
+    """Name of a damaged object of the checkpoint, and how the object differs from the manifest. Set where the trainer
+    found the damage when it tried to resume. Empty where no damage is known."""
 
 
 class CheckpointName(ContractModel):
-    """Names a checkpoint by the run that wrote it and the optimizer step that it holds."""
+    """The name of a checkpoint: the number of the run that wrote it, and its optimizer step."""
 
     run: Annotated[int, Field(ge=1)]
     step: Annotated[int, Field(ge=0)]
@@ -53,15 +54,17 @@ class ScoreRecord(ContractModel):
     """Scores of one model on the rows of an evaluation set."""
 
     perplexity: Annotated[float, Field(ge=0)]
-    """exp of the mean negative log-likelihood (nats) over all supervised tokens, which are those of the answers."""
+    """exp of the mean loss (in nats) over all supervised tokens. These are the tokens that training takes the loss on,
+    such as the answers."""
     all_token_perplexity: Annotated[float, Field(ge=0)] | None = None
-    """Perplexity over the tokens of prompts and answers, as Anyscale's study of LoRA (September 2023) reports it."""
+    """Perplexity over all tokens of prompts and answers, as Anyscale's study of LoRA (September 2023) reports it."""
     task_score: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Mean of the task's main score over the graded answers; for True and False the share of right answers."""
+    """Mean of the task's main score over the graded answers. For a score that is only right or wrong this is the share
+    of right answers. None where no answers were graded."""
     scores: Annotated[dict[ScoreName, float], Field(max_length=SCORE_LIMIT)] = {}
-    """Mean of every score of the task over the graded answers, by the score's name, for example ``{"exact": 0.9}``."""
+    """For each score of the task, by name, its mean over the graded answers, for example ``{"exact": 0.9}``."""
     graded: Annotated[int, Field(ge=0)] = 0
-    """Number of graded answers; an answer is not graded where the row's own reference answer can't be used."""
+    """Number of graded answers. An answer is not graded where the row's own reference answer can't be used."""
 
     def rounded(self) -> ScoreRecord:
         """Return the record with all scores rounded to six significant digits."""
@@ -78,14 +81,16 @@ class EvaluationRecord(ContractModel):
 
     rows: ScoredRows
     examples: Annotated[int, Field(ge=0)]
-    """Number of rows in the evaluation set. `graded` of a score says for how many of them an answer was graded."""
+    """Number of rows in the evaluation set. The number of graded answers may be smaller: it is `graded` of `base` and
+    `tuned`."""
     base: ScoreRecord | None = None
     tuned: ScoreRecord | None = None
     tuned_step: Annotated[int, Field(ge=0)] | None = None
     """Optimizer step of the exported checkpoint, whose scores `tuned` holds."""
 
     def rounded(self) -> EvaluationRecord:
-        """Return the record with six significant digits, because a termination message has no room for more."""
+        """Return the record with all scores rounded to six significant digits, because a termination message has no
+        room for more."""
         base, tuned = (record.rounded() if record is not None else None for record in (self.base, self.tuned))
         return self.model_copy(update={"base": base, "tuned": tuned})
 
@@ -94,13 +99,13 @@ class Incident(ContractModel):
     """A step whose loss or gradient norm was not finite or far too high, and what the trainer did."""
 
     step: Annotated[int, Field(ge=0)]
-    """Optimizer step at which the stability monitor raised the incident."""
+    """Optimizer step at which the stability monitor noticed the incident."""
     kind: Annotated[str, Field(max_length=32)]
     """Kind of the incident, for example NonFiniteLoss, NonFiniteGradient or LossSpike."""
     value: Annotated[str, Field(max_length=32)]
     """Measured value as text, because it may be infinite."""
     threshold: Annotated[str, Field(max_length=32)]
-    """Value that the measured value had to stay below."""
+    """Largest value that would not have been an incident, as text because it may be infinite."""
     action: StabilityAction
     message: Annotated[str, Field(max_length=512)]
 

@@ -1,5 +1,8 @@
-"""Reports: the JSON that rank 0 posts to the operator's report server while it trains, and the server's paths and token
-audience."""
+"""Reports: the JSON that rank 0 posts to the operator's report server while it trains.
+
+The module also defines the path to which a report is posted, and the audience of the token that authenticates the
+report.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from finetune_core.contract.records import CheckpointName, CheckpointRecord, Cur
 from finetune_core.contract.result import Result
 
 REPORT_LIMIT_BYTES = 65536
-"""Largest report in bytes that the report server accepts."""
+"""Most bytes of a report that the report server accepts."""
 
 
 class Phase(StrEnum):
@@ -30,41 +33,46 @@ class Phase(StrEnum):
 
 
 class Report(ContractModel):
-    """What rank 0 posts every few seconds. A report contains the whole state, so that a lost report loses nothing."""
+    """What rank 0 posts to the operator every few seconds. Each report contains the whole state, so that a lost report
+    loses nothing."""
 
     version: Literal[1] = CONTRACT_VERSION
     run: Annotated[int, Field(ge=0)]
-    """Run number in the bucket. 0 until the trainer has taken a run number."""
+    """Number of the run. 0 until the trainer has taken a run number in the bucket."""
     pod_uid: Annotated[str, Field(max_length=64)]
     phase: Phase
     ranks: Annotated[int, Field(ge=1)]
-    """Number of ranks that joined. The number is always the world size, because rank 0 reports only after the
-    rendezvous."""
+    """Number of ranks that have joined. The number is always the world size, because rank 0 sends its first report only
+    after all ranks have joined."""
     step: Annotated[int, Field(ge=0)]
     total_steps: Annotated[int, Field(ge=0)]
     epoch: Annotated[float, Field(ge=0)]
     eta_seconds: Annotated[int, Field(ge=0)] | None = None
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
-    """Tokens of prompts and completions (without padding) per second, over all ranks."""
+    """Recent training speed: tokens of prompts and completions (without padding) per second, summed over all ranks."""
     mfu: Annotated[float, Field(ge=0)] | None = None
-    """Model FLOPs utilisation from 0 to 1. None where the device's peak is not known."""
+    """Model FLOPs utilisation of the newest step, from 0 to 1. None where the peak FLOP/s of the device are not
+    known."""
     metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=METRIC_LIMIT)]
-    """Newest value of each metric: loss, perplexity, learningRate, gradientNorm, and the others that the trainer's
+    """Newest value of each metric: loss, perplexity, learningRate, gradientNorm, and further metrics that the trainer's
     `reporting/progress.py` adds."""
     resumed_from_step: Annotated[int, Field(ge=0)] = 0
     """Last optimizer step that this run takes over from earlier runs; 0 for a new training. The operator drops the
     earlier runs' points after this step from the curves, because this run computes those steps again."""
     history: Annotated[list[CurvePoint], Field(max_length=HISTORY_LIMIT)]
     checkpoints: Annotated[list[CheckpointRecord], Field(max_length=CHECKPOINT_LIMIT)]
-    """All committed checkpoints in the bucket, oldest first."""
+    """The committed checkpoints in the bucket, oldest first. Where there are too many for a report, only the newest
+    ones."""
     checkpoint_age_seconds: Annotated[int, Field(ge=0)] | None = None
-    """Seconds since the newest commit of this run, or since its first step where nothing is committed yet. A lost pod
-    would cost this much training."""
+    """Seconds since the newest commit of a checkpoint of this run. Before the first commit, seconds since the trainer
+    prepared to save checkpoints, which it does before the first step. At most this much training would be lost with a
+    pod."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
-    """Why no checkpoint was committed for longer than the job asks for. Empty when checkpoints are committed in
-    time."""
+    """What is wrong with saving: why the newest checkpoint is older than the job asks for, or why old checkpoints can't
+    be deleted. Empty where nothing is wrong."""
     best: CheckpointName | None = None
-    """The best checkpoint by `evaluation.bestBy`, among the checkpoints that this run descends from or has written."""
+    """The best checkpoint by `evaluation.bestBy`, of the checkpoints that led to the current weights. None where none
+    of them was scored."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=NOTICE_LIMIT)] = []
     """Sentences for people that are not failures, for example about rows that were skipped."""
     evaluation: EvaluationRecord | None = None
@@ -74,11 +82,11 @@ class Report(ContractModel):
 
 
 def report_audience(job_uid: str) -> str:
-    """Return the audience of the projected service-account token. Each job has its own audience, so that a token
-    authenticates reports of its own job only."""
+    """Return the audience of the service-account token that authenticates reports. Each job has an audience of its own,
+    so that the token of one job is not accepted for another job."""
     return f"finetune.dev/{job_uid}"
 
 
 def report_path(namespace: str, name: str, attempt: int) -> str:
-    """Return the path of the report server that rank 0 posts to."""
+    """Return the URL path to which rank 0 posts its reports on the operator's report server."""
     return f"/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/{attempt}/report"

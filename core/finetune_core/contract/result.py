@@ -1,4 +1,5 @@
-"""How an attempt ends: the exit code of every pod, the outcome, and the result in the pod's termination message."""
+"""How an attempt ends: the exit code of a training pod, the outcome, and the result in the pod's termination
+message."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from finetune_core.contract.records import ArtifactRecord, EvaluationRecord
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the trainer's PID 1. The operator takes any other code for a crash."""
+    """Exit codes of the trainer's PID 1. The operator takes any other exit code for a crash."""
 
     DONE = 0
     """The training is complete or stopped early, and the artifact is committed."""
@@ -50,11 +51,12 @@ EXIT_CODES: Mapping[Outcome, int] = {
     Outcome.STOPPED: ExitCode.STOPPED,
     Outcome.CRASHED: 1,
 }
-"""Exit code of each outcome."""
+"""The exit code that belongs to each outcome."""
 
 
 class Result(TerminationMessage):
-    """How an attempt ended: the termination message of every pod, and a part of the final report."""
+    """How an attempt ended. Each pod writes its result as its termination message, and rank 0 also sends its result in
+    the final report."""
 
     version: Literal[1] = CONTRACT_VERSION
     outcome: Outcome
@@ -66,21 +68,21 @@ class Result(TerminationMessage):
 
     @property
     def exit_code(self) -> int:
-        """Exit code of PID 1."""
+        """Exit code of the pod's PID 1, which follows from the outcome."""
         return int(EXIT_CODES[self.outcome])
 
     def to_termination_message(self) -> str:
         """Return the result as JSON of at most 1,024 bytes.
 
-        The message is shortened first. Then the checkpoint's address and the scores are left out, because the final
-        report has them too.
+        Where the JSON is too long, the message is shortened first. Then the checkpoint's address and the scores are
+        left out, because the final report has them too.
         """
         text = self.to_json()
         excess = len(text.encode()) - RESULT_LIMIT_BYTES
         message = self.message
         while excess > 0 and message:
-            # A character takes at least 1 and at most 6 bytes in JSON (\u0000), so the loop removes enough characters
-            # in a few rounds.
+            # Each round cuts as many characters as the excess needs if one character takes 6 bytes in JSON (\u0000),
+            # the most that it can take. It takes at least 1 byte, so a few rounds are enough.
             message = message[: -max(1, excess // 6 + 1)]
             text = self.model_copy(update={"message": message + "…"}).to_json()
             excess = len(text.encode()) - RESULT_LIMIT_BYTES

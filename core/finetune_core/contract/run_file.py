@@ -1,7 +1,7 @@
 """The run file: all settings of an attempt, with every default resolved and without secrets.
 
-`resolve.py` builds it, the operator stores it in the attempt's ConfigMap, and the trainer reads no other part of the
-job.
+`resolve.py` makes the run file, and the operator stores it in the attempt's ConfigMap. Of the job the trainer reads
+nothing else.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class OptimizationConfig(ContractModel):
     offload_parameters: bool = False
     """Whether parameters that are not in use lie in the node's memory instead of the GPU's. Only with ZeRO stage 3."""
     overrides: str | None = None
-    """A JSON object that is merged into DeepSpeed's configuration last."""
+    """A JSON object, as text, that is merged into DeepSpeed's configuration last."""
 
 
 class GenerationConfig(ContractModel):
@@ -82,21 +82,23 @@ class StabilityConfig(ContractModel):
 
     on_non_finite: StabilityAction = "Fail"
     on_exploding_loss: StabilityAction | None = None
-    """None: the loss is not watched."""
+    """What the trainer does about a loss far above its recent values. None: the loss is not watched."""
     stall_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
 
 
 class StorageConfig(ContractModel):
-    """The object store. The pod gets the credentials as files, or has its own identity."""
+    """The `storage` section with every default resolved. The credentials are not in the run file: the pod gets them as
+    files, or has an identity of its own."""
 
     uri: str
-    """`s3://` address of the run's root: `<storage.uri>/<namespace>/<name>/<runId>`."""
+    """`s3://` address of the folder of all runs of the job: `<storage.uri>/<namespace>/<name>/<runId>`."""
     endpoint: str
     region: str
     credentials: Literal["Secret", "Identity"] = "Secret"
-    """Source of the access key: files of a mounted Secret, or the pod's own identity."""
+    """Where the access key comes from: the files of a mounted Secret, or the pod's own identity."""
     addressing: Addressing | None = None
-    """Place of the bucket's name in a request. None: in the host name for Amazon S3, in the path for other stores."""
+    """Where the bucket's name stands in a request. None: in the host name for Amazon S3, in the path for other
+    stores."""
     encryption: EncryptionSpec | None = None
     checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
     checkpoint_every_minutes: Annotated[int, Field(ge=1)] | None = None
@@ -104,7 +106,7 @@ class StorageConfig(ContractModel):
     keep_last: Annotated[int, Field(ge=1)]
     keep_best: Annotated[int, Field(ge=1)] = 1
     artifact: Export = "Adapter"
-    """Form of a LoRA run's artifact."""
+    """Form of the artifact of a LoRA job. A job with `method: Full` exports the whole model, whatever stands here."""
 
 
 class ReportConfig(ContractModel):

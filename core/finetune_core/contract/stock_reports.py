@@ -1,14 +1,14 @@
-"""The progress protocol of Kubeflow Trainer's TrainJobs, so that stock code, such as the Trainer class of transformers,
-reports into a FineTuneJob without a change.
+"""Reports in the progress protocol that Kubeflow Trainer defines for its TrainJobs ("stock reports"). Through this
+protocol code that knows nothing of this project, such as the Trainer class of transformers, reports into a FineTuneJob.
 
-The operator sets the variables of `client_environment` in every pod; `reports/server.py` serves `ROUTE` and turns each
-body into a `StockReport`; `status/history.py` merges the report into the status.
+The operator sets the variables of `client_environment` in every pod. `reports/server.py` serves `ROUTE` and turns the
+body of each request into a `StockReport`. `status/report_merge.py` merges the `StockReport` into the status.
 
-The client of transformers (KubeflowCallback) reports less than the trainer of this project, and partly wrong values:
-0 % after a resume, a remaining time that counts the steps of earlier runs, and no step at the end. A report has only
-the newest metrics.
-The status therefore uses the client's percentage only where the client reports no steps, and never the client's
-remaining time. Values that a report leaves out stay in the status.
+KubeflowCallback, the client in transformers, reports less than the trainer of this project, and some of its values are
+wrong: after a resume it reports 0 % and a remaining time that counts the steps of earlier runs, and at the end it
+reports no step. Each of its reports has only the newest metrics. Therefore the status takes the client's percentage
+only where it is 100 or the client has never reported steps, and never takes the client's remaining time. Values that a
+report leaves out stay as they are in the status.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ CA_VARIABLE: Final = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 TOKEN_VARIABLE: Final = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105  (a variable's name)
 _STEP, _TOTAL, _EPOCH = "current_step", "total_steps", "current_epoch"
 _RENAMED_METRICS: Final = {"learning_rate": "learningRate", "grad_norm": "gradientNorm", "eval_loss": "evaluationLoss"}
-"""Metric names of KubeflowCallback, and the names of the same metrics in the status of a FineTuneJob."""
+"""For each metric that KubeflowCallback names differently: its name there, and its name in the status of a
+FineTuneJob."""
 
 
 class _WireModel(BaseModel):
-    """Base of the protocol's models. Unknown fields are ignored, because later versions of Kubeflow may add fields."""
+    """The base class of the protocol's models. Unknown fields are ignored, because later versions of Kubeflow may add
+    fields."""
 
     model_config = ConfigDict(alias_generator=to_camel, extra="ignore", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class Metric(_WireModel):
-    """A metric of the protocol; ``value`` is a number as text, for example ``"1.25"``."""
+    """A metric as the protocol sends it. ``value`` is a number as text, for example ``"1.25"``."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     value: Annotated[str, Field(max_length=64)]
@@ -55,22 +57,24 @@ class TrainerStatus(_WireModel):
 
 
 class RuntimeStatus(_WireModel):
-    """The body of a report: the status part of a TrainJob."""
+    """The body of a request to `ROUTE`. In Kubeflow it is a part of a TrainJob's status."""
 
     trainer_status: TrainerStatus
 
 
 class StockReport(Report):
-    """A report of stock code. A field that is None was not reported, and the status keeps its earlier value."""
+    """A report in Kubeflow's protocol. A `reported_` field is None where the client did not send the value. The status
+    then keeps its earlier value."""
 
     reported_step: int | None
     reported_total: int | None
-    """Number of steps of the whole run."""
+    """Number of optimizer steps of the whole training."""
     reported_percentage: int | None
 
 
 def client_environment(base_url: str, namespace: str, name: str) -> dict[str, str]:
-    """Return the three environment variables by which Kubeflow's clients find the report server, the CA and the token.
+    """Return three environment variables, through which Kubeflow's clients find the address of the report server, its
+    CA certificates, and the token.
 
     The trainer of this project does not read these variables, so that no progress is reported twice.
     """
@@ -82,9 +86,9 @@ def client_environment(base_url: str, namespace: str, name: str) -> dict[str, st
 
 
 def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
-    """Return the report of an attempt with ``ranks`` training processes.
+    """Return ``status`` as the report of an attempt with ``ranks`` training processes.
 
-    Raises ValueError where a metric is not finite or a step is not a whole number.
+    Raises ValueError where a metric is not finite, or a number of steps is negative or not whole.
     """
     trainer = status.trainer_status
     numbers = {metric.name: value for metric in trainer.metrics if (value := _number(metric)) is not None}
@@ -95,7 +99,8 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
         run=0,
         pod_uid=pod_uid,
         phase=Phase.TRAINING,
-        # KubeflowCallback sends its first report when training begins, and training needs all ranks.
+        # The protocol does not say how many ranks have joined. All have, because KubeflowCallback sends its first
+        # report when training begins, and training needs all ranks.
         ranks=ranks,
         step=step or 0,
         total_steps=total or 0,
@@ -112,7 +117,8 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
 def _number(metric: Metric) -> float | None:
     """Return the value of ``metric`` as a number, or None where the value is not a number.
 
-    Raises ValueError where the number is not finite; reports of this project's trainer have the same rule.
+    Raises ValueError where the number is not finite, because the project's own reports must not contain such numbers
+    either.
     """
     try:
         value = float(metric.value)
@@ -124,7 +130,8 @@ def _number(metric: Metric) -> float | None:
 
 
 def _count(value: float | None) -> int | None:
-    """Return ``value`` as an int; raises ValueError where ``value`` is negative or not a whole number."""
+    """Return ``value`` as an int, or None where ``value`` is None. Raises ValueError where ``value`` is negative or not
+    a whole number."""
     if value is None:
         return None
     if value < 0 or value != int(value):

@@ -1,4 +1,5 @@
-"""FLOPs of a training token, and the model FLOPs utilisation (MFU).
+"""Computes the FLOPs of a model's training, and the model FLOPs utilisation (MFU): the share of the devices' peak that
+is used.
 
 The trainer's `reporting/meter.py` reports MFU with these functions. Only arithmetic that the model needs is counted, so
 recomputed activations and padding do not count.
@@ -22,8 +23,8 @@ PEAK_FLOPS: Sequence[tuple[str, float]] = (
     ("A10G", 70.0e12),
     ("A10", 125.0e12),
 )
-"""Peak of dense bf16 arithmetic in FLOP/s, from the vendor's data sheets without sparsity. The first entry whose text
-is part of the device's name is used."""
+"""For each kind of GPU: a part of the device's name, and the peak of dense bf16 arithmetic in FLOP/s from the vendor's
+data sheets, without sparsity. Of all entries that match a device's name the first one counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,16 +38,16 @@ class ModelShape:
     """Number of all parameters except the input embedding, because an embedding is a table lookup without arithmetic.
     An output head that is tied to the input embedding counts."""
     trained_parameters: int
-    """Number of trained parameters. Where every parameter is trained, at least ``matrix_parameters``."""
+    """Number of trained parameters. Where every parameter is trained, this is at least ``matrix_parameters``."""
     adapters: bool
     """Whether only adapters are trained and the model's own parameters are frozen."""
 
 
 def forward_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
-    """Return the FLOPs of a forward pass over sequences with ``tokens`` tokens together.
+    """Return the FLOPs of a forward pass over sequences that have ``tokens`` tokens together.
 
-    Each parameter takes 2 FLOPs per token. Causal attention takes half of 4 * layers * width * length FLOPs per token,
-    so that its part is proportional to ``squared_lengths``, the sum of the sequences' squared lengths.
+    Each parameter takes 2 FLOPs per token. Causal attention takes half of 4 * layers * width * length FLOPs per token.
+    Over all tokens this is proportional to ``squared_lengths``, the sum of the squares of the sequences' lengths.
     """
     return 2.0 * shape.matrix_parameters * tokens + 2.0 * shape.layers * shape.attention_width * squared_lengths
 
@@ -54,9 +55,9 @@ def forward_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float
 def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
     """Return the FLOPs of a forward and a backward pass.
 
-    The backward pass takes twice the FLOPs of the forward pass. Half of that computes weight gradients, which a frozen
-    model needs only for its adapters. The factor is then 2 + adapters / frozen parameters, as in NeMo's helper for
-    LoRA.
+    The backward pass takes twice the FLOPs of the forward pass. Half of the backward pass computes gradients of
+    weights, and LoRA needs these only for its adapters. So with LoRA both passes together take 2 + adapters / frozen
+    parameters times the FLOPs of the forward pass, as in NeMo's helper for LoRA.
     """
     factor = 2.0 + shape.trained_parameters / shape.matrix_parameters if shape.adapters else 3.0
     return factor * forward_flops(shape, tokens, squared_lengths)
@@ -68,5 +69,6 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def utilisation(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:
-    """Return the MFU from 0 to 1, or None when the peak is not known or no time has passed."""
+    """Return the model FLOPs utilisation from 0 to 1: ``flops`` per second as a share of ``peak`` times ``devices``.
+    None where the peak is not known or no time has passed."""
     return flops / seconds / (devices * peak) if peak is not None and seconds > 0 else None

@@ -1,20 +1,20 @@
-"""Values that a job leaves open: the ZeRO stage, the micro-batch size and the number of optimizer steps.
+"""Chooses values that a job may leave open: the ZeRO stage, the micro-batch size and the number of optimizer steps.
 
-`resolve.py` calls the functions for the run file. The trainer calls `total_steps` once it has counted the rows.
+`resolve.py` calls these functions to make the run file. The trainer calls `total_steps` once it has counted the rows.
 """
 
 from __future__ import annotations
 
 LARGEST_PLANNED_MICRO_BATCH = 8
-"""Largest micro-batch, in examples, that is chosen without a request in the job."""
+"""Largest micro-batch, in examples, where the job sets neither `microBatchSize` nor `gradientAccumulationSteps`."""
 
 
 def zero_stage(requested: int | str, *, processes: int) -> int:
-    """Return the ZeRO stage for the request `Auto` or a stage from 0 to 3.
+    """Return the ZeRO stage. ``requested`` is `Auto` or the stage itself, from 0 to 3.
 
-    `Auto` is stage 2 with several processes, because stage 2 shards optimizer state and gradients at the network
-    traffic of plain data parallelism (arXiv 1910.02054, section 7). With one process nothing can be sharded, and `Auto`
-    is stage 1.
+    `Auto` is stage 2 with several processes, because stage 2 shards optimizer state and gradients without more network
+    traffic than plain data parallelism (arXiv 1910.02054, section 7). With one process nothing can be sharded, and
+    `Auto` is stage 1.
     """
     if isinstance(requested, int):
         return requested
@@ -22,17 +22,19 @@ def zero_stage(requested: int | str, *, processes: int) -> int:
 
 
 def process_share(global_batch_size: int, processes: int) -> int:
-    """Return the examples of a global batch that one process computes, rounded up."""
+    """Return how many examples of a global batch one process computes, rounded up."""
     return -(-global_batch_size // processes)
 
 
 def micro_batch_size(
     requested: int | None, *, accumulation_steps: int | None = None, global_batch_size: int, processes: int
 ) -> int:
-    """Return the number of examples that one process computes at once.
+    """Return the number of examples that one process computes at once. ``requested`` is the job's `microBatchSize`, if
+    any.
 
-    Without a request, `gradientAccumulationSteps` determines the number; the CRD's rules exclude a remainder. Without
-    `gradientAccumulationSteps` either, the number is the process's share of the global batch, at most 8.
+    Where the job sets only `gradientAccumulationSteps`, the number follows from it, and a rule of the CRD ensures that
+    the division leaves no remainder. Where the job sets neither, the number is the process's share of the global batch,
+    at most 8.
     """
     if requested is not None:
         return requested
@@ -42,8 +44,8 @@ def micro_batch_size(
 
 
 def total_steps(*, rows: int, global_batch_size: int, epochs: int | None, max_steps: int | None) -> int:
-    """Return the number of optimizer steps of the training. The last batch of an epoch may be smaller, and is never
-    dropped."""
+    """Return the number of optimizer steps of the training. The last batch of an epoch may be smaller than the others,
+    but is never dropped."""
     if max_steps is not None:
         return max_steps
     return -(-rows // global_batch_size) * (epochs or 1)

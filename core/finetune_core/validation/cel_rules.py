@@ -1,9 +1,9 @@
 """Evaluates the CEL rules in the schema (`x-kubernetes-validations`), which are also the rules that the API server
 evaluates.
 
-The input is an object with defaults and its schema, and for an update the old object. The result lists the messages of
-the violated rules. cel-python is used instead of the faster Rust library, because the Rust library deviates from the
-language's definition: it measures strings in bytes instead of characters.
+The input is an object with its defaults, and the object's schema. For an update the old object is an input too. The
+result lists the messages of the violated rules. cel-python is used instead of a faster library in Rust, because the
+Rust library measures strings in bytes, and the definition of CEL asks for characters.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from finetune_core.validation.problems import FieldPath, Problem
 
 Schema = Mapping[str, Any]
 _ABSENT = object()
-"""Marks that there is no old value, because None may be an old value."""
+"""Stands for an old value that does not exist, because None may be an old value."""
 
 
 def check_rules(schema: Schema, value: Any, path: FieldPath, old: Any = _ABSENT) -> Iterator[Problem]:
-    """Yield a problem for each violated rule at ``value`` and below.
+    """Yield a problem for each violated rule about ``value`` and about the values inside it.
 
-    Like the API server, rules with `oldSelf` are evaluated only where ``old`` has a value too.
+    A rule with `oldSelf` is evaluated only where ``old`` has a value at the same place, as in the API server.
     """
     rules = schema.get("x-kubernetes-validations")
     if rules:
@@ -40,14 +40,17 @@ def check_rules(schema: Schema, value: Any, path: FieldPath, old: Any = _ABSENT)
                 yield from check_rules(below, child, (*path, name), before)
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            # No transition rule of the API is below a list, so items are checked without an old value.
+            # The items of a list are checked without an old value, because no rule with `oldSelf` lies below a list in
+            # the API.
             yield from check_rules(schema["items"], child, (*path, index))
 
 
 def check_rules_beside(schema: Schema, value: Any, path: FieldPath, broken: Collection[FieldPath]) -> Iterator[Problem]:
-    """Yield a problem for each violated rule in the sections that contain none of the ``broken`` paths.
+    """Yield a problem for each violated rule, except in sections that contain one of the paths ``broken``. Those are
+    the paths with structural problems.
 
-    With this, one run of `finetune validate` reports the violated rules together with the structural problems.
+    With this function, one run of `finetune validate` reports both the structural problems and the violated rules
+    elsewhere.
     """
     if not any(place[: len(path)] == path for place in broken):
         yield from check_rules(schema, value, path)
@@ -61,7 +64,7 @@ def check_rules_beside(schema: Schema, value: Any, path: FieldPath, broken: Coll
 
 
 def holds(rule: str, value: Any) -> bool:
-    """Return whether ``rule`` is true for ``value``."""
+    """Return whether the CEL expression ``rule`` is true for ``value``."""
     return _is_true(rule, _variables(value, _ABSENT))
 
 
@@ -73,7 +76,8 @@ def _variables(value: Any, old: Any) -> dict[str, Any]:
 
 
 def _is_true(rule: str, variables: dict[str, Any]) -> bool:
-    """Return whether ``rule`` is true. A rule that fails to evaluate counts as violated, as in the API server."""
+    """Return whether the CEL expression ``rule`` is true. A rule that fails to evaluate counts as violated, as in the
+    API server."""
     from celpy import CELEvalError
 
     try:

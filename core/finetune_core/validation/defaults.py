@@ -1,7 +1,7 @@
 """Fills in the defaults of a schema as the API server does.
 
-`validate_job.py` needs this for specs that the pydantic models refuse, because the CEL rules of the sections without a
-problem are checked nevertheless.
+`validate_job.py` needs this module for specs that the pydantic models refuse. Even in such a spec it checks the CEL
+rules of all sections that have no structural problem.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def defaulted(schema: dict[str, Any], value: Any) -> Any:
-    """Return ``value`` with the defaults of ``schema``. Nulls count as absent."""
+    """Return ``value`` with the defaults of ``schema`` filled in. Nulls count as absent."""
     if isinstance(value, dict) and "properties" in schema:
         filled = {key: item for key, item in value.items() if item is not None}
         for name, child in schema["properties"].items():

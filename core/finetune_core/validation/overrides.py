@@ -8,7 +8,7 @@ from typing import Any
 from finetune_core.errors import UserError
 
 PATH = "spec.deepspeed.overrides"
-"""Path of the field, for messages."""
+"""Path of the field `deepspeed.overrides`, with which each message about it begins."""
 
 RESERVED_KEYS: dict[str, str] = {
     "train_batch_size": "training.globalBatchSize",
@@ -38,7 +38,7 @@ RESERVED_KEYS: dict[str, str] = {
 
 
 def override_problems(text: str) -> list[UserError]:
-    """Return every problem of the overrides ``text``."""
+    """Return the problems of ``text``, the value of `deepspeed.overrides`."""
     try:
         overrides = json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:

@@ -1,8 +1,8 @@
-"""Finds what the schema accepts and the operator can't run.
+"""Finds the reasons why the operator can't run a job although the schema accepts the job.
 
 `resolve.py` and `finetune validate` call `unrunnable`. In the cluster a job with such a problem ends with
-`Accepted=False` and the field's path. `NOT_YET` lists the fields that this version does not support; a change that
-supports a field removes its entry.
+`Accepted=False`, and the message names the field's path. `NOT_YET` lists the fields that this version does not support.
+A change that supports a field removes its entry.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class NotYet:
     honoured: tuple[Any, ...]
     """Supported values. None means that the field may be absent."""
     must: str
-    """What the field must be, as the end of a sentence that begins with "must"."""
+    """What the field must be, in the words that follow "must" in a message, for example `be absent`."""
 
 
 NOT_YET_REASON = "this version of the operator can't run anything else"
 
 NOT_YET = (NotYet("tracking", (None,), "be absent"),)
-"""Fields that the schema has and this version does not support."""
+"""The fields that are in the schema although this version does not support all of their values."""
 
 
 def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
@@ -52,7 +52,8 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
 
 
 def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
-    """Return a problem when the requested micro-batch is larger than one process's share of the global batch."""
+    """Return a list with one problem where the requested micro-batch is larger than one process's share of the global
+    batch. Else the list is empty."""
     requested, total = spec.training.micro_batch_size, spec.training.global_batch_size
     processes = spec.resources.processes
     share = process_share(total, processes)

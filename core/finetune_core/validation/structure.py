@@ -1,7 +1,7 @@
-"""Checks a spec against the pydantic models as strictly as the API server checks a spec against the CRD's schema.
+"""Checks a spec against the pydantic models as strictly as the API server checks it against the CRD's schema.
 
-The input is the spec as parsed from YAML or JSON. The result is the model with all defaults, or every problem with its
-path and a sentence that is made from the schema.
+The input is the spec as parsed from YAML or JSON. The result is the spec as a pydantic model with all defaults, or a
+list of all problems. Each problem has its path, and a sentence that is made from the schema.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def is_json(spec: Any) -> bool:
 
 
 def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
-    """Return the model of ``spec``, or the problems because of which it has no model."""
+    """Return ``spec`` as a pydantic model and no problems, or None and the problems of ``spec``."""
     obstacle = next(_unreadable(spec), None)
     if obstacle is not None:
         return None, [obstacle]
     try:
         # The spec is validated as JSON text, because pydantic's strict mode for JSON accepts the same types as the API
-        # server. Only aliases count, so that Python names such as `max_steps` are unknown fields.
+        # server. `by_name=False` makes Python names such as `max_steps` unknown fields.
         text = json.dumps(spec)
         return FineTuneJobSpec.model_validate_json(text, strict=True, by_alias=True, by_name=False), []
     except ValidationError as error:
@@ -49,8 +49,8 @@ def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
 
 
 def _unreadable(root: Any) -> Iterator[Problem]:
-    """Yield the places that JSON can't express. The function keeps its own stack, because deep nesting would overflow
-    Python's."""
+    """Yield a problem for each place below ``root`` that JSON can't express or that is nested too deep. The function
+    uses a stack of its own and no recursion, because deep nesting would overflow Python's stack."""
     stack: list[tuple[Any, FieldPath]] = [(root, ("spec",))]
     while stack:
         node, path = stack.pop()
@@ -75,7 +75,7 @@ def _is_text(value: str) -> bool:
 
 
 def _problem(schema: Schema, error: Any) -> Problem:
-    """Return the problem for a pydantic error, with a path of the schema and a sentence."""
+    """Turn pydantic's ``error`` into a problem with the path of the field and a sentence for people."""
     path, node = _locate(schema, error["loc"])
     kind, value = error["type"], error.get("input")
     if kind == "missing":
@@ -88,10 +88,11 @@ def _problem(schema: Schema, error: Any) -> Problem:
 
 
 def _locate(schema: Schema, location: tuple[str | int, ...]) -> tuple[FieldPath, Schema]:
-    """Return the path of an error and the schema at that path, or the parent's schema for an unknown field.
+    """Return the path of the field that an error is about, and the schema at that path. For an unknown field, return
+    the schema of the section that contains it.
 
-    Pydantic appends the member of a union to an error's location. That member is not a field, so the path leaves it
-    out.
+    Where pydantic reports an error about a union, the last part of ``location`` names a member of the union. This part
+    is not a field, so the path leaves it out.
     """
     path: FieldPath = ("spec",)
     node = schema

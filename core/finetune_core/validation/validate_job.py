@@ -1,8 +1,8 @@
 """Validates a whole job: first as the API server would on `kubectl apply`, then as the operator would.
 
 The input is the parsed document, and for an update also the stored spec. The result lists every problem with its path.
-Without a problem of the API server, it also holds the spec as it would be stored. `finetune validate` calls this
-module.
+Where the API server would accept the job, the result also has the spec as the API server would store it. `finetune
+validate` calls this module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finetune_core.validation.runnable import unrunnable
 from finetune_core.validation.structure import check_structure, is_json
 
 ANNOTATIONS_LIMIT_BYTES = 262_144
-"""Largest size of all annotations of an object together, as in the API server."""
+"""Most bytes of all annotations of an object together, as in the API server."""
 METADATA_FIELDS = frozenset(
     {
         "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid",
@@ -32,7 +32,7 @@ METADATA_FIELDS = frozenset(
         "managedFields", "selfLink",
     }
 )  # fmt: skip
-"""Fields of Kubernetes' ObjectMeta; the API server refuses any other field."""
+"""The fields of Kubernetes' ObjectMeta. The API server refuses any other field below `metadata`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ def is_job(document: Any) -> bool:
 
 
 def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
-    """Return what API server and operator would say about ``document``. With ``old_spec`` it is judged as an update."""
+    """Return what API server and operator would say about ``document``. With ``old_spec``, the document is checked as
+    an update of a stored job that has this spec."""
     problems = [
         Problem((key,), "unknown field")
         for key in document
@@ -64,7 +65,8 @@ def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = 
 
 
 def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
-    """Return what API server and operator would say about ``spec``, which may be any parsed value."""
+    """Return what API server and operator would say about ``spec``, which may be any parsed value. With ``old_spec``,
+    it is checked as an update of this stored spec."""
     schema = openapi_schema(FineTuneJobSpec)
     model, problems = check_structure(spec)
     if model is None:
@@ -84,7 +86,8 @@ def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> Valid
 
 
 def _metadata_problems(metadata: Any) -> Iterator[Problem]:
-    """Yield the problems of the name, the namespace, the labels and the annotations."""
+    """Yield the problems of a job's ``metadata``: of its name, namespace, labels and annotations, and of unknown
+    fields."""
     if not isinstance(metadata, dict):
         yield Problem(("metadata",), "must be an object with a `name`")
         return
@@ -130,5 +133,5 @@ def _is_label(pattern: str, value: str) -> bool:
 
 
 def _split(dotted: str) -> FieldPath:
-    """Return the field path in the subject of a UserError."""
+    """Return the subject of a UserError, a path such as `spec.lora.rank`, as a tuple of its parts."""
     return tuple(dotted.split("."))
