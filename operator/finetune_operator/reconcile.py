@@ -165,14 +165,15 @@ class Reconciler:
         return Requeue(gone=True)
 
     def _parse(self, key: Key, manifest: dict[str, Any]) -> StoredJob:
-        stored = parse_stored_job(key, manifest, self._memory.job(key), self._now())
+        memory = self._memory.job(key, manifest["metadata"]["uid"])
+        stored = parse_stored_job(key, manifest, memory, self._now())
         set_log_fields(**stored.log_fields)
         stored.memory.resource_version = manifest["metadata"]["resourceVersion"]
         return stored
 
     async def _tidy(self, stored: StoredJob) -> Requeue:
         """Remove those objects of an ended job that are due, and accept no more reports of the job."""
-        self._memory.set_reporting_attempt(stored.key, None)
+        self._memory.set_reporting_attempt(stored.key, stored.uid, None)
         self._metrics.jobs.update(stored.key, stored.status)
         return Requeue(after=await self._settled_jobs.tidy(stored))
 

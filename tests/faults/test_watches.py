@@ -120,6 +120,9 @@ def test_a_server_that_shows_the_past_leads_to_nothing_foreign(world: World) -> 
     second = world.wait("both pods", partial(_with_both_pods, world, namespace), 120)
     assert second["metadata"]["uid"] != first["metadata"]["uid"]
     assert second["status"]["attempts"]["started"] == 1
+    assert second["status"]["attempts"]["recent"] == []
+    told = ("progress", "metrics", "history", "checkpoints", "evaluation", "incidents", "notices", "artifact")
+    assert not [name for name in told if second["status"].get(name)], "the new job shows nothing of the old one"
     assert {pod["uid"] for pod in _pods(second)}.isdisjoint({pod["uid"] for pod in _pods(first)})
     assert [child["metadata"]["ownerReferences"][0]["uid"] for child in world.children(namespace)] == [
         second["metadata"]["uid"]

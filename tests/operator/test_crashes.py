@@ -396,9 +396,9 @@ async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_check
     reporting = memory.reporting_attempt(KEY)
     assert reporting is not None
     assert (reporting.attempt, len(reporting.pod_uids)) == (1, 2)
-    memory.store_report(KEY, _report(20), server.now)
+    memory.store_report(KEY, UID, _report(20), server.now)
     await operator.reconcile(KEY)
-    memory.store_report(KEY, _report(20, 46), server.now)
+    memory.store_report(KEY, UID, _report(20, 46), server.now)
     # The pods end before the next progress write is allowed.
     server.pods = []
     outcome = await operator.reconcile(KEY)

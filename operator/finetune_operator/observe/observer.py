@@ -120,12 +120,12 @@ class Observer:
         attempts = job.status.attempts
         uids = frozenset(pod.uid for pod in pods if pod.attempt == attempts.started)
         if attempts.current is None and not uids:
-            self._memory.stop_reporting(job.key)
+            self._memory.stop_reporting(job.key, job.uid)
             return
         resources = job.resource.spec.resources
         ranks = resources.processes
         reporting = ReportingAttempt(uid=job.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
-        self._memory.set_reporting_attempt(job.key, reporting)
+        self._memory.set_reporting_attempt(job.key, job.uid, reporting)
 
 
 def _waiting_for(job: ParsedJob, pods: Sequence[PodObservation]) -> str:
