@@ -103,12 +103,14 @@ class ModelServer:
         name = manifest["metadata"]["name"]
         if name in self.config_maps:
             raise ApiError(409, "AlreadyExists", name)
-        self.config_maps[name] = manifest
+        self.config_maps[name] = copy.deepcopy(manifest)
+        self.config_maps[name]["metadata"]["uid"] = f"uid-{len(self.writes)}"
         self._wrote(f"create configmap {name}")
         return manifest
 
-    async def delete_config_map(self, _namespace: str, name: str) -> None:
-        if self.config_maps.pop(name, None):
+    async def delete_config_map(self, _namespace: str, name: str, uid: str) -> None:
+        if name in self.config_maps and self.config_maps[name]["metadata"]["uid"] == uid:
+            del self.config_maps[name]
             self._wrote(f"delete configmap {name}")
 
     async def create_pod(self, manifest: Manifest) -> Manifest:

@@ -99,7 +99,11 @@ async def test_a_job_created_again_under_the_same_name_lives_as_if_no_other_job_
     recreate(server)
     untouched = ModelServer(copy.deepcopy(server.job), server.now)
     # The model server counts versions and pods, and names of the two servers are to be equal.
-    untouched._version, untouched._generation, untouched.created = server._version, server._generation, [*server.created]
+    untouched._version, untouched._generation, untouched.created = (
+        server._version,
+        server._generation,
+        [*server.created],
+    )
     again = await lives(server, memory)
     assert again == await lives(untouched, Memory())
     assert again[-1][0]["attempts"]["started"] == 1
@@ -122,4 +126,3 @@ def test_the_memory_of_a_job_starts_empty_for_another_uid() -> None:
     assert memory.job(KEY, UID) is old
     new = memory.job(KEY, OTHER_UID)
     assert (new.problem, new.retry_at, new.failures, new.event_created_at) == (None, 0.0, 0, {})
-

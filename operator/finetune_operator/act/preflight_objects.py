@@ -74,7 +74,7 @@ class PreflightObjects:
         try:
             await self._cluster.create_pod(pod)
         except ApiError as error:
-            if error.is_conflict:
+            if error.is_name_taken:
                 await self._accept_existing(job, pod)
             elif error.is_refusal:
                 message = messages.backend_refused("Pod", name, error.message)
