@@ -219,6 +219,9 @@ class Reconciler:
             case Action.REMOVE_ATTEMPT if seen.child is not None:
                 await self._attempt_objects.remove(job, seen.child)
                 return _Acted()
+            case Action.REMOVE_ORPHANS:
+                await self._attempt_objects.remove_orphans(job, decision.orphans)
+                return _Acted()
             case Action.CREATE_PREFLIGHT_POD if config is not None:
                 number = decision.number_of_try
                 return _Acted(after=await self._preflight_objects.create(job, number, image, config))

@@ -133,6 +133,11 @@ class ModelServer:
         if gone:
             self.checks.remove(gone[0])
             self._wrote(f"delete pod {name}")
+        for pod in self.pods:
+            if (pod["metadata"]["name"], pod["metadata"]["uid"]) == (name, uid):
+                self._end_pod(pod)
+                self._wrote(f"delete pod {name}")
+        self.pods = [pod for pod in self.pods if self.saving or "gone" not in pod]
 
     async def list_pods(self, _namespace: str, selector: str) -> list[Manifest]:
         return copy.deepcopy(self.checks if PREFLIGHT in selector else [*self.pods, *self.checks])
@@ -160,9 +165,20 @@ class ModelServer:
             self.pods = [pod for pod in self.pods if pod["child"] != child]
         for pod in self.pods:
             if pod["child"] == child and "gone" not in pod:
-                pod["gone"] = self.now + timedelta(seconds=self.saving)
-                pod["metadata"]["deletionTimestamp"] = (self.now + timedelta(seconds=90)).isoformat()
-                pod["metadata"]["deletionGracePeriodSeconds"] = 90
+                self._end_pod(pod)
+
+    def _end_pod(self, pod: Manifest) -> None:
+        pod["gone"] = self.now + timedelta(seconds=self.saving)
+        pod["metadata"]["deletionTimestamp"] = (self.now + timedelta(seconds=90)).isoformat()
+        pod["metadata"]["deletionGracePeriodSeconds"] = 90
+
+    def orphan_pods(self) -> bool:
+        """Delete the PyTorchJob but not its pods, as `kubectl delete --cascade=orphan` does; return whether there is
+        one. The garbage collector then takes the owner reference from the pods."""
+        for pod in self.pods:
+            pod["child"] = None
+            del pod["metadata"]["ownerReferences"]
+        return bool(self.children.popitem())
 
     def end_pods(self, exit_code: int, message: str = "") -> bool:
         """End the training container of every running pod; return whether any pod was running."""
@@ -249,6 +265,15 @@ class ModelServer:
                     "child": child["metadata"]["name"],
                     "metadata": {
                         "name": name,
+                        "ownerReferences": [
+                            {
+                                "apiVersion": child["apiVersion"],
+                                "kind": child["kind"],
+                                "name": child["metadata"]["name"],
+                                "uid": child["metadata"]["uid"],
+                                "controller": True,
+                            }
+                        ],
                         "uid": f"{name}-{child['metadata']['uid']}-{self._generation}",
                         "labels": labels,
                         "creationTimestamp": self.now.isoformat(),

@@ -1,4 +1,4 @@
-"""A 409 means that an object exists only with the reason AlreadyExists. Any other 409 means: nothing was done, look again.
+"""A 409 means that an object exists only with the reason AlreadyExists. Any other 409 means that nothing was done.
 
 A ResourceQuota that two requests change at once answers a creation with 409 and the reason Conflict. An operator that
 took this for "the ConfigMap exists" would start pods that wait for the ConfigMap for ever.
@@ -19,7 +19,7 @@ from tests.operator.model import ModelServer
 from tests.operator.test_crashes import SCENARIOS, Scenario, essence, run_to_end
 
 REASONS = ("Conflict", "", "AlreadyExists", "TooManyRequests")
-"""Reasons of a 409 with which an object was not created. With AlreadyExists, the existing object is deleted meanwhile."""
+"""Reasons of a 409 with which nothing was created. With AlreadyExists, the existing object was deleted meanwhile."""
 CREATIONS = ("create_config_map", "create_child", "create_pod")
 LIVES = ("crashes, then succeeds", "waits for a bucket, a broken pod and a lost one, then succeeds")
 

@@ -32,6 +32,8 @@ class Action(Enum):
     """Create ConfigMap and child of the current attempt."""
     REMOVE_ATTEMPT = auto()
     """Delete ConfigMap and child of the attempt that ended last."""
+    REMOVE_ORPHANS = auto()
+    """Delete the pods in `Decision.orphans`, whose attempt has ended and whose child does not exist any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +69,8 @@ class Decision:
     """What attempt 1 lacks outside the spec according to the preflight check, as a sentence; empty if not known."""
     preflight_pods: Sequence[PodObservation] = ()
     """Pods that `Action.REMOVE_PREFLIGHT_PODS` deletes."""
+    orphans: Sequence[PodObservation] = ()
+    """Pods that `Action.REMOVE_ORPHANS` deletes."""
 
     @property
     def number_of_try(self) -> int:

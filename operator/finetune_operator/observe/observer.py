@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
 from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
-from finetune_operator.objects.observations import ChildObservation, PodObservation, parse_pod, parse_preflight_pod
+from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
+from finetune_operator.observe.ownership import pods_of_attempts, preflight_pods
 from finetune_operator.observe.stored_job import ParsedJob
 from finetune_operator.observe.usage import usage_until
 from finetune_operator.observe.waiting import why_attempt_waits
@@ -46,12 +48,16 @@ class Observer:
 
     async def observe(self, job: ParsedJob) -> JobObservation:
         """Read what exists for ``job`` now and return it. Also updates in memory which pods may send reports."""
-        pods = await self._pods(job)
+        manifests = await self._list_pods(job)
         # The child is read after the pods. So if the child has not failed, the backend had deleted none of these pods.
-        child = await self._child(job)
+        found = await self._find_child(job)
+        pods = pods_of_attempts(manifests, job, self._backend, found)
+        # An object of another owner that has the name of the child becomes a problem only later, when the API server
+        # answers 409 to the creation of the child.
+        child = found if found is not None and found.owner_uid == job.uid else None
         if child is not None and child.finished and not any(pod.ended for pod in pods):
             # The pods are read again, because the child ended between the two reads and the first pods do not show why.
-            pods = await self._pods(job)
+            pods = pods_of_attempts(await self._list_pods(job), job, self._backend, found)
         self._expect_reports(job, pods)
         waiting_for = _waiting_for(job, pods)
         if job.status.attempts.started:
@@ -68,6 +74,7 @@ class Observer:
             child=child,
             child_uid=recorded.uid if recorded else "",
             pods=pods,
+            undeletable=frozenset(job.memory.undeletable_pods),
             checkpoints=job.status.checkpoints,
             usage=usage_until(job.now, job.status.usage, pods, gpus=job.resource.spec.resources.gpus_per_node),
             waiting_for=waiting_for,
@@ -77,32 +84,25 @@ class Observer:
             preflight=preflight,
         )
 
-    async def _pods(self, job: ParsedJob) -> list[PodObservation]:
-        """Return the existing pods of all attempts of the job."""
+    async def _list_pods(self, job: ParsedJob) -> list[Manifest]:
+        """Return all pods that have the labels of an attempt of the job."""
         if not job.status.attempts.started:
             return []
-        manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
-        return [pod for manifest in manifests if (pod := parse_pod(manifest)) is not None]
+        return await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
 
-    async def _child(self, job: ParsedJob) -> ChildObservation | None:
-        """Return the child of the newest attempt; None where it does not exist or belongs to another owner.
-
-        An object of another owner becomes a problem only later, when the API server answers 409 to the creation of the
-        child.
-        """
+    async def _find_child(self, job: ParsedJob) -> ChildObservation | None:
+        """Return the object with the name of the newest attempt's child, whoever owns it; None where none exists."""
         started = job.status.attempts.started
         if not started:
             return None
-        name = attempt_name(job.key.name, job.uid, started)
-        child = await self._backend.observe(job.key.namespace, name)
-        return child if child is not None and child.owner_uid == job.uid else None
+        return await self._backend.observe(job.key.namespace, attempt_name(job.key.name, job.uid, started))
 
     async def _preflight(self, job: ParsedJob) -> PreflightObservation:
         """Return what exists of the preflight check, and read warning events about the pod of the current try."""
         record, policy, pods = job.status.preflight, job.resource.spec.run_policy, []
         if record is not None:  # the record is written before the first pod is created, so without it no pod exists
             manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
-            pods = [pod for manifest in manifests if (pod := parse_preflight_pod(manifest)) is not None]
+            pods = preflight_pods(manifests, job)
         current = next((pod for pod in pods if record is not None and pod.index == record.tries + 1), None)
         await self._warnings.read_for_pod(job, current)
         problem = job.memory.problem

@@ -64,6 +64,8 @@ class JobMemory:
     """Time of the next try to create the objects, after the error in `problem`."""
     failures: int = 0
     """Number of consecutive tries that ended with a RetryableError."""
+    undeletable_pods: set[str] = field(default_factory=set)
+    """Uids of orphaned pods whose deletion the API server has refused, for example because of an admission policy."""
     hint: str = ""
     """Text of the newest warning event about the pods or the child object that the job waits for; empty if none."""
     hint_read_at: float | None = None

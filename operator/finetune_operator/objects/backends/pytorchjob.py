@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune_core.api import FineTuneJob
 from finetune_core.api.conditions import Reason
+from finetune_core.names import worker_name
 from finetune_operator import messages
 from finetune_operator.kube.client import ApiError, KubeClient, going_away
 from finetune_operator.kube.manifest import Manifest
@@ -89,10 +90,15 @@ class PyTorchJobBackend:
     """Implements the interface `Backend` with PyTorchJobs."""
 
     kind = KIND
+    api_version = PYTORCHJOBS.api_version
 
     def __init__(self, client: KubeClient) -> None:
         """Send every request with ``client``."""
         self._client = client
+
+    def pod_name(self, child: str, index: int) -> str:
+        """Return the name that training-operator gives to the pod of worker ``index``."""
+        return worker_name(child, index)
 
     def build(self, job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
         """Return the PyTorchJob of an attempt."""
