@@ -19,6 +19,8 @@ from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.contract import ReportConfig, RunConfig, report_path
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
+from finetune_core.validation.runnable import unrunnable
+from finetune_operator import messages
 from finetune_operator.act.attempt_objects import AttemptObjects
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.checkpoint_annotations import CheckpointAnnotations
@@ -127,21 +129,40 @@ class Reconciler:
         stored = self._parse(key, manifest)
         if stored.has_ended:
             return await self._tidy(stored)
-        try:
-            job = parse_spec(stored)
-        except ValidationError as error:
-            return await self._refuse_for_now(stored, _first_problem(error))
+        if stored.unread_bookkeeping and not (stored.policy.cancel or stored.policy.suspend):
+            # A person's order is obeyed with what could be read, because it ends pods and starts none.
+            return await self._refuse_for_now(stored, messages.unreadable_status(stored.unread_bookkeeping))
+        job, invalid = _parse_spec(stored)
 
-        seen = await self._observer.observe(job)
-        decision = decide(job.status, seen)
+        seen = await self._observer.observe(stored)
+        decision = decide(stored.status, seen)
+        if job is None:
+            if decision.starts_pods:
+                return await self._refuse_for_now(stored, invalid)
+            return await self._carry_out(stored, seen, decision, image=None, invalid=invalid)
         image = job.status.image or job.resource.spec.pod_template.image or self._trainer_image
         try:
             config = self._run_config(job, decision)
         except UserError as error:
             return await self._refuse(job, str(error))
+        return await self._carry_out(job, seen, decision, image=image, invalid=invalid, config=config)
 
+    async def _carry_out(
+        self,
+        job: StoredJob,
+        seen: JobObservation,
+        decision: Decision,
+        *,
+        image: str | None,
+        invalid: str,
+        config: RunConfig | None = None,
+    ) -> Requeue:
+        """Write ``decision`` and reconcile again where it must be written first; else act on it, and write the status.
+
+        ``invalid`` says why this version can't run or read the spec; empty where it can.
+        """
         if decision.must_be_written_first(job.status):
-            given = status_input(job, seen, decision, image=image, config=config)
+            given = status_input(job, seen, decision, image=image, invalid=invalid, config=config)
             later = await self._writer.write(job, given)
             if decision.action is Action.OPEN_ATTEMPT:
                 self._backoff.reset(job.memory)
@@ -150,7 +171,14 @@ class Reconciler:
         acted = await self._act(job, seen, decision, image, config)
 
         given = status_input(
-            job, seen, decision, image=image, config=config, created=acted.child, problem=acted.problem
+            job,
+            seen,
+            decision,
+            image=image,
+            invalid=invalid,
+            config=config,
+            created=acted.child,
+            problem=acted.problem,
         )
         later = await self._writer.write(job, given)
         await self._annotations.update(job, seen.pods)
@@ -188,7 +216,7 @@ class Reconciler:
         path = report_path(job.key.namespace, job.key.name, number)
         return resolve(job.resource, report=ReportConfig(url=self._report_base_url + path))
 
-    def _resync(self, job: ParsedJob, decision: Decision, acted: _Acted) -> float | None:
+    def _resync(self, job: StoredJob, decision: Decision, acted: _Acted) -> float | None:
         """Return in how many seconds to reconcile the current attempt again even if no watch event comes.
 
         None where no attempt is current.
@@ -207,11 +235,11 @@ class Reconciler:
     # ---- the action: create and delete objects ----
 
     async def _act(
-        self, job: ParsedJob, seen: JobObservation, decision: Decision, image: str, config: RunConfig | None
+        self, job: StoredJob, seen: JobObservation, decision: Decision, image: str | None, config: RunConfig | None
     ) -> _Acted:
         """Create or delete the objects that ``decision.action`` names. The stored status has the decision already."""
         match decision.action:
-            case Action.CREATE_ATTEMPT if config is not None:
+            case Action.CREATE_ATTEMPT if isinstance(job, ParsedJob) and image and config is not None:
                 try:
                     return _Acted(child=await self._attempt_objects.create(job, image, config))
                 except RetryableError as problem:
@@ -222,7 +250,7 @@ class Reconciler:
             case Action.REMOVE_ORPHANS:
                 await self._attempt_objects.remove_orphans(job, decision.orphans)
                 return _Acted()
-            case Action.CREATE_PREFLIGHT_POD if config is not None:
+            case Action.CREATE_PREFLIGHT_POD if isinstance(job, ParsedJob) and image and config is not None:
                 number = decision.number_of_try
                 return _Acted(after=await self._preflight_objects.create(job, number, image, config))
             case Action.REMOVE_PREFLIGHT_PODS:
@@ -253,6 +281,15 @@ class Reconciler:
         self._backoff.failed(stored.memory, problem)
         await self._writer.write(stored, refused_input(stored, invalid=message, problem=problem))
         return Requeue(after=self._backoff.seconds_left(stored.memory))
+
+
+def _parse_spec(stored: StoredJob) -> tuple[ParsedJob | None, str]:
+    """Return the job with its parsed spec, or None where this version can't read the spec; and why it can't be run."""
+    try:
+        job = parse_spec(stored)
+    except ValidationError as error:
+        return None, _first_problem(error)
+    return job, "; ".join(str(error) for error in unrunnable(job.resource.spec))
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
+from finetune_core.api.conditions import ConditionType
 from finetune_operator.kube.client import ApiError
 from finetune_operator.objects.labels import PREFLIGHT, TRAINING_CONTAINER
 from finetune_operator.queue.work_queue import Key
 
 Manifest = dict[str, Any]
+_OWN = set(ConditionType)
 
 
 class CrashedError(Exception):
@@ -60,6 +62,7 @@ class ModelServer:
         self._crash_after = crash_after
         self._version = 1
         self._generation = 0
+        self._applied_conditions = {item["type"] for item in job.get("status", {}).get("conditions", [])} & _OWN
 
     # ---- requests of the operator ----
 
@@ -71,7 +74,14 @@ class ModelServer:
             raise ApiError(409, "Conflict", "the object has been modified")
         self._version += 1
         self.job["metadata"]["resourceVersion"] = str(self._version)
-        self.job["status"] = status
+        # Server-side apply keeps the conditions of other field managers, and removes those that the operator no longer
+        # applies.
+        old = self.job.get("status", {}).get("conditions", [])
+        applied = {item["type"] for item in status["conditions"]}
+        known = applied | self._applied_conditions
+        others = [item for item in old if isinstance(item, dict) and str(item.get("type", "Ready")) not in known]
+        self._applied_conditions = applied
+        self.job["status"] = status | {"conditions": [*status["conditions"], *others]}
         self._wrote("status")
 
     async def get_child(self, _namespace: str, name: str) -> Manifest | None:
@@ -141,6 +151,11 @@ class ModelServer:
 
     async def list_pods(self, _namespace: str, selector: str) -> list[Manifest]:
         return copy.deepcopy(self.checks if PREFLIGHT in selector else [*self.pods, *self.checks])
+
+    async def annotate_pod(self, _namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
+        for pod in self.pods:
+            if (pod["metadata"]["name"], pod["metadata"]["uid"]) == (name, uid):
+                pod["metadata"].setdefault("annotations", {}).update(annotations)
 
     async def list_warnings(self, _namespace: str, _uid: str) -> list[Manifest]:
         return []

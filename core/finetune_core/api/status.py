@@ -4,7 +4,7 @@ want stands in `spec`."""
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
@@ -67,6 +67,10 @@ class StatusModel(ApiModel):
     an older version can read the status that the newer version wrote."""
 
     model_config = ConfigDict(extra="ignore")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the section as the API server stores it, also with values that `reading.py` has let pass."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True, warnings=False)
 
 
 class PodRecord(StatusModel):

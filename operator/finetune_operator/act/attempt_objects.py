@@ -18,7 +18,7 @@ from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.config_map import build_config_map
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.objects.pod_template import AttemptSpec
-from finetune_operator.observe.stored_job import ParsedJob
+from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.queue.retryable import RetryableError
 
 logger = logging.getLogger(__name__)
@@ -63,13 +63,13 @@ class AttemptObjects:
         logger.info("attempt created", extra=job.log_fields)
         return child
 
-    async def remove(self, job: ParsedJob, child: ChildObservation) -> None:
+    async def remove(self, job: StoredJob, child: ChildObservation) -> None:
         """Delete the ConfigMap and the child of an attempt that ended. The garbage collector deletes its pods."""
         await delete_config_map(self._cluster, job.key.namespace, child.name, job.uid)
         await self._backend.delete(job.key.namespace, child)
         logger.info("attempt removed", extra=job.log_fields)
 
-    async def remove_orphans(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
+    async def remove_orphans(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
         """Delete ``pods``, whose attempt has ended and whose child somebody deleted without them.
 
         A pod whose deletion is refused, for example by an admission policy, is remembered and no longer waited for.

@@ -82,6 +82,11 @@ class Decision:
         """Whether a pod may be about to start. Pods read the run file, so the spec must then be resolved into one."""
         return self.state in (JobState.CHECKING, JobState.OPENED)
 
+    @property
+    def starts_pods(self) -> bool:
+        """Whether the decision leads to new pods, for which the whole spec is needed."""
+        return self.action in (Action.OPEN_ATTEMPT, Action.CREATE_ATTEMPT, Action.CREATE_PREFLIGHT_POD)
+
     def must_be_written_first(self, stored: FineTuneJobStatus) -> bool:
         """Return whether the status must be written before any object is created or deleted.
 

@@ -17,7 +17,7 @@ from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
 from finetune_operator.observe.ownership import pods_of_attempts, preflight_pods
-from finetune_operator.observe.stored_job import ParsedJob
+from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.observe.usage import usage_until
 from finetune_operator.observe.waiting import why_attempt_waits
 from finetune_operator.observe.warning_events import WarningReader
@@ -46,7 +46,7 @@ class Observer:
         self._preflight_by_default = preflight_by_default
         self._warnings = WarningReader(cluster, clock)
 
-    async def observe(self, job: ParsedJob) -> JobObservation:
+    async def observe(self, job: StoredJob) -> JobObservation:
         """Read what exists for ``job`` now and return it. Also updates in memory which pods may send reports."""
         manifests = await self._list_pods(job)
         # The child is read after the pods. So if the child has not failed, the backend had deleted none of these pods.
@@ -69,14 +69,14 @@ class Observer:
         recorded = job.status.child if job.status.attempts.current is not None else None
         return JobObservation(
             now=job.now,
-            nodes=job.resource.spec.resources.nodes,
-            policy=job.resource.spec.run_policy,
+            nodes=job.resources.nodes,
+            policy=job.policy,
             child=child,
             child_uid=recorded.uid if recorded else "",
             pods=pods,
             undeletable=frozenset(job.memory.undeletable_pods),
             checkpoints=job.status.checkpoints,
-            usage=usage_until(job.now, job.status.usage, pods, gpus=job.resource.spec.resources.gpus_per_node),
+            usage=usage_until(job.now, job.status.usage, pods, gpus=job.resources.gpus_per_node),
             waiting_for=waiting_for,
             final_result=report.result if report else None,
             last_phase=report.phase.value if report else "",
@@ -84,22 +84,22 @@ class Observer:
             preflight=preflight,
         )
 
-    async def _list_pods(self, job: ParsedJob) -> list[Manifest]:
+    async def _list_pods(self, job: StoredJob) -> list[Manifest]:
         """Return all pods that have the labels of an attempt of the job."""
         if not job.status.attempts.started:
             return []
         return await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
 
-    async def _find_child(self, job: ParsedJob) -> ChildObservation | None:
+    async def _find_child(self, job: StoredJob) -> ChildObservation | None:
         """Return the object with the name of the newest attempt's child, whoever owns it; None where none exists."""
         started = job.status.attempts.started
         if not started:
             return None
         return await self._backend.observe(job.key.namespace, attempt_name(job.key.name, job.uid, started))
 
-    async def _preflight(self, job: ParsedJob) -> PreflightObservation:
+    async def _preflight(self, job: StoredJob) -> PreflightObservation:
         """Return what exists of the preflight check, and read warning events about the pod of the current try."""
-        record, policy, pods = job.status.preflight, job.resource.spec.run_policy, []
+        record, policy, pods = job.status.preflight, job.policy, []
         if record is not None:  # the record is written before the first pod is created, so without it no pod exists
             manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
             pods = preflight_pods(manifests, job)
@@ -112,7 +112,7 @@ class Observer:
             problem=problem.message if problem is not None and current is None else "",
         )
 
-    def _expect_reports(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
+    def _expect_reports(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
         """Store in memory which pods may send reports: those of the newest attempt.
 
         They may do so even after the end of the attempt, while they still save a checkpoint.
@@ -122,16 +122,15 @@ class Observer:
         if attempts.current is None and not uids:
             self._memory.stop_reporting(job.key, job.uid)
             return
-        resources = job.resource.spec.resources
-        ranks = resources.processes
+        ranks = job.resources.processes
         reporting = ReportingAttempt(uid=job.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
         self._memory.set_reporting_attempt(job.key, job.uid, reporting)
 
 
-def _waiting_for(job: ParsedJob, pods: Sequence[PodObservation]) -> str:
+def _waiting_for(job: StoredJob, pods: Sequence[PodObservation]) -> str:
     """Return why not all pods of the attempt run, as the pods show it or else as a stored condition says it."""
     stored = {condition.type: condition.message for condition in job.status.conditions if condition.status == "False"}
     own = [pod for pod in pods if pod.attempt == job.status.attempts.started]
     if own and ConditionType.ACCEPTED not in stored:
-        return why_attempt_waits(own, job.resource.spec.resources.nodes, job.memory.hint)
+        return why_attempt_waits(own, job.resources.nodes, job.memory.hint)
     return stored.get(ConditionType.ACCEPTED) or stored.get(ConditionType.RUNNING, "")

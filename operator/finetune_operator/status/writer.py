@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from finetune_core.api import FineTuneJobStatus
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import FIELD_MANAGER, KubeClient
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import JobMemory
@@ -16,6 +16,7 @@ from finetune_operator.status.budget import WriteBudget
 from finetune_operator.status.compute import compute_status, is_news, is_transition
 from finetune_operator.status.event_recorder import EventRecorder
 from finetune_operator.status.inputs import StatusInput
+from finetune_operator.status.preservation import preserve
 
 
 class StatusWriter:
@@ -49,7 +50,7 @@ class StatusWriter:
         how many seconds such numbers may be written; None where nothing waits. Raises ApiError (409) where the job has
         changed since it was read.
         """
-        status = compute_status(job.status, given, child_kind=self._child_kind)
+        status = compute_status(job.status, given, child_kind=self._child_kind).model_copy(update=job.left_alone)
         self._metrics.jobs.update(job.key, status)
         old = job.status if job.manifest.get("status") else None
         if not is_news(old, status):
@@ -76,6 +77,7 @@ class StatusWriter:
         await self._apply(job, job.status.model_copy(update={"child": None}))
 
     async def _apply(self, job: StoredJob, status: FineTuneJobStatus) -> None:
-        await self._cluster.apply_status(job.key, job.manifest["metadata"]["resourceVersion"], status.to_json())
+        body = preserve(job.manifest, job.status.to_json(), status.to_json(), FIELD_MANAGER)
+        await self._cluster.apply_status(job.key, job.manifest["metadata"]["resourceVersion"], body)
         job.memory.status_written_at, job.memory.progress_write_at = self._clock(), None
         self._metrics.status_writes.inc()
