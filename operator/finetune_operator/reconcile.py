@@ -200,9 +200,14 @@ class Reconciler:
         return stored
 
     async def _tidy(self, stored: StoredJob) -> Requeue:
-        """Remove those objects of an ended job that are due, and accept no more reports of the job."""
+        """Remove those objects of an ended job that are due, and accept no more reports of the job.
+
+        Before that, a new generation of the job is written as observed.
+        """
         self._memory.set_reporting_attempt(stored.key, stored.uid, None)
         self._metrics.jobs.update(stored.key, stored.status)
+        if await self._writer.observe_generation(stored):
+            return Requeue(after=0)
         return Requeue(after=await self._settled_jobs.tidy(stored))
 
     # ---- around the decision: the run file, and when to reconcile again ----

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from finetune_core.api import FineTuneJobStatus
+from finetune_core.api.conditions import ConditionType
 from finetune_operator.kube.client import FIELD_MANAGER, KubeClient
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
@@ -68,6 +69,22 @@ class StatusWriter:
         if memory.progress_write_at is None:
             memory.progress_write_at = self._budget.reserve()
         return memory.seconds_to_progress_write(self._clock())
+
+    async def observe_generation(self, job: StoredJob) -> bool:
+        """Write the job's generation as observed, into the status of an ended job; return whether that was needed.
+
+        Nothing else changes, because no edit changes how a job has ended. kstatus (Flux, Argo CD) counts a job as in
+        progress as long as its newest generation is not observed.
+        """
+        if job.status.observed_generation == job.generation:
+            return False
+        conditions = [
+            item.model_copy(update={"observed_generation": job.generation}) if item.type in set(ConditionType) else item
+            for item in job.status.conditions
+        ]
+        update = {"observed_generation": job.generation, "conditions": conditions}
+        await self._apply(job, job.status.model_copy(update=update))
+        return True
 
     async def forget_child(self, job: StoredJob) -> None:
         """Remove `status.child` of an ended job, because the job's PyTorchJob no longer exists.
