@@ -229,7 +229,7 @@ STATES: dict[State, tuple[str, str]] = {
 
 def without_generations(server: ModelServer) -> dict[str, Any]:
     """Return the job's status without `observedGeneration`, also of its conditions."""
-    status = copy.deepcopy(server.job["status"])
+    status: dict[str, Any] = copy.deepcopy(server.job["status"])
     for part in (status, *status["conditions"]):
         del part["observedGeneration"]
     return status
