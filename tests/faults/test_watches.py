@@ -24,6 +24,7 @@ from tests.faults.rules import (
 )
 from tests.faults.trials import Point, run_all
 from tests.faults.world import World, job
+from tests.operator.builders import is_observed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -98,7 +99,7 @@ def _with_both_pods(world: World, namespace: str) -> dict[str, Any] | None:
     # The watch that got status 410 ends the operator's process up to 15 s later, so the operator is started again here.
     world.keep_operator_alive()
     found = world.job(namespace)
-    return found if "status" in found and len(_pods(found)) == 2 else None
+    return found if is_observed(found) and len(_pods(found)) == 2 else None
 
 
 def test_a_server_that_shows_the_past_leads_to_nothing_foreign(world: World) -> None:
