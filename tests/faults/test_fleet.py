@@ -25,8 +25,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 CONVERGED_SECONDS = 30
 FIVE_JOBS = tuple(f"job-{number}" for number in range(5))
-PREVIOUS = "2433999"
-"""Commit of the first version that ran jobs. That version had no leader election and an older form of the status."""
+FIRST = "2433999"
+"""Commit of the first version that ran jobs. That version had no leader election, no `runPolicy.cancel` and an older form
+of the status."""
+LATER = "5b68d5f"
+"""Commit of a later version, which obeys `runPolicy.cancel` and checks jobs before their first attempt."""
 
 
 @pytest.mark.long
@@ -89,10 +92,10 @@ def recorded_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
     }
 
 
-def previous_release(folder: Path) -> Path | None:
-    """Unpack packages and CRD of PREVIOUS into ``folder``; return None where the git history lacks the commit."""
+def previous_release(commit: str, folder: Path) -> Path | None:
+    """Unpack packages and CRD of ``commit`` into ``folder``; return None where the git history lacks the commit."""
     archive = subprocess.run(
-        ["git", "archive", PREVIOUS, "core", "operator", "crds"], cwd=REPOSITORY, capture_output=True, check=False
+        ["git", "archive", commit, "core", "operator", "crds"], cwd=REPOSITORY, capture_output=True, check=False
     )
     if archive.returncode != 0:
         return None
@@ -101,11 +104,12 @@ def previous_release(folder: Path) -> Path | None:
 
 
 @pytest.mark.long
-def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path) -> None:
-    source = previous_release(tmp_path)
+@pytest.mark.parametrize(("commit", "obeys_cancel"), [(FIRST, False), (LATER, True)])
+def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path, commit: str, obeys_cancel: bool) -> None:
+    source = previous_release(commit, tmp_path)
     if source is None:
         # The old version comes from the git history, which a shallow clone or a source archive does not have.
-        pytest.skip(f"the history does not reach back to {PREVIOUS}")
+        pytest.skip(f"the history does not reach back to {commit}")
     namespace = world.namespace()
     world.operator.stop()
     _delete_other_jobs(world)
@@ -132,7 +136,8 @@ def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path) -> 
             previous.wait_ready()
             _wait_for_reconciles(world, namespace, previous, "the previous version")
             assert _objects(world, namespace) == before, f"rollback {turn}"
-        _cancel(world, namespace, "job-0")
+        if obeys_cancel:
+            _cancel(world, namespace, "job-0")
         assert previous.metric("finetune_reconciles_total", 'result="error"') == 0
     finally:
         previous.close()
