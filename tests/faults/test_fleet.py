@@ -26,8 +26,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 CONVERGED_SECONDS = 30
 FIVE_JOBS = tuple(f"job-{number}" for number in range(5))
 FIRST = "2433999"
-"""Commit of the first version that ran jobs. That version had no leader election, no `runPolicy.cancel` and an older form
-of the status."""
+"""Commit of the first version that ran jobs. It had no leader election, no `runPolicy.cancel` and an older status."""
 LATER = "5b68d5f"
 """Commit of a later version, which obeys `runPolicy.cancel` and checks jobs before their first attempt."""
 
