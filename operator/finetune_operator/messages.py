@@ -87,6 +87,16 @@ def pod_failed(name: str, reason: str, message: str) -> str:
     return f"pod {name} failed: {reason or 'no reason given'}" + (f": {message}" if message else "")
 
 
+def node_refused(name: str, node: str, reason: str, message: str) -> str:
+    """Return the sentence about a pod that its node did not start.
+
+    ``reason`` is the word of the kubelet or of the container runtime, for example "UnexpectedAdmissionError", and
+    ``message`` is the sentence that came with it. ``node`` and ``message`` may be empty.
+    """
+    where = f"node {node}" if node else "its node"
+    return f"{where} did not start pod {name}: {reason}" + (f": {message}" if message else "")
+
+
 def replicas_changed(replicas: int, nodes: int) -> str:
     """Return the sentence about a PyTorchJob that somebody else scaled to ``replicas`` instead of ``nodes`` workers."""
     return f"the PyTorchJob was scaled to {replicas} workers by somebody else; the job has {nodes} nodes"

@@ -24,6 +24,7 @@ from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.checkpoint_annotations import CheckpointAnnotations
 from finetune_operator.act.preflight_objects import PreflightObjects
 from finetune_operator.decide.decision import Action, Decision, JobEnd
+from finetune_operator.decide.failed_nodes import nodes_to_avoid
 from finetune_operator.decide.state_machine import decide
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
@@ -212,7 +213,8 @@ class Reconciler:
         match decision.action:
             case Action.CREATE_ATTEMPT if config is not None:
                 try:
-                    return _Acted(child=await self._attempt_objects.create(job, image, config))
+                    avoided = nodes_to_avoid(job.status.attempts.recent)
+                    return _Acted(child=await self._attempt_objects.create(job, image, config, avoided))
                 except RetryableError as problem:
                     return _Acted(problem=problem)
             case Action.REMOVE_ATTEMPT if seen.child is not None:

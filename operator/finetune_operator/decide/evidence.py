@@ -29,6 +29,14 @@ RESUME_WINDOW = timedelta(seconds=TRAINING_GRACE_SECONDS + 30)
 earlier admission still ended."""
 
 
+KUBELET_KILLS = frozenset({"Preempting", "NodeShutdown", "Shutdown", "Terminated"})
+"""`status.reason` of a pod that the kubelet killed, whether its container ran or not: to make room for a critical pod
+(`pkg/kubelet/preemption/preemption.go`), or because the node shuts down (`pkg/kubelet/nodeshutdown`; Shutdown until
+Kubernetes 1.21). Newer kubelets also write the condition DisruptionTarget, which comes first."""
+POD_DEADLINE = "DeadlineExceeded"
+"""`status.reason` of a pod that reached its own `activeDeadlineSeconds` (`pkg/kubelet/active_deadline.go`)."""
+
+
 class Disturbance(Enum):
     """What somebody outside the job did to a pod."""
 
@@ -79,6 +87,14 @@ class Evidence:
             return (_LATE_CODES.index(ExitCode(code)) + 1 if code in _LATE_CODES else 0, pod.index)
 
         return min(self.failures, key=rank, default=None)
+
+    @cached_property
+    def refused(self) -> PodObservation | None:
+        """The failed pod that its node did not start or that the kubelet killed for the node's own sake; None if none.
+
+        Of several, the pod with the lowest index.
+        """
+        return min((pod for pod in self.failures if is_refused(pod)), key=lambda pod: pod.index, default=None)
 
     @cached_property
     def disturbance(self) -> tuple[Disturbance, PodObservation] | None:
@@ -153,6 +169,29 @@ class Evidence:
 def finished_at(pod: PodObservation) -> datetime | None:
     """Return when the pod's training container ended; None while it runs or where the kubelet does not say."""
     return pod.container.finished_at if pod.container else None
+
+
+def is_refused(pod: PodObservation) -> bool:
+    """Return whether the failed ``pod`` failed through its node: by the kubelet, or by the container runtime.
+
+    Every handler of the kubelet may refuse a pod, with a reason of its own, and versions add handlers. So a refusal is
+    recognised by what all have in common (`rejectPod` in `pkg/kubelet/kubelet.go`): the pod has a reason, and its
+    container never ran.
+    """
+    if pod.phase != "Failed":
+        return False
+    if pod.reason in KUBELET_KILLS:
+        return True
+    container = pod.container
+    if container is not None and container.state is ContainerState.TERMINATED:
+        return container.never_ran
+    if container is not None and container.state is ContainerState.RUNNING:
+        return False
+    if pod.reason == Cause.EVICTED:
+        # A kubelet that refuses a pod because of the node's own pressure leaves no status of containers. A pod that it
+        # evicted later has such a status.
+        return container is None
+    return pod.reason not in ("", POD_DEADLINE)
 
 
 def _names_artifact(result: Result | None) -> bool:

@@ -210,6 +210,19 @@ def _free(reason: str, message: str, node: str = "") -> Ruling:
     return Ruling(verdict=Verdict.FREE, reason=reason, message=message, node=node)
 
 
+def node_refused(evidence: Evidence) -> Ruling | None:
+    """Return the verdict Free where a node did not start a pod, or its kubelet killed the pod for the node's own sake.
+
+    The pods of the other workers then fail only because that pod is missing.
+    """
+    pod = evidence.refused
+    if pod is None:
+        return None
+    ended = pod.container if pod.container is not None and pod.container.never_ran else None
+    reason, detail = (ended.reason, ended.message) if ended is not None else (pod.reason, pod.message)
+    return _free(Cause.NODE_REFUSED, messages.node_refused(pod.name, pod.node, reason, detail), pod.node)
+
+
 # ---- rules for failures that another attempt may survive ----
 
 
@@ -321,6 +334,11 @@ RULES: tuple[Rule, ...] = (
     Rule(node_lost, Verdict.FREE, "the node of a pod no longer answers"),
     Rule(pod_deleted, Verdict.FREE, "before the first failure somebody deleted a pod, which then ends with 137 or 143"),
     Rule(pods_missing, Verdict.FREE, "no pod failed, and a recorded pod vanished or another one took its place"),
+    Rule(
+        node_refused,
+        Verdict.FREE,
+        "a kubelet refused a pod or killed it for the node's own sake, or the container runtime could not start it",
+    ),
     Rule(evicted, Verdict.CHARGED, "the kubelet evicted a pod without DisruptionTarget"),
     Rule(failed_without_exit_code, Verdict.CHARGED, "a pod failed and its container left no exit code"),
     Rule(outside_failure, Verdict.CHARGED, "a pod ended with 75"),

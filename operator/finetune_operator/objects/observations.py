@@ -24,6 +24,21 @@ class ContainerState(StrEnum):
     TERMINATED = "Terminated"
 
 
+START_ERRORS = frozenset(
+    {
+        "StartError",
+        "ContainerCannotRun",
+        "RunContainerError",
+        "PreCreateHookError",
+        "CreateContainerError",
+        "PreStartHookError",
+    }
+)
+"""Reasons of a container that its runtime could not start. containerd writes StartError (exit code 128, in
+`container_start.go` of its CRI server) and cri-dockerd ContainerCannotRun. The others are errors of the kubelet, from
+`pkg/kubelet/container/sync_result.go` and `pkg/kubelet/kuberuntime/kuberuntime_container.go` of Kubernetes 1.34."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContainerObservation:
     """The training container (named `pytorch`) of a pod."""
@@ -38,6 +53,17 @@ class ContainerObservation:
     finished_at: datetime | None = None
     image_id: str = ""
     """Image that the node runs: `repository@sha256:...`, or only a digest where the image came from no registry."""
+
+    @property
+    def never_ran(self) -> bool:
+        """Whether the container has ended without ever having run, because the container runtime could not start it.
+
+        A runtime gives times as numbers, and 0 for a start that never came, which the kubelet shows as the year 1970.
+        Runtimes that set another time are recognised by the reason.
+        """
+        if self.state is not ContainerState.TERMINATED:
+            return False
+        return self.reason in START_ERRORS or (self.started_at is not None and self.started_at.timestamp() <= 0)
 
     @property
     def result(self) -> Result | None:
