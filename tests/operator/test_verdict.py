@@ -424,6 +424,19 @@ def test_a_container_that_its_runtime_could_not_start_is_never_charged_whatever_
         assert ruled([pod(0), pod(1, exit_code=code, reason=reason)]) == ("Free", "NodeRefused")
 
 
+@pytest.mark.parametrize("reason", sorted(START_ERRORS))
+def test_a_container_that_its_runtime_goes_on_refusing_ends_the_attempt_after_two_minutes(reason: str) -> None:
+    waiting = ContainerObservation(state=ContainerState.WAITING, reason=reason, message="unresolvable CDI device")
+    stuck = pod(1, phase="Pending", container=waiting)
+    assert ruled([pod(0), replace(stuck, start_error_seconds=119)]) is None
+    ruling = _judge([pod(0), replace(stuck, start_error_seconds=120)])
+    assert ruling is not None
+    assert (ruling.verdict, ruling.reason, ruling.node) == (Verdict.FREE, "NodeRefused", "node-1")
+    assert ruling.message.endswith(f"{reason}: unresolvable CDI device")
+    deleted = pod(1, phase="Pending", container=waiting, deleted=1, start_error_seconds=120)
+    assert ruled([pod(0), deleted]) == ("Free", "PodDeleted")
+
+
 def test_a_container_that_ended_without_a_start_is_recognised_by_its_times() -> None:
     """The kubelet shows the start of a container that never ran as the beginning of Unix time."""
     ended = pod(1, exit_code=128, reason="Error", message="no such device")

@@ -29,6 +29,9 @@ RESUME_WINDOW = timedelta(seconds=TRAINING_GRACE_SECONDS + 30)
 earlier admission still ended."""
 
 
+START_PATIENCE_SECONDS = 120.0
+"""For so many seconds a kubelet may try again to create a container that its runtime refuses, before the attempt ends.
+The kubelet itself never gives up, and no other node is tried."""
 KUBELET_KILLS = frozenset({"Preempting", "NodeShutdown", "Shutdown", "Terminated"})
 """`status.reason` of a pod that the kubelet killed, whether its container ran or not: to make room for a critical pod
 (`pkg/kubelet/preemption/preemption.go`), or because the node shuts down (`pkg/kubelet/nodeshutdown`; Shutdown until
@@ -90,11 +93,19 @@ class Evidence:
 
     @cached_property
     def refused(self) -> PodObservation | None:
-        """The failed pod that its node did not start or that the kubelet killed for the node's own sake; None if none.
+        """The pod that its node did not start, or that the kubelet killed for the node's own sake; None if none.
 
-        Of several, the pod with the lowest index.
+        Of several, the pod with the lowest index. A pod whose container runtime goes on refusing has not failed.
         """
-        return min((pod for pod in self.failures if is_refused(pod)), key=lambda pod: pod.index, default=None)
+        stuck = [
+            pod
+            for pod in self.pods
+            if pod.start_error_seconds >= START_PATIENCE_SECONDS
+            and not pod.disruption
+            and pod.delete_requested_at is None
+        ]
+        refused = [*(pod for pod in self.failures if is_refused(pod)), *stuck]
+        return min(refused, key=lambda pod: pod.index, default=None)
 
     @cached_property
     def disturbance(self) -> tuple[Disturbance, PodObservation] | None:

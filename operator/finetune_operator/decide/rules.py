@@ -218,8 +218,10 @@ def node_refused(evidence: Evidence) -> Ruling | None:
     pod = evidence.refused
     if pod is None:
         return None
-    ended = pod.container if pod.container is not None and pod.container.never_ran else None
-    reason, detail = (ended.reason, ended.message) if ended is not None else (pod.reason, pod.message)
+    container = pod.container
+    by_runtime = container is not None and (container.never_ran or container.waits_for_runtime)
+    source = container if container is not None and by_runtime else pod
+    reason, detail = source.reason, source.message
     return _free(Cause.NODE_REFUSED, messages.node_refused(pod.name, pod.node, reason, detail), pod.node)
 
 
@@ -337,7 +339,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         node_refused,
         Verdict.FREE,
-        "a kubelet refused a pod or killed it for the node's own sake, or the container runtime could not start it",
+        "a kubelet refused a pod or killed it for the node's own sake, or its container runtime could not start it",
     ),
     Rule(evicted, Verdict.CHARGED, "the kubelet evicted a pod without DisruptionTarget"),
     Rule(failed_without_exit_code, Verdict.CHARGED, "a pod failed and its container left no exit code"),

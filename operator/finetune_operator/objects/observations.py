@@ -66,6 +66,11 @@ class ContainerObservation:
         return self.reason in START_ERRORS or (self.started_at is not None and self.started_at.timestamp() <= 0)
 
     @property
+    def waits_for_runtime(self) -> bool:
+        """Whether the kubelet tries again and again to create the container, and the container runtime refuses."""
+        return self.state is ContainerState.WAITING and self.reason in START_ERRORS
+
+    @property
     def result(self) -> Result | None:
         """The result that the trainer wrote as termination message; None where there is none or the container runs."""
         return Result.from_termination_message(self.message) if self.state is ContainerState.TERMINATED else None
@@ -100,6 +105,8 @@ class PodObservation:
     unschedulable: str = ""
     """Message of the PodScheduled condition while the scheduler finds no node, for example ``"0/4 nodes ..."``."""
     container: ContainerObservation | None = None
+    start_error_seconds: float = 0.0
+    """For how many seconds the operator has seen the container wait with an error of its runtime (`START_ERRORS`)."""
     memory_limit: str = ""
     """Memory limit of the training container as the pod's spec has it, for example ``"64Gi"``."""
     checkpoint_time: str = ""

@@ -47,6 +47,25 @@ ON_SECOND_NODE: dict[str, Any] = {
 }
 
 
+PREFERS_SECOND_NODE: dict[str, Any] = {
+    "tolerations": [TOLERATION],
+    "affinity": {
+        "nodeAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {
+                    "weight": 1,
+                    "preference": {
+                        "matchExpressions": [
+                            {"key": "kubernetes.io/hostname", "operator": "In", "values": [SECOND_NODE.name]}
+                        ]
+                    },
+                }
+            ]
+        }
+    },
+}
+
+
 def is_drained(stage: Stage) -> float:
     """Drain the second node, on which one pod runs, with `kubectl drain`, as an administrator does. Return when the pod
     was deleted."""
@@ -109,6 +128,14 @@ def _preemptor(namespace: str) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "List", "items": [priority, pod]}
 
 
+def cannot_allocate_its_gpus(stage: Stage) -> float:
+    """Break the GPUs of the second node, and then let the job go on, whose pods prefer that node. Return when the
+    kubelet's refusal of the pod of worker 0 was observed."""
+    stage.second_node.refuse_devices()
+    stage.change_run_policy(suspend=False)
+    return stage.pod(0, "its refusal", lambda pod: pod["status"].get("reason") == "UnexpectedAdmissionError").at
+
+
 def worker_on_second_node(stage: Stage) -> int:
     """Wait until both pods run, and return the number of the worker whose pod is on the second node. Assert that there
     is exactly one."""
@@ -130,6 +157,14 @@ def preempted(stage: Stage, job: Manifest) -> None:
     """After the preemption: delete the PriorityClass. It belongs to no namespace, so it is not deleted with the job's
     namespace."""
     stage.cluster.kubectl("delete", "priorityclass", stage.namespace)
+
+
+def refused(stage: Stage, job: Manifest) -> None:
+    """After the refusal: assert that the pods of attempt 2 ran on the other node, which the job itself does not prefer,
+    and repair the GPUs."""
+    stage.second_node.allocate_devices()
+    assert job["status"]["attempts"]["recent"][0]["node"] == SECOND_NODE.name
+    _assert_ran_on_the_first_node(stage)
 
 
 def lost(stage: Stage, job: Manifest) -> None:
@@ -198,5 +233,18 @@ NODES = (
             check=lost,
         )
         for name, fault in (("the node's kubelet dies", loses_its_kubelet), ("the node is cut off", is_cut_off))
+    ),
+    free(
+        "the node's GPUs can't be allocated",
+        "NodeRefused",
+        at_first(RUNS, worker=None),
+        cannot_allocate_its_gpus,
+        spec={
+            "podTemplate": PREFERS_SECOND_NODE,
+            "resources": {"gpusPerNode": 1, "device": "GPU"},
+            "runPolicy": {"suspend": True},
+        },
+        words=("UnexpectedAdmissionError", SECOND_NODE.name),
+        check=refused,
     ),
 )
