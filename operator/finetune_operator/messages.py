@@ -17,6 +17,7 @@ NO_CHECKPOINT = "no checkpoint is committed yet"
 NO_PODS = "no pod exists yet"
 SCHEDULED = "every pod has a node"
 PREFLIGHT_RUNS = "store, model and data are being checked before any GPU is asked for"
+_SKIP_PREFLIGHT = "`runPolicy.preflight: Skip` starts without the check"
 BETWEEN_ATTEMPTS = "no attempt exists at the moment"
 NO_ARTIFACT = "every pod ended with exit code 0, but no result names a committed artifact"
 CHILD_DELETED = "the PyTorchJob was deleted by somebody else"
@@ -176,10 +177,34 @@ def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
     """Return the sentence about a preflight pod that ended without a result. It also says how to skip the check."""
     why = f" ({reason})" if reason and reason != "Error" else ""
     line = f": {last_line}" if last_line else ""
+    return f"the preflight pod ended with exit code {exit_code}{why} and left no result{line}; {_SKIP_PREFLIGHT}"
+
+
+def preflight_turn(limit: int) -> str:
+    """Return the sentence about a preflight check that waits, because ``limit`` checks run already."""
+    return f"the check of store, model and data waits for its turn: {limit} checks of all jobs run at the same time"
+
+
+def preflight_out_of_memory(limit: str) -> str:
+    """Return the sentence about a preflight pod that the kernel killed at its memory limit, for example "1Gi"."""
+    amount = f" of {limit}" if limit else ""
     return (
-        f"the preflight pod ended with exit code {exit_code}{why} and left no result{line};"
-        " `runPolicy.preflight: Skip` starts without the check"
+        f"the preflight pod was killed at its memory limit{amount}: a row, the tokenizer or the header of a weight file"
+        f" is too large for the check; {_SKIP_PREFLIGHT}"
     )
+
+
+def preflight_ran_on(seconds: int, command: str) -> str:
+    """Return the sentence about a preflight pod that still ran after ``seconds``, far longer than the check takes."""
+    return (
+        f"the preflight pod had not ended after {seconds} s: an image of your own must end soon when its argument is"
+        f" `{command}`; {_SKIP_PREFLIGHT}"
+    )
+
+
+def preflight_gives_up(tries: int, cause: str) -> str:
+    """Return the sentence about a check that ended ``tries`` times in a row for the same kind of cause."""
+    return f"{tries} tries of the preflight check failed in this way: {cause}"
 
 
 def preflight_deadline(seconds: int, waiting_for: str) -> str:

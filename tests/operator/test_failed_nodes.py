@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_core.api.run_policy import RunPolicySpec
-from finetune_core.api.status import AttemptsStatus, PastAttempt
+from finetune_core.api.status import AttemptsStatus, CheckpointStatus, PastAttempt
 from finetune_operator.decide.decision import JobEnd
 from finetune_operator.decide.failed_nodes import nodes_to_avoid
 from finetune_operator.objects.observations import PodObservation
@@ -92,7 +92,7 @@ def refused(attempt: int) -> list[PodObservation]:
 
 def _until_the_end(policy: RunPolicySpec, checkpoint_in: int = 0) -> tuple[AttemptsStatus, JobEnd]:
     """Play attempts of an image that no node can start. Attempt ``checkpoint_in``, if not 0, commits a checkpoint."""
-    attempts, checkpoints = AttemptsStatus(), []
+    attempts, checkpoints = AttemptsStatus(), list[CheckpointStatus]()
     for number in range(1, 100):
         started = number * 1000.0
         opened = running(
@@ -102,7 +102,7 @@ def _until_the_end(policy: RunPolicySpec, checkpoint_in: int = 0) -> tuple[Attem
         )
         if number == checkpoint_in:
             checkpoints = [checkpoint(started + 1)]
-        shown = {"policy": policy.model_dump(), "checkpoints": checkpoints}
+        shown: dict[str, Any] = {"policy": policy.model_dump(), "checkpoints": checkpoints}
         step = advance(opened, seen(refused(number), now=started + 20, **shown))
         attempts = step.attempts
         if step.end is None and attempts.current is not None:

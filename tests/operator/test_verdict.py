@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -420,8 +421,8 @@ def test_a_pod_that_a_kubelet_refuses_is_never_charged_whatever_the_reason(reaso
 
 @pytest.mark.parametrize("reason", sorted(START_ERRORS))
 def test_a_container_that_its_runtime_could_not_start_is_never_charged_whatever_the_exit_code(reason: str) -> None:
-    for code in (1, 127, 128, 137):
-        assert ruled([pod(0), pod(1, exit_code=code, reason=reason)]) == ("Free", "NodeRefused")
+    for code, phase in itertools.product((1, 127, 128, 137), ("Pending", "Running", "Failed")):
+        assert ruled([pod(0), pod(1, exit_code=code, reason=reason, phase=phase)]) == ("Free", "NodeRefused")
 
 
 @pytest.mark.parametrize("reason", sorted(START_ERRORS))

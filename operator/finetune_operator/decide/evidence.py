@@ -17,7 +17,7 @@ from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import CurrentAttempt, PodRecord
 from finetune_core.contract import ExitCode, Outcome, Result
 from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
-from finetune_operator.objects.observations import ChildObservation, ContainerState, PodObservation
+from finetune_operator.objects.observations import POD_DEADLINE, ChildObservation, ContainerState, PodObservation
 
 _SIGNALLED = (137, ExitCode.STOPPED)
 """Exit codes of a container that was killed (137) or that obeyed SIGTERM (143)."""
@@ -36,8 +36,6 @@ KUBELET_KILLS = frozenset({"Preempting", "NodeShutdown", "Shutdown", "Terminated
 """`status.reason` of a pod that the kubelet killed, whether its container ran or not: to make room for a critical pod
 (`pkg/kubelet/preemption/preemption.go`), or because the node shuts down (`pkg/kubelet/nodeshutdown`; Shutdown until
 Kubernetes 1.21). Newer kubelets also write the condition DisruptionTarget, which comes first."""
-POD_DEADLINE = "DeadlineExceeded"
-"""`status.reason` of a pod that reached its own `activeDeadlineSeconds` (`pkg/kubelet/active_deadline.go`)."""
 
 
 class Disturbance(Enum):
@@ -189,14 +187,15 @@ def is_refused(pod: PodObservation) -> bool:
     recognised by what all have in common (`rejectPod` in `pkg/kubelet/kubelet.go`): the pod has a reason, and its
     container never ran.
     """
+    container = pod.container
+    if container is not None and container.never_ran:
+        # The kubelet writes the phase Failed only later, once nothing of the pod is left on the node.
+        return True
     if pod.phase != "Failed":
         return False
     if pod.reason in KUBELET_KILLS:
         return True
-    container = pod.container
-    if container is not None and container.state is ContainerState.TERMINATED:
-        return container.never_ran
-    if container is not None and container.state is ContainerState.RUNNING:
+    if container is not None and container.state is not ContainerState.WAITING:
         return False
     if pod.reason == Cause.EVICTED:
         # A kubelet that refuses a pod because of the node's own pressure leaves no status of containers. A pod that it

@@ -24,6 +24,8 @@ class ContainerState(StrEnum):
     TERMINATED = "Terminated"
 
 
+POD_DEADLINE = "DeadlineExceeded"
+"""`status.reason` of a pod that reached its own `activeDeadlineSeconds` (`pkg/kubelet/active_deadline.go`)."""
 START_ERRORS = frozenset(
     {
         "StartError",
@@ -246,3 +248,9 @@ def controller_uid(manifest: Mapping[str, Any]) -> str:
     """Return the uid in the owner reference with `controller: true`; empty where the object has no such reference."""
     owners = manifest["metadata"].get("ownerReferences", [])
     return next((owner["uid"] for owner in owners if owner.get("controller")), "")
+
+
+def controller_name(manifest: Mapping[str, Any], kind: str) -> str:
+    """Return the name in the owner reference with `controller: true` to an object of ``kind``; empty where none is."""
+    owners = manifest["metadata"].get("ownerReferences", [])
+    return next((owner["name"] for owner in owners if owner.get("controller") and owner["kind"] == kind), "")

@@ -211,7 +211,7 @@ def _tolerations(job: FineTuneJob) -> list[Manifest]:
     return [*lost_node, *(toleration.to_json() for toleration in job.spec.pod_template.tolerations)]
 
 
-def _claims(job: FineTuneJob) -> list[str]:
+def claims(job: FineTuneJob) -> list[str]:
     """Return the names of the PersistentVolumeClaims that hold the model or datasets, each name once."""
     dataset = job.spec.dataset
     sources = [job.spec.model, dataset.train, dataset.validation, dataset.test]
@@ -237,7 +237,7 @@ def _mounts(job: FineTuneJob) -> list[Manifest]:
         mounts.append({"name": HUB_DATA_TOKENS_VOLUME, "mountPath": HUB_DATA_TOKENS_FOLDER, "readOnly": True})
     mounts += [
         {"name": _claim_volume(number), "mountPath": f"{VOLUMES_FOLDER}/{claim}", "readOnly": True}
-        for number, claim in enumerate(_claims(job))
+        for number, claim in enumerate(claims(job))
     ]
     mounts += [
         {"name": _user_volume(volume), "mountPath": volume.mount_path, "readOnly": bool(volume.read_only)}
@@ -290,7 +290,7 @@ def _volumes(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
         )
     volumes += [
         {"name": _claim_volume(number), "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
-        for number, claim in enumerate(_claims(job))
+        for number, claim in enumerate(claims(job))
     ]
     volumes += [{"name": _user_volume(volume)} | _volume_source(volume) for volume in job.spec.pod_template.volumes]
     return volumes

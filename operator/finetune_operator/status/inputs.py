@@ -48,6 +48,8 @@ class StatusInput:
     """Whether attempt 1 waits for the preflight check, or the job ends because of that check."""
     missing: str = ""
     """What attempt 1 lacks outside the spec according to the preflight check; empty if not known."""
+    turn: str = ""
+    """For which turn the preflight check waits, as a sentence; empty where it does not wait for one."""
     child: ChildObservation | None = None
     """Child object of the current attempt or, where the job ends, of its last attempt. None between two attempts."""
     pods: Sequence[PodObservation] = ()
@@ -80,10 +82,12 @@ def status_input(
     config: RunConfig | None,
     created: ChildObservation | None = None,
     problem: RetryableError | None = None,
+    turn: str = "",
 ) -> StatusInput:
     """Return the inputs for the status of a job whose reconcile has read ``seen`` and decided ``decision``.
 
-    ``created`` is the child object that this reconcile created; ``problem`` says why it could not create a child.
+    ``created`` is the child object that this reconcile created; ``problem`` says why it could not create a child, and
+    ``turn`` for which turn the preflight check waits.
     """
     resources = job.resource.spec.resources
     current = decision.attempts.current
@@ -103,6 +107,7 @@ def status_input(
         end=decision.end,
         is_checked=decision.is_checked,
         missing=decision.missing,
+        turn=turn,
         child=_shown_child(seen, decision, created),
         pods=seen.pods_of(current) if current is not None else [],
         ending_pods=_ending_pods(seen, decision),
