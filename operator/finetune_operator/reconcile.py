@@ -19,14 +19,14 @@ from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.contract import ReportConfig, RunConfig, report_path
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
-from finetune_operator import messages
 from finetune_operator.act.attempt_objects import AttemptObjects
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.checkpoint_annotations import CheckpointAnnotations
 from finetune_operator.act.preflight_objects import PreflightObjects
-from finetune_operator.act.preflight_turns import WAITING_SECONDS, PreflightTurns
+from finetune_operator.act.preflight_turns import PreflightTurns
 from finetune_operator.decide.decision import Action, Decision, JobEnd
 from finetune_operator.decide.failed_nodes import nodes_to_avoid
+from finetune_operator.decide.preflight import waits_for_turn
 from finetune_operator.decide.state_machine import decide
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
@@ -70,8 +70,6 @@ class _Acted:
     """Why the attempt's objects could not be created; None where nothing failed."""
     after: float | None = None
     """Seconds after which the next step of the preflight check is due."""
-    turn: str = ""
-    """For which turn the preflight check waits, as a sentence; empty where it does not wait for one."""
 
 
 class Reconciler:
@@ -144,7 +142,11 @@ class Reconciler:
 
         seen = await self._observer.observe(job)
         decision = decide(job.status, seen)
-        self._preflight_turns.observe(key, seen, decision)
+        self._preflight_turns.observe(key, job.status, seen, decision)
+        asks = decision.starts_check(job.status) and not self._backoff.holds(job.memory)
+        # The turn comes before the record of the check, because the pending deadline runs from that record on.
+        if asks and not await self._preflight_turns.has_come(key, job.now):
+            decision = waits_for_turn(decision, job.status, self._preflight_turns.limit)
         image = job.status.image or job.resource.spec.pod_template.image or self._trainer_image
         try:
             config = self._run_config(job, decision)
@@ -161,7 +163,7 @@ class Reconciler:
         acted = await self._act(job, seen, decision, image, config)
 
         given = status_input(
-            job, seen, decision, image=image, config=config, created=acted.child, problem=acted.problem, turn=acted.turn
+            job, seen, decision, image=image, config=config, created=acted.child, problem=acted.problem
         )
         later = await self._writer.write(job, given)
         await self._annotations.update(job, seen.pods)
@@ -240,9 +242,7 @@ class Reconciler:
         return _Acted(child=seen.child)
 
     async def _create_preflight_pod(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> _Acted:
-        """Create the preflight pod of try ``number``, unless the job waits for its turn or for a back-off."""
-        if not self._backoff.holds(job.memory) and not await self._preflight_turns.has_come(job.key, job.now):
-            return _Acted(after=WAITING_SECONDS, turn=messages.preflight_turn(self._preflight_turns.limit))
+        """Create the preflight pod of try ``number``, and give the slot back where it can't be created."""
         after = await self._preflight_objects.create(job, number, image, config)
         if job.memory.problem is not None:
             self._preflight_turns.forget(job.key)

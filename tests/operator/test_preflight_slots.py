@@ -170,6 +170,20 @@ async def test_jobs_beyond_the_limit_say_that_they_wait_for_their_turn() -> None
     assert fleet.checks == ["b", "c"]
 
 
+async def test_the_pending_deadline_does_not_run_while_a_job_waits_for_its_first_turn() -> None:
+    fleet = Fleet("ab")
+    operator = fleet.operator(1)
+    fleet.servers["b"].set_policy(pendingDeadlineSeconds=60)
+    for _ in range(20):
+        await fleet.reconcile_all(operator, times=1)
+        for server in fleet.servers.values():
+            server.pass_time(10)
+    assert "preflight" not in fleet.servers["b"].job["status"]
+    fleet.servers["a"].end_check(0, PreflightResult(findings=[]).to_termination_message())
+    await fleet.reconcile_all(operator)
+    assert fleet.checks == ["b"]
+
+
 async def test_an_operator_that_starts_counts_the_checks_that_run_already() -> None:
     fleet = Fleet("abcd")
     await fleet.reconcile_all(fleet.operator(2))

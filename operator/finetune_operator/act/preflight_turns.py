@@ -9,8 +9,8 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime
 
-from finetune_core.api import KIND
-from finetune_operator.decide.decision import Action, Decision
+from finetune_core.api import KIND, FineTuneJobStatus
+from finetune_operator.decide.decision import Decision
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.objects.labels import PREFLIGHT
 from finetune_operator.objects.observations import PodObservation, controller_name, parse_preflight_pod
@@ -20,8 +20,6 @@ from finetune_operator.queue.work_queue import Key
 
 logger = logging.getLogger(__name__)
 
-WAITING_SECONDS = 60.0
-"""Seconds after which a job that waits for its turn asks again, even if nobody wakes it."""
 STARTING_SECONDS = 60.0
 """A pod that does not run this long after its creation, for example because a Secret is missing, takes no slot until it
 runs. Otherwise jobs that wait for something would keep all other jobs from being checked."""
@@ -42,11 +40,14 @@ class PreflightTurns:
         """Most checks that run at the same time."""
         return self._slots.limit
 
-    def observe(self, key: Key, seen: JobObservation, decision: Decision) -> None:
-        """Keep the slot of a job whose preflight pod uses one; take it back where the job is about to create no pod."""
+    def observe(self, key: Key, stored: FineTuneJobStatus, seen: JobObservation, decision: Decision) -> None:
+        """Keep the slot of a job whose preflight pod uses one; take it back where the job is about to create no pod.
+
+        ``decision`` follows from the status ``stored`` and from ``seen``.
+        """
         if any(uses_slot(pod, seen.now) for pod in seen.preflight.pods):
             self._slots.occupy(key)
-        elif decision.action is not Action.CREATE_PREFLIGHT_POD:
+        elif not decision.starts_check(stored):
             self._slots.release(key)
 
     def forget(self, key: Key) -> None:

@@ -28,6 +28,8 @@ from finetune_operator.queue.work_queue import backoff_seconds
 RUN_SECONDS = PREFLIGHT_SECONDS + 120
 """For so many seconds the container of a try may run. The program of the trainer image ends by itself after
 PREFLIGHT_SECONDS; the rest is for its start and for clocks that differ."""
+TURN_SECONDS = 60.0
+"""Seconds after which a check that waits for its turn asks again, even if nobody wakes its job."""
 GIVE_UP_TRIES = 3
 """After so many tries in a row that could not be carried out, the job ends."""
 
@@ -54,6 +56,20 @@ def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchec
     if record.verdict == PreflightVerdict.IMPOSSIBLE:
         return _failed(stored.attempts, record, Reason.BAD_INPUT, record.message)
     return _during_try(stored.attempts, record, seen, alive)
+
+
+def waits_for_turn(decision: Decision, stored: FineTuneJobStatus, limit: int) -> Decision:
+    """Return ``decision``, which starts a check, as it is while the job waits for its turn: nothing is done.
+
+    ``limit`` is how many checks run at the same time. A check that waits for its first turn has no record yet.
+    """
+    return replace(
+        decision,
+        preflight=stored.preflight,
+        action=Action.NONE,
+        wait_seconds=_least(decision.wait_seconds or None, TURN_SECONDS),
+        turn=messages.preflight_turn(limit),
+    )
 
 
 def _during_try(

@@ -82,12 +82,10 @@ def status_input(
     config: RunConfig | None,
     created: ChildObservation | None = None,
     problem: RetryableError | None = None,
-    turn: str = "",
 ) -> StatusInput:
     """Return the inputs for the status of a job whose reconcile has read ``seen`` and decided ``decision``.
 
-    ``created`` is the child object that this reconcile created; ``problem`` says why it could not create a child, and
-    ``turn`` for which turn the preflight check waits.
+    ``created`` is the child object that this reconcile created; ``problem`` says why it could not create a child.
     """
     resources = job.resource.spec.resources
     current = decision.attempts.current
@@ -107,7 +105,7 @@ def status_input(
         end=decision.end,
         is_checked=decision.is_checked,
         missing=decision.missing,
-        turn=turn,
+        turn=decision.turn,
         child=_shown_child(seen, decision, created),
         pods=seen.pods_of(current) if current is not None else [],
         ending_pods=_ending_pods(seen, decision),
