@@ -11,9 +11,15 @@ from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptsStatus, CheckpointStatus, PastAttempt
 from finetune_operator.decide.decision import JobEnd
 from finetune_operator.decide.failed_nodes import nodes_to_avoid
+from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.objects.observations import PodObservation
 from finetune_operator.objects.pod_template import AttemptSpec, pod_template
-from tests.operator.builders import advance, at, checkpoint, current, job, pod
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.work_queue import Key
+from finetune_operator.reconcile import Reconciler
+from tests.operator.builders import NOW, advance, at, checkpoint, current, job, job_manifest, pod
+from tests.operator.model import ModelServer
 from tests.operator.test_attempts import running, seen, seen_no_child
 
 PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
@@ -132,3 +138,47 @@ def test_a_free_attempt_for_another_reason_is_not_charged_for_refusals_that_were
     step = advance(step.attempts, seen([pod(0, attempt=5, deleted=130), pod(1, attempt=5)], now=170))
     assert step.attempts.recent[-1].verdict == "Free"
     assert advance(step.attempts, seen_no_child(now=180)).end is None
+
+
+async def test_an_attempt_whose_containers_a_runtime_goes_on_refusing_ends_and_the_next_avoids_the_node() -> None:
+    server = ModelServer(job_manifest(runPolicy={"preflight": "Skip"}), NOW)
+    metrics = Metrics()
+    operator = Reconciler(
+        cluster=server,  # type: ignore[arg-type]
+        backend=PyTorchJobBackend(server),  # type: ignore[arg-type]
+        memory=Memory(),
+        metrics=metrics,
+        trainer_image="trainer:1",
+        report_base_url="https://operator:8443",
+        ca_bundle=lambda: "CA",
+        instance="test",
+        preflight="Skip",
+        now=lambda: server.now,
+        clock=lambda: server.now.timestamp(),
+    )
+    key = Key("team", "quickstart")
+
+    async def pass_time(seconds: int) -> None:
+        for _ in range(seconds):
+            await operator.reconcile(key)
+            server.pass_time(1)
+
+    await pass_time(5)
+    for stuck in server.pods:
+        waiting = {"reason": "CreateContainerError", "message": "CDI device injection failed"}
+        stuck["status"]["containerStatuses"][0]["state"] = {"waiting": waiting}
+    await pass_time(115)
+    assert server.job["status"]["attempts"]["recent"] == []
+    await pass_time(60)
+    attempts = server.job["status"]["attempts"]
+    (ended,) = attempts["recent"]
+    assert (ended["verdict"], ended["reason"], ended["node"]) == ("Free", "NodeRefused", "node-1")
+    assert "CreateContainerError: CDI device injection failed" in ended["message"]
+    assert attempts["started"] == 2
+    (child,) = server.children.values()
+    pods = child["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (preference,) = pods["affinity"]["nodeAffinity"][PREFERRED]
+    assert preference["preference"]["matchFields"] == [
+        {"key": "metadata.name", "operator": "NotIn", "values": ["node-1"]}
+    ]
+    assert 'finetune_node_refusals_total{node="node-1"} 1.0' in metrics.render().decode()
