@@ -88,6 +88,11 @@ def pod_failed(name: str, reason: str, message: str) -> str:
     return f"pod {name} failed: {reason or 'no reason given'}" + (f": {message}" if message else "")
 
 
+def container_lost(name: str, node: str) -> str:
+    """Return the sentence about a pod whose container is gone, and nobody saw its end; ``node`` may be empty."""
+    return f"{f'node {node}' if node else 'its node'} lost the container of pod {name}, for example in a restart"
+
+
 def node_refused(name: str, node: str, reason: str, message: str) -> str:
     """Return the sentence about a pod that its node did not start.
 

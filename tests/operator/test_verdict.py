@@ -147,6 +147,16 @@ TABLE = {
         [pod(0, exit_code=64, message=BAD), pod(1, exit_code=128, reason="StartError")],
         ("Permanent", "BadInput"),
     ),
+    "a node restarted": ([pod(0), pod(1, exit_code=255, reason="Unknown")], ("Free", "NodeLost")),
+    "a container runtime no longer has a container": (
+        [pod(0, exit_code=75, finished=9), pod(1, exit_code=137, reason="ContainerStatusUnknown")],
+        ("Free", "NodeLost"),
+    ),
+    "an evicted pod whose container is gone": (
+        [pod(0), pod(1, exit_code=137, reason="ContainerStatusUnknown", phase="Failed", reason_="Evicted")],
+        ("Charged", "Evicted"),
+    ),
+    "a program that ended with 255": ([pod(0), pod(1, exit_code=255, reason="Error")], ("Charged", "Crashed")),
     "a program that ended with 128 by itself": (
         [pod(0, exit_code=128, reason="Error"), pod(1)],
         ("Charged", "Crashed"),

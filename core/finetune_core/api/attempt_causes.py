@@ -51,7 +51,13 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
         "Free",
         Explanation("A pod was deleted, and training-operator created another pod in its place."),
     ),
-    Cause.NODE_LOST: ("Free", Explanation("The pod's node does not answer.", "If this repeats, check the node.")),
+    Cause.NODE_LOST: (
+        "Free",
+        Explanation(
+            "The pod's node does not answer, or lost the pod's container, for example in a restart.",
+            "If this repeats, check the node.",
+        ),
+    ),
     Cause.NODE_REFUSED: (
         "Free",
         Explanation(

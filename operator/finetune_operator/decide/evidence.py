@@ -90,6 +90,21 @@ class Evidence:
         return min(self.failures, key=rank, default=None)
 
     @cached_property
+    def lost(self) -> PodObservation | None:
+        """The pod whose node lost the container, for example in a restart of the node; None if there is none.
+
+        An evicted pod also has such a container, because the kubelet removes it.
+        """
+        return next(
+            (
+                pod
+                for pod in self.failures
+                if pod.reason != Cause.EVICTED and pod.container is not None and pod.container.was_lost
+            ),
+            None,
+        )
+
+    @cached_property
     def refused(self) -> PodObservation | None:
         """The pod that its node did not start, or that the kubelet killed for the node's own sake; None if none.
 

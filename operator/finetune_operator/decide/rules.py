@@ -154,8 +154,10 @@ def pod_disrupted(evidence: Evidence) -> Ruling | None:
 
 
 def node_lost(evidence: Evidence) -> Ruling | None:
-    """Return the verdict Free where the node of a pod no longer answers."""
+    """Return the verdict Free where the node of a pod no longer answers, or has lost the pod's container."""
     pod = _disturbed(evidence, Disturbance.NODE_LOST)
+    if pod is None and (pod := evidence.lost) is not None:
+        return _free(Cause.NODE_LOST, messages.container_lost(pod.name, pod.node), pod.node)
     if pod is None:
         return None
     return _free(Cause.NODE_LOST, messages.pod_disrupted(pod.name, Cause.NODE_LOST), pod.node)
@@ -333,7 +335,7 @@ RULES: tuple[Rule, ...] = (
     Rule(child_replaced, Verdict.FREE, "no pod failed, and another object took the child's name"),
     Rule(child_scaled, Verdict.FREE, "no pod failed, and somebody else scaled the child"),
     Rule(pod_disrupted, Verdict.FREE, "before the first failure a pod got the condition DisruptionTarget"),
-    Rule(node_lost, Verdict.FREE, "the node of a pod no longer answers"),
+    Rule(node_lost, Verdict.FREE, "the node of a pod no longer answers, or lost the pod's container in a restart"),
     Rule(pod_deleted, Verdict.FREE, "before the first failure somebody deleted a pod, which then ends with 137 or 143"),
     Rule(pods_missing, Verdict.FREE, "no pod failed, and a recorded pod vanished or another one took its place"),
     Rule(

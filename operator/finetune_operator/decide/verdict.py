@@ -70,10 +70,10 @@ def replaces(recorded: AttemptCause | None, ruling: Ruling) -> bool:
 
     The cause that was recorded first stays, because later evidence is often its consequence. Three rulings still
     replace it: a permanent failure, and, where the recorded cause is exit code 75 or 143, the crash of another pod and
-    the refusal of another pod by its node.
+    what a node did to another pod.
     """
     if recorded is None:
         return True
     if ruling.verdict is Verdict.PERMANENT:
         return recorded.verdict != Verdict.PERMANENT
-    return recorded.reason in CONSEQUENCES and ruling.reason in (Cause.CRASHED, Cause.NODE_REFUSED)
+    return recorded.reason in CONSEQUENCES and ruling.reason in (Cause.CRASHED, Cause.NODE_REFUSED, Cause.NODE_LOST)

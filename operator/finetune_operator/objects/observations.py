@@ -41,6 +41,11 @@ START_ERRORS = frozenset(
 `pkg/kubelet/container/sync_result.go` and `pkg/kubelet/kuberuntime/kuberuntime_container.go` of Kubernetes 1.34."""
 
 
+LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
+"""Reasons of a container whose end nobody saw. containerd writes Unknown (exit code 255) for a container that has no
+process when containerd starts, and the kubelet ContainerStatusUnknown (137) for one that its runtime no longer has."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContainerObservation:
     """The training container (named `pytorch`) of a pod."""
@@ -66,6 +71,11 @@ class ContainerObservation:
         if self.state is not ContainerState.TERMINATED:
             return False
         return self.reason in START_ERRORS or (self.started_at is not None and self.started_at.timestamp() <= 0)
+
+    @property
+    def was_lost(self) -> bool:
+        """Whether the container ended without anybody knowing how, for example because its node restarted."""
+        return self.state is ContainerState.TERMINATED and self.reason in LOST_CONTAINERS
 
     @property
     def waits_for_runtime(self) -> bool:
