@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import shlex
 import subprocess
 import sys
@@ -34,10 +35,11 @@ from tests.cluster.layout import (
 from tests.cluster.namespaces import Namespaces
 from tests.cluster.progress import say
 from tests.cluster.second_node import SecondNode, Surroundings
-from tests.cluster.waiting import ClusterError, tail, wait_for
+from tests.cluster.waiting import NO_ANSWER, ClusterError, UnreachableError, tail, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STOP_TIMEOUT_SECONDS = 120
+STOP_QUIET_SECONDS = 120
+"""Time in seconds without a line from the watcher after which clearing away has failed."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,9 @@ class Cluster:
         code and output.
 
         Raises:
-            ClusterError: the program ended with another exit code than 0 although ``check`` is True; the message
-            holds the program's output. Or the program took longer than ``timeout`` seconds.
+            UnreachableError: the program took longer than ``timeout`` seconds, or a server did not answer it.
+            ClusterError: the program failed for another reason: it ended with another exit code than 0 although
+            ``check`` is True. The message holds the program's output.
         """
         source = subprocess.PIPE if stdin is not None else subprocess.DEVNULL
         pipes = {"stdin": source, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -184,9 +187,10 @@ class Cluster:
                 output, errors = process.communicate(stdin, timeout=timeout)
             except subprocess.TimeoutExpired as error:
                 process.kill()
-                raise ClusterError(f"{shlex.join(map(str, argv))} took longer than {timeout:g} s") from error
+                raise UnreachableError(f"{shlex.join(map(str, argv))} took longer than {timeout:g} s") from error
         if check and process.returncode != 0:
-            raise ClusterError(f"{shlex.join(map(str, argv))} ended with {process.returncode}:\n{output}{errors}")
+            kind = UnreachableError if NO_ANSWER.search(errors) else ClusterError
+            raise kind(f"{shlex.join(map(str, argv))} ended with {process.returncode}:\n{output}{errors}")
         return subprocess.CompletedProcess(list(argv), process.returncode, output, errors)
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout: float = 60) -> str:
@@ -262,16 +266,30 @@ class Cluster:
             raise ValueError("the watcher is started with a pipe")
         watcher.stdin.close()
         watcher.stdin = None  # Without this, communicate() would flush the closed pipe and raise ValueError.
-        try:
-            _, errors = watcher.communicate(timeout=STOP_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise ClusterError(
-                f"the cluster's watcher {watcher.pid} did not end within {STOP_TIMEOUT_SECONDS} s"
-            ) from error
+        self._follow(watcher)
+        _, errors = watcher.communicate()
         if watcher.returncode != 0:
             raise ClusterError(f"ending the cluster failed:\n{errors.decode(errors='replace')}")
 
     # Start of the cluster
+
+    def _follow(self, watcher: subprocess.Popen[bytes]) -> None:
+        """Show the watcher's lines about its progress until the watcher ends.
+
+        Raises:
+            ClusterError: the watcher had nothing to tell for ``STOP_QUIET_SECONDS``, so nothing moves any more.
+        """
+        if watcher.stdout is None:
+            raise ValueError("the watcher is started with a pipe")
+        while select.select([watcher.stdout], [], [], STOP_QUIET_SECONDS)[0]:
+            told = os.read(watcher.stdout.fileno(), 4096).decode()
+            if not told:
+                return
+            for line in told.splitlines() if self._verbose else ():
+                say(f"cluster: {line}")
+        raise ClusterError(
+            f"the cluster is not cleared away: its watcher {watcher.pid} made no progress for {STOP_QUIET_SECONDS} s"
+        )
 
     def _bring_up(self, programs: Mapping[str, Path], *, with_node: bool, flags: Mapping[str, Sequence[str]]) -> None:
         self.layout.create()
@@ -326,7 +344,7 @@ class Cluster:
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
