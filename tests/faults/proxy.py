@@ -49,7 +49,7 @@ class Record:
     """A request and the HTTP status that the operator got; the status is 0 where the operator got no answer."""
 
     at: float
-    """Time of the answer on the monotonic clock."""
+    """Time on the monotonic clock at which the proxy answered the request, or left the request without an answer."""
     request: Request
     status: int
 

@@ -103,10 +103,11 @@ def begin(world: World, point: Point) -> Trial:
 
 
 def is_finished(world: World, ended: Manifest) -> bool:
-    """Return whether the operator will write nothing more about the ended job ``ended``.
+    """Return whether the operator has nothing more to write about the end of the job ``ended``.
 
-    This is so if the event about the job's end exists. It is also so if the operator was restarted after its last write
-    in the namespace, because the event may then be lost.
+    This is so if the event about the job's end exists. It is also so if the operator was restarted after the operator's
+    last write in the namespace: an event that did not follow its status write before the restart is never created, so
+    this function does not wait for the event.
     """
     namespace = ended["metadata"]["namespace"]
     last = max(record.at for record in world.proxy.records if record.wrote and record.request.namespace == namespace)
