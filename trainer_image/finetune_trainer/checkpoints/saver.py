@@ -126,8 +126,11 @@ class Saver:
 
     @property
     def age_seconds(self) -> float:
-        """Seconds since this run's newest COMMIT; before the first COMMIT, seconds since this `Saver` was made. If the
-        pod were lost now, at most this much training time would be lost."""
+        """Seconds since this run's newest COMMIT; before the first COMMIT, seconds since this `Saver` was made.
+
+        If the pod were lost now, the training since the snapshot of the newest committed checkpoint would be lost. This
+        snapshot is older than the COMMIT by the time of the upload.
+        """
         return self._clock() - self._committed_at
 
     @property

@@ -238,8 +238,8 @@ class Gang:
         return results[0]
 
     def _allow_long_work(self) -> contextlib.AbstractContextManager[None]:
-        """Keep the watchdog from ending the process during the block, because object store and loading have their own
-        time limits."""
+        """Let the watchdog wait WORK_SECONDS longer before it ends the process during the block, because calls to the
+        object store and loading have their own time limits."""
         return self._watchdog.allow(WORK_SECONDS) if self._watchdog is not None else contextlib.nullcontext()
 
     def _in_thread(self, work: Callable[[], Any], *, joining: bool = False) -> Any:
@@ -342,7 +342,7 @@ class Gang:
                 if self._watchdog is not None and store.check(["stalled"]):
                     self._watchdog.end_process(bytes(store.get("stalled")).decode(), caused_by_peer=True)
             except (RuntimeError, dist.DistError):
-                return  # Rank 0 is gone, and only rank 0 reads heartbeats.
+                return  # Rank 0 is gone. With it the rendezvous store is gone, and the only rank that reads heartbeats.
             # The interval between two heartbeats. No other thread waits for this thread.
             time.sleep(HEARTBEAT_SECONDS)
 
