@@ -1,11 +1,11 @@
 """Measure the operator with thousands of jobs, for the gates R2 to R4 of docs/performance.md (requirements with a
 limit).
 
-First `floor.py` measures how long a client without any operator takes to make the writes that R3 limits. Then 1000
-PyTorchJobs run with Kubeflow's training-operator alone, and then 1000 FineTuneJobs with our operator and the
-training-operator (R3). Then the operator is restarted twice: beside the 1000 ended jobs (R2), and beside these and 4000
-suspended jobs (R4). No real pod runs: a stub node sets the status of each pod. The results are two tables.
-`FINETUNE_BENCH_JOBS` sets a smaller number of jobs.
+First `floor.py` measures how long a client alone takes to make the writes for 1000 new jobs. Then 1000 PyTorchJobs run
+with Kubeflow's training-operator alone, and then 1000 FineTuneJobs with our operator and the training-operator (R3).
+Then the operator is restarted twice: beside the 1000 ended jobs (R2), and beside these and 4000 suspended jobs (R4). No
+real pod runs: a stub node sets the status of each pod. The results are two tables. `FINETUNE_BENCH_JOBS` sets a smaller
+number of jobs.
 """
 
 from __future__ import annotations

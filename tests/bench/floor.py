@@ -1,5 +1,5 @@
-"""Measure how long the writes of gate R3 in docs/performance.md take without an operator, as the least time that any
-operator could need.
+"""Measure how long the writes for new jobs, whose time gate R3 of docs/performance.md limits, take without an operator.
+This is the least time that any operator could need.
 
 A bare client, which reads and watches nothing, makes the same requests for each job as the operator makes until the
 first attempt runs: the job, the first status with attempt 1, the ConfigMap, the PyTorchJob, the event, and the status

@@ -104,7 +104,7 @@ class Cluster:
         arguments, by the name of the component that gets them.
 
         Raises:
-            ClusterError: the cluster did not start. Nothing of it is left on the machine.
+            ClusterError: the cluster did not start. What had started is removed again.
         """
         reason = unusable_because()
         if reason:

@@ -146,8 +146,8 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
         ("GSM8K", NUMBER, "#### 1,000,000", set()),
         ("GSM8K", NUMBER, "#### 10 or 1000", set()),
         ("GSM8K", NUMBER, "The answer is 1000", set()),
-        # A wrong query must not be right because both results are empty. So the generated rows contain the literal of
-        # the reference query, here 'Quay'.
+        # A wrong query must not count as right only because both results are empty. So the generated rows contain the
+        # literal of the reference query, here 'Quay'.
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Nowhere'", set()),
         ("SQL", FOUND, "SELECT name FROM boat WHERE 1 = 0", set()),
         ("SQL", FOUND, "SELECT b.name FROM boat AS b WHERE b.harbour = 'Quay'", {"execution"}),

@@ -180,7 +180,7 @@ def _alarm(state: MonitorState) -> Alarm | None:
         return _made(AlarmKind.LOSS_SPIKE, recent, high[0].step, high[-1].log_loss, limit)
     norm_limit = median(norms) + max(GRADIENT_DEVIATIONS * _deviation(norms), GRADIENT_MIN_RISE)
     steep = [item for item in recent if item.log_norm > norm_limit]
-    # The mean leaves out the highest and the lowest loss, so that one odd batch changes nothing.
+    # The mean leaves out the highest and the lowest loss, so that one odd batch hardly changes it.
     middle = sorted(item.log_loss for item in recent)[1:-1]
     mean = sum(middle) / len(middle)
     if len(steep) >= PERSISTENT and steep[-1] is recent[-1] and mean > level + GRADIENT_LOSS_DEVIATIONS * spread:

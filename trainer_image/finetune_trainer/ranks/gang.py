@@ -281,7 +281,7 @@ class Gang:
         """Tell rank 0 that this rank is done. Rank 0 waits until all ranks are done, for at most FINAL_BARRIER_SECONDS.
 
         Rank 0 leaves last, because the rendezvous store lives in the process of rank 0. The outcome of the attempt is
-        decided before this call, so a rank that never calls it changes nothing.
+        decided before this call, so it does not depend on whether every rank makes the call.
         """
         with contextlib.suppress(PeerLost), convert_peer_failures():
             self._store.set(f"farewell/{self.rank}", "1")
@@ -353,7 +353,8 @@ class Gang:
         """
         with contextlib.suppress(RuntimeError, dist.DistError):
             self._store.set("stalled", message)
-            # The other ranks read the store once per heartbeat. The watchdog bounds this wait.
+            # Wait for two heartbeats, because the other ranks read the store once per heartbeat. The watchdog bounds
+            # this wait.
             time.sleep(2 * HEARTBEAT_SECONDS)
 
 
