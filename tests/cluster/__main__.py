@@ -35,7 +35,7 @@ EXAMPLES = """examples:
 
 STATE_PREFIX = "finetune-cluster-"
 DOWN_QUIET_SECONDS = 60
-"""Time in seconds without any progress after which `down` gives up."""
+"""`down` gives up when removing a cluster has made no progress for this many seconds."""
 
 
 def main() -> None:

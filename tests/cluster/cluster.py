@@ -39,7 +39,7 @@ from tests.cluster.waiting import NO_ANSWER, ClusterError, UnreachableError, tai
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STOP_QUIET_SECONDS = 120
-"""Time in seconds without a line from the watcher after which clearing away has failed."""
+"""`Cluster.stop` gives up when the watcher has written no line for this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Cluster:
     """A running cluster. ``Cluster.start()`` starts it; used as a context manager, it is ended at the end of the block.
 
     ``components`` holds the cluster's programs by name: etcd, api-server, controller-manager, scheduler, containerd,
-    kubelet, device-plugin, coredns, minio, registry and training-operator. Tests stop and start the programs to cause
-    failures.
+    kubelet, device-plugin, coredns, minio, registry and training-operator. Without a node some of them are missing.
+    Tests stop and start the programs to cause failures.
     """
 
     def __init__(self, layout: Layout, verbose: bool) -> None:
@@ -104,7 +104,7 @@ class Cluster:
         arguments, by the name of the component that gets them.
 
         Raises:
-            ClusterError: the cluster did not start. Nothing of it is left on the machine.
+            ClusterError: the cluster did not start. What had started is removed again.
         """
         reason = unusable_because()
         if reason:
@@ -176,9 +176,10 @@ class Cluster:
         code and output.
 
         Raises:
-            UnreachableError: the program took longer than ``timeout`` seconds, or a server did not answer it.
-            ClusterError: the program failed for another reason: it ended with another exit code than 0 although
-            ``check`` is True. The message holds the program's output.
+            UnreachableError: the program took longer than ``timeout`` seconds, or ``check`` is True and the program
+            failed because a server did not answer it.
+            ClusterError: ``check`` is True, and the program failed (ended with another exit code than 0) for another
+            reason. The message holds the program's output.
         """
         source = subprocess.PIPE if stdin is not None else subprocess.DEVNULL
         pipes = {"stdin": source, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -271,13 +272,11 @@ class Cluster:
         if watcher.returncode != 0:
             raise ClusterError(f"ending the cluster failed:\n{errors.decode(errors='replace')}")
 
-    # Start of the cluster
-
     def _follow(self, watcher: subprocess.Popen[bytes]) -> None:
         """Show the watcher's lines about its progress until the watcher ends.
 
         Raises:
-            ClusterError: the watcher had nothing to tell for ``STOP_QUIET_SECONDS``, so nothing moves any more.
+            ClusterError: the watcher has written no line for ``STOP_QUIET_SECONDS``, so nothing is removed any more.
         """
         if watcher.stdout is None:
             raise ValueError("the watcher is started with a pipe")
@@ -290,6 +289,8 @@ class Cluster:
         raise ClusterError(
             f"the cluster is not cleared away: its watcher {watcher.pid} made no progress for {STOP_QUIET_SECONDS} s"
         )
+
+    # Start of the cluster
 
     def _bring_up(self, programs: Mapping[str, Path], *, with_node: bool, flags: Mapping[str, Sequence[str]]) -> None:
         self.layout.create()

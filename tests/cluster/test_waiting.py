@@ -1,5 +1,6 @@
-"""A wait goes on while a server does not answer, until the wait's own deadline; clearing away goes on while anything
-moves."""
+"""`wait_for` goes on while a server does not answer, until its own deadline. `wait_while_it_moves`, which is used while
+a cluster is removed, goes on as long as its progress changes. The state folder of a cluster is removed with all that is
+in it."""
 
 from __future__ import annotations
 

@@ -71,11 +71,11 @@ def wait_for(
 
     ``what`` completes the sentence "waited N s for ..." of the error. If ``evidence`` is given, it is called when the
     time is up, and its result becomes part of the error's message. ``condition`` may raise ``ClusterError`` if further
-    waiting is useless. A condition that raises because a server did not answer (see ``was_not_answered``) does not hold
-    yet: a busy machine refuses connections and lets requests run into their time-outs.
+    waiting is useless. If ``condition`` raises because a server did not answer (see ``was_not_answered``), the wait
+    goes on, because a busy machine refuses connections and lets requests run into their time-outs.
 
     Raises:
-        ClusterError: ``condition`` had no truthy result within ``timeout`` seconds.
+        ClusterError: ``condition`` had no truthy result within ``timeout`` seconds, or raised ClusterError itself.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -91,7 +91,8 @@ def wait_for(
 
 
 def _ask(condition: Callable[[], T | None]) -> tuple[T | None, Exception | None]:
-    """Return the condition's result, or the error of a server that did not answer. All other errors are raised."""
+    """Return the condition's result and None. If the condition raises because a server did not answer, return None and
+    this error. All other errors are raised."""
     try:
         return condition(), None
     except Exception as error:
@@ -112,8 +113,8 @@ def wait_while_it_moves(
     """Call ``condition`` again and again until its result is truthy, and return the result. Give up only when nothing
     moves any more: when ``progress`` has returned the same value for ``quiet`` seconds.
 
-    ``progress`` returns for example the number of files that are left. ``tell`` gets a line with each new value, at
-    most one every five seconds.
+    ``progress`` returns for example the number of files that are left. ``tell`` gets a line with the new value when the
+    value has changed, but at most one line every five seconds.
 
     Raises:
         ClusterError: ``progress`` did not change for ``quiet`` seconds; the message holds its value.

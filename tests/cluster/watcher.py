@@ -30,7 +30,7 @@ from tests.cluster.waiting import TELLING_SECONDS, ClusterError, wait_for, wait_
 
 KEEP_LOGS_VARIABLE = "FINETUNE_KEEP_LOGS"
 QUIET_SECONDS = 60
-"""Time in seconds without any progress after which removing the cluster has failed."""
+"""The watcher gives up removing the cluster after this many seconds without any progress."""
 RETRY_SECONDS = 0.2
 
 

@@ -127,8 +127,8 @@ def writes_in(world: World, namespace: str) -> tuple[str, ...]:
 def run_all(world: World, points: Sequence[Point], together: int, timeout: float) -> list[End]:
     """Run a job for each point, ``together`` of them at a time, and return the results.
 
-    A trial with a kill is over when its job has ended, any other trial when the operator has also written all about it.
-    The operator is started again after each kill.
+    A trial whose own kill has happened is over when its job has ended. Any other trial is over when its job has ended
+    and the operator has nothing more to write about the end. The operator is started again after each kill.
     """
     queue = list(points)
     waiting: dict[str, Trial] = {}
