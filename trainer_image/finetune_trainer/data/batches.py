@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     tokens: int
     """Number of supervised tokens. 0 for a dummy micro-batch, whose only target is IGNORED."""
     real_tokens: int
-    """Number of tokens that are not padding."""
+    """Number of tokens that are not padding. 1 for a dummy micro-batch, although its only token is padding."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with all tensors copied to ``device``."""
