@@ -150,7 +150,7 @@ def make_namespace(cluster: Cluster, namespace: str) -> None:
     apply(cluster, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": keys})
 
 
-# Functions for FineTuneJobs
+# Functions for objects in the cluster, above all FineTuneJobs, and for the operator
 
 
 def apply(cluster: Cluster, manifest: Path | Mapping[str, Any], namespace: str | None = None) -> None:

@@ -70,7 +70,7 @@ class ResumeChoice(ContractModel):
     parent: ParentRecord | None = None
     damaged: dict[str, str] = {}
     """What is wrong with each checkpoint that could not be used, by the checkpoint's folder, for example
-    `checkpoints/000001-000120`."""
+    `checkpoints/000001-000000120`."""
     notices: list[str] = []
 
 
