@@ -157,7 +157,8 @@ def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
 
 
 def parse_spec(stored: StoredJob) -> ParsedJob:
-    """Return the stored job with its parsed spec; raises ValidationError where this version can't read the spec."""
+    """Return the stored job with its parsed spec; raises ValidationError where this version of the
+    operator can't read the spec."""
     fields = ("apiVersion", "kind", "metadata", "spec")
     resource = FineTuneJob.model_validate({name: stored.manifest[name] for name in fields})
     known = {each.name: getattr(stored, each.name) for each in dataclasses.fields(stored)}

@@ -66,6 +66,8 @@ class JobMemory:
     """Number of consecutive tries that ended with a RetryableError."""
     undeletable_pods: set[str] = field(default_factory=set)
     """Uids of orphaned pods whose deletion the API server has refused, for example because of an admission policy."""
+    start_errors: dict[str, float] = field(default_factory=dict)
+    """For each uid of a pod whose container waits with an error of its runtime: when this was first seen."""
     hint: str = ""
     """Text of the newest warning event about the pods or the child object that the job waits for; empty if none."""
     hint_read_at: float | None = None

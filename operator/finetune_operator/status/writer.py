@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from finetune_core.api import FineTuneJobStatus
+from finetune_core.api.attempt_causes import Cause
 from finetune_core.api.conditions import ConditionType
+from finetune_core.api.status import AttemptsStatus
 from finetune_operator.kube.client import FIELD_MANAGER, KubeClient
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
@@ -61,6 +63,7 @@ class StatusWriter:
         elif (left := self._seconds_to_numbers(job.memory)) > 0:
             return left
         await self._apply(job, status)
+        self._count_refusals(job.status.attempts, status.attempts)
         await self._recorder.record(job, status)
         return None
 
@@ -70,28 +73,30 @@ class StatusWriter:
             memory.progress_write_at = self._budget.reserve()
         return memory.seconds_to_progress_write(self._clock())
 
-    async def observe_generation(self, job: StoredJob) -> bool:
-        """Write the job's generation as observed, into the status of an ended job; return whether that was needed.
+    async def write_settled(self, job: StoredJob, *, without_child: bool) -> None:
+        """Write into the status of an ended job that its generation is observed, where that is not written yet.
 
-        Nothing else changes, because no edit changes how a job has ended. kstatus (Flux, Argo CD) counts a job as in
-        progress as long as its newest generation is not observed.
+        With ``without_child``, also remove `status.child`, because the job's PyTorchJob no longer exists. Nothing else
+        changes, because no edit changes how a job has ended. kstatus (Flux, Argo CD) counts a job as in progress as
+        long as its newest generation is not observed.
         """
-        if job.status.observed_generation == job.generation:
-            return False
         conditions = [
             item.model_copy(update={"observed_generation": job.generation}) if item.type in set(ConditionType) else item
             for item in job.status.conditions
         ]
-        update = {"observed_generation": job.generation, "conditions": conditions}
-        await self._apply(job, job.status.model_copy(update=update))
-        return True
+        update: dict[str, object] = {"child": None} if without_child else {}
+        if job.status.observed_generation != job.generation:
+            update |= {"observed_generation": job.generation, "conditions": conditions}
+        status = job.status.model_copy(update=update)
+        if status != job.status:
+            await self._apply(job, status)
 
-    async def forget_child(self, job: StoredJob) -> None:
-        """Remove `status.child` of an ended job, because the job's PyTorchJob no longer exists.
-
-        All other fields stay as they are.
-        """
-        await self._apply(job, job.status.model_copy(update={"child": None}))
+    def _count_refusals(self, old: AttemptsStatus, new: AttemptsStatus) -> None:
+        """Count, by node, the attempts of ``new`` that a node ended by refusing a pod and that are not in ``old``."""
+        last = old.recent[-1].number if old.recent else 0
+        for past in new.recent:
+            if past.number > last and past.reason == Cause.NODE_REFUSED and past.node:
+                self._metrics.node_refusals.labels(node=past.node).inc()
 
     async def _apply(self, job: StoredJob, status: FineTuneJobStatus) -> None:
         body = preserve(job.manifest, job.status.to_json(), status.to_json(), FIELD_MANAGER)
