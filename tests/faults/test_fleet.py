@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_operator.objects.labels import ATTEMPT, JOB_NAME
+from tests.faults.admin import RefusedError
 from tests.faults.operators import OperatorProcess
 from tests.faults.world import World, condition, job, settled
 from tests.operator.builders import REPOSITORY
@@ -217,7 +219,18 @@ def install_crd(world: World, manifest: dict[str, Any]) -> None:
     schema["properties"]["spec"]["description"] = mark = uuid.uuid4().hex
     world.call("PUT", path, stored | {"spec": stored["spec"] | {"versions": manifest["spec"]["versions"]}})
     published = f"/openapi/v3/apis/{GROUP}/{VERSION}"
-    world.wait("the API server to use the CRD", lambda: mark in str(world.call("GET", published)), 60)
+
+    def is_used() -> bool:
+        try:
+            world.jobs()
+        except RefusedError as error:
+            # While the API server changes to the new schema, it answers 429: "storage is (re)initializing".
+            if error.status != HTTPStatus.TOO_MANY_REQUESTS:
+                raise
+            return False
+        return mark in str(world.call("GET", published))
+
+    world.wait("the API server to use the CRD", is_used, 60)
 
 
 def _cancel(world: World, namespace: str, name: str) -> None:
