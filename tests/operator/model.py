@@ -66,13 +66,16 @@ class ModelServer:
     async def get_job(self, _key: Key) -> Manifest:
         return copy.deepcopy(self.job)
 
-    async def apply_status(self, _key: Key, resource_version: str, status: Manifest) -> None:
+    async def apply_status(self, _key: Key, resource_version: str, status: Manifest) -> str:
         if resource_version != self.job["metadata"]["resourceVersion"]:
             raise ApiError(409, "Conflict", "the object has been modified")
+        if status == self.job.get("status"):
+            return resource_version  # the API server stores nothing, and the resourceVersion stays the same
         self._version += 1
         self.job["metadata"]["resourceVersion"] = str(self._version)
         self.job["status"] = status
         self._wrote("status")
+        return str(self._version)
 
     async def get_child(self, _namespace: str, name: str) -> Manifest | None:
         return copy.deepcopy(self.children.get(name))
@@ -126,11 +129,12 @@ class ModelServer:
         self._wrote(f"create pod {name}")
         return copy.deepcopy(check)
 
-    async def delete_pod(self, _namespace: str, name: str, uid: str) -> None:
+    async def delete_pod(self, _namespace: str, name: str, uid: str) -> bool:
         gone = [check for check in self.checks if (check["metadata"]["name"], check["metadata"]["uid"]) == (name, uid)]
         if gone:
             self.checks.remove(gone[0])
             self._wrote(f"delete pod {name}")
+        return bool(gone)
 
     async def list_pods(self, _namespace: str, selector: str) -> list[Manifest]:
         return copy.deepcopy(self.checks if PREFLIGHT in selector else [*self.pods, *self.checks])

@@ -16,10 +16,19 @@ from finetune_core.contract import Report
 from finetune_core.contract.stock_reports import StockReport
 from finetune_operator.queue.retryable import RetryableError
 from finetune_operator.queue.speed import StepWindow
+from finetune_operator.queue.token_bucket import TokenBucket
 from finetune_operator.queue.work_queue import Key
 
 MIN_SECONDS_BETWEEN_PROGRESS_WRITES = 10.0
 """Least seconds between a status write of a job and the next write in which only numbers (step, loss, speed) differ."""
+REPORTED_WRITES_PER_SECOND = 0.1
+REPORTED_WRITES_BURST = 3.0
+"""Writes per second that the reports of one job may cause, after a burst: of the status, and of each pod's annotation.
+A pod with a valid token chooses how often it reports and what, so no content of a report may exceed this limit."""
+
+
+def _reported_writes() -> TokenBucket:
+    return TokenBucket(per_second=REPORTED_WRITES_PER_SECOND, burst=REPORTED_WRITES_BURST)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +61,16 @@ class JobMemory:
     status_written_at: float | None = None
     progress_write_at: float | None = None
     """Earliest time of the next status write with only new numbers, by the limit for all jobs together
-    (`status/budget.py`). None where no such write waits."""
+    (`status/writer.py`). None where no such write waits."""
+    reported_writes: TokenBucket = field(default_factory=_reported_writes)
+    """Limits the reconciles and status writes that reports of the job cause."""
+    reported_write_at: float | None = None
+    """Earliest time of the next reconcile and status write for the sake of a report, whose token is taken from
+    `reported_writes` already. None where no such turn is reserved."""
+    annotation_writes: TokenBucket = field(default_factory=_reported_writes)
+    """Limits the annotations of the job's pods."""
+    settled_version: str = ""
+    """`metadata.resourceVersion` at which the job had ended and nothing was left to remove; empty before that."""
     problem: RetryableError | None = None
     """Error of the last try to create the job's objects; None where the last try succeeded."""
     retry_at: float = 0.0
@@ -66,8 +84,27 @@ class JobMemory:
     def seconds_to_progress_write(self, now: float) -> float:
         """Return for how many seconds a status write with only new numbers must wait; 0.0 where it may happen now."""
         own = self.status_written_at
-        due = max(now if own is None else own + MIN_SECONDS_BETWEEN_PROGRESS_WRITES, self.progress_write_at or 0.0)
-        return max(0.0, due - now)
+        earliest = now if own is None else own + MIN_SECONDS_BETWEEN_PROGRESS_WRITES
+        return max(0.0, max(earliest, self.progress_write_at or 0.0, self.reported_write_at or 0.0) - now)
+
+    def seconds_to_reported_write(self, now: float) -> float:
+        """Return for how many seconds what a report brought must wait; 0.0 where it may be written now.
+
+        Reserves the turn of this write where none is reserved yet.
+        """
+        if self.reported_write_at is None:
+            self.reported_write_at = self.reported_writes.reserve(now)
+        return max(0.0, self.reported_write_at - now)
+
+    def end_reported_turn(self, now: float) -> None:
+        """Use up the turn that a report has reserved, if its time has come: the reconcile had nothing to write."""
+        if self.reported_write_at is not None and self.reported_write_at <= now:
+            self.reported_write_at = None
+
+    def status_written(self, now: float) -> None:
+        """Note that the status was written at ``now``, and with it everything that was reported until then."""
+        self.status_written_at = now
+        self.progress_write_at = self.reported_write_at = None
 
 
 class Memory:
@@ -122,6 +159,15 @@ class Memory:
     def seconds_to_progress_write(self, key: Key) -> float:
         """Return for how many seconds a status write of ``key`` with only new numbers must wait."""
         return self.job(key).seconds_to_progress_write(self._clock())
+
+    def seconds_to_reported_write(self, key: Key) -> float:
+        """Return in how many seconds ``key`` may be reconciled for the sake of a report; reserve that turn."""
+        return self.job(key).seconds_to_reported_write(self._clock())
+
+    def has_settled(self, key: Key, resource_version: str) -> bool:
+        """Return whether the job has ended, and nothing was left to do for it at this ``metadata.resourceVersion``."""
+        job = self._jobs.get(key)
+        return job is not None and job.settled_version == resource_version
 
     def forget(self, key: Key) -> None:
         """Drop the state of a job that no longer exists."""

@@ -99,12 +99,13 @@ def bearer_token(header: str | None) -> str:
     return token.strip()
 
 
-def needs_reconcile_now(before: Report | None, report: Report) -> bool:
-    """Return whether ``report`` tells more than new numbers, so that its job is to be reconciled at once.
+def tells_more_than_numbers(before: Report | None, report: Report) -> bool:
+    """Return whether ``report`` tells more than new numbers, so that its job is to be reconciled soon.
 
-    This is so where no report came ``before``, where the list of checkpoints differs, and where there is a result.
+    This is so where no report came ``before``, where the list of checkpoints differs, and where the first result comes.
     """
-    return before is None or report.result is not None or report.checkpoints != before.checkpoints
+    first_result = report.result is not None and (before is None or before.result is None)
+    return before is None or first_result or report.checkpoints != before.checkpoints
 
 
 Parse = Callable[[bytes, TokenPod, ReportingAttempt], Report]
@@ -169,11 +170,11 @@ class ReportServer(HttpServer):
             return self._reject(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
         before = self._memory.job(key).report
         self._memory.store_report(key, report, self._now().replace(microsecond=0))
-        # The job is reconciled when its status may be written: at once, or for new numbers alone later. An earlier
-        # reconcile would cost requests and write nothing.
-        self._queue.add_after(
-            key, 0.0 if needs_reconcile_now(before, report) else self._memory.seconds_to_progress_write(key)
-        )
+        # The job is reconciled when its status may be written. An earlier reconcile would cost requests and write
+        # nothing. Both times are limited for each job, because its pods choose how often they report.
+        more = tells_more_than_numbers(before, report)
+        wait = self._memory.seconds_to_reported_write if more else self._memory.seconds_to_progress_write
+        self._queue.add_after(key, wait(key))
         self._metrics.reports_accepted.inc()
         return None
 
