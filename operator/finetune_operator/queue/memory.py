@@ -148,17 +148,20 @@ class Memory:
         job.reporting = None
         _end_attempt(job)
 
-    def store_report(self, key: Key, report: Report, received: datetime) -> None:
-        """Store ``report`` as the newest report of the job's attempt, and measure the training speed by its step."""
+    def store_report(self, key: Key, report: Report, received: datetime) -> float:
+        """Store ``report`` as the newest report of the job's attempt, and measure the training speed by its step.
+
+        Returns in how many seconds the job is to be reconciled: when its status may be written. An earlier reconcile
+        would cost requests and write nothing.
+        """
         job = self.job(key)
+        more = _tells_more_than_numbers(job.report, report)
         job.report, job.reported_at = report, received
         step = report.reported_step if isinstance(report, StockReport) else report.step
         if report.total_steps and step is not None:
             job.speed.add(self._clock(), step)
-
-    def seconds_to_progress_write(self, key: Key) -> float:
-        """Return for how many seconds a status write of ``key`` with only new numbers must wait."""
-        return self.job(key).seconds_to_progress_write(self._clock())
+        now = self._clock()
+        return job.seconds_to_reported_write(now) if more else job.seconds_to_progress_write(now)
 
     def seconds_to_reported_write(self, key: Key) -> float:
         """Return in how many seconds ``key`` may be reconciled for the sake of a report; reserve that turn."""
@@ -172,6 +175,12 @@ class Memory:
     def forget(self, key: Key) -> None:
         """Drop the state of a job that no longer exists."""
         self._jobs.pop(key, None)
+
+
+def _tells_more_than_numbers(before: Report | None, report: Report) -> bool:
+    """Return whether ``report`` is the first of its attempt, has other checkpoints, or is the first with a result."""
+    first_result = report.result is not None and (before is None or before.result is None)
+    return before is None or first_result or report.checkpoints != before.checkpoints
 
 
 def _end_attempt(job: JobMemory) -> None:

@@ -99,15 +99,6 @@ def bearer_token(header: str | None) -> str:
     return token.strip()
 
 
-def tells_more_than_numbers(before: Report | None, report: Report) -> bool:
-    """Return whether ``report`` tells more than new numbers, so that its job is to be reconciled soon.
-
-    This is so where no report came ``before``, where the list of checkpoints differs, and where the first result comes.
-    """
-    first_result = report.result is not None and (before is None or before.result is None)
-    return before is None or first_result or report.checkpoints != before.checkpoints
-
-
 Parse = Callable[[bytes, TokenPod, ReportingAttempt], Report]
 
 
@@ -168,13 +159,9 @@ class ReportServer(HttpServer):
         except ReviewUnavailableError as error:
             logger.warning("a token could not be reviewed: %s", error)
             return self._reject(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
-        before = self._memory.job(key).report
-        self._memory.store_report(key, report, self._now().replace(microsecond=0))
-        # The job is reconciled when its status may be written. An earlier reconcile would cost requests and write
-        # nothing. Both times are limited for each job, because its pods choose how often they report.
-        more = tells_more_than_numbers(before, report)
-        wait = self._memory.seconds_to_reported_write if more else self._memory.seconds_to_progress_write
-        self._queue.add_after(key, wait(key))
+        # The memory says when the report may cause a reconcile. That is limited for each job, because its pods choose
+        # how often they report, and what.
+        self._queue.add_after(key, self._memory.store_report(key, report, self._now().replace(microsecond=0)))
         self._metrics.reports_accepted.inc()
         return None
 
@@ -196,9 +183,8 @@ class ReportServer(HttpServer):
             return authorize(reviewed, reporting, key, request.match_info.get("attempt", ""))
         except RejectedError as rejection:
             if rejection.status is HTTPStatus.FORBIDDEN:
-                self._queue.add(
-                    key
-                )  # the pod may be too new to be known; after a reconcile the next report is accepted
+                # The pod may be too new to be known. After a reconcile the next report is accepted.
+                self._queue.add_after(key, self._memory.seconds_to_reported_write(key))
             raise
 
     def _check_same_format(self, key: Key, report: Report) -> None:
