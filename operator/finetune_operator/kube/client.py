@@ -81,8 +81,9 @@ _NOT_ABOUT_THE_OBJECT: Final = frozenset(
     }
 )
 """HTTP status codes of the 4xx range that do not mean that the object itself was refused."""
-REQUEST_ERRORS: Final = (ApiError, aiohttp.ClientError, TimeoutError)
-"""The exceptions with which a request can fail. A caller that tries again later catches all of them."""
+REQUEST_ERRORS: Final = (ApiError, aiohttp.ClientError, OSError)
+"""The exceptions with which a request can fail; a time-out and a broken connection are OSErrors. A caller that tries
+again later catches all of them."""
 
 
 def describe_error(error: Exception) -> str:
@@ -347,5 +348,8 @@ class KubeClient:
                 break
         if not 200 <= response.status < 300:
             raise _error(response.status, answer)
-        result: Manifest = json.loads(answer)
+        try:
+            result: Manifest = json.loads(answer)
+        except ValueError as error:
+            raise ApiError(response.status, "NotJSON", "the answer is cut off, or comes from a proxy") from error
         return result

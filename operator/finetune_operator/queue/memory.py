@@ -97,7 +97,10 @@ class JobMemory:
         return max(0.0, self.reported_write_at - now)
 
     def end_reported_turn(self, now: float) -> None:
-        """Use up the turn that a report has reserved, if its time has come: the reconcile had nothing to write."""
+        """Use up the turn that a report has reserved, if its time has come, although the reconcile wrote nothing.
+
+        Otherwise each further report would cause a reconcile until something can be written.
+        """
         if self.reported_write_at is not None and self.reported_write_at <= now:
             self.reported_write_at = None
 

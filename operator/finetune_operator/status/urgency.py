@@ -26,9 +26,9 @@ OWN_FIELDS: Final = (
     "completion_time",
 )
 """Fields that the operator computes itself."""
-REPORTED_NEWS: Final = ("evaluation", "incidents", "artifact")
+REPORTED_NEWS: Final = ("checkpoints", "evaluation", "incidents", "artifact")
 """Fields from reports and results that people wait for."""
-REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "checkpoints", "notices")
+REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices")
 """Fields from reports of which a value that is ten seconds old does as well."""
 SPECIAL_FIELDS: Final = ("conditions", "usage")
 """Fields that are compared in parts: of a condition its status and reason, of the usage what did not grow with time."""

@@ -102,12 +102,13 @@ class StatusWriter:
     def _seconds_to_turn(self, memory: JobMemory, found: Urgency) -> float:
         """Return for how many seconds the status still waits; reserve its turn where that is not done yet."""
         now = self._clock()
-        left = memory.seconds_to_reported_write(now)
-        if found is Urgency.REPORTED:
-            return left
-        if memory.progress_write_at is None:
-            memory.progress_write_at = self._budget.reserve(now)
-        return memory.seconds_to_progress_write(now)
+        if found is Urgency.NUMBERS:
+            if memory.progress_write_at is None:
+                memory.progress_write_at = self._budget.reserve(now)
+            if (left := memory.seconds_to_progress_write(now)) > 0:
+                memory.end_reported_turn(now)
+                return left
+        return memory.seconds_to_reported_write(now)
 
     async def _write(self, job: StoredJob, status: FineTuneJobStatus, *, waited: bool) -> Write | None:
         """Write ``status`` and create the events; ``waited`` says whether the limit of all jobs was waited for."""
