@@ -136,6 +136,11 @@ class ModelServer:
             self._wrote(f"delete pod {name}")
         return bool(gone)
 
+    async def annotate_pod(self, _namespace: str, name: str, _uid: str, annotations: dict[str, str]) -> None:
+        for pod in self.pods:
+            if pod["metadata"]["name"] == name:
+                pod["metadata"]["annotations"] = pod["metadata"].get("annotations", {}) | annotations
+
     async def list_pods(self, _namespace: str, selector: str) -> list[Manifest]:
         return copy.deepcopy(self.checks if PREFLIGHT in selector else [*self.pods, *self.checks])
 

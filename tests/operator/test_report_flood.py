@@ -97,7 +97,7 @@ def test_every_field_of_the_status_has_an_urgency() -> None:
 
 
 class CountingServer(ModelServer):
-    """A model server that counts requests, and keeps the annotations of pods."""
+    """A model server that counts requests."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -111,11 +111,9 @@ class CountingServer(ModelServer):
         self.requests["status writes"] += 1
         return await super().apply_status(key, resource_version, status)
 
-    async def annotate_pod(self, _namespace: str, name: str, _uid: str, annotations: dict[str, str]) -> None:
+    async def annotate_pod(self, namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
         self.requests["annotations"] += 1
-        for pod in self.pods:
-            if pod["metadata"]["name"] == name:
-                pod["metadata"]["annotations"] = annotations
+        await super().annotate_pod(namespace, name, uid, annotations)
 
 
 class Flood:
