@@ -157,6 +157,8 @@ class Controller:
             self._queue.forget(key)
             if requeue.gone:
                 self._queue.discard(key)
+            elif requeue.write is not None:
+                self._queue.add_again(key)
             elif requeue.after is not None:
                 self._queue.add_after(key, requeue.after)
         finally:

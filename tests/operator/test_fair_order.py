@@ -85,6 +85,16 @@ def test_keys_of_one_namespace_come_in_the_order_in_which_they_were_added(queue:
     assert taken(queue, 50) == keys("team", 50)
 
 
+def test_a_job_that_was_just_written_comes_before_the_other_jobs_of_its_namespace_only(queue: WorkQueue) -> None:
+    for key in [*keys("team", 10), *keys("other", 10)]:
+        queue.add(key)
+    begun = queue.pop()
+    assert begun == Key("team", "job-0")
+    queue.add_again(begun)
+    queue.done(begun)
+    assert taken(queue, 2) == [Key("other", "job-0"), begun]
+
+
 def test_what_is_new_goes_before_a_resync_of_thousands_of_jobs(queue: WorkQueue) -> None:
     for key in keys("team", 5000):
         queue.add_for_resync(key)

@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Callable
 
-from finetune_operator.queue.fair_order import FairOrder
+from finetune_operator.queue.fair_order import FairOrder, Precedence
 from finetune_operator.queue.key import Key as Key
 
 BASE_DELAY_SECONDS = 0.2
@@ -50,9 +50,8 @@ class WorkQueue:
         self._clock = clock
         self._jitter = jitter
         self._ready = FairOrder()
-        self._dirty: dict[Key, bool] = {}
-        """Keys that are due and wait for a worker, also those that a worker processes already. True where only the
-        resync has added the key."""
+        self._dirty: dict[Key, Precedence] = {}
+        """Keys that are due and wait for a worker, also those that a worker processes already."""
         self._processing: set[Key] = set()
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, Key]] = []
@@ -70,19 +69,23 @@ class WorkQueue:
 
     def add(self, key: Key) -> None:
         """Queue ``key`` now. A key that already waits is not queued a second time."""
-        self._add(key, resync=False)
+        self._add(key, Precedence.NEWS)
+
+    def add_again(self, key: Key) -> None:
+        """Queue ``key`` now, before the other keys of its namespace, because its job is in the middle of a change."""
+        self._add(key, Precedence.AGAIN)
 
     def add_for_resync(self, key: Key) -> None:
         """Queue ``key`` behind all keys that `add` has queued, because nothing new is known of its job."""
-        self._add(key, resync=True)
+        self._add(key, Precedence.RESYNC)
 
-    def _add(self, key: Key, *, resync: bool) -> None:
-        self._dirty[key] = self._dirty.get(key, True) and resync
+    def _add(self, key: Key, precedence: Precedence) -> None:
+        self._dirty[key] = min(precedence, self._dirty.get(key, precedence))
         if key not in self._processing:
             self._make_ready(key)
 
     def _make_ready(self, key: Key) -> None:
-        self._ready.add(key, self._clock(), resync=self._dirty[key])
+        self._ready.add(key, self._clock(), self._dirty[key])
         self._changed.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
