@@ -1,8 +1,8 @@
 """The order in which waiting keys are taken: news before the resync, and each namespace in its turn.
 
-`work_queue.py` keeps its waiting keys in a `FairOrder`. Within one namespace a key whose job was just written comes first,
-and else the key that has waited longest. Between namespaces one key of each is taken in turn, so that a namespace with
-thousands of keys delays a key of another namespace by one key and not by thousands.
+`work_queue.py` keeps its waiting keys in a `FairOrder`. Within one namespace a key whose job was just written comes
+first, and else the key that has waited longest. Between namespaces one key of each is taken in turn, so that a
+namespace with thousands of keys delays a key of another namespace by one key and not by thousands.
 """
 
 from __future__ import annotations
