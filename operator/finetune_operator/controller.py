@@ -99,7 +99,9 @@ class Controller:
         """
         unlisted: set[str | None] = set(namespaces or (None,))
         listed = _Listed(unlisted, self._activity, self._metrics)
-        await asyncio.gather(*(self._resync(namespace, seconds, listed) for namespace in unlisted))
+        async with asyncio.TaskGroup() as loops:
+            for namespace in unlisted:
+                loops.create_task(self._resync(namespace, seconds, listed))
 
     async def _resync(self, namespace: str | None, seconds: float, listed: _Listed) -> None:
         """Queue every job of ``namespace`` now and again every ``seconds``; None means of all namespaces."""
@@ -108,7 +110,8 @@ class Controller:
             try:
                 await self._list(namespace)
             except REQUEST_ERRORS as error:
-                if problem != (problem := describe_error(error)):
+                if describe_error(error) != problem:  # a namespace that stays forbidden is one line of the log
+                    problem = describe_error(error)
                     where = f"of namespace {namespace}" if namespace else "of all namespaces"
                     logger.warning("the jobs %s could not be listed: %s", where, problem)
                 listed.failed(namespace, refused=isinstance(error, ApiError) and error.status in REFUSED)
