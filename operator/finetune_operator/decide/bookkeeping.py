@@ -10,7 +10,8 @@ from finetune_core.api.status import AttemptsStatus, PreflightStatus
 
 
 def bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
-    """Return the bookkeeping in ``attempts`` and ``preflight``, as values that can be compared."""
+    """Return the part of the status that must be written before any object is created or deleted: the counts of
+    attempts, number and cause of the current attempt, and the record of the preflight check."""
     current = attempts.current
     return (
         attempts.started,

@@ -23,7 +23,7 @@ class TokenBucket:
     def reserve(self, now: float) -> float:
         """Take a token, which the bucket may not hold yet, and return the time from which on the action may happen.
 
-        A caller that has to wait comes back at that time, instead of asking the bucket again and again.
+        The caller keeps that time, so a job that has to wait does not take another token at each reconcile.
         """
         self._fill(now)
         self._tokens -= 1
