@@ -118,6 +118,7 @@ class Reconciler:
 
         Raises ApiError where the API server refuses a request, or where the job has changed since it was read.
         """
+        self._memory.begin_reconcile(key)
         manifest = await self._cluster.get_job(key)
         if manifest is None or "deletionTimestamp" in manifest["metadata"]:
             return self._forget(key)

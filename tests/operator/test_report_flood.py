@@ -187,6 +187,11 @@ async def test_a_flood_that_changes_one_field_is_bounded(flood: Flood, field: st
     _check(requests)
 
 
+@pytest.mark.parametrize("total_steps", [0, 1000])
+async def test_a_flood_that_changes_nothing_is_bounded(flood: Flood, total_steps: int) -> None:
+    _check(await flood.run(flood.reports({"total_steps": lambda _: total_steps})))
+
+
 async def test_a_flood_that_changes_everything_is_bounded(flood: Flood) -> None:
     # `total_steps` stays, because a report without it counts as one of a trainer that still loads.
     fields = {name: value for name, value in FLOODS.items() if name != "total_steps"}
@@ -201,6 +206,27 @@ def _check(requests: Counter[str]) -> None:
     # The attempt itself is reconciled every 60 s.
     assert requests["looks"] <= 3 * MOST_WRITES + 3
     assert requests["annotations"] <= 2 * MOST_WRITES, "two pods are annotated"
+
+
+@pytest.mark.parametrize("field", ["checkpoints", "metrics", "notices", "result"])
+async def test_a_flood_does_not_cut_the_back_off_of_a_failing_api_server_short(flood: Flood, field: str) -> None:
+    asked: list[float] = []
+
+    async def fails(_key: Any) -> Manifest:
+        asked.append(1)
+        raise TimeoutError
+
+    flood.server.get_job = fails  # type: ignore[method-assign,assignment]
+    for report in itertools.islice(flood.reports({field: FLOODS[field]}), SECONDS * REPORTS_PER_SECOND):
+        flood.queue.add_after(KEY, flood.memory.store_report(KEY, report, flood.server.now))
+        while (key := flood.queue.pop()) is not None:
+            with pytest.raises(TimeoutError):
+                await flood.operator.reconcile(key)
+            flood.queue.add_rate_limited(key)
+            flood.queue.done(key)
+        flood.server.now += timedelta(seconds=1 / REPORTS_PER_SECOND)
+    backed_off = 20  # the tries of an exponential back-off within a minute, without any report
+    assert len(asked) <= MOST_WRITES + backed_off
 
 
 async def test_a_flood_in_the_protocol_of_kubeflow_is_bounded(flood: Flood) -> None:

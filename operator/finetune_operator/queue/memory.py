@@ -67,6 +67,8 @@ class JobMemory:
     reported_write_at: float | None = None
     """Earliest time of the next reconcile and status write for the sake of a report, whose token is taken from
     `reported_writes` already. None where no such turn is reserved."""
+    has_reported_turn: bool = False
+    """Whether the reconcile that runs now has the turn of `reported_write_at`, and may write what a report brought."""
     annotation_writes: TokenBucket = field(default_factory=_reported_writes)
     """Limits the annotations of the job's pods."""
     settled_version: str = ""
@@ -87,27 +89,33 @@ class JobMemory:
         earliest = now if own is None else own + MIN_SECONDS_BETWEEN_PROGRESS_WRITES
         return max(0.0, max(earliest, self.progress_write_at or 0.0, self.reported_write_at or 0.0) - now)
 
-    def seconds_to_reported_write(self, now: float) -> float:
-        """Return for how many seconds what a report brought must wait; 0.0 where it may be written now.
-
-        Reserves the turn of this write where none is reserved yet.
-        """
+    def reserve_reported_turn(self, now: float) -> float:
+        """Return in how many seconds the job may be reconciled for the sake of a report; reserve that turn."""
         if self.reported_write_at is None:
             self.reported_write_at = self.reported_writes.reserve(now)
         return max(0.0, self.reported_write_at - now)
 
-    def end_reported_turn(self, now: float) -> None:
-        """Use up the turn that a report has reserved, if its time has come, although the reconcile wrote nothing.
+    def begin_reconcile(self, now: float) -> None:
+        """Give a turn whose time has come to the reconcile that begins now.
 
-        Otherwise each further report would cause a reconcile until something can be written.
+        The turn is used up even where the reconcile fails or has nothing to write. Otherwise each further report would
+        cause a reconcile at once, until one can write.
         """
-        if self.reported_write_at is not None and self.reported_write_at <= now:
+        self.has_reported_turn = self.reported_write_at is not None and self.reported_write_at <= now
+        if self.has_reported_turn:
             self.reported_write_at = None
+
+    def seconds_to_reported_write(self, now: float) -> float:
+        """Return for how many seconds this reconcile must not write what a report brought; 0.0 where it may now."""
+        return 0.0 if self.has_reported_turn else self.reserve_reported_turn(now)
 
     def status_written(self, now: float) -> None:
         """Note that the status was written at ``now``, and with it everything that was reported until then."""
         self.status_written_at = now
-        self.progress_write_at = self.reported_write_at = None
+        self.progress_write_at = None
+        self.has_reported_turn = False
+        if self.reported_write_at is not None and self.reported_write_at <= now:
+            self.reported_write_at = None
 
 
 class Memory:
@@ -164,11 +172,17 @@ class Memory:
         if report.total_steps and step is not None:
             job.speed.add(self._clock(), step)
         now = self._clock()
-        return job.seconds_to_reported_write(now) if more else job.seconds_to_progress_write(now)
+        turn = job.reserve_reported_turn(now)
+        return turn if more else max(turn, job.seconds_to_progress_write(now))
 
-    def seconds_to_reported_write(self, key: Key) -> float:
+    def reserve_reported_turn(self, key: Key) -> float:
         """Return in how many seconds ``key`` may be reconciled for the sake of a report; reserve that turn."""
-        return self.job(key).seconds_to_reported_write(self._clock())
+        return self.job(key).reserve_reported_turn(self._clock())
+
+    def begin_reconcile(self, key: Key) -> None:
+        """Note that a reconcile of ``key`` begins, which uses up the turn that a report has reserved for it."""
+        if (job := self._jobs.get(key)) is not None:
+            job.begin_reconcile(self._clock())
 
     def has_settled(self, key: Key, resource_version: str) -> bool:
         """Return whether the job has ended, and nothing was left to do for it at this ``metadata.resourceVersion``."""

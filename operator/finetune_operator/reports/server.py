@@ -184,7 +184,7 @@ class ReportServer(HttpServer):
         except RejectedError as rejection:
             if rejection.status is HTTPStatus.FORBIDDEN:
                 # The pod may be too new to be known. After a reconcile the next report is accepted.
-                self._queue.add_after(key, self._memory.seconds_to_reported_write(key))
+                self._queue.add_after(key, self._memory.reserve_reported_turn(key))
             raise
 
     def _check_same_format(self, key: Key, report: Report) -> None:

@@ -73,7 +73,6 @@ class StatusWriter:
         old = job.status if job.manifest.get("status") else None
         found = urgency(old, status, lambda: self._compute(job, replace(given, report=None, reported_at=None)))
         if found is Urgency.UNCHANGED:
-            job.memory.end_reported_turn(self._clock())
             return WriteResult()
         if found is not Urgency.OWN and (left := self._seconds_to_turn(job.memory, found)) > 0:
             return WriteResult(left=left)
@@ -106,7 +105,6 @@ class StatusWriter:
             if memory.progress_write_at is None:
                 memory.progress_write_at = self._budget.reserve(now)
             if (left := memory.seconds_to_progress_write(now)) > 0:
-                memory.end_reported_turn(now)
                 return left
         return memory.seconds_to_reported_write(now)
 
