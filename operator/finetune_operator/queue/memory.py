@@ -107,15 +107,17 @@ class JobMemory:
 
     def seconds_to_reported_write(self, now: float) -> float:
         """Return for how many seconds this reconcile must not write what a report brought; 0.0 where it may now."""
-        return 0.0 if self.has_reported_turn else self.reserve_reported_turn(now)
+        if self.has_reported_turn:
+            return 0.0
+        left = self.reserve_reported_turn(now)
+        self.begin_reconcile(now)  # takes the turn at once where it need not wait
+        return left
 
     def status_written(self, now: float) -> None:
         """Note that the status was written at ``now``, and with it everything that was reported until then."""
         self.status_written_at = now
         self.progress_write_at = None
         self.has_reported_turn = False
-        if self.reported_write_at is not None and self.reported_write_at <= now:
-            self.reported_write_at = None
 
 
 class Memory:
