@@ -70,7 +70,7 @@ def _succeeded(given: StatusInput, *, is_running: bool) -> _State:
     if given.problem is not None:
         return _State("Unknown", given.problem.reason, given.problem.message)
     if given.is_checked:
-        return _State("Unknown", Reason.PREFLIGHT, given.missing or messages.PREFLIGHT_RUNS)
+        return _State("Unknown", Reason.PREFLIGHT, given.missing or given.turn or messages.PREFLIGHT_RUNS)
     attempts = given.attempts
     current = attempts.current
     last = attempts.recent[-1] if attempts.recent else None
@@ -144,7 +144,7 @@ def _accepted_by_check(given: StatusInput) -> _State:
         return _State("False", Reason.BAD_INPUT, given.end.message)
     if missing := given.end.message if given.end is not None else given.missing:
         return _State("False", Reason.OUTSIDE_FAILURE, missing)
-    return _State("Unknown", Reason.PREFLIGHT, messages.PREFLIGHT_RUNS)
+    return _State("Unknown", Reason.PREFLIGHT, given.turn or messages.PREFLIGHT_RUNS)
 
 
 def _scheduled(given: StatusInput) -> _State:

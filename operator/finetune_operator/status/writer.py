@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from finetune_core.api import FineTuneJobStatus
+from finetune_core.api.attempt_causes import Cause
+from finetune_core.api.status import AttemptsStatus
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
@@ -113,8 +115,16 @@ class StatusWriter:
         if not waited:
             self._budget.spend(self._clock())
         write = await self._apply(job, status)
+        self._count_refusals(job.status.attempts, status.attempts)
         await self._recorder.record(job, status)
         return write
+
+    def _count_refusals(self, old: AttemptsStatus, new: AttemptsStatus) -> None:
+        """Count, by node, the attempts of ``new`` that a node ended by refusing a pod and that are not in ``old``."""
+        last = old.recent[-1].number if old.recent else 0
+        for past in new.recent:
+            if past.number > last and past.reason == Cause.NODE_REFUSED and past.node:
+                self._metrics.node_refusals.labels(node=past.node).inc()
 
     async def _apply(self, job: StoredJob, status: FineTuneJobStatus) -> Write | None:
         read = job.manifest["metadata"]["resourceVersion"]
