@@ -88,5 +88,8 @@ def report_audience(job_uid: str) -> str:
 
 
 def report_path(namespace: str, name: str, attempt: int) -> str:
-    """Return the URL path to which rank 0 posts its reports on the operator's report server."""
+    """Return the URL path to which rank 0 posts its reports on the operator's report server.
+
+    The server accepts only names of possible jobs and namespaces, and such names need no quoting in a URL.
+    """
     return f"/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/{attempt}/report"

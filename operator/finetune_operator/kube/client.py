@@ -134,7 +134,8 @@ class KubeClient:
             page = await self._request(Permission.LIST_JOBS, namespace, query=query, accept=METADATA_ONLY)
             # `items` of an empty PartialObjectMetadataList is null, not [].
             for item in page["items"] or ():
-                yield Key(item["metadata"]["namespace"], item["metadata"]["name"])
+                if key := Key.parse(item["metadata"]["namespace"], item["metadata"]["name"]):
+                    yield key
             token = page["metadata"].get("continue", "")
             if not token:
                 return
@@ -293,14 +294,17 @@ class KubeClient:
         self,
         permission: Permission,
         namespace: str | None,
-        name: str = "",
+        name: str | None = None,
         *,
         body: Manifest | None = None,
         query: dict[str, str] | None = None,
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> Manifest:
-        """Send the request that ``permission`` names and return the decoded answer."""
+        """Send the request that ``permission`` names and return the decoded answer.
+
+        Raises ValueError, and sends nothing, where ``namespace`` or ``name`` is no possible name.
+        """
         rule = permission.value
         method, url, headers, body, _ = await self._client.param_serialize(
             METHODS[rule.verb],
