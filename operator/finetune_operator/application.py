@@ -59,7 +59,11 @@ class Replica:
             resync_seconds=settings.resync_seconds,
         )
         self._reports = ReportServer(
-            memory=self._memory, queue=self._queue, reviewer=TokenReviewer(self._cluster), metrics=self._metrics
+            memory=self._memory,
+            queue=self._queue,
+            reviewer=TokenReviewer(self._cluster),
+            metrics=self._metrics,
+            jobs_are_listed=lambda: self._activity.ready,
         )
 
     async def run(self) -> None:

@@ -1,0 +1,36 @@
+"""Token buckets, one for each client, that bound how often something may happen.
+
+`connections.py` bounds new connections and requests of an address, `reports/server.py` the reviews of tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Final
+
+MOST_BUCKETS: Final = 4096
+"""Most buckets that are kept. The one that was unused for longest is dropped first; it is the likeliest to be full."""
+
+
+class RateLimiter:
+    """Allows each client a burst, and afterwards a steady rate."""
+
+    def __init__(self, per_second: float, burst: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Allow ``burst`` events at once and then ``per_second``. ``clock`` returns monotonic seconds."""
+        self._per_second = per_second
+        self._burst = burst
+        self._clock = clock
+        self._buckets: OrderedDict[Hashable, tuple[float, float]] = OrderedDict()
+
+    def allows(self, client: Hashable) -> bool:
+        """Return whether ``client`` may do it once more now. Where so, this is counted."""
+        now = self._clock()
+        tokens, filled_at = self._buckets.pop(client, (self._burst, now))
+        tokens = min(self._burst, tokens + (now - filled_at) * self._per_second)
+        allowed = tokens >= 1
+        self._buckets[client] = (tokens - 1 if allowed else tokens, now)
+        if len(self._buckets) > MOST_BUCKETS:
+            self._buckets.popitem(last=False)
+        return allowed
