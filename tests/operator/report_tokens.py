@@ -22,8 +22,12 @@ def report_token(
     signature: str = VALID,
     **claims: Any,
 ) -> str:
-    """Return a token as the kubelet projects it, bound to the pod with uid ``pod``. ``claims`` replace its claims."""
-    bound = {"namespace": namespace, "pod": {"name": "p", "uid": pod}, "serviceaccount": {"name": "default"}}
+    """Return a token as the kubelet projects it, bound to the pod with uid ``pod`` (to none if empty).
+
+    ``claims`` replace its claims."""
+    bound: dict[str, Any] = {"namespace": namespace, "serviceaccount": {"name": "default"}}
+    if pod:
+        bound["pod"] = {"name": "p", "uid": pod}
     content = {"aud": [report_audience(job_uid)], "iss": "https://api", "kubernetes.io": bound} | claims
     return f"e30.{encoded(json.dumps(content).encode())}.{signature}"
 
