@@ -48,10 +48,15 @@ def reviews() -> Reviews:
     return Reviews()
 
 
+def known_attempt() -> ReportingAttempt:
+    """Return the attempt that may report in these tests."""
+    return ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset({"pod-0", "pod-1"}))
+
+
 @pytest.fixture
 def memory() -> Memory:
     memory = Memory()
-    memory.set_reporting_attempt(KEY, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset({"pod-0", "pod-1"})))
+    memory.set_reporting_attempt(KEY, known_attempt())
     return memory
 
 

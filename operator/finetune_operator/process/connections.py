@@ -193,7 +193,7 @@ class Listener:
         self._handshakes = RateLimiter(limits.handshakes_per_second, 5 * limits.handshakes_per_second)
         self._by_client = RateLimiter(limits.per_address / 2, 2 * limits.per_address)
         self._clients: dict[str, dict[Connection, None]] = {}
-        self._idle: dict[Connection, None] = {}
+        self._idle: dict[Connection, None] = {}  # the one that has been idle for longest comes first
         self._count = 0
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -265,9 +265,8 @@ class Listener:
 
     def _make_room(self, client: str) -> bool:
         """Return whether there is room for one more connection of ``client``, after closing an idle one if needed."""
-        own = self._clients.get(client, {})
-        if len(own) >= self._limits.per_address:
-            return _end_first(connection for connection in own if connection in self._idle)
+        if len(self._clients.get(client, {})) >= self._limits.per_address:
+            return _end_first(connection for connection in self._idle if connection.client == client)
         return self._count < self._most or _end_first(self._idle)
 
     async def _connect(self, connection: Connection, accepted: socket.socket) -> None:

@@ -27,6 +27,9 @@ READ_BYTES: Final = 16 * 1024
 LINGER_SECONDS: Final = 2.0
 """Seconds for which the body of a refused request is read and dropped, so that its client can read the answer."""
 
+STOP_SECONDS: Final = 5.0
+"""Seconds that requests have to end when the server stops."""
+
 
 class HttpServer(ABC):
     """Serves an aiohttp application on one port until `stop`."""
@@ -63,6 +66,7 @@ class HttpServer(ABC):
             application,
             handle_signals=False,
             access_log=None,
+            shutdown_timeout=STOP_SECONDS,
             keepalive_timeout=self.limits.idle_seconds,
             max_line_size=LINE_BYTES,
             max_field_size=HEADER_FIELD_BYTES,
