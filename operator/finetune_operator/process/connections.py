@@ -23,8 +23,9 @@ from finetune_operator.process.rate_limit import RateLimiter
 
 logger = logging.getLogger(__name__)
 
-TLS_BUFFER_BYTES: Final = 16 * 1024
-"""Size of the buffer in which asyncio receives the data of a TLS connection: one TLS record."""
+TLS_BUFFER_BYTES: Final = 8 * 1024
+"""Size of the buffer in which asyncio receives the data of a TLS connection, also of the operator's own connections to
+the API server. A record of TLS, which has up to 16 KiB, then takes two or three reads."""
 SHUTDOWN_SECONDS: Final = 2.0
 """Seconds that a client has to answer the end of a TLS connection."""
 FILES_LEFT: Final = 256
@@ -39,7 +40,10 @@ _END_OF_HEADER: Final = b"\r\n\r\n"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectionLimits:
-    """What the clients of a server may take. The rates follow from the number of connections."""
+    """What the clients of a server may take.
+
+    One address may make half of ``per_address`` new connections in a second, and twice ``per_address`` at once.
+    """
 
     connections: int = 2000
     """Most connections in all."""

@@ -25,7 +25,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from finetune_core.contract import REPORT_LIMIT_BYTES, Report, report_audience, stock_reports
-from finetune_operator.process.connections import client_of
+from finetune_operator.process.connections import ConnectionLimits, client_of
 from finetune_operator.process.http_server import HttpServer
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
@@ -156,13 +156,16 @@ class ReportServer(HttpServer):
         reviewer: TokenReviewer,
         metrics: Metrics,
         jobs_are_listed: Callable[[], bool] = lambda: True,
+        limits: ConnectionLimits | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Store accepted reports in ``memory`` and add the keys of their jobs to ``queue``.
 
         ``jobs_are_listed`` says whether the first list of all jobs is done, ``clock`` returns monotonic seconds.
+        ``limits`` say what clients may take; by default those of `ConnectionLimits`.
         """
+        self.limits = limits or self.limits
         self._memory = memory
         self._queue = queue
         self._reviewer = reviewer
