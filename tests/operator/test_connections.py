@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import socket
 import ssl
 from asyncio import sslproto
 from collections.abc import AsyncIterator
@@ -249,10 +248,8 @@ async def test_a_flood_of_connections_leaves_an_honest_client_served() -> None:
 @pytest.mark.parametrize("address", ["", "127.0.0.1"])
 async def test_a_server_listens_where_it_is_told_and_stops(address: str) -> None:
     server = health_server()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    await server.start(port, address)
+    await server.start(0, address)
+    port = server.port
     async with ClientSession() as session, session.get(f"http://127.0.0.1:{port}/healthz") as answer:
         assert answer.status == 200
     await server.stop()
