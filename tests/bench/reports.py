@@ -1,6 +1,7 @@
-"""What clients of the report server cost the operator in memory: idle connections, unfinished requests, and a flood.
+"""What clients of the report server cost the operator: idle connections, unfinished requests, a flood, and honest jobs.
 
 The server is the operator's own, over TLS, in a process of its own; the clients have many addresses of this machine.
+Nothing writes a status here: `fleet.py` measures the whole operator.
 
     python -m tests.bench --only reports
 """
@@ -9,20 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from finetune_core.contract import CurvePoint, report_path
 from finetune_operator.process.connections import ConnectionLimits
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import WorkQueue
+from finetune_operator.queue.memory import Memory, ReportingAttempt
+from finetune_operator.queue.work_queue import Key, WorkQueue
 from finetune_operator.reports.server import ReportServer
 from finetune_operator.reports.token_review import TokenReviewer
-from tests.operator.report_servers import Streams, connect, serving
-from tests.operator.report_tokens import Reviews
+from tests.operator.report_servers import Streams, connect, exchange, request, serving
+from tests.operator.report_tokens import Reviews, report_token
+from tests.operator.test_report_server import body
 
 LONG = 3600.0
 UNLIMITED = ConnectionLimits(
@@ -37,6 +42,13 @@ UNLIMITED = ConnectionLimits(
 HEADER = b"POST / HTTP/1.1\r\nHost: x\r\n" + b"a: " + b"b" * 8000 + b"\r\n" + b"c: " + b"d" * 7000
 """A header of 15 KB without its end: the most that the server keeps of a request without a token."""
 AT_ONCE = 50
+JOBS = 1000
+CURVE = [CurvePoint(step=step, loss=1.25, perplexity=2.5) for step in range(60)]
+REPORT_SECONDS = 3.0
+"""Seconds between two reports of a job, as the trainer sends them."""
+MEASURED_SECONDS = 60.0
+TICK_SECONDS = 0.01
+"""Seconds between two measurements of how late the server's event loop is."""
 
 
 @dataclass
@@ -45,6 +57,10 @@ class Server:
 
     port: int
     pid: int
+    lateness: float = 0.0
+    """Seconds by which the event loop was late at most in 99 % of its ticks; known after the server has ended."""
+    processor: float = 0.0
+    """Seconds of processor time of the server; known after the server has ended."""
 
     def megabytes(self, field: str = "VmRSS") -> float:
         """Return the resident memory of the server now, or its peak with the field ``"VmHWM"``."""
@@ -53,14 +69,39 @@ class Server:
 
 
 def _serve(limits: ConnectionLimits, told: Connection) -> None:
+    """Serve reports of JOBS jobs until told to end, then tell how late the event loop was and what it took."""
+
     async def run() -> None:
         reviewer = TokenReviewer(Reviews())  # type: ignore[arg-type]
-        server = ReportServer(memory=Memory(), queue=WorkQueue(), reviewer=reviewer, metrics=Metrics())
+        memory, queue, late = Memory(), WorkQueue(), [0.0]
+        for number in range(JOBS):
+            attempt = ReportingAttempt(uid=f"uid-{number}", attempt=1, pod_uids=frozenset({f"pod-{number}"}))
+            memory.set_reporting_attempt(Key("team", f"job-{number}"), attempt)
+        server = ReportServer(memory=memory, queue=queue, reviewer=reviewer, metrics=Metrics())
         async with serving(server, limits) as port:
             told.send(port)
+            others = [asyncio.create_task(_drain(queue)), asyncio.create_task(_measure_lateness(late))]
             await asyncio.get_running_loop().run_in_executor(None, told.recv)
+            for task in others:
+                task.cancel()
+        late.sort()
+        told.send((late[int(0.99 * len(late))], time.process_time()))
 
     asyncio.run(run())
+
+
+async def _drain(queue: WorkQueue) -> None:
+    """Take the keys out of the queue, as the workers do."""
+    while True:
+        queue.done(await queue.get())
+
+
+async def _measure_lateness(late: list[float]) -> None:
+    """Append to ``late`` by how many seconds the event loop wakes this task too late, again and again."""
+    while True:
+        due = time.monotonic() + TICK_SECONDS
+        await asyncio.sleep(TICK_SECONDS)
+        late.append(time.monotonic() - due)
 
 
 @contextmanager
@@ -71,10 +112,13 @@ def report_server(limits: ConnectionLimits) -> Iterator[Server]:
     process.start()
     assert process.pid is not None
     try:
-        yield Server(ours.recv(), process.pid)
-    finally:
+        server = Server(ours.recv(), process.pid)
+        yield server
         ours.send("end")
-        process.join()
+        server.lateness, server.processor = ours.recv()
+    finally:
+        process.join(10)
+        process.kill()
 
 
 async def _open(port: int, count: int, sent: bytes) -> tuple[list[Streams], int]:
@@ -107,6 +151,37 @@ async def _measure(server: Server, count: int, sent: bytes) -> str:
     return f"{before:.0f} -> {after:.0f} MB, peak {peak:.0f} MB, {len(held)} opened, {refused} refused"
 
 
+async def _report_forever(port: int, number: int, answers: Counter[int]) -> None:
+    """Send a report of job ``number`` every three seconds on one connection; connect again where it has ended."""
+    token = report_token(f"pod-{number}", job_uid=f"uid-{number}")
+    path, streams, step = report_path("team", f"job-{number}", 1), None, 0
+    await asyncio.sleep(REPORT_SECONDS * number / JOBS)
+    while True:
+        step += 1
+        try:
+            if streams is None:
+                streams = await connect(port, f"127.1.{number % 200}.{number % 250 + 1}")
+            report = body(pod_uid=f"pod-{number}", step=step, total_steps=10**6, history=CURVE)
+            status, _, _ = await exchange(streams, request(path, token, report))
+        except OSError:
+            status = 0
+        answers[status] += 1
+        if status == 0:
+            streams = None
+        await asyncio.sleep(REPORT_SECONDS)
+
+
+async def _honest(server: Server) -> str:
+    answers: Counter[int] = Counter()
+    reporters = [asyncio.create_task(_report_forever(server.port, number, answers)) for number in range(JOBS)]
+    await asyncio.sleep(MEASURED_SECONDS)
+    told = f"peak {server.megabytes('VmHWM'):.0f} MB, answers {dict(answers)}"
+    for task in reporters:
+        task.cancel()
+    await asyncio.gather(*reporters, return_exceptions=True)
+    return told
+
+
 ROWS: dict[str, tuple[ConnectionLimits, int, bytes]] = {
     "1,000 idle connections": (UNLIMITED, 1000, b""),
     "1,000 unfinished headers of 15 KB": (UNLIMITED, 1000, HEADER),
@@ -117,6 +192,10 @@ ROWS: dict[str, tuple[ConnectionLimits, int, bytes]] = {
 
 def main() -> None:
     """Print a line for each measurement."""
+    with report_server(ConnectionLimits()) as server:
+        told = asyncio.run(_honest(server))
+    print(f"{JOBS} honest jobs for {MEASURED_SECONDS:.0f} s, the default limits: {told}, event loop late by")
+    print(f"{1000 * server.lateness:.0f} ms (p99), {server.processor:.1f} s of processor time", flush=True)
     for name, (limits, count, sent) in ROWS.items():
         with report_server(limits) as server:
             print(f"{name}: {asyncio.run(_measure(server, count, sent))}", flush=True)
