@@ -7,7 +7,9 @@ every request.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -332,6 +334,49 @@ async def test_a_refused_caller_needs_a_new_connection_for_each_request() -> Non
             _, fields, _ = await exchange(streams, request(report_path("team", "quickstart", 2), token))
             assert fields["connection"] == "close"
             assert await streams[0].read(1) == b""
+
+
+async def test_a_pod_that_may_not_report_causes_few_looks_at_its_job() -> None:
+    async with running(ConnectionLimits(requests_per_second=1000.0)) as world:
+        streams = await connect(world.port)
+        sent = request(report_path("team", "quickstart", 2), report_token("pod-9"), body(pod_uid="pod-9"))
+        looks = 0
+        for _ in range(20):
+            assert (await exchange(streams, sent))[0] == 403
+            while (key := world.queue.pop()) is not None:
+                world.queue.done(key)
+                looks += 1
+        assert looks == 1
+        world.now += 2.0
+        assert (await exchange(streams, sent))[0] == 403
+        assert world.queue.pop() == KEY
+
+
+@pytest.mark.parametrize("token", [None, report_token()])
+async def test_a_compressed_body_is_not_unpacked(token: str | None) -> None:
+    async with running() as world:
+        bomb = gzip.compress(b" " * 50_000_000)
+        head = request(report_path("team", "quickstart", 2), token, "", "Content-Encoding: gzip")
+        sent = head.replace(b"Content-Length: 0", b"Content-Length: %d" % len(bomb)) + bomb
+        status, _, _ = await answer_to(world.port, sent)
+        assert status == (401 if token is None else 422)
+        assert world.nothing_happened()
+
+
+async def test_what_is_no_http_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    valid = request(report_path("team", "quickstart", 2), report_token(), "")
+    async with running() as world:
+        for sent in (
+            b"GARBAGE\r\n\r\n",
+            b"POST / HTTP/9.9\r\n\r\n",
+            b"POST /" + b"x" * 5000 + b" HTTP/1.1\r\n\r\n",
+            b"POST / HTTP/1.1\r\nno field\r\n\r\n",
+            valid.replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"no chunk\r\n",
+        ):
+            status, _, _ = await answer_to(world.port, sent)
+            assert status in (400, 422)
+        assert world.nothing_happened()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_a_valid_token_sends_few_reports_a_second() -> None:

@@ -6,12 +6,14 @@ Neither server trusts its clients before it has looked at their requests, so bot
 
 from __future__ import annotations
 
+import logging
 import ssl
 from abc import ABC, abstractmethod
 from http import HTTPStatus
 from typing import Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from finetune_operator.process.connections import ConnectionLimits, Listener
@@ -29,6 +31,16 @@ LINGER_SECONDS: Final = 2.0
 
 STOP_SECONDS: Final = 5.0
 """Seconds that requests have to end when the server stops."""
+_logger = logging.getLogger("aiohttp.server")
+_logger.addFilter(lambda record: not _is_about_a_bad_request(record))
+
+
+def _is_about_a_bad_request(record: logging.LogRecord) -> bool:
+    """Return whether a log record only says that a client sent something else than HTTP.
+
+    aiohttp logs each such request with a traceback, so that any client could fill the log.
+    """
+    return record.exc_info is not None and isinstance(record.exc_info[1], HttpProcessingError)
 
 
 class HttpServer(ABC):
@@ -66,6 +78,9 @@ class HttpServer(ABC):
             application,
             handle_signals=False,
             access_log=None,
+            logger=_logger,
+            # A compressed body could grow without bound, before anybody asks whether its client may send one.
+            auto_decompress=False,
             shutdown_timeout=STOP_SECONDS,
             keepalive_timeout=self.limits.idle_seconds,
             max_line_size=LINE_BYTES,

@@ -53,9 +53,11 @@ TOKENS_OF_A_JOB_PER_SECOND: Final = 2.0
 """How many tokens for one audience are looked at in a second, besides those that are known to be valid."""
 TOKENS_OF_A_JOB_AT_ONCE: Final = 20.0
 REPORTS_PER_SECOND: Final = 10.0
-"""How many reports of one job are read in a second. The trainer sends one every three seconds, and a few more when it
+"""How many reports of one pod are read in a second. The trainer sends one every three seconds, and a few more when it
 begins something else."""
 REPORTS_AT_ONCE: Final = 50.0
+LOOKS_PER_SECOND: Final = 0.5
+"""How often in a second a report of a pod that the operator does not know makes it look for the pods of a job."""
 LOG_LINES_PER_SECOND: Final = 5.0
 """Log lines about rejected reports in a second. The metric counts all of them."""
 
@@ -75,22 +77,18 @@ and the listener limits those."""
 _INVALID_TOKEN: Final = "the token is not valid for this job"  # noqa: S105  (a sentence)
 
 
-def authorize(pod: TokenPod | None, reporting: ReportingAttempt, key: Key, attempt: str) -> TokenPod:
-    """Return ``pod``, the pod of the request's token, if this pod may report for the attempt ``reporting``.
+def authorize(pod: TokenPod, reporting: ReportingAttempt, key: Key, attempt: str) -> None:
+    """Check that ``pod``, the pod of the request's token, may report for the attempt ``reporting``.
 
-    ``pod`` is None where the token is not valid. ``attempt`` is the attempt's number in the request's path, or empty
-    where the path has none.
+    ``attempt`` is the attempt's number in the request's path, or empty where the path has none.
 
     Raises:
-        RejectedError: the token is not valid, the path names another attempt, or the pod is none of the attempt's.
+        RejectedError: the path names another attempt, or the pod is none of the attempt's.
     """
-    if pod is None:
-        raise RejectedError(HTTPStatus.UNAUTHORIZED, _INVALID_TOKEN)
     if attempt not in ("", str(reporting.attempt)):
         raise RejectedError(HTTPStatus.CONFLICT, f"attempt {reporting.attempt} is the current one")
     if pod.namespace != key.namespace or pod.uid not in reporting.pod_uids:
         raise RejectedError(HTTPStatus.FORBIDDEN, "the token's pod is no pod of the current attempt")
-    return pod
 
 
 def parse_report(body: bytes, pod: TokenPod, _reporting: ReportingAttempt) -> Report:
@@ -174,7 +172,8 @@ class ReportServer(HttpServer):
         self._now = now
         self._tokens_of_address = RateLimiter(TOKENS_PER_SECOND, TOKENS_AT_ONCE, clock=clock)
         self._tokens_of_job = RateLimiter(TOKENS_OF_A_JOB_PER_SECOND, TOKENS_OF_A_JOB_AT_ONCE, clock=clock)
-        self._reports_of_job = RateLimiter(REPORTS_PER_SECOND, REPORTS_AT_ONCE, clock=clock)
+        self._reports_of_pod = RateLimiter(REPORTS_PER_SECOND, REPORTS_AT_ONCE, clock=clock)
+        self._looks_for_pods = RateLimiter(LOOKS_PER_SECOND, 1.0, clock=clock)
         self._log_lines = RateLimiter(LOG_LINES_PER_SECOND, LOG_LINES_PER_SECOND, clock=clock)
 
     def application(self) -> web.Application:
@@ -198,18 +197,19 @@ class ReportServer(HttpServer):
         """
         set_log_fields()
         try:
-            key, reporting, pod = await self._authenticate(request)
-            if not self._reports_of_job.allows(reporting.uid):
-                raise RejectedError(HTTPStatus.TOO_MANY_REQUESTS, "too many reports of this job")
+            key, pod = await self._authenticate(request)
             async with asyncio.timeout(BODY_SECONDS):
                 body = await request.read()
+            # The job is looked up only now, because the attempt may end, and the job may go, while the body arrives.
+            reporting = self._reporting_attempt(key, pod, request.match_info.get("attempt", ""))
             report = parse(body, pod, reporting)
-            self._check_still_reporting(key, reporting)
             self._check_same_format(key, report)
         except RejectedError as rejection:
             return self._reject(rejection.status, str(rejection))
         except web.HTTPRequestEntityTooLarge:
             return self._reject(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {REPORT_LIMIT_BYTES} bytes")
+        except web.RequestPayloadError:
+            return self._reject(HTTPStatus.UNPROCESSABLE_ENTITY, "the body is no body of HTTP")
         except TimeoutError:
             return self._reject(HTTPStatus.REQUEST_TIMEOUT, f"not read within {BODY_SECONDS:.0f} s")
         except ReviewUnavailableError as error:
@@ -226,32 +226,22 @@ class ReportServer(HttpServer):
         self._metrics.reports_accepted.inc()
         return None
 
-    async def _authenticate(self, request: web.Request) -> tuple[Key, ReportingAttempt, TokenPod]:
-        """Return the job of the request, its attempt that may report, and the pod to which the token is bound.
+    async def _authenticate(self, request: web.Request) -> tuple[Key, TokenPod]:
+        """Return the job that the request is about, and the pod to which its token is bound: a pod of its namespace.
 
-        Raises RejectedError where that pod may not report for that job now, and ReviewUnavailableError where the token
+        Raises RejectedError where the token is not valid or sends too much, and ReviewUnavailableError where the token
         can't be reviewed.
         """
         key = Key.parse(request.match_info["namespace"], request.match_info["name"])
         if key is None:
             raise RejectedError(HTTPStatus.NOT_FOUND, "no job can have this name")
+        set_log_fields(job=str(key))
         pod = await self._review(request, key)
         if pod is None or pod.namespace != key.namespace:
             raise RejectedError(HTTPStatus.UNAUTHORIZED, _INVALID_TOKEN)
-        reporting = self._memory.reporting_attempt(key)
-        if reporting is None and not self._jobs_are_listed():
-            raise RejectedError(HTTPStatus.SERVICE_UNAVAILABLE, "the jobs are not listed yet")
-        if reporting is None:
-            # The key is not queued: the list and the watches bring every job that exists.
-            raise RejectedError(HTTPStatus.CONFLICT, "no attempt of this job is known")
-        set_log_fields(job=str(key), uid=reporting.uid, attempt=reporting.attempt)
-        try:
-            return key, reporting, authorize(pod, reporting, key, request.match_info.get("attempt", ""))
-        except RejectedError as rejection:
-            if rejection.status is HTTPStatus.FORBIDDEN:
-                # The pod may be too new to be known. After a reconcile its next report is accepted.
-                self._queue.add(key)
-            raise
+        if not self._reports_of_pod.allows(pod.uid):
+            raise RejectedError(HTTPStatus.TOO_MANY_REQUESTS, "too many reports of this pod")
+        return key, pod
 
     async def _review(self, request: web.Request, key: Key) -> TokenPod | None:
         """Return the pod to which the request's token is bound; None where the token is not valid for the job ``key``.
@@ -280,14 +270,26 @@ class ReportServer(HttpServer):
             return None
         return await self._reviewer.pod_of(token, claims.audience, job_is_known=reporting is not None)
 
-    def _check_still_reporting(self, key: Key, reporting: ReportingAttempt) -> None:
-        """Raise RejectedError (409) where another attempt may report by now, or the job is gone.
+    def _reporting_attempt(self, key: Key, pod: TokenPod, attempt: str) -> ReportingAttempt:
+        """Return the attempt of the job for which ``pod`` may report; ``attempt`` is its number in the path, or empty.
 
-        The body of a report may take seconds to arrive.
+        Raises RejectedError where the job or its attempt is not known, and where the pod is none of the attempt's.
         """
-        now = self._memory.reporting_attempt(key)
-        if now is None or (now.uid, now.attempt) != (reporting.uid, reporting.attempt):
-            raise RejectedError(HTTPStatus.CONFLICT, "the attempt has ended meanwhile")
+        reporting = self._memory.reporting_attempt(key)
+        if reporting is None and not self._jobs_are_listed():
+            raise RejectedError(HTTPStatus.SERVICE_UNAVAILABLE, "the jobs are not listed yet")
+        if reporting is None:
+            # The key is not queued: the list and the watches bring every job that exists.
+            raise RejectedError(HTTPStatus.CONFLICT, "no attempt of this job is known")
+        set_log_fields(job=str(key), uid=reporting.uid, attempt=reporting.attempt)
+        try:
+            authorize(pod, reporting, key, attempt)
+        except RejectedError as rejection:
+            if rejection.status is HTTPStatus.FORBIDDEN and self._looks_for_pods.allows(reporting.uid):
+                # The pod may be too new to be known. After a reconcile its next report is accepted.
+                self._queue.add(key)
+            raise
+        return reporting
 
     def _check_same_format(self, key: Key, report: Report) -> None:
         """Reject a stock report (Kubeflow's protocol) where the newest report is from this project's trainer.
