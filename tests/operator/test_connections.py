@@ -118,6 +118,33 @@ async def test_a_long_header_ends_the_connection(field: bytes) -> None:
         assert await ended(streams)
 
 
+async def test_line_ends_before_a_request_count_as_its_header_and_do_not_end_it() -> None:
+    limits = ConnectionLimits(**PATIENT | {"header_seconds": 0.5}, header_bytes=16 * 1024, connections=2)
+    async with reports(limits) as server:
+        streams = await connect(server.port)
+        streams[1].write(b"\r\n\r\n")
+        assert await ended(streams), "a connection without a request is not busy"
+        streams = await connect(server.port)
+        streams[1].write(b"\r\n\r\nPOST / HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 5000)
+        assert await ended(streams)
+        streams = await connect(server.port)
+        assert (await exchange(streams, b"\r\n\r\n" + request(PATH, report_token(), body())))[0] == 204
+        await end(streams)
+
+
+async def test_requests_that_are_sent_before_the_first_is_answered_are_bounded() -> None:
+    reviews = Reviews()
+    reviews.answering.clear()
+    async with reports(ConnectionLimits(**PATIENT, request_bytes=100_000), reviews) as server:
+        streams = await connect(server.port)
+        streams[1].write(request(PATH, report_token(), body()))
+        while not reviews.asked:
+            await asyncio.sleep(0.01)
+        streams[1].write(request(PATH, None, "", "a: " + "b" * 8000) * 20)
+        assert await ended(streams)
+        reviews.answering.set()
+
+
 async def test_the_bytes_of_a_body_do_not_count_as_a_header() -> None:
     async with reports(ConnectionLimits(**PATIENT, header_bytes=4096)) as server:
         streams = await connect(server.port)

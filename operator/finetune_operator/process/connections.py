@@ -55,8 +55,10 @@ class ConnectionLimits:
     """Time from the first byte of a request to the end of its header; on a new connection, from its begin."""
     header_bytes: int = 16 * 1024
     """Most bytes of a request's header, with its first line."""
+    request_bytes: int = 256 * 1024
+    """Most bytes that a client may send before its request is answered, also those of further requests."""
     request_seconds: float = 60.0
-    """Time from the end of a request's header to the answer. Each server has shorter limits for the parts of it."""
+    """Time to answer a request whose header is complete. Each server has shorter limits for the parts of it."""
     idle_seconds: float = 30.0
     """Time that a connection may wait for its next request."""
     requests_per_second: float = 64.0
@@ -105,24 +107,32 @@ class Connection(asyncio.Protocol):
         self._inner.connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of a header, and hand the data on."""
-        if self._in_header:
-            if not self._begun:
-                self._begun = True
-                self._end_after(self._limits.header_seconds)
-            window = self._tail + data
-            end = window.find(_END_OF_HEADER)
-            self._received += len(data) if end < 0 else end + len(_END_OF_HEADER) - len(self._tail)
-            if self._received > self._limits.header_bytes:
-                self.end()
-                return
-            self._tail = window[-len(_END_OF_HEADER) + 1 :]
-            if end >= 0:
-                self.request_started()
-        self._inner.data_received(data)
+        """Count the bytes of the header and of the whole request, and hand the data on."""
+        if not self._begun:
+            self._begun = True
+            self._end_after(self._limits.header_seconds)
+        header = self._received + self._header_bytes(data)
+        self._received += len(data)
+        if header > self._limits.header_bytes or self._received > self._limits.request_bytes:
+            self.end()
+        else:
+            self._inner.data_received(data)
+
+    def _header_bytes(self, data: bytes) -> int:
+        """Return how many bytes of ``data`` belong to the header of a request; notes where the header ends."""
+        if not self._in_header:
+            return -self._received
+        # Line ends before the first line of a request belong to no header. HTTP servers skip them.
+        window = self._tail + data if self._tail else data.lstrip(b"\r\n")
+        end = window.find(_END_OF_HEADER)
+        self._tail = window[-len(_END_OF_HEADER) + 1 :]
+        if end < 0:
+            return len(data)
+        self._in_header = False
+        return len(data) - (len(window) - end - len(_END_OF_HEADER))
 
     def request_started(self) -> None:
-        """A request is complete up to its body and is being answered, so that the connection is not idle."""
+        """The request is being answered, so that the connection is not idle."""
         self._in_header = False
         self._listener.is_busy(self)
         self._end_after(self._limits.request_seconds)
