@@ -123,7 +123,7 @@ def all_jobs(installed: Installed) -> list[dict[str, Any]]:
 
 
 def expected(call: Call, jobs: set[tuple[str, ...]]) -> bool:
-    """Return whether the operator may send ``call`` when it reconciles ``jobs`` (namespace, name) and keeps its Lease."""
+    """Return whether the operator may send ``call`` to reconcile ``jobs`` (namespace, name) and to keep its Lease."""
     own = call.namespace == OPERATOR_NAMESPACE and call.name.startswith(SERVICE_ACCOUNT)
     watched = not call.namespace and call.verb in ("list", "watch")
     if call.resource.partition("/")[0] == "finetunejobs" and call.namespace:
