@@ -76,7 +76,7 @@ def _serve(limits: ConnectionLimits, told: Connection) -> None:
         memory, queue, late = Memory(), WorkQueue(), [0.0]
         for number in range(JOBS):
             attempt = ReportingAttempt(uid=f"uid-{number}", attempt=1, pod_uids=frozenset({f"pod-{number}"}))
-            memory.set_reporting_attempt(Key("team", f"job-{number}"), attempt)
+            memory.set_reporting_attempt(Key("team", f"job-{number}"), attempt.uid, attempt)
         server = ReportServer(memory=memory, queue=queue, reviewer=reviewer, metrics=Metrics())
         async with serving(server, limits) as port:
             told.send(port)

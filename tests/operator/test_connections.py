@@ -26,6 +26,7 @@ from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reports.server import ReportServer
 from finetune_operator.reports.token_review import TokenReviewer
+from tests.operator.builders import UID
 from tests.operator.report_servers import Streams, answer_to, connect, ended, exchange, request, serving
 from tests.operator.report_tokens import Reviews, report_token
 from tests.operator.test_report_server import KEY, PATH, body, known_attempt
@@ -40,7 +41,7 @@ PATIENT: dict[str, Any] = {"handshake_seconds": LONG, "header_seconds": LONG, "i
 async def reports(limits: ConnectionLimits, reviews: Reviews | None = None) -> AsyncIterator[ReportServer]:
     """Run a report server that knows attempt 2 of the job `team/quickstart`."""
     memory = Memory()
-    memory.set_reporting_attempt(KEY, known_attempt())
+    memory.set_reporting_attempt(KEY, UID, known_attempt())
     reviewer = TokenReviewer(reviews or Reviews())  # type: ignore[arg-type]
     server = ReportServer(memory=memory, queue=WorkQueue(), reviewer=reviewer, metrics=Metrics())
     async with serving(server, limits):

@@ -85,7 +85,7 @@ class World:
 async def running(limits: ConnectionLimits | None = None) -> AsyncIterator[World]:
     world = World()
     attempt = ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset({"pod-0"}))
-    world.memory.set_reporting_attempt(KEY, attempt)
+    world.memory.set_reporting_attempt(KEY, UID, attempt)
 
     async def answer(sent: web.BaseRequest) -> web.Response:
         world.calls.append(f"{sent.method} {sent.path}")
@@ -218,7 +218,7 @@ async def test_an_unknown_job_gets_503_until_the_jobs_are_listed_and_409_afterwa
         assert (status, fields["retry-after"]) == (503, "5")
         world.listed = True
         assert (await answer_to(world.port, sent))[0] == 409
-        world.memory.stop_reporting(KEY)
+        world.memory.stop_reporting(KEY, UID)
         unknown = await answer_to(world.port, sent)
         without_attempt = await answer_to(world.port, request(report_path("team", "quickstart", 1), sent_token(sent)))
         assert unknown[2] == without_attempt[2], "a job without an attempt is answered as a job that does not exist"

@@ -71,7 +71,7 @@ CALLS: dict[str, Call] = {
     "delete_child": lambda client, namespace, name: client.delete_child(namespace, name, "uid"),
     "get_config_map": lambda client, namespace, name: client.get_config_map(namespace, name),
     "create_config_map": lambda client, namespace, name: client.create_config_map(_manifest(namespace, name)),
-    "delete_config_map": lambda client, namespace, name: client.delete_config_map(namespace, name),
+    "delete_config_map": lambda client, namespace, name: client.delete_config_map(namespace, name, "uid"),
     "list_pods": lambda client, namespace, name: client.list_pods(namespace, name),
     "create_pod": lambda client, namespace, name: client.create_pod(_manifest(namespace, name)),
     "delete_pod": lambda client, namespace, name: client.delete_pod(namespace, name, "uid"),
