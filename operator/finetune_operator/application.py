@@ -16,6 +16,7 @@ from finetune_operator.controller import Controller
 from finetune_operator.kube.client import KubeClient, load_configuration
 from finetune_operator.kube.fencing import lease_client
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
+from finetune_operator.process.connections import ConnectionLimits
 from finetune_operator.process.health import HealthServer, WatchActivity
 from finetune_operator.process.leader_election import LeaderElector, TimedLeaseLock
 from finetune_operator.process.metrics import Metrics
@@ -60,7 +61,17 @@ class Replica:
             resync_seconds=settings.resync_seconds,
         )
         self._reports = ReportServer(
-            memory=self._memory, queue=self._queue, reviewer=TokenReviewer(self._cluster), metrics=self._metrics
+            memory=self._memory,
+            queue=self._queue,
+            reviewer=TokenReviewer(self._cluster),
+            metrics=self._metrics,
+            jobs_are_listed=lambda: self._activity.ready,
+            limits=ConnectionLimits(
+                connections=settings.report_connections,
+                per_address=settings.report_connections_per_address,
+                # A training job keeps one connection and sends a report every three seconds, at its changes more.
+                requests_per_second=float(settings.report_connections_per_address),
+            ),
         )
 
     async def run(self) -> None:

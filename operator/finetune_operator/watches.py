@@ -110,9 +110,9 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
         namespace: str | None, name: str | None, event: Mapping[str, Any], meta: Mapping[str, Any], **_: Any
     ) -> None:
         activity.event_received()
-        if not (namespace and name):
+        key = Key.parse(namespace or "", name or "")
+        if key is None:
             return
-        key = Key(namespace, name)
         # A job in a version that a reconcile has read is not queued, because at the start and after a broken watch kopf
         # sends an event for every job.
         if event["type"] == "DELETED" or not memory.has_read(key, meta.get("resourceVersion", "")):

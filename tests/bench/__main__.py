@@ -18,6 +18,7 @@ BENCHES = {
     "step": "the trainer's optimizer step against a plain PyTorch loop",
     "peers": "the trainer against Hugging Face's Trainer and trl on the same rows",
     "uploads": "the training thread with checkpoints at 5 MB/s against none",
+    "reports": "the memory of the report server with many connections against few",
     "fleet": "the operator with thousands of jobs beside training-operator",
     "checks": "attempt 1 after the preflight check, alone and beside a thousand jobs",
 }

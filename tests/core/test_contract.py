@@ -4,19 +4,25 @@ refused.
 
 import json
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from finetune_core.api.status import CHECKPOINT_LIMIT, HISTORY_LIMIT, INCIDENT_LIMIT, METRIC_LIMIT, NOTICE_LIMIT
 from finetune_core.contract import (
     EXIT_CODES,
     IDENTITY_VARIABLES,
+    REPORT_LIMIT_BYTES,
     RESULT_LIMIT_BYTES,
     ArtifactRecord,
+    CheckpointRecord,
+    CurvePoint,
     EvaluationRecord,
     Identity,
+    Incident,
     Outcome,
     Phase,
     Report,
@@ -147,3 +153,85 @@ def test_a_result_with_all_scores_of_a_task_keeps_its_message() -> None:
     text = result.to_termination_message()
     assert len(text.encode()) <= RESULT_LIMIT_BYTES
     assert Result.from_termination_message(text) == result
+
+
+def checkpoints(count: int, uri: str = "s3://bucket/run") -> list[CheckpointRecord]:
+    """Return records of checkpoints, oldest first, whose addresses are as long as ``uri``."""
+    return [
+        CheckpointRecord(run=1, step=step, uri=uri, bytes=10**12, manifest_sha256="f" * 64, time=datetime.now(UTC))
+        for step in range(count)
+    ]
+
+
+def full_report(**changes: Any) -> Report:
+    plain = Report(
+        run=1,
+        pod_uid="p" * 64,
+        phase=Phase.TRAINING,
+        ranks=8,
+        step=1,
+        total_steps=2,
+        epoch=0.5,
+        metrics={},
+        history=[],
+        checkpoints=[],
+    )
+    return plain.model_copy(update=changes)
+
+
+def test_a_report_of_usual_size_is_sent_as_it_is() -> None:
+    report = full_report(checkpoints=checkpoints(CHECKPOINT_LIMIT), notices=["ä"])
+    assert report.to_body() == report.to_json().encode()
+
+
+def test_a_hundred_checkpoints_with_long_addresses_fit_into_a_report_and_the_newest_are_kept() -> None:
+    report = full_report(checkpoints=checkpoints(CHECKPOINT_LIMIT, "s3://" + "ä" * 1019), notices=["first", "last"])
+    assert len(report.to_json().encode()) > 3 * REPORT_LIMIT_BYTES
+    body = report.to_body()
+    sent = Report.model_validate_json(body)
+    assert len(body) <= REPORT_LIMIT_BYTES
+    assert sent.checkpoints == report.checkpoints[-len(sent.checkpoints) :]
+    assert len(body) > REPORT_LIMIT_BYTES - 2500, "no more is left out than needed"
+    assert sent.notices == report.notices
+
+
+TEXTS = st.sampled_from(["x", "ä", "\u2603", "\U0001f600", '"', "\x00"])
+"""Characters that take one to six bytes in JSON."""
+
+
+@given(
+    characters=st.tuples(TEXTS, TEXTS, TEXTS, TEXTS),
+    counts=st.tuples(st.integers(0, CHECKPOINT_LIMIT), st.integers(0, INCIDENT_LIMIT), st.integers(0, NOTICE_LIMIT)),
+    message=st.integers(0, 2 * REPORT_LIMIT_BYTES),
+)
+@settings(deadline=None, max_examples=40)
+def test_whatever_a_report_holds_fits_and_only_its_oldest_items_are_missing(
+    characters: tuple[str, str, str, str], counts: tuple[int, int, int], message: int
+) -> None:
+    uri, told, noticed, ended = characters
+    incident = Incident(
+        step=1, kind="k" * 32, value="v" * 32, threshold="t" * 32, action="RollBack", message=told * 512
+    )
+    report = full_report(
+        metrics={noticed * 60 + str(number): 1.0 for number in range(METRIC_LIMIT)},
+        history=[CurvePoint(step=10**9 + step, loss=0.123456789, perplexity=1e9) for step in range(HISTORY_LIMIT)],
+        checkpoints=checkpoints(counts[0], uri * 1024),
+        incidents=[incident.model_copy(update={"step": step}) for step in range(counts[1])],
+        notices=[noticed * 512] * counts[2],
+        checkpoint_problem=told * 512,
+        result=Result(outcome=Outcome.STOPPED, message=ended * message, checkpoint=uri * 1024),
+    )
+    body = report.to_body()
+    assert len(body) <= REPORT_LIMIT_BYTES
+    sent = json.loads(body)
+    whole = json.loads(report.to_json())
+    for name in ("checkpoints", "incidents", "notices", "history"):
+        assert whole[name][len(whole[name]) - len(sent[name]) :] == sent[name]
+    assert whole["result"]["message"].startswith(sent["result"]["message"])
+    assert {key: value for key, value in sent.items() if key not in CUT} == {
+        key: value for key, value in whole.items() if key not in CUT
+    }
+
+
+CUT = {"checkpoints", "incidents", "notices", "history", "result"}
+"""The fields of a report that may be cut."""

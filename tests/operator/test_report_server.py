@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from finetune_core.contract import REPORT_LIMIT_BYTES, CheckpointRecord, Phase, Report, report_path
+from finetune_core.contract import REPORT_LIMIT_BYTES, CheckpointRecord, Phase, Report, report_audience, report_path
 from finetune_operator.kube.client import ApiError
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory, ReportingAttempt
@@ -17,27 +17,14 @@ from finetune_operator.queue.work_queue import Key, WorkQueue
 from finetune_operator.reports.server import ReportServer
 from finetune_operator.reports.token_review import TokenPod, TokenReviewer
 from tests.operator.builders import NOW, UID
+from tests.operator.report_tokens import Reviews, encoded, report_token
 
 KEY = Key("team", "quickstart")
 PATH = report_path("team", "quickstart", 2)
 
 
-class Reviews:
-    """A fake client that answers TokenReviews by the text of the token."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    async def review_token(self, token: str, audience: str) -> dict[str, Any]:
-        self.asked.append(token)
-        namespace, pod = {"good": ("team", "pod-0"), "peer": ("team", "pod-9"), "far": ("other", "pod-0")}.get(
-            token, ("", "")
-        )
-        if not pod:
-            return {"authenticated": False, "error": "invalid bearer token"}
-        extra = {"authentication.kubernetes.io/pod-name": ["p"], "authentication.kubernetes.io/pod-uid": [pod]}
-        user = {"username": f"system:serviceaccount:{namespace}:default", "extra": extra}
-        return {"authenticated": True, "audiences": [audience], "user": user}
+GOOD, PEER = report_token(), report_token("pod-9")
+STOLEN, FAR = report_token(signature="forged"), report_token(namespace="other")
 
 
 def body(**changes: Any) -> str:
@@ -61,10 +48,15 @@ def reviews() -> Reviews:
     return Reviews()
 
 
+def known_attempt() -> ReportingAttempt:
+    """Return the attempt that may report in these tests."""
+    return ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset({"pod-0", "pod-1"}))
+
+
 @pytest.fixture
 def memory() -> Memory:
     memory = Memory()
-    memory.set_reporting_attempt(KEY, UID, ReportingAttempt(uid=UID, attempt=2, pod_uids=frozenset({"pod-0", "pod-1"})))
+    memory.set_reporting_attempt(KEY, UID, known_attempt())
     return memory
 
 
@@ -97,7 +89,7 @@ async def post(client: TestClient[Any, Any], token: str | None, data: str, path:
 async def test_a_report_of_rank_0_is_stored_and_queues_the_job(
     client: TestClient[Any, Any], memory: Memory, queue: WorkQueue
 ) -> None:
-    assert await post(client, "good", body()) == 204
+    assert await post(client, GOOD, body()) == 204
     report = memory.newest_report(KEY, UID)
     assert report is not None
     assert report.step == 5
@@ -108,18 +100,21 @@ async def test_a_report_of_rank_0_is_stored_and_queues_the_job(
     ("token", "data", "path", "status"),
     [
         (None, body(), PATH, 401),
-        ("stolen", body(), PATH, 401),
-        ("peer", body(pod_uid="pod-9"), PATH, 403),
-        ("far", body(), PATH, 403),
-        ("good", body(pod_uid="pod-1"), PATH, 403),
-        ("good", body(), report_path("team", "quickstart", 1), 409),
-        ("good", body(), report_path("team", "unknown", 1), 409),
-        ("good", body(notices=["x" * 500] * 8) + " " * REPORT_LIMIT_BYTES, PATH, 413),
-        ("good", "{", PATH, 422),
-        ("good", body().replace("1.5", "NaN"), PATH, 422),
-        ("good", body().replace('"step":5', '"step":-5'), PATH, 422),
-        ("good", body()[:-1] + ',"surprise":1}', PATH, 422),
-        ("good", body(notices=["x" * 513]), PATH, 422),
+        (STOLEN, body(), PATH, 401),
+        (PEER, body(pod_uid="pod-9"), PATH, 403),
+        (FAR, body(), PATH, 401),
+        (report_token(job_uid="another"), body(), PATH, 401),
+        (f"a.{encoded(b'[]')}.c", body(), PATH, 401),
+        (GOOD, body(pod_uid="pod-1"), PATH, 403),
+        (GOOD, body(), report_path("team", "quickstart", 1), 409),
+        (GOOD, body(), report_path("team", "unknown", 1), 409),
+        (GOOD, body(), report_path("team", "Unknown", 1), 404),
+        (GOOD, body(notices=["x" * 500] * 8) + " " * REPORT_LIMIT_BYTES, PATH, 413),
+        (GOOD, "{", PATH, 422),
+        (GOOD, body().replace("1.5", "NaN"), PATH, 422),
+        (GOOD, body().replace('"step":5', '"step":-5'), PATH, 422),
+        (GOOD, body()[:-1] + ',"surprise":1}', PATH, 422),
+        (GOOD, body(notices=["x" * 513]), PATH, 422),
     ],
 )
 async def test_a_refused_report_is_counted_and_never_shown(
@@ -131,9 +126,9 @@ async def test_a_refused_report_is_counted_and_never_shown(
 
 
 async def test_a_token_is_reviewed_once_a_minute(client: TestClient[Any, Any], reviews: Reviews) -> None:
-    for token in ("good", "good", "stolen", "stolen"):
+    for token in (GOOD, GOOD, STOLEN, STOLEN):
         await post(client, token, body())
-    assert reviews.asked == ["good", "stolen"]
+    assert reviews.asked == [GOOD, STOLEN]
 
 
 def test_a_new_attempt_forgets_the_report_of_the_old_one(memory: Memory) -> None:
@@ -148,10 +143,10 @@ async def test_a_token_is_reviewed_again_after_a_minute() -> None:
     reviews = Reviews()
     now = [0.0]
     reviewer = TokenReviewer(reviews, clock=lambda: now[0])  # type: ignore[arg-type]
-    assert await reviewer.pod_of("good", "a") == TokenPod(namespace="team", name="p", uid="pod-0")
+    assert await reviewer.pod_of(GOOD, report_audience(UID)) == TokenPod(namespace="team", name="p", uid="pod-0")
     now[0] = 61.0
-    await reviewer.pod_of("good", "a")
-    await reviewer.pod_of("good", "another audience")
+    await reviewer.pod_of(GOOD, report_audience(UID))
+    await reviewer.pod_of(GOOD, report_audience("another"))
     assert len(reviews.asked) == 3
 
 
@@ -165,7 +160,7 @@ KUBEFLOW_BODY = (
 async def test_kubeflows_protocol_is_taken_with_200_and_the_same_token(
     client: TestClient[Any, Any], memory: Memory
 ) -> None:
-    assert await post(client, "good", KUBEFLOW_BODY, KUBEFLOW_PATH) == 200
+    assert await post(client, GOOD, KUBEFLOW_BODY, KUBEFLOW_PATH) == 200
     report = memory.newest_report(KEY, UID)
     assert report is not None
     assert (report.step, report.total_steps, report.pod_uid) == (5, 100, "pod-0")
@@ -175,12 +170,12 @@ async def test_kubeflows_protocol_is_taken_with_200_and_the_same_token(
     ("token", "data", "code"),
     [
         (None, KUBEFLOW_BODY, 401),
-        ("bad", KUBEFLOW_BODY, 401),
-        ("peer", KUBEFLOW_BODY, 403),
-        ("far", KUBEFLOW_BODY, 403),
-        ("good", KUBEFLOW_BODY.replace('"5"', '"NaN"'), 422),
-        ("good", "{", 422),
-        ("good", KUBEFLOW_BODY + " " * REPORT_LIMIT_BYTES, 413),
+        (STOLEN, KUBEFLOW_BODY, 401),
+        (PEER, KUBEFLOW_BODY, 403),
+        (FAR, KUBEFLOW_BODY, 401),
+        (GOOD, KUBEFLOW_BODY.replace('"5"', '"NaN"'), 422),
+        (GOOD, "{", 422),
+        (GOOD, KUBEFLOW_BODY + " " * REPORT_LIMIT_BYTES, 413),
     ],
 )
 async def test_kubeflows_protocol_is_refused_for_the_same_reasons(
@@ -194,8 +189,8 @@ async def test_kubeflows_protocol_is_refused_for_the_same_reasons(
 async def test_a_stock_report_is_rejected_once_the_attempt_sends_its_own_reports(
     client: TestClient[Any, Any], memory: Memory
 ) -> None:
-    assert await post(client, "good", body()) == 204
-    assert await post(client, "good", KUBEFLOW_BODY, KUBEFLOW_PATH) == 409
+    assert await post(client, GOOD, body()) == 204
+    assert await post(client, GOOD, KUBEFLOW_BODY, KUBEFLOW_PATH) == 409
     report = memory.newest_report(KEY, UID)
     assert report is not None
     assert report.metrics == {"loss": 1.5}
@@ -210,7 +205,7 @@ async def test_reports_wait_out_an_api_server_that_reviews_no_token(
     reviews.review_token = fails  # type: ignore[method-assign]
     server = ReportServer(memory=memory, queue=queue, reviewer=TokenReviewer(reviews), metrics=metrics)  # type: ignore[arg-type]
     async with TestClient(TestServer(server.application())) as client:
-        assert await post(client, "good", body()) == 503
+        assert await post(client, GOOD, body()) == 503
 
 
 async def test_reports_with_only_new_numbers_queue_no_reconcile_before_the_next_status_write(
@@ -219,13 +214,13 @@ async def test_reports_with_only_new_numbers_queue_no_reconcile_before_the_next_
     memory.job(KEY, UID).status_written_at = (
         time.monotonic() + 3600
     )  # the last status write is in the future, so that on a slow machine the 10 s after it are not over too early
-    assert await post(client, "good", body()) == 204
+    assert await post(client, GOOD, body()) == 204
     assert queue.pop() == KEY, "the first report of an attempt is reconciled at once"
     queue.done(KEY)
-    assert await post(client, "good", body(step=6)) == 204
+    assert await post(client, GOOD, body(step=6)) == 204
     assert (queue.pop(), len(queue._due)) == (None, 1)
     saved = CheckpointRecord(run=1, step=6, uri="s3://b/c", bytes=9, manifest_sha256="ab", time=NOW)
-    assert await post(client, "good", body(step=6, checkpoints=[saved])) == 204
+    assert await post(client, GOOD, body(step=6, checkpoints=[saved])) == 204
     assert queue.pop() == KEY, "a new checkpoint is reconciled at once"
 
 
@@ -235,7 +230,7 @@ async def test_a_pod_that_may_not_report_can_not_cause_more_reconciles_than_one_
     reconciled = 0
     began = time.monotonic()
     for _ in range(50):
-        assert await post(client, "peer", body(pod_uid="pod-9")) == 403
+        assert await post(client, PEER, body(pod_uid="pod-9")) == 403
         while (key := queue.pop()) is not None:
             memory.begin_reconcile(key)
             queue.done(key)

@@ -41,6 +41,8 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     [
         [],
         ["--trainer-image", "a", "--workers", "0"],
+        ["--trainer-image", "a", "--report-connections", "0"],
+        ["--trainer-image", "a", "--report-connections-per-address", "0"],
         ["--trainer-image", "a", "--max-preflights", "0"],
         ["--trainer-image", "a", "-x"],
     ],

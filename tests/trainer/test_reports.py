@@ -17,10 +17,22 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from finetune_core.contract import CurvePoint, Phase, Report
+from finetune_core.contract import (
+    REPORT_LIMIT_BYTES,
+    CheckpointRecord,
+    CurvePoint,
+    Outcome,
+    Phase,
+    Report,
+    ReportConfig,
+    Result,
+)
 from finetune_trainer.data.examples import Example, example_set
 from finetune_trainer.data.micro_batches import MicroBatcher
+from finetune_trainer.pod.settings import Paths
 from finetune_trainer.reporting.curve import MAX_POINTS, downsample
+from finetune_trainer.reporting.progress import Progress
+from finetune_trainer.reporting.reporter import Reporter
 from finetune_trainer.reporting.throughput import Throughput, Tokens
 from tests.trainer.conftest import StartPods
 from tests.trainer.gangs import step_rows
@@ -148,6 +160,28 @@ def test_reports_tell_the_run_from_loading_to_its_result(
     assert evaluation.base.perplexity > evaluation.tuned.perplexity
     assert attempt.pods[0].result.evaluation == evaluation.rounded()
     assert [report.step for report in report_server.reports] == sorted(report.step for report in report_server.reports)
+
+
+def test_a_report_with_many_long_addresses_is_sent_within_the_servers_limit(
+    report_server: ReportServer, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("the-token\n")
+    paths = Paths(ca_file=report_server.ca_file, report_token_file=token)
+    reporter = Reporter(ReportConfig(url=report_server.url), paths)
+    progress = Progress(pod_uid="p", ranks=1, reporter=reporter)
+    time = datetime.datetime.now(datetime.UTC)
+    records = [
+        CheckpointRecord(run=1, step=step, uri="s3://" + "u" * 1019, bytes=1, manifest_sha256="f" * 64, time=time)
+        for step in range(150)
+    ]
+    progress.saved(records[-1], records, None)
+    progress.end(Result(outcome=Outcome.COMPLETED))
+    last = report_server.reports[-1]
+    assert last.phase is Phase.ENDED
+    assert len(last.to_json().encode()) <= REPORT_LIMIT_BYTES
+    assert 40 < len(last.checkpoints) < 100
+    assert last.checkpoints == records[-len(last.checkpoints) :]
 
 
 def test_a_thinned_curve_keeps_its_ends_and_its_evaluations() -> None:

@@ -6,8 +6,10 @@ report.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -61,8 +63,8 @@ class Report(ContractModel):
     earlier runs' points after this step from the curves, because this run computes those steps again."""
     history: Annotated[list[CurvePoint], Field(max_length=HISTORY_LIMIT)]
     checkpoints: Annotated[list[CheckpointRecord], Field(max_length=CHECKPOINT_LIMIT)]
-    """The committed checkpoints in the bucket, oldest first. Where there are too many for a report, only the newest
-    ones."""
+    """The committed checkpoints in the bucket, oldest first. Where there are too many for a report, or their addresses
+    too long, only the newest ones."""
     checkpoint_age_seconds: Annotated[int, Field(ge=0)] | None = None
     """Seconds since the newest commit of a checkpoint of this run. Before the first commit, seconds since the trainer
     prepared to save checkpoints, which it does before the first step. A lost pod would cost the training of this time,
@@ -80,6 +82,50 @@ class Report(ContractModel):
     """Incidents of the stability monitor, oldest first."""
     result: Result | None = None
 
+    def to_body(self) -> bytes:
+        """Return the report as JSON of at most `REPORT_LIMIT_BYTES`, which the report server accepts.
+
+        Where the JSON is too long, the report loses the oldest items of its longest list, again and again. What is
+        newest is kept: the newest checkpoints, incidents, notices and points of the curve. A message of the result that
+        is longer than all lists is cut at its end.
+        """
+        report, body = self, self.to_json().encode()
+        while len(body) > REPORT_LIMIT_BYTES:
+            report = report._shortened(len(body) - REPORT_LIMIT_BYTES)
+            body = report.to_json().encode()
+        return body
+
+    def _shortened(self, excess: int) -> Report:
+        """Return the report with ``excess`` bytes less in its longest list or in the message of its result.
+
+        Fewer bytes are cut where the list or message is shorter. Raises ValueError where nothing is left to cut.
+        """
+        sizes = {name: _sizes(getattr(self, name)) for name in _LISTS}
+        longest = max(_LISTS, key=lambda name: sum(sizes[name]))
+        if self.result is not None and len(self.result.message.encode()) > sum(sizes[longest]):
+            # A character takes at most 6 bytes in JSON, so at least this many must go.
+            message = self.result.message[: -(excess // 6 + 1)]
+            return self.model_copy(update={"result": self.result.model_copy(update={"message": message})})
+        dropped = freed = 0
+        while freed < excess and dropped < len(sizes[longest]):
+            freed += sizes[longest][dropped]
+            dropped += 1
+        if dropped == 0:
+            raise ValueError(f"a report must fit into {REPORT_LIMIT_BYTES} bytes")
+        return self.model_copy(update={longest: getattr(self, longest)[dropped:]})
+
+
+_LISTS: Final = ("checkpoints", "incidents", "notices", "history")
+"""The fields of a report that may become shorter, each a list with the oldest item first."""
+
+
+def _sizes(items: Sequence[ContractModel | str]) -> list[int]:
+    """Return how many bytes of JSON each item of a list takes."""
+    texts = (
+        item.to_json() if isinstance(item, ContractModel) else json.dumps(item, ensure_ascii=False) for item in items
+    )
+    return [len(text.encode()) for text in texts]
+
 
 def report_audience(job_uid: str) -> str:
     """Return the audience of the service-account token that authenticates reports. Each job has an audience of its own,
@@ -88,5 +134,8 @@ def report_audience(job_uid: str) -> str:
 
 
 def report_path(namespace: str, name: str, attempt: int) -> str:
-    """Return the URL path to which rank 0 posts its reports on the operator's report server."""
+    """Return the URL path to which rank 0 posts its reports on the operator's report server.
+
+    The server accepts only names of possible jobs and namespaces, and such names need no quoting in a URL.
+    """
     return f"/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/{attempt}/report"

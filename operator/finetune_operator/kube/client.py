@@ -172,8 +172,8 @@ class KubeClient:
             # `items` of an empty PartialObjectMetadataList is null, not [].
             for item in page["items"] or ():
                 metadata = item["metadata"]
-                key = Key(metadata["namespace"], metadata["name"])
-                yield ListedJob(key=key, resource_version=metadata["resourceVersion"])
+                if key := Key.parse(metadata["namespace"], metadata["name"]):
+                    yield ListedJob(key=key, resource_version=metadata["resourceVersion"])
             token = page["metadata"].get("continue", "")
             if not token:
                 return
@@ -346,7 +346,7 @@ class KubeClient:
         self,
         permission: Permission,
         namespace: str | None,
-        name: str = "",
+        name: str | None = None,
         *,
         body: Manifest | None = None,
         query: dict[str, str] | None = None,
@@ -356,7 +356,8 @@ class KubeClient:
         """Send the request that ``permission`` names and return the decoded answer.
 
         No request is sent while the API server asks for a pause. A request that is answered with 429 was not carried
-        out, and is sent again after the pause, `TRIES_IF_OVERLOADED` times in all.
+        out, and is sent again after the pause, `TRIES_IF_OVERLOADED` times in all. Raises ValueError, and sends
+        nothing, where ``namespace`` or ``name`` is no possible name.
         """
         rule = permission.value
         for tries_left in reversed(range(TRIES_IF_OVERLOADED)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import quote
 
 from finetune_core.api import GROUP, PLURAL, VERSION
 
@@ -29,15 +30,33 @@ class Resource:
         """The `apiVersion` of objects of this resource, for example ``"kubeflow.org/v1"`` or ``"v1"``."""
         return f"{self.group}/{self.version}" if self.group else self.version
 
-    def path(self, namespace: str | None = None, name: str = "", subresource: str = "") -> str:
-        """Return the request path of one object, or of the collection where ``name`` is empty.
+    def path(self, namespace: str | None = None, name: str | None = None, subresource: str = "") -> str:
+        """Return the request path of one object, or of the collection where ``name`` is None.
 
         Example: ``"/apis/kubeflow.org/v1/namespaces/team-a/pytorchjobs/viggo-1"``. ``namespace`` is None for a list
         over all namespaces and for cluster-scoped resources.
+
+        This is the only place that builds paths of the API server. Every segment is quoted, so that no text can lead
+        the operator's credentials to another path. Raises ValueError where ``namespace`` or ``name`` can be no segment
+        of a path at all.
         """
         root = f"/apis/{self.api_version}" if self.group else f"/api/{self.api_version}"
-        scope = f"/namespaces/{namespace}" if namespace else ""
-        return f"{root}{scope}/{self.plural}" + "".join(f"/{part}" for part in (name, subresource) if part)
+        scope = "" if namespace is None else f"/namespaces/{_segment(namespace)}"
+        place = f"{root}{scope}/{self.plural}"
+        if name is None:
+            return place
+        return f"{place}/{_segment(name)}" + (f"/{subresource}" if subresource else "")
+
+
+def _segment(text: str) -> str:
+    """Return ``text`` quoted as one segment of a path; raise ValueError where no quoting makes it one.
+
+    An empty segment would turn the path of an object into that of a collection, or that of a namespace into that of
+    all namespaces. Clients and servers resolve the segments "." and "..", even where their dots are quoted.
+    """
+    if text in ("", ".", ".."):
+        raise ValueError(f"{text!r} names no object of the API server")
+    return quote(text, safe="")
 
 
 FINETUNEJOBS: Final = Resource(GROUP, VERSION, PLURAL)

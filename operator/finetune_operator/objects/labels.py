@@ -49,9 +49,11 @@ def preflight_labels(job_name: str, job_uid: str, number: int) -> dict[str, str]
 
 
 def job_key(namespace: str | None, labels: Mapping[str, str]) -> Key | None:
-    """Return the key of the job to which an object with ``labels`` belongs; None where the labels name no job."""
-    name = labels.get(JOB_NAME)
-    return Key(namespace, name) if namespace and name else None
+    """Return the key of the job to which an object with ``labels`` belongs; None where the labels name no job.
+
+    Anybody can label an object, so the label may also have a value that is the name of no possible job.
+    """
+    return Key.parse(namespace or "", labels.get(JOB_NAME, ""))
 
 
 def owner_reference(job: FineTuneJob) -> dict[str, Any]:

@@ -9,12 +9,14 @@ replica has read the Lease.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from http import HTTPStatus
 
 from aiohttp import web
 
+from finetune_operator.process.connections import ConnectionLimits
 from finetune_operator.process.http_server import HttpServer
 from finetune_operator.process.leader_election import LeaderElector
 from finetune_operator.process.metrics import CONTENT_TYPE, Metrics
@@ -22,6 +24,9 @@ from finetune_operator.queue.work_queue import WorkQueue
 
 STALE_RESYNC_PERIODS = 3
 """Number of resync periods after which /healthz fails if the API server has sent nothing."""
+METRICS_SECONDS = 1.0
+"""Least seconds between two renderings of /metrics. With thousands of jobs one takes half a second of CPU time. Whoever
+asks meanwhile gets the newest text."""
 
 
 class WatchActivity:
@@ -65,6 +70,10 @@ class WatchActivity:
 class HealthServer(HttpServer):
     """Serves /healthz, /readyz and /metrics."""
 
+    # Connections without TLS are cheap. Many are accepted in a second, because the kubelet restarts an operator whose
+    # probes get no connection.
+    limits = ConnectionLimits(connections=256, per_address=32, handshakes_per_second=1000.0)
+
     def __init__(
         self,
         *,
@@ -73,13 +82,21 @@ class HealthServer(HttpServer):
         metrics: Metrics,
         leadership: LeaderElector,
         resync_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Keep the parts whose state is served. /healthz fails once ``activity`` is older than three resync periods."""
+        """Keep the parts whose state is served. /healthz fails once ``activity`` is older than three resync periods.
+
+        ``clock`` returns monotonic seconds.
+        """
         self._activity = activity
         self._queue = queue
         self._metrics = metrics
         self._leadership = leadership
         self._limit = STALE_RESYNC_PERIODS * resync_seconds
+        self._clock = clock
+        self._rendering = asyncio.Lock()
+        self._rendered_at = -math.inf
+        self._rendered = b""
 
     def application(self) -> web.Application:
         """Return the web application with the three paths."""
@@ -103,11 +120,19 @@ class HealthServer(HttpServer):
         return web.Response(text="ok\n")
 
     async def _render(self, _request: web.Request) -> web.Response:
+        async with self._rendering:
+            if self._clock() - self._rendered_at >= METRICS_SECONDS:
+                self._rendered_at = self._clock()
+                self._set_gauges()
+                # The text is rendered in a thread, because with thousands of jobs it would block the event loop for
+                # long.
+                self._rendered = await asyncio.to_thread(self._metrics.render)
+            text = self._rendered
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+
+    def _set_gauges(self) -> None:
         self._metrics.queue_depth.set(len(self._queue))
         self._metrics.queue_age_seconds.set(self._queue.oldest_age())
         self._metrics.watch_age_seconds.set(self._activity.age())
         self._metrics.leader.set(self._leadership.is_leader)
         self._metrics.lease_age_seconds.set(self._leadership.age())
-        # The text is rendered in a thread, because with thousands of jobs it would block the event loop for long.
-        text = await asyncio.to_thread(self._metrics.render)
-        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})

@@ -1,32 +1,131 @@
-"""Base class of the operator's two HTTP servers: `process/health.py` (plain HTTP) and `reports/server.py` (HTTPS)."""
+"""Base class of the operator's two HTTP servers: `process/health.py` (plain HTTP) and `reports/server.py` (HTTPS).
+
+Neither server trusts its clients before it has looked at their requests, so both serve within the limits of
+`connections.py`.
+"""
 
 from __future__ import annotations
 
+import logging
 import ssl
 from abc import ABC, abstractmethod
+from http import HTTPStatus
+from typing import Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler
+
+from finetune_operator.process.connections import ConnectionLimits, Listener
+from finetune_operator.process.rate_limit import RateLimiter
+
+LINE_BYTES: Final = 2048
+"""Most bytes of the first line of a request. The longest path of a possible job has fewer than 300."""
+HEADER_FIELD_BYTES: Final = 8190
+"""Most bytes of one header field, among them the token. The tokens of service accounts have one to three KiB."""
+HEADER_FIELDS: Final = 32
+READ_BYTES: Final = 16 * 1024
+"""Bytes of a body that are read before the request's handler asks for them."""
+LINGER_SECONDS: Final = 2.0
+"""Seconds for which the body of a refused request is read and dropped, so that its client can read the answer."""
+
+STOP_SECONDS: Final = 5.0
+"""Seconds that requests have to end when the server stops."""
+_logger = logging.getLogger("aiohttp.server")
+_logger.addFilter(lambda record: not _is_about_a_bad_request(record))
+
+
+def _is_about_a_bad_request(record: logging.LogRecord) -> bool:
+    """Return whether a log record only says that a client sent something else than HTTP.
+
+    aiohttp logs each such request with a traceback, so that any client could fill the log.
+    """
+    return record.exc_info is not None and isinstance(record.exc_info[1], HttpProcessingError)
 
 
 class HttpServer(ABC):
     """Serves an aiohttp application on one port until `stop`."""
 
+    limits: ConnectionLimits = ConnectionLimits()
+    """What clients may take."""
     _runner: web.AppRunner | None = None
+    _listener: Listener | None = None
+    _requests: RateLimiter | None = None
 
     @abstractmethod
     def application(self) -> web.Application:
         """Return the web application with its routes."""
 
+    @property
+    def port(self) -> int:
+        """The port that clients connect to. The server must have been started."""
+        assert self._listener is not None, "start() comes first"
+        return self._listener.port
+
+    @property
+    def connections(self) -> int:
+        """Number of open connections, with those whose handshake is not done."""
+        return len(self._listener) if self._listener is not None else 0
+
     async def start(self, port: int, address: str = "", context: ssl.SSLContext | None = None) -> None:
         """Listen on ``port`` of the IP address ``address``, or of all addresses where ``address`` is empty.
 
-        The server speaks HTTPS where ``context`` is given, else HTTP.
+        The server speaks HTTPS where ``context`` is given, else HTTP. Raises OSError where the port is taken.
         """
-        self._runner = web.AppRunner(self.application(), handle_signals=False, access_log=None)
+        application = self.application()
+        application.middlewares.append(self._note_request)
+        self._runner = web.AppRunner(
+            application,
+            handle_signals=False,
+            access_log=None,
+            logger=_logger,
+            # A compressed body could grow without bound, before anybody asks whether its client may send one.
+            auto_decompress=False,
+            shutdown_timeout=STOP_SECONDS,
+            keepalive_timeout=self.limits.idle_seconds,
+            max_line_size=LINE_BYTES,
+            max_field_size=HEADER_FIELD_BYTES,
+            max_headers=HEADER_FIELDS,
+            read_bufsize=READ_BYTES,
+            lingering_time=LINGER_SECONDS,
+        )
         await self._runner.setup()
-        await web.TCPSite(self._runner, address or None, port, ssl_context=context).start()
+        server = self._runner.server
+        assert server is not None, "setup() makes it"
+        self._requests = RateLimiter(self.limits.requests_per_second, 4 * self.limits.requests_per_second)
+        self._listener = Listener(server, self.limits, context)
+        self._listener.start(port, address)
 
     async def stop(self) -> None:
         """Stop the server; do nothing where it was never started."""
+        if self._listener is not None:
+            await self._listener.stop()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    @web.middleware
+    async def _note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Note begin and end of the request, for the deadlines of its connection."""
+        assert self._listener is not None, "start() comes first"
+        connection = self._listener.by_transport.get(request.transport) if request.transport is not None else None
+        if connection is None:
+            return await handler(request)
+        connection.request_started()
+        assert self._requests is not None, "start() comes first"
+        response: web.StreamResponse | web.HTTPException
+        try:
+            if self._requests.allows(connection.client):
+                response = await handler(request)
+            else:
+                response = web.Response(status=HTTPStatus.TOO_MANY_REQUESTS, headers={"Retry-After": "5"})
+                response.force_close()
+        except web.HTTPException as answer:
+            response = answer
+        finally:
+            connection.request_finished()
+        if request.can_read_body and not request.content.at_eof():
+            # What is left of the body would else be taken for the header of the next request.
+            response.force_close()
+        if isinstance(response, web.HTTPException):
+            raise response
+        return response

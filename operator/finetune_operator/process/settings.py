@@ -45,6 +45,10 @@ class Settings:
     report_host: str
     """Host name in the report URL and in the certificate. Empty means `<report_service>.<namespace>.svc`."""
     report_port: int
+    report_connections: int
+    """Most connections of the report server in all. A training job keeps one."""
+    report_connections_per_address: int
+    """Most connections of one address. More are needed where many training pods share an address."""
     health_port: int
     """Port of /healthz, /readyz and /metrics."""
     pod_name: str
@@ -113,6 +117,8 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     add("--report-service", "finetune-operator", "headless Service in front of the report server")
     add("--report-host", "", "host name in the report address; default: <service>.<namespace>.svc")
     add("--report-port", "8443", "port of the report server", type=int)
+    add("--report-connections", "2000", "most connections of the report server; a training job keeps one", type=int)
+    add("--report-connections-per-address", "64", "most connections of one address", type=int)
     add("--health-port", "8080", "port of /healthz, /readyz and /metrics", type=int)
     add("--pod-name", "", "name of the operator's pod; default: the host's name")
     add("--pod-uid", "", "uid of the operator's pod")
@@ -126,6 +132,8 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     values = parser.parse_args(arguments)
     if values.workers < 1:
         parser.error("--workers must be at least 1")
+    if values.report_connections < 1 or values.report_connections_per_address < 1:
+        parser.error("--report-connections and --report-connections-per-address must be at least 1")
     if values.max_preflights < 1:
         parser.error("--max-preflights must be at least 1")
     if values.resync_seconds <= 0:
@@ -141,6 +149,8 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         report_service=values.report_service,
         report_host=values.report_host,
         report_port=values.report_port,
+        report_connections=values.report_connections,
+        report_connections_per_address=values.report_connections_per_address,
         health_port=values.health_port,
         pod_name=values.pod_name or socket.gethostname(),
         pod_uid=values.pod_uid,

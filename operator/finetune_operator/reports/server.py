@@ -2,8 +2,12 @@
 
 The server authenticates the pod, parses the report strictly, stores the report in `queue/memory.py`, and queues the job
 for a reconcile. A rejected report is not stored. It is answered with 401 (no valid token), 403 (token of a pod that may
-not report), 408 (body too slow), 409 (no attempt or another attempt is known, or a stock report after a full report),
-413 (body too long), 422 (malformed) or 503 (the API server did not review the token).
+not report), 404 (no possible job), 408 (body too slow), 409 (no attempt or another attempt is known, or a stock report
+after a full report), 413 (body too long), 422 (malformed), 429 (too many tokens or reports) or 503
+(the API server did not review the token, or the jobs are not known yet).
+
+Every pod of the cluster can send requests. Until the API server has reviewed the token, a request makes the operator do
+nothing: no key is queued, no memory is kept, and the answer is the same whether the job exists or not.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -20,11 +25,14 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from finetune_core.contract import REPORT_LIMIT_BYTES, Report, report_audience, stock_reports
+from finetune_operator.process.connections import ConnectionLimits, client_of
 from finetune_operator.process.http_server import HttpServer
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.process.rate_limit import RateLimiter
 from finetune_operator.queue.memory import Memory, ReportingAttempt
 from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.reports.token_claims import TokenClaims, read_claims
 from finetune_operator.reports.token_review import ReviewUnavailableError, TokenPod, TokenReviewer
 
 logger = logging.getLogger(__name__)
@@ -32,6 +40,24 @@ logger = logging.getLogger(__name__)
 ROUTE: Final = "/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/{attempt}/report"
 BODY_SECONDS: Final = 10.0
 """Seconds in which the body of a report must arrive, so that a slow client does not keep a connection."""
+RETRY_SECONDS: Final = 5
+"""Value of the header Retry-After: when a client may try again that was rejected for a while only."""
+MESSAGE_LENGTH: Final = 512
+"""Most characters of a rejection's message. A malformed report can have long parts that the message would repeat."""
+TOKENS_PER_SECOND: Final = 20.0
+"""How many tokens of one address are looked at in a second, besides those that are known to be valid."""
+TOKENS_AT_ONCE: Final = 100.0
+"""How many tokens of one address are looked at before the rate counts. After a restart of the operator, the pods of a
+node that uses the node's network send their tokens at once."""
+TOKENS_OF_A_JOB_PER_SECOND: Final = 2.0
+"""How many tokens for one audience are looked at in a second, besides those that are known to be valid."""
+TOKENS_OF_A_JOB_AT_ONCE: Final = 20.0
+REPORTS_PER_SECOND: Final = 10.0
+"""How many reports of one pod are read in a second. The trainer sends one every three seconds, and a few more when it
+begins something else."""
+REPORTS_AT_ONCE: Final = 50.0
+LOG_LINES_PER_SECOND: Final = 5.0
+"""Log lines about rejected reports in a second. The metric counts all of them."""
 
 
 class RejectedError(Exception):
@@ -39,26 +65,28 @@ class RejectedError(Exception):
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         """Keep the HTTP ``status`` of the answer and ``message``, a sentence for the trainer's log."""
-        super().__init__(message)
+        super().__init__(message[:MESSAGE_LENGTH])
         self.status = status
 
 
-def authorize(pod: TokenPod | None, reporting: ReportingAttempt, key: Key, attempt: str) -> TokenPod:
-    """Return ``pod``, the pod of the request's token, if this pod may report for the attempt ``reporting``.
+_CLOSING: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS})
+"""Answers after which the connection closes. Whoever has no valid token then needs a new connection for each request,
+and the listener limits those."""
+_INVALID_TOKEN: Final = "the token is not valid for this job"  # noqa: S105  (a sentence)
 
-    ``pod`` is None where the token is not valid. ``attempt`` is the attempt's number in the request's path, or empty
-    where the path has none.
+
+def authorize(pod: TokenPod, reporting: ReportingAttempt, key: Key, attempt: str) -> None:
+    """Check that ``pod``, the pod of the request's token, may report for the attempt ``reporting``.
+
+    ``attempt`` is the attempt's number in the request's path, or empty where the path has none.
 
     Raises:
-        RejectedError: the token is not valid, the path names another attempt, or the pod is none of the attempt's.
+        RejectedError: the path names another attempt, or the pod is none of the attempt's.
     """
-    if pod is None:
-        raise RejectedError(HTTPStatus.UNAUTHORIZED, "the token is not valid for this job")
     if attempt not in ("", str(reporting.attempt)):
         raise RejectedError(HTTPStatus.CONFLICT, f"attempt {reporting.attempt} is the current one")
     if pod.namespace != key.namespace or pod.uid not in reporting.pod_uids:
         raise RejectedError(HTTPStatus.FORBIDDEN, "the token's pod is no pod of the current attempt")
-    return pod
 
 
 def parse_report(body: bytes, pod: TokenPod, _reporting: ReportingAttempt) -> Report:
@@ -91,12 +119,15 @@ def _malformed(error: ValidationError) -> RejectedError:
     return RejectedError(HTTPStatus.UNPROCESSABLE_ENTITY, f"the report is malformed: {problems}")
 
 
-def bearer_token(header: str | None) -> str:
-    """Return the token of an Authorization header; raises RejectedError (401) where there is no bearer token."""
+def _token_and_claims(header: str | None) -> tuple[str, TokenClaims | None]:
+    """Return the bearer token of an Authorization header and what the token says of itself.
+
+    The token is empty where the header has none, and the claims are None where the token can be no token for reports.
+    """
     scheme, _, token = (header or "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise RejectedError(HTTPStatus.UNAUTHORIZED, "a bearer token is needed")
-    return token.strip()
+    if scheme.lower() != "bearer":
+        return "", None
+    return token.strip(), read_claims(token.strip())
 
 
 Parse = Callable[[bytes, TokenPod, ReportingAttempt], Report]
@@ -112,14 +143,27 @@ class ReportServer(HttpServer):
         queue: WorkQueue,
         reviewer: TokenReviewer,
         metrics: Metrics,
+        jobs_are_listed: Callable[[], bool] = lambda: True,
+        limits: ConnectionLimits | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Store accepted reports in ``memory`` and add the keys of their jobs to ``queue``."""
+        """Store accepted reports in ``memory`` and add the keys of their jobs to ``queue``.
+
+        ``jobs_are_listed`` says whether the first list of all jobs is done, ``clock`` returns monotonic seconds.
+        ``limits`` say what clients may take; by default those of `ConnectionLimits`.
+        """
+        self.limits = limits or self.limits
         self._memory = memory
         self._queue = queue
         self._reviewer = reviewer
         self._metrics = metrics
+        self._jobs_are_listed = jobs_are_listed
         self._now = now
+        self._tokens_of_address = RateLimiter(TOKENS_PER_SECOND, TOKENS_AT_ONCE, clock=clock)
+        self._tokens_of_job = RateLimiter(TOKENS_OF_A_JOB_PER_SECOND, TOKENS_OF_A_JOB_AT_ONCE, clock=clock)
+        self._reports_of_pod = RateLimiter(REPORTS_PER_SECOND, REPORTS_AT_ONCE, clock=clock)
+        self._log_lines = RateLimiter(LOG_LINES_PER_SECOND, LOG_LINES_PER_SECOND, clock=clock)
 
     def application(self) -> web.Application:
         """Return the web application with one path per report format. Bodies over REPORT_LIMIT_BYTES are rejected."""
@@ -140,24 +184,26 @@ class ReportServer(HttpServer):
 
         Returns None where the report is accepted, else the answer that rejects it.
         """
-        key = Key(request.match_info["namespace"], request.match_info["name"])
-        known = self._memory.reporting_attempt(key)
-        set_log_fields(job=str(key), **({"uid": known.uid, "attempt": known.attempt} if known else {}))
+        set_log_fields()
         try:
-            reporting = self._reporting_attempt(key)
-            pod = await self._authenticate(key, request, reporting)
+            key, pod = await self._authenticate(request)
             async with asyncio.timeout(BODY_SECONDS):
                 body = await request.read()
+            # The job is looked up only now, because the attempt may end, and the job may go, while the body arrives.
+            reporting = self._reporting_attempt(key, pod, request.match_info.get("attempt", ""))
             report = parse(body, pod, reporting)
             self._check_same_format(key, reporting, report)
         except RejectedError as rejection:
             return self._reject(rejection.status, str(rejection))
         except web.HTTPRequestEntityTooLarge:
             return self._reject(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {REPORT_LIMIT_BYTES} bytes")
+        except web.RequestPayloadError:
+            return self._reject(HTTPStatus.UNPROCESSABLE_ENTITY, "the body is no body of HTTP")
         except TimeoutError:
             return self._reject(HTTPStatus.REQUEST_TIMEOUT, f"not read within {BODY_SECONDS:.0f} s")
         except ReviewUnavailableError as error:
-            logger.warning("a token could not be reviewed: %s", error)
+            if self._log_lines.allows("reviews"):
+                logger.warning("a token could not be reviewed: %s", error)
             return self._reject(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
         # The memory says when the report may cause a reconcile. That is limited for each job, because its pods choose
         # how often they report, and what.
@@ -168,27 +214,70 @@ class ReportServer(HttpServer):
         self._metrics.reports_accepted.inc()
         return None
 
-    def _reporting_attempt(self, key: Key) -> ReportingAttempt:
-        """Return the attempt that may report for ``key``; raises RejectedError (409) where none is known."""
-        reporting = self._memory.reporting_attempt(key)
-        if reporting is None:
-            # The job is queued, because after a restart it may not have been reconciled yet. The next report then finds
-            # the attempt.
-            self._queue.add(key)
-            raise RejectedError(HTTPStatus.CONFLICT, "no attempt of this job is known")
-        return reporting
+    async def _authenticate(self, request: web.Request) -> tuple[Key, TokenPod]:
+        """Return the job that the request is about, and the pod to which its token is bound: a pod of its namespace.
 
-    async def _authenticate(self, key: Key, request: web.Request, reporting: ReportingAttempt) -> TokenPod:
-        """Return the pod to which the request's token is bound; raise RejectedError where that pod may not report."""
-        token = bearer_token(request.headers.get("Authorization"))
-        reviewed = await self._reviewer.pod_of(token, report_audience(reporting.uid))
+        Raises RejectedError where the token is not valid or sends too much, and ReviewUnavailableError where the token
+        can't be reviewed.
+        """
+        key = Key.parse(request.match_info["namespace"], request.match_info["name"])
+        if key is None:
+            raise RejectedError(HTTPStatus.NOT_FOUND, "no job can have this name")
+        set_log_fields(job=str(key))
+        pod = await self._review(request, key)
+        if pod is None or pod.namespace != key.namespace:
+            raise RejectedError(HTTPStatus.UNAUTHORIZED, _INVALID_TOKEN)
+        if not self._reports_of_pod.allows(pod.uid):
+            raise RejectedError(HTTPStatus.TOO_MANY_REQUESTS, "too many reports of this pod")
+        return key, pod
+
+    async def _review(self, request: web.Request, key: Key) -> TokenPod | None:
+        """Return the pod to which the request's token is bound; None where the token is not valid for the job ``key``.
+
+        Before its review, a token that nobody has reviewed in the last minute passes the same checks in the same order
+        whether the job is known or not, so that the answers do not tell which jobs exist. Raises RejectedError (401,
+        429) and ReviewUnavailableError.
+        """
+        token, claims = _token_and_claims(request.headers.get("Authorization"))
+        fits = claims is not None and claims.namespace == key.namespace
+        reporting = self._memory.reporting_attempt(key)
+        if claims is not None and fits and (reporting is None or claims.audience == report_audience(reporting.uid)):
+            pod = self._reviewer.known_pod_of(token, claims.audience)
+            if pod is not None:
+                return pod
+        if not self._tokens_of_address.allows(client_of(request.remote or "")):
+            raise RejectedError(HTTPStatus.TOO_MANY_REQUESTS, "too many tokens from this address")
+        if not token:
+            raise RejectedError(HTTPStatus.UNAUTHORIZED, "a bearer token is needed")
+        if claims is None or not fits:
+            return None
+        # The audience belongs to the bucket, so that only who knows the uid of a job can use up the bucket of the job.
+        if not self._tokens_of_job.allows((key, claims.audience)):
+            raise RejectedError(HTTPStatus.TOO_MANY_REQUESTS, "too many tokens for this job")
+        if reporting is not None and claims.audience != report_audience(reporting.uid):
+            return None
+        return await self._reviewer.pod_of(token, claims.audience, job_is_known=reporting is not None)
+
+    def _reporting_attempt(self, key: Key, pod: TokenPod, attempt: str) -> ReportingAttempt:
+        """Return the attempt of the job for which ``pod`` may report; ``attempt`` is its number in the path, or empty.
+
+        Raises RejectedError where the job or its attempt is not known, and where the pod is none of the attempt's.
+        """
+        reporting = self._memory.reporting_attempt(key)
+        if reporting is None and not self._jobs_are_listed():
+            raise RejectedError(HTTPStatus.SERVICE_UNAVAILABLE, "the jobs are not listed yet")
+        if reporting is None:
+            # The key is not queued: the list and the watches bring every job that exists.
+            raise RejectedError(HTTPStatus.CONFLICT, "no attempt of this job is known")
+        set_log_fields(job=str(key), uid=reporting.uid, attempt=reporting.attempt)
         try:
-            return authorize(reviewed, reporting, key, request.match_info.get("attempt", ""))
+            authorize(pod, reporting, key, attempt)
         except RejectedError as rejection:
             if rejection.status is HTTPStatus.FORBIDDEN:
                 # The pod may be too new to be known. After a reconcile the next report is accepted.
                 self._queue.add_after(key, self._memory.reserve_reported_turn(key, reporting.uid))
             raise
+        return reporting
 
     def _check_same_format(self, key: Key, reporting: ReportingAttempt, report: Report) -> None:
         """Reject a stock report (Kubeflow's protocol) where the newest report is from this project's trainer.
@@ -201,5 +290,11 @@ class ReportServer(HttpServer):
 
     def _reject(self, status: HTTPStatus, message: str) -> web.Response:
         self._metrics.reports_refused.labels(code=str(int(status))).inc()
-        logger.info("a report was refused with %d: %s", status, message)
-        return web.json_response({"message": message}, status=status)
+        if self._log_lines.allows("rejections"):
+            logger.info("a report was refused with %d: %s", status, message)
+        later = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+        headers = {"Retry-After": str(RETRY_SECONDS)} if later else {}
+        answer = web.json_response({"message": message}, status=status, headers=headers)
+        if status in _CLOSING:
+            answer.force_close()
+        return answer

@@ -81,7 +81,7 @@ class Reporter:
         try:
             response = self._session.post(
                 self._config.url,
-                data=report.to_json().encode(),
+                data=report.to_body(),
                 headers={
                     "Authorization": f"Bearer {self._token_file.read_text().strip()}",
                     "Content-Type": "application/json",
