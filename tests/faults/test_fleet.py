@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from finetune_core.api import GROUP, PLURAL, VERSION
+from finetune_operator.kube.client import FIELD_MANAGER
 from finetune_operator.objects.labels import ATTEMPT, JOB_NAME
 from tests.faults.admin import RefusedError
 from tests.faults.operators import OperatorProcess
@@ -160,8 +161,13 @@ def test_a_rollback_from_a_newer_version_looks_after_its_jobs(world: World) -> N
         for name, skew in names.items():
             path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}"
             found = world.call("GET", path)
-            found["status"] = SKEWS[skew](found["status"])
-            world.call("PUT", f"{path}/status", found)
+            # The newer version of the operator applies the status as the same field manager.
+            newer = {key: found[key] for key in ("apiVersion", "kind")} | {
+                "metadata": {"name": name, "namespace": namespace},
+                "status": SKEWS[skew](found["status"]),
+            }
+            query = f"fieldManager={FIELD_MANAGER}&force=true"
+            world.call("PATCH", f"{path}/status?{query}", newer, content_type="application/apply-patch+yaml")
         world.operator.start()
         world.operator.wait_ready()
         _wait_for_reconciles(world, namespace, world.operator, "the older version", sorted(names))

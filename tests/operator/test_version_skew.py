@@ -303,6 +303,18 @@ async def test_a_settled_job_with_the_status_of_another_version_stays_settled() 
         assert server.created == created, name
 
 
+async def test_what_somebody_else_left_in_the_place_of_the_current_attempt_is_no_attempt() -> None:
+    server = await a_running_job()
+    status = server.job["status"]
+    past = {"number": 1, "verdict": "Charged", "reason": "Crashed"} | dict.fromkeys(
+        ("startTime", "endTime"), "2026-11-24T12:00:00Z"
+    )
+    status["attempts"] |= {"current": {"novel": 1}, "recent": [past]}
+    put(server, status)
+    await pass_minutes(server, 1)
+    assert server.job["status"]["attempts"]["current"]["number"] == 2
+
+
 # ---- what is written ----
 
 

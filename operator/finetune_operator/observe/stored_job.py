@@ -142,6 +142,8 @@ def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
     no pod must not look like a pod that vanished.
     """
     current, recent = attempts.current, attempts.recent
+    if current is not None and current.number < 1 and not current.pods:
+        current = None  # only fields that somebody else applied are left of it, because server-side apply keeps those
     if current is not None and (current.number < 1 or not all(record.uid for record in current.pods)):
         pods = [record for record in current.pods if record.uid]
         number = current.number or max(1, attempts.started)
