@@ -118,9 +118,17 @@ class OneSecret:
         self.secret: dict[str, Any] | None = None if data is None else {"metadata": {}, "data": data}
         self.lost_updates = lost_updates
         self.updates = 0
+        self.refusal: ApiError | None = None
+        """The answer to a creation, if not a success."""
 
     async def get_secret(self, _namespace: str, _name: str) -> dict[str, Any] | None:
         return self.secret
+
+    async def create_secret(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        if self.refusal is not None:
+            raise self.refusal
+        self.secret = manifest
+        return manifest
 
     async def update_secret(self, manifest: dict[str, Any]) -> dict[str, Any]:
         self.updates += 1
@@ -150,9 +158,30 @@ async def test_the_replica_that_was_faster_wins() -> None:
     assert cluster.updates == 1
 
 
-async def test_a_missing_secret_is_named() -> None:
-    with pytest.raises(CertificateError, match="n/s must exist"):
-        await store(OneSecret(None)).ensure(NOW)
+async def test_a_missing_secret_is_created() -> None:
+    cluster = OneSecret(None)
+    certificates = await store(cluster).ensure(NOW)
+    assert cluster.secret is not None
+    assert cluster.secret["metadata"] == {"namespace": "n", "name": "s"}
+    assert from_secret_data(cluster.secret["data"]) == certificates
+
+
+async def test_a_deleted_secret_gets_the_certificates_back_that_running_attempts_trust() -> None:
+    cluster = OneSecret({})
+    certificates = store(cluster)
+    first = await certificates.ensure(NOW)
+    cluster.secret = None
+    assert await certificates.ensure(NOW) == first
+    assert cluster.secret is not None
+    cluster.secret = {"metadata": {}, "data": {}}
+    assert (await certificates.ensure(NOW)).ca_certificate != first.ca_certificate, "a person asked for a new CA"
+
+
+async def test_a_quota_that_refuses_the_secret_is_told() -> None:
+    cluster = OneSecret(None)
+    cluster.refusal = ApiError(409, "Conflict", "exceeded quota")
+    with pytest.raises(ApiError, match="exceeded quota"):
+        await store(cluster).ensure(NOW)
 
 
 def external(data: dict[str, str] | None) -> ExternalCertificates:
