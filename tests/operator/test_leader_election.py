@@ -56,7 +56,7 @@ class OneLease:
             raise missing
         return V1Lease(metadata=V1ObjectMeta(name=name, namespace=namespace), spec=self.spec)
 
-    async def create_namespaced_lease(self, namespace: str, body: V1Lease, **_options: Any) -> V1Lease:
+    async def create_namespaced_lease(self, namespace: str, body: V1Lease) -> V1Lease:
         await self._fault()
         if self.exists:
             raise ApiException(status=409, reason="Conflict")

@@ -19,6 +19,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 import aiohttp
+from kubernetes.aio.client import V1Lease, V1ObjectMeta
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelection import LeaderElection
@@ -89,14 +90,17 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
         if not self._is_mine and self._clock() - missing_since < LEASE_SECONDS:
             self.last_error = f"it does not exist; it is created once it has been missing for {LEASE_SECONDS:.0f} s"
             return False
+        # The library's own method is not called, because it passes an argument that the library's client refuses.
+        lease = V1Lease(metadata=V1ObjectMeta(name=name), spec=self.update_lease(election_record))
         try:
             async with asyncio.timeout(CALL_SECONDS):
-                self._is_mine = bool(await super().create(name, namespace, election_record))
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            self.last_error = f"it can't be created: {str(error) or type(error).__name__}"
+                await self.api_instance.create_namespaced_lease(namespace, lease)
+        except (ApiException, aiohttp.ClientError, OSError, TimeoutError) as error:
+            reason = f"{error.status} {error.reason}" if isinstance(error, ApiException) else str(error)
+            self.last_error = f"it can't be created: {reason or type(error).__name__}"
             return False
-        self.last_error = "" if self._is_mine else "the API server refused to create it"
-        return self._is_mine
+        self.last_error, self._is_mine = "", True
+        return True
 
     async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
         """Acquire or renew the Lease; return False where the call failed or another replica wrote the Lease first."""
