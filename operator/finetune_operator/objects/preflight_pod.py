@@ -14,7 +14,13 @@ from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.config_map import RUN_FILE_KEY, run_config_map
 from finetune_operator.objects.labels import ATTEMPT, owner_reference, preflight_labels
-from finetune_operator.objects.pod_template import REPORT_TOKEN_VOLUME, SHARED_MEMORY_VOLUME, AttemptSpec, pod_template
+from finetune_operator.objects.pod_template import (
+    REPORT_TOKEN_VOLUME,
+    SHARED_MEMORY_VOLUME,
+    AttemptSpec,
+    pod_template,
+    web_identity,
+)
 
 RESOURCES = {
     "requests": {"cpu": "100m", "memory": "256Mi"},
@@ -53,7 +59,7 @@ def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
     metadata, spec = template["metadata"], template["spec"]
     labels = {name: value for name, value in metadata["labels"].items() if name != ATTEMPT}
     (container,) = spec["containers"]
-    kept_variables = {"HOME", *(variable.name for variable in job.spec.pod_template.env)}
+    kept_variables = {"HOME", *web_identity(job), *(variable.name for variable in job.spec.pod_template.env)}
     container |= {
         "args": [PREFLIGHT_COMMAND],
         "env": [item for item in container["env"] if item["name"] in kept_variables],
