@@ -173,7 +173,7 @@ class Reconciler:
     async def _tidy(self, stored: StoredJob) -> Requeue:
         """Remove those objects of an ended job that are due, and accept no more reports of the job."""
         self._memory.set_reporting_attempt(stored.key, None)
-        self._metrics.jobs.update(stored.key, stored.status)
+        self._metrics.jobs.update(stored.key, stored.manifest.get("spec") or {}, stored.status)
         return Requeue(after=await self._settled_jobs.tidy(stored))
 
     # ---- around the decision: the run file, and when to reconcile again ----

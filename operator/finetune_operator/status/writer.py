@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from finetune_core.api import FineTuneJobStatus
+from finetune_core.api.conditions import ConditionType
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
@@ -50,7 +51,7 @@ class StatusWriter:
         changed since it was read.
         """
         status = compute_status(job.status, given, child_kind=self._child_kind)
-        self._metrics.jobs.update(job.key, status)
+        self._metrics.jobs.update(job.key, job.manifest.get("spec") or {}, status)
         old = job.status if job.manifest.get("status") else None
         if not is_news(old, status):
             return None
@@ -59,6 +60,8 @@ class StatusWriter:
         elif (left := self._seconds_to_numbers(job.memory)) > 0:
             return left
         await self._apply(job, status)
+        if status.completion_time is not None and job.status.completion_time is None:
+            self._metrics.jobs_ended.labels(ended_as(status)).inc()
         await self._recorder.record(job, status)
         return None
 
@@ -79,3 +82,8 @@ class StatusWriter:
         await self._cluster.apply_status(job.key, job.manifest["metadata"]["resourceVersion"], status.to_json())
         job.memory.status_written_at, job.memory.progress_write_at = self._clock(), None
         self._metrics.status_writes.inc()
+
+
+def ended_as(status: FineTuneJobStatus) -> str:
+    """Return the reason of the condition `Succeeded`, with which a job with ``status`` ended."""
+    return next((item.reason for item in status.conditions if item.type == ConditionType.SUCCEEDED), "")
