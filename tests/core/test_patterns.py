@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re._parser as parser
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +13,8 @@ from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.validation.validate_job import validate_job
 from tests.core.jobs import quickstart
 
+parser: Any = importlib.import_module("re._parser")
+"""Python's parser of regular expressions, which has no types."""
 CONTROL = frozenset({*range(0x20), *range(0x7F, 0xA0)})
 
 
