@@ -142,6 +142,9 @@ class SelfSignedCertificates:
         self._last: CertificateSet | None = None
         """The certificates that the last call returned. A deleted Secret gets them back, because running attempts trust
         their CA; a Secret that somebody emptied gets a new CA."""
+        self._last_uid = ""
+        """`metadata.uid` of the Secret at the last call. Another uid means that the Secret was deleted, and that Helm
+        or Argo CD has created it again, empty."""
 
     async def current(self, now: datetime) -> ServingCertificate:
         """Return the certificate to use at ``now``. Where due, make or renew it first and store it in the Secret."""
@@ -150,19 +153,20 @@ class SelfSignedCertificates:
     async def ensure(self, now: datetime) -> CertificateSet:
         """Make or renew the certificates where due, store them in the Secret, and return the Secret's certificates."""
         secret = await self._client.get_secret(self._namespace, self._name)
-        old = self._last if secret is None else from_secret_data(secret.get("data") or {})
-        new = renew_if_due(old, hostname=self._hostname, now=now)
+        stored = from_secret_data(secret.get("data") or {}) if secret is not None else None
+        was_deleted = secret is None or secret["metadata"]["uid"] != self._last_uid
+        new = renew_if_due(stored or (self._last if was_deleted else None), hostname=self._hostname, now=now)
         try:
             if secret is None:
-                await self._client.create_secret(self._new_secret(new))
-            elif new != old:
+                secret = await self._client.create_secret(self._new_secret(new))
+            elif new != stored:
                 await self._client.update_secret({**secret, "data": (secret.get("data") or {}) | new.to_data()})
         except ApiError as error:
             # 409 has two meanings at a creation: the Secret exists, or a quota is used up (reason "Conflict").
             if error.is_conflict and (secret is not None or error.reason == "AlreadyExists"):
                 return await self.ensure(now)  # somebody else has written the Secret, so its certificates are used
             raise
-        self._last = new
+        self._last, self._last_uid = new, secret["metadata"]["uid"]
         return new
 
     def _new_secret(self, content: CertificateSet) -> Manifest:
