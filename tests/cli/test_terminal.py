@@ -184,6 +184,15 @@ def test_a_hostile_refusal_of_the_store_is_shown_harmlessly(tmp_path: Path, comm
         check(finetune(tmp_path, port, COMMANDS[command], terminal=terminal), terminal=terminal)
 
 
+@pytest.mark.parametrize("answer", [b"", b"<", b"<html>before\xc2\x9b2Jafter</html>", b"before\x1b[2Jafter"])
+@pytest.mark.parametrize("command", ["download", "checkpoints"])
+def test_an_answer_that_no_store_gives_is_one_sentence(tmp_path: Path, command: str, answer: bytes) -> None:
+    with served(lambda _path: (200, answer)) as store, served(lambda _path: (200, _job_at(store))) as port:
+        text = finetune(tmp_path, port, COMMANDS[command], terminal=False)
+    assert len(text.splitlines()) == 1, text
+    assert CONTROL.findall(text) == []
+
+
 def _job_at(port: int) -> bytes:
     """Return the succeeded job, whose object store is at ``port``, as JSON."""
     found = stored("succeeded")
