@@ -78,7 +78,8 @@ exit code: 0 nothing is damaged, 1 a checkpoint is, 2 it cannot be looked at
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, handlers=[TerminalHandler()])
+    # Python would write what libraries log to the standard error output by itself, with all its characters.
+    logging.lastResort = TerminalHandler(logging.WARNING)
     logging.captureWarnings(capture=True)
     try:
         code: int = options.run(options)

@@ -49,7 +49,7 @@ def say_json(value: Any) -> None:
 
 
 class TerminalHandler(logging.Handler):
-    """Writes what libraries log, such as urllib3's warnings about a server's headers, to the standard error output."""
+    """Writes the warnings that a library logs without a handler of its own to the standard error output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write ``record`` as one line."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import re
 import subprocess
@@ -23,7 +24,7 @@ from xml.sax.saxutils import escape
 import pytest
 from pydantic import ValidationError
 
-from finetune_cli.terminal import SafeConsole, printable
+from finetune_cli.terminal import SafeConsole, TerminalHandler, printable
 from finetune_core.api.job import FineTuneJob
 from finetune_core.layout import digest, run_root_of
 from tests.cli.stored import stored
@@ -265,3 +266,11 @@ def test_no_module_prints_but_the_one_that_removes_control_characters() -> None:
             if isinstance(node, ast.ImportFrom) and node.module == "rich.console":
                 prints += [f"{path.name}: {item.name}" for item in node.names if item.name == "Console"]
     assert prints == []
+
+
+def test_a_warning_that_a_library_logs_goes_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = TerminalHandler(logging.WARNING)
+    handler.handle(logging.LogRecord("library", logging.WARNING, "file", 1, "header %r: %s", ("x", HOSTILE), None))
+    shown = capsys.readouterr().err
+    assert "before" in shown
+    assert CONTROL.findall(shown) == []
