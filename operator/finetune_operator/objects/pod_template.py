@@ -1,8 +1,9 @@
 """Builds the pod template of an attempt, which is the same for every backend. The functions are pure.
 
 The pods satisfy the `restricted` Pod Security Standard and mount no service account token except projected ones: one
-for reports and, with `storage.identity`, one for the object store. The template's writable folders are emptyDirs. Golden files in tests/operator/golden hold the expected
-templates. The backends and `preflight_pod.py` call `pod_template`.
+for reports and, with `storage.identity`, one for the object store. The template's writable folders are emptyDirs.
+Golden files in tests/operator/golden hold the expected templates. The backends and `preflight_pod.py` call
+`pod_template`.
 """
 
 from __future__ import annotations
