@@ -60,7 +60,7 @@ def job_metrics(spec: Mapping[str, Any], status: FineTuneJobStatus) -> JobMetric
     A number that the status lacks is None. A part of the spec that this version does not know gives an empty text.
     """
     progress, attempts = status.progress, status.attempts
-    metrics = {metric.name: float(metric.value) for metric in status.metrics}
+    metrics = {metric.name: _number(metric.value) for metric in status.metrics}
     known = [condition for condition in status.conditions if condition.type in set(ConditionType)]
     running = [item for item in known if item.type == ConditionType.RUNNING and item.status == "True"]
     return JobMetrics(
@@ -103,7 +103,11 @@ def _text(spec: Mapping[str, Any], *path: str) -> str:
 
 
 def _number(text: str | None) -> float | None:
-    return None if text is None else float(text)
+    """Return ``text`` as a number; None where it is absent, or where another version has written something else."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
 class JobMetricsCollector(Collector):
