@@ -151,15 +151,15 @@ def _with_last_and_best(found: Sequence[CheckpointFolder]) -> list[CheckpointFol
     return [CheckpointFolder(**{**asdict(item), "last": item is last, "best": item is best}) for item in found]
 
 
-def as_json(root: Location, found: Sequence[CheckpointFolder]) -> str:
-    """Return the checkpoint folders as JSON for programs."""
+def as_json(root: Location, found: Sequence[CheckpointFolder]) -> dict[str, Any]:
+    """Return the checkpoint folders as a JSON object for programs."""
 
     def plain(item: CheckpointFolder) -> dict[str, Any]:
         values = asdict(item) | {"time": item.time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
         values["manifestSha256"] = values.pop("manifest_sha256")
         return {key: value for key, value in values.items() if value not in (None, "")}
 
-    return json.dumps({"root": root.uri(), "checkpoints": [plain(item) for item in found]}, indent=2)
+    return {"root": root.uri(), "checkpoints": [plain(item) for item in found]}
 
 
 def as_table(root: Location, found: Sequence[CheckpointFolder]) -> Table:

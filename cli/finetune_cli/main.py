@@ -8,19 +8,20 @@ could not do its work, for example because the API server can't be reached, 130 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
 
 from finetune_cli.checkpoints import DAMAGED, as_json, as_table, inspect_checkpoints, root_of
 from finetune_cli.download import artifact_of, download
 from finetune_cli.formatting import size
 from finetune_cli.job_client import ConnectionLostError, JobClient, load_client
 from finetune_cli.object_store import ObjectStoreReader, access_key_from
+from finetune_cli.terminal import SafeConsole, TerminalHandler, complain, say, say_json
 from finetune_cli.validate import validate_files
 from finetune_cli.watch import show_until_ended, view_for
 from finetune_core.api.job import FineTuneJob
@@ -78,17 +79,20 @@ exit code: 0 nothing is damaged, 1 a checkpoint is, 2 it cannot be looked at
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = _parser().parse_args(arguments)
+    # Python would write what libraries log to the standard error output by itself, with all its characters.
+    logging.lastResort = TerminalHandler(logging.WARNING)
+    logging.captureWarnings(capture=True)
     try:
         code: int = options.run(options)
         return code
     except UserError as error:
-        print(f"finetune: {error}", file=sys.stderr)
+        complain(f"finetune: {error}")
         return 2
     except ConnectionLostError as error:
-        print(f"finetune: API server: cannot be reached ({error})", file=sys.stderr)
+        complain(f"finetune: API server: cannot be reached ({error})")
         return 2
     except TimeoutError:
-        print(f"finetune: {options.name}: has not ended after {options.timeout:g} s", file=sys.stderr)
+        complain(f"finetune: {options.name}: has not ended after {options.timeout:g} s")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -98,10 +102,10 @@ def watch_job(options: argparse.Namespace) -> int:
     """Show a job until it has ended. Return 0 when the job succeeded, else 1 after printing the reason."""
     api, namespace = load_client()
     jobs = JobClient(api, options.namespace or namespace)
-    with view_for(Console()) as view:
+    with view_for(SafeConsole()) as view:
         end = show_until_ended(jobs.follow(options.name, view.show_notice, give_up_after=options.timeout), view)
     if not end.succeeded:
-        print(f"finetune: {options.name}: {end.reason}: {end.message}", file=sys.stderr)
+        complain(f"finetune: {options.name}: {end.reason}: {end.message}")
     return 0 if end.succeeded else 1
 
 
@@ -114,11 +118,11 @@ def download_artifact(options: argparse.Namespace) -> int:
     store = store_of(job, jobs, options.endpoint)
     folder: Path = options.output or Path(options.name)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console()
+    console = SafeConsole()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(f"artifact of step {artifact.step}", total=artifact.bytes)
         manifest = download(artifact, store, folder, lambda count: progress.advance(task, count))
-    print(f"{folder}: {len(manifest.files)} files, {size(manifest.total_bytes)}, step {manifest.step}, all verified")
+    say(f"{folder}: {len(manifest.files)} files, {size(manifest.total_bytes)}, step {manifest.step}, all verified")
     return 0
 
 
@@ -127,15 +131,17 @@ def list_checkpoints(options: argparse.Namespace) -> int:
     api, namespace = load_client()
     jobs = JobClient(api, options.namespace or namespace)
     job = jobs.get(options.name)
-    store, root, console = store_of(job, jobs, options.endpoint), root_of(job), Console()
-    with Console(stderr=True).status("looking at the bucket") as status:
-        found = inspect_checkpoints(store, root, verify=options.verify, progress=lambda folder: status.update(folder))
+    store, root, console = store_of(job, jobs, options.endpoint), root_of(job), SafeConsole()
+    with SafeConsole(stderr=True).status("looking at the bucket") as status:
+        found = inspect_checkpoints(
+            store, root, verify=options.verify, progress=lambda folder: status.update(Text(folder))
+        )
     if options.output == "json":
-        print(as_json(root, found))
+        say_json(as_json(root, found))
     elif found:
         console.print(as_table(root, found))
     else:
-        print(f"{root.uri()}: no checkpoint yet")
+        say(f"{root.uri()}: no checkpoint yet")
     return 1 if any(item.state == DAMAGED for item in found) else 0
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from xml.etree import ElementTree
 
 import certifi
 import urllib3
@@ -181,7 +182,8 @@ class ObjectStoreReader:
             if error.code in REFUSED:
                 raise UserError(self.endpoint, f"refused the credentials for {subject} ({error.code})") from error
             raise UserError(subject, f"the store at {self.endpoint} answered {error.code}: {error.message}") from error
-        except (InvalidResponseError, ServerError) as error:
+        # minio-py raises ValueError or ParseError for an answer whose XML is not that of an object store.
+        except (InvalidResponseError, ServerError, ValueError, ElementTree.ParseError) as error:
             raise UserError(self.endpoint, f"does not answer like an object store ({error})") from error
         except urllib3.exceptions.HTTPError as error:
             cause = getattr(error, "reason", None) or error

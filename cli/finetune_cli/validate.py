@@ -7,13 +7,13 @@ JSON for programs. `finetune_core.validation` checks the jobs against the schema
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_cli.terminal import complain, say, say_json
 from finetune_cli.yaml_lines import Document, load
 from finetune_core.api.job import API_VERSION, GROUP, KIND
 from finetune_core.validation.problems import FieldPath, Problem, Refusal, dotted
@@ -56,7 +56,7 @@ def validate_files(options: argparse.Namespace) -> int:
     """Check the files of the command line. Return 0 when every job is valid, else 1."""
     checked = [check_file(name) for name in options.files]
     if options.output == "json":
-        print(json.dumps(json_report(checked), indent=2))
+        say_json(json_report(checked))
     else:
         print_report(checked)
     return 1 if any(file.problems for file in checked) else 0
@@ -81,13 +81,13 @@ def print_report(checked: Sequence[FileReport]) -> None:
     """Print the reports on all files for people."""
     for file in checked:
         for problem in file.problems:
-            print(problem)
+            say(str(problem))
         if not file.problems:
             names = ", ".join(file.jobs)
-            print(f"{file.file}: {names} valid" if names else f"{file.file}: no {KIND} in it")
+            say(f"{file.file}: {names} valid" if names else f"{file.file}: no {KIND} in it")
     count = sum(len(file.problems) for file in checked)
     if count:
-        print(f"{count} problem{'s' if count > 1 else ''}", file=sys.stderr)
+        complain(f"{count} problem{'s' if count > 1 else ''}")
 
 
 def check_file(name: str) -> FileReport:

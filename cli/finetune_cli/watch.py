@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from finetune_cli.log_lines import new_lines
 from finetune_cli.panel import render
 from finetune_cli.state import Ending, ending
+from finetune_cli.terminal import SafeConsole, say
 from finetune_core.api.job import FineTuneJob
 
 REFRESH_PER_SECOND = 4
@@ -38,7 +39,7 @@ class View(ABC):
 class LiveView(View):
     """A panel on the terminal that is redrawn in place several times a second, so that shown durations are current."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: SafeConsole) -> None:
         self._job: FineTuneJob | None = None
         self._notice = ""
         self._live = Live(
@@ -88,13 +89,13 @@ class LineView(View):
 
 
 @contextmanager
-def view_for(console: Console) -> Iterator[View]:
-    """Yield the view that suits ``console``: a live panel for a terminal, lines otherwise."""
+def view_for(console: SafeConsole) -> Iterator[View]:
+    """Yield the view that suits ``console``: a live panel for a terminal, otherwise lines on the standard output."""
     if console.is_terminal:
         with LiveView(console) as live:
             yield live
     else:
-        yield LineView(lambda line: print(line, file=console.file, flush=True))
+        yield LineView(say)
 
 
 def show_until_ended(jobs: Iterable[FineTuneJob], view: View) -> Ending:

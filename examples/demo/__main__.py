@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -32,6 +31,7 @@ from finetune_cli.download import artifact_of, download
 from finetune_cli.formatting import duration, size
 from finetune_cli.object_store import AccessKey, ObjectStoreReader
 from finetune_cli.state import Ending
+from finetune_cli.terminal import SafeConsole
 from finetune_cli.watch import show_until_ended, view_for
 from finetune_core.api.job import FineTuneJob
 from finetune_core.errors import UserError
@@ -135,7 +135,7 @@ def run_job(cluster: Cluster, file: Path, measured: Measurements) -> tuple[Endin
     say(f"kubectl apply --namespace {NAMESPACE} --filename {file}")
     with JobTimes(cluster, NAMESPACE, pods) as times, steps.jobs_in(cluster, NAMESPACE) as jobs:
         steps.apply(cluster, file, NAMESPACE)
-        with view_for(Console()) as view:
+        with view_for(SafeConsole()) as view:
             states = jobs.follow(name, view.show_notice, give_up_after=JOB_TIMEOUT_SECONDS)
             try:
                 end = show_until_ended(times.observe(states), view)
@@ -172,7 +172,7 @@ def compare_answers(model: Path, output: Path) -> dict[str, Any]:
 def print_results(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, output: Path) -> None:
     """Print answers and scores of base model and tuned model, the duration of each phase, and the paths of the
     results."""
-    console = Console()
+    console = SafeConsole()
     table = Table(title="Sentences that the model has not seen", title_justify="left", show_lines=True, expand=True)
     for heading in ("sentence", "base model", "tuned model"):
         table.add_column(heading, ratio=1)

@@ -217,7 +217,7 @@ class Reconciler:
         """Remove those objects of an ended job that are due, and accept no more reports of the job."""
         self._memory.set_reporting_attempt(stored.key, stored.uid, None)
         self._preflight_turns.forget(stored.key)
-        self._metrics.jobs.update(stored.key, stored.status)
+        self._metrics.jobs.update(stored.key, stored.manifest.get("spec") or {}, stored.status)
         requeue = Requeue(pause=await self._settled_jobs.tidy(stored))
         # Until its next event, or until the pause is over, the job needs no reconcile: not even at a resync.
         stored.memory.settled_version = stored.memory.resource_version

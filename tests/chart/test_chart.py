@@ -17,6 +17,7 @@ import yaml
 from finetune_core.api.crd import CRD_FILE, chart_template, crd_yaml
 from finetune_operator.kube.rbac import Permission, RoleScope
 from finetune_operator.process.settings import parse_settings
+from tests.chart.argo_cd import is_excluded
 from tests.chart.helm import CHART, helm, helm_program
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -79,8 +80,7 @@ def test_a_new_operator_waits_beside_the_old_one_for_the_lease() -> None:
     assert two["replicas"] == 2
     (spread,) = two["template"]["spec"]["topologySpreadConstraints"]
     assert spread["labelSelector"]["matchLabels"] == two["selector"]["matchLabels"]
-    (lease,) = of_kind(rendered(), "Lease")
-    assert "spec" not in lease, "an upgrade must not take the Lease from its holder"
+    assert of_kind(rendered(), "Lease") == [], "an upgrade must not take the Lease from its holder"
 
 
 def test_the_operator_reads_what_the_chart_sets() -> None:
@@ -93,8 +93,7 @@ def test_the_operator_reads_what_the_chart_sets() -> None:
     assert settings.trainer_image == "finetune-trainer:0.1.0"
     (secret,) = of_kind(rendered(), "Secret")
     assert settings.certificate_secret == secret["metadata"]["name"]
-    (lease,) = of_kind(rendered(), "Lease")
-    assert settings.lease == lease["metadata"]["name"]
+    assert settings.lease == OWN_NAMES["leases"]
     (service,) = of_kind(rendered(), "Service")
     assert settings.report_service == service["metadata"]["name"]
 
@@ -149,6 +148,12 @@ def used(*scopes: RoleScope) -> set[tuple[str, str, str, str]]:
         )
         for item in permissions
     }
+
+
+@pytest.mark.parametrize("values", [{}, CONFINED, {"podMonitor": {"enabled": True}}], ids=["wide", "confined", "more"])
+def test_argo_cd_applies_every_object_of_the_chart(values: Manifest) -> None:
+    objects = rendered(values)
+    assert [item["kind"] for item in objects if is_excluded(item)] == []
 
 
 def test_the_roles_grant_exactly_what_the_operator_uses() -> None:

@@ -102,7 +102,7 @@ def test_a_truncated_file_and_a_missing_manifest_show_without_reading_all(
 
 def test_json_and_table_say_the_same(source: ObjectStoreReader, root: Location) -> None:
     found = inspect_checkpoints(source, root, verify=True, progress=lambda folder: None)
-    listed = json.loads(as_json(root, found))
+    listed = json.loads(json.dumps(as_json(root, found)))
     assert listed["root"] == root.uri()
     assert [item["state"] for item in listed["checkpoints"]] == [item.state for item in found]
     assert listed["checkpoints"][1]["last"] is True

@@ -7,11 +7,11 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from rich.console import Console
 
 from finetune_cli.log_lines import new_lines
 from finetune_cli.panel import render
 from finetune_cli.state import ending
+from finetune_cli.terminal import SafeConsole
 from finetune_cli.watch import LineView, show_until_ended
 from finetune_core.api.job import FineTuneJob
 from tests.cli.stored import job, stored
@@ -21,7 +21,7 @@ NOW = datetime(2026, 11, 24, 2, 3, 0, tzinfo=UTC)
 
 def drawn(shown: FineTuneJob, now: datetime = NOW, width: int = 110) -> str:
     """Return the panel that shows the job ``shown`` at the time ``now``, as text."""
-    console = Console(width=width, color_system=None, force_terminal=True)
+    console = SafeConsole(width=width, color_system=None, force_terminal=True)
     with console.capture() as capture:
         console.print(render(shown, now))
     return capture.get()

@@ -65,6 +65,7 @@ def main() -> None:
 
 def build() -> None:
     packages.install(packages.NODE_PACKAGES)
+    packages.unpack()
     tools.build_missing()
     clients.clients()
     say("everything is there")

@@ -1,13 +1,16 @@
 """Install the Debian packages that the cluster and the image builds need. A package is not installed if the machine
-already has its program."""
+already has its program. A package whose service must not start on this machine is unpacked only."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+from tests.cluster.cache import cache_folder, locked
 from tests.cluster.progress import step
 from tests.cluster.waiting import ClusterError
 
@@ -23,6 +26,9 @@ NODE_PACKAGES: Mapping[str, str] = {
     "busybox-static": "/bin/busybox",
 }
 IMAGE_PACKAGES: Mapping[str, str] = {"buildah": "buildah", "debootstrap": "debootstrap"}
+
+UNPACKED_PACKAGES: Mapping[str, str] = {"prometheus": "usr/bin/promtool"}
+"""Packages of which only one program is used. They are not installed, because Debian starts their service."""
 
 APT_TIMEOUT_SECONDS = 900
 
@@ -41,15 +47,52 @@ def install(packages: Mapping[str, str]) -> None:
         _apt(["install", "--yes", "--no-install-recommends", *missing])
 
 
+def unpacked_program(package: str) -> Path | None:
+    """Return the program of one of `UNPACKED_PACKAGES` in the cache folder; None where `unpack` has not put it there.
+    The variable FINETUNE_TOOL_<PROGRAM>, for example FINETUNE_TOOL_PROMTOOL, names another program."""
+    program = Path(UNPACKED_PACKAGES[package])
+    if named := os.environ.get(f"FINETUNE_TOOL_{program.name.upper()}"):
+        return Path(named)
+    path = cache_folder() / f"deb-{package}" / program
+    return path if path.is_file() else None
+
+
+def unpack() -> None:
+    """Put the programs of `UNPACKED_PACKAGES` into the cache folder. Raise ClusterError if that fails."""
+    for package in UNPACKED_PACKAGES:
+        with locked(f"deb-{package}"):
+            if unpacked_program(package) is None:
+                _download_and_unpack(package)
+
+
+def _download_and_unpack(package: str) -> None:
+    folder = cache_folder() / f"deb-{package}"
+    with step(f"unpacking the Debian package {package}"), tempfile.TemporaryDirectory(dir=cache_folder()) as downloads:
+        # apt drops its privileges for a download, so its user must be able to write into the folder.
+        Path(downloads).chmod(0o777)
+        if os.geteuid() == 0:
+            _apt(["update"])
+        _apt(["download", package], folder=Path(downloads))
+        (archive,) = Path(downloads).glob("*.deb")
+        _run(["dpkg-deb", "--extract", str(archive), f"{downloads}/content"])
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(downloads, "content").rename(folder)
+
+
 def _present(program: str) -> bool:
     if program.startswith("/"):
         return os.access(program, os.X_OK)
     return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") is not None
 
 
-def _apt(arguments: Iterable[str]) -> None:
-    command = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=300", *arguments]
+def _apt(arguments: Iterable[str], folder: Path | None = None) -> None:
+    _run(["apt-get", "-q", "-o", "DPkg::Lock::Timeout=300", *arguments], folder)
+
+
+def _run(command: Sequence[str], folder: Path | None = None) -> None:
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=APT_TIMEOUT_SECONDS)
+    done = subprocess.run(
+        command, env=environment, text=True, capture_output=True, timeout=APT_TIMEOUT_SECONDS, cwd=folder
+    )
     if done.returncode != 0:
         raise ClusterError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")

@@ -25,7 +25,7 @@ in the status. The test allows three times as much."""
 @pytest.fixture
 def two_replicas(installed: Cluster) -> Iterator[Cluster]:
     """The session's cluster, with two replicas of the operator instead of one during the test."""
-    upgrade = ["upgrade", RELEASE, str(CHART), "--namespace", OPERATOR_NAMESPACE, "--reuse-values", "--wait"]
+    upgrade = ["upgrade", RELEASE, str(CHART), "--namespace", OPERATOR_NAMESPACE, "--reset-then-reuse-values", "--wait"]
     installed.helm(*upgrade, "--set", "replicas=2", "--timeout=120s")
     yield installed
     installed.helm(*upgrade, "--set", "replicas=1", "--timeout=120s")

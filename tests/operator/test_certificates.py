@@ -111,21 +111,33 @@ def test_a_pair_that_does_not_fit_is_refused_and_the_server_goes_on_with_the_old
     handshake(context, ssl.create_default_context(cadata=second.ca_certificate))
 
 
+def with_uid(uid: str, data: dict[str, str]) -> dict[str, Any]:
+    return {"metadata": {"uid": uid}, "data": data}
+
+
 class OneSecret:
     """A fake client with one Secret; the first ``lost_updates`` updates fail because another replica wrote first."""
 
     def __init__(self, data: dict[str, str] | None, *, lost_updates: int = 0) -> None:
-        self.secret: dict[str, Any] | None = None if data is None else {"metadata": {}, "data": data}
+        self.secret: dict[str, Any] | None = None if data is None else with_uid("uid-0", data)
         self.lost_updates = lost_updates
         self.updates = 0
+        self.refusal: ApiError | None = None
+        """The answer to a creation, if not a success."""
 
     async def get_secret(self, _namespace: str, _name: str) -> dict[str, Any] | None:
+        return self.secret
+
+    async def create_secret(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        if self.refusal is not None:
+            raise self.refusal
+        self.secret = manifest | {"metadata": manifest["metadata"] | {"uid": "uid-new"}}
         return self.secret
 
     async def update_secret(self, manifest: dict[str, Any]) -> dict[str, Any]:
         self.updates += 1
         if self.updates <= self.lost_updates:
-            self.secret = {"metadata": {}, "data": made().to_data()}
+            self.secret = with_uid("uid-0", made().to_data())
             raise ApiError(409, "Conflict", "changed")
         self.secret = manifest
         return manifest
@@ -150,9 +162,40 @@ async def test_the_replica_that_was_faster_wins() -> None:
     assert cluster.updates == 1
 
 
-async def test_a_missing_secret_is_named() -> None:
-    with pytest.raises(CertificateError, match="n/s must exist"):
-        await store(OneSecret(None)).ensure(NOW)
+async def test_a_missing_secret_is_created() -> None:
+    cluster = OneSecret(None)
+    certificates = await store(cluster).ensure(NOW)
+    assert cluster.secret is not None
+    assert cluster.secret["metadata"] == {"namespace": "n", "name": "s", "uid": "uid-new"}
+    assert from_secret_data(cluster.secret["data"]) == certificates
+
+
+async def test_a_deleted_secret_gets_the_certificates_back_that_running_attempts_trust() -> None:
+    cluster = OneSecret({})
+    certificates = store(cluster)
+    first = await certificates.ensure(NOW)
+    cluster.secret = None
+    assert await certificates.ensure(NOW) == first
+    assert cluster.secret is not None
+    assert from_secret_data(cluster.secret["data"]) == first
+    cluster.secret = with_uid("made empty by Helm or Argo CD", {})
+    assert await certificates.ensure(NOW) == first
+    assert from_secret_data(cluster.secret["data"]) == first
+
+
+async def test_a_secret_that_a_person_emptied_gets_a_new_authority() -> None:
+    cluster = OneSecret({})
+    certificates = store(cluster)
+    first = await certificates.ensure(NOW)
+    cluster.secret = with_uid("uid-0", {})
+    assert (await certificates.ensure(NOW)).ca_certificate != first.ca_certificate
+
+
+async def test_a_quota_that_refuses_the_secret_is_told() -> None:
+    cluster = OneSecret(None)
+    cluster.refusal = ApiError(409, "Conflict", "exceeded quota")
+    with pytest.raises(ApiError, match="exceeded quota"):
+        await store(cluster).ensure(NOW)
 
 
 def external(data: dict[str, str] | None) -> ExternalCertificates:

@@ -44,12 +44,25 @@ class OneLease:
 
     def __init__(self) -> None:
         self.spec: V1LeaseSpec | None = None
+        self.exists = True
         self.writes = 0
         self.before: Callable[[], Any] = lambda: None
 
     async def read_namespaced_lease(self, name: str, namespace: str) -> V1Lease:
         await self._fault()
+        if not self.exists:
+            missing = ApiException(status=404, reason="Not Found")
+            missing.body = '{"kind": "Status", "code": 404}'
+            raise missing
         return V1Lease(metadata=V1ObjectMeta(name=name, namespace=namespace), spec=self.spec)
+
+    async def create_namespaced_lease(self, namespace: str, body: V1Lease) -> V1Lease:
+        await self._fault()
+        if self.exists:
+            raise ApiException(status=409, reason="Conflict")
+        self.exists, self.spec = True, body.spec
+        self.writes += 1
+        return body
 
     async def replace_namespaced_lease(self, name: str, namespace: str, body: V1Lease) -> V1Lease:
         await self._fault()
@@ -183,3 +196,64 @@ async def test_a_released_lease_has_no_holder_and_a_foreign_one_is_left_alone(
     server.held_by("other_1")
     await candidate.release()
     assert server.spec.holder_identity == "other_1"
+
+
+async def test_a_lease_that_does_not_exist_is_created_once_every_former_leader_has_ended(
+    server: OneLease, clock: Clock, candidate: LeaderElector
+) -> None:
+    server.exists = False
+    assert not await candidate._try()
+    clock.now += LEASE_SECONDS - 0.1
+    assert not await candidate._try()
+    assert server.writes == 0
+    clock.now += 0.1
+    assert await candidate._try()
+    assert server.spec is not None
+    assert server.spec.holder_identity == "me_1"
+
+
+async def test_a_leader_creates_its_deleted_lease_again_at_once(server: OneLease, candidate: LeaderElector) -> None:
+    await candidate.acquire(nothing)
+    server.exists = False
+    assert await candidate._try()
+    assert server.exists
+
+
+async def test_a_leader_whose_deleted_lease_was_created_by_another_replica_ends(
+    server: OneLease, candidate: LeaderElector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leader_election, "RETRY_SECONDS", 0.0)
+    await candidate.acquire(nothing)
+    server.exists = False
+
+    def taken() -> None:
+        if not server.exists:
+            server.exists = True
+            server.held_by("other_1")
+
+    server.before = taken
+    with pytest.raises(EndedError):
+        await candidate.renew_forever()
+
+
+async def test_a_replica_that_released_the_lease_does_not_create_it_at_once(
+    server: OneLease, candidate: LeaderElector
+) -> None:
+    await candidate.acquire(nothing)
+    await candidate.release()
+    server.exists = False
+    assert not await candidate._try()
+
+
+async def test_only_a_lease_that_is_missing_without_a_break_is_created(
+    server: OneLease, clock: Clock, candidate: LeaderElector
+) -> None:
+    server.exists = False
+    assert not await candidate._try()
+    clock.now += LEASE_SECONDS
+    server.exists = True
+    server.held_by("other_1")
+    assert not await candidate._try()
+    server.exists = False
+    assert not await candidate._try()
+    assert server.writes == 0

@@ -209,7 +209,9 @@ def live_through(release: Release, namespace: str, image: str) -> None:
     installed.cluster.kubectl("delete", "pod", pod["name"], "-n", namespace, "--wait=false")
     evident("the end of the attempt", lambda job: job["status"]["attempts"].get("recent"))
     # The second start has another pod uid, so that the operator updates the EndpointSlice instead of creating it.
+    # The Secret is deleted meanwhile, so that the operator creates it instead of filling the chart's empty one.
     program.stop(signal.SIGTERM)
+    installed.cluster.kubectl("delete", "secret", f"{release.account}-certificates", "-n", release.name)
     program.environment = {**program.environment, **pod_of(installed, release.name, "second")}
     program.start()
     program.wait_ready()

@@ -80,6 +80,7 @@ CALLS: dict[str, Call] = {
     "create_event": lambda client, namespace, name: client.create_event(namespace, _manifest(namespace, name)),
     "review_token": lambda client, namespace, name: client.review_token(namespace, name),
     "get_secret": lambda client, namespace, name: client.get_secret(namespace, name),
+    "create_secret": lambda client, namespace, name: client.create_secret(_manifest(namespace, name)),
     "update_secret": lambda client, namespace, name: client.update_secret(_manifest(namespace, name)),
     "get_endpoint_slice": lambda client, namespace, name: client.get_endpoint_slice(namespace, name),
     "create_endpoint_slice": lambda client, namespace, name: client.create_endpoint_slice(_manifest(namespace, name)),

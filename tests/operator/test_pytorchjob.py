@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
-from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE, STORAGE_CA_FILE
+from finetune_core.contract import IDENTITY_VARIABLES, MASTER_ADDR_VARIABLE, STORAGE_CA_FILE, report_audience
 from finetune_core.names import attempt_name
 from finetune_operator.objects.backends.pytorchjob import build_pytorchjob, parse_pytorchjob
 from finetune_operator.objects.pod_template import AttemptSpec
+from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_pod
 from tests.operator.builders import UID, job
 
 GOLDEN = Path(__file__).parent / "golden" / "quickstart.yaml"
@@ -129,6 +130,42 @@ def test_a_store_with_an_authority_of_its_own_and_the_pods_identity() -> None:
         "items": [{"key": "root.pem", "path": PurePosixPath(STORAGE_CA_FILE).name}],
     }
     assert mounts["storage-ca"]["mountPath"] == str(PurePosixPath(STORAGE_CA_FILE).parent)
+
+
+IDENTITY = {"uri": "s3://finetune/runs", "identity": {"audience": "minio"}}
+
+
+def pods() -> list[dict[str, Any]]:
+    """Return the specs of a training pod and of a preflight pod, each without and with `storage.identity`."""
+    check = PreflightSpec(number=1, name="check", image="trainer:1")
+    specs = [{}, {"storage": IDENTITY}]
+    training: list[dict[str, Any]] = [template(**spec)["spec"] for spec in specs]
+    return training + [build_preflight_pod(job(**spec), check)["spec"] for spec in specs]
+
+
+def test_no_pod_has_a_token_for_the_api_server() -> None:
+    for spec in pods():
+        assert spec["automountServiceAccountToken"] is False
+        tokens = [
+            source["serviceAccountToken"]
+            for volume in spec["volumes"]
+            for source in volume.get("projected", {}).get("sources", [])
+            if "serviceAccountToken" in source
+        ]
+        assert all(token["audience"] in (report_audience(UID), "minio") for token in tokens)
+
+
+def test_the_pods_ask_for_nothing_that_restricted_forbids() -> None:
+    for spec in pods():
+        assert {"hostNetwork", "hostPID", "hostIPC", "hostUsers", "initContainers"}.isdisjoint(spec)
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        (container,) = spec["containers"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert all("hostPort" not in port for port in container.get("ports", []))
+        kinds = {kind for volume in spec["volumes"] for kind in volume if kind != "name"}
+        assert kinds <= {"configMap", "secret", "projected", "emptyDir", "persistentVolumeClaim", "csi"}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from finetune_core.api import FineTuneJobStatus
+from finetune_core.api.conditions import Reason
+from finetune_operator.decide.decision import JobEnd
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import MIN_SECONDS_BETWEEN_PROGRESS_WRITES, JobMemory
@@ -43,12 +45,13 @@ class Jobs:
 
     def __init__(self, count: int) -> None:
         self.clock = [0.0]
+        self.metrics = Metrics()
         self.writes = Writes(self.clock)
         recorder = EventRecorder(self.writes, instance="pod", now=lambda: at(0), clock=lambda: self.clock[0])  # type: ignore[arg-type]
         self.writer = StatusWriter(
             cluster=self.writes,  # type: ignore[arg-type]
             recorder=recorder,
-            metrics=Metrics(),
+            metrics=self.metrics,
             child_kind="PyTorchJob",
             clock=lambda: self.clock[0],
         )
@@ -108,3 +111,22 @@ async def test_a_transition_waits_for_nothing() -> None:
     before = len(jobs.writes.times)
     assert (await jobs.reconcile(key, report=None, generation=2)).write is not None
     assert len(jobs.writes.times) == before + 1
+
+
+async def test_a_job_that_ends_is_counted_once_by_its_reason() -> None:
+    jobs = Jobs(2)
+    first, second = jobs.memory
+    await jobs.reconcile(first)
+    assert ended(jobs) == {}
+    failed = JobEnd(succeeded=False, reason=Reason.DIVERGED, message="m")
+    for _ in range(3):
+        await jobs.reconcile(first, end=failed)
+    await jobs.reconcile(second, end=JobEnd(succeeded=True, reason=Reason.COMPLETED, message="m"))
+    assert ended(jobs) == {"Diverged": 1, "Completed": 1}
+
+
+def ended(jobs: Jobs) -> dict[str, float]:
+    """Return the counter of ended jobs by reason."""
+    lines = jobs.metrics.render().decode().splitlines()
+    found = [line for line in lines if line.startswith("finetune_jobs_ended_total{")]
+    return {line.split('"')[1]: float(line.split()[-1]) for line in found}

@@ -7,6 +7,7 @@ at rest.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import socket
 import tempfile
@@ -25,7 +26,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
-from minio.credentials import AssumeRoleProvider
+from minio.credentials import AssumeRoleProvider, WebIdentityProvider
 
 from finetune_cli.object_store import AccessKey
 from finetune_cli.object_store import ObjectStoreReader as CliStore
@@ -35,12 +36,17 @@ from finetune_core.contract.run_file import StorageConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_core.resolve import resolve
+from finetune_core.validation.validate_job import validate_job
+from finetune_operator.objects.pod_template import AttemptSpec, pod_template
+from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_pod
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.storage.client import Store
 from finetune_trainer.storage.lineage import RunRecord, claim_run_number
 from finetune_trainer.storage.root import RunRoot, open_root
+from tests.cluster.waiting import wait_for
 from tests.core.jobs import quickstart
+from tests.operator.builders import job_manifest
 from tests.trainer.objectstore import (
     ACCESS_KEY,
     BUCKET,
@@ -53,6 +59,11 @@ from tests.trainer.storeproxy import proxy_before
 
 KMS_KEY = "finetune-key"
 CLIENT_ID = "finetune"
+CLUSTER_AUDIENCE = "minio"
+CLUSTER_ROLE = "arn:minio:iam:::role/" + base64.urlsafe_b64encode(
+    hashlib.sha1(CLUSTER_AUDIENCE.encode(), usedforsecurity=False).digest()
+).decode().rstrip("=")
+"""The role that MinIO makes for an OpenID provider with a role policy: its name is the SHA-1 of the client id."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +205,27 @@ def strict(issuer: Issuer, minio: Path, tmp_path_factory: pytest.TempPathFactory
         "MINIO_IDENTITY_OPENID_CONFIG_URL": f"{issuer.url}/.well-known/openid-configuration",
         "MINIO_IDENTITY_OPENID_CLIENT_ID": CLIENT_ID,
         "MINIO_IDENTITY_OPENID_CLAIM_NAME": "policy",
+        # A token of a Kubernetes service account has no claim with a policy, so MinIO gives all of them one role.
+        "MINIO_IDENTITY_OPENID_CONFIG_URL_CLUSTER": f"{issuer.url}/.well-known/openid-configuration",
+        "MINIO_IDENTITY_OPENID_CLIENT_ID_CLUSTER": CLUSTER_AUDIENCE,
+        "MINIO_IDENTITY_OPENID_ROLE_POLICY_CLUSTER": "readwrite",
     }
     with running_store(minio, folder, variables=variables, certificates=certificates) as store:
-        yield Strict(store, certificates / "ca.crt")
+        found = Strict(store, certificates / "ca.crt")
+        wait_for("MinIO to accept tokens of the issuer", lambda: accepts_tokens(found, issuer), 60)
+        yield found
+
+
+def accepts_tokens(strict: Strict, issuer: Issuer) -> bool:
+    """Return whether MinIO has read the issuer's keys, which it does in the background after its start."""
+    token = {"access_token": issuer.token(policy="readwrite"), "expires_in": 3600}
+    provider = WebIdentityProvider(
+        jwt_provider_func=lambda: token, sts_endpoint=strict.store.endpoint, http_client=strict.open()._http
+    )
+    try:
+        return bool(provider.retrieve().access_key)
+    except ValueError:
+        return False
 
 
 @pytest.fixture
@@ -322,6 +351,38 @@ def test_the_pods_own_identity_gives_the_key(
     with pytest.raises(OutsideFailure, match="the pod's own identity gives no access key") as refused:
         late.read(BUCKET, "key")
     assert token.read_text()[:40] not in str(refused.value), "a token is a secret"
+
+
+def test_a_job_with_an_identity_works_with_a_token_as_the_kubelet_projects_it(
+    strict: Strict, issuer: Issuer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = {"audience": CLUSTER_AUDIENCE, "roleArn": CLUSTER_ROLE}
+    storage = {"uri": f"s3://{BUCKET}/x", "endpoint": strict.store.endpoint, "identity": identity}
+    manifest = job_manifest(storage=storage)
+    assert validate_job(manifest).problems == []
+    job = FineTuneJob.model_validate(manifest)
+    attempt = AttemptSpec(number=1, name="attempt", image="trainer:1", report_base_url="https://operator:8443")
+    preflight = PreflightSpec(number=1, name="preflight", image="trainer:1")
+    for pod in (pod_template(job, attempt)["spec"], build_preflight_pod(job, preflight)["spec"]):
+        (container,) = pod["containers"]
+        variables = {item["name"]: item.get("value", "") for item in container["env"]}
+        (volume,) = [item for item in pod["volumes"] if item["name"] == "storage-identity"]
+        (mount,) = [item for item in container["volumeMounts"] if item["name"] == "storage-identity"]
+        (source,) = volume["projected"]["sources"]
+        projected = source["serviceAccountToken"]
+        assert variables["AWS_WEB_IDENTITY_TOKEN_FILE"] == f"{mount['mountPath']}/{projected['path']}"
+        token = tmp_path / "token"
+        claims = {"aud": [projected["audience"]], "sub": "system:serviceaccount:team:default"}
+        token.write_text(issuer.token(**claims))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            if name.startswith("AWS_"):
+                monkeypatch.setenv(name, str(token) if name == "AWS_WEB_IDENTITY_TOKEN_FILE" else value)
+        root = open_root(resolve(job, report=None), Paths(storage_ca_file=strict.ca))
+        root.write("object", b"data")
+        assert root.read("object") == b"data"
+        root.delete(["object"])
 
 
 @pytest.mark.parametrize(

@@ -122,11 +122,19 @@ ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0
 SecretKey = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 """A key in the `data` of a Secret or a ConfigMap, for example `ca.crt`."""
 
-S3Uri = Annotated[str, Field(max_length=1024, pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^ \t\r\n\f]*)?$")]
+_CONTROL = r"\x00-\x20\x7f-\xa0"
+"""Characters of a regular expression's class: the blanks of ASCII and Latin-1, and the control characters C0, DEL and
+C1. A terminal obeys control characters, and an address or a name needs none."""
+WORD_PATTERN = f"^[^{_CONTROL}]+$"
+"""Regular expression of a text without blanks and control characters, such as the name of an image or of a key."""
+HTTP_ADDRESS_PATTERN = f"^https?://[^/{_CONTROL}]+$"
+"""Regular expression of an `http://` or `https://` address without a path."""
+
+S3Uri = Annotated[str, Field(max_length=1024, pattern=f"^s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^{_CONTROL}]*)?$")]
 """Address of an object or of a folder in the job's object store: `s3://bucket/key`. Without a key it is the whole
 bucket."""
 
-HttpUrl = Annotated[str, Field(max_length=512, pattern=r"^https?://[^/ \t\r\n\f]+(/[^ \t\r\n\f]*)?$")]
+HttpUrl = Annotated[str, Field(max_length=512, pattern=f"^https?://[^/{_CONTROL}]+(/[^{_CONTROL}]*)?$")]
 """An `http://` or `https://` address with an optional path."""
 
 

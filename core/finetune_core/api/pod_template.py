@@ -10,6 +10,7 @@ from finetune_core.api.affinity import Affinity
 from finetune_core.api.base import (
     ENTRIES,
     UNIQUE_NAMES,
+    WORD_PATTERN,
     ApiModel,
     DnsLabel,
     LabelKey,
@@ -223,7 +224,7 @@ class PodTemplateSpec(ApiModel):
         )
     )
 
-    image: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^ \t\r\n\f]+$")] | None = None
+    image: Annotated[str, Field(min_length=1, max_length=512, pattern=WORD_PATTERN)] | None = None
     """Trainer image, for example `registry.example.com/finetune-trainer:0.1.0`. Absent: the image that the operator was
     installed with."""
     image_pull_secrets: Annotated[

@@ -63,7 +63,7 @@ class VolumeSource(ApiModel):
 
     claim_name: ObjectName
     """`metadata.name` of the PersistentVolumeClaim in the job's namespace."""
-    path: Annotated[str, Field(max_length=1024, pattern=r"^[^/\x00-\x1f][^\x00-\x1f]*$")]
+    path: Annotated[str, Field(max_length=1024, pattern=r"^[^/\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$")]
     """Path of the model's folder or of the data file inside the volume, without a leading slash."""
 
 

@@ -87,6 +87,7 @@ _UNCHANGEABLE = (
     _immutable("storage.endpoint", optional=True),
     _immutable("storage.region"),
     _immutable("storage.credentialsSecretRef", optional=True),
+    _immutable("storage.identity", optional=True),
     _immutable("storage.caConfigMapRef", optional=True),
     _immutable("storage.addressing", optional=True),
     _immutable("storage.encryption", optional=True),

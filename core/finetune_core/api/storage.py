@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from finetune_core.api.base import ApiModel, ObjectName, S3Uri, SecretKey, at_most_one_of, exactly_one_of
+from finetune_core.api.base import (
+    HTTP_ADDRESS_PATTERN,
+    WORD_PATTERN,
+    ApiModel,
+    ObjectName,
+    S3Uri,
+    SecretKey,
+    at_most_one_of,
+    cel,
+    exactly_one_of,
+)
 
 Addressing = Literal["Path", "VirtualHosted"]
 """Where the bucket's name stands in a request to the object store: in the path, or in the host name."""
@@ -14,11 +24,40 @@ Export = Literal["Adapter", "Merged", "Both"]
 """Form of the artifact of a LoRA job: the adapter, the merged model, or both."""
 
 
+RESERVED_AUDIENCES = ("finetune.dev/", "https://kubernetes.default.svc")
+"""Beginnings of audiences that a token for the object store must not have: tokens for reports to the operator, and
+those for the API server as most clusters name it."""
+
+
 class CredentialsSecretRef(ApiModel):
     """A Secret with the keys `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and optionally `AWS_SESSION_TOKEN`."""
 
     name: ObjectName
     """`metadata.name` of the Secret in the job's namespace, for example `storage-credentials`."""
+
+
+class IdentitySpec(ApiModel):
+    """A token of the pods' service account, which the pods exchange for a temporary access key by
+    AssumeRoleWithWebIdentity. `podTemplate.serviceAccountName` names the service account."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                f"!{list(RESERVED_AUDIENCES)}.exists(prefix, self.audience.startsWith(prefix))",
+                f"`audience` must not begin with {' or '.join(RESERVED_AUDIENCES)}: the token is for the store only",
+            )
+        )
+    )
+
+    audience: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[!-~]+$")]
+    """Audience of the token, for example `minio`. The store accepts only tokens with the audience that it is configured
+    with, which MinIO calls client id."""
+    sts_endpoint: Annotated[str, Field(max_length=512, pattern=HTTP_ADDRESS_PATTERN)] | None = None
+    """Address of the security token service. Absent: `endpoint`, because MinIO serves both, or Amazon's service in
+    `region` where `endpoint` is absent."""
+    role_arn: Annotated[str, Field(min_length=20, max_length=2048, pattern=r"^[!-~]+$")] | None = None
+    """Role that the pods assume, for example `arn:minio:iam:::role/NAME`. Absent: the token's own claims decide, which
+    MinIO can be configured for."""
 
 
 class ConfigMapKeyRef(ApiModel):
@@ -53,7 +92,7 @@ class S3ManagedKey(ApiModel):
 class KmsKey(ApiModel):
     """SSE-KMS: the object store encrypts with a key of its key management service."""
 
-    key_id: Annotated[str, Field(min_length=1, max_length=2048, pattern=r"^[^ \t\r\n\f]+$")]
+    key_id: Annotated[str, Field(min_length=1, max_length=2048, pattern=WORD_PATTERN)]
     """Name, id or ARN of the key, for example `alias/finetune`."""
 
 
@@ -71,17 +110,21 @@ class EncryptionSpec(ApiModel):
 class StorageSpec(ApiModel):
     """The object store for checkpoints, metrics and the artifact."""
 
+    model_config = ConfigDict(json_schema_extra=at_most_one_of("credentialsSecretRef", "identity"))
+
     uri: S3Uri
     """`s3://bucket/prefix`, for example `s3://finetune/runs`. The job writes below
     `<uri>/<namespace>/<name>/<runId>/`."""
-    endpoint: Annotated[str, Field(max_length=512, pattern=r"^https?://[^/ \t\r\n\f]+$")] | None = None
+    endpoint: Annotated[str, Field(max_length=512, pattern=HTTP_ADDRESS_PATTERN)] | None = None
     """Address of MinIO or another S3-compatible store, for example `http://minio.storage.svc:9000`. Absent: Amazon S3
     in `region`."""
     region: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[-a-zA-Z0-9]+$")] = "us-east-1"
     """Region for the signatures of requests."""
     credentials_secret_ref: CredentialsSecretRef | None = None
-    """Secret that holds the access key. Absent: the pod's own identity, which is a web identity such as IRSA, EKS Pod
-    Identity, the node's role, or `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` in the pod's environment."""
+    """Secret that holds the access key. Absent: `identity`, or what the platform gives the pod by itself: a web
+    identity such as IRSA, EKS Pod Identity, or the node's role."""
+    identity: IdentitySpec | None = None
+    """Token that the pods exchange for an access key, as MinIO and Amazon S3 accept it. Absent: no token is mounted."""
     ca_config_map_ref: ConfigMapKeyRef | None = None
     """ConfigMap key with the CA certificates (PEM) that sign the endpoint's certificate. Absent: the CA certificates in
     the image."""

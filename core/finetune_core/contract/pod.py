@@ -27,6 +27,13 @@ variable of the AWS SDKs."""
 CREDENTIALS_FOLDER = "/var/run/secrets/finetune.dev/storage"
 """Folder with the files AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN from the job's
 Secret."""
+WEB_IDENTITY_FILE = "/var/run/secrets/finetune.dev/identity/token"
+"""Path of the projected service-account token of `storage.identity`. The kubelet renews the token."""
+WEB_IDENTITY_FILE_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
+STS_ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL_STS"
+ROLE_ARN_VARIABLE = "AWS_ROLE_ARN"
+"""These three are variables of the AWS SDKs. They name the token's file, the address of the security token service, and
+the role."""
 STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
 """Path of the object store's CA certificates, from `storage.caConfigMapRef`. Where the file does not exist, the CA
 certificates in the image are used."""

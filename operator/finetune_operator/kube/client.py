@@ -297,6 +297,10 @@ class KubeClient:
         """Return the operator's certificate Secret, or None where it does not exist."""
         return await self._get_or_none(Permission.GET_CERTIFICATES, namespace, name)
 
+    async def create_secret(self, manifest: Manifest) -> Manifest:
+        """Create the operator's certificate Secret and return it; raises ApiError (409) where it exists already."""
+        return await self._create(Permission.CREATE_CERTIFICATES, manifest)
+
     async def update_secret(self, manifest: Manifest) -> Manifest:
         """Replace the operator's certificate Secret; raises ApiError (409) where its resourceVersion has changed."""
         return await self._update(Permission.UPDATE_CERTIFICATES, manifest)

@@ -1,8 +1,9 @@
 """Builds the pod template of an attempt, which is the same for every backend. The functions are pure.
 
-The pods satisfy the `restricted` Pod Security Standard and mount no service account token except the projected token
-for reports. The template's writable folders are emptyDirs. Golden files in tests/operator/golden hold the expected
-templates. The backends and `preflight_pod.py` call `pod_template`.
+The pods satisfy the `restricted` Pod Security Standard and mount no service account token except projected ones: one
+for reports and, with `storage.identity`, one for the object store. The template's writable folders are emptyDirs.
+Golden files in tests/operator/golden hold the expected templates. The backends and `preflight_pod.py` call
+`pod_template`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ from finetune_core.contract import (
     TOKEN_FILE,
     VOLUMES_FOLDER,
     report_audience,
+)
+from finetune_core.contract.pod import (
+    ROLE_ARN_VARIABLE,
+    STS_ENDPOINT_VARIABLE,
+    WEB_IDENTITY_FILE,
+    WEB_IDENTITY_FILE_VARIABLE,
 )
 from finetune_core.contract.stock_reports import client_environment
 from finetune_core.names import worker_name
@@ -55,6 +62,7 @@ SHARED_READ_ONLY = 0o440
 RUN_VOLUME: Final = "run"
 REPORT_TOKEN_VOLUME: Final = "report-token"  # noqa: S105  (the name of a volume)
 CREDENTIALS_VOLUME: Final = "storage-credentials"
+IDENTITY_VOLUME: Final = "storage-identity"
 STORAGE_CA_VOLUME: Final = "storage-ca"
 HUB_TOKEN_VOLUME: Final = "hub-token"  # noqa: S105  (the name of a volume)
 HUB_DATA_TOKENS_VOLUME: Final = "hub-data-tokens"
@@ -159,8 +167,23 @@ def _environment(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
         {"name": MASTER_ADDR_VARIABLE, "value": worker_name(attempt.name, 0)},
         {"name": MASTER_PORT_VARIABLE, "value": str(MASTER_PORT)},
         {"name": "HOME", "value": SCRATCH_FOLDER},
+        *({"name": name, "value": value} for name, value in web_identity(job).items()),
         *(variable.to_json() for variable in job.spec.pod_template.env),
     ]
+
+
+def web_identity(job: FineTuneJob) -> dict[str, str]:
+    """Return the environment variables that tell the AWS SDKs, and the trainer, about the token of `storage.identity`;
+    none where the field is absent."""
+    storage = job.spec.storage
+    if storage.identity is None:
+        return {}
+    service = storage.identity.sts_endpoint or storage.endpoint
+    return (
+        {WEB_IDENTITY_FILE_VARIABLE: WEB_IDENTITY_FILE}
+        | ({STS_ENDPOINT_VARIABLE: service} if service else {})
+        | ({ROLE_ARN_VARIABLE: storage.identity.role_arn} if storage.identity.role_arn else {})
+    )
 
 
 def _from_field(path: str) -> Manifest:
@@ -229,6 +252,8 @@ def _mounts(job: FineTuneJob) -> list[Manifest]:
     ]
     if job.spec.storage.credentials_secret_ref:
         mounts.insert(1, {"name": CREDENTIALS_VOLUME, "mountPath": CREDENTIALS_FOLDER, "readOnly": True})
+    if job.spec.storage.identity:
+        mounts.append({"name": IDENTITY_VOLUME, "mountPath": _folder(WEB_IDENTITY_FILE), "readOnly": True})
     if job.spec.storage.ca_config_map_ref:
         mounts.append({"name": STORAGE_CA_VOLUME, "mountPath": _folder(STORAGE_CA_FILE), "readOnly": True})
     if _hub_token(job):
@@ -247,17 +272,9 @@ def _mounts(job: FineTuneJob) -> list[Manifest]:
 
 
 def _volumes(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
-    token = {
-        "audience": report_audience(job.metadata.uid),
-        "expirationSeconds": TOKEN_SECONDS,
-        "path": PurePosixPath(TOKEN_FILE).name,
-    }
     volumes: list[Manifest] = [
         {"name": RUN_VOLUME, "configMap": {"name": attempt.name, "defaultMode": SHARED_READ_ONLY}},
-        {
-            "name": REPORT_TOKEN_VOLUME,
-            "projected": {"defaultMode": SHARED_READ_ONLY, "sources": [{"serviceAccountToken": token}]},
-        },
+        _token_volume(REPORT_TOKEN_VOLUME, report_audience(job.metadata.uid), TOKEN_FILE),
         {"name": SCRATCH_VOLUME, "emptyDir": {}},
         {"name": TMP_VOLUME, "emptyDir": {}},
         {
@@ -268,6 +285,8 @@ def _volumes(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
     if credentials := job.spec.storage.credentials_secret_ref:
         secret = {"secretName": credentials.name, "defaultMode": SHARED_READ_ONLY}
         volumes.insert(1, {"name": CREDENTIALS_VOLUME, "secret": secret})
+    if identity := job.spec.storage.identity:
+        volumes.append(_token_volume(IDENTITY_VOLUME, identity.audience, WEB_IDENTITY_FILE))
     if authority := job.spec.storage.ca_config_map_ref:
         item = {"key": authority.key, "path": PurePosixPath(STORAGE_CA_FILE).name}
         certificates = {"name": authority.name, "defaultMode": SHARED_READ_ONLY, "items": [item]}
@@ -294,6 +313,16 @@ def _volumes(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
     ]
     volumes += [{"name": _user_volume(volume)} | _volume_source(volume) for volume in job.spec.pod_template.volumes]
     return volumes
+
+
+def _token_volume(name: str, audience: str, file: str) -> Manifest:
+    """Return a volume with a token of the pod's service account for ``audience``, to be mounted at the folder of
+    ``file``."""
+    token = {"audience": audience, "expirationSeconds": TOKEN_SECONDS, "path": PurePosixPath(file).name}
+    return {
+        "name": name,
+        "projected": {"defaultMode": SHARED_READ_ONLY, "sources": [{"serviceAccountToken": token}]},
+    }
 
 
 def _claim_volume(number: int) -> str:

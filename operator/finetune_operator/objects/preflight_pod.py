@@ -21,6 +21,7 @@ from finetune_operator.objects.pod_template import (
     AttemptSpec,
     claims,
     pod_template,
+    web_identity,
 )
 
 RESOURCES = {
@@ -66,7 +67,7 @@ def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
     metadata, spec = template["metadata"], template["spec"]
     labels = {name: value for name, value in metadata["labels"].items() if name != ATTEMPT}
     (container,) = spec["containers"]
-    kept_variables = {"HOME", *(variable.name for variable in job.spec.pod_template.env)}
+    kept_variables = {"HOME", *web_identity(job), *(variable.name for variable in job.spec.pod_template.env)}
     container |= {
         "args": [PREFLIGHT_COMMAND],
         "env": [item for item in container["env"] if item["name"] in kept_variables],

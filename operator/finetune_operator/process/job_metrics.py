@@ -7,20 +7,23 @@ or until an hour after its end, so that ended jobs do not pile up in Prometheus.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from finetune_core.api import FineTuneJobStatus
+from finetune_core.api.conditions import ConditionType
 from finetune_operator.queue.work_queue import Key
 
 RETENTION_AFTER_END: Final = timedelta(hours=1)
 """How long after its end the series of a job are still exported."""
 LABELS: Final = ("job_namespace", "job_name")
+INFO_LABELS: Final = ("model", "method", "queue")
+CONDITION_LABELS: Final = ("type", "status", "reason")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +37,16 @@ class JobMetrics:
     perplexity: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
+    running_since: datetime | None = None
+    """Time since which the condition Running is True; None while it is not."""
     checkpoint_time: datetime | None = None
+    report_time: datetime | None = None
+    preflight_tries: int | None = None
+    model: str = ""
+    method: str = ""
+    queue: str = ""
+    conditions: tuple[tuple[str, str, str], ...] = ()
+    """Type, status and reason of every condition of the API."""
     started: int = 0
     charged: int = 0
     free: int = 0
@@ -42,10 +54,15 @@ class JobMetrics:
     ended: datetime | None = None
 
 
-def job_metrics(status: FineTuneJobStatus) -> JobMetrics:
-    """Return the exported numbers of a job with ``status``; a number that the status lacks is None."""
+def job_metrics(spec: Mapping[str, Any], status: FineTuneJobStatus) -> JobMetrics:
+    """Return what is exported of a job with ``spec``, as the API server stores it, and ``status``.
+
+    A number that the status lacks is None. A part of the spec that this version does not know gives an empty text.
+    """
     progress, attempts = status.progress, status.attempts
     metrics = {metric.name: _number(metric.value) for metric in status.metrics}
+    known = [condition for condition in status.conditions if condition.type in set(ConditionType)]
+    running = [item for item in known if item.type == ConditionType.RUNNING and item.status == "True"]
     return JobMetrics(
         step=progress.step if progress else None,
         total_steps=progress.total_steps if progress else None,
@@ -54,13 +71,35 @@ def job_metrics(status: FineTuneJobStatus) -> JobMetrics:
         perplexity=metrics.get("perplexity"),
         tokens_per_second=_number(progress.tokens_per_second) if progress else None,
         mfu=_number(progress.mfu) if progress else None,
+        running_since=running[0].last_transition_time if running else None,
         checkpoint_time=status.checkpoints[-1].time if status.checkpoints else None,
+        report_time=progress.last_update_time if progress else None,
+        preflight_tries=status.preflight.tries if status.preflight else None,
+        model=_model(spec),
+        method=_text(spec, "method"),
+        queue=_text(spec, "runPolicy", "queueName"),
+        conditions=tuple((item.type, item.status, item.reason) for item in known),
         started=attempts.started,
         charged=attempts.charged,
         free=attempts.free,
         gpu_seconds=status.usage.gpu_seconds if status.usage else 0,
         ended=status.completion_time,
     )
+
+
+def _model(spec: Mapping[str, Any]) -> str:
+    """Return where the base model comes from: a repository of the Hub, an `s3://` address, or a claim and a path."""
+    claim, path = _text(spec, "model", "volume", "claimName"), _text(spec, "model", "volume", "path")
+    hub, bucket = _text(spec, "model", "huggingFace", "repo"), _text(spec, "model", "s3", "uri")
+    return hub or bucket or (f"{claim}/{path}" if claim else "")
+
+
+def _text(spec: Mapping[str, Any], *path: str) -> str:
+    """Return the text at ``path`` of a stored spec; empty where there is none."""
+    value: Any = spec
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else ""
 
 
 def _number(text: str | None) -> float | None:
@@ -79,9 +118,9 @@ class JobMetricsCollector(Collector):
         self._now = now
         self._jobs: dict[Key, JobMetrics] = {}
 
-    def update(self, key: Key, status: FineTuneJobStatus) -> None:
-        """Export the numbers of ``status`` for the job ``key`` until the next call for the same job."""
-        self._jobs[key] = job_metrics(status)
+    def update(self, key: Key, spec: Mapping[str, Any], status: FineTuneJobStatus) -> None:
+        """Export ``status`` and parts of ``spec`` (as stored) for the job ``key`` until the next call for that job."""
+        self._jobs[key] = job_metrics(spec, status)
 
     def remove(self, key: Key) -> None:
         """Stop the export of the job ``key``, which no longer exists."""
@@ -97,20 +136,30 @@ class JobMetricsCollector(Collector):
                 if (number := value(job)) is not None:
                     family.add_metric(key, number)
             yield family
-        age = GaugeMetricFamily(
-            "finetune_job_checkpoint_age_seconds", "Seconds since the newest checkpoint was committed.", labels=LABELS
+        for name, text, since in AGES:
+            family = GaugeMetricFamily(f"finetune_job_{name}_age_seconds", text, labels=LABELS)
+            for key, job in exported:
+                if job.running_since is not None and job.ended is None:
+                    family.add_metric(
+                        key, (now - max(since(job) or job.running_since, job.running_since)).total_seconds()
+                    )
+            yield family
+        info = GaugeMetricFamily("finetune_job_info", "1, with parts of the spec.", labels=(*LABELS, *INFO_LABELS))
+        conditions = GaugeMetricFamily(
+            "finetune_job_condition", "1 for the status and reason of a condition.", labels=(*LABELS, *CONDITION_LABELS)
         )
         attempts = GaugeMetricFamily(
             "finetune_job_attempts", "Attempts: started, charged to maxRetries, free.", labels=(*LABELS, "kind")
         )
         gpus = CounterMetricFamily("finetune_job_gpu_seconds", "Seconds that GPUs were held.", labels=LABELS)
         for key, job in exported:
-            if job.checkpoint_time is not None:
-                age.add_metric(key, (now - job.checkpoint_time).total_seconds())
+            info.add_metric((*key, job.model, job.method, job.queue), 1)
+            for condition in job.conditions:
+                conditions.add_metric((*key, *condition), 1)
             for kind, count in (("started", job.started), ("charged", job.charged), ("free", job.free)):
                 attempts.add_metric((*key, kind), count)
             gpus.add_metric(key, job.gpu_seconds)
-        yield from (age, attempts, gpus)
+        yield from (info, conditions, attempts, gpus)
 
 
 def _is_expired(job: JobMetrics, now: datetime) -> bool:
@@ -125,4 +174,11 @@ GAUGES: Final[tuple[tuple[str, str, Callable[[JobMetrics], float | None]], ...]]
     ("perplexity", "Newest validation perplexity.", lambda job: job.perplexity),
     ("tokens_per_second", "Tokens per second over all processes.", lambda job: job.tokens_per_second),
     ("mfu", "Model FLOPs utilisation, 0 to 1.", lambda job: job.mfu),
+    ("preflight_tries", "Tries of the preflight check that have ended.", lambda job: job.preflight_tries),
 )
+AGES: Final[tuple[tuple[str, str, Callable[[JobMetrics], datetime | None]], ...]] = (
+    ("checkpoint", "Seconds of a running job since its newest checkpoint.", lambda job: job.checkpoint_time),
+    ("report", "Seconds of a running job since its newest report.", lambda job: job.report_time),
+)
+"""Ages, and the time from which each is counted. They exist while the job runs only, and count from the time at which
+the job began to run where nothing newer is known. So a job that was suspended for hours is not hours late."""

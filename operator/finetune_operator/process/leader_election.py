@@ -15,9 +15,11 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, Final
 
 import aiohttp
+from kubernetes.aio.client import V1Lease, V1ObjectMeta
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelection import LeaderElection
@@ -39,9 +41,12 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
     """Reads and writes the Lease for the client library. No call takes longer than three seconds."""
 
     def __init__(self, name: str, namespace: str, identity: str, client: Any, clock: Callable[[], float]) -> None:
-        """Use the Lease ``namespace/name``, which the chart creates, with ``identity`` as the holder identity."""
+        """Use the Lease ``namespace/name`` with ``identity`` as the holder identity. The Lease need not exist yet."""
         super().__init__(name, namespace, identity, client)
         self._clock = clock
+        self._is_mine = False
+        """Whether this process held the Lease at the last call that read or wrote it."""
+        self._missing_since: float | None = None
         self._record: tuple[str | None, str | None] | None = None
         self._record_changed_at = 0.0
         self.last_error = ""
@@ -63,16 +68,39 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             found, answer = False, ApiException(status=0, reason=str(error) or type(error).__name__)
         self.last_error = "" if found else f"it can't be read: {answer.status} {answer.reason}"
+        if found or answer.status != HTTPStatus.NOT_FOUND:
+            self._missing_since = None
+        elif self._missing_since is None:
+            self._missing_since = self._clock()
         if found:
+            self._is_mine = answer.holder_identity == self.identity
             record = (answer.holder_identity, answer.renew_time)
             if record != self._record:
                 self._record, self._record_changed_at = record, self._clock()
         return found, answer
 
     async def create(self, name: str, namespace: str, election_record: Any) -> bool:
-        """Return False, because the chart creates the Lease and the operator has no permission to create Leases."""
-        self.last_error = f"Lease {namespace}/{name} must exist; the chart creates it"
-        return False
+        """Create the Lease, which does not exist, with this process as holder; return False where that is too early.
+
+        A process that holds the Lease creates a deleted one again at once. Every other process waits until the Lease
+        has been missing for 15 s. A leader whose Lease was deleted while it could not reach the API server has then
+        ended, so that there are never two leaders. The first start of a new installation waits as long.
+        """
+        missing_since = self._clock() if self._missing_since is None else self._missing_since
+        if not self._is_mine and self._clock() - missing_since < LEASE_SECONDS:
+            self.last_error = f"it does not exist; it is created once it has been missing for {LEASE_SECONDS:.0f} s"
+            return False
+        # The library's own method is not called, because it passes an argument that the library's client refuses.
+        lease = V1Lease(metadata=V1ObjectMeta(name=name), spec=self.update_lease(election_record))
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                await self.api_instance.create_namespaced_lease(namespace, lease)
+        except (ApiException, aiohttp.ClientError, OSError, TimeoutError) as error:
+            reason = f"{error.status} {error.reason}" if isinstance(error, ApiException) else str(error)
+            self.last_error = f"it can't be created: {reason or type(error).__name__}"
+            return False
+        self.last_error, self._is_mine = "", True
+        return True
 
     async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
         """Acquire or renew the Lease; return False where the call failed or another replica wrote the Lease first."""
@@ -86,6 +114,7 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
             self.last_error = f"it can't be written: {str(error) or type(error).__name__}"
             return False
         self.last_error = "" if updated else "the API server refused the update"
+        self._is_mine = updated or self._is_mine
         return updated
 
     async def clear_holder(self) -> None:
@@ -99,6 +128,7 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
                 return
             lease.spec.holder_identity = None
             await self.api_instance.replace_namespaced_lease(name=self.name, namespace=self.namespace, body=lease)
+            self._is_mine = False
 
 
 def end_process(code: int) -> None:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from finetune_operator import __version__
 from finetune_operator.process.job_metrics import JobMetricsCollector
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -29,6 +30,12 @@ class Metrics:
         )
         self.reconcile_seconds = Histogram(
             "finetune_reconcile_seconds", "Duration of a look at a job.", registry=self._registry
+        )
+        self.jobs_ended = Counter(
+            "finetune_jobs_ended",
+            "Jobs that ended, by the reason of the condition Succeeded.",
+            ["reason"],
+            registry=self._registry,
         )
         self.status_writes = Counter("finetune_status_writes", "Status writes.", registry=self._registry)
         self.node_refusals = Counter(
@@ -59,6 +66,8 @@ class Metrics:
             registry=self._registry,
         )
 
+        build = Gauge("finetune_build_info", "1, with the version.", ["version"], registry=self._registry)
+        build.labels(__version__).set(1)
         self.leader = Gauge("finetune_leader", "1 where this replica leads, else 0.", registry=self._registry)
         self.lease_age_seconds = Gauge(
             "finetune_lease_age_seconds", "Seconds since the leader renewed its Lease.", registry=self._registry

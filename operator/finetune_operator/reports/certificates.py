@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.manifest import Manifest
+from finetune_operator.kube.resources import SECRETS
 
 CA_LIFETIME = timedelta(days=3650)
 LEAF_LIFETIME = timedelta(days=90)
@@ -129,7 +131,7 @@ def load_certificate(context: ssl.SSLContext, serving: ServingCertificate) -> No
 
 
 class SelfSignedCertificates:
-    """Makes and renews the certificates, and stores them in a Secret that the chart creates empty."""
+    """Makes and renews the certificates, and stores them in a Secret, which it creates where somebody deleted it."""
 
     def __init__(self, client: KubeClient, *, namespace: str, name: str, hostname: str) -> None:
         """Store certificates for ``hostname`` in the Secret ``namespace/name``."""
@@ -137,33 +139,41 @@ class SelfSignedCertificates:
         self._namespace = namespace
         self._name = name
         self._hostname = hostname
+        self._last: CertificateSet | None = None
+        """The certificates that the last call returned. A deleted Secret gets them back, because running attempts trust
+        their CA; a Secret that somebody emptied gets a new CA."""
+        self._last_uid = ""
+        """`metadata.uid` of the Secret at the last call. Another uid means that the Secret was deleted, and that Helm
+        or Argo CD has created it again, empty."""
 
     async def current(self, now: datetime) -> ServingCertificate:
-        """Return the certificate to use at ``now``. Where due, make or renew it first and store it in the Secret.
-
-        Raises CertificateError where the Secret does not exist.
-        """
+        """Return the certificate to use at ``now``. Where due, make or renew it first and store it in the Secret."""
         return (await self.ensure(now)).serving
 
     async def ensure(self, now: datetime) -> CertificateSet:
-        """Make or renew the certificates where due, store them in the Secret, and return the Secret's certificates.
-
-        Raises CertificateError where the Secret does not exist.
-        """
+        """Make or renew the certificates where due, store them in the Secret, and return the Secret's certificates."""
         secret = await self._client.get_secret(self._namespace, self._name)
-        if secret is None:
-            raise CertificateError(f"Secret {self._namespace}/{self._name} must exist; the chart creates it")
-        old = from_secret_data(secret.get("data") or {})
-        new = renew_if_due(old, hostname=self._hostname, now=now)
-        if new == old:
-            return new
+        stored = from_secret_data(secret.get("data") or {}) if secret is not None else None
+        was_deleted = secret is None or secret["metadata"]["uid"] != self._last_uid
+        new = renew_if_due(stored or (self._last if was_deleted else None), hostname=self._hostname, now=now)
         try:
-            await self._client.update_secret({**secret, "data": (secret.get("data") or {}) | new.to_data()})
+            if secret is None:
+                secret = await self._client.create_secret(self._new_secret(new))
+            elif new != stored:
+                await self._client.update_secret({**secret, "data": (secret.get("data") or {}) | new.to_data()})
         except ApiError as error:
-            if error.is_conflict:
-                return await self.ensure(now)  # another replica has written the Secret, so its certificates are used
+            # 409 has two meanings at a creation: the Secret exists, or a quota is used up (reason "Conflict").
+            if error.is_conflict and (secret is not None or error.reason == "AlreadyExists"):
+                return await self.ensure(now)  # somebody else has written the Secret, so its certificates are used
             raise
+        self._last, self._last_uid = new, secret["metadata"]["uid"]
         return new
+
+    def _new_secret(self, content: CertificateSet) -> Manifest:
+        """Return the Secret to create. Its type is the chart's, because the type of a Secret can't change."""
+        metadata = {"namespace": self._namespace, "name": self._name}
+        kind = {"apiVersion": SECRETS.api_version, "kind": "Secret", "type": "Opaque"}
+        return {**kind, "metadata": metadata, "data": content.to_data()}
 
 
 class ExternalCertificates:

@@ -73,7 +73,7 @@ class StatusWriter:
         jobs. Raises ApiError (409) where the job has changed since it was read.
         """
         status = self._compute(job, given)
-        self._metrics.jobs.update(job.key, status)
+        self._metrics.jobs.update(job.key, job.manifest.get("spec") or {}, status)
         old = job.status if job.manifest.get("status") else None
         found = urgency(old, status, lambda: self._compute(job, replace(given, report=None, reported_at=None)))
         if found is Urgency.UNCHANGED:
@@ -89,7 +89,7 @@ class StatusWriter:
         has changed since it was read.
         """
         status = self._compute(job, given)
-        self._metrics.jobs.update(job.key, status)
+        self._metrics.jobs.update(job.key, job.manifest.get("spec") or {}, status)
         return await self._write(job, status, waited=False)
 
     async def write_settled(self, job: StoredJob, *, without_child: bool) -> None:
@@ -129,6 +129,8 @@ class StatusWriter:
         if not waited:
             self._budget.spend(self._clock())
         write = await self._apply(job, status)
+        if status.completion_time is not None and job.status.completion_time is None:
+            self._metrics.jobs_ended.labels(ended_as(status)).inc()
         self._count_refusals(job.status.attempts, status.attempts)
         await self._recorder.record(job, status)
         return write
@@ -147,3 +149,8 @@ class StatusWriter:
         job.memory.status_written(self._clock())
         self._metrics.status_writes.inc()
         return Write("status") if written != read else None
+
+
+def ended_as(status: FineTuneJobStatus) -> str:
+    """Return the reason of the condition `Succeeded`, with which a job with ``status`` ended."""
+    return next((item.reason for item in status.conditions if item.type == ConditionType.SUCCEEDED), "")

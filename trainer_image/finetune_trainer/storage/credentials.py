@@ -11,13 +11,14 @@ from pathlib import Path
 import urllib3
 from minio.credentials import Credentials, EnvAWSProvider, IamAwsProvider, Provider
 
-from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY, SESSION_TOKEN
+from finetune_core.contract.pod import (
+    ACCESS_KEY_ID,
+    SECRET_ACCESS_KEY,
+    SESSION_TOKEN,
+    STS_ENDPOINT_VARIABLE,
+    WEB_IDENTITY_FILE_VARIABLE,
+)
 
-STS_ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL_STS"
-"""Environment variable with the endpoint of the security token service (STS) for web identity, as in the AWS tools. It
-is needed for MinIO, which serves STS at its own endpoint.
-"""
-WEB_IDENTITY_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
 IDENTITY_SECONDS = 10.0
 
 
@@ -51,14 +52,14 @@ class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type informat
     The first of the following sources that exists gives the key:
 
     - an access key in the environment
-    - a web identity token (IRSA on EKS, or AssumeRoleWithWebIdentity of MinIO if `AWS_ENDPOINT_URL_STS` names it)
+    - a web identity token (`storage.identity`, or IRSA on EKS)
     - the container credentials endpoint (EKS Pod Identity, ECS)
     - the role of the node
     """
 
     def __init__(self, region: str, http: urllib3.PoolManager) -> None:
         """Use ``http`` for requests. The environment variables of the AWS tools name the endpoint and the token."""
-        endpoint = os.environ.get(STS_ENDPOINT_VARIABLE) if os.environ.get(WEB_IDENTITY_VARIABLE) else None
+        endpoint = os.environ.get(STS_ENDPOINT_VARIABLE) if os.environ.get(WEB_IDENTITY_FILE_VARIABLE) else None
         self._provider = IamAwsProvider(custom_endpoint=endpoint, http_client=http, region=region)
 
     def retrieve(self) -> Credentials:
@@ -72,7 +73,8 @@ class PodIdentity(Provider):  # type: ignore[misc]  # minio has no type informat
         except (ValueError, KeyError, OSError, urllib3.exceptions.HTTPError) as error:
             raise NoCredentials(
                 "storage.credentialsSecretRef is absent and the pod's own identity gives no access key"
-                f" ({_reason(error)}): name a Secret, or a service account with a role in podTemplate"
+                f" ({_reason(error)}): name a Secret, set storage.identity, or name a service account with a role in"
+                " podTemplate"
             ) from error
 
 
