@@ -70,6 +70,7 @@ def run_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
             "checkpointEverySteps": 3,
             "keepLast": 2,
         },
+        "rendezvousNonce": "a nonce of the tests",
     }
     for path, value in changes.items():
         *sections, field_name = path.split("__")

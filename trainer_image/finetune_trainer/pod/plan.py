@@ -6,11 +6,13 @@ file, the identity of the attempt, and the local paths of model and data.
 
 from __future__ import annotations
 
+import hmac
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from finetune_core.contract import ContractModel, Identity, RunConfig
+from finetune_core.contract.pod import SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 from finetune_trainer.pod.settings import Paths
 
@@ -49,3 +51,16 @@ def read_run_file(path: Path) -> RunConfig:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"run file {path}", f"{where}: {first['msg']}") from error
+
+
+def rendezvous_key(config: RunConfig, paths: Paths) -> bytes:
+    """Return the key by which the pods of an attempt recognise each other. Raises UserError where the run file has no
+    nonce.
+
+    The key is made of the nonce in the run file and of the job's secret access key, if the pod has one. So it takes
+    more than the right to read ConfigMaps and pods of the namespace to know the key.
+    """
+    if not config.rendezvous_nonce:
+        raise UserError("the run file", "must have a rendezvousNonce where the attempt has several nodes")
+    file = paths.credentials / SECRET_ACCESS_KEY
+    return hmac.digest(config.rendezvous_nonce.encode(), file.read_bytes() if file.is_file() else b"", "sha256")
