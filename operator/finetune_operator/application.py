@@ -114,6 +114,7 @@ class Replica:
             instance=settings.pod_name,
             preflight=settings.preflight,
             checkpoint_annotations=settings.checkpoint_annotations,
+            network_policies=settings.network_policies,
         )
         return Controller(
             queue=self._queue,

@@ -1,4 +1,5 @@
-"""Creates and deletes the objects of an attempt: a ConfigMap with the run file, and the backend's child object.
+"""Creates and deletes the objects of an attempt: a ConfigMap with the run file, a NetworkPolicy, and the
+backend's child object.
 
 `reconcile.py` calls `AttemptObjects` after the attempt was recorded in the status. Where the API server refuses an
 object, for example because of a quota, the error is kept in memory and the creation is tried again after a back-off.
@@ -7,15 +8,18 @@ object, for example because of a quota, the error is kept in memory and the crea
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable
 
 from finetune_core.contract import RunConfig
 from finetune_core.names import attempt_name
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.config_maps import create_config_map, delete_config_map
+from finetune_operator.act.network_policies import NetworkPolicies
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.config_map import build_config_map
+from finetune_operator.objects.network_policy import build_network_policy
 from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.objects.pod_template import AttemptSpec
 from finetune_operator.observe.stored_job import ParsedJob
@@ -23,9 +27,12 @@ from finetune_operator.queue.retryable import RetryableError
 
 logger = logging.getLogger(__name__)
 
+NONCE_BYTES = 16
+"""Length of the random nonce in the run file of an attempt, in bytes."""
+
 
 class AttemptObjects:
-    """Creates and deletes the ConfigMap and the child object (PyTorchJob) of an attempt."""
+    """Creates and deletes the ConfigMap, the NetworkPolicy and the child object (PyTorchJob) of an attempt."""
 
     def __init__(
         self,
@@ -33,23 +40,28 @@ class AttemptObjects:
         cluster: KubeClient,
         backend: Backend,
         backoff: CreationBackoff,
+        network_policies: NetworkPolicies,
         report_base_url: str,
         ca_bundle: Callable[[], str],
+        nonce: Callable[[], str] = lambda: secrets.token_hex(NONCE_BYTES),
     ) -> None:
         """Send requests with ``cluster`` and ``backend``.
 
-        ``ca_bundle`` returns the CA certificates of the report server as PEM text.
+        ``ca_bundle`` returns the CA certificates of the report server as PEM text. ``nonce`` returns a new
+        random text for the run file of an attempt.
         """
         self._cluster = cluster
         self._backend = backend
         self._backoff = backoff
+        self._network_policies = network_policies
         self._report_base_url = report_base_url
         self._ca_bundle = ca_bundle
+        self._nonce = nonce
 
     async def create(self, job: ParsedJob, image: str, config: RunConfig) -> ChildObservation:
-        """Create ConfigMap and child of the current attempt, and return the child.
+        """Create ConfigMap, NetworkPolicy and child of the current attempt, and return the child.
 
-        Raises RetryableError where one of the two can't be created, and as long as the back-off after that lasts.
+        Raises RetryableError where one of them can't be created, and as long as the back-off after that lasts.
         """
         if job.memory.problem is not None and self._backoff.holds(job.memory):
             raise job.memory.problem
@@ -64,20 +76,29 @@ class AttemptObjects:
         return child
 
     async def remove(self, job: ParsedJob, child: ChildObservation) -> None:
-        """Delete the ConfigMap and the child of an attempt that ended. The garbage collector deletes its pods."""
+        """Delete the ConfigMap, the NetworkPolicy and the child of an attempt that ended. The garbage collector deletes
+        its pods."""
         await delete_config_map(self._cluster, job.key.namespace, child.name, job.uid)
+        await self._network_policies.delete(job.key.namespace, child.name, job.uid)
         await self._backend.delete(job.key.namespace, child)
         logger.info("attempt removed", extra=job.log_fields)
 
     async def _create(self, job: ParsedJob, image: str, config: RunConfig) -> ChildObservation:
-        """Create the ConfigMap, then the child. Their names are deterministic, so that a retry finds them again."""
+        """Create the ConfigMap, the NetworkPolicy and the child, in this order. Their names are deterministic, so that
+        a retry finds them again.
+
+        The nonce of the run file is random. A retry keeps the one of the ConfigMap that exists already.
+        """
         metadata, number = job.resource.metadata, job.status.attempts.started
         if number > 1:
-            # The ConfigMap of the attempt before is deleted here. It still exists where somebody else deleted the child
-            # of that attempt, or where that child was never created.
+            # ConfigMap and NetworkPolicy of the attempt before are deleted here. They still exist where somebody else
+            # deleted the child of that attempt, or where that child was never created.
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
+            await self._network_policies.delete(metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
         plan = AttemptSpec(number=number, name=name, image=image, report_base_url=self._report_base_url)
-        await create_config_map(self._cluster, build_config_map(job.resource, plan, config, self._ca_bundle()))
+        with_nonce = config.model_copy(update={"rendezvous_nonce": self._nonce()})
+        await create_config_map(self._cluster, build_config_map(job.resource, plan, with_nonce, self._ca_bundle()))
+        await self._network_policies.create(build_network_policy(job.resource, plan))
         return await self._backend.create(self._backend.build(job.resource, plan))
