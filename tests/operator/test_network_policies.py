@@ -1,4 +1,4 @@
-"""The NetworkPolicy of an attempt admits the pods of the attempt only, and is removed with the attempt."""
+"""The NetworkPolicy of an attempt admits only pods of that attempt, and is removed together with them."""
 
 from __future__ import annotations
 
