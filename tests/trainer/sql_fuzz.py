@@ -71,9 +71,13 @@ def main() -> None:
     problems: Counter[str] = Counter()
     longest, statement = 0.0, ""
     for _ in range(count):
-        context = filled(chance.choice(CONTEXTS), chance, 3) if chance.random() < 0.4 else CONTEXTS[0]
-        gold = "SELECT name FROM boat" if chance.random() < 0.7 else filled(chance.choice(QUERIES), chance, 3)
-        answer = filled(chance.choice(QUERIES), chance, 4)
+        context = filled(chance.choice(CONTEXTS), chance, chance.randrange(4)) if chance.random() < 0.4 else CONTEXTS[0]
+        gold = (
+            "SELECT name FROM boat"
+            if chance.random() < 0.7
+            else filled(chance.choice(QUERIES), chance, chance.randrange(3))
+        )
+        answer = filled(chance.choice(QUERIES), chance, chance.randrange(5))
         begun = time.monotonic()
         grade = sql.grade(answer, {"context": context, "answer": gold})
         took = time.monotonic() - begun
