@@ -280,6 +280,7 @@ def _program(paths: Paths, **environment: str) -> Ended:
     """Run `python -m finetune_trainer preflight` as a pod does, and return its result."""
     options = {"run-file": paths.run_file, "credentials": paths.credentials, "scratch": paths.scratch}
     options |= {"termination-log": paths.termination_log, "hub-token-file": paths.hub_token_file}
+    options |= {"volumes": paths.volumes}
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-X", "importtime", "-m", "finetune_trainer", "preflight", *arguments]
     home = {"HOME": str(paths.scratch), "PATH": "/nonexistent"}
@@ -373,7 +374,7 @@ pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd")
 @pytest.mark.parametrize(
     ("program", "sentence"),
     [
-        (REPEATED, "dataset.train: train.parquet has 23538 bytes, and its first 8 rows alone hold 8"),
+        (REPEATED, "dataset.train: bytes, and its first 8 rows alone hold 8388728: a file that expands to"),
         (ONE_VALUE, "dataset.train: can't be checked with 640 MiB of memory"),
         (MANY_ITEMS, "dataset.train: can't be checked with 640 MiB of memory"),
     ],
@@ -400,6 +401,7 @@ def test_a_line_without_an_end_is_a_finding(paths: Paths, store: ObjectStore) ->
     paths.run_file.write_text(json.dumps(run_config(store, "line", **source)))
     ended = _program(paths)
     assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
+    assert "dataset.train: can't be checked with 640 MiB of memory" in ended.result.findings[0].message
     assert ended.memory_mebibytes < 1000
 
 
@@ -440,4 +442,5 @@ def test_a_chat_template_that_makes_a_huge_text_is_a_finding(
     paths.run_file.write_text(json.dumps(run_config(store, "template", **changes)))
     ended = _program(paths)
     assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
+    assert "dataset.train: can't be checked with 640 MiB of memory" in ended.result.findings[0].message
     assert ended.memory_mebibytes < 1000
