@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from finetune_core.contract import RunConfig
 from finetune_core.names import attempt_name
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.metrics import Metrics
@@ -28,7 +27,7 @@ async def second_attempt(server: ModelServer) -> None:
 
 
 def nonce_of(server: ModelServer, attempt: str) -> str:
-    return RunConfig.model_validate_json(server.config_maps[attempt]["data"]["run.json"]).rendezvous_nonce
+    return str(server.config_maps[attempt]["data"]["nonce"])
 
 
 async def test_only_pods_of_the_same_attempt_are_admitted() -> None:

@@ -15,12 +15,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from finetune_core.contract import RunConfig
-from finetune_core.errors import UserError
-from finetune_trainer.pod.plan import rendezvous_key
+from finetune_core.contract import Identity
+from finetune_trainer.pod.plan import rendezvous_key, rendezvous_nonce
 from finetune_trainer.pod.settings import Paths
 from tests.trainer.objectstore import free_port
-from tests.trainer.pods import run_config
 
 KEYS = ("stop", "stalled", "share", "shared/1", "shared/2", "each/1", "each/1/1", "each/2", "heartbeat/1", "init/")
 """Keys that a rank would read if it took them for keys of another rank."""
@@ -187,25 +185,23 @@ def listening_addresses(process: int) -> set[str]:
     return found
 
 
-def config_with(nonce: str) -> RunConfig:
-    return RunConfig.model_validate(CONFIG | {"rendezvousNonce": nonce})
+def identity(attempt: int) -> Identity:
+    return Identity(
+        namespace="default", name="test", uid="uid", attempt=attempt, pod_name="pod", pod_uid="pod", node_rank=0
+    )
 
 
-class _Endpoint:
-    endpoint = "http://127.0.0.1:9"
+def test_the_key_needs_the_nonce_the_attempt_and_the_secret_access_key(tmp_path: Path) -> None:
+    paths = Paths(credentials=tmp_path, nonce_file=tmp_path / "nonce")
+    keys = [rendezvous_key(identity(1), paths), rendezvous_key(identity(2), paths)]
+    for file in ("nonce", "AWS_SECRET_ACCESS_KEY"):
+        (tmp_path / file).write_text("a text")
+        keys.append(rendezvous_key(identity(1), paths))
+    assert len(set(keys)) == 4
 
 
-CONFIG = run_config(_Endpoint(), "name")  # type: ignore[arg-type]
-
-
-def test_the_key_needs_the_nonce_and_the_secret_access_key(tmp_path: Path) -> None:
-    paths = Paths(credentials=tmp_path)
-    without = rendezvous_key(config_with("nonce"), paths)
-    (tmp_path / "AWS_SECRET_ACCESS_KEY").write_text("secret")
-    keys = {without, rendezvous_key(config_with("nonce"), paths), rendezvous_key(config_with("other"), paths)}
-    assert len(keys) == 3
-
-
-def test_a_run_file_without_a_nonce_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^the run file: must have a rendezvousNonce"):
-        rendezvous_key(config_with(""), Paths(credentials=tmp_path))
+def test_the_prefix_of_the_keys_stays_while_credentials_are_rotated(tmp_path: Path) -> None:
+    paths = Paths(credentials=tmp_path, nonce_file=tmp_path / "nonce")
+    before = rendezvous_nonce(identity(1), paths)
+    (tmp_path / "AWS_SECRET_ACCESS_KEY").write_text("another")
+    assert rendezvous_nonce(identity(1), paths) == before

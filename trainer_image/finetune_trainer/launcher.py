@@ -69,11 +69,9 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
     config = read_run_file(paths.run_file)
     address = environment.get(MASTER_ADDR_VARIABLE, "")
     port = int(environment.get(MASTER_PORT_VARIABLE, MASTER_PORT))
-    key = partial(rendezvous_key, config, paths)
+    key = partial(rendezvous_key, identity, paths)
     if not address:
         raise UserError(f"environment variable {MASTER_ADDR_VARIABLE}", "must be set (the operator sets it)")
-    if config.world.nodes > 1:
-        key()  # so that a run file without a nonce is refused at once
     folder = paths.scratch / "attempt"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import secrets
 import select
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from finetune_core.contract import ExitCode
 from finetune_trainer.pod.outcomes import WorkerExit, read_heartbeat, read_outcome
-from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.pod.plan import WorkerPlan, rendezvous_nonce
 from finetune_trainer.pod.settings import ALL_LEAVE_SECONDS, PEERS_LEAVE_SECONDS
 from finetune_trainer.pod.signals import STOP_SIGNALS
 from finetune_trainer.ranks.gate import Rendezvous
@@ -45,7 +44,7 @@ def worker_environments(
     base |= {
         "MASTER_ADDR": rendezvous.address,
         "MASTER_PORT": str(rendezvous.port),
-        "RENDEZVOUS_NONCE": plan.config.rendezvous_nonce or secrets.token_hex(16),
+        "RENDEZVOUS_NONCE": rendezvous_nonce(plan.identity, plan.paths),
         "WORLD_SIZE": str(world.size),
         "LOCAL_WORLD_SIZE": str(world.processes_per_node),
         "DS_ACCELERATOR": "cuda" if world.device == "GPU" else "cpu",

@@ -130,6 +130,3 @@ class RunConfig(ContractModel):
     stability: StabilityConfig = StabilityConfig()
     storage: StorageConfig
     report: ReportConfig | None = None
-    rendezvous_nonce: str = ""
-    """Random text that differs in every attempt. The pods of an attempt with several nodes prove to each other that
-    they know it, and it begins the keys of their rendezvous store. Empty in the run file of a preflight check."""

@@ -28,7 +28,7 @@ from finetune_operator.queue.retryable import RetryableError
 logger = logging.getLogger(__name__)
 
 NONCE_BYTES = 16
-"""Length of the random nonce in the run file of an attempt, in bytes."""
+"""Length of the random nonce of an attempt in bytes."""
 
 
 class AttemptObjects:
@@ -48,7 +48,7 @@ class AttemptObjects:
         """Send requests with ``cluster`` and ``backend``.
 
         ``ca_bundle`` returns the CA certificates of the report server as PEM text. ``nonce`` returns a new
-        random text for the run file of an attempt.
+        random text for the ConfigMap of an attempt.
         """
         self._cluster = cluster
         self._backend = backend
@@ -87,7 +87,7 @@ class AttemptObjects:
         """Create the ConfigMap, the NetworkPolicy and the child, in this order. Their names are deterministic, so that
         a retry finds them again.
 
-        The nonce of the run file is random. A retry keeps the one of the ConfigMap that exists already.
+        The nonce is random. A retry keeps the nonce of the ConfigMap that exists already.
         """
         metadata, number = job.resource.metadata, job.status.attempts.started
         if number > 1:
@@ -98,7 +98,7 @@ class AttemptObjects:
             await self._network_policies.delete(metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
         plan = AttemptSpec(number=number, name=name, image=image, report_base_url=self._report_base_url)
-        with_nonce = config.model_copy(update={"rendezvous_nonce": self._nonce()})
-        await create_config_map(self._cluster, build_config_map(job.resource, plan, with_nonce, self._ca_bundle()))
+        run_file = build_config_map(job.resource, plan, config, ca_bundle=self._ca_bundle(), nonce=self._nonce())
+        await create_config_map(self._cluster, run_file)
         await self._network_policies.create(build_network_policy(job.resource, plan))
         return await self._backend.create(self._backend.build(job.resource, plan))

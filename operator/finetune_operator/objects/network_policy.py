@@ -1,6 +1,6 @@
 """Builds the NetworkPolicy of an attempt: only pods of the same attempt may open connections to its pods.
 
-The ranks of an attempt talk to each other without encryption, and gloo and NCCL accept any connection. The policy is
+The ranks of an attempt talk to each other in clear text, and gloo and NCCL accept any connection. The policy is
 owned by the job. `act/network_policies.py` creates and deletes it together with the attempt's ConfigMap.
 """
 

@@ -6,6 +6,7 @@ file, the identity of the attempt, and the local paths of model and data.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from pathlib import Path
 
@@ -53,14 +54,20 @@ def read_run_file(path: Path) -> RunConfig:
         raise UserError(f"run file {path}", f"{where}: {first['msg']}") from error
 
 
-def rendezvous_key(config: RunConfig, paths: Paths) -> bytes:
-    """Return the key by which the pods of an attempt recognise each other. Raises UserError where the run file has no
-    nonce.
+def rendezvous_nonce(identity: Identity, paths: Paths) -> str:
+    """Return a text that all pods of an attempt know and that no other attempt has. It begins the keys of the attempt
+    in the rendezvous store."""
+    nonce = paths.nonce_file.read_text() if paths.nonce_file.is_file() else ""
+    parts = f"{identity.uid}/{identity.attempt}/{nonce}"
+    return hashlib.sha256(parts.encode()).hexdigest()
 
-    The key is made of the nonce in the run file and of the job's secret access key, if the pod has one. So it takes
-    more than the right to read ConfigMaps and pods of the namespace to know the key.
+
+def rendezvous_key(identity: Identity, paths: Paths) -> bytes:
+    """Return the key by which the pods of an attempt recognise each other.
+
+    The key is made of the nonce of the attempt and of the job's secret access key, if the pod has one. So it takes more
+    than the right to read ConfigMaps and pods of the namespace to know the key.
     """
-    if not config.rendezvous_nonce:
-        raise UserError("the run file", "must have a rendezvousNonce where the attempt has several nodes")
     file = paths.credentials / SECRET_ACCESS_KEY
-    return hmac.digest(config.rendezvous_nonce.encode(), file.read_bytes() if file.is_file() else b"", "sha256")
+    secret = file.read_bytes() if file.is_file() else b""
+    return hmac.digest(secret, f"rendezvous/{rendezvous_nonce(identity, paths)}".encode(), "sha256")
