@@ -158,9 +158,11 @@ class SecondNode:
         self._around.run(["ip", "link", "set", SECOND_NODE_LINK, state])
 
     def _killed(self) -> bool:
-        """Kill all processes of the node that are found, and return True if there were none. The caller repeats this
-        until then, because the process that containerd leaves beside each container (its shim) may start another
-        process meanwhile."""
+        """Kill all processes of the node that are found. Return True if none was found.
+
+        `stop` calls this method until it returns True, because the process that containerd leaves beside each container
+        (its shim) may start another process meanwhile.
+        """
         left = self.processes()
         for pid in left:
             try:

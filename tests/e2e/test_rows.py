@@ -71,7 +71,7 @@ def _second_node(cluster: Cluster, around: ExitStack) -> SecondNode:
 
 
 def _selected(request: pytest.FixtureRequest) -> list[Row]:
-    """Return the test cases of those tests of this module that pytest runs in this session."""
+    """Return the rows (test cases) of all tests of this module that pytest runs in this session."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     of_this_module = [item for item in items if item.module is request.module and hasattr(item, "callspec")]
     rows = [item.callspec.params["row"] for item in of_this_module]

@@ -187,7 +187,7 @@ class ProgressStatus(StatusModel):
     arithmetic takes."""
     checkpoint_age_seconds: Count | None = None
     """Seconds from the newest committed checkpoint of this run (without one: from the run's start) to the last report.
-    A lost pod would cost this much training."""
+    A lost pod would cost this training, and what was trained while that checkpoint was uploaded."""
     last_update_time: datetime | None = None
     """Time at which the trainer last reported."""
 

@@ -89,7 +89,8 @@ class Decision:
 
 
 def _bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
-    """Return what must not be lost in a crash: number, counts and cause of attempts, and the record of the check."""
+    """Return the part of the status that must be written before any object is created or deleted: the counts of
+    attempts, number and cause of the current attempt, and the record of the preflight check."""
     current = attempts.current
     return (
         attempts.started,

@@ -47,7 +47,7 @@ def at_first(script: str, *, worker: int | None = 1, others: str = RUNS, later: 
 
 
 def checked(script: str) -> str:
-    """Return a script that passes the preflight check when it runs as that, and runs ``script`` otherwise."""
+    """Return a script that reports success in the pod of the preflight check, and runs ``script`` in all other pods."""
     answer = PreflightResult(findings=[])
     passes = f"echo -n '{answer.to_termination_message()}' > /dev/termination-log; exit {answer.exit_code}"
     return f'if [ "$0" = {PREFLIGHT_COMMAND} ]; then {passes}; fi; {script}'

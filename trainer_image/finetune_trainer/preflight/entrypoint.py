@@ -59,8 +59,8 @@ def run(paths: Paths) -> int:
 
 
 def run_checks(findings: Findings, paths: Paths) -> None:
-    """Check the run file and the object store, then the base model and the data. If the artifact of the job is
-    committed already, nothing else is checked."""
+    """Check the run file, the object store, the base model and the data, in this order. If the artifact of the job is
+    committed already, check only the run file, and that the object store can be read."""
     config = findings.collect("the run file", partial(read_run_file, paths.run_file))
     root = findings.collect("storage", partial(open_root, config, paths)) if config is not None else None
     if config is None or root is None:
