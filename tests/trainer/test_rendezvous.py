@@ -43,7 +43,9 @@ with open_rendezvous(
     gang.check_stop()
     print("stop requested:", gang.stop_requested(), flush=True)
     gang.final_barrier()
-    os._exit(0)
+    # A worker ends before its launcher, so its connection closes before the gate does.
+    del gang
+os._exit(0)
 """
 
 

@@ -38,6 +38,8 @@ MOST_HANDSHAKES = 64
 clients that connect and send nothing can't keep the pods of the attempt away."""
 RETRY_SECONDS = 0.2
 """Pause between two tries to connect to a port on which nobody listens yet."""
+LAST_BYTES_SECONDS = 2.0
+"""Longest time for forwarding the last bytes of the workers after they have ended."""
 PIECE_BYTES = 64 * 1024
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -285,6 +287,9 @@ def _served(start: Callable[[], Awaitable[asyncio.Server]], port: int) -> Iterat
             started.set()
         await stopping.wait()
         server.close()
+        # The workers have ended, so their connections end by themselves once their last bytes are forwarded.
+        if connections := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(connections, timeout=LAST_BYTES_SECONDS)
 
     def run() -> None:
         with contextlib.closing(loop):
