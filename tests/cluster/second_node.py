@@ -111,6 +111,19 @@ class SecondNode:
         """Restore the node's network connection after `cut_off`."""
         self._set_link("up")
 
+    def refuse_devices(self) -> None:
+        """Let the device plugin fail to allocate GPUs, as on a node whose GPUs are broken. The node still offers
+        them."""
+        self._refusal.touch()
+
+    def allocate_devices(self) -> None:
+        """Let the device plugin allocate GPUs again after `refuse_devices`."""
+        self._refusal.unlink(missing_ok=True)
+
+    @property
+    def _refusal(self) -> Path:
+        return Path(f"/proc/{self.namespaces.pid}/root{node.REFUSE_DEVICES}")
+
     def stop(self) -> None:
         """Kill all processes of the node and of its pods. The Node object stays in the API server, as after the loss of
         a machine."""

@@ -38,6 +38,8 @@ def played(
     rows = {row.name: row for row in _selected(request)}
     with ExitStack() as around:
         operated.import_image(scripts.IMAGE)
+        if any(row in SLOW for row in rows.values()):
+            operated.import_image(scripts.NO_PROGRAM)
         if any(sidecar.LABEL in row.labels for row in rows.values()):
             around.enter_context(sidecar.injecting(operated, tmp_path_factory.mktemp("injector")))
         node = _second_node(operated, around) if any(row in NODES for row in rows.values()) else None

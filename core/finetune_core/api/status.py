@@ -157,6 +157,9 @@ class PreflightStatus(StatusModel):
     measured from this time."""
     tries: Count = 0
     """Number of ended tries of the check."""
+    aborted: Count = 0
+    """Number of tries in a row that could not be carried out, because they were killed at their memory limit or did not
+    end in time. After three of them the job ends."""
     verdict: Annotated[str, Field(max_length=32)] = ""
     """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is
     missing). Empty before the first result."""

@@ -58,15 +58,18 @@ class AttemptObjects:
         self._ca_bundle = ca_bundle
         self._nonce = nonce
 
-    async def create(self, job: ParsedJob, image: str, config: RunConfig) -> ChildObservation:
+    async def create(
+        self, job: ParsedJob, image: str, config: RunConfig, avoided_nodes: tuple[str, ...] = ()
+    ) -> ChildObservation:
         """Create ConfigMap, NetworkPolicy and child of the current attempt, and return the child.
 
-        Raises RetryableError where one of them can't be created, and as long as the back-off after that lasts.
+        The scheduler places the pods on ``avoided_nodes`` only where no other node can take them.
+        Raises RetryableError where one of the objects can't be created, and as long as the back-off after that lasts.
         """
         if job.memory.problem is not None and self._backoff.holds(job.memory):
             raise job.memory.problem
         try:
-            child = await self._create(job, image, config)
+            child = await self._create(job, image, config, avoided_nodes)
         except RetryableError as problem:
             self._backoff.failed(job.memory, problem)
             logger.warning("attempt not created: %s", problem.message, extra=job.log_fields)
@@ -83,7 +86,9 @@ class AttemptObjects:
         await self._backend.delete(job.key.namespace, child)
         logger.info("attempt removed", extra=job.log_fields)
 
-    async def _create(self, job: ParsedJob, image: str, config: RunConfig) -> ChildObservation:
+    async def _create(
+        self, job: ParsedJob, image: str, config: RunConfig, avoided_nodes: tuple[str, ...]
+    ) -> ChildObservation:
         """Create the ConfigMap, the NetworkPolicy and the child, in this order. Their names are deterministic, so that
         a retry finds them again.
 
@@ -97,7 +102,13 @@ class AttemptObjects:
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
             await self._network_policies.delete(metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
-        plan = AttemptSpec(number=number, name=name, image=image, report_base_url=self._report_base_url)
+        plan = AttemptSpec(
+            number=number,
+            name=name,
+            image=image,
+            report_base_url=self._report_base_url,
+            avoided_nodes=avoided_nodes,
+        )
         run_file = build_config_map(job.resource, plan, config, ca_bundle=self._ca_bundle(), nonce=self._nonce())
         await create_config_map(self._cluster, run_file)
         await self._network_policies.create(build_network_policy(job.resource, plan))

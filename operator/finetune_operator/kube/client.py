@@ -199,8 +199,11 @@ class KubeClient:
         """Delete the NetworkPolicy with this ``uid``. A NetworkPolicy that does not exist any more is no error."""
         await self._delete(Permission.DELETE_NETWORK_POLICY, namespace, name, {"preconditions": {"uid": uid}})
 
-    async def list_pods(self, namespace: str, selector: str) -> list[Manifest]:
-        """Return the pods that match the label ``selector``, for example ``"finetune.dev/job-uid=..."``."""
+    async def list_pods(self, namespace: str | None, selector: str) -> list[Manifest]:
+        """Return the pods that match the label ``selector``, for example ``"finetune.dev/job-uid=..."``.
+
+        ``namespace`` is None for the pods of all namespaces.
+        """
         page = await self._request(Permission.LIST_PODS, namespace, query={"labelSelector": selector})
         items: list[Manifest] = page["items"]
         return items

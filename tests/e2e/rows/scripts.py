@@ -19,6 +19,11 @@ IMAGE = Image(
     is_entry_point=True,
 )
 
+NO_PROGRAM = Image(
+    "localhost/no-program:1", {"bin/busybox": BUSYBOX}, {}, ["/bin/no-such-program"], is_entry_point=True
+)
+"""An image whose program does not exist, so that no container runtime can start it."""
+
 RUNS = "trap 'exit 143' TERM; while :; do sleep 0.2; done"
 """Script that runs until SIGTERM and then exits with code 143, as a trainer does after committing a checkpoint."""
 FILLS_ITS_MEMORY = "x=x; while :; do x=$x$x; done"

@@ -22,6 +22,10 @@ CSV_FIELD_LIMIT = 64 * 1024 * 1024
 """Largest csv field in bytes. Python's default of 128 KiB is shorter than some prompts."""
 PARQUET_BATCH_ROWS = 64
 """How many rows of a parquet file are decoded at once. Larger batches are not faster, and rows may be large."""
+EXPANDED_BYTES = 256 * 1024 * 1024
+LARGEST_EXPANSION = 10_000
+"""A parquet file is refused once its rows hold EXPANDED_BYTES and are this many times as large as the file. Rows with a
+long prompt that is the same in every row stay far below."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +144,17 @@ def _parquet(path: Path, field: str, columns: Collection[str] | None) -> Iterato
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
+    number = content = 0
+    size = path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
             found = [name for name in file.schema_arrow.names if columns is None or name in columns]
             decoded = file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=found or None, use_threads=False)
             for batch in decoded:
+                content += batch.nbytes
+                if content > max(EXPANDED_BYTES, LARGEST_EXPANSION * size):
+                    problem = f"has {size} bytes and expands to more than {content}: it is not read further"
+                    raise UserError(field, f"{path.name} {problem}")
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(number, fields, unit="row")

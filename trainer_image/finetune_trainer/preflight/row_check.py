@@ -30,7 +30,7 @@ HEAD_BYTES = 4 * 1024 * 1024
 """Most bytes that are read of a text file in the object store. A longer file is cut off behind its last whole row."""
 HEAD_CONTENT_BYTES = 8 * 1024 * 1024
 """Most bytes of the content of rows that are turned into examples. Compressed files may hold much in few bytes."""
-LARGEST_EXPANSION = 100
+LARGEST_HEAD_EXPANSION = 100
 """A data source whose first rows hold HEAD_CONTENT_BYTES and this many times its own bytes is refused. Text of people
 is compressed to a tenth at best; a file that expands so much holds the same bytes again and again."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
@@ -94,11 +94,11 @@ def _check_expansion(path: Path, rows: Sequence[Row], field: str) -> None:
     """Raise UserError if the rows hold much more than the files from which they were read."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix.lower() in DATA_SUFFIXES]
     size, content = sum(file.stat().st_size for file in files), _content(rows)
-    if content >= HEAD_CONTENT_BYTES and content > LARGEST_EXPANSION * size:
+    if content >= HEAD_CONTENT_BYTES and content > LARGEST_HEAD_EXPANSION * size:
         raise UserError(
             field,
             f"{path.name} has {size} bytes, and its first {len(rows)} rows alone hold {content}: a file that expands to"
-            f" more than {LARGEST_EXPANSION} times its size is not read",
+            f" more than {LARGEST_HEAD_EXPANSION} times its size is not read",
         )
 
 
