@@ -374,7 +374,7 @@ pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd")
 @pytest.mark.parametrize(
     ("program", "sentence"),
     [
-        (REPEATED, "dataset.train: bytes, and its first 8 rows alone hold 8388728: a file that expands to"),
+        (REPEATED, "bytes, and its first 8 rows alone hold 8388728: a file that expands to"),
         (ONE_VALUE, "dataset.train: can't be checked with 640 MiB of memory"),
         (MANY_ITEMS, "dataset.train: can't be checked with 640 MiB of memory"),
     ],
