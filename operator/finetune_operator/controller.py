@@ -24,9 +24,6 @@ logger = logging.getLogger(__name__)
 
 RECONCILE_SECONDS = 60.0
 """Time limit in seconds of one reconcile, so that a request that hangs does not block a worker."""
-CONFLICT_SECONDS = 0.2
-"""Seconds until a job is reconciled again after the API server answered 409, because somebody else changed the job
-between read and write."""
 RESYNC_RETRY_SECONDS = 10.0
 """Seconds after a failed list of all jobs until the jobs are listed again."""
 
@@ -92,9 +89,11 @@ class Controller:
             async with asyncio.timeout(RECONCILE_SECONDS):
                 requeue = await self._reconciler.reconcile(key)
         except ApiError as error:
-            if error.is_conflict:
+            if error.is_conflict or error.is_name_taken:
+                # Somebody else changed an object between read and write. The first retry follows after 0.2 s. The next
+                # ones wait longer, because a webhook may answer 409 for ever.
                 self._count("conflict")
-                self._queue.add_after(key, CONFLICT_SECONDS)
+                self._queue.add_rate_limited(key)
             else:
                 self._failed(key, error)
         except (aiohttp.ClientError, TimeoutError) as error:

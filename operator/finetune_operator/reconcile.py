@@ -19,6 +19,8 @@ from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.contract import ReportConfig, RunConfig, report_path
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
+from finetune_core.validation.runnable import unrunnable
+from finetune_operator import messages
 from finetune_operator.act.attempt_objects import AttemptObjects
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.checkpoint_annotations import CheckpointAnnotations
@@ -139,14 +141,18 @@ class Reconciler:
         stored = self._parse(key, manifest)
         if stored.has_ended:
             return await self._tidy(stored)
-        try:
-            job = parse_spec(stored)
-        except ValidationError as error:
-            return await self._refuse_for_now(stored, _first_problem(error))
+        if stored.unread_bookkeeping and not (stored.policy.cancel or stored.policy.suspend):
+            # A person's order is obeyed with what could be read, because it ends pods and starts none.
+            return await self._refuse_for_now(stored, messages.unreadable_status(stored.unread_bookkeeping))
+        job, invalid = _parse_spec(stored)
 
-        seen = await self._observer.observe(job)
-        decision = decide(job.status, seen)
-        self._preflight_turns.observe(key, job.status, seen, decision)
+        seen = await self._observer.observe(stored)
+        decision = decide(stored.status, seen)
+        self._preflight_turns.observe(key, stored.status, seen, decision)
+        if job is None:
+            if decision.starts_pods or decision.starts_check(stored.status):
+                return await self._refuse_for_now(stored, invalid)
+            return await self._carry_out(stored, seen, decision, image=None, invalid=invalid)
         asks = decision.starts_check(job.status) and not self._backoff.holds(job.memory)
         # The turn comes before the record of the check, because the pending deadline runs from that record on.
         if asks and not await self._preflight_turns.has_come(key, job.now):
@@ -156,9 +162,24 @@ class Reconciler:
             config = self._run_config(job, decision)
         except UserError as error:
             return await self._refuse(job, str(error))
+        return await self._carry_out(job, seen, decision, image=image, invalid=invalid, config=config)
 
+    async def _carry_out(
+        self,
+        job: StoredJob,
+        seen: JobObservation,
+        decision: Decision,
+        *,
+        image: str | None,
+        invalid: str,
+        config: RunConfig | None = None,
+    ) -> Requeue:
+        """Write ``decision`` and reconcile again where it must be written first; else act on it, and write the status.
+
+        ``invalid`` says why this version can't run or read the spec; empty where it can.
+        """
         if decision.must_be_written_first(job.status):
-            given = status_input(job, seen, decision, image=image, config=config)
+            given = status_input(job, seen, decision, image=image, invalid=invalid, config=config)
             later = await self._writer.write(job, given)
             if decision.action is Action.OPEN_ATTEMPT:
                 self._backoff.reset(job.memory)
@@ -167,7 +188,14 @@ class Reconciler:
         acted = await self._act(job, seen, decision, image, config)
 
         given = status_input(
-            job, seen, decision, image=image, config=config, created=acted.child, problem=acted.problem
+            job,
+            seen,
+            decision,
+            image=image,
+            invalid=invalid,
+            config=config,
+            created=acted.child,
+            problem=acted.problem,
         )
         later = await self._writer.write(job, given)
         await self._annotations.update(job, seen.pods)
@@ -183,14 +211,15 @@ class Reconciler:
         return Requeue(gone=True)
 
     def _parse(self, key: Key, manifest: dict[str, Any]) -> StoredJob:
-        stored = parse_stored_job(key, manifest, self._memory.job(key), self._now())
+        memory = self._memory.job(key, manifest["metadata"]["uid"])
+        stored = parse_stored_job(key, manifest, memory, self._now())
         set_log_fields(**stored.log_fields)
         stored.memory.resource_version = manifest["metadata"]["resourceVersion"]
         return stored
 
     async def _tidy(self, stored: StoredJob) -> Requeue:
         """Remove those objects of an ended job that are due, and accept no more reports of the job."""
-        self._memory.set_reporting_attempt(stored.key, None)
+        self._memory.set_reporting_attempt(stored.key, stored.uid, None)
         self._preflight_turns.forget(stored.key)
         self._metrics.jobs.update(stored.key, stored.status)
         return Requeue(after=await self._settled_jobs.tidy(stored))
@@ -206,7 +235,7 @@ class Reconciler:
         path = report_path(job.key.namespace, job.key.name, number)
         return resolve(job.resource, report=ReportConfig(url=self._report_base_url + path))
 
-    def _resync(self, job: ParsedJob, decision: Decision, acted: _Acted) -> float | None:
+    def _resync(self, job: StoredJob, decision: Decision, acted: _Acted) -> float | None:
         """Return in how many seconds to reconcile the current attempt again even if no watch event comes.
 
         None where no attempt is current.
@@ -225,11 +254,11 @@ class Reconciler:
     # ---- the action: create and delete objects ----
 
     async def _act(
-        self, job: ParsedJob, seen: JobObservation, decision: Decision, image: str, config: RunConfig | None
+        self, job: StoredJob, seen: JobObservation, decision: Decision, image: str | None, config: RunConfig | None
     ) -> _Acted:
         """Create or delete the objects that ``decision.action`` names. The stored status has the decision already."""
         match decision.action:
-            case Action.CREATE_ATTEMPT if config is not None:
+            case Action.CREATE_ATTEMPT if isinstance(job, ParsedJob) and image and config is not None:
                 try:
                     avoided = nodes_to_avoid(job.status.attempts.recent)
                     return _Acted(child=await self._attempt_objects.create(job, image, config, avoided))
@@ -238,7 +267,10 @@ class Reconciler:
             case Action.REMOVE_ATTEMPT if seen.child is not None:
                 await self._attempt_objects.remove(job, seen.child)
                 return _Acted()
-            case Action.CREATE_PREFLIGHT_POD if config is not None:
+            case Action.REMOVE_ORPHANS:
+                await self._attempt_objects.remove_orphans(job, decision.orphans)
+                return _Acted()
+            case Action.CREATE_PREFLIGHT_POD if isinstance(job, ParsedJob) and image and config is not None:
                 return await self._create_preflight_pod(job, decision.number_of_try, image, config)
             case Action.REMOVE_PREFLIGHT_PODS:
                 await self._preflight_objects.remove(job, decision.preflight_pods)
@@ -275,6 +307,15 @@ class Reconciler:
         self._backoff.failed(stored.memory, problem)
         await self._writer.write(stored, refused_input(stored, invalid=message, problem=problem))
         return Requeue(after=self._backoff.seconds_left(stored.memory))
+
+
+def _parse_spec(stored: StoredJob) -> tuple[ParsedJob | None, str]:
+    """Return the job with its parsed spec, or None where this version can't read the spec; and why it can't be run."""
+    try:
+        job = parse_spec(stored)
+    except ValidationError as error:
+        return None, _first_problem(error)
+    return job, "; ".join(str(error) for error in unrunnable(job.resource.spec))
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -16,7 +16,7 @@ from finetune_core.api.status import CheckpointStatus
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.objects.labels import LAST_CHECKPOINT_TIME
 from finetune_operator.objects.observations import PodObservation
-from finetune_operator.observe.stored_job import ParsedJob
+from finetune_operator.observe.stored_job import StoredJob
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class CheckpointAnnotations:
         self._cluster = cluster
         self._enabled = enabled
 
-    async def update(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
+    async def update(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
         """Annotate the running pods with the time of the newest checkpoint in the stored status."""
         current = job.status.attempts.current
         if not self._enabled or current is None:

@@ -19,7 +19,7 @@ from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import PodObservation, controller_uid
 from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_config_map, build_preflight_pod
-from finetune_operator.observe.stored_job import ParsedJob
+from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.queue.retryable import RetryableError
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class PreflightObjects:
         logger.info("preflight pod of try %d created", number, extra=job.log_fields)
         return None
 
-    async def remove(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
+    async def remove(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
         """Delete ``pods``, each the pod of a try, and their ConfigMaps."""
         for pod in pods:
             await delete_config_map(self._cluster, job.key.namespace, pod.name, job.uid)
@@ -74,7 +74,7 @@ class PreflightObjects:
         try:
             await self._cluster.create_pod(pod)
         except ApiError as error:
-            if error.is_conflict:
+            if error.is_name_taken:
                 await self._accept_existing(job, pod)
             elif error.is_refusal:
                 message = messages.backend_refused("Pod", name, error.message)

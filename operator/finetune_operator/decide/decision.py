@@ -32,6 +32,8 @@ class Action(Enum):
     """Create ConfigMap and child of the current attempt."""
     REMOVE_ATTEMPT = auto()
     """Delete ConfigMap and child of the attempt that ended last."""
+    REMOVE_ORPHANS = auto()
+    """Delete the pods in `Decision.orphans`, whose attempt has ended and whose child does not exist any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,8 @@ class Decision:
     """For which turn the preflight check waits, as a sentence; empty where it does not wait for one."""
     preflight_pods: Sequence[PodObservation] = ()
     """Pods that `Action.REMOVE_PREFLIGHT_PODS` deletes."""
+    orphans: Sequence[PodObservation] = ()
+    """Pods that `Action.REMOVE_ORPHANS` deletes."""
 
     @property
     def number_of_try(self) -> int:
@@ -79,6 +83,11 @@ class Decision:
     def needs_run_file(self) -> bool:
         """Whether a pod may be about to start. Pods read the run file, so the spec must then be resolved into one."""
         return self.state in (JobState.CHECKING, JobState.OPENED)
+
+    @property
+    def starts_pods(self) -> bool:
+        """Whether the decision leads to new pods, for which the whole spec is needed."""
+        return self.action in (Action.OPEN_ATTEMPT, Action.CREATE_ATTEMPT, Action.CREATE_PREFLIGHT_POD)
 
     def starts_check(self, stored: FineTuneJobStatus) -> bool:
         """Return whether a preflight pod is to be created, now or once the record of the check is written."""

@@ -52,9 +52,22 @@ class ApiError(Exception):
         return self.status == HTTPStatus.NOT_FOUND
 
     @property
+    def is_name_taken(self) -> bool:
+        """Whether an object was not created because one of the same name exists: 409 with the reason AlreadyExists.
+
+        No other 409 means that an object exists. A ResourceQuota that was changed meanwhile answers a creation with 409
+        and the reason Conflict, and a webhook may answer 409 with any reason.
+        """
+        return self.status == HTTPStatus.CONFLICT and self.reason == "AlreadyExists"
+
+    @property
     def is_conflict(self) -> bool:
-        """Whether the answer is 409: the name is taken, or a precondition (uid, resourceVersion) does not hold."""
-        return self.status == HTTPStatus.CONFLICT
+        """Whether the answer is a 409 that does not mean that the name is taken.
+
+        The request changed nothing, because somebody else has changed an object meanwhile: a precondition (uid,
+        resourceVersion) does not hold, or a quota was used by another request. The caller reads anew and tries again.
+        """
+        return self.status == HTTPStatus.CONFLICT and not self.is_name_taken
 
     @property
     def is_refusal(self) -> bool:
@@ -77,6 +90,14 @@ _NOT_ABOUT_THE_OBJECT: Final = frozenset(
 """HTTP status codes of the 4xx range that do not mean that the object itself was refused."""
 REQUEST_ERRORS: Final = (ApiError, aiohttp.ClientError, TimeoutError)
 """The exceptions with which a request can fail. A caller that tries again later catches all of them."""
+
+
+def going_away(error: ApiError, kind: str, name: str) -> ApiError:
+    """Return the conflict to raise where an object was not created because one that is being deleted has its name.
+
+    ``error`` is the answer to the creation. The caller raises the conflict, so that the job is reconciled again soon.
+    """
+    return ApiError(error.status, "Conflict", f"{kind} {name} was deleted while it was created")
 
 
 def describe_error(error: Exception) -> str:
@@ -170,7 +191,7 @@ class KubeClient:
     async def delete_child(self, namespace: str, name: str, uid: str) -> None:
         """Delete the PyTorchJob with this ``uid``; the garbage collector deletes its pods later.
 
-        A PyTorchJob that does not exist any more is no error.
+        A PyTorchJob that does not exist any more is no error. Raises ApiError (409) where another one has its name.
         """
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         await self._delete(Permission.DELETE_CHILD, namespace, name, body)
@@ -183,9 +204,12 @@ class KubeClient:
         """Create a ConfigMap and return the created object."""
         return await self._create(Permission.CREATE_CONFIG_MAP, manifest)
 
-    async def delete_config_map(self, namespace: str, name: str) -> None:
-        """Delete a ConfigMap. A ConfigMap that does not exist is no error."""
-        await self._delete(Permission.DELETE_CONFIG_MAP, namespace, name, {})
+    async def delete_config_map(self, namespace: str, name: str, uid: str) -> None:
+        """Delete the ConfigMap with this ``uid``. A ConfigMap that does not exist any more is no error.
+
+        Raises ApiError (409) where another ConfigMap has its name.
+        """
+        await self._delete(Permission.DELETE_CONFIG_MAP, namespace, name, {"preconditions": {"uid": uid}})
 
     async def get_network_policy(self, namespace: str, name: str) -> Manifest | None:
         """Return a NetworkPolicy, or None where it does not exist."""
@@ -213,7 +237,10 @@ class KubeClient:
         return await self._create(Permission.CREATE_POD, manifest)
 
     async def delete_pod(self, namespace: str, name: str, uid: str) -> None:
-        """Delete the pod with this ``uid``. A pod that does not exist any more is no error."""
+        """Delete the pod with this ``uid``. A pod that does not exist any more is no error.
+
+        Raises ApiError (409) where another pod has its name.
+        """
         await self._delete(Permission.DELETE_POD, namespace, name, {"preconditions": {"uid": uid}})
 
     async def annotate_pod(self, namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
@@ -242,7 +269,7 @@ class KubeClient:
         try:
             await self._request(Permission.CREATE_EVENT, namespace, body=manifest)
         except ApiError as error:
-            if error.is_conflict:
+            if error.is_name_taken:
                 return False
             raise
         return True
@@ -299,9 +326,9 @@ class KubeClient:
         try:
             await self._request(permission, namespace, name, body=body)
         except ApiError as error:
-            # A 404 or 409 is no error. 409 means that the uid precondition failed: the object is gone, and a new object
-            # has its name.
-            if not (error.is_not_found or error.is_conflict):
+            # A 409 is raised although it mostly means that the uid precondition failed, so that the object is gone and
+            # a new one has its name. The next reconcile sees which it is.
+            if not error.is_not_found:
                 raise
 
     async def _request(

@@ -41,6 +41,8 @@ class JobObservation:
     seen yet."""
     pods: Sequence[PodObservation]
     """All pods of the job that still exist, of whichever attempt."""
+    undeletable: frozenset[str] = frozenset()
+    """Uids of pods whose child is gone and whose deletion the API server has refused. They are not waited for."""
     checkpoints: Sequence[CheckpointStatus]
     """Committed checkpoints as the stored status lists them, oldest first."""
     usage: UsageStatus

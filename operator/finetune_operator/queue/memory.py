@@ -1,6 +1,9 @@
 """In-memory state of each job between two reconciles: the newest report of the current attempt, the pods that may send
 reports, and the time of the last status write.
 
+The state belongs to the uid of a job, because a job that was deleted and created again under the same name is another
+job: it must not show the progress of the first one, nor wait for the back-off of the first one.
+
 `observe/observer.py` stores which attempt may report, and `reports/server.py` stores the reports of that attempt. A
 restart of the operator loses this state without harm.
 """
@@ -38,6 +41,8 @@ class ReportingAttempt:
 class JobMemory:
     """In-memory state of one job. Times are seconds of the monotonic clock unless the type is a datetime."""
 
+    uid: str = ""
+    """`metadata.uid` of the FineTuneJob that the state belongs to."""
     resource_version: str = ""
     """`metadata.resourceVersion` of the job at the last reconcile."""
     reporting: ReportingAttempt | None = None
@@ -59,6 +64,8 @@ class JobMemory:
     """Time of the next try to create the objects, after the error in `problem`."""
     failures: int = 0
     """Number of consecutive tries that ended with a RetryableError."""
+    undeletable_pods: set[str] = field(default_factory=set)
+    """Uids of orphaned pods whose deletion the API server has refused, for example because of an admission policy."""
     start_errors: dict[str, float] = field(default_factory=dict)
     """For each uid of a pod whose container waits with an error of its runtime: when this was first seen."""
     hint: str = ""
@@ -73,7 +80,7 @@ class JobMemory:
 
 
 class Memory:
-    """In-memory state of all jobs, by key."""
+    """In-memory state of all jobs. Each state belongs to the key and the uid of a job."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Create an empty memory. ``clock`` returns monotonic seconds."""
@@ -84,9 +91,16 @@ class Memory:
         """Return the keys of all jobs in memory."""
         return list(self._jobs)
 
-    def job(self, key: Key) -> JobMemory:
-        """Return the state of the job ``key``; create an empty state where the job has none."""
-        return self._jobs.setdefault(key, JobMemory())
+    def job(self, key: Key, uid: str) -> JobMemory:
+        """Return the state of the job ``key`` with ``uid``.
+
+        An empty state is created where the job has none, and where the state in memory is that of an earlier job of the
+        same name, which must have been deleted.
+        """
+        job = self._jobs.get(key)
+        if job is None or job.uid != uid:
+            job = self._jobs[key] = JobMemory(uid=uid)
+        return job
 
     def has_read(self, key: Key, resource_version: str) -> bool:
         """Return whether a reconcile has already read the job with this ``metadata.resourceVersion``."""
@@ -98,32 +112,44 @@ class Memory:
         job = self._jobs.get(key)
         return job.reporting if job else None
 
-    def set_reporting_attempt(self, key: Key, reporting: ReportingAttempt | None) -> None:
+    def newest_report(self, key: Key, uid: str) -> Report | None:
+        """Return the newest report of the job ``key`` with ``uid``; None where this job has not reported yet."""
+        job = self._jobs.get(key)
+        return job.report if job is not None and job.uid == uid else None
+
+    def set_reporting_attempt(self, key: Key, uid: str, reporting: ReportingAttempt | None) -> None:
         """From now on accept only reports of the attempt ``reporting``; drop a stored report of another attempt."""
-        job = self.job(key)
+        job = self.job(key, uid)
         old = job.reporting
         if reporting is None or old is None or (old.uid, old.attempt) != (reporting.uid, reporting.attempt):
             job.report = job.reported_at = None
             _end_attempt(job)
         job.reporting = reporting
 
-    def stop_reporting(self, key: Key) -> None:
+    def stop_reporting(self, key: Key, uid: str) -> None:
         """Accept no report until the next attempt. Keep the newest report, so that the status can still show it."""
-        job = self.job(key)
+        job = self.job(key, uid)
         job.reporting = None
         _end_attempt(job)
 
-    def store_report(self, key: Key, report: Report, received: datetime) -> None:
-        """Store ``report`` as the newest report of the job's attempt, and measure the training speed by its step."""
-        job = self.job(key)
+    def store_report(self, key: Key, uid: str, report: Report, received: datetime) -> bool:
+        """Store ``report`` as the newest report of the job ``key`` with ``uid``, and measure the training speed by it.
+
+        Returns False, and stores nothing, where the memory no longer has the state of this job: it may have been
+        deleted, and created again, while its report was being checked.
+        """
+        job = self._jobs.get(key)
+        if job is None or job.uid != uid:
+            return False
         job.report, job.reported_at = report, received
         step = report.reported_step if isinstance(report, StockReport) else report.step
         if report.total_steps and step is not None:
             job.speed.add(self._clock(), step)
+        return True
 
-    def seconds_to_progress_write(self, key: Key) -> float:
-        """Return for how many seconds a status write of ``key`` with only new numbers must wait."""
-        return self.job(key).seconds_to_progress_write(self._clock())
+    def seconds_to_progress_write(self, key: Key, uid: str) -> float:
+        """Return for how many seconds a status write with only new numbers of the job must wait."""
+        return self.job(key, uid).seconds_to_progress_write(self._clock())
 
     def forget(self, key: Key) -> None:
         """Drop the state of a job that no longer exists."""

@@ -157,7 +157,7 @@ class ReportServer(HttpServer):
             async with asyncio.timeout(BODY_SECONDS):
                 body = await request.read()
             report = parse(body, pod, reporting)
-            self._check_same_format(key, report)
+            self._check_same_format(key, reporting, report)
         except RejectedError as rejection:
             return self._reject(rejection.status, str(rejection))
         except web.HTTPRequestEntityTooLarge:
@@ -167,13 +167,13 @@ class ReportServer(HttpServer):
         except ReviewUnavailableError as error:
             logger.warning("a token could not be reviewed: %s", error)
             return self._reject(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
-        before = self._memory.job(key).report
-        self._memory.store_report(key, report, self._now().replace(microsecond=0))
+        before = self._memory.newest_report(key, reporting.uid)
+        if not self._memory.store_report(key, reporting.uid, report, self._now().replace(microsecond=0)):
+            return self._reject(HTTPStatus.CONFLICT, "the job was deleted")
         # The job is reconciled when its status may be written: at once, or for new numbers alone later. An earlier
         # reconcile would cost requests and write nothing.
-        self._queue.add_after(
-            key, 0.0 if needs_reconcile_now(before, report) else self._memory.seconds_to_progress_write(key)
-        )
+        now = needs_reconcile_now(before, report)
+        self._queue.add_after(key, 0.0 if now else self._memory.seconds_to_progress_write(key, reporting.uid))
         self._metrics.reports_accepted.inc()
         return None
 
@@ -200,12 +200,12 @@ class ReportServer(HttpServer):
                 )  # the pod may be too new to be known; after a reconcile the next report is accepted
             raise
 
-    def _check_same_format(self, key: Key, report: Report) -> None:
+    def _check_same_format(self, key: Key, reporting: ReportingAttempt, report: Report) -> None:
         """Reject a stock report (Kubeflow's protocol) where the newest report is from this project's trainer.
 
         The stock report holds less than the stored report. Raises RejectedError (409).
         """
-        known = self._memory.job(key).report
+        known = self._memory.newest_report(key, reporting.uid)
         if isinstance(report, stock_reports.StockReport) and not isinstance(known, stock_reports.StockReport | None):
             raise RejectedError(HTTPStatus.CONFLICT, "this attempt reports in full already")
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.attempt_causes import Cause
+from finetune_core.api.conditions import ConditionType
 from finetune_core.api.status import AttemptsStatus
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import FIELD_MANAGER, KubeClient
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import JobMemory
@@ -18,6 +19,7 @@ from finetune_operator.status.budget import WriteBudget
 from finetune_operator.status.compute import compute_status, is_news, is_transition
 from finetune_operator.status.event_recorder import EventRecorder
 from finetune_operator.status.inputs import StatusInput
+from finetune_operator.status.preservation import preserve
 
 
 class StatusWriter:
@@ -51,7 +53,7 @@ class StatusWriter:
         how many seconds such numbers may be written; None where nothing waits. Raises ApiError (409) where the job has
         changed since it was read.
         """
-        status = compute_status(job.status, given, child_kind=self._child_kind)
+        status = compute_status(job.status, given, child_kind=self._child_kind).model_copy(update=job.left_alone)
         self._metrics.jobs.update(job.key, status)
         old = job.status if job.manifest.get("status") else None
         if not is_news(old, status):
@@ -71,12 +73,23 @@ class StatusWriter:
             memory.progress_write_at = self._budget.reserve()
         return memory.seconds_to_progress_write(self._clock())
 
-    async def forget_child(self, job: StoredJob) -> None:
-        """Remove `status.child` of an ended job, because the job's PyTorchJob no longer exists.
+    async def write_settled(self, job: StoredJob, *, without_child: bool) -> None:
+        """Write into the status of an ended job that its generation is observed, where that is not written yet.
 
-        All other fields stay as they are.
+        With ``without_child``, also remove `status.child`, because the job's PyTorchJob no longer exists. Nothing else
+        changes, because no edit changes how a job has ended. kstatus (Flux, Argo CD) counts a job as in progress as
+        long as its newest generation is not observed.
         """
-        await self._apply(job, job.status.model_copy(update={"child": None}))
+        conditions = [
+            item.model_copy(update={"observed_generation": job.generation}) if item.type in set(ConditionType) else item
+            for item in job.status.conditions
+        ]
+        update: dict[str, object] = {"child": None} if without_child else {}
+        if job.status.observed_generation != job.generation:
+            update |= {"observed_generation": job.generation, "conditions": conditions}
+        status = job.status.model_copy(update=update)
+        if status != job.status:
+            await self._apply(job, status)
 
     def _count_refusals(self, old: AttemptsStatus, new: AttemptsStatus) -> None:
         """Count, by node, the attempts of ``new`` that a node ended by refusing a pod and that are not in ``old``."""
@@ -86,6 +99,7 @@ class StatusWriter:
                 self._metrics.node_refusals.labels(node=past.node).inc()
 
     async def _apply(self, job: StoredJob, status: FineTuneJobStatus) -> None:
-        await self._cluster.apply_status(job.key, job.manifest["metadata"]["resourceVersion"], status.to_json())
+        body = preserve(job.manifest, job.status.to_json(), status.to_json(), FIELD_MANAGER)
+        await self._cluster.apply_status(job.key, job.manifest["metadata"]["resourceVersion"], body)
         job.memory.status_written_at, job.memory.progress_write_at = self._clock(), None
         self._metrics.status_writes.inc()
