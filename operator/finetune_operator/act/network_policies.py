@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from finetune_core.api.conditions import Reason
 from finetune_operator import messages
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import ApiError, KubeClient, going_away
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.observations import controller_uid
 from finetune_operator.queue.retryable import RetryableError
@@ -26,7 +26,8 @@ class NetworkPolicies:
         """Create the NetworkPolicy, or accept the existing one where an earlier reconcile of the job has created it.
 
         Raises RetryableError where the API server refuses the policy, or where a policy of that name belongs to another
-        owner. The attempt does not start without its policy.
+        owner. Raises ApiError (409) where the policy is to be created again soon. The attempt does not start without
+        its policy.
         """
         if not self._enabled:
             return
@@ -34,16 +35,17 @@ class NetworkPolicies:
         try:
             await self._client.create_network_policy(manifest)
         except ApiError as error:
-            if error.is_conflict and error.reason == "AlreadyExists":
-                existing = await self._client.get_network_policy(metadata["namespace"], metadata["name"])
-                if existing is not None and controller_uid(existing) != controller_uid(manifest):
-                    problem = messages.name_conflict("NetworkPolicy", metadata["name"])
-                    raise RetryableError(Reason.NAME_CONFLICT, problem) from error
-                return
-            if error.is_conflict or (error.is_refusal and not error.is_not_found):
-                message = messages.backend_refused("NetworkPolicy", metadata["name"], error.message)
-                raise RetryableError(Reason.BACKEND_UNAVAILABLE, message) from error
-            raise
+            if not error.is_name_taken:
+                if error.is_refusal:
+                    message = messages.backend_refused("NetworkPolicy", metadata["name"], error.message)
+                    raise RetryableError(Reason.BACKEND_UNAVAILABLE, message) from error
+                raise
+            existing = await self._client.get_network_policy(metadata["namespace"], metadata["name"])
+            if existing is None or "deletionTimestamp" in existing["metadata"]:
+                raise going_away(error, "NetworkPolicy", metadata["name"]) from error
+            if controller_uid(existing) != controller_uid(manifest):
+                problem = messages.name_conflict("NetworkPolicy", metadata["name"])
+                raise RetryableError(Reason.NAME_CONFLICT, problem) from error
 
     async def delete(self, namespace: str, name: str, owner_uid: str) -> None:
         """Delete the NetworkPolicy if it exists and its owner is the job with the uid ``owner_uid``."""
