@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,6 +41,7 @@ from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.preflight_slots import PreflightSlots
+from finetune_operator.queue.requeue import Requeue, Write
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, RetryableError
 from finetune_operator.queue.work_queue import Key
 from finetune_operator.settled import SettledJobs
@@ -51,16 +52,8 @@ from finetune_operator.status.writer import StatusWriter
 RUNNING_RESYNC_SECONDS = 60.0
 """Seconds between two reconciles of a job whose attempt runs or whose child is suspended. So even where a watch event
 is lost, the operator acts within a minute."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Requeue:
-    """When the job is to be reconciled again."""
-
-    after: float | None = None
-    """Seconds to wait: 0 means at once; None means to wait for the next watch event or resync."""
-    gone: bool = False
-    """Whether the job no longer exists."""
+RETRY_SECONDS = 10.0
+"""Seconds until a job is reconciled again whose status had to be written first, but did not change by that write."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +64,12 @@ class _Acted:
     """The child object as it is after the action; None where it does not exist."""
     problem: RetryableError | None = None
     """Why the attempt's objects could not be created; None where nothing failed."""
-    after: float | None = None
-    """Seconds after which the next step of the preflight check is due."""
+    missing: str = ""
+    """Why the preflight pod could not be created; empty where nothing failed."""
+    retry_seconds: float | None = None
+    """Seconds after which the objects that could not be created are tried again; None where nothing failed."""
+    removed: Write | None = None
+    """The deletion of preflight pods, after which the next step of the check is due at once."""
 
 
 class Reconciler:
@@ -128,13 +125,14 @@ class Reconciler:
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
         )
         self._settled_jobs = SettledJobs(cluster, backend, self._writer, policies)
-        self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations)
+        self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations, clock=clock)
 
     async def reconcile(self, key: Key) -> Requeue:
         """Bring the job a step further, and return when to call again.
 
         Raises ApiError where the API server refuses a request, or where the job has changed since it was read.
         """
+        self._memory.begin_reconcile(key)
         manifest = await self._cluster.get_job(key)
         if manifest is None or "deletionTimestamp" in manifest["metadata"]:
             return self._forget(key)
@@ -180,12 +178,13 @@ class Reconciler:
         """
         if decision.must_be_written_first(job.status):
             given = status_input(job, seen, decision, image=image, invalid=invalid, config=config)
-            later = await self._writer.write(job, given)
+            write = await self._writer.write_now(job, given)
             if decision.action is Action.OPEN_ATTEMPT:
                 self._backoff.reset(job.memory)
-            return Requeue(after=later or 0)
+            return Requeue(write=write, pause=RETRY_SECONDS)
 
         acted = await self._act(job, seen, decision, image, config)
+        decision = replace(decision, missing=acted.missing or decision.missing)
 
         given = status_input(
             job,
@@ -197,9 +196,10 @@ class Reconciler:
             created=acted.child,
             problem=acted.problem,
         )
-        later = await self._writer.write(job, given)
+        left = (await self._writer.write(job, given)).left
         await self._annotations.update(job, seen.pods)
-        return Requeue(after=_earliest(acted.after, decision.wait_seconds, later, self._resync(job, decision, acted)))
+        waits = (acted.retry_seconds, decision.wait_seconds, left, self._resync(job, decision, acted))
+        return Requeue(write=acted.removed, pause=_earliest(*waits))
 
     # ---- before the decision: jobs that are deleted, read or ended ----
 
@@ -222,7 +222,10 @@ class Reconciler:
         self._memory.set_reporting_attempt(stored.key, stored.uid, None)
         self._preflight_turns.forget(stored.key)
         self._metrics.jobs.update(stored.key, stored.status)
-        return Requeue(after=await self._settled_jobs.tidy(stored))
+        requeue = Requeue(pause=await self._settled_jobs.tidy(stored))
+        # Until its next event, or until the pause is over, the job needs no reconcile: not even at a resync.
+        stored.memory.settled_version = stored.memory.resource_version
+        return requeue
 
     # ---- around the decision: the run file, and when to reconcile again ----
 
@@ -238,10 +241,10 @@ class Reconciler:
     def _resync(self, job: StoredJob, decision: Decision, acted: _Acted) -> float | None:
         """Return in how many seconds to reconcile the current attempt again even if no watch event comes.
 
-        None where no attempt is current.
+        None where no attempt is current, and where its objects could not be created.
         """
         if acted.problem is not None:
-            return self._backoff.seconds_left(job.memory)
+            return None
         current = decision.attempts.current
         if current is None:
             return None
@@ -263,7 +266,7 @@ class Reconciler:
                     avoided = nodes_to_avoid(job.status.attempts.recent)
                     return _Acted(child=await self._attempt_objects.create(job, image, config, avoided))
                 except RetryableError as problem:
-                    return _Acted(problem=problem)
+                    return _Acted(problem=problem, retry_seconds=self._backoff.seconds_left(job.memory))
             case Action.REMOVE_ATTEMPT if seen.child is not None:
                 await self._attempt_objects.remove(job, seen.child)
                 return _Acted()
@@ -273,16 +276,17 @@ class Reconciler:
             case Action.CREATE_PREFLIGHT_POD if isinstance(job, ParsedJob) and image and config is not None:
                 return await self._create_preflight_pod(job, decision.number_of_try, image, config)
             case Action.REMOVE_PREFLIGHT_PODS:
-                await self._preflight_objects.remove(job, decision.preflight_pods)
-                return _Acted(after=0)
+                return _Acted(removed=await self._preflight_objects.remove(job, decision.preflight_pods))
         return _Acted(child=seen.child)
 
     async def _create_preflight_pod(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> _Acted:
         """Create the preflight pod of try ``number``, and give the slot back where it can't be created."""
-        after = await self._preflight_objects.create(job, number, image, config)
-        if job.memory.problem is not None:
+        try:
+            await self._preflight_objects.create(job, number, image, config)
+        except RetryableError as problem:
             self._preflight_turns.forget(job.key)
-        return _Acted(after=after)
+            return _Acted(missing=problem.message, retry_seconds=self._backoff.seconds_left(job.memory))
+        return _Acted()
 
     # ---- specs that can't be run ----
 
@@ -306,7 +310,7 @@ class Reconciler:
         problem = RetryableError(Reason.BAD_INPUT, message)
         self._backoff.failed(stored.memory, problem)
         await self._writer.write(stored, refused_input(stored, invalid=message, problem=problem))
-        return Requeue(after=self._backoff.seconds_left(stored.memory))
+        return Requeue(pause=self._backoff.seconds_left(stored.memory))
 
 
 def _parse_spec(stored: StoredJob) -> tuple[ParsedJob | None, str]:

@@ -293,7 +293,8 @@ def run() -> None:
         with lag_of(world.operator) as lag:
             world.wait(
                 "the next resync",
-                lambda: reconciles(world.operator) >= before + JOBS_IDLE,
+                # The resync leaves out the jobs that have ended, because they did not change.
+                lambda: reconciles(world.operator) >= before + JOBS_IDLE - JOBS_NEW,
                 PATIENCE_SECONDS,
                 SCRAPE_SECONDS,
             )

@@ -70,9 +70,11 @@ class ModelServer:
     async def get_job(self, _key: Key) -> Manifest:
         return copy.deepcopy(self.job)
 
-    async def apply_status(self, _key: Key, resource_version: str, status: Manifest) -> None:
+    async def apply_status(self, _key: Key, resource_version: str, status: Manifest) -> str:
         if resource_version != self.job["metadata"]["resourceVersion"]:
             raise ApiError(409, "Conflict", "the object has been modified")
+        if status == self.job.get("status"):
+            return resource_version  # the API server stores nothing, and the resourceVersion stays the same
         self._version += 1
         self.job["metadata"]["resourceVersion"] = str(self._version)
         # Server-side apply keeps the conditions of other field managers, and removes those that the operator no longer
@@ -84,6 +86,7 @@ class ModelServer:
         self._applied_conditions = applied
         self.job["status"] = status | {"conditions": [*status["conditions"], *others]}
         self._wrote("status")
+        return str(self._version)
 
     async def get_child(self, _namespace: str, name: str) -> Manifest | None:
         return copy.deepcopy(self.children.get(name))
@@ -156,16 +159,17 @@ class ModelServer:
         self._wrote(f"create pod {name}")
         return copy.deepcopy(check)
 
-    async def delete_pod(self, _namespace: str, name: str, uid: str) -> None:
+    async def delete_pod(self, _namespace: str, name: str, uid: str) -> bool:
         gone = [check for check in self.checks if (check["metadata"]["name"], check["metadata"]["uid"]) == (name, uid)]
         if gone:
             self.checks.remove(gone[0])
             self._wrote(f"delete pod {name}")
-        for pod in self.pods:
-            if (pod["metadata"]["name"], pod["metadata"]["uid"]) == (name, uid):
-                self._end_pod(pod)
-                self._wrote(f"delete pod {name}")
+        orphans = [pod for pod in self.pods if (pod["metadata"]["name"], pod["metadata"]["uid"]) == (name, uid)]
+        for pod in orphans:
+            self._end_pod(pod)
+            self._wrote(f"delete pod {name}")
         self.pods = [pod for pod in self.pods if self.saving or "gone" not in pod]
+        return bool(gone or orphans)
 
     async def list_pods(self, _namespace: str, selector: str) -> list[Manifest]:
         return copy.deepcopy(self.checks if PREFLIGHT in selector else [*self.pods, *self.checks])

@@ -297,7 +297,7 @@ async def test_an_operator_that_was_away_removes_orphaned_pods_before_the_next_a
 class _KeepsPods(ModelServer):
     """Refuses to delete pods, as an admission policy may."""
 
-    async def delete_pod(self, _namespace: str, name: str, uid: str) -> None:
+    async def delete_pod(self, _namespace: str, name: str, uid: str) -> bool:
         raise ApiError(403, "Forbidden", "pods may not be deleted")
 
 

@@ -227,3 +227,18 @@ async def test_reports_with_only_new_numbers_queue_no_reconcile_before_the_next_
     saved = CheckpointRecord(run=1, step=6, uri="s3://b/c", bytes=9, manifest_sha256="ab", time=NOW)
     assert await post(client, "good", body(step=6, checkpoints=[saved])) == 204
     assert queue.pop() == KEY, "a new checkpoint is reconciled at once"
+
+
+async def test_a_pod_that_may_not_report_can_not_cause_more_reconciles_than_one_that_may(
+    client: TestClient[Any, Any], memory: Memory, queue: WorkQueue
+) -> None:
+    reconciled = 0
+    began = time.monotonic()
+    for _ in range(50):
+        assert await post(client, "peer", body(pod_uid="pod-9")) == 403
+        while (key := queue.pop()) is not None:
+            memory.begin_reconcile(key)
+            queue.done(key)
+            reconciled += 1
+    # The burst, and on a slow machine the turns of the time that passed.
+    assert 1 <= reconciled <= 3 + (time.monotonic() - began) / 10

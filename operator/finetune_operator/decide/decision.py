@@ -12,6 +12,7 @@ from enum import Enum, auto
 
 from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, PreflightStatus
 from finetune_core.contract import Result
+from finetune_operator.decide.bookkeeping import bookkeeping
 from finetune_operator.decide.states import JobState
 from finetune_operator.objects.observations import PodObservation
 
@@ -100,19 +101,5 @@ class Decision:
         This is so where the numbers of attempts or tries have changed, or where the job ends. An operator that crashes
         right after that write finds its decision in the status and does not decide anew.
         """
-        changed = _bookkeeping(self.attempts, self.preflight) != _bookkeeping(stored.attempts, stored.preflight)
+        changed = bookkeeping(self.attempts, self.preflight) != bookkeeping(stored.attempts, stored.preflight)
         return changed or self.end is not None
-
-
-def _bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
-    """Return the part of the status that must be written before any object is created or deleted: the counts of
-    attempts, number and cause of the current attempt, and the record of the preflight check."""
-    current = attempts.current
-    return (
-        attempts.started,
-        attempts.charged,
-        attempts.free,
-        current.number if current else None,
-        current.cause if current else None,
-        preflight,
-    )

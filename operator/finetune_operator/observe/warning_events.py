@@ -7,15 +7,18 @@ messages of the job's conditions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from finetune_core.api.conditions import ConditionType
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_error
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS
+
+logger = logging.getLogger(__name__)
 
 
 class WarningReader:
@@ -63,10 +66,17 @@ class WarningReader:
         return read_at is not None and self._clock() - read_at < EVENTS_EVERY_SECONDS
 
     async def _read(self, job: StoredJob, uids: Sequence[str]) -> None:
-        """Set `JobMemory.hint` to the newest warning about the first object in ``uids`` that has warnings."""
+        """Set `JobMemory.hint` to the newest warning about the first object in ``uids`` that has warnings.
+
+        Where the events can't be read, the hint stays as it is: it only explains, and the reconcile goes on.
+        """
         job.memory.hint_read_at = self._clock()
         for uid in uids:
-            warnings = await self._cluster.list_warnings(job.key.namespace, uid)
+            try:
+                warnings = await self._cluster.list_warnings(job.key.namespace, uid)
+            except REQUEST_ERRORS as error:
+                logger.warning("warning events not read: %s", describe_error(error), extra=job.log_fields)
+                return
             if warnings:
                 newest = max(warnings, key=_event_time)
                 job.memory.hint = f"{newest.get('reason', '')}: {newest.get('note', '')}"
