@@ -128,6 +128,7 @@ class Replica:
             preflight_slots=PreflightSlots(settings.max_preflights, wake=self._queue.add),
             namespaces=settings.watch_namespaces,
             checkpoint_annotations=settings.checkpoint_annotations,
+            network_policies=settings.network_policies,
         )
         return Controller(
             queue=self._queue,

@@ -24,6 +24,7 @@ from finetune_operator import messages
 from finetune_operator.act.attempt_objects import AttemptObjects
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.checkpoint_annotations import CheckpointAnnotations
+from finetune_operator.act.network_policies import NetworkPolicies
 from finetune_operator.act.preflight_objects import PreflightObjects
 from finetune_operator.act.preflight_turns import PreflightTurns
 from finetune_operator.decide.decision import Action, Decision, JobEnd
@@ -89,6 +90,7 @@ class Reconciler:
         preflight_slots: PreflightSlots | None = None,
         namespaces: Sequence[str] = (),
         checkpoint_annotations: bool = True,
+        network_policies: bool = True,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -107,10 +109,12 @@ class Reconciler:
         self._now = now
         self._backoff = CreationBackoff(clock)
         self._observer = Observer(cluster, backend, memory, preflight_by_default=preflight == "Run", clock=clock)
+        policies = NetworkPolicies(cluster, enabled=network_policies)
         self._attempt_objects = AttemptObjects(
             cluster=cluster,
             backend=backend,
             backoff=self._backoff,
+            network_policies=policies,
             report_base_url=report_base_url,
             ca_bundle=ca_bundle,
         )
@@ -120,7 +124,7 @@ class Reconciler:
         self._writer = StatusWriter(
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
         )
-        self._settled_jobs = SettledJobs(cluster, backend, self._writer)
+        self._settled_jobs = SettledJobs(cluster, backend, self._writer, policies)
         self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations, clock=clock)
 
     async def reconcile(self, key: Key) -> Requeue:

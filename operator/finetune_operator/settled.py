@@ -11,6 +11,7 @@ import logging
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
 from finetune_operator.act.config_maps import delete_config_map
+from finetune_operator.act.network_policies import NetworkPolicies
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.observations import ChildObservation
@@ -26,11 +27,15 @@ SIDECAR_SECONDS = 60.0
 class SettledJobs:
     """Removes the objects that ended jobs leave behind."""
 
-    def __init__(self, cluster: KubeClient, backend: Backend, writer: StatusWriter) -> None:
-        """Delete objects with ``cluster`` and ``backend``. ``writer`` removes a deleted child from the status."""
+    def __init__(
+        self, cluster: KubeClient, backend: Backend, writer: StatusWriter, network_policies: NetworkPolicies
+    ) -> None:
+        """Delete objects with ``cluster``, ``backend`` and ``network_policies``. ``writer`` removes a deleted child
+        from the status."""
         self._cluster = cluster
         self._backend = backend
         self._writer = writer
+        self._network_policies = network_policies
 
     async def tidy(self, job: StoredJob) -> float | None:
         """Remove the job's objects that are due. Return in how many seconds the next is due; None if none will be.
@@ -51,8 +56,10 @@ class SettledJobs:
         if child is not None and child.owner_uid != job.uid:
             child = None
         if child is None and job.condition_is(ConditionType.SUCCEEDED, "False"):
-            # A ConfigMap without a child may exist, because the operator may have crashed before it created the child.
+            # ConfigMap and NetworkPolicy may exist without a child, because the operator may have crashed before it
+            # created the child.
             await delete_config_map(self._cluster, job.key.namespace, name, job.uid)
+            await self._network_policies.delete(job.key.namespace, name, job.uid)
         age = (job.now - ended).total_seconds()
         waits = []
         if (ttl := time_to_live(job.manifest)) is not None:
@@ -69,8 +76,9 @@ class SettledJobs:
         return min(waits, default=None), False
 
     async def _remove_all(self, job: StoredJob, name: str, child: ChildObservation | None) -> None:
-        """Remove the child object with its pods, and the ConfigMap. The FineTuneJob stays."""
+        """Remove the child object with its pods, the ConfigMap and the NetworkPolicy. The FineTuneJob stays."""
         await delete_config_map(self._cluster, job.key.namespace, name, job.uid)
+        await self._network_policies.delete(job.key.namespace, name, job.uid)
         if child is not None and not child.deleting:
             await self._backend.delete(job.key.namespace, child)
             logger.info(

@@ -159,7 +159,11 @@ def test_argo_cd_applies_every_object_of_the_chart(values: Manifest) -> None:
 def test_the_roles_grant_exactly_what_the_operator_uses() -> None:
     objects = rendered()
     assert granted(of_kind(objects, "ClusterRole")) == used(
-        RoleScope.JOBS, RoleScope.ANNOTATIONS, RoleScope.CLUSTER, RoleScope.DISCOVERY
+        RoleScope.JOBS,
+        RoleScope.ANNOTATIONS,
+        RoleScope.NETWORK_POLICIES,
+        RoleScope.CLUSTER,
+        RoleScope.DISCOVERY,
     )
     assert granted(of_kind(objects, "Role")) == used(RoleScope.OWN, RoleScope.OWN_NEW)
 
@@ -169,16 +173,27 @@ def test_a_confined_operator_may_only_review_tokens_cluster_wide() -> None:
     assert granted(of_kind(objects, "ClusterRole")) == used(RoleScope.CLUSTER)
     for namespace in CONFINED["watchNamespaces"]:
         roles = [role for role in of_kind(objects, "Role") if role["metadata"].get("namespace") == namespace]
-        assert granted(roles) == used(RoleScope.JOBS, RoleScope.ANNOTATIONS)
+        assert granted(roles) == used(RoleScope.JOBS, RoleScope.ANNOTATIONS, RoleScope.NETWORK_POLICIES)
         bindings = of_kind(objects, "RoleBinding")
         assert any(binding["metadata"]["namespace"] == namespace for binding in bindings)
 
 
 def test_without_the_annotation_there_is_no_permission_on_pods_beyond_reading() -> None:
     objects = rendered({"checkpointAnnotations": False})
-    assert granted(of_kind(objects, "ClusterRole")) == used(RoleScope.JOBS, RoleScope.CLUSTER, RoleScope.DISCOVERY)
+    assert granted(of_kind(objects, "ClusterRole")) == used(
+        RoleScope.JOBS, RoleScope.NETWORK_POLICIES, RoleScope.CLUSTER, RoleScope.DISCOVERY
+    )
     environment = deployment({"checkpointAnnotations": False})["spec"]["template"]["spec"]["containers"][0]["env"]
     assert {"name": "FINETUNE_CHECKPOINT_ANNOTATIONS", "value": "off"} in environment
+
+
+def test_without_network_policies_there_is_no_permission_on_them() -> None:
+    values = {"attemptNetworkPolicies": False}
+    assert granted(of_kind(rendered(values), "ClusterRole")) == used(
+        RoleScope.JOBS, RoleScope.ANNOTATIONS, RoleScope.CLUSTER, RoleScope.DISCOVERY
+    )
+    environment = deployment(values)["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert {"name": "FINETUNE_NETWORK_POLICIES", "value": "off"} in environment
 
 
 def test_every_binding_names_a_role_and_the_service_account() -> None:

@@ -50,6 +50,7 @@ class ModelServer:
         self.now = now
         self.children: dict[str, Manifest] = {}
         self.config_maps: dict[str, Manifest] = {}
+        self.network_policies: dict[str, Manifest] = {}
         self.pods: list[Manifest] = []
         self.checks: list[Manifest] = []
         """Preflight pods that exist."""
@@ -125,6 +126,23 @@ class ModelServer:
         if name in self.config_maps and self.config_maps[name]["metadata"]["uid"] == uid:
             del self.config_maps[name]
             self._wrote(f"delete configmap {name}")
+
+    async def get_network_policy(self, _namespace: str, name: str) -> Manifest | None:
+        return self.network_policies.get(name)
+
+    async def create_network_policy(self, manifest: Manifest) -> Manifest:
+        name = manifest["metadata"]["name"]
+        if name in self.network_policies:
+            raise ApiError(409, "AlreadyExists", name)
+        self.network_policies[name] = copy.deepcopy(manifest)
+        self.network_policies[name]["metadata"]["uid"] = f"uid-of-policy-{name}"
+        self._wrote(f"create networkpolicy {name}")
+        return manifest
+
+    async def delete_network_policy(self, _namespace: str, name: str, uid: str) -> None:
+        if name in self.network_policies and self.network_policies[name]["metadata"]["uid"] == uid:
+            del self.network_policies[name]
+            self._wrote(f"delete networkpolicy {name}")
 
     async def create_pod(self, manifest: Manifest) -> Manifest:
         name = manifest["metadata"]["name"]

@@ -20,7 +20,7 @@ from tests.operator.test_crashes import SCENARIOS, Scenario, essence, run_to_end
 
 REASONS = ("Conflict", "", "AlreadyExists", "TooManyRequests")
 """Reasons of a 409 with which nothing was created. With AlreadyExists, the existing object was deleted meanwhile."""
-CREATIONS = ("create_config_map", "create_child", "create_pod")
+CREATIONS = ("create_config_map", "create_network_policy", "create_child", "create_pod")
 LIVES = ("crashes, then succeeds", "waits for a bucket, a broken pod and a lost one, then succeeds")
 
 
@@ -40,6 +40,10 @@ class Conflicting(ModelServer):
     async def create_config_map(self, manifest: dict[str, Any]) -> dict[str, Any]:
         self._conflict()
         return await super().create_config_map(manifest)
+
+    async def create_network_policy(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        self._conflict()
+        return await super().create_network_policy(manifest)
 
     async def create_child(self, manifest: dict[str, Any]) -> dict[str, Any]:
         self._conflict()

@@ -298,7 +298,7 @@ def essence(server: ModelServer) -> dict[str, Any]:
         "tried": server.tried,
         "checks": [check["metadata"]["name"] for check in server.checks],
         "preflight": {name: status.get("preflight", {}).get(name) for name in ("tries", "verdict")},
-        "left": (sorted(server.children), sorted(server.config_maps)),
+        "left": (sorted(server.children), sorted(server.config_maps), sorted(server.network_policies)),
     }
 
 

@@ -37,7 +37,7 @@ class WatchedServer(ModelServer):
         self.writes.append(what)
         if what == "status":
             self._check_status()
-        if what.startswith("create ") and "configmap" not in what:
+        if what.startswith("create ") and " configmap " not in what and " networkpolicy " not in what:
             self._check_creation(what.removeprefix("create "))
         if self._chance.random() < 0.1:
             raise CrashedError(what)

@@ -229,7 +229,7 @@ def test_cancel_ends_the_job_once_its_pods_have_ended(installed: Installed, name
     job = installed.wait(namespace, "the end", settled)
     assert (condition(job, "Succeeded")["status"], reason(job), counts(job)) == ("False", "Cancelled", (1, 0, 0))
     assert condition(job, "Stalled")["status"] == "True"
-    assert objects(installed, namespace, "pods,pytorchjobs,configmaps") == []
+    assert objects(installed, namespace, "pods,pytorchjobs,configmaps,networkpolicies") == []
     usage = job["status"]["usage"]
     assert usage["activeSeconds"] >= 4
     assert usage["holders"] == []
@@ -239,7 +239,7 @@ def test_a_suspended_job_is_cancelled_too(installed: Installed, namespace: str, 
     installed.apply(small_job(stand_in(RUNS), runPolicy={"suspend": True}), namespace)
     job = installed.wait(namespace, "the rest", lambda job: reason(job) == "Suspended")
     assert counts(job) == (0, 0, 0)
-    assert objects(installed, namespace, "pods,pytorchjobs,configmaps") == []
+    assert objects(installed, namespace, "pods,pytorchjobs,configmaps,networkpolicies") == []
     policy(installed, namespace, cancel=True)
     job = installed.wait(namespace, "the end", settled)
     assert (reason(job), counts(job)) == ("Cancelled", (0, 0, 0))
@@ -275,9 +275,13 @@ def test_the_ttl_removes_everything_but_the_job(installed: Installed, namespace:
     done = result(Outcome.COMPLETED, "done", with_artifact=True)
     installed.apply(small_job(stand_in(ends(0, done))), namespace)
     before = installed.wait(namespace, "the job to end", settled)
-    assert len(objects(installed, namespace, "pods,pytorchjobs,configmaps")) == 4
+    assert len(objects(installed, namespace, "pods,pytorchjobs,configmaps,networkpolicies")) == 5
     policy(installed, namespace, ttlSecondsAfterFinished=0)
-    wait_for("everything to be gone", lambda: objects(installed, namespace, "pods,pytorchjobs,configmaps") == [], 60)
+    wait_for(
+        "everything to be gone",
+        lambda: objects(installed, namespace, "pods,pytorchjobs,configmaps,networkpolicies") == [],
+        60,
+    )
     job = installed.wait(namespace, "the record of the child to be gone", lambda job: "child" not in job["status"])
     before["status"].pop("child")
     assert job["status"] == before["status"]

@@ -35,7 +35,7 @@ async def test_after_the_ttl_everything_is_removed_but_the_job_and_its_status() 
     assert len(server.children) == len(server.config_maps) == 1
     server.pass_time(1)
     assert (await reconciler(server).reconcile(KEY)).after is None
-    assert (server.children, server.config_maps, server.pods) == ({}, {}, [])
+    assert (server.children, server.config_maps, server.network_policies, server.pods) == ({}, {}, {}, [])
     assert server.job["status"].pop("child", None) is None
     status.pop("child")
     assert server.job["status"] == status
@@ -65,10 +65,10 @@ async def test_a_ttl_of_zero_removes_at_once_and_one_that_is_set_later_counts_fr
 async def test_somebody_elses_objects_under_the_names_stay() -> None:
     server = await ended()
     server.set_policy(ttlSecondsAfterFinished=0)
-    for kept in (*server.children.values(), *server.config_maps.values()):
+    for kept in (*server.children.values(), *server.config_maps.values(), *server.network_policies.values()):
         kept["metadata"]["ownerReferences"][0]["uid"] = "another"
     await reconciler(server).reconcile(KEY)
-    assert len(server.children) == len(server.config_maps) == 1
+    assert len(server.children) == len(server.config_maps) == len(server.network_policies) == 1
 
 
 async def test_a_run_file_whose_child_was_never_created_goes_with_its_job() -> None:

@@ -173,6 +173,8 @@ def start_pods(
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.json"
     run_file.write_text(json.dumps(config))
+    nonce_file = folder / "nonce"
+    nonce_file.write_text(f"nonce of attempt {attempt}")
     port = free_port()
     started = Attempt()
     for rank in range(config["world"]["nodes"]):
@@ -195,6 +197,7 @@ def start_pods(
             **(variables or {}),
         }
         command = [*wrapper, sys.executable, "-m", "finetune_trainer", "--run-file", str(run_file)]
+        command += ["--nonce-file", str(nonce_file)]
         command += ["--scratch", str(scratch)]
         command += ["--credentials", str(credentials), "--termination-log", str(termination_log), *arguments]
         with log.open("wb") as stream:

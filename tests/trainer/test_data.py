@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import math
 import random
+import secrets
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -175,3 +178,23 @@ def test_training_state_is_spread_over_ranks_by_size(shapes: dict[str, list[int]
     assert chosen.keys() == shapes.keys()
     loads = [sum(math.prod(shapes[name]) for name, rank in chosen.items() if rank == at) for at in range(world)]
     assert max(loads) - min(loads) <= max((math.prod(shape) for shape in shapes.values()), default=0)
+
+
+def test_a_parquet_file_that_expands_ten_thousand_times_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.data.reader.EXPANDED_BYTES", 1 << 20)
+    monkeypatch.setattr("finetune_trainer.data.reader.LARGEST_EXPANSION", 100)
+    bomb, honest = tmp_path / "bomb.parquet", tmp_path / "honest.parquet"
+    pq.write_table(pa.table({"text": ["a" * 10_000] * 5000}), bomb, compression="zstd")
+    pq.write_table(pa.table({"text": [secrets.token_hex(500) for _ in range(5000)]}), honest, compression="zstd")
+    with pytest.raises(UserError, match=r"^dataset.train: bomb.parquet has \d+ bytes and expands to more than \d+"):
+        list(read_rows(bomb, "dataset.train"))
+    assert len(list(read_rows(honest, "dataset.train"))) == 5000
+
+
+def test_only_the_named_columns_of_a_parquet_file_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"text": ["a"], "more": [["b"]]}), path)
+    assert [row.fields for row in read_rows(path, "dataset.train", columns=["text", "absent"])] == [{"text": "a"}]
+    assert [set(row.fields) for row in read_rows(path, "dataset.train", columns=["absent"])] == [{"text", "more"}]

@@ -280,6 +280,7 @@ def _program(paths: Paths, **environment: str) -> Ended:
     """Run `python -m finetune_trainer preflight` as a pod does, and return its result."""
     options = {"run-file": paths.run_file, "credentials": paths.credentials, "scratch": paths.scratch}
     options |= {"termination-log": paths.termination_log, "hub-token-file": paths.hub_token_file}
+    options |= {"volumes": paths.volumes}
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-X", "importtime", "-m", "finetune_trainer", "preflight", *arguments]
     home = {"HOME": str(paths.scratch), "PATH": "/nonexistent"}
@@ -338,3 +339,108 @@ def test_the_program_needs_little_memory_and_leaves_a_whole_result(paths: Paths,
     assert "Traceback" not in ended.log
     # The preflight pod may use 1 GiB, so 400 MiB leave it much room.
     assert ended.memory_mebibytes < 400
+
+
+def on_a_volume(paths: Paths, name: str) -> tuple[Path, dict[str, Any]]:
+    """Return the path of a new file on a volume, and the data source that names this file."""
+    folder = paths.volumes / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name, {"dataset__train": {"volume": {"claimName": "data", "path": name}}}
+
+
+def in_another_process(program: str, path: Path) -> None:
+    """Run ``program`` with ``path`` as its argument, so that the memory that it takes is not counted here."""
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+
+
+REPEATED = """
+import sys, pyarrow, pyarrow.parquet
+table = pyarrow.table({"question": ["a" * (1 << 20)] * 1500, "reply": ["w1"] * 1500})
+pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd")
+"""
+ONE_VALUE = """
+import sys, pyarrow, pyarrow.parquet
+table = pyarrow.table({"question": ["a" * (1 << 30)], "reply": ["w1"]})
+pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd", use_dictionary=False)
+"""
+MANY_ITEMS = """
+import sys, numpy, pyarrow, pyarrow.parquet
+items = pyarrow.ListArray.from_arrays([0, 150_000_000], pyarrow.array(numpy.zeros(150_000_000, "int8")))
+table = pyarrow.table({"question": ["w1"], "reply": ["w2"], "other": items})
+pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd")
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [
+        (REPEATED, "bytes, and its first 8 rows alone hold 8388728: a file that expands to"),
+        (ONE_VALUE, "dataset.train: can't be checked with 640 MiB of memory"),
+        (MANY_ITEMS, "dataset.train: can't be checked with 640 MiB of memory"),
+    ],
+    ids=["many rows", "one value", "a column that is not read"],
+)
+def test_a_small_file_that_expands_to_gigabytes_is_a_finding(
+    program: str, sentence: str, paths: Paths, store: ObjectStore
+) -> None:
+    path, source = on_a_volume(paths, "train.parquet")
+    in_another_process(program, path)
+    assert path.stat().st_size < 1_000_000
+    paths.run_file.write_text(json.dumps(run_config(store, "bomb", **source)))
+    ended = _program(paths)
+    assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
+    assert sentence in ended.result.findings[0].message
+    # The pod may use 1 GiB. The rest of the memory is the margin for a parent that looks late at its child.
+    assert ended.memory_mebibytes < 1000
+
+
+def test_a_line_without_an_end_is_a_finding(paths: Paths, store: ObjectStore) -> None:
+    path, source = on_a_volume(paths, "train.jsonl")
+    with path.open("wb") as file:
+        file.truncate(4 << 30)  # a sparse file, which takes no space on the disk
+    paths.run_file.write_text(json.dumps(run_config(store, "line", **source)))
+    ended = _program(paths)
+    assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
+    assert "dataset.train: can't be checked with 640 MiB of memory" in ended.result.findings[0].message
+    assert ended.memory_mebibytes < 1000
+
+
+def test_long_documents_are_checked_by_their_first_rows(check: Check, paths: Paths) -> None:
+    path, source = on_a_volume(paths, "train.jsonl")
+    with path.open("w") as file:
+        for number in range(40):
+            file.write(json.dumps({"question": f"w{number % 9} " * 100_000, "reply": "w1"}) + "\n")
+    assert check(**source, dataset__longRows="Skip") == []
+
+
+def test_a_header_of_gigabytes_and_one_of_a_million_tensors_are_refused(paths: Paths, store: ObjectStore) -> None:
+    header = b"{" + b",".join(b'"%d":{"data_offsets":[0,0]}' % number for number in range(900_000)) + b"}"
+    folder = paths.volumes / "models"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    model = {"volume": {"claimName": "models", "path": "."}}
+    paths.run_file.write_text(json.dumps(run_config(store, "header", model=model)))
+    ended = _program(paths)
+    assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
+    assert f"model.safetensors has a header of {len(header)} bytes, more than" in ended.result.findings[0].message
+    assert ended.memory_mebibytes < 500
+
+
+def test_a_chat_template_that_makes_a_huge_text_is_a_finding(
+    tmp_path: Path, tiny_model: Path, paths: Paths, store: ObjectStore
+) -> None:
+    folder = paths.volumes / "models"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text("{{ 'a' * 4000000000 }}")
+    path, source = on_a_volume(paths, "train.jsonl")
+    messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    form = {"messages": {"messagesField": "messages"}}
+    model = {"volume": {"claimName": "models", "path": "."}}
+    changes = {**source, "model": model, "dataset__format": form, "dataset__validation": None}
+    paths.run_file.write_text(json.dumps(run_config(store, "template", **changes)))
+    ended = _program(paths)
+    assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
+    assert "dataset.train: can't be checked with 640 MiB of memory" in ended.result.findings[0].message
+    assert ended.memory_mebibytes < 1000

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,10 +29,11 @@ from finetune_core.errors import UserError
 from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.errors import OutsideFailure, Stopped
 from finetune_trainer.pod.outcomes import outcome_of, result_of_pod
-from finetune_trainer.pod.plan import Inputs, WorkerPlan, read_run_file
+from finetune_trainer.pod.plan import Inputs, WorkerPlan, read_run_file, rendezvous_key
 from finetune_trainer.pod.settings import FROZEN_SECONDS, PEER_WAIT_SECONDS, STORE_CHECK_SECONDS, Paths
 from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.processes import WorkerProcesses, worker_environments
+from finetune_trainer.ranks.gate import open_rendezvous
 from finetune_trainer.sources.inputs import fetch_inputs
 from finetune_trainer.storage.artifact import committed_result
 from finetune_trainer.storage.root import RunRoot, open_root
@@ -66,7 +68,8 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
     identity = Identity.from_environment(environment)
     config = read_run_file(paths.run_file)
     address = environment.get(MASTER_ADDR_VARIABLE, "")
-    port = environment.get(MASTER_PORT_VARIABLE, str(MASTER_PORT))
+    port = int(environment.get(MASTER_PORT_VARIABLE, MASTER_PORT))
+    key = partial(rendezvous_key, identity, paths)
     if not address:
         raise UserError(f"environment variable {MASTER_ADDR_VARIABLE}", "must be set (the operator sets it)")
     folder = paths.scratch / "attempt"
@@ -85,10 +88,12 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
         config.world.processes_per_node, limit=cgroup.cpu_limit(), cores=cgroup.usable_cores()
     )
     kills_before = cgroup.oom_kills()
-    environments = worker_environments(environment, plan, address=address, port=port, threads=threads)
     heartbeat_timeout = config.stability.stall_timeout_seconds + FROZEN_SECONDS
     workers = WorkerProcesses(folder, heartbeat_timeout=heartbeat_timeout)
-    exits = workers.run(plan, environments, stop_at_once=prepared is None)
+    first, nodes = identity.node_rank == 0, config.world.nodes
+    with open_rendezvous(first=first, nodes=nodes, address=address, port=port, key=key) as rendezvous:
+        environments = worker_environments(environment, plan, rendezvous=rendezvous, threads=threads)
+        exits = workers.run(plan, environments, stop_at_once=prepared is None)
     return result_of_pod(exits, out_of_memory=cgroup.oom_kills() > kills_before, memory_limit=cgroup.memory_limit())
 
 

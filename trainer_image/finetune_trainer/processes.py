@@ -17,28 +17,34 @@ from pathlib import Path
 
 from finetune_core.contract import ExitCode
 from finetune_trainer.pod.outcomes import WorkerExit, read_heartbeat, read_outcome
-from finetune_trainer.pod.plan import WorkerPlan
+from finetune_trainer.pod.plan import WorkerPlan, rendezvous_nonce
 from finetune_trainer.pod.settings import ALL_LEAVE_SECONDS, PEERS_LEAVE_SECONDS
 from finetune_trainer.pod.signals import STOP_SIGNALS
+from finetune_trainer.ranks.gate import Rendezvous
 
 SUPERVISION_SECONDS = 1.0
 """Longest time in seconds between two checks of the workers when no signal arrives."""
 
 
 def worker_environments(
-    environment: Mapping[str, str], plan: WorkerPlan, *, address: str, port: str, threads: int
+    environment: Mapping[str, str], plan: WorkerPlan, *, rendezvous: Rendezvous, threads: int
 ) -> list[dict[str, str]]:
     """Return the environment variables of this pod's workers, in the order of their local ranks.
 
-    ``address`` and ``port`` are those of rank 0, and ``threads`` is the number of compute threads of each worker.
+    ``rendezvous`` is where they find the rendezvous store, and ``threads`` is the number of compute threads of each
+    worker. Where there is one node, gloo and NCCL are told to listen on the loopback interface only.
     """
     world = plan.config.world
     base = dict(environment)
     base.setdefault("OMP_NUM_THREADS", str(threads))
     base.setdefault("MKL_NUM_THREADS", base["OMP_NUM_THREADS"])
+    if world.nodes == 1:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            base.setdefault(variable, "lo")
     base |= {
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
+        "MASTER_ADDR": rendezvous.address,
+        "MASTER_PORT": str(rendezvous.port),
+        "RENDEZVOUS_NONCE": rendezvous_nonce(plan.identity, plan.paths),
         "WORLD_SIZE": str(world.size),
         "LOCAL_WORLD_SIZE": str(world.processes_per_node),
         "DS_ACCELERATOR": "cuda" if world.device == "GPU" else "cpu",

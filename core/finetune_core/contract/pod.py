@@ -19,6 +19,10 @@ RUN_FILE = f"{RUN_FOLDER}/run.json"
 CA_FILE = f"{RUN_FOLDER}/ca.crt"
 """Path of the CA certificates that the trainer needs to trust the operator's report server. The file is a key of the
 attempt's ConfigMap."""
+NONCE_FILE = f"{RUN_FOLDER}/nonce"
+"""Path of a random text that differs in every attempt. The file is a key of the attempt's ConfigMap. The pods of an
+attempt with several nodes prove to each other that they know the text. It is not part of the run file, so that a
+trainer image of an older version still reads the run file."""
 ACCESS_KEY_ID = "AWS_ACCESS_KEY_ID"
 SECRET_ACCESS_KEY = "AWS_SECRET_ACCESS_KEY"  # noqa: S105  (the name of a variable)
 SESSION_TOKEN = "AWS_SESSION_TOKEN"  # noqa: S105  (the name of a variable)

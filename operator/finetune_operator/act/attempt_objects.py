@@ -1,4 +1,5 @@
-"""Creates and deletes the objects of an attempt: a ConfigMap with the run file, and the backend's child object.
+"""Creates and deletes the objects of an attempt: a ConfigMap with the run file, a NetworkPolicy, and the
+backend's child object.
 
 `reconcile.py` calls `AttemptObjects` after the attempt was recorded in the status. Where the API server refuses an
 object, for example because of a quota, the error is kept in memory and the creation is tried again after a back-off.
@@ -7,15 +8,18 @@ object, for example because of a quota, the error is kept in memory and the crea
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 
 from finetune_core.contract import RunConfig
 from finetune_core.names import attempt_name
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.config_maps import create_config_map, delete_config_map
+from finetune_operator.act.network_policies import NetworkPolicies
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.config_map import build_config_map
+from finetune_operator.objects.network_policy import build_network_policy
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.objects.pod_template import AttemptSpec
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob
@@ -23,9 +27,12 @@ from finetune_operator.queue.retryable import RetryableError
 
 logger = logging.getLogger(__name__)
 
+NONCE_BYTES = 16
+"""Length of the random nonce of an attempt in bytes."""
+
 
 class AttemptObjects:
-    """Creates and deletes the ConfigMap and the child object (PyTorchJob) of an attempt."""
+    """Creates and deletes the ConfigMap, the NetworkPolicy and the child object (PyTorchJob) of an attempt."""
 
     def __init__(
         self,
@@ -33,26 +40,31 @@ class AttemptObjects:
         cluster: KubeClient,
         backend: Backend,
         backoff: CreationBackoff,
+        network_policies: NetworkPolicies,
         report_base_url: str,
         ca_bundle: Callable[[], str],
+        nonce: Callable[[], str] = lambda: secrets.token_hex(NONCE_BYTES),
     ) -> None:
         """Send requests with ``cluster`` and ``backend``.
 
-        ``ca_bundle`` returns the CA certificates of the report server as PEM text.
+        ``ca_bundle`` returns the CA certificates of the report server as PEM text. ``nonce`` returns a new
+        random text for the ConfigMap of an attempt.
         """
         self._cluster = cluster
         self._backend = backend
         self._backoff = backoff
+        self._network_policies = network_policies
         self._report_base_url = report_base_url
         self._ca_bundle = ca_bundle
+        self._nonce = nonce
 
     async def create(
         self, job: ParsedJob, image: str, config: RunConfig, avoided_nodes: tuple[str, ...] = ()
     ) -> ChildObservation:
-        """Create ConfigMap and child of the current attempt, and return the child.
+        """Create ConfigMap, NetworkPolicy and child of the current attempt, and return the child.
 
         The scheduler places the pods on ``avoided_nodes`` only where no other node can take them.
-        Raises RetryableError where one of the two can't be created, and as long as the back-off after that lasts.
+        Raises RetryableError where one of the objects can't be created, and as long as the back-off after that lasts.
         """
         if job.memory.problem is not None and self._backoff.holds(job.memory):
             raise job.memory.problem
@@ -67,8 +79,10 @@ class AttemptObjects:
         return child
 
     async def remove(self, job: StoredJob, child: ChildObservation) -> None:
-        """Delete the ConfigMap and the child of an attempt that ended. The garbage collector deletes its pods."""
+        """Delete the ConfigMap, the NetworkPolicy and the child of an attempt that ended. The garbage collector deletes
+        its pods."""
         await delete_config_map(self._cluster, job.key.namespace, child.name, job.uid)
+        await self._network_policies.delete(job.key.namespace, child.name, job.uid)
         await self._backend.delete(job.key.namespace, child)
         logger.info("attempt removed", extra=job.log_fields)
 
@@ -91,13 +105,18 @@ class AttemptObjects:
     async def _create(
         self, job: ParsedJob, image: str, config: RunConfig, avoided_nodes: tuple[str, ...]
     ) -> ChildObservation:
-        """Create the ConfigMap, then the child. Their names are deterministic, so that a retry finds them again."""
+        """Create the ConfigMap, the NetworkPolicy and the child, in this order. Their names are deterministic, so that
+        a retry finds them again.
+
+        The nonce is random. A retry keeps the nonce of the ConfigMap that exists already.
+        """
         metadata, number = job.resource.metadata, job.status.attempts.started
         if number > 1:
-            # The ConfigMap of the attempt before is deleted here. It still exists where somebody else deleted the child
-            # of that attempt, or where that child was never created.
+            # ConfigMap and NetworkPolicy of the attempt before are deleted here. They still exist where somebody else
+            # deleted the child of that attempt, or where that child was never created.
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
+            await self._network_policies.delete(metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
         plan = AttemptSpec(
             number=number,
@@ -106,5 +125,7 @@ class AttemptObjects:
             report_base_url=self._report_base_url,
             avoided_nodes=avoided_nodes,
         )
-        await create_config_map(self._cluster, build_config_map(job.resource, plan, config, self._ca_bundle()))
+        run_file = build_config_map(job.resource, plan, config, ca_bundle=self._ca_bundle(), nonce=self._nonce())
+        await create_config_map(self._cluster, run_file)
+        await self._network_policies.create(build_network_policy(job.resource, plan))
         return await self._backend.create(self._backend.build(job.resource, plan))

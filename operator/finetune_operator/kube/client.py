@@ -231,6 +231,18 @@ class KubeClient:
         """
         await self._delete(Permission.DELETE_CONFIG_MAP, namespace, name, {"preconditions": {"uid": uid}})
 
+    async def get_network_policy(self, namespace: str, name: str) -> Manifest | None:
+        """Return a NetworkPolicy, or None where it does not exist."""
+        return await self._get_or_none(Permission.GET_NETWORK_POLICY, namespace, name)
+
+    async def create_network_policy(self, manifest: Manifest) -> Manifest:
+        """Create a NetworkPolicy and return the created object."""
+        return await self._create(Permission.CREATE_NETWORK_POLICY, manifest)
+
+    async def delete_network_policy(self, namespace: str, name: str, uid: str) -> None:
+        """Delete the NetworkPolicy with this ``uid``. A NetworkPolicy that does not exist any more is no error."""
+        await self._delete(Permission.DELETE_NETWORK_POLICY, namespace, name, {"preconditions": {"uid": uid}})
+
     async def list_pods(self, namespace: str | None, selector: str) -> list[Manifest]:
         """Return the pods that match the label ``selector``, for example ``"finetune.dev/job-uid=..."``.
 

@@ -16,6 +16,7 @@ from finetune_operator.kube.resources import (
     EVENTS,
     FINETUNEJOBS,
     LEASES,
+    NETWORK_POLICIES,
     PODS,
     PYTORCHJOBS,
     SECRETS,
@@ -31,6 +32,8 @@ class RoleScope(StrEnum):
     """Needed in every served namespace: a ClusterRole, or a Role in each namespace of the chart's `watchNamespaces`."""
     ANNOTATIONS = "annotations"
     """As JOBS, but granted only where the chart's values keep the checkpoint annotation of pods switched on."""
+    NETWORK_POLICIES = "network-policies"
+    """As JOBS, but granted only where the chart's values keep the NetworkPolicies of attempts switched on."""
     CLUSTER = "cluster"
     """A ClusterRole in every installation, because the resource is cluster-scoped."""
     DISCOVERY = "discovery"
@@ -79,6 +82,9 @@ class Permission(Enum):
     GET_CONFIG_MAP = PolicyRule(CONFIG_MAPS, "get")
     CREATE_CONFIG_MAP = PolicyRule(CONFIG_MAPS, "create")
     DELETE_CONFIG_MAP = PolicyRule(CONFIG_MAPS, "delete")
+    GET_NETWORK_POLICY = PolicyRule(NETWORK_POLICIES, "get", RoleScope.NETWORK_POLICIES)
+    CREATE_NETWORK_POLICY = PolicyRule(NETWORK_POLICIES, "create", RoleScope.NETWORK_POLICIES)
+    DELETE_NETWORK_POLICY = PolicyRule(NETWORK_POLICIES, "delete", RoleScope.NETWORK_POLICIES)
     CREATE_EVENT = PolicyRule(EVENTS, "create")
     LIST_EVENTS = PolicyRule(EVENTS, "list")
     REVIEW_TOKEN = PolicyRule(TOKEN_REVIEWS, "create", RoleScope.CLUSTER)

@@ -1,4 +1,4 @@
-"""Builds the ConfigMap of an attempt: the run file that the trainer reads, and the CA of the report server.
+"""Builds the ConfigMap of an attempt: the run file that the trainer reads, the CA of the report server, and a nonce.
 
 The ConfigMap is immutable and owned by the job. `act/config_maps.py` creates the ConfigMap before the child object. The
 ConfigMap is deleted right before the child, or else before the next attempt gets its ConfigMap. `settled.py` removes
@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from finetune_core.api import FineTuneJob
-from finetune_core.contract import CA_FILE, RUN_FILE, RunConfig
+from finetune_core.contract import CA_FILE, NONCE_FILE, RUN_FILE, RunConfig
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.labels import attempt_labels, owner_reference
 from finetune_operator.objects.pod_template import AttemptSpec
@@ -20,13 +20,23 @@ RUN_FILE_KEY: Final = PurePosixPath(RUN_FILE).name
 """Key of the run file in the ConfigMaps of attempts and preflight checks: the file name ``"run.json"``."""
 
 
-def build_config_map(job: FineTuneJob, attempt: AttemptSpec, config: RunConfig, ca_bundle: str) -> Manifest:
-    """Return the ConfigMap of an attempt, which holds ``config`` as the run file and ``ca_bundle`` as a PEM file."""
+def build_config_map(
+    job: FineTuneJob, attempt: AttemptSpec, config: RunConfig, *, ca_bundle: str, nonce: str
+) -> Manifest:
+    """Return the ConfigMap of an attempt.
+
+    It holds ``config`` as the run file, ``ca_bundle`` as a PEM file, and ``nonce``, a random text by which the pods of
+    the attempt recognise each other.
+    """
     return run_config_map(
         job,
         name=attempt.name,
         labels=attempt_labels(job.metadata.name, job.metadata.uid, attempt.number),
-        data={RUN_FILE_KEY: config.to_json(), PurePosixPath(CA_FILE).name: ca_bundle},
+        data={
+            RUN_FILE_KEY: config.to_json(),
+            PurePosixPath(CA_FILE).name: ca_bundle,
+            PurePosixPath(NONCE_FILE).name: nonce,
+        },
     )
 
 

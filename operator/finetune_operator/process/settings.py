@@ -58,6 +58,8 @@ class Settings:
     cluster."""
     checkpoint_annotations: bool
     """Whether pods get the annotation `volcano.sh/last-checkpoint-time`, for schedulers that preempt."""
+    network_policies: bool
+    """Whether each attempt gets a NetworkPolicy that admits connections from its own pods only."""
     watch_namespaces: tuple[str, ...]
     """Namespaces whose jobs are reconciled; empty means all namespaces."""
     workers: int
@@ -124,6 +126,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     add("--pod-uid", "", "uid of the operator's pod")
     add("--pod-ip", "", "address of the operator's pod, which reports are led to")
     add("--checkpoint-annotations", "on", "volcano.sh/last-checkpoint-time on the pods", choices=SWITCH)
+    add("--network-policies", "on", "a NetworkPolicy for the pods of each attempt", choices=SWITCH)
     add("--watch-namespaces", "", "namespaces to serve, separated by commas; default: all")
     add("--workers", "8", "jobs reconciled at the same time", type=int)
     add("--resync-seconds", "300", "seconds between two lists of all jobs", type=float)
@@ -156,6 +159,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         pod_uid=values.pod_uid,
         pod_ip=values.pod_ip,
         checkpoint_annotations=values.checkpoint_annotations == "on",
+        network_policies=values.network_policies == "on",
         watch_namespaces=tuple(name.strip() for name in values.watch_namespaces.split(",") if name.strip()),
         workers=values.workers,
         resync_seconds=values.resync_seconds,

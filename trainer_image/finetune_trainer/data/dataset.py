@@ -15,8 +15,10 @@ from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.examples import ExampleSet, ExampleWriter
 from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_columns
-from finetune_trainer.data.reader import Row, read_rows
+from finetune_trainer.data.reader import Row, first_rows, read_rows
 
+COLUMN_CHECK_BYTES = 8 * 1024 * 1024
+"""How many bytes of rows from the beginning of a file are searched at most."""
 COLUMN_CHECK_ROWS = 100
 """How many rows from the beginning of a file are searched for the columns that `dataset.format` names. A column that
 none of these rows has is reported as a misspelled name in the spec, and the rows do not count as bad rows."""
@@ -46,15 +48,14 @@ def length_limit(dataset: DatasetSpec, context: int | None) -> LengthLimit:
 
 def check_columns(path: Path, field: str, form: DatasetFormat) -> None:
     """Raise UserError if the file has no rows, or lacks a column that the format ``form`` reads. Only the first
-    COLUMN_CHECK_ROWS rows are read. ``field`` names the file's field in the spec in error messages: `dataset.train`."""
+    COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read. ``field`` names the file's field in the spec in error
+    messages: `dataset.train`."""
     columns: dict[str, None] = {}
     parsed = total = 0
-    for row in read_rows(path, field):
+    for row in first_rows(read_rows(path, field), most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES):
         columns |= dict.fromkeys(row.fields)
         total += 1
         parsed += row.problem is None
-        if total == COLUMN_CHECK_ROWS:
-            break
     if total == 0:
         raise UserError(field, f"{path.name} has no rows")
     if parsed == 0:

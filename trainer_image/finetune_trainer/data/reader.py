@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -19,7 +20,12 @@ from finetune_trainer.pod.errors import first_line
 DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
 CSV_FIELD_LIMIT = 64 * 1024 * 1024
 """Largest csv field in bytes. Python's default of 128 KiB is shorter than some prompts."""
-PARQUET_BATCH_ROWS = 1024
+PARQUET_BATCH_ROWS = 64
+"""How many rows of a parquet file are decoded at once. Larger batches are not faster, and rows may be large."""
+EXPANDED_BYTES = 256 * 1024 * 1024
+LARGEST_EXPANSION = 10_000
+"""A parquet file is refused once its rows hold EXPANDED_BYTES and are this many times as large as the file. Rows with a
+long prompt that is the same in every row stay far below."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +45,48 @@ class Row:
         return f"{source}{'/' if self.file else ''}{self.file} {self.unit} {self.number}"
 
 
-def read_rows(path: Path, field: str) -> Iterator[Row]:
+def read_rows(path: Path, field: str, *, columns: Collection[str] | None = None) -> Iterator[Row]:
     """Yield the rows of the file ``path``. If ``path`` is a folder, yield the rows of all data files in it, ordered by
     file name. ``field`` names the file's field in the spec in error messages: `dataset.train`.
+
+    Of a parquet file that has any of ``columns``, only these columns are decoded. Rows of other files have all columns.
 
     Raises UserError if a file can't be read in the format that its suffix names, or if ``path`` is a file with another
     suffix than DATA_SUFFIXES.
     """
     if not path.is_dir():
-        yield from _read_file(path, field)
+        yield from _read_file(path, field, columns)
         return
     for file in sorted(file for file in path.rglob("*") if file.suffix.lower() in DATA_SUFFIXES):
-        for row in _read_file(file, field):
+        for row in _read_file(file, field, columns):
             yield replace(row, file=str(file.relative_to(path)))
 
 
-def _read_file(path: Path, field: str) -> Iterator[Row]:
+def first_rows(rows: Iterable[Row], *, most_rows: int, most_bytes: int) -> Iterator[Row]:
+    """Yield the first of ``rows``: up to ``most_rows``, and up to the row with which they hold ``most_bytes``."""
+    left = most_bytes
+    for row in islice(rows, most_rows):
+        yield row
+        left -= content_bytes(row.fields)
+        if left <= 0:
+            return
+
+
+def content_bytes(value: object) -> int:
+    """Return about how many bytes the texts and numbers in ``value`` hold, including those in lists and mappings."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(str(key)) + content_bytes(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return sum(content_bytes(item) for item in value)
+    return 8
+
+
+def _read_file(path: Path, field: str, columns: Collection[str] | None) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _parquet(path, field)
+        yield from _parquet(path, field, columns)
         return
     readers: Mapping[str, Callable[[TextIO], Iterator[Row]]] = {".jsonl": _jsonl, ".csv": _csv}
     if suffix not in readers:
@@ -111,14 +140,21 @@ def _csv(file: TextIO) -> Iterator[Row]:
             yield Row(start, {}, f"has {len(values)} fields where the header has {len(header)}")
 
 
-def _parquet(path: Path, field: str) -> Iterator[Row]:
+def _parquet(path: Path, field: str, columns: Collection[str] | None) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
+    number = content = 0
+    size = path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, use_threads=False):
+            found = [name for name in file.schema_arrow.names if columns is None or name in columns]
+            decoded = file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=found or None, use_threads=False)
+            for batch in decoded:
+                content += batch.nbytes
+                if content > max(EXPANDED_BYTES, LARGEST_EXPANSION * size):
+                    problem = f"has {size} bytes and expands to more than {content}: it is not read further"
+                    raise UserError(field, f"{path.name} {problem}")
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(number, fields, unit="row")

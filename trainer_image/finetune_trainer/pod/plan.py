@@ -6,11 +6,14 @@ file, the identity of the attempt, and the local paths of model and data.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from finetune_core.contract import ContractModel, Identity, RunConfig
+from finetune_core.contract.pod import SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 from finetune_trainer.pod.settings import Paths
 
@@ -49,3 +52,22 @@ def read_run_file(path: Path) -> RunConfig:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"run file {path}", f"{where}: {first['msg']}") from error
+
+
+def rendezvous_nonce(identity: Identity, paths: Paths) -> str:
+    """Return a text that all pods of an attempt know and that no other attempt has. It begins the keys of the attempt
+    in the rendezvous store."""
+    nonce = paths.nonce_file.read_text() if paths.nonce_file.is_file() else ""
+    parts = f"{identity.uid}/{identity.attempt}/{nonce}"
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def rendezvous_key(identity: Identity, paths: Paths) -> bytes:
+    """Return the key by which the pods of an attempt recognise each other.
+
+    The key is made of the nonce of the attempt and of the job's secret access key, if the pod has one. So it takes more
+    than the right to read ConfigMaps and pods of the namespace to know the key.
+    """
+    file = paths.credentials / SECRET_ACCESS_KEY
+    secret = file.read_bytes() if file.is_file() else b""
+    return hmac.digest(secret, f"rendezvous/{rendezvous_nonce(identity, paths)}".encode(), "sha256")

@@ -16,6 +16,7 @@ class Paths(ContractModel):
 
     run_file: Path = Path(contract.RUN_FILE)
     ca_file: Path = Path(contract.CA_FILE)
+    nonce_file: Path = Path(contract.NONCE_FILE)
     credentials: Path = Path(contract.CREDENTIALS_FOLDER)
     storage_ca_file: Path = Path(contract.STORAGE_CA_FILE)
     hub_token_file: Path = Path(contract.HUB_TOKEN_FILE)

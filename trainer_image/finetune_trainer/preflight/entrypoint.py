@@ -8,11 +8,12 @@ checks together.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKi
 from finetune_trainer.pod.plan import read_run_file
 from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
 from finetune_trainer.pod.signals import STOP_SIGNALS
+from finetune_trainer.preflight.confinement import MEMORY_BYTES, ChildEnd, run_confined
 from finetune_trainer.preflight.findings import Findings
 from finetune_trainer.preflight.store_check import check_store
 from finetune_trainer.sources.model_files import model_files
@@ -74,7 +76,33 @@ def run_checks(findings: Findings, paths: Paths) -> None:
     store_answers = is_done is not None
     if store_answers:
         findings.collect("the object store", partial(check_store, root))
-    _check_inputs(findings, config, paths, root, folder, store_answers=store_answers)
+
+    def check_inputs(child: Findings) -> None:
+        _check_inputs(child, config, paths, root, folder, store_answers=store_answers)
+
+    _run_confined(findings, check_inputs)
+
+
+def _run_confined(findings: Findings, checks: Callable[[Findings], None]) -> None:
+    """Run ``checks`` in a child process whose memory is limited, and add what they find to ``findings``.
+
+    Raises RuntimeError if the checks fail by an unexpected error.
+    """
+    end = run_confined(lambda send: checks(Findings(send)), findings.receive)
+    if end is ChildEnd.TOO_LARGE:
+        findings.add(
+            FindingKind.FINAL,
+            f"{findings.subject}: can't be checked with {MEMORY_BYTES >> 20} MiB of memory: what is read there is too"
+            " large, or expands to too much (runPolicy.preflight: Skip leaves all checks out)",
+        )
+    elif end is ChildEnd.KILLED:
+        findings.add(
+            FindingKind.OUTSIDE,
+            f"{findings.subject}: its check was ended by a signal, for lack of memory or because a library can't read"
+            " what is there (runPolicy.preflight: Skip leaves all checks out)",
+        )
+    elif end is ChildEnd.FAILED:
+        raise RuntimeError(f"the check of {findings.subject} failed; its traceback stands above")
 
 
 def _is_done(root: RunRoot) -> bool:
@@ -107,8 +135,10 @@ def _check_inputs(
 
 def _hide_torch() -> None:
     """Make transformers believe that torch is not installed. transformers can load tokenizers and configurations
-    without it."""
+    without it. Let no library start one thread per core, because the pod has one core and little memory."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
     # `import torch` raises ModuleNotFoundError while sys.modules holds None for it.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
@@ -143,8 +173,7 @@ def _print_result(result: PreflightResult, seconds: float) -> None:
 
 
 def _peak_memory() -> str:
-    """Return the largest resident memory of this process so far, for example `212 MiB`. The figure serves to choose the
-    memory limit of the preflight pod."""
-    status = Path("/proc/self/status").read_text()
-    kibibytes = status.partition("VmHWM:")[2].split()[0]
-    return f"{int(kibibytes) >> 10} MiB"
+    """Return the largest resident memory of this process and of the child that ran checks, for example `212 MiB`. The
+    figure serves to choose the memory limit of the preflight pod."""
+    own = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    return f"{own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10} MiB"

@@ -4,8 +4,8 @@ exception into a finding, so that the next check can run and one preflight pod f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from finetune_core.contract.preflight_result import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
 from finetune_core.errors import UserError
@@ -17,8 +17,10 @@ T = TypeVar("T")
 class Findings:
     """The findings and notices so far, and what the running check examines."""
 
-    def __init__(self) -> None:
-        """Begin without findings."""
+    def __init__(self, send: Callable[[Any], None] = lambda _: None) -> None:
+        """Begin without findings. ``send`` gets everything that is added, as JSON values for `receive` of the findings
+        of another process."""
+        self._send = send
         self._found: list[Finding] = []
         self._notices: list[str] = []
         self.subject = "the run file"
@@ -28,6 +30,7 @@ class Findings:
         """Run ``check`` and return its result. If it raises UserError or OutsideFailure, add a finding and return None.
         ``subject`` says what the check examines."""
         self.subject = subject
+        self._send({"subject": subject})
         try:
             return check()
         except UserError as error:
@@ -39,10 +42,19 @@ class Findings:
     def add(self, kind: FindingKind, sentence: str) -> None:
         """Add a finding. Its sentence is cut off after `FINDING_LIMIT` characters."""
         self._found.append(Finding(kind=kind, message=sentence[:FINDING_LIMIT]))
+        self._send({"kind": kind.value, "message": sentence[:FINDING_LIMIT]})
 
     def notice(self, *sentences: str) -> None:
         """Add notices, which are sentences that users should read although the job can run."""
         self._notices += sentences
+        self._send({"notices": sentences})
+
+    def receive(self, sent: Mapping[str, Any]) -> None:
+        """Add what the findings of another process have sent."""
+        self.subject = sent.get("subject", self.subject)
+        self.notice(*sent.get("notices", ()))
+        if "kind" in sent:
+            self.add(FindingKind(sent["kind"]), sent["message"])
 
     @property
     def result(self) -> PreflightResult:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -25,8 +26,11 @@ HEADER_PIECE_BYTES = 128 * 1024
 """How many bytes of a weight file are read first. Nearly every safetensors header is shorter, so one request is
 enough.
 """
-LARGEST_HEADER_BYTES = 100_000_000
-"""Longest header in bytes that is accepted. The safetensors library refuses longer ones."""
+LARGEST_HEADER_BYTES = 10_000_000
+"""Longest header in bytes that is accepted. It has room for 80,000 tensors in one file; the largest models have a few
+thousand. As Python objects a header takes twenty times its length."""
+LARGEST_INDEX_BYTES = 32 * 1024 * 1024
+"""Longest index of weight files in bytes that is accepted."""
 PARALLEL_READS = 4
 LFS_POINTER = b"version https://git-lfs"
 
@@ -64,10 +68,15 @@ def check_weights(files: ModelFiles) -> None:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(files.field, f"there is no {missing[0]}{others}, which {INDEX_FILE} names")
 
+    one_header_in_memory = Lock()
+
     def check(item: tuple[str, list[str]]) -> None:
         name, expected = item
-        header = read_header(files, name)
-        lost = next((tensor for tensor in expected if tensor not in header), None)
+        text = _header_text(files, name)
+        with one_header_in_memory:
+            header = _parse_header(files, name, text)
+            lost = next((tensor for tensor in expected if tensor not in header), None)
+            del header
         if lost is not None:
             raise UserError(files.field, f"{name} has no tensor {lost!r}, which {INDEX_FILE} puts there")
 
@@ -82,12 +91,17 @@ def _tensors_by_file(files: ModelFiles) -> Mapping[str, list[str]]:
         return {SINGLE_FILE: []}
     if INDEX_FILE not in files.sizes:
         raise UserError(files.field, f"there must be a {SINGLE_FILE} or a {INDEX_FILE}")
+    if files.sizes[INDEX_FILE] > LARGEST_INDEX_BYTES:
+        size = files.sizes[INDEX_FILE]
+        raise UserError(
+            files.field, f"{INDEX_FILE} has {size} bytes, more than the {LARGEST_INDEX_BYTES} that are read"
+        )
     try:
         weights = json.loads(files.read(INDEX_FILE, 0, files.sizes[INDEX_FILE]))["weight_map"]
         found: dict[str, list[str]] = {}
         for tensor, name in weights.items():
             found.setdefault(name, []).append(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(files.field, f"{INDEX_FILE} must be JSON with a weight_map ({first_line(error)})") from error
     return found
 
@@ -96,22 +110,37 @@ def read_header(files: ModelFiles, name: str) -> Mapping[str, Any]:
     """Return the header of a safetensors file, which gives dtype, shape and byte range of each tensor by its name.
 
     The file consists of the header's length in 8 bytes (little endian), the header as JSON, and the bytes of the
-    tensors. Raises UserError if the file has another format, or another length than the header tells.
+    tensors. Raises UserError if the file has another format or another length than the header tells, or if the header
+    is longer than LARGEST_HEADER_BYTES.
     """
+    return _parse_header(files, name, _header_text(files, name))
+
+
+def _header_text(files: ModelFiles, name: str) -> bytes:
+    """Return the header of a safetensors file as the JSON text that stands in the file."""
     size = files.sizes[name]
     piece = files.read(name, 0, min(size, HEADER_PIECE_BYTES))
     if piece.startswith(LFS_POINTER):
         raise UserError(files.field, f"{name} is a pointer of Git LFS, not the file: fetch it with `git lfs pull`")
     length = int.from_bytes(piece[:8], "little")
-    if len(piece) < 8 or not 2 <= length <= LARGEST_HEADER_BYTES or 8 + length > size:
+    if len(piece) < 8 or length < 2 or 8 + length > size:
         raise UserError(files.field, f"{name} is no whole safetensors file ({size} bytes)")
+    if length > LARGEST_HEADER_BYTES:
+        problem = f"{name} has a header of {length} bytes, more than the {LARGEST_HEADER_BYTES} that are read"
+        raise UserError(files.field, problem)
     if 8 + length > len(piece):
         piece += files.read(name, len(piece), 8 + length - len(piece))
+    return piece[8 : 8 + length]
+
+
+def _parse_header(files: ModelFiles, name: str, text: bytes) -> Mapping[str, Any]:
+    """Return the header as a mapping, after its entries were compared with the length of the file."""
+    size = files.sizes[name]
     try:
-        header = json.loads(piece[8 : 8 + length])
+        header = json.loads(text)
         header.pop("__metadata__", None)
-        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        end = 8 + len(text) + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(files.field, f"{name} has a broken safetensors header ({first_line(error)})") from error
     if end != size:
         raise UserError(files.field, f"{name} has {size} bytes and must have {end}: it is not complete")

@@ -6,8 +6,8 @@ The rows pass through the functions that also make the examples of a training ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from finetune_core.api.dataset import DatasetSpec
@@ -15,7 +15,8 @@ from finetune_core.api.sources import DataSource, S3Source
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import NoRowsError, check_columns, length_limit, make_examples
-from finetune_trainer.data.reader import read_rows
+from finetune_trainer.data.formats import required_columns
+from finetune_trainer.data.reader import DATA_SUFFIXES, Row, content_bytes, first_rows, read_rows
 from finetune_trainer.data.tokenizer import tokenize_functions
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight.model_check import ModelFacts
@@ -27,6 +28,11 @@ HEAD_ROWS = 1000
 """Most rows of a data file that are turned into examples."""
 HEAD_BYTES = 4 * 1024 * 1024
 """Most bytes that are read of a text file in the object store. A longer file is cut off behind its last whole row."""
+HEAD_CONTENT_BYTES = 8 * 1024 * 1024
+"""Most bytes of the content of rows that are turned into examples. Compressed files may hold much in few bytes."""
+LARGEST_HEAD_EXPANSION = 100
+"""A data source whose first rows hold HEAD_CONTENT_BYTES and this many times its own bytes is refused. Text of people
+is compressed to a tenth at best; a file that expands so much holds the same bytes again and again."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
 """Largest file in bytes that is downloaded as a whole. This concerns parquet files, whose schema is at the end, and all
 files of the Hugging Face Hub. The rows of a larger file are not checked.
@@ -63,7 +69,10 @@ def check_rows(
     check_columns(head.path, field, dataset.format)
     if model is None:
         return []
-    rows = list(islice(read_rows(head.path, field), HEAD_ROWS))
+    columns = required_columns(dataset.format).values()
+    found = first_rows(read_rows(head.path, field, columns=columns), most_rows=HEAD_ROWS, most_bytes=HEAD_CONTENT_BYTES)
+    rows = list(found)
+    _check_expansion(head.path, rows, field)
     try:
         _, notices = make_examples(
             rows,
@@ -74,11 +83,27 @@ def check_rows(
             limit=length_limit(dataset, model.context),
         )
     except NoRowsError as error:
-        if head.is_whole and len(rows) < HEAD_ROWS:
+        if head.is_whole and len(rows) < HEAD_ROWS and _content(rows) < HEAD_CONTENT_BYTES:
             raise
         # This is only a notice, because rows that can be trained on may follow behind the rows that were read.
         return [str(error)]
     return notices
+
+
+def _check_expansion(path: Path, rows: Sequence[Row], field: str) -> None:
+    """Raise UserError if the rows hold much more than the files from which they were read."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix.lower() in DATA_SUFFIXES]
+    size, content = sum(file.stat().st_size for file in files), _content(rows)
+    if content >= HEAD_CONTENT_BYTES and content > LARGEST_HEAD_EXPANSION * size:
+        raise UserError(
+            field,
+            f"{path.name} has {size} bytes, and its first {len(rows)} rows alone hold {content}: a file that expands to"
+            f" more than {LARGEST_HEAD_EXPANSION} times its size is not read",
+        )
+
+
+def _content(rows: Sequence[Row]) -> int:
+    return sum(content_bytes(row.fields) for row in rows)
 
 
 def _fetch_head(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> FileHead | None:

@@ -14,6 +14,9 @@ import copy
 import itertools
 import json
 import os
+import secrets
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -48,6 +51,11 @@ it."""
 COLLECTIVE_MARGIN_SECONDS = 120.0
 """A collective waits this many seconds longer than the stall limit of the watchdog. So the watchdog ends a hanging
 process first, because only the watchdog writes stack traces."""
+NONCE_VARIABLE = "RENDEZVOUS_NONCE"
+"""Environment variable with the random text that begins all keys of this attempt in the rendezvous store."""
+FOREIGN_KEYS_BEATS = 10
+"""Rank 0 looks for foreign keys in the rendezvous store at every tenth heartbeat, until it finds some."""
+STOP_KEY, STALLED_KEY = "stop", "stalled"
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
 """A rank whose heartbeat has not changed for this many seconds counts as lost. The rendezvous store may not notice the
 loss, because a killed process does not always close its connections."""
@@ -64,7 +72,11 @@ class Gang:
         watchdog: Watchdog | None = None,
         stall_seconds: float = 600.0,
     ) -> None:
-        """Join the rendezvous that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+        """Join the rendezvous that the variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and
+        RENDEZVOUS_NONCE describe.
+
+        The rendezvous store listens on MASTER_ADDR only, which is an address of the loopback interface. `gate.py`
+        connects the pods of an attempt.
 
         ``stop`` returns whether this process received SIGTERM. Raises PeerLost where not all ranks join in time, and
         Stopped where this process received SIGTERM and the other ranks can't be reached.
@@ -83,20 +95,18 @@ class Gang:
         self._in_thread(lambda: self._join(timedelta(seconds=stall_seconds + COLLECTIVE_MARGIN_SECONDS)), joining=True)
         if watchdog is not None:
             watchdog.announce = self._announce_stall
-        store = self._store.clone()
-        threading.Thread(target=self._heartbeat_loop, args=(store,), name="heartbeat", daemon=True).start()
+        whole_store = self._whole_store.clone()
+        threading.Thread(target=self._heartbeat_loop, args=(whole_store,), name="heartbeat", daemon=True).start()
 
     def _join(self, timeout: timedelta) -> None:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         device = self.device
         try:
-            self._store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                self.world_size,
-                is_master=self.rank == 0,
-                timeout=timedelta(seconds=PEER_WAIT_SECONDS),
-            )
+            self._whole_store = self._open_store()
+            # Only keys with this prefix are read, so a client that does not know the nonce can't set any of them.
+            nonce = os.environ.get(NONCE_VARIABLE) or (secrets.token_hex(16) if self.world_size == 1 else "")
+            self._prefix = f"attempt-{nonce}"
+            self._store = dist.PrefixStore(self._prefix, self._whole_store)
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore("group", self._store),
@@ -106,8 +116,22 @@ class Gang:
                 device_id=device if device.type == "cuda" else None,
             )
             self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        except (RuntimeError, dist.DistError) as error:
+        except (RuntimeError, OSError, dist.DistError) as error:
             raise PeerLost(f"not all {self.world_size} ranks came together: {torch_message(error)}") from error
+
+    def _open_store(self) -> dist.Store:
+        """Connect to the rendezvous store. Rank 0 holds the store, and opens the port for it at MASTER_ADDR alone,
+        because torch would listen on all addresses of the pod."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        listener = socket.create_server((address, port)).detach() if self.rank == 0 else None
+        return dist.TCPStore(
+            address,
+            port,
+            self.world_size,
+            is_master=self.rank == 0,
+            timeout=timedelta(seconds=PEER_WAIT_SECONDS),
+            master_listen_fd=listener,
+        )
 
     @property
     def is_first(self) -> bool:
@@ -327,24 +351,42 @@ class Gang:
             if now - changed_at > HEARTBEAT_TIMEOUT_SECONDS or now > deadline:
                 raise PeerLost(f"another rank left: rank {rank} was silent for {now - changed_at:.0f} s")
 
-    def _heartbeat_loop(self, store: dist.Store) -> None:
-        """Every HEARTBEAT_SECONDS, count up this rank's heartbeat in ``store``, tell the other ranks if this rank
-        received SIGTERM, and read whether another rank received SIGTERM or stalls.
+    def _heartbeat_loop(self, whole_store: dist.Store) -> None:
+        """Every HEARTBEAT_SECONDS, count up this rank's heartbeat in the rendezvous store, tell the other ranks if this
+        rank received SIGTERM, and read whether another rank received SIGTERM or stalls. Rank 0 also looks for keys of
+        foreign clients.
 
-        Runs in a thread of its own, with its own connection, until the process ends or rank 0 is gone.
+        Runs in a thread of its own, with ``whole_store`` as its own connection, until the process ends or rank 0 is
+        gone.
         """
+        store = dist.PrefixStore(self._prefix, whole_store)
+        foreign: set[str] = set()
         for beat in itertools.count():
             try:
+                if self.is_first and beat % FOREIGN_KEYS_BEATS == 0 and not foreign:
+                    foreign = self._log_foreign_keys(whole_store)
                 store.set(f"heartbeat/{self.rank}", str(beat))
                 if self._stop() and not self._peer_stop:
-                    store.set("stop", "1")
-                self._peer_stop = self._peer_stop or store.check(["stop"])
-                if self._watchdog is not None and store.check(["stalled"]):
-                    self._watchdog.end_process(bytes(store.get("stalled")).decode(), caused_by_peer=True)
+                    store.set(STOP_KEY, "1")
+                self._peer_stop = self._peer_stop or store.check([STOP_KEY])
+                if self._watchdog is not None and store.check([STALLED_KEY]):
+                    self._watchdog.end_process(bytes(store.get(STALLED_KEY)).decode(), caused_by_peer=True)
             except (RuntimeError, dist.DistError):
                 return  # Rank 0 is gone. With it the rendezvous store is gone, and the only rank that reads heartbeats.
             # The interval between two heartbeats. No other thread waits for this thread.
             time.sleep(HEARTBEAT_SECONDS)
+
+    def _log_foreign_keys(self, whole_store: dist.Store) -> set[str]:
+        """Print the keys in the rendezvous store that no rank of this attempt has set, and return them."""
+        foreign = {key for key in whole_store.list_keys() if not key.startswith(self._prefix)}
+        if foreign:
+            some = ", ".join(repr(key[:100]) for key in sorted(foreign)[:5])
+            print(
+                f"a foreign client of the rendezvous store has set {len(foreign)} keys, which no rank reads: {some}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return foreign
 
     def _announce_stall(self, message: str) -> None:
         """Tell all ranks through the rendezvous store that this rank stalls.
@@ -352,7 +394,7 @@ class Gang:
         Rank 0 must live until the other ranks have read the message, because rank 0 holds the store.
         """
         with contextlib.suppress(RuntimeError, dist.DistError):
-            self._store.set("stalled", message)
+            self._store.set(STALLED_KEY, message)
             # Wait for two heartbeats, because the other ranks read the store once per heartbeat. The watchdog bounds
             # this wait.
             time.sleep(2 * HEARTBEAT_SECONDS)

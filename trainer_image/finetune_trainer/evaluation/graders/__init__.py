@@ -2,7 +2,8 @@
 SQL grader.
 
 A grader is a pure function without torch. It gets a generated answer and its row of the evaluation set, and returns a
-`Grade`. `finetune_core.tasks` declares the names, columns and scores of the tasks.
+`Grade`. The SQL grader runs queries in a child process. `finetune_core.tasks` declares the names, columns and scores of
+the tasks.
 """
 
 from __future__ import annotations

@@ -1,119 +1,137 @@
 """The grader of SQL: a question about tables is answered by a query, and the query is judged by running it.
 
-The row's column `context` holds CREATE TABLE statements, and the column `answer` holds the reference query. The
-generated query and the reference query must return the same rows on several random databases. `sql_rows.py` fills these
-databases to suit the reference query, and `sql_sandbox.py` runs the queries. `evaluation/scorer.py` calls `grade` for
-every generated answer.
+`evaluation/scorer.py` calls `grade` for every generated answer. The queries of model and data set run in a child
+process (`sql_child.py`), which judges many answers. Whatever a query does, its grade comes within a few seconds: a
+child that takes too long or too much memory is ended, and the next answer gets a new one.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from random import Random
-from typing import NamedTuple
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
 
 from finetune_core.tasks import SQL
 from finetune_trainer.evaluation.graders.grades import Grade
-from finetune_trainer.evaluation.graders.sql_rows import generate
-from finetune_trainer.evaluation.graders.sql_sandbox import Cell, QueryFailed, Sandbox
-from finetune_trainer.evaluation.graders.sql_text import row_requirements
 
-DATABASES = 5
-"""Largest number of databases that an answer runs on. With several databases, a wrong query hardly ever returns the
-right rows on all of them by chance.
-"""
-ENOUGH = 2
-"""Smallest number of usable databases with which an answer can be graded (see `grade`)."""
-ATTEMPTS = 20
-"""Largest number of databases that are tried for a row until `DATABASES` usable ones are found."""
-
-Rows = list[tuple[Cell, ...]]
-
-
-class Case(NamedTuple):
-    """A database, and the rows that the reference query returns on it."""
-
-    sandbox: Sandbox
-    expected: Rows
+COMMAND = [sys.executable, "-m", "finetune_trainer.evaluation.graders.sql_child"]
+GRADE_SECONDS = 4.0
+"""Longest time for an answer. An honest answer takes a tenth of a second at most, so the limit holds on a machine that
+is busy with ten other programs too."""
+START_SECONDS = 120.0
+"""Longest time that a new child may take to start."""
+PROBLEM = "takes too long or too much memory"
+"""What a grade says of a statement during which the child was ended. It must stay one text, so that equal problems can
+be counted."""
+READY, REFERENCE_DONE = "ready", "reference done"
+"""What `sql_child.py` writes before a grade."""
 
 
 def grade(answer: str, row: Mapping[str, object]) -> Grade:
-    """Return the grade of ``answer``. It is right if it returns the same rows as the reference query on each of up to
-    `DATABASES` usable databases.
+    """Return the grade of ``answer``, which `sql_judge.judge` determines in a child process.
 
-    The order of rows counts only if the reference query has an ORDER BY. Names of columns do not count, only their
-    order. Numbers are compared by value. Several databases are used, so that a query that is only similar to the
-    reference query differs on at least one of them. This is test-suite accuracy (Zhong et al. 2020, Distilled Test
-    Suites).
-
-    A database is usable if two conditions hold. The reference query returns something on it, because otherwise every
-    query that returns nothing would be right. And the result does not depend on the order in which sqlite visits the
-    rows. The row can't be used if fewer than `ENOUGH` usable databases are found, or if sqlite can't run its
-    statements.
+    The answer is wrong if its query takes too long or too much memory. The row can't be used if its own statements do.
     """
-    context, query = str(row.get("context", "")), str(row.get("answer", ""))
-    with ExitStack() as stack:
+    with _LOCK:
+        return _JUDGE.grade(answer, str(row.get("context", "")), str(row.get("answer", "")))
+
+
+def close() -> None:
+    """End the child process, if there is one. The next call of `grade` starts another one."""
+    with _LOCK:
+        _JUDGE.close()
+
+
+class ChildError(Exception):
+    """The child process ended, or was ended because it took too long."""
+
+
+class Judge:
+    """Judges answers in a child process, which it starts at the first answer and after each that ended the child."""
+
+    def __init__(self, seconds: float = GRADE_SECONDS) -> None:
+        """Allow an answer ``seconds`` of time."""
+        self._seconds = seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._parent = 0
+        self._told = b""
+
+    def grade(self, answer: str, context: str, query: str) -> Grade:
+        """Return the grade of ``answer`` to a question about the tables of ``context`` with the reference ``query``."""
+        process = self._running_child()
+        request = json.dumps([answer, context, query]).encode() + b"\n"
+        deadline = time.monotonic() + self._seconds
+        at_fault = "reference"
         try:
-            ordered, cases = _cases(stack, context, query)
-        except QueryFailed as error:
-            return Grade.left_out(f"the gold row {error}")
-        if len(cases) < ENOUGH:
-            return Grade.left_out("the gold query returns nothing, or nothing definite, on generated rows")
-        try:
-            right = all(
-                _same(case.sandbox.run(answer, reverse=reverse), case.expected, ordered)
-                for case in cases
-                for reverse in (False, True)
+            self._send(process, request, deadline)
+            while (told := self._line(process, deadline)) == REFERENCE_DONE:
+                at_fault = "answer"
+            return Grade(scores=told["scores"], problem=told["problem"])
+        except ChildError:
+            self.close()
+            if at_fault == "reference":
+                return Grade.left_out(f"the gold row {PROBLEM}")
+            return Grade.of(SQL, {}, problem=f"the query {PROBLEM}")
+
+    @property
+    def process_id(self) -> int | None:
+        """Id of the child process. None if there is none."""
+        return self._process.pid if self._process is not None else None
+
+    def close(self) -> None:
+        """End the child process, if there is one."""
+        process, self._process, self._told = self._process, None, b""
+        if process is not None and self._parent == os.getpid():
+            process.kill()
+            process.communicate()
+
+    def _running_child(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._parent == os.getpid() and self._process.poll() is not None:
+            # Somebody else ended the child between two answers, which is no fault of the next answer.
+            self.close()
+        # A process that was forked from this one must not use the pipes of its parent's child.
+        if self._process is None or self._parent != os.getpid():
+            self._told, self._parent = b"", os.getpid()
+            self._process = subprocess.Popen(
+                COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
             )
-        except QueryFailed as error:
-            return Grade.of(SQL, {}, problem=f"the query {error}")
-        return Grade.of(SQL, {"execution": right})
+            os.set_blocking(self._process.stdin.fileno(), False)  # type: ignore[union-attr]
+            try:
+                self._line(self._process, time.monotonic() + START_SECONDS)
+            except ChildError as error:
+                self.close()
+                raise RuntimeError("the process that runs the queries of the SQL task did not start") from error
+        return self._process
+
+    def _send(self, process: subprocess.Popen[bytes], request: bytes, deadline: float) -> None:
+        assert process.stdin is not None
+        while request:
+            _, ready, _ = select.select([], [process.stdin], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise ChildError
+            try:
+                request = request[os.write(process.stdin.fileno(), request) :]
+            except OSError as error:
+                raise ChildError from error
+
+    def _line(self, process: subprocess.Popen[bytes], deadline: float) -> Any:
+        """Return the next line that the child writes, decoded. Raise ChildError if it does not come in time."""
+        assert process.stdout is not None
+        while b"\n" not in self._told:
+            ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            piece = os.read(process.stdout.fileno(), 65536) if ready else b""
+            if not piece:
+                raise ChildError
+            self._told += piece
+        line, _, self._told = self._told.partition(b"\n")
+        return json.loads(line)
 
 
-def _cases(stack: ExitStack, context: str, query: str) -> tuple[bool, list[Case]]:
-    """Make the usable databases of a row in sandboxes, which ``stack`` closes. Return whether the order of rows counts,
-    and the databases."""
-    cases: list[Case] = []
-    ordered = False
-    nothing: Rows | None = None
-    for random in _seeds(context, query):
-        sandbox = stack.enter_context(Sandbox(context))
-        tables = sandbox.tables()
-        wanted = row_requirements(query, {column.name.lower() for columns in tables.values() for column in columns})
-        ordered = wanted.ordered
-        nothing = sandbox.run(query) if nothing is None else nothing
-        for table, rows in generate(tables, wanted, random).items():
-            sandbox.insert(table, rows)
-        expected = sandbox.run(query)
-        if expected != nothing and _is_telling(expected) and _same(sandbox.run(query, reverse=True), expected, ordered):
-            cases.append(Case(sandbox, expected))
-            if len(cases) == DATABASES:
-                break
-    return ordered, cases
-
-
-def _seeds(context: str, query: str) -> Iterator[Random]:
-    """Yield a random generator for each database. Its seed depends only on the row, so that a grade can be repeated."""
-    for attempt in range(ATTEMPTS):
-        digest = hashlib.sha256(f"{attempt}\n{context}\n{query}".encode(errors="surrogatepass")).digest()
-        yield Random(digest)  # noqa: S311  (rows, not secrets)
-
-
-def _is_telling(rows: Rows) -> bool:
-    """Return whether a result has a value other than NULL and 0. Many queries return NULL or 0 if no row matches."""
-    return any(cell is not None and cell != 0 for row in rows for cell in row)
-
-
-def _same(left: Rows, right: Rows, ordered: bool) -> bool:
-    """Return whether two results have the same rows. If ``ordered``, the order of the rows must be the same too."""
-    plain_left, plain_right = [_plain(row) for row in left], [_plain(row) for row in right]
-    return plain_left == plain_right if ordered else Counter(plain_left) == Counter(plain_right)
-
-
-def _plain(row: tuple[Cell, ...]) -> tuple[Cell, ...]:
-    """Return the row with its floats rounded to ten digits, because the last digits of a sum depend on the order of
-    addition."""
-    return tuple(float(f"{cell:.10g}") if isinstance(cell, float) else cell for cell in row)
+_JUDGE = Judge()
+_LOCK = threading.Lock()

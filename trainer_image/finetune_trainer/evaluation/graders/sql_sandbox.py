@@ -1,16 +1,18 @@
 """Runs queries that a model wrote, in an sqlite database in memory. A query can read the tables of its row and do
 nothing else: it can't write, attach files, load extensions, run without end or fill the memory.
 
-`sql.py` creates a `Sandbox` from CREATE TABLE statements, inserts rows and runs queries. The main limit counts sqlite's
-instructions, so that a grade does not depend on how busy the machine is. A limit in seconds is the last resort.
+`sql_judge.py` creates a `Sandbox` from CREATE TABLE statements, inserts rows and runs queries. The main limit counts
+sqlite's instructions, so that a grade does not depend on how busy the machine is. A limit in seconds is the last
+resort. Neither is checked inside of an instruction, so `sql.py` runs all this in a process whose time and memory are
+limited.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from enum import Enum
 from types import TracebackType
 from typing import NamedTuple
@@ -43,16 +45,19 @@ _LIMITS = {
     sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 1,
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
+_MAX_SCHEMA_BYTES = 12_000
+"""Largest size of a value in bytes while tables are created. sqlite stores the text of each CREATE TABLE as a value."""
 _READING = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
-_CREATING = _READING | {
+_CREATING = frozenset({sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}) | {
     sqlite3.SQLITE_CREATE_TABLE,
     sqlite3.SQLITE_CREATE_INDEX,
     sqlite3.SQLITE_INSERT,
     sqlite3.SQLITE_UPDATE,
     sqlite3.SQLITE_REINDEX,
 }
-_REFUSED_FUNCTIONS = frozenset({"load_extension", "random", "randomblob", "fts3_tokenizer"})
-"""Functions that a query must not call, because they load code or return another result at every call."""
+_REFUSED_FUNCTIONS = frozenset({"load_extension", "random", "randomblob", "fts3_tokenizer", "printf", "format"})
+"""Functions that a query must not call, because they load code, return another result at every call, or work for
+seconds in a single instruction, whatever the limits are."""
 
 Cell = int | float | str | bytes | None
 
@@ -90,6 +95,7 @@ class Sandbox:
         self._connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
         for limit, value in _LIMITS.items():
             self._connection.setlimit(limit, value)
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_SCHEMA_BYTES)
         self._allowed: frozenset[int] = _CREATING
         self._connection.set_authorizer(self._authorize)
         try:
@@ -113,16 +119,20 @@ class Sandbox:
         return {name: tuple(self._columns(name)) for name in names if not name.startswith("sqlite_")}
 
     def insert(self, table: str, rows: Sequence[Sequence[Value]]) -> None:
-        """Insert ``rows``, which have a value for each column. Rows that sqlite refuses are left out."""
+        """Insert ``rows``, which have a value for each column. Rows that sqlite refuses are left out. Raise QueryFailed
+        if expressions of the table, such as CHECK and generated columns, exceed a limit."""
         if rows:
             name = table.replace('"', '""')
             places = ", ".join("?" * len(rows[0]))
             statement = f'INSERT OR IGNORE INTO "{name}" VALUES ({places})'  # noqa: S608  (quoted above)
             self._connection.set_authorizer(None)
-            self._connection.execute("BEGIN")
-            for row in rows:
-                with suppress(sqlite3.Error):
-                    self._connection.execute(statement, row)
+            with self._limited() as spent:
+                self._connection.execute("BEGIN")
+                for row in rows:
+                    with suppress(sqlite3.Error):
+                        self._connection.execute(statement, row)
+                    if spent():
+                        raise QueryFailed("takes too long")
             self._connection.execute("COMMIT")
             self._connection.set_authorizer(self._authorize)
 
@@ -157,26 +167,37 @@ class Sandbox:
             raise QueryFailed("is too long")
         if expansions(statement) > _MAX_EXPANSIONS:
             raise QueryFailed("nests too many common table expressions")
+        try:
+            with self._limited():
+                cursor = self._connection.execute(statement)
+                rows: list[tuple[Cell, ...]] = cursor.fetchmany(MAX_ROWS + 1)
+                cursor.close()
+        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
+            raise QueryFailed("takes too long" if "interrupted" in str(error) else "fails in sqlite") from error
+        if len(rows) > MAX_ROWS:
+            raise QueryFailed(f"returns more than {MAX_ROWS} rows")
+        return rows
+
+    @contextmanager
+    def _limited(self) -> Iterator[Callable[[], bool]]:
+        """Inside the block, let sqlite interrupt statements that together execute more than MAX_INSTRUCTIONS, or run
+        for longer than MAX_SECONDS. The function that the block gets returns whether that has happened."""
         calls = 0
         deadline = time.monotonic() + MAX_SECONDS
 
         def spent() -> bool:
-            nonlocal calls
-            calls += 1
             return calls * _HANDLER_EVERY > MAX_INSTRUCTIONS or time.monotonic() > deadline
 
-        self._connection.set_progress_handler(spent, _HANDLER_EVERY)
+        def handler() -> bool:
+            nonlocal calls
+            calls += 1
+            return spent()
+
+        self._connection.set_progress_handler(handler, _HANDLER_EVERY)
         try:
-            cursor = self._connection.execute(statement)
-            rows: list[tuple[Cell, ...]] = cursor.fetchmany(MAX_ROWS + 1)
-            cursor.close()
-        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
-            raise QueryFailed("takes too long" if "interrupted" in str(error) else "fails in sqlite") from error
+            yield spent
         finally:
             self._connection.set_progress_handler(None, 0)
-        if len(rows) > MAX_ROWS:
-            raise QueryFailed(f"returns more than {MAX_ROWS} rows")
-        return rows
 
     def _own(self, statement: str) -> list[tuple[Cell, ...]]:
         """Run a statement that this class itself wrote, and return its rows. The authorizer is off, because it would

@@ -1,0 +1,108 @@
+"""The NetworkPolicy of an attempt admits only pods of that attempt, and is removed together with them."""
+
+from __future__ import annotations
+
+from finetune_core.names import attempt_name
+from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.memory import Memory
+from finetune_operator.reconcile import Reconciler
+from tests.operator.builders import NOW, UID, job_manifest
+from tests.operator.model import ModelServer
+from tests.operator.test_crashes import KEY, reconciler
+
+FIRST, SECOND = attempt_name("quickstart", UID, 1), attempt_name("quickstart", UID, 2)
+
+
+async def begun(server: ModelServer) -> None:
+    for _ in range(5):
+        await reconciler(server).reconcile(KEY)
+
+
+async def second_attempt(server: ModelServer) -> None:
+    server.end_pods(1)
+    for _ in range(20):
+        outcome = await reconciler(server).reconcile(KEY)
+        server.pass_time(outcome.after or 0)
+
+
+def nonce_of(server: ModelServer, attempt: str) -> str:
+    return str(server.config_maps[attempt]["data"]["nonce"])
+
+
+async def test_only_pods_of_the_same_attempt_are_admitted() -> None:
+    server = ModelServer(job_manifest(), NOW)
+    await begun(server)
+    (policy,) = server.network_policies.values()
+    selected = {"matchLabels": {"finetune.dev/job-uid": UID, "finetune.dev/attempt": "1"}}
+    assert policy["spec"] == {
+        "podSelector": selected,
+        "policyTypes": ["Ingress"],
+        "ingress": [{"from": [{"podSelector": selected}]}],
+    }
+    for pod in server.pods:
+        assert selected["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    (owner,) = policy["metadata"]["ownerReferences"]
+    assert (owner["uid"], owner["controller"]) == (UID, True)
+
+
+async def test_the_policy_exists_before_the_first_pod() -> None:
+    server = ModelServer(job_manifest(), NOW)
+    await begun(server)
+    assert server.writes.index(f"create networkpolicy {FIRST}") < server.writes.index(f"create {FIRST}")
+
+
+async def test_the_next_attempt_has_another_policy_and_another_nonce() -> None:
+    server = ModelServer(job_manifest(), NOW)
+    await begun(server)
+    first = nonce_of(server, FIRST)
+    await second_attempt(server)
+    assert (list(server.network_policies), list(server.children)) == ([SECOND], [SECOND])
+    assert len({"", first, nonce_of(server, SECOND)}) == 3
+
+
+async def test_an_operator_that_starts_again_keeps_the_nonce_of_the_attempt() -> None:
+    server = ModelServer(job_manifest(), NOW, refuses="quota")
+    await begun(server)
+    before = nonce_of(server, FIRST)
+    server.refuses = ""
+    server.pass_time(600)
+    await begun(server)
+    assert (nonce_of(server, FIRST), list(server.children)) == (before, [FIRST])
+
+
+async def test_no_attempt_starts_under_a_policy_of_somebody_else() -> None:
+    server = ModelServer(job_manifest(), NOW)
+    foreign = {"metadata": {"name": FIRST, "uid": "foreign", "ownerReferences": []}, "spec": {"podSelector": {}}}
+    server.network_policies[FIRST] = foreign
+    await begun(server)
+    assert (server.children, server.network_policies) == ({}, {FIRST: foreign})
+    accepted = next(item for item in server.job["status"]["conditions"] if item["type"] == "Accepted")
+    assert (accepted["status"], accepted["reason"]) == ("False", "NameConflict")
+    assert "NetworkPolicy" in accepted["message"]
+
+
+async def test_an_installation_without_policies_sends_no_request_for_them() -> None:
+    server = ModelServer(job_manifest(), NOW)
+    server.network_policies = None  # type: ignore[assignment]  # so that every request for a policy fails
+    without = Reconciler(
+        cluster=server,  # type: ignore[arg-type]
+        backend=PyTorchJobBackend(server),  # type: ignore[arg-type]
+        memory=Memory(),
+        metrics=Metrics(),
+        trainer_image="trainer:1",
+        report_base_url="https://operator:8443",
+        ca_bundle=lambda: "CA",
+        instance="test",
+        preflight="Skip",
+        network_policies=False,
+        now=lambda: server.now,
+        clock=lambda: server.now.timestamp(),
+    )
+    for _ in range(5):
+        await without.reconcile(KEY)
+    server.end_pods(1)
+    for _ in range(20):
+        outcome = await without.reconcile(KEY)
+        server.pass_time(outcome.after or 0)
+    assert list(server.children) == [SECOND]

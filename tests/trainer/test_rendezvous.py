@@ -1,0 +1,209 @@
+"""Clients that don't belong to an attempt can neither stop nor stall its ranks through the rendezvous store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from finetune_core.contract import Identity
+from finetune_trainer.pod.plan import rendezvous_key, rendezvous_nonce
+from finetune_trainer.pod.settings import Paths
+from tests.trainer.objectstore import free_port
+
+KEYS = ("stop", "stalled", "share", "shared/1", "shared/2", "each/1", "each/1/1", "each/2", "heartbeat/1", "init/")
+"""Keys that a rank would read if it took them for keys of another rank."""
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+from finetune_trainer.ranks.gate import open_rendezvous
+rank, nodes, port = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+with open_rendezvous(
+    first=rank == 0, nodes=nodes, address="127.0.0.1", port=port, key=lambda: os.environ["KEY"].encode()
+) as rendezvous:
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = rendezvous.address, str(rendezvous.port)
+    import torch
+    from finetune_trainer.ranks.gang import Gang
+    gang = Gang(device=torch.device("cpu"))
+    print("joined", flush=True)
+    folder = Path(os.environ["FOLDER"])
+    calls = 0
+    while not any(gang.gather(lambda: (folder / "enough").exists())):
+        calls += 1
+    (folder / f"calls-{rank}").write_text(str(calls))
+    gang.check_stop()
+    print("stop requested:", gang.stop_requested(), flush=True)
+    gang.final_barrier()
+    # A worker ends before its launcher, so its connection closes before the gate does.
+    del gang
+os._exit(0)
+"""
+
+
+class Ranks:
+    """Running ranks, each in a process that stands for a pod of its own."""
+
+    def __init__(self, folder: Path, world: int, *, keys: tuple[str, ...] = ()) -> None:
+        self.folder, self.port, self.processes = folder, free_port(), list[subprocess.Popen[bytes]]()
+        for rank in range(world):
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": str(world),
+                "MASTER_PORT": str(self.port),
+                "RENDEZVOUS_NONCE": "known to the ranks",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "OMP_NUM_THREADS": "1",
+                "KEY": keys[rank] if keys else "the key",
+                "FOLDER": str(folder),
+            }
+            with (folder / f"{rank}.log").open("wb") as log:
+                command = [sys.executable, "-c", PROGRAM]
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+
+    def log(self, rank: int) -> str:
+        return (self.folder / f"{rank}.log").read_text()
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {seconds} s for {what}: {self.log(0)}"
+            # Pause between two checks; the deadline bounds their total time.
+            time.sleep(0.05)
+
+    def end(self) -> list[int]:
+        (self.folder / "enough").touch()
+        return [process.wait(120) for process in self.processes]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
+    started: list[Ranks] = []
+
+    def begin(world: int, **options: tuple[str, ...]) -> Ranks:
+        started.append(Ranks(tmp_path, world, **options))
+        return started[-1]
+
+    yield begin
+    for ranks in started:
+        for process in ranks.processes:
+            process.kill()
+            process.wait()
+
+
+def joined(ranks: Ranks) -> bool:
+    return all("joined" in ranks.log(rank) for rank in range(len(ranks.processes)))
+
+
+def foreign_store(port: int, address: str = "127.0.0.1") -> dist.TCPStore:
+    """Connect to ``port`` with the client of torch, which needs no credentials."""
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=3))
+
+
+def assert_undisturbed(ranks: Ranks) -> None:
+    assert ranks.end() == [0] * len(ranks.processes), ranks.log(0)
+    for rank in range(len(ranks.processes)):
+        assert "stop requested: False" in ranks.log(rank)
+
+
+def test_the_gate_refuses_a_client_of_torch_and_logs_it(start: Callable[..., Ranks]) -> None:
+    ranks = start(2)
+    ranks.wait_for(lambda: joined(ranks), "the ranks to join")
+    for _ in range(2):
+        with pytest.raises((dist.DistError, RuntimeError)):
+            foreign_store(ranks.port)
+    ranks.wait_for(lambda: "refused a foreign connection to the rendezvous port from 127.0.0.1" in ranks.log(0), "log")
+    assert_undisturbed(ranks)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 1_000_000], ids=["silent", "HTTP", "much"])
+def test_many_foreign_connections_keep_no_rank_away(sent: bytes, start: Callable[..., Ranks]) -> None:
+    """The connections are there before the ranks join, and stay until the ranks have ended."""
+    ranks = start(2)
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> bool:
+            try:
+                stack.enter_context(socket.create_connection(("127.0.0.1", ranks.port), timeout=5))
+            except OSError:
+                return False
+            return True
+
+        ranks.wait_for(connect, "the gate to open")
+        for _ in range(300):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", ranks.port), timeout=5))
+            with contextlib.suppress(OSError):
+                connection.sendall(sent)
+        ranks.wait_for(lambda: joined(ranks), "the ranks to join")
+        assert_undisturbed(ranks)
+
+
+def test_a_pod_with_another_key_does_not_come_in(start: Callable[..., Ranks]) -> None:
+    ranks = start(2, keys=("the key", "another key"))
+    ranks.wait_for(lambda: "it does not know the key of the attempt" in ranks.log(0), "the refusal")
+    ranks.wait_for(lambda: "no connection to rank 0 yet: " in ranks.log(1), "the refused end's own sentence")
+    assert not joined(ranks)
+
+
+def test_one_node_listens_on_the_loopback_interface_only(start: Callable[..., Ranks]) -> None:
+    ranks = start(1)
+    ranks.wait_for(lambda: joined(ranks), "the rank to join")
+    assert listening_addresses(ranks.processes[0].pid) == {"0100007F"}
+    assert_undisturbed(ranks)
+
+
+def test_keys_of_a_program_in_the_same_pod_are_not_read_and_are_logged(start: Callable[..., Ranks]) -> None:
+    ranks = start(1)
+    ranks.wait_for(lambda: joined(ranks), "the rank to join")
+    store = foreign_store(ranks.port)
+    for key in KEYS:
+        store.set(key, '{"error": "UserError", "message": ["dataset.train", "is nonsense"]}')
+    ranks.wait_for(lambda: "a foreign client of the rendezvous store has set" in ranks.log(0), "the log line")
+    assert_undisturbed(ranks)
+
+
+def listening_addresses(process: int) -> set[str]:
+    """Return the addresses, in hexadecimal digits as the kernel writes them, on which ``process`` listens for TCP."""
+    inodes = set()
+    for entry in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(str(entry.readlink()).removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+def identity(attempt: int) -> Identity:
+    return Identity(
+        namespace="default", name="test", uid="uid", attempt=attempt, pod_name="pod", pod_uid="pod", node_rank=0
+    )
+
+
+def test_the_key_needs_the_nonce_the_attempt_and_the_secret_access_key(tmp_path: Path) -> None:
+    paths = Paths(credentials=tmp_path, nonce_file=tmp_path / "nonce")
+    keys = [rendezvous_key(identity(1), paths), rendezvous_key(identity(2), paths)]
+    for file in ("nonce", "AWS_SECRET_ACCESS_KEY"):
+        (tmp_path / file).write_text("a text")
+        keys.append(rendezvous_key(identity(1), paths))
+    assert len(set(keys)) == 4
+
+
+def test_the_prefix_of_the_keys_stays_while_credentials_are_rotated(tmp_path: Path) -> None:
+    paths = Paths(credentials=tmp_path, nonce_file=tmp_path / "nonce")
+    before = rendezvous_nonce(identity(1), paths)
+    (tmp_path / "AWS_SECRET_ACCESS_KEY").write_text("another")
+    assert rendezvous_nonce(identity(1), paths) == before

@@ -1,0 +1,117 @@
+"""Runs checks in a child process that may not use more memory than the pod has to spare. `entrypoint.py` calls
+`run_confined`.
+
+Model and data come from anywhere, and a small file may expand to gigabytes. Without the child the kernel would kill the
+whole pod, nobody would learn which file it was, and the operator would try again without end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+MEMORY_BYTES = 640 << 20
+"""Most memory of the child in bytes. The preflight pod may use 1 GiB; the rest is for the parent, and for what the
+child takes between two looks of the parent."""
+LOOK_SECONDS = 0.01
+"""Time between two looks at the memory of the child. The kernel hands out about a gigabyte in a second."""
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class ChildEnd(Enum):
+    """How the child process ended."""
+
+    DONE = "The child has done its work."
+    FAILED = "The child raised an exception and has printed its traceback."
+    KILLED = "A signal ended the child, sent by the kernel, by a library or by somebody else."
+    TOO_LARGE = "The parent has killed the child, because it used more memory than it may."
+
+
+def run_confined(
+    work: Callable[[Callable[[Any], None]], None],
+    receive: Callable[[Any], None],
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+) -> ChildEnd:
+    """Call ``work`` in a forked child process, and return how the child ended.
+
+    ``work`` gets a function that sends a JSON value to this process, where ``receive`` is called with it. The child is
+    killed when it uses more memory than ``memory_bytes``, and when an exception is raised in this process, such as the
+    end of a time limit. No thread may run in this process.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _run_child(work, writer)
+    os.close(writer)
+    try:
+        too_large = _receive_all(reader, receive, child, memory_bytes)
+        if too_large:
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    finally:
+        os.close(reader)
+    if too_large:
+        return ChildEnd.TOO_LARGE
+    if os.WIFSIGNALED(status):
+        return ChildEnd.KILLED
+    return ChildEnd.DONE if os.WEXITSTATUS(status) == 0 else ChildEnd.FAILED
+
+
+def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int) -> None:
+    """Do the work in the child and end the process without the cleanup of the parent, whose copy it is."""
+    code = 1
+    try:
+        stream = os.fdopen(writer, "w")
+
+        def send(value: Any) -> None:
+            stream.write(json.dumps(value) + "\n")
+            stream.flush()
+
+        work(send)
+        code = 0
+    except BaseException:  # noqa: BLE001  (the child ends here, whatever happened)
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        # The stream stays open until the process ends, because its end tells the parent that the child has ended.
+        os._exit(code)
+
+
+def _receive_all(reader: int, receive: Callable[[Any], None], child: int, memory_bytes: int) -> bool:
+    """Receive values until the child has closed its end. Return early, with True, once the child is too large."""
+    told = b""
+    looked_at = 0.0
+    while True:
+        ready, _, _ = select.select([reader], [], [], LOOK_SECONDS)
+        if ready:
+            piece = os.read(reader, 65536)
+            if not piece:
+                return False
+            told += piece
+            *lines, told = told.split(b"\n")
+            for line in lines:
+                receive(json.loads(line))
+        if time.monotonic() - looked_at >= LOOK_SECONDS:
+            looked_at = time.monotonic()
+            if _resident_bytes(child) > memory_bytes:
+                return True
+
+
+def _resident_bytes(process: int) -> int:
+    """Return how much memory the child has. A child that has ended, but was not waited for yet, has none."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * _PAGE_BYTES

@@ -1,0 +1,310 @@
+"""The gate in front of the rendezvous store of an attempt with several nodes. Only pods of the attempt can pass it.
+
+The rendezvous store of torch obeys every client that can connect: whoever writes the right key ends the training of all
+ranks, and whoever writes many keys fills the memory of rank 0. So rank 0 offers the store on the loopback interface of
+its pod only. The launcher of that pod serves the port to which the other pods connect, and lets a connection pass to
+the store after both ends have proved that they know the key of the attempt. The launcher of each other pod serves a
+port on the loopback interface of its own pod, and connects the workers' connections to the gate. `launcher.py` calls
+`open_rendezvous`. Nothing here imports torch.
+
+The bytes of the store are not encrypted, like the tensors that the ranks exchange. The gate keeps out clients that can
+open connections; it does not help against somebody who reads or changes the packets of other pods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+
+from finetune_trainer.pod.errors import OutsideFailure
+from finetune_trainer.pod.settings import PEER_WAIT_SECONDS
+
+LOOPBACK = "127.0.0.1"
+GREETING = b"finetune-rendezvous-1\n"
+CHALLENGE_BYTES = 32
+PROOF_BYTES = 32
+HANDSHAKE_SECONDS = 10.0
+"""For this many seconds a client may take to prove that it knows the key. Pods of the attempt need milliseconds."""
+MOST_HANDSHAKES = 64
+"""Largest number of connections that are in the handshake at the same time. One more ends the oldest of them, so that
+clients that connect and send nothing can't keep the pods of the attempt away."""
+RETRY_SECONDS = 0.2
+"""Pause between two tries to connect to a port on which nobody listens yet."""
+LAST_BYTES_SECONDS = 2.0
+"""Longest time for forwarding the last bytes of the workers after they have ended."""
+PIECE_BYTES = 64 * 1024
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Handshake = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Key = Callable[[], bytes]
+"""Returns the key of the attempt. It is called for every handshake, because the kubelet may replace the files from
+which the key is made."""
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the workers of this pod find the rendezvous store. It is always an address of the loopback interface."""
+
+    address: str
+    port: int
+
+
+@contextlib.contextmanager
+def open_rendezvous(*, first: bool, nodes: int, address: str, port: int, key: Key) -> Iterator[Rendezvous]:
+    """Inside the block, connect the workers of this pod with the rendezvous store.
+
+    ``first`` says whether rank 0 is a worker of this pod, and ``nodes`` is the number of pods. ``address`` and ``port``
+    are those that the other pods connect to. Where there is one pod only, nothing listens outside of the loopback
+    interface. Raises OutsideFailure where the port is taken.
+    """
+    if nodes == 1:
+        yield Rendezvous(LOOPBACK, port)
+        return
+    with contextlib.ExitStack() as stack:
+        if first:
+            # The socket never listens. While it is bound, no other program gets the port, and rank 0 can listen there.
+            reserved = stack.enter_context(_bound_socket())
+            local = Rendezvous(LOOPBACK, reserved.getsockname()[1])
+            gate = Gate(key, local)
+            stack.enter_context(_served(lambda: asyncio.start_server(gate.serve, None, port, backlog=1024), port))
+        else:
+            relay = Relay(key, address, port)
+            listener = socket.create_server((LOOPBACK, 0))
+            local = Rendezvous(LOOPBACK, listener.getsockname()[1])
+            stack.enter_context(_served(lambda: asyncio.start_server(relay.serve, sock=listener), local.port))
+        yield local
+
+
+class Gate:
+    """Serves the connections of other pods in the pod of rank 0, and lets them pass to the store after a handshake."""
+
+    def __init__(self, key: Key, store: Rendezvous) -> None:
+        """Let connections pass to ``store`` whose other end knows ``key``."""
+        self._key = key
+        self._store = _Target(store.address, store.port)
+        self._handshakes: dict[asyncio.Task[None], None] = {}
+        self._refused = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection until either end closes it."""
+        with _closing(writer):
+            handshake = asyncio.ensure_future(self._handshake(reader, writer))
+            self._handshakes[handshake] = None
+            if len(self._handshakes) > MOST_HANDSHAKES:
+                next(iter(self._handshakes)).cancel()
+            try:
+                await asyncio.wait([handshake])
+            finally:
+                handshake.cancel()
+                self._handshakes.pop(handshake, None)
+            problem = "it was the oldest of too many" if handshake.cancelled() else str(handshake.exception() or "")
+            if problem:
+                self._log_refusal(writer, problem)
+                return
+            store = await self._store.connect()
+            if store is not None:
+                await _forward(reader, writer, store)
+
+    async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Raise RefusedError unless the other end knows the key. Prove to the other end that this end knows it too."""
+        with _refusing():
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                mine = secrets.token_bytes(CHALLENGE_BYTES)
+                writer.write(GREETING + mine)
+                await writer.drain()
+                theirs = await reader.readexactly(CHALLENGE_BYTES)
+                proof = await reader.readexactly(PROOF_BYTES)
+                key = self._key()
+                if not hmac.compare_digest(proof, _proof(key, b"client", mine, theirs)):
+                    raise RefusedError("it does not know the key of the attempt")
+                writer.write(_proof(key, b"server", mine, theirs))
+                await writer.drain()
+
+    def _log_refusal(self, writer: asyncio.StreamWriter, problem: str) -> None:
+        """Print the first refused connection, and then every second, fourth, eighth and so on."""
+        self._refused += 1
+        if self._refused & (self._refused - 1) == 0:
+            peer = writer.get_extra_info("peername")
+            print(
+                f"refused a foreign connection to the rendezvous port from {peer[0] if peer else 'an unknown address'}:"
+                f" {problem} ({self._refused} refused so far)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+class Relay:
+    """Serves the connections of this pod's workers, and connects each with the gate in the pod of rank 0."""
+
+    def __init__(self, key: Key, address: str, port: int) -> None:
+        """Connect to the gate at ``address`` and ``port``, and prove there that this end knows ``key``."""
+        self._key = key
+        self._gate = _Target(address, port, self._handshake)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection of a worker until either end closes it."""
+        with _closing(writer):
+            gate = await self._gate.connect()
+            if gate is not None:
+                await _forward(reader, writer, gate)
+
+    async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with _refusing():
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                greeting = await reader.readexactly(len(GREETING))
+                theirs = await reader.readexactly(CHALLENGE_BYTES)
+                if greeting != GREETING:
+                    raise RefusedError("the other end is no gate of an attempt")
+                mine, key = secrets.token_bytes(CHALLENGE_BYTES), self._key()
+                writer.write(mine + _proof(key, b"client", theirs, mine))
+                await writer.drain()
+                proof = await reader.readexactly(PROOF_BYTES)
+                if not hmac.compare_digest(proof, _proof(key, b"server", theirs, mine)):
+                    raise RefusedError("the other end does not know the key of the attempt")
+
+
+class RefusedError(Exception):
+    """The other end of a connection did not prove that it belongs to the attempt."""
+
+
+class _Target:
+    """The port to which connections are forwarded. Until the first connection succeeds, its program may still start."""
+
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        handshake: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None,
+    ) -> None:
+        self._address, self._port, self._handshake = address, port, handshake
+        self._reached = False
+
+    async def connect(self) -> Streams | None:
+        """Return a connection. Return None where the port was reached before and can't be reached any more, or was not
+        reached for PEER_WAIT_SECONDS."""
+        deadline = time.monotonic() + PEER_WAIT_SECONDS
+        told = False
+        while True:
+            try:
+                streams = await asyncio.open_connection(self._address, self._port)
+            except OSError:
+                if self._reached:
+                    return None
+            else:
+                try:
+                    if self._handshake is not None:
+                        await self._handshake(*streams)
+                except RefusedError as error:
+                    streams[1].close()
+                    if not told:
+                        print(f"no connection to rank 0 yet: {error}", file=sys.stderr, flush=True)
+                    told = True
+                else:
+                    self._reached = True
+                    return streams
+            if time.monotonic() > deadline:
+                return None
+            # Nothing tells when a program begins to listen, so the port is tried again after a pause.
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+def _proof(key: bytes, role: bytes, first: bytes, second: bytes) -> bytes:
+    """Return the proof that an end with ``role`` knows ``key``. The challenges of both ends make it valid only once."""
+    return hmac.digest(key, GREETING + role + first + second, "sha256")
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Inside the block, raise RefusedError in place of the errors of a connection that ends or stays silent."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise RefusedError(f"it proved nothing in {HANDSHAKE_SECONDS:.0f} s") from error
+    except (OSError, EOFError) as error:
+        raise RefusedError("it left before it proved anything") from error
+
+
+@contextlib.contextmanager
+def _closing(writer: asyncio.StreamWriter) -> Iterator[None]:
+    """Close the connection at the end of the block. A connection that the other end has broken is no error."""
+    try:
+        with contextlib.suppress(OSError):
+            yield
+    finally:
+        writer.close()
+
+
+async def _forward(near_reader: asyncio.StreamReader, near: asyncio.StreamWriter, far_end: Streams) -> None:
+    """Forward bytes in both directions until one end closes its connection, then close the other one."""
+
+    async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while piece := await source.read(PIECE_BYTES):
+            sink.write(piece)
+            await sink.drain()
+
+    far_reader, far = far_end
+    with _closing(far):
+        copies = [asyncio.ensure_future(copy(near_reader, far)), asyncio.ensure_future(copy(far_reader, near))]
+        try:
+            await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in copies:
+                task.cancel()
+            # A connection that breaks is the usual end; the errors of both directions are dropped.
+            await asyncio.gather(*copies, return_exceptions=True)
+
+
+def _bound_socket() -> socket.socket:
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((LOOPBACK, 0))
+    return bound
+
+
+@contextlib.contextmanager
+def _served(start: Callable[[], Awaitable[asyncio.Server]], port: int) -> Iterator[None]:
+    """Inside the block, run the server that ``start`` starts, in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    started = threading.Event()
+    stopping = asyncio.Event()
+    failed: list[OSError] = []
+
+    async def serve() -> None:
+        try:
+            server = await start()
+        except OSError as error:
+            failed.append(error)
+            return
+        finally:
+            started.set()
+        await stopping.wait()
+        server.close()
+        # The workers have ended, so their connections end by themselves once their last bytes are forwarded.
+        if connections := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(connections, timeout=LAST_BYTES_SECONDS)
+
+    def run() -> None:
+        with contextlib.closing(loop):
+            loop.run_until_complete(serve())
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            loop.run_until_complete(asyncio.sleep(0))
+
+    thread = threading.Thread(target=run, name="rendezvous", daemon=True)
+    thread.start()
+    started.wait()
+    if failed:
+        raise OutsideFailure(f"port {port}, at which the ranks meet, can't be opened: {failed[0].strerror}")
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(stopping.set)
+        thread.join(HANDSHAKE_SECONDS)
