@@ -11,6 +11,7 @@ import logging
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
 from finetune_operator.act.config_maps import delete_config_map
+from finetune_operator.act.preflight_objects import PreflightObjects
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.observations import ChildObservation
@@ -26,16 +27,25 @@ SIDECAR_SECONDS = 60.0
 class SettledJobs:
     """Removes the objects that ended jobs leave behind."""
 
-    def __init__(self, cluster: KubeClient, backend: Backend, writer: StatusWriter) -> None:
-        """Delete objects with ``cluster`` and ``backend``. ``writer`` removes a deleted child from the status."""
+    def __init__(
+        self, cluster: KubeClient, backend: Backend, writer: StatusWriter, preflight_objects: PreflightObjects
+    ) -> None:
+        """Delete objects with ``cluster``, ``backend`` and ``preflight_objects``. ``writer`` removes a deleted child
+        from the status."""
         self._cluster = cluster
         self._backend = backend
         self._writer = writer
+        self._preflight_objects = preflight_objects
 
     async def tidy(self, job: StoredJob) -> float | None:
         """Remove the job's objects that are due. Return in how many seconds the next is due; None if none will be."""
         ended, started = job.status.completion_time, job.status.attempts.started
-        if ended is None or not started:
+        if ended is None:
+            return None
+        if not started:
+            if job.condition_is(ConditionType.SUCCEEDED, "True"):
+                # The preflight check found the artifact, and the job ended before the objects of the check were gone.
+                await self._preflight_objects.remove_all(job)
             return None
         name = attempt_name(job.key.name, job.uid, started)
         child = await self._backend.observe(job.key.namespace, name)

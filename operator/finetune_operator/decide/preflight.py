@@ -14,9 +14,10 @@ from datetime import datetime, timedelta
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, PreflightStatus
 from finetune_core.contract import ExitCode
-from finetune_core.contract.preflight_result import PreflightResult
+from finetune_core.contract.preflight_result import FoundRun, PreflightResult
 from finetune_operator import messages
 from finetune_operator.decide.decision import Action, Decision, JobEnd
+from finetune_operator.decide.former_run import end_with_artifact, taken_over
 from finetune_operator.decide.states import JobState
 from finetune_operator.decide.verdict import TEXT_LIMIT, PreflightVerdict
 from finetune_operator.objects.observations import ContainerState, PodObservation
@@ -57,7 +58,14 @@ def _during_try(
     pod = next((pod for pod in seen.preflight.pods if pod.index == record.tries + 1), None)
     outcome = _outcome(pod) if pod is not None else None
     if outcome is not None:
-        recorded = _with_verdict(record, *outcome, seen.now)
+        verdict, message, found = outcome
+        recorded = _with_verdict(record, verdict, message, seen.now)
+        if found is not None:
+            former = taken_over(found, seen.preflight)
+            recorded = recorded.model_copy(update={"taken_over": former})
+            if end := end_with_artifact(found, former, seen.preflight):
+                # The pod is left to `settled.py`, because nothing has to wait for its removal.
+                return Decision(state=JobState.SUCCEEDED, attempts=attempts, preflight=recorded, end=end)
         return _checking(attempts, recorded, missing=_missing(recorded), wait_seconds=0)
     missing = seen.preflight.problem or (_why_stuck(pod, seen) if pod else "") or _missing(record)
     left = _seconds_to_deadline(record, seen)
@@ -140,8 +148,8 @@ def _with_verdict(record: PreflightStatus, verdict: PreflightVerdict, message: s
     )
 
 
-def _outcome(pod: PodObservation) -> tuple[PreflightVerdict, str] | None:
-    """Return the verdict and the message of a try whose pod has ended; None while the pod has not ended.
+def _outcome(pod: PodObservation) -> tuple[PreflightVerdict, str, FoundRun | None] | None:
+    """Return verdict, message and the run to take over of a try whose pod has ended; None while it has not ended.
 
     Only findings of the check end a job. A pod that ended without findings does not, because the next try may succeed.
     """
@@ -149,19 +157,20 @@ def _outcome(pod: PodObservation) -> tuple[PreflightVerdict, str] | None:
     if container is not None and container.state is ContainerState.TERMINATED:
         result = PreflightResult.from_termination_message(container.message)
         if container.exit_code == ExitCode.DONE:
-            return PreflightVerdict.PASSED, "; ".join(result.notices) if result else ""
+            notices, found = ("; ".join(result.notices), result.found) if result else ("", None)
+            return PreflightVerdict.PASSED, notices, found
         if result is not None and result.findings:
             verdict = PreflightVerdict.IMPOSSIBLE if result.is_final else PreflightVerdict.WAITING
-            return verdict, result.sentence
+            return verdict, result.sentence, None
         if pod.delete_deadline is None:
             # Where the program left no termination message, the kubelet has filled it with the end of the log.
             last_line = (container.message.strip().splitlines() or [""])[-1]
             message = messages.preflight_broke(container.exit_code, container.reason, last_line)
-            return PreflightVerdict.WAITING, message
+            return PreflightVerdict.WAITING, message, None
     if pod.delete_deadline is not None:
-        return PreflightVerdict.WAITING, messages.pod_deleted(pod.name)
+        return PreflightVerdict.WAITING, messages.pod_deleted(pod.name), None
     if pod.ended:
-        return PreflightVerdict.WAITING, messages.pod_failed(pod.name, pod.reason, pod.message)
+        return PreflightVerdict.WAITING, messages.pod_failed(pod.name, pod.reason, pod.message), None
     return None
 
 

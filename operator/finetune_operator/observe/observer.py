@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from finetune_core.api.conditions import ConditionType
+from finetune_core.layout import runs_folder_of
 from finetune_core.names import attempt_name
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
@@ -110,6 +111,8 @@ class Observer:
             enabled=policy.preflight == "Run" or (policy.preflight is None and self._preflight_by_default),
             pods=pods,
             problem=problem.message if problem is not None and current is None else "",
+            job_uid=job.uid,
+            runs_folder=runs_folder_of(job.resource),
         )
 
     def _expect_reports(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
