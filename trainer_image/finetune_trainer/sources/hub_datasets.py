@@ -51,21 +51,22 @@ def fetch_first_file(
     def first(files: list[str], repository: Mapping[str, RepoSibling]) -> list[str]:
         return [file for file in files[:1] if (repository[file].size or 0) <= most_bytes]
 
-    fetched, found = _fetch(source, field, token, folder, first)
+    fetched, found, _ = _fetch(source, field, token, folder, first)
     return (folder, fetched == found) if fetched else None
 
 
 def split_tags(source: HuggingFaceDataSource, field: str, token: str | None, folder: Path) -> Mapping[str, str]:
-    """Return the id of the content of each file of a split, by the file's path in the repository. Only the data card is
-    downloaded, beside ``folder``. Errors are those of `fetch_split`."""
+    """Return the id of the content of each file of a split, by the file's path in the repository. For a file without
+    an id it is the commit of the whole repository. Only the data card is downloaded, beside ``folder``. Errors are
+    those of `fetch_split`."""
     tags: dict[str, str] = {}
 
     def none(files: list[str], repository: Mapping[str, RepoSibling]) -> list[str]:
-        tags.update({file: f"{repository[file].size} {repository[file].blob_id}" for file in files})
+        tags.update({file: repository[file].blob_id or "" for file in files})
         return []
 
-    _fetch(source, field, token, folder, none)
-    return tags
+    commit = _fetch(source, field, token, folder, none)[2]
+    return {file: tag or commit for file, tag in tags.items()}
 
 
 def _fetch(
@@ -74,15 +75,15 @@ def _fetch(
     token: str | None,
     folder: Path,
     choose: Callable[[list[str], Mapping[str, RepoSibling]], list[str]],
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[str], str]:
     """Download some files of a split. ``choose`` gets the paths of all files of the split and the repository's
     entries by path, and returns the paths to download. Return the paths of the downloaded files and of all files of the
-    split."""
+    split, and the commit that they belong to."""
     from huggingface_hub import HfApi, snapshot_download
 
     hub_field = f"{field}.huggingFace"
 
-    def download() -> tuple[list[str], list[str]]:
+    def download() -> tuple[list[str], list[str], str]:
         api = HfApi(token=token or False)
         info = api.dataset_info(source.repo, revision=source.revision, files_metadata=True)
         repository = {sibling.rfilename: sibling for sibling in info.siblings or ()}
@@ -96,7 +97,7 @@ def _fetch(
         found = split_files(files, card_configs(card), subset=source.subset, split=source.split, field=hub_field)
         wanted = choose(found, repository)
         if not wanted:
-            return [], found
+            return [], found, commit or ""
         snapshot_download(
             source.repo,
             repo_type="dataset",
@@ -106,7 +107,7 @@ def _fetch(
             allow_patterns=[_literal(file) for file in wanted],
             max_workers=PARALLEL_DOWNLOADS,
         )
-        return wanted, found
+        return wanted, found, commit or ""
 
     return call_hub(download, field=hub_field, repo=source.repo, revision=source.revision, has_token=token is not None)
 
