@@ -7,9 +7,11 @@ cluster that was built anew, finds a run with equal values there, and the job th
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -64,7 +66,12 @@ def settings_digest(config: RunConfig) -> str:
 
     Absent fields are left out. So the digest of an older run stays valid where a later version adds an optional field.
     """
-    fields = config.model_dump(mode="json", exclude_none=True)
+    return digest_of_fields(config.model_dump(mode="json", exclude_none=True))
+
+
+def digest_of_fields(run_file: Mapping[str, Any]) -> str:
+    """Return `settings_digest` of a run file whose fields are given by name, as JSON values and without absent ones."""
+    fields = copy.deepcopy(dict(run_file))
     for path in NOT_THE_TRAINING:
         *sections, name = path.split(".")
         section = fields
