@@ -55,8 +55,9 @@ def root_of(job: FineTuneJob) -> Location:
 def inspect_checkpoints(
     store: ObjectStoreReader, root: Location, *, verify: bool, progress: Callable[[str], None]
 ) -> list[CheckpointFolder]:
-    """Return all checkpoint folders below ``root``, sorted by run and step. With ``verify`` every file is read and its
-    sha256 compared with the manifest. Without ``verify`` only names and sizes of the files are compared.
+    """Return all checkpoint folders below ``root``, sorted by run and step. In each committed folder, names and sizes
+    of the files are compared with the manifest, and the manifest's sha256 with COMMIT. With ``verify`` every file is
+    also read and its sha256 compared with the manifest.
 
     ``progress`` is called with the address of each folder before the folder is inspected.
     """

@@ -1,7 +1,7 @@
 """`finetune download`: downloads a job's artifact into a local folder and verifies every byte.
 
-The input is a FineTuneJob and its object store. The output is a folder that peft or transformers loads. A failed
-download leaves no folder behind. `main.py` and the demo call `download`.
+The input is a FineTuneJob and its object store. The output is a folder that peft or transformers loads. The folder
+appears only after the whole artifact was verified. `main.py` and the demo call `download`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def artifact_of(job: FineTuneJob) -> ArtifactStatus:
 def download(
     artifact: ArtifactStatus, store: ObjectStoreReader, folder: Path, progress: Callable[[int], None]
 ) -> Manifest:
-    """Download ``artifact`` into the new folder ``folder`` and return its manifest. Raises UserError where the size or
-    sha256 of a file differs from the manifest, or the manifest from the job's status.
+    """Download ``artifact`` into the new folder ``folder`` and return its manifest. Raises UserError where ``folder``
+    exists already, where the size or sha256 of a file differs from the manifest, or where the manifest differs from the
+    job's status.
 
     The files are written into a temporary folder, which is renamed after all files are verified.
     """

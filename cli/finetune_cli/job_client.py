@@ -94,9 +94,9 @@ class JobClient:
         """Yield the job now and after each change, without an end. ``notify`` is called with a sentence when the
         connection is lost.
 
-        Raises TimeoutError after ``give_up_after`` seconds. Raises UserError when the job does not exist or is deleted,
-        or when the API server does not answer for ten minutes. Raises ConnectionLostError when no API server answers at
-        the start.
+        If ``give_up_after`` is given, raises TimeoutError after this number of seconds. Raises UserError when the job
+        does not exist, is deleted or can't be read, or when the API server does not answer for ten minutes. Raises
+        ConnectionLostError when no API server answers at the start.
         """
         until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
         # This first call is not repeated where no API server answers, because then a wrong kubeconfig is more likely
@@ -237,8 +237,8 @@ class JobClient:
 
 
 def parse(stored: dict[str, Any]) -> FineTuneJob:
-    """Return a stored object as a FineTuneJob. Raises UserError where the cluster runs a newer version than this
-    program."""
+    """Return a stored object as a FineTuneJob. Raises UserError where the object does not fit this version of the
+    program, as when the cluster runs a newer version."""
     try:
         return FineTuneJob.model_validate(stored)
     except ValidationError as error:

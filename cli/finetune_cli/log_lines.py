@@ -12,7 +12,8 @@ from finetune_cli.state import blocking_message, ending, metric, scores_by_name,
 from finetune_core.api.job import FineTuneJob
 
 PROGRESS_EVERY_PERCENT = 5
-"""A line about the progress is written each time when the progress has grown by this many percent of all steps."""
+"""A line about the progress is written when the progress has grown by this percentage of all steps since the last
+written state, and at the last step."""
 
 
 def new_lines(shown: FineTuneJob | None, job: FineTuneJob) -> list[str]:

@@ -1,7 +1,8 @@
 """The program `finetune`: parses the command line, runs the command, and prints errors that a user can correct as one
 sentence.
 
-Exit codes: 0 success, 1 the job did not succeed, 2 an error that a user can correct, 130 interrupted.
+Exit codes: 0 success, 1 the job did not succeed (or a job file is not valid, or a checkpoint is damaged), 2 the command
+could not do its work, for example because the API server can't be reached, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ from finetune_core.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 SMALL_OBJECT_BYTES = 16 << 20
-"""Most bytes of an object that is read into memory. Manifests and pointers are far smaller."""
+"""Largest object, in bytes, that is read into memory. Manifests and pointers are far smaller."""
 TRIES = 3
-"""Most tries to download an object."""
+"""How many times the download of an object is tried in all."""
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 """S3 error codes with which an object store refuses the credentials."""
 
@@ -63,7 +63,8 @@ class MissingError(UserError):
 
 
 class ObjectStoreReader:
-    """Reads objects from a job's object store. A failed request raises UserError that names the address or the key."""
+    """Reads objects from a job's object store. A failed request raises UserError that names the address or the key. A
+    transfer that breaks off raises urllib3's error, except in `fetch`, which repeats the transfer."""
 
     def __init__(
         self, storage: StorageSpec, keys: AccessKey, endpoint: str | None = None, certificates: str | None = None
@@ -117,7 +118,7 @@ class ObjectStoreReader:
         return hasher.hexdigest()
 
     def read(self, bucket: str, key: str) -> bytes:
-        """Return the content of a small object. Raises UserError for an object that is too large."""
+        """Return the content of a small object. Raises UserError for an object of more than SMALL_OBJECT_BYTES."""
         found = bytearray()
 
         def add(chunk: bytes) -> None:
@@ -130,10 +131,10 @@ class ObjectStoreReader:
 
     def fetch(self, bucket: str, key: str, target: Path, progress: Callable[[int], None]) -> tuple[int, str]:
         """Write an object to ``target``, and return its size in bytes and its sha256. A transfer that breaks off is
-        repeated from its start.
+        repeated from its start, until TRIES tries were made.
 
-        ``progress`` is called with the number of bytes of each chunk. Before a transfer is repeated, it is called with
-        the negative number of bytes that the broken transfer had written.
+        ``progress`` is called with the number of bytes of each chunk. After a transfer has broken off, ``progress`` is
+        called with the negative number of bytes that this transfer had written.
         """
         for attempt in range(1, TRIES + 1):
             sha256, written = hashlib.sha256(), 0

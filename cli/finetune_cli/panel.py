@@ -159,7 +159,8 @@ def _or_dash(value: str | None) -> str:
 
 
 def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None:
-    """Return a table of the attempts and how each ended. None while every attempt so far has succeeded or goes on."""
+    """Return a table of the attempts and how each ended. None while every ended attempt has succeeded and nothing has
+    gone wrong in the current attempt."""
     attempts = status.attempts
     current = attempts.current
     ended_well = all(past.verdict == "Succeeded" for past in attempts.recent)
@@ -190,7 +191,7 @@ def _artifact(status: FineTuneJobStatus) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Return a table without borders, headed by ``title`` in its first column as in the other sections of the panel."""
+    """Return a table without borders. ``title`` is the heading of the first column, whose cells stay empty."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_edge=False)
     table.add_column(title)
     for column in columns:

@@ -22,7 +22,7 @@ from finetune_core.validation.validate_job import is_job, validate_job
 STDIN = "-"
 """File name that stands for standard input."""
 SIZE_LIMIT = 32 << 20
-"""Most bytes of a file. The API server accepts at most 3 MB."""
+"""Largest size of a file in bytes. The API server accepts at most 3 MB."""
 
 
 @dataclass(frozen=True, slots=True)

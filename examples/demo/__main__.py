@@ -53,7 +53,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo. Return 0 when the job succeeded and its model answers, 1 after a failure, 130 when interrupted."""
+    """Run the demo. Return 0 when all phases succeeded, 1 after a failure, 130 when interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo",
         description="Fine-tune a small model on a real Kubernetes cluster on this machine.",

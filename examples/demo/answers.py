@@ -22,14 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TEMPLATE = "Sentence: {sentence}\nMeaning: "
 """Prompt template, equal to the one in the quickstart job files."""
 MAX_NEW_TOKENS = 28
-"""Most tokens of a generated answer. The longest reference answer has 25 tokens, its end token included."""
+"""Largest number of tokens in a generated answer. The longest reference answer has 25 tokens, its end token
+included."""
 BATCH = 40
 """Number of sentences in one call of `generate`."""
 
 
 def answers(model: Any, tokenizer: Any, sentences: Sequence[str]) -> list[str]:
-    """Return the model's answer to each sentence, generated greedily. Each answer ends with its first line, because a
-    reference answer has one line."""
+    """Return the model's answer to each sentence, generated greedily. Each answer is cut off after its first line,
+    because a reference answer has one line."""
     found: list[str] = []
     for start in range(0, len(sentences), BATCH):
         prompts = [TEMPLATE.format(sentence=sentence) for sentence in sentences[start : start + BATCH]]

@@ -52,7 +52,7 @@ def _make(temporary: Path) -> Path:
             shutil.copyfileobj(source, target)
     folder = temporary / NAME
     with step("converting the base model from GGUF to safetensors"):
-        # The conversion runs in a separate process, because torch's memory is freed when the process ends.
+        # The conversion runs in a separate process, so that the memory that torch needs is freed when the process ends.
         command = [sys.executable, "-m", "examples.demo.convert", str(gguf), str(folder)]
         repository = Path(__file__).parents[2]
         done = subprocess.run(

@@ -150,11 +150,11 @@ def make_namespace(cluster: Cluster, namespace: str) -> None:
     apply(cluster, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": keys})
 
 
-# Functions for FineTuneJobs
+# Functions for objects in the cluster, above all FineTuneJobs, and for the operator
 
 
 def apply(cluster: Cluster, manifest: Path | Mapping[str, Any], namespace: str | None = None) -> None:
-    """`kubectl apply` a file unchanged, or an object."""
+    """Run `kubectl apply` with a file, which is not changed, or with an object."""
     place = ["--namespace", namespace] if namespace else []
     if isinstance(manifest, Path):
         cluster.kubectl("apply", *place, "--filename", str(REPOSITORY / manifest))

@@ -21,6 +21,7 @@ from finetune_operator.process.leader_election import LeaderElector, TimedLeaseL
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.settings import Settings
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.preflight_slots import PreflightSlots
 from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.reports.certificate_reloader import CertificateReloader, CertificateSource
@@ -113,6 +114,8 @@ class Replica:
             ca_bundle=self._certificates.ca_bundle,
             instance=settings.pod_name,
             preflight=settings.preflight,
+            preflight_slots=PreflightSlots(settings.max_preflights, wake=self._queue.add),
+            namespaces=settings.watch_namespaces,
             checkpoint_annotations=settings.checkpoint_annotations,
         )
         return Controller(

@@ -17,6 +17,7 @@ NO_CHECKPOINT = "no checkpoint is committed yet"
 NO_PODS = "no pod exists yet"
 SCHEDULED = "every pod has a node"
 PREFLIGHT_RUNS = "store, model and data are being checked before any GPU is asked for"
+_SKIP_PREFLIGHT = "`runPolicy.preflight: Skip` starts without the check"
 BETWEEN_ATTEMPTS = "no attempt exists at the moment"
 NO_ARTIFACT = "every pod ended with exit code 0, but no result names a committed artifact"
 CHILD_DELETED = "the PyTorchJob was deleted by somebody else"
@@ -85,6 +86,21 @@ def pod_disrupted(name: str, reason: str) -> str:
 def pod_failed(name: str, reason: str, message: str) -> str:
     """Return the sentence about a pod that failed without an exit code."""
     return f"pod {name} failed: {reason or 'no reason given'}" + (f": {message}" if message else "")
+
+
+def container_lost(name: str, node: str) -> str:
+    """Return the sentence about a pod whose container is gone, and nobody saw its end; ``node`` may be empty."""
+    return f"{f'node {node}' if node else 'its node'} lost the container of pod {name}, for example in a restart"
+
+
+def node_refused(name: str, node: str, reason: str, message: str) -> str:
+    """Return the sentence about a pod that its node did not start.
+
+    ``reason`` is the word of the kubelet or of the container runtime, for example "UnexpectedAdmissionError", and
+    ``message`` is the sentence that came with it. ``node`` and ``message`` may be empty.
+    """
+    where = f"node {node}" if node else "its node"
+    return f"{where} did not start pod {name}: {reason}" + (f": {message}" if message else "")
 
 
 def replicas_changed(replicas: int, nodes: int) -> str:
@@ -166,10 +182,34 @@ def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
     """Return the sentence about a preflight pod that ended without a result. It also says how to skip the check."""
     why = f" ({reason})" if reason and reason != "Error" else ""
     line = f": {last_line}" if last_line else ""
+    return f"the preflight pod ended with exit code {exit_code}{why} and left no result{line}; {_SKIP_PREFLIGHT}"
+
+
+def preflight_turn(limit: int) -> str:
+    """Return the sentence about a preflight check that waits, because ``limit`` checks run already."""
+    return f"the check of store, model and data waits for its turn: {limit} checks of all jobs run at the same time"
+
+
+def preflight_out_of_memory(limit: str) -> str:
+    """Return the sentence about a preflight pod that the kernel killed at its memory limit, for example "1Gi"."""
+    amount = f" of {limit}" if limit else ""
     return (
-        f"the preflight pod ended with exit code {exit_code}{why} and left no result{line};"
-        " `runPolicy.preflight: Skip` starts without the check"
+        f"the preflight pod was killed at its memory limit{amount}: a row, the tokenizer or the header of a weight file"
+        f" is too large for the check; {_SKIP_PREFLIGHT}"
     )
+
+
+def preflight_ran_on(seconds: int, command: str) -> str:
+    """Return the sentence about a preflight pod that still ran after ``seconds``, far longer than the check takes."""
+    return (
+        f"the preflight pod had not ended after {seconds} s: an image of your own must end soon when its argument is"
+        f" `{command}`; {_SKIP_PREFLIGHT}"
+    )
+
+
+def preflight_gives_up(tries: int, cause: str) -> str:
+    """Return the sentence about a check that ended ``tries`` times in a row for the same kind of cause."""
+    return f"{tries} tries of the preflight check failed in this way: {cause}"
 
 
 def preflight_deadline(seconds: int, waiting_for: str) -> str:

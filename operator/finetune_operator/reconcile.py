@@ -8,7 +8,7 @@ because the next call starts from what the API server holds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -23,7 +23,10 @@ from finetune_operator.act.attempt_objects import AttemptObjects
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.checkpoint_annotations import CheckpointAnnotations
 from finetune_operator.act.preflight_objects import PreflightObjects
+from finetune_operator.act.preflight_turns import PreflightTurns
 from finetune_operator.decide.decision import Action, Decision, JobEnd
+from finetune_operator.decide.failed_nodes import nodes_to_avoid
+from finetune_operator.decide.preflight import waits_for_turn
 from finetune_operator.decide.state_machine import decide
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
@@ -34,6 +37,7 @@ from finetune_operator.observe.stored_job import ParsedJob, StoredJob, parse_spe
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.preflight_slots import PreflightSlots
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, RetryableError
 from finetune_operator.queue.work_queue import Key
 from finetune_operator.settled import SettledJobs
@@ -83,6 +87,8 @@ class Reconciler:
         ca_bundle: Callable[[], str],
         instance: str,
         preflight: str,
+        preflight_slots: PreflightSlots | None = None,
+        namespaces: Sequence[str] = (),
         checkpoint_annotations: bool = True,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
@@ -91,7 +97,8 @@ class Reconciler:
 
         ``trainer_image`` is the image of jobs that name no image. ``ca_bundle`` returns the CA certificates of the
         report server. ``instance`` is the name of the operator's pod. ``preflight`` ("Run" or "Skip") applies to jobs
-        without `runPolicy.preflight`.
+        without `runPolicy.preflight`; ``preflight_slots`` limits how many checks run at the same time, over all jobs in
+        ``namespaces`` (all namespaces where that is empty).
         """
         self._cluster = cluster
         self._memory = memory
@@ -109,6 +116,7 @@ class Reconciler:
             ca_bundle=ca_bundle,
         )
         self._preflight_objects = PreflightObjects(cluster, self._backoff)
+        self._preflight_turns = PreflightTurns(cluster, preflight_slots or PreflightSlots(clock=clock), namespaces)
         recorder = EventRecorder(cluster, instance=instance, now=now, clock=clock)
         self._writer = StatusWriter(
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
@@ -134,6 +142,11 @@ class Reconciler:
 
         seen = await self._observer.observe(job)
         decision = decide(job.status, seen)
+        self._preflight_turns.observe(key, job.status, seen, decision)
+        asks = decision.starts_check(job.status) and not self._backoff.holds(job.memory)
+        # The turn comes before the record of the check, because the pending deadline runs from that record on.
+        if asks and not await self._preflight_turns.has_come(key, job.now):
+            decision = waits_for_turn(decision, job.status, self._preflight_turns.limit)
         image = job.status.image or job.resource.spec.pod_template.image or self._trainer_image
         try:
             config = self._run_config(job, decision)
@@ -161,6 +174,7 @@ class Reconciler:
     def _forget(self, key: Key) -> Requeue:
         """Drop the memory and metrics of a deleted job. The garbage collector removes the objects that the job owns."""
         self._memory.forget(key)
+        self._preflight_turns.forget(key)
         self._metrics.jobs.remove(key)
         return Requeue(gone=True)
 
@@ -173,6 +187,7 @@ class Reconciler:
     async def _tidy(self, stored: StoredJob) -> Requeue:
         """Remove those objects of an ended job that are due, and accept no more reports of the job."""
         self._memory.set_reporting_attempt(stored.key, None)
+        self._preflight_turns.forget(stored.key)
         self._metrics.jobs.update(stored.key, stored.status)
         return Requeue(after=await self._settled_jobs.tidy(stored))
 
@@ -213,19 +228,26 @@ class Reconciler:
         match decision.action:
             case Action.CREATE_ATTEMPT if config is not None:
                 try:
-                    return _Acted(child=await self._attempt_objects.create(job, image, config))
+                    avoided = nodes_to_avoid(job.status.attempts.recent)
+                    return _Acted(child=await self._attempt_objects.create(job, image, config, avoided))
                 except RetryableError as problem:
                     return _Acted(problem=problem)
             case Action.REMOVE_ATTEMPT if seen.child is not None:
                 await self._attempt_objects.remove(job, seen.child)
                 return _Acted()
             case Action.CREATE_PREFLIGHT_POD if config is not None:
-                number = decision.number_of_try
-                return _Acted(after=await self._preflight_objects.create(job, number, image, config))
+                return await self._create_preflight_pod(job, decision.number_of_try, image, config)
             case Action.REMOVE_PREFLIGHT_PODS:
                 await self._preflight_objects.remove(job, decision.preflight_pods)
                 return _Acted(after=0)
         return _Acted(child=seen.child)
+
+    async def _create_preflight_pod(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> _Acted:
+        """Create the preflight pod of try ``number``, and give the slot back where it can't be created."""
+        after = await self._preflight_objects.create(job, number, image, config)
+        if job.memory.problem is not None:
+            self._preflight_turns.forget(job.key)
+        return _Acted(after=after)
 
     # ---- specs that can't be run ----
 

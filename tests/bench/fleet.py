@@ -1,9 +1,11 @@
 """Measure the operator with thousands of jobs, for the gates R2 to R4 of docs/performance.md (requirements with a
 limit).
 
-First `floor.py` measures how long the writes of R3 take without any operator. Then 1000 PyTorchJobs run with Kubeflow's
-training-operator alone, and then 1000 FineTuneJobs with our operator and the training-operator. No real pod runs: a
-stub node sets the status of each pod. The results are two tables. `FINETUNE_BENCH_JOBS` sets a smaller number of jobs.
+First `floor.py` measures how long a client alone takes to make the writes for 1000 new jobs. Then 1000 PyTorchJobs run
+with Kubeflow's training-operator alone, and then 1000 FineTuneJobs with our operator and the training-operator (R3).
+Then the operator is restarted twice: beside the 1000 ended jobs (R2), and beside these and 4000 suspended jobs (R4). No
+real pod runs: a stub node sets the status of each pod. The results are two tables. `FINETUNE_BENCH_JOBS` sets a smaller
+number of jobs.
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ API_SERVER, TRAINING_OPERATOR = "api-server", "training-operator"
 
 @dataclass
 class Fleet:
-    """When many jobs reached certain states. Each dictionary except ``processor`` maps the name of a job to the time
-    (`time.monotonic`) at which a watch observed the state."""
+    """When many jobs reached certain states. ``created`` maps the name of a job to the time (`time.monotonic`) right
+    before the request that created it. The other dictionaries, except ``processor``, map it to the time at which a
+    watch observed the state."""
 
     created: dict[str, float] = field(default_factory=dict)
     first_event: dict[str, float] = field(default_factory=dict)
@@ -220,7 +223,7 @@ def all_reconciled(operator: OperatorProcess, jobs: int) -> bool:
 
 def restart(world: World, jobs: int) -> tuple[float, float, float]:
     """Restart the operator. Return the seconds until it is ready, the seconds until it has reconciled every job, and
-    how often it has written the status of a job by then."""
+    how often it has written the status of a job since the restart."""
     world.operator.stop()
     began = time.monotonic()
     world.operator.start()

@@ -1,5 +1,5 @@
-"""Measure how long the writes of gate R3 in docs/performance.md take without an operator, as the least time that any
-operator could need.
+"""Measure how long the writes for new jobs, whose time gate R3 of docs/performance.md limits, take without an operator.
+This is the least time that any operator could need.
 
 A bare client, which reads and watches nothing, makes the same requests for each job as the operator makes until the
 first attempt runs: the job, the first status with attempt 1, the ConfigMap, the PyTorchJob, the event, and the status
@@ -50,8 +50,8 @@ class Sample:
     event: str
 
     def of(self, text: str, *, name: str, uid: str, namespace: str) -> Manifest:
-        """Parse ``text``, one of the texts of this sample, and return the object with the name, uid and namespace of
-        another job."""
+        """Parse ``text``, the JSON text of one object of this sample, and return the same object for the job with this
+        name, uid and namespace."""
         for mine, other in ((self.uid, uid), (SAMPLE, name), (self.namespace, namespace)):
             text = text.replace(mine, other)
         manifest: Manifest = json.loads(text)
@@ -78,8 +78,8 @@ def take_sample(world: World, job: Manifest) -> Sample:
     """Create ``job``, which has the name `SAMPLE`, while the operator runs, and return the objects that the operator
     writes.
 
-    The pods of ``job`` itself run without end, so that its objects can be read in peace. The objects that are made from
-    the sample have the script of ``job`` again, so that their pods end as ``job`` says.
+    The pods of ``job`` itself run without end, so that its objects can be read before they change. The objects that are
+    made from the sample have the script of ``job`` again, so that their pods end as ``job`` says.
     """
     namespace = world.namespace()
     statuses: list[Manifest] = []
@@ -133,8 +133,8 @@ def _to_create(manifest: Manifest) -> Manifest:
 
 
 def write_all(world: World, sample: Sample, jobs: Sequence[Manifest]) -> float:
-    """Create ``jobs`` and, for each job, the objects that the operator would write until the job's PyTorchJob exists.
-    Return the seconds that all writes took."""
+    """Create ``jobs``, and make for each job the writes that the operator would make until the job's status names its
+    PyTorchJob, and the write of the event. Return the seconds that all writes took."""
     namespace = world.namespace()
     began = time.monotonic()
     world.loop.run(_write_all(world.admin, sample, jobs, namespace), PATIENCE_SECONDS)

@@ -1,9 +1,9 @@
 """Measure the seconds of one optimizer step of the trainer, against a plain PyTorch loop with the same model, rows,
-batches and optimizer.
+batches and optimizer. The result is a table with the seconds of both programs and their ratio, once for the method LoRA
+and once for the method Full (all weights are trained). The trainer runs as one process with ZeRO stage 1.
 
-The result is a table with the seconds of both programs and their ratio, once for LoRA and once for Full. The trainer
-runs as one process with ZeRO stage 1. Trainer and plain loop run in turns, because other work on the machine changes
-the times. Two runs that follow each other make a pair, and the table shows the median of the ratios of all pairs.
+Runs of the trainer and of the plain loop alternate, so that other work on the machine affects both. Two runs that
+follow each other make a pair, and the table shows the median of the ratios of all pairs.
 
     python -m tests.bench --only step
 """
@@ -120,8 +120,8 @@ def plain_seconds(model_folder: Path, rows: list[dict[str, str]], method: str) -
 
 
 def measure(store: ObjectStore, pairs: int, folder: Path) -> dict[str, list[Pair]]:
-    """Measure ``pairs`` pairs for each method, and return them by method. The trainer and the plain loop run in
-    turns."""
+    """Measure ``pairs`` pairs for each method, and return them by method. Runs of the trainer and of the plain loop
+    alternate."""
     torch.set_num_threads(1)
     model = write_model(folder / "model")
     rows = tiny.rows(ROWS, seed=1)

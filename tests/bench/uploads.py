@@ -2,8 +2,9 @@
 that takes only 5 MB/s.
 
 The result is two ratios between a run with checkpoints and a run without: of the training thread's CPU time over the
-same steps, and of the 99th percentile of the seconds of a step. Both kinds of runs take turns in one process. Two runs
-that follow each other make a pair, and the table shows the median of the ratios of all pairs.
+same steps, and of the 99th percentile of the seconds of a step. All runs are made in one process. A run with
+checkpoints and a run without, one right after the other, make a pair, and the table shows the median of the ratios of
+all pairs.
 
     python -m tests.bench --only uploads
 """
@@ -83,8 +84,8 @@ def measure(folder: Path, binary: Path) -> list[tuple[Measured, Measured]]:
     rows = tiny.write_jsonl(folder / "train.jsonl", tiny.rows(64, seed=1))
     with running_store(binary, folder / "minio") as store, proxy_before(store.endpoint) as proxy:
         proxy.bytes_per_second = BYTES_PER_SECOND
-        # Every second pair starts with the run without checkpoints, because the first run in a process changes the
-        # times of the second.
+        # Every second pair starts with the run without checkpoints, so that what the first run of a pair changes for
+        # the second run does not favour one kind of run.
         names = [
             (f"uploads-{number}-{every}", every)
             for number in range(PAIRS)

@@ -220,6 +220,7 @@ def _toggles() -> Iterator[tuple[str, Manifest, str]]:
     yield "pull secrets", {"imagePullSecrets": [{"name": "registry"}]}, "name: registry"
     yield "trainer", {"trainer": {"image": "own/trainer:2"}}, "own/trainer:2"
     yield "preflight", {"preflight": "Skip"}, "value: Skip"
+    yield "checks at a time", {"maxPreflights": 7}, 'value: "7"'
     yield "log level", {"logLevel": "debug"}, "value: debug"
     yield "workers", {"workers": 3}, 'value: "3"'
     yield "resync", {"resyncSeconds": 60}, 'value: "60"'
@@ -251,6 +252,7 @@ def test_every_value_shows(values: Manifest, expected: str) -> None:
         {"podMonitor": {"interval": "often"}},
         {"logLevel": "loud"},
         {"preflight": "Maybe"},
+        {"maxPreflights": 0},
         {"imge": {}},
         {"watchNamespaces": ["Team_A"]},
         {"trainer": {"image": ""}},

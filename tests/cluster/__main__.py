@@ -19,7 +19,8 @@ from tests.cluster import clients, images, packages, tools
 from tests.cluster.cluster import Cluster, unusable_because
 from tests.cluster.layout import Layout
 from tests.cluster.progress import say
-from tests.cluster.waiting import ClusterError, wait_for
+from tests.cluster.waiting import ClusterError, wait_while_it_moves
+from tests.cluster.watcher import bottom_up
 
 EXAMPLES = """examples:
   python -m tests.cluster build            build and install all that is missing (about ten minutes the first time)
@@ -33,7 +34,8 @@ EXAMPLES = """examples:
 """
 
 STATE_PREFIX = "finetune-cluster-"
-DOWN_TIMEOUT_SECONDS = 60
+DOWN_QUIET_SECONDS = 60
+"""`down` gives up when removing a cluster has made no progress for this many seconds."""
 
 
 def main() -> None:
@@ -131,12 +133,23 @@ def down() -> None:
         if not layout.kept_up.exists():
             continue
         os.kill(int(layout.owner_pid.read_text()), signal.SIGTERM)
-        wait_for(f"{layout.state} to be removed", partial(_gone, layout.state), DOWN_TIMEOUT_SECONDS)
+        wait_while_it_moves(
+            f"removing {layout.state}",
+            partial(_gone, layout.state),
+            partial(_left, layout.state),
+            DOWN_QUIET_SECONDS,
+            tell=say,
+            interval=1,
+        )
         say(f"{layout.state} has ended")
 
 
 def _gone(path: Path) -> bool:
     return not path.exists()
+
+
+def _left(path: Path) -> str:
+    return f"{sum(1 for _ in bottom_up(path))} files and folders are left"
 
 
 def running() -> list[Layout]:

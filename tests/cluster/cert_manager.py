@@ -1,5 +1,5 @@
-"""Run cert-manager in a test cluster. Its CRDs are installed, and its controllers run as a program beside the cluster,
-which is built on first use."""
+"""Run cert-manager in a test cluster. Its CRDs are installed in the cluster. Its controllers run as a program beside
+the cluster, and this program is built on first use."""
 
 from __future__ import annotations
 

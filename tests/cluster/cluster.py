@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import shlex
 import subprocess
 import sys
@@ -34,10 +35,11 @@ from tests.cluster.layout import (
 from tests.cluster.namespaces import Namespaces
 from tests.cluster.progress import say
 from tests.cluster.second_node import SecondNode, Surroundings
-from tests.cluster.waiting import ClusterError, tail, wait_for
+from tests.cluster.waiting import NO_ANSWER, ClusterError, UnreachableError, tail, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STOP_TIMEOUT_SECONDS = 120
+STOP_QUIET_SECONDS = 120
+"""`Cluster.stop` gives up when the watcher has written no line for this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Cluster:
     """A running cluster. ``Cluster.start()`` starts it; used as a context manager, it is ended at the end of the block.
 
     ``components`` holds the cluster's programs by name: etcd, api-server, controller-manager, scheduler, containerd,
-    kubelet, device-plugin, coredns, minio, registry and training-operator. Tests stop and start the programs to cause
-    failures.
+    kubelet, device-plugin, coredns, minio, registry and training-operator. Without a node some of them are missing.
+    Tests stop and start the programs to cause failures.
     """
 
     def __init__(self, layout: Layout, verbose: bool) -> None:
@@ -102,7 +104,7 @@ class Cluster:
         arguments, by the name of the component that gets them.
 
         Raises:
-            ClusterError: the cluster did not start. Nothing of it is left on the machine.
+            ClusterError: the cluster did not start. What had started is removed again.
         """
         reason = unusable_because()
         if reason:
@@ -174,8 +176,10 @@ class Cluster:
         code and output.
 
         Raises:
-            ClusterError: the program ended with another exit code than 0 although ``check`` is True; the message
-            holds the program's output. Or the program took longer than ``timeout`` seconds.
+            UnreachableError: the program took longer than ``timeout`` seconds, or ``check`` is True and the program
+            failed because a server did not answer it.
+            ClusterError: ``check`` is True, and the program failed (ended with another exit code than 0) for another
+            reason. The message holds the program's output.
         """
         source = subprocess.PIPE if stdin is not None else subprocess.DEVNULL
         pipes = {"stdin": source, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -184,9 +188,10 @@ class Cluster:
                 output, errors = process.communicate(stdin, timeout=timeout)
             except subprocess.TimeoutExpired as error:
                 process.kill()
-                raise ClusterError(f"{shlex.join(map(str, argv))} took longer than {timeout:g} s") from error
+                raise UnreachableError(f"{shlex.join(map(str, argv))} took longer than {timeout:g} s") from error
         if check and process.returncode != 0:
-            raise ClusterError(f"{shlex.join(map(str, argv))} ended with {process.returncode}:\n{output}{errors}")
+            kind = UnreachableError if NO_ANSWER.search(errors) else ClusterError
+            raise kind(f"{shlex.join(map(str, argv))} ended with {process.returncode}:\n{output}{errors}")
         return subprocess.CompletedProcess(list(argv), process.returncode, output, errors)
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout: float = 60) -> str:
@@ -262,14 +267,28 @@ class Cluster:
             raise ValueError("the watcher is started with a pipe")
         watcher.stdin.close()
         watcher.stdin = None  # Without this, communicate() would flush the closed pipe and raise ValueError.
-        try:
-            _, errors = watcher.communicate(timeout=STOP_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise ClusterError(
-                f"the cluster's watcher {watcher.pid} did not end within {STOP_TIMEOUT_SECONDS} s"
-            ) from error
+        self._follow(watcher)
+        _, errors = watcher.communicate()
         if watcher.returncode != 0:
             raise ClusterError(f"ending the cluster failed:\n{errors.decode(errors='replace')}")
+
+    def _follow(self, watcher: subprocess.Popen[bytes]) -> None:
+        """Show the watcher's lines about its progress until the watcher ends.
+
+        Raises:
+            ClusterError: the watcher has written no line for ``STOP_QUIET_SECONDS``, so nothing is removed any more.
+        """
+        if watcher.stdout is None:
+            raise ValueError("the watcher is started with a pipe")
+        while select.select([watcher.stdout], [], [], STOP_QUIET_SECONDS)[0]:
+            told = os.read(watcher.stdout.fileno(), 4096).decode()
+            if not told:
+                return
+            for line in told.splitlines() if self._verbose else ():
+                say(f"cluster: {line}")
+        raise ClusterError(
+            f"the cluster is not cleared away: its watcher {watcher.pid} made no progress for {STOP_QUIET_SECONDS} s"
+        )
 
     # Start of the cluster
 
@@ -326,7 +345,7 @@ class Cluster:
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )

@@ -1,9 +1,10 @@
 """A stand-in for Kueue: it changes PyTorchJobs as Kueue 0.19 does. A real Kueue would need its CRDs, quotas and a
 queue, and the operator sees nothing of Kueue but these changes.
 
-A webhook sets `runPolicy.suspend` of each new job with a queue label. Admission sets `runPolicy.suspend` to false, and
-merges the node selector and tolerations of the flavor (Kueue's name for a kind of nodes) into every pod template.
-Eviction restores the pod templates and suspends the job. Admission and eviction each update the whole object at once.
+A webhook sets `runPolicy.suspend` of each new job with a queue label to true. Admission sets `runPolicy.suspend` to
+false, and merges the node selector and tolerations of the flavor (Kueue's name for a kind of nodes) into every pod
+template. Eviction restores the pod templates and suspends the job. Admission and eviction each update the whole object
+at once.
 """
 
 from __future__ import annotations

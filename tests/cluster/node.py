@@ -28,6 +28,8 @@ from tests.cluster.pki import Pair
 from tests.cluster.waiting import ClusterError
 
 CNI_FOLDERS = ("/usr/lib/cni", "/opt/cni/bin")
+REFUSE_DEVICES = "/var/lib/kubelet/refuse-devices"
+"""File of a node: while it exists, the device plugin of the node allocates no GPU to any container."""
 REGISTRY = f"{HOST_ADDRESS}:{REGISTRY_PORT}"
 
 
@@ -151,7 +153,8 @@ def _kubelet_config(layout: Layout, authority: Pair, server: Pair, cgroup: str) 
 
 
 def device_plugin() -> list[str]:
-    return [str(tools.DEVICE_PLUGIN.path()), f"-resource={GPU_RESOURCE}", f"-count={GPU_COUNT}"]
+    options = [f"-resource={GPU_RESOURCE}", f"-count={GPU_COUNT}", f"-refuse={REFUSE_DEVICES}"]
+    return [str(tools.DEVICE_PLUGIN.path()), *options]
 
 
 def is_ready(api: Api, name: str) -> bool:

@@ -1,5 +1,5 @@
-"""The image registry. Its storage is in the cache folder and serves every cluster. To push images no cluster is needed:
-a registry of its own runs meanwhile."""
+"""The image registry. Its storage is in the cache folder and serves every cluster. Images can be pushed without a
+cluster: for this, `serving` runs another registry with the same storage."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def storage() -> Path:
 
 
 def has_image(name: str, tag: str) -> bool:
-    """Return whether the image was pushed completely. Only then the file ``link`` exists, because the registry writes
-    it last."""
+    """Return whether the image was pushed completely. The registry writes the file ``link`` last, so the file exists
+    only after a complete push."""
     return (storage() / f"docker/registry/v2/repositories/{name}/_manifests/tags/{tag}/current/link").exists()
 
 

@@ -111,6 +111,19 @@ class SecondNode:
         """Restore the node's network connection after `cut_off`."""
         self._set_link("up")
 
+    def refuse_devices(self) -> None:
+        """Let the device plugin fail to allocate GPUs, as on a node whose GPUs are broken. The node still offers
+        them."""
+        self._refusal.touch()
+
+    def allocate_devices(self) -> None:
+        """Let the device plugin allocate GPUs again after `refuse_devices`."""
+        self._refusal.unlink(missing_ok=True)
+
+    @property
+    def _refusal(self) -> Path:
+        return Path(f"/proc/{self.namespaces.pid}/root{node.REFUSE_DEVICES}")
+
     def stop(self) -> None:
         """Kill all processes of the node and of its pods. The Node object stays in the API server, as after the loss of
         a machine."""
@@ -158,9 +171,11 @@ class SecondNode:
         self._around.run(["ip", "link", "set", SECOND_NODE_LINK, state])
 
     def _killed(self) -> bool:
-        """Kill all processes of the node that are found, and return True if there were none. The caller repeats this
-        until then, because the process that containerd leaves beside each container (its shim) may start another
-        process meanwhile."""
+        """Kill all processes of the node that are found. Return True if none was found.
+
+        `stop` calls this method until it returns True, because the process that containerd leaves beside each container
+        (its shim) may start another process meanwhile.
+        """
         left = self.processes()
         for pid in left:
             try:

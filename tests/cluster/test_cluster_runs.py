@@ -16,6 +16,7 @@ from tests.cluster import Cluster, ClusterError, wait_for
 from tests.cluster.api import answers
 from tests.cluster.layout import BRIDGE, BRIDGE_MAC, GPU_PRODUCT, HOST_ADDRESS
 from tests.cluster.oci import BUSYBOX_IMAGE
+from tests.cluster.waiting import UnreachableError
 
 pytestmark = pytest.mark.cluster
 
@@ -207,6 +208,29 @@ def test_a_program_of_the_cluster_can_be_taken_down_and_brought_back(cluster: Cl
     minio.wait_ready()
     cluster.components["api-server"].restart()
     assert "node-1" in cluster.kubectl("get", "nodes")
+
+
+def test_a_wait_goes_on_while_the_api_server_is_down_or_hangs(cluster: Cluster) -> None:
+    server, unanswered = cluster.components["api-server"], []
+
+    def served() -> str:
+        try:
+            return cluster.kubectl("get", "namespace", "default", "-o", "name", timeout=3)
+        except UnreachableError as error:
+            unanswered.append(error)
+            if len(unanswered) == 1:
+                server.start()
+                server.wait_ready()
+                server.freeze()
+            else:
+                server.thaw()
+            raise
+
+    server.stop()
+    assert wait_for("the API server", served, 120).strip() == "namespace/default"
+    assert "refused" in str(unanswered[0])
+    assert "took longer than 3 s" in str(unanswered[1])
+    server.wait_ready()
 
 
 def test_helm_talks_to_the_cluster(cluster: Cluster) -> None:

@@ -57,8 +57,8 @@ class Tool:
 
     @cached_property
     def build_arguments(self) -> tuple[str, ...]:
-        """The arguments of ``go build``. With them the binary holds no debug information and no paths of this machine,
-        so that it depends only on the pinned modules."""
+        """The arguments of ``go build``. They keep debug information, git's state and paths of this machine out of the
+        binary."""
         flags = "-s -w"
         if self.stamps_version:
             version = pinned_version("kubernetes", "k8s.io/kubernetes")

@@ -3,18 +3,60 @@ for example the end of a log."""
 
 from __future__ import annotations
 
+import http.client
+import re
+import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from urllib3.exceptions import HTTPError
+
 T = TypeVar("T")
 
 LOG_TAIL_LINES = 25
+TELLING_SECONDS = 5
 
 
 class ClusterError(RuntimeError):
     """A part of the cluster failed. The message tells a person all that is known about it."""
+
+
+class UnreachableError(ClusterError):
+    """A server did not answer: it refused the connection, broke the connection, or took too long. This says nothing
+    about the state that a test looks for, so ``wait_for`` asks again."""
+
+
+NO_ANSWER = re.compile(
+    r"connection refused|connection reset by peer|broken pipe|no route to host|i/o timeout|TLS handshake timeout"
+    r"|Client\.Timeout exceeded|context deadline exceeded|request canceled|unexpected EOF|: EOF$|GOAWAY"
+    r"|client connection lost|[Tt]imeout: request did not complete|etcdserver: request timed out"
+    r"|etcdserver: leader changed|apiserver not ready|the server is currently unable to handle the request"
+    r"|error dialing backend|was refused - did you specify the right host or port",
+    re.MULTILINE,
+)
+"""What kubectl and helm print where the API server, or a server behind the API server, gave no answer. The words are
+those of Go's net packages, of etcd's client and of apimachinery's `errors.NewTimeoutError` and
+`errors.NewGenericServerResponse`."""
+
+NOT_ANSWERED = (ConnectionError, TimeoutError, http.client.HTTPException, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+"""Errors of Python's own clients for a connection that was refused, broken or too slow."""
+
+
+def was_not_answered(error: BaseException) -> bool:
+    """Return whether ``error`` says that a server did not answer.
+
+    urllib, urllib3 and requests wrap the socket's error. Therefore the ``reason`` and the cause of their errors are
+    looked at too, but not those of other errors: an assertion that fails in the handler of a broken connection is
+    still a failed assertion. A response with an HTTP status code is an answer, whatever the code is.
+    """
+    if isinstance(error, (UnreachableError, *NOT_ANSWERED)):
+        return True
+    if not isinstance(error, (OSError, HTTPError)):
+        return False
+    inner = [getattr(error, "reason", None), error.__cause__, error.__context__]
+    return any(isinstance(found, BaseException) and was_not_answered(found) for found in inner)
 
 
 def wait_for(
@@ -29,20 +71,67 @@ def wait_for(
 
     ``what`` completes the sentence "waited N s for ..." of the error. If ``evidence`` is given, it is called when the
     time is up, and its result becomes part of the error's message. ``condition`` may raise ``ClusterError`` if further
-    waiting is useless.
+    waiting is useless. If ``condition`` raises because a server did not answer (see ``was_not_answered``), the wait
+    goes on, because a busy machine refuses connections and lets requests run into their time-outs.
 
     Raises:
-        ClusterError: ``condition`` had no truthy result within ``timeout`` seconds.
+        ClusterError: ``condition`` had no truthy result within ``timeout`` seconds, or raised ClusterError itself.
     """
     deadline = time.monotonic() + timeout
     while True:
-        value = condition()
+        value, unanswered = _ask(condition)
         if value:
             return value
         if time.monotonic() >= deadline:
+            last = f"; the last question was not answered: {unanswered}" if unanswered else ""
             reason = f"\n{evidence()}" if evidence else ""
-            raise ClusterError(f"waited {timeout:g} s for {what}{reason}")
+            raise ClusterError(f"waited {timeout:g} s for {what}{last}{reason}") from unanswered
         # This is only the pause between two calls of `condition`. The deadline above bounds the whole wait.
+        time.sleep(interval)
+
+
+def _ask(condition: Callable[[], T | None]) -> tuple[T | None, Exception | None]:
+    """Return the condition's result and None. If the condition raises because a server did not answer, return None and
+    this error. All other errors are raised."""
+    try:
+        return condition(), None
+    except Exception as error:
+        if not was_not_answered(error):
+            raise
+        return None, error
+
+
+def wait_while_it_moves(
+    what: str,
+    condition: Callable[[], T | None],
+    progress: Callable[[], object],
+    quiet: float,
+    *,
+    tell: Callable[[str], None] | None = None,
+    interval: float = 0.2,
+) -> T:
+    """Call ``condition`` again and again until its result is truthy, and return the result. Give up only when nothing
+    moves any more: when ``progress`` has returned the same value for ``quiet`` seconds.
+
+    ``progress`` returns for example the number of files that are left. ``tell`` gets a line with the new value when the
+    value has changed, but at most one line every five seconds.
+
+    Raises:
+        ClusterError: ``progress`` did not change for ``quiet`` seconds; the message holds its value.
+    """
+    value, changed, told = progress(), time.monotonic(), time.monotonic()
+    while True:
+        result = condition()
+        if result:
+            return result
+        latest, now = progress(), time.monotonic()
+        if latest != value:
+            value, changed = latest, now
+            if tell and now - told >= TELLING_SECONDS:
+                tell(f"{what}: {value}")
+                told = now
+        if now - changed >= quiet:
+            raise ClusterError(f"waited for {what}, and nothing moved for {quiet:g} s; the last progress: {value}")
         time.sleep(interval)
 
 

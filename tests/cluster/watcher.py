@@ -6,10 +6,13 @@ own, so that neither Ctrl-C nor a closed terminal reaches it. The watcher's stan
 holds open. When the pipe closes, the watcher removes the cluster, no matter whether the owner closed the pipe or was
 killed by ``kill -9``. If the watcher itself is killed, the kernel kills the cluster's processes, and only the state
 folder and empty cgroup folders stay.
+
+While the watcher removes the cluster, it writes lines about its progress to standard output, which the owner reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -17,14 +20,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.cluster import cgroups
 from tests.cluster.layout import Layout
 from tests.cluster.namespaces import children, die_with_parent
-from tests.cluster.waiting import ClusterError, wait_for
+from tests.cluster.waiting import TELLING_SECONDS, ClusterError, wait_for, wait_while_it_moves
 
 KEEP_LOGS_VARIABLE = "FINETUNE_KEEP_LOGS"
+QUIET_SECONDS = 60
+"""The watcher gives up removing the cluster after this many seconds without any progress."""
+RETRY_SECONDS = 0.2
 
 
 def main() -> None:
@@ -38,7 +45,7 @@ def main() -> None:
         wait_for_the_end(owner, process)
     finally:
         if process is not None:
-            end_namespaces(process)
+            end_namespaces(process, cgroup)
         keep_logs(layout)
         cgroups.remove(cgroup)
         remove_state(layout)
@@ -90,12 +97,25 @@ def wait_for_the_end(owner: int, process: subprocess.Popen[bytes]) -> None:
     poll.poll()
 
 
-def end_namespaces(process: subprocess.Popen[bytes]) -> None:
+def tell(line: str) -> None:
+    """Write a line about the progress to the owner. If the owner has ended, nobody reads the line, and removing the
+    cluster goes on."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
+def end_namespaces(process: subprocess.Popen[bytes], cgroup: str) -> None:
     """Kill the cluster's first process and wait for its end. With it the kernel kills all other processes of its PID
     namespace, and the first process is the last to end."""
     for first in children(process.pid):
         os.kill(first, signal.SIGKILL)
-    process.wait(timeout=30)
+    wait_while_it_moves(
+        "the processes to end",
+        lambda: process.poll() is not None,
+        lambda: f"{len(cgroups.processes(cgroup))} processes are left",
+        QUIET_SECONDS,
+        tell=tell,
+    )
 
 
 def keep_logs(layout: Layout) -> None:
@@ -112,14 +132,47 @@ def keep_logs(layout: Layout) -> None:
 
 
 def remove_state(layout: Layout) -> None:
-    """Remove the state folder. Removing is tried until it succeeds, because mounts of the ended namespaces may keep the
-    folder busy for a moment."""
+    """Remove the state folder. Removing is tried until it succeeds, because mounts of the ended namespaces may keep
+    entries of the folder busy for a moment.
 
-    def removed() -> bool:
-        shutil.rmtree(layout.state, ignore_errors=True)
-        return not layout.state.exists()
+    Raises:
+        ClusterError: no entry could be removed for ``QUIET_SECONDS``.
+    """
+    removed, moved, told = 0, time.monotonic(), time.monotonic()
+    while layout.state.exists():
+        problem: OSError | None = None
+        for entry in bottom_up(layout.state):
+            try:
+                remove(entry)
+            except OSError as error:
+                problem = error
+                continue
+            removed, moved = removed + 1, time.monotonic()
+            if moved - told >= TELLING_SECONDS:
+                tell(f"{removed} files and folders of the cluster are removed")
+                told = moved
+        if problem and time.monotonic() - moved >= QUIET_SECONDS:
+            raise ClusterError(f"{layout.state} is left, and nothing of it could be removed: {problem}")
+        if problem:
+            time.sleep(RETRY_SECONDS)
 
-    wait_for(f"{layout.state} to be removed", removed, 60, interval=0.2)
+
+def bottom_up(folder: Path) -> Iterator[Path]:
+    """Yield everything in ``folder``, the content of a folder before the folder itself, and ``folder`` last. Symbolic
+    links are not followed."""
+    for root, folders, files in os.walk(folder, topdown=False):
+        for name in (*files, *folders):
+            yield Path(root, name)
+    yield folder
+
+
+def remove(entry: Path) -> None:
+    """Remove a file, a symbolic link or an empty folder. An entry that is gone already is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        if entry.is_dir() and not entry.is_symlink():
+            entry.rmdir()
+        else:
+            entry.unlink()
 
 
 if __name__ == "__main__":

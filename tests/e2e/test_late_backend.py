@@ -190,8 +190,8 @@ def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster, tiny_job
             attempts=FIRST_TIME_DONE,
             milestones=(on_job("job ended", bound + RUN, settled),),
             more_events=("BackendUnavailable" if make is backend else "OutsideFailure",),
-            # For the claim one more event is allowed: as soon as the claim exists, the message changes and says that
-            # the claim is not bound yet.
+            # The test case with the PersistentVolumeClaim may have one more event: as soon as the claim exists, the
+            # message changes and says that the claim is not bound yet.
             repeated_event="OutsideFailure" if "model" in spec else None,
         )
 

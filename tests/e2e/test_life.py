@@ -106,7 +106,7 @@ def test_suspended_by_the_field_and_by_its_queue_a_job_loses_no_step(
         records = run.runs()
         logged = [step for _, step in run.steps_logged()]
     assert [record["attempt"] for record in records] == [1, 1, 2]
-    # Each run must resume at the step at which the run before it stopped. Then no step is trained twice.
+    # Each run must resume at the step at which the run before it stopped, so that no step is trained twice.
     assert [record["parent"] for record in records[1:]] == [
         {"run": 1, "step": first_stop},
         {"run": 2, "step": second_stop},

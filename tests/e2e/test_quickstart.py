@@ -110,8 +110,8 @@ def test_quickstart_ends_with_an_adapter_that_peft_loads(installed: Cluster, nam
     assert evaluation.base is not None
     assert evaluation.tuned is not None
     assert (evaluation.rows, evaluation.tuned_step) == ("Validation", artifact.step)
-    # The tuned model is the best checkpoint. Its perplexity must therefore be the one that was measured for this
-    # checkpoint during training.
+    # The tuned model was made from the best checkpoint. Its perplexity must therefore equal the perplexity that was
+    # measured for this checkpoint during training.
     assert float(evaluation.tuned.perplexity or 0) == pytest.approx(float(best[0].perplexity or 0), rel=0.01)
     assert float(evaluation.base.perplexity or 0) > float(evaluation.tuned.perplexity or 0)
 

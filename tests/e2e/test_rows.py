@@ -38,6 +38,8 @@ def played(
     rows = {row.name: row for row in _selected(request)}
     with ExitStack() as around:
         operated.import_image(scripts.IMAGE)
+        if any(row in SLOW for row in rows.values()):
+            operated.import_image(scripts.NO_PROGRAM)
         if any(sidecar.LABEL in row.labels for row in rows.values()):
             around.enter_context(sidecar.injecting(operated, tmp_path_factory.mktemp("injector")))
         node = _second_node(operated, around) if any(row in NODES for row in rows.values()) else None
@@ -71,7 +73,7 @@ def _second_node(cluster: Cluster, around: ExitStack) -> SecondNode:
 
 
 def _selected(request: pytest.FixtureRequest) -> list[Row]:
-    """Return the test cases of those tests of this module that pytest runs in this session."""
+    """Return the rows (test cases) of all tests of this module that pytest runs in this session."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     of_this_module = [item for item in items if item.module is request.module and hasattr(item, "callspec")]
     rows = [item.callspec.params["row"] for item in of_this_module]

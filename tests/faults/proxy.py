@@ -49,7 +49,7 @@ class Record:
     """A request and the HTTP status that the operator got; the status is 0 where the operator got no answer."""
 
     at: float
-    """Time of the answer on the monotonic clock."""
+    """Time on the monotonic clock at which the proxy answered the request, or left the request without an answer."""
     request: Request
     status: int
 
@@ -156,7 +156,7 @@ class FaultProxy:
             return self._answer(request, fault)
         elif isinstance(fault, Drop):
             self._note(request, 0)
-            await asyncio.Event().wait()  # until the client closes the connection after its own time-out
+            await asyncio.Event().wait()  # Wait until the client closes the connection after its own time-out.
         elif isinstance(fault, Reset) and not fault.carried_out:
             self._note(request, 0)
             return self._reset(incoming)
@@ -226,7 +226,8 @@ class FaultProxy:
         except (aiohttp.ClientError, ConnectionError, asyncio.CancelledError):
             if not answer.prepared:
                 self._note(request, 0)
-            # The operator must always see a connection reset, never the regular end of a stream.
+            # When the stream breaks off or the client goes away, the operator must see a connection reset and not the
+            # regular end of a stream.
             return self._reset(incoming)
         finally:
             self._watches.discard(task)

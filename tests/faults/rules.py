@@ -68,10 +68,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Fault: a TCP reset.
-
-    If ``carried_out``, the reset follows the API server's answer; else the request is never sent.
-    """
+    """Fault: a TCP reset. If ``carried_out``, the proxy forwards the request, and the reset replaces the API server's
+    answer. Otherwise the proxy does not forward the request."""
 
     carried_out: bool
 

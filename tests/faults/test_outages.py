@@ -1,7 +1,7 @@
 """R5, R6 and R8 of docs/performance.md: an API server that refuses requests, is unreachable, hangs or breaks watches.
 
-In an outage the operator may end at most once, and only where it can't renew its Lease. On average no request may fail
-more than once a second. Soon after the recovery all jobs must reach their expected state.
+In an outage the operator may end at most once, and only where it can't renew its Lease. On average the same request may
+fail at most once a second. Soon after the recovery all jobs must reach their expected state.
 """
 
 from __future__ import annotations

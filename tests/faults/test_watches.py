@@ -95,7 +95,8 @@ def _pods(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _with_both_pods(world: World, namespace: str) -> dict[str, Any] | None:
-    # The watch that got status 410 ends the operator's process up to 15 s later, so the operator is started again here.
+    # A watch that gets status 410 ends the operator's process up to 15 s later. The operator is therefore started again
+    # here if its process has ended.
     world.keep_operator_alive()
     found = world.job(namespace)
     return found if "status" in found and len(_pods(found)) == 2 else None

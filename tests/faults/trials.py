@@ -103,10 +103,11 @@ def begin(world: World, point: Point) -> Trial:
 
 
 def is_finished(world: World, ended: Manifest) -> bool:
-    """Return whether the operator will write nothing more about the ended job ``ended``.
+    """Return whether the operator has nothing more to write about the end of the job ``ended``.
 
-    This is so if the event about the job's end exists. It is also so if the operator was restarted after its last write
-    in the namespace, because the event may then be lost.
+    This is so if the event about the job's end exists. It is also so if the operator was restarted after the operator's
+    last write in the namespace: an event that did not follow its status write before the restart is never created, so
+    this function does not wait for the event.
     """
     namespace = ended["metadata"]["namespace"]
     last = max(record.at for record in world.proxy.records if record.wrote and record.request.namespace == namespace)
@@ -126,8 +127,8 @@ def writes_in(world: World, namespace: str) -> tuple[str, ...]:
 def run_all(world: World, points: Sequence[Point], together: int, timeout: float) -> list[End]:
     """Run a job for each point, ``together`` of them at a time, and return the results.
 
-    A trial with a kill is over when its job has ended, any other trial when the operator has also written all about it.
-    The operator is started again after each kill.
+    A trial whose own kill has happened is over when its job has ended. Any other trial is over when its job has ended
+    and the operator has nothing more to write about the end. The operator is started again after each kill.
     """
     queue = list(points)
     waiting: dict[str, Trial] = {}

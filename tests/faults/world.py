@@ -118,7 +118,8 @@ class World:
             self.operator.start()
 
     def evidence(self) -> str:
-        """Return a text for a failed wait: the operator's log, the stub node's errors and the open jobs."""
+        """Return a text for a failed wait: the end of the operator's log, the stub node's last errors and the first
+        unfinished jobs."""
         open_jobs = [found for found in self.jobs() if not settled(found)]
         lines = [
             f"{found['metadata']['namespace']}/{found['metadata']['name']}: "

@@ -84,7 +84,9 @@ def test_the_record_is_written_before_a_pod_exists() -> None:
         (pod(1, exit_code=1, message="Traceback\n  ...\nKeyError: 'x'\n"), "Waiting", "KeyError: 'x'; `runPolicy.pre"),
         (pod(1, exit_code=2, message="usage: ...\nerror: unrecognized arguments"), "Waiting", "exit code 2"),
         (pod(1, exit_code=64, message="not a result"), "Waiting", "exit code 64"),
-        (pod(1, exit_code=137, reason="OOMKilled"), "Waiting", "exit code 137 (OOMKilled)"),
+        (pod(1, exit_code=137, reason="Error"), "Waiting", "exit code 137 and left"),
+        (pod(1, exit_code=137, reason="OOMKilled", memory_limit="1Gi"), "Waiting", "at its memory limit of 1Gi"),
+        (pod(1, exit_code=128, reason="StartError", message="exec: x"), "Waiting", "128 (StartError) and left no res"),
         (pod(1, phase="Failed", reason_="Evicted", message_="low on disk", container=None), "Waiting", "low on disk"),
         (pod(1, deleted=-1, grace=2), "Waiting", "was deleted"),
         (pod(1, exit_code=143, deleted=-1, grace=2), "Waiting", "was deleted"),
@@ -98,6 +100,68 @@ def test_a_try_is_judged_by_its_findings_alone(ended: PodObservation, verdict: s
     assert sentence in step.preflight.message
     assert (step.preflight.next_try_time == at(10)) == (verdict == "Waiting")
     assert step.missing == (step.preflight.message if verdict == "Waiting" else "")
+
+
+def running_for(seconds: float, number: int = 1, **changes: Any) -> PodObservation:
+    container = ContainerObservation(state=ContainerState.RUNNING, started_at=at(-seconds))
+    return pod(number, container=container, **changes)
+
+
+def killed_for_memory(number: int) -> PodObservation:
+    return pod(number, exit_code=137, reason="OOMKilled", memory_limit="1Gi")
+
+
+def past_its_deadline(number: int) -> PodObservation:
+    """Return a preflight pod that the kubelet ended at the pod's own deadline, while no operator worked."""
+    ended = pod(number, exit_code=137, reason="Error", reason_="DeadlineExceeded")
+    assert ended.container is not None
+    return replace(ended, container=replace(ended.container, started_at=at(-1700)))
+
+
+ABORTED = {
+    "it is killed for memory": (killed_for_memory, "at its memory limit of 1Gi"),
+    "it runs on": (lambda number: running_for(240, number), "had not ended after 240 s"),
+    "it runs on until the deadline of the pod": (past_its_deadline, "had not ended after 240 s"),
+}
+
+
+@pytest.mark.parametrize("name", ABORTED)
+def test_a_check_that_can_not_be_carried_out_three_times_in_a_row_ends_the_job_with_a_sentence(name: str) -> None:
+    make, sentence = ABORTED[name]
+    current = record()
+    for number in (1, 2, 3):
+        step = check(current, seen(make(number)))
+        assert step.preflight is not None
+        current = step.preflight
+        assert (current.tries, current.aborted) == (number, number)
+        assert sentence in current.message
+        assert current.verdict == ("Waiting" if number < 3 else "Impossible")
+    ended = check(current, seen()).end
+    assert ended is not None
+    assert (ended.reason, ended.message.startswith("3 tries of the preflight check failed")) == ("BadInput", True)
+    assert "`runPolicy.preflight: Skip`" in ended.message
+
+
+def test_tries_that_were_carried_out_begin_the_row_anew_and_lost_pods_do_not() -> None:
+    twice = record(tries=2, aborted=2, verdict="Waiting")
+    for ended, aborted in (
+        (pod(3, exit_code=75, message=found(FindingKind.OUTSIDE)), 0),
+        (pod(3, deleted=-1, grace=2), 2),
+        (pod(3, exit_code=1), 2),
+    ):
+        step = check(twice, seen(ended))
+        assert step.preflight is not None
+        assert (step.preflight.aborted, step.preflight.verdict) == (aborted, "Waiting")
+
+
+def test_a_check_that_runs_and_a_pod_that_pulls_its_image_are_given_time() -> None:
+    assert check(record(), seen(running_for(239))).preflight == record()
+    pulling = pod(1, phase="Pending", container=waits("ContainerCreating"), created_at=at(-1700))
+    assert check(record(), seen(pulling)).preflight == record()
+    late = pod(1, phase="Failed", reason_="DeadlineExceeded", container=waits("ContainerCreating"))
+    step = check(record(), seen(late))
+    assert step.preflight is not None
+    assert (step.preflight.aborted, step.preflight.verdict) == (0, "Waiting")
 
 
 def test_the_pauses_grow_from_10_s_to_5_min() -> None:
@@ -204,6 +268,55 @@ def test_the_pod_asks_for_no_gpu_and_mounts_what_the_attempt_will() -> None:
     config_map = build_preflight_config_map(spec, PLAN, resolve(spec, report=None))
     assert config_map["metadata"]["name"] == manifest["metadata"]["name"] == PLAN.name
     assert list(config_map["data"]) == ["run.json"]
+
+
+def test_the_pod_ends_by_itself_also_while_no_operator_works() -> None:
+    assert build_preflight_pod(job(), PLAN)["spec"]["activeDeadlineSeconds"] == 1800
+
+
+ZONE = {"key": "zone", "operator": "In", "values": ["a"]}
+GPU_NODES: dict[str, dict[str, Any]] = {
+    "a node selector": {"podTemplate": {"nodeSelector": {"pool": "gpu"}}},
+    "a required affinity": {
+        "podTemplate": {
+            "affinity": {
+                "nodeAffinity": {
+                    "requiredDuringSchedulingIgnoredDuringExecution": {
+                        "nodeSelectorTerms": [{"matchExpressions": [ZONE]}]
+                    }
+                }
+            }
+        }
+    },
+    "a claim with the model": {"model": {"volume": {"claimName": "models", "path": "m"}}},
+    "a claim of the user": {
+        "podTemplate": {
+            "volumes": [{"name": "c", "mountPath": "/cache", "persistentVolumeClaim": {"claimName": "cache"}}]
+        }
+    },
+}
+GPU_TAINT = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+
+
+@pytest.mark.parametrize("name", GPU_NODES)
+def test_the_pod_tolerates_the_taint_of_gpu_nodes_where_it_may_have_to_run_there(name: str) -> None:
+    gpu = {"nodes": 1, "gpusPerNode": 8, "cpu": "1", "memory": "1Gi"}
+    with_gpus = build_preflight_pod(job(**GPU_NODES[name], resources=gpu), PLAN)
+    assert GPU_TAINT in with_gpus["spec"]["tolerations"]
+    cpu = {"nodes": 1, "gpusPerNode": 0, "device": "CPU", "cpu": "1", "memory": "1Gi"}
+    without_gpus = build_preflight_pod(job(**GPU_NODES[name], resources=cpu), PLAN)
+    assert GPU_TAINT not in without_gpus["spec"]["tolerations"]
+
+
+def test_a_pod_that_may_run_anywhere_keeps_away_from_tainted_gpu_nodes() -> None:
+    gpu = {"nodes": 1, "gpusPerNode": 8, "cpu": "1", "memory": "1Gi"}
+    assert GPU_TAINT not in build_preflight_pod(job(resources=gpu), PLAN)["spec"]["tolerations"]
+
+
+def test_no_queue_holds_the_check_of_a_job_that_names_one() -> None:
+    """Kueue would hold a pod with the label of a queue. A job that can't work is to end before it waits in a queue."""
+    manifest = build_preflight_pod(job(runPolicy={"queueName": "gpu"}), PLAN)
+    assert not any(label.startswith("kueue.x-k8s.io/") for label in manifest["metadata"]["labels"])
 
 
 def test_a_preflight_pod_is_recognised_by_its_label() -> None:

@@ -85,6 +85,30 @@ def test_what_is_impossible_ends_the_job_before_anything_is_asked_for(
     assert objects(installed, namespace, "pytorchjobs,pods,configmaps") == []
 
 
+@pytest.mark.long
+def test_a_check_that_is_killed_for_memory_three_times_ends_the_job_with_a_sentence(
+    installed: Installed, namespace: str, stand_in: StandIn
+) -> None:
+    fills_its_memory = "x=xxxxxxxxxxxxxxxx; while :; do x=$x$x; done"
+    script = f'if [ "$0" = preflight ]; then {fills_its_memory}; fi; {RUNS}'
+    installed.apply(small_job(stand_in(script), runPolicy=RUN), namespace)
+    installed.wait(namespace, "the first try to be killed", says("at its memory limit of 1Gi"), 120)
+    job = installed.wait(namespace, "the job to end", settled, 240)
+    accepted, succeeded = condition(job, "Accepted"), condition(job, "Succeeded")
+    assert (accepted["status"], accepted["reason"], succeeded["reason"]) == ("False", "BadInput", "BadInput")
+    assert "3 tries" in succeeded["message"]
+    assert "runPolicy.preflight: Skip" in succeeded["message"]
+    assert job["status"]["preflight"]["tries"] == 3
+
+
+@pytest.mark.long
+def test_an_image_that_ignores_the_argument_preflight_is_named_and_its_pod_removed(
+    installed: Installed, namespace: str, stand_in: StandIn
+) -> None:
+    installed.apply(small_job(stand_in(RUNS), runPolicy=RUN), namespace)
+    installed.wait(namespace, "the sentence", says("had not ended after 240 s"), 330)
+
+
 def _volume(namespace: str) -> tuple[Manifest, Manifest]:
     """Return a PersistentVolumeClaim and a hostPath PersistentVolume for the claim."""
     volume = {

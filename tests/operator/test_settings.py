@@ -36,7 +36,15 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(flag in text for flag in ("--trainer-image", "--watch-namespaces", "--resync-seconds", "--log-level"))
 
 
-@pytest.mark.parametrize("arguments", [[], ["--trainer-image", "a", "--workers", "0"], ["--trainer-image", "a", "-x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--trainer-image", "a", "--workers", "0"],
+        ["--trainer-image", "a", "--max-preflights", "0"],
+        ["--trainer-image", "a", "-x"],
+    ],
+)
 def test_wrong_settings_end_with_a_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_settings(arguments, {})

@@ -109,8 +109,8 @@ class Soak:
         while (key := self.queue.pop()) is not None:
             await self.controller._reconcile(key)
             self.queue.done(key)
-            # This lets the event loop drop the cancelled timer of each reconcile. Otherwise the loop would get no turn,
-            # because the model's calls never wait.
+            # The event loop gets a turn, because the calls of `ModelServer` never wait. Without a turn the loop would
+            # keep the cancelled timer of each reconcile's time limit, and the memory would grow.
             await asyncio.sleep(0)
 
     def random_event(self) -> None:

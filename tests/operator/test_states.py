@@ -100,10 +100,8 @@ def test_every_condition_that_can_be_computed_is_explained(attempts: AttemptsSta
 
 
 def test_every_reason_in_the_code_is_one_of_the_reasons() -> None:
-    """The calls that set a reason pass a member of the enum, never a text.
-
-    A reason that is a text would be missing in the table of explanations.
-    """
+    """No call that sets a reason passes the reason as a string literal. Reasons are members of the enum `Reason`,
+    because `STATES` explains only those."""
     (folder,) = finetune_operator.__path__
     for file in sorted(Path(folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -96,3 +98,10 @@ def test_suspended_time_is_not_counted() -> None:
 
 def test_cpu_jobs_take_no_gpu_seconds() -> None:
     assert count([holding(0, scheduled=0, started=0, ended=20)], [30], gpus=0) == (0, 20)
+
+
+def test_a_container_that_its_runtime_could_not_start_has_not_run_since_1970() -> None:
+    ended = pod(0, exit_code=128, reason="StartError", finished=30, scheduled_at=at(0))
+    assert ended.container is not None
+    unstarted = replace(ended.container, started_at=datetime.fromtimestamp(0, UTC))
+    assert count([replace(ended, container=unstarted)], [40, 80]) == (4 * 30, 0)

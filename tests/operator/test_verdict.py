@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -12,9 +15,10 @@ from finetune_core.contract import Outcome, Result
 from finetune_operator.decide.evidence import Evidence
 from finetune_operator.decide.rules import RULES, judge
 from finetune_operator.decide.verdict import Ruling, Verdict, replaces
-from finetune_operator.objects.observations import ContainerObservation, ContainerState
+from finetune_operator.objects.observations import START_ERRORS, ContainerObservation, ContainerState
 from finetune_operator.observe.observation import is_of_an_earlier_admission
 from tests.operator.builders import CHILD_UID, NOW, at, child, current, pod, result
+from tests.operator.kubelet_refusals import KUBELET_REFUSALS
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 BAD = result(Outcome.BAD_INPUT, "dataset.train: column `meaning` must exist")
@@ -123,6 +127,44 @@ TABLE = {
         ("Charged", "Crashed"),
     ),
     "75 decides before 143": ([pod(0, exit_code=143), pod(1, exit_code=75)], ("Charged", "OutsideFailure")),
+    "a kubelet refused a pod": (
+        [pod(0, phase="Failed", reason_="UnexpectedAdmissionError", container=None), pod(1)],
+        ("Free", "NodeRefused"),
+    ),
+    "a kubelet made room for a critical pod": (
+        [pod(0), pod(1, exit_code=137, finished=3, phase="Failed", reason_="Preempting")],
+        ("Free", "NodeRefused"),
+    ),
+    "a container runtime could not start a container": (
+        [pod(0), pod(1, exit_code=128, reason="StartError")],
+        ("Free", "NodeRefused"),
+    ),
+    "a pod that its node did not start explains the peer's 75": (
+        [pod(0, exit_code=75, finished=9), pod(1, exit_code=128, reason="StartError")],
+        ("Free", "NodeRefused"),
+    ),
+    "bad input decides before a pod that its node did not start": (
+        [pod(0, exit_code=64, message=BAD), pod(1, exit_code=128, reason="StartError")],
+        ("Permanent", "BadInput"),
+    ),
+    "a node restarted": ([pod(0), pod(1, exit_code=255, reason="Unknown")], ("Free", "NodeLost")),
+    "a container runtime no longer has a container": (
+        [pod(0, exit_code=75, finished=9), pod(1, exit_code=137, reason="ContainerStatusUnknown")],
+        ("Free", "NodeLost"),
+    ),
+    "an evicted pod whose container is gone": (
+        [pod(0), pod(1, exit_code=137, reason="ContainerStatusUnknown", phase="Failed", reason_="Evicted")],
+        ("Charged", "Evicted"),
+    ),
+    "a program that ended with 255": ([pod(0), pod(1, exit_code=255, reason="Error")], ("Charged", "Crashed")),
+    "a program that ended with 128 by itself": (
+        [pod(0, exit_code=128, reason="Error"), pod(1)],
+        ("Charged", "Crashed"),
+    ),
+    "a pod that reached a deadline of its own": (
+        [pod(0), pod(1, phase="Failed", reason_="DeadlineExceeded", container=None)],
+        ("Charged", "DeadlineExceeded"),
+    ),
     "137 without a deletion": ([pod(0, exit_code=137), pod(1)], ("Charged", "Crashed")),
 }
 
@@ -373,6 +415,49 @@ def test_a_deletion_is_no_cause_of_an_eviction_whose_time_is_not_known_yet() -> 
     assert ruled(pods, child=child()) == ("Free", "PodDeleted")
 
 
+WAITING = ContainerObservation(state=ContainerState.WAITING, reason="ContainerCreating")
+
+
+@pytest.mark.parametrize("reason", sorted({*KUBELET_REFUSALS, "OutOfexample.com/fpga", "AReasonOfAnotherVersion"}))
+def test_a_pod_that_a_kubelet_refuses_is_never_charged_whatever_the_reason(reason: str) -> None:
+    refused = pod(1, phase="Failed", reason_=reason, message_="Pod was rejected: the node ...", container=None)
+    ruling = _judge([pod(0), refused])
+    assert ruling is not None
+    assert (ruling.verdict, ruling.reason, ruling.node) == (Verdict.FREE, "NodeRefused", "node-1")
+    assert ruling.message == f"node node-1 did not start pod job-1-worker-1: {reason}: Pod was rejected: the node ..."
+    if reason != "Evicted":
+        assert ruled([pod(0), replace(refused, container=WAITING)]) == ("Free", "NodeRefused")
+
+
+@pytest.mark.parametrize("reason", sorted(START_ERRORS))
+def test_a_container_that_its_runtime_could_not_start_is_never_charged_whatever_the_exit_code(reason: str) -> None:
+    for code, phase in itertools.product((1, 127, 128, 137), ("Pending", "Running", "Failed")):
+        assert ruled([pod(0), pod(1, exit_code=code, reason=reason, phase=phase)]) == ("Free", "NodeRefused")
+
+
+@pytest.mark.parametrize("reason", sorted(START_ERRORS))
+def test_a_container_that_its_runtime_goes_on_refusing_ends_the_attempt_after_two_minutes(reason: str) -> None:
+    waiting = ContainerObservation(state=ContainerState.WAITING, reason=reason, message="unresolvable CDI device")
+    stuck = pod(1, phase="Pending", container=waiting)
+    assert ruled([pod(0), replace(stuck, start_error_seconds=119)]) is None
+    ruling = _judge([pod(0), replace(stuck, start_error_seconds=120)])
+    assert ruling is not None
+    assert (ruling.verdict, ruling.reason, ruling.node) == (Verdict.FREE, "NodeRefused", "node-1")
+    assert ruling.message.endswith(f"{reason}: unresolvable CDI device")
+    deleted = pod(1, phase="Pending", container=waiting, deleted=1, start_error_seconds=120)
+    assert ruled([pod(0), deleted]) == ("Free", "PodDeleted")
+
+
+def test_a_container_that_ended_without_a_start_is_recognised_by_its_times() -> None:
+    """The kubelet shows the start of a container that never ran as the beginning of Unix time."""
+    ended = pod(1, exit_code=128, reason="Error", message="no such device")
+    assert ended.container is not None
+    unstarted = replace(ended.container, started_at=datetime.fromtimestamp(0, UTC))
+    assert ruled([pod(0), replace(ended, container=unstarted)]) == ("Free", "NodeRefused")
+    ran = replace(ended.container, started_at=NOW)
+    assert ruled([pod(0), replace(ended, container=ran)]) == ("Charged", "Crashed")
+
+
 def _cause(verdict: Verdict, reason: str) -> AttemptCause:
     return AttemptCause(verdict=verdict, reason=reason, time=NOW)
 
@@ -386,6 +471,11 @@ def _cause(verdict: Verdict, reason: str) -> AttemptCause:
         (
             _cause(Verdict.CHARGED, "OutsideFailure"),
             Ruling(verdict=Verdict.CHARGED, reason="Crashed", message=""),
+            True,
+        ),
+        (
+            _cause(Verdict.CHARGED, "OutsideFailure"),
+            Ruling(verdict=Verdict.FREE, reason="NodeRefused", message=""),
             True,
         ),
         (_cause(Verdict.CHARGED, "Crashed"), Ruling(verdict=Verdict.FREE, reason="PodDeleted", message=""), False),

@@ -74,7 +74,8 @@ class StoreProxy:
     bytes_per_second: float | None = None
     """Limit of the bandwidth, which all connections and both directions share. None means no limit."""
     down: bool = False
-    """While true, new connections are refused and existing ones are reset."""
+    """While true, new connections are closed at once, and existing ones at their next request or chunk, without an
+    answer."""
     requests: list[Request] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
     """While it is not set, hanging requests wait. Once it is set, their connections are closed."""

@@ -327,7 +327,8 @@ def test_base_and_tuned_model_are_scored_and_the_result_has_both(
     assert (base.graded, tuned.graded, tuned.scores) == (10, 10, {"exact": 1.0})
     assert tuned.perplexity < 1.5 < base.perplexity
     assert tuned.all_token_perplexity is not None
-    assert tuned.all_token_perplexity > tuned.perplexity  # because the loss of prompt tokens is not trained
+    # The loss of prompt tokens is not trained, so the perplexity of all tokens stays higher.
+    assert tuned.all_token_perplexity > tuned.perplexity
     assert "100.0% of the answers right (the base model 0.0%)" in result.message
     assert len(result.to_termination_message().encode()) <= 1024
     assert Result.from_termination_message(result.to_termination_message()) == result
@@ -384,7 +385,8 @@ def test_patience_stops_early_and_still_makes_an_artifact(
     # The evaluation at step 15 stays the best, so patience ends the run after two more evaluations, at step 45.
     assert step_rows(store, "patience")[-1].step == 45
     assert result.artifact is not None
-    assert result.artifact.step == 45  # because evaluation.artifactFrom is Last
+    # evaluation.artifactFrom is Last, so the artifact is not made from the best step, 15.
+    assert result.artifact.step == 45
     assert result.message.endswith("stopped early, because 2 evaluations in a row brought no improvement")
     pointer = json.loads(store.read("runs/default/patience/uid-1/ARTIFACT"))
     assert pointer["outcome"] == "EarlyStopped"

@@ -60,7 +60,7 @@ def committed(store: ObjectStore, name: str) -> list[int]:
 def assert_left_together(attempt: Attempt, store: ObjectStore, name: str, told_at: float) -> float:
     """Wait for the end of all pods, and return the seconds since the SIGTERM at ``told_at`` (monotonic).
 
-    Assert that all pods were stopped by it, and that the last finished step is committed.
+    Assert that all pods were stopped by the SIGTERM, and that the last finished step, if there is one, is committed.
     """
     codes = attempt.wait(SLACK * LEAVE_SECONDS)
     took = time.monotonic() - told_at
@@ -121,9 +121,9 @@ def test_a_pod_that_waits_for_a_store_leaves_at_once(store: ObjectStore, pods: S
 def test_trap_21_told_at_random_moments_all_ranks_leave_with_a_checkpoint(
     part: int, store: ObjectStore, pods: StartPods
 ) -> None:
-    """Five jobs in each of ten parts get a SIGTERM at a random moment in their first 30 s.
+    """In each of the ten parts of this test, five jobs get a SIGTERM at a random moment in their first 30 s.
 
-    The SIGTERM goes to a random process of the job.
+    The SIGTERM goes to the launcher or to a worker of a random pod of the job.
     """
     rng = random.Random(part)
     for round_ in range(5):
@@ -210,7 +210,7 @@ def test_a_frozen_rank_is_ended_by_its_launcher(store: ObjectStore, pods: StartP
     waiting, frozen = attempt.pods
     assert "stability.stallTimeoutSeconds is 6" in waiting.result.message
     assert "the stacks of all threads of rank 0:" in waiting.output
-    assert "in _reduce" in waiting.output  # rank 0 waits for the frozen rank in this function
+    assert "in _reduce" in waiting.output  # Rank 0 waits for the frozen rank in `_reduce`.
     assert "rank 1 gave no sign of life any more in phase" in frozen.result.message
 
 

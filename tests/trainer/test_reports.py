@@ -130,7 +130,7 @@ def test_reports_tell_the_run_from_loading_to_its_result(
         assert sum(parts) <= row.seconds
         assert row.tokens < row.real_tokens < row.padded_tokens
         assert 0 < row.memory_bytes <= row.memory_peak_bytes
-        assert row.mfu is None  # MFU is None, because the peak FLOPs of a CPU are unknown
+        assert row.mfu is None  # MFU needs the peak FLOPs of the device, which are unknown for a CPU.
     # The time of the checkpoint at step 3 is recorded in the row of step 4.
     assert rows[3].checkpoint_seconds > 0
     assert rows[4].checkpoint_seconds == 0

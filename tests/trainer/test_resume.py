@@ -168,7 +168,7 @@ def test_a_checkpoint_of_adapters_holds_no_base_weight_and_names_its_base(two_ra
     assert all(name.endswith((".safetensors", ".json")) or name == "COMMIT" for name in sizes)
     state = TrainerState.model_validate_json(bench.store.read(f"{prefix}/trainer.json"))
     assert state.base_sha256 is not None
-    trained = 2 * 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)  # two layers, rank 4, seven matrices per layer
+    trained = 2 * 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)  # Two layers, rank 4, seven matrices per layer.
     tensors = 12 * trained  # Each trained parameter has an fp32 weight and two fp32 moments of AdamW.
     held = sum(size for name, size in sizes.items() if name.startswith("state-"))
     assert tensors <= held <= tensors * 1.02 + 2 * 8192, "data, and the names of the tensors"

@@ -73,7 +73,8 @@ def infinite_gradient(step: curves.Step) -> None:
 
 
 def slow_drift(step: curves.Step) -> None:
-    """Replace a share of the target words by random words: 4 % at the onset, and 4 % more with each step."""
+    """Replace a share of the target words by random words: 4 % in step ONSET, and 4 percentage points more with each
+    step."""
     if step.number >= ONSET:
         random_words(step, 0.04 * (step.number - ONSET + 1))
 
@@ -86,7 +87,7 @@ def half_of_the_labels(step: curves.Step) -> None:
 def test_trap_26_twenty_clean_seeds_raise_no_alarm() -> None:
     torch.set_num_threads(1)
     clean = curves.train(SEEDS, 200)
-    assert all(curve[-1][0] < 0.5 * curve[0][0] for curve in clean)  # this shows that the models learn
+    assert all(curve[-1][0] < 0.5 * curve[0][0] for curve in clean)  # The losses halve, so the models do learn.
     assert [alarm.describe() for curve in clean for alarm in alarms(curve)] == []
 
 
@@ -171,7 +172,7 @@ def test_trap_22_the_rate_is_a_function_of_step_and_rollbacks_alone() -> None:
     second = Rollback(step=60, rate_factor=0.3, skip_from=61, skip_to=61, reason="")
     plain = [learning_rate_at(step, 100, optimization) for step in range(1, 101)]
     lowered = [learning_rate_at(step, 100, optimization, [first, second]) for step in range(1, 101)]
-    assert plain[0] == pytest.approx(1e-4)  # the warm-up begins at one tenth of the learning rate, not at zero
+    assert plain[0] == pytest.approx(1e-4)  # The warm-up begins at a tenth of the learning rate, not at zero.
     assert plain[9] == pytest.approx(1e-3)
     assert lowered[:40] == plain[:40]
     assert lowered[40:60] == pytest.approx([0.3 * value for value in plain[40:60]])

@@ -208,12 +208,13 @@ def test_a_frozen_attempt_that_thaws_at_any_point_harms_nothing(root: RunRoot, t
     result = publish(root, 2, 14, [tmp_path / "adapter"])
     before = {entry.key for entry in root.list_objects("")}
 
-    # Only one write of run 1 can succeed: COMMIT, if run 1 froze after it had checked the fence for this COMMIT. The
-    # checkpoint then belongs to a branch that was left, from which no later run resumes.
+    # Run 1 can still upload files, which do not count without COMMIT. It can write one COMMIT, if it froze between its
+    # check that no later run has started (the fence) and this COMMIT. The checkpoint then belongs to a branch that was
+    # left, from which no later run resumes.
     frozen = checkpoint_folder(1, 15)
     root.write(f"{frozen}/{MANIFEST}", b"{}")
     assert root.create(f"{frozen}/{COMMIT}", digest(b"{}").encode())
-    # Before all other writes run 1 checks the fence again.
+    # Before any other commit, before deleting by retention and before publishing, run 1 checks the fence again.
     (tmp_path / "adapter").write_bytes(b"first")
     for write in (
         lambda: commit(root, 1, 20, tmp_path),

@@ -212,7 +212,7 @@ def test_rotated_credentials_and_a_bucket_that_comes_back_are_waited_for_in_the_
     said: list[str] = []
 
     def rotate(_: float) -> None:
-        if len(said) >= 2:  # the keys are replaced after two failures were reported
+        if len(said) >= 2:  # Replace the keys after two failures were reported.
             write_credentials(keys, ACCESS_KEY, SECRET_KEY)
 
     impatient = Store(empty_store.endpoint, "us-east-1", keys, wait=rotate)

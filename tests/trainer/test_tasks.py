@@ -1,4 +1,5 @@
-"""Every declared task has a grader that keeps to the declaration, and no grader has one of the known holes.
+"""Every declared task has a grader, which reads the columns and gives the scores that the task declares. No grader has
+one of the known holes.
 
 A hole is a wrong answer that a grader accepts, or a right answer that it rejects. Each hole is tested by one mutation
 of a right answer. `test_tasks_viggo.py` and its neighbours test each grader in depth.
@@ -145,8 +146,8 @@ def test_scores_of_an_answer_that_is_right_or_wrong_are_written_as_true_and_fals
         ("GSM8K", NUMBER, "#### 1,000,000", set()),
         ("GSM8K", NUMBER, "#### 10 or 1000", set()),
         ("GSM8K", NUMBER, "The answer is 1000", set()),
-        # A wrong query must not be right because both results are empty. So the generated rows contain the literal of
-        # the reference query, here 'Quay'.
+        # A wrong query must not count as right only because both results are empty. So the generated rows contain the
+        # literal of the reference query, here 'Quay'.
         ("SQL", FOUND, "SELECT name FROM boat WHERE harbour = 'Nowhere'", set()),
         ("SQL", FOUND, "SELECT name FROM boat WHERE 1 = 0", set()),
         ("SQL", FOUND, "SELECT b.name FROM boat AS b WHERE b.harbour = 'Quay'", {"execution"}),

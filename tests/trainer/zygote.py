@@ -32,9 +32,10 @@ class Zygote:
         self._told = b""
 
     def gang(self, plans: Sequence[Path], logs: Path) -> list[int]:
-        """Run one rank for each file of plans, wait for their ends, and return their exit statuses.
+        """Run one rank for each file in ``plans``, wait until all have ended, and return their exit statuses.
 
-        A negative status is the number of the signal that killed the rank.
+        The status of a rank that a signal killed is the negated number of the signal, for example -9. The output of a
+        rank goes to a file in the folder ``logs``.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -107,7 +107,8 @@ def _prepare(plan: WorkerPlan) -> object:
 
 
 def _start_first_run(plan: WorkerPlan, gang: Gang, root: RunRoot) -> RunStart:
-    """Take the next run number of the job, and fetch the checkpoint that the run resumes from."""
+    """Take the next run number of the job, and fetch the checkpoint that the run resumes from, if there is
+    one."""
 
     def take_run_number(target: Path) -> RunStart:
         is_lora = plan.config.lora is not None

@@ -21,6 +21,7 @@ class Cause(StrEnum):
     POD_VANISHED = "PodVanished"
     POD_REPLACED = "PodReplaced"
     NODE_LOST = "NodeLost"
+    NODE_REFUSED = "NodeRefused"
     CHILD_DELETED = "ChildDeleted"
     CHILD_REPLACED = "ChildReplaced"
     CHILD_CHANGED = "ChildChanged"
@@ -50,7 +51,22 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
         "Free",
         Explanation("A pod was deleted, and training-operator created another pod in its place."),
     ),
-    Cause.NODE_LOST: ("Free", Explanation("The pod's node does not answer.", "If this repeats, check the node.")),
+    Cause.NODE_LOST: (
+        "Free",
+        Explanation(
+            "The pod's node does not answer, or lost the pod's container, for example in a restart.",
+            "If this repeats, check the node.",
+        ),
+    ),
+    Cause.NODE_REFUSED: (
+        "Free",
+        Explanation(
+            "The node did not start a pod that the scheduler had placed on the node: its kubelet refused the pod, for"
+            " example because a GPU could not be allocated, or its container runtime could not start the container.",
+            "Check the node that `attempts.recent` names. If all nodes refuse, check the command and the files of"
+            " `podTemplate.image`.",
+        ),
+    ),
     Cause.CHILD_DELETED: ("Free", Explanation("Somebody deleted the PyTorchJob.", "Use `runPolicy` instead.")),
     Cause.CHILD_REPLACED: (
         "Free",
@@ -97,7 +113,8 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
 }
 """Verdict, meaning and advice of each reason. A Charged attempt counts against `runPolicy.maxRetries`, a Free attempt
 does not. But after three free attempts in a row without a new checkpoint, the next attempt without a new checkpoint
-counts even where its verdict here is Free. Suspended and ResumedTooEarly attempts never count."""
+counts even where its verdict here is Free, and so does each further NodeRefused attempt without a new checkpoint.
+Suspended and ResumedTooEarly attempts never count."""
 DISRUPTIONS: Mapping[str, str] = {
     "EvictionByEvictionAPI": "A node was drained, or somebody evicted the pod.",
     "PreemptionByScheduler": "A pod of higher priority took the pod's place.",

@@ -171,6 +171,9 @@ class PreflightStatus(StatusModel):
     measured from this time."""
     tries: Count = 0
     """Number of ended tries of the check."""
+    aborted: Count = 0
+    """Number of tries in a row that could not be carried out, because they were killed at their memory limit or did not
+    end in time. After three of them the job ends."""
     verdict: Annotated[str, Field(max_length=32)] = ""
     """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is
     missing). Empty before the first result."""
@@ -203,7 +206,7 @@ class ProgressStatus(StatusModel):
     arithmetic takes."""
     checkpoint_age_seconds: Count | None = None
     """Seconds from the newest committed checkpoint of this run (without one: from the run's start) to the last report.
-    A lost pod would cost this much training."""
+    A lost pod would cost this training, and what was trained while that checkpoint was uploaded."""
     last_update_time: datetime | None = None
     """Time at which the trainer last reported."""
 

@@ -65,8 +65,8 @@ class Report(ContractModel):
     ones."""
     checkpoint_age_seconds: Annotated[int, Field(ge=0)] | None = None
     """Seconds since the newest commit of a checkpoint of this run. Before the first commit, seconds since the trainer
-    prepared to save checkpoints, which it does before the first step. At most this much training would be lost with a
-    pod."""
+    prepared to save checkpoints, which it does before the first step. A lost pod would cost the training of this time,
+    and what was trained while the newest checkpoint was uploaded."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
     """What is wrong with saving: why the newest checkpoint is older than the job asks for, or why old checkpoints can't
     be deleted. Empty where nothing is wrong."""

@@ -1,5 +1,6 @@
-"""Changes a job's objects as `decide/` has decided: creates and deletes ConfigMaps, child objects and preflight pods.
+"""Changes a job's objects in Kubernetes. As `decide/` has decided, it creates and deletes ConfigMaps, child objects and
+preflight pods. It also annotates running pods with the time of the newest checkpoint.
 
-One reconcile changes the objects of at most one attempt or one try of the preflight check. `status/`, not this room,
-writes the status.
+One reconcile creates the objects of at most one attempt or one try of the preflight check, and may delete the
+ConfigMap of the one before. `status/`, not this room, writes the status.
 """

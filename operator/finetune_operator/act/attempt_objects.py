@@ -46,15 +46,18 @@ class AttemptObjects:
         self._report_base_url = report_base_url
         self._ca_bundle = ca_bundle
 
-    async def create(self, job: ParsedJob, image: str, config: RunConfig) -> ChildObservation:
+    async def create(
+        self, job: ParsedJob, image: str, config: RunConfig, avoided_nodes: tuple[str, ...] = ()
+    ) -> ChildObservation:
         """Create ConfigMap and child of the current attempt, and return the child.
 
+        The scheduler places the pods on ``avoided_nodes`` only where no other node can take them.
         Raises RetryableError where one of the two can't be created, and as long as the back-off after that lasts.
         """
         if job.memory.problem is not None and self._backoff.holds(job.memory):
             raise job.memory.problem
         try:
-            child = await self._create(job, image, config)
+            child = await self._create(job, image, config, avoided_nodes)
         except RetryableError as problem:
             self._backoff.failed(job.memory, problem)
             logger.warning("attempt not created: %s", problem.message, extra=job.log_fields)
@@ -69,7 +72,9 @@ class AttemptObjects:
         await self._backend.delete(job.key.namespace, child)
         logger.info("attempt removed", extra=job.log_fields)
 
-    async def _create(self, job: ParsedJob, image: str, config: RunConfig) -> ChildObservation:
+    async def _create(
+        self, job: ParsedJob, image: str, config: RunConfig, avoided_nodes: tuple[str, ...]
+    ) -> ChildObservation:
         """Create the ConfigMap, then the child. Their names are deterministic, so that a retry finds them again."""
         metadata, number = job.resource.metadata, job.status.attempts.started
         if number > 1:
@@ -78,6 +83,12 @@ class AttemptObjects:
             before = attempt_name(metadata.name, metadata.uid, number - 1)
             await delete_config_map(self._cluster, metadata.namespace, before, metadata.uid)
         name = attempt_name(metadata.name, metadata.uid, number)
-        plan = AttemptSpec(number=number, name=name, image=image, report_base_url=self._report_base_url)
+        plan = AttemptSpec(
+            number=number,
+            name=name,
+            image=image,
+            report_base_url=self._report_base_url,
+            avoided_nodes=avoided_nodes,
+        )
         await create_config_map(self._cluster, build_config_map(job.resource, plan, config, self._ca_bundle()))
         return await self._backend.create(self._backend.build(job.resource, plan))

@@ -49,12 +49,13 @@ def close(
 ) -> AttemptsStatus:
     """Return ``attempts`` after the end of ``current``: counted as charged or free, and moved to `recent`.
 
-    A free attempt is charged where FREE_IN_A_ROW says so. No attempt is counted twice, because `attempts.current` is
-    None afterwards.
+    A free attempt is charged where FREE_IN_A_ROW says so. Further attempts that end with NodeRefused are then
+    charged too until a checkpoint is committed, because an image that no node can start looks the same. No attempt is
+    counted twice, because `attempts.current` is None afterwards.
     """
     verdict = cause.verdict
     if verdict == Verdict.FREE and cause.reason not in SUSPENSIONS:
-        in_a_row = _free_in_a_row(attempts.recent, checkpoints)
+        in_a_row = _free_in_a_row(attempts.recent, checkpoints, cause.reason)
         if in_a_row >= FREE_IN_A_ROW and not _progressed(current.start_time, checkpoints):
             verdict = Verdict.CHARGED
     past = PastAttempt(
@@ -96,16 +97,20 @@ def _progressed(started: datetime, checkpoints: Sequence[CheckpointStatus]) -> b
     return any(checkpoint.time >= started for checkpoint in checkpoints)
 
 
-def _free_in_a_row(recent: Sequence[PastAttempt], checkpoints: Sequence[CheckpointStatus]) -> int:
+def _free_in_a_row(recent: Sequence[PastAttempt], checkpoints: Sequence[CheckpointStatus], reason: str) -> int:
     """Return how many attempts in a row, back from the newest, were free and without a new checkpoint.
 
-    Attempts that ended by a suspension are left out of the row.
+    Attempts that ended by a suspension are left out of the row. Where ``reason``, the reason of the attempt that ends
+    now, is NodeRefused, charged attempts with that reason are counted too.
     """
+    refused = reason == Cause.NODE_REFUSED
     row = 0
     for past in reversed(recent):
         if past.reason in SUSPENSIONS:
             continue
-        if past.verdict != Verdict.FREE or _progressed(past.start_time, checkpoints):
+        if _progressed(past.start_time, checkpoints):
+            break
+        if past.verdict != Verdict.FREE and not (refused and past.reason == Cause.NODE_REFUSED):
             break
         row += 1
     return row

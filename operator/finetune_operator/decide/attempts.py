@@ -28,8 +28,9 @@ they end."""
 TERMINATING_LIMIT = timedelta(seconds=60)
 """A pod whose grace period ended this long ago is no longer waited for, because its kubelet counts as dead.
 
-A trainer that still runs in such a pod does no harm: it stops at its next commit, because the next attempt has taken a
-higher run number in the bucket.
+A trainer that still runs in such a pod does not damage the next attempt: once the next attempt has taken a higher run
+number in the bucket, the old trainer stops at its next commit. What the old trainer commits before is a normal
+checkpoint of the job.
 """
 _DELETION_SECONDS = 1.0
 """Seconds after the deletion of an object until the next reconcile checks whether the object is gone."""

@@ -65,6 +65,8 @@ class Decision:
     """Whether attempt 1 waits for the preflight check, or the job ends because of that check."""
     missing: str = ""
     """What attempt 1 lacks outside the spec according to the preflight check, as a sentence; empty if not known."""
+    turn: str = ""
+    """For which turn the preflight check waits, as a sentence; empty where it does not wait for one."""
     preflight_pods: Sequence[PodObservation] = ()
     """Pods that `Action.REMOVE_PREFLIGHT_PODS` deletes."""
 
@@ -78,6 +80,11 @@ class Decision:
         """Whether a pod may be about to start. Pods read the run file, so the spec must then be resolved into one."""
         return self.state in (JobState.CHECKING, JobState.OPENED)
 
+    def starts_check(self, stored: FineTuneJobStatus) -> bool:
+        """Return whether a preflight pod is to be created, now or once the record of the check is written."""
+        begins = self.state is JobState.CHECKING and stored.preflight is None and self.preflight is not None
+        return begins or self.action is Action.CREATE_PREFLIGHT_POD
+
     def must_be_written_first(self, stored: FineTuneJobStatus) -> bool:
         """Return whether the status must be written before any object is created or deleted.
 
@@ -89,7 +96,8 @@ class Decision:
 
 
 def _bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
-    """Return what must not be lost in a crash: number, counts and cause of attempts, and the record of the check."""
+    """Return the part of the status that must be written before any object is created or deleted: the counts of
+    attempts, number and cause of the current attempt, and the record of the preflight check."""
     current = attempts.current
     return (
         attempts.started,

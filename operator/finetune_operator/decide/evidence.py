@@ -17,7 +17,7 @@ from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import CurrentAttempt, PodRecord
 from finetune_core.contract import ExitCode, Outcome, Result
 from finetune_operator.objects.grace import TRAINING_GRACE_SECONDS
-from finetune_operator.objects.observations import ChildObservation, ContainerState, PodObservation
+from finetune_operator.objects.observations import POD_DEADLINE, ChildObservation, ContainerState, PodObservation
 
 _SIGNALLED = (137, ExitCode.STOPPED)
 """Exit codes of a container that was killed (137) or that obeyed SIGTERM (143)."""
@@ -27,6 +27,15 @@ than 75, and 75 explains more than 143."""
 RESUME_WINDOW = timedelta(seconds=TRAINING_GRACE_SECONDS + 30)
 """A child object that fails within this time after its queue resumed it may have failed only because pods of its
 earlier admission still ended."""
+
+
+START_PATIENCE_SECONDS = 120.0
+"""For so many seconds a kubelet may try again to create a container that its runtime refuses, before the attempt ends.
+The kubelet itself never gives up, and no other node is tried."""
+KUBELET_KILLS = frozenset({"Preempting", "NodeShutdown", "Shutdown", "Terminated"})
+"""`status.reason` of a pod that the kubelet killed, whether its container ran or not: to make room for a critical pod
+(`pkg/kubelet/preemption/preemption.go`), or because the node shuts down (`pkg/kubelet/nodeshutdown`; Shutdown until
+Kubernetes 1.21). Newer kubelets also write the condition DisruptionTarget, which comes first."""
 
 
 class Disturbance(Enum):
@@ -79,6 +88,37 @@ class Evidence:
             return (_LATE_CODES.index(ExitCode(code)) + 1 if code in _LATE_CODES else 0, pod.index)
 
         return min(self.failures, key=rank, default=None)
+
+    @cached_property
+    def lost(self) -> PodObservation | None:
+        """The pod whose node lost the container, for example in a restart of the node; None if there is none.
+
+        An evicted pod also has such a container, because the kubelet removes it.
+        """
+        return next(
+            (
+                pod
+                for pod in self.failures
+                if pod.reason != Cause.EVICTED and pod.container is not None and pod.container.was_lost
+            ),
+            None,
+        )
+
+    @cached_property
+    def refused(self) -> PodObservation | None:
+        """The pod that its node did not start, or that the kubelet killed for the node's own sake; None if none.
+
+        Of several, the pod with the lowest index. A pod whose container runtime goes on refusing has not failed.
+        """
+        stuck = [
+            pod
+            for pod in self.pods
+            if pod.start_error_seconds >= START_PATIENCE_SECONDS
+            and not pod.disruption
+            and pod.delete_requested_at is None
+        ]
+        refused = [*(pod for pod in self.failures if is_refused(pod)), *stuck]
+        return min(refused, key=lambda pod: pod.index, default=None)
 
     @cached_property
     def disturbance(self) -> tuple[Disturbance, PodObservation] | None:
@@ -153,6 +193,30 @@ class Evidence:
 def finished_at(pod: PodObservation) -> datetime | None:
     """Return when the pod's training container ended; None while it runs or where the kubelet does not say."""
     return pod.container.finished_at if pod.container else None
+
+
+def is_refused(pod: PodObservation) -> bool:
+    """Return whether the failed ``pod`` failed through its node: by the kubelet, or by the container runtime.
+
+    Every handler of the kubelet may refuse a pod, with a reason of its own, and versions add handlers. So a refusal is
+    recognised by what all have in common (`rejectPod` in `pkg/kubelet/kubelet.go`): the pod has a reason, and its
+    container never ran.
+    """
+    container = pod.container
+    if container is not None and container.never_ran:
+        # The kubelet writes the phase Failed only later, once nothing of the pod is left on the node.
+        return True
+    if pod.phase != "Failed":
+        return False
+    if pod.reason in KUBELET_KILLS:
+        return True
+    if container is not None and container.state is not ContainerState.WAITING:
+        return False
+    if pod.reason == Cause.EVICTED:
+        # A kubelet that refuses a pod because of the node's own pressure leaves no status of containers. A pod that it
+        # evicted later has such a status.
+        return container is None
+    return pod.reason not in ("", POD_DEADLINE)
 
 
 def _names_artifact(result: Result | None) -> bool:

@@ -8,23 +8,31 @@ the job ends, or another try follows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, PreflightStatus
 from finetune_core.contract import ExitCode
-from finetune_core.contract.preflight_result import FoundRun, PreflightResult
+from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND, PREFLIGHT_SECONDS, FoundRun, PreflightResult
 from finetune_operator import messages
 from finetune_operator.decide.decision import Action, Decision, JobEnd
 from finetune_operator.decide.former_run import end_with_artifact, taken_over
 from finetune_operator.decide.states import JobState
 from finetune_operator.decide.verdict import TEXT_LIMIT, PreflightVerdict
-from finetune_operator.objects.observations import ContainerState, PodObservation
+from finetune_operator.objects.observations import POD_DEADLINE, ContainerState, PodObservation
 from finetune_operator.observe.observation import JobObservation
 from finetune_operator.observe.waiting import why_pod_waits
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, FIRST_RETRY_SECONDS
 from finetune_operator.queue.work_queue import backoff_seconds
+
+RUN_SECONDS = PREFLIGHT_SECONDS + 120
+"""For so many seconds the container of a try may run. The program of the trainer image ends by itself after
+PREFLIGHT_SECONDS; the rest is for its start and for clocks that differ."""
+TURN_SECONDS = 60.0
+"""Seconds after which a check that waits for its turn asks again, even if nobody wakes its job."""
+GIVE_UP_TRIES = 3
+"""After so many tries in a row that could not be carried out, the job ends."""
 
 
 def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchecked: Decision) -> Decision:
@@ -51,19 +59,32 @@ def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchec
     return _during_try(stored.attempts, record, seen, alive)
 
 
+def waits_for_turn(decision: Decision, stored: FineTuneJobStatus, limit: int) -> Decision:
+    """Return ``decision``, which starts a check, as it is while the job waits for its turn: nothing is done.
+
+    ``limit`` is how many checks run at the same time. A check that waits for its first turn has no record yet.
+    """
+    return replace(
+        decision,
+        preflight=stored.preflight,
+        action=Action.NONE,
+        wait_seconds=_least(decision.wait_seconds or None, TURN_SECONDS),
+        turn=messages.preflight_turn(limit),
+    )
+
+
 def _during_try(
     attempts: AttemptsStatus, record: PreflightStatus, seen: JobObservation, alive: Sequence[PodObservation]
 ) -> Decision:
     """Return the decision while no verdict is recorded for the current try: watch its pod, create the pod, or wait."""
     pod = next((pod for pod in seen.preflight.pods if pod.index == record.tries + 1), None)
-    outcome = _outcome(pod) if pod is not None else None
+    outcome = _outcome(pod, seen.now) if pod is not None else None
     if outcome is not None:
-        verdict, message, found = outcome
-        recorded = _with_verdict(record, verdict, message, seen.now)
-        if found is not None:
-            former = taken_over(found, seen.preflight)
+        recorded = _with_verdict(record, outcome, seen.now)
+        if outcome.found is not None:
+            former = taken_over(outcome.found, seen.preflight)
             recorded = recorded.model_copy(update={"taken_over": former})
-            if end := end_with_artifact(found, former, seen.preflight):
+            if end := end_with_artifact(outcome.found, former, seen.preflight):
                 # The pod is left to `settled.py`, because nothing has to wait for its removal.
                 return Decision(state=JobState.SUCCEEDED, attempts=attempts, preflight=recorded, end=end)
         return _checking(attempts, recorded, missing=_missing(recorded), wait_seconds=0)
@@ -135,12 +156,21 @@ def _missing(record: PreflightStatus) -> str:
     return record.message if record.verdict == PreflightVerdict.WAITING else ""
 
 
-def _with_verdict(record: PreflightStatus, verdict: PreflightVerdict, message: str, now: datetime) -> PreflightStatus:
-    """Return ``record`` with one more try, whose verdict is ``verdict``. The pod of that try is then to be removed."""
+def _with_verdict(record: PreflightStatus, outcome: _Outcome, now: datetime) -> PreflightStatus:
+    """Return ``record`` with one more try, which had ``outcome``. The pod of that try is then to be removed.
+
+    A check that can't be carried out for GIVE_UP_TRIES tries in a row is a final finding, because nothing outside the
+    job will change that.
+    """
+    verdict, message = outcome.verdict, outcome.message
+    aborted = record.aborted + 1 if outcome.aborted else 0 if outcome.has_result else record.aborted
+    if outcome.aborted and aborted >= GIVE_UP_TRIES:
+        verdict, message = PreflightVerdict.IMPOSSIBLE, messages.preflight_gives_up(aborted, message)
     pause = backoff_seconds(record.tries + 1, jitter=0, base=FIRST_RETRY_SECONDS)
     return record.model_copy(
         update={
             "tries": record.tries + 1,
+            "aborted": aborted,
             "verdict": str(verdict),
             "message": message[:TEXT_LIMIT],
             "next_try_time": now + timedelta(seconds=pause) if verdict is PreflightVerdict.WAITING else None,
@@ -148,30 +178,66 @@ def _with_verdict(record: PreflightStatus, verdict: PreflightVerdict, message: s
     )
 
 
-def _outcome(pod: PodObservation) -> tuple[PreflightVerdict, str, FoundRun | None] | None:
-    """Return verdict, message and the run to take over of a try whose pod has ended; None while it has not ended.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Outcome:
+    """How a try of the check ended."""
+
+    verdict: PreflightVerdict
+    message: str
+    has_result: bool = False
+    """Whether the check was carried out, so that `message` holds its findings."""
+    found: FoundRun | None = None
+    """A run in the bucket that the job takes over."""
+    aborted: bool = False
+    """Whether the check could not be carried out for a cause that lies in the job: it needs more memory than it may
+    take, or its image goes on as if it were not asked to check."""
+
+
+def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
+    """Return the outcome of a try whose pod has ended or must end; None while the pod may go on.
 
     Only findings of the check end a job. A pod that ended without findings does not, because the next try may succeed.
     """
     container = pod.container
-    if container is not None and container.state is ContainerState.TERMINATED:
+    if container is not None and container.state is ContainerState.TERMINATED and not container.never_ran:
         result = PreflightResult.from_termination_message(container.message)
         if container.exit_code == ExitCode.DONE:
             notices, found = ("; ".join(result.notices), result.found) if result else ("", None)
-            return PreflightVerdict.PASSED, notices, found
+            return _Outcome(verdict=PreflightVerdict.PASSED, message=notices, has_result=True, found=found)
         if result is not None and result.findings:
             verdict = PreflightVerdict.IMPOSSIBLE if result.is_final else PreflightVerdict.WAITING
-            return verdict, result.sentence, None
-        if pod.delete_deadline is None:
-            # Where the program left no termination message, the kubelet has filled it with the end of the log.
-            last_line = (container.message.strip().splitlines() or [""])[-1]
-            message = messages.preflight_broke(container.exit_code, container.reason, last_line)
-            return PreflightVerdict.WAITING, message, None
+            return _Outcome(verdict=verdict, message=result.sentence, has_result=True)
     if pod.delete_deadline is not None:
-        return PreflightVerdict.WAITING, messages.pod_deleted(pod.name), None
+        return _waiting(messages.pod_deleted(pod.name))
+    if container is not None and container.reason == "OOMKilled":
+        return _aborted(messages.preflight_out_of_memory(pod.memory_limit))
+    if _ran_on(pod, now):
+        return _aborted(messages.preflight_ran_on(RUN_SECONDS, PREFLIGHT_COMMAND))
+    if container is not None and container.state is ContainerState.TERMINATED:
+        # Where the program left no termination message, the kubelet has filled it with the end of the log.
+        last_line = (container.message.strip().splitlines() or [""])[-1]
+        return _waiting(messages.preflight_broke(container.exit_code, container.reason, last_line))
     if pod.ended:
-        return PreflightVerdict.WAITING, messages.pod_failed(pod.name, pod.reason, pod.message), None
+        return _waiting(messages.pod_failed(pod.name, pod.reason, pod.message))
     return None
+
+
+def _ran_on(pod: PodObservation, now: datetime) -> bool:
+    """Return whether the container runs, or ran until the pod's own deadline, far longer than the check takes."""
+    container = pod.container
+    if container is None or container.started_at is None or container.never_ran:
+        return False
+    if pod.reason == POD_DEADLINE:
+        return True
+    return pod.running and (now - container.started_at).total_seconds() >= RUN_SECONDS
+
+
+def _waiting(message: str) -> _Outcome:
+    return _Outcome(verdict=PreflightVerdict.WAITING, message=message)
+
+
+def _aborted(message: str) -> _Outcome:
+    return _Outcome(verdict=PreflightVerdict.WAITING, message=message, aborted=True)
 
 
 def _why_stuck(pod: PodObservation, seen: JobObservation) -> str:

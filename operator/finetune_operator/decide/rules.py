@@ -154,8 +154,10 @@ def pod_disrupted(evidence: Evidence) -> Ruling | None:
 
 
 def node_lost(evidence: Evidence) -> Ruling | None:
-    """Return the verdict Free where the node of a pod no longer answers."""
+    """Return the verdict Free where the node of a pod no longer answers, or has lost the pod's container."""
     pod = _disturbed(evidence, Disturbance.NODE_LOST)
+    if pod is None and (pod := evidence.lost) is not None:
+        return _free(Cause.NODE_LOST, messages.container_lost(pod.name, pod.node), pod.node)
     if pod is None:
         return None
     return _free(Cause.NODE_LOST, messages.pod_disrupted(pod.name, Cause.NODE_LOST), pod.node)
@@ -208,6 +210,21 @@ def _missing(evidence: Evidence) -> Ruling | None:
 
 def _free(reason: str, message: str, node: str = "") -> Ruling:
     return Ruling(verdict=Verdict.FREE, reason=reason, message=message, node=node)
+
+
+def node_refused(evidence: Evidence) -> Ruling | None:
+    """Return the verdict Free where a node did not start a pod, or its kubelet killed the pod for the node's own sake.
+
+    The pods of the other workers then fail only because that pod is missing.
+    """
+    pod = evidence.refused
+    if pod is None:
+        return None
+    container = pod.container
+    by_runtime = container is not None and (container.never_ran or container.waits_for_runtime)
+    source = container if container is not None and by_runtime else pod
+    reason, detail = source.reason, source.message
+    return _free(Cause.NODE_REFUSED, messages.node_refused(pod.name, pod.node, reason, detail), pod.node)
 
 
 # ---- rules for failures that another attempt may survive ----
@@ -318,9 +335,14 @@ RULES: tuple[Rule, ...] = (
     Rule(child_replaced, Verdict.FREE, "no pod failed, and another object took the child's name"),
     Rule(child_scaled, Verdict.FREE, "no pod failed, and somebody else scaled the child"),
     Rule(pod_disrupted, Verdict.FREE, "before the first failure a pod got the condition DisruptionTarget"),
-    Rule(node_lost, Verdict.FREE, "the node of a pod no longer answers"),
+    Rule(node_lost, Verdict.FREE, "the node of a pod no longer answers, or lost the pod's container in a restart"),
     Rule(pod_deleted, Verdict.FREE, "before the first failure somebody deleted a pod, which then ends with 137 or 143"),
     Rule(pods_missing, Verdict.FREE, "no pod failed, and a recorded pod vanished or another one took its place"),
+    Rule(
+        node_refused,
+        Verdict.FREE,
+        "a kubelet refused a pod or killed it for the node's own sake, or its container runtime could not start it",
+    ),
     Rule(evicted, Verdict.CHARGED, "the kubelet evicted a pod without DisruptionTarget"),
     Rule(failed_without_exit_code, Verdict.CHARGED, "a pod failed and its container left no exit code"),
     Rule(outside_failure, Verdict.CHARGED, "a pod ended with 75"),

@@ -68,11 +68,12 @@ class GoesOn:
 def replaces(recorded: AttemptCause | None, ruling: Ruling) -> bool:
     """Return whether ``ruling`` replaces the cause that was recorded for the attempt.
 
-    The cause that was recorded first stays, because later evidence is often its consequence. Two rulings still replace
-    it: a permanent failure, and the crash of another pod where the recorded cause is exit code 75 or 143.
+    The cause that was recorded first stays, because later evidence is often its consequence. Three rulings still
+    replace it: a permanent failure, and, where the recorded cause is exit code 75 or 143, the crash of another pod and
+    what a node did to another pod.
     """
     if recorded is None:
         return True
     if ruling.verdict is Verdict.PERMANENT:
         return recorded.verdict != Verdict.PERMANENT
-    return recorded.reason in CONSEQUENCES and ruling.reason == Cause.CRASHED
+    return recorded.reason in CONSEQUENCES and ruling.reason in (Cause.CRASHED, Cause.NODE_REFUSED, Cause.NODE_LOST)

@@ -187,8 +187,11 @@ class KubeClient:
         """Delete a ConfigMap. A ConfigMap that does not exist is no error."""
         await self._delete(Permission.DELETE_CONFIG_MAP, namespace, name, {})
 
-    async def list_pods(self, namespace: str, selector: str) -> list[Manifest]:
-        """Return the pods that match the label ``selector``, for example ``"finetune.dev/job-uid=..."``."""
+    async def list_pods(self, namespace: str | None, selector: str) -> list[Manifest]:
+        """Return the pods that match the label ``selector``, for example ``"finetune.dev/job-uid=..."``.
+
+        ``namespace`` is None for the pods of all namespaces.
+        """
         page = await self._request(Permission.LIST_PODS, namespace, query={"labelSelector": selector})
         items: list[Manifest] = page["items"]
         return items

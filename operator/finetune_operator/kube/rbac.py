@@ -37,9 +37,10 @@ class RoleScope(StrEnum):
     """A ClusterRole on CRDs, granted only where all namespaces are served. With it kopf notices CRDs that are
     installed later."""
     OWN = "own"
-    """A Role in the operator's own namespace, limited to one object by `resourceNames`."""
+    """A rule in the Role of the operator's own namespace, limited to one object by `resourceNames`."""
     OWN_NEW = "own-new"
-    """A Role in the operator's own namespace without `resourceNames`, because RBAC can't limit `create` to a name."""
+    """A rule in the Role of the operator's own namespace without `resourceNames`, because RBAC can't limit `create` to
+    a name."""
 
 
 @dataclass(frozen=True, slots=True)

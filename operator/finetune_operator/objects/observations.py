@@ -24,6 +24,28 @@ class ContainerState(StrEnum):
     TERMINATED = "Terminated"
 
 
+POD_DEADLINE = "DeadlineExceeded"
+"""`status.reason` of a pod that reached its own `activeDeadlineSeconds` (`pkg/kubelet/active_deadline.go`)."""
+START_ERRORS = frozenset(
+    {
+        "StartError",
+        "ContainerCannotRun",
+        "RunContainerError",
+        "PreCreateHookError",
+        "CreateContainerError",
+        "PreStartHookError",
+    }
+)
+"""Reasons of a container that its runtime could not start. containerd writes StartError (exit code 128, in
+`container_start.go` of its CRI server) and cri-dockerd ContainerCannotRun. The others are errors of the kubelet, from
+`pkg/kubelet/container/sync_result.go` and `pkg/kubelet/kuberuntime/kuberuntime_container.go` of Kubernetes 1.34."""
+
+
+LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
+"""Reasons of a container whose end nobody saw. containerd writes Unknown (exit code 255) for a container that has no
+process when containerd starts, and the kubelet ContainerStatusUnknown (137) for one that its runtime no longer has."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContainerObservation:
     """The training container (named `pytorch`) of a pod."""
@@ -38,6 +60,27 @@ class ContainerObservation:
     finished_at: datetime | None = None
     image_id: str = ""
     """Image that the node runs: `repository@sha256:...`, or only a digest where the image came from no registry."""
+
+    @property
+    def never_ran(self) -> bool:
+        """Whether the container has ended without ever having run, because the container runtime could not start it.
+
+        A runtime gives times as numbers, and 0 for a start that never came, which the kubelet shows as the year 1970.
+        Runtimes that set another time are recognised by the reason.
+        """
+        if self.state is not ContainerState.TERMINATED:
+            return False
+        return self.reason in START_ERRORS or (self.started_at is not None and self.started_at.timestamp() <= 0)
+
+    @property
+    def was_lost(self) -> bool:
+        """Whether the container ended without anybody knowing how, for example because its node restarted."""
+        return self.state is ContainerState.TERMINATED and self.reason in LOST_CONTAINERS
+
+    @property
+    def waits_for_runtime(self) -> bool:
+        """Whether the kubelet tries again and again to create the container, and the container runtime refuses."""
+        return self.state is ContainerState.WAITING and self.reason in START_ERRORS
 
     @property
     def result(self) -> Result | None:
@@ -74,6 +117,8 @@ class PodObservation:
     unschedulable: str = ""
     """Message of the PodScheduled condition while the scheduler finds no node, for example ``"0/4 nodes ..."``."""
     container: ContainerObservation | None = None
+    start_error_seconds: float = 0.0
+    """For how many seconds the operator has seen the container wait with an error of its runtime (`START_ERRORS`)."""
     memory_limit: str = ""
     """Memory limit of the training container as the pod's spec has it, for example ``"64Gi"``."""
     checkpoint_time: str = ""
@@ -213,3 +258,9 @@ def controller_uid(manifest: Mapping[str, Any]) -> str:
     """Return the uid in the owner reference with `controller: true`; empty where the object has no such reference."""
     owners = manifest["metadata"].get("ownerReferences", [])
     return next((owner["uid"] for owner in owners if owner.get("controller")), "")
+
+
+def controller_name(manifest: Mapping[str, Any], kind: str) -> str:
+    """Return the name in the owner reference with `controller: true` to an object of ``kind``; empty where none is."""
+    owners = manifest["metadata"].get("ownerReferences", [])
+    return next((owner["name"] for owner in owners if owner.get("controller") and owner["kind"] == kind), "")

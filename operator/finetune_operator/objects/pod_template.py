@@ -44,6 +44,9 @@ UNREACHABLE_SECONDS = 30
 """tolerationSeconds of the pods for the taints of nodes that are not ready or unreachable."""
 TOKEN_SECONDS = 3600
 """Lifetime in seconds of the projected service account token. The kubelet renews the token in time."""
+AVOIDED_NODE_WEIGHT = 100
+"""Weight (1 to 100) of the preference against nodes through which the newest attempts failed."""
+PREFERRED: Final = "preferredDuringSchedulingIgnoredDuringExecution"
 MASTER_PORT_NAME = "pytorchjob-port"
 """Name of the container port on which rank 0 listens. training-operator looks for a port of this name."""
 SHARED_READ_ONLY = 0o440
@@ -71,6 +74,8 @@ class AttemptSpec:
     image: str
     report_base_url: str
     """Address of the report server, for example ``"https://finetune-operator.finetune-system.svc:8443"``."""
+    avoided_nodes: tuple[str, ...] = ()
+    """Names of nodes on which the scheduler is to place the pods only where no other node can take them."""
 
 
 def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
@@ -101,8 +106,8 @@ def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
     }
     if node_selector := _node_selector(job):
         spec["nodeSelector"] = node_selector
-    if template.affinity is not None:
-        spec["affinity"] = template.affinity.to_json()
+    if affinity := _affinity(job, attempt):
+        spec["affinity"] = affinity
     if priority_class := job.spec.run_policy.priority_class_name:
         spec["priorityClassName"] = priority_class
     if template.image_pull_secrets:
@@ -176,6 +181,23 @@ def _node_selector(job: FineTuneJob) -> dict[str, str]:
     return product | dict(job.spec.pod_template.node_selector)
 
 
+def _affinity(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
+    """Return the affinity of `podTemplate` with a preference against ``attempt.avoided_nodes``; empty without both.
+
+    The nodes are named by their object name, because the label `kubernetes.io/hostname` of a node may differ from it.
+    A requirement on a field takes one value only, so each node has a requirement, and all must hold.
+    """
+    template = job.spec.pod_template
+    affinity: Manifest = template.affinity.to_json() if template.affinity is not None else {}
+    if not attempt.avoided_nodes:
+        return affinity
+    requirements = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in attempt.avoided_nodes]
+    preference = {"weight": AVOIDED_NODE_WEIGHT, "preference": {"matchFields": requirements}}
+    nodes = affinity.get("nodeAffinity", {})
+    preferred = [*nodes.get(PREFERRED, []), preference]
+    return affinity | {"nodeAffinity": nodes | {PREFERRED: preferred}}
+
+
 def _tolerations(job: FineTuneJob) -> list[Manifest]:
     lost_node = [
         {
@@ -189,7 +211,7 @@ def _tolerations(job: FineTuneJob) -> list[Manifest]:
     return [*lost_node, *(toleration.to_json() for toleration in job.spec.pod_template.tolerations)]
 
 
-def _claims(job: FineTuneJob) -> list[str]:
+def claims(job: FineTuneJob) -> list[str]:
     """Return the names of the PersistentVolumeClaims that hold the model or datasets, each name once."""
     dataset = job.spec.dataset
     sources = [job.spec.model, dataset.train, dataset.validation, dataset.test]
@@ -215,7 +237,7 @@ def _mounts(job: FineTuneJob) -> list[Manifest]:
         mounts.append({"name": HUB_DATA_TOKENS_VOLUME, "mountPath": HUB_DATA_TOKENS_FOLDER, "readOnly": True})
     mounts += [
         {"name": _claim_volume(number), "mountPath": f"{VOLUMES_FOLDER}/{claim}", "readOnly": True}
-        for number, claim in enumerate(_claims(job))
+        for number, claim in enumerate(claims(job))
     ]
     mounts += [
         {"name": _user_volume(volume), "mountPath": volume.mount_path, "readOnly": bool(volume.read_only)}
@@ -268,7 +290,7 @@ def _volumes(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
         )
     volumes += [
         {"name": _claim_volume(number), "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
-        for number, claim in enumerate(_claims(job))
+        for number, claim in enumerate(claims(job))
     ]
     volumes += [{"name": _user_volume(volume)} | _volume_source(volume) for volume in job.spec.pod_template.volumes]
     return volumes

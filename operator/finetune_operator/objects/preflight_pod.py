@@ -14,7 +14,14 @@ from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.config_map import RUN_FILE_KEY, run_config_map
 from finetune_operator.objects.labels import ATTEMPT, owner_reference, preflight_labels
-from finetune_operator.objects.pod_template import REPORT_TOKEN_VOLUME, SHARED_MEMORY_VOLUME, AttemptSpec, pod_template
+from finetune_operator.objects.pod_template import (
+    GPU_RESOURCE,
+    REPORT_TOKEN_VOLUME,
+    SHARED_MEMORY_VOLUME,
+    AttemptSpec,
+    claims,
+    pod_template,
+)
 
 RESOURCES = {
     "requests": {"cpu": "100m", "memory": "256Mi"},
@@ -24,6 +31,12 @@ RESOURCES = {
 large tokenizer."""
 PREFLIGHT_GRACE_SECONDS = 2
 """terminationGracePeriodSeconds of the preflight pod. It is short, because the pod has no checkpoint to save."""
+PREFLIGHT_POD_SECONDS = 1800
+"""activeDeadlineSeconds of the preflight pod, which include the pull of its image. `decide/preflight.py` ends a check
+that runs too long much earlier; this deadline holds also while no operator works."""
+GPU_TOLERATION = {"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}
+"""The toleration that the admission plugin ExtendedResourceToleration gives to pods that ask for GPUs. The preflight
+pod asks for none."""
 ONLY_FOR_TRAINING = (REPORT_TOKEN_VOLUME, SHARED_MEMORY_VOLUME)
 """Names of the volumes of a training pod that the preflight pod does not need."""
 
@@ -63,8 +76,11 @@ def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
     container.pop("ports")
+    if _is_bound_to_gpu_nodes(job):
+        spec["tolerations"].append(GPU_TOLERATION)
     spec |= {
         "restartPolicy": "Never",
+        "activeDeadlineSeconds": PREFLIGHT_POD_SECONDS,
         "terminationGracePeriodSeconds": PREFLIGHT_GRACE_SECONDS,
         "volumes": [item for item in spec["volumes"] if item["name"] not in ONLY_FOR_TRAINING],
     }
@@ -80,6 +96,18 @@ def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
         },
         "spec": spec,
     }
+
+
+def _is_bound_to_gpu_nodes(job: FineTuneJob) -> bool:
+    """Return whether the pod may have to run on a node with GPUs, because of labels or of a volume of that node.
+
+    Nodes with GPUs often have a taint that keeps away pods which ask for none.
+    """
+    template = job.spec.pod_template
+    nodes = template.affinity.node_affinity if template.affinity is not None else None
+    required = nodes is not None and nodes.required_during_scheduling_ignored_during_execution is not None
+    volumes = bool(claims(job)) or any(volume.persistent_volume_claim for volume in template.volumes)
+    return bool(job.spec.resources.gpus_per_node) and (bool(template.node_selector) or required or volumes)
 
 
 def build_preflight_config_map(job: FineTuneJob, preflight: PreflightSpec, config: RunConfig) -> Manifest:

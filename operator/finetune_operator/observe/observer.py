@@ -7,6 +7,7 @@ reports, so that the report server can refuse reports of other pods.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from finetune_core.api.conditions import ConditionType
 from finetune_core.layout import runs_folder_of
@@ -43,6 +44,7 @@ class Observer:
         self._backend = backend
         self._memory = memory
         self._preflight_by_default = preflight_by_default
+        self._clock = clock
         self._warnings = WarningReader(cluster, clock)
 
     async def observe(self, job: ParsedJob) -> JobObservation:
@@ -53,6 +55,7 @@ class Observer:
         if child is not None and child.finished and not any(pod.ended for pod in pods):
             # The pods are read again, because the child ended between the two reads and the first pods do not show why.
             pods = await self._pods(job)
+        pods = self._with_start_errors(job, pods)
         self._expect_reports(job, pods)
         waiting_for = _waiting_for(job, pods)
         if job.status.attempts.started:
@@ -114,6 +117,19 @@ class Observer:
             job_uid=job.uid,
             runs_folder=runs_folder_of(job.resource),
         )
+
+    def _with_start_errors(self, job: ParsedJob, pods: Sequence[PodObservation]) -> list[PodObservation]:
+        """Return ``pods`` with the seconds for which each has waited with an error of its container runtime.
+
+        No status of a pod has this time, so it is measured here and lost with a restart of the operator.
+        """
+        now, known = self._clock(), job.memory.start_errors
+        stuck = {pod.uid for pod in pods if pod.container is not None and pod.container.waits_for_runtime}
+        job.memory.start_errors = {uid: known.get(uid, now) for uid in stuck}
+        return [
+            replace(pod, start_error_seconds=now - job.memory.start_errors[pod.uid]) if pod.uid in stuck else pod
+            for pod in pods
+        ]
 
     def _expect_reports(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
         """Store in memory which pods may send reports: those of the newest attempt.

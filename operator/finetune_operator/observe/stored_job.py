@@ -74,7 +74,8 @@ def parse_stored_job(key: Key, manifest: dict[str, Any], memory: JobMemory, now:
 
 
 def parse_spec(stored: StoredJob) -> ParsedJob:
-    """Return the stored job with its parsed spec; raises ValidationError where this version can't read the spec."""
+    """Return the stored job with its parsed spec; raises ValidationError where this version of the
+    operator can't read the spec."""
     fields = ("apiVersion", "kind", "metadata", "spec")
     resource = FineTuneJob.model_validate({name: stored.manifest[name] for name in fields})
     return ParsedJob(resource=resource, **vars(stored))

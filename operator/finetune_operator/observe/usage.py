@@ -44,7 +44,11 @@ def usage_until(
 
 
 def _started_at(pod: PodObservation) -> datetime | None:
-    return pod.container.started_at if pod.container is not None else None
+    """Return when the training container began to run; None where it never ran.
+
+    The start of a container that its runtime could not start is the year 1970.
+    """
+    return pod.container.started_at if pod.container is not None and not pod.container.never_ran else None
 
 
 def _end(pod: PodObservation, now: datetime) -> datetime:

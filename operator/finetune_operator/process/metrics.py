@@ -31,6 +31,12 @@ class Metrics:
             "finetune_reconcile_seconds", "Duration of a look at a job.", registry=self._registry
         )
         self.status_writes = Counter("finetune_status_writes", "Status writes.", registry=self._registry)
+        self.node_refusals = Counter(
+            "finetune_node_refusals",
+            "Attempts that ended because this node did not start a pod.",
+            ["node"],
+            registry=self._registry,
+        )
         self.queue_depth = Gauge("finetune_queue_depth", "Jobs that wait for a worker.", registry=self._registry)
         self.queue_age_seconds = Gauge(
             "finetune_queue_age_seconds", "Age of the job that waits longest.", registry=self._registry

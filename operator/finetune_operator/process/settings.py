@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_operator.queue.preflight_slots import DEFAULT_LIMIT
+
 CERTIFICATE_SOURCES = ("Operator", "Secret")
 PREFLIGHT = ("Run", "Skip")
 SWITCH = ("on", "off")
@@ -27,6 +29,8 @@ class Settings:
     """Image of jobs without `podTemplate.image`."""
     preflight: str
     """``"Run"`` or ``"Skip"``: whether jobs without `runPolicy.preflight` are checked before attempt 1."""
+    max_preflights: int
+    """Most preflight checks that run at the same time, over all jobs."""
     namespace: str
     """Namespace of the operator, with its certificate Secret, Lease and report Service."""
     certificate_secret: str
@@ -101,6 +105,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
 
     add("--trainer-image", None, "image of jobs that set no podTemplate.image")
     add("--preflight", "Run", "check jobs before GPUs are asked for, unless they say otherwise", choices=PREFLIGHT)
+    add("--max-preflights", str(DEFAULT_LIMIT), "preflight checks that run at the same time", type=int)
     add("--namespace", "finetune-system", "the operator's own namespace")
     add("--certificate-secret", "finetune-operator-certificates", "Secret for the CA and the certificate of reports")
     add("--certificate-from", "Operator", "who keeps the certificate in the Secret", choices=CERTIFICATE_SOURCES)
@@ -121,11 +126,14 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     values = parser.parse_args(arguments)
     if values.workers < 1:
         parser.error("--workers must be at least 1")
+    if values.max_preflights < 1:
+        parser.error("--max-preflights must be at least 1")
     if values.resync_seconds <= 0:
         parser.error("--resync-seconds must be greater than 0")
     return Settings(
         trainer_image=values.trainer_image,
         preflight=values.preflight,
+        max_preflights=values.max_preflights,
         namespace=values.namespace,
         certificate_secret=values.certificate_secret,
         certificate_from=values.certificate_from,

@@ -59,6 +59,8 @@ class JobMemory:
     """Time of the next try to create the objects, after the error in `problem`."""
     failures: int = 0
     """Number of consecutive tries that ended with a RetryableError."""
+    start_errors: dict[str, float] = field(default_factory=dict)
+    """For each uid of a pod whose container waits with an error of its runtime: when this was first seen."""
     hint: str = ""
     """Text of the newest warning event about the pods or the child object that the job waits for; empty if none."""
     hint_read_at: float | None = None

@@ -108,7 +108,7 @@ class WorkQueue:
         self._due.pop(key, None)
 
     def pop(self) -> Key | None:
-        """Take the next key that is due out of the queue and return it; None where no key is due.
+        """Remove the next due key from the queue and return the key; return None where no key is due.
 
         The caller must call `done` after processing the key.
         """

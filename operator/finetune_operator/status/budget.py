@@ -33,9 +33,10 @@ class WriteBudget:
         self._filled_at = clock()
 
     def reserve(self) -> float:
-        """Reserve a write of new numbers, and return the time of the clock at which this write may happen.
+        """Take a token for a status write that brings only new numbers (step, loss, speed), and return the time of
+        ``clock`` from which this write may happen.
 
-        A job that has to wait is reconciled at that time, instead of asking the bucket again and again.
+        The caller keeps that time, so a job that has to wait does not take another token at each reconcile.
         """
         self._fill()
         self._tokens -= 1

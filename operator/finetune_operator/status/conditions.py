@@ -70,7 +70,7 @@ def _succeeded(given: StatusInput, *, is_running: bool) -> _State:
     if given.problem is not None:
         return _State("Unknown", given.problem.reason, given.problem.message)
     if given.is_checked:
-        return _State("Unknown", Reason.PREFLIGHT, given.missing or messages.PREFLIGHT_RUNS)
+        return _State("Unknown", Reason.PREFLIGHT, given.missing or given.turn or messages.PREFLIGHT_RUNS)
     attempts = given.attempts
     current = attempts.current
     last = attempts.recent[-1] if attempts.recent else None
@@ -144,7 +144,7 @@ def _accepted_by_check(given: StatusInput) -> _State:
         return _State("False", Reason.BAD_INPUT, given.end.message)
     if missing := given.end.message if given.end is not None else given.missing:
         return _State("False", Reason.OUTSIDE_FAILURE, missing)
-    return _State("Unknown", Reason.PREFLIGHT, messages.PREFLIGHT_RUNS)
+    return _State("Unknown", Reason.PREFLIGHT, given.turn or messages.PREFLIGHT_RUNS)
 
 
 def _scheduled(given: StatusInput) -> _State:
@@ -164,8 +164,8 @@ def _running(given: StatusInput, old: Condition | None) -> _State:
     current = given.attempts.current
     if current is None or current.cause is not None or given.held:
         return _State("False", Reason.WAITING_FOR_PODS, messages.BETWEEN_ATTEMPTS)
-    # Only a report of a pod that the status records counts. A pod that the queue has suspended since, and replaced by a
-    # new one, may have sent the newest report.
+    # A report counts only if its pod is among the pods that the status records. The newest report may come from an
+    # older pod: a queue such as Kueue suspended the attempt, and later admitted it with new pods.
     recorded = {record.uid for record in current.pods}
     reported = given.report is not None and given.report.ranks >= given.ranks and given.report.pod_uid in recorded
     # The condition stays True if it became True in this attempt, because a restarted operator has no report in memory.

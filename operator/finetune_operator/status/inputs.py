@@ -48,6 +48,8 @@ class StatusInput:
     """Whether attempt 1 waits for the preflight check, or the job ends because of that check."""
     missing: str = ""
     """What attempt 1 lacks outside the spec according to the preflight check; empty if not known."""
+    turn: str = ""
+    """For which turn the preflight check waits, as a sentence; empty where it does not wait for one."""
     child: ChildObservation | None = None
     """Child object of the current attempt or, where the job ends, of its last attempt. None between two attempts."""
     pods: Sequence[PodObservation] = ()
@@ -103,6 +105,7 @@ def status_input(
         end=decision.end,
         is_checked=decision.is_checked,
         missing=decision.missing,
+        turn=decision.turn,
         child=_shown_child(seen, decision, created),
         pods=seen.pods_of(current) if current is not None else [],
         ending_pods=_ending_pods(seen, decision),

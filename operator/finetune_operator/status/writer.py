@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from finetune_core.api import FineTuneJobStatus
+from finetune_core.api.attempt_causes import Cause
+from finetune_core.api.status import AttemptsStatus
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
@@ -59,6 +61,7 @@ class StatusWriter:
         elif (left := self._seconds_to_numbers(job.memory)) > 0:
             return left
         await self._apply(job, status)
+        self._count_refusals(job.status.attempts, status.attempts)
         await self._recorder.record(job, status)
         return None
 
@@ -74,6 +77,13 @@ class StatusWriter:
         All other fields stay as they are.
         """
         await self._apply(job, job.status.model_copy(update={"child": None}))
+
+    def _count_refusals(self, old: AttemptsStatus, new: AttemptsStatus) -> None:
+        """Count, by node, the attempts of ``new`` that a node ended by refusing a pod and that are not in ``old``."""
+        last = old.recent[-1].number if old.recent else 0
+        for past in new.recent:
+            if past.number > last and past.reason == Cause.NODE_REFUSED and past.node:
+                self._metrics.node_refusals.labels(node=past.node).inc()
 
     async def _apply(self, job: StoredJob, status: FineTuneJobStatus) -> None:
         await self._cluster.apply_status(job.key, job.manifest["metadata"]["resourceVersion"], status.to_json())

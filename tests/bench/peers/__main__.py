@@ -1,5 +1,5 @@
-"""Run the contenders (compared programs) in turns. Print tokens per CPU second and memory of each contender, and their
-ratio to transformers' Trainer with padded batches.
+"""Run the contenders (compared programs) one after the other, in several rounds. Print for each contender the tokens
+per CPU second and the memory, and the ratios of both to those of transformers' Trainer with padded batches.
 
     python -m tests.bench.peers --pairs 3
 """
@@ -130,8 +130,8 @@ def main() -> None:
             threads=options.threads,
             seed=SEED,
         )
-        # Our trainer's micro-batch counts packed sequences. It computes one packed sequence at a time, as trl does
-        # here.
+        # In our trainer `micro_batch` counts packed sequences, not rows. With 1, our trainer computes one packed
+        # sequence at a time, as trl does in `sft.py`.
         mine = {"rows": write_rows(folder / "rows.jsonl", rows), "micro_batch": 1}
         ours = workload.model_copy(update=mine)
         files = {}

@@ -59,6 +59,16 @@ def cannot_be_pulled(stage: Stage) -> float:
     return min(stage.pod(worker, "the failed pull", failing).at for worker in (0, 1))
 
 
+def cannot_be_started(stage: Stage) -> float:
+    """Wait until the container runtime has failed to start the program of worker 0. Return when that was observed."""
+
+    def failed(pod: Manifest) -> bool:
+        end = training_state(pod).get("terminated", {})
+        return (end.get("exitCode"), end.get("reason")) == (128, "StartError")
+
+    return stage.pod(0, "the start error", failed).at
+
+
 def begins(stage: Stage) -> float:
     """Wait until attempt 1 begins. Nothing else has to happen in this test case, because its pods never run."""
     return stage.job("attempt 1", lambda job: job["status"]["attempts"]["started"] == 1).at

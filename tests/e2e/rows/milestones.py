@@ -1,9 +1,9 @@
 """The milestones of the test cases: states that the job must reach after something happened to it, and within how many
 seconds by design.
 
-The designed times come from the operator. It writes most changes to the status within 2 s. If only a message changes,
-it waits until 10 s have passed since its last write. It closes an attempt when the pods have ended, at most 10 s after
-the cause. The next attempt starts after a back-off of 10 s.
+The designed times follow from how the operator works. It writes most changes to the status within 2 s. If only a
+message changes, it waits until 10 s have passed since its last write. It closes an attempt when the pods have ended, at
+most 10 s after the cause. The next attempt starts after a back-off of 10 s.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from tests.cluster import wait_for
 from tests.cluster.layout import FIRST_NODE, GPU_COUNT, GPU_RESOURCE, SECOND_NODE
 from tests.cluster.oci import BUSYBOX_IMAGE
 from tests.cluster.second_node import TOLERATION
-from tests.e2e.rows.milestones import SEEN, accounted, cause, next_attempt
+from tests.e2e.rows.milestones import BACKOFF, SEEN, STARTING, accounted, cause, next_attempt
 from tests.e2e.rows.observer import Manifest
 from tests.e2e.rows.scripts import RUNS, at_first
 from tests.e2e.rows.shapes import free
@@ -44,6 +44,25 @@ gets both."""
 ON_SECOND_NODE: dict[str, Any] = {
     "tolerations": [TOLERATION],
     "nodeSelector": {"kubernetes.io/hostname": SECOND_NODE.name},
+}
+
+
+PREFERS_SECOND_NODE: dict[str, Any] = {
+    "tolerations": [TOLERATION],
+    "affinity": {
+        "nodeAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {
+                    "weight": 1,
+                    "preference": {
+                        "matchExpressions": [
+                            {"key": "kubernetes.io/hostname", "operator": "In", "values": [SECOND_NODE.name]}
+                        ]
+                    },
+                }
+            ]
+        }
+    },
 }
 
 
@@ -109,6 +128,13 @@ def _preemptor(namespace: str) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "List", "items": [priority, pod]}
 
 
+def cannot_allocate_its_gpus(stage: Stage) -> float:
+    """Break the GPUs of the second node, and then let the job start, whose pods prefer that node. Return when it may
+    start. The pods that the kubelet refuses exist for less than a second, so they are not waited for."""
+    stage.second_node.refuse_devices()
+    return stage.change_run_policy(suspend=False)
+
+
 def worker_on_second_node(stage: Stage) -> int:
     """Wait until both pods run, and return the number of the worker whose pod is on the second node. Assert that there
     is exactly one."""
@@ -130,6 +156,14 @@ def preempted(stage: Stage, job: Manifest) -> None:
     """After the preemption: delete the PriorityClass. It belongs to no namespace, so it is not deleted with the job's
     namespace."""
     stage.cluster.kubectl("delete", "priorityclass", stage.namespace)
+
+
+def refused(stage: Stage, job: Manifest) -> None:
+    """After the refusal: assert that the pods of attempt 2 ran on the other node, which the job itself does not prefer,
+    and repair the GPUs."""
+    stage.second_node.allocate_devices()
+    assert job["status"]["attempts"]["recent"][0]["node"] == SECOND_NODE.name
+    _assert_ran_on_the_first_node(stage)
 
 
 def lost(stage: Stage, job: Manifest) -> None:
@@ -166,6 +200,11 @@ def _pods(stage: Stage, attempt: int) -> list[Manifest]:
 
 
 LOSS = (cause(NODE_LOST + TOLERATED + SEEN), accounted(NODE_LOST + TOLERATED + 10 + SEEN), next_attempt(FOUR_MINUTES))
+REFUSAL = (
+    cause(STARTING + SEEN),
+    accounted(STARTING + SEEN),
+    next_attempt(STARTING + SEEN + BACKOFF + SEEN),
+)
 
 NODES = (
     free(
@@ -198,5 +237,19 @@ NODES = (
             check=lost,
         )
         for name, fault in (("the node's kubelet dies", loses_its_kubelet), ("the node is cut off", is_cut_off))
+    ),
+    free(
+        "the node's GPUs can't be allocated",
+        "NodeRefused",
+        at_first(RUNS, worker=None),
+        cannot_allocate_its_gpus,
+        spec={
+            "podTemplate": PREFERS_SECOND_NODE,
+            "resources": {"gpusPerNode": 1, "device": "GPU"},
+            "runPolicy": {"suspend": True},
+        },
+        words=("UnexpectedAdmissionError", SECOND_NODE.name),
+        milestones=REFUSAL,
+        check=refused,
     ),
 )

@@ -64,9 +64,10 @@ class Row:
     """Words that the message of the first ended attempt must contain. ``{worker_1}`` stands for the name of worker 1's
     pod."""
     final: tuple[str, str] | None = ("True", "Completed")
-    """Status and reason that the condition Succeeded must have at the end. None means that the job must not end."""
+    """Status and reason that the condition Succeeded must have at the end. None means that the job must still be
+    unfinished at the end of the test case."""
     open_attempts: int = 1
-    """Number of attempts that still run at the end, if the job must not end."""
+    """Number of attempts that still run at the end of the test case, if the job must still be unfinished then."""
     milestones: tuple[Milestone, ...]
     spec: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)

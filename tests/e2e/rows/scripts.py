@@ -19,6 +19,11 @@ IMAGE = Image(
     is_entry_point=True,
 )
 
+NO_PROGRAM = Image(
+    "localhost/no-program:1", {"bin/busybox": BUSYBOX}, {}, ["/bin/no-such-program"], is_entry_point=True
+)
+"""An image whose program does not exist, so that no container runtime can start it."""
+
 RUNS = "trap 'exit 143' TERM; while :; do sleep 0.2; done"
 """Script that runs until SIGTERM and then exits with code 143, as a trainer does after committing a checkpoint."""
 FILLS_ITS_MEMORY = "x=x; while :; do x=$x$x; done"
@@ -47,7 +52,7 @@ def at_first(script: str, *, worker: int | None = 1, others: str = RUNS, later: 
 
 
 def checked(script: str) -> str:
-    """Return a script that passes the preflight check when it runs as that, and runs ``script`` otherwise."""
+    """Return a script that reports success in the pod of the preflight check, and runs ``script`` in all other pods."""
     answer = PreflightResult(findings=[])
     passes = f"echo -n '{answer.to_termination_message()}' > /dev/termination-log; exit {answer.exit_code}"
     return f'if [ "$0" = {PREFLIGHT_COMMAND} ]; then {passes}; fi; {script}'

@@ -10,6 +10,7 @@ from tests.e2e.rows import sidecar
 from tests.e2e.rows.faults import (
     begins,
     cannot_be_pulled,
+    cannot_be_started,
     exits,
     is_deleted,
     is_deleted_again_and_again,
@@ -39,7 +40,7 @@ from tests.e2e.rows.milestones import (
 )
 from tests.e2e.rows.observer import Manifest
 from tests.e2e.rows.row import Row, condition, on_job
-from tests.e2e.rows.scripts import DONE, FILLS_ITS_MEMORY, RUNS, at_first, says
+from tests.e2e.rows.scripts import DONE, FILLS_ITS_MEMORY, NO_PROGRAM, RUNS, at_first, says
 from tests.e2e.rows.shapes import charged, free, permanent
 from tests.e2e.rows.stage import Stage
 
@@ -197,6 +198,16 @@ SLOW = (
         outgrows_its_disk,
         spec={"podTemplate": {"volumes": [SMALL_DISK]}},
         words=("{worker_1}", "exceeds the limit"),
+    ),
+    Row(
+        name="image whose program does not exist",
+        script=DONE,
+        spec={"podTemplate": {"image": NO_PROGRAM.name}, "runPolicy": {"maxRetries": 1}},
+        fault=cannot_be_started,
+        attempts=(*3 * (("Free", "NodeRefused"),), *2 * (("Charged", "NodeRefused"),)),
+        words=("StartError", "no-such-program"),
+        final=("False", "RetriesExhausted"),
+        milestones=(*RETRIED, end(5 * (STARTING + SEEN + LEAVE_TOGETHER) + (1 + 2 + 4 + 8) * BACKOFF)),
     ),
     Row(
         name="sidecar that never ends",

@@ -1,9 +1,9 @@
-"""Makes the artifact, which the job publishes, of a downloaded checkpoint: a LoRA adapter that peft loads, or a model
+"""Turns a downloaded checkpoint into the artifact that the job publishes: a LoRA adapter that peft loads, or a model
 that transformers loads.
 
 `finish.py` calls `export_artifact` on rank 0 only; no other rank takes part. The weights are read from the checkpoint's
-files, whose sha256 was verified, and not from the model in memory. The published weights are therefore those that a
-later run would resume from.
+files, whose sha256 was verified, and not from the model in memory. The published weights are therefore those that the
+bucket holds, rounded to the precision of the run.
 """
 
 from __future__ import annotations

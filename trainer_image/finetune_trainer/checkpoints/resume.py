@@ -54,7 +54,7 @@ class RunStart(ContractModel):
     """The checkpoint that the run resumes from. None where training starts from the base model."""
     ancestors: list[CheckpointRecord] = []
     """The committed checkpoints that led to the weights this run starts with, oldest first. `parent` is the last of
-    them."""
+    them, if there is one."""
     other_checkpoints: list[CheckpointRecord] = []
     """All other committed checkpoints in the bucket, for example damaged checkpoints and those that a rollback left
     behind."""
@@ -72,7 +72,7 @@ class ResumeChoice(ContractModel):
     parent: ParentRecord | None = None
     damaged: dict[str, str] = {}
     """What is wrong with each checkpoint that could not be used, by the checkpoint's folder, for example
-    `checkpoints/000001-000120`."""
+    `checkpoints/000001-000000120`."""
     notices: list[str] = []
 
 
@@ -151,7 +151,8 @@ def _record(
 
 def _choose_checkpoint(root: RunRoot, candidates: Sequence[CheckpointId], target: Path) -> ResumeChoice:
     """Download ``candidates`` into the folder ``target``, one after another, until all files of a checkpoint match
-    their sha256. Return this checkpoint, and what is wrong with the checkpoints that were tried before it.
+    their sha256 and can be read. Return this checkpoint, if there is one, and what is wrong with the checkpoints that
+    were tried before it.
 
     The notices also name the checkpoint folders without COMMIT that are newer than the chosen checkpoint. Such a folder
     remains where an upload was cut off, or where somebody deleted COMMIT.

@@ -2,9 +2,10 @@
 weights.
 
 `Saver.save` copies the training state into memory and queues the copy for upload (`uploads.py`). All ranks call it
-together, and training waits for the copy only. A background thread on each rank uploads the rank's own files, and rank
-0 writes COMMIT once all ranks have reported their files. The background threads communicate through torch's rendezvous
-store and not by collectives, so that no rank waits in a collective while another rank talks to the bucket.
+together. Training goes on after the copy and does not wait for the upload. A background thread on each rank uploads the
+rank's own files, and rank 0 writes COMMIT once all ranks have reported their files. The background threads communicate
+through torch's rendezvous store and not by collectives, so that no rank waits in a collective while another rank talks
+to the bucket.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Saver:
         """Return the checkpoint that the artifact is made of: for `Best` the best checkpoint where one was scored, else
         the newest.
 
-        Call this after the last step. The last step's checkpoint is always committed, so a checkpoint exists.
+        Call this after the checkpoint of the last step was committed, so that there is a checkpoint.
         """
         return (self.best if artifact_from == "Best" else None) or self.lineage[-1]
 
@@ -126,8 +127,11 @@ class Saver:
 
     @property
     def age_seconds(self) -> float:
-        """Seconds since this run's newest COMMIT; before the first COMMIT, seconds since this `Saver` was made. If the
-        pod were lost now, at most this much training time would be lost."""
+        """Seconds since this run's newest COMMIT; before the first COMMIT, seconds since this `Saver` was made.
+
+        If the pod were lost now, the training since the snapshot of the newest committed checkpoint would be lost. This
+        snapshot is older than the COMMIT by the time of the upload.
+        """
         return self._clock() - self._committed_at
 
     @property

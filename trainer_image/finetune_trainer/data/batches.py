@@ -32,8 +32,8 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor | None
     """Positions of shape (B, T), which restart at 0 for each packed example. None if each sequence is one example."""
     index: torch.Tensor
-    """Shape (N,): the positions before the supervised tokens, as indices into the flattened (B * T) positions. Logits
-    are computed only there, which saves most of a small model's work."""
+    """Shape (N,): the position right before each supervised token, as an index into the B * T positions of the
+    flattened batch. The loss needs logits only there, and `LossHead` computes no others."""
     targets: torch.Tensor
     """Shape (N,): the supervised token that follows each position of `index`."""
     dropout_keys: torch.Tensor
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     tokens: int
     """Number of supervised tokens. 0 for a dummy micro-batch, whose only target is IGNORED."""
     real_tokens: int
-    """Number of tokens that are not padding."""
+    """Number of tokens that are not padding. 1 for a dummy micro-batch, although its only token is padding."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with all tensors copied to ``device``."""

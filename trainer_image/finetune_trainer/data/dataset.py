@@ -18,9 +18,8 @@ from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_
 from finetune_trainer.data.reader import Row, read_rows
 
 COLUMN_CHECK_ROWS = 100
-"""How many rows from the beginning of a file are searched for the columns that `dataset.format` names. If none of these
-rows has a column, its name in the spec is taken for a misspelling, and not the rows for bad rows.
-"""
+"""How many rows from the beginning of a file are searched for the columns that `dataset.format` names. A column that
+none of these rows has is reported as a misspelled name in the spec, and the rows do not count as bad rows."""
 
 
 class NoRowsError(UserError):
@@ -85,8 +84,8 @@ def make_examples(
     (`dataset.train`). With ``keep_rows`` the result also holds the data row of each example, because graders read the
     row's columns.
 
-    Raises UserError with file and line for the first bad or long row, unless `dataset.badRows` or `dataset.longRows` is
-    Skip. Raises NoRowsError if no usable row is left.
+    Raises UserError with file and line for the first bad row unless `dataset.badRows` is Skip, and for the first long
+    row unless `dataset.longRows` is Skip. Raises NoRowsError if no usable row is left.
     """
     render = renderer(dataset.format, tokenize)
     made = ExampleWriter()

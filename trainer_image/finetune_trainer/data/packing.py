@@ -36,8 +36,9 @@ def best_fit_decreasing(rows: Sequence[int], lengths: Sequence[int], capacity: i
 def pack(rows: Sequence[int], lengths: Sequence[int], *, capacity: int, ranks: int) -> list[list[int]]:
     """Return ``rows`` packed into sequences of at most ``capacity`` tokens, with lengths as even as possible.
 
-    All ranks compute equally many sequences. So the smallest possible number of sequences is rounded up to a multiple
-    of ``ranks``, which costs no time. The sequences are then as short as this number of sequences allows.
+    All ranks compute equally many sequences. So the number of sequences that `best_fit_decreasing` needs is rounded up
+    to a multiple of ``ranks``, which costs no time. The sequences are then as short as `best_fit_decreasing` can make
+    them with at most this number.
     """
     if not rows:
         return []

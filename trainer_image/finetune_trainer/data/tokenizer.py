@@ -1,7 +1,8 @@
 """Loads the model's tokenizer, adds `model.addedTokens`, and makes the functions that turn text into token ids for
 `formats.py`.
 
-The module does not import torch, so that the preflight pod can compute the same token ids as the workers.
+The module does not import torch, so that the preflight pod, which works without torch, can compute the same token ids
+as the workers.
 """
 
 from __future__ import annotations

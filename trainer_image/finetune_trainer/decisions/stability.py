@@ -1,10 +1,11 @@
 """The stability monitor: raises an alarm when training goes wrong without an error.
 
-`loop.py` calls the monitor after every step. The monitor is a pure function of the losses and gradient norms over all
-ranks, so every rank has the same alarms. Its input is the loss of each global batch and the norm of the gradient before
-clipping. An alarm compares the last 8 steps with the 32 steps before them (the baseline) by robust statistics: the
-median, and a trimmed mean of the differences between neighbouring steps. One odd batch hardly changes these statistics,
-and neither does the slowly falling loss of a normal run. So neither of them raises an alarm.
+If the job sets `stability.onExplodingLoss`, `loop.py` calls `observe` after every step whose loss and gradient are
+finite. The monitor is a pure function of the losses and gradient norms over all ranks, so every rank has the same
+alarms. Its input is the loss of each global batch and the norm of the gradient before clipping. The monitor compares
+the last 8 steps with the 32 steps before them (the baseline) by robust statistics: the median, and a trimmed mean of
+the differences between neighbouring steps. One odd batch hardly changes these statistics, and neither does the slowly
+falling loss of a normal run. So neither of them raises an alarm.
 """
 
 from __future__ import annotations
@@ -25,41 +26,43 @@ MIN_BASELINE = 12
 """The recent steps are compared with the BASELINE steps before them, or with fewer in a young run, but never with fewer
 than MIN_BASELINE."""
 PERSISTENT = 4
-"""How many of the recent steps must stand out for an alarm. A shorter spike passes by itself (KillLossSpike of
-llm-foundry also waits for 4)."""
+"""How many of the recent steps must stand out for an alarm, except for a drift, which compares the mean of the recent
+steps. A shorter spike passes by itself (KillLossSpike of llm-foundry also waits for 4)."""
 
 SPIKE_DEVIATIONS, SPIKE_MIN_RISE = 5.0, math.log(1.25)
-"""In a spike, the logarithm of a step's loss lies above the median of the baseline by more than this number of standard
-deviations, and by more than this least distance."""
+"""A step is a spike if the logarithm of its loss lies above the median of the baseline by more than this number of
+standard deviations, and by more than this distance. DOUBLED names another case."""
 DOUBLED, DOUBLED_DEVIATIONS = math.log(2.0), 3.0
-"""In a run with noisy batches, twice the median loss of the baseline is a spike too (the threshold of llm-foundry),
-provided that the loss lies at least DOUBLED_DEVIATIONS standard deviations above the median."""
+"""In a run with noisy batches, a step is also a spike if its loss is more than twice the median loss of the baseline
+(the threshold of llm-foundry), and lies more than DOUBLED_DEVIATIONS standard deviations above the median."""
 GRADIENT_DEVIATIONS, GRADIENT_MIN_RISE = 8.0, math.log(4.0)
-"""For an alarm, the logarithm of the gradient norm must lie above the median of the baseline by more than this number
-of standard deviations, and by more than this least distance."""
+"""For a gradient alarm, the logarithm of the gradient norm must lie above the median of the baseline by more than this
+number of standard deviations, and by more than this distance."""
 GRADIENT_LOSS_DEVIATIONS = 1.5
 """For a gradient alarm the mean log-loss of the recent steps must lie above the median of the baseline too, by this
 number of standard deviations. A large gradient alone is no fault: the gradient of a LoRA adapter is small at first and
 then grows."""
 DRIFT_DEVIATIONS, DRIFT_MIN_RISE = 6.5, math.log(1.15)
-"""For an alarm, the mean log-loss of the recent steps must lie above the median of the baseline by more than this
-number of standard deviations of a mean, and by more than this least distance."""
+"""A drift is an alarm: the mean log-loss of the recent steps lies above the median of the baseline by more than this
+number of standard deviations of a mean, and by more than this distance. ABOVE_BEST names another case."""
 DRIFT_BEGINS = 2.0
 """A drift is reported to begin at the first recent step whose log-loss lies this number of standard deviations above
 the median of the baseline."""
 ABOVE_START = math.log(1.5)
-"""How far the log-loss may lie above the median log-loss of the first steps without an alarm: the loss may be half
-more."""
+"""How far the log-loss may lie above the median log-loss of the first steps without an alarm: the loss may be 1.5 times
+as large."""
 ABOVE_BEST = math.log(1.5)
-"""How far the mean log-loss of the recent steps may lie above the lowest median of any baseline so far: the loss may be
-half more. In noisy runs it may lie higher, see DRIFT_DEVIATIONS."""
+"""How far the mean log-loss of the recent steps may lie above the lowest median of any full baseline so far without an
+alarm: the loss may be 1.5 times as large. In noisy runs it may lie DRIFT_DEVIATIONS standard deviations higher, if that
+is more."""
 MIN_DEVIATION = 0.02
 """Smallest standard deviation of the log of the loss that is assumed. In an unusually smooth run any small change would
 otherwise stand out."""
 TRIMMED, TRIMMED_MEAN = 0.9, 0.6574
-"""The share of the differences that is kept, and their mean size in standard deviations. The largest tenth of the
-differences is left out. For a normal distribution, the mean size of the others is 2 (phi(0) - phi(1.645)) / 0.9
-standard deviations. This estimate is robust enough here, and less noisy than the median absolute deviation."""
+"""The share of the differences between neighbouring steps that is kept, and the mean size of the kept differences in
+standard deviations. The largest tenth of the differences is left out. For a normal distribution, the mean size of the
+others is 2 (phi(0) - phi(1.645)) / 0.9 standard deviations. This estimate is robust enough here, and less noisy than
+the median absolute deviation."""
 START_STEPS = 3
 """Number of first steps whose losses define the start of a run."""
 
@@ -96,7 +99,8 @@ class MonitorState(ContractModel):
     best_level: float | None = None
     """The lowest median of the log-loss over a full baseline so far, None before the first full baseline."""
     muted_until_step: int = 0
-    """No alarm is raised before this step, so that the steps of one fault raise only one alarm."""
+    """No alarm about finite losses and gradients is raised before this step, so that the steps of one fault raise only
+    one alarm."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +180,7 @@ def _alarm(state: MonitorState) -> Alarm | None:
         return _made(AlarmKind.LOSS_SPIKE, recent, high[0].step, high[-1].log_loss, limit)
     norm_limit = median(norms) + max(GRADIENT_DEVIATIONS * _deviation(norms), GRADIENT_MIN_RISE)
     steep = [item for item in recent if item.log_norm > norm_limit]
-    # The mean leaves out the highest and the lowest loss, so that one odd batch changes nothing.
+    # The mean leaves out the highest and the lowest loss, so that one odd batch hardly changes it.
     middle = sorted(item.log_loss for item in recent)[1:-1]
     mean = sum(middle) / len(middle)
     if len(steep) >= PERSISTENT and steep[-1] is recent[-1] and mean > level + GRADIENT_LOSS_DEVIATIONS * spread:

@@ -29,9 +29,9 @@ Both are the same sum, so only rounding may make them differ."""
 def check_model(engine: Engine, examples: Sequence[Example], *, pad: int, packing: bool) -> None:
     """Check the model of ``engine`` with the first two of ``examples``. All ranks must call this function together.
 
-    Raises UserError where ``packing`` is wanted and packed examples see each other. Where the two losses differ,
-    because the model changes the logits after its output head, the engine computes every loss from the full logits from
-    now on.
+    Raises UserError where ``packing`` is wanted and packed examples see each other. The loss is computed inside of the
+    output head and from the full logits. Where the two losses differ, because the model changes the logits after its
+    output head, the engine computes every loss from the full logits from now on.
     """
     # Every token becomes a target, so that very short examples have a target too.
     first, second = (_shortened(examples[index % len(examples)]) for index in (0, 1))
@@ -50,8 +50,8 @@ def _shortened(example: Example) -> Example:
 
 
 def _check_isolation(engine: Engine, first: Example, second: Example, pad: int) -> None:
-    """Raise UserError where packing changes the logits of ``second``. The logits are compared in three cases:
-    ``second`` alone, packed behind ``first``, and read as the continuation of ``first``."""
+    """Raise UserError where packing changes the logits of ``second`` by more than the share LEAK. The logits are
+    compared in three cases: ``second`` alone, packed behind ``first``, and read as the continuation of ``first``."""
     tokens = len(second.ids) - 1
     alone = collate([[(second, 2)]], pad=pad, packed=True)
     packed = collate([[(first, 1), (second, 2)]], pad=pad, packed=True)

@@ -58,8 +58,8 @@ class Engine:
             lr=optimization.learning_rate,
             betas=BETAS,
             eps=EPSILON,
-            # The fused kernel reads the optimizer state from memory once instead of ten times. No cache is large enough
-            # to hold the state.
+            # The fused kernel is used, because it reads the optimizer state from memory once instead of ten times, and
+            # the state is too large for any cache.
             fused=True,
         )
         self.module, self._optimizer, _, _ = deepspeed.initialize(
@@ -226,8 +226,8 @@ class Engine:
 
     def write_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set the fp32 value and the two moments of the trained parameter ``name`` to ``tensors``, as `read_state`
-        returned them. The bf16 weights that the model computes with are not set here, but by `load_weights` before the
-        engine is made."""
+        returned them. At ZeRO stages 1 to 3 the weights that the model computes with are not set here, but by
+        `load_weights` before the engine is made."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         parameter = self._parameters[name]

@@ -43,7 +43,8 @@ def take_snapshot(engine: Engine, *, rank: int, world_size: int) -> dict[str, to
     """Return the part of the training state that this rank stores, as fp32 tensors on the CPU by `<parameter>/<kind>`.
     All ranks must call this function together.
 
-    Parameters are gathered one at a time, so that memory holds only this rank's part and one parameter.
+    Parameters are gathered one after the other, so that memory holds only this rank's part and at most two whole
+    parameters.
     """
     owner = assign_owners(engine.parameter_shapes, world_size)
     kept: dict[str, torch.Tensor] = {}

@@ -37,7 +37,8 @@ class ExampleDropout(nn.Module):  # type: ignore[misc]  # torch has no types her
         self._keys = keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` (..., F) with dropped features set to zero and the others divided by 1 - p."""
+        """In training, return ``x`` (..., F) with dropped features set to zero and the others divided by 1 - p. In
+        evaluation mode return ``x`` unchanged."""
         if not self.training or self.p == 0:
             return x
         keys = self._keys.value

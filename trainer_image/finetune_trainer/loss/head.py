@@ -22,8 +22,8 @@ from finetune_trainer.loss.kernels import frozen_head_loss
 CHUNK_LOGITS = 1 << 25
 """Number of logits that are computed at a time, in one chunk of positions: 128 MiB in fp32."""
 CPU_CHUNK_LOGITS = 1 << 22
-"""The same number for a frozen output head on the CPU. A chunk that fits into the cache is faster there, and more
-chunks cost nothing, because a frozen head computes no chunk twice."""
+"""Number of logits that are computed at a time for a frozen output head on the CPU. A chunk that fits into the cache is
+faster there, and more chunks cost nothing, because a frozen head computes no chunk twice."""
 
 
 class LossHead:

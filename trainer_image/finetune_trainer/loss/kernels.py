@@ -21,8 +21,8 @@ ADAPTER = "default"
 
 
 def fuse_adapters(model: nn.Module) -> int:
-    """Let the linear layers of ``model`` that have a LoRA adapter train with fused kernels. Return the number of such
-    layers.
+    """Let the linear layers of ``model`` that have a plain LoRA adapter (see `_is_plain`) train with fused kernels.
+    Return the number of such layers. A layer whose LoRA dropout is active still computes as in peft.
 
     Do not call this under ZeRO-3, which gathers a module's weights only when the module's own `forward` is called. A
     fused layer reads the weights of its inner modules without calling them.
@@ -60,7 +60,7 @@ def _forward(layer: Linear, unfused: Any, x: torch.Tensor, *args: Any, **kwargs:
 
 
 class _AdaptedLinear(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
-    """y = x W^T + bias + scaling (x A^T) B^T, for x (..., I), frozen W (O, I), A (r, I) and B (O, r).
+    """Computes y = x W^T + bias + scaling (x A^T) B^T, for x (..., I), frozen W (O, I), A (r, I) and B (O, r).
 
     The adapter's product is added in place to y, and in the backward pass to the gradient of x. Neither product exists
     as a tensor of its own.
@@ -115,8 +115,8 @@ def frozen_head_loss(
 
 
 class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
-    """The loss of `frozen_head_loss` and its gradient. The gradient of -log softmax(W h)[t] with regard to h is W^T
-    (softmax(W h) - onehot(t))."""
+    """Computes the loss that `frozen_head_loss` returns, and its gradient. The gradient of -log softmax(W h)[t] with
+    regard to h is W^T (softmax(W h) - onehot(t))."""
 
     @staticmethod
     def forward(

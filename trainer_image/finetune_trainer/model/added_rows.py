@@ -31,8 +31,9 @@ class AddedRows(ContractModel):
 
 
 def read_added_rows(base: Path, rows: AddedRows, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Read the rows of the added tokens from the model in folder ``base``. Return them in ``dtype`` under the names
-    INPUT_ROWS and OUTPUT_ROWS, each tensor of shape (added tokens, hidden size)."""
+    """Read the rows of the added tokens from the model in folder ``base``, and return them in ``dtype``. The input
+    embedding's rows have the name INPUT_ROWS, and the output head's rows, if they are stored separately, OUTPUT_ROWS.
+    Each tensor has the shape (added tokens, hidden size)."""
     weights = WeightFiles.of(base)
     found = {INPUT_ROWS: weights.rows(rows.input_key, rows.ids).to(dtype)}
     if rows.output_key is not None:

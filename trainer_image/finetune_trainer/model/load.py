@@ -31,8 +31,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def adapted_modules(structure: ModelStructure, lora: LoRASpec, *, added_tokens: bool) -> list[str]:
     """Return the names of the modules that get an adapter, in peft's short form, for example `q_proj`.
 
-    Where the job names no module, these are all dense layers of the decoder. Where the job adds tokens, both embeddings
-    are among them too. Raises UserError where a name in `lora.targetModules` fits no module.
+    Where the job names modules, these are returned. Otherwise the result is all dense layers of the decoder, and also
+    both embeddings where the job adds tokens. Raises UserError where a name in `lora.targetModules` fits no module.
     """
     embeddings = [name for name in (structure.input_name, structure.output_name) if name is not None]
     adaptable = {

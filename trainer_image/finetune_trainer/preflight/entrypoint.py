@@ -59,11 +59,11 @@ def run(paths: Paths, environment: Mapping[str, str]) -> int:
 
 
 def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
-    """Check the run file and the object store, then the base model and the data.
+    """Check the run file, the object store, the base model and the data, in this order.
 
-    If the artifact of the job is committed already, or that of a former job with the same training, nothing else is
-    checked. ``uid`` is the job's uid. Former jobs are looked for where the uid is the name of the job's folder, because
-    a folder with another name was chosen by a person (`storage.runId`).
+    If the artifact of the job is committed already, or that of a former job with the same training, check only the run
+    file, and that the object store can be read. ``uid`` is the job's uid. Former jobs are looked for where the uid is
+    the name of the job's folder, because a folder with another name was chosen by a person (`storage.runId`).
     """
     config = findings.collect("the run file", partial(read_run_file, paths.run_file))
     root = findings.collect("storage", partial(open_root, config, paths)) if config is not None else None

@@ -238,8 +238,8 @@ class Gang:
         return results[0]
 
     def _allow_long_work(self) -> contextlib.AbstractContextManager[None]:
-        """Keep the watchdog from ending the process during the block, because object store and loading have their own
-        time limits."""
+        """Let the watchdog wait WORK_SECONDS longer before it ends the process during the block, because calls to the
+        object store and loading have their own time limits."""
         return self._watchdog.allow(WORK_SECONDS) if self._watchdog is not None else contextlib.nullcontext()
 
     def _in_thread(self, work: Callable[[], Any], *, joining: bool = False) -> Any:
@@ -281,7 +281,7 @@ class Gang:
         """Tell rank 0 that this rank is done. Rank 0 waits until all ranks are done, for at most FINAL_BARRIER_SECONDS.
 
         Rank 0 leaves last, because the rendezvous store lives in the process of rank 0. The outcome of the attempt is
-        decided before this call, so a rank that never calls it changes nothing.
+        decided before this call, so it does not depend on whether every rank makes the call.
         """
         with contextlib.suppress(PeerLost), convert_peer_failures():
             self._store.set(f"farewell/{self.rank}", "1")
@@ -342,7 +342,7 @@ class Gang:
                 if self._watchdog is not None and store.check(["stalled"]):
                     self._watchdog.end_process(bytes(store.get("stalled")).decode(), caused_by_peer=True)
             except (RuntimeError, dist.DistError):
-                return  # Rank 0 is gone, and only rank 0 reads heartbeats.
+                return  # Rank 0 is gone. With it the rendezvous store is gone, and the only rank that reads heartbeats.
             # The interval between two heartbeats. No other thread waits for this thread.
             time.sleep(HEARTBEAT_SECONDS)
 
@@ -353,7 +353,8 @@ class Gang:
         """
         with contextlib.suppress(RuntimeError, dist.DistError):
             self._store.set("stalled", message)
-            # The other ranks read the store once per heartbeat. The watchdog bounds this wait.
+            # Wait for two heartbeats, because the other ranks read the store once per heartbeat. The watchdog bounds
+            # this wait.
             time.sleep(2 * HEARTBEAT_SECONDS)
 
 

@@ -28,6 +28,7 @@ const callTimeout = 5 * time.Second
 type plugin struct {
 	api.UnimplementedDevicePluginServer
 	devices []*api.Device
+	refuse  string
 }
 
 func (p *plugin) GetDevicePluginOptions(context.Context, *api.Empty) (*api.DevicePluginOptions, error) {
@@ -43,7 +44,12 @@ func (p *plugin) ListAndWatch(_ *api.Empty, stream grpc.ServerStreamingServer[ap
 	return nil
 }
 
+// Allocate fails while the file p.refuse exists, as on a node whose GPUs have
+// fallen off the bus. The kubelet then refuses the pod.
 func (p *plugin) Allocate(_ context.Context, request *api.AllocateRequest) (*api.AllocateResponse, error) {
+	if _, err := os.Stat(p.refuse); err == nil {
+		return nil, fmt.Errorf("%s exists: no device can be allocated", p.refuse)
+	}
 	response := &api.AllocateResponse{}
 	for _, container := range request.ContainerRequests {
 		ids := strings.Join(container.DevicesIds, ",")
@@ -107,8 +113,9 @@ func main() {
 	resource := flag.String("resource", "nvidia.com/gpu", "resource that the devices are advertised as")
 	count := flag.Int("count", 8, "number of devices")
 	folder := flag.String("folder", "/var/lib/kubelet/device-plugins", "where the kubelet's socket lies")
+	refuse := flag.String("refuse", "/run/refuse-devices", "no device is allocated while this file exists")
 	flag.Parse()
-	p := &plugin{}
+	p := &plugin{refuse: *refuse}
 	for i := range *count {
 		p.devices = append(p.devices, &api.Device{ID: fmt.Sprintf("gpu-%d", i), Health: api.Healthy})
 	}

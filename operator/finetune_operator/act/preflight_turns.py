@@ -1,0 +1,88 @@
+"""Lets a job create its preflight pod only when its turn has come, so that few checks run at the same time.
+
+`reconcile.py` tells `PreflightTurns` in each reconcile what exists, and asks before it creates a preflight pod.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime
+
+from finetune_core.api import KIND, FineTuneJobStatus
+from finetune_operator.decide.decision import Decision
+from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.objects.labels import PREFLIGHT
+from finetune_operator.objects.observations import PodObservation, controller_name, parse_preflight_pod
+from finetune_operator.observe.observation import JobObservation
+from finetune_operator.queue.preflight_slots import PreflightSlots
+from finetune_operator.queue.work_queue import Key
+
+logger = logging.getLogger(__name__)
+
+STARTING_SECONDS = 60.0
+"""A pod that does not run this long after its creation, for example because a Secret is missing, takes no slot until it
+runs. Otherwise jobs that wait for something would keep all other jobs from being checked."""
+
+
+class PreflightTurns:
+    """Keeps the slots of the preflight checks in step with the pods that exist."""
+
+    def __init__(self, cluster: KubeClient, slots: PreflightSlots, namespaces: Sequence[str]) -> None:
+        """Count existing pods with ``cluster`` in ``namespaces``; in all namespaces where that is empty."""
+        self._cluster = cluster
+        self._slots = slots
+        self._namespaces = namespaces
+        self._counted = False
+
+    @property
+    def limit(self) -> int:
+        """Most checks that run at the same time."""
+        return self._slots.limit
+
+    def observe(self, key: Key, stored: FineTuneJobStatus, seen: JobObservation, decision: Decision) -> None:
+        """Keep the slot of a job whose preflight pod uses one; take it back where the job is about to create no pod.
+
+        ``decision`` follows from the status ``stored`` and from ``seen``.
+        """
+        if any(uses_slot(pod, seen.now) for pod in seen.preflight.pods):
+            self._slots.occupy(key)
+        elif not decision.starts_check(stored):
+            self._slots.release(key)
+
+    def forget(self, key: Key) -> None:
+        """Take back the slot of a job that has ended or no longer exists."""
+        self._slots.release(key)
+
+    async def has_come(self, key: Key, now: datetime) -> bool:
+        """Return whether the job may create its preflight pod now.
+
+        The first call counts the pods that an operator before this one has created.
+        """
+        if not self._counted:
+            for namespace in self._namespaces or (None,):
+                await self._count(namespace, now)
+            self._counted = True
+        return self._slots.acquire(key)
+
+    async def _count(self, namespace: str | None, now: datetime) -> None:
+        """Occupy a slot for each preflight pod that exists in ``namespace``, or in all namespaces where it is None."""
+        try:
+            pods = await self._cluster.list_pods(namespace, PREFLIGHT)
+        except ApiError as error:
+            if not error.is_refusal:
+                raise
+            # The namespace or the operator's role in it was deleted. That must not hold back the jobs of the others.
+            logger.warning("the preflight pods in %s could not be counted: %s", namespace, error)
+            return
+        for manifest in pods:
+            pod, name = parse_preflight_pod(manifest), controller_name(manifest, KIND)
+            if pod is not None and name and uses_slot(pod, now):
+                self._slots.occupy(Key(manifest["metadata"]["namespace"], name))
+
+
+def uses_slot(pod: PodObservation, now: datetime) -> bool:
+    """Return whether a preflight pod takes one of the slots: it runs, or is so young that it may start at once."""
+    if pod.ended:
+        return False
+    return pod.running or (now - pod.created_at).total_seconds() < STARTING_SECONDS

@@ -1,0 +1,30 @@
+"""The nodes that the next attempt is to avoid if it can, because the newest attempts failed through them.
+
+A pure function on `status.attempts`, called by `reconcile.py` before it creates the objects of an attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from finetune_core.api.attempt_causes import Cause
+from finetune_core.api.status import PastAttempt
+from finetune_operator.decide.accounting import SUSPENSIONS
+
+NODE_FAULTS: Final = frozenset(
+    {Cause.NODE_REFUSED, Cause.NODE_LOST, "DeletionByTaintManager", "DeletionByPodGC", "TerminationByKubelet"}
+)
+"""Reasons of attempts that a node ended: the node refused a pod, no longer answers, no longer exists, shut down or ran
+out of a resource."""
+ATTEMPTS_BACK: Final = 2
+"""How many ended attempts are looked at, so that a node that has been repaired is soon used again."""
+
+
+def nodes_to_avoid(recent: Sequence[PastAttempt]) -> tuple[str, ...]:
+    """Return the names of the nodes through which the newest two attempts of ``recent`` ended, each name once.
+
+    Attempts that ended by a suspension say nothing about nodes and are skipped.
+    """
+    looked_at = [past for past in recent if past.reason not in SUSPENSIONS][-ATTEMPTS_BACK:]
+    return tuple(sorted({past.node for past in looked_at if past.node and past.reason in NODE_FAULTS}))

@@ -1,0 +1,82 @@
+"""How many preflight checks may run at the same time over all jobs, and which job is the next to get its turn.
+
+`act/preflight_turns.py` asks before a preflight pod is created. A restart of the operator loses the slots; the pods
+that exist are then counted again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from finetune_operator.queue.work_queue import Key
+
+DEFAULT_LIMIT = 20
+"""Most preflight checks that run at the same time, where no setting says otherwise."""
+START_SECONDS = 60.0
+"""For so many seconds a slot is kept for a job whose pod was not seen yet."""
+RUN_SECONDS = 300.0
+"""For so many seconds after the last look at its pod a job keeps its slot. Jobs with a pod are looked at every 10 s."""
+
+
+class PreflightSlots:
+    """The slots of all jobs, of which each job has one at most. Not thread-safe: all callers run in one event loop."""
+
+    def __init__(
+        self,
+        limit: int = DEFAULT_LIMIT,
+        *,
+        wake: Callable[[Key], None] = lambda key: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Have ``limit`` slots. ``wake`` is called with the key of a waiting job that got a slot that became free."""
+        self.limit = limit
+        self._wake = wake
+        self._clock = clock
+        self._held: dict[Key, float] = {}
+        """Until when each job holds its slot, if nothing renews it."""
+        self._waiting: dict[Key, None] = {}
+        """Jobs that wait, the one that has waited longest first."""
+
+    def occupy(self, key: Key) -> None:
+        """Keep the slot of a job whose preflight pod was seen, or give it one even where all are taken."""
+        self._waiting.pop(key, None)
+        self._held[key] = self._clock() + RUN_SECONDS
+
+    def acquire(self, key: Key) -> bool:
+        """Return whether the job may create its preflight pod now. A job that may not is woken when its turn comes."""
+        self._drop_expired()
+        if key not in self._held:
+            self._waiting.setdefault(key)
+            self._give_out(asking=key)
+        return key in self._held
+
+    def release(self, key: Key) -> None:
+        """Take back the slot, or the place in the line, of a job that has no pod and wants none now."""
+        self._waiting.pop(key, None)
+        if self._held.pop(key, None) is not None:
+            self._drop_expired()
+            self._give_out()
+
+    def _give_out(self, asking: Key | None = None) -> None:
+        """Give free slots to waiting jobs, and wake each of them but the job that is ``asking``."""
+        while self._waiting and len(self._held) < self.limit:
+            key = self._next()
+            del self._waiting[key]
+            self._held[key] = self._clock() + START_SECONDS
+            if key != asking:
+                self._wake(key)
+
+    def _next(self) -> Key:
+        """Return the waiting job whose namespace holds the fewest slots; of several, the one that has waited longest.
+
+        So a namespace with many jobs does not keep the jobs of the others waiting.
+        """
+        held = Counter(key.namespace for key in self._held)
+        return min(self._waiting, key=lambda key: held[key.namespace])
+
+    def _drop_expired(self) -> None:
+        now = self._clock()
+        for key in [key for key, until in self._held.items() if until <= now]:
+            del self._held[key]

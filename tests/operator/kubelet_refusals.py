@@ -1,0 +1,42 @@
+"""The reasons with which a kubelet refuses a pod, listed from the source of Kubernetes 1.34.
+
+Each handler of admission has reasons of its own, and `rejectPod` in pkg/kubelet/kubelet.go writes the reason into
+`status.reason` of the pod.
+"""
+
+from __future__ import annotations
+
+KUBELET_REFUSALS = frozenset(
+    {
+        # pkg/kubelet/lifecycle/predicate.go
+        "InvalidNodeInfo",
+        "PodOSSelectorNodeLabelDoesNotMatch",
+        "PodOSNotSupported",
+        "InitContainerRestartPolicyForbidden",
+        "SupplementalGroupsPolicyNotSupported",
+        "UnexpectedAdmissionError",
+        "UnknownReason",
+        "UnexpectedPredicateFailureType",
+        "OutOfcpu",
+        "OutOfmemory",
+        "OutOfephemeral-storage",
+        "OutOfpods",
+        "OutOfnvidia.com/gpu",  # "OutOf" and the name of any extended resource
+        # names of the scheduler's plugins that AdmissionCheck and generalFilter run: pkg/scheduler/eventhandlers.go
+        "NodeAffinity",
+        "NodeName",
+        "NodePorts",
+        "TaintToleration",
+        # pkg/kubelet/lifecycle/handlers.go
+        "AppArmor",
+        "PodLevelResourcesNotSupported",
+        # pkg/kubelet/cm/topologymanager, pkg/kubelet/cm/cpumanager
+        "TopologyAffinityError",
+        "SMTAlignmentError",
+        # pkg/kubelet/nodeshutdown, pkg/kubelet/sysctl, pkg/kubelet/eviction, pkg/kubelet/volumemanager
+        "NodeShutdown",
+        "SysctlForbidden",
+        "Evicted",
+        "VolumeAttachmentLimitExceeded",
+    }
+)

@@ -1,0 +1,218 @@
+"""At most so many preflight checks run at the same time as the setting says, and every job gets its turn."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from finetune_core.contract.preflight_result import PreflightResult
+from finetune_operator.kube.client import ApiError
+from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
+from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.memory import Memory
+from finetune_operator.queue.preflight_slots import RUN_SECONDS, START_SECONDS, PreflightSlots
+from finetune_operator.queue.work_queue import Key
+from finetune_operator.reconcile import Reconciler
+from tests.operator.builders import NOW, job_manifest
+from tests.operator.model import Manifest, ModelServer
+
+A, B, C, D = (Key("team", name) for name in "abcd")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def slots(limit: int) -> tuple[PreflightSlots, list[Key], Clock]:
+    woken: list[Key] = []
+    clock = Clock()
+    return PreflightSlots(limit, wake=woken.append, clock=clock), woken, clock
+
+
+def test_a_job_beyond_the_limit_waits_and_is_woken_when_its_turn_comes() -> None:
+    line, woken, _ = slots(2)
+    assert [line.acquire(key) for key in (A, B, C, D, A)] == [True, True, False, False, True]
+    line.release(A)
+    assert woken == [C]
+    assert (line.acquire(C), line.acquire(D)) == (True, False)
+
+
+def test_a_job_that_no_longer_wants_a_check_leaves_the_line() -> None:
+    line, woken, _ = slots(1)
+    assert [line.acquire(key) for key in (A, B, C)] == [True, False, False]
+    line.release(B)
+    line.release(A)
+    assert woken == [C]
+
+
+def test_a_namespace_with_many_jobs_does_not_keep_the_others_waiting() -> None:
+    line, woken, _ = slots(2)
+    crowd = [Key("crowd", f"job-{number}") for number in range(50)]
+    assert [line.acquire(key) for key in crowd].count(True) == 2
+    assert not line.acquire(A)
+    line.release(crowd[0])
+    assert woken == [A]
+
+
+def test_slots_of_jobs_that_are_not_seen_again_become_free() -> None:
+    line, _, clock = slots(1)
+    assert (line.acquire(A), line.acquire(B)) == (True, False)
+    clock.seconds = START_SECONDS
+    assert line.acquire(B)
+    line.occupy(B)
+    clock.seconds += RUN_SECONDS - 1
+    assert not line.acquire(A)
+    clock.seconds += 1
+    assert line.acquire(A)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_order_of_events_gives_out_more_slots_than_there_are_or_forgets_a_job(seed: int) -> None:
+    choose = random.Random(seed)
+    limit = choose.randint(1, 5)
+    line, woken, clock = slots(limit)
+    keys = [Key(f"team-{number % 3}", f"job-{number}") for number in range(30)]
+    running: set[Key] = set()
+    left = set(keys)
+    for _ in range(5000):
+        clock.seconds += choose.random()
+        asks = woken.pop() if woken else choose.choice(keys)
+        if asks in running and choose.random() < 0.3:
+            running.discard(asks)
+            left.discard(asks)
+            line.release(asks)
+        elif asks in left and line.acquire(asks):
+            line.occupy(asks)
+            running.add(asks)
+        for key in running:
+            line.occupy(key)
+        assert len(running) <= limit
+    assert left <= running
+
+
+class Fleet:
+    """Stands for the API server of several namespaces, each with one job and its objects."""
+
+    def __init__(self, names: str) -> None:
+        self.servers = {name: ModelServer(self._job(name), NOW) for name in names}
+        self.keys = [Key(name, "quickstart") for name in names]
+
+    @staticmethod
+    def _job(name: str) -> Manifest:
+        manifest = job_manifest(runPolicy={"preflight": "Run"})
+        manifest["metadata"] |= {"namespace": name, "uid": f"{name}1111111-2222-3333-4444-555555555555"}
+        return manifest
+
+    async def list_pods(self, namespace: str | None, selector: str) -> list[Manifest]:
+        servers = self.servers.values() if namespace is None else [self.servers[namespace]]
+        return [
+            pod for server in servers for pod in await server.list_pods(server.job["metadata"]["namespace"], selector)
+        ]
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(where: Any, *arguments: Any) -> Any:
+            namespace = where if isinstance(where, str) else None
+            if namespace is None:
+                namespace = where.namespace if isinstance(where, Key) else where["metadata"]["namespace"]
+            return await getattr(self.servers[namespace], name)(where, *arguments)
+
+        return call
+
+    @property
+    def checks(self) -> list[str]:
+        """Names of the namespaces in which a preflight pod runs."""
+        return [name for name, server in self.servers.items() if server.checks]
+
+    def operator(self, limit: int, namespaces: tuple[str, ...] = ()) -> Reconciler:
+        """Return the reconciler of an operator that has just started."""
+        first = next(iter(self.servers.values()))
+        return Reconciler(
+            cluster=self,  # type: ignore[arg-type]
+            backend=PyTorchJobBackend(self),  # type: ignore[arg-type]
+            memory=Memory(),
+            metrics=Metrics(),
+            trainer_image="trainer:1",
+            report_base_url="https://operator:8443",
+            ca_bundle=lambda: "CA",
+            instance="test",
+            preflight="Run",
+            preflight_slots=PreflightSlots(limit),
+            namespaces=namespaces,
+            now=lambda: first.now,
+            clock=lambda: first.now.timestamp(),
+        )
+
+    async def reconcile_all(self, operator: Reconciler, times: int = 5) -> None:
+        for _ in range(times):
+            for key in self.keys:
+                await operator.reconcile(key)
+
+
+async def test_jobs_beyond_the_limit_say_that_they_wait_for_their_turn() -> None:
+    fleet = Fleet("abcd")
+    operator = fleet.operator(2)
+    await fleet.reconcile_all(operator)
+    for server in fleet.servers.values():
+        server.pass_time(10)  # a change of a message alone is written ten seconds after the last write
+    await fleet.reconcile_all(operator)
+    assert fleet.checks == ["a", "b"]
+    conditions = {one["type"]: one for one in fleet.servers["c"].job["status"]["conditions"]}
+    assert (conditions["Accepted"]["status"], conditions["Accepted"]["reason"]) == ("Unknown", "Preflight")
+    assert "waits for its turn: 2 checks" in conditions["Succeeded"]["message"]
+    fleet.servers["a"].end_check(0, PreflightResult(findings=[]).to_termination_message())
+    await fleet.reconcile_all(operator)
+    assert fleet.checks == ["b", "c"]
+
+
+async def test_the_pending_deadline_does_not_run_while_a_job_waits_for_its_first_turn() -> None:
+    fleet = Fleet("ab")
+    operator = fleet.operator(1)
+    fleet.servers["b"].set_policy(pendingDeadlineSeconds=60)
+    for _ in range(20):
+        await fleet.reconcile_all(operator, times=1)
+        for server in fleet.servers.values():
+            server.pass_time(10)
+    assert "preflight" not in fleet.servers["b"].job["status"]
+    fleet.servers["a"].end_check(0, PreflightResult(findings=[]).to_termination_message())
+    await fleet.reconcile_all(operator)
+    assert fleet.checks == ["b"]
+
+
+async def test_an_operator_that_starts_counts_the_checks_that_run_already() -> None:
+    fleet = Fleet("abcd")
+    await fleet.reconcile_all(fleet.operator(2))
+    fleet.keys.reverse()  # the new operator looks first at the jobs that wait
+    await fleet.reconcile_all(fleet.operator(2), times=1)
+    assert fleet.checks == ["a", "b"]
+
+
+async def test_a_pod_that_does_not_start_takes_no_slot_after_a_minute() -> None:
+    fleet = Fleet("abc")
+    operator = fleet.operator(1)
+    await fleet.reconcile_all(operator)
+    assert fleet.checks == ["a"]
+    (stuck,) = fleet.servers["a"].checks
+    stuck["status"] = {"phase": "Pending", "containerStatuses": []}
+    for server in fleet.servers.values():
+        server.pass_time(61)
+    await fleet.reconcile_all(operator)
+    assert fleet.checks == ["a", "b"]
+
+
+async def test_a_namespace_that_may_not_be_listed_holds_back_no_other() -> None:
+    fleet = Fleet("ab")
+
+    async def refused(namespace: str | None, selector: str) -> list[Manifest]:
+        if namespace == "gone":
+            raise ApiError(403, "Forbidden", "pods is forbidden")
+        return await Fleet.list_pods(fleet, namespace, selector)
+
+    fleet.list_pods = refused  # type: ignore[method-assign]
+    await fleet.reconcile_all(fleet.operator(2, namespaces=("gone", "a", "b")))
+    assert fleet.checks == ["a", "b"]
