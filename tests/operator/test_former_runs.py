@@ -93,6 +93,18 @@ async def test_a_job_that_lost_only_its_status_settles_on_its_own_artifact() -> 
     assert "takenOver" not in status["preflight"]
 
 
+async def test_a_job_that_took_a_run_over_and_lost_its_status_goes_on_in_the_same_folder() -> None:
+    server = await checked(former_run(done=False, uid=UID))
+    assert roots(server) == [f"{FOLDER}/{FORMER_UID}"]
+
+
+async def test_a_chosen_folder_that_the_job_filled_itself_is_no_news() -> None:
+    storage = job_manifest()["spec"]["storage"] | {"runId": "study"}
+    server = await checked(former_run(done=False, uid=UID, run_id="study"), storage=storage)
+    assert roots(server) == [f"{FOLDER}/study"]
+    assert "takenOver" not in server.job["status"]["preflight"]
+
+
 async def test_a_chosen_folder_that_another_job_filled_is_named_as_taken_over() -> None:
     storage = job_manifest()["spec"]["storage"] | {"runId": "study"}
     server = await checked(former_run(done=False, run_id="study"), storage=storage)

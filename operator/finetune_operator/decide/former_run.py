@@ -20,8 +20,12 @@ from finetune_operator.observe.observation import PreflightObservation
 
 
 def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus | None:
-    """Return the record of a former job's run that the job takes over; None where ``found`` is the job's own run."""
-    if seen.job_uid in (found.run_id, found.uid):
+    """Return the record of the run that the job takes over; None where ``found`` is the job's own, in its own folder.
+
+    A job that took a run over and then lost its status finds its own uid in the folder of the former job. It must be
+    told again to use that folder.
+    """
+    if found.run_id == seen.job_uid or (found.run_id == seen.chosen_run_id and found.uid == seen.job_uid):
         return None
     message = messages.taken_over(found.run_id, found.uid, found.time, found.step, done=found.artifact is not None)
     return TakenOverStatus(

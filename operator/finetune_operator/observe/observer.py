@@ -115,6 +115,7 @@ class Observer:
             pods=pods,
             problem=problem.message if problem is not None and current is None else "",
             job_uid=job.uid,
+            chosen_run_id=job.resource.spec.storage.run_id or "",
             runs_folder=runs_folder_of(job.resource),
         )
 
