@@ -148,3 +148,20 @@ async def test_the_same_job_applied_to_a_new_cluster_trains_nothing_again() -> N
     await settle(anew)
     assert condition(anew.job, "Succeeded")["reason"] == "Completed"
     assert (anew.created, anew.job["status"]["attempts"]["started"]) == ([], 0)
+
+
+async def test_of_an_ended_job_only_the_checks_that_it_owns_are_removed() -> None:
+    server = ModelServer(job_manifest(runPolicy={"preflight": "Run"}), NOW)
+    await settle(server)
+    foreign = copy.deepcopy(server.checks[0])
+    foreign["metadata"] |= {"name": "planted", "uid": "planted"}
+    foreign["metadata"]["ownerReferences"][0]["uid"] = "another"
+    assert server.end_check(0, former_run(done=True))
+    operator = reconciler(server)
+    while condition(server.job, "Succeeded")["status"] == "Unknown":
+        await operator.reconcile(KEY)
+    # The operator stops right after the write that ends the job, and another one goes on.
+    assert len(server.checks) == 1
+    server.checks.append(foreign)
+    await settle(server)
+    assert [check["metadata"]["name"] for check in server.checks] == ["planted"]
