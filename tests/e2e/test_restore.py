@@ -20,7 +20,8 @@ from tests.e2e.jobs import JobPredicate, MakeJob, Manifest, has_started
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-STEPS, INTERRUPTED = 150, 30
+STEPS, INTERRUPTED = 600, 20
+"""The first job is lost after about the second number of steps. The rest takes much longer than the deletion."""
 
 
 def stepped(step: int) -> JobPredicate:
