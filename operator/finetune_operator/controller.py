@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from http import HTTPStatus
+from typing import Final
 
-import aiohttp
-
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import REQUEST_ERRORS, ApiError, KubeClient, describe_error
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
@@ -24,11 +24,38 @@ logger = logging.getLogger(__name__)
 
 RECONCILE_SECONDS = 60.0
 """Time limit in seconds of one reconcile, so that a request that hangs does not block a worker."""
-CONFLICT_SECONDS = 0.2
-"""Seconds until a job is reconciled again after the API server answered 409, because somebody else changed the job
-between read and write."""
 RESYNC_RETRY_SECONDS = 10.0
-"""Seconds after a failed list of all jobs until the jobs are listed again."""
+"""Seconds after a failed list of the jobs of a namespace until they are listed again."""
+REFUSED: Final = (HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND)
+"""HTTP status codes of a list in a namespace that is deleted, or whose Role is."""
+
+
+class _Listed:
+    """Which namespaces the resync has listed, and whether that makes the operator ready."""
+
+    def __init__(self, namespaces: Collection[str | None], activity: WatchActivity, metrics: Metrics) -> None:
+        self._waits = set(namespaces)
+        self._failing: set[str | None] = set()
+        self._activity = activity
+        self._metrics = metrics
+        self._any = False
+
+    def succeeded(self, namespace: str | None) -> None:
+        """Note that the jobs of ``namespace`` were listed."""
+        self._any = True
+        self._waits.discard(namespace)
+        self._failing.discard(namespace)
+        self._metrics.unlisted_namespaces.set(len(self._failing))
+        self._activity.jobs_listed(of_all_namespaces=not self._waits)
+
+    def failed(self, namespace: str | None, *, refused: bool) -> None:
+        """Note that ``namespace`` could not be listed; ``refused`` means that it is deleted or forbidden."""
+        self._failing.add(namespace)
+        self._metrics.unlisted_namespaces.set(len(self._failing))
+        if refused:
+            self._waits.discard(namespace)
+        if self._any and not self._waits:
+            self._activity.last_namespace_refused()
 
 
 class Controller:
@@ -62,27 +89,48 @@ class Controller:
                 self._queue.done(key)
 
     async def resync(self, namespaces: Sequence[str], seconds: float) -> None:
-        """Queue every job now and again every ``seconds``, because a watch may lose events. Never returns."""
+        """Queue every job now and again every ``seconds``, because a watch may lose events. Never returns.
+
+        Each of ``namespaces`` is listed for itself (all together where it is empty), so that a namespace which is
+        deleted or forbidden holds no other back. The operator is ready once each was listed or refused, and one listed.
+        """
+        unlisted: set[str | None] = set(namespaces or (None,))
+        listed = _Listed(unlisted, self._activity, self._metrics)
+        async with asyncio.TaskGroup() as loops:
+            for namespace in unlisted:
+                loops.create_task(self._resync(namespace, seconds, listed))
+
+    async def _resync(self, namespace: str | None, seconds: float, listed: _Listed) -> None:
+        """Queue every job of ``namespace`` now and again every ``seconds``; None means of all namespaces."""
+        problem = ""
         while True:
             try:
-                await self._list_all(namespaces)
-            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                logger.warning("the jobs could not be listed: %s", error)
+                await self._list(namespace)
+            except REQUEST_ERRORS as error:
+                if describe_error(error) != problem:  # a namespace that stays forbidden is one line of the log
+                    problem = describe_error(error)
+                    where = f"of namespace {namespace}" if namespace else "of all namespaces"
+                    logger.warning("the jobs %s could not be listed: %s", where, problem)
+                listed.failed(namespace, refused=isinstance(error, ApiError) and error.status in REFUSED)
                 await asyncio.sleep(RESYNC_RETRY_SECONDS)
             else:
-                self._activity.jobs_listed()
+                problem = ""
+                listed.succeeded(namespace)
                 await asyncio.sleep(seconds)
 
-    async def _list_all(self, namespaces: Sequence[str]) -> None:
-        """Queue every job that exists, and every job that the memory holds.
+    async def _list(self, namespace: str | None) -> None:
+        """Queue every job of ``namespace`` that exists, and every such job that the memory holds.
 
-        The latter is needed for jobs that were deleted without a watch event.
+        The latter is needed for jobs that were deleted without a watch event. A job that has ended is left out where
+        the list shows that it has not changed since nothing was left to do for it.
         """
-        for key in self._memory.job_keys():
-            self._queue.add(key)
-        for namespace in namespaces or (None,):
-            async for key in self._cluster.list_job_keys(namespace):
-                self._queue.add(key)
+        gone = {key for key in self._memory.job_keys() if namespace in (None, key.namespace)}
+        async for job in self._cluster.list_jobs(namespace):
+            gone.discard(job.key)
+            if not self._memory.has_settled(job.key, job.resource_version):
+                self._queue.add_for_resync(job.key)
+        for key in gone:
+            self._queue.add_for_resync(key)
 
     async def _reconcile(self, key: Key) -> None:
         """Reconcile a job once, and queue it again where needed. After a failure the job waits for its own back-off."""
@@ -92,12 +140,14 @@ class Controller:
             async with asyncio.timeout(RECONCILE_SECONDS):
                 requeue = await self._reconciler.reconcile(key)
         except ApiError as error:
-            if error.is_conflict:
+            if error.is_conflict or error.is_name_taken:
+                # Somebody else changed an object between read and write. The first retry follows after 0.2 s. The next
+                # ones wait longer, because a webhook may answer 409 for ever.
                 self._count("conflict")
-                self._queue.add_after(key, CONFLICT_SECONDS)
+                self._queue.add_rate_limited(key)
             else:
                 self._failed(key, error)
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except REQUEST_ERRORS as error:
             self._failed(key, error)
         except Exception:
             # An unexpected exception for one job must not end the worker, which serves all jobs.
@@ -109,6 +159,8 @@ class Controller:
             self._queue.forget(key)
             if requeue.gone:
                 self._queue.discard(key)
+            elif requeue.write is not None:
+                self._queue.add_again(key)
             elif requeue.after is not None:
                 self._queue.add_after(key, requeue.after)
         finally:
@@ -119,7 +171,7 @@ class Controller:
         """Count and log a failed reconcile, and queue the key again after its back-off."""
         self._count("error")
         delay = self._queue.add_rate_limited(key)
-        logger.warning("the reconcile failed: %s; next in %.1f s", str(error) or type(error).__name__, delay)
+        logger.warning("the reconcile failed: %s; next in %.1f s", describe_error(error), delay)
 
     def _count(self, result: str) -> None:
         self._metrics.reconciles.labels(result=result).inc()

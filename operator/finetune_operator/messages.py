@@ -228,6 +228,11 @@ def most_attempts(number: int) -> str:
     return f"{number} attempts were started, the most that a job can have; create it anew with the same `storage.runId`"
 
 
+def unreadable_status(path: str) -> str:
+    """Return the sentence about a job whose status has a part at ``path`` that this version can't read."""
+    return f"status.{path}: this version of the operator can't read it, and leaves the job as it is"
+
+
 def waiting_for_reports(nodes: int, running: int) -> str:
     """Return the sentence about an attempt that does not train yet: ``running`` of its ``nodes`` pods run.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +19,8 @@ from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.contract import ReportConfig, RunConfig, report_path
 from finetune_core.errors import UserError
 from finetune_core.resolve import resolve
+from finetune_core.validation.runnable import unrunnable
+from finetune_operator import messages
 from finetune_operator.act.attempt_objects import AttemptObjects
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.checkpoint_annotations import CheckpointAnnotations
@@ -38,6 +40,7 @@ from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.preflight_slots import PreflightSlots
+from finetune_operator.queue.requeue import Requeue, Write
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, RetryableError
 from finetune_operator.queue.work_queue import Key
 from finetune_operator.settled import SettledJobs
@@ -48,16 +51,8 @@ from finetune_operator.status.writer import StatusWriter
 RUNNING_RESYNC_SECONDS = 60.0
 """Seconds between two reconciles of a job whose attempt runs or whose child is suspended. So even where a watch event
 is lost, the operator acts within a minute."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Requeue:
-    """When the job is to be reconciled again."""
-
-    after: float | None = None
-    """Seconds to wait: 0 means at once; None means to wait for the next watch event or resync."""
-    gone: bool = False
-    """Whether the job no longer exists."""
+RETRY_SECONDS = 10.0
+"""Seconds until a job is reconciled again whose status had to be written first, but did not change by that write."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +63,12 @@ class _Acted:
     """The child object as it is after the action; None where it does not exist."""
     problem: RetryableError | None = None
     """Why the attempt's objects could not be created; None where nothing failed."""
-    after: float | None = None
-    """Seconds after which the next step of the preflight check is due."""
+    missing: str = ""
+    """Why the preflight pod could not be created; empty where nothing failed."""
+    retry_seconds: float | None = None
+    """Seconds after which the objects that could not be created are tried again; None where nothing failed."""
+    removed: Write | None = None
+    """The deletion of preflight pods, after which the next step of the check is due at once."""
 
 
 class Reconciler:
@@ -122,27 +121,32 @@ class Reconciler:
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
         )
         self._settled_jobs = SettledJobs(cluster, backend, self._writer, self._preflight_objects)
-        self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations)
+        self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations, clock=clock)
 
     async def reconcile(self, key: Key) -> Requeue:
         """Bring the job a step further, and return when to call again.
 
         Raises ApiError where the API server refuses a request, or where the job has changed since it was read.
         """
+        self._memory.begin_reconcile(key)
         manifest = await self._cluster.get_job(key)
         if manifest is None or "deletionTimestamp" in manifest["metadata"]:
             return self._forget(key)
         stored = self._parse(key, manifest)
         if stored.has_ended:
             return await self._tidy(stored)
-        try:
-            job = parse_spec(stored)
-        except ValidationError as error:
-            return await self._refuse_for_now(stored, _first_problem(error))
+        if stored.unread_bookkeeping and not (stored.policy.cancel or stored.policy.suspend):
+            # A person's order is obeyed with what could be read, because it ends pods and starts none.
+            return await self._refuse_for_now(stored, messages.unreadable_status(stored.unread_bookkeeping))
+        job, invalid = _parse_spec(stored)
 
-        seen = await self._observer.observe(job)
-        decision = decide(job.status, seen)
-        self._preflight_turns.observe(key, job.status, seen, decision)
+        seen = await self._observer.observe(job or stored)
+        decision = decide(stored.status, seen)
+        self._preflight_turns.observe(key, stored.status, seen, decision)
+        if job is None:
+            if decision.starts_pods or decision.starts_check(stored.status):
+                return await self._refuse_for_now(stored, invalid)
+            return await self._carry_out(stored, seen, decision, image=None, invalid=invalid)
         asks = decision.starts_check(job.status) and not self._backoff.holds(job.memory)
         # The turn comes before the record of the check, because the pending deadline runs from that record on.
         if asks and not await self._preflight_turns.has_come(key, job.now):
@@ -152,22 +156,46 @@ class Reconciler:
             config = self._run_config(job, decision)
         except UserError as error:
             return await self._refuse(job, str(error))
+        return await self._carry_out(job, seen, decision, image=image, invalid=invalid, config=config)
 
+    async def _carry_out(
+        self,
+        job: StoredJob,
+        seen: JobObservation,
+        decision: Decision,
+        *,
+        image: str | None,
+        invalid: str,
+        config: RunConfig | None = None,
+    ) -> Requeue:
+        """Write ``decision`` and reconcile again where it must be written first; else act on it, and write the status.
+
+        ``invalid`` says why this version can't run or read the spec; empty where it can.
+        """
         if decision.must_be_written_first(job.status):
-            given = status_input(job, seen, decision, image=image, config=config)
-            later = await self._writer.write(job, given)
+            given = status_input(job, seen, decision, image=image, invalid=invalid, config=config)
+            write = await self._writer.write_now(job, given)
             if decision.action is Action.OPEN_ATTEMPT:
                 self._backoff.reset(job.memory)
-            return Requeue(after=later or 0)
+            return Requeue(write=write, pause=RETRY_SECONDS)
 
         acted = await self._act(job, seen, decision, image, config)
+        decision = replace(decision, missing=acted.missing or decision.missing)
 
         given = status_input(
-            job, seen, decision, image=image, config=config, created=acted.child, problem=acted.problem
+            job,
+            seen,
+            decision,
+            image=image,
+            invalid=invalid,
+            config=config,
+            created=acted.child,
+            problem=acted.problem,
         )
-        later = await self._writer.write(job, given)
+        left = (await self._writer.write(job, given)).left
         await self._annotations.update(job, seen.pods)
-        return Requeue(after=_earliest(acted.after, decision.wait_seconds, later, self._resync(job, decision, acted)))
+        waits = (acted.retry_seconds, decision.wait_seconds, left, self._resync(job, decision, acted))
+        return Requeue(write=acted.removed, pause=_earliest(*waits))
 
     # ---- before the decision: jobs that are deleted, read or ended ----
 
@@ -179,17 +207,21 @@ class Reconciler:
         return Requeue(gone=True)
 
     def _parse(self, key: Key, manifest: dict[str, Any]) -> StoredJob:
-        stored = parse_stored_job(key, manifest, self._memory.job(key), self._now())
+        memory = self._memory.job(key, manifest["metadata"]["uid"])
+        stored = parse_stored_job(key, manifest, memory, self._now())
         set_log_fields(**stored.log_fields)
         stored.memory.resource_version = manifest["metadata"]["resourceVersion"]
         return stored
 
     async def _tidy(self, stored: StoredJob) -> Requeue:
         """Remove those objects of an ended job that are due, and accept no more reports of the job."""
-        self._memory.set_reporting_attempt(stored.key, None)
+        self._memory.set_reporting_attempt(stored.key, stored.uid, None)
         self._preflight_turns.forget(stored.key)
         self._metrics.jobs.update(stored.key, stored.status)
-        return Requeue(after=await self._settled_jobs.tidy(stored))
+        requeue = Requeue(pause=await self._settled_jobs.tidy(stored))
+        # Until its next event, or until the pause is over, the job needs no reconcile: not even at a resync.
+        stored.memory.settled_version = stored.memory.resource_version
+        return requeue
 
     # ---- around the decision: the run file, and when to reconcile again ----
 
@@ -203,13 +235,13 @@ class Reconciler:
         report = ReportConfig(url=self._report_base_url + path)
         return resolve(job.resource, report=report, preflight=decision.preflight)
 
-    def _resync(self, job: ParsedJob, decision: Decision, acted: _Acted) -> float | None:
+    def _resync(self, job: StoredJob, decision: Decision, acted: _Acted) -> float | None:
         """Return in how many seconds to reconcile the current attempt again even if no watch event comes.
 
-        None where no attempt is current.
+        None where no attempt is current, and where its objects could not be created.
         """
         if acted.problem is not None:
-            return self._backoff.seconds_left(job.memory)
+            return None
         current = decision.attempts.current
         if current is None:
             return None
@@ -222,32 +254,36 @@ class Reconciler:
     # ---- the action: create and delete objects ----
 
     async def _act(
-        self, job: ParsedJob, seen: JobObservation, decision: Decision, image: str, config: RunConfig | None
+        self, job: StoredJob, seen: JobObservation, decision: Decision, image: str | None, config: RunConfig | None
     ) -> _Acted:
         """Create or delete the objects that ``decision.action`` names. The stored status has the decision already."""
         match decision.action:
-            case Action.CREATE_ATTEMPT if config is not None:
+            case Action.CREATE_ATTEMPT if isinstance(job, ParsedJob) and image and config is not None:
                 try:
                     avoided = nodes_to_avoid(job.status.attempts.recent)
                     return _Acted(child=await self._attempt_objects.create(job, image, config, avoided))
                 except RetryableError as problem:
-                    return _Acted(problem=problem)
+                    return _Acted(problem=problem, retry_seconds=self._backoff.seconds_left(job.memory))
             case Action.REMOVE_ATTEMPT if seen.child is not None:
                 await self._attempt_objects.remove(job, seen.child)
                 return _Acted()
-            case Action.CREATE_PREFLIGHT_POD if config is not None:
+            case Action.REMOVE_ORPHANS:
+                await self._attempt_objects.remove_orphans(job, decision.orphans)
+                return _Acted()
+            case Action.CREATE_PREFLIGHT_POD if isinstance(job, ParsedJob) and image and config is not None:
                 return await self._create_preflight_pod(job, decision.number_of_try, image, config)
             case Action.REMOVE_PREFLIGHT_PODS:
-                await self._preflight_objects.remove(job, decision.preflight_pods)
-                return _Acted(after=0)
+                return _Acted(removed=await self._preflight_objects.remove(job, decision.preflight_pods))
         return _Acted(child=seen.child)
 
     async def _create_preflight_pod(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> _Acted:
         """Create the preflight pod of try ``number``, and give the slot back where it can't be created."""
-        after = await self._preflight_objects.create(job, number, image, config)
-        if job.memory.problem is not None:
+        try:
+            await self._preflight_objects.create(job, number, image, config)
+        except RetryableError as problem:
             self._preflight_turns.forget(job.key)
-        return _Acted(after=after)
+            return _Acted(missing=problem.message, retry_seconds=self._backoff.seconds_left(job.memory))
+        return _Acted()
 
     # ---- specs that can't be run ----
 
@@ -271,7 +307,16 @@ class Reconciler:
         problem = RetryableError(Reason.BAD_INPUT, message)
         self._backoff.failed(stored.memory, problem)
         await self._writer.write(stored, refused_input(stored, invalid=message, problem=problem))
-        return Requeue(after=self._backoff.seconds_left(stored.memory))
+        return Requeue(pause=self._backoff.seconds_left(stored.memory))
+
+
+def _parse_spec(stored: StoredJob) -> tuple[ParsedJob | None, str]:
+    """Return the job with its parsed spec, or None where this version can't read the spec; and why it can't be run."""
+    try:
+        job = parse_spec(stored)
+    except ValidationError as error:
+        return None, _first_problem(error)
+    return job, "; ".join(str(error) for error in unrunnable(job.resource.spec))
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -38,15 +38,24 @@ class SettledJobs:
         self._preflight_objects = preflight_objects
 
     async def tidy(self, job: StoredJob) -> float | None:
-        """Remove the job's objects that are due. Return in how many seconds the next is due; None if none will be."""
+        """Remove the job's objects that are due. Return in how many seconds the next is due; None if none will be.
+
+        A new generation of the job, such as an edit of its TTL, is then written as observed.
+        """
+        after, all_removed = await self._remove_due(job)
+        await self._writer.write_settled(job, without_child=all_removed)
+        return after
+
+    async def _remove_due(self, job: StoredJob) -> tuple[float | None, bool]:
+        """Remove what is due. Return in how many seconds the next is due, and whether everything was removed."""
         ended, started = job.status.completion_time, job.status.attempts.started
         if ended is None:
-            return None
+            return None, False
         if not started:
             if job.condition_is(ConditionType.SUCCEEDED, "True"):
                 # The preflight check found the artifact, and the job ended before the objects of the check were gone.
                 await self._preflight_objects.remove_all(job)
-            return None
+            return None, False
         name = attempt_name(job.key.name, job.uid, started)
         child = await self._backend.observe(job.key.namespace, name)
         if child is not None and child.owner_uid != job.uid:
@@ -59,7 +68,7 @@ class SettledJobs:
         if (ttl := time_to_live(job.manifest)) is not None:
             if age >= ttl:
                 await self._remove_all(job, name, child)
-                return None
+                return None, True
             waits.append(ttl - age)
         if child is not None and not child.finished and not child.deleting:
             if age >= SIDECAR_SECONDS:
@@ -67,18 +76,16 @@ class SettledJobs:
                 logger.info("pods that outlived the job were removed", extra=job.log_fields)
             else:
                 waits.append(SIDECAR_SECONDS - age)
-        return min(waits, default=None)
+        return min(waits, default=None), False
 
     async def _remove_all(self, job: StoredJob, name: str, child: ChildObservation | None) -> None:
-        """Remove the child object with its pods, and the ConfigMap. The FineTuneJob stays, without `status.child`."""
+        """Remove the child object with its pods, and the ConfigMap. The FineTuneJob stays."""
         await delete_config_map(self._cluster, job.key.namespace, name, job.uid)
         if child is not None and not child.deleting:
             await self._backend.delete(job.key.namespace, child)
             logger.info(
                 "runPolicy.ttlSecondsAfterFinished is over: the job's objects were removed", extra=job.log_fields
             )
-        if job.status.child is not None:
-            await self._writer.forget_child(job)
 
 
 def time_to_live(manifest: dict[str, object]) -> int | None:

@@ -19,6 +19,7 @@ BENCHES = {
     "peers": "the trainer against Hugging Face's Trainer and trl on the same rows",
     "uploads": "the training thread with checkpoints at 5 MB/s against none",
     "fleet": "the operator with thousands of jobs beside training-operator",
+    "checks": "attempt 1 after the preflight check, alone and beside a thousand jobs",
 }
 """What each measurement compares, by the name of its module in this package."""
 

@@ -31,6 +31,7 @@ from tests.bench import floor
 from tests.faults.admin import Admin, Manifest
 from tests.faults.operators import OperatorProcess
 from tests.faults.world import CHILDREN, JOBS, World, job, running_world, settled
+from tests.operator.builders import is_observed
 
 JOBS_NEW = int(os.environ.get("FINETUNE_BENCH_JOBS", "1000"))
 JOBS_IDLE = 5 * JOBS_NEW
@@ -281,7 +282,7 @@ def run() -> None:
         world.loop.run(create_all(world.admin, path, idle, Fleet()), PATIENCE_SECONDS)
 
         def all_have_a_status() -> bool:
-            return sum("status" in found for found in world.jobs(namespace)) == JOBS_IDLE
+            return sum(is_observed(found) for found in world.jobs(namespace)) == JOBS_IDLE
 
         world.wait("all statuses", all_have_a_status, PATIENCE_SECONDS, 2)
         ready, all_seen, written = restart(world, JOBS_IDLE)
@@ -292,7 +293,8 @@ def run() -> None:
         with lag_of(world.operator) as lag:
             world.wait(
                 "the next resync",
-                lambda: reconciles(world.operator) >= before + JOBS_IDLE,
+                # The resync leaves out the jobs that have ended, because they did not change.
+                lambda: reconciles(world.operator) >= before + JOBS_IDLE - JOBS_NEW,
                 PATIENCE_SECONDS,
                 SCRAPE_SECONDS,
             )

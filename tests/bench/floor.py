@@ -24,6 +24,7 @@ from finetune_operator.kube.client import FIELD_MANAGER
 from tests.faults.admin import Admin, Manifest
 from tests.faults.stub_node import SCRIPT
 from tests.faults.world import JOBS, World, running_world
+from tests.operator.builders import is_observed
 
 SAMPLE = "the-sample"
 APPLY = "application/apply-patch+yaml"
@@ -86,7 +87,7 @@ def take_sample(world: World, job: Manifest) -> Sample:
 
     async def follow() -> None:
         async for event in world.admin.watch(JOBS):
-            if event["object"]["metadata"]["namespace"] == namespace and "status" in event["object"]:
+            if event["object"]["metadata"]["namespace"] == namespace and is_observed(event["object"]):
                 statuses.append(event["object"]["status"])
 
     world.loop.spawn(follow())

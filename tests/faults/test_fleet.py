@@ -5,21 +5,32 @@ from __future__ import annotations
 import random
 import subprocess
 import time
+import uuid
 from collections import Counter
+from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from finetune_core.api import GROUP, PLURAL, VERSION
 from finetune_operator.objects.labels import ATTEMPT, JOB_NAME
+from tests.faults.admin import RefusedError
 from tests.faults.operators import OperatorProcess
-from tests.faults.world import World, job, settled
+from tests.faults.world import World, condition, job, settled
 from tests.operator.builders import REPOSITORY
+from tests.operator.test_version_skew import SKEWS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 CONVERGED_SECONDS = 30
-PREVIOUS = "2433999"
-"""Commit of the first version that ran jobs. That version had no leader election and an older form of the status."""
+FIVE_JOBS = tuple(f"job-{number}" for number in range(5))
+FIRST = "2433999"
+"""Commit of the first version that ran jobs. It had no leader election, no `runPolicy.cancel` and an older status."""
+LATER = "5b68d5f"
+"""Commit of a later version, which obeys `runPolicy.cancel` and checks jobs before their first attempt."""
 
 
 @pytest.mark.long
@@ -82,10 +93,10 @@ def recorded_attempts(world: World, namespace: str) -> set[tuple[str, int]]:
     }
 
 
-def previous_release(folder: Path) -> Path | None:
-    """Unpack the packages of commit PREVIOUS into ``folder``; return None where the git history lacks the commit."""
+def previous_release(commit: str, folder: Path) -> Path | None:
+    """Unpack packages and CRD of ``commit`` into ``folder``; return None where the git history lacks the commit."""
     archive = subprocess.run(
-        ["git", "archive", PREVIOUS, "core", "operator"], cwd=REPOSITORY, capture_output=True, check=False
+        ["git", "archive", commit, "core", "operator", "crds"], cwd=REPOSITORY, capture_output=True, check=False
     )
     if archive.returncode != 0:
         return None
@@ -94,16 +105,20 @@ def previous_release(folder: Path) -> Path | None:
 
 
 @pytest.mark.long
-def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path) -> None:
-    source = previous_release(tmp_path)
+@pytest.mark.parametrize(("commit", "obeys_cancel"), [(FIRST, False), (LATER, True)])
+def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path, commit: str, obeys_cancel: bool) -> None:
+    source = previous_release(commit, tmp_path)
     if source is None:
         # The old version comes from the git history, which a shallow clone or a source archive does not have.
-        pytest.skip(f"the history does not reach back to {PREVIOUS}")
+        pytest.skip(f"the history does not reach back to {commit}")
     namespace = world.namespace()
     world.operator.stop()
+    _delete_other_jobs(world)
     server = f"https://127.0.0.1:{world.proxy.port}"
     previous = OperatorProcess(world.cluster, tmp_path, server=server, source=source, ports=(18444, 18081))
     try:
+        # Helm upgrades and rolls back the CRD together with the operator, because the CRD is a template of the chart.
+        install_crd(world, _crd(source))
         previous.start()
         previous.wait_ready()
         world.create(namespace, *(job("run", name=f"job-{number}") for number in range(5)))
@@ -111,17 +126,122 @@ def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path) -> 
         before = _objects(world, namespace)
         for turn in range(2):
             previous.stop()
+            install_crd(world, _crd(REPOSITORY))
             world.operator.start()
             world.operator.wait_ready()
-            _wait_for_reconciles(world, namespace, "the new version")
+            _wait_for_reconciles(world, namespace, world.operator, "the new version")
             assert _objects(world, namespace) == before, f"upgrade {turn}"
             world.operator.stop()
+            install_crd(world, _crd(source))
             previous.start()
             previous.wait_ready()
-            _wait_for_reconciles(world, namespace, "the previous version")
+            _wait_for_reconciles(world, namespace, previous, "the previous version")
             assert _objects(world, namespace) == before, f"rollback {turn}"
+        if obeys_cancel:
+            _cancel(world, namespace, "job-0")
+        assert previous.metric("finetune_reconciles_total", 'result="error"') == 0
     finally:
         previous.close()
+        install_crd(world, _crd(REPOSITORY))
+
+
+@pytest.mark.long
+def test_a_rollback_from_a_newer_version_looks_after_its_jobs(world: World) -> None:
+    """The newer version is made up: its CRD has no bounds, and the status has longer lists, new words and fields."""
+    namespace = world.namespace()
+    _delete_other_jobs(world)
+    names = dict(zip((f"job-{number}" for number in range(len(SKEWS))), SKEWS, strict=True))
+    try:
+        world.create(namespace, *(job("run", name=name) for name in names))
+        world.wait("both pods of each", lambda: _running(world, namespace) == len(names), 120)
+        before = _objects(world, namespace)
+        world.operator.stop()
+        install_crd(world, _newer_crd())
+        for name, skew in names.items():
+            path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}"
+            found = world.call("GET", path)
+            found["status"] = SKEWS[skew](found["status"])
+            world.call("PUT", f"{path}/status", found)
+        world.operator.start()
+        world.operator.wait_ready()
+        _wait_for_reconciles(world, namespace, world.operator, "the older version", sorted(names))
+        assert _objects(world, namespace)[:2] == before[:2]
+        for name in names:
+            _cancel(world, namespace, name)
+        assert world.operator.metric("finetune_reconciles_total", 'result="error"') == 0
+    finally:
+        world.operator.stop()
+        install_crd(world, _crd(REPOSITORY))
+
+
+def _delete_other_jobs(world: World) -> None:
+    """Delete the jobs of earlier tests, whose reconciles would be counted too."""
+    for found in world.jobs():
+        metadata = found["metadata"]
+        world.call("DELETE", f"/apis/{GROUP}/{VERSION}/namespaces/{metadata['namespace']}/{PLURAL}/{metadata['name']}")
+
+
+def _crd(source: Path) -> dict[str, Any]:
+    """Return the CRD of the checkout ``source``."""
+    manifest: dict[str, Any] = yaml.safe_load((source / "crds/finetune.dev_finetunejobs.yaml").read_text())
+    return manifest
+
+
+def _newer_crd() -> dict[str, Any]:
+    """Return a CRD whose status takes any fields, values and lengths."""
+    manifest = _crd(REPOSITORY)
+    schema = manifest["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    schema["status"] = _unbounded(schema["status"])
+    return manifest
+
+
+def _unbounded(schema: Any) -> Any:
+    """Return the structural ``schema`` without bounds. Keys of lists stay required, because the API server asks it."""
+    if isinstance(schema, list):
+        return [_unbounded(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    bounds = ("maxItems", "maxLength", "maximum", "minimum", "minLength", "pattern", "enum", "required")
+    result = {key: _unbounded(value) for key, value in schema.items() if key not in bounds}
+    if isinstance(schema.get("properties"), dict):
+        result["properties"] = {key: _unbounded(value) for key, value in schema["properties"].items()}
+        result["x-kubernetes-preserve-unknown-fields"] = True
+        if "type" in schema["properties"]:
+            result["required"] = ["type"]
+    return result
+
+
+def install_crd(world: World, manifest: dict[str, Any]) -> None:
+    """Replace the CRD by ``manifest``, and wait until the API server uses it. No operator may run meanwhile."""
+    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{manifest['metadata']['name']}"
+    stored = world.call("GET", path)
+    schema = manifest["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    schema["properties"]["spec"]["description"] = mark = uuid.uuid4().hex
+    world.call("PUT", path, stored | {"spec": stored["spec"] | {"versions": manifest["spec"]["versions"]}})
+    published = f"/openapi/v3/apis/{GROUP}/{VERSION}"
+
+    def is_used() -> bool:
+        try:
+            world.jobs()
+        except RefusedError as error:
+            # While the API server changes to the new schema, it answers 429: "storage is (re)initializing".
+            if error.status != HTTPStatus.TOO_MANY_REQUESTS:
+                raise
+            return False
+        return mark in str(world.call("GET", published))
+
+    world.wait("the API server to use the CRD", is_used, 60)
+
+
+def _cancel(world: World, namespace: str, name: str) -> None:
+    """Cancel the job and wait until it has ended and its pods are gone."""
+    path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}"
+    patch = {"spec": {"runPolicy": {"cancel": True}}}
+    world.call("PATCH", path, patch, content_type="application/merge-patch+json")
+    found = world.wait_job(namespace, "the cancelled job's end", settled, 120, name=name)
+    assert condition(found, "Succeeded")["reason"] == "Cancelled"
+    mine = f"/api/v1/namespaces/{namespace}/pods?labelSelector={JOB_NAME}%3D{name}"
+    world.wait("its pods to be gone", lambda: not world.call("GET", mine)["items"], 60)
 
 
 def _running(world: World, namespace: str) -> int:
@@ -138,12 +258,18 @@ def _objects(world: World, namespace: str) -> tuple[list[str], list[str], list[i
     )
 
 
-def _wait_for_reconciles(world: World, namespace: str, who: str) -> None:
+def _wait_for_reconciles(
+    world: World, namespace: str, operator: OperatorProcess, who: str, names: Sequence[str] = FIVE_JOBS
+) -> None:
+    """Wait until each job was reconciled twice since ``operator`` has started, and check that no reconcile failed."""
     began = time.monotonic()
-    paths = [f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs/job-{number}" for number in range(5)]
+    paths = [f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}" for name in names]
 
     def reconciled() -> bool:
         seen = Counter(record.request.path for record in world.proxy.records if record.at > began)
         return all(seen[path] >= 2 for path in paths)
 
     world.wait(f"two reconciles of each job by {who}", reconciled, 90)
+    # A reconcile that can't read the job reads it too, so the requests alone prove nothing.
+    assert operator.metric("finetune_reconciles_total", 'result="ok"') >= len(names)
+    assert operator.metric("finetune_reconciles_total", 'result="error"') == 0, operator.evidence()

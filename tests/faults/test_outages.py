@@ -15,6 +15,7 @@ import pytest
 
 from tests.faults.rules import Answer, Drop, EditEvents, Fault, Rule, StreamError
 from tests.faults.world import World, job
+from tests.operator.builders import is_observed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -127,7 +128,7 @@ def test_a_broken_watch_ends_the_process_or_heals(world: World, name: str) -> No
 
         def is_told() -> bool:
             world.keep_operator_alive()
-            return bool(world.job(namespace).get("status"))
+            return is_observed(world.job(namespace))
 
         began = time.monotonic()
         world.wait("the first status", is_told, 3 * 75)
@@ -173,7 +174,7 @@ def test_an_api_server_that_is_killed_or_frozen_is_found_again(
 
     def is_told() -> bool:
         world.keep_operator_alive()
-        return bool(world.job(namespace).get("status"))
+        return is_observed(world.job(namespace))
 
     world.wait("the first status", is_told, 3 * bar)
     print(f"told {time.monotonic() - recovered:.1f} s after the server was ready again")

@@ -24,6 +24,7 @@ from tests.faults.rules import (
 )
 from tests.faults.trials import Point, run_all
 from tests.faults.world import World, job
+from tests.operator.builders import is_observed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -99,7 +100,7 @@ def _with_both_pods(world: World, namespace: str) -> dict[str, Any] | None:
     # here if its process has ended.
     world.keep_operator_alive()
     found = world.job(namespace)
-    return found if "status" in found and len(_pods(found)) == 2 else None
+    return found if is_observed(found) and len(_pods(found)) == 2 else None
 
 
 def test_a_server_that_shows_the_past_leads_to_nothing_foreign(world: World) -> None:
@@ -121,6 +122,9 @@ def test_a_server_that_shows_the_past_leads_to_nothing_foreign(world: World) -> 
     second = world.wait("both pods", partial(_with_both_pods, world, namespace), 120)
     assert second["metadata"]["uid"] != first["metadata"]["uid"]
     assert second["status"]["attempts"]["started"] == 1
+    assert second["status"]["attempts"]["recent"] == []
+    told = ("progress", "metrics", "history", "checkpoints", "evaluation", "incidents", "notices", "artifact")
+    assert not [name for name in told if second["status"].get(name)], "the new job shows nothing of the old one"
     assert {pod["uid"] for pod in _pods(second)}.isdisjoint({pod["uid"] for pod in _pods(first)})
     assert [child["metadata"]["ownerReferences"][0]["uid"] for child in world.children(namespace)] == [
         second["metadata"]["uid"]

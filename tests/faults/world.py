@@ -21,7 +21,7 @@ from tests.faults.loops import LoopThread
 from tests.faults.operators import OperatorProcess, install
 from tests.faults.proxy import FaultProxy
 from tests.faults.stub_node import StubNode, script
-from tests.operator.builders import job_manifest
+from tests.operator.builders import is_observed, job_manifest
 
 JOBS = f"/apis/{GROUP}/{VERSION}/{PLURAL}"
 CHILDREN = "/apis/kubeflow.org/v1/pytorchjobs"
@@ -106,7 +106,7 @@ class World:
 
         def look() -> Manifest | None:
             job = self.job(namespace, name)
-            return job if job.get("status") and reached(job) else None
+            return job if is_observed(job) and reached(job) else None
 
         found: Manifest = self.wait(what, look, timeout)
         return found

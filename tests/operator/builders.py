@@ -44,6 +44,11 @@ def job_manifest(**spec: Any) -> dict[str, Any]:
     return manifest
 
 
+def is_observed(manifest: dict[str, Any]) -> bool:
+    """Return whether the operator has written the status of the job. The API server gives every job a default one."""
+    return bool(manifest.get("status", {}).get("conditions"))
+
+
 def job(**spec: Any) -> FineTuneJob:
     """Return the job of examples/quickstart.yaml. ``spec`` replaces sections of the job's spec."""
     return FineTuneJob.model_validate(job_manifest(**spec))

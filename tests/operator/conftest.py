@@ -18,7 +18,7 @@ from tests.cluster import Cluster, wait_for
 from tests.cluster.fixtures import started
 from tests.cluster.layout import HOST_ADDRESS
 from tests.cluster.oci import BUSYBOX, BUSYBOX_COMMANDS, Image, write_archive
-from tests.operator.builders import REPOSITORY, job_manifest
+from tests.operator.builders import REPOSITORY, is_observed, job_manifest
 from tests.operator.operator_program import OperatorProgram, operator_program
 
 OPERATOR_NAMESPACE = "operator-tests"
@@ -58,7 +58,7 @@ class Installed:
 
         def look() -> Manifest | None:
             job = self.job(namespace, name)
-            return job if job.get("status") and reached(job) else None
+            return job if is_observed(job) and reached(job) else None
 
         return wait_for(what, look, timeout, evidence=lambda: self.evidence(namespace), interval=0.2)
 

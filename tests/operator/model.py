@@ -11,11 +11,13 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
+from finetune_core.api.conditions import ConditionType
 from finetune_operator.kube.client import ApiError
 from finetune_operator.objects.labels import PREFLIGHT, TRAINING_CONTAINER
 from finetune_operator.queue.work_queue import Key
 
 Manifest = dict[str, Any]
+_OWN = set(ConditionType)
 
 
 class CrashedError(Exception):
@@ -60,19 +62,30 @@ class ModelServer:
         self._crash_after = crash_after
         self._version = 1
         self._generation = 0
+        self._applied_conditions = {item["type"] for item in job.get("status", {}).get("conditions", [])} & _OWN
 
     # ---- requests of the operator ----
 
     async def get_job(self, _key: Key) -> Manifest:
         return copy.deepcopy(self.job)
 
-    async def apply_status(self, _key: Key, resource_version: str, status: Manifest) -> None:
+    async def apply_status(self, _key: Key, resource_version: str, status: Manifest) -> str:
         if resource_version != self.job["metadata"]["resourceVersion"]:
             raise ApiError(409, "Conflict", "the object has been modified")
+        if status == self.job.get("status"):
+            return resource_version  # the API server stores nothing, and the resourceVersion stays the same
         self._version += 1
         self.job["metadata"]["resourceVersion"] = str(self._version)
-        self.job["status"] = status
+        # Server-side apply keeps the conditions of other field managers, and removes those that the operator no longer
+        # applies.
+        old = self.job.get("status", {}).get("conditions", [])
+        applied = {item["type"] for item in status["conditions"]}
+        known = applied | self._applied_conditions
+        others = [item for item in old if isinstance(item, dict) and str(item.get("type", "Ready")) not in known]
+        self._applied_conditions = applied
+        self.job["status"] = status | {"conditions": [*status["conditions"], *others]}
         self._wrote("status")
+        return str(self._version)
 
     async def get_child(self, _namespace: str, name: str) -> Manifest | None:
         return copy.deepcopy(self.children.get(name))
@@ -103,12 +116,14 @@ class ModelServer:
         name = manifest["metadata"]["name"]
         if name in self.config_maps:
             raise ApiError(409, "AlreadyExists", name)
-        self.config_maps[name] = manifest
+        self.config_maps[name] = copy.deepcopy(manifest)
+        self.config_maps[name]["metadata"]["uid"] = f"uid-{len(self.writes)}"
         self._wrote(f"create configmap {name}")
         return manifest
 
-    async def delete_config_map(self, _namespace: str, name: str) -> None:
-        if self.config_maps.pop(name, None):
+    async def delete_config_map(self, _namespace: str, name: str, uid: str) -> None:
+        if name in self.config_maps and self.config_maps[name]["metadata"]["uid"] == uid:
+            del self.config_maps[name]
             self._wrote(f"delete configmap {name}")
 
     async def create_pod(self, manifest: Manifest) -> Manifest:
@@ -126,14 +141,25 @@ class ModelServer:
         self._wrote(f"create pod {name}")
         return copy.deepcopy(check)
 
-    async def delete_pod(self, _namespace: str, name: str, uid: str) -> None:
+    async def delete_pod(self, _namespace: str, name: str, uid: str) -> bool:
         gone = [check for check in self.checks if (check["metadata"]["name"], check["metadata"]["uid"]) == (name, uid)]
         if gone:
             self.checks.remove(gone[0])
             self._wrote(f"delete pod {name}")
+        orphans = [pod for pod in self.pods if (pod["metadata"]["name"], pod["metadata"]["uid"]) == (name, uid)]
+        for pod in orphans:
+            self._end_pod(pod)
+            self._wrote(f"delete pod {name}")
+        self.pods = [pod for pod in self.pods if self.saving or "gone" not in pod]
+        return bool(gone or orphans)
 
     async def list_pods(self, _namespace: str, selector: str) -> list[Manifest]:
         return copy.deepcopy(self.checks if PREFLIGHT in selector else [*self.pods, *self.checks])
+
+    async def annotate_pod(self, _namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
+        for pod in self.pods:
+            if (pod["metadata"]["name"], pod["metadata"]["uid"]) == (name, uid):
+                pod["metadata"].setdefault("annotations", {}).update(annotations)
 
     async def list_warnings(self, _namespace: str, _uid: str) -> list[Manifest]:
         return []
@@ -158,9 +184,20 @@ class ModelServer:
             self.pods = [pod for pod in self.pods if pod["child"] != child]
         for pod in self.pods:
             if pod["child"] == child and "gone" not in pod:
-                pod["gone"] = self.now + timedelta(seconds=self.saving)
-                pod["metadata"]["deletionTimestamp"] = (self.now + timedelta(seconds=90)).isoformat()
-                pod["metadata"]["deletionGracePeriodSeconds"] = 90
+                self._end_pod(pod)
+
+    def _end_pod(self, pod: Manifest) -> None:
+        pod["gone"] = self.now + timedelta(seconds=self.saving)
+        pod["metadata"]["deletionTimestamp"] = (self.now + timedelta(seconds=90)).isoformat()
+        pod["metadata"]["deletionGracePeriodSeconds"] = 90
+
+    def orphan_pods(self) -> bool:
+        """Delete the PyTorchJob but not its pods, as `kubectl delete --cascade=orphan` does; return whether there is
+        one. The garbage collector then takes the owner reference from the pods."""
+        for pod in self.pods:
+            pod["child"] = None
+            del pod["metadata"]["ownerReferences"]
+        return bool(self.children.popitem())
 
     def end_pods(self, exit_code: int, message: str = "") -> bool:
         """End the training container of every running pod; return whether any pod was running."""
@@ -247,6 +284,15 @@ class ModelServer:
                     "child": child["metadata"]["name"],
                     "metadata": {
                         "name": name,
+                        "ownerReferences": [
+                            {
+                                "apiVersion": child["apiVersion"],
+                                "kind": child["kind"],
+                                "name": child["metadata"]["name"],
+                                "uid": child["metadata"]["uid"],
+                                "controller": True,
+                            }
+                        ],
                         "uid": f"{name}-{child['metadata']['uid']}-{self._generation}",
                         "labels": labels,
                         "creationTimestamp": self.now.isoformat(),

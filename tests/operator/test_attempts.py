@@ -100,7 +100,9 @@ def test_a_failed_attempt_is_accounted_once_and_its_objects_go_before_the_next()
     assert advance(closed, seen(pods)).action is Action.REMOVE_ATTEMPT
     assert advance(closed, seen(pods)).attempts == closed
     # The PyTorchJob is gone but its pods still exist, so no attempt starts.
-    assert advance(closed, seen_no_child(now=60, pods=pods)).action is Action.NONE
+    assert advance(closed, seen_no_child(now=59, pods=pods)).action is Action.NONE
+    # The garbage collector has had a minute to delete them, so the operator deletes them itself.
+    assert advance(closed, seen_no_child(now=60, pods=pods)).action is Action.REMOVE_ORPHANS
     opened = advance(closed, seen_no_child(now=10))
     assert (opened.action, opened.attempts.started) == (Action.OPEN_ATTEMPT, 2)
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from finetune_core.contract import CheckpointRecord, Outcome, Phase, Report, RunConfig
 from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
 from finetune_core.names import attempt_name
+from finetune_operator.kube.client import ApiError
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory
@@ -236,13 +238,22 @@ def reconciler(server: ModelServer, trainer_image: str = "trainer:1", memory: Me
     )
 
 
-async def run_to_end(scenario: Scenario, crash_after: int | None = None) -> ModelServer:
+def server_of(scenario: Scenario, crash_after: int | None = None) -> ModelServer:
+    """Return the model server of ``scenario``; the operator crashes after write number ``crash_after``."""
+    job = job_manifest(runPolicy=scenario.policy)
+    return ModelServer(job, NOW, crash_after=crash_after, refuses=scenario.refuses, pods_run=scenario.pods_run)
+
+
+async def run_to_end(
+    scenario: Scenario, crash_after: int | None = None, server: ModelServer | None = None
+) -> ModelServer:
     """Reconcile the job of ``scenario`` until it has ended. After a crash, a new operator goes on.
 
-    The model server makes the operator crash after write number ``crash_after``; None means no crash.
+    The model server makes the operator crash after write number ``crash_after``; None means no crash. ``server`` may be
+    another server with the job of ``scenario``. After an answer 409 the job is reconciled again, as `controller.py`
+    does.
     """
-    job = job_manifest(runPolicy=scenario.policy)
-    server = ModelServer(job, NOW, crash_after=crash_after, refuses=scenario.refuses, pods_run=scenario.pods_run)
+    server = server or server_of(scenario, crash_after)
     operator = reconciler(server)
     events = list(scenario.script)
     for _ in range(400):
@@ -251,6 +262,10 @@ async def run_to_end(scenario: Scenario, crash_after: int | None = None) -> Mode
             outcome = await operator.reconcile(KEY)
         except CrashedError:
             operator = reconciler(server)
+            continue
+        except ApiError as error:
+            if error.status != HTTPStatus.CONFLICT:
+                raise
             continue
         if was_settled:
             return server  # this was the reconcile after the job's end, which deletes leftover objects
@@ -279,7 +294,7 @@ def _reason(server: ModelServer, *, settled: bool = False) -> str:
     return ""
 
 
-def _essence(server: ModelServer) -> dict[str, Any]:
+def essence(server: ModelServer) -> dict[str, Any]:
     """Return those parts of the final state that a crash must not change. Times are left out."""
     status = server.job["status"]
     attempts = status["attempts"]
@@ -300,13 +315,13 @@ def _essence(server: ModelServer) -> dict[str, Any]:
 async def test_a_crash_after_any_write_changes_nothing(name: str) -> None:
     scenario = SCENARIOS[name]
     faultless = await run_to_end(scenario)
-    expected = _essence(faultless)
+    expected = essence(faultless)
     assert (_reason(faultless, settled=True), expected["counts"]) == (scenario.reason, scenario.counts)
     children = 0 if scenario.refuses else scenario.counts[0]
     assert expected["created"] == [attempt_name("quickstart", UID, n + 1) for n in range(children)]
     for crash_after in range(1, len(faultless.writes) + 1):
         crashed = await run_to_end(scenario, crash_after)
-        assert _essence(crashed) == expected, f"crash after write {crash_after}: {crashed.writes[crash_after - 1]}"
+        assert essence(crashed) == expected, f"crash after write {crash_after}: {crashed.writes[crash_after - 1]}"
 
 
 async def test_a_deadline_names_what_pods_wait_for_that_the_status_never_showed() -> None:
@@ -389,7 +404,8 @@ async def test_changes_of_queue_priority_and_retention_take_effect_with_the_next
 
 
 async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_checkpoint() -> None:
-    server, memory = ModelServer(job_manifest(), NOW), Memory()
+    server = ModelServer(job_manifest(), NOW)
+    memory = Memory(lambda: server.now.timestamp())
     operator = reconciler(server, memory=memory)
     for _ in range(5):
         await operator.reconcile(KEY)
@@ -405,10 +421,12 @@ async def test_the_last_pods_of_a_suspended_attempt_may_still_report_their_check
     reporting = memory.reporting_attempt(KEY)
     assert reporting is not None
     assert (reporting.attempt, len(reporting.pod_uids)) == (1, 2)
-    memory.store_report(KEY, _report(20), server.now)
+    memory.store_report(KEY, UID, _report(20), server.now)
     await operator.reconcile(KEY)
-    memory.store_report(KEY, _report(20, 46), server.now)
-    # The pods end before the next progress write is allowed.
+    while memory.job(KEY, UID).reported_writes.take(server.now.timestamp()):
+        pass  # takes every token of the job
+    memory.store_report(KEY, UID, _report(20, 46), server.now)
+    # The pods end before the next write for the sake of a report is allowed.
     server.pods = []
     outcome = await operator.reconcile(KEY)
     assert memory.reporting_attempt(KEY) is None

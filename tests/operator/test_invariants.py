@@ -66,7 +66,7 @@ class WatchedServer(ModelServer):
         assert len(self.created) == len(set(self.created)), "an attempt was created twice"
 
 
-def _events(chance: random.Random) -> list[tuple[Callable[[ModelServer], Any], float]]:
+def likely_events(chance: random.Random) -> list[tuple[Callable[[ModelServer], Any], float]]:
     """Return the events that may happen between two reconciles, each with its weight."""
 
     def scale(server: ModelServer) -> None:
@@ -110,7 +110,7 @@ async def test_every_attempt_is_accounted_once_and_before_the_next(seed: int, mo
     chance = random.Random(seed)
     server = WatchedServer(_job(), NOW, chance=chance, saving=chance.choice((0, 20, 85)))
     operator = reconciler(server)
-    actions, weights = zip(*_events(chance), strict=True)
+    actions, weights = zip(*likely_events(chance), strict=True)
     for _ in range(300):
         try:
             await operator.reconcile(KEY)

@@ -1,4 +1,4 @@
-"""The remaining time that the operator estimates from reported steps, and the budget of status writes.
+"""The remaining time that the operator estimates from reported steps, and when new numbers are due.
 
 Each test sets the clock itself.
 """
@@ -10,7 +10,6 @@ import pytest
 from finetune_core.api.status import ProgressStatus
 from finetune_operator.queue.memory import JobMemory
 from finetune_operator.queue.speed import WINDOW, StepWindow, eta_seconds
-from finetune_operator.status.budget import WriteBudget
 from tests.operator.builders import NOW
 
 
@@ -71,21 +70,6 @@ def test_a_job_at_its_end_takes_no_more_time() -> None:
     assert eta_seconds(120, 100, 2.0, None) == 0
 
 
-def test_the_budget_lets_a_burst_through_and_then_gives_places_at_its_rate() -> None:
-    now = [0.0]
-    budget = WriteBudget(lambda: now[0], per_second=2, burst=3)
-    assert [budget.reserve() for _ in range(5)] == [0, 0, 0, 0.5, 1.0]
-    now[0] = 60.0
-    assert [budget.reserve() for _ in range(4)] == [60, 60, 60, 60.5], "it holds no more than a burst"
-
-
-def test_urgent_writes_make_numbers_wait_longer_but_not_for_ever() -> None:
-    budget = WriteBudget(lambda: 0.0, per_second=1, burst=2)
-    for _ in range(1000):
-        budget.spend()
-    assert budget.reserve() == 3
-
-
 def test_new_numbers_of_a_job_wait_for_its_ten_seconds_and_for_their_place() -> None:
     memory = JobMemory()
     assert memory.seconds_to_progress_write(100.0) == 0
@@ -94,3 +78,5 @@ def test_new_numbers_of_a_job_wait_for_its_ten_seconds_and_for_their_place() -> 
     memory.progress_write_at = 115.0
     assert memory.seconds_to_progress_write(104.0) == 11
     assert memory.seconds_to_progress_write(115.0) == 0
+    memory.reported_write_at = 120.0
+    assert memory.seconds_to_progress_write(115.0) == 5

@@ -26,9 +26,10 @@ from finetune_operator.decide.decision import JobEnd
 from finetune_operator.objects.observations import ContainerObservation, ContainerState
 from finetune_operator.queue.retryable import RetryableError
 from finetune_operator.queue.work_queue import Key
-from finetune_operator.status.compute import compute_status, is_news, is_transition
+from finetune_operator.status.compute import compute_status
 from finetune_operator.status.events import event_manifest, events_between
 from finetune_operator.status.inputs import StatusInput, plan_of
+from finetune_operator.status.urgency import is_news, is_transition
 from tests.operator.builders import UID, at, child, current, job, pod
 
 WAITING = ContainerState.WAITING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -105,3 +106,51 @@ def test_a_container_that_its_runtime_could_not_start_has_not_run_since_1970() -
     assert ended.container is not None
     unstarted = replace(ended.container, started_at=datetime.fromtimestamp(0, UTC))
     assert count([replace(ended, container=unstarted)], [40, 80]) == (4 * 30, 0)
+
+
+def test_an_end_by_a_clock_that_is_ahead_is_counted_once() -> None:
+    early = holding(0, scheduled=30, started=31, ended=130)
+    assert count([early], [*range(100, 140, 5)], gpus=8) == (8 * 100, 99)
+
+
+def test_a_leader_whose_clock_is_behind_counts_no_time_twice() -> None:
+    running = [holding(0, scheduled=0, started=0)]
+    ahead = usage_until(at(600), None, running, gpus=8)
+    behind = usage_until(at(481), ahead, running, gpus=8)
+    assert (behind.last_update_time, behind.gpu_seconds) == (at(600), 8 * 600)
+    later = usage_until(at(700), behind, running, gpus=8)
+    assert (later.last_update_time, later.gpu_seconds, later.active_seconds) == (at(700), 8 * 700, 700)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_usage_never_goes_back_and_never_exceeds_the_time_that_passed(seed: int) -> None:
+    """The leader changes by chance, and the clocks of leaders and nodes are wrong by up to two minutes."""
+    chance = random.Random(seed)
+    leaders = [chance.uniform(-120, 120) for _ in range(3)]
+    lives = [(start, start + chance.uniform(10, 900)) for start in (chance.uniform(0, 900) for _ in range(4))]
+    skews = [chance.uniform(-120, 120) for _ in lives]
+    usage: UsageStatus | None = None
+    times = sorted(chance.uniform(0, 2000) for _ in range(60))
+    for true in times:
+        seen = [
+            holding(
+                index,
+                scheduled=max(start, 0),
+                started=start + skew,
+                ended=end + skew if end <= true else None,
+            )
+            for index, ((start, end), skew) in enumerate(zip(lives, skews, strict=True))
+            if start <= true
+        ]
+        before = usage or UsageStatus(last_update_time=at(-1000))
+        usage = usage_until(at(int(true + chance.choice(leaders))), usage, seen, gpus=2)
+        assert usage.gpu_seconds >= before.gpu_seconds
+        assert usage.active_seconds >= before.active_seconds
+        assert usage.last_update_time is not None
+        assert before.last_update_time is not None
+        assert usage.last_update_time >= before.last_update_time
+    assert usage is not None
+    # A wrong clock moves a start and an end by two minutes at most, and so does the clock of a leader.
+    held = sum(end - start + 4 * 120 for start, end in lives)
+    assert usage.gpu_seconds <= 2 * held
+    assert usage.active_seconds <= times[-1] + 2 * 120

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -12,6 +13,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_core.api.base import ApiModel
+
+REASON_LENGTH = 64
+"""Most characters of a reason that the operator writes."""
 
 
 class ConditionType(StrEnum):
@@ -57,10 +61,19 @@ class Reason(StrEnum):
     SETTLED = "Settled"
 
 
-class Condition(ApiModel):
-    """A condition as in Kubernetes' metav1.Condition."""
+def valid_reason(text: str) -> str:
+    """Return ``text`` as the reason of a condition: without the characters that the API server refuses, and cut.
 
-    type: Annotated[str, Field(max_length=64)]
+    Needed for a reason that stands in the status and that another version may have written.
+    """
+    letters = re.sub(r"[^A-Za-z0-9_]", "", text).lstrip("0123456789_")
+    return letters[:REASON_LENGTH] or "Unknown"
+
+
+class Condition(ApiModel):
+    """A condition with the bounds of Kubernetes' metav1.Condition, because others may write conditions too."""
+
+    type: Annotated[str, Field(max_length=316)]
     """Type of the condition, for example `Succeeded`."""
     status: Literal["True", "False", "Unknown"]
     """Whether the condition holds: True, False or Unknown."""
@@ -68,7 +81,7 @@ class Condition(ApiModel):
     """`metadata.generation` of the spec that the condition was computed from."""
     last_transition_time: datetime
     """Time at which `status` last changed."""
-    reason: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Z][A-Za-z]*$")]
+    reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
     """Reason of the status as a CamelCase word for programs, for example `WaitingForPods`."""
-    message: Annotated[str, Field(max_length=2048)] = ""
+    message: Annotated[str, Field(max_length=32768)] = ""
     """A sentence for people that names the pod, field or file that it is about."""

@@ -26,7 +26,7 @@ from finetune_core.api.job import (
 )
 from finetune_core.api.schema import openapi_schema
 from finetune_core.api.spec import FineTuneJobSpec
-from finetune_core.api.status import FineTuneJobStatus
+from finetune_core.api.status import NOT_OBSERVED, FineTuneJobStatus
 
 CRD_FILE = f"{GROUP}_{PLURAL}.yaml"
 
@@ -42,7 +42,7 @@ def custom_resource_definition() -> dict[str, Any]:
             "kind": {"type": "string"},
             "metadata": {"type": "object"},
             "spec": openapi_schema(FineTuneJobSpec),
-            "status": openapi_schema(FineTuneJobStatus),
+            "status": openapi_schema(FineTuneJobStatus) | {"default": {"observedGeneration": NOT_OBSERVED}},
         },
         **cel(NAME_RULE),
     }

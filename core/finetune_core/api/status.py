@@ -4,7 +4,7 @@ want stands in `spec`."""
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
@@ -28,6 +28,9 @@ NOTICE_LIMIT = 8
 """Most sentences in `status.notices`. The newest ones are kept."""
 INCIDENT_LIMIT = 20
 """Most entries in `status.incidents`. The newest ones are kept."""
+NOT_OBSERVED = -1
+"""`status.observedGeneration` of a job whose status nobody has written yet. The CRD sets it, so that kstatus (Flux,
+Argo CD) takes such a job for one in progress: without the field it would take the job for a finished one."""
 MOST_HOLDERS = 2 * NODES_LIMIT
 """Most pods that can hold GPUs at the same time: all pods of one attempt, and all pods of the attempt before, which may
 still be terminating."""
@@ -67,6 +70,10 @@ class StatusModel(ApiModel):
     an older version can read the status that the newer version wrote."""
 
     model_config = ConfigDict(extra="ignore")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the section as the API server stores it, also with values that `reading.py` has let pass."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True, warnings=False)
 
 
 class PodRecord(StatusModel):
@@ -383,8 +390,9 @@ class ChildStatus(StatusModel):
 class FineTuneJobStatus(StatusModel):
     """What the operator observed: conditions, attempts, progress, scores and the artifact."""
 
-    observed_generation: Count = 0
-    """`metadata.generation` of the spec that the status was computed from."""
+    observed_generation: Annotated[int, Field(ge=-1)] = NOT_OBSERVED
+    """`metadata.generation` of the spec that the status was computed from; -1 until the operator has written the
+    status for the first time."""
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=by_key("type"))] = []
     """All conditions. Each is present from the first status write on."""
     preflight: PreflightStatus | None = None

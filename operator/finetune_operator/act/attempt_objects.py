@@ -7,18 +7,18 @@ object, for example because of a quota, the error is kept in memory and the crea
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from finetune_core.contract import RunConfig
 from finetune_core.names import attempt_name
 from finetune_operator.act.backoff import CreationBackoff
 from finetune_operator.act.config_maps import create_config_map, delete_config_map
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.config_map import build_config_map
-from finetune_operator.objects.observations import ChildObservation
+from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.objects.pod_template import AttemptSpec
-from finetune_operator.observe.stored_job import ParsedJob
+from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.queue.retryable import RetryableError
 
 logger = logging.getLogger(__name__)
@@ -66,11 +66,27 @@ class AttemptObjects:
         logger.info("attempt created", extra=job.log_fields)
         return child
 
-    async def remove(self, job: ParsedJob, child: ChildObservation) -> None:
+    async def remove(self, job: StoredJob, child: ChildObservation) -> None:
         """Delete the ConfigMap and the child of an attempt that ended. The garbage collector deletes its pods."""
         await delete_config_map(self._cluster, job.key.namespace, child.name, job.uid)
         await self._backend.delete(job.key.namespace, child)
         logger.info("attempt removed", extra=job.log_fields)
+
+    async def remove_orphans(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
+        """Delete ``pods``, whose attempt has ended and whose child somebody deleted without them.
+
+        A pod whose deletion is refused, for example by an admission policy, is remembered and no longer waited for.
+        """
+        for pod in pods:
+            try:
+                await self._cluster.delete_pod(job.key.namespace, pod.name, pod.uid)
+            except ApiError as error:
+                if not error.is_refusal:
+                    raise
+                job.memory.undeletable_pods.add(pod.uid)
+                logger.warning("orphaned pod %s was not removed: %s", pod.name, error, extra=job.log_fields)
+            else:
+                logger.info("orphaned pod %s removed", pod.name, extra=job.log_fields)
 
     async def _create(
         self, job: ParsedJob, image: str, config: RunConfig, avoided_nodes: tuple[str, ...]

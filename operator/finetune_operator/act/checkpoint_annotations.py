@@ -9,14 +9,14 @@ pod runs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC
 
 from finetune_core.api.status import CheckpointStatus
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import REQUEST_ERRORS, ApiError, KubeClient, describe_error
 from finetune_operator.objects.labels import LAST_CHECKPOINT_TIME
 from finetune_operator.objects.observations import PodObservation
-from finetune_operator.observe.stored_job import ParsedJob
+from finetune_operator.observe.stored_job import StoredJob
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +34,35 @@ def pods_to_annotate(pods: Sequence[PodObservation], attempt: int, value: str) -
 class CheckpointAnnotations:
     """Keeps the annotation `volcano.sh/last-checkpoint-time` of running pods up to date."""
 
-    def __init__(self, cluster: KubeClient, *, enabled: bool) -> None:
-        """Annotate pods with ``cluster``. Where not ``enabled``, do nothing: the chart then grants no permission."""
+    def __init__(self, cluster: KubeClient, *, enabled: bool, clock: Callable[[], float]) -> None:
+        """Annotate pods with ``cluster``. Where not ``enabled``, do nothing: the chart then grants no permission.
+
+        ``clock`` returns monotonic seconds.
+        """
         self._cluster = cluster
         self._enabled = enabled
+        self._clock = clock
 
-    async def update(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
-        """Annotate the running pods with the time of the newest checkpoint in the stored status."""
+    async def update(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
+        """Annotate the running pods with the time of the newest checkpoint in the stored status.
+
+        The pods of a job are annotated as often as its reports may cause a status write at most, because the reports
+        also choose that time. A later reconcile annotates the pods that are left out now.
+        """
         current = job.status.attempts.current
         if not self._enabled or current is None:
             return
         value = annotation_value(job.status.checkpoints)
-        for pod in pods_to_annotate(pods, current.number, value):
+        behind = pods_to_annotate(pods, current.number, value)
+        if not behind or not job.memory.annotation_writes.take(self._clock()):
+            return
+        for pod in behind:
             try:
                 await self._cluster.annotate_pod(job.key.namespace, pod.name, pod.uid, {LAST_CHECKPOINT_TIME: value})
-            except ApiError as error:
-                # A failure is only logged, because nothing of the job depends on the annotation and the next reconcile
+            except REQUEST_ERRORS as error:
+                # A failure is only logged, because nothing of the job depends on the annotation and a later reconcile
                 # tries again. Not even logged: the pod is gone (404), or a new pod has its name but another uid (409).
-                if not (error.is_not_found or error.is_conflict):
-                    logger.warning("pod %s was not annotated: %s", pod.name, error, extra=job.log_fields)
+                if not (isinstance(error, ApiError) and (error.is_not_found or error.is_conflict)):
+                    logger.warning(
+                        "pod %s was not annotated: %s", pod.name, describe_error(error), extra=job.log_fields
+                    )

@@ -12,7 +12,7 @@ from typing import Final
 
 from finetune_core.api.conditions import Reason
 from finetune_operator import messages
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import ApiError, KubeClient, going_away
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.observations import controller_uid
 from finetune_operator.queue.retryable import RetryableError
@@ -24,19 +24,21 @@ async def create_config_map(client: KubeClient, manifest: Manifest) -> None:
     """Create the ConfigMap, or accept the existing one where an earlier reconcile of the same job has created it.
 
     Raises RetryableError where the API server refuses the ConfigMap, or where a ConfigMap of that name belongs to
-    another owner.
+    another owner. Raises ApiError (409) where the ConfigMap is to be created again soon.
     """
     metadata = manifest["metadata"]
     try:
         await client.create_config_map(manifest)
     except ApiError as error:
-        if not error.is_conflict:
+        if not error.is_name_taken:
             if error.status in _REFUSALS:
                 message = messages.backend_refused("ConfigMap", metadata["name"], error.message)
                 raise RetryableError(Reason.BACKEND_UNAVAILABLE, message) from error
             raise
         existing = await client.get_config_map(metadata["namespace"], metadata["name"])
-        if existing is not None and controller_uid(existing) != controller_uid(manifest):
+        if existing is None or "deletionTimestamp" in existing["metadata"]:
+            raise going_away(error, "ConfigMap", metadata["name"]) from error
+        if controller_uid(existing) != controller_uid(manifest):
             problem = messages.name_conflict("ConfigMap", metadata["name"])
             raise RetryableError(Reason.NAME_CONFLICT, problem) from error
 
@@ -45,4 +47,4 @@ async def delete_config_map(client: KubeClient, namespace: str, name: str, owner
     """Delete the ConfigMap if it exists and its owner is the job with the uid ``owner_uid``."""
     existing = await client.get_config_map(namespace, name)
     if existing is not None and controller_uid(existing) == owner_uid:
-        await client.delete_config_map(namespace, name)
+        await client.delete_config_map(namespace, name, existing["metadata"]["uid"])

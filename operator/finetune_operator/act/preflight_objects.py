@@ -20,6 +20,7 @@ from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import PodObservation, controller_uid, parse_preflight_pod
 from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_config_map, build_preflight_pod
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob
+from finetune_operator.queue.requeue import Write
 from finetune_operator.queue.retryable import RetryableError
 
 logger = logging.getLogger(__name__)
@@ -33,36 +34,38 @@ class PreflightObjects:
         self._cluster = cluster
         self._backoff = backoff
 
-    async def create(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> float | None:
-        """Create ConfigMap and pod of try ``number``, unless the back-off after a refusal still lasts.
+    async def create(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> None:
+        """Create ConfigMap and pod of try ``number``.
 
-        Returns in how many seconds to reconcile again. None means that the pod exists, so that its watch events cause
-        the next reconcile.
+        Raises RetryableError where one of the two can't be created, and as long as the back-off after that lasts.
         """
-        if self._backoff.holds(job.memory):
-            return self._backoff.seconds_left(job.memory)
+        if job.memory.problem is not None and self._backoff.holds(job.memory):
+            raise job.memory.problem
         try:
             await self._create(job, number, image, config)
         except RetryableError as problem:
             self._backoff.failed(job.memory, problem)
             logger.warning("preflight pod not created: %s", problem.message, extra=job.log_fields)
-            return 0  # reconcile again at once, because the next reconcile writes the problem into the conditions
+            raise
         self._backoff.reset(job.memory)
         logger.info("preflight pod of try %d created", number, extra=job.log_fields)
-        return None
 
-    async def remove_all(self, job: StoredJob) -> None:
-        """Delete the pods of all tries that the job owns and that are not being deleted yet, and their ConfigMaps."""
+    async def remove_all(self, job: StoredJob) -> Write | None:
+        """Delete the pods of all tries that the job owns and that are not being deleted yet, and their ConfigMaps.
+        Return None where there is no such pod."""
         found = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
         pods = [parse_preflight_pod(manifest) for manifest in found if controller_uid(manifest) == job.uid]
-        await self.remove(job, [pod for pod in pods if pod is not None and pod.delete_deadline is None])
+        return await self.remove(job, [pod for pod in pods if pod is not None and pod.delete_deadline is None])
 
-    async def remove(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
-        """Delete ``pods``, each the pod of a try, and their ConfigMaps."""
+    async def remove(self, job: StoredJob, pods: Sequence[PodObservation]) -> Write | None:
+        """Delete ``pods``, each the pod of a try, and their ConfigMaps. Return None where no pod existed any more."""
+        write = None
         for pod in pods:
             await delete_config_map(self._cluster, job.key.namespace, pod.name, job.uid)
-            await self._cluster.delete_pod(job.key.namespace, pod.name, pod.uid)
-            logger.info("preflight pod of try %d removed", pod.index, extra=job.log_fields)
+            if await self._cluster.delete_pod(job.key.namespace, pod.name, pod.uid):
+                write = Write(f"deletion of pod {pod.name}")
+                logger.info("preflight pod of try %d removed", pod.index, extra=job.log_fields)
+        return write
 
     async def _create(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> None:
         """Create the ConfigMap, then the pod. Their names are deterministic, so that a retry finds them again."""
@@ -80,7 +83,7 @@ class PreflightObjects:
         try:
             await self._cluster.create_pod(pod)
         except ApiError as error:
-            if error.is_conflict:
+            if error.is_name_taken:
                 await self._accept_existing(job, pod)
             elif error.is_refusal:
                 message = messages.backend_refused("Pod", name, error.message)

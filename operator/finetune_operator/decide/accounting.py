@@ -58,12 +58,13 @@ def close(
         in_a_row = _free_in_a_row(attempts.recent, checkpoints, cause.reason)
         if in_a_row >= FREE_IN_A_ROW and not _progressed(current.start_time, checkpoints):
             verdict = Verdict.CHARGED
-    past = PastAttempt(
+    # Another version may have written the cause, with longer texts and larger numbers than this version writes.
+    past = PastAttempt.model_construct(
         number=current.number,
-        verdict=verdict,
-        reason=cause.reason,
-        message=cause.message,
-        node=cause.node,
+        verdict=verdict[:32],
+        reason=cause.reason[:64],
+        message=cause.message[:TEXT_LIMIT],
+        node=cause.node[:253],
         start_time=current.start_time,
         end_time=now,
     )

@@ -32,6 +32,14 @@ A trainer that still runs in such a pod does not damage the next attempt: once t
 number in the bucket, the old trainer stops at its next commit. What the old trainer commits before is a normal
 checkpoint of the job.
 """
+ORPHAN_LIMIT = timedelta(seconds=60)
+"""How long after the end of an attempt its pods may go on without a child object and without being deleted.
+
+The garbage collector deletes the pods of a deleted child within seconds. It does not where somebody deleted the child
+with `--cascade=orphan`. The operator then deletes the pods itself.
+"""
+_ORPHAN_SECONDS = 5.0
+"""Seconds until the next reconcile checks whether the garbage collector has begun to delete the pods."""
 _DELETION_SECONDS = 1.0
 """Seconds after the deletion of an object until the next reconcile checks whether the object is gone."""
 
@@ -52,7 +60,17 @@ def between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> Decision
             action=Action.REMOVE_ATTEMPT,
             wait_seconds=_DELETION_SECONDS,
         )
-    waits = [seconds for pod in seen.pods if (seconds := _seconds_until_gone(pod, seen.now)) > 0]
+    pods = [pod for pod in seen.pods if pod.uid not in seen.undeletable]
+    orphans = [pod for pod in pods if pod.delete_deadline is None]
+    if seen.child is None and orphans and _ended_long_ago(attempts, seen.now):
+        return Decision(
+            state=JobState.CLEANING_UP,
+            attempts=attempts,
+            action=Action.REMOVE_ORPHANS,
+            wait_seconds=_DELETION_SECONDS,
+            orphans=orphans,
+        )
+    waits = [seconds for pod in pods if (seconds := _seconds_until_gone(pod, seen.now)) > 0]
     if seen.child is not None:
         waits.append(_DELETION_SECONDS)
     if waits:
@@ -95,10 +113,15 @@ def _open_next(attempts: AttemptsStatus, seen: JobObservation) -> Decision:
     return Decision(state=JobState.OPENED, attempts=opened, action=Action.OPEN_ATTEMPT)
 
 
+def _ended_long_ago(attempts: AttemptsStatus, now: datetime) -> bool:
+    """Return whether the last attempt ended so long ago that the garbage collector would have deleted its pods."""
+    return not attempts.recent or now - attempts.recent[-1].end_time >= ORPHAN_LIMIT
+
+
 def _seconds_until_gone(pod: PodObservation, now: datetime) -> float:
     """Return for how many more seconds to wait for a pod of an ended attempt; 0 once the pod counts as gone."""
     if pod.delete_deadline is None:
-        return 5  # the child is deleted, but the garbage collector has not yet begun to delete this pod
+        return _ORPHAN_SECONDS  # the garbage collector has not yet begun to delete this pod
     return max(0.0, (pod.delete_deadline + TERMINATING_LIMIT - now).total_seconds())
 
 

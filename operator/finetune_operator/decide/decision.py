@@ -12,6 +12,7 @@ from enum import Enum, auto
 
 from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, PreflightStatus
 from finetune_core.contract import Result
+from finetune_operator.decide.bookkeeping import bookkeeping
 from finetune_operator.decide.states import JobState
 from finetune_operator.objects.observations import PodObservation
 
@@ -32,6 +33,8 @@ class Action(Enum):
     """Create ConfigMap and child of the current attempt."""
     REMOVE_ATTEMPT = auto()
     """Delete ConfigMap and child of the attempt that ended last."""
+    REMOVE_ORPHANS = auto()
+    """Delete the pods in `Decision.orphans`, whose attempt has ended and whose child does not exist any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +72,8 @@ class Decision:
     """For which turn the preflight check waits, as a sentence; empty where it does not wait for one."""
     preflight_pods: Sequence[PodObservation] = ()
     """Pods that `Action.REMOVE_PREFLIGHT_PODS` deletes."""
+    orphans: Sequence[PodObservation] = ()
+    """Pods that `Action.REMOVE_ORPHANS` deletes."""
 
     @property
     def number_of_try(self) -> int:
@@ -79,6 +84,11 @@ class Decision:
     def needs_run_file(self) -> bool:
         """Whether a pod may be about to start. Pods read the run file, so the spec must then be resolved into one."""
         return self.state in (JobState.CHECKING, JobState.OPENED)
+
+    @property
+    def starts_pods(self) -> bool:
+        """Whether the decision leads to new pods, for which the whole spec is needed."""
+        return self.action in (Action.OPEN_ATTEMPT, Action.CREATE_ATTEMPT, Action.CREATE_PREFLIGHT_POD)
 
     def starts_check(self, stored: FineTuneJobStatus) -> bool:
         """Return whether a preflight pod is to be created, now or once the record of the check is written."""
@@ -91,19 +101,5 @@ class Decision:
         This is so where the numbers of attempts or tries have changed, or where the job ends. An operator that crashes
         right after that write finds its decision in the status and does not decide anew.
         """
-        changed = _bookkeeping(self.attempts, self.preflight) != _bookkeeping(stored.attempts, stored.preflight)
+        changed = bookkeeping(self.attempts, self.preflight) != bookkeeping(stored.attempts, stored.preflight)
         return changed or self.end is not None
-
-
-def _bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
-    """Return the part of the status that must be written before any object is created or deleted: the counts of
-    attempts, number and cause of the current attempt, and the record of the preflight check."""
-    current = attempts.current
-    return (
-        attempts.started,
-        attempts.charged,
-        attempts.free,
-        current.number if current else None,
-        current.cause if current else None,
-        preflight,
-    )

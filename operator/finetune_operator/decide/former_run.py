@@ -35,8 +35,8 @@ def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus |
 
 def end_with_artifact(found: FoundRun, former: TakenOverStatus | None, seen: PreflightObservation) -> JobEnd | None:
     """Return how the job ends where the artifact of ``found`` is committed; None where training is left to do, or where
-    the artifact's address is too long for a result."""
-    if found.artifact is None:
+    the artifact's address can't be told. An attempt then finds the artifact by itself."""
+    if found.artifact is None or not seen.runs_folder:
         return None
     uri = f"{seen.runs_folder}/{found.run_id}/{artifact_folder(found.artifact.run)}"
     try:

@@ -49,7 +49,7 @@ def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchec
             return _removing(stored.attempts, record, alive, state=JobState.CLEANING_UP)
         return replace(unchecked, preflight=record if _passed(record) else None)
     if record is None:
-        return _checking(stored.attempts, PreflightStatus(start_time=seen.now), wait_seconds=0)
+        return _checking(stored.attempts, PreflightStatus(start_time=seen.now), wait_seconds=None)
     if leftovers := [pod for pod in alive if pod.index <= record.tries]:
         return _removing(stored.attempts, record, leftovers, missing=_missing(record))
     if _passed(record):
@@ -87,7 +87,7 @@ def _during_try(
             if end := end_with_artifact(outcome.found, former, seen.preflight):
                 # The pod is left to `settled.py`, because nothing has to wait for its removal.
                 return Decision(state=JobState.SUCCEEDED, attempts=attempts, preflight=recorded, end=end)
-        return _checking(attempts, recorded, missing=_missing(recorded), wait_seconds=0)
+        return _checking(attempts, recorded, missing=_missing(recorded), wait_seconds=None)
     missing = seen.preflight.problem or (_why_stuck(pod, seen) if pod else "") or _missing(record)
     left = _seconds_to_deadline(record, seen)
     if left is not None and left <= 0:

@@ -8,7 +8,10 @@ a success, unless its docstring says otherwise.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
@@ -22,12 +25,15 @@ from finetune_operator.kube.fencing import fenced_client
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.kube.rbac import Permission
 from finetune_operator.kube.resources import OPERATOR_NAME, TOKEN_REVIEWS
+from finetune_operator.kube.retry_after import LoadLimit, pause_seconds
 from finetune_operator.queue.work_queue import Key
 
 FIELD_MANAGER: Final = OPERATOR_NAME
 REQUEST_SECONDS: Final = 15.0
 CONNECTIONS: Final = 16
 """Most requests at the same time, so that a restart with many jobs does not flood the API server."""
+TRIES_IF_OVERLOADED: Final = 4
+"""How often a request is sent that the API server answers with 429, because it is overloaded."""
 LIST_CHUNK: Final = 500
 METADATA_ONLY: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 """Accept header that asks for a list with metadata only. A list of thousands of jobs with spec and status would have
@@ -52,9 +58,22 @@ class ApiError(Exception):
         return self.status == HTTPStatus.NOT_FOUND
 
     @property
+    def is_name_taken(self) -> bool:
+        """Whether an object was not created because one of the same name exists: 409 with the reason AlreadyExists.
+
+        No other 409 means that an object exists. A ResourceQuota that was changed meanwhile answers a creation with 409
+        and the reason Conflict, and a webhook may answer 409 with any reason.
+        """
+        return self.status == HTTPStatus.CONFLICT and self.reason == "AlreadyExists"
+
+    @property
     def is_conflict(self) -> bool:
-        """Whether the answer is 409: the name is taken, or a precondition (uid, resourceVersion) does not hold."""
-        return self.status == HTTPStatus.CONFLICT
+        """Whether the answer is a 409 that does not mean that the name is taken.
+
+        The request changed nothing, because somebody else has changed an object meanwhile: a precondition (uid,
+        resourceVersion) does not hold, or a quota was used by another request. The caller reads anew and tries again.
+        """
+        return self.status == HTTPStatus.CONFLICT and not self.is_name_taken
 
     @property
     def is_refusal(self) -> bool:
@@ -75,8 +94,17 @@ _NOT_ABOUT_THE_OBJECT: Final = frozenset(
     }
 )
 """HTTP status codes of the 4xx range that do not mean that the object itself was refused."""
-REQUEST_ERRORS: Final = (ApiError, aiohttp.ClientError, TimeoutError)
-"""The exceptions with which a request can fail. A caller that tries again later catches all of them."""
+REQUEST_ERRORS: Final = (ApiError, aiohttp.ClientError, OSError)
+"""The exceptions with which a request can fail; a time-out and a broken connection are OSErrors. A caller that tries
+again later catches all of them."""
+
+
+def going_away(error: ApiError, kind: str, name: str) -> ApiError:
+    """Return the conflict to raise where an object was not created because one that is being deleted has its name.
+
+    ``error`` is the answer to the creation. The caller raises the conflict, so that the job is reconciled again soon.
+    """
+    return ApiError(error.status, "Conflict", f"{kind} {name} was deleted while it was created")
 
 
 def describe_error(error: Exception) -> str:
@@ -108,6 +136,14 @@ def _error(status: int, body: bytes) -> ApiError:
     return ApiError(status, "", body.decode(errors="replace").strip()[:512])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedJob:
+    """What a list of FineTuneJobs says of each: metadata only, without spec and status."""
+
+    key: Key
+    resource_version: str
+
+
 class KubeClient:
     """Client of the API server with one method for each request that the operator sends."""
 
@@ -117,6 +153,7 @@ class KubeClient:
         ``fence`` is called right before every write and must end a process that is no longer the leader.
         """
         self._client = fenced_client(configuration, fence)
+        self._limit = LoadLimit(time.monotonic)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -126,23 +163,26 @@ class KubeClient:
         """Return the FineTuneJob, or None where it does not exist."""
         return await self._get_or_none(Permission.GET_JOB, key.namespace, key.name)
 
-    async def list_job_keys(self, namespace: str | None) -> AsyncIterator[Key]:
-        """Yield the keys of all FineTuneJobs in ``namespace``; where None, in all namespaces. The list is paged."""
+    async def list_jobs(self, namespace: str | None) -> AsyncIterator[ListedJob]:
+        """Yield all FineTuneJobs in ``namespace``; where None, in all namespaces. The list is paged."""
         token = ""
         while True:
             query = {"limit": str(LIST_CHUNK)} | ({"continue": token} if token else {})
             page = await self._request(Permission.LIST_JOBS, namespace, query=query, accept=METADATA_ONLY)
             # `items` of an empty PartialObjectMetadataList is null, not [].
             for item in page["items"] or ():
-                yield Key(item["metadata"]["namespace"], item["metadata"]["name"])
+                metadata = item["metadata"]
+                key = Key(metadata["namespace"], metadata["name"])
+                yield ListedJob(key=key, resource_version=metadata["resourceVersion"])
             token = page["metadata"].get("continue", "")
             if not token:
                 return
 
-    async def apply_status(self, key: Key, resource_version: str, status: Manifest) -> None:
-        """Replace the status of the job by server-side apply.
+    async def apply_status(self, key: Key, resource_version: str, status: Manifest) -> str:
+        """Replace the status of the job by server-side apply, and return the resourceVersion that the job has then.
 
-        Raises ApiError (409) where the job's resourceVersion is no longer ``resource_version``.
+        The resourceVersion stays the same where the status does not differ from the stored one. Raises ApiError (409)
+        where the job's resourceVersion is no longer ``resource_version``.
         """
         body = {
             "apiVersion": API_VERSION,
@@ -150,7 +190,7 @@ class KubeClient:
             "metadata": {"name": key.name, "namespace": key.namespace, "resourceVersion": resource_version},
             "status": status,
         }
-        await self._request(
+        job = await self._request(
             Permission.APPLY_STATUS,
             key.namespace,
             key.name,
@@ -158,6 +198,7 @@ class KubeClient:
             query={"fieldManager": FIELD_MANAGER, "force": "true"},
             content_type="application/apply-patch+yaml",
         )
+        return str(job["metadata"]["resourceVersion"])
 
     async def get_child(self, namespace: str, name: str) -> Manifest | None:
         """Return a PyTorchJob; None where the PyTorchJob, or the CRD of PyTorchJobs, does not exist."""
@@ -170,7 +211,7 @@ class KubeClient:
     async def delete_child(self, namespace: str, name: str, uid: str) -> None:
         """Delete the PyTorchJob with this ``uid``; the garbage collector deletes its pods later.
 
-        A PyTorchJob that does not exist any more is no error.
+        A PyTorchJob that does not exist any more is no error. Raises ApiError (409) where another one has its name.
         """
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         await self._delete(Permission.DELETE_CHILD, namespace, name, body)
@@ -183,9 +224,12 @@ class KubeClient:
         """Create a ConfigMap and return the created object."""
         return await self._create(Permission.CREATE_CONFIG_MAP, manifest)
 
-    async def delete_config_map(self, namespace: str, name: str) -> None:
-        """Delete a ConfigMap. A ConfigMap that does not exist is no error."""
-        await self._delete(Permission.DELETE_CONFIG_MAP, namespace, name, {})
+    async def delete_config_map(self, namespace: str, name: str, uid: str) -> None:
+        """Delete the ConfigMap with this ``uid``. A ConfigMap that does not exist any more is no error.
+
+        Raises ApiError (409) where another ConfigMap has its name.
+        """
+        await self._delete(Permission.DELETE_CONFIG_MAP, namespace, name, {"preconditions": {"uid": uid}})
 
     async def list_pods(self, namespace: str | None, selector: str) -> list[Manifest]:
         """Return the pods that match the label ``selector``, for example ``"finetune.dev/job-uid=..."``.
@@ -200,9 +244,12 @@ class KubeClient:
         """Create a pod and return the created object."""
         return await self._create(Permission.CREATE_POD, manifest)
 
-    async def delete_pod(self, namespace: str, name: str, uid: str) -> None:
-        """Delete the pod with this ``uid``. A pod that does not exist any more is no error."""
-        await self._delete(Permission.DELETE_POD, namespace, name, {"preconditions": {"uid": uid}})
+    async def delete_pod(self, namespace: str, name: str, uid: str) -> bool:
+        """Delete the pod with this ``uid``; return False where it does not exist any more.
+
+        Raises ApiError (409) where another pod has its name.
+        """
+        return await self._delete(Permission.DELETE_POD, namespace, name, {"preconditions": {"uid": uid}})
 
     async def annotate_pod(self, namespace: str, name: str, uid: str, annotations: dict[str, str]) -> None:
         """Set ``annotations`` on the pod with this ``uid``.
@@ -230,7 +277,7 @@ class KubeClient:
         try:
             await self._request(Permission.CREATE_EVENT, namespace, body=manifest)
         except ApiError as error:
-            if error.is_conflict:
+            if error.is_name_taken:
                 return False
             raise
         return True
@@ -283,14 +330,17 @@ class KubeClient:
                 return None
             raise
 
-    async def _delete(self, permission: Permission, namespace: str, name: str, body: Manifest) -> None:
+    async def _delete(self, permission: Permission, namespace: str, name: str, body: Manifest) -> bool:
+        """Delete an object; return False where it does not exist any more."""
         try:
             await self._request(permission, namespace, name, body=body)
         except ApiError as error:
-            # A 404 or 409 is no error. 409 means that the uid precondition failed: the object is gone, and a new object
-            # has its name.
-            if not (error.is_not_found or error.is_conflict):
+            # A 409 is raised although it mostly means that the uid precondition failed, so that the object is gone and
+            # a new one has its name. The next reconcile sees which it is.
+            if not error.is_not_found:
                 raise
+            return False
+        return True
 
     async def _request(
         self,
@@ -303,19 +353,33 @@ class KubeClient:
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> Manifest:
-        """Send the request that ``permission`` names and return the decoded answer."""
+        """Send the request that ``permission`` names and return the decoded answer.
+
+        No request is sent while the API server asks for a pause. A request that is answered with 429 was not carried
+        out, and is sent again after the pause, `TRIES_IF_OVERLOADED` times in all.
+        """
         rule = permission.value
-        method, url, headers, body, _ = await self._client.param_serialize(
-            METHODS[rule.verb],
-            rule.resource.path(namespace, name, rule.subresource),
-            query_params=list((query or {}).items()),
-            header_params={"Accept": accept, "Content-Type": content_type},
-            body=body,
-            auth_settings=["BearerToken"],
-        )
-        response = await self._client.call_api(method, url, headers, body, _request_timeout=REQUEST_SECONDS)
-        content = await response.read()
+        for tries_left in reversed(range(TRIES_IF_OVERLOADED)):
+            await self._limit.wait()
+            method, url, headers, content, _ = await self._client.param_serialize(
+                METHODS[rule.verb],
+                rule.resource.path(namespace, name, rule.subresource),
+                query_params=list((query or {}).items()),
+                header_params={"Accept": accept, "Content-Type": content_type},
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+            response = await self._client.call_api(method, url, headers, content, _request_timeout=REQUEST_SECONDS)
+            answer = await response.read()
+            pause = pause_seconds(response.status, response.headers, datetime.now(UTC))
+            if pause is not None:
+                self._limit.pause(pause)
+            if response.status != HTTPStatus.TOO_MANY_REQUESTS or not tries_left:
+                break
         if not 200 <= response.status < 300:
-            raise _error(response.status, content)
-        result: Manifest = json.loads(content)
+            raise _error(response.status, answer)
+        try:
+            result: Manifest = json.loads(answer)
+        except ValueError as error:
+            raise ApiError(response.status, "NotJSON", "the answer is cut off, or comes from a proxy") from error
         return result

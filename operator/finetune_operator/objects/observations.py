@@ -254,10 +254,16 @@ def _parse_container(statuses: list[Mapping[str, Any]]) -> ContainerObservation 
     )
 
 
-def controller_uid(manifest: Mapping[str, Any]) -> str:
-    """Return the uid in the owner reference with `controller: true`; empty where the object has no such reference."""
+def controller_of(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the owner reference with `controller: true`; None where the object has no such reference."""
     owners = manifest["metadata"].get("ownerReferences", [])
-    return next((owner["uid"] for owner in owners if owner.get("controller")), "")
+    return next((owner for owner in owners if owner.get("controller")), None)
+
+
+def controller_uid(manifest: Mapping[str, Any]) -> str:
+    """Return the uid of the object's controller; empty where the object has no controller."""
+    owner = controller_of(manifest)
+    return owner["uid"] if owner is not None else ""
 
 
 def controller_name(manifest: Mapping[str, Any], kind: str) -> str:

@@ -28,7 +28,8 @@ class PreflightObservation:
     chosen_run_id: str = ""
     """`storage.runId`; empty where it is absent."""
     runs_folder: str = ""
-    """`s3://` address of the folder that holds the folders of all jobs of this name."""
+    """`s3://` address of the folder that holds the folders of all jobs of this name. Empty where this version can not
+    read the spec."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,8 @@ class JobObservation:
     seen yet."""
     pods: Sequence[PodObservation]
     """All pods of the job that still exist, of whichever attempt."""
+    undeletable: frozenset[str] = frozenset()
+    """Uids of pods whose child is gone and whose deletion the API server has refused. They are not waited for."""
     checkpoints: Sequence[CheckpointStatus]
     """Committed checkpoints as the stored status lists them, oldest first."""
     usage: UsageStatus

@@ -13,11 +13,13 @@ from finetune_core.api.conditions import ConditionType
 from finetune_core.layout import runs_folder_of
 from finetune_core.names import attempt_name
 from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
-from finetune_operator.objects.observations import ChildObservation, PodObservation, parse_pod, parse_preflight_pod
+from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
-from finetune_operator.observe.stored_job import ParsedJob
+from finetune_operator.observe.ownership import pods_of_attempts, preflight_pods
+from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.observe.usage import usage_until
 from finetune_operator.observe.waiting import why_attempt_waits
 from finetune_operator.observe.warning_events import WarningReader
@@ -47,14 +49,18 @@ class Observer:
         self._clock = clock
         self._warnings = WarningReader(cluster, clock)
 
-    async def observe(self, job: ParsedJob) -> JobObservation:
+    async def observe(self, job: StoredJob) -> JobObservation:
         """Read what exists for ``job`` now and return it. Also updates in memory which pods may send reports."""
-        pods = await self._pods(job)
+        manifests = await self._list_pods(job)
         # The child is read after the pods. So if the child has not failed, the backend had deleted none of these pods.
-        child = await self._child(job)
+        found = await self._find_child(job)
+        pods = pods_of_attempts(manifests, job, self._backend, found)
+        # An object of another owner that has the name of the child becomes a problem only later, when the API server
+        # answers 409 to the creation of the child.
+        child = found if found is not None and found.owner_uid == job.uid else None
         if child is not None and child.finished and not any(pod.ended for pod in pods):
             # The pods are read again, because the child ended between the two reads and the first pods do not show why.
-            pods = await self._pods(job)
+            pods = pods_of_attempts(await self._list_pods(job), job, self._backend, found)
         pods = self._with_start_errors(job, pods)
         self._expect_reports(job, pods)
         waiting_for = _waiting_for(job, pods)
@@ -67,13 +73,14 @@ class Observer:
         recorded = job.status.child if job.status.attempts.current is not None else None
         return JobObservation(
             now=job.now,
-            nodes=job.resource.spec.resources.nodes,
-            policy=job.resource.spec.run_policy,
+            nodes=job.resources.nodes,
+            policy=job.policy,
             child=child,
             child_uid=recorded.uid if recorded else "",
             pods=pods,
+            undeletable=frozenset(job.memory.undeletable_pods),
             checkpoints=job.status.checkpoints,
-            usage=usage_until(job.now, job.status.usage, pods, gpus=job.resource.spec.resources.gpus_per_node),
+            usage=usage_until(job.now, job.status.usage, pods, gpus=job.resources.gpus_per_node),
             waiting_for=waiting_for,
             final_result=report.result if report else None,
             last_phase=report.phase.value if report else "",
@@ -81,32 +88,25 @@ class Observer:
             preflight=preflight,
         )
 
-    async def _pods(self, job: ParsedJob) -> list[PodObservation]:
-        """Return the existing pods of all attempts of the job."""
+    async def _list_pods(self, job: StoredJob) -> list[Manifest]:
+        """Return all pods that have the labels of an attempt of the job."""
         if not job.status.attempts.started:
             return []
-        manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
-        return [pod for manifest in manifests if (pod := parse_pod(manifest)) is not None]
+        return await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
 
-    async def _child(self, job: ParsedJob) -> ChildObservation | None:
-        """Return the child of the newest attempt; None where it does not exist or belongs to another owner.
-
-        An object of another owner becomes a problem only later, when the API server answers 409 to the creation of the
-        child.
-        """
+    async def _find_child(self, job: StoredJob) -> ChildObservation | None:
+        """Return the object with the name of the newest attempt's child, whoever owns it; None where none exists."""
         started = job.status.attempts.started
         if not started:
             return None
-        name = attempt_name(job.key.name, job.uid, started)
-        child = await self._backend.observe(job.key.namespace, name)
-        return child if child is not None and child.owner_uid == job.uid else None
+        return await self._backend.observe(job.key.namespace, attempt_name(job.key.name, job.uid, started))
 
-    async def _preflight(self, job: ParsedJob) -> PreflightObservation:
+    async def _preflight(self, job: StoredJob) -> PreflightObservation:
         """Return what exists of the preflight check, and read warning events about the pod of the current try."""
-        record, policy, pods = job.status.preflight, job.resource.spec.run_policy, []
+        record, policy, pods = job.status.preflight, job.policy, []
         if record is not None:  # the record is written before the first pod is created, so without it no pod exists
             manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
-            pods = [pod for manifest in manifests if (pod := parse_preflight_pod(manifest)) is not None]
+            pods = preflight_pods(manifests, job)
         current = next((pod for pod in pods if record is not None and pod.index == record.tries + 1), None)
         await self._warnings.read_for_pod(job, current)
         problem = job.memory.problem
@@ -115,11 +115,11 @@ class Observer:
             pods=pods,
             problem=problem.message if problem is not None and current is None else "",
             job_uid=job.uid,
-            chosen_run_id=job.resource.spec.storage.run_id or "",
-            runs_folder=runs_folder_of(job.resource),
+            chosen_run_id=(job.resource.spec.storage.run_id or "") if isinstance(job, ParsedJob) else "",
+            runs_folder=runs_folder_of(job.resource) if isinstance(job, ParsedJob) else "",
         )
 
-    def _with_start_errors(self, job: ParsedJob, pods: Sequence[PodObservation]) -> list[PodObservation]:
+    def _with_start_errors(self, job: StoredJob, pods: Sequence[PodObservation]) -> list[PodObservation]:
         """Return ``pods`` with the seconds for which each has waited with an error of its container runtime.
 
         No status of a pod has this time, so it is measured here and lost with a restart of the operator.
@@ -132,7 +132,7 @@ class Observer:
             for pod in pods
         ]
 
-    def _expect_reports(self, job: ParsedJob, pods: Sequence[PodObservation]) -> None:
+    def _expect_reports(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
         """Store in memory which pods may send reports: those of the newest attempt.
 
         They may do so even after the end of the attempt, while they still save a checkpoint.
@@ -140,18 +140,17 @@ class Observer:
         attempts = job.status.attempts
         uids = frozenset(pod.uid for pod in pods if pod.attempt == attempts.started)
         if attempts.current is None and not uids:
-            self._memory.stop_reporting(job.key)
+            self._memory.stop_reporting(job.key, job.uid)
             return
-        resources = job.resource.spec.resources
-        ranks = resources.processes
+        ranks = job.resources.processes
         reporting = ReportingAttempt(uid=job.uid, attempt=attempts.started, pod_uids=uids, ranks=ranks)
-        self._memory.set_reporting_attempt(job.key, reporting)
+        self._memory.set_reporting_attempt(job.key, job.uid, reporting)
 
 
-def _waiting_for(job: ParsedJob, pods: Sequence[PodObservation]) -> str:
+def _waiting_for(job: StoredJob, pods: Sequence[PodObservation]) -> str:
     """Return why not all pods of the attempt run, as the pods show it or else as a stored condition says it."""
     stored = {condition.type: condition.message for condition in job.status.conditions if condition.status == "False"}
     own = [pod for pod in pods if pod.attempt == job.status.attempts.started]
     if own and ConditionType.ACCEPTED not in stored:
-        return why_attempt_waits(own, job.resource.spec.resources.nodes, job.memory.hint)
+        return why_attempt_waits(own, job.resources.nodes, job.memory.hint)
     return stored.get(ConditionType.ACCEPTED) or stored.get(ConditionType.RUNNING, "")

@@ -6,14 +6,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any
+
+from pydantic.alias_generators import to_snake
 
 from finetune_core.api import FineTuneJob, FineTuneJobStatus
 from finetune_core.api.conditions import ConditionType
+from finetune_core.api.reading import Section, read_section
+from finetune_core.api.resources import ResourcesSpec
+from finetune_core.api.run_policy import RunPolicySpec
+from finetune_core.api.status import AttemptsStatus
 from finetune_operator.queue.memory import JobMemory
 from finetune_operator.queue.work_queue import Key
+
+_BOOKKEEPING = ("", "attempts", "preflight", "child", "completionTime")
+"""Fields of the status from which the operator decides. The other fields only show something to people."""
+_ALWAYS = ("conditions", "observedGeneration")
+"""Fields of the status that are written whatever another version has written there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +41,8 @@ class StoredJob:
     """The whole object as the API server returned it."""
     status: FineTuneJobStatus
     """The stored `status`; an empty status where the job has none yet."""
+    unread: tuple[str, ...] = ()
+    """Paths in the stored status that this version can't read, for example `plan.zeroStage`. They are left alone."""
     now: datetime
     """The time of this reconcile, in whole seconds, because Kubernetes stores times with that resolution."""
     memory: JobMemory
@@ -41,7 +56,47 @@ class StoredJob:
     @property
     def has_ended(self) -> bool:
         """Whether the condition `Succeeded` is True or False. Once it is, it never changes again."""
-        return any(item.type == ConditionType.SUCCEEDED and item.status != "Unknown" for item in self.status.conditions)
+        return self.status.completion_time is not None or any(
+            item.type == ConditionType.SUCCEEDED and item.status in ("True", "False") for item in self.status.conditions
+        )
+
+    @property
+    def unread_bookkeeping(self) -> str:
+        """Path of a part of the status that this version can't read and from which it would have to decide; or empty.
+
+        Such a job is left as it is: an operator that can't read which attempt runs must neither end nor repeat it.
+        """
+        return next((path for path in self.unread if _is_bookkeeping(path)), "")
+
+    @property
+    def left_alone(self) -> dict[str, Any]:
+        """The fields of the status, as far as they could be read, in which something could not be read.
+
+        They are not written, because the installed CRD gives them another shape. Bookkeeping and conditions are not
+        among them: they are written where an order of a person is obeyed.
+        """
+        names = {to_snake(_field_of(path)) for path in self.unread if _field_of(path) not in (*_BOOKKEEPING, *_ALWAYS)}
+        return {name: getattr(self.status, name) for name in names}
+
+    @property
+    def generation(self) -> int:
+        """`metadata.generation` of the job."""
+        return int(self.manifest["metadata"].get("generation", 0))
+
+    @cached_property
+    def policy(self) -> RunPolicySpec:
+        """`spec.runPolicy`, read by itself, so that its orders and deadlines hold where nothing else can be read."""
+        return self._section("runPolicy", RunPolicySpec)
+
+    @cached_property
+    def resources(self) -> ResourcesSpec:
+        """`spec.resources`, as far as this version can read it."""
+        return self._section("resources", ResourcesSpec)
+
+    def _section(self, name: str, model: type[Section]) -> Section:
+        spec = self.manifest.get("spec")
+        stored = spec.get(name) if isinstance(spec, dict) else None
+        return read_section(model, {} if stored is None else stored, self.now)[0]
 
     @property
     def log_fields(self) -> dict[str, object]:
@@ -62,15 +117,43 @@ class ParsedJob(StoredJob):
 
 
 def parse_stored_job(key: Key, manifest: dict[str, Any], memory: JobMemory, now: datetime) -> StoredJob:
-    """Return the stored job. Status fields that only another version of the operator knows are ignored."""
-    status = manifest.get("status")
-    return StoredJob(
-        key=key,
-        manifest=manifest,
-        status=FineTuneJobStatus.model_validate(status, extra="ignore") if status else FineTuneJobStatus(),
-        now=now.replace(microsecond=0),
-        memory=memory,
-    )
+    """Return the stored job. What this version can't read of its status and spec is left out."""
+    now = now.replace(microsecond=0)
+    status, unread = read_section(FineTuneJobStatus, manifest.get("status") or {}, now)
+    status = status.model_copy(update={"attempts": _counted(status.attempts)})
+    return StoredJob(key=key, manifest=manifest, status=status, unread=tuple(unread), now=now, memory=memory)
+
+
+def _field_of(path: str) -> str:
+    """Return the field of the status to which ``path`` leads, for example `metrics` for `metrics[2].value`."""
+    return path.partition(".")[0].partition("[")[0]
+
+
+def _is_bookkeeping(path: str) -> bool:
+    """Return whether ``path`` leads to something from which the operator decides."""
+    decisive = path.endswith(("]", ".type", ".status")) or path == "conditions"
+    return _field_of(path) in _BOOKKEEPING or (_field_of(path) == "conditions" and decisive)
+
+
+def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
+    """Return ``attempts`` with counts that are no less than its list of attempts shows, and without pods without uid.
+
+    Another version may not have written them. A number must not be given to a second attempt, and a record that names
+    no pod must not look like a pod that vanished.
+    """
+    current, recent = attempts.current, attempts.recent
+    if current is not None and (current.number < 1 or not all(record.uid for record in current.pods)):
+        pods = [record for record in current.pods if record.uid]
+        number = current.number or max(1, attempts.started)
+        current = current.model_copy(update={"pods": pods, "number": number})
+    numbers = [past.number for past in recent] + ([current.number] if current is not None else [])
+    least = {
+        "started": max(numbers, default=0),
+        "charged": sum(past.verdict == "Charged" for past in recent),
+        "free": sum(past.verdict == "Free" for past in recent),
+    }
+    counts = {name: max(getattr(attempts, name), count) for name, count in least.items()}
+    return attempts.model_copy(update=counts | {"current": current})
 
 
 def parse_spec(stored: StoredJob) -> ParsedJob:
@@ -78,4 +161,5 @@ def parse_spec(stored: StoredJob) -> ParsedJob:
     operator can't read the spec."""
     fields = ("apiVersion", "kind", "metadata", "spec")
     resource = FineTuneJob.model_validate({name: stored.manifest[name] for name in fields})
-    return ParsedJob(resource=resource, **vars(stored))
+    known = {each.name: getattr(stored, each.name) for each in dataclasses.fields(stored)}
+    return ParsedJob(resource=resource, **known)

@@ -20,12 +20,16 @@ def usage_until(
 ) -> UsageStatus:
     """Return the usage until ``now``: ``counted`` (from the status) plus what the pods have used since then.
 
+    Where ``counted`` reaches beyond ``now``, the usage until that time is returned, so that no figure goes back.
     ``pods`` are the pods of all attempts, each with ``gpus`` GPUs. A pod holds its GPUs from the moment it gets a node
     until its training container has ended. A pod in ``counted.holders`` that no longer exists is assumed to have held
     its GPUs until ``now``.
     """
     counted = counted or UsageStatus()
     since = counted.last_update_time
+    # The count never goes back, although the clock of the leader before may have been ahead. That time is then not
+    # counted a second time.
+    now = now if since is None else max(now, since)
     held = [span for pod in pods if (span := _uncounted(pod.scheduled_at, _end(pod, now), since))]
     ran = [span for pod in pods if (span := _uncounted(_started_at(pod), _end(pod, now), since))]
     known = {pod.uid for pod in pods}
@@ -54,10 +58,12 @@ def _started_at(pod: PodObservation) -> datetime | None:
 def _end(pod: PodObservation, now: datetime) -> datetime:
     """Return until when the pod counts as using its GPUs: the end of its training container, or else ``now``.
 
-    A pod that is being deleted counts at most until its grace period ends, because its kubelet may be dead.
+    An end after ``now`` comes from a node whose clock is ahead. It counts as ``now``, because the time until that end
+    would otherwise be counted again by every call. A pod that is being deleted counts at most until its grace period
+    ends, because its kubelet may be dead.
     """
     if pod.ended:
-        return pod.ended_at or pod.delete_requested_at or pod.disrupted_at or pod.created_at
+        return min(now, pod.ended_at or pod.delete_requested_at or pod.disrupted_at or pod.created_at)
     return min(now, pod.delete_deadline) if pod.delete_deadline is not None else now
 
 

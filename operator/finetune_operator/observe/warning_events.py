@@ -7,15 +7,18 @@ messages of the job's conditions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from finetune_core.api.conditions import ConditionType
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_error
 from finetune_operator.objects.observations import ChildObservation, PodObservation
-from finetune_operator.observe.stored_job import ParsedJob
+from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS
+
+logger = logging.getLogger(__name__)
 
 
 class WarningReader:
@@ -27,7 +30,7 @@ class WarningReader:
         self._clock = clock
 
     async def read_for_attempt(
-        self, job: ParsedJob, child: ChildObservation | None, pods: Sequence[PodObservation]
+        self, job: StoredJob, child: ChildObservation | None, pods: Sequence[PodObservation]
     ) -> None:
         """Update `JobMemory.hint`, the newest warning, for the current attempt. ``pods`` are the pods of all attempts.
 
@@ -48,7 +51,7 @@ class WarningReader:
         # Where no pod exists, the child's events are read, because they say why its controller creates no pods.
         await self._read(job, waiting or ([child.uid] if child else []))
 
-    async def read_for_pod(self, job: ParsedJob, pod: PodObservation | None) -> None:
+    async def read_for_pod(self, job: StoredJob, pod: PodObservation | None) -> None:
         """Update `JobMemory.hint`, the newest warning, for ``pod``.
 
         The hint is emptied where the pod runs, has ended, does not exist, or was created just now.
@@ -58,15 +61,22 @@ class WarningReader:
         elif not self._was_read_just_now(job):
             await self._read(job, [pod.uid])
 
-    def _was_read_just_now(self, job: ParsedJob) -> bool:
+    def _was_read_just_now(self, job: StoredJob) -> bool:
         read_at = job.memory.hint_read_at
         return read_at is not None and self._clock() - read_at < EVENTS_EVERY_SECONDS
 
-    async def _read(self, job: ParsedJob, uids: Sequence[str]) -> None:
-        """Set `JobMemory.hint` to the newest warning about the first object in ``uids`` that has warnings."""
+    async def _read(self, job: StoredJob, uids: Sequence[str]) -> None:
+        """Set `JobMemory.hint` to the newest warning about the first object in ``uids`` that has warnings.
+
+        Where the events can't be read, the hint stays as it is: it only explains, and the reconcile goes on.
+        """
         job.memory.hint_read_at = self._clock()
         for uid in uids:
-            warnings = await self._cluster.list_warnings(job.key.namespace, uid)
+            try:
+                warnings = await self._cluster.list_warnings(job.key.namespace, uid)
+            except REQUEST_ERRORS as error:
+                logger.warning("warning events not read: %s", describe_error(error), extra=job.log_fields)
+                return
             if warnings:
                 newest = max(warnings, key=_event_time)
                 job.memory.hint = f"{newest.get('reason', '')}: {newest.get('note', '')}"
@@ -74,7 +84,7 @@ class WarningReader:
         job.memory.hint = ""
 
 
-def _seconds_since(moment: datetime, job: ParsedJob) -> float:
+def _seconds_since(moment: datetime, job: StoredJob) -> float:
     return (job.now - moment).total_seconds()
 
 

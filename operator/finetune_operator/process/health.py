@@ -48,9 +48,13 @@ class WatchActivity:
         self.event_received()
         self.ready = False
 
-    def jobs_listed(self) -> None:
-        """Record that a list of all jobs has succeeded."""
+    def jobs_listed(self, *, of_all_namespaces: bool = True) -> None:
+        """Record that a list of jobs has succeeded. The leader is ready once all namespaces were listed or refused."""
         self.event_received()
+        self.ready = self.ready or of_all_namespaces
+
+    def last_namespace_refused(self) -> None:
+        """Record that the only namespaces without a list are deleted or forbidden, so that the leader is ready."""
         self.ready = True
 
     def age(self) -> float:

@@ -45,7 +45,7 @@ class JobMetrics:
 def job_metrics(status: FineTuneJobStatus) -> JobMetrics:
     """Return the exported numbers of a job with ``status``; a number that the status lacks is None."""
     progress, attempts = status.progress, status.attempts
-    metrics = {metric.name: float(metric.value) for metric in status.metrics}
+    metrics = {metric.name: _number(metric.value) for metric in status.metrics}
     return JobMetrics(
         step=progress.step if progress else None,
         total_steps=progress.total_steps if progress else None,
@@ -64,7 +64,11 @@ def job_metrics(status: FineTuneJobStatus) -> JobMetrics:
 
 
 def _number(text: str | None) -> float | None:
-    return None if text is None else float(text)
+    """Return ``text`` as a number; None where it is absent, or where another version has written something else."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
 class JobMetricsCollector(Collector):

@@ -44,6 +44,11 @@ class Metrics:
         self.watch_age_seconds = Gauge(
             "finetune_watch_age_seconds", "Seconds since something was watched or listed.", registry=self._registry
         )
+        self.unlisted_namespaces = Gauge(
+            "finetune_unlisted_namespaces",
+            "Watched namespaces whose jobs could not be listed at the last try.",
+            registry=self._registry,
+        )
         self.reports_accepted = Counter("finetune_reports_accepted", "Reports taken.", registry=self._registry)
         self.reports_refused = Counter(
             "finetune_reports_refused", "Reports refused, by HTTP status.", ["code"], registry=self._registry

@@ -1,6 +1,9 @@
 """In-memory state of each job between two reconciles: the newest report of the current attempt, the pods that may send
 reports, and the time of the last status write.
 
+The state belongs to the uid of a job, because a job that was deleted and created again under the same name is another
+job: it must not show the progress of the first one, nor wait for the back-off of the first one.
+
 `observe/observer.py` stores which attempt may report, and `reports/server.py` stores the reports of that attempt. A
 restart of the operator loses this state without harm.
 """
@@ -16,10 +19,19 @@ from finetune_core.contract import Report
 from finetune_core.contract.stock_reports import StockReport
 from finetune_operator.queue.retryable import RetryableError
 from finetune_operator.queue.speed import StepWindow
+from finetune_operator.queue.token_bucket import TokenBucket
 from finetune_operator.queue.work_queue import Key
 
 MIN_SECONDS_BETWEEN_PROGRESS_WRITES = 10.0
 """Least seconds between a status write of a job and the next write in which only numbers (step, loss, speed) differ."""
+REPORTED_WRITES_PER_SECOND = 0.1
+REPORTED_WRITES_BURST = 3.0
+"""Writes per second that the reports of one job may cause, after a burst: of the status, and of each pod's annotation.
+A pod with a valid token chooses how often it reports and what, so no content of a report may exceed this limit."""
+
+
+def _reported_writes() -> TokenBucket:
+    return TokenBucket(per_second=REPORTED_WRITES_PER_SECOND, burst=REPORTED_WRITES_BURST)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +50,8 @@ class ReportingAttempt:
 class JobMemory:
     """In-memory state of one job. Times are seconds of the monotonic clock unless the type is a datetime."""
 
+    uid: str = ""
+    """`metadata.uid` of the FineTuneJob that the state belongs to."""
     resource_version: str = ""
     """`metadata.resourceVersion` of the job at the last reconcile."""
     reporting: ReportingAttempt | None = None
@@ -52,13 +66,26 @@ class JobMemory:
     status_written_at: float | None = None
     progress_write_at: float | None = None
     """Earliest time of the next status write with only new numbers, by the limit for all jobs together
-    (`status/budget.py`). None where no such write waits."""
+    (`status/writer.py`). None where no such write waits."""
+    reported_writes: TokenBucket = field(default_factory=_reported_writes)
+    """Limits the reconciles and status writes that reports of the job cause."""
+    reported_write_at: float | None = None
+    """Earliest time of the next reconcile and status write for the sake of a report, whose token is taken from
+    `reported_writes` already. None where no such turn is reserved."""
+    has_reported_turn: bool = False
+    """Whether the reconcile that runs now has the turn of `reported_write_at`, and may write what a report brought."""
+    annotation_writes: TokenBucket = field(default_factory=_reported_writes)
+    """Limits the annotations of the job's pods."""
+    settled_version: str = ""
+    """`metadata.resourceVersion` at which the job had ended and nothing was left to remove; empty before that."""
     problem: RetryableError | None = None
     """Error of the last try to create the job's objects; None where the last try succeeded."""
     retry_at: float = 0.0
     """Time of the next try to create the objects, after the error in `problem`."""
     failures: int = 0
     """Number of consecutive tries that ended with a RetryableError."""
+    undeletable_pods: set[str] = field(default_factory=set)
+    """Uids of orphaned pods whose deletion the API server has refused, for example because of an admission policy."""
     start_errors: dict[str, float] = field(default_factory=dict)
     """For each uid of a pod whose container waits with an error of its runtime: when this was first seen."""
     hint: str = ""
@@ -68,12 +95,42 @@ class JobMemory:
     def seconds_to_progress_write(self, now: float) -> float:
         """Return for how many seconds a status write with only new numbers must wait; 0.0 where it may happen now."""
         own = self.status_written_at
-        due = max(now if own is None else own + MIN_SECONDS_BETWEEN_PROGRESS_WRITES, self.progress_write_at or 0.0)
-        return max(0.0, due - now)
+        earliest = now if own is None else own + MIN_SECONDS_BETWEEN_PROGRESS_WRITES
+        return max(0.0, max(earliest, self.progress_write_at or 0.0, self.reported_write_at or 0.0) - now)
+
+    def reserve_reported_turn(self, now: float) -> float:
+        """Return in how many seconds the job may be reconciled for the sake of a report; reserve that turn."""
+        if self.reported_write_at is None:
+            self.reported_write_at = self.reported_writes.reserve(now)
+        return max(0.0, self.reported_write_at - now)
+
+    def begin_reconcile(self, now: float) -> None:
+        """Give a turn whose time has come to the reconcile that begins now.
+
+        The turn is used up even where the reconcile fails or has nothing to write. Otherwise each further report would
+        cause a reconcile at once, until one can write.
+        """
+        self.has_reported_turn = self.reported_write_at is not None and self.reported_write_at <= now
+        if self.has_reported_turn:
+            self.reported_write_at = None
+
+    def seconds_to_reported_write(self, now: float) -> float:
+        """Return for how many seconds this reconcile must not write what a report brought; 0.0 where it may now."""
+        if self.has_reported_turn:
+            return 0.0
+        left = self.reserve_reported_turn(now)
+        self.begin_reconcile(now)  # takes the turn at once where it need not wait
+        return left
+
+    def status_written(self, now: float) -> None:
+        """Note that the status was written at ``now``, and with it everything that was reported until then."""
+        self.status_written_at = now
+        self.progress_write_at = None
+        self.has_reported_turn = False
 
 
 class Memory:
-    """In-memory state of all jobs, by key."""
+    """In-memory state of all jobs. Each state belongs to the key and the uid of a job."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Create an empty memory. ``clock`` returns monotonic seconds."""
@@ -84,9 +141,16 @@ class Memory:
         """Return the keys of all jobs in memory."""
         return list(self._jobs)
 
-    def job(self, key: Key) -> JobMemory:
-        """Return the state of the job ``key``; create an empty state where the job has none."""
-        return self._jobs.setdefault(key, JobMemory())
+    def job(self, key: Key, uid: str) -> JobMemory:
+        """Return the state of the job ``key`` with ``uid``.
+
+        An empty state is created where the job has none, and where the state in memory is that of an earlier job of the
+        same name, which must have been deleted.
+        """
+        job = self._jobs.get(key)
+        if job is None or job.uid != uid:
+            job = self._jobs[key] = JobMemory(uid=uid)
+        return job
 
     def has_read(self, key: Key, resource_version: str) -> bool:
         """Return whether a reconcile has already read the job with this ``metadata.resourceVersion``."""
@@ -98,36 +162,68 @@ class Memory:
         job = self._jobs.get(key)
         return job.reporting if job else None
 
-    def set_reporting_attempt(self, key: Key, reporting: ReportingAttempt | None) -> None:
+    def newest_report(self, key: Key, uid: str) -> Report | None:
+        """Return the newest report of the job ``key`` with ``uid``; None where this job has not reported yet."""
+        job = self._jobs.get(key)
+        return job.report if job is not None and job.uid == uid else None
+
+    def set_reporting_attempt(self, key: Key, uid: str, reporting: ReportingAttempt | None) -> None:
         """From now on accept only reports of the attempt ``reporting``; drop a stored report of another attempt."""
-        job = self.job(key)
+        job = self.job(key, uid)
         old = job.reporting
         if reporting is None or old is None or (old.uid, old.attempt) != (reporting.uid, reporting.attempt):
             job.report = job.reported_at = None
             _end_attempt(job)
         job.reporting = reporting
 
-    def stop_reporting(self, key: Key) -> None:
+    def stop_reporting(self, key: Key, uid: str) -> None:
         """Accept no report until the next attempt. Keep the newest report, so that the status can still show it."""
-        job = self.job(key)
+        job = self.job(key, uid)
         job.reporting = None
         _end_attempt(job)
 
-    def store_report(self, key: Key, report: Report, received: datetime) -> None:
-        """Store ``report`` as the newest report of the job's attempt, and measure the training speed by its step."""
-        job = self.job(key)
+    def store_report(self, key: Key, uid: str, report: Report, received: datetime) -> float | None:
+        """Store ``report`` as the newest report of the job ``key`` with ``uid``, and measure the training speed by it.
+
+        Returns in how many seconds the job is to be reconciled: when its status may be written. An earlier reconcile
+        would cost requests and write nothing. Returns None, and stores nothing, where the memory no longer has the
+        state of this job: it may have been deleted, and created again, while its report was being checked.
+        """
+        job = self._jobs.get(key)
+        if job is None or job.uid != uid:
+            return None
+        more = _tells_more_than_numbers(job.report, report)
         job.report, job.reported_at = report, received
         step = report.reported_step if isinstance(report, StockReport) else report.step
         if report.total_steps and step is not None:
             job.speed.add(self._clock(), step)
+        now = self._clock()
+        turn = job.reserve_reported_turn(now)
+        return turn if more else max(turn, job.seconds_to_progress_write(now))
 
-    def seconds_to_progress_write(self, key: Key) -> float:
-        """Return for how many seconds a status write of ``key`` with only new numbers must wait."""
-        return self.job(key).seconds_to_progress_write(self._clock())
+    def reserve_reported_turn(self, key: Key, uid: str) -> float:
+        """Return in how many seconds ``key`` may be reconciled for the sake of a report; reserve that turn."""
+        return self.job(key, uid).reserve_reported_turn(self._clock())
+
+    def begin_reconcile(self, key: Key) -> None:
+        """Note that a reconcile of ``key`` begins, which uses up the turn that a report has reserved for it."""
+        if (job := self._jobs.get(key)) is not None:
+            job.begin_reconcile(self._clock())
+
+    def has_settled(self, key: Key, resource_version: str) -> bool:
+        """Return whether the job has ended, and nothing was left to do for it at this ``metadata.resourceVersion``."""
+        job = self._jobs.get(key)
+        return job is not None and job.settled_version == resource_version
 
     def forget(self, key: Key) -> None:
         """Drop the state of a job that no longer exists."""
         self._jobs.pop(key, None)
+
+
+def _tells_more_than_numbers(before: Report | None, report: Report) -> bool:
+    """Return whether ``report`` is the first of its attempt, has other checkpoints, or is the first with a result."""
+    first_result = report.result is not None and (before is None or before.result is None)
+    return before is None or first_result or report.checkpoints != before.checkpoints
 
 
 def _end_attempt(job: JobMemory) -> None:

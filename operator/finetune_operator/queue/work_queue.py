@@ -3,6 +3,8 @@
 The queue holds keys (namespace and name) and no objects. `watches.py`, `controller.py` and `reports/server.py` add
 keys; the workers in `controller.py` take keys out.
 
+Keys are taken in a fair order (`fair_order.py`): each namespace in its turn, and news before the resync.
+
 A key that already waits is not queued twice. A key that a worker is processing is not given to a second worker. If the
 key is added meanwhile, it is queued again when the first worker calls `done`. After failures a key waits for a back-off
 that grows exponentially and has jitter.
@@ -15,23 +17,13 @@ import contextlib
 import heapq
 import random
 import time
-from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+
+from finetune_operator.queue.fair_order import FairOrder, Precedence
+from finetune_operator.queue.key import Key as Key
 
 BASE_DELAY_SECONDS = 0.2
 MAX_DELAY_SECONDS = 300.0
-
-
-class Key(NamedTuple):
-    """Namespace and name of a FineTuneJob, for example ``Key("team-a", "viggo-7b")``."""
-
-    namespace: str
-    name: str
-
-    def __str__(self) -> str:
-        """Return `namespace/name`."""
-        return f"{self.namespace}/{self.name}"
 
 
 def backoff_seconds(failures: int, *, jitter: float, base: float = BASE_DELAY_SECONDS) -> float:
@@ -57,8 +49,9 @@ class WorkQueue:
         """Create an empty queue. Tests pass their own ``clock`` (seconds) and ``jitter`` (0 to 1)."""
         self._clock = clock
         self._jitter = jitter
-        self._ready: deque[tuple[Key, float]] = deque()
-        self._dirty: set[Key] = set()
+        self._ready = FairOrder()
+        self._dirty: dict[Key, Precedence] = {}
+        """Keys that are due and wait for a worker, also those that a worker processes already."""
         self._processing: set[Key] = set()
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, Key]] = []
@@ -70,17 +63,30 @@ class WorkQueue:
         return len(self._dirty)
 
     def oldest_age(self) -> float:
-        """Return for how many seconds the first key in the queue has been waiting for a worker; 0.0 if none waits."""
-        return self._clock() - self._ready[0][1] if self._ready else 0.0
+        """Return for how many seconds the oldest key in the queue has been waiting for a worker; 0.0 if none waits."""
+        oldest = self._ready.oldest()
+        return 0.0 if oldest is None else self._clock() - oldest
 
     def add(self, key: Key) -> None:
         """Queue ``key`` now. A key that already waits is not queued a second time."""
-        if key in self._dirty:
-            return
-        self._dirty.add(key)
+        self._add(key, Precedence.NEWS)
+
+    def add_again(self, key: Key) -> None:
+        """Queue ``key`` now, before the other keys of its namespace, because its job is in the middle of a change."""
+        self._add(key, Precedence.AGAIN)
+
+    def add_for_resync(self, key: Key) -> None:
+        """Queue ``key`` behind all keys that `add` has queued, because nothing new is known of its job."""
+        self._add(key, Precedence.RESYNC)
+
+    def _add(self, key: Key, precedence: Precedence) -> None:
+        self._dirty[key] = min(precedence, self._dirty.get(key, precedence))
         if key not in self._processing:
-            self._ready.append((key, self._clock()))
-            self._changed.set()
+            self._make_ready(key)
+
+    def _make_ready(self, key: Key) -> None:
+        self._ready.add(key, self._clock(), self._dirty[key])
+        self._changed.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
         """Queue ``key`` in ``seconds``. If ``key`` already has an earlier due time, the earlier time is kept."""
@@ -113,10 +119,10 @@ class WorkQueue:
         The caller must call `done` after processing the key.
         """
         self._promote()
-        if not self._ready:
+        key = self._ready.take(self._clock())
+        if key is None:
             return None
-        key, _ = self._ready.popleft()
-        self._dirty.discard(key)
+        del self._dirty[key]
         self._processing.add(key)
         return key
 
@@ -137,8 +143,7 @@ class WorkQueue:
         """Mark ``key`` as processed. A key that was added during the processing is queued again at once."""
         self._processing.discard(key)
         if key in self._dirty:
-            self._ready.append((key, self._clock()))
-            self._changed.set()
+            self._make_ready(key)
 
     def _promote(self) -> None:
         """Queue every delayed key whose due time has come."""

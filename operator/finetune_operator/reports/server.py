@@ -99,14 +99,6 @@ def bearer_token(header: str | None) -> str:
     return token.strip()
 
 
-def needs_reconcile_now(before: Report | None, report: Report) -> bool:
-    """Return whether ``report`` tells more than new numbers, so that its job is to be reconciled at once.
-
-    This is so where no report came ``before``, where the list of checkpoints differs, and where there is a result.
-    """
-    return before is None or report.result is not None or report.checkpoints != before.checkpoints
-
-
 Parse = Callable[[bytes, TokenPod, ReportingAttempt], Report]
 
 
@@ -157,7 +149,7 @@ class ReportServer(HttpServer):
             async with asyncio.timeout(BODY_SECONDS):
                 body = await request.read()
             report = parse(body, pod, reporting)
-            self._check_same_format(key, report)
+            self._check_same_format(key, reporting, report)
         except RejectedError as rejection:
             return self._reject(rejection.status, str(rejection))
         except web.HTTPRequestEntityTooLarge:
@@ -167,13 +159,12 @@ class ReportServer(HttpServer):
         except ReviewUnavailableError as error:
             logger.warning("a token could not be reviewed: %s", error)
             return self._reject(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
-        before = self._memory.job(key).report
-        self._memory.store_report(key, report, self._now().replace(microsecond=0))
-        # The job is reconciled when its status may be written: at once, or for new numbers alone later. An earlier
-        # reconcile would cost requests and write nothing.
-        self._queue.add_after(
-            key, 0.0 if needs_reconcile_now(before, report) else self._memory.seconds_to_progress_write(key)
-        )
+        # The memory says when the report may cause a reconcile. That is limited for each job, because its pods choose
+        # how often they report, and what.
+        after = self._memory.store_report(key, reporting.uid, report, self._now().replace(microsecond=0))
+        if after is None:
+            return self._reject(HTTPStatus.CONFLICT, "the job was deleted")
+        self._queue.add_after(key, after)
         self._metrics.reports_accepted.inc()
         return None
 
@@ -195,17 +186,16 @@ class ReportServer(HttpServer):
             return authorize(reviewed, reporting, key, request.match_info.get("attempt", ""))
         except RejectedError as rejection:
             if rejection.status is HTTPStatus.FORBIDDEN:
-                self._queue.add(
-                    key
-                )  # the pod may be too new to be known; after a reconcile the next report is accepted
+                # The pod may be too new to be known. After a reconcile the next report is accepted.
+                self._queue.add_after(key, self._memory.reserve_reported_turn(key, reporting.uid))
             raise
 
-    def _check_same_format(self, key: Key, report: Report) -> None:
+    def _check_same_format(self, key: Key, reporting: ReportingAttempt, report: Report) -> None:
         """Reject a stock report (Kubeflow's protocol) where the newest report is from this project's trainer.
 
         The stock report holds less than the stored report. Raises RejectedError (409).
         """
-        known = self._memory.job(key).report
+        known = self._memory.newest_report(key, reporting.uid)
         if isinstance(report, stock_reports.StockReport) and not isinstance(known, stock_reports.StockReport | None):
             raise RejectedError(HTTPStatus.CONFLICT, "this attempt reports in full already")
 

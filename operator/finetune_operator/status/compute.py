@@ -1,7 +1,6 @@
 """Computes the new status of a FineTuneJob from the stored status and from what this reconcile has read and decided.
 
-Pure functions. `writer.py` writes the new status where it differs: a change such as that of a condition at once, new
-numbers every ten seconds at most.
+Pure functions. `writer.py` writes the new status where it differs; `urgency.py` says how soon.
 """
 
 from __future__ import annotations
@@ -113,37 +112,3 @@ def _numbers_of_result(status: FineTuneJobStatus, given: StatusInput) -> dict[st
             update={"step": step, "percentage": percentage(step, progress.total_steps), "eta_seconds": 0}
         )
     return update
-
-
-def is_news(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
-    """Return whether ``new`` differs from ``old`` in more than usage that grew with time.
-
-    Such usage alone is not written, but the next write includes it.
-    """
-    if old is None or old.usage is None or new.usage is None:
-        return old != new
-    passed = new.usage.model_copy(update={"holders": old.usage.holders, "running": old.usage.running})
-    return old.model_copy(update={"usage": passed}) != new
-
-
-def is_transition(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
-    """Return whether the change from ``old`` to ``new`` must be written at once.
-
-    This is so where the spec's generation, the status or reason of a condition, or one of the fields below has changed.
-    """
-    if old is None or old.observed_generation != new.observed_generation:
-        return True
-    if [(c.type, c.status, c.reason) for c in old.conditions] != [(c.type, c.status, c.reason) for c in new.conditions]:
-        return True
-    fixed = (
-        "attempts",
-        "image",
-        "plan",
-        "evaluation",
-        "incidents",
-        "artifact",
-        "child",
-        "start_time",
-        "completion_time",
-    )
-    return any(getattr(old, name) != getattr(new, name) for name in fixed)

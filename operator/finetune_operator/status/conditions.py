@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune_core.api.conditions import Condition, ConditionType, Reason
+from finetune_core.api.conditions import Condition, ConditionType, Reason, valid_reason
 from finetune_core.api.status import FineTuneJobStatus, PastAttempt
 from finetune_operator import messages
 from finetune_operator.decide.verdict import Verdict
@@ -28,25 +28,34 @@ class _State:
 
 
 def compute_conditions(stored: FineTuneJobStatus, status: FineTuneJobStatus, given: StatusInput) -> list[Condition]:
-    """Return all conditions that the operator knows, in the order of the API.
+    """Return all conditions that the operator knows, in the order of the API, and then those of others as stored.
 
     ``stored`` is the status in the API server. ``status`` is the new status, in which everything but the conditions is
     computed already. A condition whose status did not change keeps its `lastTransitionTime`.
     """
     old = {condition.type: condition for condition in stored.conditions}
-    running = _running(given, old.get(ConditionType.RUNNING))
+    kept = old if not given.observed and given.end is None else {}
+    running = _state_of(kept.get(ConditionType.RUNNING)) or _running(given, old.get(ConditionType.RUNNING))
     succeeded = _succeeded(given, is_running=running.status == "True")
     states = {
         ConditionType.READY: _ready(given, succeeded),
         ConditionType.RECONCILING: _reconciling(given, succeeded),
         ConditionType.STALLED: _stalled(given),
         ConditionType.ACCEPTED: _accepted(given),
-        ConditionType.SCHEDULED: _scheduled(given),
+        ConditionType.SCHEDULED: _state_of(kept.get(ConditionType.SCHEDULED)) or _scheduled(given),
         ConditionType.RUNNING: running,
         ConditionType.CHECKPOINT_AVAILABLE: _checkpoint_available(status, given),
         ConditionType.SUCCEEDED: succeeded,
     }
-    return [_condition(kind, state, old.get(kind), given) for kind, state in states.items()]
+    own = [_condition(kind, state, old.get(kind), given) for kind, state in states.items()]
+    return own + [condition for condition in stored.conditions if condition.type not in states]
+
+
+def _state_of(condition: Condition | None) -> _State | None:
+    """Return what the stored ``condition`` says; None where it says nothing that this version could write."""
+    if condition is None or condition.status not in ("True", "False", "Unknown"):
+        return None
+    return _State(condition.status, condition.reason, condition.message)
 
 
 def _condition(kind: ConditionType, state: _State, old: Condition | None, given: StatusInput) -> Condition:
@@ -57,7 +66,7 @@ def _condition(kind: ConditionType, state: _State, old: Condition | None, given:
             "status": state.status,
             "observedGeneration": given.generation,
             "lastTransitionTime": old.last_transition_time if unchanged and old else given.now,
-            "reason": str(state.reason),
+            "reason": valid_reason(state.reason),
             "message": state.message[:MESSAGE_LIMIT],
         }
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from finetune_core.api import FineTuneJobStatus
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_error
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.queue.memory import JobMemory
 from finetune_operator.status.events import event_manifest, events_between
@@ -34,7 +34,7 @@ class EventRecorder:
         self._clock = clock
 
     async def record(self, job: StoredJob, new: FineTuneJobStatus) -> None:
-        """Create the events about the change from the stored status to ``new``. A refused event is only logged."""
+        """Create the events about the change from the stored status to ``new``. A failed event is only logged."""
         now = self._now()
         log_fields = job.log_fields | {"attempt": new.attempts.started}
         for event in events_between(job.status, new, now):
@@ -44,8 +44,9 @@ class EventRecorder:
             manifest = event_manifest(event, job.key, job.uid, now, self._instance)
             try:
                 await self._cluster.create_event(job.key.namespace, manifest)
-            except ApiError as error:
-                logger.warning("event not created: %s", error, extra=log_fields)
+            except REQUEST_ERRORS as error:
+                # The reconcile goes on: the status, which says the same, is written already.
+                logger.warning("event not created: %s", describe_error(error), extra=log_fields)
 
     def _is_due(self, memory: JobMemory, reason: str) -> bool:
         """Return whether no event with ``reason`` was created within the last minute; if so, note that one is now."""

@@ -14,11 +14,10 @@ from datetime import datetime
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptsStatus, PlanStatus, PreflightStatus, UsageStatus
 from finetune_core.contract import Report, RunConfig
-from finetune_core.validation.runnable import unrunnable
 from finetune_operator.decide.decision import Decision, JobEnd
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.observation import JobObservation
-from finetune_operator.observe.stored_job import ParsedJob, StoredJob
+from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.queue.retryable import RetryableError
 
 
@@ -40,6 +39,8 @@ class StatusInput:
     """`status.plan` of an attempt that is about to start, such as its batch sizes; None in any other reconcile."""
     invalid: str = ""
     """Why the spec can't be run, with the path of the field; empty where the spec can be run."""
+    observed: bool = True
+    """Whether this reconcile has read the job's objects. If not, `Scheduled` and `Running` keep what they said."""
     attempts: AttemptsStatus
     preflight: PreflightStatus | None = None
     end: JobEnd | None = None
@@ -74,32 +75,32 @@ class StatusInput:
 
 
 def status_input(
-    job: ParsedJob,
+    job: StoredJob,
     seen: JobObservation,
     decision: Decision,
     *,
-    image: str,
+    image: str | None,
+    invalid: str,
     config: RunConfig | None,
     created: ChildObservation | None = None,
     problem: RetryableError | None = None,
 ) -> StatusInput:
     """Return the inputs for the status of a job whose reconcile has read ``seen`` and decided ``decision``.
 
-    ``created`` is the child object that this reconcile created; ``problem`` says why it could not create a child.
+    ``image`` is that of the job's pods. ``invalid`` says why this version can't run the spec; it keeps a new attempt
+    from starting, but an attempt that runs already goes on. ``created`` is the child object that this reconcile
+    created; ``problem`` says why it could not create a child.
     """
-    resources = job.resource.spec.resources
     current = decision.attempts.current
     return StatusInput(
         now=job.now,
-        generation=job.resource.metadata.generation,
-        nodes=resources.nodes,
-        ranks=resources.processes,
-        policy=job.resource.spec.run_policy,
+        generation=job.generation,
+        nodes=job.resources.nodes,
+        ranks=job.resources.processes,
+        policy=job.policy,
         image=image,
         plan=plan_of(config) if config is not None else None,
-        # The status names what this version can't run. That keeps a new attempt from starting, but an attempt that
-        # runs already goes on.
-        invalid="" if decision.end else "; ".join(str(error) for error in unrunnable(job.resource.spec)),
+        invalid="" if decision.end else invalid,
         attempts=decision.attempts,
         preflight=decision.preflight,
         end=decision.end,
@@ -127,10 +128,11 @@ def refused_input(
     """
     return StatusInput(
         now=job.now,
-        generation=job.manifest["metadata"].get("generation", 0),
-        nodes=1,
-        ranks=1,
+        generation=job.generation,
+        nodes=job.resources.nodes,
+        ranks=job.resources.processes,
         invalid=invalid,
+        observed=False,
         attempts=job.status.attempts,
         preflight=job.status.preflight,
         end=end,

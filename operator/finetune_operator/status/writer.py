@@ -6,18 +6,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
 
 from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.attempt_causes import Cause
+from finetune_core.api.conditions import ConditionType
 from finetune_core.api.status import AttemptsStatus
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import FIELD_MANAGER, KubeClient
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import JobMemory
-from finetune_operator.status.budget import WriteBudget
-from finetune_operator.status.compute import compute_status, is_news, is_transition
+from finetune_operator.queue.requeue import Write
+from finetune_operator.queue.token_bucket import TokenBucket
+from finetune_operator.status.compute import compute_status
 from finetune_operator.status.event_recorder import EventRecorder
 from finetune_operator.status.inputs import StatusInput
+from finetune_operator.status.preservation import preserve
+from finetune_operator.status.urgency import Urgency, urgency
+
+WRITES_PER_SECOND: Final = 20.0
+"""Status writes per second over all jobs, after a burst, for which new numbers wait. With ten seconds between two
+writes of a job, 5,000 jobs would still cause 500 writes per second."""
+BURST: Final = 100.0
+"""Status writes of all jobs that may come at once. Writes that do not wait count as well."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WriteResult:
+    """What became of a new status."""
+
+    write: Write | None = None
+    """The write; None where nothing was written."""
+    left: float | None = None
+    """Seconds after which the status may be written; None where nothing waits."""
 
 
 class StatusWriter:
@@ -41,42 +63,75 @@ class StatusWriter:
         self._metrics = metrics
         self._child_kind = child_kind
         self._clock = clock
-        self._budget = WriteBudget(clock)
+        self._budget = TokenBucket(per_second=WRITES_PER_SECOND, burst=BURST)
 
-    async def write(self, job: StoredJob, given: StatusInput) -> float | None:
-        """Write the status that follows from ``given`` where it differs from the stored status.
+    async def write(self, job: StoredJob, given: StatusInput) -> WriteResult:
+        """Write the status that follows from ``given`` where it differs from the stored status, as soon as it may.
 
-        A change such as that of a condition (see `is_transition`) is written at once. New numbers alone are not written
-        within ten seconds after the job's last write, and not while the write budget of all jobs is used up. Returns in
-        how many seconds such numbers may be written; None where nothing waits. Raises ApiError (409) where the job has
-        changed since it was read.
+        `status/urgency.py` says how soon: the operator's own changes at once, what a report brought when the token
+        bucket of the job has a token, and numbers alone ten seconds after the last write and within the limit of all
+        jobs. Raises ApiError (409) where the job has changed since it was read.
         """
-        status = compute_status(job.status, given, child_kind=self._child_kind)
+        status = self._compute(job, given)
         self._metrics.jobs.update(job.key, status)
         old = job.status if job.manifest.get("status") else None
-        if not is_news(old, status):
-            return None
-        if is_transition(old, status):
-            self._budget.spend()
-        elif (left := self._seconds_to_numbers(job.memory)) > 0:
-            return left
-        await self._apply(job, status)
+        found = urgency(old, status, lambda: self._compute(job, replace(given, report=None, reported_at=None)))
+        if found is Urgency.UNCHANGED:
+            return WriteResult()
+        if found is not Urgency.OWN and (left := self._seconds_to_turn(job.memory, found)) > 0:
+            return WriteResult(left=left)
+        return WriteResult(write=await self._write(job, status, waited=found is Urgency.NUMBERS))
+
+    async def write_now(self, job: StoredJob, given: StatusInput) -> Write | None:
+        """Write the status that follows from ``given`` without any wait, because it must be written before all else.
+
+        Returns None where the API server answers that this did not change the job. Raises ApiError (409) where the job
+        has changed since it was read.
+        """
+        status = self._compute(job, given)
+        self._metrics.jobs.update(job.key, status)
+        return await self._write(job, status, waited=False)
+
+    async def write_settled(self, job: StoredJob, *, without_child: bool) -> None:
+        """Write into the status of an ended job that its generation is observed, where that is not written yet.
+
+        With ``without_child``, also remove `status.child`, because the job's PyTorchJob no longer exists. Nothing else
+        changes, because no edit changes how a job has ended. kstatus (Flux, Argo CD) counts a job as in progress as
+        long as its newest generation is not observed.
+        """
+        conditions = [
+            item.model_copy(update={"observed_generation": job.generation}) if item.type in set(ConditionType) else item
+            for item in job.status.conditions
+        ]
+        update: dict[str, object] = {"child": None} if without_child else {}
+        if job.status.observed_generation != job.generation:
+            update |= {"observed_generation": job.generation, "conditions": conditions}
+        status = job.status.model_copy(update=update)
+        if status != job.status:
+            await self._apply(job, status)
+
+    def _compute(self, job: StoredJob, given: StatusInput) -> FineTuneJobStatus:
+        """Return the status that follows from ``given``, with the parts that this version can't read left alone."""
+        return compute_status(job.status, given, child_kind=self._child_kind).model_copy(update=job.left_alone)
+
+    def _seconds_to_turn(self, memory: JobMemory, found: Urgency) -> float:
+        """Return for how many seconds the status still waits; reserve its turn where that is not done yet."""
+        now = self._clock()
+        if found is Urgency.NUMBERS:
+            if memory.progress_write_at is None:
+                memory.progress_write_at = self._budget.reserve(now)
+            if (left := memory.seconds_to_progress_write(now)) > 0:
+                return left
+        return memory.seconds_to_reported_write(now)
+
+    async def _write(self, job: StoredJob, status: FineTuneJobStatus, *, waited: bool) -> Write | None:
+        """Write ``status`` and create the events; ``waited`` says whether the limit of all jobs was waited for."""
+        if not waited:
+            self._budget.spend(self._clock())
+        write = await self._apply(job, status)
         self._count_refusals(job.status.attempts, status.attempts)
         await self._recorder.record(job, status)
-        return None
-
-    def _seconds_to_numbers(self, memory: JobMemory) -> float:
-        """Return for how many seconds new numbers still wait; reserve their place in the budget where not done yet."""
-        if memory.progress_write_at is None:
-            memory.progress_write_at = self._budget.reserve()
-        return memory.seconds_to_progress_write(self._clock())
-
-    async def forget_child(self, job: StoredJob) -> None:
-        """Remove `status.child` of an ended job, because the job's PyTorchJob no longer exists.
-
-        All other fields stay as they are.
-        """
-        await self._apply(job, job.status.model_copy(update={"child": None}))
+        return write
 
     def _count_refusals(self, old: AttemptsStatus, new: AttemptsStatus) -> None:
         """Count, by node, the attempts of ``new`` that a node ended by refusing a pod and that are not in ``old``."""
@@ -85,7 +140,10 @@ class StatusWriter:
             if past.number > last and past.reason == Cause.NODE_REFUSED and past.node:
                 self._metrics.node_refusals.labels(node=past.node).inc()
 
-    async def _apply(self, job: StoredJob, status: FineTuneJobStatus) -> None:
-        await self._cluster.apply_status(job.key, job.manifest["metadata"]["resourceVersion"], status.to_json())
-        job.memory.status_written_at, job.memory.progress_write_at = self._clock(), None
+    async def _apply(self, job: StoredJob, status: FineTuneJobStatus) -> Write | None:
+        read = job.manifest["metadata"]["resourceVersion"]
+        body = preserve(job.manifest, job.status.to_json(), status.to_json(), FIELD_MANAGER)
+        written = await self._cluster.apply_status(job.key, read, body)
+        job.memory.status_written(self._clock())
         self._metrics.status_writes.inc()
+        return Write("status") if written != read else None

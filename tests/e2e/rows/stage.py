@@ -18,6 +18,7 @@ from tests.cluster import Cluster
 from tests.cluster.second_node import SecondNode
 from tests.e2e.rows import scripts
 from tests.e2e.rows.observer import Manifest, Observer, Sighting
+from tests.operator.builders import is_observed
 
 JOB = "row"
 PATIENCE_SECONDS = 90
@@ -94,7 +95,7 @@ class Stage:
         """Wait until a state of the job is observed for which ``reached`` holds, and return the first such state.
         States without a status are skipped."""
         return self.observer.first(
-            "job", self.namespace, JOB, what, lambda seen: "status" in seen.object and reached(seen.object), timeout
+            "job", self.namespace, JOB, what, lambda seen: is_observed(seen.object) and reached(seen.object), timeout
         )
 
     def pod(

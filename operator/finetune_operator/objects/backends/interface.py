@@ -19,6 +19,11 @@ class Backend(Protocol):
 
     kind: str
     """Kind of the child object as messages and `status.child` show it, for example ``"PyTorchJob"``."""
+    api_version: str
+    """`apiVersion` of the child object, for example ``"kubeflow.org/v1"``."""
+
+    def pod_name(self, child: str, index: int) -> str:
+        """Return the name of the pod with ``index`` of the child object named ``child``."""
 
     def build(self, job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
         """Return the child's manifest. The method is pure, so that a retry after a crash builds the same object."""

@@ -14,8 +14,9 @@ from typing import Any
 
 from finetune_core.api import FineTuneJob
 from finetune_core.api.conditions import Reason
+from finetune_core.names import worker_name
 from finetune_operator import messages
-from finetune_operator.kube.client import ApiError, KubeClient
+from finetune_operator.kube.client import ApiError, KubeClient, going_away
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.kube.resources import PYTORCHJOBS
 from finetune_operator.objects.labels import QUEUE_NAME, QUEUE_PRIORITY, attempt_labels, owner_reference
@@ -89,10 +90,15 @@ class PyTorchJobBackend:
     """Implements the interface `Backend` with PyTorchJobs."""
 
     kind = KIND
+    api_version = PYTORCHJOBS.api_version
 
     def __init__(self, client: KubeClient) -> None:
         """Send every request with ``client``."""
         self._client = client
+
+    def pod_name(self, child: str, index: int) -> str:
+        """Return the name that training-operator gives to the pod of worker ``index``."""
+        return worker_name(child, index)
 
     def build(self, job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
         """Return the PyTorchJob of an attempt."""
@@ -102,20 +108,18 @@ class PyTorchJobBackend:
         """Create the PyTorchJob and return it; where the job already owns one of that name, return the existing one.
 
         Raises RetryableError where a PyTorchJob of that name has another owner, or where the API server refuses the
-        PyTorchJob.
+        PyTorchJob. Raises ApiError (409) where the PyTorchJob is to be created again soon.
         """
         name = manifest["metadata"]["name"]
         try:
             return parse_pytorchjob(await self._client.create_child(manifest))
         except ApiError as error:
-            if not error.is_conflict:
+            if not error.is_name_taken:
                 raise _creation_error(error, name) from error
             conflict = error
         existing = await self.observe(manifest["metadata"]["namespace"], name)
-        if existing is None:
-            # The existing PyTorchJob was deleted after the 409. Another 409 is raised, so that the job is reconciled
-            # again soon.
-            raise ApiError(conflict.status, "Conflict", f"PyTorchJob {name} was deleted while it was created")
+        if existing is None or existing.deleting:
+            raise going_away(conflict, KIND, name)
         if existing.owner_uid != controller_uid(manifest):
             raise RetryableError(Reason.NAME_CONFLICT, messages.name_conflict(self.kind, name))
         return existing

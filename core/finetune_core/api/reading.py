@@ -1,0 +1,145 @@
+"""Reads sections of a FineTuneJob that another version of the operator, or the CRD of another version, may have let in.
+
+Writing is strict, and the bounds of the models are for that. Reading is tolerant: bounds and closed lists of values do
+not apply, unknown fields are passed over, and a part that can't be read costs no other part. So an operator that is set
+back to an older version still looks after the jobs that the newer version has started.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from finetune_core.api.base import ApiModel
+
+Section = TypeVar("Section", bound=ApiModel)
+_EMPTY: dict[type, Any] = {str: "", int: 0, bool: False, list: []}
+"""The value of a required field that is absent, by type. Only another version can leave out such a field."""
+
+
+class _UnreadableError(ValueError):
+    """A value has another type than this version knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads one section; collects what can't be read."""
+
+    now: datetime
+    unread: list[str] = field(default_factory=list)
+    """Paths of the values that were left out, for example `plan.zeroStage` or `metrics[2]`."""
+
+    @contextmanager
+    def leaving_out(self, path: str) -> Iterator[None]:
+        """Leave out the value at ``path`` where it can't be read."""
+        try:
+            yield
+        except _UnreadableError:
+            self.unread.append(path)
+
+    def section(self, model: type[BaseModel], value: Any, path: str) -> Any:
+        """Return the object ``value`` as ``model``, without the fields that can't be read."""
+        if not isinstance(value, dict):
+            raise _UnreadableError
+        values: dict[str, Any] = {}
+        for name, info in model.model_fields.items():
+            key = info.alias or name
+            inner = f"{path}.{key}" if path else key
+            if value.get(key) is not None:
+                with self.leaving_out(inner):
+                    values[name] = self.value(info.annotation, value[key], inner)
+            if name not in values and info.is_required():
+                values[name] = self.absent(info.annotation, inner)
+        return model.model_construct(**values)
+
+    def absent(self, annotation: Any, path: str) -> Any:
+        """Return what stands for a required field that is absent: zero, empty, or now."""
+        kind = _plain(annotation)
+        if kind is datetime:
+            return self.now
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return self.section(kind, {}, path)
+        if get_origin(kind) is Literal:
+            return ""
+        return _EMPTY.get(get_origin(kind) or kind)
+
+    def value(self, annotation: Any, value: Any, path: str) -> Any:
+        """Return ``value`` as the type ``annotation``, whose bounds and closed lists of values do not apply."""
+        kind = _plain(annotation)
+        origin = get_origin(kind)
+        if origin is list:
+            return self.items(get_args(kind)[0], value, path)
+        if origin in (Union, types.UnionType):
+            return self.first_that_fits(get_args(kind), value, path)
+        if origin is Literal:
+            kind = type(get_args(kind)[0])
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return self.section(kind, value, path)
+        if kind is datetime:
+            return _time(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise _UnreadableError
+        return value
+
+    def items(self, annotation: Any, values: Any, path: str) -> list[Any]:
+        """Return the items of the list ``values`` that can be read."""
+        if not isinstance(values, list):
+            raise _UnreadableError
+        found: list[Any] = []
+        for number, item in enumerate(values):
+            with self.leaving_out(f"{path}[{number}]"):
+                found.append(self.value(annotation, item, f"{path}[{number}]"))
+        return found
+
+    def first_that_fits(self, annotations: tuple[Any, ...], value: Any, path: str) -> Any:
+        """Return ``value`` as the first of ``annotations`` as which it can be read."""
+        for annotation in annotations:
+            try:
+                return self.value(annotation, value, path)
+            except _UnreadableError:
+                continue
+        raise _UnreadableError
+
+
+def _plain(annotation: Any) -> Any:
+    """Return the type in ``annotation`` without bounds and without None."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not types.NoneType]
+        return _plain(kinds[0]) if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007  (made at run time)
+    return annotation
+
+
+def _time(value: Any) -> datetime:
+    """Return ``value``, for example ``"2026-01-31T12:00:00Z"``, as a time with a time zone."""
+    try:
+        time = datetime.fromisoformat(value)
+    except (TypeError, ValueError) as error:
+        raise _UnreadableError from error
+    if time.tzinfo is None:
+        raise _UnreadableError
+    return time
+
+
+def read_section(model: type[Section], stored: Any, now: datetime) -> tuple[Section, list[str]]:
+    """Return ``stored``, a section as the API server holds it, as ``model``, and the paths of what could not be read.
+
+    What could not be read is absent, or has its default. A required field that is absent is zero or empty; a time is
+    ``now``. Where ``stored`` is no object at all, the section is that of an empty object, and the path is empty.
+    """
+    try:
+        return model.model_validate(stored, extra="ignore"), []
+    except ValidationError:
+        pass  # this version wrote most of what it reads, so the slow way below is rare
+    reader = _Reader(now)
+    try:
+        return reader.section(model, stored, ""), reader.unread
+    except _UnreadableError:
+        return reader.section(model, {}, ""), ["", *reader.unread]

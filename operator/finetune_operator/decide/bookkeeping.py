@@ -1,0 +1,23 @@
+"""What the operator must not lose in a crash: the numbers and causes of attempts, and the record of the check.
+
+`decision.py` asks here whether the status must be written before an object is changed, and `status/urgency.py` whether
+a new status is written at once. Both ask the same function. So a decision that must be written first never waits.
+"""
+
+from __future__ import annotations
+
+from finetune_core.api.status import AttemptsStatus, PreflightStatus
+
+
+def bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
+    """Return the part of the status that must be written before any object is created or deleted: the counts of
+    attempts, number and cause of the current attempt, and the record of the preflight check."""
+    current = attempts.current
+    return (
+        attempts.started,
+        attempts.charged,
+        attempts.free,
+        current.number if current else None,
+        current.cause if current else None,
+        preflight,
+    )

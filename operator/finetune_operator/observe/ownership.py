@@ -1,0 +1,78 @@
+"""Finds out which of the pods with a job's labels are the job's own, because anybody may copy labels.
+
+Pure functions on what the API server has sent. `observer.py` calls them, so that no other pod reaches a decision,
+counts as used GPU time, may report, or is deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from finetune_core.api.status import FineTuneJobStatus
+from finetune_core.names import attempt_name
+from finetune_operator.kube.manifest import Manifest
+from finetune_operator.objects.backends.interface import Backend
+from finetune_operator.objects.observations import (
+    ChildObservation,
+    PodObservation,
+    controller_of,
+    controller_uid,
+    parse_pod,
+    parse_preflight_pod,
+)
+from finetune_operator.observe.stored_job import StoredJob
+
+
+def pods_of_attempts(
+    manifests: Iterable[Manifest], job: StoredJob, backend: Backend, found: ChildObservation | None
+) -> list[PodObservation]:
+    """Return the pods in ``manifests`` that belong to an attempt of ``job``.
+
+    A pod belongs to an attempt if it has the name that ``backend`` gives to the pod of its index, and if its controller
+    is the child of the attempt. Where the status records the uid of that child, the uid must be equal. Otherwise the
+    name decides, which contains a digest of the job's uid. ``found`` is the object that now has the name of the newest
+    child, also where another owner has created it: its pods are then not the job's.
+
+    A pod without a controller belongs to its attempt where the status records its uid: somebody deleted the child and
+    kept its pods (`--cascade=orphan`).
+    """
+    pods = ((parse_pod(manifest), manifest) for manifest in manifests)
+    return [pod for pod, manifest in pods if pod is not None and _is_own(pod, manifest, job, backend, found)]
+
+
+def preflight_pods(manifests: Iterable[Manifest], job: StoredJob) -> list[PodObservation]:
+    """Return the preflight pods in ``manifests`` whose controller is ``job``."""
+    own = (manifest for manifest in manifests if controller_uid(manifest) == job.uid)
+    return [pod for manifest in own if (pod := parse_preflight_pod(manifest)) is not None]
+
+
+def _is_own(
+    pod: PodObservation, manifest: Manifest, job: StoredJob, backend: Backend, found: ChildObservation | None
+) -> bool:
+    child = attempt_name(job.key.name, job.uid, pod.attempt)
+    if not 1 <= pod.attempt <= job.status.attempts.started or pod.name != backend.pod_name(child, pod.index):
+        return False
+    owner = controller_of(manifest)
+    if owner is None:
+        return pod.uid in _recorded_pods(job.status)
+    if (owner["apiVersion"], owner["kind"], owner["name"]) != (backend.api_version, backend.kind, child):
+        return False
+    if recorded := _recorded_child(job.status, pod.attempt):
+        return bool(owner["uid"] == recorded)
+    if found is not None and found.name == child:
+        return bool(owner["uid"] == found.uid and found.owner_uid == job.uid)
+    return True
+
+
+def _recorded_child(status: FineTuneJobStatus, attempt: int) -> str:
+    """Return the uid that the status records for the child of ``attempt``; empty where it records none."""
+    current = status.attempts.current
+    is_current = current is not None and current.number == attempt
+    return status.child.uid if is_current and status.child is not None else ""
+
+
+def _recorded_pods(status: FineTuneJobStatus) -> set[str]:
+    """Return the uids of all pods that the status records: those of the current attempt, and those that hold GPUs."""
+    current = status.attempts.current
+    holders = status.usage.holders if status.usage is not None else []
+    return {*holders, *(record.uid for record in (current.pods if current is not None else []))}

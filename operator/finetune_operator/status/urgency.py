@@ -1,0 +1,96 @@
+"""Decides how soon a new status is written, from what differs and from whether a report alone made the difference.
+
+Pure functions, called by `writer.py`. What the operator itself recorded or saw is written at once. What a report says
+passes the token bucket of its job, whatever it is: a pod with a valid token chooses the content of its reports, and
+would otherwise choose how often the operator writes. Every field of the status stands in exactly one list below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from typing import Final
+
+from finetune_core.api.conditions import ConditionType
+from finetune_core.api.status import FineTuneJobStatus
+from finetune_operator.decide.bookkeeping import bookkeeping
+
+OWN_FIELDS: Final = (
+    "observed_generation",
+    "attempts",
+    "preflight",
+    "image",
+    "plan",
+    "child",
+    "start_time",
+    "completion_time",
+)
+"""Fields that the operator computes itself."""
+REPORTED_NEWS: Final = ("checkpoints", "evaluation", "incidents", "artifact")
+"""Fields from reports and results that people wait for."""
+REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices")
+"""Fields from reports of which a value that is ten seconds old does as well."""
+SPECIAL_FIELDS: Final = ("conditions", "usage")
+"""Fields that are compared in parts: of a condition its status and reason, of the usage what did not grow with time."""
+REPORTED_CONDITIONS: Final = (ConditionType.CHECKPOINT_AVAILABLE,)
+"""Conditions that depend on reports only. A report can also make `Running` true, but can not change it back."""
+
+
+class Urgency(Enum):
+    """How soon a new status is written."""
+
+    UNCHANGED = auto()
+    """It is not written, because nothing differs but usage that grew with time."""
+    NUMBERS = auto()
+    """Only numbers and messages differ: ten seconds after the last write, and within the limit for all jobs."""
+    REPORTED = auto()
+    """A report brought more than numbers: as soon as the token bucket of the job has a token."""
+    OWN = auto()
+    """The operator's own records or observations differ: at once."""
+
+
+def urgency(
+    old: FineTuneJobStatus | None, new: FineTuneJobStatus, without_report: Callable[[], FineTuneJobStatus]
+) -> Urgency:
+    """Return how soon ``new`` is written, where ``old`` is stored; None where the job has no status yet.
+
+    ``without_report`` computes the new status as it would be if no report had been received. What differs even then is
+    the operator's own.
+    """
+    if not is_news(old, new):
+        return Urgency.UNCHANGED
+    if not is_transition(old, new):
+        return Urgency.NUMBERS
+    return Urgency.OWN if _is_own(old, without_report()) else Urgency.REPORTED
+
+
+def is_news(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
+    """Return whether ``new`` differs from ``old`` in more than usage that grew with time.
+
+    Such usage alone is not written, but the next write includes it.
+    """
+    if old is None or old.usage is None or new.usage is None:
+        return old != new
+    passed = new.usage.model_copy(update={"holders": old.usage.holders, "running": old.usage.running})
+    return old.model_copy(update={"usage": passed}) != new
+
+
+def is_transition(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
+    """Return whether more than numbers, messages and usage differ between ``old`` and ``new``."""
+    return old is None or _differ(old, new, (*OWN_FIELDS, *REPORTED_NEWS)) or _states(old) != _states(new)
+
+
+def _is_own(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
+    """Return whether fields or conditions that the operator computes itself differ between ``old`` and ``new``."""
+    if old is None or bookkeeping(old.attempts, old.preflight) != bookkeeping(new.attempts, new.preflight):
+        return True
+    return _differ(old, new, OWN_FIELDS) or _states(old, REPORTED_CONDITIONS) != _states(new, REPORTED_CONDITIONS)
+
+
+def _differ(old: FineTuneJobStatus, new: FineTuneJobStatus, fields: Sequence[str]) -> bool:
+    return any(getattr(old, name) != getattr(new, name) for name in fields)
+
+
+def _states(status: FineTuneJobStatus, left_out: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+    """Return type, status and reason of the conditions in ``status`` whose type is not in ``left_out``."""
+    return [(item.type, item.status, item.reason) for item in status.conditions if item.type not in left_out]

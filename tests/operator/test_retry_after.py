@@ -1,0 +1,143 @@
+"""The client of the API server obeys `Retry-After`, with all its requests together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+import pytest
+from aiohttp import web
+from kubernetes.aio import client as kubernetes_client
+
+from finetune_operator.kube.client import TRIES_IF_OVERLOADED, ApiError, KubeClient
+from finetune_operator.kube.retry_after import DEFAULT_SECONDS, MOST_SECONDS, LoadLimit, pause_seconds
+from finetune_operator.queue.work_queue import Key
+
+NOON = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "seconds"),
+    [
+        (200, None, None),
+        (200, "5", None),
+        (404, "5", None),
+        (409, None, None),
+        (500, "5", None),
+        (429, "5", 5.0),
+        (429, "0", 0.0),
+        (429, None, DEFAULT_SECONDS),
+        (429, "soon", DEFAULT_SECONDS),
+        (429, "-3", DEFAULT_SECONDS),
+        (429, "86400", MOST_SECONDS),
+        (429, "Tue, 24 Nov 2026 12:00:07 GMT", 7.0),
+        (429, "Tue, 24 Nov 2026 11:00:00 GMT", 0.0),
+        (503, "5", 5.0),
+        (503, None, None),
+    ],
+)
+def test_how_long_an_answer_asks_the_client_to_pause(status: int, header: str | None, seconds: float | None) -> None:
+    assert pause_seconds(status, {} if header is None else {"Retry-After": header}, NOON) == seconds
+
+
+async def test_everybody_waits_until_the_longest_pause_is_over() -> None:
+    now = [100.0]
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            limit.pause(9)  # another answer asks for a longer pause meanwhile
+        now[0] += seconds
+
+    limit = LoadLimit(lambda: now[0], sleep)
+    await limit.wait()
+    assert slept == []
+    limit.pause(5)
+    limit.pause(2)
+    await limit.wait()
+    assert slept == [5, 4]
+    assert now[0] == 109
+
+
+Answer = Callable[[web.Request], web.Response]
+
+
+@asynccontextmanager
+async def client_of(answer: Answer) -> AsyncIterator[tuple[KubeClient, list[float]]]:
+    """Run an API server on the loopback that answers with ``answer``; yield a client and the times of requests."""
+    times: list[float] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        times.append(time.monotonic())
+        return answer(request)
+
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", handle)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    client = KubeClient(kubernetes_client.Configuration(host=_address(runner)), lambda: None)
+    try:
+        yield client, times
+    finally:
+        await client.close()
+        await runner.cleanup()
+
+
+def _address(runner: web.AppRunner) -> str:
+    host, port = runner.addresses[0][:2]
+    return f"http://{host}:{port}"
+
+
+def _overloaded(seconds: str) -> web.Response:
+    return web.json_response({"reason": "TooManyRequests"}, status=429, headers={"Retry-After": seconds})
+
+
+async def test_after_a_429_no_request_of_the_client_is_sent_until_the_pause_is_over() -> None:
+    answered: list[int] = []
+
+    def answer(_request: web.Request) -> web.Response:
+        answered.append(1)
+        return _overloaded("1") if len(answered) == 1 else web.json_response({"metadata": {}, "items": []})
+
+    async with client_of(answer) as (client, times):
+        first = asyncio.ensure_future(client.get_job(Key("team", "a")))
+        while not times:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)  # the answer arrives; a longer time would only make the test weaker
+        others = [client.get_job(Key("team", f"b-{number}")) for number in range(10)]
+        writes = [client.create_event("team", {"metadata": {"name": f"e-{number}"}}) for number in range(10)]
+        await asyncio.gather(first, *others, *writes)
+    assert len(times) == 22
+    assert times[1] - times[0] >= 0.99, "a request was sent during the pause"
+
+
+async def test_a_request_that_is_answered_with_429_again_and_again_fails_in_the_end() -> None:
+    async with client_of(lambda _: _overloaded("0")) as (client, times):
+        with pytest.raises(ApiError) as failure:
+            await client.get_job(Key("team", "a"))
+        assert failure.value.status == 429
+        assert len(times) == TRIES_IF_OVERLOADED
+
+
+async def test_a_503_pauses_the_client_but_is_not_sent_again() -> None:
+    unavailable = web.HTTPServiceUnavailable
+
+    def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=unavailable.status_code, headers={"Retry-After": "0"})
+
+    async with client_of(answer) as (client, times):
+        with pytest.raises(ApiError):
+            await client.create_event("team", {"metadata": {"name": "e"}})
+        assert len(times) == 1
+
+
+async def test_an_answer_that_is_no_json_is_an_error_of_the_request() -> None:
+    async with client_of(lambda _: web.Response(text="<html>")) as (client, _times):
+        with pytest.raises(ApiError, match="NotJSON"):
+            await client.get_job(Key("team", "a"))
