@@ -49,7 +49,7 @@ class CheckpointFolder:
 
 def root_of(job: FineTuneJob) -> Location:
     """Return the bucket and the prefix of the folder of all runs of ``job``."""
-    return parse_uri(run_root_of(job))
+    return parse_uri(run_root_of(job, job.status.preflight if job.status else None))
 
 
 def inspect_checkpoints(

@@ -3,7 +3,8 @@
 All of them lie in the folder of all runs of the job:
 
 <uri>/<namespace>/<name>/<runId>/
-  runs/<run>.json                 record of a run; created with If-None-Match, so that no two runs take the same number
+  runs/<run>.json                 record of a run: which job began it, what it trains, the checkpoint that it resumed
+                                  from; created with If-None-Match, so that no two runs take the same number
   metrics/<run>-<segment>.jsonl   step log: one row per optimizer step, in files (segments) that never change
   checkpoints/<run>-<step>/       files and manifest.json; COMMIT is written last
   artifacts/<run>/                files and manifest.json; COMMIT is written last
@@ -19,6 +20,7 @@ import re
 from typing import NamedTuple
 
 from finetune_core.api.job import FineTuneJob
+from finetune_core.api.status import PreflightStatus
 from finetune_core.contract import ContractModel, Outcome
 from finetune_core.errors import UserError
 
@@ -63,11 +65,22 @@ def run_root(storage_uri: str, namespace: str, name: str, run_id: str) -> str:
     return parse_uri(storage_uri).uri(namespace, name, run_id)
 
 
-def run_root_of(job: FineTuneJob) -> str:
-    """Return the `s3://` address of the folder of all runs of ``job``. Without `storage.runId` the last part of the
-    address is the job's uid."""
+def runs_folder_of(job: FineTuneJob) -> str:
+    """Return the `s3://` address of the folder that holds one folder of runs for each job of this name, for example
+    `s3://finetune/runs/team-a/quickstart`."""
+    return parse_uri(job.spec.storage.uri).uri(job.metadata.namespace, job.metadata.name)
+
+
+def run_root_of(job: FineTuneJob, preflight: PreflightStatus | None = None) -> str:
+    """Return the `s3://` address of the folder of all runs of ``job``.
+
+    The last part of the address is `storage.runId`. Without that field it is the folder of the former run that
+    ``preflight``, the record of the preflight check, says was taken over, and else the job's uid.
+    """
     storage, metadata = job.spec.storage, job.metadata
-    return run_root(storage.uri, metadata.namespace, metadata.name, storage.run_id or metadata.uid)
+    taken_over = preflight.taken_over.run_id if preflight is not None and preflight.taken_over is not None else None
+    run_id = storage.run_id or taken_over or metadata.uid
+    return run_root(storage.uri, metadata.namespace, metadata.name, run_id)
 
 
 def run_key(run: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from finetune_core.api.evaluation import GenerationSpec
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.method import LoRASpec, Method
+from finetune_core.api.status import PreflightStatus
 from finetune_core.contract import (
     EvaluationConfig,
     GenerationConfig,
@@ -30,8 +31,9 @@ DEFAULT_CHECKPOINT_STEPS = 100
 """Optimizer steps between two checkpoints where the job sets no interval."""
 
 
-def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
-    """Return the run file of ``job``. Raises UserError with the field's path where the job can't be run."""
+def resolve(job: FineTuneJob, *, report: ReportConfig | None, preflight: PreflightStatus | None = None) -> RunConfig:
+    """Return the run file of ``job``. ``preflight`` is the record of the job's preflight check, which may name a former
+    run whose folder in the bucket the job uses. Raises UserError with the field's path where the job can't be run."""
     spec = job.spec
     problems = unrunnable(spec)
     if problems:
@@ -86,7 +88,7 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None) -> RunConfig:
             stall_timeout_seconds=spec.stability.stall_timeout_seconds,
         ),
         storage=StorageConfig(
-            uri=run_root_of(job),
+            uri=run_root_of(job, preflight),
             endpoint=spec.storage.endpoint_url,
             region=spec.storage.region,
             credentials="Secret" if spec.storage.credentials_secret_ref else "Identity",

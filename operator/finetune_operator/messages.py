@@ -253,6 +253,20 @@ def completed(step: int, uri: str) -> str:
     return f"the artifact of step {step} is committed: {uri}"
 
 
+def taken_over(run_id: str, uid: str, began: datetime, step: int, *, done: bool) -> str:
+    """Return the sentence about a former run that the job takes over: which one, from when, and how to train anew.
+
+    ``uid`` is that of the job that last wrote to the folder ``run_id``; empty where it is not known. ``done`` says
+    whether the run's artifact is committed, so that nothing is left to train.
+    """
+    what = f"takes over the artifact of step {step}" if done else f"resumes from the checkpoint of step {step}"
+    job = f" of the job with uid {uid}" if uid and uid != run_id else ""
+    return (
+        f"{what} of the run {run_id}{job}, begun at {began:%Y-%m-%d %H:%M:%S} UTC; to train anew, create the job with"
+        " a new `storage.runId` or with another training, for example another `training.seed`"
+    )
+
+
 def checkpoint_available(step: int, count: int) -> str:
     """Return the sentence about ``count`` committed checkpoints, the newest of which is of step ``step``."""
     return f"step {step} is the newest of {count}" if count > 1 else f"step {step} is committed"

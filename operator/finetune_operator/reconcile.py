@@ -124,7 +124,7 @@ class Reconciler:
         self._writer = StatusWriter(
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
         )
-        self._settled_jobs = SettledJobs(cluster, backend, self._writer, policies)
+        self._settled_jobs = SettledJobs(cluster, backend, self._writer, policies, self._preflight_objects)
         self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations, clock=clock)
 
     async def reconcile(self, key: Key) -> Requeue:
@@ -144,7 +144,7 @@ class Reconciler:
             return await self._refuse_for_now(stored, messages.unreadable_status(stored.unread_bookkeeping))
         job, invalid = _parse_spec(stored)
 
-        seen = await self._observer.observe(stored)
+        seen = await self._observer.observe(job or stored)
         decision = decide(stored.status, seen)
         self._preflight_turns.observe(key, stored.status, seen, decision)
         if job is None:
@@ -236,7 +236,8 @@ class Reconciler:
         # The preflight check comes before attempt 1 exists, but reads the run file of attempt 1.
         number = max(1, decision.attempts.started)
         path = report_path(job.key.namespace, job.key.name, number)
-        return resolve(job.resource, report=ReportConfig(url=self._report_base_url + path))
+        report = ReportConfig(url=self._report_base_url + path)
+        return resolve(job.resource, report=report, preflight=decision.preflight)
 
     def _resync(self, job: StoredJob, decision: Decision, acted: _Acted) -> float | None:
         """Return in how many seconds to reconcile the current attempt again even if no watch event comes.

@@ -12,6 +12,7 @@ from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
 from finetune_operator.act.config_maps import delete_config_map
 from finetune_operator.act.network_policies import NetworkPolicies
+from finetune_operator.act.preflight_objects import PreflightObjects
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.observations import ChildObservation
@@ -28,14 +29,20 @@ class SettledJobs:
     """Removes the objects that ended jobs leave behind."""
 
     def __init__(
-        self, cluster: KubeClient, backend: Backend, writer: StatusWriter, network_policies: NetworkPolicies
+        self,
+        cluster: KubeClient,
+        backend: Backend,
+        writer: StatusWriter,
+        network_policies: NetworkPolicies,
+        preflight_objects: PreflightObjects,
     ) -> None:
-        """Delete objects with ``cluster``, ``backend`` and ``network_policies``. ``writer`` removes a deleted child
+        """Delete objects with the given clients of each kind of object. ``writer`` removes a deleted child
         from the status."""
         self._cluster = cluster
         self._backend = backend
         self._writer = writer
         self._network_policies = network_policies
+        self._preflight_objects = preflight_objects
 
     async def tidy(self, job: StoredJob) -> float | None:
         """Remove the job's objects that are due. Return in how many seconds the next is due; None if none will be.
@@ -49,7 +56,12 @@ class SettledJobs:
     async def _remove_due(self, job: StoredJob) -> tuple[float | None, bool]:
         """Remove what is due. Return in how many seconds the next is due, and whether everything was removed."""
         ended, started = job.status.completion_time, job.status.attempts.started
-        if ended is None or not started:
+        if ended is None:
+            return None, False
+        if not started:
+            if job.condition_is(ConditionType.SUCCEEDED, "True"):
+                # The preflight check found the artifact, and the job ended before the objects of the check were gone.
+                await self._preflight_objects.remove_all(job)
             return None, False
         name = attempt_name(job.key.name, job.uid, started)
         child = await self._backend.observe(job.key.namespace, name)

@@ -1,13 +1,17 @@
 """The keys in the bucket and the names of objects in the cluster are pure functions, and their lengths are limited."""
 
+from datetime import UTC, datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_core.api.job import NAME_MAX_LENGTH, NAME_PATTERN
+from finetune_core.api.job import NAME_MAX_LENGTH, NAME_PATTERN, FineTuneJob
+from finetune_core.api.status import PreflightStatus, TakenOverStatus
 from finetune_core.errors import UserError
-from finetune_core.layout import Location, checkpoint_folder, parse_uri, run_key, run_root
+from finetune_core.layout import Location, checkpoint_folder, parse_uri, run_key, run_root, run_root_of
 from finetune_core.names import attempt_name, worker_name
+from tests.core.jobs import quickstart
 
 DNS_LABEL_LIMIT = 63
 
@@ -49,3 +53,17 @@ def test_keys_sort_as_numbers_do() -> None:
 def test_a_bucket_without_prefix_has_no_empty_part() -> None:
     assert run_root("s3://bucket/", "ns", "job", "run") == "s3://bucket/ns/job/run"
     assert parse_uri("s3://bucket").key("a", "b") == "a/b"
+
+
+def test_the_folder_of_runs_is_the_chosen_one_or_else_that_of_the_run_taken_over_or_else_named_after_the_uid() -> None:
+    time = datetime(2026, 1, 1, tzinfo=UTC)
+    record = PreflightStatus(start_time=time, taken_over=TakenOverStatus(run_id="former", time=time))
+    free, chosen = quickstart(), quickstart("storage.runId", "study")
+    for manifest, preflight, folder in (
+        (free, None, "1234"),
+        (free, record.model_copy(update={"taken_over": None}), "1234"),
+        (free, record, "former"),
+        (chosen, record, "study"),
+    ):
+        root = run_root_of(FineTuneJob.model_validate(manifest), preflight)
+        assert root == f"s3://finetune/runs/default/quickstart/{folder}"

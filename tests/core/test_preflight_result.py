@@ -4,18 +4,63 @@ Another program's message is never taken for such a result.
 
 from __future__ import annotations
 
+from datetime import UTC
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_core.contract import RESULT_LIMIT_BYTES, Outcome, Result
-from finetune_core.contract.preflight_result import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
+from finetune_core.contract import RESULT_LIMIT_BYTES, EvaluationRecord, Outcome, Result, ScoreRecord
+from finetune_core.contract.preflight_result import (
+    FINDING_LIMIT,
+    Finding,
+    FindingKind,
+    FoundRun,
+    PreflightResult,
+    ordered,
+)
 from finetune_core.names import attempt_name, preflight_name
+from finetune_core.tasks import SCORE_LIMIT, TASKS
 
 FINAL, OUTSIDE = FindingKind.FINAL, FindingKind.OUTSIDE
+SCORE_NAMES = sorted({score.name for task in TASKS.values() for score in task.scores})[:SCORE_LIMIT]
 findings = st.builds(
     Finding, kind=st.sampled_from(FindingKind), message=st.text(st.characters(codec="utf-8"), max_size=FINDING_LIMIT)
 )
+
+
+score = ScoreRecord(perplexity=1.23456789, scores=dict.fromkeys(SCORE_NAMES, 0.123456789), graded=1000)
+scored = EvaluationRecord(rows="Test", examples=1000, base=score, tuned=score, tuned_step=100)
+artifacts = st.fixed_dictionaries(
+    {
+        "run": st.integers(1, 999_999),
+        "bytes": st.integers(0, 2**63 - 1),
+        "manifest_sha256": st.just("f" * 64),
+        "outcome": st.sampled_from([Outcome.COMPLETED, Outcome.EARLY_STOPPED]),
+    }
+)
+runs = st.fixed_dictionaries(
+    {
+        "run_id": st.from_regex(r"[a-zA-Z0-9][-_.a-zA-Z0-9]{0,61}[a-zA-Z0-9]", fullmatch=True),
+        "uid": st.from_regex("[-A-Za-z0-9]{0,64}", fullmatch=True),
+        "time": st.datetimes(timezones=st.just(UTC)),
+        "step": st.integers(0, 2**63 - 1),
+        "artifact": st.none() | artifacts,
+        "evaluation": st.sampled_from([None, scored]),
+    }
+).map(FoundRun.model_validate)
+
+
+@given(run=runs, found=st.lists(findings, max_size=3), notices=st.lists(st.text(max_size=600), max_size=4))
+def test_a_run_that_was_found_always_fits_whatever_else_is_told(
+    run: FoundRun, found: list[Finding], notices: list[str]
+) -> None:
+    text = PreflightResult(findings=ordered(found), notices=notices, found=run).to_termination_message()
+    assert len(text.encode()) <= RESULT_LIMIT_BYTES
+    read = PreflightResult.from_termination_message(text)
+    assert read is not None
+    assert read.found is not None
+    assert read.found.model_copy(update={"evaluation": None}) == run.model_copy(update={"evaluation": None})
 
 
 @given(found=st.lists(findings, max_size=6), notices=st.lists(st.text(max_size=600), max_size=4))

@@ -11,6 +11,7 @@ import yaml
 from finetune_core.api import FineTuneJob, FineTuneJobStatus
 from finetune_core.api.status import AttemptsStatus, CheckpointStatus, CurrentAttempt, PodRecord
 from finetune_core.contract import ArtifactRecord, Outcome, Result
+from finetune_core.contract.preflight_result import FoundArtifact, FoundRun, PreflightResult
 from finetune_operator.decide.decision import Decision
 from finetune_operator.decide.state_machine import decide
 from finetune_operator.objects.observations import (
@@ -62,6 +63,17 @@ def result(outcome: Outcome, message: str = "", *, with_artifact: bool = False) 
     """Return the termination message of a trainer that ended with ``outcome``."""
     record = artifact() if with_artifact else None
     return Result(outcome=outcome, message=message, step=100, artifact=record).to_termination_message()
+
+
+FORMER_UID = "99999999-8888-7777-6666-555555555555"
+
+
+def former_run(*, done: bool, uid: str = FORMER_UID, run_id: str = FORMER_UID) -> str:
+    """Return the termination message of a preflight check that found a run in the bucket. With ``done`` the run's
+    artifact is committed; else the run has checkpoints only."""
+    committed = FoundArtifact(run=2, bytes=12, manifest_sha256="a" * 64, outcome=Outcome.COMPLETED)
+    found = FoundRun(run_id=run_id, uid=uid, time=at(-86400), step=70, artifact=committed if done else None)
+    return PreflightResult(findings=[], found=found).to_termination_message()
 
 
 def pod(

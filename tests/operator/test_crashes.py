@@ -23,7 +23,7 @@ from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
-from tests.operator.builders import NOW, UID, job_manifest, result
+from tests.operator.builders import NOW, UID, former_run, job_manifest, result
 from tests.operator.model import CrashedError, ModelServer, Script
 
 KEY = Key("team", "quickstart")
@@ -161,6 +161,15 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "passes its check": Scenario(
         script=[checked(0), during(1, ends(0, DONE))], policy=CHECKED, reason="Completed", counts=(1, 0, 0)
+    ),
+    "finds the artifact of a former job": Scenario(
+        script=[checked(0, former_run(done=True))], policy=CHECKED, reason="Completed", counts=(0, 0, 0)
+    ),
+    "resumes the run of a former job": Scenario(
+        script=[checked(0, former_run(done=False)), during(1, ends(0, DONE))],
+        policy=CHECKED,
+        reason="Completed",
+        counts=(1, 0, 0),
     ),
     "is impossible by its check": Scenario(
         script=[checked(64, FINAL)], policy=CHECKED, reason="BadInput", counts=(0, 0, 0)

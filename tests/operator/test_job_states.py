@@ -19,7 +19,7 @@ from finetune_operator.decide.decision import Decision
 from finetune_operator.decide.state_machine import decide
 from finetune_operator.decide.states import FINAL_STATES, MEANINGS, TRANSITIONS, JobState
 from finetune_operator.observe.observation import JobObservation
-from tests.operator.builders import NOW, job_manifest, result
+from tests.operator.builders import NOW, former_run, job_manifest, result
 from tests.operator.model import ModelServer
 from tests.operator.test_crashes import KEY, reconciler
 
@@ -80,6 +80,11 @@ def passes_check(server: ModelServer) -> None:
     assert server.end_check(0)
 
 
+def finds_the_artifact(server: ModelServer) -> None:
+    """End the preflight pod, which found the artifact of a former job with the same training."""
+    assert server.end_check(0, former_run(done=True))
+
+
 def breaks_check(server: ModelServer) -> None:
     """End the preflight pod with a crash, after which another try follows."""
     assert server.end_check(1)
@@ -107,6 +112,9 @@ WALKS = {
     # walks before attempt 1
     "a check passes": Walk(
         policy=CHECKED, events=[(passes_check, passes(10)), NOTHING], states="Checking Opened Running"
+    ),
+    "a check finds that everything is trained": Walk(
+        policy=CHECKED, events=[(finds_the_artifact,)], states="Checking Succeeded"
     ),
     "a job is applied suspended, and checked once it is resumed": Walk(
         policy=CHECKED | SUSPENDED, events=[RESUMED], states="Suspended Checking"

@@ -251,7 +251,7 @@ def test_the_pod_asks_for_no_gpu_and_mounts_what_the_attempt_will() -> None:
     assert container["image"] == "trainer:1"
     assert {*container["resources"]["limits"], *container["resources"]["requests"]} == {"cpu", "memory"}
     assert manifest["spec"]["nodeSelector"] == {"zone": "a"}
-    assert {variable["name"] for variable in container["env"]} == {"HOME", "HF_ENDPOINT"}
+    assert {variable["name"] for variable in container["env"]} == {"HOME", "FTJ_UID", "HF_ENDPOINT"}
     assert {volume["name"] for volume in manifest["spec"]["volumes"]} == {
         "run",
         "storage-credentials",

@@ -55,7 +55,10 @@ class Hub:
                 {"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in self.files.items()
             ]
         else:
-            names = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
+            names = [
+                {"rfilename": name, "size": len(data), "blobId": hashlib.sha256(data).hexdigest()[:40]}
+                for name, data in self.files.items()
+            ]
             body = {"id": self.repo, "sha": COMMIT, "siblings": names, "private": False, "tags": [], "downloads": 0}
         return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
 

@@ -51,6 +51,11 @@ def running_hub(repositories: Mapping[str, Path]) -> Iterator[Hub]:
         thread.join()
 
 
+def _blob_id(path: Path) -> str:
+    """Return the id of a file's content. The hub takes Git's id; here any digest of the content will do."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:40]
+
+
 class _Handler(BaseHTTPRequestHandler):
     folders: Mapping[str, Path]
     hub: Hub
@@ -78,7 +83,10 @@ class _Handler(BaseHTTPRequestHandler):
         folder = self.folders[repository]
         files = sorted(item for item in folder.iterdir() if item.is_file())
         if action == "tree":
-            tree = [{"type": "file", "path": item.name, "size": item.stat().st_size, "oid": "0"} for item in files]
+            tree = [
+                {"type": "file", "path": item.name, "size": item.stat().st_size, "oid": _blob_id(item)}
+                for item in files
+            ]
             return self._send(json.dumps(tree).encode(), "application/json", with_body)
         if action == "revision":
             siblings = [{"rfilename": item.name} for item in files]

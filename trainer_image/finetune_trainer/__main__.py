@@ -60,7 +60,7 @@ def parse(arguments: list[str]) -> tuple[bool, Paths]:
 def main() -> int:
     """Run the training or the preflight checks, and return the exit code."""
     only_check, paths = parse(sys.argv[1:])
-    return preflight(paths) if only_check else run(paths, os.environ)
+    return preflight(paths, os.environ) if only_check else run(paths, os.environ)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from finetune_core.contract import (
     Result,
     RunConfig,
 )
+from finetune_core.contract.training import TrainingRecord, settings_digest
 from finetune_core.errors import UserError
 from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.errors import OutsideFailure, Stopped
@@ -34,6 +35,7 @@ from finetune_trainer.pod.settings import FROZEN_SECONDS, PEER_WAIT_SECONDS, STO
 from finetune_trainer.pod.signals import StopFlag
 from finetune_trainer.processes import WorkerProcesses, worker_environments
 from finetune_trainer.ranks.gate import open_rendezvous
+from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.inputs import fetch_inputs
 from finetune_trainer.storage.artifact import committed_result
 from finetune_trainer.storage.root import RunRoot, open_root
@@ -106,7 +108,13 @@ def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, 
     if done is not None:
         return done
     print(f"attempt {identity.attempt} of {identity.namespace}/{identity.name}: fetching model and data", flush=True)
-    inputs = fetch_inputs(config, paths, root.store, folder)
+    # The identities are taken before the files are fetched. If a file changes in between, the record then names the
+    # older content, and no later job takes this run for its own by mistake.
+    training = None
+    if identity.node_rank == 0:
+        identities = input_identities(config, paths, root.store, folder / "identities")
+        training = TrainingRecord(settings_sha256=settings_digest(config), inputs=identities)
+    inputs = fetch_inputs(config, paths, root.store, folder).model_copy(update={"training": training})
     wait_for_dns(address, seconds=PEER_WAIT_SECONDS)
     return inputs
 

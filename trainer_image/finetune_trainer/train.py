@@ -113,7 +113,9 @@ def _start_first_run(plan: WorkerPlan, gang: Gang, root: RunRoot) -> RunStart:
     def take_run_number(target: Path) -> RunStart:
         is_lora = plan.config.lora is not None
         digests = BaseDigests.of(adapters=is_lora, base=plan.inputs.model, extended=base_model_folder(plan))
-        start = start_run(root, plan.identity, target).model_copy(update={"base_digests": digests})
+        start = start_run(root, plan.identity, target, plan.inputs.training).model_copy(
+            update={"base_digests": digests}
+        )
         if start.parent is not None:
             digests.check(read_trainer_state(target), seed=plan.config.optimization.seed)
         return start

@@ -88,18 +88,19 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.RETRIES_EXHAUSTED: Explanation(
         "All retries of `runPolicy.maxRetries` failed too. The message holds the last cause.",
-        "Read `status.attempts.recent` and the trainer's log. The checkpoints stay: with the same `storage.runId` a"
-        " new job resumes from them.",
+        "Read `status.attempts.recent` and the trainer's log. The checkpoints stay: a new job with the same name and"
+        " training, or with the same `storage.runId`, resumes from them.",
     ),
     Reason.DEADLINE_EXCEEDED: Explanation(
         "`runPolicy.activeDeadlineSeconds` of running pods were used up, or an attempt's pods did not all run within"
         " `runPolicy.pendingDeadlineSeconds`; the message says which, and what was waited for.",
-        "Remove the cause of the wait, or create the job again with a longer deadline. The checkpoints stay: with the"
-        " same `storage.runId` it resumes from them.",
+        "Remove the cause of the wait, or create the job again with a longer deadline. The checkpoints stay:"
+        " with the same name and training it resumes from them.",
     ),
     Reason.CANCELLED: Explanation(
         "`runPolicy.cancel` is true. While `Succeeded` is Unknown the pods still save their checkpoint.",
-        "Nothing. A new job with the same `storage.runId` resumes from the newest checkpoint.",
+        "Nothing. A new job with the same name and training, or with the same `storage.runId`, resumes from the newest"
+        " checkpoint.",
     ),
     Reason.NAME_CONFLICT: Explanation(
         "The operator needs a name for an object, but another object has that name and does not belong to the job.",

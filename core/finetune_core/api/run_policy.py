@@ -44,7 +44,8 @@ class RunPolicySpec(ApiModel):
     Absent: pods and PyTorchJob stay until the FineTuneJob is deleted."""
     preflight: Literal["Run", "Skip"] | None = None
     """Whether a pod without GPUs checks object store, model and data before the first attempt asks for GPUs. The pod
-    runs the trainer image with the argument `preflight`. Absent: the setting that the operator was installed with."""
+    runs the trainer image with the argument `preflight`. The check also finds what a former job of the same name and
+    training has done; with Skip the job trains anew. Absent: the setting that the operator was installed with."""
     queue_name: Annotated[LabelValue, Field(min_length=1)] | None = None
     """`metadata.name` of Kueue's LocalQueue in the job's namespace. A change takes effect with the next attempt."""
     priority_class_name: ObjectName | None = None

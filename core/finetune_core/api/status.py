@@ -156,6 +156,20 @@ class AttemptsStatus(StatusModel):
     then."""
 
 
+class TakenOverStatus(StatusModel):
+    """A former run of the same training. The job resumes from its checkpoints, or takes over its artifact."""
+
+    run_id: Annotated[str, Field(max_length=63)]
+    """Name of the run's folder in the bucket, `<storage.uri>/<namespace>/<name>/<runId>/`. The job writes there too."""
+    uid: Annotated[str, Field(max_length=64)] = ""
+    """`metadata.uid` of the job that last wrote to the folder. Empty if the folder does not tell."""
+    time: datetime
+    """Time at which the run was begun."""
+    step: Count = 0
+    """Optimizer step of the artifact or, without an artifact, of the newest checkpoint."""
+    message: Message = ""
+
+
 class PreflightStatus(StatusModel):
     """The check of object store, model and data before the first attempt."""
 
@@ -174,6 +188,8 @@ class PreflightStatus(StatusModel):
     """What the last try found, as a sentence for people."""
     next_try_time: datetime | None = None
     """Time of the next try, while something outside the job is missing."""
+    taken_over: TakenOverStatus | None = None
+    """The former run that the check found, and that the job takes over. Absent: the job trains anew."""
 
 
 class ProgressStatus(StatusModel):

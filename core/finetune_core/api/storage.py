@@ -27,6 +27,8 @@ Export = Literal["Adapter", "Merged", "Both"]
 RESERVED_AUDIENCES = ("finetune.dev/", "https://kubernetes.default.svc")
 """Beginnings of audiences that a token for the object store must not have: tokens for reports to the operator, and
 those for the API server as most clusters name it."""
+RunId = Annotated[str, Field(max_length=63, pattern=r"^[a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?$")]
+"""Name of the folder in the bucket that holds all runs of a job, for example `study-1` or a job's uid."""
 
 
 class CredentialsSecretRef(ApiModel):
@@ -133,9 +135,11 @@ class StorageSpec(ApiModel):
     (`https://bucket.host/key`). Absent: VirtualHosted for Amazon S3, Path for other stores."""
     encryption: EncryptionSpec | None = None
     """Server-side encryption that is requested for every object. Absent: the bucket's default encryption."""
-    run_id: Annotated[str, Field(max_length=63, pattern=r"^[a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?$")] | None = None
-    """Name of the folder in the bucket that holds all runs of the job. Absent: the job's uid. A new job with the same
-    name, namespace and runId resumes from the newest checkpoint, or takes over the artifact that is already there."""
+    run_id: RunId | None = None
+    """Name of the folder in the bucket that holds all runs of the job. A new job with the same name, namespace and
+    runId resumes from the newest checkpoint, or takes over the artifact that is already there. Absent: the folder of a
+    former job with the same name, namespace and training, if the preflight check finds one, else the job's uid. A name
+    that no job has used makes the job train anew."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """How often checkpoints are committed, and how many of them are kept."""
     artifact: Export | None = None

@@ -8,13 +8,17 @@ solved without a change of the job, for example a missing Secret, refused creden
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune_core.api.storage import RunId
 from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, TerminationMessage
-from finetune_core.contract.result import ExitCode
+from finetune_core.contract.records import EvaluationRecord
+from finetune_core.contract.result import ExitCode, Outcome
+from finetune_core.contract.training import Sha256
 
 PREFLIGHT_COMMAND = "preflight"
 """Argument that makes the trainer image's entry point run the preflight checks."""
@@ -40,6 +44,32 @@ class Finding(ContractModel):
     """A sentence that begins with the field's path, for example `dataset.train: s3://bucket/key does not exist`."""
 
 
+class FoundArtifact(ContractModel):
+    """The committed artifact of a run that a preflight check has found. The operator makes the artifact's address from
+    the spec, because the bucket is not trusted to name one."""
+
+    run: Annotated[int, Field(ge=1, lt=1_000_000)]
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    manifest_sha256: Sha256
+    outcome: Literal[Outcome.COMPLETED, Outcome.EARLY_STOPPED]
+
+
+class FoundRun(ContractModel):
+    """What the job's folder in the bucket, or the folder of a former job with the same training, holds already."""
+
+    run_id: RunId
+    """Name of the folder of runs."""
+    uid: Annotated[str, Field(max_length=64, pattern="^[-A-Za-z0-9]*$")] = ""
+    """uid of the job that last wrote to the folder. Empty if the folder does not tell."""
+    time: datetime
+    """When the first run in the folder was begun, by the clock of the object store."""
+    step: Annotated[int, Field(ge=0, lt=2**63)]
+    """Optimizer step of the artifact or, without an artifact, of the newest checkpoint."""
+    artifact: FoundArtifact | None = None
+    """The committed artifact. None where the run is not finished, so that it can only be resumed."""
+    evaluation: EvaluationRecord | None = None
+
+
 class PreflightResult(TerminationMessage):
     """The result of all checks. Without a finding the job can start."""
 
@@ -48,6 +78,8 @@ class PreflightResult(TerminationMessage):
     """The problems, final ones first. No message occurs twice."""
     notices: list[str] = []
     """Remarks that a user may want to know although nothing is wrong."""
+    found: FoundRun | None = None
+    """A run that the job takes over instead of training anew. None where there is none."""
 
     @property
     def exit_code(self) -> int:
@@ -71,7 +103,8 @@ class PreflightResult(TerminationMessage):
     def to_termination_message(self) -> str:
         """Return the result as JSON of at most 1,024 bytes.
 
-        Notices are dropped first, then the last findings, then the end of the first finding's message.
+        Notices are dropped first, then the scores of the run that was found, then the last findings, then the end of
+        the first finding's message.
         """
         result = self
         while result.excess_bytes > 0:
@@ -80,10 +113,12 @@ class PreflightResult(TerminationMessage):
 
 
 def _shorter(result: PreflightResult) -> PreflightResult:
-    """Return ``result`` without its last notice, else without its last finding, else with a shorter message. Repeated
-    calls end with an empty message, which always fits."""
+    """Return ``result`` without its last notice, else without the scores of the run that was found, else without its
+    last finding, else with a shorter message. Repeated calls end with an empty message, which always fits."""
     if result.notices:
         return result.model_copy(update={"notices": result.notices[:-1]})
+    if result.found is not None and result.found.evaluation is not None:
+        return result.model_copy(update={"found": result.found.model_copy(update={"evaluation": None})})
     *others, last = result.findings
     if others:
         return result.model_copy(update={"findings": others})

@@ -17,7 +17,7 @@ from finetune_operator.act.config_maps import create_config_map, delete_config_m
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
-from finetune_operator.objects.observations import PodObservation, controller_uid
+from finetune_operator.objects.observations import PodObservation, controller_uid, parse_preflight_pod
 from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_config_map, build_preflight_pod
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.queue.requeue import Write
@@ -49,6 +49,13 @@ class PreflightObjects:
             raise
         self._backoff.reset(job.memory)
         logger.info("preflight pod of try %d created", number, extra=job.log_fields)
+
+    async def remove_all(self, job: StoredJob) -> Write | None:
+        """Delete the pods of all tries that the job owns and that are not being deleted yet, and their ConfigMaps.
+        Return None where there is no such pod."""
+        found = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
+        pods = [parse_preflight_pod(manifest) for manifest in found if controller_uid(manifest) == job.uid]
+        return await self.remove(job, [pod for pod in pods if pod is not None and pod.delete_deadline is None])
 
     async def remove(self, job: StoredJob, pods: Sequence[PodObservation]) -> Write | None:
         """Delete ``pods``, each the pod of a try, and their ConfigMaps. Return None where no pod existed any more."""

@@ -14,9 +14,10 @@ from datetime import datetime, timedelta
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, PreflightStatus
 from finetune_core.contract import ExitCode
-from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND, PREFLIGHT_SECONDS, PreflightResult
+from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND, PREFLIGHT_SECONDS, FoundRun, PreflightResult
 from finetune_operator import messages
 from finetune_operator.decide.decision import Action, Decision, JobEnd
+from finetune_operator.decide.former_run import end_with_artifact, taken_over
 from finetune_operator.decide.states import JobState
 from finetune_operator.decide.verdict import TEXT_LIMIT, PreflightVerdict
 from finetune_operator.objects.observations import POD_DEADLINE, ContainerState, PodObservation
@@ -80,6 +81,12 @@ def _during_try(
     outcome = _outcome(pod, seen.now) if pod is not None else None
     if outcome is not None:
         recorded = _with_verdict(record, outcome, seen.now)
+        if outcome.found is not None:
+            former = taken_over(outcome.found, seen.preflight)
+            recorded = recorded.model_copy(update={"taken_over": former})
+            if end := end_with_artifact(outcome.found, former, seen.preflight):
+                # The pod is left to `settled.py`, because nothing has to wait for its removal.
+                return Decision(state=JobState.SUCCEEDED, attempts=attempts, preflight=recorded, end=end)
         return _checking(attempts, recorded, missing=_missing(recorded), wait_seconds=None)
     missing = seen.preflight.problem or (_why_stuck(pod, seen) if pod else "") or _missing(record)
     left = _seconds_to_deadline(record, seen)
@@ -179,6 +186,8 @@ class _Outcome:
     message: str
     has_result: bool = False
     """Whether the check was carried out, so that `message` holds its findings."""
+    found: FoundRun | None = None
+    """A run in the bucket that the job takes over."""
     aborted: bool = False
     """Whether the check could not be carried out for a cause that lies in the job: it needs more memory than it may
     take, or its image goes on as if it were not asked to check."""
@@ -193,8 +202,8 @@ def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
     if container is not None and container.state is ContainerState.TERMINATED and not container.never_ran:
         result = PreflightResult.from_termination_message(container.message)
         if container.exit_code == ExitCode.DONE:
-            notices = "; ".join(result.notices) if result else ""
-            return _Outcome(verdict=PreflightVerdict.PASSED, message=notices, has_result=True)
+            notices, found = ("; ".join(result.notices), result.found) if result else ("", None)
+            return _Outcome(verdict=PreflightVerdict.PASSED, message=notices, has_result=True, found=found)
         if result is not None and result.findings:
             verdict = PreflightVerdict.IMPOSSIBLE if result.is_final else PreflightVerdict.WAITING
             return _Outcome(verdict=verdict, message=result.sentence, has_result=True)

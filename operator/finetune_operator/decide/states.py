@@ -53,7 +53,7 @@ ATTEMPT_STATES = (JobState.OPENED, JobState.PENDING, JobState.RUNNING, JobState.
 
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.NEW: _STARTS,
-    JobState.CHECKING: frozenset({JobState.OPENED, JobState.SUSPENDED, JobState.CLEANING_UP, JobState.FAILED}),
+    JobState.CHECKING: frozenset({JobState.OPENED, JobState.SUSPENDED, JobState.CLEANING_UP}) | FINAL_STATES,
     JobState.OPENED: frozenset({JobState.PENDING, JobState.RUNNING, JobState.HELD}) | _ENDS,
     JobState.PENDING: frozenset({JobState.RUNNING, JobState.HELD}) | _ENDS,
     JobState.RUNNING: frozenset({JobState.PENDING, JobState.HELD}) | _ENDS,

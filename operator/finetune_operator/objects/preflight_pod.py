@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune_core.api import FineTuneJob
-from finetune_core.contract import RunConfig
+from finetune_core.contract import IDENTITY_VARIABLES, RunConfig
 from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.config_map import RUN_FILE_KEY, run_config_map
@@ -67,7 +67,8 @@ def build_preflight_pod(job: FineTuneJob, preflight: PreflightSpec) -> Manifest:
     metadata, spec = template["metadata"], template["spec"]
     labels = {name: value for name, value in metadata["labels"].items() if name != ATTEMPT}
     (container,) = spec["containers"]
-    kept_variables = {"HOME", *web_identity(job), *(variable.name for variable in job.spec.pod_template.env)}
+    own = {"HOME", IDENTITY_VARIABLES["uid"]}
+    kept_variables = {*own, *web_identity(job), *(variable.name for variable in job.spec.pod_template.env)}
     container |= {
         "args": [PREFLIGHT_COMMAND],
         "env": [item for item in container["env"] if item["name"] in kept_variables],

@@ -23,6 +23,13 @@ class PreflightObservation:
     """Preflight pods of the job. Their `PodObservation.index` is the number of the try, counted from 1."""
     problem: str = ""
     """Why the objects of the current try could not be created; empty where the pod exists or nothing was refused."""
+    job_uid: str = ""
+    """`metadata.uid` of the job, by which the decision tells the job's own run from that of a former job."""
+    chosen_run_id: str = ""
+    """`storage.runId`; empty where it is absent."""
+    runs_folder: str = ""
+    """`s3://` address of the folder that holds the folders of all jobs of this name. Empty where this version can not
+    read the spec."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from finetune_core.api.conditions import ConditionType
+from finetune_core.layout import runs_folder_of
 from finetune_core.names import attempt_name
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.manifest import Manifest
@@ -18,7 +19,7 @@ from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
 from finetune_operator.observe.ownership import pods_of_attempts, preflight_pods
-from finetune_operator.observe.stored_job import StoredJob
+from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.observe.usage import usage_until
 from finetune_operator.observe.waiting import why_attempt_waits
 from finetune_operator.observe.warning_events import WarningReader
@@ -113,6 +114,9 @@ class Observer:
             enabled=policy.preflight == "Run" or (policy.preflight is None and self._preflight_by_default),
             pods=pods,
             problem=problem.message if problem is not None and current is None else "",
+            job_uid=job.uid,
+            chosen_run_id=(job.resource.spec.storage.run_id or "") if isinstance(job, ParsedJob) else "",
+            runs_folder=runs_folder_of(job.resource) if isinstance(job, ParsedJob) else "",
         )
 
     def _with_start_errors(self, job: StoredJob, pods: Sequence[PodObservation]) -> list[PodObservation]:

@@ -29,6 +29,7 @@ _ORDERED_BY_A_PERSON = (Reason.SUSPENDED, Reason.CANCELLED)
 class EventReason(StrEnum):
     """Reasons of events that do not take their reason from a condition, as events about `Succeeded` do."""
 
+    TAKEN_OVER = "TakenOver"
     ATTEMPT_STARTED = "AttemptStarted"
     ATTEMPT_ENDED = "AttemptEnded"
     RUNNING = "Running"
@@ -59,6 +60,9 @@ def events_between(old: FineTuneJobStatus, new: FineTuneJobStatus, now: datetime
             note = f"attempt {past.number} ended ({past.verdict}, {past.reason}): {past.message}"
             warning = past.reason not in _ORDERED_BY_A_PERSON
             found.append(_event(EventReason.ATTEMPT_ENDED, note, warning, str(past.number)))
+    former = new.preflight.taken_over if new.preflight else None
+    if former is not None and (old.preflight is None or old.preflight.taken_over != former):
+        found.append(_event(EventReason.TAKEN_OVER, former.message, False, former.run_id))
     current = new.attempts.current
     if new.attempts.started > old.attempts.started and current is not None:
         note = f"attempt {current.number} was started"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune_core.contract import CheckpointRecord, ContractModel, Identity
+from finetune_core.contract.training import TrainingRecord
 from finetune_core.layout import TRAINER_FILE, checkpoint_folder
 from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure
@@ -30,6 +31,7 @@ from finetune_trainer.storage.lineage import (
     ParentRecord,
     Rollback,
     RunRecord,
+    check_owner,
     claim_run_number,
     lineage,
     read_records,
@@ -74,16 +76,18 @@ class ResumeChoice(ContractModel):
     notices: list[str] = []
 
 
-def start_run(root: RunRoot, identity: Identity, target: Path) -> RunStart:
-    """Take the next run number, and fetch the checkpoint to resume from into the folder ``target``.
+def start_run(root: RunRoot, identity: Identity, target: Path, training: TrainingRecord | None = None) -> RunStart:
+    """Take the next run number, and fetch the checkpoint to resume from into the folder ``target``. The run record
+    keeps ``training``, so that a later job can tell whether it trains the same.
 
     A former run that is still alive may commit one more checkpoint before the number is taken. The checkpoint is then
     chosen again, and the run takes one more number. Raises OutsideFailure where other writers get ahead of all
-    MAX_TRIES tries.
+    MAX_TRIES tries, and UserError where another job has taken the runs of this job over.
     """
     taken: set[int] = set()
     for _ in range(MAX_TRIES):
         records = read_records(root)
+        check_owner(records, identity.uid)
         known = {run: record for run, record in records.items() if run not in taken}
         candidates = lineage(known, committed(root))
         choice = _choose_checkpoint(root, candidates, target)
@@ -91,7 +95,7 @@ def start_run(root: RunRoot, identity: Identity, target: Path) -> RunStart:
         # The record of the newest run lists all rollbacks of the job. They also hold where this run resumes from an
         # older run's checkpoint, for example because the checkpoints of the newest run are lost.
         rollbacks = known[max(known)].rollbacks if known else []
-        if not claim_run_number(root, run, _record(identity, choice, rollbacks)):
+        if not claim_run_number(root, run, _record(identity, choice, rollbacks, training)):
             continue
         taken.add(run)
         if lineage(known, committed(root)) == candidates:
@@ -113,7 +117,8 @@ def start_run_after_rollback(root: RunRoot, identity: Identity, run: int, rollba
     choice = _choose_checkpoint(root, candidates, target)
     returned = choice.parent.step if choice.parent else 0
     rollbacks = [*records[run].rollbacks, rollback.model_copy(update={"step": returned})]
-    if max(records) != run or not claim_run_number(root, run + 1, _record(identity, choice, rollbacks)):
+    record = _record(identity, choice, rollbacks, records[run].training)
+    if max(records) != run or not claim_run_number(root, run + 1, record):
         raise NewerRun(f"another run of this job has started, so run {run} ended")
     return _run_start(root, run + 1, choice, rollbacks)
 
@@ -130,10 +135,14 @@ def _abort_stale_uploads(root: RunRoot) -> None:
         log.info("aborted %d stale multipart uploads, among them %s", len(aborted), aborted[0])
 
 
-def _record(identity: Identity, choice: ResumeChoice, rollbacks: Sequence[Rollback]) -> RunRecord:
+def _record(
+    identity: Identity, choice: ResumeChoice, rollbacks: Sequence[Rollback], training: TrainingRecord | None
+) -> RunRecord:
     return RunRecord(
         attempt=identity.attempt,
         pod_uid=identity.pod_uid,
+        uid=identity.uid,
+        training=training,
         parent=choice.parent,
         rate_factor=math.prod(rollback.rate_factor for rollback in rollbacks),
         rollbacks=list(rollbacks),

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from finetune_core.contract import ContractModel, Identity, RunConfig
 from finetune_core.contract.pod import SECRET_ACCESS_KEY
+from finetune_core.contract.training import TrainingRecord
 from finetune_core.errors import UserError
 from finetune_trainer.pod.settings import Paths
 
@@ -26,6 +27,8 @@ class Inputs(ContractModel):
     train: Path
     validation: Path | None = None
     test: Path | None = None
+    training: TrainingRecord | None = None
+    """What the attempt trains, for the run record. None on all nodes but that of rank 0."""
 
 
 class WorkerPlan(ContractModel):

@@ -13,22 +13,24 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from finetune_core.contract import RunConfig
-from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, PreflightResult
+from finetune_core.contract import IDENTITY_VARIABLES, RunConfig
+from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, FoundRun, PreflightResult
+from finetune_core.contract.training import settings_digest
 from finetune_trainer.pod.plan import read_run_file
 from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
 from finetune_trainer.pod.signals import STOP_SIGNALS
 from finetune_trainer.preflight.confinement import MEMORY_BYTES, ChildEnd, run_confined
 from finetune_trainer.preflight.findings import Findings
+from finetune_trainer.preflight.former_run import former_folders, own_folder
 from finetune_trainer.preflight.store_check import check_store
+from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.model_files import model_files
-from finetune_trainer.storage.artifact import committed_result
 from finetune_trainer.storage.root import RunRoot, open_root
 
 
@@ -37,9 +39,9 @@ class ChecksTimedOut(BaseException):
     or a library catches it."""
 
 
-def run(paths: Paths) -> int:
+def run(paths: Paths, environment: Mapping[str, str]) -> int:
     """Run all checks and return the exit code. 0: nothing was found. 64: the job can't run as written. 75: something
-    outside the job is missing.
+    outside the job is missing. ``environment`` is the pod's environment, which holds the job's uid.
 
     An unexpected error ends the process with a traceback and exit code 1, and without a result. The operator then shows
     the failure and starts the preflight pod again.
@@ -48,7 +50,7 @@ def run(paths: Paths) -> int:
     findings = Findings()
     try:
         with _time_limit(PREFLIGHT_SECONDS):
-            run_checks(findings, paths)
+            run_checks(findings, paths, uid=environment.get(IDENTITY_VARIABLES["uid"], ""))
     except ChecksTimedOut:
         sentence = f"the checks did not end within {PREFLIGHT_SECONDS} s; they were looking at {findings.subject}"
         findings.add(FindingKind.OUTSIDE, sentence)
@@ -58,9 +60,13 @@ def run(paths: Paths) -> int:
     return result.exit_code
 
 
-def run_checks(findings: Findings, paths: Paths) -> None:
-    """Check the run file, the object store, the base model and the data, in this order. If the artifact of the job is
-    committed already, check only the run file, and that the object store can be read."""
+def run_checks(findings: Findings, paths: Paths, *, uid: str = "") -> None:
+    """Check the run file, the object store, the base model and the data, in this order.
+
+    If the artifact of the job is committed already, or that of a former job with the same training, check only the run
+    file, and that the object store can be read. ``uid`` is the job's uid. Former jobs are looked for where the uid is
+    the name of the job's folder, because a folder with another name was chosen by a person (`storage.runId`).
+    """
     config = findings.collect("the run file", partial(read_run_file, paths.run_file))
     root = findings.collect("storage", partial(open_root, config, paths)) if config is not None else None
     if config is None or root is None:
@@ -69,11 +75,15 @@ def run_checks(findings: Findings, paths: Paths) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     root = RunRoot(root.store.with_budget(STORE_CHECK_SECONDS), root.location)
-    is_done = findings.collect("the object store", partial(_is_done, root))
-    if is_done:
+    own = findings.collect("the object store", partial(own_folder, root))
+    if own is not None:
+        findings.found = own.found
+        if not own.has_runs and own.found is None and root.location.prefix.endswith(f"/{uid}"):
+            findings.found = _former_run(findings, config, paths, root, folder)
+    if findings.found is not None and findings.found.artifact is not None:
         return
     # If the store does not answer, nothing else is requested from it, because the same finding would only be repeated.
-    store_answers = is_done is not None
+    store_answers = own is not None
     if store_answers:
         findings.collect("the object store", partial(check_store, root))
 
@@ -105,10 +115,16 @@ def _run_confined(findings: Findings, checks: Callable[[Findings], None]) -> Non
         raise RuntimeError(f"the check of {findings.subject} failed; its traceback stands above")
 
 
-def _is_done(root: RunRoot) -> bool:
-    """Return whether the artifact of the job is committed. An attempt of such a job trains nothing: it only returns the
-    result."""
-    return committed_result(root) is not None
+def _former_run(findings: Findings, config: RunConfig, paths: Paths, root: RunRoot, folder: Path) -> FoundRun | None:
+    """Return the run of a former job of the same namespace and name that trained with the same settings on the same
+    base model and data. None where there is no such run, or where model and data can't be compared."""
+    former = findings.collect("the object store", partial(former_folders, root, settings_digest(config)))
+    if not former:
+        return None
+    # Model and data are looked at only now, because most jobs have no former job with the same settings.
+    identities = partial(input_identities, config, paths, root.store, folder / "identities")
+    inputs = findings.collect("the model and the data", identities)
+    return next((candidate.found for candidate in former if candidate.training.inputs == inputs), None)
 
 
 def _check_inputs(
@@ -169,6 +185,8 @@ def _print_result(result: PreflightResult, seconds: float) -> None:
         print(f"{finding.kind.value}: {finding.message}", file=sys.stderr)
     for notice in result.notices:
         print(notice)
+    if result.found is not None:
+        print(f"found in the bucket: {result.found.to_json()}")
     print(f"{len(result.findings)} findings after {seconds:.1f} s, with {_peak_memory()} at most", flush=True)
 
 

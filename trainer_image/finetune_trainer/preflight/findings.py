@@ -7,7 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from finetune_core.contract.preflight_result import FINDING_LIMIT, Finding, FindingKind, PreflightResult, ordered
+from finetune_core.contract.preflight_result import (
+    FINDING_LIMIT,
+    Finding,
+    FindingKind,
+    FoundRun,
+    PreflightResult,
+    ordered,
+)
 from finetune_core.errors import UserError
 from finetune_trainer.pod.errors import OutsideFailure
 
@@ -23,6 +30,8 @@ class Findings:
         self._send = send
         self._found: list[Finding] = []
         self._notices: list[str] = []
+        self.found: FoundRun | None = None
+        """A run that the job takes over instead of training anew."""
         self.subject = "the run file"
         """What the running check examines, for the message after a time-out: `dataset.train`."""
 
@@ -59,4 +68,4 @@ class Findings:
     @property
     def result(self) -> PreflightResult:
         """The findings and notices so far, in the form of the termination message."""
-        return PreflightResult(findings=ordered(self._found), notices=self._notices)
+        return PreflightResult(findings=ordered(self._found), notices=self._notices, found=self.found)

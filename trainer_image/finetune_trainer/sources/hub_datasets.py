@@ -11,12 +11,15 @@ import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_core.api.sources import HuggingFaceDataSource
 from finetune_core.errors import UserError
 from finetune_trainer.data.reader import DATA_SUFFIXES
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 DATA_CARD = "README.md"
 PREFERRED_SUFFIXES = (".parquet", ".jsonl", ".csv")
@@ -32,7 +35,7 @@ def fetch_split(source: HuggingFaceDataSource, field: str, token: str | None, fo
     Raises UserError if the split or subset does not exist, and OutsideFailure if the hub can't be read or refuses
     access.
     """
-    _fetch(source, field, token, folder, lambda files, sizes: files)
+    _fetch(source, field, token, folder, lambda files, _: files)
     return folder
 
 
@@ -45,11 +48,25 @@ def fetch_first_file(
     If the file has more than ``most_bytes`` bytes, download nothing and return None. Errors are those of `fetch_split`.
     """
 
-    def first(files: list[str], sizes: Mapping[str, int]) -> list[str]:
-        return [file for file in files[:1] if sizes[file] <= most_bytes]
+    def first(files: list[str], repository: Mapping[str, RepoSibling]) -> list[str]:
+        return [file for file in files[:1] if (repository[file].size or 0) <= most_bytes]
 
-    fetched, found = _fetch(source, field, token, folder, first)
+    fetched, found, _ = _fetch(source, field, token, folder, first)
     return (folder, fetched == found) if fetched else None
+
+
+def split_tags(source: HuggingFaceDataSource, field: str, token: str | None, folder: Path) -> Mapping[str, str]:
+    """Return the id of the content of each file of a split, by the file's path in the repository. For a file without
+    an id it is the commit of the whole repository. Only the data card is downloaded, beside ``folder``. Errors are
+    those of `fetch_split`."""
+    tags: dict[str, str] = {}
+
+    def none(files: list[str], repository: Mapping[str, RepoSibling]) -> list[str]:
+        tags.update({file: repository[file].blob_id or "" for file in files})
+        return []
+
+    commit = _fetch(source, field, token, folder, none)[2]
+    return {file: tag or commit for file, tag in tags.items()}
 
 
 def _fetch(
@@ -57,19 +74,20 @@ def _fetch(
     field: str,
     token: str | None,
     folder: Path,
-    choose: Callable[[list[str], Mapping[str, int]], list[str]],
-) -> tuple[list[str], list[str]]:
-    """Download some files of a split. ``choose`` gets the paths of all files of the split and the sizes of files in
-    bytes, and returns the paths to download. Return the paths of the downloaded files and of all files of the split."""
+    choose: Callable[[list[str], Mapping[str, RepoSibling]], list[str]],
+) -> tuple[list[str], list[str], str]:
+    """Download some files of a split. ``choose`` gets the paths of all files of the split and the repository's
+    entries by path, and returns the paths to download. Return the paths of the downloaded files and of all files of the
+    split, and the commit that they belong to."""
     from huggingface_hub import HfApi, snapshot_download
 
     hub_field = f"{field}.huggingFace"
 
-    def download() -> tuple[list[str], list[str]]:
+    def download() -> tuple[list[str], list[str], str]:
         api = HfApi(token=token or False)
         info = api.dataset_info(source.repo, revision=source.revision, files_metadata=True)
-        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-        commit, files = info.sha, list(sizes)
+        repository = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        commit, files = info.sha, list(repository)
         card = ""
         if DATA_CARD in files:
             path = api.hf_hub_download(
@@ -77,9 +95,9 @@ def _fetch(
             )
             card = Path(path).read_text()
         found = split_files(files, card_configs(card), subset=source.subset, split=source.split, field=hub_field)
-        wanted = choose(found, sizes)
+        wanted = choose(found, repository)
         if not wanted:
-            return [], found
+            return [], found, commit or ""
         snapshot_download(
             source.repo,
             repo_type="dataset",
@@ -89,7 +107,7 @@ def _fetch(
             allow_patterns=[_literal(file) for file in wanted],
             max_workers=PARALLEL_DOWNLOADS,
         )
-        return wanted, found
+        return wanted, found, commit or ""
 
     return call_hub(download, field=hub_field, repo=source.repo, revision=source.revision, has_token=token is not None)
 

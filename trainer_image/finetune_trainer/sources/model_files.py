@@ -15,6 +15,7 @@ from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.pod.model_file_names import CONFIG_FILE
 from finetune_trainer.pod.settings import HUB_SECONDS, Paths
+from finetune_trainer.sources.file_tags import file_tag
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub
 from finetune_trainer.storage.client import Store
 
@@ -36,6 +37,9 @@ class ModelFiles(Protocol):
     @property
     def sizes(self) -> Mapping[str, int]:
         """Size in bytes of each file, by file name."""
+
+    def tag(self, name: str) -> str:
+        """Return a text that differs where the content of the file ``name`` differs."""
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
@@ -94,6 +98,10 @@ class LocalFiles:
         names = folder.iterdir() if folder.is_dir() else ()
         self.sizes: Mapping[str, int] = {path.name: path.stat().st_size for path in names if path.is_file()}
 
+    def tag(self, name: str) -> str:
+        """Return the tag of a file's content, for which a part of the file is read."""
+        return file_tag(self.folder / name)
+
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on, or fewer if the file ends before."""
         with (self.folder / name).open("rb") as file:
@@ -118,7 +126,12 @@ class StoreFiles:
         start = len(self._location.prefix) + 1 if self._location.prefix else 0
         prefix = self._location.key("") + "/" if self._location.prefix else ""
         entries = [(entry.key[start:], entry) for entry in store.list_objects(self._location.bucket, prefix)]
-        self.sizes: Mapping[str, int] = {name: entry.bytes for name, entry in entries if "/" not in name}
+        self._entries = {name: entry for name, entry in entries if "/" not in name}
+        self.sizes: Mapping[str, int] = {name: entry.bytes for name, entry in self._entries.items()}
+
+    def tag(self, name: str) -> str:
+        """Return size and ETag of an object."""
+        return self._entries[name].tag
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of an object from offset ``start`` on, or fewer if the object ends before."""
@@ -150,7 +163,11 @@ class HubFiles:
         """List the repository. Raises UserError for an unknown revision, and OutsideFailure if the hub refuses
         access."""
         self._repo, self._revision, self._token = source.repo, source.revision, token
-        self.sizes: Mapping[str, int] = self._call(self._list)
+        self._blobs, self.sizes = self._call(self._list)
+
+    def tag(self, name: str) -> str:
+        """Return the id of a file's content in the repository, which is the same at every commit with that content."""
+        return self._blobs[name]
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of a file from offset ``start`` on."""
@@ -187,12 +204,13 @@ class HubFiles:
 
         self._call(download)
 
-    def _list(self) -> Mapping[str, int]:
+    def _list(self) -> tuple[Mapping[str, str], Mapping[str, int]]:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
         tree = HfApi().list_repo_tree(self._repo, revision=self._revision, token=self._token or False)
-        return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+        files = [entry for entry in tree if isinstance(entry, RepoFile)]
+        return {entry.path: entry.blob_id for entry in files}, {entry.path: entry.size for entry in files}
 
     def _call(self, request: Callable[[], T]) -> T:
         """Run ``request`` to the hub and return its result. `call_hub` turns the hub's errors into UserError and

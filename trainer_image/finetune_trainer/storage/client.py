@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from xml.etree import ElementTree
 import certifi
 import urllib3
 from minio import Minio
+from minio.datatypes import Object
 from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, S3Error, ServerError
 from minio.sse import Sse, SseKMS, SseS3
@@ -62,6 +64,12 @@ class ListedObject(NamedTuple):
     key: str
     bytes: int
     modified: datetime
+    etag: str = ""
+
+    @property
+    def tag(self) -> str:
+        """Size and ETag, a text that differs where the contents of two objects differ."""
+        return f"{self.bytes} {self.etag}"
 
 
 @dataclass(frozen=True)
@@ -194,13 +202,28 @@ class Store:
         def objects() -> list[ListedObject]:
             found = self._client.list_objects(bucket, prefix=prefix, recursive=True)
             try:
-                return [
-                    ListedObject(item.object_name, item.size, item.last_modified or datetime.now(UTC)) for item in found
-                ]
+                return [_listed(item) for item in found]
             except (ValueError, AttributeError) as error:
                 raise urllib3.exceptions.HTTPError(f"its listing can't be read: {error}") from error
 
         return sorted(self._retried(objects, bucket))
+
+    def list_folders(self, bucket: str, prefix: str, most: int) -> list[str]:
+        """Return the names of the first ``most`` folders directly below ``prefix``, which ends with a slash."""
+
+        def folders() -> list[str]:
+            found = self._client.list_objects(bucket, prefix=prefix)
+            names = (item.object_name.removeprefix(prefix).rstrip("/") for item in found if item.is_dir)
+            try:
+                return list(islice(names, most))
+            except (ValueError, AttributeError) as error:
+                raise urllib3.exceptions.HTTPError(f"its listing can't be read: {error}") from error
+
+        return self._retried(folders, bucket)
+
+    def stat(self, bucket: str, key: str) -> ListedObject | None:
+        """Return the entry of one object, or None if the object does not exist."""
+        return self._retried(lambda: _listed(self._client.stat_object(bucket, key)), bucket, missing=None)
 
     def write(self, bucket: str, key: str, data: bytes) -> None:
         """Create or replace an object."""
@@ -353,6 +376,11 @@ class Store:
                 f"storage.endpoint: {self.endpoint} took only a part of an object ({error.code}): its disk may be full"
             )
         return f"storage.endpoint: {self.endpoint} answered {error.code}: {error.message}"
+
+
+def _listed(item: Object) -> ListedObject:
+    """Return minio-py's entry of an object as our own."""
+    return ListedObject(item.object_name, item.size, item.last_modified or datetime.now(UTC), item.etag or "")
 
 
 def _ignore(sentence: str) -> None:

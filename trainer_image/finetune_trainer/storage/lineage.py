@@ -12,7 +12,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from pydantic import ConfigDict
+
 from finetune_core.contract import ContractModel
+from finetune_core.contract.training import TrainingRecord
+from finetune_core.errors import UserError
 from finetune_core.layout import run_key
 from finetune_trainer.pod.errors import NewerRun
 from finetune_trainer.storage.root import RunRoot
@@ -48,11 +52,18 @@ class Rollback(ContractModel):
 
 class RunRecord(ContractModel):
     """Content of `runs/<run>.json`. No two writers write the same `attempt` and `pod_uid`. So a writer that finds a
-    record already stored can tell from these fields whether the record is its own."""
+    record already stored can tell from these fields whether the record is its own. Unknown fields are ignored, because
+    a later version may have written the record of a run that this version resumes."""
+
+    model_config = ConfigDict(extra="ignore")
 
     version: int = 1
     attempt: int
     pod_uid: str
+    uid: str = ""
+    """uid of the job. Empty in a record of an older version."""
+    training: TrainingRecord | None = None
+    """What the run trains. None in a record of an older version."""
     parent: ParentRecord | None = None
     rate_factor: float = 1.0
     """Product of the rate factors of all `rollbacks`. The program does not read it; it is for people who read the file.
@@ -97,6 +108,21 @@ def read_records(root: RunRoot) -> dict[int, RunRecord]:
         if data is not None:
             records[run] = RunRecord.model_validate_json(data)
     return records
+
+
+def check_owner(records: Mapping[int, RunRecord], uid: str) -> None:
+    """Raise UserError where the job ``uid`` has had a run in the folder, and another job has taken the folder over.
+
+    Two such jobs may exist where two clusters use one bucket. Without this check each would end the runs of the other
+    again and again. The job that began last keeps the folder.
+    """
+    newest = records[max(records)] if records else None
+    if newest is not None and newest.uid not in ("", uid) and any(record.uid == uid for record in records.values()):
+        raise UserError(
+            "storage.runId",
+            f"the job with uid {newest.uid} has taken this run over (run {max(records)}), so this job must not continue"
+            " it; create this job anew to take the run back, or with another storage.runId to train beside it",
+        )
 
 
 def claim_run_number(root: RunRoot, run: int, record: RunRecord) -> bool:

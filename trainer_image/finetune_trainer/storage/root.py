@@ -26,6 +26,11 @@ class RunRoot:
         """Return an object's bytes, or None if the object does not exist."""
         return self.store.read(self.location.bucket, self.location.key(key))
 
+    def read_at_most(self, key: str, limit: int) -> bytes | None:
+        """Return an object's bytes, or None if the object does not exist or has more than ``limit`` bytes."""
+        data = self.store.read_range(self.location.bucket, self.location.key(key), 0, limit + 1)
+        return data if data is not None and len(data) <= limit else None
+
     def write(self, key: str, data: bytes) -> None:
         """Create or replace an object."""
         self.store.write(self.location.bucket, self.location.key(key), data)

@@ -1,0 +1,53 @@
+"""Decides what a run that the preflight check found in the bucket means for the job: whether the job takes over the run
+of a former job, and whether it ends because the artifact is committed already. `preflight.py` calls these functions.
+
+The check answers from a pod in the job's namespace. So an address is never taken from the answer, but made from the
+spec and the name of the run's folder.
+"""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from finetune_core.api.status import TakenOverStatus
+from finetune_core.contract import ArtifactRecord, Result
+from finetune_core.contract.preflight_result import FoundRun
+from finetune_core.layout import artifact_folder
+from finetune_operator import messages
+from finetune_operator.decide.decision import JobEnd
+from finetune_operator.decide.verdict import TEXT_LIMIT
+from finetune_operator.observe.observation import PreflightObservation
+
+
+def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus | None:
+    """Return the record of the run that the job takes over; None where ``found`` is the job's own, in its own folder.
+
+    A job that took a run over and then lost its status finds its own uid in the folder of the former job. It must be
+    told again to use that folder.
+    """
+    if found.run_id == seen.job_uid or (found.run_id == seen.chosen_run_id and found.uid == seen.job_uid):
+        return None
+    message = messages.taken_over(found.run_id, found.uid, found.time, found.step, done=found.artifact is not None)
+    return TakenOverStatus(
+        run_id=found.run_id, uid=found.uid, time=found.time, step=found.step, message=message[:TEXT_LIMIT]
+    )
+
+
+def end_with_artifact(found: FoundRun, former: TakenOverStatus | None, seen: PreflightObservation) -> JobEnd | None:
+    """Return how the job ends where the artifact of ``found`` is committed; None where training is left to do, or where
+    the artifact's address can't be told. An attempt then finds the artifact by itself."""
+    if found.artifact is None or not seen.runs_folder:
+        return None
+    uri = f"{seen.runs_folder}/{found.run_id}/{artifact_folder(found.artifact.run)}"
+    try:
+        artifact = ArtifactRecord(
+            uri=uri, step=found.step, bytes=found.artifact.bytes, manifest_sha256=found.artifact.manifest_sha256
+        )
+    except ValidationError:
+        return None
+    message = messages.completed(found.step, uri)
+    if former is not None:
+        message = f"{message}; it {former.message}"
+    outcome = found.artifact.outcome
+    result = Result(outcome=outcome, message=message, step=found.step, artifact=artifact, evaluation=found.evaluation)
+    return JobEnd(succeeded=True, reason=outcome.value, message=message, result=result)

@@ -1,0 +1,177 @@
+"""Finds what is trained already: in the job's own folder of runs, or in the folder of a former job with the same
+namespace, name and training. `preflight/entrypoint.py` calls `own_folder` and then `former_folders`.
+
+A job loses status and uid where its cluster is built anew from Git or restored from a backup. Without this search the
+job would train everything again. Folders of former jobs are only read, and their content is not trusted: a folder with
+a record that is malformed or too long, or with a damaged artifact, is left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+
+from pydantic import TypeAdapter, ValidationError
+
+from finetune_core.api.storage import RunId
+from finetune_core.contract.preflight_result import FoundArtifact, FoundRun
+from finetune_core.contract.training import TrainingRecord
+from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Location, artifact_folder, run_key
+from finetune_trainer.storage.artifact import committed_result
+from finetune_trainer.storage.checkpoint_folders import committed
+from finetune_trainer.storage.client import ListedObject
+from finetune_trainer.storage.commit import Damaged, check_sizes, read_manifest
+from finetune_trainer.storage.lineage import RunRecord, lineage
+from finetune_trainer.storage.root import RunRoot
+
+MOST_FOLDERS = 1000
+"""Most folders of former jobs that are looked into. The object store lists them by name."""
+MOST_RECORDS = 2000
+"""Most run records in the folder of a former job. A folder with more is left alone."""
+OBJECT_BYTES = 256 * 1024
+"""Largest run record or `ARTIFACT` in bytes that is read."""
+PARALLEL_FOLDERS = 8
+
+
+@dataclass(frozen=True)
+class OwnFolder:
+    """What the job's own folder of runs holds before attempt 1."""
+
+    has_runs: bool
+    found: FoundRun | None
+    """The artifact or the newest checkpoint. None where the folder holds neither."""
+
+
+@dataclass(frozen=True)
+class FormerFolder:
+    """The folder of a former job that has been trained with the same settings."""
+
+    training: TrainingRecord
+    """What all runs in the folder trained."""
+    found: FoundRun
+    newest: datetime
+    """When the newest run in the folder was begun."""
+
+
+def own_folder(root: RunRoot) -> OwnFolder:
+    """Return what the job's own folder of runs holds. Raises Damaged where the artifact is not what was committed."""
+    entries = _record_entries(root)
+    try:
+        records = _read_records(root, sorted(entries))
+    except Damaged:
+        # Records are not needed for an artifact. Without an artifact, the start of the run says what is wrong.
+        records = {}
+    return OwnFolder(has_runs=bool(entries), found=_found(root, records, entries))
+
+
+def former_folders(root: RunRoot, settings_sha256: str) -> list[FormerFolder]:
+    """Return the folders of former jobs beside ``root`` in which all runs trained with the settings that
+    ``settings_sha256`` is the digest of, and which hold an artifact or a checkpoint.
+
+    A folder with an artifact comes before all folders without one, and a newer folder before an older one. Raises
+    OutsideFailure if the store can't be read.
+    """
+    parent, _, own = root.location.prefix.rpartition("/")
+    names = root.store.list_folders(root.location.bucket, f"{parent}/", MOST_FOLDERS)
+    beside = [
+        RunRoot(root.store, Location(root.location.bucket, f"{parent}/{name}"))
+        for name in names
+        if name != own and _is_run_id(name)
+    ]
+    with ThreadPoolExecutor(PARALLEL_FOLDERS) as pool:
+        folders = [
+            folder
+            for folder in pool.map(partial(_former_folder, settings_sha256=settings_sha256), beside)
+            if folder is not None
+        ]
+    return sorted(folders, key=lambda folder: (folder.found.artifact is not None, folder.newest), reverse=True)
+
+
+def _is_run_id(name: str) -> bool:
+    try:
+        TypeAdapter(RunId).validate_python(name)
+    except ValidationError:
+        return False
+    return True
+
+
+def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
+    """Return what ``root`` holds if all of its runs trained the same, with the settings of the digest; else None."""
+    entries = _record_entries(root)
+    if not 0 < len(entries) <= MOST_RECORDS:
+        return None
+    runs = sorted(entries)
+    try:
+        # Nearly every folder is sorted out by its newest record alone.
+        newest = _read_records(root, runs[-1:])[runs[-1]].training
+        if newest is None or newest.settings_sha256 != settings_sha256:
+            return None
+        records = _read_records(root, runs)
+        if any(record.training != newest for record in records.values()):
+            return None
+        found = _found(root, records, entries)
+    except (Damaged, ValidationError):
+        return None
+    if found is None:
+        return None
+    newest_time = max(entry.modified for entry in entries.values())
+    return FormerFolder(training=newest, found=found, newest=newest_time)
+
+
+def _record_entries(root: RunRoot) -> dict[int, ListedObject]:
+    """Return the listed run records of a folder by run number."""
+    matches = ((re.fullmatch(r"runs/(\d{6})\.json", entry.key), entry) for entry in root.list_objects("runs/"))
+    return {int(match[1]): entry for match, entry in matches if match}
+
+
+def _read_records(root: RunRoot, runs: Sequence[int]) -> dict[int, RunRecord]:
+    """Return the records of ``runs`` by run number. Raises Damaged if one is gone, too long or malformed."""
+    records = {}
+    for run in runs:
+        data = root.read_at_most(run_key(run), OBJECT_BYTES)
+        if data is None:
+            raise Damaged(f"{run_key(run)} is gone or has more than {OBJECT_BYTES} bytes")
+        try:
+            records[run] = RunRecord.model_validate_json(data)
+        except ValidationError as error:
+            raise Damaged(f"{run_key(run)} is no run record") from error
+    return records
+
+
+def _found(root: RunRoot, records: Mapping[int, RunRecord], entries: Mapping[int, ListedObject]) -> FoundRun | None:
+    """Return the committed artifact of a folder or else its newest checkpoint; None where it holds neither. Raises
+    Damaged where the artifact is not what was committed."""
+    uid = records[max(records)].uid if records else ""
+    run_id = root.location.prefix.rpartition("/")[2]
+    began = min((entry.modified for entry in entries.values()), default=None)
+    data = root.read_at_most(ARTIFACT_POINTER, OBJECT_BYTES)
+    if data is not None:
+        pointer = ArtifactPointer.model_validate_json(data)
+        if pointer.folder != artifact_folder(pointer.run):
+            raise Damaged(f"{ARTIFACT_POINTER} names {pointer.folder}, which is not the folder of run {pointer.run}")
+        result = committed_result(root)
+        listed = root.list_objects(f"{pointer.folder}/")
+        files = {entry.key.removeprefix(f"{pointer.folder}/"): entry for entry in listed}
+        check_sizes(pointer.folder, read_manifest(root, pointer.folder)[0], files)
+        artifact = FoundArtifact(
+            run=pointer.run,
+            bytes=pointer.bytes,
+            manifest_sha256=pointer.manifest_sha256,
+            outcome=pointer.outcome,
+        )
+        return FoundRun(
+            run_id=run_id,
+            uid=uid,
+            time=(began or listed[0].modified).replace(microsecond=0),
+            step=pointer.step,
+            artifact=artifact,
+            evaluation=result.evaluation if result is not None else None,
+        )
+    checkpoints = lineage(records, committed(root))
+    if not checkpoints or began is None:
+        return None
+    return FoundRun(run_id=run_id, uid=uid, time=began.replace(microsecond=0), step=checkpoints[0].step)
