@@ -284,6 +284,11 @@ def test_the_ttl_removes_everything_but_the_job(installed: Installed, namespace:
     )
     job = installed.wait(namespace, "the record of the child to be gone", lambda job: "child" not in job["status"])
     before["status"].pop("child")
+    # The edit of the TTL is a new generation, and an ended job only observes it.
+    generation = job["metadata"]["generation"]
+    before["status"]["observedGeneration"] = generation
+    for item in before["status"]["conditions"]:
+        item["observedGeneration"] = generation
     assert job["status"] == before["status"]
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 MEMORY_BYTES = 640 << 20
-"""Most memory of the child in bytes. The preflight pod may use 1 GiB; the rest is for the parent, and for what the
-child takes between two looks of the parent."""
+"""Most memory in bytes that the child may add to what it shares with the parent at the fork. The preflight pod may use
+1 GiB; the rest is for the parent (60 MiB), and for what the child takes between two looks of the parent."""
 LOOK_SECONDS = 0.01
 """Time between two looks at the memory of the child. The kernel hands out about a gigabyte in a second."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -33,7 +33,7 @@ class ChildEnd(Enum):
     DONE = "The child has done its work."
     FAILED = "The child raised an exception and has printed its traceback."
     KILLED = "A signal ended the child, sent by the kernel, by a library or by somebody else."
-    TOO_LARGE = "The parent has killed the child, because it used more memory than it may."
+    TOO_LARGE = "The parent has killed the child, because it added more memory than it may."
 
 
 def run_confined(
@@ -45,7 +45,7 @@ def run_confined(
     """Call ``work`` in a forked child process, and return how the child ended.
 
     ``work`` gets a function that sends a JSON value to this process, where ``receive`` is called with it. The child is
-    killed when it uses more memory than ``memory_bytes``, and when an exception is raised in this process, such as the
+    killed when it has added more than ``memory_bytes`` to the memory that it had at the fork, and when an exception is raised in this process, such as the
     end of a time limit. No thread may run in this process.
     """
     reader, writer = os.pipe()
@@ -82,6 +82,8 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int) -> No
             stream.write(json.dumps(value) + "\n")
             stream.flush()
 
+        # Pages that the child shares with the parent count as its own, so the parent needs the number from before.
+        send(_resident_bytes(os.getpid()))
         work(send)
         code = 0
     except BaseException:  # noqa: BLE001  (the child ends here, whatever happened)
@@ -93,9 +95,13 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int) -> No
 
 
 def _receive_all(reader: int, receive: Callable[[Any], None], child: int, memory_bytes: int) -> bool:
-    """Receive values until the child has closed its end. Return early, with True, once the child is too large."""
+    """Receive values until the child has closed its end. Return early, with True, once the child is too large.
+
+    The first value is not passed on: it is the memory of the child at the fork.
+    """
     told = b""
     looked_at = 0.0
+    at_the_fork: int | None = None
     while True:
         ready, _, _ = select.select([reader], [], [], LOOK_SECONDS)
         if ready:
@@ -105,10 +111,13 @@ def _receive_all(reader: int, receive: Callable[[Any], None], child: int, memory
             told += piece
             *lines, told = told.split(b"\n")
             for line in lines:
-                receive(json.loads(line))
-        if time.monotonic() - looked_at >= LOOK_SECONDS:
+                if at_the_fork is None:
+                    at_the_fork = int(line)
+                else:
+                    receive(json.loads(line))
+        if at_the_fork is not None and time.monotonic() - looked_at >= LOOK_SECONDS:
             looked_at = time.monotonic()
-            if _resident_bytes(child) > memory_bytes:
+            if _resident_bytes(child) - at_the_fork > memory_bytes:
                 return True
 
 
