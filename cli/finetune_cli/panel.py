@@ -106,8 +106,8 @@ def _pace(job: FineTuneJob, now: datetime) -> list[str]:
 
 
 def _curves(job: FineTuneJob) -> RenderableType | None:
-    """Return a row for the loss and one for the validation perplexity: newest value, curve and first value. None where
-    the job has no value yet."""
+    """Return a table with a row for the loss and a row for the validation perplexity. A row has the newest value, the
+    curve and the first value. None where the job has no value yet."""
     history = status_of(job).history
     table = Table.grid(padding=(0, 2))
     for label, name, values in (

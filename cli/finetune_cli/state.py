@@ -47,8 +47,8 @@ def state(job: FineTuneJob) -> str:
 def state_message(job: FineTuneJob) -> str:
     """Return a sentence about what the job does or waits for, or how it ended.
 
-    The sentence is the message of the condition `Succeeded`. Where that message is empty, it is the message of the
-    first condition that is not True, in the order `Accepted`, `Scheduled`, `Running`.
+    The sentence is the message of the condition `Succeeded`. Where that message is empty and the job has not ended, the
+    sentence is the message of the first of the conditions `Accepted`, `Scheduled` and `Running` that is not True.
     """
     summary = condition(job, ConditionType.SUCCEEDED)
     if summary is None:

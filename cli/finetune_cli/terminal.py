@@ -19,9 +19,9 @@ from rich.segment import Segment
 
 _UNPRINTABLE: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # C0, DEL and C1
-    "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # direction, invisible, and breaks of lines
-    "\ud800-\udfff"  # half characters, which can't be encoded
-    "\U000e0000-\U000e007f]"  # invisible tags
+    "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # text direction, invisible, line breaks
+    "\ud800-\udfff"  # surrogates, which can't be encoded
+    "\U000e0000-\U000e007f]"  # tag characters, which are invisible
 )
 """Matches a character that a terminal does not show: it obeys the character, or the character is invisible."""
 _BLANKS: Final = re.compile("[\t\n\r\x0b\x0c\x85\u2028\u2029]+")

@@ -132,7 +132,7 @@ class Manifest(ContractModel):
 
     version: int = 1
     kind: str
-    """What the manifest lists the files of: `Checkpoint` or `Artifact`."""
+    """What the files make up: `Checkpoint` or `Artifact`."""
     run: int
     step: int
     files: list[ManifestFile]

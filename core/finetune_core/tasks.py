@@ -20,7 +20,7 @@ NO_TASK = "None"
 """Value of `dataset.task` with which no answers are generated or graded."""
 
 SCORE_LIMIT = 8
-"""Most scores of a task, because `status.evaluation` and the reports have room for no more."""
+"""Most scores of a task. Lists of scores in `status.evaluation` and in the reports have this bound too."""
 SCORE_NAME_LENGTH = 32
 """Most characters of a score's name."""
 
@@ -66,8 +66,8 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The declaration of a task. Raises ValueError where the scores have too many, too long, equal or forbidden names,
-    or where `main` names none of them."""
+    """The declaration of a task. Raises ValueError where there is no score or there are too many, where the name of a
+    score is too long, forbidden or used twice, or where `main` names no score."""
 
     name: str
     """Value of `dataset.task`, for example ``GSM8K``."""

@@ -61,7 +61,8 @@ def _make(temporary: Path) -> Path:
         )
         if done.returncode != 0:
             raise ClusterError(f"converting {WHEEL} failed:\n{done.stderr[-2000:]}")
-    # safetensors creates files that only their owner can read, and the pods run as another user.
+    # safetensors creates files that only their owner can read. The files of the cached model are made readable for all
+    # users.
     folder.chmod(0o755)
     for file in folder.iterdir():
         file.chmod(0o644)

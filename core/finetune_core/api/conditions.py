@@ -88,4 +88,4 @@ class Condition(ApiModel):
     reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
     """Reason of the status as a CamelCase word for programs, for example `WaitingForPods`."""
     message: Annotated[str, Field(max_length=32768)] = ""
-    """A sentence for people that names the pod, field or file that it is about."""
+    """A sentence for people, which names the pod, field or file in question."""

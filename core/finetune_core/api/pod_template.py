@@ -37,8 +37,8 @@ RESERVED_FOLDERS = (
     "/proc",
     "/sys",
 )
-"""Paths at which, and below which, `volumes` must not be mounted, because the operator mounts files there or the
-container needs the folder to start."""
+"""Folders that `mountPath` of a volume must not name, nor any folder below them. In some of them the operator mounts
+files of its own, and the others are folders that the container needs to start."""
 RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
 """Beginnings of names of environment variables that users must not set. The operator itself sets variables that begin
 with `FTJ_` or `PET_`. Variables that begin with `AWS_` would override the credentials of the object store."""

@@ -66,7 +66,8 @@ class ResourcesSpec(ApiModel):
     """Device that the trainer computes on. With GPU the trainer fails when it finds no GPU, and never computes on the
     CPU instead."""
     gpu_product: LabelValue = "NVIDIA-A100-SXM4-80GB"
-    """Value of the node label `nvidia.com/gpu.product` that nodes for pods with GPUs must have. Empty: any GPU."""
+    """GPU product of the nodes for pods with GPUs: the value that the node label `nvidia.com/gpu.product` must have.
+    Empty: any GPU."""
     cpu: Cpu = "8"
     """CPU request and limit of each pod, for example `8` or `500m`."""
     memory: Memory = "64Gi"

@@ -73,8 +73,8 @@ class StatusModel(ApiModel):
     model_config = ConfigDict(extra="ignore")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the section as the API server stores it. There is no warning about a value that violates the bounds of
-        its field, because `reading.py` accepts such values from other versions."""
+        """Return the section as the API server stores it. Pydantic's warnings about unexpected values are switched off,
+        because `reading.py` accepts such values from other versions."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True, warnings=False)
 
 
@@ -163,8 +163,8 @@ class TakenOverStatus(StatusModel):
     takes over its artifact."""
 
     run_id: Annotated[str, Field(max_length=63)]
-    """Name `<runId>` of the folder of the former job's runs, `<storage.uri>/<namespace>/<name>/<runId>/` in the bucket.
-    This job writes into the same folder."""
+    """Name of the folder in the bucket that holds the runs of the former job: the last part of
+    `<storage.uri>/<namespace>/<name>/<runId>/`. This job writes into the same folder."""
     uid: Annotated[str, Field(max_length=64)] = ""
     """`metadata.uid` of the job that last wrote to the folder. Empty if no record in the folder names a job."""
     time: datetime
@@ -276,7 +276,7 @@ class CheckpointStatus(StatusModel):
 
 
 class PlanStatus(StatusModel):
-    """Values that follow from the spec, or that the operator chose where the spec leaves them open."""
+    """Settings of the training that the spec sets, or that the operator chose where the spec leaves them open."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     """ZeRO stage of DeepSpeed."""
@@ -426,7 +426,7 @@ class FineTuneJobStatus(StatusModel):
     """Messages of the trainer that are not failures, oldest first, for example rows that were left out or a checkpoint
     that could not be resumed from."""
     plan: PlanStatus | None = None
-    """Values that follow from the spec, or that the operator chose where the spec leaves them open."""
+    """Settings of the training that the spec sets, or that the operator chose where the spec leaves them open."""
     incidents: Annotated[list[IncidentStatus], Field(max_length=INCIDENT_LIMIT, json_schema_extra=ATOMIC)] = []
     """Training steps whose loss or gradient norm was not finite or far too high, oldest first. Where there are more
     than 20, only the newest 20."""

@@ -25,8 +25,8 @@ Export = Literal["Adapter", "Merged", "Both"]
 
 
 RESERVED_AUDIENCES = ("finetune.dev/", "https://kubernetes.default.svc")
-"""The audience of a token for the object store must not begin with one of these texts. With the first begin the
-audiences of tokens for reports to the operator, and the second is the API server's audience in most clusters."""
+"""Texts with which the audience of a token for the object store must not begin. The audiences of tokens for reports to
+the operator begin with the first text. The second text is the audience of the API server in most clusters."""
 RunId = Annotated[str, Field(max_length=63, pattern=r"^[a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?$")]
 """Name of the folder in the bucket that holds all runs of a job, for example `study-1` or a job's uid."""
 

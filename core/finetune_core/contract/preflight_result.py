@@ -56,7 +56,7 @@ class FoundArtifact(ContractModel):
 
 
 class FoundRun(ContractModel):
-    """What the job's folder in the bucket, or the folder of a former job with the same training, holds already."""
+    """What already lies in the job's folder in the bucket, or in the folder of a former job with the same training."""
 
     run_id: RunId
     """Name of the folder in the bucket that holds the runs: `storage.runId`, or the uid of a job."""
@@ -92,7 +92,7 @@ class PreflightResult(TerminationMessage):
 
     @property
     def is_final(self) -> bool:
-        """Whether a finding makes the job impossible."""
+        """Whether at least one finding is final, which means that the job can't run."""
         return any(finding.kind is FindingKind.FINAL for finding in self.findings)
 
     @property

@@ -53,8 +53,7 @@ class Report(ContractModel):
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
     """Recent training speed: tokens of prompts and completions (without padding) per second, summed over all ranks."""
     mfu: Annotated[float, Field(ge=0)] | None = None
-    """Model FLOPs utilisation of the newest step, from 0 to 1. None where the peak FLOP/s of the device are not
-    known."""
+    """Model FLOPs utilisation of the newest step, from 0 to 1. None where the device's peak FLOP/s is not known."""
     metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=METRIC_LIMIT)]
     """Newest value of each metric: loss, perplexity, learningRate, gradientNorm, and further metrics that the trainer's
     `reporting/progress.py` adds."""

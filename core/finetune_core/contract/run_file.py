@@ -1,4 +1,4 @@
-"""The run file: all settings of an attempt, with every default resolved and without secrets.
+"""The run file: all settings of an attempt, with defaults filled in and without secrets.
 
 `resolve.py` makes the run file, and the operator stores the run file in the attempt's ConfigMap. The trainer reads
 nothing else of the job.
@@ -120,7 +120,7 @@ class ReportConfig(ContractModel):
 
 
 class RunConfig(ContractModel):
-    """The run file: all settings of an attempt, with every default resolved and without secrets."""
+    """The run file: all settings of an attempt, with defaults filled in and without secrets."""
 
     version: Literal[1] = CONTRACT_VERSION
     world: WorldConfig

@@ -73,7 +73,8 @@ def settings_digest(config: RunConfig) -> str:
 
 
 def digest_of_fields(run_file: Mapping[str, Any]) -> str:
-    """Return `settings_digest` of a run file whose fields are given by name, as JSON values and without absent ones."""
+    """Return the digest that `settings_digest` returns, for a run file as a dict of JSON values. Its keys are the names
+    of the fields in Python (snake_case), and fields that are None are left out."""
     fields = copy.deepcopy(dict(run_file))
     for path in NOT_THE_TRAINING:
         *sections, name = path.split(".")
