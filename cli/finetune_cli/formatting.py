@@ -51,7 +51,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
     The scale is logarithmic where all finite values are greater than zero, because a loss falls by orders of magnitude.
     Where there are more than ``width`` values, they are divided into ``width`` parts of about equal length, and each
-    part is drawn as its mean. A part without a finite value leaves a gap.
+    part is drawn as the mean of its values. A part without a finite value leaves a gap.
     """
     heights = [math.log(value) if _all_positive(values) and math.isfinite(value) else value for value in values]
     stretches = [_stretch(heights, column, width) for column in range(min(width, len(heights)))]

@@ -41,7 +41,7 @@ NOT_A_KUBECONFIG = (TypeError, AttributeError, KeyError, ValueError)
 
 
 class ConnectionLostError(Exception):
-    """The API server could not be reached, or could not do its work for another reason than the request. Another try
+    """The API server could not be reached, or answered with an error that does not come from the request. Another try
     may succeed."""
 
 
@@ -78,7 +78,8 @@ class JobClient:
 
     def get(self, name: str) -> FineTuneJob:
         """Return the job ``name``. Raises UserError where the job does not exist, or where this user or this version of
-        the program can't read it. Raises ConnectionLostError where no API server answers."""
+        the program can't read it. Raises ConnectionLostError where the API server can't be reached or has a problem of
+        its own."""
         try:
             return parse(
                 self._custom.get_namespaced_custom_object(

@@ -80,8 +80,8 @@ exit code: 0 nothing is damaged, 1 a checkpoint is, 2 it cannot be looked at
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = _parser().parse_args(arguments)
-    # Without this handler, Python itself would write the warnings that libraries log to the standard error output, with
-    # the control characters in them.
+    # Without this handler, Python itself would write the warnings of libraries to the standard error output, and would
+    # not remove control characters.
     logging.lastResort = TerminalHandler(logging.WARNING)
     logging.captureWarnings(capture=True)
     try:

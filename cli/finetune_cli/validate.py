@@ -137,8 +137,8 @@ def _jobs(value: Any) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
 
 
 def _is_meant_as_job(document: dict[str, Any]) -> bool:
-    """Return whether ``document`` is meant as a FineTuneJob. That is so where its kind is FineTuneJob or its API group
-    is that of FineTuneJob, in upper or lower case."""
+    """Return whether ``document`` is meant as a FineTuneJob: its kind or its API group is that of a FineTuneJob.
+    Capital and small letters count as equal."""
     kind, group = str(document.get("kind", "")), str(document.get("apiVersion", "")).split("/", maxsplit=1)[0]
     return kind.casefold() == KIND.casefold() or group.casefold() == GROUP
 

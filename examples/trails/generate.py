@@ -60,7 +60,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 
 T = TypeVar("T")
 Shape = tuple[str, tuple[str, ...]]
-"""What a row contains besides names and values: the function, and which attributes beside `name`."""
+"""A function, and the names of the attributes that a row has in addition to `name`."""
 
 
 @dataclass(frozen=True, slots=True)
