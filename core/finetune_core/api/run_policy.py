@@ -30,8 +30,8 @@ class RunPolicySpec(ApiModel):
     """true makes the pods save a checkpoint and ends the job with `Succeeded=False` and the reason Cancelled. A
     cancelled job can't be resumed, because `cancel` can't change back to false."""
     max_retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """Number of retries after attempts that failed. Attempts that ended because a pod or a node was lost are retried
-    too and do not count, except after three such attempts in a row without a new checkpoint."""
+    """Most retries after failed attempts, over the whole job. Attempts that ended because a pod or a node was lost are
+    retried too and do not count, except after three such attempts in a row without a new checkpoint."""
     active_deadline_seconds: Seconds | None = None
     """Most seconds in which pods of the job may run, added up over all attempts. After this time the job ends as
     failed. Absent: no limit."""
