@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 LEAST_PAUSE_SECONDS: Final = 1.0
-"""Least seconds until the next reconcile of a job after one that has written nothing. The time of a reconcile has whole
-seconds, so that an earlier reconcile would see the same time."""
+"""Least seconds until the next reconcile of a job after one that has written nothing. Each reconcile rounds its time
+down to whole seconds, so that an earlier one could see the same time again."""
 
 
 @dataclass(frozen=True, slots=True)

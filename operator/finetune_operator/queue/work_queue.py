@@ -51,7 +51,8 @@ class WorkQueue:
         self._jitter = jitter
         self._ready = FairOrder()
         self._dirty: dict[Key, Precedence] = {}
-        """Keys that are due and wait for a worker, also those that a worker processes already."""
+        """Keys that are due and wait for a worker, and why each waits. A key that a worker processes is among them only
+        where it was added again meanwhile."""
         self._processing: set[Key] = set()
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, Key]] = []
@@ -76,7 +77,7 @@ class WorkQueue:
         self._add(key, Precedence.AGAIN)
 
     def add_for_resync(self, key: Key) -> None:
-        """Queue ``key`` behind all keys that `add` has queued, because nothing new is known of its job."""
+        """Queue ``key`` behind the keys with news (see `fair_order.py`), because nothing new is known of its job."""
         self._add(key, Precedence.RESYNC)
 
     def _add(self, key: Key, precedence: Precedence) -> None:
