@@ -24,7 +24,8 @@ from finetune_operator.queue.memory import JobMemory
 from finetune_operator.queue.work_queue import Key
 
 _BOOKKEEPING = ("", "attempts", "preflight", "child", "completionTime")
-"""Fields of the status from which the operator decides. The other fields only show something to people."""
+"""Fields of the status that the operator must be able to read before it decides about attempts. The empty name stands
+for the status as a whole."""
 _ALWAYS = ("conditions", "observedGeneration")
 """Fields of the status that are written whatever another version has written there."""
 
@@ -62,9 +63,10 @@ class StoredJob:
 
     @property
     def unread_bookkeeping(self) -> str:
-        """Path of a part of the status that this version can't read and from which it would have to decide; or empty.
+        """Path of a part of the status that this version can't read but would need for its decisions; empty if none.
 
-        Such a job is left as it is: an operator that can't read which attempt runs must neither end nor repeat it.
+        A job with such a part is left as it is: an operator that can't read which attempt runs must neither end nor
+        repeat that attempt.
         """
         return next((path for path in self.unread if _is_bookkeeping(path)), "")
 
@@ -130,7 +132,7 @@ def _field_of(path: str) -> str:
 
 
 def _is_bookkeeping(path: str) -> bool:
-    """Return whether ``path`` leads to something from which the operator decides."""
+    """Return whether ``path`` leads to a field in `_BOOKKEEPING`, or to a condition whose type or status is unread."""
     decisive = path.endswith(("]", ".type", ".status")) or path == "conditions"
     return _field_of(path) in _BOOKKEEPING or (_field_of(path) == "conditions" and decisive)
 
@@ -138,8 +140,8 @@ def _is_bookkeeping(path: str) -> bool:
 def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
     """Return ``attempts`` with counts that are no less than its list of attempts shows, and without pods without uid.
 
-    Another version may not have written them. A number must not be given to a second attempt, and a record that names
-    no pod must not look like a pod that vanished.
+    Another version may have left out counts and uids. They matter, because no second attempt may get a number that is
+    used already, and because a record without a uid would look like a pod that vanished.
     """
     current, recent = attempts.current, attempts.recent
     if current is not None and current.number < 1 and not current.pods:
