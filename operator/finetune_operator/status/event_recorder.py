@@ -34,7 +34,10 @@ class EventRecorder:
         self._clock = clock
 
     async def record(self, job: StoredJob, new: FineTuneJobStatus) -> None:
-        """Create the events about the change from the stored status to ``new``. A failed event is only logged."""
+        """Create the events about the change from the stored status to ``new``.
+
+        Where an event can't be created, this is only logged.
+        """
         now = self._now()
         log_fields = job.log_fields | {"attempt": new.attempts.started}
         for event in events_between(job.status, new, now):

@@ -20,8 +20,8 @@ def preserve(manifest: Manifest, read: Manifest, new: Manifest, manager: str) ->
     """Return the status to apply as the field manager ``manager``, in place of the status of ``manifest``.
 
     ``read`` is what this version has read of the stored status, and ``new`` what the status is to be. What is equal in
-    both stays as it is stored. Conditions that ``manager`` does not own are left out: server-side apply keeps them, and
-    a condition that two managers apply could be removed by neither.
+    both stays as it is stored. Conditions that neither ``manager`` owns nor this version knows are left out:
+    server-side apply keeps them, and once two managers apply a condition, neither can remove it alone.
     """
     stored: Manifest = manifest.get("status") or {}
     owned = _owned_conditions(manifest, manager) | set(ConditionType)
