@@ -1,6 +1,6 @@
 """Finds out which pod a report's bearer token belongs to, by a TokenReview of the API server.
 
-`server.py` calls `TokenReviewer.pod_of` for every report. Answers are cached for a minute, by a hash of token and
+`server.py` asks `TokenReviewer` for the pod of every report. Answers are cached for a minute, by a hash of token and
 audience. Reviews of tokens for jobs that the operator does not know wait in a line of their own, so that such tokens,
 which anybody can write, do not delay the reports of known jobs.
 """
@@ -84,7 +84,7 @@ class _Cache:
 
 
 class _Line:
-    """Reviews of one kind, of which few run at once and not too many wait."""
+    """The reviews for known jobs, or those for unknown jobs. Few of them run at once, and not too many wait."""
 
     def __init__(self, at_once: int) -> None:
         self._slots = asyncio.Semaphore(at_once)
