@@ -180,5 +180,5 @@ AGES: Final[tuple[tuple[str, str, Callable[[JobMetrics], datetime | None]], ...]
     ("checkpoint", "Seconds of a running job since its newest checkpoint.", lambda job: job.checkpoint_time),
     ("report", "Seconds of a running job since its newest report.", lambda job: job.report_time),
 )
-"""Ages, and the time from which each is counted. They exist while the job runs only, and count from the time at which
-the job began to run where nothing newer is known. So a job that was suspended for hours is not hours late."""
+"""Each age by name, with its help text and the time from which it is counted. Ages are exported only while the job
+runs, and are never counted from before it began to run. So a job that was suspended for hours has no age of hours."""
