@@ -89,7 +89,10 @@ def pod_failed(name: str, reason: str, message: str) -> str:
 
 
 def container_lost(name: str, node: str) -> str:
-    """Return the sentence about a pod whose container is gone, and nobody saw its end; ``node`` may be empty."""
+    """Return the sentence about a pod whose container is gone without anybody knowing how the container ended.
+
+    ``node`` may be empty.
+    """
     return f"{f'node {node}' if node else 'its node'} lost the container of pod {name}, for example in a restart"
 
 
@@ -144,21 +147,25 @@ def attempt_prefix(number: int, last_cause: str) -> str:
 def retrying(ended: int, cause: str, next_start: datetime | None) -> str:
     """Return the sentence about an attempt that ended and after which another attempt will start.
 
-    It names the absolute time of the next start, because a relative time would change the sentence in every reconcile.
+    ``next_start`` is None where the time of the next start is not decided yet. The sentence names this time and not the
+    seconds until then, because these would change the sentence in every reconcile.
     """
     when = f"; the next starts after {next_start:%H:%M:%S} UTC" if next_start else "; the next starts once it is gone"
     return f"attempt {ended} ended: {cause}{when}"
 
 
 def retries_exhausted(charged: int, cause: str) -> str:
-    """Return the sentence about a job that has used up `runPolicy.maxRetries`."""
+    """Return the sentence about a job that has used up `runPolicy.maxRetries`, or all attempts that a job can have.
+
+    ``charged`` is how many attempts counted against `maxRetries`; ``cause`` says why the last attempt ended.
+    """
     return f"{charged} attempts failed; the last: {cause}"
 
 
 def stopped(cause: str, newest_checkpoint: str) -> str:
-    """Return the sentence about a job that ended before its artifact was committed.
+    """Return the sentence about a job that ended for ``cause`` before its artifact was committed.
 
-    It names the newest checkpoint, from which a new job can resume.
+    The sentence names the newest checkpoint, if there is one, because a new job can resume from it.
     """
     return f"{cause}; " + (f"the newest checkpoint: {newest_checkpoint}" if newest_checkpoint else NO_CHECKPOINT)
 
@@ -208,7 +215,10 @@ def preflight_ran_on(seconds: int, command: str) -> str:
 
 
 def preflight_gives_up(tries: int, cause: str) -> str:
-    """Return the sentence about a check that ended ``tries`` times in a row for the same kind of cause."""
+    """Return the sentence about a preflight check that ends the job, because ``tries`` tries could not be carried out.
+
+    ``cause`` says why the last of them could not.
+    """
     return f"{tries} tries of the preflight check failed in this way: {cause}"
 
 
