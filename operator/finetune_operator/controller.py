@@ -124,10 +124,10 @@ class Controller:
                 await asyncio.sleep(seconds)
 
     async def _list(self, namespace: str | None) -> None:
-        """Queue every job of ``namespace`` that exists, and every such job that the memory holds.
+        """Queue every job of ``namespace`` that exists, and every one that is only in memory.
 
-        The jobs in memory are queued because a job may have been deleted without a watch event. An ended job is left
-        out where its listed resourceVersion is the one at which nothing was left to do for it.
+        Those in memory are queued because a job may have been deleted without a watch event. An ended job is left out
+        where its listed resourceVersion is the one at which nothing was left to do for it.
         """
         gone = {key for key in self._memory.job_keys() if namespace in (None, key.namespace)}
         async for job in self._cluster.list_jobs(namespace):

@@ -181,19 +181,26 @@ def active_deadline(seconds: int) -> str:
 
 
 def pending_deadline(seconds: int, waiting_for: str) -> str:
-    """Return the sentence about an attempt whose pods did not all run in time."""
+    """Return the sentence about an attempt whose pods did not all run within ``seconds``.
+
+    ``waiting_for`` says why, for example that a pod has no node; empty where that is not known.
+    """
     return f"not all pods ran within the {seconds} s of `runPolicy.pendingDeadlineSeconds`: {waiting_for or NO_PODS}"
 
 
 def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
-    """Return the sentence about a preflight pod that ended without a result. It also says how to skip the check."""
+    """Return the sentence about a preflight pod that ended without a result. It also says how to skip the check.
+
+    ``reason`` is the reason that the kubelet gives, and ``last_line`` the last line of the pod's log; either may be
+    empty.
+    """
     why = f" ({reason})" if reason and reason != "Error" else ""
     line = f": {last_line}" if last_line else ""
     return f"the preflight pod ended with exit code {exit_code}{why} and left no result{line}; {_SKIP_PREFLIGHT}"
 
 
 def preflight_turn(limit: int) -> str:
-    """Return the sentence about a preflight check that waits, because ``limit`` checks run already."""
+    """Return the sentence about a preflight check that waits, because ``limit`` checks may run at the same time."""
     return f"the check of store, model and data waits for its turn: {limit} checks of all jobs run at the same time"
 
 
@@ -207,7 +214,10 @@ def preflight_out_of_memory(limit: str) -> str:
 
 
 def preflight_ran_on(seconds: int, command: str) -> str:
-    """Return the sentence about a preflight pod that still ran after ``seconds``, far longer than the check takes."""
+    """Return the sentence about a preflight pod that still ran after ``seconds``, far longer than the check takes.
+
+    ``command`` is the argument with which the operator asks an image to check.
+    """
     return (
         f"the preflight pod had not ended after {seconds} s: an image of your own must end soon when its argument is"
         f" `{command}`; {_SKIP_PREFLIGHT}"
@@ -223,7 +233,10 @@ def preflight_gives_up(tries: int, cause: str) -> str:
 
 
 def preflight_deadline(seconds: int, waiting_for: str) -> str:
-    """Return the sentence about a job whose preflight check did not pass within the pending deadline."""
+    """Return the sentence about a job whose preflight check did not pass within the pending deadline of ``seconds``.
+
+    ``waiting_for`` says what is missing; empty where that is not known.
+    """
     what = waiting_for or PREFLIGHT_RUNS
     return f"the preflight check did not pass within the {seconds} s of `runPolicy.pendingDeadlineSeconds`: {what}"
 
@@ -259,7 +272,7 @@ def running(nodes: int, attempt: int) -> str:
 
 
 def completed(step: int, uri: str) -> str:
-    """Return the sentence about a job that succeeded."""
+    """Return the sentence about a job that succeeded with the artifact of ``step`` at the address ``uri``."""
     return f"the artifact of step {step} is committed: {uri}"
 
 

@@ -36,9 +36,9 @@ class SettledJobs:
         network_policies: NetworkPolicies,
         preflight_objects: PreflightObjects,
     ) -> None:
-        """Delete ConfigMaps with ``cluster``, and child objects, NetworkPolicies and preflight pods with the others.
+        """Delete ConfigMaps with ``cluster``, and each other kind of object with the argument that is named after it.
 
-        ``writer`` writes the status, from which a deleted child is removed.
+        ``writer`` removes a deleted child from the status.
         """
         self._cluster = cluster
         self._backend = backend

@@ -48,7 +48,7 @@ def close(
     checkpoints: Sequence[CheckpointStatus],
     now: datetime,
 ) -> AttemptsStatus:
-    """Return ``attempts`` after the end of ``current``: counted as charged or free, and moved to `recent`.
+    """Return ``attempts`` after the end of ``current``: moved to `recent`, and counted if charged or free.
 
     A free attempt is charged where FREE_IN_A_ROW says so. Further attempts that end with NodeRefused are then charged
     too until a checkpoint is committed, because an image that no node can start also ends attempts with NodeRefused.

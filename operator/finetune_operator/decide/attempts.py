@@ -194,7 +194,7 @@ def _with_cause(current: CurrentAttempt, ruling: Ruling | None, now: datetime) -
 def _with_observed_pods(
     current: CurrentAttempt, pods: Sequence[PodObservation], seen: JobObservation
 ) -> CurrentAttempt:
-    """Return ``current`` with records of its pods, and with the times at which it was admitted and at which all ran.
+    """Return ``current`` with records of its pods, and the times at which it was admitted and at which all pods ran.
 
     While the child is suspended, for example by a queue, pods and times are empty, so that no pending deadline runs.
     """

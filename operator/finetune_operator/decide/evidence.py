@@ -40,7 +40,7 @@ because it is asked earlier."""
 
 
 class Disturbance(Enum):
-    """What somebody outside the job did to a pod."""
+    """What happened to a pod from outside of the job."""
 
     DISRUPTED = auto()
     """The pod has the condition DisruptionTarget, because of a drain, a preemption, a taint or an eviction."""
@@ -198,7 +198,7 @@ def finished_at(pod: PodObservation) -> datetime | None:
 
 
 def is_refused(pod: PodObservation) -> bool:
-    """Return whether the failed ``pod`` failed through its node: by the kubelet, or by the container runtime.
+    """Return whether ``pod`` failed because its kubelet refused or killed it, or because the runtime did not start it.
 
     Every handler of the kubelet may refuse a pod, with a reason of its own, and versions add handlers. So a refusal is
     recognised by what all have in common (`rejectPod` in `pkg/kubelet/kubelet.go`): the pod has a reason, and its
@@ -206,7 +206,7 @@ def is_refused(pod: PodObservation) -> bool:
     """
     container = pod.container
     if container is not None and container.never_ran:
-        # The kubelet writes the phase Failed only later, once nothing of the pod is left on the node.
+        # The phase need not be Failed yet: the kubelet writes it only once nothing of the pod is left on the node.
         return True
     if pod.phase != "Failed":
         return False

@@ -225,7 +225,7 @@ def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
 
 
 def _ran_on(pod: PodObservation, now: datetime) -> bool:
-    """Return whether the container runs, or ran until the pod's own deadline, far longer than the check takes."""
+    """Return whether the container ran far longer than the check takes: RUN_SECONDS, or until the pod's deadline."""
     container = pod.container
     if container is None or container.started_at is None or container.never_ran:
         return False
@@ -243,7 +243,7 @@ def _aborted(message: str) -> _Outcome:
 
 
 def _why_stuck(pod: PodObservation, seen: JobObservation) -> str:
-    """Return why the pod does not run yet; empty where it runs, is a few seconds old, or the reason is not known."""
+    """Return why the pod does not run yet. Empty where it runs, is only a few seconds old, or nothing tells why."""
     if pod.running or not _had_time_to_start(pod, seen.now):
         return ""
     detail = why_pod_waits(pod, seen.warning)

@@ -1,4 +1,4 @@
-"""Makes all requests of a client wait while the API server asks for less load, as its answers say with `Retry-After`.
+"""Makes all requests of a client wait while the API server asks for less load: by an answer 429, or by `Retry-After`.
 
 `client.py` owns one `LoadLimit`. An overloaded API server answers some requests with 429. If only those requests
 waited, thousands of other jobs would keep asking.

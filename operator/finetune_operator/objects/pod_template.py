@@ -51,7 +51,7 @@ USER = 65532
 UNREACHABLE_SECONDS = 30
 """tolerationSeconds of the pods for the taints of nodes that are not ready or unreachable."""
 TOKEN_SECONDS = 3600
-"""Lifetime in seconds of the projected service account token. The kubelet renews the token in time."""
+"""Lifetime in seconds of each projected service account token. The kubelet renews the tokens in time."""
 AVOIDED_NODE_WEIGHT = 100
 """Weight (1 to 100) of the preference against nodes through which the newest attempts failed."""
 PREFERRED: Final = "preferredDuringSchedulingIgnoredDuringExecution"

@@ -43,7 +43,7 @@ class StoredJob:
     status: FineTuneJobStatus
     """The stored `status`; an empty status where the job has none yet."""
     unread: tuple[str, ...] = ()
-    """Paths in the stored status that this version can't read, for example `plan.zeroStage`. They are left alone."""
+    """Paths in the stored status that this version can't read, for example `plan.zeroStage`."""
     now: datetime
     """The time of this reconcile, in whole seconds, because Kubernetes stores times with that resolution."""
     memory: JobMemory
@@ -72,10 +72,10 @@ class StoredJob:
 
     @property
     def left_alone(self) -> dict[str, Any]:
-        """The fields of the status, as far as they could be read, in which something could not be read.
+        """The fields of the status that could be read only in part, with the values that could be read.
 
-        They are not written, because the installed CRD gives them another shape. Bookkeeping and conditions are not
-        among them: they are written where an order of a person is obeyed.
+        The operator leaves them as they are stored, because the installed CRD gives them another shape. Fields in
+        `_BOOKKEEPING` and `_ALWAYS` are not among them: they are written where an order to cancel or suspend is obeyed.
         """
         names = {to_snake(_field_of(path)) for path in self.unread if _field_of(path) not in (*_BOOKKEEPING, *_ALWAYS)}
         return {name: getattr(self.status, name) for name in names}

@@ -35,7 +35,7 @@ ACCEPT_RETRY_SECONDS: Final = 1.0
 """Seconds to wait before connections are accepted again, after the system had no file or memory left for one."""
 BACKLOG: Final = 128
 _ALL: Final = "all"
-"""Key of the one bucket that all addresses share."""
+"""Key of the one token bucket that limits the new connections of all addresses together."""
 _END_OF_HEADER: Final = b"\r\n\r\n"
 
 
@@ -143,13 +143,13 @@ class Connection(asyncio.Protocol):
         return len(data) - (len(window) - end - len(_END_OF_HEADER))
 
     def request_started(self) -> None:
-        """The request is being answered, so that the connection is not idle."""
+        """Note that a request is being answered, so that the connection is not idle, and limit the time for that."""
         self._in_header = False
         self._listener.is_busy(self)
         self._end_after(self._limits.request_seconds)
 
     def request_finished(self) -> None:
-        """The answer is known, and the next request may come."""
+        """Note that the answer is known and the next request may come, and limit the time until it comes."""
         self._in_header, self._begun, self._received, self._tail = True, False, 0, b""
         self._listener.is_idle(self)
         self._end_after(self._limits.idle_seconds)
@@ -306,7 +306,7 @@ class Listener:
                 ssl_handshake_timeout=self._limits.handshake_seconds if secure else None,
                 ssl_shutdown_timeout=SHUTDOWN_SECONDS if secure else None,
             )
-        except OSError as error:  # also ssl.SSLError, and ConnectionError after the time-out
+        except OSError as error:  # also ssl.SSLError, and the ConnectionError of a handshake that takes too long
             logger.debug("a connection failed: %s", error)
             self.forget(connection)
         except asyncio.CancelledError:

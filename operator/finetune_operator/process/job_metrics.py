@@ -46,7 +46,7 @@ class JobMetrics:
     method: str = ""
     queue: str = ""
     conditions: tuple[tuple[str, str, str], ...] = ()
-    """Type, status and reason of every condition of the API."""
+    """Type, status and reason of every condition in the status whose type this version knows."""
     started: int = 0
     charged: int = 0
     free: int = 0
@@ -88,7 +88,8 @@ def job_metrics(spec: Mapping[str, Any], status: FineTuneJobStatus) -> JobMetric
 
 
 def _model(spec: Mapping[str, Any]) -> str:
-    """Return where the base model comes from: a repository of the Hub, an `s3://` address, or a claim and a path."""
+    """Return where the base model comes from: a repository of the Hub, an `s3://` address, or a PersistentVolumeClaim
+    and a path in it. Empty where this version can't tell."""
     claim, path = _text(spec, "model", "volume", "claimName"), _text(spec, "model", "volume", "path")
     hub, bucket = _text(spec, "model", "huggingFace", "repo"), _text(spec, "model", "s3", "uri")
     return hub or bucket or (f"{claim}/{path}" if claim else "")

@@ -86,7 +86,7 @@ class FairOrder:
         self._last_was_news = False
 
     def add(self, key: Key, now: float, precedence: Precedence) -> None:
-        """Let ``key`` wait from ``now`` on. A key that waits already moves forward where ``precedence`` is better."""
+        """Let ``key`` wait, from the time ``now`` on. A key that waits already moves to a better ``precedence``."""
         before = self._waiting.get(key)
         if before is not None and before <= precedence:
             return

@@ -2,7 +2,8 @@
 and between reads of warning events.
 
 The cause is for example a missing CRD, a webhook or a quota. A change outside the job's spec can remove such a cause,
-so the error never ends the job. `objects/` and `act/` raise `RetryableError`; `status/` shows it in the conditions.
+so the error never ends the job. `objects/` and `act/` raise `RetryableError`, and `reconcile.py` uses it for a spec
+that can't be used at the moment; `status/` shows it in the conditions.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ TOKENS_OF_A_JOB_PER_SECOND: Final = 2.0
 count."""
 TOKENS_OF_A_JOB_AT_ONCE: Final = 20.0
 REPORTS_PER_SECOND: Final = 10.0
-"""How many reports of one pod are read in a second. The trainer sends one every three seconds, and a few more when
+"""How many reports of one pod are accepted in a second. The trainer sends one every three seconds, and a few more when
 something changes."""
 REPORTS_AT_ONCE: Final = 50.0
 LOG_LINES_PER_SECOND: Final = 5.0
@@ -121,7 +121,7 @@ def _malformed(error: ValidationError) -> RejectedError:
 
 
 def _token_and_claims(header: str | None) -> tuple[str, TokenClaims | None]:
-    """Return the bearer token of an Authorization header and what the token says of itself.
+    """Return the bearer token of an Authorization header, and its claims, which nobody has verified yet.
 
     The token is empty where the header has none, and the claims are None where the token can be no token for reports.
     """

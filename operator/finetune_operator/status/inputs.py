@@ -148,7 +148,7 @@ def _shown_child(seen: JobObservation, decision: Decision, created: ChildObserva
 
 
 def _ending_pods(seen: JobObservation, decision: Decision) -> int:
-    """Return how many pods still terminate, where no attempt is current or the child is suspended; else 0."""
+    """Return how many pods still exist where no attempt is current or the child is suspended; else 0."""
     return len(seen.pods) if decision.attempts.current is None or seen.held else 0
 
 

@@ -1,7 +1,7 @@
-"""Keeps those parts of a stored status as they are that this version of the operator does not know or did not change.
+"""Keeps, as they are stored, those parts of a status that this version of the operator does not know or did not change.
 
-Another version may have written the status, with fields, values and lengths that this version does not know. Pure
-functions; `writer.py` calls them right before it writes.
+Another version may have written the status, with fields, values and lengths that this version does not know. The
+functions are pure; `writer.py` calls them right before it writes.
 """
 
 from __future__ import annotations

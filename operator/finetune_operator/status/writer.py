@@ -29,7 +29,7 @@ WRITES_PER_SECOND: Final = 20.0
 """Limit on the status writes per second over all jobs, after a burst. Only writes of new numbers wait for it. Without
 it, 5,000 jobs that each write every ten seconds would cause 500 writes per second."""
 BURST: Final = 100.0
-"""Status writes of all jobs that may come at once. Writes that do not wait count as well."""
+"""Most status writes of all jobs that may come at once. Writes that do not wait use up this number as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class WriteResult:
     write: Write | None = None
     """The write; None where nothing was written."""
     left: float | None = None
-    """Seconds after which the status may be written; None where nothing waits."""
+    """Seconds after which the status may be written; None where it was written or does not differ."""
 
 
 class StatusWriter:
