@@ -52,7 +52,7 @@ class EventRecorder:
                 logger.warning("event not created: %s", describe_error(error), extra=log_fields)
 
     def _is_due(self, memory: JobMemory, reason: str) -> bool:
-        """Return whether no event with ``reason`` was created within the last minute. If so, note the time of this one."""
+        """Return whether no event with ``reason`` was created within the last minute; if so, note the time of this."""
         last = memory.event_created_at.get(reason)
         if last is not None and self._clock() - last < LEAST_SECONDS_BETWEEN_EVENTS:
             return False
