@@ -21,8 +21,8 @@ from finetune_operator.queue.work_queue import Key
 logger = logging.getLogger(__name__)
 
 STARTING_SECONDS = 60.0
-"""A pod that does not run this long after its creation, for example because a Secret is missing, takes no slot until it
-runs. Otherwise jobs that wait for something would keep all other jobs from being checked."""
+"""Seconds after the creation of a preflight pod from which on the pod takes a slot only while it runs. A pod may not
+run for long, for example because a Secret is missing, and must not keep all other jobs from being checked."""
 
 
 class PreflightTurns:

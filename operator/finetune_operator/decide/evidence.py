@@ -30,7 +30,7 @@ earlier admission still ended."""
 
 
 START_PATIENCE_SECONDS = 120.0
-"""For so many seconds a kubelet may try again to create a container that its runtime refuses, before the attempt ends.
+"""Seconds for which a kubelet may try again to create a container that its runtime refuses, before the attempt ends.
 The kubelet itself never gives up, and no other node is tried."""
 KUBELET_KILLS = frozenset({"Preempting", "NodeShutdown", "Shutdown", "Terminated"})
 """`status.reason` of a pod that the kubelet killed, whether its container ran or not: to make room for a critical pod

@@ -71,7 +71,7 @@ class ApiError(Exception):
     def is_conflict(self) -> bool:
         """Whether the answer is a 409 that does not mean that the name is taken.
 
-        The request changed nothing, because somebody else has changed an object meanwhile: a precondition (uid,
+        The request changed nothing. Mostly somebody else has changed an object meanwhile: a precondition (uid,
         resourceVersion) does not hold, or another request changed a quota. The caller reads anew and tries again.
         """
         return self.status == HTTPStatus.CONFLICT and not self.is_name_taken

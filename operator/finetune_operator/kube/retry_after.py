@@ -48,7 +48,7 @@ class LoadLimit:
     """Lets requests through, except during the pauses for which answers of the API server have asked."""
 
     def __init__(self, clock: Callable[[], float], sleep: Callable[[float], Awaitable[object]] = asyncio.sleep) -> None:
-        """Let everything through at first. ``clock`` returns monotonic seconds; ``sleep`` waits for seconds of it."""
+        """Let everything through at first. ``clock`` returns monotonic seconds; ``sleep`` waits for some seconds."""
         self._clock = clock
         self._sleep = sleep
         self._until = 0.0

@@ -22,7 +22,7 @@ class PreflightObservation:
     pods: Sequence[PodObservation] = ()
     """Preflight pods of the job. Their `PodObservation.index` is the number of the try, counted from 1."""
     problem: str = ""
-    """Why the objects of the current try could not be created; empty where the pod exists or nothing was refused."""
+    """Why ConfigMap or pod of the current try could not be created; empty where the pod exists or nothing failed."""
     job_uid: str = ""
     """`metadata.uid` of the job, by which the decision tells the job's own run from that of a former job."""
     chosen_run_id: str = ""

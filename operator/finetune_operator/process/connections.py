@@ -205,7 +205,8 @@ class Listener:
     ) -> None:
         """Speak the protocol that ``make_protocol`` makes for each connection, over TLS where ``context`` is given."""
         if context is not None:
-            # asyncio has no public setting for this buffer. It has 256 KiB for each connection by default.
+            # asyncio has no public setting for the size of the buffer in which it receives the data of a TLS
+            # connection. By default the buffer has 256 KiB for each connection.
             sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
         self.by_transport: dict[asyncio.BaseTransport, Connection] = {}
         """The connections whose handshake is done, by the transport that a request names."""

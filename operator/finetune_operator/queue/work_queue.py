@@ -3,7 +3,8 @@
 The queue holds keys (namespace and name) and no objects. `watches.py`, `controller.py` and `reports/server.py` add
 keys; the workers in `controller.py` take keys out.
 
-Keys are taken in a fair order (`fair_order.py`): each namespace in its turn, and news before the resync.
+Keys are taken in a fair order (`fair_order.py`): each namespace in its turn, and keys with news, such as a watch event,
+before keys that only the resync has listed.
 
 A key that already waits is not queued twice. A key that a worker is processing is not given to a second worker. If the
 key is added meanwhile, it is queued again when the first worker calls `done`. After failures a key waits for a back-off
