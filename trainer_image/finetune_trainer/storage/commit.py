@@ -25,7 +25,8 @@ PARALLEL_TRANSFERS = 4
 
 
 class Damaged(OutsideFailure):
-    """A committed folder does not hold the bytes that its manifest names. The message names the damaged object."""
+    """A folder in the bucket does not hold what was written to it, or its content can't be read. The message names the
+    damaged object."""
 
 
 def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Path | None = None) -> list[ManifestFile]:
@@ -42,12 +43,12 @@ def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Pa
 
 
 def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
-    """Write the manifest, verify that all its files are in the bucket, check the fence, and write COMMIT. Return the
-    sha256 of the manifest.
+    """Write the manifest, verify that all its files are in the bucket with the right sizes, check the fence, and write
+    COMMIT. Return the sha256 of the manifest.
 
     Raises Damaged if the files in the bucket differ from the manifest. Raises NewerRun if a later run of the job
-    exists, because that run may already have resumed from an earlier checkpoint, or if the folder has a COMMIT already.
-    """
+    exists, because the later run may already have resumed from an earlier checkpoint. Also raises NewerRun if the
+    folder already has a COMMIT with other content, because then another process writes to the folder."""
     data = manifest.encode()
     root.write(f"{folder}/{MANIFEST}", data)
     written = root.read(f"{folder}/{MANIFEST}")

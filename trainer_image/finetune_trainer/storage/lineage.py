@@ -51,9 +51,9 @@ class Rollback(ContractModel):
 
 
 class RunRecord(ContractModel):
-    """Content of `runs/<run>.json`. No two writers write the same `attempt` and `pod_uid`. So a writer that finds a
-    record already stored can tell from these fields whether the record is its own. Unknown fields are ignored, because
-    a later version may have written the record of a run that this version resumes."""
+    """Content of `runs/<run>.json`. No two writers write the same pair of `attempt` and `pod_uid`, so a writer that
+    finds a stored record can tell whether the record is its own. Unknown fields are ignored, because a later version
+    may have written the record of a run that this version resumes."""
 
     model_config = ConfigDict(extra="ignore")
 
