@@ -1,9 +1,8 @@
 """Generates table rows that tell a reference query from similar queries, because their results differ on these rows.
 
-Some rows match the literals in the reference query, and others narrowly miss them. `sql.py` calls `generate` with the
-tables, what `sql_text.py` read from the query, and a random generator. No value is NULL, because the questions of the
-data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) for the same.
-"""
+Some rows match the literals in the reference query, and others narrowly miss them. `sql_judge.py` calls `generate` with
+the tables, what `sql_text.py` read from the query, and a random generator. No value is NULL, because the questions of
+the data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) for the same."""
 
 from __future__ import annotations
 
