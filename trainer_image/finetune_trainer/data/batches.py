@@ -2,7 +2,7 @@
 has a loss. `micro_batches.py` calls `collate`.
 
 No attention mask is built. Padding needs none, because with causal attention a token can't attend to what stands on its
-right. Packed examples are separated by their position ids, and a mask of ones would make the model ignore that.
+right. Packed examples are separated by their position ids. With a mask of ones the model would ignore this separation.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from finetune_trainer.pod.errors import first_line
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
 CSV_FIELD_LIMIT = 64 * 1024 * 1024
-"""Largest csv field in bytes. Python's default of 128 KiB is shorter than some prompts."""
+"""Largest csv field in characters. Python's default of 131,072 characters is shorter than some prompts."""
 PARQUET_BATCH_ROWS = 64
 """How many rows of a parquet file are decoded at once. Larger batches are not faster, and rows may be large."""
 EXPANDED_BYTES = 256 * 1024 * 1024
