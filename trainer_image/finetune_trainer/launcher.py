@@ -108,8 +108,9 @@ def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, 
     if done is not None:
         return done
     print(f"attempt {identity.attempt} of {identity.namespace}/{identity.name}: fetching model and data", flush=True)
-    # The identities are taken before the files are fetched. If a file changes in between, the record then names the
-    # older content, and no later job takes this run for its own by mistake.
+    # The identities of the input files are read before the files are fetched. If a file changes in between, the run
+    # record then names its older content, so that a later job with the new content does not take this run over by
+    # mistake.
     training = None
     if identity.node_rank == 0:
         identities = input_identities(config, paths, root.store, folder / "identities")

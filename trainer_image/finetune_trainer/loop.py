@@ -234,7 +234,8 @@ class TrainingLoop:
         self._saving_seconds = 0.0
 
     def _recover_from(self, alarm: Alarm | None) -> None:
-        """Record ``alarm`` and act as `spec.stability` says. Every rank has the same numbers, so all ranks act alike.
+        """Record ``alarm`` and act as `spec.stability` says. Every rank has the same loss and gradient norm, so all
+        ranks act alike.
 
         Raises RollbackRequired or Diverged where recording the alarm is not enough.
         """
