@@ -114,8 +114,8 @@ class Progress:
         self._publish(urgent=True)
 
     def finished_step(self, row: StepRow, *, updates: int) -> None:
-        """Note a finished step. ``updates`` is the number of updates applied so far. If an evaluation of the step is
-        due, its scores follow with `scored`."""
+        """Note a finished step. ``updates`` is the number of updates applied so far. If an evaluation is due after the
+        step, the caller passes its scores to `scored` later."""
         self._speed.step(self._clock(), Tokens(row.tokens, row.real_tokens, row.padded_tokens))
         self._pending.append(row)
         self._newest = row
@@ -168,8 +168,8 @@ class Progress:
         checkpoints: Sequence[CheckpointRecord],
         best: CheckpointRecord | None,
     ) -> None:
-        """Note the committed ``checkpoints``. ``record`` is the checkpoint that was just committed, and ``best`` the
-        best checkpoint."""
+        """Note the committed ``checkpoints``. ``record`` is the checkpoint that was just committed, and ``best`` is the
+        best checkpoint. Each is None where there is none."""
         self._checkpoints = list(checkpoints)[-MAX_CHECKPOINTS:]
         self._best = CheckpointName(run=best.run, step=best.step) if best is not None else None
         if record is not None:
