@@ -1,9 +1,8 @@
 """PID 1 of the preflight pod: runs every check within a time limit and writes the findings to the termination message.
 `__main__.py` calls `run`.
 
-torch is not imported, because the pod has little memory and no GPU. The import would take more time and memory than all
-checks together.
-"""
+torch is not imported, because the pod has no GPU, and the import would take much time and much of the pod's little
+memory."""
 
 from __future__ import annotations
 
@@ -130,8 +129,8 @@ def _former_run(findings: Findings, config: RunConfig, paths: Paths, root: RunRo
 def _check_inputs(
     findings: Findings, config: RunConfig, paths: Paths, root: RunRoot, folder: Path, *, store_answers: bool
 ) -> None:
-    """Check the base model and the first rows of each data file. What lies in an object store that does not answer is
-    left out."""
+    """Check the base model and the first rows of each data file. Without ``store_answers``, model and data in the
+    object store are left out."""
     _hide_torch()
     from finetune_trainer.preflight.model_check import ModelFacts, check_model
     from finetune_trainer.preflight.row_check import check_rows
