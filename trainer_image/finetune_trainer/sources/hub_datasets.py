@@ -184,7 +184,7 @@ def split_files(
 
 def _names_split(file: str, split: str) -> bool:
     """Return whether the file's name or its folder's name contains the split's name as a word. For the split `train`,
-    `main/train-00000-of-1.parquet` does."""
+    the file `main/train-00000-of-00001.parquet` does."""
     parts = PurePosixPath(file).parts[-2:]
     return any(re.search(rf"(^|[-._ 0-9]){re.escape(split)}($|[-._ 0-9])", part) for part in parts)
 
