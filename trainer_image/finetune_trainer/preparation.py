@@ -82,7 +82,7 @@ class TrainingData:
     validation: ExampleSet
     test: ExampleSet
     capacity: int | None
-    """Most tokens of a packed sequence. None means that each sequence holds one example."""
+    """Largest length of a packed sequence in tokens. None means that each sequence holds one example."""
     stop_ids: list[int]
     """Token ids that end a generated answer."""
     summary: PreparationSummary
