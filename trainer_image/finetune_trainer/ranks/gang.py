@@ -50,10 +50,11 @@ JOIN_AFTER_STOP_SECONDS = 12.0
 """For this many seconds after SIGTERM a rank still tries to join the other ranks, because the other ranks would
 otherwise wait for it until they give up."""
 COLLECTIVE_MARGIN_SECONDS = 120.0
-"""A collective waits this many seconds longer than the stall limit of the watchdog. So the watchdog ends a hanging
-process first, because only the watchdog writes stack traces."""
+"""The timeout of a collective is this many seconds longer than the stall limit of the watchdog. So the watchdog ends a
+hanging process before the collective fails, and writes stack traces, which a failed collective would not do."""
 NONCE_VARIABLE = "RENDEZVOUS_NONCE"
-"""Environment variable with the random text that begins all keys of this attempt in the rendezvous store."""
+"""Environment variable with a text that is different for every attempt. All keys of the attempt in the rendezvous store
+begin with a prefix that contains the text."""
 FOREIGN_KEYS_BEATS = 10
 """Number of heartbeats between two searches of rank 0 for foreign keys in the rendezvous store, which no rank of the
 attempt has set. After the first find rank 0 does not search again."""
@@ -105,8 +106,8 @@ class Gang:
         device = self.device
         try:
             self._whole_store = self._open_store()
-            # The ranks use only keys that begin with the nonce, so a client that does not know the nonce can't set a
-            # key that a rank reads.
+            # The ranks use only keys with this prefix, so a client that does not know the nonce can't set a key that a
+            # rank uses.
             nonce = os.environ.get(NONCE_VARIABLE) or (secrets.token_hex(16) if self.world_size == 1 else "")
             self._prefix = f"attempt-{nonce}"
             self._store = dist.PrefixStore(self._prefix, self._whole_store)
@@ -189,7 +190,7 @@ class Gang:
         return self._stop() or self._peer_stop
 
     def check_stop(self, *, failed: bool = False) -> None:
-        """If any rank received SIGTERM or passes ``failed``, raise StopAgreed on every rank.
+        """If any rank received SIGTERM or passes True as ``failed``, raise StopAgreed on every rank.
 
         All ranks must call this function together. The call also tells the watchdog that this rank makes progress.
         """

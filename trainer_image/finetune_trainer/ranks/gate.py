@@ -45,8 +45,8 @@ PIECE_BYTES = 64 * 1024
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Handshake = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Key = Callable[[], bytes]
-"""Returns the key of the attempt. It is called for every handshake, because the kubelet may replace the files from
-which the key is made."""
+"""A function that returns the key of the attempt. The function is called for every handshake, because the kubelet may
+replace the files from which the key is made."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Gate:
     """Serves the connections of other pods in the pod of rank 0, and lets them pass to the store after a handshake."""
 
     def __init__(self, key: Key, store: Rendezvous) -> None:
-        """Let connections pass to ``store`` whose other end knows ``key``."""
+        """Let a connection pass to ``store`` if its other end knows ``key``."""
         self._key = key
         self._store = _Target(store.address, store.port)
         self._handshakes: dict[asyncio.Task[None], None] = {}
@@ -292,7 +292,7 @@ def _served(start: Callable[[], Awaitable[asyncio.Server]], port: int) -> Iterat
             started.set()
         await stopping.wait()
         server.close()
-        # The workers have ended, so their connections end by themselves once their last bytes are forwarded.
+        # The workers have ended, so the connections of the workers end by themselves once the last bytes are forwarded.
         if connections := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(connections, timeout=LAST_BYTES_SECONDS)
 

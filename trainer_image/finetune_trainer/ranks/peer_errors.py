@@ -64,7 +64,7 @@ def torch_message(error: BaseException) -> str:
 
 
 def describe_error(error: Exception) -> dict[str, Any]:
-    """Return ``error`` as a JSON object, which `unpack_answer` raises on another rank."""
+    """Return a JSON object that describes ``error``. `unpack_answer` makes and raises an error from it on another rank."""
     return {"error": _error_name(error), "message": _error_parts(error)}
 
 
