@@ -25,7 +25,7 @@ from finetune_trainer.storage.root import RunRoot
 
 
 class ModelComparison:
-    """Computes and holds the scores of base model and tuned model. They are the same on every rank."""
+    """Computes and holds the scores of base model and tuned model. The scores are the same on every rank."""
 
     def __init__(
         self,

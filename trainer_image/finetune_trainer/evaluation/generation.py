@@ -120,8 +120,8 @@ def _text(ids: Sequence[int], decoding: Decoding) -> str:
 
 
 class _StopRequested(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here
-    """Ends the generation of a batch once this rank knows that a rank has received SIGTERM, so that no rank waits long
-    for the check before the next batch, which raises StopAgreed."""
+    """Ends the generation of a batch once this rank knows that any rank has received SIGTERM. `Gang.check_stop` then
+    raises StopAgreed before the next batch, if there is one."""
 
     def __init__(self, gang: Gang) -> None:
         self._gang = gang

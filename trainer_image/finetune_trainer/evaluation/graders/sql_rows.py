@@ -116,7 +116,7 @@ class RowGenerator:
 
     def _near_miss(self, condition: Condition, column: Column) -> Value:
         """Return a value that does not satisfy ``condition``: its literal, or else a value near the literal. If all of
-        these satisfy the condition, return one of the column's few values."""
+        these satisfy the condition, return one of the column's few values, which may satisfy the condition too."""
         if not _holds(condition, condition.literal):
             return _typed(condition.literal, column)
         near = [value for value in _neighbours(condition.literal, column) if not _holds(condition, value)]
@@ -125,8 +125,7 @@ class RowGenerator:
     def _random_value(self, column: Column) -> Value:
         """Return a random value for ``column``.
 
-        If the query compares the column with literals, every second value is such a literal or lies near one.
-        """
+        If the query compares the column with literals, about every second value is such a literal or lies near one."""
         conditions = self._requirements.conditions.get(column.name.lower(), [])
         if conditions and self._random.random() < 0.5:
             literal = self._random.choice(conditions).literal
