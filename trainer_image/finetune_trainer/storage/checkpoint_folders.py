@@ -54,8 +54,8 @@ class TrainerState(ContractModel):
     perplexity: float | None = None
     """Validation perplexity after this step, or None if the step was not evaluated."""
     task_score: float | None = None
-    """Mean of the task's main score on the validation rows after this step. None unless `evaluation.bestBy` is
-    TaskScore."""
+    """Mean of the task's main score on the validation rows after this step. None if the step was not evaluated, or if
+    `evaluation.bestBy` is not TaskScore."""
     best_perplexity: float | None = None
     base_sha256: str | None = None
     """sha256 of the base model's weights, which the checkpoints of a LoRA run do not hold. None for a full run."""

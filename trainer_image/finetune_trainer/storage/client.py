@@ -55,7 +55,8 @@ LONGEST_DELAY_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 DIGEST_METADATA = "sha256"
-"""Name of the user metadata that holds the sha256 of an uploaded file. People can verify an object with other tools."""
+"""Name of the user metadata that holds the sha256 of an uploaded file, so that people can verify an object with other
+tools."""
 
 
 class ListedObject(NamedTuple):

@@ -31,7 +31,8 @@ class Damaged(OutsideFailure):
 
 def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Path | None = None) -> list[ManifestFile]:
     """Upload ``files`` into ``folder`` of the bucket, and return an entry for the manifest for each file. Objects are
-    named after the files. With ``below``, a local folder, they are named by the paths of the files relative to it."""
+    named after the files. With ``below``, a local folder, the objects are named by the paths of the files relative to
+    ``below``."""
 
     def upload(path: Path) -> ManifestFile:
         name = path.relative_to(below).as_posix() if below is not None else path.name

@@ -87,7 +87,8 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
         steps = sorted(by_run.get(run, []), reverse=True)
         found += [CheckpointId(run, step) for step in steps if newest_step is None or step <= newest_step]
         parent = records[run].parent
-        # A parent always has a lower run number. Checking it ends the loop even if someone has changed a record.
+        # A parent always has a lower run number. The check of the number ends the loop even if someone has changed a
+        # record.
         if parent is None or parent.run >= run:
             break
         run, newest_step = parent.run, parent.step
@@ -111,7 +112,8 @@ def read_records(root: RunRoot) -> dict[int, RunRecord]:
 
 
 def check_owner(records: Mapping[int, RunRecord], uid: str) -> None:
-    """Raise UserError where the job ``uid`` has had a run in the folder, and another job has taken the folder over.
+    """Raise UserError where the job with the uid ``uid`` has had a run in the folder, and another job has taken the
+    folder over since.
 
     Two such jobs may exist where two clusters use one bucket. Without this check each would end the runs of the other
     again and again. The job that began last keeps the folder.
