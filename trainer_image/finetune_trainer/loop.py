@@ -115,8 +115,8 @@ class TrainingLoop:
         """
         try:
             if self._evaluation_missing:
-                # Make up for the evaluation of the parent checkpoint, which SIGTERM cut off. Without it, the choice of
-                # the best checkpoint would depend on when SIGTERM came.
+                # Make up for the evaluation of the parent checkpoint, which SIGTERM cut off. Without this evaluation,
+                # the choice of the best checkpoint would depend on when SIGTERM came.
                 self._evaluate_and_save(catching_up=True)
             while self.step < self.total_steps and not self._selection.exhausted:
                 step = self.step + 1

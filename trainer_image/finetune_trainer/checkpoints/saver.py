@@ -97,8 +97,8 @@ class Saver:
 
     @property
     def committed(self) -> list[CheckpointRecord]:
-        """All committed checkpoints in the bucket, ordered by run and step. Other ranks than rank 0 still list deleted
-        ones."""
+        """All committed checkpoints in the bucket, ordered by run and step. On ranks other than rank 0 the list still
+        holds deleted checkpoints."""
         return sorted([*self._other_checkpoints, *self.lineage], key=lambda record: (record.run, record.step))
 
     @property
@@ -190,9 +190,8 @@ class Saver:
     def wait_for_commits(self, stop: Callable[[], bool], *, bound: float = STOP_COMMIT_SECONDS) -> None:
         """Wait until every saved checkpoint is committed. All ranks call this together.
 
-        ``stop`` returns whether this rank received SIGTERM. From then on the ranks wait at most ``bound`` seconds more,
-        and then raise OutsideFailure.
-        """
+        ``stop`` returns whether this rank received SIGTERM. Once any rank has received it, the ranks wait at most
+        ``bound`` seconds more, and then raise OutsideFailure."""
         stop_seen_at: float | None = None
         while True:
             self._uploads.wait(POLL_SECONDS)

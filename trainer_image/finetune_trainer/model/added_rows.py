@@ -43,7 +43,7 @@ def read_added_rows(base: Path, rows: AddedRows, dtype: torch.dtype) -> dict[str
 
 def check_mergeable(names: Sequence[str], base: Path) -> None:
     """Raise UserError where the files of the base model lack one of the weights ``names``. The adapter of such a weight
-    can't be merged. Some model families name their weights differently in files and in modules."""
+    can't be merged. This happens with model families that name their weights differently in files and in modules."""
     files = WeightFiles.of(base).files
     absent = next((name for name in names if name not in files), None)
     if absent is not None:

@@ -58,8 +58,8 @@ def read_run_file(path: Path) -> RunConfig:
 
 
 def rendezvous_nonce(identity: Identity, paths: Paths) -> str:
-    """Return a text that all pods of an attempt know and that no other attempt has. It begins the keys of the attempt
-    in the rendezvous store."""
+    """Return a text that all pods of an attempt know and that no other attempt has. The prefix of all keys of the
+    attempt in the rendezvous store contains the text."""
     nonce = paths.nonce_file.read_text() if paths.nonce_file.is_file() else ""
     parts = f"{identity.uid}/{identity.attempt}/{nonce}"
     return hashlib.sha256(parts.encode()).hexdigest()

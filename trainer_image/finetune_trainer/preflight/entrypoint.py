@@ -150,7 +150,8 @@ def _check_inputs(
 
 def _hide_torch() -> None:
     """Make transformers believe that torch is not installed. transformers can load tokenizers and configurations
-    without it. Let no library start one thread per core, because the pod has one core and little memory."""
+    without it. Also keep libraries from starting one thread per core of the node, because the pod has a CPU limit of
+    one core and little memory."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
@@ -179,7 +180,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _print_result(result: PreflightResult, seconds: float) -> None:
-    """Print the findings and notices, the time and the memory that the checks took to the log."""
+    """Print to the log the findings, the notices, and the time and memory that the checks took."""
     for finding in result.findings:
         print(f"{finding.kind.value}: {finding.message}", file=sys.stderr)
     for notice in result.notices:

@@ -106,7 +106,7 @@ def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
         return None
     runs = sorted(entries)
     try:
-        # Nearly every folder is sorted out by its newest record alone.
+        # The newest record alone is mostly enough to see that a folder does not fit.
         newest = _read_records(root, runs[-1:])[runs[-1]].training
         if newest is None or newest.settings_sha256 != settings_sha256:
             return None

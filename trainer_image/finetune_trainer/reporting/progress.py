@@ -131,8 +131,8 @@ class Progress:
         scores = {"perplexity": perplexity, "task_score": task_score}
         if self._newest is not None and self._newest.step == step:
             self._newest = self._newest.model_copy(update=scores)
-            # The row is added to the pending rows even if an earlier run wrote it already. Where that run was stopped
-            # during this evaluation, its row has no scores.
+            # The row is added to the pending rows even if an earlier run wrote it already, because the row of a run
+            # that was stopped during this evaluation has no scores.
             self._pending = [*(row for row in self._pending if row.step != step), self._newest]
         if self._points:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
