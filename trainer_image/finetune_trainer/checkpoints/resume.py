@@ -91,8 +91,8 @@ def start_run(root: RunRoot, identity: Identity, target: Path, training: Trainin
         candidates = lineage(known, committed(root))
         choice = _choose_checkpoint(root, candidates, target)
         run = max(records, default=0) + 1
-        # The record of the newest run lists all rollbacks of the job. They also hold where this run resumes from an
-        # older run's checkpoint, for example because the checkpoints of the newest run are lost.
+        # The record of the newest run lists all rollbacks of the job. These rollbacks also apply where this run resumes
+        # from an older run's checkpoint, for example because the checkpoints of the newest run are lost.
         rollbacks = known[max(known)].rollbacks if known else []
         if not claim_run_number(root, run, _record(identity, choice, rollbacks, training)):
             continue

@@ -42,6 +42,6 @@ class NewerRun(OutsideFailure):
 
 
 def first_line(error: BaseException, *, limit: int = 300) -> str:
-    """Return the first line of another library's error message, cut off after ``limit`` characters. It becomes part of
-    a sentence for the user."""
+    """Return the first line of another library's error message, cut off after ``limit`` characters. The line becomes
+    part of a sentence for the user."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

@@ -64,7 +64,8 @@ def torch_message(error: BaseException) -> str:
 
 
 def describe_error(error: Exception) -> dict[str, Any]:
-    """Return a JSON object that describes ``error``. `unpack_answer` makes and raises an error from it on another rank."""
+    """Return a JSON object that describes ``error``. On another rank `unpack_answer` makes an error of it and raises
+    the error."""
     return {"error": _error_name(error), "message": _error_parts(error)}
 
 

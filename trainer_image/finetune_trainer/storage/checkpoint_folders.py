@@ -181,12 +181,12 @@ def to_keep(
 
 
 def apply_retention(root: RunRoot, run: int, keep: Collection[CheckpointId]) -> list[CheckpointId]:
-    """Delete the checkpoint folders that are not in ``keep`` and that are older than the newest committed checkpoint of
-    ``run``. Return the deleted checkpoints that had a COMMIT.
+    """Delete the checkpoint folders that are not in ``keep`` and that come before the newest committed checkpoint of
+    ``run`` in the order of run and step. Return the deleted checkpoints that had a COMMIT.
 
-    Nothing is deleted before ``run`` has committed a checkpoint of its own. Newer folders stay, because their upload
-    may still be running. COMMIT is deleted first, so that a half-deleted folder no longer counts as a checkpoint. The
-    next retention deletes the rest of the folder.
+    Nothing is deleted before ``run`` has committed a checkpoint of its own. Folders that come after this checkpoint
+    stay, because their upload may still be running. COMMIT is deleted first, so that a half-deleted folder no longer
+    counts as a checkpoint. The next retention deletes the rest of the folder.
 
     Raises NewerRun if a later run of the job exists, because that run may be reading a checkpoint. The check is
     repeated before each folder, because this process may have been frozen for a while.

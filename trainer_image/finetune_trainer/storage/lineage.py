@@ -1,6 +1,6 @@
 """Run numbers and run records. Each start of a job's ranks, and each rollback, takes the next run number and writes a
-run record. The record names the checkpoint from which the run continues. Once a higher number is taken, earlier runs
-stop writing (see `check_fence`).
+run record. The record names the checkpoint from which the run continues. Once a higher number is taken, `check_fence`
+fails in earlier runs, which then stop writing.
 
 A new run follows the records from run to parent to find its checkpoint. It does not take the checkpoint with the
 highest step, because that one may belong to a branch that was left, after a rollback or on a node that was cut off.
@@ -37,7 +37,7 @@ class ParentRecord(ContractModel):
 
 
 class Rollback(ContractModel):
-    """A return to an earlier checkpoint. It changes the learning rate and the data of the runs that follow."""
+    """A return to an earlier checkpoint, which changes the learning rate and the data of the runs that follow."""
 
     step: int
     """Step of the checkpoint that training returned to. In later steps the learning rate is multiplied by
