@@ -2,7 +2,8 @@
 the pod's result, exit code and termination message. `__main__.py` calls `run`.
 
 The launcher does not import torch, so that bad input and a store that refuses access are reported without the seconds
-that this import takes."""
+that this import takes.
+"""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
 
     ``answers`` has one entry for each rank: the summary as JSON from the first rank of a node, None from other ranks.
     Raises UserError where two nodes read different data, for example because a branch or a file changed between their
-    reads."""
+    reads.
+    """
     summaries = [PreparationSummary.model_validate(answer) for answer in answers if answer is not None]
     if len({(summary.data_sha256, summary.added_rows_sha256) for summary in summaries}) > 1:
         raise UserError(

@@ -2,7 +2,8 @@
 
 `processes.py` starts one worker per GPU or CPU rank, with the rank in the environment. A worker leaves the file
 `outcome-<rank>.json` for the launcher, unless a signal kills it before it can write the file. Signal handlers are
-installed before the heavy imports, so that a SIGTERM that arrives while torch is imported is not lost."""
+installed before the heavy imports, so that a SIGTERM that arrives while torch is imported is not lost.
+"""
 
 from __future__ import annotations
 

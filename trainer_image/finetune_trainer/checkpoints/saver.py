@@ -191,7 +191,8 @@ class Saver:
         """Wait until every saved checkpoint is committed. All ranks call this together.
 
         ``stop`` returns whether this rank received SIGTERM. Once any rank has received it, the ranks wait at most
-        ``bound`` seconds more, and then raise OutsideFailure."""
+        ``bound`` seconds more, and then raise OutsideFailure.
+        """
         stop_seen_at: float | None = None
         while True:
             self._uploads.wait(POLL_SECONDS)

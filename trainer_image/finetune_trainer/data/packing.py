@@ -38,7 +38,8 @@ def pack(rows: Sequence[int], lengths: Sequence[int], *, capacity: int, ranks: i
 
     The number of sequences that `best_fit_decreasing` needs is rounded up to a multiple of ``ranks``. This costs no
     time, because otherwise some ranks would have one sequence less and wait for the others. The sequences are then as
-    short as `best_fit_decreasing` can make them with at most this number."""
+    short as `best_fit_decreasing` can make them with at most this number.
+    """
     if not rows:
         return []
     fewest = len(best_fit_decreasing(rows, lengths, capacity))

@@ -48,7 +48,8 @@ def plan_recovery(
     """Return the incident to report, and the error to raise, which is None where the alarm is only recorded.
 
     ``rollbacks`` are the earlier rollbacks of the job. Where MAX_ROLLBACKS of them were made already, an alarm that
-    asks for another rollback gives Diverged instead."""
+    asks for another rollback gives Diverged instead.
+    """
     action = recovery_action(alarm, config)
     sentence = alarm.describe()
     order: RollbackRequired | Diverged | None = None
@@ -88,7 +89,8 @@ def _last_good(alarm: Alarm) -> int:
 
     The loss of a step is computed with the weights that the step before left. The update before the first bad loss may
     therefore be the cause, and is not trusted. After an alarm about finite values, none of the newest RECENT steps is
-    trusted either, because the loss or the gradient norm may have begun to rise before the rise stood out."""
+    trusted either, because the loss or the gradient norm may have begun to rise before the rise stood out.
+    """
     last = alarm.first - 2
     return max(0, last if alarm.kind in NON_FINITE else min(last, alarm.step - RECENT))
 

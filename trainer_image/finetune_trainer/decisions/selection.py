@@ -66,7 +66,8 @@ def best_first(records: Iterable[CheckpointRecord], best_by: BestBy) -> list[Che
     left out. Of equal records the earlier comes first.
 
     With TaskScore, the lower perplexity decides between equal scores. Task scores are often equal, because most of them
-    only count right answers."""
+    only count right answers.
+    """
 
     def order(record: CheckpointRecord) -> tuple[float, float, int, int]:
         perplexity = record.perplexity if record.perplexity is not None else float("inf")

@@ -41,9 +41,9 @@ GRADIENT_DEVIATIONS, GRADIENT_MIN_RISE = 8.0, math.log(4.0)
 """For a gradient alarm, the logarithm of the gradient norm must lie above the median of the baseline by more than
 GRADIENT_DEVIATIONS standard deviations, and by more than GRADIENT_MIN_RISE."""
 GRADIENT_LOSS_DEVIATIONS = 1.5
-"""For a gradient alarm the mean log-loss of the recent steps must lie above the median of the baseline too, by this
-number of standard deviations. A large gradient alone is no fault: the gradient of a LoRA adapter is small at first and
-then grows."""
+"""For a gradient alarm the mean log-loss of the recent steps must lie above the median of the baseline too, by more
+than this number of standard deviations. A large gradient alone is no fault: the gradient of a LoRA adapter is small at
+first and then grows."""
 DRIFT_DEVIATIONS, DRIFT_MIN_RISE = 6.5, math.log(1.15)
 """A drift is an alarm: the mean log-loss of the recent steps lies above the median of the baseline by more than
 DRIFT_DEVIATIONS standard deviations of a mean, and by more than DRIFT_MIN_RISE. ABOVE_BEST describes another way in
@@ -59,13 +59,13 @@ ABOVE_BEST = math.log(1.5)
 alarm: the loss may be 1.5 times as large. In noisy runs it may lie DRIFT_DEVIATIONS standard deviations higher, if that
 is more."""
 MIN_DEVIATION = 0.02
-"""Smallest standard deviation of the log of the loss that is assumed. In an unusually smooth run any small change would
-otherwise stand out."""
+"""Smallest standard deviation that is assumed for the logarithms of losses and of gradient norms. In an unusually
+smooth run any small change would otherwise stand out."""
 TRIMMED, TRIMMED_MEAN = 0.9, 0.6574
 """The share of the differences between neighbouring steps that is kept, and the mean size of the kept differences in
 standard deviations. The largest tenth of the differences is left out. For a normal distribution, the mean size of the
-others is 2 (phi(0) - phi(1.645)) / 0.9 standard deviations. This estimate is robust enough here, and less noisy than
-the median absolute deviation."""
+kept differences is 2 (phi(0) - phi(1.645)) / 0.9 standard deviations. This estimate is robust enough here, and less
+noisy than the median absolute deviation."""
 START_STEPS = 3
 """Number of the job's first steps. The median of their log-losses is the level that ABOVE_START refers to."""
 

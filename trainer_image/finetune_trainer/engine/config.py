@@ -1,7 +1,8 @@
 """DeepSpeed's configuration for a job, and the settings that DeepSpeed needs before a model is built.
 
 `engine.py` passes the configuration to DeepSpeed. `preparation.py` calls `shard_new_models`, so that under ZeRO-3 a
-model is sharded over the ranks while it is loaded."""
+model is sharded over the ranks while it is loaded.
+"""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ class ModelComparison:
         """Score the base model, or take the scores that an earlier run of the job wrote. A collective.
 
         ``is_base`` says whether the ranks hold the untrained base model. If the ranks hold a checkpoint, the base model
-        can't be scored, and a notice says so where the bucket has no scores of the base model either."""
+        can't be scored, and a notice says so where the bucket has no scores of the base model either.
+        """
         if self._base_set is None or self._tuned_set is None:
             return
         found = self._gang.run_on_rank_0(self._stored_scores, until_stop=True)

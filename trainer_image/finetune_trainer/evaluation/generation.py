@@ -20,8 +20,8 @@ from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
 SUFFIX_SLACK = 4
-"""Number of tokens that are searched for the suffix at the end of an answer, in addition to as many as the suffix has.
-The suffix may be split into more tokens behind other text."""
+"""Number of tokens that are searched for the suffix at the end of an answer, in addition to as many as the suffix has,
+because the suffix may be split into more tokens behind other text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,8 @@ def generate_answers(
     the answer's text by the index of its prompt in ``prompts``.
 
     Every rank yields equally many dictionaries, of which some may be empty. Each batch is a collective. Before a batch
-    begins, StopAgreed is raised if a rank has received SIGTERM."""
+    begins, StopAgreed is raised if a rank has received SIGTERM.
+    """
     own = micro_batches(
         [[row] for row in range(len(prompts))],
         [len(prompt) for prompt in prompts],

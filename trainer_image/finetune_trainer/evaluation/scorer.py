@@ -149,5 +149,6 @@ def all_tokens(examples: ExampleSet) -> ExampleSet:
     LoRA.
 
     Unlike in that study, padding tokens are not counted, because with them the perplexity would depend on the batch
-    size."""
+    size.
+    """
     return example_set([Example(example.ids, [(0, len(example.ids))]) for example in examples])

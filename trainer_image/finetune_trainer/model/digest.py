@@ -24,7 +24,8 @@ def base_digest(folder: Path) -> str:
     names.
 
     Every byte is read. Files that were just downloaded are mostly in the page cache. For other files, the reads fill
-    the page cache before the model is loaded."""
+    the page cache before the model is loaded.
+    """
     files = sorted(folder.glob("*.safetensors"))
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
         digests = list(pool.map(_file_digest, files))

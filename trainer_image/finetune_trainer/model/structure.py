@@ -39,7 +39,8 @@ def read_structure(folder: Path) -> ModelStructure:
 
     Side effect: unsets transformers' DeepSpeed configuration, which shards every new model (ZeRO-3), and which an
     earlier run in this process may have left set. So call this function before `shard_new_models` sets the
-    configuration for this run's model."""
+    configuration for this run's model.
+    """
     unset_hf_deepspeed_config()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

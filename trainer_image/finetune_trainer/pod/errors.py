@@ -2,7 +2,8 @@
 an exception is the sentence that users see in the job's status.
 
 Every room of the trainer may raise these exceptions, and `pod/outcomes.py` turns them into outcomes. Errors that a user
-can correct in the job or its data are raised as `finetune_core.errors.UserError` instead (exit code 64)."""
+can correct in the job or its data are raised as `finetune_core.errors.UserError` instead (exit code 64).
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 without torch, share these names with `model/` and `checkpoints/`.
 
 transformers has constants for these names too. The constants of transformers are not used, because importing
-transformers takes seconds, and the launcher does without it."""
+transformers takes seconds, and the launcher does without it.
+"""
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"

@@ -69,7 +69,8 @@ def rendezvous_key(identity: Identity, paths: Paths) -> bytes:
     """Return the key by which the pods of an attempt recognise each other.
 
     The key is made of the nonce of the attempt and, if the pod has one, of the job's secret access key. With the secret
-    access key, the right to read the namespace's ConfigMaps and pods is not enough to compute the key."""
+    access key, the right to read the namespace's ConfigMaps and pods is not enough to compute the key.
+    """
     file = paths.credentials / SECRET_ACCESS_KEY
     secret = file.read_bytes() if file.is_file() else b""
     return hmac.digest(secret, f"rendezvous/{rendezvous_nonce(identity, paths)}".encode(), "sha256")

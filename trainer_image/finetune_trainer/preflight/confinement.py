@@ -3,7 +3,8 @@
 
 Model and data come from anywhere, and a small file may expand to gigabytes. Without the child process the kernel would
 kill the whole pod for lack of memory. Then nobody would learn which file was at fault, and the operator would start the
-pod again and again."""
+pod again and again.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def run_confined(
 
     ``work`` gets a function that sends a JSON value to this process, where ``receive`` is called with it. The child is
     killed when it uses more memory than ``memory_bytes``, and when an exception is raised in this process, such as the
-    end of a time limit. No other thread may run in this process, because a forked child has only the calling thread."""
+    end of a time limit. No other thread may run in this process, because a forked child has only the calling thread.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

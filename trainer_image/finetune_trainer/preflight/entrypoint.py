@@ -2,7 +2,8 @@
 `__main__.py` calls `run`.
 
 torch is not imported, because the pod has no GPU, and the import would take much time and much of the pod's little
-memory."""
+memory.
+"""
 
 from __future__ import annotations
 

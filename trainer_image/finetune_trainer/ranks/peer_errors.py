@@ -48,7 +48,8 @@ def is_peer_failure(error: BaseException) -> bool:
     """Return whether torch raised ``error`` because another rank is gone.
 
     Every DistError counts. For the gloo backend torch has no exception class for a lost rank, so there the message
-    decides."""
+    decides.
+    """
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(mark in text for mark in PEER_MARKS)
 

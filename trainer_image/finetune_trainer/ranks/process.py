@@ -47,7 +47,8 @@ def select_device(world: WorldConfig) -> torch.device:
     """Return the device of this rank. Raises OutsideFailure where the pod sees fewer GPUs than it has worker processes.
 
     A missing GPU is never replaced by the CPU, because the run would then be many times slower without a visible
-    reason."""
+    reason.
+    """
     import torch
 
     if world.device == "CPU":

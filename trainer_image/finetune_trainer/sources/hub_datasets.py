@@ -56,9 +56,9 @@ def fetch_first_file(
 
 
 def split_tags(source: HuggingFaceDataSource, field: str, token: str | None, folder: Path) -> Mapping[str, str]:
-    """Return the id of the content of each file of a split, by the file's path in the repository. For a file without
-    an id it is the commit of the whole repository. Only the data card is downloaded, beside ``folder``. Errors are
-    those of `fetch_split`."""
+    """Return the id of the content of each file of a split, by the file's path in the repository. For a file without an
+    id, the commit of the whole repository is returned instead. Only the data card is downloaded, beside ``folder``.
+    Errors are those of `fetch_split`."""
     tags: dict[str, str] = {}
 
     def none(files: list[str], repository: Mapping[str, RepoSibling]) -> list[str]:

@@ -2,7 +2,8 @@
 into sentences for the user.
 
 An unknown revision is an error in the spec and becomes UserError. All other errors become OutsideFailure, because they
-may be solved without a change of the spec, such as missing access to a gated repository."""
+may be solved without a change of the spec, such as missing access to a gated repository.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ identities read the same content. Of large files on a volume only parts are comp
 The launcher takes the identities when an attempt starts, and the run record in the bucket keeps them. The preflight
 check of a job whose status is lost takes the identities again, and compares them with those in the run records. The
 object store and the Hugging Face Hub give a tag of each file's content (ETag, blob id), so of their files only the data
-cards on the hub are downloaded."""
+cards on the hub are downloaded.
+"""
 
 from __future__ import annotations
 

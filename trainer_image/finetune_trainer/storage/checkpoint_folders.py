@@ -2,7 +2,8 @@
 old checkpoints (retention). The modules of `checkpoints/` call this module.
 
 The folders are written as `commit.py` describes. For a folder that does not hold what its manifest names,
-`fetch_folder` raises Damaged, and `inventory` lists the checkpoint as damaged with the reason."""
+`fetch_folder` raises Damaged, and `inventory` lists the checkpoint as damaged with the reason.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class TrainerState(ContractModel):
     """Content of a checkpoint's `trainer.json`: the part of the training state that is not a tensor.
 
     No state of a random generator is stored, because none is needed: the order of the rows is computed from (seed,
-    epoch), and dropout from (seed, step, row)."""
+    epoch), and dropout from (seed, step, row).
+    """
 
     version: int = 1
     step: int
@@ -60,8 +62,8 @@ class TrainerState(ContractModel):
     base_sha256: str | None = None
     """sha256 of the base model's weights, which the checkpoints of a LoRA run do not hold. None for a full run."""
     rows_sha256: str | None = None
-    """sha256 of the extended base model, which holds the initial values of the added tokens' embedding rows. None if
-    the run has no added tokens, or trains all weights."""
+    """sha256 of the extended base model, a copy with embedding rows for added tokens or with an untied output head.
+    None if the base model was not extended, or if the run trains all weights."""
 
 
 def fetch_folder(root: RunRoot, folder: str, target: Path) -> tuple[Manifest, str]:
@@ -134,7 +136,8 @@ def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[C
     record.
 
     ``damaged`` gives the reason for folders that are already known to be damaged. In other folders only COMMIT, the
-    manifest, the file sizes and `trainer.json` are checked, because no other file is read."""
+    manifest, the file sizes and `trainer.json` are checked, because no other file is read.
+    """
     records = []
     for checkpoint, files in sorted(_folders(root.list_objects("checkpoints/")).items()):
         if COMMIT not in files:

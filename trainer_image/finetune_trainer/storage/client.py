@@ -296,7 +296,8 @@ class Store:
 
         The uploads of the whole bucket are listed as well and then filtered, because for a prefix MinIO lists only the
         uploads whose whole key is that prefix. After a restart MinIO does not list older uploads any more, but deletes
-        their parts itself after a day."""
+        their parts itself after a day.
+        """
 
         def uploads() -> list[tuple[str, str]]:
             found = [

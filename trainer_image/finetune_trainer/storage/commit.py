@@ -49,7 +49,8 @@ def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
 
     Raises Damaged if the files in the bucket differ from the manifest. Raises NewerRun if a later run of the job
     exists, because the later run may already have resumed from an earlier checkpoint. Also raises NewerRun if the
-    folder already has a COMMIT with other content, because then another process writes to the folder."""
+    folder already has a COMMIT with other content, because then another process writes to the folder.
+    """
     data = manifest.encode()
     root.write(f"{folder}/{MANIFEST}", data)
     written = root.read(f"{folder}/{MANIFEST}")

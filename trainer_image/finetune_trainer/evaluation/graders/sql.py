@@ -37,7 +37,8 @@ the work on the reference query is done."""
 def grade(answer: str, row: Mapping[str, object]) -> Grade:
     """Return the grade of ``answer``, which `sql_judge.judge` determines in a child process.
 
-    The answer is wrong if its query takes too long or too much memory. The row can't be used if its own statements do.
+    The answer is wrong if its query takes too long or too much memory. The row can't be used if its tables or its
+    reference query take too long or too much memory.
     """
     with _LOCK:
         return _JUDGE.grade(answer, str(row.get("context", "")), str(row.get("answer", "")))

@@ -4,7 +4,8 @@ While sqlite executes a single instruction, such as a call of `printf`, it does 
 instruction takes. So queries run in this process, whose memory and processor time the kernel bounds, and `sql.py`
 bounds the time that a request takes. Each request is a line of JSON on the standard input: a list of the answer, the
 CREATE TABLE statements and the reference query. The process writes one line with REFERENCE_DONE when it begins with the
-answer, and then a line with the grade."""
+answer, and then a line with the grade.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def main() -> None:
         try:
             grade = judge(answer, context, query, lambda: _tell(REFERENCE_DONE))
         except MemoryError:
-            # The parent knows from REFERENCE_DONE whose statement it was. The next request gets a new process.
+            # The parent knows from REFERENCE_DONE whether the reference query or the answer was running. The next
+            # request gets a new process.
             os._exit(1)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _tell({"scores": dict(grade.scores), "problem": grade.problem})

@@ -28,7 +28,8 @@ right rows on all of them by chance.
 ENOUGH = 2
 """Smallest number of usable databases with which an answer can be graded (see `judge`)."""
 ATTEMPTS = 20
-"""Largest number of databases that are tried for a row until `DATABASES` usable ones are found."""
+"""Largest number of databases that are tried for a row of the evaluation set until `DATABASES` usable ones are found.
+"""
 
 Rows = list[tuple[Cell, ...]]
 
@@ -54,7 +55,8 @@ def judge(answer: str, context: str, query: str, reference_done: Callable[[], No
     A database is usable if two conditions hold. The result of the reference query has a value other than NULL and 0,
     and differs from its result on empty tables, because otherwise a query that finds no rows could be right. And the
     result does not depend on the order in which sqlite visits the rows. The row can't be used if fewer than `ENOUGH`
-    usable databases are found, or if sqlite can't run its statements."""
+    usable databases are found, or if sqlite can't run its statements.
+    """
     with ExitStack() as stack:
         try:
             ordered, cases = _cases(stack, context, query)

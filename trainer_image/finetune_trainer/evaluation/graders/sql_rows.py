@@ -2,7 +2,8 @@
 
 Some rows match the literals in the reference query, and others narrowly miss them. `sql_judge.py` calls `generate` with
 the tables, what `sql_text.py` read from the query, and a random generator. No value is NULL, because the questions of
-the data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) for the same."""
+the data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) for the same.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ class RowGenerator:
         self._random = random
         self._variety = random.choice((2, 3, 5, 8))
         self._sorted_apart = random.random() < 0.7
-        """Whether a column that the query sorts by gets many different values. Rows with equal values have no definite
-        order."""
+        """Whether a column that the query sorts by gets many different values in this database, so that the order of
+        rows is definite. It is True for most databases."""
         self._pools: dict[str, list[Value]] = {}
         self._class = _classes(requirements.joined)
 
@@ -125,7 +126,8 @@ class RowGenerator:
     def _random_value(self, column: Column) -> Value:
         """Return a random value for ``column``.
 
-        If the query compares the column with literals, about every second value is such a literal or lies near one."""
+        If the query compares the column with literals, about every second value is such a literal or lies near one.
+        """
         conditions = self._requirements.conditions.get(column.name.lower(), [])
         if conditions and self._random.random() < 0.5:
             literal = self._random.choice(conditions).literal

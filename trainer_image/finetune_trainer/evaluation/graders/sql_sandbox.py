@@ -4,7 +4,8 @@ nothing else: it can't write, attach files, load extensions, run without end or 
 `sql_judge.py` creates a `Sandbox` from CREATE TABLE statements, inserts rows and runs queries. The main limit counts
 sqlite's instructions, so that a grade does not depend on how busy the machine is. A limit in seconds is the last
 resort. Neither limit is checked inside of an instruction, so `sql.py` runs the sandbox in a process whose time and
-memory are limited."""
+memory are limited.
+"""
 
 from __future__ import annotations
 
