@@ -61,7 +61,7 @@ attempt has set. After the first find rank 0 does not search again."""
 STOP_KEY, STALLED_KEY = "stop", "stalled"
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
 """A rank whose heartbeat has not changed for this many seconds counts as lost. The rendezvous store may not notice the
-loss, because a killed process does not always close its connections."""
+loss, because the connections of a lost rank may stay open, for example after its node failed."""
 
 
 class Gang:
