@@ -1,8 +1,9 @@
 """Runs checks in a child process that may not use more memory than the pod has to spare. `entrypoint.py` calls
 `run_confined`.
 
-Model and data come from anywhere, and a small file may expand to gigabytes. Without the child the kernel would kill the
-whole pod, nobody would learn which file it was, and the operator would try again without end.
+Model and data come from anywhere, and a small file may expand to gigabytes. Without the child process the kernel would
+kill the whole pod for lack of memory. Then nobody would learn which file was at fault, and the operator would start the
+pod again and again.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 MEMORY_BYTES = 640 << 20
-"""Most memory in bytes that the child may add to what it shares with the parent at the fork. The preflight pod may use
-1 GiB; the rest is for the parent (60 MiB), and for what the child takes between two looks of the parent."""
+"""Largest memory in bytes that the child may add to what it shares with the parent at the fork. The preflight pod may
+use 1 GiB. The rest is for the parent (60 MiB), and for what the child takes between two looks of the parent at the
+child's memory."""
 LOOK_SECONDS = 0.01
-"""Time between two looks at the memory of the child. The kernel hands out about a gigabyte in a second."""
+"""Time in seconds between two looks at the memory of the child. The kernel hands out about a gigabyte in a second."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -45,8 +47,9 @@ def run_confined(
     """Call ``work`` in a forked child process, and return how the child ended.
 
     ``work`` gets a function that sends a JSON value to this process, where ``receive`` is called with it. The child is
-    killed when it has added more than ``memory_bytes`` to the memory that it had at the fork, and when an exception is raised in this process, such as the
-    end of a time limit. No thread may run in this process.
+    killed when it has added more than ``memory_bytes`` to the memory that it had at the fork, and when an exception is
+    raised in this process, such as the end of a time limit. No other thread may run in this process, because a forked
+    child has only the calling thread.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -73,7 +76,8 @@ def run_confined(
 
 
 def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int) -> None:
-    """Do the work in the child and end the process without the cleanup of the parent, whose copy it is."""
+    """Call ``work`` in the child, and end the child without the cleanup at the exit of Python. The child is a copy of
+    the parent, so the cleanup would be that of the parent."""
     code = 1
     try:
         stream = os.fdopen(writer, "w")
@@ -122,5 +126,6 @@ def _receive_all(reader: int, receive: Callable[[Any], None], child: int, memory
 
 
 def _resident_bytes(process: int) -> int:
-    """Return how much memory the child has. A child that has ended, but was not waited for yet, has none."""
+    """Return the resident memory of ``process`` in bytes. It is 0 for a child that has ended but was not waited for
+    yet."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * _PAGE_BYTES
