@@ -110,8 +110,8 @@ def outlived_by_its_sidecar(stage: Stage) -> float:
 
 
 def is_deleted_again_and_again(stage: Stage) -> float:
-    """Delete the pod of worker 1 in each of the first four attempts, as a person does. No attempt commits a checkpoint
-    before."""
+    """Delete the pod of worker 1 in each of the first four attempts, as a person does. No attempt has committed a
+    checkpoint before its pod is deleted."""
     at = 0.0
     for attempt in (1, 2, 3, 4):
         stage.both_pods_run(attempt)

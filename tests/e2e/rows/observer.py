@@ -106,7 +106,8 @@ class Observer:
         observed before the call count too.
 
         Raises:
-            ClusterError: no such state was observed within ``timeout`` seconds. The message holds the last state.
+            ClusterError: no such state was observed within ``timeout`` seconds, and the message holds the last status;
+            or a watch has failed.
         """
         deadline, looked_at = time.monotonic() + timeout, 0
         with self._changed:
