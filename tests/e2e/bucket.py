@@ -19,8 +19,8 @@ from tests.cluster import Cluster
 
 @dataclass(frozen=True)
 class Folder:
-    """A committed checkpoint or artifact: the key of its folder in the bucket, such as ``"checkpoints/000001-000120"``,
-    and its manifest."""
+    """A committed checkpoint or artifact: the key of its folder in the bucket, such as
+    ``"checkpoints/000001-000000120"``, and its manifest."""
 
     name: str
     manifest: Manifest

@@ -77,7 +77,8 @@ class OperatorProcess:
         source: Path = REPOSITORY,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        """Connect the operator to ``server``, by default to the API server without a proxy.
+        """Prepare an operator that connects to ``server``, by default to the API server without a proxy; `start` starts
+        it.
 
         ``ports`` are the report port and the health port. ``source`` is the checkout whose operator runs. ``settings``
         become environment variables, for example ``resync_seconds="4"`` becomes `FINETUNE_RESYNC_SECONDS=4`.
