@@ -50,8 +50,8 @@ class Answer:
 
 
 class Server:
-    """Sends requests to the API server from a thread of its own, because only this thread enters the cluster's
-    network."""
+    """Sends requests to the API server from a thread of its own, so that only this thread, and not that of the tests,
+    has to be in the cluster's network."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
