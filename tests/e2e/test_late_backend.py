@@ -35,13 +35,13 @@ PAUSE = 20.0
 """Seconds that the operator waits before its third try to create the PyTorchJob. Before the second try it waits 10
 s."""
 LONGEST_PAUSE = 300.0
-"""Longest pause, in seconds, between two tries of the operator, or between two image pulls of the kubelet. The pauses
-double and have reached this value after ten minutes."""
+"""Longest pause, in seconds, between two tries of the operator to create the PyTorchJob or to run the preflight check,
+or between two image pulls of the kubelet. The pauses double and have reached this value after ten minutes."""
 LONGEST_MOUNT_PAUSE = 122.0
 """Longest pause, in seconds, between two tries of the kubelet to mount a volume."""
 RUN = 5.0
 CHECK = 20.0
-"""Seconds that the preflight check with the real trainer takes, as documented."""
+"""Seconds that the preflight check with the real trainer takes at most, as docs/performance.md promises."""
 TRAINING = 60.0
 """Seconds that two pods with the real trainer need from start to end, for 8 steps of a tiny model."""
 NAMED_SECONDS = 300.0
