@@ -65,13 +65,13 @@ class Fleet:
     """CPU seconds that each program used during the run, by the name of the program."""
 
     def seconds(self, moments: dict[str, float]) -> list[float]:
-        """``moments`` is one of the dictionaries of this object. Return, sorted, the seconds from each job's creation
-        to its time in ``moments``."""
+        """Return, sorted, the seconds from each job's creation to its time in ``moments``, which is one of the
+        dictionaries of this object."""
         return sorted(moments[name] - self.created[name] for name in moments)
 
     def span(self, moments: dict[str, float]) -> float:
-        """``moments`` is one of the dictionaries of this object. Return the seconds from the creation of the first job
-        to the last time in ``moments``."""
+        """Return the seconds from the creation of the first job to the last time in ``moments``, which is one of the
+        dictionaries of this object."""
         return max(moments.values()) - min(self.created.values())
 
 
