@@ -171,7 +171,8 @@ class OperatorProcess:
         self.wait_ready()
 
     def wait_ready(self, timeout: float = 60) -> None:
-        """Wait until /readyz succeeds, which means that the operator has listed all jobs."""
+        """Wait until /readyz succeeds: the operator is the leader and has listed all jobs, or it has read the Lease of
+        another leader and waits."""
         wait_for("the operator to be ready", lambda: self.answers("/readyz"), timeout, evidence=self.evidence)
 
     def answers(self, path: str) -> bool:

@@ -39,7 +39,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 WAVE_SECONDS = 15.0
 """Seconds between the starts of two groups of trials.
 
-Most trials take less time, so that the kills of one group do not disturb the next group.
+Most trials take less time, so the kills of one group rarely disturb the next group.
 """
 LIST_SECONDS = 1.0
 """Seconds between two lists of all jobs.
