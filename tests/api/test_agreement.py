@@ -1,5 +1,5 @@
-"""The pydantic models with the CEL rules accept a job exactly when the real API server accepts it. Both then have the
-same object, with all defaults.
+"""The pydantic models with the CEL rules accept a job exactly when the real API server accepts it. Both then give the
+same object, with all defaults filled in.
 
 The jobs are generated from the schema. The mutations change every place that the schema has.
 """
