@@ -135,7 +135,7 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    # Methods for tests
+    # Methods for tests, and a private method that they call
 
     @property
     def kubeconfig(self) -> Path:
@@ -294,7 +294,7 @@ class Cluster:
             f"the cluster is not cleared away: its watcher {watcher.pid} made no progress for {STOP_QUIET_SECONDS} s"
         )
 
-    # Start of the cluster
+    # The start of the cluster, and small helpers
 
     def _bring_up(self, programs: Mapping[str, Path], *, with_node: bool, flags: Mapping[str, Sequence[str]]) -> None:
         self.layout.create()
