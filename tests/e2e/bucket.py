@@ -103,6 +103,6 @@ class RunFolder:
 
 
 def run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder:
-    """Return the bucket folder of ``job``, whose spec must not set `storage.runId`: then the job's uid is the name of
-    the folder."""
+    """Return the folder of all runs of ``job`` in the bucket. The job's spec must not set `storage.runId`, because the
+    job's uid is taken as the name of the folder."""
     return RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/{job.metadata.name}/{job.metadata.uid}")

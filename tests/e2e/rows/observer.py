@@ -134,8 +134,8 @@ class Observer:
                     try:
                         version = self._stream(api, kind, version)
                     except (urllib3.exceptions.HTTPError, client.ApiException) as error:
-                        # The API server may be unavailable for a moment, so the watch is started again. It begins with
-                        # a list of all current objects.
+                        # The API server may be unavailable for a moment, so the watch is started again. The new watch
+                        # begins with a list of all current objects.
                         print(f"watching {kind}s again after: {error}")
                         version = None
                         self._ended.wait(0.5)
