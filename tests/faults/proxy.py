@@ -55,8 +55,8 @@ class Record:
 
     @property
     def wrote(self) -> bool:
-        """Whether the request is a create, update, patch or delete, and the operator got the answer that it
-        succeeded."""
+        """Whether the request is a create, update, patch or delete, and the proxy passed the answer that it succeeded
+        on to the operator."""
         return self.request.verb in WRITES and 200 <= self.status < 300
 
 

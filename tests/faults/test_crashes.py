@@ -53,7 +53,8 @@ def compare(found: End, expected: End) -> Iterator[str]:
     trial = found.trial
     if differs := differences(found.essence, expected.essence):
         yield f"{trial}, of {len(expected.writes)} writes: {differs}"
-    # A killed operator may lose an event. But an event that the fault-free run does not have is an error.
+    # A killed operator may fail to create a Kubernetes event. But an event that the fault-free run does not have is an
+    # error.
     if surplus := found.events - expected.events:
         yield f"{trial}: events {surplus}"
     assert trial.kill is not None
