@@ -42,8 +42,8 @@ class Component:
                 stdout=log,
                 stderr=log,
                 env=dict(self.environment),
-                # The program gets a session of its own, so that Ctrl-C in a terminal does not reach it. The process
-                # that owns the cluster ends all programs in order.
+                # The program gets a session of its own, so that Ctrl-C in a terminal does not reach it. Ctrl-C reaches
+                # only the owner of the cluster, and after the owner's end the watcher (`watcher.py`) ends all programs.
                 start_new_session=True,
             )
 

@@ -67,7 +67,8 @@ def serving() -> Iterator[Server]:
     """Run a registry during the block, so that images can be pushed without a cluster.
 
     The registry always has the same address, because buildah remembers by address which layers a registry already has.
-    With a new address, buildah would push five gigabytes of dependencies again after each change of the project's code.
+    With a new address, buildah would push all layers with dependencies (several gigabytes) again after each change of
+    the project's code.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "registry.log"
