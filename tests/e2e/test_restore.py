@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 STEPS, INTERRUPTED = 600, 20
 """Number of steps of the job, and the step after which the first job is deleted. The remaining steps take much longer
-than the deletion, so that the first job can't end before it is deleted."""
+than the deletion, so that the first job is still unfinished when it is deleted."""
 
 
 def stepped(step: int) -> JobPredicate:
