@@ -154,7 +154,8 @@ async def _measure(server: Server, count: int, sent: bytes) -> str:
 
 
 async def _report_forever(port: int, number: int, answers: Counter[int]) -> None:
-    """Send a report of job ``number`` every three seconds on one connection; connect again where it has ended."""
+    """Send a report of job ``number`` every three seconds on one connection; open a new connection where that one has
+    ended."""
     token = report_token(f"pod-{number}", job_uid=f"uid-{number}")
     path, streams, step = report_path("team", f"job-{number}", 1), None, 0
     await asyncio.sleep(REPORT_SECONDS * number / JOBS)
