@@ -31,7 +31,8 @@ FIVE_JOBS = tuple(f"job-{number}" for number in range(5))
 FIRST = "2433999"
 """Commit of the first version that ran jobs. It had no leader election, no `runPolicy.cancel` and an older status."""
 LATER = "5b68d5f"
-"""Commit of a later version, which obeys `runPolicy.cancel` and checks jobs before their first attempt."""
+"""Commit of a later version, which obeys `runPolicy.cancel` and runs the preflight check before a job's first
+attempt."""
 
 
 @pytest.mark.long
