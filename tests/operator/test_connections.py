@@ -246,7 +246,8 @@ async def test_a_thousand_idle_connections_have_small_buffers_and_leave_room_for
 
 
 async def test_a_flood_of_connections_leaves_an_honest_client_served() -> None:
-    """300 clients connect, some without TLS, and ask again and again, while one client reports on its connection."""
+    """300 tasks connect five times each, a third of them without TLS, while one client reports on its one
+    connection."""
     async with reports(ConnectionLimits(per_address=8)) as server:
         honest = await connect(server.port, "127.0.0.2")
         assert await reported(honest) == 204
