@@ -1,5 +1,5 @@
-"""The next attempt prefers other nodes than those through which the newest attempts failed, and nothing is retried for
-ever."""
+"""The next attempt prefers other nodes than those that ended the newest two attempts, and the job ends if no node can
+start its pods again and again."""
 
 from __future__ import annotations
 

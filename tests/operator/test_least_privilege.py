@@ -168,7 +168,7 @@ def test_every_call_is_granted_and_every_grant_is_used(release: Release, namespa
 
 
 def live_through(release: Release, namespace: str, image: str) -> None:
-    """Bring the operator into situations in which it needs, taken together, every permission of its roles.
+    """Bring the operator into situations that, taken together, need every permission of its roles.
 
     Among them are a preflight check, lost pods, a name conflict, a report and a second start.
     """

@@ -206,6 +206,7 @@ def test_what_is_missing_for_too_long_ends_the_job_with_its_name(
     succeeded = condition(job, "Succeeded")
     assert (succeeded["status"], succeeded["reason"]) == ("False", "DeadlineExceeded")
     assert sentence in succeeded["message"]
-    # The tries start after 0, 10 and 30 s; a fourth try would start after 70 s, which is beyond the deadline.
+    # With back-offs of 10, 20 and 40 s, the tries start after 0, 10 and 30 s at the earliest, and a fourth try after 70
+    # s, which is beyond the deadline.
     assert 2 <= job["status"]["preflight"]["tries"] <= 3
     assert objects(installed, namespace, "pytorchjobs,pods,configmaps") == []
