@@ -42,7 +42,7 @@ def train(
 ) -> list[list[tuple[float, float]]]:
     """Train one model per seed. Return each seed's pairs (loss, gradient norm before clipping), one for each step."""
     generator = torch.Generator().manual_seed(first_seed)
-    # In nine of ten cases the preceding word determines the next word. In the tenth case the next word is random.
+    # With a probability of 0.9 the preceding word determines the next word. Otherwise the next word is random.
     chain = torch.full((seeds, WORDS, WORDS), 0.1 / WORDS)
     for seed in range(seeds):
         chain[seed, torch.arange(WORDS), torch.randperm(WORDS, generator=generator)] += 0.9

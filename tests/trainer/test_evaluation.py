@@ -58,7 +58,8 @@ def texts(model: Path, count: int) -> list[tuple[list[int], list[tuple[int, int]
 
 
 def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int], sizes: list[int]) -> list[Any]:
-    """Run `score_many` on ``world`` ranks. For each stage and size, return the scores and the answers of all ranks."""
+    """Run `score_many` on ``world`` ranks. Return for each stage and size the scores, on which all ranks must agree,
+    and the answers of all ranks together."""
     port, ranks = free_port(), []
     for rank in range(world):
         asked = {

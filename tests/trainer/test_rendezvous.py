@@ -21,7 +21,7 @@ from finetune_trainer.pod.settings import Paths
 from tests.trainer.objectstore import free_port
 
 KEYS = ("stop", "stalled", "share", "shared/1", "shared/2", "each/1", "each/1/1", "each/2", "heartbeat/1", "init/")
-"""Keys that a rank would read if it took them for keys of another rank."""
+"""Keys that ranks use in the rendezvous store. A rank must not read such a key if a foreign client has set it."""
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
