@@ -89,7 +89,7 @@ def pod(
     attempt: int = 1,
     **changes: Any,
 ) -> PodObservation:
-    """Return a pod that runs, or that ended with ``exit_code``.
+    """Return a pod that runs if ``exit_code`` is None, and that has ended with ``exit_code`` otherwise.
 
     All times are seconds after `NOW`. ``finished`` is the end of the container, ``deleted`` the time at which the
     deletion was requested. ``grace`` is the pod's grace period in seconds.

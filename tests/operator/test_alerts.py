@@ -303,7 +303,7 @@ def input_series(play: Play) -> list[dict[str, str]]:
     for name in sorted({name for scrape in scrapes for name in scrape}):
         values, before = [], False
         for scrape in scrapes:
-            # A series that is missing from a scrape gets one marker, and then has no sample.
+            # A series that disappears gets one staleness marker in promtool's notation, and no sample after it.
             values.append(f"{scrape[name]:.17g}" if name in scrape else "stale" if before else "_")
             before = name in scrape
         series.append({"series": name, "values": " ".join(values)})

@@ -1,4 +1,4 @@
-"""Flux, Argo CD and other users of kstatus get the right word for a job in each of its states.
+"""Flux and other users of kstatus get the right word for a job in each of its states.
 
 The tests run `Reconciler` against `ModelServer`, an in-memory API server.
 """

@@ -66,8 +66,8 @@ def filled(model: type[BaseModel], known: dict[str, Json]) -> dict[str, Json]:
 
 
 def with_doubled_lists(value: Json) -> Json:
-    """Return ``value`` with every list twice as long. The copy of a condition gets another type, because each type
-    exists once only."""
+    """Return ``value`` with every list twice as long. Each copied condition gets a new type, because a list of
+    conditions has each type only once."""
     if isinstance(value, dict):
         return {key: with_doubled_lists(inner) for key, inner in value.items()}
     if isinstance(value, list):

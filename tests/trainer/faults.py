@@ -72,9 +72,9 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
 POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed", "retention")
 """Points at which a rank can be killed, in the order of a step and its checkpoint.
 
-They are: before a backward pass; between two tensors of a snapshot; during the upload of a file; before the manifest is
-written; before COMMIT is written; after COMMIT but before the run has recorded the checkpoint; before a deletion by
-retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
+Their meanings, in the same order: before a backward pass; between two tensors of a snapshot; during the upload of a
+file; before the manifest is written; before COMMIT is written; after COMMIT but before the run has recorded the
+checkpoint; before a deletion by retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
 """
 
 

@@ -128,7 +128,7 @@ def test_the_gate_refuses_a_client_of_torch_and_logs_it(start: Callable[..., Ran
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 1_000_000], ids=["silent", "HTTP", "much"])
 def test_many_foreign_connections_keep_no_rank_away(sent: bytes, start: Callable[..., Ranks]) -> None:
-    """The connections are there before the ranks join, and stay until the ranks have ended."""
+    """The foreign connections are open before the ranks join, and stay open until the ranks have ended."""
     ranks = start(2)
     with contextlib.ExitStack() as stack:
 

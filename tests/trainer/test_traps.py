@@ -1,6 +1,5 @@
-"""Traps of training that need no series of runs: the memory of a snapshot, DeepSpeed's configuration, and small updates
-in bf16.
-"""
+"""Tests of the trainer on one process or with fakes: the memory of a snapshot, DeepSpeed's configuration, and small
+updates in bf16."""
 
 from __future__ import annotations
 
@@ -26,7 +25,8 @@ from tests.trainer.pods import run_config
 
 
 class Gathered:
-    """Stands for an engine that gathers whole parameters, and records the peak bytes of gathered tensors."""
+    """Stands for an engine that gathers whole parameters, and records the most bytes of gathered tensors alive at
+    once."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.parameter_shapes = shapes
