@@ -23,7 +23,7 @@ FOLDER = "s3://finetune/runs/team/quickstart"
 
 
 async def settle(server: ModelServer) -> None:
-    """Reconcile until nothing is due at once."""
+    """Reconcile until the operator asks for no further reconcile at once."""
     operator = reconciler(server)
     for _ in range(20):
         if (await operator.reconcile(KEY)).after != 0:

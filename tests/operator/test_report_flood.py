@@ -1,4 +1,4 @@
-"""What a pod with a valid token can cause, whatever it reports and how often: a bounded number of requests.
+"""A pod with a valid token can cause only a bounded number of requests, whatever it reports and however often.
 
 Reports are stored as the report server stores them, and reconciled against `ModelServer` on a fake clock.
 """
