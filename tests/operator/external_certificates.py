@@ -124,7 +124,8 @@ class Attempt:
     """PEM text of the CA in the attempt's ConfigMap."""
 
     def post(self) -> int:
-        """Post a report and return the HTTP status; raises OSError where the server's certificate is not trusted."""
+        """Post a report and return the HTTP status; raises OSError if no server answers or its certificate is not
+        trusted."""
         path, body = report_path(self.namespace, "quickstart", self.number), report(self.pod["uid"]).to_json()
         server = f"{self.release.host}:{REPORT_PORT}"
         return post_by_name(self.release.cluster, server, path, body, self.token, self.trusted)

@@ -24,7 +24,7 @@ def certificates() -> CertificateSet:
 
 @cache
 def client_context() -> ssl.SSLContext:
-    """Return a TLS context for clients, which trust any server: a hostile client does not care."""
+    """Return a TLS context for clients that trust any server, because a hostile client does not check certificates."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context

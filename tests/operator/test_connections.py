@@ -156,7 +156,8 @@ async def test_the_bytes_of_a_body_do_not_count_as_a_header() -> None:
 
 
 async def test_the_body_of_a_refused_request_is_no_next_request() -> None:
-    """Else a client could hide a request in a body, and a long body would count as a header."""
+    """The connection ends after the refusal. Otherwise a client could hide a request in a body, and a long body would
+    count as a header."""
     async with reports(ConnectionLimits(**PATIENT)) as server:
         streams = await connect(server.port)
         hidden = request(PATH, report_token(), body())

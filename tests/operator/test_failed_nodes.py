@@ -97,7 +97,8 @@ def refused(attempt: int) -> list[PodObservation]:
 
 
 def _until_the_end(policy: RunPolicySpec, checkpoint_in: int = 0) -> tuple[AttemptsStatus, JobEnd]:
-    """Play attempts of an image that no node can start. Attempt ``checkpoint_in``, if not 0, commits a checkpoint."""
+    """Play attempts of an image that no node can start, until the job ends; return `status.attempts` and the job's end.
+    Attempt ``checkpoint_in``, if not 0, commits a checkpoint."""
     attempts, checkpoints = AttemptsStatus(), list[CheckpointStatus]()
     for number in range(1, 100):
         started = number * 1000.0

@@ -189,7 +189,8 @@ CALLERS: dict[str, Callable[[int], str | None]] = {
     "many guessed jobs": lambda number: report_token(job_uid=f"guess-{number}", signature="forged"),
     "another namespace": lambda _: report_token(namespace="other"),
 }
-"""What a caller without a valid token for the namespace may send, by the number of the request."""
+"""By name of a caller without a valid token for the namespace: a function that returns the token of the caller's
+request with the given number."""
 
 
 @pytest.mark.parametrize("token", CALLERS.values(), ids=CALLERS.keys())

@@ -113,7 +113,7 @@ def _anywhere(grant: Grant, served: list[str]) -> Grant:
 def release(request: pytest.FixtureRequest, installed: Installed, namespace: str, tmp_path: Path) -> Iterator[Release]:
     """Install a release that serves all namespaces ("wide") or two ("narrow").
 
-    The operator of ``installed`` is stopped meanwhile.
+    The operator of ``installed`` is stopped until the test has ended.
     """
     cluster, name = installed.cluster, str(request.param)
     served = [namespace, "default"] if name == "narrow" else []

@@ -25,7 +25,7 @@ from tests.operator.test_crashes import KEY, SCENARIOS, checked, reconciler
 from tests.operator.test_invariants import likely_events
 
 LOOK_SECONDS = 0.01
-"""How long a reconcile takes in the tests that move the clock on by themselves."""
+"""Least time in seconds between two reconciles in a test that moves the clock itself."""
 
 
 class PacedReconciler:

@@ -49,7 +49,7 @@ HOSTILE = (
     "é/..",
     "x" * 8192,
 )
-"""Texts that were or could be used to reach another path."""
+"""Texts that could lead a request to another path if they were put into a URL as they are."""
 
 Call = Callable[[KubeClient, str, str], Awaitable[object]]
 

@@ -317,7 +317,7 @@ async def test_what_somebody_else_left_in_the_place_of_the_current_attempt_is_no
     assert server.job["status"]["attempts"]["current"]["number"] == 2
 
 
-# ---- what is written ----
+# ---- the status that this version writes ----
 
 
 def test_what_another_version_has_written_is_kept_and_what_this_one_changes_is_written() -> None:

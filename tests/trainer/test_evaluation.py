@@ -129,7 +129,8 @@ def plain_scores(model: Path) -> dict[str, Any]:
 
 
 def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model: Path, tmp_path: Path) -> None:
-    """Trap 6: a perplexity that is a mean of the batches' means. Trap 24: padding that changes generated answers."""
+    """Covers trap 6, a perplexity that is a mean of the batches' means, and trap 24, padding that changes generated
+    answers."""
     torch.set_num_threads(1)
     plain = plain_scores(wild_model)
     found = scored_by_ranks(wild_model, tmp_path, 1, stages=[1], sizes=[1, 2, 8, 32])
