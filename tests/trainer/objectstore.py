@@ -22,7 +22,8 @@ BUCKET = "finetune"
 
 
 def minio_binary() -> Path | None:
-    """Return the path of the MinIO binary from FINETUNE_MINIO or from the cluster's cache; None where it is missing."""
+    """Return the path of the MinIO binary that FINETUNE_MINIO names, or of the binary in the test cluster's cache; None
+    if there is no binary."""
     named = os.environ.get("FINETUNE_MINIO")
     if named:
         return Path(named)
@@ -151,6 +152,6 @@ def wait_ready(
                 return
         except urllib3.exceptions.HTTPError:
             pass
-        # Pause between two attempts; the deadline bounds their total time.
+        # Pause between two requests; the deadline bounds their total time.
         time.sleep(0.1)
     raise TimeoutError(f"MinIO was not ready after {seconds} s: {log.read_text()[-2000:]}")
