@@ -8,14 +8,13 @@ solved without a change of the job, for example a missing Secret, refused creden
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from finetune_core.api.storage import RunId
-from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, TerminationMessage
+from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, Count, TerminationMessage, Time
 from finetune_core.contract.records import EvaluationRecord
 from finetune_core.contract.result import ExitCode, Outcome
 from finetune_core.contract.training import Sha256
@@ -49,7 +48,7 @@ class FoundArtifact(ContractModel):
     the spec, because the bucket is not trusted to name one."""
 
     run: Annotated[int, Field(ge=1, lt=1_000_000)]
-    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    bytes: Count
     manifest_sha256: Sha256
     outcome: Literal[Outcome.COMPLETED, Outcome.EARLY_STOPPED]
 
@@ -61,9 +60,9 @@ class FoundRun(ContractModel):
     """Name of the folder of runs."""
     uid: Annotated[str, Field(max_length=64, pattern="^[-A-Za-z0-9]*$")] = ""
     """uid of the job that last wrote to the folder. Empty if the folder does not tell."""
-    time: datetime
+    time: Time
     """When the first run in the folder was begun, by the clock of the object store."""
-    step: Annotated[int, Field(ge=0, lt=2**63)]
+    step: Count
     """Optimizer step of the artifact or, without an artifact, of the newest checkpoint."""
     artifact: FoundArtifact | None = None
     """The committed artifact. None where the run is not finished, so that it can only be resumed."""
