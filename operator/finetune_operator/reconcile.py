@@ -139,9 +139,11 @@ class Reconciler:
         stored = self._parse(key, manifest)
         if stored.has_ended:
             return await self._tidy(stored)
-        if stored.unread_bookkeeping and not (stored.policy.cancel or stored.policy.suspend):
+        if stored.unread_bookkeeping:
+            if not (stored.policy.cancel or stored.policy.suspend):
+                return await self._refuse_for_now(stored, messages.unreadable_status(stored.unread_bookkeeping))
             # A person's order is obeyed with what could be read, because it ends pods and starts none.
-            return await self._refuse_for_now(stored, messages.unreadable_status(stored.unread_bookkeeping))
+            stored = await self._observer.count_attempts(stored)
         job, invalid = _parse_spec(stored)
 
         seen = await self._observer.observe(job or stored)

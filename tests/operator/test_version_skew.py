@@ -288,7 +288,44 @@ async def test_any_single_value_of_another_shape_costs_no_other_part_of_the_stat
         for _ in range(12):
             await operator.reconcile(KEY)
         assert server.job["status"]["completionTime"], path
+        assert (server.pods, server.children) == ([], {}), path
         server.pods, server.children, server.config_maps = copy.deepcopy(before)
+
+
+@pytest.mark.parametrize("order", ["cancel", "suspend"])
+@pytest.mark.parametrize(
+    "unreadable",
+    [
+        {"attempts": ["novel"]},
+        {"attempts": "novel", "child": "novel"},
+        {"attempts": {"started": "1", "current": {"number": "1"}}, "child": ["novel"]},
+        {"attempts": {"current": "novel"}},
+    ],
+)
+async def test_an_order_ends_the_pods_of_an_attempt_that_the_status_does_not_tell(
+    order: str, unreadable: dict[str, Json]
+) -> None:
+    server = await a_running_job()
+    put(server, server.job["status"] | unreadable)
+    await pass_minutes(server, 1)
+    assert (len(server.pods), len(server.created)) == (2, 1)
+    server.set_policy(**{order: True})
+    await pass_minutes(server, 3)
+    assert (server.pods, server.children, server.config_maps, len(server.created)) == ([], {}, {}, 1)
+    assert states(server)["Succeeded"][1] == ("Cancelled" if order == "cancel" else "Suspended")
+
+
+async def test_an_order_ends_a_check_that_the_status_does_not_tell() -> None:
+    server = ModelServer(job_manifest(runPolicy={"preflight": "Run"}), NOW)
+    for _ in range(3):
+        await reconciler(server).reconcile(KEY)
+    assert server.checks
+    put(server, server.job["status"] | {"preflight": "novel"})
+    await pass_minutes(server, 1)
+    server.set_policy(cancel=True)
+    await pass_minutes(server, 1)
+    assert states(server)["Succeeded"] == ("False", "Cancelled")
+    assert server.checks == []
 
 
 async def test_a_settled_job_with_the_status_of_another_version_stays_settled() -> None:

@@ -18,7 +18,7 @@ from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
-from finetune_operator.observe.ownership import pods_of_attempts, preflight_pods
+from finetune_operator.observe.ownership import newest_attempt, pods_of_attempts, preflight_pods
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.observe.usage import usage_until
 from finetune_operator.observe.waiting import why_attempt_waits
@@ -88,6 +88,16 @@ class Observer:
             preflight=preflight,
         )
 
+    async def count_attempts(self, job: StoredJob) -> StoredJob:
+        """Return ``job`` with the number of its newest attempt as its objects show it, where the status shows less.
+
+        Used where the attempts in the status can't be read and an order is to be obeyed: it ends the pods that exist.
+        """
+        pods = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
+        started = max(job.status.attempts.started, newest_attempt(pods, job, self._backend))
+        attempts = job.status.attempts.model_copy(update={"started": started})
+        return replace(job, status=job.status.model_copy(update={"attempts": attempts}))
+
     async def _list_pods(self, job: StoredJob) -> list[Manifest]:
         """Return all pods that have the labels of an attempt of the job."""
         if not job.status.attempts.started:
@@ -104,7 +114,9 @@ class Observer:
     async def _preflight(self, job: StoredJob) -> PreflightObservation:
         """Return what exists of the preflight check, and read warning events about the pod of the current try."""
         record, policy, pods = job.status.preflight, job.policy, []
-        if record is not None:  # the record is written before the first pod is created, so without it no pod exists
+        # The record is written before the first pod is created, so no pod exists without a record. It may be there and
+        # not be readable.
+        if record is not None or job.unread_bookkeeping:
             manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
             pods = preflight_pods(manifests, job)
         current = next((pod for pod in pods if record is not None and pod.index == record.tries + 1), None)

@@ -46,6 +46,19 @@ def preflight_pods(manifests: Iterable[Manifest], job: StoredJob) -> list[PodObs
     return [pod for manifest in own if (pod := parse_preflight_pod(manifest)) is not None]
 
 
+def newest_attempt(manifests: Iterable[Manifest], job: StoredJob, backend: Backend) -> int:
+    """Return the highest number of an attempt of ``job`` whose child the pods in ``manifests`` or `status.child` name;
+    0 where they name none. The name of a child has its number and a digest of the job's uid."""
+    named = set() if job.status.child is None else {job.status.child.name}
+    numbers = {0, *(int(end) for name in named if (end := name.rpartition("-")[2]).isdecimal())}
+    for manifest in manifests:
+        pod, owner = parse_pod(manifest), controller_of(manifest)
+        if pod is not None and owner is not None and owner["kind"] == backend.kind:
+            numbers.add(pod.attempt)
+            named.add(owner["name"])
+    return max(number for number in numbers if number == 0 or attempt_name(job.key.name, job.uid, number) in named)
+
+
 def _is_own(
     pod: PodObservation, manifest: Manifest, job: StoredJob, backend: Backend, found: ChildObservation | None
 ) -> bool:

@@ -146,7 +146,7 @@ def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
         current = None  # only fields that somebody else applied are left of it, because server-side apply keeps those
     if current is not None and (current.number < 1 or not all(record.uid for record in current.pods)):
         pods = [record for record in current.pods if record.uid]
-        number = current.number or max(1, attempts.started)
+        number = current.number if current.number >= 1 else max(1, attempts.started)
         current = current.model_copy(update={"pods": pods, "number": number})
     numbers = [past.number for past in recent] + ([current.number] if current is not None else [])
     least = {
