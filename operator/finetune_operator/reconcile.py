@@ -31,7 +31,7 @@ from finetune_operator.decide.decision import Action, Decision, JobEnd
 from finetune_operator.decide.failed_nodes import nodes_to_avoid
 from finetune_operator.decide.preflight import waits_for_turn
 from finetune_operator.decide.state_machine import decide
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.observe.observation import JobObservation
@@ -153,15 +153,17 @@ class Reconciler:
             if decision.starts_pods or decision.starts_check(stored.status):
                 return await self._refuse_for_now(stored, invalid)
             return await self._carry_out(stored, seen, decision, image=None, invalid=invalid)
+        try:
+            config = self._run_config(job, decision)
+        except UserError as error:
+            return await self._refuse(job, str(error))
+        # What was refused before can be read and run now, so no pause is left of that.
+        self._backoff.forget_refusal(job.memory)
         asks = decision.starts_check(job.status) and not self._backoff.holds(job.memory)
         # The turn comes before the record of the check, because the pending deadline runs from that record on.
         if asks and not await self._preflight_turns.has_come(key, job.now):
             decision = waits_for_turn(decision, job.status, self._preflight_turns.limit)
         image = job.status.image or job.resource.spec.pod_template.image or self._trainer_image
-        try:
-            config = self._run_config(job, decision)
-        except UserError as error:
-            return await self._refuse(job, str(error))
         return await self._carry_out(job, seen, decision, image=image, invalid=invalid, config=config)
 
     async def _carry_out(
@@ -289,6 +291,11 @@ class Reconciler:
         except RetryableError as problem:
             self._preflight_turns.forget(job.key)
             return _Acted(missing=problem.message, retry_seconds=self._backoff.seconds_left(job.memory))
+        except REQUEST_ERRORS:
+            # A webhook may answer 409 for ever. If the pod exists nevertheless, the next reconcile sees it and keeps
+            # the slot.
+            self._preflight_turns.forget(job.key)
+            raise
         return _Acted()
 
     # ---- specs that can't be run ----

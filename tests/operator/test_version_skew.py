@@ -468,3 +468,21 @@ def test_run_policy_is_read_field_by_field() -> None:
     policy, unread = read_section(RunPolicySpec, stored, NOW)
     assert (policy.cancel, policy.max_retries, policy.preflight, policy.queue_name) == (True, 1000, "Later", None)
     assert unread == ["queueName"]
+
+
+@pytest.mark.parametrize("preflight", ["Run", "Skip"])
+async def test_a_spec_that_is_corrected_waits_for_no_pause_and_keeps_no_old_sentence(preflight: str) -> None:
+    server, memory = ModelServer(job_manifest(runPolicy={"preflight": preflight}), NOW), Memory()
+    operator = reconciler(server, memory=memory)
+    server.job["spec"]["novel"] = True
+    for _ in range(10):
+        await operator.reconcile(KEY)
+        server.pass_time(301)
+    assert states(server)["Accepted"] == ("False", "BadInput")
+    del server.job["spec"]["novel"]
+    server.set_policy(maxRetries=5)
+    for _ in range(4):
+        await operator.reconcile(KEY)
+        server.pass_time(1)
+    assert server.checks or server.pods
+    assert not any("novel" in item["message"] for item in server.job["status"]["conditions"])

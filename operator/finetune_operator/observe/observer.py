@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from finetune_core.api.conditions import ConditionType
+from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.layout import runs_folder_of
 from finetune_core.names import attempt_name
 from finetune_operator.kube.client import KubeClient
@@ -122,6 +122,8 @@ class Observer:
         current = next((pod for pod in pods if record is not None and pod.index == record.tries + 1), None)
         await self._warnings.read_for_pod(job, current)
         problem = job.memory.problem
+        if problem is not None and problem.reason is Reason.BAD_INPUT:
+            problem = None  # it lay in the spec or in the status, and this reconcile can read both
         return PreflightObservation(
             enabled=policy.preflight == "Run" or (policy.preflight is None and self._preflight_by_default),
             pods=pods,
