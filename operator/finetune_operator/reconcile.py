@@ -124,7 +124,9 @@ class Reconciler:
         self._writer = StatusWriter(
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
         )
-        self._settled_jobs = SettledJobs(cluster, backend, self._writer, policies, self._preflight_objects)
+        self._settled_jobs = SettledJobs(
+            cluster, backend, self._writer, policies, self._preflight_objects, self._attempt_objects
+        )
         self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations, clock=clock)
 
     async def reconcile(self, key: Key) -> Requeue:

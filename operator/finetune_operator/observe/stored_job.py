@@ -56,9 +56,14 @@ class StoredJob:
     @property
     def has_ended(self) -> bool:
         """Whether the condition `Succeeded` is True or False. Once it is, it never changes again."""
-        return self.status.completion_time is not None or any(
-            item.type == ConditionType.SUCCEEDED and item.status in ("True", "False") for item in self.status.conditions
-        )
+        return self.ended_at is not None
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """When the job ended; None while it goes on. Where `status.completionTime` can't be read, `Succeeded` tells."""
+        ends = (item for item in self.status.conditions if item.type == ConditionType.SUCCEEDED)
+        by_condition = (item.last_transition_time for item in ends if item.status in ("True", "False"))
+        return self.status.completion_time or next(by_condition, None)
 
     @property
     def unread_bookkeeping(self) -> str:
