@@ -107,6 +107,7 @@ class Reconciler:
         self._trainer_image = trainer_image
         self._report_base_url = report_base_url
         self._now = now
+        self._child_kind = backend.kind
         self._backoff = CreationBackoff(clock)
         self._observer = Observer(cluster, backend, memory, preflight_by_default=preflight == "Run", clock=clock)
         policies = NetworkPolicies(cluster, enabled=network_policies)
@@ -149,6 +150,8 @@ class Reconciler:
         job, invalid = _parse_spec(stored)
 
         seen = await self._observer.observe(job or stored)
+        if seen.child is None and self._has_foreign_child(stored):
+            return await self._refuse_for_now(stored, messages.unreadable_status("child.kind"))
         decision = decide(stored.status, seen)
         self._preflight_turns.observe(key, stored.status, seen, decision)
         if job is None:
@@ -232,6 +235,16 @@ class Reconciler:
         # Until its next event, or until the pause is over, the job needs no reconcile: not even at a resync.
         stored.memory.settled_version = stored.memory.resource_version
         return requeue
+
+    def _has_foreign_child(self, stored: StoredJob) -> bool:
+        """Return whether another version runs the current attempt by an object of a kind that this version can't see.
+
+        That no PyTorchJob exists then says nothing about the attempt. An order of a person is obeyed nevertheless.
+        """
+        child = stored.status.child
+        if child is None or stored.status.attempts.current is None or stored.policy.cancel or stored.policy.suspend:
+            return False
+        return child.kind not in ("", self._child_kind)
 
     # ---- around the decision: the run file, and when to reconcile again ----
 

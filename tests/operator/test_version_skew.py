@@ -486,3 +486,23 @@ async def test_a_spec_that_is_corrected_waits_for_no_pause_and_keeps_no_old_sent
         server.pass_time(1)
     assert server.checks or server.pods
     assert not any("novel" in item["message"] for item in server.job["status"]["conditions"])
+
+
+async def test_an_attempt_that_another_version_runs_by_another_kind_of_object_is_not_repeated() -> None:
+    server = await a_running_job()
+    status = copy.deepcopy(server.job["status"])
+    status["child"] |= {"kind": "JobSet", "uid": "jobset"}
+    put(server, status)
+    (name,) = server.children
+    server.children = {}
+    for pod in server.pods:
+        owner = {"apiVersion": "batch/v1", "kind": "Job", "name": f"{name}-0", "uid": "j", "controller": True}
+        pod["metadata"]["ownerReferences"] = [owner]
+    await pass_minutes(server, 10)
+    assert server.created == [name]
+    assert len(server.pods) == 2
+    assert server.job["status"]["attempts"]["current"]["number"] == 1
+    assert states(server)["Accepted"] == ("False", "BadInput")
+    server.set_policy(cancel=True)
+    await pass_minutes(server, 1)
+    assert states(server)["Succeeded"] == ("False", "Cancelled")
