@@ -23,7 +23,7 @@ def is_active_deadline_over(policy: RunPolicySpec, active_seconds: int) -> bool:
 def seconds_to_pending_deadline(policy: RunPolicySpec, current: CurrentAttempt, now: datetime) -> float | None:
     """Return in how many seconds all pods of the attempt must run; 0 or less where that time is over.
 
-    None where all pods have already run, where a queue has suspended the attempt, and where
+    None where all pods have already run, while a queue or a person has suspended the child object, and where
     `runPolicy.pendingDeadlineSeconds` is absent.
     """
     if current.running_time is not None or current.admitted_time is None:

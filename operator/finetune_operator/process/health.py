@@ -25,8 +25,8 @@ from finetune_operator.queue.work_queue import WorkQueue
 STALE_RESYNC_PERIODS = 3
 """Number of resync periods after which /healthz fails if the API server has sent nothing."""
 METRICS_SECONDS = 1.0
-"""Least seconds between two renderings of /metrics. With thousands of jobs one takes half a second of CPU time. Whoever
-asks meanwhile gets the newest text."""
+"""Least seconds between two renderings of /metrics, because one takes half a second of CPU time with thousands of jobs.
+Requests in between get the text of the last rendering."""
 
 
 class WatchActivity:
