@@ -32,7 +32,7 @@ from finetune_operator.decide.decision import Action, Decision, JobEnd
 from finetune_operator.decide.failed_nodes import nodes_to_avoid
 from finetune_operator.decide.preflight import waits_for_turn
 from finetune_operator.decide.state_machine import decide
-from finetune_operator.kube.client import KubeClient
+from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient
 from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.observations import ChildObservation
 from finetune_operator.observe.observation import JobObservation
@@ -110,6 +110,7 @@ class Reconciler:
         self._trainer_image = trainer_image
         self._report_base_url = report_base_url
         self._now = now
+        self._child_kind = backend.kind
         self._backoff = CreationBackoff(clock)
         self._observer = Observer(cluster, backend, memory, preflight_by_default=preflight == "Run", clock=clock)
         policies = NetworkPolicies(cluster, enabled=network_policies)
@@ -127,7 +128,9 @@ class Reconciler:
         self._writer = StatusWriter(
             cluster=cluster, recorder=recorder, metrics=metrics, child_kind=backend.kind, clock=clock
         )
-        self._settled_jobs = SettledJobs(cluster, backend, self._writer, policies, self._preflight_objects)
+        self._settled_jobs = SettledJobs(
+            cluster, backend, self._writer, policies, self._preflight_objects, self._attempt_objects
+        )
         self._annotations = CheckpointAnnotations(cluster, enabled=checkpoint_annotations, clock=clock)
 
     async def reconcile(self, key: Key) -> Requeue:
@@ -142,28 +145,34 @@ class Reconciler:
         stored = self._parse(key, manifest)
         if stored.has_ended:
             return await self._tidy(stored)
-        if stored.unread_bookkeeping and not (stored.policy.cancel or stored.policy.suspend):
+        if stored.unread_bookkeeping:
+            if not (stored.policy.cancel or stored.policy.suspend):
+                return await self._refuse_for_now(stored, messages.unreadable_status(stored.unread_bookkeeping))
             # An order to cancel or suspend is obeyed with what could be read, because it ends pods and starts none.
-            return await self._refuse_for_now(stored, messages.unreadable_status(stored.unread_bookkeeping))
+            stored = await self._observer.count_attempts(stored)
         job, invalid = _parse_spec(stored)
 
         seen = await self._observer.observe(job or stored)
+        if seen.child is None and self._has_foreign_child(stored):
+            return await self._refuse_for_now(stored, messages.unreadable_status("child.kind"))
         decision = decide(stored.status, seen)
         self._preflight_turns.observe(key, stored.status, seen, decision)
         if job is None:
             if decision.starts_pods or decision.starts_check(stored.status):
                 return await self._refuse_for_now(stored, invalid)
             return await self._carry_out(stored, seen, decision, image=None, invalid=invalid)
+        try:
+            config = self._run_config(job, decision)
+        except UserError as error:
+            return await self._refuse(job, str(error))
+        # What was refused before can be read and run now, so no pause is left of that.
+        self._backoff.forget_refusal(job.memory)
         asks = decision.starts_check(job.status) and not self._backoff.holds(job.memory)
         # The job waits for its turn before the check is recorded in the status, because the pending deadline runs from
         # the time of that record on.
         if asks and not await self._preflight_turns.has_come(key, job.now):
             decision = waits_for_turn(decision, job.status, self._preflight_turns.limit)
         image = job.status.image or job.resource.spec.pod_template.image or self._trainer_image
-        try:
-            config = self._run_config(job, decision)
-        except UserError as error:
-            return await self._refuse(job, str(error))
         return await self._carry_out(job, seen, decision, image=image, invalid=invalid, config=config)
 
     async def _carry_out(
@@ -231,6 +240,16 @@ class Reconciler:
         stored.memory.settled_version = stored.memory.resource_version
         return requeue
 
+    def _has_foreign_child(self, stored: StoredJob) -> bool:
+        """Return whether another version runs the current attempt by an object of a kind that this version can't see.
+
+        That no PyTorchJob exists then says nothing about the attempt. An order of a person is obeyed nevertheless.
+        """
+        child = stored.status.child
+        if child is None or stored.status.attempts.current is None or stored.policy.cancel or stored.policy.suspend:
+            return False
+        return child.kind not in ("", self._child_kind)
+
     # ---- around the decision: the run file, and when to reconcile again ----
 
     def _run_config(self, job: ParsedJob, decision: Decision) -> RunConfig | None:
@@ -291,6 +310,11 @@ class Reconciler:
         except RetryableError as problem:
             self._preflight_turns.forget(job.key)
             return _Acted(missing=problem.message, retry_seconds=self._backoff.seconds_left(job.memory))
+        except REQUEST_ERRORS:
+            # A webhook may answer 409 for ever. If the pod exists nevertheless, the next reconcile sees it and keeps
+            # the slot.
+            self._preflight_turns.forget(job.key)
+            raise
         return _Acted()
 
     # ---- specs that can't be run ----

@@ -10,12 +10,15 @@ import logging
 
 from finetune_core.api.conditions import ConditionType
 from finetune_core.names import attempt_name
+from finetune_operator.act.attempt_objects import AttemptObjects
 from finetune_operator.act.config_maps import delete_config_map
 from finetune_operator.act.network_policies import NetworkPolicies
 from finetune_operator.act.preflight_objects import PreflightObjects
 from finetune_operator.kube.client import KubeClient
 from finetune_operator.objects.backends.interface import Backend
-from finetune_operator.objects.observations import ChildObservation
+from finetune_operator.objects.labels import JOB_UID
+from finetune_operator.objects.observations import ChildObservation, PodObservation
+from finetune_operator.observe.ownership import orphans_of_ended
 from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.status.writer import StatusWriter
 
@@ -35,11 +38,13 @@ class SettledJobs:
         writer: StatusWriter,
         network_policies: NetworkPolicies,
         preflight_objects: PreflightObjects,
+        attempt_objects: AttemptObjects,
     ) -> None:
         """Delete ConfigMaps with ``cluster``, and each other kind of object with the argument that is named after it.
 
         ``writer`` removes a deleted child from the status.
         """
+        self._attempt_objects = attempt_objects
         self._cluster = cluster
         self._backend = backend
         self._writer = writer
@@ -58,7 +63,7 @@ class SettledJobs:
 
     async def _remove_due(self, job: StoredJob) -> tuple[float | None, bool]:
         """Remove what is due. Return in how many seconds the next is due, and whether everything was removed."""
-        ended, started = job.status.completion_time, job.status.attempts.started
+        ended, started = job.ended_at, job.status.attempts.started
         if ended is None:
             return None, False
         if not started:
@@ -76,12 +81,19 @@ class SettledJobs:
             await delete_config_map(self._cluster, job.key.namespace, name, job.uid)
             await self._network_policies.delete(job.key.namespace, name, job.uid)
         age = (job.now - ended).total_seconds()
+        orphans = await self._orphans(job) if child is None and job.status.child is not None else []
         waits = []
         if (ttl := time_to_live(job.manifest)) is not None:
             if age >= ttl:
                 await self._remove_all(job, name, child)
+                await self._attempt_objects.remove_orphans(job, orphans)
                 return None, True
             waits.append(ttl - age)
+        if running := [pod for pod in orphans if not pod.ended]:
+            if age >= SIDECAR_SECONDS:
+                await self._attempt_objects.remove_orphans(job, running)
+            else:
+                waits.append(SIDECAR_SECONDS - age)
         if child is not None and not child.finished and not child.deleting:
             if age >= SIDECAR_SECONDS:
                 await self._backend.delete(job.key.namespace, child)
@@ -89,6 +101,11 @@ class SettledJobs:
             else:
                 waits.append(SIDECAR_SECONDS - age)
         return min(waits, default=None), False
+
+    async def _orphans(self, job: StoredJob) -> list[PodObservation]:
+        """Return the pods of the last attempt whose child somebody deleted without them (`--cascade=orphan`)."""
+        pods = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
+        return orphans_of_ended(pods, job, self._backend)
 
     async def _remove_all(self, job: StoredJob, name: str, child: ChildObservation | None) -> None:
         """Remove the child object with its pods, the ConfigMap and the NetworkPolicy. The FineTuneJob stays."""

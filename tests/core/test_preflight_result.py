@@ -4,13 +4,14 @@ Another program's message is never taken for such a result.
 
 from __future__ import annotations
 
-from datetime import UTC
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_core.contract import RESULT_LIMIT_BYTES, EvaluationRecord, Outcome, Result, ScoreRecord
+from finetune_core.contract.contract_model import LARGEST_NUMBER
 from finetune_core.contract.preflight_result import (
     FINDING_LIMIT,
     Finding,
@@ -34,7 +35,7 @@ scored = EvaluationRecord(rows="Test", examples=1000, base=score, tuned=score, t
 artifacts = st.fixed_dictionaries(
     {
         "run": st.integers(1, 999_999),
-        "bytes": st.integers(0, 2**63 - 1),
+        "bytes": st.integers(0, LARGEST_NUMBER),
         "manifest_sha256": st.just("f" * 64),
         "outcome": st.sampled_from([Outcome.COMPLETED, Outcome.EARLY_STOPPED]),
     }
@@ -43,8 +44,8 @@ runs = st.fixed_dictionaries(
     {
         "run_id": st.from_regex(r"[a-zA-Z0-9][-_.a-zA-Z0-9]{0,61}[a-zA-Z0-9]", fullmatch=True),
         "uid": st.from_regex("[-A-Za-z0-9]{0,64}", fullmatch=True),
-        "time": st.datetimes(timezones=st.just(UTC)),
-        "step": st.integers(0, 2**63 - 1),
+        "time": st.datetimes(datetime(1970, 1, 1), datetime(9000, 1, 1), timezones=st.just(UTC)),
+        "step": st.integers(0, LARGEST_NUMBER),
         "artifact": st.none() | artifacts,
         "evaluation": st.sampled_from([None, scored]),
     }

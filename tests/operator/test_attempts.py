@@ -3,19 +3,28 @@ once."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from finetune_core.api.run_policy import RunPolicySpec
-from finetune_core.api.status import AttemptsStatus, PastAttempt, UsageStatus
+from finetune_core.api.status import (
+    AttemptCause,
+    AttemptsStatus,
+    FineTuneJobStatus,
+    PastAttempt,
+    PreflightStatus,
+    UsageStatus,
+)
 from finetune_core.contract import Outcome
 from finetune_operator.decide.accounting import backoff
 from finetune_operator.decide.decision import Action
+from finetune_operator.decide.state_machine import decide
 from finetune_operator.decide.states import JobState
 from finetune_operator.objects.observations import PodObservation
-from finetune_operator.observe.observation import JobObservation
+from finetune_operator.observe.observation import JobObservation, PreflightObservation
 from tests.operator.builders import CHILD_UID, NOW, advance, at, checkpoint, child, current, pod, result
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
@@ -175,3 +184,22 @@ def test_recent_attempts_are_bounded() -> None:
 
 def test_now_is_the_only_clock() -> None:
     assert advance(AttemptsStatus(), seen_no_child()).attempts.current.start_time == NOW  # type: ignore[union-attr]
+
+
+def test_pauses_that_a_leader_with_a_wrong_clock_recorded_are_not_waited_for() -> None:
+    between = AttemptsStatus(started=1, charged=1, recent=[past(1, "Charged", -100)], next_start_time=at(86400))
+    assert advance(between, seen_no_child()).action is Action.OPEN_ATTEMPT
+    cause = AttemptCause(verdict="Free", reason="PodDeleted", message="m", time=at(86400))
+    ending = running(current=current().model_copy(update={"cause": cause}))
+    assert advance(ending, seen([pod(0), pod(1)])).attempts.current is None
+
+
+@pytest.mark.parametrize("seconds", [10**9, 2**62, 2**63 - 1])
+def test_a_deadline_of_another_version_may_be_longer_than_any_time(seconds: int) -> None:
+    policy = RunPolicySpec.model_construct(pending_deadline_seconds=seconds, active_deadline_seconds=seconds)
+    waiting = running(current=current(indexes=()).model_copy(update={"admitted_time": at(-10)}))
+    step = advance(waiting, replace(seen([], policy=None), policy=policy))
+    assert step.wait_seconds == pytest.approx(seconds - 10)
+    record = PreflightStatus(start_time=at(-10))
+    check = replace(seen_no_child(), policy=policy, preflight=PreflightObservation(enabled=True))
+    assert decide(FineTuneJobStatus(preflight=record), check).action is Action.CREATE_PREFLIGHT_POD

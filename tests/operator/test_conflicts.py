@@ -17,7 +17,7 @@ import pytest
 from finetune_operator.kube.client import ApiError, KubeClient
 from tests.operator.builders import NOW, REPOSITORY, job_manifest
 from tests.operator.model import ModelServer
-from tests.operator.test_crashes import SCENARIOS, Scenario, essence, run_to_end
+from tests.operator.test_crashes import KEY, SCENARIOS, Scenario, essence, reconciler, run_to_end
 
 REASONS = ("Conflict", "", "AlreadyExists", "TooManyRequests")
 """Reasons of the 409 that answers a creation in these tests. Nothing is created with any of them. With AlreadyExists
@@ -101,3 +101,40 @@ def test_every_creation_of_the_life_of_a_job_is_among_those_that_are_answered_wi
     depends on an event."""
     known = {name for name, _ in inspect.getmembers(KubeClient, inspect.isfunction) if name.startswith("create_")}
     assert known - {"create_event", "create_endpoint_slice", "create_secret"} == set(CREATIONS)
+
+
+REFUSALS = [
+    ApiError(400, "", "no"),
+    ApiError(403, "Forbidden", "exceeded quota"),
+    ApiError(404, "NotFound", "no"),
+    ApiError(413, "", "too large"),
+    ApiError(418, "", "a webhook says no"),
+    ApiError(422, "Invalid", "no"),
+    ApiError(500, "InternalError", 'failed calling webhook "guard": connection refused'),
+]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=str)
+@pytest.mark.parametrize("creation", CREATIONS)
+async def test_whatever_object_is_refused_the_job_says_why_and_goes_on_when_it_may(
+    creation: str, error: ApiError
+) -> None:
+    server = ModelServer(job_manifest(runPolicy={"preflight": "Run" if creation == "create_pod" else "Skip"}), NOW)
+    allowed = getattr(server, creation)
+
+    async def refused(manifest: dict[str, Any]) -> dict[str, Any]:
+        raise error
+
+    setattr(server, creation, refused)
+    operator = reconciler(server)
+    for _ in range(6):
+        await operator.reconcile(KEY)
+        server.pass_time(11)
+    (accepted,) = (item for item in server.job["status"]["conditions"] if item["type"] == "Accepted")
+    assert accepted["status"] == "False"
+    assert error.message in accepted["message"]
+    setattr(server, creation, allowed)
+    for _ in range(4):
+        server.pass_time(301)
+        await operator.reconcile(KEY)
+    assert server.pods or server.checks

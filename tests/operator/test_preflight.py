@@ -108,7 +108,7 @@ def test_a_try_is_judged_by_its_findings_alone(ended: PodObservation, verdict: s
 
 def running_for(seconds: float, number: int = 1, **changes: Any) -> PodObservation:
     container = ContainerObservation(state=ContainerState.RUNNING, started_at=at(-seconds))
-    return pod(number, container=container, **changes)
+    return pod(number, container=container, **({"created_at": at(-seconds)} | changes))
 
 
 def killed_for_memory(number: int) -> PodObservation:
@@ -120,6 +120,21 @@ def past_its_deadline(number: int) -> PodObservation:
     ended = pod(number, exit_code=137, reason="Error", reason_="DeadlineExceeded")
     assert ended.container is not None
     return replace(ended, container=replace(ended.container, started_at=at(-1700)))
+
+
+def test_a_node_whose_clock_is_behind_ends_no_check() -> None:
+    record = PreflightStatus(start_time=at(-20))
+    given = seen(running_for(3600, created_at=at(-20)))
+    decision = check(record, given)
+    assert (decision.preflight, decision.action) == (record, Action.NONE)
+
+
+def test_a_pause_that_a_leader_with_a_wrong_clock_recorded_is_not_waited_for() -> None:
+    record = PreflightStatus(start_time=at(-20), tries=1, verdict="Waiting", message="m")
+    waits = check(record.model_copy(update={"next_try_time": at(300)}), seen())
+    assert (waits.action, waits.wait_seconds) == (Action.NONE, 300)
+    tries = check(record.model_copy(update={"next_try_time": at(86400)}), seen())
+    assert tries.action is Action.CREATE_PREFLIGHT_POD
 
 
 ABORTED = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import random
 from typing import Any
 
@@ -217,3 +219,35 @@ async def test_a_namespace_that_may_not_be_listed_holds_back_no_other() -> None:
     fleet.list_pods = refused  # type: ignore[method-assign]
     await fleet.reconcile_all(fleet.operator(2, namespaces=("gone", "a", "b")))
     assert fleet.checks == ["a", "b"]
+
+
+@pytest.mark.parametrize("owner", ["A", "a.b", "../x", "x" * 200, "a\n", ""])
+async def test_a_pod_whose_owner_can_be_no_job_holds_back_no_check(owner: str) -> None:
+    fleet = Fleet("ab")
+    await fleet.reconcile_all(fleet.operator(1), times=3)
+    foreign = copy.deepcopy(fleet.servers["a"].checks[0])
+    foreign["metadata"]["ownerReferences"][0] |= {"name": owner, "uid": "foreign"}
+    fleet.servers["a"].checks = []
+
+    async def listed(namespace: str | None, selector: str) -> list[Manifest]:
+        return [foreign, *await Fleet.list_pods(fleet, namespace, selector)]
+
+    fleet.list_pods = listed  # type: ignore[method-assign]
+    await fleet.reconcile_all(fleet.operator(2))
+    assert fleet.checks == ["a", "b"]
+
+
+@pytest.mark.parametrize("error", [ApiError(409, "Conflict", "quota"), ApiError(500, "InternalError", "etcd")])
+async def test_a_job_whose_pod_can_never_be_created_keeps_no_slot(error: ApiError) -> None:
+    fleet = Fleet("ab")
+    operator = fleet.operator(1)
+
+    async def fails(manifest: Manifest) -> Manifest:
+        raise error
+
+    fleet.servers["a"].create_pod = fails  # type: ignore[method-assign]
+    for _ in range(5):
+        for key in fleet.keys:
+            with contextlib.suppress(ApiError):
+                await operator.reconcile(key)
+    assert fleet.checks == ["b"]

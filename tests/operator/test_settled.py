@@ -115,3 +115,58 @@ async def _reconcile_until(server: ModelServer, reached: Callable[[], bool]) -> 
 )
 def test_the_ttl_is_read_from_a_spec_that_need_not_be_readable(raw: dict[str, object], seconds: int | None) -> None:
     assert time_to_live(raw) == seconds
+
+
+async def _ended_with_an_orphan(**policy: object) -> ModelServer:
+    """Return a server whose job has ended because of one pod, after somebody had deleted the child without its pods."""
+    server = ModelServer(job_manifest(runPolicy=policy), NOW)
+    for _ in range(4):
+        await reconciler(server).reconcile(KEY)
+        server.pass_time(1)
+    assert server.orphan_pods()
+    container = server.pods[0]["status"]["containerStatuses"][0]
+    container["state"] = {"terminated": {"exitCode": 64, "finishedAt": server.now.isoformat()}}
+    for _ in range(3):
+        await reconciler(server).reconcile(KEY)
+    assert server.job["status"]["completionTime"]
+    return server
+
+
+async def test_an_orphaned_pod_that_outlives_its_job_is_removed_after_a_minute() -> None:
+    server = await _ended_with_an_orphan()
+    await _pass(server, 50)
+    assert len(server.pods) == 2
+    await _pass(server, 20)
+    assert [pod["metadata"]["labels"]["training.kubeflow.org/replica-index"] for pod in server.pods] == ["0"]
+    await _pass(server, 600)
+    assert len(server.pods) == 1, "the pod that has ended stays for its log"
+
+
+async def test_after_the_ttl_orphaned_pods_are_removed_too_but_not_those_of_others() -> None:
+    server = await _ended_with_an_orphan(ttlSecondsAfterFinished=30)
+    copied, younger, adopted = (copy.deepcopy(server.pods[0]) for _ in range(3))
+    copied["metadata"] |= {"name": "debug", "uid": "copied"}
+    younger["metadata"] |= {"uid": "younger", "creationTimestamp": "2030-01-01T00:00:00Z"}
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "x", "uid": "x", "controller": True}
+    adopted["metadata"] |= {"uid": "adopted", "ownerReferences": [owner]}
+    server.pods += [copied, younger, adopted]
+    await _pass(server, 40)
+    assert [pod["metadata"]["uid"] for pod in server.pods] == ["copied", "younger", "adopted"]
+
+
+async def _pass(server: ModelServer, seconds: int) -> None:
+    operator = reconciler(server)
+    for _ in range(seconds // 10):
+        server.pass_time(10)
+        await operator.reconcile(KEY)
+
+
+@pytest.mark.parametrize("unreadable", [{"seconds": 5}, ["novel"], "novel"])
+async def test_an_ended_job_whose_time_of_completion_can_not_be_read_is_cleaned_up(unreadable: object) -> None:
+    server = await ended(ttlSecondsAfterFinished=600)
+    server.job["status"]["completionTime"] = unreadable
+    await _pass(server, 590)
+    assert len(server.children) == 1
+    await _pass(server, 30)
+    assert (server.children, server.config_maps, server.pods) == ({}, {}, [])
+    assert server.job["status"]["completionTime"] == unreadable

@@ -154,3 +154,12 @@ def test_usage_never_goes_back_and_never_exceeds_the_time_that_passed(seed: int)
     held = sum(end - start + 4 * 120 for start, end in lives)
     assert usage.gpu_seconds <= 2 * held
     assert usage.active_seconds <= times[-1] + 2 * 120
+
+
+def test_a_start_by_a_clock_that_is_behind_is_no_earlier_than_the_pod() -> None:
+    """The status was not written for hours, because a queue held the job, so nothing else bounds the start."""
+    waited = usage_until(at(0), None, [], gpus=8)
+    late = holding(0, scheduled=7200, started=3600, created_at=at(7190))
+    assert usage_until(at(7260), waited, [late], gpus=8).active_seconds == 60
+    unbound = holding(0, scheduled=None, started=3600, created_at=at(7190))
+    assert usage_until(at(7260), waited, [unbound], gpus=8).active_seconds == 70

@@ -290,7 +290,44 @@ async def test_any_single_value_of_another_shape_costs_no_other_part_of_the_stat
         for _ in range(12):
             await operator.reconcile(KEY)
         assert server.job["status"]["completionTime"], path
+        assert (server.pods, server.children) == ([], {}), path
         server.pods, server.children, server.config_maps = copy.deepcopy(before)
+
+
+@pytest.mark.parametrize("order", ["cancel", "suspend"])
+@pytest.mark.parametrize(
+    "unreadable",
+    [
+        {"attempts": ["novel"]},
+        {"attempts": "novel", "child": "novel"},
+        {"attempts": {"started": "1", "current": {"number": "1"}}, "child": ["novel"]},
+        {"attempts": {"current": "novel"}},
+    ],
+)
+async def test_an_order_ends_the_pods_of_an_attempt_that_the_status_does_not_tell(
+    order: str, unreadable: dict[str, Json]
+) -> None:
+    server = await a_running_job()
+    put(server, server.job["status"] | unreadable)
+    await pass_minutes(server, 1)
+    assert (len(server.pods), len(server.created)) == (2, 1)
+    server.set_policy(**{order: True})
+    await pass_minutes(server, 3)
+    assert (server.pods, server.children, server.config_maps, len(server.created)) == ([], {}, {}, 1)
+    assert states(server)["Succeeded"][1] == ("Cancelled" if order == "cancel" else "Suspended")
+
+
+async def test_an_order_ends_a_check_that_the_status_does_not_tell() -> None:
+    server = ModelServer(job_manifest(runPolicy={"preflight": "Run"}), NOW)
+    for _ in range(3):
+        await reconciler(server).reconcile(KEY)
+    assert server.checks
+    put(server, server.job["status"] | {"preflight": "novel"})
+    await pass_minutes(server, 1)
+    server.set_policy(cancel=True)
+    await pass_minutes(server, 1)
+    assert states(server)["Succeeded"] == ("False", "Cancelled")
+    assert server.checks == []
 
 
 async def test_a_settled_job_with_the_status_of_another_version_stays_settled() -> None:
@@ -433,3 +470,41 @@ def test_run_policy_is_read_field_by_field() -> None:
     policy, unread = read_section(RunPolicySpec, stored, NOW)
     assert (policy.cancel, policy.max_retries, policy.preflight, policy.queue_name) == (True, 1000, "Later", None)
     assert unread == ["queueName"]
+
+
+@pytest.mark.parametrize("preflight", ["Run", "Skip"])
+async def test_a_spec_that_is_corrected_waits_for_no_pause_and_keeps_no_old_sentence(preflight: str) -> None:
+    server, memory = ModelServer(job_manifest(runPolicy={"preflight": preflight}), NOW), Memory()
+    operator = reconciler(server, memory=memory)
+    server.job["spec"]["novel"] = True
+    for _ in range(10):
+        await operator.reconcile(KEY)
+        server.pass_time(301)
+    assert states(server)["Accepted"] == ("False", "BadInput")
+    del server.job["spec"]["novel"]
+    server.set_policy(maxRetries=5)
+    for _ in range(4):
+        await operator.reconcile(KEY)
+        server.pass_time(1)
+    assert server.checks or server.pods
+    assert not any("novel" in item["message"] for item in server.job["status"]["conditions"])
+
+
+async def test_an_attempt_that_another_version_runs_by_another_kind_of_object_is_not_repeated() -> None:
+    server = await a_running_job()
+    status = copy.deepcopy(server.job["status"])
+    status["child"] |= {"kind": "JobSet", "uid": "jobset"}
+    put(server, status)
+    (name,) = server.children
+    server.children = {}
+    for pod in server.pods:
+        owner = {"apiVersion": "batch/v1", "kind": "Job", "name": f"{name}-0", "uid": "j", "controller": True}
+        pod["metadata"]["ownerReferences"] = [owner]
+    await pass_minutes(server, 10)
+    assert server.created == [name]
+    assert len(server.pods) == 2
+    assert server.job["status"]["attempts"]["current"]["number"] == 1
+    assert states(server)["Accepted"] == ("False", "BadInput")
+    server.set_policy(cancel=True)
+    await pass_minutes(server, 1)
+    assert states(server)["Succeeded"] == ("False", "Cancelled")

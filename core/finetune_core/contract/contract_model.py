@@ -6,15 +6,34 @@ its own, and the operator counts a report of another version as malformed. No me
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from datetime import UTC, datetime
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 CONTRACT_VERSION: Literal[1] = 1
 RESULT_LIMIT_BYTES = 1024
 """Most bytes of a termination message. The limit is small because the kubelet shares 12 KiB among all containers of a
 pod."""
+
+LARGEST_NUMBER: Final = 10**15
+"""Largest count of steps, bytes or seconds in a message. A pod chooses the numbers in its messages, and a number that
+the API server can't store would keep the whole status from being written."""
+Count = Annotated[int, Field(ge=0, le=LARGEST_NUMBER)]
+PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
+_EARLIEST, _LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
+
+
+def _within_range(time: datetime) -> datetime:
+    if not _EARLIEST <= time <= _LATEST:
+        raise ValueError("must be a time between the years 1970 and 9000")
+    return time
+
+
+Time = Annotated[AwareDatetime, AfterValidator(_within_range)]
+"""A time with a time zone, as the API server requires it. It is so far from the limits of datetime that another time
+zone or an added duration exceeds none of them."""
 
 
 class ContractModel(BaseModel):

@@ -8,14 +8,13 @@ solved without a change of the job, for example a missing Secret, refused creden
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from finetune_core.api.storage import RunId
-from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, TerminationMessage
+from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, Count, TerminationMessage, Time
 from finetune_core.contract.records import EvaluationRecord
 from finetune_core.contract.result import ExitCode, Outcome
 from finetune_core.contract.training import Sha256
@@ -50,7 +49,7 @@ class FoundArtifact(ContractModel):
     the operator makes the address from the spec, because an address from the bucket is not trusted."""
 
     run: Annotated[int, Field(ge=1, lt=1_000_000)]
-    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    bytes: Count
     manifest_sha256: Sha256
     outcome: Literal[Outcome.COMPLETED, Outcome.EARLY_STOPPED]
 
@@ -62,9 +61,9 @@ class FoundRun(ContractModel):
     """Name of the folder in the bucket that holds the runs: `storage.runId`, or the uid of a job."""
     uid: Annotated[str, Field(max_length=64, pattern="^[-A-Za-z0-9]*$")] = ""
     """uid of the job that last wrote to the folder. Empty if no record in the folder names a job."""
-    time: datetime
+    time: Time
     """Time at which the first run in the folder began, by the clock of the object store."""
-    step: Annotated[int, Field(ge=0, lt=2**63)]
+    step: Count
     """Optimizer step of the artifact or, without an artifact, of the newest checkpoint."""
     artifact: FoundArtifact | None = None
     """The committed artifact. None where no run in the folder is finished, so that the job resumes from the checkpoint

@@ -3,28 +3,27 @@ curves."""
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated
 
 from pydantic import Field
 
 from finetune_core.api.evaluation import ScoredRows
 from finetune_core.api.training import StabilityAction
-from finetune_core.contract.contract_model import ContractModel
+from finetune_core.contract.contract_model import ContractModel, Count, PositiveCount, Time
 from finetune_core.tasks import SCORE_LIMIT, ScoreName
 
 
 class CheckpointRecord(ContractModel):
     """A committed checkpoint."""
 
-    run: Annotated[int, Field(ge=1)]
-    step: Annotated[int, Field(ge=0)]
+    run: PositiveCount
+    step: Count
     uri: Annotated[str, Field(max_length=1024)]
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Count
     manifest_sha256: Annotated[str, Field(max_length=64)]
     perplexity: float | None = None
     task_score: float | None = None
-    time: datetime
+    time: Time
     damaged: Annotated[str, Field(max_length=256)] = ""
     """Name of a damaged object of the checkpoint, and how the object differs from the manifest. The trainer finds
     damage when it tries to resume from the checkpoint. Empty where no damage is known."""
@@ -33,16 +32,16 @@ class CheckpointRecord(ContractModel):
 class CheckpointName(ContractModel):
     """The name of a checkpoint: the number of the run that wrote it, and its optimizer step."""
 
-    run: Annotated[int, Field(ge=1)]
-    step: Annotated[int, Field(ge=0)]
+    run: PositiveCount
+    step: Count
 
 
 class ArtifactRecord(ContractModel):
     """The committed artifact of a job."""
 
     uri: Annotated[str, Field(max_length=512)]
-    step: Annotated[int, Field(ge=0)]
-    bytes: Annotated[int, Field(ge=0)]
+    step: Count
+    bytes: Count
     manifest_sha256: Annotated[str, Field(max_length=64)]
 
 
@@ -63,7 +62,7 @@ class ScoreRecord(ContractModel):
     this score, the mean is the share of right answers. None where no answers were graded."""
     scores: Annotated[dict[ScoreName, float], Field(max_length=SCORE_LIMIT)] = {}
     """For each score of the task, by name, its mean over the graded answers, for example ``{"exact": 0.9}``."""
-    graded: Annotated[int, Field(ge=0)] = 0
+    graded: Count = 0
     """Number of graded answers. An answer is left out where the row has no reference answer that can be used."""
 
     def rounded(self) -> ScoreRecord:
@@ -80,12 +79,12 @@ class EvaluationRecord(ContractModel):
     """Scores of the base model and of the tuned model on the same rows."""
 
     rows: ScoredRows
-    examples: Annotated[int, Field(ge=0)]
+    examples: Count
     """Number of rows in the evaluation set. `base.graded` and `tuned.graded` are the numbers of graded answers, which
     may be smaller."""
     base: ScoreRecord | None = None
     tuned: ScoreRecord | None = None
-    tuned_step: Annotated[int, Field(ge=0)] | None = None
+    tuned_step: Count | None = None
     """Optimizer step of the exported checkpoint, whose scores `tuned` holds."""
 
     def rounded(self) -> EvaluationRecord:
@@ -98,7 +97,7 @@ class EvaluationRecord(ContractModel):
 class Incident(ContractModel):
     """A step whose loss or gradient norm was not finite or far too high, and what the trainer did."""
 
-    step: Annotated[int, Field(ge=0)]
+    step: Count
     """Optimizer step at which the stability monitor noticed the incident."""
     kind: Annotated[str, Field(max_length=32)]
     """Kind of the incident, for example NonFiniteLoss, NonFiniteGradient or LossSpike."""
@@ -113,6 +112,6 @@ class Incident(ContractModel):
 class CurvePoint(ContractModel):
     """Training loss and validation perplexity at one optimizer step, for the curves in the status."""
 
-    step: Annotated[int, Field(ge=0)]
+    step: Count
     loss: float | None = None
     perplexity: float | None = None

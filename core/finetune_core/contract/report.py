@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from finetune_core.api.status import CHECKPOINT_LIMIT, HISTORY_LIMIT, INCIDENT_LIMIT, METRIC_LIMIT, NOTICE_LIMIT
-from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel
+from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, Count, PositiveCount
 from finetune_core.contract.records import CheckpointName, CheckpointRecord, CurvePoint, EvaluationRecord, Incident
 from finetune_core.contract.result import Result
 
@@ -39,17 +39,17 @@ class Report(ContractModel):
     report makes up for one that was lost."""
 
     version: Literal[1] = CONTRACT_VERSION
-    run: Annotated[int, Field(ge=0)]
+    run: Count
     """Number of the run. 0 until the trainer has taken a run number in the bucket."""
     pod_uid: Annotated[str, Field(max_length=64)]
     phase: Phase
-    ranks: Annotated[int, Field(ge=1)]
+    ranks: PositiveCount
     """Number of ranks that have joined the process group. It is always the world size, because rank 0 sends its first
     report only after all ranks have joined."""
-    step: Annotated[int, Field(ge=0)]
-    total_steps: Annotated[int, Field(ge=0)]
+    step: Count
+    total_steps: Count
     epoch: Annotated[float, Field(ge=0)]
-    eta_seconds: Annotated[int, Field(ge=0)] | None = None
+    eta_seconds: Count | None = None
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
     """Recent training speed: tokens of prompts and completions (without padding) per second, summed over all ranks."""
     mfu: Annotated[float, Field(ge=0)] | None = None
@@ -57,14 +57,14 @@ class Report(ContractModel):
     metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=METRIC_LIMIT)]
     """Newest value of each metric: loss, perplexity, learningRate, gradientNorm, and further metrics that the trainer's
     `reporting/progress.py` adds."""
-    resumed_from_step: Annotated[int, Field(ge=0)] = 0
+    resumed_from_step: Count = 0
     """Last optimizer step that this run takes over from earlier runs; 0 for a new training. The operator drops the
     earlier runs' points after this step from the curves, because this run computes those steps again."""
     history: Annotated[list[CurvePoint], Field(max_length=HISTORY_LIMIT)]
     checkpoints: Annotated[list[CheckpointRecord], Field(max_length=CHECKPOINT_LIMIT)]
     """The committed checkpoints in the bucket, oldest first. Where there are too many for a report, or their addresses
     too long, only the newest ones."""
-    checkpoint_age_seconds: Annotated[int, Field(ge=0)] | None = None
+    checkpoint_age_seconds: Count | None = None
     """Seconds since the newest commit of a checkpoint of this run. Before the first commit, seconds since the trainer
     prepared to save checkpoints, which it does before the first step. A lost pod would cost the training of this time,
     and also what was trained while the newest checkpoint was uploaded."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum, StrEnum
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from finetune_core.contract.contract_model import CONTRACT_VERSION, RESULT_LIMIT_BYTES, TerminationMessage
+from finetune_core.contract.contract_model import CONTRACT_VERSION, RESULT_LIMIT_BYTES, Count, TerminationMessage
 from finetune_core.contract.records import ArtifactRecord, EvaluationRecord
 
 
@@ -61,7 +59,7 @@ class Result(TerminationMessage):
     version: Literal[1] = CONTRACT_VERSION
     outcome: Outcome
     message: str = ""
-    step: Annotated[int, Field(ge=0)] = 0
+    step: Count = 0
     checkpoint: str | None = None
     artifact: ArtifactRecord | None = None
     evaluation: EvaluationRecord | None = None

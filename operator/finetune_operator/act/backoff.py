@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from finetune_core.api.conditions import Reason
 from finetune_operator.queue.memory import JobMemory
 from finetune_operator.queue.retryable import FIRST_RETRY_SECONDS, RetryableError
 from finetune_operator.queue.work_queue import backoff_seconds
@@ -28,6 +29,14 @@ class CreationBackoff:
     def reset(self, memory: JobMemory) -> None:
         """Forget the problem, because a creation succeeded or another attempt begins."""
         memory.problem, memory.failures = None, 0
+
+    def forget_refusal(self, memory: JobMemory) -> None:
+        """Forget a problem that lay in the job itself, because the job can be read and run now.
+
+        A person may have corrected it, and must not wait for the back-off of what is corrected.
+        """
+        if memory.problem is not None and memory.problem.reason is Reason.BAD_INPUT:
+            self.reset(memory)
 
     def holds(self, memory: JobMemory) -> bool:
         """Return whether the back-off still lasts, so that nothing is to be created yet."""

@@ -7,17 +7,12 @@ ConfigMap, and delete it with them. `settled.py` calls `delete_config_map` after
 
 from __future__ import annotations
 
-from http import HTTPStatus
-from typing import Final
-
 from finetune_core.api.conditions import Reason
 from finetune_operator import messages
 from finetune_operator.kube.client import ApiError, KubeClient, going_away
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.observations import controller_uid
 from finetune_operator.queue.retryable import RetryableError
-
-_REFUSALS: Final = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.FORBIDDEN, HTTPStatus.UNPROCESSABLE_ENTITY})
 
 
 async def create_config_map(client: KubeClient, manifest: Manifest) -> None:
@@ -32,7 +27,7 @@ async def create_config_map(client: KubeClient, manifest: Manifest) -> None:
         await client.create_config_map(manifest)
     except ApiError as error:
         if not error.is_name_taken:
-            if error.status in _REFUSALS:
+            if error.is_refusal:
                 message = messages.backend_refused("ConfigMap", metadata["name"], error.message)
                 raise RetryableError(Reason.BACKEND_UNAVAILABLE, message) from error
             raise

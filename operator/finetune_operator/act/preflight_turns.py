@@ -80,9 +80,11 @@ class PreflightTurns:
             logger.warning("the preflight pods in %s could not be counted: %s", namespace, error)
             return
         for manifest in pods:
-            pod, name = parse_preflight_pod(manifest), controller_name(manifest, KIND)
-            if pod is not None and name and uses_slot(pod, now):
-                self._slots.occupy(Key(manifest["metadata"]["namespace"], name))
+            # Anybody may create a pod with these labels, and with an owner that can be no job.
+            key = Key.parse(manifest["metadata"]["namespace"], controller_name(manifest, KIND))
+            pod = parse_preflight_pod(manifest)
+            if pod is not None and key is not None and uses_slot(pod, now):
+                self._slots.occupy(key)
 
 
 def uses_slot(pod: PodObservation, now: datetime) -> bool:

@@ -12,8 +12,8 @@ from datetime import datetime, timedelta
 from finetune_core.api.conditions import Reason
 from finetune_core.api.status import ATTEMPT_LIMIT, AttemptCause, AttemptsStatus, CurrentAttempt, PodRecord
 from finetune_operator import messages
-from finetune_operator.decide.accounting import backoff, cause_of, close
-from finetune_operator.decide.deadlines import is_active_deadline_over, seconds_to_deadline
+from finetune_operator.decide.accounting import LONGEST_BACKOFF_SECONDS, backoff, cause_of, close
+from finetune_operator.decide.deadlines import is_active_deadline_over, seconds_of_pause, seconds_to_deadline
 from finetune_operator.decide.decision import Action, Decision, JobEnd
 from finetune_operator.decide.evidence import Evidence
 from finetune_operator.decide.rules import judge
@@ -79,8 +79,7 @@ def between_attempts(attempts: AttemptsStatus, seen: JobObservation) -> Decision
         return Decision(state=JobState.FAILED, attempts=attempts, end=end)
     if seen.policy.suspend:
         return Decision(state=JobState.SUSPENDED, attempts=attempts)
-    if attempts.next_start_time is not None and attempts.next_start_time > seen.now:
-        left = (attempts.next_start_time - seen.now).total_seconds()
+    if (left := seconds_of_pause(attempts.next_start_time, seen.now, LONGEST_BACKOFF_SECONDS)) > 0:
         return Decision(state=JobState.BACKING_OFF, attempts=attempts, wait_seconds=left)
     return _open_next(attempts, seen)
 
@@ -240,7 +239,7 @@ def _ending(
     because no later evidence can replace that cause.
     """
     permanent = cause.verdict == Verdict.PERMANENT
-    left = (cause.time + LEAVE_TOGETHER - seen.now).total_seconds()
+    left = seconds_of_pause(cause.time + LEAVE_TOGETHER, seen.now, LEAVE_TOGETHER.total_seconds())
     if not permanent and left > 0 and not all(pod.ended for pod in pods):
         return Decision(state=JobState.ENDING, attempts=attempts, wait_seconds=left)
     closed = close(attempts, current, cause, seen.checkpoints, seen.now)

@@ -1,14 +1,18 @@
-"""The two deadlines of `runPolicy`: how long pods may run in total, and how long an attempt may wait for its pods.
+"""The two deadlines of `runPolicy`: how long pods may run in total, and how long an attempt may wait for its pods; and
+the pauses that the status records.
 
 Pure functions. `rules.py` asks whether a deadline is over. `attempts.py` asks in how many seconds the next one is over.
 """
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import CurrentAttempt
+
+CLOCK_DIFFERENCE_SECONDS = 60.0
+"""For so many seconds the clocks of two leaders may differ, one after the other, without anything being noticed."""
 
 
 def is_active_deadline_over(policy: RunPolicySpec, active_seconds: int) -> bool:
@@ -16,15 +20,33 @@ def is_active_deadline_over(policy: RunPolicySpec, active_seconds: int) -> bool:
     return policy.active_deadline_seconds is not None and active_seconds >= policy.active_deadline_seconds
 
 
-def pending_deadline(policy: RunPolicySpec, current: CurrentAttempt) -> datetime | None:
-    """Return the time by which all pods of the attempt must run.
+def seconds_to_pending_deadline(policy: RunPolicySpec, current: CurrentAttempt, now: datetime) -> float | None:
+    """Return in how many seconds all pods of the attempt must run; 0 or less where that time is over.
 
     None where all pods have already run, while a queue or a person has suspended the child object, and where
     `runPolicy.pendingDeadlineSeconds` is absent.
     """
-    if policy.pending_deadline_seconds is None or current.running_time is not None or current.admitted_time is None:
+    if current.running_time is not None or current.admitted_time is None:
         return None
-    return current.admitted_time + timedelta(seconds=policy.pending_deadline_seconds)
+    return seconds_left(policy, since=current.admitted_time, now=now)
+
+
+def seconds_left(policy: RunPolicySpec, *, since: datetime, now: datetime) -> float | None:
+    """Return how many seconds of `runPolicy.pendingDeadlineSeconds` are left; None where the field is absent.
+
+    Seconds are added and not times, because another version may allow more seconds than a time can be moved by.
+    """
+    limit = policy.pending_deadline_seconds
+    return None if limit is None else limit - (now - since).total_seconds()
+
+
+def seconds_of_pause(until: datetime | None, now: datetime, longest: float) -> float:
+    """Return for how many seconds a recorded pause still lasts, of which none is longer than ``longest`` seconds.
+
+    0 where it is over, and where it would last much longer than that: the leader that recorded it had a wrong clock.
+    """
+    left = 0.0 if until is None else (until - now).total_seconds()
+    return left if 0 < left <= longest + CLOCK_DIFFERENCE_SECONDS else 0.0
 
 
 def seconds_to_deadline(
@@ -34,6 +56,6 @@ def seconds_to_deadline(
     waits = []
     if policy.active_deadline_seconds is not None and any_pod_runs:
         waits.append(float(policy.active_deadline_seconds - active_seconds))
-    if (deadline := pending_deadline(policy, current)) is not None:
-        waits.append((deadline - now).total_seconds())
+    if (left := seconds_to_pending_deadline(policy, current, now)) is not None:
+        waits.append(left)
     return max(0.0, min(waits)) if waits else None

@@ -16,6 +16,7 @@ from finetune_core.api.status import AttemptsStatus, FineTuneJobStatus, Prefligh
 from finetune_core.contract import ExitCode
 from finetune_core.contract.preflight_result import PREFLIGHT_COMMAND, PREFLIGHT_SECONDS, FoundRun, PreflightResult
 from finetune_operator import messages
+from finetune_operator.decide.deadlines import seconds_left, seconds_of_pause
 from finetune_operator.decide.decision import Action, Decision, JobEnd
 from finetune_operator.decide.former_run import end_with_artifact, taken_over
 from finetune_operator.decide.states import JobState
@@ -24,7 +25,7 @@ from finetune_operator.objects.observations import POD_DEADLINE, ContainerState,
 from finetune_operator.observe.observation import JobObservation
 from finetune_operator.observe.waiting import why_pod_waits
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, FIRST_RETRY_SECONDS
-from finetune_operator.queue.work_queue import backoff_seconds
+from finetune_operator.queue.work_queue import MAX_DELAY_SECONDS, backoff_seconds
 
 RUN_SECONDS = PREFLIGHT_SECONDS + 120
 """Seconds for which the container of a try may run. The program of the trainer image ends by itself after
@@ -91,7 +92,7 @@ def _during_try(
                 return Decision(state=JobState.SUCCEEDED, attempts=attempts, preflight=recorded, end=end)
         return _checking(attempts, recorded, missing=_missing(recorded), wait_seconds=None)
     missing = seen.preflight.problem or (_why_stuck(pod, seen) if pod else "") or _missing(record)
-    left = _seconds_to_deadline(record, seen)
+    left = seconds_left(seen.policy, since=record.start_time, now=seen.now)
     if left is not None and left <= 0:
         if alive:
             return _removing(attempts, record, alive, missing=missing)
@@ -100,8 +101,7 @@ def _during_try(
     if pod is not None:
         wait = EVENTS_EVERY_SECONDS if _had_time_to_start(pod, seen.now) else EVENTS_AFTER_SECONDS
         return _checking(attempts, record, missing=missing, wait_seconds=_least(left, wait))
-    if record.next_try_time is not None and record.next_try_time > seen.now:
-        pause = (record.next_try_time - seen.now).total_seconds()
+    if (pause := seconds_of_pause(record.next_try_time, seen.now, MAX_DELAY_SECONDS)) > 0:
         return _checking(attempts, record, missing=missing, wait_seconds=_least(left, pause))
     return _checking(attempts, record, action=Action.CREATE_PREFLIGHT_POD, missing=missing, wait_seconds=left)
 
@@ -225,13 +225,17 @@ def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
 
 
 def _ran_on(pod: PodObservation, now: datetime) -> bool:
-    """Return whether the container ran far longer than the check takes: RUN_SECONDS, or until the pod's deadline."""
+    """Return whether the container ran far longer than the check takes: RUN_SECONDS, or until the pod's deadline.
+
+    A start before the pod was bound to its node comes from a node whose clock is behind.
+    """
     container = pod.container
     if container is None or container.started_at is None or container.never_ran:
         return False
     if pod.reason == POD_DEADLINE:
         return True
-    return pod.running and (now - container.started_at).total_seconds() >= RUN_SECONDS
+    started = max(container.started_at, pod.scheduled_at or pod.created_at)
+    return pod.running and (now - started).total_seconds() >= RUN_SECONDS
 
 
 def _waiting(message: str) -> _Outcome:
@@ -252,14 +256,6 @@ def _why_stuck(pod: PodObservation, seen: JobObservation) -> str:
 
 def _had_time_to_start(pod: PodObservation, now: datetime) -> bool:
     return (now - pod.created_at).total_seconds() >= EVENTS_AFTER_SECONDS
-
-
-def _seconds_to_deadline(record: PreflightStatus, seen: JobObservation) -> float | None:
-    """Return how many seconds of `runPolicy.pendingDeadlineSeconds` are left; None where the field is absent."""
-    limit = seen.policy.pending_deadline_seconds
-    if limit is None:
-        return None
-    return (record.start_time + timedelta(seconds=limit) - seen.now).total_seconds()
 
 
 def _least(limit: float | None, seconds: float) -> float:

@@ -15,7 +15,7 @@ from finetune_core.api.attempt_causes import Cause
 from finetune_core.api.conditions import Reason
 from finetune_core.contract import ExitCode, Outcome
 from finetune_operator import messages
-from finetune_operator.decide.deadlines import is_active_deadline_over, pending_deadline
+from finetune_operator.decide.deadlines import is_active_deadline_over, seconds_to_pending_deadline
 from finetune_operator.decide.evidence import Disturbance, Evidence
 from finetune_operator.decide.verdict import GoesOn, Ruling, Verdict
 from finetune_operator.objects.observations import PodObservation
@@ -60,8 +60,8 @@ def active_deadline_over(evidence: Evidence) -> Ruling | None:
 
 def pending_deadline_over(evidence: Evidence) -> Ruling | None:
     """Return the verdict Permanent where not all pods ran within `runPolicy.pendingDeadlineSeconds`."""
-    deadline = pending_deadline(evidence.policy, evidence.current)
-    if deadline is None or deadline > evidence.now:
+    left = seconds_to_pending_deadline(evidence.policy, evidence.current, evidence.now)
+    if left is None or left > 0:
         return None
     message = messages.pending_deadline(evidence.policy.pending_deadline_seconds or 0, evidence.waiting_for)
     return _ordered(Verdict.PERMANENT, Reason.DEADLINE_EXCEEDED, message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from finetune_core.api.conditions import ConditionType
+from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.layout import runs_folder_of
 from finetune_core.names import attempt_name
 from finetune_operator.kube.client import KubeClient
@@ -18,7 +18,7 @@ from finetune_operator.objects.backends.interface import Backend
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
 from finetune_operator.objects.observations import ChildObservation, PodObservation
 from finetune_operator.observe.observation import JobObservation, PreflightObservation
-from finetune_operator.observe.ownership import pods_of_attempts, preflight_pods
+from finetune_operator.observe.ownership import newest_attempt, pods_of_attempts, preflight_pods
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.observe.usage import usage_until
 from finetune_operator.observe.waiting import why_attempt_waits
@@ -88,6 +88,16 @@ class Observer:
             preflight=preflight,
         )
 
+    async def count_attempts(self, job: StoredJob) -> StoredJob:
+        """Return ``job`` with the number of its newest attempt as its objects show it, where the status shows less.
+
+        Used where the attempts in the status can't be read and an order is to be obeyed: it ends the pods that exist.
+        """
+        pods = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
+        started = max(job.status.attempts.started, newest_attempt(pods, job, self._backend))
+        attempts = job.status.attempts.model_copy(update={"started": started})
+        return replace(job, status=job.status.model_copy(update={"attempts": attempts}))
+
     async def _list_pods(self, job: StoredJob) -> list[Manifest]:
         """Return all pods with the uid of the job as a label; none where the job has had no attempt."""
         if not job.status.attempts.started:
@@ -104,12 +114,16 @@ class Observer:
     async def _preflight(self, job: StoredJob) -> PreflightObservation:
         """Return what exists of the preflight check, and read warning events about the pod of the current try."""
         record, policy, pods = job.status.preflight, job.policy, []
-        if record is not None:  # the record is written before the first pod is created, so without it no pod exists
+        # The record is written before the first pod is created, so no pod exists without a record. It may be there and
+        # not be readable.
+        if record is not None or job.unread_bookkeeping:
             manifests = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
             pods = preflight_pods(manifests, job)
         current = next((pod for pod in pods if record is not None and pod.index == record.tries + 1), None)
         await self._warnings.read_for_pod(job, current)
         problem = job.memory.problem
+        if problem is not None and problem.reason is Reason.BAD_INPUT:
+            problem = None  # it lay in the spec or in the status, and this reconcile can read both
         return PreflightObservation(
             enabled=policy.preflight == "Run" or (policy.preflight is None and self._preflight_by_default),
             pods=pods,

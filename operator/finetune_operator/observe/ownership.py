@@ -46,6 +46,39 @@ def preflight_pods(manifests: Iterable[Manifest], job: StoredJob) -> list[PodObs
     return [pod for manifest in own if (pod := parse_preflight_pod(manifest)) is not None]
 
 
+def orphans_of_ended(manifests: Iterable[Manifest], job: StoredJob, backend: Backend) -> list[PodObservation]:
+    """Return the pods in ``manifests`` that the last attempt of ``job``, which has ended, left without an owner.
+
+    The status of an ended job records no pods any more. So the name decides, which contains a digest of the job's uid,
+    and that the pod is older than the end of the job.
+    """
+    ended, started = job.ended_at, job.status.attempts.started
+    child = attempt_name(job.key.name, job.uid, started)
+    alone = (parse_pod(manifest) for manifest in manifests if not manifest["metadata"].get("ownerReferences"))
+    return [
+        pod
+        for pod in alone
+        if pod is not None
+        and (pod.attempt, pod.name) == (started, backend.pod_name(child, pod.index))
+        and ended is not None
+        and pod.created_at <= ended
+        and pod.delete_deadline is None
+    ]
+
+
+def newest_attempt(manifests: Iterable[Manifest], job: StoredJob, backend: Backend) -> int:
+    """Return the highest number of an attempt of ``job`` whose child the pods in ``manifests`` or `status.child` name;
+    0 where they name none. The name of a child has its number and a digest of the job's uid."""
+    named = set() if job.status.child is None else {job.status.child.name}
+    numbers = {0, *(int(end) for name in named if (end := name.rpartition("-")[2]).isdecimal())}
+    for manifest in manifests:
+        pod, owner = parse_pod(manifest), controller_of(manifest)
+        if pod is not None and owner is not None and owner["kind"] == backend.kind:
+            numbers.add(pod.attempt)
+            named.add(owner["name"])
+    return max(number for number in numbers if number == 0 or attempt_name(job.key.name, job.uid, number) in named)
+
+
 def _is_own(
     pod: PodObservation, manifest: Manifest, job: StoredJob, backend: Backend, found: ChildObservation | None
 ) -> bool:

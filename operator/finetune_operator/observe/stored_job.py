@@ -57,9 +57,14 @@ class StoredJob:
     @property
     def has_ended(self) -> bool:
         """Whether the condition `Succeeded` is True or False. Once it is, it never changes again."""
-        return self.status.completion_time is not None or any(
-            item.type == ConditionType.SUCCEEDED and item.status in ("True", "False") for item in self.status.conditions
-        )
+        return self.ended_at is not None
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """When the job ended; None while it goes on. Where `status.completionTime` can't be read, `Succeeded` tells."""
+        ends = (item for item in self.status.conditions if item.type == ConditionType.SUCCEEDED)
+        by_condition = (item.last_transition_time for item in ends if item.status in ("True", "False"))
+        return self.status.completion_time or next(by_condition, None)
 
     @property
     def unread_bookkeeping(self) -> str:
@@ -148,7 +153,7 @@ def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
         current = None  # only fields that somebody else applied are left of it, because server-side apply keeps those
     if current is not None and (current.number < 1 or not all(record.uid for record in current.pods)):
         pods = [record for record in current.pods if record.uid]
-        number = current.number or max(1, attempts.started)
+        number = current.number if current.number >= 1 else max(1, attempts.started)
         current = current.model_copy(update={"pods": pods, "number": number})
     numbers = [past.number for past in recent] + ([current.number] if current is not None else [])
     least = {

@@ -50,8 +50,11 @@ def _started_at(pod: PodObservation) -> datetime | None:
     """Return when the training container began to run; None where it never ran.
 
     For a container that its runtime could not start, the kubelet gives a start in the year 1970, which is left out.
+    A start before the pod was created, or bound to its node, comes from a node whose clock is behind.
     """
-    return pod.container.started_at if pod.container is not None and not pod.container.never_ran else None
+    if pod.container is None or pod.container.started_at is None or pod.container.never_ran:
+        return None
+    return max(pod.container.started_at, pod.scheduled_at or pod.created_at)
 
 
 def _end(pod: PodObservation, now: datetime) -> datetime:

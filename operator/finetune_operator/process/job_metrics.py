@@ -30,9 +30,9 @@ CONDITION_LABELS: Final = ("type", "status", "reason")
 class JobMetrics:
     """The exported numbers of one job. They are kept instead of the whole status, because a status is large."""
 
-    step: int | None = None
-    total_steps: int | None = None
-    eta_seconds: int | None = None
+    step: float | None = None
+    total_steps: float | None = None
+    eta_seconds: float | None = None
     loss: float | None = None
     perplexity: float | None = None
     tokens_per_second: float | None = None
@@ -41,16 +41,16 @@ class JobMetrics:
     """Time since which the condition Running is True; None while it is not."""
     checkpoint_time: datetime | None = None
     report_time: datetime | None = None
-    preflight_tries: int | None = None
+    preflight_tries: float | None = None
     model: str = ""
     method: str = ""
     queue: str = ""
     conditions: tuple[tuple[str, str, str], ...] = ()
     """Type, status and reason of every condition in the status whose type this version knows."""
-    started: int = 0
-    charged: int = 0
-    free: int = 0
-    gpu_seconds: int = 0
+    started: float = 0
+    charged: float = 0
+    free: float = 0
+    gpu_seconds: float = 0
     ended: datetime | None = None
 
 
@@ -64,9 +64,9 @@ def job_metrics(spec: Mapping[str, Any], status: FineTuneJobStatus) -> JobMetric
     known = [condition for condition in status.conditions if condition.type in set(ConditionType)]
     running = [item for item in known if item.type == ConditionType.RUNNING and item.status == "True"]
     return JobMetrics(
-        step=progress.step if progress else None,
-        total_steps=progress.total_steps if progress else None,
-        eta_seconds=progress.eta_seconds if progress else None,
+        step=_number(progress.step) if progress else None,
+        total_steps=_number(progress.total_steps) if progress else None,
+        eta_seconds=_number(progress.eta_seconds) if progress else None,
         loss=metrics.get("loss"),
         perplexity=metrics.get("perplexity"),
         tokens_per_second=_number(progress.tokens_per_second) if progress else None,
@@ -74,15 +74,15 @@ def job_metrics(spec: Mapping[str, Any], status: FineTuneJobStatus) -> JobMetric
         running_since=running[0].last_transition_time if running else None,
         checkpoint_time=status.checkpoints[-1].time if status.checkpoints else None,
         report_time=progress.last_update_time if progress else None,
-        preflight_tries=status.preflight.tries if status.preflight else None,
+        preflight_tries=_number(status.preflight.tries) if status.preflight else None,
         model=_model(spec),
         method=_text(spec, "method"),
         queue=_text(spec, "runPolicy", "queueName"),
         conditions=tuple((item.type, item.status, item.reason) for item in known),
-        started=attempts.started,
-        charged=attempts.charged,
-        free=attempts.free,
-        gpu_seconds=status.usage.gpu_seconds if status.usage else 0,
+        started=_number(attempts.started) or 0,
+        charged=_number(attempts.charged) or 0,
+        free=_number(attempts.free) or 0,
+        gpu_seconds=_number(status.usage.gpu_seconds) or 0 if status.usage else 0,
         ended=status.completion_time,
     )
 
@@ -103,11 +103,14 @@ def _text(spec: Mapping[str, Any], *path: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _number(text: str | None) -> float | None:
-    """Return ``text`` as a number; None where it is absent, or where another version has written something else."""
+def _number(value: str | int | None) -> float | None:
+    """Return ``value`` as a number; None where it is absent, or where it is no number that Prometheus can express.
+
+    The series of all jobs are rendered together, so that one such value would cost the series of every job.
+    """
     try:
-        return None if text is None else float(text)
-    except ValueError:
+        return None if value is None else float(value)
+    except (ValueError, OverflowError):
         return None
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from typing import Final
 
 from finetune_core.api.status import ProgressStatus
+from finetune_core.contract.contract_model import LARGEST_NUMBER
 
 WINDOW: Final = 64
 """Number of newest reports with a new step over which the speed is averaged. With a report every three seconds, and
@@ -59,8 +60,9 @@ class StepWindow:
 def eta_seconds(step: int, total: int, seconds_per_step: float | None, stored: ProgressStatus | None) -> int | None:
     """Return the estimated seconds until the last step ``total``, or None where no speed is known.
 
-    Where ``seconds_per_step`` is None, the speed is taken from ``stored``, the progress in the job's status.
+    Where ``seconds_per_step`` is None, the speed is taken from ``stored``, the progress in the job's status. The answer
+    is at most LARGEST_NUMBER, because the trainer chooses the numbers of steps.
     """
     if seconds_per_step is None and stored is not None and stored.eta_seconds and stored.total_steps > stored.step:
         seconds_per_step = stored.eta_seconds / (stored.total_steps - stored.step)
-    return None if seconds_per_step is None else round(max(0, total - step) * seconds_per_step)
+    return None if seconds_per_step is None else round(min(LARGEST_NUMBER, max(0, total - step) * seconds_per_step))
