@@ -36,8 +36,8 @@ HANDSHAKE_SECONDS = 10.0
 """For this many seconds a client may take to prove that it knows the key. Pods of the attempt need milliseconds."""
 MOST_HANDSHAKES = 64
 """Largest number of connections that are in the handshake at the same time. One more ends the oldest one of the address
-that has the most of them, so that clients that connect and send nothing can't keep the pods of the attempt away, however
-many connections they open."""
+that has the most of them, so that clients that connect and send nothing can't keep the pods of the attempt away,
+however many connections they open."""
 RETRY_SECONDS = 0.2
 """Pause between two tries to connect to a port on which nobody listens yet."""
 LAST_BYTES_SECONDS = 2.0
