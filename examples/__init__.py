@@ -1,4 +1,5 @@
-"""Job files that users can copy, the demo, and the data generator of the demo.
+"""Job files that users can copy, the demo, and the generator of the demo's data.
 
-`quickstart.yaml` and `quickstart-full.yaml` run on a laptop, and `llama2/` repeats a published study on A100 GPUs.
+`quickstart.yaml` and `quickstart-full.yaml` run on a laptop, and the jobs in `llama2/` repeat a published study on A100
+GPUs.
 """

@@ -100,8 +100,8 @@ def _imports(file: Path) -> frozenset[str]:
 
 
 def _is_left_out(file: Path) -> bool:
-    """Return whether all tests of ``file`` need the cluster or are long, because its variable ``pytestmark`` holds the
-    marker ``cluster`` or ``long``."""
+    """Return whether all tests of ``file`` need the cluster or are long, which is so if its variable ``pytestmark``
+    holds the marker ``cluster`` or ``long``."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(ast.unparse(target) == "pytestmark" for target in node.targets):
             marks = {found.attr for found in ast.walk(node.value) if isinstance(found, ast.Attribute)}

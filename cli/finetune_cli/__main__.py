@@ -1,4 +1,4 @@
-"""Runs the program `finetune` for `python -m finetune_cli`."""
+"""Runs the program `finetune` where it is started as `python -m finetune_cli`."""
 
 import sys
 

@@ -1,7 +1,8 @@
-"""`finetune checkpoints`: lists the checkpoints in a job's bucket, as the bucket and not the job's status shows them.
+"""`finetune checkpoints`: lists the checkpoints of a job that are in the bucket. The job's status, which may be older,
+is not used for the list.
 
-The input is the job's object store, and the folder of all runs of the job. The output has one entry for each checkpoint
-folder, as a table or as JSON. `main.py` calls `inspect_checkpoints`.
+The input is a client of the object store, and the address of the folder of all runs of the job. The output has one
+entry for each checkpoint folder, as a table or as JSON. `main.py` calls `inspect_checkpoints`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class CheckpointFolder:
     bytes: int
     files: int
     time: datetime
-    """Time of the commit. For an unfinished checkpoint, the time of its newest file."""
+    """Time of the commit. For an unfinished checkpoint, the time at which its newest object was written."""
     manifest_sha256: str = ""
     perplexity: float | None = None
     problem: str = ""
@@ -68,8 +69,8 @@ def inspect_checkpoints(
         try:
             found.append(_inspect_folder(store, place, run, step, files, verify=verify))
         except MissingError:
-            # The folder changed while it was inspected. A running trainer deletes old checkpoints, and deletes COMMIT
-            # first. So a folder that has lost its COMMIT is being deleted, and is not listed.
+            # An object was deleted while its folder was inspected. A running trainer deletes old checkpoints, and in
+            # each of them it deletes COMMIT first. So a folder without COMMIT is being deleted here, and is not listed.
             left = _folders(store, root).get((run, step), {})
             if COMMIT in left:
                 found.append(_inspect_folder(store, place, run, step, left, verify=verify))
@@ -77,8 +78,7 @@ def inspect_checkpoints(
 
 
 def _folders(store: ObjectStoreReader, root: Location) -> dict[tuple[int, int], dict[str, Entry]]:
-    """Return the objects of all checkpoint folders. The keys are (run, step); the value is the folder's objects by file
-    name."""
+    """Return, for each checkpoint folder by (run, step), the objects in the folder by their file names."""
     folders: dict[tuple[int, int], dict[str, Entry]] = {}
     start = len(root.key("checkpoints")) + 1
     for entry in store.entries(root.bucket, root.key("checkpoints") + "/"):
@@ -91,7 +91,8 @@ def _folders(store: ObjectStoreReader, root: Location) -> dict[tuple[int, int], 
 def _inspect_folder(
     store: ObjectStoreReader, place: Location, run: int, step: int, files: Mapping[str, Entry], *, verify: bool
 ) -> CheckpointFolder:
-    """Return state, size and perplexity of a checkpoint folder."""
+    """Return what was found in the checkpoint folder at ``place``: its state, its size and its perplexity. ``files``
+    are the objects in the folder."""
     weight = sum(entry.bytes for name, entry in files.items() if name not in (COMMIT, MANIFEST))
     newest = max(entry.modified for entry in files.values())
     if COMMIT not in files:
@@ -121,7 +122,8 @@ def _inspect_folder(
 
 
 class DamageError(Exception):
-    """A checkpoint is damaged, so the trainer can't resume from it. The message names the damaged object."""
+    """A checkpoint is not what its manifest says, so the trainer can't resume from it. The message names the damaged
+    object."""
 
 
 def _manifest(encoded: bytes) -> Manifest:
@@ -132,8 +134,8 @@ def _manifest(encoded: bytes) -> Manifest:
 
 
 def _perplexity(encoded: bytes) -> float | None:
-    """Return the validation perplexity in ``encoded``, the content of a checkpoint's trainer.json. None where it has
-    none."""
+    """Return the validation perplexity in ``encoded``, the content of a checkpoint's trainer.json. None where no
+    perplexity is in it."""
     try:
         value = json.loads(encoded).get("perplexity")
     except (ValueError, AttributeError):

@@ -1,7 +1,8 @@
 """`finetune download`: downloads a job's artifact into a local folder and verifies every byte.
 
-The input is a FineTuneJob and its object store. The output is a folder that peft or transformers loads. The folder
-appears only after the whole artifact was verified. `main.py` and the demo call `download`.
+The input is the artifact in a FineTuneJob's status, and a client of the job's object store. The output is a folder that
+peft or transformers loads, which appears only after the whole artifact was verified. `main.py` and the demo call
+`download`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def download(
     exists already, where the size or sha256 of a file differs from the manifest, or where the manifest differs from the
     job's status.
 
-    The files are written into a temporary folder, which is renamed after all files are verified.
+    ``progress`` is called as by `ObjectStoreReader.fetch`. The files are written into a temporary folder, which gets
+    the name ``folder`` after all files are verified.
     """
     if folder.exists():
         raise UserError(str(folder), "exists already; choose another folder with `-o`")
@@ -62,7 +64,8 @@ def download(
                     f" {MANIFEST} says {file.bytes} bytes, sha256 {file.sha256[:12]}…",
                 )
         (partial / MANIFEST).write_bytes(manifest.encode())
-        # The folder gets the usual permissions of a new folder, because mkdtemp made it readable for its owner only.
+        # mkdtemp made the folder readable for its owner only. So the folder gets the permissions that this process
+        # gives to a new folder, which are 0o777 without the bits of the umask.
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)
@@ -75,8 +78,8 @@ def download(
 
 
 def read_manifest(artifact: ArtifactStatus, store: ObjectStoreReader) -> Manifest:
-    """Return the artifact's manifest. Raises UserError where the manifest's sha256 is not the sha256 in the job's
-    status and in the object COMMIT."""
+    """Return the artifact's manifest. Raises UserError where the manifest's sha256 differs from the sha256 in the job's
+    status or in the object COMMIT, or where the manifest names a file outside the artifact's folder."""
     place = parse_uri(artifact.uri)
     committed = store.read(place.bucket, place.key(COMMIT)).decode(errors="replace").strip()
     encoded = store.read(place.bucket, place.key(MANIFEST))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
-"""Characters that a curve is drawn with, from the lowest value to the highest."""
+"""Characters of a one-line curve, from the one for the lowest value to the one for the highest value."""
 
 
 def size(count: int) -> str:
@@ -35,7 +35,8 @@ def duration(seconds: float) -> str:
 
 
 def number(value: str | float) -> str:
-    """Return a measured value with four significant digits, for example `0.5723`, `1.004`, `242.7` or `12345`."""
+    """Return a measured value with four significant digits, for example `0.5723`, `1.004` or `242.7`. A value of 1000
+    or more is rounded to a whole number, for example `12345`."""
     quantity = float(value)
     if not math.isfinite(quantity):
         return str(quantity)
@@ -45,11 +46,12 @@ def number(value: str | float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """Return a curve of at most ``width`` characters with the newest value at the right.
+    """Return ``values``, the oldest first, as a curve of at most ``width`` characters with the newest value at the
+    right.
 
-    The heights are logarithmic where all finite values are greater than zero, because a loss falls by orders of
-    magnitude. A longer series is divided into equal parts, and each part is drawn as its mean. A value that is not
-    finite leaves a gap.
+    The scale is logarithmic where all finite values are greater than zero, because a loss falls by orders of magnitude.
+    Where there are more than ``width`` values, they are divided into ``width`` parts of about equal length, and each
+    part is drawn as the mean of its values. A part without a finite value leaves a gap.
     """
     heights = [math.log(value) if _all_positive(values) and math.isfinite(value) else value for value in values]
     stretches = [_stretch(heights, column, width) for column in range(min(width, len(heights)))]
@@ -63,12 +65,12 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 
 def _all_positive(values: Sequence[float]) -> bool:
-    """Return whether all finite values are greater than zero, so that a logarithmic axis can show them."""
+    """Return whether all finite values are greater than zero. Only then can a logarithmic scale show them."""
     return all(value > 0 for value in values if math.isfinite(value))
 
 
 def _stretch(values: Sequence[float], column: int, width: int) -> list[float]:
-    """Return the finite values of a curve that are drawn as one character, the one in ``column``."""
+    """Return those finite values of a curve that are drawn as its character number ``column``, counted from 0."""
     columns = min(width, len(values))
     start, end = column * len(values) // columns, (column + 1) * len(values) // columns
     return [value for value in values[start:end] if math.isfinite(value)]

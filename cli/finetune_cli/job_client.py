@@ -1,4 +1,5 @@
-"""Reads FineTuneJobs, Secrets and ConfigMaps from the API server. No other module of the CLI talks to Kubernetes.
+"""Reads FineTuneJobs, Secrets and ConfigMaps from the API server. No other module of the CLI sends requests to the API
+server.
 
 The client is configured by a kubeconfig, as kubectl is. Problems that a user can correct are raised as UserError. The
 commands, the demo and the end-to-end tests use `JobClient`.
@@ -25,12 +26,12 @@ from finetune_core.contract.pod import ACCESS_KEY_ID, SECRET_ACCESS_KEY
 from finetune_core.errors import UserError
 
 CALL_TIMEOUT_SECONDS = (5, 30)
-"""Seconds after which a call to the API server is given up: while connecting, and while waiting for the answer."""
+"""Two timeouts of a call to the API server in seconds: for the connection, and for the answer."""
 WATCH_SECONDS = 30
-"""Seconds after which the API server ends a watch, so that a connection that was lost without an error is replaced
-soon."""
+"""Seconds after which the API server ends a watch and the client starts another one. So a connection that was lost
+without an error is replaced soon."""
 RECONNECT_FOR_SECONDS = 600
-"""Seconds for which the client tries to reach an API server that does not answer."""
+"""Seconds for which the client tries again to reach an API server that no longer answers."""
 RECONNECT_DELAYS_SECONDS = (1, 2, 4, 8, 15)
 """Pauses in seconds between tries to reach the API server. The last pause repeats."""
 SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -40,7 +41,8 @@ NOT_A_KUBECONFIG = (TypeError, AttributeError, KeyError, ValueError)
 
 
 class ConnectionLostError(Exception):
-    """The API server could not be reached. Another try may succeed."""
+    """The API server could not be reached, or answered with an error that does not come from the request. Another try
+    may succeed."""
 
 
 def load_client() -> tuple[client.ApiClient, str]:
@@ -75,8 +77,9 @@ class JobClient:
         self._namespace = namespace
 
     def get(self, name: str) -> FineTuneJob:
-        """Return the job. Raises UserError where the job does not exist or can't be read by this user or this version
-        of the program, and ConnectionLostError where no API server answers."""
+        """Return the job ``name``. Raises UserError where the job does not exist, or where this user or this version of
+        the program can't read it. Raises ConnectionLostError where the API server can't be reached or has a problem of
+        its own."""
         try:
             return parse(
                 self._custom.get_namespaced_custom_object(
@@ -91,16 +94,16 @@ class JobClient:
     def follow(
         self, name: str, notify: Callable[[str], None], *, give_up_after: float | None = None
     ) -> Iterator[FineTuneJob]:
-        """Yield the job now and after each change, without an end. ``notify`` is called with a sentence when the
-        connection is lost.
+        """Yield the job now and after each change. The iterator does not end when the job has ended. ``notify`` is
+        called with a sentence when the connection is lost.
 
         If ``give_up_after`` is given, raises TimeoutError after this number of seconds. Raises UserError when the job
         does not exist, is deleted or can't be read, or when the API server does not answer for ten minutes. Raises
         ConnectionLostError when no API server answers at the start.
         """
         until = time.monotonic() + give_up_after if give_up_after is not None else math.inf
-        # This first call is not repeated where no API server answers, because then a wrong kubeconfig is more likely
-        # than a restart of the API server.
+        # This first call is not repeated where no API server answers: at the start a wrong kubeconfig is a more likely
+        # cause than a restart of the API server.
         current, version = self._list(name)
         yield parse(current)
         while (left := until - time.monotonic()) > 0:
@@ -142,8 +145,9 @@ class JobClient:
         return dict(found.data or {})
 
     def _read(self, read: Callable[..., Any], subject: str, name: str, sentences: Mapping[int, str]) -> Any:
-        """Return the object that ``read`` fetches. For an HTTP error, raises UserError with the sentence that
-        ``sentences`` has for the error's status code, or else with the API server's message."""
+        """Return the object ``name`` that ``read``, a method of the Kubernetes client, fetches. Where the API server
+        answers with an error, raises UserError about ``subject``: with the sentence that ``sentences`` has for the HTTP
+        status code, or else with the API server's message."""
         try:
             return read(name, self._namespace, _request_timeout=CALL_TIMEOUT_SECONDS)
         except client.ApiException as error:
@@ -152,8 +156,8 @@ class JobClient:
             raise ConnectionLostError(str(error)) from error
 
     def _list_with_retries(self, name: str, notify: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-        """Return the result of `_list`. Where no API server answers, try again for ten minutes, because a restarting
-        API server is back within minutes."""
+        """Return the result of `_list`. Where no API server answers, try again for ten minutes, which is long enough
+        for most restarts of an API server."""
         until = time.monotonic() + RECONNECT_FOR_SECONDS
         for attempt in range(RECONNECT_FOR_SECONDS):
             try:
@@ -166,12 +170,12 @@ class JobClient:
                     ) from error
                 if attempt == 1:
                     notify(f"the API server does not answer ({error}); trying again")
-                # The sum of all pauses is bounded, because no try begins after `until`.
+                # The loop ends at about `until`, because a pause that would last beyond `until` raises the error above.
                 time.sleep(delay)
         raise UserError("API server", f"no answer for {duration(RECONNECT_FOR_SECONDS)}")
 
     def _list(self, name: str) -> tuple[dict[str, Any], str]:
-        """Return the job, and the resourceVersion from which a watch continues.
+        """Return the stored job ``name``, and the resourceVersion from which a watch can continue.
 
         The resourceVersion is that of the list and not that of the job. A job that has not changed for minutes may have
         a resourceVersion that is too old for a watch.
@@ -194,7 +198,8 @@ class JobClient:
         return found["items"][0], found["metadata"]["resourceVersion"]
 
     def _changes(self, name: str, resource_version: str, seconds: float) -> Iterator[dict[str, Any]]:
-        """Yield the job after each change, until the API server ends the watch after ``seconds``."""
+        """Yield the stored job ``name`` after each change since ``resource_version``, until the API server ends the
+        watch after ``seconds``."""
         stream = watch.Watch()
         try:
             for event in stream.stream(
@@ -212,7 +217,8 @@ class JobClient:
                     raise UserError(self._subject(name), "was deleted")
                 yield event["object"]
         except client.ApiException as error:
-            # 410: the resourceVersion is too old for a watch. The caller lists the job again.
+            # The status 410 means that the resourceVersion is too old for a watch. No exception is needed, because the
+            # caller lists the job again after each watch.
             if error.status != 410:
                 raise self._to_exception(name, error) from error
         except urllib3.exceptions.HTTPError as error:
@@ -224,7 +230,8 @@ class JobClient:
         return f"{KIND} {self._namespace}/{name}"
 
     def _to_exception(self, name: str, error: client.ApiException) -> Exception:
-        """Return the exception that explains an API server's error to a user."""
+        """Return the exception that explains ``error``, an answer of the API server, to a user. A status code without
+        an explanation of its own becomes ConnectionLostError."""
         if error.status == 404 and _reason(error) == "NotFound":
             return UserError(self._subject(name), "does not exist")
         if error.status == 404:
@@ -238,7 +245,7 @@ class JobClient:
 
 def parse(stored: dict[str, Any]) -> FineTuneJob:
     """Return a stored object as a FineTuneJob. Raises UserError where the object does not fit this version of the
-    program, as when the cluster runs a newer version."""
+    program, for example because the cluster runs a newer version."""
     try:
         return FineTuneJob.model_validate(stored)
     except ValidationError as error:
@@ -248,7 +255,8 @@ def parse(stored: dict[str, Any]) -> FineTuneJob:
 
 
 def _cause(error: urllib3.exceptions.HTTPError) -> str:
-    """Return the reason of an error from urllib3, which wraps the reason in errors of its retries and pools."""
+    """Return the reason of ``error`` as text, without the errors about retries and pools in which urllib3 wraps the
+    reason."""
     reason = getattr(error, "reason", None)
     return str(reason if reason is not None else error)
 

@@ -1,8 +1,9 @@
 """The program `finetune`: parses the command line, runs the command, and prints errors that a user can correct as one
 sentence.
 
-Exit codes: 0 success, 1 the job did not succeed (or a job file is not valid, or a checkpoint is damaged), 2 the command
-could not do its work, for example because the API server can't be reached, 130 interrupted.
+Exit codes: 0 success; 1 the job did not succeed, a job file is not valid, or a checkpoint is damaged; 2 the command
+line is wrong, or the command could not do its work, for example because the API server can't be reached; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ exit code: 0 nothing is damaged, 1 a checkpoint is, 2 it cannot be looked at
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = _parser().parse_args(arguments)
-    # Python would write what libraries log to the standard error output by itself, with all its characters.
+    # Without this handler, Python itself would write the warnings of libraries to the standard error output, and would
+    # not remove control characters.
     logging.lastResort = TerminalHandler(logging.WARNING)
     logging.captureWarnings(capture=True)
     try:
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def watch_job(options: argparse.Namespace) -> int:
-    """Show a job until it has ended. Return 0 when the job succeeded, else 1 after printing the reason."""
+    """Show a job until it has ended. Return 0 when the job succeeded. Otherwise print the reason and return 1."""
     api, namespace = load_client()
     jobs = JobClient(api, options.namespace or namespace)
     with view_for(SafeConsole()) as view:
@@ -110,7 +112,7 @@ def watch_job(options: argparse.Namespace) -> int:
 
 
 def download_artifact(options: argparse.Namespace) -> int:
-    """Download a job's artifact into a folder."""
+    """Download a job's artifact into a new folder and return 0."""
     api, namespace = load_client()
     jobs = JobClient(api, options.namespace or namespace)
     job = jobs.get(options.name)
@@ -146,7 +148,8 @@ def list_checkpoints(options: argparse.Namespace) -> int:
 
 
 def store_of(job: FineTuneJob, jobs: JobClient, endpoint: str | None = None) -> ObjectStoreReader:
-    """Return a reader of the job's object store, with the access key from the environment or from the job's Secret."""
+    """Return a reader of the job's object store, with the access key from the environment or else from the Secret that
+    the job names. ``endpoint`` replaces the address of the store. Raises UserError where no access key is found."""
     storage = job.spec.storage
     keys = access_key_from(os.environ)
     if keys is None:
@@ -207,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
-    """Add a command that takes the name of one job, and return the command's parser."""
+    """Add the command ``name``, which takes the name of one job, to the command line. Return the command's parser."""
     command = commands.add_parser(
         name,
         help=summary,

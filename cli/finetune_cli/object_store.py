@@ -1,7 +1,7 @@
-"""Reads objects of a job from MinIO or S3. No other module of the CLI talks to the object store.
+"""Reads objects of a job from MinIO or S3. No other module of the CLI sends requests to the object store.
 
-The input is the job's storage section and an access key. A failed request raises UserError that names the bucket, the
-key or the address. `download.py`, `checkpoints.py` and the demo call this module.
+The input is the section `spec.storage` of a job, and an access key. A failed request raises a UserError that names the
+object or the address of the store. `download.py`, `checkpoints.py` and the demo call this module.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from finetune_core.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 SMALL_OBJECT_BYTES = 16 << 20
-"""Largest object, in bytes, that is read into memory. Manifests and pointers are far smaller."""
+"""Largest object, in bytes, that `read` returns. The objects that the commands read with it, such as manifests, are far
+smaller."""
 TRIES = 3
-"""How many times the download of an object is tried in all."""
+"""Most times that `fetch` tries to download an object, the first time included."""
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
-"""S3 error codes with which an object store refuses the credentials."""
+"""The S3 error codes that mean that the object store refuses the access key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,8 @@ class AccessKey:
 
 
 def access_key_from(values: Mapping[str, str]) -> AccessKey | None:
-    """Return the access key in ``values``, which are those of a Secret or of the environment. None where a part of the
-    key is missing."""
+    """Return the access key in ``values``, the data of a Secret or the environment variables. None where the access key
+    id or the secret key is missing."""
     access, secret = values.get(ACCESS_KEY_ID), values.get(SECRET_ACCESS_KEY)
     return AccessKey(access, secret, values.get(SESSION_TOKEN) or None) if access and secret else None
 
@@ -64,14 +65,15 @@ class MissingError(UserError):
 
 
 class ObjectStoreReader:
-    """Reads objects from a job's object store. A failed request raises UserError that names the address or the key. A
-    transfer that breaks off raises urllib3's error, except in `fetch`, which repeats the transfer."""
+    """Reads objects from a job's object store. A failed request raises a UserError that names the object or the address
+    of the store. A transfer that breaks off raises urllib3's error, except in `fetch`, which repeats the transfer and
+    in the end raises a UserError."""
 
     def __init__(
         self, storage: StorageSpec, keys: AccessKey, endpoint: str | None = None, certificates: str | None = None
     ) -> None:
-        """Create the client. ``endpoint`` replaces the object store's address in ``storage``. ``certificates`` (PEM)
-        replace the CA certificates that this machine trusts."""
+        """Create the client. ``endpoint`` replaces the object store's address in ``storage``. ``certificates`` are CA
+        certificates in PEM. With them the client trusts no others."""
         self.endpoint = endpoint or storage.endpoint_url
         address = urllib3.util.parse_url(self.endpoint)
         if address.scheme not in ("http", "https") or not address.host or address.path not in (None, "", "/"):
@@ -85,7 +87,7 @@ class ObjectStoreReader:
             secure=address.scheme == "https",
             http_client=urllib3.PoolManager(
                 timeout=urllib3.Timeout(connect=5, read=60),
-                # Retry-After is ignored. MinIO asks for a minute with every 503, and a user would wait that long
+                # Retry-After is ignored, because MinIO sends a minute with every 503, and a user would wait that long
                 # without any output.
                 retries=urllib3.Retry(
                     total=2,
@@ -103,7 +105,7 @@ class ObjectStoreReader:
             self._minio.disable_virtual_style_endpoint()
 
     def entries(self, bucket: str, prefix: str) -> list[Entry]:
-        """Return all objects below ``prefix``, sorted by key."""
+        """Return all objects whose keys begin with ``prefix``, sorted by key."""
         with self._explained(f"s3://{bucket}/{prefix}"):
             found = self._minio.list_objects(bucket, prefix=prefix, recursive=True)
             return sorted(
@@ -112,7 +114,7 @@ class ObjectStoreReader:
             )
 
     def digest(self, bucket: str, key: str) -> str:
-        """Return the sha256 of an object in hexadecimal. The object is read in pieces, so it may be larger than the
+        """Return the sha256 of an object in hexadecimal. The object is read in pieces, so it need not fit into
         memory."""
         hasher = hashlib.sha256()
         self._stream(bucket, key, hasher.update)
@@ -132,10 +134,10 @@ class ObjectStoreReader:
 
     def fetch(self, bucket: str, key: str, target: Path, progress: Callable[[int], None]) -> tuple[int, str]:
         """Write an object to ``target``, and return its size in bytes and its sha256. A transfer that breaks off is
-        repeated from its start, until TRIES tries were made.
+        repeated from its start, TRIES times in all at most.
 
-        ``progress`` is called with the number of bytes of each chunk. After a transfer has broken off, ``progress`` is
-        called with the negative number of bytes that this transfer had written.
+        ``progress`` is called with the number of bytes of each chunk. When a transfer breaks off, ``progress`` is
+        called with minus the number of bytes that this transfer had written, so that the sum of all calls stays right.
         """
         for attempt in range(1, TRIES + 1):
             sha256, written = hashlib.sha256(), 0
@@ -171,7 +173,8 @@ class ObjectStoreReader:
 
     @contextmanager
     def _explained(self, subject: str) -> Iterator[None]:
-        """Raise UserError about ``subject`` where the request in the `with` block fails."""
+        """Turn the error of a request that fails in the `with` block into a UserError. ``subject`` is the `s3://`
+        address that the request is about."""
         try:
             yield
         except S3Error as error:
@@ -195,8 +198,8 @@ class ObjectStoreReader:
 
 
 def _trust(certificates: str | None) -> ssl.SSLContext:
-    """Return a TLS context that trusts the CA certificates in ``certificates`` (PEM). Where it is None, trusts the
-    CA certificates in the file that SSL_CERT_FILE names, or those of certifi."""
+    """Return a TLS context that trusts the CA certificates in ``certificates`` (PEM). Where ``certificates`` is None,
+    the context trusts those in the file that the environment variable SSL_CERT_FILE names, or else those of certifi."""
     if certificates is None:
         return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
     try:

@@ -1,6 +1,7 @@
-"""The live view of a FineTuneJob: a pure function from the job to a rich renderable.
+"""The panel that `finetune watch` shows on a terminal: a pure function from a FineTuneJob to a renderable of the
+library rich.
 
-`watch.py` calls `render` four times a second, so that shown durations are current between two changes of the job.
+`watch.py` calls `render` four times a second, so that the shown durations grow also while the job does not change.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ seconds."""
 
 
 def render(job: FineTuneJob, now: datetime) -> RenderableType:
-    """Return the whole view of ``job``. ``now`` is the current time, with a time zone."""
+    """Return the panel about ``job``. ``now`` is the current time, with a time zone."""
     status = status_of(job)
     parts: list[RenderableType] = [_state(job)]
     if status.progress and status.progress.total_steps:
@@ -89,8 +90,8 @@ def _progress(job: FineTuneJob, now: datetime) -> RenderableType:
 
 
 def _pace(job: FineTuneJob, now: datetime) -> list[str]:
-    """Return speed and remaining time of an unfinished job, or the time since its last report when reports are
-    missing."""
+    """Return speed and remaining time of an unfinished job as words. Where the last report is older than SILENCE,
+    return only the time since that report."""
     progress = status_of(job).progress
     assert progress is not None
     silent = now - progress.last_update_time if progress.last_update_time else timedelta()
@@ -105,8 +106,8 @@ def _pace(job: FineTuneJob, now: datetime) -> list[str]:
 
 
 def _curves(job: FineTuneJob) -> RenderableType | None:
-    """Return a row for the loss and one for the validation perplexity: newest value, curve and first value. None where
-    the job has no value yet."""
+    """Return a table with a row for the loss and a row for the validation perplexity. A row has the newest value, the
+    curve and the first value. None where the job has no value yet."""
     history = status_of(job).history
     table = Table.grid(padding=(0, 2))
     for label, name, values in (
@@ -135,7 +136,7 @@ def _checkpoints(checkpoints: list[CheckpointStatus]) -> RenderableType:
 
 
 def _evaluation(evaluation: EvaluationStatus, task: str) -> RenderableType:
-    """Return a table of all scores, with the base model and the tuned model side by side."""
+    """Return a table with one row for each score, and with columns for the base model and the tuned model."""
     of_step = f"step {evaluation.tuned_step}" if evaluation.tuned_step is not None else "tuned"
     table = _table("scores", f"{evaluation.examples} {evaluation.rows.lower()} rows", "base", of_step)
     for column in (2, 3):
@@ -191,7 +192,8 @@ def _artifact(status: FineTuneJobStatus) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Return a table without borders. ``title`` is the heading of the first column, whose cells stay empty."""
+    """Return an empty table without borders. ``title`` is the heading of the first column. Callers leave the cells
+    below it empty, so that the heading names the table."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_edge=False)
     table.add_column(title)
     for column in columns:

@@ -1,5 +1,5 @@
-"""The state of a FineTuneJob in words for people, computed from its conditions: the state, a message, what stops the
-job from going on, and how the job ended.
+"""What a FineTuneJob's conditions say, in words for people: the job's state, a message, what stops the job from going
+on, and how the job ended.
 
 All functions are pure. `panel.py`, `log_lines.py` and the commands call these functions.
 """
@@ -21,7 +21,7 @@ NOT_SEEN_MESSAGE = "no operator has looked at it yet; `kubectl get pods -A -l ap
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a job ended."""
+    """How a job ended: whether it succeeded, and reason and message of its condition `Succeeded`."""
 
     succeeded: bool
     reason: str
@@ -47,8 +47,8 @@ def state(job: FineTuneJob) -> str:
 def state_message(job: FineTuneJob) -> str:
     """Return a sentence about what the job does or waits for, or how it ended.
 
-    The sentence is the message of the condition `Succeeded`. Where that message is empty, it is the message of the
-    first condition that is not True, in the order `Accepted`, `Scheduled`, `Running`.
+    The sentence is the message of the condition `Succeeded`. Where that message is empty and the job has not ended, the
+    sentence is the message of the first of the conditions `Accepted`, `Scheduled` and `Running` that is not True.
     """
     summary = condition(job, ConditionType.SUCCEEDED)
     if summary is None:
@@ -63,8 +63,8 @@ def state_message(job: FineTuneJob) -> str:
 
 
 def blocking_message(job: FineTuneJob) -> str:
-    """Return why an unfinished job can't go on. Empty where nothing stops it, or where `state_message` says so
-    already."""
+    """Return why an unfinished job can't go on. Empty where nothing stops the job, or where `state_message` returns the
+    same sentence."""
     if ending(job):
         return ""
     accepted = condition(job, ConditionType.ACCEPTED)
@@ -84,13 +84,14 @@ def ending(job: FineTuneJob) -> Ending | None:
 
 
 def metric(job: FineTuneJob, name: str) -> MetricValue | None:
-    """Return the newest value of a metric."""
+    """Return the newest value of the metric ``name``, for example of `loss`. None where the status has no such
+    metric."""
     return next((found for found in status_of(job).metrics if found.name == name), None)
 
 
 def scores_by_name(scores: Scores | None, task: str) -> dict[str, str]:
-    """Return the values of all scores of a model, each under the label that `finetune watch` shows. Empty where the
-    model was not scored.
+    """Return the values of all ``scores`` of a model, by the labels that `finetune watch` shows. Empty where the model
+    was not scored.
 
     ``task`` is the value of `dataset.task`.
     """

@@ -1,8 +1,8 @@
-"""The one way from the program to the terminal: every text is written here, without control characters.
+"""Writes what the program shows to the terminal, without control characters.
 
-Messages, names and addresses come from the cluster and from the bucket, so other people write them. A terminal obeys
-control characters: such a text could clear the screen, forge a line of the output, or set the clipboard. A test holds
-that no other module prints.
+Messages, names and addresses come from the cluster and from the bucket, where other people can write them. A terminal
+obeys control characters, so a text with such characters could clear the screen, forge a line of the output, or set the
+clipboard. tests/cli/test_terminal.py checks that no other module prints.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from rich.segment import Segment
 
 _UNPRINTABLE: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # C0, DEL and C1
-    "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # direction, invisible, and breaks of lines
-    "\ud800-\udfff"  # half characters, which can't be encoded
-    "\U000e0000-\U000e007f]"  # invisible tags
+    "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # text direction, invisible, line breaks
+    "\ud800-\udfff"  # surrogates, which can't be encoded
+    "\U000e0000-\U000e007f]"  # tag characters, which are invisible
 )
-"""Characters that a terminal obeys or hides, instead of showing them."""
+"""Matches a character that a terminal does not show: it obeys the character, or the character is invisible."""
 _BLANKS: Final = re.compile("[\t\n\r\x0b\x0c\x85\u2028\u2029]+")
-"""Characters that end a line or a column. They become one blank, so that words stay apart."""
+"""Matches a sequence of characters that end a line or a column. Each sequence becomes one blank, so that words stay
+apart."""
 
 
 def printable(text: str) -> str:
@@ -44,12 +45,14 @@ def complain(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Write ``value`` as indented JSON to the standard output. JSON escapes control characters, and loses none."""
+    """Write ``value`` as indented JSON to the standard output. Control characters are not removed, because JSON writes
+    them as escape sequences."""
     print(json.dumps(value, indent=2, ensure_ascii=True), flush=True)
 
 
 class TerminalHandler(logging.Handler):
-    """Writes the warnings that a library logs without a handler of its own to the standard error output."""
+    """Writes warnings of libraries to the standard error output. `main.py` makes it the handler for loggers that have
+    no other handler."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write ``record`` as one line."""
@@ -63,7 +66,8 @@ def _encodable(text: str, encoding: str | None) -> str:
 
 
 class SafeConsole(Console):
-    """A rich console that removes control characters from every shown text, and understands no markup in it.
+    """A console of the library rich that removes control characters from every shown text, and does not interpret
+    markup in the text.
 
     rich itself passes escape characters on, and would read `[red]` in a message as a colour and `[/]` as an error.
     """
@@ -73,7 +77,8 @@ class SafeConsole(Console):
         super().__init__(**options, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield the segments of ``renderable``; the texts among them are printable. rich's own control codes stay."""
+        """Yield the segments of ``renderable``, with texts that have no control characters. Segments that are control
+        codes of rich itself are kept."""
         for segment in super().render(renderable, options):
             if segment.control or segment.text == "\n":
                 yield segment

@@ -1,7 +1,8 @@
 """`finetune validate`: reports the problems that API server and operator would find in job files, without a cluster.
 
-The input is YAML or JSON files. The output has one line for each problem, `file:line: path: what it must be`, or is
-JSON for programs. `finetune_core.validation` checks the jobs against the schema and the rules.
+The input is YAML or JSON files. The output has one line for each problem, `<file>:<line>: <path of the field>: <what
+the field must be>`, or is JSON for programs. `finetune_core.validation` checks the jobs against the schema and the
+rules.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from finetune_core.validation.validate_job import is_job, validate_job
 STDIN = "-"
 """File name that stands for standard input."""
 SIZE_LIMIT = 32 << 20
-"""Largest size of a file in bytes. The API server accepts at most 3 MB."""
+"""Largest size of a file in bytes. A file may contain many jobs. The API server accepts at most 3 MB in one request."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocatedProblem:
-    """A problem with its file, line and job."""
+    """A problem of a job or of a file, with the name of the file, the line and the name of the job."""
 
     file: str
     line: int
@@ -45,7 +46,7 @@ class LocatedProblem:
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """The jobs and the problems of one file."""
+    """The names of the jobs in one file, and the problems of the file and its jobs."""
 
     file: str
     jobs: list[str]
@@ -136,8 +137,8 @@ def _jobs(value: Any) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
 
 
 def _is_meant_as_job(document: dict[str, Any]) -> bool:
-    """Return whether ``document`` is meant as a FineTuneJob: its kind or its API group says so, in any
-    capitalisation."""
+    """Return whether ``document`` is meant as a FineTuneJob: its kind or its API group is that of a FineTuneJob.
+    Capital and small letters count as equal."""
     kind, group = str(document.get("kind", "")), str(document.get("apiVersion", "")).split("/", maxsplit=1)[0]
     return kind.casefold() == KIND.casefold() or group.casefold() == GROUP
 

@@ -1,7 +1,7 @@
 """`finetune watch`: shows a FineTuneJob until it has ended.
 
-The input is a stream of the job's states. The output is a live panel on a terminal and lines elsewhere. `main.py` and
-the demo call `show_until_ended`.
+The input is an iterator over the job's states. On a terminal the output is a panel that is redrawn, elsewhere it is
+lines. `main.py` and the demo call `show_until_ended`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class View(ABC):
 
     @abstractmethod
     def show_notice(self, sentence: str) -> None:
-        """Show a sentence that is not about the job, for example about a lost connection."""
+        """Show ``sentence``, which is not about the job but for example about a lost connection."""
 
 
 class LiveView(View):
@@ -54,7 +54,8 @@ class LiveView(View):
         self._live.stop()
 
     def show_job(self, job: FineTuneJob) -> None:
-        """Draw the newest state, and remove the notice because the connection works again."""
+        """Draw the newest state of the job. Remove the notice about the connection, because the connection works
+        again."""
         self._job, self._notice = job, ""
 
     def show_notice(self, sentence: str) -> None:
@@ -76,7 +77,7 @@ class LineView(View):
         self._shown: FineTuneJob | None = None
 
     def show_job(self, job: FineTuneJob) -> None:
-        """Write a line for each change since the state of the job that was written last."""
+        """Write one line for each difference between ``job`` and the state about which lines were written last."""
         lines = new_lines(self._shown, job)
         for line in lines:
             self.show_notice(line)
@@ -99,7 +100,7 @@ def view_for(console: SafeConsole) -> Iterator[View]:
 
 
 def show_until_ended(jobs: Iterable[FineTuneJob], view: View) -> Ending:
-    """Show each state of a job until the job has ended, and return how it ended."""
+    """Show each state of a job in ``view`` until the job has ended, and return how the job ended."""
     for job in jobs:
         view.show_job(job)
         if end := ending(job):

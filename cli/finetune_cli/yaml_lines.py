@@ -1,11 +1,12 @@
-"""Parses YAML as kubectl does, and records the line of every key and item. `validate.py` calls `load`.
+"""Parses YAML as kubectl does, and records the line of every key and list item. `validate.py` calls `load`.
 
-The result is plain values with their lines, and the problems of the YAML itself: syntax errors, duplicate keys, and
-aliases that expand without bound. The module processes the parser's events with a stack of its own, because recursion
-would overflow Python's stack on deep nesting.
+The result is dicts, lists and scalars, the line of each, and the problems of the YAML itself, such as syntax errors,
+duplicate keys, and aliases that expand to too many values. The module processes the parser's events with a list as a
+stack, because recursion would overflow Python's call stack on deep nesting.
 
-kubectl's parser and PyYAML both follow YAML 1.1, each with different exceptions. For example, kubectl's parser knows no
-timestamps and reads `1e-4` as a number. So this module, and not PyYAML, decides the value of a plain (unquoted) scalar.
+kubectl's parser and PyYAML both follow YAML 1.1, each with different exceptions. For example, kubectl's parser reads
+`1e-4` as a number, and PyYAML reads it as a string. So this module, and not PyYAML, decides the value of a plain
+(unquoted) scalar.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from finetune_core.validation.problems import FieldPath
 DEPTH_LIMIT = 200
 """Largest number of nested levels that a YAML document may have."""
 GIVE_UP_DEPTH = 2000
-"""Largest number of nested levels that are skipped inside of a value or key that is refused. Beyond them parsing stops,
+"""Most nested levels that are skipped inside of a refused value or key. Where there are more levels, parsing stops,
 because the parser's time grows with the square of the depth."""
 NODE_LIMIT = 1_000_000
-"""Largest number of values in a document. The values behind an alias count each time that the alias is used."""
+"""Most values in a document. The values that an alias stands for count each time that the alias is used."""
 
 _TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
 _FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})
@@ -35,7 +36,7 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = object()
-"""Stands for the merge key `<<` where otherwise the text of a key stands."""
+"""Stands for the merge key `<<` in the attribute `key` of a frame, which otherwise holds the text of a key."""
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -114,7 +115,7 @@ class _Builder:
         self._skipping = 0
 
     def take(self, event: Any) -> None:
-        """Process the parser's next event."""
+        """Add what ``event``, the parser's next event, says to the document."""
         if isinstance(event, yaml.CollectionStartEvent):
             self._start(event)
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -182,8 +183,8 @@ class _Builder:
         self._put(event, value)
 
     def _put(self, event: Any, value: Any) -> None:
-        """Add ``value`` to the open mapping or list: as the next key, as the value of the last key, or as the next
-        item."""
+        """Add the scalar or alias ``value`` to the innermost open mapping or list: as the next key, as the value of the
+        last key, or as the next item."""
         frame = self._frames[-1] if self._frames else None
         if frame is not None and isinstance(frame.value, dict) and not frame.has_key:
             self._take_key(event, frame, value)
@@ -209,8 +210,8 @@ class _Builder:
         self.document.lines[path] = _line(event)
 
     def _place(self, event: Any) -> FieldPath:
-        """Return the path of the value that ``event`` begins. Record the line of the path too, except below a mapping,
-        where the line of the key is recorded."""
+        """Return the path of the value that ``event`` begins, and record the line of this path. The line of a value in
+        a mapping is not recorded here, because `_take_key` has recorded the line of its key."""
         if not self._frames:
             self.document.lines[()] = _line(event)
             return ()
@@ -222,7 +223,8 @@ class _Builder:
         return (*frame.path, frame.key) if isinstance(frame.key, str) else frame.path
 
     def _attach(self, event: Any, value: Any) -> None:
-        """Add a complete value to the open mapping or list. Without an open one, it is the value of the document."""
+        """Add ``value``, which has been parsed to its end, to the innermost open mapping or list. Where none is open,
+        ``value`` is the value of the document."""
         if not self._frames:
             self.document.value = value
             return
@@ -253,7 +255,7 @@ def _line(event: Any) -> int:
 
 
 def _key(value: Any) -> str | None:
-    """Return a key of a mapping as JSON would have it, or None for a key that JSON can't express."""
+    """Return a key of a YAML mapping as the string that is the key in JSON. None for a key that JSON can't express."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -308,6 +310,6 @@ def _integer(number: str) -> int | float:
     digits = number.lstrip("+-").lower()
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
         return sign * int(digits, 8)
-    # A number of 100 digits or more becomes 1e308, because int() refuses thousands of digits. Such a number exceeds
-    # every bound of the schema anyway.
+    # A number of 100 digits or more becomes 1e308, because int() refuses numbers of thousands of digits. The exact
+    # value does not matter, because so large a number exceeds every bound of the schema.
     return sign * int(digits, 0) if len(digits) < 100 else float("1e308")

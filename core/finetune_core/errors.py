@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can correct, such as a wrong value in a job file, a data file or a bucket."""
+"""The exception for problems that a user can correct, such as a wrong value in a job file or a missing data file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class UserError(Exception):
     """
 
     def __init__(self, subject: str, problem: str) -> None:
-        """Make one sentence of ``subject``, which is a field's path such as ``dataset.train`` or a file, and
-        ``problem``."""
+        """Make the message ``<subject>: <problem>``. ``subject`` is the path of a field, such as ``dataset.train``, or
+        the name of a file. ``problem`` says what the subject must be."""
         self.subject = subject
         self.problem = problem
         super().__init__(valid_text(f"{subject}: {problem}"))

@@ -1,6 +1,7 @@
-"""Keys in the object store: where the records of runs, the step logs, the checkpoints and the artifacts of a job lie.
+"""The keys under which the trainer stores a job's run records, step logs, checkpoints, scores and artifacts in the
+object store.
 
-All of them lie in the folder of all runs of the job:
+All keys of a job lie in one folder, the folder of all runs of the job:
 
 <uri>/<namespace>/<name>/<runId>/
   runs/<run>.json                 record of a run: which job began it, what it trains, the checkpoint that it resumed
@@ -32,12 +33,13 @@ TRAINER_FILE = "trainer.json"
 perplexity and other numbers."""
 BASES = "_bases"
 """Name of the folder, directly below `storage.uri`, with the base models that have added tokens. Each such model is
-stored once for all jobs. The other folders there are named after namespaces, and no namespace's name has an
-underscore."""
+stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces, and the name of a
+namespace has no underscore."""
 
 
 class Location(NamedTuple):
-    """A bucket and a key prefix without slashes at its ends."""
+    """A folder in the object store: the bucket, and the prefix of the keys in the folder, without a slash at either
+    end."""
 
     bucket: str
     prefix: str
@@ -74,8 +76,8 @@ def runs_folder_of(job: FineTuneJob) -> str:
 def run_root_of(job: FineTuneJob, preflight: PreflightStatus | None = None) -> str:
     """Return the `s3://` address of the folder of all runs of ``job``.
 
-    The last part of the address is `storage.runId`. Without that field it is the folder of the former run that
-    ``preflight``, the record of the preflight check, says was taken over, and else the job's uid.
+    The last part of the address is `storage.runId`. Without that field it is the name of the former job's folder, where
+    ``preflight``, the record of the preflight check, has one that the job takes over. Otherwise it is the job's uid.
     """
     storage, metadata = job.spec.storage, job.metadata
     taken_over = preflight.taken_over.run_id if preflight is not None and preflight.taken_over is not None else None
@@ -111,8 +113,8 @@ def evaluation_key(run: int) -> str:
 
 
 def probe_key(token: str) -> str:
-    """Return the key of an object that a preflight check writes, reads and deletes. It is relative to the folder of all
-    runs of the job."""
+    """Return the key of the object that a preflight check writes, reads and deletes as a test of the store. The key is
+    relative to the folder of all runs of the job."""
     return f"preflight/{token}"
 
 
@@ -126,11 +128,11 @@ class ManifestFile(ContractModel):
 
 class Manifest(ContractModel):
     """The list of the files of a checkpoint or of an artifact. The object COMMIT in the same folder holds the sha256 of
-    this manifest as it is stored."""
+    the stored manifest."""
 
     version: int = 1
     kind: str
-    """What the manifest lists the files of: `Checkpoint` or `Artifact`."""
+    """What the files make up: `Checkpoint` or `Artifact`."""
     run: int
     step: int
     files: list[ManifestFile]
@@ -141,12 +143,13 @@ class Manifest(ContractModel):
         return sum(file.bytes for file in self.files)
 
     def encode(self) -> bytes:
-        """Return the manifest as it is stored. COMMIT holds the sha256 of these bytes."""
+        """Return the bytes of manifest.json. The object COMMIT holds the sha256 of these bytes."""
         return self.to_json().encode()
 
 
 class ArtifactPointer(ContractModel):
-    """Content of the object ARTIFACT. Of all artifact folders of a job, it names the one that counts."""
+    """Content of the object ARTIFACT, which names the job's artifact: the one of the job's artifact folders that
+    counts."""
 
     version: int = 1
     run: int

@@ -1,7 +1,7 @@
 """Names of the Kubernetes objects that the operator creates for a job.
 
-A name is a pure function of the job and the attempt, so that an operator that restarts after a crash finds the objects
-that it has already created.
+Each name follows from the job and from the number of the attempt or of the try, so that an operator that restarts after
+a crash finds the objects that it has already created.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ def attempt_name(job_name: str, job_uid: str, attempt: int) -> str:
     """Return the name of an attempt's PyTorchJob and ConfigMap.
 
     The name has at most 53 characters (40 + 1 + 8 + 1 + 3). So `<name>-worker-<2 digits>`, the name of a pod and of its
-    Service, fits into the 63 characters of a DNS label. The name contains a digest of the job's uid, which differs from
-    that of an earlier, deleted job of the same name.
+    Service, fits into the 63 characters of a DNS label. The name contains a digest of the job's uid, so that it differs
+    from the names of an earlier, deleted job of the same name.
     """
     return f"{job_name}-{hashlib.sha256(job_uid.encode()).hexdigest()[:8]}-{attempt}"
 
 
 def preflight_name(job_name: str, job_uid: str, number: int) -> str:
-    """Return the name of the pod and of the ConfigMap of try ``number`` of the preflight check. No attempt has this
-    name."""
+    """Return the name of the pod and of the ConfigMap of try ``number`` of the preflight check. The objects of attempts
+    never have this name."""
     return f"{attempt_name(job_name, job_uid, 0).removesuffix('-0')}-preflight-{number}"
 
 

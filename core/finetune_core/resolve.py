@@ -1,7 +1,7 @@
 """Turns a job into the run file of an attempt. Each field that the job leaves open gets its value here.
 
-The operator calls `resolve` before each attempt. The trainer chooses no defaults, so that each default is decided in
-one place.
+The operator calls `resolve` before each attempt. Defaults are chosen here and not in the trainer, so that they stand in
+one place. Only a value that depends on model or data, such as the steps of one epoch, is left to the trainer.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from finetune_core.planning.training_plan import micro_batch_size, zero_stage
 from finetune_core.validation.runnable import unrunnable
 
 DEFAULT_LEARNING_RATE = {Method.LORA: 1e-4, Method.FULL: 5e-6}
-"""Peak learning rate of each method, as in Anyscale's study of LoRA (September 2023), which the project repeats."""
+"""For each method, the peak learning rate where the job sets none: the rate in Anyscale's study of LoRA (September
+2023), which the project repeats."""
 DEFAULT_CHECKPOINT_STEPS = 100
-"""Optimizer steps between two checkpoints where the job sets no interval."""
+"""Optimizer steps between two checkpoints where the job sets neither `everySteps` nor `everyMinutes`."""
 
 
 def resolve(job: FineTuneJob, *, report: ReportConfig | None, preflight: PreflightStatus | None = None) -> RunConfig:
-    """Return the run file of ``job``. ``preflight`` is the record of the job's preflight check, which may name a former
-    run whose folder in the bucket the job uses. Raises UserError with the field's path where the job can't be run."""
+    """Return the run file of ``job``. ``preflight`` is the record of the job's preflight check. Where that record names
+    the run of a former job, the job uses the former job's folder in the bucket. Raises UserError with the field's path
+    where the job can't be run."""
     spec = job.spec
     problems = unrunnable(spec)
     if problems:

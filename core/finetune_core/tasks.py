@@ -1,8 +1,8 @@
 """Declares the tasks whose generated answers can be graded. Each value of `dataset.task` except `None` has one
 declaration.
 
-From `TASKS` are made: the allowed values of `dataset.task`, the descriptions of API fields, the names of the scores,
-the CLI's label and docs/tasks.md. The trainer binds a grading function to each name
+The declarations in `TASKS` determine the allowed values of `dataset.task`, the descriptions of API fields, the names of
+the scores, the label of the main score in the CLI, and docs/tasks.md. The trainer has a grading function for each task
 (`finetune_trainer/evaluation/graders/__init__.py`).
 """
 
@@ -20,20 +20,20 @@ NO_TASK = "None"
 """Value of `dataset.task` with which no answers are generated or graded."""
 
 SCORE_LIMIT = 8
-"""Most scores of a task, because `status.evaluation` and the reports have room for no more."""
+"""Most scores of a task. Lists of scores in `status.evaluation` and in the reports have this bound too."""
 SCORE_NAME_LENGTH = 32
 """Most characters of a score's name."""
 
 PERPLEXITY = "perplexity"
-"""Label of a model's perplexity in tables of scores. No score of a task may have this name, because the tables show
-both."""
+"""Label of a model's perplexity in tables of scores. No score of a task may have this name, because the tables show the
+perplexity beside the task's scores."""
 
 ScoreName = Annotated[str, Field(max_length=SCORE_NAME_LENGTH)]
 
 
 class Unit(StrEnum):
-    """What a score says about a single answer, and therefore what its mean over all graded answers is. The mean is
-    reported."""
+    """The two kinds of scores. They differ in what the grader returns for an answer, and therefore in what the reported
+    mean over all graded answers is. The value is the text that docs/tasks.md shows for this mean."""
 
     RIGHT_OR_WRONG = "share of right answers"
     """The grader returns True or False, so that the mean is the share of right answers."""
@@ -54,7 +54,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A column of the evaluation set that a grader reads beside the generated answer."""
+    """A column of the evaluation set that a grader reads, in addition to the generated answer."""
 
     name: str
     """Name of the column in the data file, for example ``mr``."""
@@ -66,21 +66,24 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The declaration of a task. Raises ValueError where the scores have too many, too long, equal or forbidden names,
-    or where `main` names none of them."""
+    """The declaration of a task. Raises ValueError where there is no score or there are too many, where the name of a
+    score is too long, forbidden or used twice, or where `main` names no score."""
 
     name: str
     """Value of `dataset.task`, for example ``GSM8K``."""
     grading: str
-    """Verb and object that follow the task's name in the text of `dataset.task`, for example ``runs the query``."""
+    """Verb and object of a sentence whose subject is the task's name, for example ``runs the query``. The description
+    of the field `dataset.task` contains the sentence."""
     description: str
-    """Sentences for docs/tasks.md about the prompt, the answers that count, and the rows that are left out."""
+    """Sentences for docs/tasks.md: what the prompt asks for, which answers count as right, and which rows are left
+    out."""
     columns: tuple[Column, ...]
     scores: tuple[Score, ...]
     main: str
     """Name of the score that the field `taskScore` shows and that `evaluation.bestBy: TaskScore` compares."""
     example_answer: str
-    """An answer to the row that consists of the `example` of each column. It gets the highest value of every score."""
+    """An answer to the row that is made of the `example` of each column. The grader gives this answer the highest value
+    of every score."""
 
     def __post_init__(self) -> None:
         names = self.score_names
@@ -100,7 +103,7 @@ class Task:
 
     @property
     def main_score(self) -> Score:
-        """Return the score that stands for the task where only one number can be shown or compared."""
+        """Return the score that `main` names. It is used where only one number can be shown or compared."""
         return next(score for score in self.scores if score.name == self.main)
 
 
@@ -189,21 +192,20 @@ SQL = Task(
 )
 
 TASKS: Mapping[str, Task] = {task.name: task for task in (VIGGO, GSM8K, SQL)}
-"""Every task that `dataset.task` can name, in the order in which the API lists them."""
+"""Every task that `dataset.task` can name, by its name, in the order in which the API lists the names."""
 
 TaskName = Annotated[str, GetPydanticSchema(lambda _type, _handler: core_schema.literal_schema([NO_TASK, *TASKS]))]
-"""Type of `dataset.task`. Its schema and its errors are the same as those of a Literal of `None` and the names of all
-tasks."""
+"""Type of `dataset.task`. It behaves as a Literal of `None` and the names of all tasks."""
 
 
 def task_field_text() -> str:
-    """Return the description of the field `dataset.task`."""
+    """Return the description of the field `dataset.task` in the API."""
     graded = ", ".join(f"{task.name} {task.grading}" for task in TASKS.values())
     return f"What grades generated answers: {graded}. {NO_TASK}: only perplexity is measured."
 
 
 def score_names_text() -> str:
-    """Return the description of the field that holds a score's name. The description lists the names of each task's
+    """Return the description of the API field that holds a score's name. The description lists the names of each task's
     scores."""
     named = [f"{', '.join(task.score_names)} ({task.name})" for task in TASKS.values()]
     return f"Such as {', '.join(named)}."
@@ -212,8 +214,8 @@ def score_names_text() -> str:
 def main_score_text(task: str, value: float, *, answers: int | None = None) -> str:
     """Return the main score of ``task`` as part of a sentence, for example ``90.0% of 50 answers right``.
 
-    ``value`` is the mean over the graded answers, from 0 to 1. ``answers`` is the number of graded answers. Where it is
-    None, the text leaves the number out.
+    ``value`` is the mean over the graded answers, from 0 to 1. ``answers`` is the number of graded answers. Where
+    ``answers`` is None, the text names no number.
     """
     credit = _partial_credit(task)
     if credit is None:
@@ -222,16 +224,17 @@ def main_score_text(task: str, value: float, *, answers: int | None = None) -> s
 
 
 def main_score_label(task: str) -> str | None:
-    """Return the label of the main score of ``task`` in a table of scores, for example ``right answers``.
+    """Return the label under which a table of scores shows the main score of ``task``, for example ``right answers``.
 
-    Returns None where an answer can be partly right for the main score, because tables already show that score under
-    its own name.
+    Returns None where an answer can be partly right for the main score. Tables then show that score only under its own
+    name.
     """
     return "right answers" if _partial_credit(task) is None else None
 
 
 def _partial_credit(task: str) -> Score | None:
-    """Return the main score of ``task`` if an answer can be partly right for it, else None. ``task`` may be `None`."""
+    """Return the main score of ``task`` if an answer can be partly right for that score, else None. Also None where
+    ``task`` is the value `None` of `dataset.task`."""
     declared = TASKS.get(task)
     if declared is None or declared.main_score.unit is Unit.RIGHT_OR_WRONG:
         return None

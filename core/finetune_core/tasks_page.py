@@ -1,6 +1,7 @@
 """Writes docs/tasks.md, the page about tasks and their scores, from the declarations in `tasks.py`.
 
-`make docs` runs this module. `tests/core/test_tasks_page.py` fails where the committed page is not the generated one.
+`make docs` runs this program. `tests/core/test_tasks_page.py` fails where the committed page differs from the generated
+page.
 """
 
 from __future__ import annotations

@@ -63,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave the cluster up until Ctrl-C")
     options = parser.parse_args(arguments)
-    # SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, so that the cluster is removed wherever the program
-    # is. SIGINT is set too, because a shell that starts the program in the background makes it ignore SIGINT.
+    # SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, so that the cluster is removed whatever the program
+    # is doing. The handler of SIGINT is set too, because a shell that starts the program in the background makes the
+    # program ignore SIGINT.
     for request in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request, signal.default_int_handler)
     command = f"make demo METHOD={options.method}"
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
-    """Run all phases and return the exit code. Raises ClusterError at once where this machine can't run a cluster."""
+    """Run all phases of the demo and return 0. Raises ClusterError at once where this machine can't run a cluster, and
+    later where a phase fails."""
     if reason := unusable_because():
         raise ClusterError(reason)
     shutil.rmtree(output, ignore_errors=True)
@@ -115,7 +117,8 @@ def demo(method: str, output: Path, command: str, *, keep: bool) -> int:
 
 
 def prepare(cluster: Cluster, model: Path, rows: Rows, values: dict[str, Any], measured: Measurements) -> None:
-    """Fill the object store, install the operator, and create the job's namespace."""
+    """Fill the object store, install the operator, and create the job's namespace. ``measured`` records the seconds of
+    each phase."""
     with measured.phase("object store"):
         steps.make_bucket(cluster)
         with step("base model into MinIO"):
@@ -157,7 +160,8 @@ def fetch(cluster: Cluster, job: FineTuneJob, folder: Path) -> None:
 
 
 def compare_answers(model: Path, output: Path) -> dict[str, Any]:
-    """Return the answers of base model and tuned model to the held-out rows."""
+    """Return the answers of base model and tuned model to the held-out rows, and for each model the share of answers
+    that are exactly right."""
     file = output / "answers.json"
     arguments = ["--base", model, "--tuned", output / "artifact", "--rows", output / "data" / "heldout.jsonl"]
     command = [sys.executable, "-m", "examples.demo.answers", *map(str, arguments), "--output", str(file)]
@@ -170,8 +174,8 @@ def compare_answers(model: Path, output: Path) -> dict[str, Any]:
 
 
 def print_results(answers: dict[str, Any], measured: Measurements, job: FineTuneJob, output: Path) -> None:
-    """Print answers and scores of base model and tuned model, the duration of each phase, and the paths of the
-    results."""
+    """Print some answers of base model and tuned model, the share of right answers, the duration of each phase, sizes,
+    and the paths of the results."""
     console = SafeConsole()
     table = Table(title="Sentences that the model has not seen", title_justify="left", show_lines=True, expand=True)
     for heading in ("sentence", "base model", "tuned model"):
@@ -199,7 +203,7 @@ def print_results(answers: dict[str, Any], measured: Measurements, job: FineTune
 
 
 def keep_running(cluster: Cluster, job: FineTuneJob) -> None:
-    """Keep the cluster running until Ctrl-C."""
+    """Print how to reach the cluster, and return when the user presses Ctrl-C."""
     enter, name = cluster.layout.enter_script, job.metadata.name
     say("\nThe cluster stays up. In another terminal:")
     say(f"  {enter} kubectl get ftj --namespace {NAMESPACE} {name} --output yaml")

@@ -1,7 +1,8 @@
 """Generates answers of the base model and of the tuned model, and counts the answers that are exactly right.
 
 The input is the base model's folder, the artifact's folder (an adapter or a model) and a jsonl file of rows. The output
-is the answers of both models as JSON. The demo starts this module as a separate process, because it needs torch:
+is the answers of both models as JSON. The demo starts this module as a separate process, because the module needs torch
+and the demo itself does not:
 
     python -m examples.demo.answers --base MODEL --tuned ARTIFACT --rows heldout.jsonl --output answers.json
 """
@@ -29,8 +30,8 @@ BATCH = 40
 
 
 def answers(model: Any, tokenizer: Any, sentences: Sequence[str]) -> list[str]:
-    """Return the model's answer to each sentence, generated greedily. Each answer is cut off after its first line,
-    because a reference answer has one line."""
+    """Return the model's answer to each sentence, generated without sampling. Only the first line of each answer is
+    returned, because a reference answer has one line."""
     found: list[str] = []
     for start in range(0, len(sentences), BATCH):
         prompts = [TEMPLATE.format(sentence=sentence) for sentence in sentences[start : start + BATCH]]
@@ -51,7 +52,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load(folder: Path) -> Any:
-    """Return the model in ``folder`` in fp32, because CPUs without bf16 arithmetic compute fp32 faster."""
+    """Return the model in ``folder`` with weights in fp32, because CPUs without bf16 arithmetic compute fp32 faster."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -73,7 +74,8 @@ def compare(base_folder: Path, tuned_folder: Path, rows: Sequence[dict[str, str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare the base model and the tuned model, and write their answers into a file."""
+    """Write the answers of both models, and their shares of right answers, into the file that the command line
+    names."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo.answers", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="the base model")
     parser.add_argument("--tuned", type=Path, required=True, metavar="FOLDER", help="the adapter, or a whole model")

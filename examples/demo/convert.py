@@ -1,4 +1,5 @@
-"""Converts a GGUF file into bf16 safetensors with its tokenizer: `python -m examples.demo.convert GGUF FOLDER`.
+"""Converts a GGUF file into a folder with bf16 safetensors and tokenizer files: `python -m examples.demo.convert GGUF
+FOLDER`.
 
 `base_model.py` runs this module as a separate process, because only the conversion needs torch.
 """
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write model and tokenizer of ``gguf`` into the new ``folder``."""
+    """Write the model and the tokenizer in the file ``gguf`` into ``folder``, which is created."""
     place = {"gguf_file": gguf.name}
     # Without `dequantize` the loaded model stays quantised, and can be neither trained nor saved.
     quantization = GgufConfig(dequantize=True)

@@ -1,7 +1,8 @@
-"""Measures the duration of each phase of the demo, and the sizes of memory, checkpoints and artifact.
+"""Measures the duration of each phase of the demo, the memory of the operator, and the sizes of checkpoints and
+artifact.
 
-The input is the phases and the states of the job. The output is the file `measurements.json`, from which
-docs/performance.md takes its figures. `__main__.py` uses this module.
+The input is the code of each phase (in a `with` block) and the states of the job. The output is the file
+`measurements.json`, from which docs/performance.md takes its figures. `__main__.py` uses this module.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Measurements:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Print the name of a phase that begins, and measure its seconds."""
+        """Print ``name``, the name of a phase, and measure the seconds that the `with` block takes."""
         say(f"\n== {name}")
         started = time.monotonic()
         try:
@@ -65,8 +66,8 @@ class Measurements:
             self.artifact = {"step": status.artifact.step, "bytes": status.artifact.bytes}
 
     def write(self, file: Path) -> None:
-        """Write all measurements with the date and a description of the machine."""
-        # Other load on the machine makes the times longer, so the load average is stored with them.
+        """Write all measurements, the date and a description of the machine into ``file`` as JSON."""
+        # The load average is stored with the times, because other load on the machine makes the times longer.
         load = [round(value, 1) for value in os.getloadavg()]
         machine = {
             "cores": os.cpu_count(),
@@ -87,8 +88,8 @@ class Measurements:
 
 
 class JobTimes:
-    """Records when the job reaches its milestones, such as its first step. Use it as a context manager while another
-    part of the program shows the job."""
+    """Records when the job reaches its milestones, such as its first step. As a context manager it watches the job's
+    pods in a thread, and `observe` takes the other milestones from the states of the job."""
 
     def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
         self._cluster, self._namespace, self._pods = cluster, namespace, pods
@@ -107,7 +108,8 @@ class JobTimes:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds from `kubectl apply` to each milestone, the earliest first."""
+        """Seconds from the creation of this object, right before `kubectl apply`, to each milestone, the earliest
+        first."""
         return {name: round(when - self._applied, 1) for name, when in sorted(self._times.items(), key=lambda t: t[1])}
 
     def observe(self, jobs: Iterable[FineTuneJob]) -> Iterator[FineTuneJob]:
@@ -130,8 +132,8 @@ class JobTimes:
         self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
-        """Record when all pods of the first attempt exist and when all run. The pods are polled, because the job's
-        status shows the state of the pods later."""
+        """Record the time at which the namespace has all pods of an attempt, and the time at which all of them run. The
+        pods are polled, because the job's status shows their state later."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:
             core = client.CoreV1Api(api)
             while not self._stopped.wait(POD_POLL_SECONDS):

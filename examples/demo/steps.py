@@ -1,5 +1,5 @@
-"""Functions that bring a test cluster from empty to a finished FineTuneJob. The demo and the end-to-end tests call
-these functions.
+"""Functions for the steps from an empty test cluster to a FineTuneJob that has ended. The demo and the end-to-end tests
+call these functions.
 
 The functions put data into the cluster's MinIO, install the operator, apply jobs and wait for jobs.
 """
@@ -49,8 +49,9 @@ def object_store(cluster: Cluster) -> Minio:
     """Return a client of the cluster's MinIO, which works only inside ``cluster.enter()``."""
     store = cluster.minio
     address = urllib3.util.parse_url(store.endpoint).netloc or ""
-    # The client gets a pool of its own, because minio's default pool would use a proxy from the environment.
-    # Retry-After is ignored, because a MinIO that has just started asks for a minute and is ready much earlier.
+    # The client gets a connection pool of its own, because minio's default pool would use a proxy from the environment.
+    # Retry-After is ignored, because a MinIO that has just started asks clients to wait a minute, and is ready much
+    # earlier.
     retries = urllib3.Retry(
         total=10, backoff_factor=0.2, backoff_max=2, status_forcelist=[503], respect_retry_after_header=False
     )
@@ -66,7 +67,7 @@ def object_store(cluster: Cluster) -> Minio:
 
 
 def make_bucket(cluster: Cluster, bucket: str = BUCKET) -> None:
-    """Create ``bucket`` if it does not exist. The default is the bucket that the job files name."""
+    """Create ``bucket`` if it does not exist. Its default is the bucket that the quickstart job files name."""
     with cluster.enter():
         store = object_store(cluster)
         if not store.bucket_exists(bucket):
@@ -74,7 +75,7 @@ def make_bucket(cluster: Cluster, bucket: str = BUCKET) -> None:
 
 
 def put_base_model(cluster: Cluster, folder: Path, key: str = MODEL_KEY, bucket: str = BUCKET) -> None:
-    """Upload the files of a model into the bucket."""
+    """Upload the files in ``folder``, a model, into the bucket below ``key``."""
     with cluster.enter():
         store = object_store(cluster)
         for file in sorted(folder.iterdir()):
@@ -91,14 +92,14 @@ def put_rows(cluster: Cluster, rows: Rows, key: str = ROWS_KEY, bucket: str = BU
 
 
 def put_file(cluster: Cluster, key: str, content: bytes, bucket: str = BUCKET) -> None:
-    """Upload one file into the bucket."""
+    """Upload ``content`` as the object ``key`` into the bucket."""
     with cluster.enter():
         object_store(cluster).put_object(bucket, key, io.BytesIO(content), len(content))
 
 
 def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> None:
-    """Make the demo's MinIO, which runs outside of Kubernetes, reachable in the cluster as `minio.storage.svc`, the
-    name in the job files.
+    """Make the cluster's MinIO, which runs outside of Kubernetes, reachable for pods as `minio.storage.svc`, the name
+    in the quickstart job files.
 
     The Service has no selector. It gets MinIO's address from an EndpointSlice.
     """
@@ -122,17 +123,19 @@ def name_object_store(cluster: Cluster, namespace: str = STORE_NAMESPACE) -> Non
     )
 
 
-# Functions for the operator and its users
+# Functions that install the operator and prepare namespaces for jobs
 
 
 def chart_values() -> dict[str, Any]:
-    """Return values for the Helm chart that name the images of this working tree. Missing images are built."""
+    """Return values for the Helm chart that name the operator image and the trainer image of this working tree. An
+    image that does not exist is built."""
     repository, _, tag = images.ensure(images.OPERATOR).rpartition(":")
     return {"image": {"repository": repository, "tag": tag}, "trainer": {"image": images.ensure(images.TRAINER)}}
 
 
 def install_operator(cluster: Cluster, values: Mapping[str, Any], namespace: str = OPERATOR_NAMESPACE) -> None:
-    """Install the chart with helm and wait until the operator is ready. ``values`` are the chart's values."""
+    """Install the operator with its Helm chart and wait until the operator is ready. ``values`` are the chart's
+    values."""
     arguments = ["--namespace", namespace, "--create-namespace", "--wait", f"--timeout={HELM_TIMEOUT_SECONDS}s"]
     command = ["upgrade", "--install", RELEASE, str(CHART), *arguments, "--values", "-"]
     try:
@@ -142,7 +145,8 @@ def install_operator(cluster: Cluster, values: Mapping[str, Any], namespace: str
 
 
 def make_namespace(cluster: Cluster, namespace: str) -> None:
-    """Create a namespace with the strictest pod security (`restricted`), and the Secret that the job files name."""
+    """Create a namespace with the strictest level of pod security (`restricted`), and in it the Secret with the access
+    key that the job files name."""
     metadata = {"name": namespace, "labels": RESTRICTED}
     apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
     keys = {ACCESS_KEY_ID: cluster.minio.access_key, SECRET_ACCESS_KEY: cluster.minio.secret_key}
@@ -150,11 +154,11 @@ def make_namespace(cluster: Cluster, namespace: str) -> None:
     apply(cluster, {"apiVersion": "v1", "kind": "Secret", "metadata": secret, "stringData": keys})
 
 
-# Functions for objects in the cluster, above all FineTuneJobs, and for the operator
+# Functions that apply, follow and delete FineTuneJobs, and functions that show the state of the cluster
 
 
 def apply(cluster: Cluster, manifest: Path | Mapping[str, Any], namespace: str | None = None) -> None:
-    """Run `kubectl apply` with a file, which is not changed, or with an object."""
+    """Run `kubectl apply` with the file or the object ``manifest``."""
     place = ["--namespace", namespace] if namespace else []
     if isinstance(manifest, Path):
         cluster.kubectl("apply", *place, "--filename", str(REPOSITORY / manifest))
@@ -163,8 +167,8 @@ def apply(cluster: Cluster, manifest: Path | Mapping[str, Any], namespace: str |
 
 
 def manifest_of(path: Path, **changes: Any) -> dict[str, Any]:
-    """Return a job file as a mapping. A keyword such as `spec__training__maxSteps=10` sets the field
-    `spec.training.maxSteps`."""
+    """Return the content of the job file ``path`` with ``changes``. The keyword `spec__training__maxSteps=10`, for
+    example, sets the field `spec.training.maxSteps` to 10."""
     manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / path).read_text())
     for place, value in changes.items():
         *parents, last = place.split("__")
@@ -178,13 +182,13 @@ def manifest_of(path: Path, **changes: Any) -> dict[str, Any]:
 @contextmanager
 def jobs_in(cluster: Cluster, namespace: str) -> Iterator[JobClient]:
     """Yield a client for the FineTuneJobs of ``namespace``. Inside the `with` block the calling thread is in the
-    cluster's network."""
+    network namespace of the cluster."""
     with cluster.enter(), kubernetes_client(cluster) as api:
         yield JobClient(api, namespace)
 
 
 def kubernetes_client(cluster: Cluster) -> client.ApiClient:
-    """Return a client with administrator's rights, which works only inside ``cluster.enter()``."""
+    """Return a Kubernetes client with the rights of an administrator, which works only inside ``cluster.enter()``."""
     configuration = client.Configuration()
     config.load_kube_config(str(cluster.kubeconfig), client_configuration=configuration)
     configuration.proxy = None
@@ -200,10 +204,10 @@ def wait_for_job(
     timeout: float,
     notify: Callable[[str], None] = lambda sentence: None,
 ) -> FineTuneJob:
-    """Return the job as soon as ``reached`` is true for its state.
+    """Return the job as soon as ``reached`` is true for its state. ``what`` says in messages what is waited for.
 
-    Raises:
-        ClusterError: ``timeout`` seconds have passed, or the job has ended before. The message has the job's state.
+    Raises: ClusterError: ``timeout`` seconds have passed, or the job has ended without that state. The message has the
+    job's last state.
     """
     newest: FineTuneJob | None = None
     with jobs_in(cluster, namespace) as jobs:
@@ -232,7 +236,7 @@ def wait_for_condition(
 
 
 def diagnostics(cluster: Cluster, namespace: str = OPERATOR_NAMESPACE) -> str:
-    """Return what helps to explain a failure: the list of pods, and the end of the operator's log."""
+    """Return text that helps to explain a failure: the list of all pods, and the end of the operator's log."""
     pods = cluster.run(["kubectl", "get", "pods", "--all-namespaces", "--output=wide"], check=False).stdout
     selector = f"--selector=app.kubernetes.io/instance={RELEASE}"
     log = cluster.run(["kubectl", "logs", "--namespace", namespace, selector, "--tail=40"], check=False)

@@ -34,7 +34,8 @@ VALUES: dict[str, tuple[str, ...]] = {
     "view": ("lake", "valley", "glacier", "coast", "forest"),
     "dogs": ("yes", "no"),
 }
-"""The possible values of each attribute except `name`. A meaning lists its attributes in this order."""
+"""For each attribute except `name`, its possible values. After the name, a meaning lists its attributes in this
+order."""
 
 PHRASES: dict[str, tuple[str, ...]] = {
     "length": ("it is {value} long", "it runs for {value}"),
@@ -59,12 +60,12 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 
 T = TypeVar("T")
 Shape = tuple[str, tuple[str, ...]]
-"""A function, and the names of the attributes, except `name`, that a row contains."""
+"""A function, and the names of the attributes that a row has in addition to `name`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trail:
-    """What a row says, before it is put into words."""
+    """The content of a row: a function, the name of a trail, and the trail's other attributes with their values."""
 
     function: str
     name: str
@@ -87,8 +88,8 @@ class Rows:
     """The three sets of rows. No meaning occurs in two sets.
 
     The held-out rows are new combinations of known parts. The function and the attributes of a held-out row never occur
-    together in a training row, and neither do the two words of its name. But each single word and each single attribute
-    occurs in training rows.
+    together in a training row, and neither do the two words of its name. With the default numbers of rows, each word of
+    a name, each function and each attribute by itself occurs in training rows.
     """
 
     train: list[dict[str, str]]
@@ -97,7 +98,8 @@ class Rows:
 
 
 def generate(seed: int = 7, *, train: int = 800, validation: int = 60, heldout: int = 40) -> Rows:
-    """Return the rows for ``seed``. The same seed and numbers give the same rows on every machine."""
+    """Return the three sets with ``train``, ``validation`` and ``heldout`` rows. The same seed and numbers give the
+    same rows on every machine."""
     chance = random.Random(seed)
     shapes = [(function, attributes) for function in SENTENCES for attributes in _attribute_sets()]
     names = [f"{first} {second}" for first, second in itertools.product(FIRST_WORDS, SECOND_WORDS)]
@@ -110,7 +112,8 @@ def generate(seed: int = 7, *, train: int = 800, validation: int = 60, heldout: 
 
 
 def write(rows: Rows, folder: Path) -> None:
-    """Write the three files into ``folder``, which is created if it does not exist."""
+    """Write each set of ``rows`` into a file in ``folder``, such as `train.jsonl`. The folder is created if it does not
+    exist."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "validation", "heldout"):
         lines = (json.dumps(row) + "\n" for row in getattr(rows, name))
@@ -118,8 +121,8 @@ def write(rows: Rows, folder: Path) -> None:
 
 
 def _attribute_sets() -> Iterator[tuple[str, ...]]:
-    """Yield every choice of one or two attributes except `name`. Two attributes come in the order in which a meaning
-    lists them."""
+    """Yield every set of one attribute and every set of two attributes, without `name`. Two attributes come in the
+    order in which a meaning lists them."""
     for size in (1, 2):
         yield from itertools.combinations(VALUES, size)
 
@@ -131,7 +134,7 @@ def _split(items: Sequence[T], number: int, chance: random.Random) -> tuple[list
 
 
 def _distinct(number: int, shapes: Sequence[Shape], names: Sequence[str], chance: random.Random) -> list[Trail]:
-    """Return ``number`` trails with different meanings. All shapes are used in turn, so that they are equally
+    """Return ``number`` trails with different meanings. The shapes are used in turn, so that all are about equally
     frequent."""
     trails: dict[str, Trail] = {}
     turns = itertools.cycle(shapes)
@@ -161,7 +164,8 @@ def _phrase(attribute: str, value: str, chance: random.Random) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the rows and print their numbers and their folder."""
+    """Write the files into the folder that the command line names, and print the number of rows in each and the
+    folder."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.trails.generate",
         description="Make sentences about hiking trails with their functional representations (jsonl).",

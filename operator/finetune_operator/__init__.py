@@ -1,4 +1,4 @@
 """The operator of FineTuneJobs."""
 
 __version__ = "0.1.0"
-"""Version of the operator: that of the chart, which `finetune_build_info` shows."""
+"""Version of the operator, equal to the version of the Helm chart. The metric `finetune_build_info` shows it."""

@@ -69,7 +69,8 @@ class Replica:
             limits=ConnectionLimits(
                 connections=settings.report_connections,
                 per_address=settings.report_connections_per_address,
-                # A training job keeps one connection and sends a report every three seconds, at its changes more.
+                # One request per second for each allowed connection is enough: a training job keeps one connection, and
+                # sends a report every three seconds and a few more when something changes.
                 requests_per_second=float(settings.report_connections_per_address),
             ),
         )
@@ -161,8 +162,8 @@ class Replica:
 def _certificate_source(settings: Settings, cluster: KubeClient) -> CertificateSource:
     """Return the source of the report server's certificate.
 
-    By the setting `--certificate-from`, the operator makes the certificate itself, or reads a certificate that somebody
-    else maintains, such as cert-manager.
+    The setting `--certificate-from` chooses: the operator makes the certificate itself, or reads a certificate that
+    somebody else, such as cert-manager, maintains.
     """
     kind = SelfSignedCertificates if settings.certificate_from == "Operator" else ExternalCertificates
     return kind(
@@ -178,7 +179,8 @@ async def run(settings: Settings) -> None:
 def _stop_signal() -> asyncio.Event:
     """Return an event that SIGTERM and SIGINT set.
 
-    While the watches run, kopf handles both signals itself and ends the watches. That ends the operator as well.
+    While the watches run, kopf handles both signals itself and ends the watches. The end of the watches ends the
+    operator as well.
     """
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

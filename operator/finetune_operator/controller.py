@@ -27,7 +27,8 @@ RECONCILE_SECONDS = 60.0
 RESYNC_RETRY_SECONDS = 10.0
 """Seconds after a failed list of the jobs of a namespace until they are listed again."""
 REFUSED: Final = (HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND)
-"""HTTP status codes of a list in a namespace that is deleted, or whose Role is."""
+"""HTTP status codes with which the API server answers a list of jobs where the namespace, or the operator's Role in it,
+does not exist."""
 
 
 class _Listed:
@@ -49,7 +50,10 @@ class _Listed:
         self._activity.jobs_listed(of_all_namespaces=not self._waits)
 
     def failed(self, namespace: str | None, *, refused: bool) -> None:
-        """Note that ``namespace`` could not be listed; ``refused`` means that it is deleted or forbidden."""
+        """Note that the jobs of ``namespace`` could not be listed.
+
+        ``refused`` says whether the namespace does not exist or the operator may not list its jobs.
+        """
         self._failing.add(namespace)
         self._metrics.unlisted_namespaces.set(len(self._failing))
         if refused:
@@ -91,8 +95,9 @@ class Controller:
     async def resync(self, namespaces: Sequence[str], seconds: float) -> None:
         """Queue every job now and again every ``seconds``, because a watch may lose events. Never returns.
 
-        Each of ``namespaces`` is listed for itself (all together where it is empty), so that a namespace which is
-        deleted or forbidden holds no other back. The operator is ready once each was listed or refused, and one listed.
+        Each of ``namespaces`` has a list of its own, so that a namespace which is deleted or forbidden holds no other
+        back. Where ``namespaces`` is empty, one list covers all namespaces. The operator is ready once at least one
+        list has succeeded and every other has succeeded or was refused.
         """
         unlisted: set[str | None] = set(namespaces or (None,))
         listed = _Listed(unlisted, self._activity, self._metrics)
@@ -107,7 +112,7 @@ class Controller:
             try:
                 await self._list(namespace)
             except REQUEST_ERRORS as error:
-                if describe_error(error) != problem:  # a namespace that stays forbidden is one line of the log
+                if describe_error(error) != problem:  # a namespace that stays forbidden gets one line in the log
                     problem = describe_error(error)
                     where = f"of namespace {namespace}" if namespace else "of all namespaces"
                     logger.warning("the jobs %s could not be listed: %s", where, problem)
@@ -119,10 +124,10 @@ class Controller:
                 await asyncio.sleep(seconds)
 
     async def _list(self, namespace: str | None) -> None:
-        """Queue every job of ``namespace`` that exists, and every such job that the memory holds.
+        """Queue every job of ``namespace`` that exists, and every one that is only in memory.
 
-        The latter is needed for jobs that were deleted without a watch event. A job that has ended is left out where
-        the list shows that it has not changed since nothing was left to do for it.
+        Those in memory are queued because a job may have been deleted without a watch event. An ended job is left out
+        where its listed resourceVersion is the one at which nothing was left to do for it.
         """
         gone = {key for key in self._memory.job_keys() if namespace in (None, key.namespace)}
         async for job in self._cluster.list_jobs(namespace):
@@ -141,8 +146,8 @@ class Controller:
                 requeue = await self._reconciler.reconcile(key)
         except ApiError as error:
             if error.is_conflict or error.is_name_taken:
-                # Somebody else changed an object between read and write. The first retry follows after 0.2 s. The next
-                # ones wait longer, because a webhook may answer 409 for ever.
+                # Somebody else changed an object between read and write. The first retry follows within 0.2 s. Later
+                # retries wait longer, because a webhook may answer 409 for ever.
                 self._count("conflict")
                 self._queue.add_rate_limited(key)
             else:

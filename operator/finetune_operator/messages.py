@@ -89,7 +89,10 @@ def pod_failed(name: str, reason: str, message: str) -> str:
 
 
 def container_lost(name: str, node: str) -> str:
-    """Return the sentence about a pod whose container is gone, and nobody saw its end; ``node`` may be empty."""
+    """Return the sentence about a pod whose container is gone without anybody knowing how the container ended.
+
+    ``node`` may be empty.
+    """
     return f"{f'node {node}' if node else 'its node'} lost the container of pod {name}, for example in a restart"
 
 
@@ -144,21 +147,25 @@ def attempt_prefix(number: int, last_cause: str) -> str:
 def retrying(ended: int, cause: str, next_start: datetime | None) -> str:
     """Return the sentence about an attempt that ended and after which another attempt will start.
 
-    It names the absolute time of the next start, because a relative time would change the sentence in every reconcile.
+    ``next_start`` is None where the time of the next start is not decided yet. The sentence names this time and not the
+    seconds until then, because these would change the sentence in every reconcile.
     """
     when = f"; the next starts after {next_start:%H:%M:%S} UTC" if next_start else "; the next starts once it is gone"
     return f"attempt {ended} ended: {cause}{when}"
 
 
 def retries_exhausted(charged: int, cause: str) -> str:
-    """Return the sentence about a job that has used up `runPolicy.maxRetries`."""
+    """Return the sentence about a job that has used up `runPolicy.maxRetries`, or all attempts that a job can have.
+
+    ``charged`` is how many attempts counted against `maxRetries`; ``cause`` says why the last attempt ended.
+    """
     return f"{charged} attempts failed; the last: {cause}"
 
 
 def stopped(cause: str, newest_checkpoint: str) -> str:
-    """Return the sentence about a job that ended before its artifact was committed.
+    """Return the sentence about a job that ended for ``cause`` before its artifact was committed.
 
-    It names the newest checkpoint, from which a new job can resume.
+    The sentence names the newest checkpoint, if there is one, because a new job can resume from it.
     """
     return f"{cause}; " + (f"the newest checkpoint: {newest_checkpoint}" if newest_checkpoint else NO_CHECKPOINT)
 
@@ -174,19 +181,26 @@ def active_deadline(seconds: int) -> str:
 
 
 def pending_deadline(seconds: int, waiting_for: str) -> str:
-    """Return the sentence about an attempt whose pods did not all run in time."""
+    """Return the sentence about an attempt whose pods did not all run within ``seconds``.
+
+    ``waiting_for`` says why, for example that a pod has no node; empty where that is not known.
+    """
     return f"not all pods ran within the {seconds} s of `runPolicy.pendingDeadlineSeconds`: {waiting_for or NO_PODS}"
 
 
 def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
-    """Return the sentence about a preflight pod that ended without a result. It also says how to skip the check."""
+    """Return the sentence about a preflight pod that ended without a result. It also says how to skip the check.
+
+    ``reason`` is the reason that the kubelet gives, and ``last_line`` the last line of the pod's log; either may be
+    empty.
+    """
     why = f" ({reason})" if reason and reason != "Error" else ""
     line = f": {last_line}" if last_line else ""
     return f"the preflight pod ended with exit code {exit_code}{why} and left no result{line}; {_SKIP_PREFLIGHT}"
 
 
 def preflight_turn(limit: int) -> str:
-    """Return the sentence about a preflight check that waits, because ``limit`` checks run already."""
+    """Return the sentence about a preflight check that waits, because ``limit`` checks may run at the same time."""
     return f"the check of store, model and data waits for its turn: {limit} checks of all jobs run at the same time"
 
 
@@ -200,7 +214,10 @@ def preflight_out_of_memory(limit: str) -> str:
 
 
 def preflight_ran_on(seconds: int, command: str) -> str:
-    """Return the sentence about a preflight pod that still ran after ``seconds``, far longer than the check takes."""
+    """Return the sentence about a preflight pod that still ran after ``seconds``, far longer than the check takes.
+
+    ``command`` is the argument with which the operator asks an image to check.
+    """
     return (
         f"the preflight pod had not ended after {seconds} s: an image of your own must end soon when its argument is"
         f" `{command}`; {_SKIP_PREFLIGHT}"
@@ -208,12 +225,18 @@ def preflight_ran_on(seconds: int, command: str) -> str:
 
 
 def preflight_gives_up(tries: int, cause: str) -> str:
-    """Return the sentence about a check that ended ``tries`` times in a row for the same kind of cause."""
+    """Return the sentence about a preflight check that ends the job, because ``tries`` tries could not be carried out.
+
+    ``cause`` says why the last of them could not.
+    """
     return f"{tries} tries of the preflight check failed in this way: {cause}"
 
 
 def preflight_deadline(seconds: int, waiting_for: str) -> str:
-    """Return the sentence about a job whose preflight check did not pass within the pending deadline."""
+    """Return the sentence about a job whose preflight check did not pass within the pending deadline of ``seconds``.
+
+    ``waiting_for`` says what is missing; empty where that is not known.
+    """
     what = waiting_for or PREFLIGHT_RUNS
     return f"the preflight check did not pass within the {seconds} s of `runPolicy.pendingDeadlineSeconds`: {what}"
 
@@ -249,7 +272,7 @@ def running(nodes: int, attempt: int) -> str:
 
 
 def completed(step: int, uri: str) -> str:
-    """Return the sentence about a job that succeeded."""
+    """Return the sentence about a job that succeeded with the artifact of ``step`` at the address ``uri``."""
     return f"the artifact of step {step} is committed: {uri}"
 
 

@@ -1,8 +1,9 @@
 """Brings one FineTuneJob a step further: observe, decide, write what must be written first, act, write the status.
 
-The workers of `controller.py` call `Reconciler.reconcile` with the key of a job. Each call changes the objects of one
-attempt or of the preflight check at most, and writes the status once at most. A crash after any write is harmless,
-because the next call starts from what the API server holds.
+The workers of `controller.py` call `Reconciler.reconcile` with the key of a job. Each call creates or deletes objects
+for at most one attempt or the preflight check; when it creates an attempt, it also deletes what is left of the attempt
+before. It writes the status at most once. A crash after any write is harmless, because the next call starts from what
+the API server holds.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ from finetune_operator.status.inputs import refused_input, status_input
 from finetune_operator.status.writer import StatusWriter
 
 RUNNING_RESYNC_SECONDS = 60.0
-"""Seconds between two reconciles of a job whose attempt runs or whose child is suspended. So even where a watch event
-is lost, the operator acts within a minute."""
+"""Most seconds between two reconciles of a job whose attempt runs or whose child is suspended. So even where a watch
+event is lost, the operator acts within a minute."""
 RETRY_SECONDS = 10.0
-"""Seconds until a job is reconciled again whose status had to be written first, but did not change by that write."""
+"""Seconds until the next reconcile of a job whose status had to be written before its objects change, where the API
+server answered that this write changed nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +69,14 @@ class _Acted:
     missing: str = ""
     """Why the preflight pod could not be created; empty where nothing failed."""
     retry_seconds: float | None = None
-    """Seconds after which the objects that could not be created are tried again; None where nothing failed."""
+    """Seconds until the next try to create the objects that could not be created; None where nothing failed."""
     removed: Write | None = None
-    """The deletion of preflight pods, after which the next step of the check is due at once."""
+    """The deletion of preflight pods, after which the next step of the check is due at once. None where no pod was
+    deleted."""
 
 
 class Reconciler:
-    """Reconciles jobs, one in each call. Between two calls it keeps only what may be lost: reports and back-offs."""
+    """Reconciles jobs, one in each call. What it remembers between calls (reports, back-offs and such) may be lost."""
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class Reconciler:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Create the parts. ``now`` (wall clock) and ``clock`` (monotonic seconds) are the only sources of time.
+        """Create the parts. ``now`` returns the wall-clock time, ``clock`` monotonic seconds.
 
         ``trainer_image`` is the image of jobs that name no image. ``ca_bundle`` returns the CA certificates of the
         report server. ``instance`` is the name of the operator's pod. ``preflight`` ("Run" or "Skip") applies to jobs
@@ -140,7 +143,7 @@ class Reconciler:
         if stored.has_ended:
             return await self._tidy(stored)
         if stored.unread_bookkeeping and not (stored.policy.cancel or stored.policy.suspend):
-            # A person's order is obeyed with what could be read, because it ends pods and starts none.
+            # An order to cancel or suspend is obeyed with what could be read, because it ends pods and starts none.
             return await self._refuse_for_now(stored, messages.unreadable_status(stored.unread_bookkeeping))
         job, invalid = _parse_spec(stored)
 
@@ -152,7 +155,8 @@ class Reconciler:
                 return await self._refuse_for_now(stored, invalid)
             return await self._carry_out(stored, seen, decision, image=None, invalid=invalid)
         asks = decision.starts_check(job.status) and not self._backoff.holds(job.memory)
-        # The turn comes before the record of the check, because the pending deadline runs from that record on.
+        # The job waits for its turn before the check is recorded in the status, because the pending deadline runs from
+        # the time of that record on.
         if asks and not await self._preflight_turns.has_come(key, job.now):
             decision = waits_for_turn(decision, job.status, self._preflight_turns.limit)
         image = job.status.image or job.resource.spec.pod_template.image or self._trainer_image
@@ -201,7 +205,7 @@ class Reconciler:
         waits = (acted.retry_seconds, decision.wait_seconds, left, self._resync(job, decision, acted))
         return Requeue(write=acted.removed, pause=_earliest(*waits))
 
-    # ---- before the decision: jobs that are deleted, read or ended ----
+    # ---- before the decision: forget a deleted job, parse the stored job, tidy up after an ended job ----
 
     def _forget(self, key: Key) -> Requeue:
         """Drop the memory and metrics of a deleted job. The garbage collector removes the objects that the job owns."""
@@ -240,9 +244,9 @@ class Reconciler:
         return resolve(job.resource, report=report, preflight=decision.preflight)
 
     def _resync(self, job: StoredJob, decision: Decision, acted: _Acted) -> float | None:
-        """Return in how many seconds to reconcile the current attempt again even if no watch event comes.
+        """Return in how many seconds to reconcile the job again for its current attempt, even without a watch event.
 
-        None where no attempt is current, and where its objects could not be created.
+        None where no attempt is current, and where its objects could not be created: the back-off says when to retry.
         """
         if acted.problem is not None:
             return None
@@ -281,7 +285,7 @@ class Reconciler:
         return _Acted(child=seen.child)
 
     async def _create_preflight_pod(self, job: ParsedJob, number: int, image: str, config: RunConfig) -> _Acted:
-        """Create the preflight pod of try ``number``, and give the slot back where it can't be created."""
+        """Create the preflight pod of try ``number``. Where it can't be created, give the job's slot to other jobs."""
         try:
             await self._preflight_objects.create(job, number, image, config)
         except RetryableError as problem:
@@ -292,9 +296,10 @@ class Reconciler:
     # ---- specs that can't be run ----
 
     async def _refuse(self, job: ParsedJob, message: str) -> Requeue:
-        """Record that the spec can't be run. The job ends, unless it has had an attempt.
+        """Record that the spec can't be run. The job ends, unless one of its attempts has ended already.
 
-        A job that has had an attempt goes on later, because a person may undo the change of its spec.
+        A job with an ended attempt waits instead, because its spec could be run before, and a person may undo the
+        change.
         """
         if job.status.attempts.recent:
             return await self._refuse_for_now(job, message)
@@ -305,8 +310,8 @@ class Reconciler:
     async def _refuse_for_now(self, stored: StoredJob, message: str) -> Requeue:
         """Start nothing, write why, and reconcile again after a back-off.
 
-        Used where the spec may become usable: the CRD of another version of the operator accepted it, or a person
-        changed a field of a job that has had an attempt.
+        Used where this version can't read the spec or the status, which another version of the operator may be able to
+        read, and where a person may undo a change of the spec of a job that has had an attempt.
         """
         problem = RetryableError(Reason.BAD_INPUT, message)
         self._backoff.failed(stored.memory, problem)
@@ -315,7 +320,10 @@ class Reconciler:
 
 
 def _parse_spec(stored: StoredJob) -> tuple[ParsedJob | None, str]:
-    """Return the job with its parsed spec, or None where this version can't read the spec; and why it can't be run."""
+    """Return the job with its parsed spec, and why the spec can't be run; that text is empty where it can.
+
+    The job is None where this version can't read the spec. The text then says which field it can't read.
+    """
     try:
         job = parse_spec(stored)
     except ValidationError as error:

@@ -36,8 +36,10 @@ class SettledJobs:
         network_policies: NetworkPolicies,
         preflight_objects: PreflightObjects,
     ) -> None:
-        """Delete objects with the given clients of each kind of object. ``writer`` removes a deleted child
-        from the status."""
+        """Delete ConfigMaps with ``cluster``, and each other kind of object with the argument that is named after it.
+
+        ``writer`` removes a deleted child from the status.
+        """
         self._cluster = cluster
         self._backend = backend
         self._writer = writer
@@ -47,7 +49,8 @@ class SettledJobs:
     async def tidy(self, job: StoredJob) -> float | None:
         """Remove the job's objects that are due. Return in how many seconds the next is due; None if none will be.
 
-        A new generation of the job, such as an edit of its TTL, is then written as observed.
+        Then write into the status that the newest generation of the job is observed, for example after an edit of its
+        TTL.
         """
         after, all_removed = await self._remove_due(job)
         await self._writer.write_settled(job, without_child=all_removed)

@@ -65,7 +65,8 @@ class _NoDiffs(kopf.DiffBaseStorage):
 def _settings(*, confined: bool) -> kopf.OperatorSettings:
     """Return the settings of kopf; ``confined`` says whether the operator serves only some namespaces."""
     settings = kopf.OperatorSettings()
-    settings.peering.standalone = True  # peering is off, because it may pause all replicas at once, or none
+    # kopf's own leader election (peering) is off, because it may pause all replicas at once, or none.
+    settings.peering.standalone = True
     settings.persistence.diffbase_storage = _NoDiffs()
     settings.posting.enabled = False  # kopf posts no events; `status/event_recorder.py` creates them
     settings.networking.error_backoffs = _EndlessBackoff()
@@ -77,7 +78,7 @@ def _settings(*, confined: bool) -> kopf.OperatorSettings:
     settings.watching.chunk_size = 500
     for owned in (PODS, PYTORCHJOBS):
         settings.watching.label_selectors[owned.group, owned.version, owned.plural] = OWNED_OBJECTS_SELECTOR
-    settings.queueing.worker_limit = None  # no limit, because idle objects would use it up
+    settings.queueing.worker_limit = None  # no limit, because objects without new events would use it up
     settings.queueing.idle_timeout = 0.5  # seconds that kopf keeps an object in memory after an event
     settings.scanning.disabled = confined  # a confined operator has no permission to list CRDs
     return settings
@@ -113,8 +114,8 @@ def _registry(queue: WorkQueue, memory: Memory, activity: WatchActivity, configu
         key = Key.parse(namespace or "", name or "")
         if key is None:
             return
-        # A job in a version that a reconcile has read is not queued, because at the start and after a broken watch kopf
-        # sends an event for every job.
+        # At the start and after a broken watch, kopf sends an event for every job. A job whose resourceVersion a
+        # reconcile has read already is not queued again.
         if event["type"] == "DELETED" or not memory.has_read(key, meta.get("resourceVersion", "")):
             queue.add(key)
 

@@ -1,7 +1,8 @@
 """Sends jobs to the real API server with strict field validation, and returns the server's answers.
 
-A job or an update is sent as JSON text. The answer has the status code and the object that the server would store. By
-default a request is a dry run: the server fills in defaults and validates the object, but stores nothing.
+A job or an update is sent as JSON text. The answer has the status code, and the object that the server would store or
+the reason why it refuses the request. By default a request is a dry run: the server fills in defaults and validates the
+object, but stores nothing.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Answer:
 
 
 class Server:
-    """Sends requests to the API server from a thread of its own, because only this thread enters the cluster's
-    network."""
+    """Sends requests to the API server from a thread of its own, so that only this thread, and not that of the tests,
+    has to be in the cluster's network."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster

@@ -93,7 +93,8 @@ def _of(schema: Schema, path: SchemaPath, force: SchemaPath) -> st.SearchStrateg
 def _text(schema: Schema) -> st.SearchStrategy[str]:
     longest = schema["maxLength"]
     if "pattern" in schema:
-        # The annotation tells the type checker that the pattern is text. The schema is JSON, so it can't know that.
+        # The annotation tells the type checker that the pattern is text. The schema is JSON, so the type checker can't
+        # know that.
         pattern: str = schema["pattern"]
         return st.from_regex(pattern, fullmatch=True).filter(
             lambda text: schema.get("minLength", 0) <= len(text) <= longest
@@ -202,7 +203,8 @@ def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
 
 
 def _accumulate(spec: dict[str, Any]) -> None:
-    """Set the global batch size to micro-batch size x processes x accumulation steps, as the CEL rule demands."""
+    """Set the global batch size to micro-batch size x processes x accumulation steps, as the CEL rule demands. Before
+    that, lower accumulation steps and micro-batch size so that the product is at most 65536."""
     training, resources = spec["training"], spec.get("resources", {})
     processes = resources.get("nodes", 1) * max(1, resources.get("gpusPerNode", 1))
     training["gradientAccumulationSteps"] = min(training["gradientAccumulationSteps"], 65536 // processes)

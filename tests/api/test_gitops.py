@@ -1,6 +1,5 @@
-"""The operator never changes a job that a user or a GitOps tool has applied. After the operator has run, kubectl, Argo
-CD and Flux find no drift.
-"""
+"""The operator changes nothing but the status of a job that a user or a GitOps tool has applied. After the operator has
+run, kubectl, Argo CD and Flux find no drift."""
 
 from __future__ import annotations
 
@@ -29,9 +28,8 @@ from tests.core.jobs import quickstart
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 RECONCILES = 6
-"""How often the job is reconciled. That is enough to number the attempt, create its objects, observe them, and then
-find nothing more to do.
-"""
+"""How often the job is reconciled. That is enough to record attempt 1 in the status, create its objects, observe them,
+and then find nothing more to do."""
 GITOPS_MANAGERS = ("argocd-controller", "kustomize-controller")
 
 
@@ -90,8 +88,8 @@ def namespace(cluster: Cluster, server: Server, request: pytest.FixtureRequest) 
 
 
 def job() -> dict[str, Any]:
-    """Return a job with values that GitOps tools often report as drift: quantities, maps, lists, null and an empty
-    section."""
+    """Return a job with values that GitOps tools often report as drift: quantities, maps, lists, an empty text and an
+    empty section."""
     manifest = quickstart("resources.cpu", "1500m")
     manifest["metadata"] = {"name": "drift", "labels": {"team": "a"}, "annotations": {"note": "1"}}
     manifest["spec"]["resources"] |= {"memory": "6Gi", "sharedMemory": 536870912}

@@ -1,3 +1,3 @@
-"""The measurements of `make bench`. Each measurement compares programs, or settings of one program. It runs them
-alternately or one after the other in one call, because other work on the machine changes absolute times, and it prints
-ratios. No measurement fails because of a speed."""
+"""The measurements of `make bench`. Most of them compare this project with another program, or with another setting of
+itself, and print ratios. What is compared runs within one call, one after the other or in turns, because other work on
+the machine changes absolute times. No measurement fails because something is slow."""

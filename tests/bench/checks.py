@@ -1,8 +1,9 @@
-"""Measure how soon attempt 1 follows the preflight check, which is the operator's default.
+"""Measure how soon attempt 1 follows the preflight check, which the operator runs for each job by default.
 
-A stub node ends each check 0.2 s after its pod runs. The time counts from the pod event with the end of the check to
-the job event with attempt 1. First single jobs are measured on an idle operator. Then a few jobs at a time are measured
-while `FINETUNE_BENCH_JOBS` (default 1000) jobs of another namespace are new, all of them with a check.
+A stub node ends each check 0.2 s after its pod runs. The time counts from the watch event of the pod with the end of
+the check to the watch event of the job with attempt 1. First single jobs are measured while the operator has no others
+to work on. Then a few jobs at a time are measured while `FINETUNE_BENCH_JOBS` (default 1000) jobs of another namespace,
+which were created at once, go through their checks.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ Name = tuple[str, str]
 
 @dataclass
 class Checks:
-    """When checks ended and when attempt 1 was opened, by namespace and name of the job (`time.monotonic`)."""
+    """When checks were seen to have ended (``ended``), and when the status first showed attempt 1 (``opened``), by
+    namespace and name of the job (`time.monotonic`)."""
 
     ended: dict[Name, float] = field(default_factory=dict)
     opened: dict[Name, float] = field(default_factory=dict)
@@ -46,7 +48,7 @@ class Checks:
         return sorted(at - self.ended.get(name, at) for name, at in self.opened.items() if name[0] == namespace)
 
     def opened_in(self, namespace: str, count: int) -> bool:
-        """Return whether ``count`` jobs of ``namespace`` have an attempt."""
+        """Return whether at least ``count`` jobs of ``namespace`` have an attempt."""
         return sum(name[0] == namespace for name in self.opened) >= count
 
 

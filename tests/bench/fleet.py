@@ -4,8 +4,8 @@ limit).
 First `floor.py` measures how long a client alone takes to make the writes for 1000 new jobs. Then 1000 PyTorchJobs run
 with Kubeflow's training-operator alone, and then 1000 FineTuneJobs with our operator and the training-operator (R3).
 Then the operator is restarted twice: beside the 1000 ended jobs (R2), and beside these and 4000 suspended jobs (R4). No
-real pod runs: a stub node sets the status of each pod. The results are two tables. `FINETUNE_BENCH_JOBS` sets a smaller
-number of jobs.
+real pod runs: a stub node sets the status of each pod. The results are two tables. `FINETUNE_BENCH_JOBS` sets another
+number instead of 1000, and the number of suspended jobs is four times that number.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class Fleet:
     """CPU seconds that each program used during the run, by the name of the program."""
 
     def seconds(self, moments: dict[str, float]) -> list[float]:
-        """``moments`` is one of the dictionaries of this object. Return, sorted, the seconds from each job's creation
-        to its time in ``moments``."""
+        """Return, sorted, the seconds from each job's creation to its time in ``moments``, which is one of the
+        dictionaries of this object."""
         return sorted(moments[name] - self.created[name] for name in moments)
 
     def span(self, moments: dict[str, float]) -> float:
-        """``moments`` is one of the dictionaries of this object. Return the seconds from the creation of the first job
-        to the last time in ``moments``."""
+        """Return the seconds from the creation of the first job to the last time in ``moments``, which is one of the
+        dictionaries of this object."""
         return max(moments.values()) - min(self.created.values())
 
 
@@ -183,8 +183,8 @@ def resident_bytes(pid: int) -> int:
 
 @contextmanager
 def lag_of(operator: OperatorProcess) -> Iterator[list[float]]:
-    """Request `/healthz` of the operator 20 times per second during the block, and yield the list of response times in
-    seconds.
+    """Request `/healthz` of the operator at most 20 times per second during the block, and yield the list of response
+    times in seconds.
 
     The health server runs in the operator's event loop. A response time is therefore an upper bound of the loop's
     delay.
@@ -218,7 +218,7 @@ def writes(operator: OperatorProcess) -> float:
 
 
 def all_reconciled(operator: OperatorProcess, jobs: int) -> bool:
-    """Return whether the operator has made at least ``jobs`` reconciles and has none left in its queue."""
+    """Return whether the operator has made at least ``jobs`` reconciles and has no key left in its queue."""
     return reconciles(operator) >= jobs and operator.metric("finetune_queue_depth") == 0
 
 

@@ -1,7 +1,8 @@
-"""Measure how long the writes for new jobs, whose time gate R3 of docs/performance.md limits, take without an operator.
-This is the least time that any operator could need.
+"""Measure how long the writes for new jobs take if a bare client makes them instead of the operator. Gate R3 of
+docs/performance.md limits the time in which the operator makes these writes, and the bare client shows about the least
+time that is possible.
 
-A bare client, which reads and watches nothing, makes the same requests for each job as the operator makes until the
+The bare client, which reads and watches nothing, makes the same requests for each job as the operator makes until the
 first attempt runs: the job, the first status with attempt 1, the ConfigMap, the PyTorchJob, the event, and the status
 that names the PyTorchJob. The training-operator and the stub node run as usual. `fleet.py` prints the seconds beside
 those of R3.

@@ -40,7 +40,7 @@ UNLIMITED = ConnectionLimits(
 )
 """Limits that let every connection stay, to measure what one costs."""
 HEADER = b"POST / HTTP/1.1\r\nHost: x\r\n" + b"a: " + b"b" * 8000 + b"\r\n" + b"c: " + b"d" * 7000
-"""A header of 15 KB without its end: the most that the server keeps of a request without a token."""
+"""An HTTP header of 15 KB without its end: about the most that the server keeps of a request without a token."""
 AT_ONCE = 50
 JOBS = 1000
 CURVE = [CurvePoint(step=step, loss=1.25, perplexity=2.5) for step in range(60)]
@@ -69,7 +69,8 @@ class Server:
 
 
 def _serve(limits: ConnectionLimits, told: Connection) -> None:
-    """Serve reports of JOBS jobs until told to end, then tell how late the event loop was and what it took."""
+    """Send the port over ``told`` and serve the reports of `JOBS` jobs until a message arrives. Then send the 99th
+    percentile of the event loop's lateness and the CPU time of this process, both in seconds."""
 
     async def run() -> None:
         reviewer = TokenReviewer(Reviews())  # type: ignore[arg-type]
@@ -91,13 +92,13 @@ def _serve(limits: ConnectionLimits, told: Connection) -> None:
 
 
 async def _drain(queue: WorkQueue) -> None:
-    """Take the keys out of the queue, as the workers do."""
+    """Take the keys out of the queue, as the operator's workers do."""
     while True:
         queue.done(await queue.get())
 
 
 async def _measure_lateness(late: list[float]) -> None:
-    """Append to ``late`` by how many seconds the event loop wakes this task too late, again and again."""
+    """Append to ``late``, again and again, the number of seconds by which the event loop woke this task too late."""
     while True:
         due = time.monotonic() + TICK_SECONDS
         await asyncio.sleep(TICK_SECONDS)
@@ -122,7 +123,8 @@ def report_server(limits: ConnectionLimits) -> Iterator[Server]:
 
 
 async def _open(port: int, count: int, sent: bytes) -> tuple[list[Streams], int]:
-    """Open ``count`` connections from many addresses and send ``sent`` on each; return them and the number refused."""
+    """Open ``count`` connections from many addresses and send ``sent`` on each; return the open connections and the
+    number of those that failed."""
     held: list[Streams] = []
     refused = 0
     slots = asyncio.Semaphore(AT_ONCE)
@@ -152,7 +154,8 @@ async def _measure(server: Server, count: int, sent: bytes) -> str:
 
 
 async def _report_forever(port: int, number: int, answers: Counter[int]) -> None:
-    """Send a report of job ``number`` every three seconds on one connection; connect again where it has ended."""
+    """Send a report of job ``number`` every three seconds on one connection; open a new connection where that one has
+    ended."""
     token = report_token(f"pod-{number}", job_uid=f"uid-{number}")
     path, streams, step = report_path("team", f"job-{number}", 1), None, 0
     await asyncio.sleep(REPORT_SECONDS * number / JOBS)
@@ -187,7 +190,7 @@ ROWS: dict[str, tuple[ConnectionLimits, int, bytes]] = {
     "1,000 unfinished headers of 15 KB": (UNLIMITED, 1000, HEADER),
     "5,000 connections with such headers, the default limits": (ConnectionLimits(), 5000, HEADER),
 }
-"""What is measured: the limits of the server, the number of connections, and what each sends."""
+"""What is measured, by its printed name: the limits of the server, the number of connections, and what each sends."""
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 batches and optimizer. The result is a table with the seconds of both programs and their ratio, once for the method LoRA
 and once for the method Full (all weights are trained). The trainer runs as one process with ZeRO stage 1.
 
-Runs of the trainer and of the plain loop alternate, so that other work on the machine affects both. Two runs that
-follow each other make a pair, and the table shows the median of the ratios of all pairs.
+Runs of the trainer and of the plain loop alternate, so that other work on the machine affects both. A run of the
+trainer and the run of the plain loop right after it make a pair, and the table shows the median of the ratios of all
+pairs.
 
     python -m tests.bench --only step
 """
@@ -89,8 +90,8 @@ def trainer_seconds(store: ObjectStore, model: Path, rows: Path, method: str, na
 
 
 def plain_seconds(model_folder: Path, rows: list[dict[str, str]], method: str) -> float:
-    """Run the shortest PyTorch loop that makes the same updates as the trainer, and return the median seconds of a
-    step. Each batch is padded to its longest row."""
+    """Run a short PyTorch loop that makes the same updates as the trainer, and return the median seconds of a step.
+    Each batch is padded to its longest row."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     if method == "LoRA":

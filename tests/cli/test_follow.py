@@ -53,7 +53,8 @@ def write_status(cluster: Cluster, name: str, stored_status: str) -> None:
 
 
 class Follower:
-    """Follows a job in a thread. `next` returns its states one by one, and `told` collects the notices for the user."""
+    """Follows a job in a thread. `next` returns its states one by one, and `told` collects the sentences that the user
+    would read meanwhile."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.seen: Queue[Any] = Queue()

@@ -1,4 +1,4 @@
-"""No command lets a control character of the cluster or of the bucket reach the terminal.
+"""No command lets a control character from the cluster or from the bucket reach the terminal.
 
 Each command runs as a program. The API server and the object store are HTTP servers that say hostile things in every
 text that they may write.
@@ -36,12 +36,12 @@ ATTACKS = (
     "\x1b[2J",  # clears the screen
     "\x1b]0;owned\x07",  # sets the title of the window
     "\x1b]52;c;b3duZWQ=\x07",  # sets the clipboard
-    "\x9b31m",  # CSI as one character of C1
-    "\x90q\x9c",  # a device control string of C1
+    "\x9b31m",  # sets a colour by CSI as one C1 control character
+    "\x90q\x9c",  # a device control string in C1 control characters
     "\r\x08\x7f",  # writes over the line
     "\n12:00:00  Completed: forged",  # forges a line
-    "\u2028\u202e\u2066\u200b",  # ends the line, and turns the direction of reading
-    "[red]x[/nothing]",  # markup of rich
+    "\u2028\u202e\u2066\u200b",  # ends the line, reverses the direction of reading, and is invisible
+    "[red]x[/nothing]",  # markup of the library rich
     ":bomb:",
 )
 HOSTILE = "before" + "".join(ATTACKS) + "after"
@@ -51,7 +51,8 @@ OWN_CODES = re.compile(r"\x1b\[[0-9;?]*[mKAhlG]|\r")
 
 
 def hostile_job(name: str) -> dict[str, Any]:
-    """Return the stored job ``name`` with every text of its status hostile that the models accept as such.
+    """Return the stored job ``name`` with a hostile text in place of each text of its status for which the models
+    accept one.
 
     The type of the condition `Succeeded` stays, because a job without that condition shows no text of its status.
     """
@@ -95,7 +96,8 @@ Answer = tuple[int, bytes]
 
 @contextmanager
 def served(answer: Callable[[str], Answer]) -> Iterator[int]:
-    """Serve GET requests on a port of this machine and yield the port. ``answer`` gets path and query."""
+    """Serve GET requests on a port of this machine and yield the port. ``answer`` gets path and query of a request, and
+    returns status code and body."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -145,7 +147,8 @@ def finetune(folder: Path, port: int, arguments: list[str], *, terminal: bool) -
 def check(text: str, *, terminal: bool) -> None:
     """Assert that ``text``, the output of a command, has nothing that a terminal would obey or a reader believe.
 
-    A break of a line may stay one inside of the frame that the live view draws.
+    A line feed may remain if a frame of the live view begins the next line, because the rest of the text then does not
+    look like a line of the program.
     """
     assert "after" in text, f"nothing hostile was shown, so nothing was tested: {text}"
     shown = OWN_CODES.sub("", text) if terminal else text
@@ -185,7 +188,8 @@ def test_a_hostile_refusal_of_the_api_server_is_shown_harmlessly(
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
 @pytest.mark.parametrize("command", ["download", "checkpoints"])
 def test_a_hostile_refusal_of_the_store_is_shown_harmlessly(tmp_path: Path, command: str, *, terminal: bool) -> None:
-    # XML can't carry C0 characters, but it can carry those of C1.
+    # The attacks with ESC or backspace are left out, because XML can't carry these C0 control characters. It can carry
+    # those of C1.
     said = escape("before" + "".join(item for item in ATTACKS if "\x1b" not in item and "\x08" not in item) + "after")
     refusal = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>X</Code><Message>{said}</Message></Error>"
     with served(lambda _path: (400, refusal.encode())) as store, served(lambda _path: (200, _job_at(store))) as port:

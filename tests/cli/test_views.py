@@ -1,6 +1,5 @@
 """The panel (on a terminal) and the plain lines (elsewhere) show the state of a job, for each stored status in
-tests/cli.
-"""
+tests/cli/jobs."""
 
 from __future__ import annotations
 

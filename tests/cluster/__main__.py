@@ -72,8 +72,8 @@ def build() -> None:
 
 
 def prepare() -> None:
-    """Build and install all that the tests need. On a machine that can't run a cluster, print the reason and build only
-    the programs, without Debian packages and images."""
+    """Build and install all that the tests need. On a machine that can't run a cluster, print the reason, and only
+    build the cluster's programs and find or download kubectl and helm."""
     reason = unusable_because()
     if reason:
         say(f"{reason}: tests that need it are skipped, the others run")
@@ -108,7 +108,8 @@ def up(nodes: int) -> None:
 
 
 def build_images() -> None:
-    """Build the project's images that are not built yet. Print the reference of each image, as a pod spec names it."""
+    """Build those of the project's images that the clusters' registry does not hold yet, and push them into its
+    storage. Print the reference by which a pod spec names each image."""
     reason = unusable_because()
     if reason:
         raise ClusterError(reason)
@@ -154,8 +155,9 @@ def _left(path: Path) -> str:
 
 
 def running() -> list[Layout]:
-    """Return the running clusters as their `Layout`. A cluster is found if its state folder is in the folder for
-    temporary files, and counts as running while its owner process runs."""
+    """Return the running clusters as their `Layout`. Only clusters are found whose state folder is
+    ``finetune-cluster-*`` in the folder for temporary files, which is the default. A cluster counts as running while
+    its owner process runs."""
     found = [Layout(state) for state in sorted(Path(tempfile.gettempdir()).glob(f"{STATE_PREFIX}*"))]
     return [
         layout

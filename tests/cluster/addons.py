@@ -59,20 +59,20 @@ def minio(layout: Layout) -> list[str]:
 def training_operator(layout: Layout, credentials: Credentials) -> list[str]:
     """Copy the training-operator's files into a folder, and return the command that runs it with this folder as /tmp.
 
-    The program reads its certificate from a fixed folder below /tmp. The machine's /tmp can't be used for it, because
-    other programs use the same folder at the same time.
+    The program reads its certificate from a fixed folder below /tmp. The machine's /tmp can't be used for this, because
+    the training-operator of another test cluster may need the same folder at the same time.
     """
     own = layout.state / "training-operator"
     serving = own / "k8s-webhook-server" / "serving-certs"
     serving.mkdir(parents=True)
     for name, file in _webhook_files(credentials).items():
         shutil.copyfile(file, serving / name)
-    # All files that the training-operator reads are copied into `own`, because `own` is mounted over the machine's
-    # /tmp.
+    # All files that the training-operator reads are copied into `own`. `own` is mounted over the machine's /tmp, which
+    # hides the originals if they are below /tmp.
     shutil.copy(tools.TRAINING_OPERATOR.path(), own / "training-operator")
     shutil.copyfile(credentials.kubeconfigs["training-operator"], own / "kubeconfig.yaml")
-    # In a job with a Master, the training-operator adds an init container to the workers. The empty list turns this
-    # off, because the cluster can't pull the init container's image.
+    # In a PyTorchJob with a Master, the training-operator adds an init container to the workers. This empty list of
+    # init containers turns that off, because the cluster can't pull the init container's image.
     (own / "init-container.yaml").write_text("[]\n")
     return [
         *("unshare", "--mount", "--", "sh", "-c", 'mount --bind "$0" /tmp && cd / && TMPDIR=/tmp exec "$@"', str(own)),
@@ -146,8 +146,8 @@ def _dns_objects() -> list[tuple[str, Object]]:
 
 
 def _machine_service(name: str, port: int) -> list[tuple[str, Object]]:
-    """Return the objects by which pods find a program that runs outside of pods under a DNS name, such as
-    ``minio.minio.svc``."""
+    """Return the objects that give a DNS name, such as ``minio.minio.svc``, to a program that runs outside of pods.
+    Each object comes with the URL path at which it is created."""
     metadata = {"name": name, "namespace": name}
     endpoints = {
         "apiVersion": "discovery.k8s.io/v1",

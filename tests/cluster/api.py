@@ -28,7 +28,8 @@ _HANDLERS = [urllib.request.ProxyHandler({})]
 
 
 def answers(url: str, context: ssl.SSLContext | None = None) -> bool:
-    """Send a GET to ``url`` and return whether the status code of the answer is 2xx. Return False without an answer."""
+    """Send a GET to ``url`` and return whether the status code of the answer is 2xx. If no answer comes, return
+    False."""
     try:
         with _opener(context).open(url, timeout=CALL_TIMEOUT_SECONDS):
             return True

@@ -55,8 +55,8 @@ class Call:
 
     @property
     def writes(self) -> bool:
-        """Whether the request creates, changes or deletes a stored object. Creating a TokenReview does not count,
-        because the API server only answers it and stores nothing."""
+        """Whether the request asks the API server to create, change or delete one stored object, accepted or not.
+        Creating a TokenReview does not count, because the API server only answers it and stores nothing."""
         return self.verb in ("create", "update", "patch", "delete") and self.resource != "tokenreviews"
 
 
@@ -68,8 +68,8 @@ def credential_of(token: str) -> str:
 
 
 def calls(log: Path, user: str, *, offset: int = 0) -> Iterator[Call]:
-    """Yield the requests of the account ``user`` in the order in which they were answered. Reading starts at byte
-    ``offset`` of the log.
+    """Yield the requests of the account ``user`` in the order in which they were answered. Requests without a resource
+    in their path, such as ``/readyz``, are left out. Reading starts at byte ``offset`` of the log.
 
     A watch request appears twice: when the watch begins and when the watch ends.
     """

@@ -15,7 +15,7 @@ from tests.cluster.waiting import ClusterError
 
 SUITE = "bookworm"
 PACKAGES = ("ca-certificates", "python3", "python3-pip", "python3-venv")
-# Folders that are emptied, because their content is not needed at run time. Their content is half of the image's size.
+# Folders of the base image that are emptied to make the image smaller. Their content is not needed at run time.
 DROPPED = (
     "var/cache/apt",
     "var/lib/apt/lists",
@@ -36,7 +36,7 @@ BOOTSTRAP_TIMEOUT_SECONDS = 1200
 
 def base_key() -> str:
     """Return a hash of all that decides the content of the base image: Debian suite, packages, emptied folders and
-    Dockerfile. The image's name contains the hash, so that a change makes a new image."""
+    Dockerfile. The image's name contains the hash, so that a change to any of them leads to a new image."""
     return hashlib.sha256(repr((SUITE, PACKAGES, DROPPED, DOCKERFILE)).encode()).hexdigest()[:12]
 
 

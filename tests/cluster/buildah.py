@@ -46,8 +46,7 @@ def build(name: str, dockerfile: Path, context: Path, base: str | None = None) -
 def push(built: str, name: str, tag: str) -> None:
     """Push the image ``built`` from buildah's storage into the storage of the clusters' registry, as ``name:tag``.
 
-    The layers are compressed by zstd at level 1. In comparison with gzip, pushing and pulling take less CPU time, and
-    the result is smaller.
+    The layers are compressed by zstd at level 1, so that pushing and pulling take less CPU time than with gzip.
     """
     with serving() as registry:
         compression = ["--format=oci", "--compression-format=zstd", "--compression-level=1"]

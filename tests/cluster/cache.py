@@ -1,4 +1,4 @@
-"""The cache folder. It holds what is built or downloaded only once, for all later clusters."""
+"""The cache folder. It holds what is built or downloaded once and is then used by all later clusters."""
 
 from __future__ import annotations
 

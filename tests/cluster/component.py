@@ -18,8 +18,8 @@ from tests.cluster.waiting import ClusterError, tail, wait_for
 class Component:
     """A program of a cluster: how it is started, where it logs, and how to find out whether it is ready.
 
-    ``ready`` returns whether the program serves. It is called inside the cluster's network namespace and must not
-    raise.
+    ``ready`` returns whether the program is ready for its work. It is called inside the cluster's network namespace and
+    must not raise.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Component:
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
-        """Start the program and return at once. ``wait_ready`` waits until the program serves."""
+        """Start the program and return at once. ``wait_ready`` waits until the program is ready."""
         if self.running:
             raise ClusterError(f"{self.name} is already running")
         with self.log.open("ab") as log:
@@ -42,8 +42,8 @@ class Component:
                 stdout=log,
                 stderr=log,
                 env=dict(self.environment),
-                # The program gets a session of its own, so that Ctrl-C in a terminal does not reach it. The process
-                # that owns the cluster ends all programs in order.
+                # The program gets a session of its own, so that Ctrl-C in a terminal does not reach it. Ctrl-C reaches
+                # only the owner of the cluster, and after the owner's end the watcher (`watcher.py`) ends all programs.
                 start_new_session=True,
             )
 
@@ -61,7 +61,7 @@ class Component:
         return wait_for(f"{self.name} to have a process", lambda: children(wrapper), 10, evidence=self.evidence)[0]
 
     def wait_ready(self) -> None:
-        """Wait until the program serves.
+        """Wait until the program is ready.
 
         Raises:
             ClusterError: the program ended or was not ready in time; the message holds the end of the log.
@@ -101,7 +101,7 @@ class Component:
         os.kill(frozen, signal.SIGCONT)
 
     def restart(self) -> None:
-        """Kill the program, start it again, and wait until it serves."""
+        """Kill the program, start it again, and wait until it is ready."""
         self.stop()
         self.start()
         self.wait_ready()

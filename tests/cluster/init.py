@@ -53,8 +53,8 @@ def network() -> None:
 
 
 def mounts(layout: Layout) -> None:
-    """Mount folders of the cluster over those folders of the machine to which the kubelet and containerd write, and a
-    resolv.conf that names CoreDNS."""
+    """Mount folders of the cluster over those folders of the machine to which the kubelet and containerd write. Mount a
+    resolv.conf that names CoreDNS over that of the machine."""
     # /etc/resolv.conf may be a link into /run. The link is resolved here, before the mount over /run hides its target.
     resolver = Path("/etc/resolv.conf").resolve()
     for own, place in ((layout.var_lib, "/var/lib"), (layout.var_log, "/var/log")):

@@ -37,8 +37,9 @@ def main() -> None:
 
 
 def leave_the_first_node() -> None:
-    """Unmount what the first node mounted over /var/lib, /var/log and /run, and the mounts of its pods below. The new
-    mount namespace began as a copy of the first node's."""
+    """Unmount what the first node mounted over /var/lib, /var/log and /run, and the mounts of its pods below these
+    folders. The second node has all these mounts at first, because its mount namespace began as a copy of the first
+    node's."""
     for place in ("/var/lib", "/var/log", "/run"):
         run("umount", "--recursive", "--lazy", place)
 

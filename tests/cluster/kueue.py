@@ -1,10 +1,10 @@
-"""A stand-in for Kueue: it changes PyTorchJobs as Kueue 0.19 does. A real Kueue would need its CRDs, quotas and a
-queue, and the operator sees nothing of Kueue but these changes.
+"""A stand-in for Kueue: it changes PyTorchJobs as Kueue 0.19 does. These changes are all that the operator sees of
+Kueue. With a real Kueue the tests would also need its CRDs, quotas and a queue.
 
-A webhook sets `runPolicy.suspend` of each new job with a queue label to true. Admission sets `runPolicy.suspend` to
-false, and merges the node selector and tolerations of the flavor (Kueue's name for a kind of nodes) into every pod
-template. Eviction restores the pod templates and suspends the job. Admission and eviction each update the whole object
-at once.
+A webhook sets `runPolicy.suspend` of each new PyTorchJob with a queue label to true. Admission sets `runPolicy.suspend`
+to false, and merges the node selector and tolerations of the flavor (Kueue's name for a kind of nodes) into every pod
+template. Eviction restores the pod templates and suspends the PyTorchJob. Admission and eviction each update the whole
+object at once.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Kueue:
 
 
 def _merge(template: Manifest, info: PodSetInfo) -> None:
-    """Merge ``info`` into a pod template. Raise ValueError if a key already has another value there."""
+    """Merge ``info`` into a pod template. Raise ValueError if the template already has one of its labels, annotations
+    or node selector keys with another value."""
     metadata, spec = template.setdefault("metadata", {}), template["spec"]
     for place, name, added in (
         (metadata, "labels", info.labels),
@@ -108,8 +109,8 @@ def _merge(template: Manifest, info: PodSetInfo) -> None:
 
 @contextmanager
 def suspending_webhook(cluster: Cluster, namespace: str) -> Iterator[None]:
-    """Serve Kueue's mutating webhook during the block. It suspends PyTorchJobs that are created in ``namespace`` with a
-    queue label."""
+    """Serve a mutating webhook like Kueue's during the block. It suspends the PyTorchJobs that are created in
+    ``namespace`` with a queue label."""
     certificates = renew_if_due(None, hostname=HOST_ADDRESS, now=datetime.now(UTC))
     context = server_context()
     load_certificate(context, certificates.serving)

@@ -132,7 +132,8 @@ class Layout:
 
     @property
     def namespaces_ready(self) -> Path:
-        """Empty file. The cluster's first process creates it as soon as network and mounts are configured."""
+        """Empty file that appears as soon as network and mounts are configured. The cluster's first process creates it
+        for the cluster, and the process of `join.py` for the second node."""
         return self.state / "namespaces-ready"
 
     @property

@@ -24,7 +24,7 @@ class Namespaces:
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """Return a command that runs ``argv`` inside the network, mount and PID namespaces. Such a program never
-        outlives the cluster, because the kernel kills all processes of a PID namespace together with its first."""
+        outlives the cluster, because the kernel kills all processes of a PID namespace when its first process ends."""
         return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--pid", "--", *argv]
 
     @contextlib.contextmanager

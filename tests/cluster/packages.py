@@ -28,7 +28,8 @@ NODE_PACKAGES: Mapping[str, str] = {
 IMAGE_PACKAGES: Mapping[str, str] = {"buildah": "buildah", "debootstrap": "debootstrap"}
 
 UNPACKED_PACKAGES: Mapping[str, str] = {"prometheus": "usr/bin/promtool"}
-"""Packages of which only one program is used. They are not installed, because Debian starts their service."""
+"""Maps each Debian package of which only one program is used to the path of this program in the package. The packages
+are unpacked and not installed, because their installation would also start a service."""
 
 APT_TIMEOUT_SECONDS = 900
 
@@ -48,8 +49,9 @@ def install(packages: Mapping[str, str]) -> None:
 
 
 def unpacked_program(package: str) -> Path | None:
-    """Return the program of one of `UNPACKED_PACKAGES` in the cache folder; None where `unpack` has not put it there.
-    The variable FINETUNE_TOOL_<PROGRAM>, for example FINETUNE_TOOL_PROMTOOL, names another program."""
+    """Return the path of the program of ``package``, one of `UNPACKED_PACKAGES`: the path in the environment variable
+    FINETUNE_TOOL_<PROGRAM> (for example FINETUNE_TOOL_PROMTOOL) if that is set, and otherwise the path in the cache
+    folder. Return None if `unpack` has not put the program into the cache folder."""
     program = Path(UNPACKED_PACKAGES[package])
     if named := os.environ.get(f"FINETUNE_TOOL_{program.name.upper()}"):
         return Path(named)
@@ -68,7 +70,7 @@ def unpack() -> None:
 def _download_and_unpack(package: str) -> None:
     folder = cache_folder() / f"deb-{package}"
     with step(f"unpacking the Debian package {package}"), tempfile.TemporaryDirectory(dir=cache_folder()) as downloads:
-        # apt drops its privileges for a download, so its user must be able to write into the folder.
+        # When root runs apt, apt downloads as the user `_apt`, who must be able to write into the folder.
         Path(downloads).chmod(0o777)
         if os.geteuid() == 0:
             _apt(["update"])

@@ -110,7 +110,7 @@ def begin(
     subject: x509.Name, issuer: x509.Name, key: PrivateKey, lifetime: datetime.timedelta = LIFETIME
 ) -> x509.CertificateBuilder:
     """Return the builder of a certificate to which the caller adds extensions before signing it. The certificate is
-    valid from five minutes ago, for ``lifetime``."""
+    valid from five minutes ago until ``lifetime`` from now."""
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()

@@ -53,8 +53,8 @@ class Server:
     address: str = "127.0.0.1:5000"
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """Return a command that runs ``argv`` in the registry's network namespace. Such a program reaches only the
-        registry."""
+        """Return a command that runs ``argv`` in the registry's network namespace. Over the network such a program
+        reaches only this registry."""
         return ["nsenter", f"--net=/proc/{self.namespaces.pid}/ns/net", "--", *argv]
 
     def serves(self) -> bool:
@@ -67,7 +67,8 @@ def serving() -> Iterator[Server]:
     """Run a registry during the block, so that images can be pushed without a cluster.
 
     The registry always has the same address, because buildah remembers by address which layers a registry already has.
-    With a new address, buildah would push five gigabytes of dependencies again after each change of the project's code.
+    With a new address, buildah would push all layers with dependencies (several gigabytes) again after each change of
+    the project's code.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "registry.log"

@@ -1,5 +1,5 @@
-"""The programs of a cluster. They are Go modules with pinned versions in ``tools/``, each of which is built once into
-the cache folder.
+"""Those programs of a cluster that are built from Go source, which are all except containerd. The Go modules with the
+pinned versions are in ``tools/``, and each program is built once into the cache folder.
 
 If the environment variable ``FINETUNE_TOOL_<NAME>`` is set, for example ``FINETUNE_TOOL_KUBE_APISERVER``, it names the
 binary to use. Otherwise the binary comes from the cache, and is built if the cache lacks it. The binary's folder in the
@@ -58,7 +58,7 @@ class Tool:
     @cached_property
     def build_arguments(self) -> tuple[str, ...]:
         """The arguments of ``go build``. They keep debug information, git's state and paths of this machine out of the
-        binary."""
+        binary. With ``stamps_version`` they also write the Kubernetes version into it."""
         flags = "-s -w"
         if self.stamps_version:
             version = pinned_version("kubernetes", "k8s.io/kubernetes")

@@ -37,7 +37,7 @@ def pip() -> list[str]:
 
     The pip of this Python comes first, but a virtual environment made by uv has none. Next comes the virtual
     environment in which `make` installed uv, which has one. Last come the Python below this virtual environment and the
-    Pythons on the PATH, which may have one; Debian's has none.
+    Pythons on the PATH, which may have one; Debian's has none without the package python3-pip.
     """
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]

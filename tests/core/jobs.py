@@ -11,8 +11,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def quickstart(path: str = "", value: Any = None) -> dict[str, Any]:
-    """Return `examples/quickstart.yaml` with the field ``path`` (below `spec`, with dots) set to ``value``. None
-    removes it."""
+    """Return `examples/quickstart.yaml` with the field ``path`` (below `spec`, with dots) set to ``value``. The value
+    None removes the field."""
     document: dict[str, Any] = yaml.safe_load((EXAMPLES / "quickstart.yaml").read_text(encoding="utf-8"))
     document["metadata"] |= {"uid": "1234"}
     if path:

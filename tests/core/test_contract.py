@@ -129,7 +129,7 @@ def test_each_job_has_its_own_audience() -> None:
 
 
 def test_a_result_with_all_scores_of_a_task_keeps_its_message() -> None:
-    """ViGGO is used, because it has the most scores of all tasks: five for each of the two models."""
+    """The scores are those of ViGGO, because no task has more: five for the base model and five for the tuned model."""
     names = ("strict", "orderFree", "function", "attributes", "values")
     score = ScoreRecord(
         perplexity=1.0234567890123,
@@ -156,7 +156,7 @@ def test_a_result_with_all_scores_of_a_task_keeps_its_message() -> None:
 
 
 def checkpoints(count: int, uri: str = "s3://bucket/run") -> list[CheckpointRecord]:
-    """Return records of checkpoints, oldest first, whose addresses are as long as ``uri``."""
+    """Return ``count`` records of checkpoints, oldest first, each with the address ``uri``."""
     return [
         CheckpointRecord(run=1, step=step, uri=uri, bytes=10**12, manifest_sha256="f" * 64, time=datetime.now(UTC))
         for step in range(count)
@@ -234,4 +234,4 @@ def test_whatever_a_report_holds_fits_and_only_its_oldest_items_are_missing(
 
 
 CUT = {"checkpoints", "incidents", "notices", "history", "result"}
-"""The fields of a report that may be cut."""
+"""The only fields of a report that may be shortened to keep the report below its largest size."""

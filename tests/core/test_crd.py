@@ -1,6 +1,5 @@
-"""The CRD file in the repository fits the pydantic models, and has nothing that the API server forbids in a CRD's
-schema.
-"""
+"""The CRD file in the repository equals the CRD that is generated from the pydantic models, and has nothing that the
+API server forbids in a CRD's schema."""
 
 from collections.abc import Iterator
 from pathlib import Path

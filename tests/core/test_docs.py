@@ -322,8 +322,8 @@ def recipes() -> dict[str, str]:
 
 @pytest.mark.parametrize("heading", recipes())
 def test_a_recipe_names_every_file_that_its_example_touches(heading: str) -> None:
-    """A recipe shows a `git grep` command that finds the files of an existing example. The recipe must name all these
-    files."""
+    """Each recipe has an example, such as a data format that exists already, and a `git grep` command that prints every
+    file that the example touches. The recipe must name all these files."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs the git repository")
     text = recipes()[heading]

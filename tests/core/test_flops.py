@@ -1,6 +1,5 @@
-"""The FLOPs per token agree with published figures and with figures recomputed here, for the shapes of Llama 2
-and 3.
-"""
+"""The FLOPs per token equal known figures for the shapes of Llama 2 and Llama 3. NVIDIA's NeMo prints one of these
+figures."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from finetune_core.planning.flops import ModelShape, forward_flops, peak_flops, 
 
 GIGA = 1e9
 LLAMA: dict[str, tuple[int, int, float, float]] = {
-    # Number of layers, width, number of all parameters, number of parameters of the input embedding.
+    # By model: number of layers, width, number of all parameters, number of parameters of the input embedding.
     "7B": (32, 4096, 6_738_415_616, 32_000 * 4096),
     "13B": (40, 5120, 13_015_864_320, 32_000 * 5120),
     "70B": (80, 8192, 68_976_648_192, 32_000 * 8192),

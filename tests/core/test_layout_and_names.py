@@ -1,4 +1,5 @@
-"""The keys in the bucket and the names of objects in the cluster are pure functions, and their lengths are limited."""
+"""The keys in the bucket and the names of objects in the cluster come from pure functions, and their lengths are
+limited."""
 
 from datetime import UTC, datetime
 

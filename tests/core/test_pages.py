@@ -25,7 +25,8 @@ def by_name(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_nothing_is_installed_by_a_name_that_anybody_could_take(page: Path) -> None:
-    """The project is on no package index. `pip install finetune-operator` would run whatever somebody puts there."""
+    """The project is on no package index. `pip install finetune-operator` would run whatever somebody puts there under
+    this name."""
     for line in re.findall(r"pip3? install (.*)", text_of(page)):
         assert "finetune" not in line or " @ git+" in line, line
     assert not re.search(r"\b(?:uvx|pipx)\b.*finetune", text_of(page))

@@ -1,4 +1,5 @@
-"""No field of the spec that has a pattern accepts a control character, as a terminal or a log would obey it."""
+"""No field of the spec that has a pattern accepts a control character, because a terminal that shows the value would
+obey the character."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from finetune_core.validation.validate_job import validate_job
 from tests.core.jobs import quickstart
 
 parser: Any = importlib.import_module("re._parser")
-"""Python's parser of regular expressions, which has no types."""
+"""Python's parser of regular expressions. It is declared as Any, because the module has no type information."""
 CONTROL = frozenset({*range(0x20), *range(0x7F, 0xA0)})
 
 
@@ -96,7 +97,8 @@ def test_an_address_with_a_control_character_is_refused(path: str, text: str, ch
 
 
 def problems(path: str, text: str) -> list[Any]:
-    """Return what API server and operator say of the quickstart with ``text`` at ``path``."""
+    """Return the problems for which the API server or the operator would refuse the quickstart with ``text`` at
+    ``path``."""
     document = quickstart(path, text)
     if path.startswith("model"):
         document["spec"]["model"] = {"s3": {"uri": text}}

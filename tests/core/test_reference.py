@@ -1,6 +1,5 @@
-"""docs/api.md in the repository equals the text that is generated from the models. It explains every condition and
-every reason.
-"""
+"""docs/api.md in the repository equals the text that is generated from the pydantic models of the API. The page
+explains every condition and every reason."""
 
 from pathlib import Path
 

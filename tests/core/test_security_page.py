@@ -28,7 +28,7 @@ NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 
 class Line(NamedTuple):
-    """A line of a table: who attacks, what is tried, what holds, and the cell that names the tests."""
+    """A line of a table of the page: who attacks, what is tried, what stops it, and the cell that names the tests."""
 
     attacker: str
     attempt: str
@@ -100,7 +100,8 @@ def test_no_reference_of_a_job_names_a_namespace() -> None:
 
 
 def test_no_object_that_the_operator_makes_contains_a_key() -> None:
-    """The operator never reads the Secrets that a job names, so its objects can contain the names of these only."""
+    """The operator never reads the Secrets that a job names, so the objects that it makes can contain only the names of
+    these Secrets, and not their content."""
     job = FineTuneJob.model_validate(job_manifest())
     attempt = AttemptSpec(number=1, name="attempt", image="trainer:1", report_base_url="https://operator:8443")
     check = PreflightSpec(number=1, name="check", image="trainer:1")

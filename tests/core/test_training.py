@@ -17,7 +17,7 @@ from finetune_core.resolve import resolve
 from tests.core.jobs import quickstart
 
 DIGEST = "2bed6131279b43b85ba0a4b4edb37a0c5ad816f5436a727e3fb250cd0560bd6f"
-"""Digest of examples/quickstart.yaml."""
+"""Result of `settings_digest` for the run file of examples/quickstart.yaml."""
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -81,8 +81,8 @@ def test_a_field_that_is_absent_leaves_the_digest_as_an_older_version_made_it() 
 
 
 def test_the_digest_of_a_job_stays_the_same_from_version_to_version() -> None:
-    """With another digest every restored job would train again. If the change of the training is meant, store the new
-    digest; if a field was only added, its default must be None."""
+    """With another digest every restored job would train again. If a change to what is trained is intended, store the
+    new digest here. If a field was only added, its default must be None."""
     assert settings_digest(example()) == DIGEST
 
 

@@ -1,4 +1,4 @@
-"""Read the objects that a job's runs wrote directly from the bucket, so that tests can compare them with the job's
+"""Read the bucket directly: the objects that the runs of a job wrote, so that tests can compare them with the job's
 status."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tests.cluster import Cluster
 
 @dataclass(frozen=True)
 class Folder:
-    """A committed checkpoint or artifact: the key of its folder in the bucket, such as ``"checkpoints/000001-000120"``,
-    and its manifest."""
+    """A committed checkpoint or artifact: the key of its folder in the bucket, such as
+    ``"checkpoints/000001-000000120"``, and its manifest."""
 
     name: str
     manifest: Manifest
@@ -31,7 +31,7 @@ class RunFolder:
     methods inside ``cluster.enter()``."""
 
     def __init__(self, cluster: Cluster, uri: str) -> None:
-        """Read from the folder ``uri`` with MinIO's administrator keys."""
+        """Make a reader of the folder ``uri`` that uses MinIO's administrator keys."""
         self._store: Minio = steps.object_store(cluster)
         self._root = parse_uri(uri)
 
@@ -60,7 +60,7 @@ class RunFolder:
 
     def verified(self, kind: str) -> list[Folder]:
         """Return all committed folders of one ``kind``, which is `checkpoints` or `artifacts`. Assert that every file
-        in them has the size and sha256 that its manifest says."""
+        in them has the size and sha256 that the manifest of its folder says."""
         folders = []
         for key in self.keys(f"{kind}/"):
             folder, _, file = key.rpartition("/")
@@ -103,6 +103,6 @@ class RunFolder:
 
 
 def run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder:
-    """Return the bucket folder of ``job``, whose spec must not set `storage.runId`: then the job's uid is the name of
-    the folder."""
+    """Return the folder of all runs of ``job`` in the bucket. The job's spec must not set `storage.runId`, because the
+    job's uid is taken as the name of the folder."""
     return RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/{job.metadata.name}/{job.metadata.uid}")

@@ -9,15 +9,16 @@ from tests.cluster import Cluster
 
 
 def assert_no_key_leaks(cluster: Cluster, namespace: str, child: str) -> None:
-    """Assert that the object store's secret key is in a Secret of ``namespace`` and nowhere else: not in other objects
-    and pod logs of the namespace, not in the command line of any process, and not in the environment of the trainer's
-    processes.
+    """Assert that a Secret of ``namespace`` holds the object store's secret key, and that the key is in none of these
+    places: the ConfigMaps, pods, PyTorchJobs, FineTuneJobs, events and pod logs of the namespace, the command lines of
+    all processes, and the environments of the trainer's processes.
 
     The pods of ``child``, a job's PyTorchJob, must be running.
     """
     secret = cluster.minio.secret_key
     forms = (secret, base64.b64encode(secret.encode()).decode())
-    # The Secret must contain the key. Otherwise the searches below would find nothing even if the key had leaked.
+    # The key must be found in the Secret. If it is not, the searches below look for a wrong text, and would find
+    # nothing even if the key had leaked.
     assert forms[1] in cluster.kubectl("get", "secrets", "-n", namespace, "-o", "yaml")
     for kind in ("configmaps", "pods", "pytorchjobs", "finetunejobs", "events"):
         objects = cluster.kubectl("get", kind, "-n", namespace, "-o", "yaml")

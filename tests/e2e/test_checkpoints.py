@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 DELETIONS = 3
 SPOILED = 2
-"""After which deletion of the pods (1 to `DELETIONS`) the newest checkpoint is damaged."""
+"""Number of the deletion of the pods (1 to `DELETIONS`) after which the newest checkpoint is damaged."""
 STEPS = 240
 CHANGES = {"spec__training__maxSteps": STEPS, "spec__evaluation__everySteps": 80}
 

@@ -32,15 +32,16 @@ from tests.e2e.tiny_model import put_tiny_model_and_rows
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 PAUSE = 20.0
-"""Seconds that the operator waits before its third try to create the PyTorchJob, after 10 s before the second try."""
+"""Seconds that the operator waits before its third try to create the PyTorchJob. Before the second try it waits 10
+s."""
 LONGEST_PAUSE = 300.0
-"""Longest pause, in seconds, between two tries of the operator, or between two image pulls of the kubelet. The pauses
-double and have reached this value after ten minutes."""
+"""Longest pause, in seconds, between two tries of the operator to create the PyTorchJob or to run the preflight check,
+or between two image pulls of the kubelet. The pauses double and have reached this value after ten minutes."""
 LONGEST_MOUNT_PAUSE = 122.0
 """Longest pause, in seconds, between two tries of the kubelet to mount a volume."""
 RUN = 5.0
 CHECK = 20.0
-"""Seconds that the preflight check with the real trainer takes, as documented."""
+"""Seconds that the preflight check with the real trainer takes at most, as docs/performance.md promises."""
 TRAINING = 60.0
 """Seconds that two pods with the real trainer need from start to end, for 8 steps of a tiny model."""
 NAMED_SECONDS = 300.0
@@ -51,7 +52,7 @@ TEN_MINUTES = 600.0
 
 @pytest.fixture
 def bare() -> Iterator[Cluster]:
-    """A cluster of its own with the operator, but without Kubeflow's training-operator and without the CRD
+    """A new cluster for one test, with the operator, but without Kubeflow's training-operator and without the CRD
     PyTorchJob."""
     for cluster in started():
         cluster.components["training-operator"].stop()

@@ -21,8 +21,8 @@ from tests.e2e.jobs import JobPredicate, MakeJob, has_checkpoint
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 STEPS = 300
-# Changes to the job so that no checkpoint is due within its 300 steps. A checkpoint of an earlier step must then have
-# been committed because of SIGTERM.
+# Changes to the job so that no checkpoint is due before its last step, which is step 300. A checkpoint of an earlier
+# step must therefore have been committed because of SIGTERM.
 QUIET_RUN = {
     "spec__training__maxSteps": STEPS,
     "spec__evaluation__everySteps": 1000,
@@ -55,8 +55,8 @@ def pods_gone(cluster: Cluster, namespace: str) -> None:
 
 
 def newest_step(cluster: Cluster, folder: str, run: int) -> int:
-    """Return the step of the newest checkpoint that run ``run`` committed into the bucket folder ``folder``. Assert
-    that the bytes of all checkpoints are intact."""
+    """Return the step of the newest checkpoint that run ``run`` committed into the bucket folder `runs/` + ``folder``,
+    where ``folder`` is `<namespace>/<name>/<runId>`. Assert that the bytes of all checkpoints are intact."""
     with cluster.enter():
         folders = RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{folder}").verified("checkpoints")
     return max(folder.manifest.step for folder in folders if folder.manifest.run == run)

@@ -38,8 +38,8 @@ print(json.dumps({"adapters": len(lora), "trained": sum(bool(p.abs().sum() > 0) 
 
 
 def _viggo(split: str, rows: int | None) -> bytes:
-    """Return the header and the first ``rows`` rows of the ViGGO file of ``split``, or all rows for None. The files are
-    CSV with the columns mr and ref."""
+    """Return, as CSV, the header of the ViGGO file of ``split`` and its first ``rows`` rows, or all rows if ``rows`` is
+    None. The columns are mr and ref."""
     lines = (DATA / "viggo" / f"viggo-{split}.csv").read_bytes().splitlines(keepends=True)
     return b"".join(lines[: rows + 1 if rows else None])
 

@@ -1,5 +1,5 @@
 """The chart installs the operator with two replicas. Both are Ready, and the trainer's reports go to the leader. After
-the leader's pod is deleted, reports of the same attempt go to the other replica."""
+the leader's pod is deleted, reports of the same attempt go to the new leader."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.e2e.jobs import MakeJob
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 TAKEOVER_SECONDS, REPORT_SECONDS = 20, 40
-"""Promised seconds after the deletion of the leader's pod: until there is a new leader, and until its first report is
-in the status. The test allows three times as much."""
+"""Promised seconds after the deletion of the leader's pod: until there is a new leader, and until the status shows the
+first report that the new leader got. The test allows three times as much."""
 
 
 @pytest.fixture

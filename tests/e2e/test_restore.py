@@ -1,7 +1,8 @@
 """A cluster that is built anew or restored does not train again what is done.
 
 Velero drops the uid and the status of a job, and Git has neither. A job that is deleted and applied again with the same
-manifest is in the same situation. The API server, the object store, the check and the trainer are the real ones.
+manifest is in the same situation. The API server, the object store, the preflight check and the trainer are the real
+ones.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from tests.e2e.jobs import JobPredicate, MakeJob, Manifest, has_started
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 STEPS, INTERRUPTED = 600, 20
-"""The first job is lost after about the second number of steps. The rest takes much longer than the deletion."""
+"""Number of steps of the job, and the step after which the first job is deleted. The remaining steps take much longer
+than the deletion, so that the first job is still unfinished when it is deleted."""
 
 
 def stepped(step: int) -> JobPredicate:
@@ -64,7 +66,8 @@ def test_a_job_without_status_and_uid_resumes_its_run_and_settles_once_it_is_don
     first = steps.wait_for_job(installed, namespace, "restored", "some steps", stepped(INTERRUPTED), 400)
     lose(installed, namespace, "restored")
 
-    # Half-trained: the second job resumes from the checkpoint that the first job committed when it was deleted.
+    # The first job was not finished: the second job resumes from the checkpoint that the first committed when it was
+    # deleted.
     second = ended(installed, namespace, manifest)
     assert second.status is not None
     assert second.status.preflight is not None
@@ -82,7 +85,7 @@ def test_a_job_without_status_and_uid_resumes_its_run_and_settles_once_it_is_don
     assert records[1]["parent"] == {"run": 1, "step": taken.step}
     assert logged == list(range(1, STEPS + 1)), "no step is trained twice"
 
-    # Done: the third job takes the artifact over without a training pod.
+    # The second job was finished: the third job takes its artifact over without a training pod.
     lose(installed, namespace, "restored")
     third = ended(installed, namespace, manifest)
     assert third.status is not None

@@ -70,7 +70,8 @@ class Admin:
     async def watch(self, path: str) -> AsyncIterator[Manifest]:
         """Yield watch events of the collection at ``path``, without end.
 
-        Existing objects come first as ``ADDED`` events. After a lost connection the existing objects come again.
+        Existing objects come first as ``ADDED`` events. After a lost connection or an ``ERROR`` event the existing
+        objects come again in the same way.
         """
         while True:
             try:

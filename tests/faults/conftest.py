@@ -12,7 +12,8 @@ from tests.faults.world import World, running_world
 
 @pytest.fixture(scope="package")
 def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Start control plane, stub node, proxy and operator program once, for all tests of the package."""
+    """Start control plane, stub node and proxy once for all tests of the package, and prepare an operator without
+    starting it."""
     if reason := unusable_because():
         # The control plane needs Linux namespaces, which only root can create.
         pytest.skip(reason)

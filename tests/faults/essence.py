@@ -66,7 +66,8 @@ def _plain(value: Any, key: str = "") -> Any:
     if key in ("uid", "activeSeconds", "gpuSeconds"):
         return key
     if key == "image":
-        # The digest of the image is stored only if the operator ran while a pod of the attempt ran.
+        # The digest of the image is left out, because it is stored only if the operator ran while a pod of the attempt
+        # ran.
         return str(value).partition("@")[0]
     if isinstance(value, str):
         return "time" if _TIMES.search(key) else _CLOCK.sub("time", HASH.sub("-hash-", value))

@@ -77,7 +77,8 @@ class OperatorProcess:
         source: Path = REPOSITORY,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        """Connect the operator to ``server``, by default to the API server without a proxy.
+        """Prepare an operator that connects to ``server``, by default to the API server without a proxy; `start` starts
+        it.
 
         ``ports`` are the report port and the health port. ``source`` is the checkout whose operator runs. ``settings``
         become environment variables, for example ``resync_seconds="4"`` becomes `FINETUNE_RESYNC_SECONDS=4`.
@@ -170,7 +171,8 @@ class OperatorProcess:
         self.wait_ready()
 
     def wait_ready(self, timeout: float = 60) -> None:
-        """Wait until /readyz succeeds, which means that the operator has listed all jobs."""
+        """Wait until /readyz succeeds: the operator is the leader and has listed all jobs, or it has read the Lease of
+        another leader and waits."""
         wait_for("the operator to be ready", lambda: self.answers("/readyz"), timeout, evidence=self.evidence)
 
     def answers(self, path: str) -> bool:

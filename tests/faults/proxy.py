@@ -2,7 +2,7 @@
 
 The proxy forwards requests, streams watches line by line, and records every request with its status. The proxy can also
 kill the operator right after a chosen write. The proxy presents the API server's own certificate, so that the operator
-needs only another port.
+needs no other setting than another URL of the API server.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Record:
 
     @property
     def wrote(self) -> bool:
-        """Whether the request is a create, update, patch or delete that succeeded."""
+        """Whether the request is a create, update, patch or delete, and the proxy passed the answer that it succeeded
+        on to the operator."""
         return self.request.verb in WRITES and 200 <= self.status < 300
 
 
@@ -74,7 +75,8 @@ class Kill:
     done: bool = field(default=False, init=False)
     """Whether the ``number``-th write has happened."""
     struck: bool = field(default=False, init=False)
-    """Whether a running process was killed; False where the process had already been killed by another `Kill`."""
+    """Whether this order killed a running process. It did not if write ``number`` has not happened, or if another
+    `Kill` had already ended the process."""
 
     def is_due(self, request: Request) -> bool:
         """Count a successful write; return True if it is write ``number``, after which the victim must be killed."""
@@ -104,7 +106,7 @@ class FaultProxy:
     async def start(self) -> None:
         """Listen on 127.0.0.1. A second `start` after `stop` uses the same port."""
         connector = aiohttp.TCPConnector(limit=0, ssl=self._client_context)
-        # The client asks for no compression, because the proxy must read the lines of watches.
+        # The proxy asks the API server for no compression, because it must read the lines of watches.
         self._session = aiohttp.ClientSession(
             connector=connector,
             auto_decompress=False,
@@ -182,7 +184,7 @@ class FaultProxy:
             async with self._upstream(incoming, fault, body) as response:
                 content = await response.read()
         except aiohttp.ClientError:
-            # The API server is unreachable, so the proxy resets the connection.
+            # The API server is unreachable, so the proxy resets the operator's connection.
             self._note(request, 0)
             return self._reset(incoming)
         killer = self._killer(request, response.status)
@@ -226,8 +228,8 @@ class FaultProxy:
         except (aiohttp.ClientError, ConnectionError, asyncio.CancelledError):
             if not answer.prepared:
                 self._note(request, 0)
-            # When the stream breaks off or the client goes away, the operator must see a connection reset and not the
-            # regular end of a stream.
+            # When the API server's stream breaks off or `end_watches` cancels this task, the operator must see a
+            # connection reset and not the regular end of a stream.
             return self._reset(incoming)
         finally:
             self._watches.discard(task)

@@ -43,7 +43,8 @@ class Request:
 
 def _names_an_object(path: str) -> bool:
     parts = path.strip("/").split("/")
-    # A path is /api/v1/... or /apis/GROUP/VERSION/..., then optionally namespaces/NAME, then the plural and a name.
+    # A path begins with /api/v1 or /apis/GROUP/VERSION. Then come namespaces/NAME, if the objects belong to a
+    # namespace, the plural of the resource, and the name, if the path names one object.
     rest = parts[2:] if parts[0] == "api" else parts[3:]
     if len(rest) > 2 and rest[0] == "namespaces":
         rest = rest[2:]

@@ -67,7 +67,7 @@ class StubNode:
         self._lost: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.errors: list[str] = []
-        """Errors of requests that did not succeed after all tries."""
+        """Errors of requests that failed in every try, and of background tasks that failed."""
 
     async def start(self) -> None:
         """Create the Node object and start the watch and the heartbeat."""
@@ -118,7 +118,7 @@ class StubNode:
             self._look(pod)
 
     def _look(self, pod: Manifest) -> None:
-        """Start the next step of ``pod`` unless another step of the pod is running."""
+        """Start the next step of ``pod`` unless another step of the pod is running or the pod's node is lost."""
         uid = pod["metadata"]["uid"]
         if uid in self._busy or pod["spec"].get("nodeName") in self._lost:
             return

@@ -1,6 +1,7 @@
-"""R1 of docs/performance.md: for each write of a scenario, one trial kills the operator right after that write.
+"""R1 of docs/performance.md: for each write of a scenario there is a trial in which the operator is killed right after
+that write.
 
-Every trial must end as the run without kills.
+Every trial must end like the run without kills.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TOGETHER = (
 )
 """Groups of scenarios; the scenarios of a group run at the same time.
 
-The groups are small, because each start of the operator reconciles all jobs of the group before it goes on.
+The groups are small, because after each start the operator first reconciles all jobs of the group.
 """
 AGAIN = (8, 1, 1, 1)
 """How many trials run at a time in each further round, which repeats the trials whose own kill did not happen.
@@ -52,7 +53,8 @@ def compare(found: End, expected: End) -> Iterator[str]:
     trial = found.trial
     if differs := differences(found.essence, expected.essence):
         yield f"{trial}, of {len(expected.writes)} writes: {differs}"
-    # A killed operator may lose an event. But an event that the fault-free run does not have is an error.
+    # A killed operator may fail to create a Kubernetes event. But an event that the fault-free run does not have is an
+    # error.
     if surplus := found.events - expected.events:
         yield f"{trial}: events {surplus}"
     assert trial.kill is not None
@@ -72,7 +74,8 @@ def compare(found: End, expected: End) -> Iterator[str]:
 def crash_after_every_write(
     world: World, scenarios: tuple[str, ...], *, tell: tuple[bool, ...], spare: float, timeout: float
 ) -> None:
-    """Run a trial for each write of each scenario, and compare the results with the fault-free run of the scenario.
+    """Run a trial for each write of each scenario and each value in ``tell`` (see `Point`), and compare the results
+    with the fault-free run of the scenario.
 
     The trials whose own kill did not happen are repeated in up to four more rounds, until they are at most the share
     ``spare`` of all trials.

@@ -31,7 +31,8 @@ FIVE_JOBS = tuple(f"job-{number}" for number in range(5))
 FIRST = "2433999"
 """Commit of the first version that ran jobs. It had no leader election, no `runPolicy.cancel` and an older status."""
 LATER = "5b68d5f"
-"""Commit of a later version, which obeys `runPolicy.cancel` and checks jobs before their first attempt."""
+"""Commit of a later version, which obeys `runPolicy.cancel` and runs the preflight check before a job's first
+attempt."""
 
 
 @pytest.mark.long
@@ -118,7 +119,8 @@ def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path, com
     server = f"https://127.0.0.1:{world.proxy.port}"
     previous = OperatorProcess(world.cluster, tmp_path, server=server, source=source, ports=(18444, 18081))
     try:
-        # Helm upgrades and rolls back the CRD together with the operator, because the CRD is a template of the chart.
+        # The test replaces the CRD with each version, as Helm does: the CRD is a template of the chart, so Helm
+        # upgrades and rolls it back together with the operator.
         install_crd(world, _crd(source))
         previous.start()
         previous.wait_ready()
@@ -148,7 +150,8 @@ def test_upgrade_and_rollback_restart_no_child(world: World, tmp_path: Path, com
 
 @pytest.mark.long
 def test_a_rollback_from_a_newer_version_looks_after_its_jobs(world: World) -> None:
-    """The newer version is made up: its CRD has no bounds, and the status has longer lists, new words and fields."""
+    """The newer version is made up: its CRD has no bounds, and each job's status differs in one of the ways of `SKEWS`,
+    such as longer lists, unknown words or new fields."""
     namespace = world.namespace()
     _delete_other_jobs(world)
     names = dict(zip((f"job-{number}" for number in range(len(SKEWS))), SKEWS, strict=True))
@@ -161,7 +164,8 @@ def test_a_rollback_from_a_newer_version_looks_after_its_jobs(world: World) -> N
         for name, skew in names.items():
             path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}"
             found = world.call("GET", path)
-            # The newer version of the operator applies the status as the same field manager.
+            # The test writes the status as a newer version of the operator would: by server-side apply, as the same
+            # field manager.
             newer = {key: found[key] for key in ("apiVersion", "kind")} | {
                 "metadata": {"name": name, "namespace": namespace},
                 "status": SKEWS[skew](found["status"]),
@@ -202,7 +206,8 @@ def _newer_crd() -> dict[str, Any]:
 
 
 def _unbounded(schema: Any) -> Any:
-    """Return the structural ``schema`` without bounds. Keys of lists stay required, because the API server asks it."""
+    """Return the structural ``schema`` without bounds. The property `type` stays required, because it is the key of a
+    list, and the API server accepts only required properties as keys."""
     if isinstance(schema, list):
         return [_unbounded(item) for item in schema]
     if not isinstance(schema, dict):
@@ -267,7 +272,8 @@ def _objects(world: World, namespace: str) -> tuple[list[str], list[str], list[i
 def _wait_for_reconciles(
     world: World, namespace: str, operator: OperatorProcess, who: str, names: Sequence[str] = FIVE_JOBS
 ) -> None:
-    """Wait until each job was reconciled twice since ``operator`` has started, and check that no reconcile failed."""
+    """Wait until each job was requested twice since this call, once in each reconcile, and check that ``operator`` has
+    made reconciles and that none has failed."""
     began = time.monotonic()
     paths = [f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}" for name in names]
 
@@ -276,6 +282,6 @@ def _wait_for_reconciles(
         return all(seen[path] >= 2 for path in paths)
 
     world.wait(f"two reconciles of each job by {who}", reconciled, 90)
-    # A reconcile that can't read the job reads it too, so the requests alone prove nothing.
+    # A reconcile that fails has requested its job too, so the requests alone do not show that the reconciles succeeded.
     assert operator.metric("finetune_reconciles_total", 'result="ok"') >= len(names)
     assert operator.metric("finetune_reconciles_total", 'result="error"') == 0, operator.evidence()

@@ -24,7 +24,7 @@ Outage = Callable[[World], AbstractContextManager[None]]
 
 
 def answering(*answers: Answer, path: str = "") -> Outage:
-    """Return an outage: the proxy answers requests whose path matches ``path`` with an error of ``answers``."""
+    """Return an outage: the proxy answers requests whose path matches ``path`` with the error in ``answers``."""
     return lambda world: world.proxy.fault(*(Rule(answer, path=path) for answer in answers))
 
 

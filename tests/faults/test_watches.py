@@ -58,7 +58,7 @@ def test_disturbed_watches_change_nothing_but_the_time(world: World, undisturbed
     with world.proxy.fault(*rules):
         world.loop.run(world.proxy.end_watches())
         began = time.monotonic()
-        # If the event of a step is lost, the operator finds the step at the next resync, after up to 30 s.
+        # If the watch event of a change is lost, the operator finds the change at the next resync, after up to 30 s.
         found = run_scenarios(world, 300)
         print(f"{name}: {len(WATCHED_SCENARIOS)} jobs ended after {time.monotonic() - began:.1f} s")
     assert any(rule.applied for rule in rules)

@@ -39,7 +39,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 WAVE_SECONDS = 15.0
 """Seconds between the starts of two groups of trials.
 
-Most trials take less time, so that the kills of one group do not disturb the next group.
+Most trials take less time, so the kills of one group rarely disturb the next group.
 """
 LIST_SECONDS = 1.0
 """Seconds between two lists of all jobs.
@@ -85,7 +85,7 @@ class End:
     undisturbed: bool
     """Whether one operator process ran from the creation to the end of the job, so that the run had no fault."""
     writes: tuple[str, ...]
-    """Writes of the operator in order, for example ``"patch finetunejobs/job/status"``."""
+    """Writes whose success the operator was told, in order, for example ``"patch finetunejobs/job/status"``."""
     essence: dict[str, Any]
     events: Counter[str]
 
@@ -115,7 +115,8 @@ def is_finished(world: World, ended: Manifest) -> bool:
 
 
 def writes_in(world: World, namespace: str) -> tuple[str, ...]:
-    """Return the operator's successful writes in ``namespace``, in order. `-hash-` replaces the hashes in names."""
+    """Return, in order, the writes in ``namespace`` whose success the operator was told. `-hash-` replaces the hashes
+    in names."""
     paths = [
         (record.request.verb, record.request.path.partition(f"/{namespace}/")[2])
         for record in world.proxy.records

@@ -50,7 +50,8 @@ class World:
     proxy: FaultProxy
     operator: OperatorProcess
     created: dict[str, tuple[str, str]]
-    """Every PyTorchJob that has ever existed: its uid leads to its namespace and the number of its attempt."""
+    """Maps the uid of every PyTorchJob that has ever existed to its namespace and to the number of its attempt, as
+    text."""
 
     # ---- jobs and other objects ----
 

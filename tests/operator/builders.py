@@ -36,7 +36,7 @@ def at(seconds: float) -> datetime:
 def job_manifest(**spec: Any) -> dict[str, Any]:
     """Return the manifest of examples/quickstart.yaml as the API server stores it.
 
-    ``spec`` replaces sections of its spec.
+    ``spec`` replaces whole sections of the manifest's spec.
     """
     manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "examples/quickstart.yaml").read_text())
     manifest["metadata"] |= {"namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1"}
@@ -45,7 +45,8 @@ def job_manifest(**spec: Any) -> dict[str, Any]:
 
 
 def is_observed(manifest: dict[str, Any]) -> bool:
-    """Return whether the operator has written the status of the job. The API server gives every job a default one."""
+    """Return whether the operator has written the job's status. The status that the API server gives every new job has
+    no conditions."""
     return bool(manifest.get("status", {}).get("conditions"))
 
 
@@ -88,7 +89,7 @@ def pod(
     attempt: int = 1,
     **changes: Any,
 ) -> PodObservation:
-    """Return a pod that runs, or that ended with ``exit_code``.
+    """Return a pod that runs if ``exit_code`` is None, and that has ended with ``exit_code`` otherwise.
 
     All times are seconds after `NOW`. ``finished`` is the end of the container, ``deleted`` the time at which the
     deletion was requested. ``grace`` is the pod's grace period in seconds.
@@ -114,8 +115,8 @@ def pod(
         "delete_deadline": None if deleted is None else at(deleted + grace),
         "container": container,
     }
-    # In ``changes``, `reason_` and `message_` set these fields of the pod. The parameters `reason` and `message` set
-    # the fields of the container.
+    # In ``changes``, `reason_` and `message_` stand for the pod's own fields `reason` and `message`, because the
+    # parameters `reason` and `message` set the fields of the container.
     return PodObservation(**(values | {name.rstrip("_"): value for name, value in changes.items()}))
 
 

@@ -1,6 +1,6 @@
 """Fixtures for tests of the operator on the real cluster.
 
-The chart is installed without its pod, and the operator runs as a program on this machine with the role that the chart
+The chart is installed with zero replicas. The operator runs as a program on this machine with the role that the chart
 created, so that a missing permission fails a test. Pods of jobs run small stand-ins for the trainer.
 """
 
@@ -54,7 +54,7 @@ class Installed:
         timeout: float = 60,
         name: str = "quickstart",
     ) -> Manifest:
-        """Wait until ``reached`` holds for the job and return it."""
+        """Wait until the operator has written the job's status and ``reached`` holds for the job; return the job."""
 
         def look() -> Manifest | None:
             job = self.job(namespace, name)
@@ -133,8 +133,8 @@ def stand_in(cluster: Cluster) -> Callable[[str], str]:
             name = f"localhost/stand-in:{uuid.uuid5(uuid.NAMESPACE_OID, script).hex[:12]}"
             links = {f"bin/{command}": "busybox" for command in BUSYBOX_COMMANDS}
             archive = cluster.layout.temporary / "stand-in.tar"
-            # The script is the image's entry point, because the operator sets only arguments, as for the trainer's
-            # image.
+            # The script is the image's entry point, because the operator sets only the arguments of the training
+            # container and leaves the program to the entry point of the trainer's image.
             command = ["/bin/sh", "-c", script]
             write_archive(Image(name, {"bin/busybox": BUSYBOX}, links, command, is_entry_point=True), archive)
             cluster.run(["ctr", "--namespace=k8s.io", "images", "import", archive])

@@ -1,4 +1,4 @@
-"""Helper for tests of `reports.certificate.existingSecret`: a release of the chart with a certificate from that Secret.
+"""Helpers for tests of `reports.certificate.existingSecret`: a release of the chart with a certificate from a Secret.
 
 `Release` runs the operator of the release as a program and reads the certificate that the report server presents.
 `Attempt` sends reports as a pod of an attempt does.
@@ -39,7 +39,8 @@ RESYNC_SECONDS = 5
 
 @dataclass
 class Release:
-    """An installed release of the chart whose report server uses the Secret; the test starts the operator."""
+    """An installed release of the chart whose report server takes its certificate from a Secret; the test starts the
+    operator."""
 
     installed: Installed
     program: OperatorProgram
@@ -56,7 +57,8 @@ class Release:
         return f"{self.account}.{self.namespace}.svc"
 
     def start_without_a_certificate(self) -> None:
-        """Start the operator, wait until its log names the missing Secret, and check /healthz and /readyz."""
+        """Start the operator and wait until its log names the missing Secret. Assert that /healthz succeeds and /readyz
+        fails."""
         self.program.start()
         self.until_logged(f"Secret {self.namespace}/{SECRET} must exist and hold ca.crt, tls.crt, tls.key")
         with self.cluster.enter():
@@ -122,7 +124,8 @@ class Attempt:
     """PEM text of the CA in the attempt's ConfigMap."""
 
     def post(self) -> int:
-        """Post a report and return the HTTP status; raises OSError where the server's certificate is not trusted."""
+        """Post a report and return the HTTP status; raises OSError if no server answers or its certificate is not
+        trusted."""
         path, body = report_path(self.namespace, "quickstart", self.number), report(self.pod["uid"]).to_json()
         server = f"{self.release.host}:{REPORT_PORT}"
         return post_by_name(self.release.cluster, server, path, body, self.token, self.trusted)
@@ -130,7 +133,8 @@ class Attempt:
     def assert_only_the_next_one_trusts(self, authority: str) -> None:
         """Assert that only the next attempt trusts a server certificate of the new CA ``authority`` (PEM).
 
-        The current attempt still has the old CA. A pod of it is deleted, so that the next attempt begins.
+        The current attempt still has the old CA. A pod of the current attempt is deleted, so that the next attempt
+        begins.
         """
         with pytest.raises(ssl.SSLCertVerificationError):
             self.post()
@@ -156,7 +160,7 @@ class Attempt:
 def installed_release(installed: Installed, folder: Path, name: str, namespace: str) -> Iterator[Release]:
     """Install the chart as a second release.
 
-    The operator of ``installed`` is stopped meanwhile, because both operators would reconcile the same jobs.
+    Inside the block the operator of ``installed`` is stopped, because both operators would reconcile the same jobs.
     """
     cluster = installed.cluster
     certificate = {"existingSecret": SECRET}
@@ -177,7 +181,8 @@ def installed_release(installed: Installed, folder: Path, name: str, namespace: 
         health_port=HEALTH_PORT,
         name=name,
         settings={
-            # These variables are copied from the rendered Deployment, to test that the chart's value sets them.
+            # These variables are copied from the rendered Deployment, to test that `reports.certificate.existingSecret`
+            # sets them.
             **{key: chosen[key] for key in ("FINETUNE_CERTIFICATE_SECRET", "FINETUNE_CERTIFICATE_FROM")},
             "FINETUNE_POD_IP": ADDRESS,
             "FINETUNE_POD_UID": owner_of_the_slice(installed, name, namespace),

@@ -210,8 +210,10 @@ class ModelServer:
         pod["metadata"]["deletionGracePeriodSeconds"] = 90
 
     def orphan_pods(self) -> bool:
-        """Delete the PyTorchJob but not its pods, as `kubectl delete --cascade=orphan` does; return whether there is
-        one. The garbage collector then takes the owner reference from the pods."""
+        """Delete the PyTorchJob but not its pods, as `kubectl delete --cascade=orphan` does; return True.
+
+        The PyTorchJob must exist. The garbage collector then takes the owner reference from the pods.
+        """
         for pod in self.pods:
             pod["child"] = None
             del pod["metadata"]["ownerReferences"]
@@ -327,7 +329,7 @@ class ModelServer:
 
 
 Script = list[Callable[[ModelServer], bool]]
-"""The events of a job, in their order.
+"""The events in the life of a job, in their order.
 
-Each function lets its event happen, or returns False while it is too early for it.
+Each function makes its event happen and returns True, or returns False while the event can not happen yet.
 """

@@ -24,7 +24,7 @@ def certificates() -> CertificateSet:
 
 @cache
 def client_context() -> ssl.SSLContext:
-    """Return a TLS context for clients, which trust any server: a hostile client does not care."""
+    """Return a TLS context for clients that trust any server, because a hostile client does not check certificates."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -49,7 +49,8 @@ async def connect(port: int, source: str = "127.0.0.1") -> Streams:
 
 
 def request(path: str | bytes, token: str | None = None, body: str = "", *more: str) -> bytes:
-    """Return a POST request exactly as written here. HTTP clients would quote or resolve parts of the ``path``."""
+    """Return the bytes of a POST request with ``path`` unchanged. HTTP clients would quote or resolve parts of the
+    path."""
     target = path.encode() if isinstance(path, str) else path
     fields = ["Host: operator", f"Content-Length: {len(body.encode())}", *more]
     if token is not None:
@@ -58,7 +59,8 @@ def request(path: str | bytes, token: str | None = None, body: str = "", *more: 
 
 
 async def exchange(streams: Streams, sent: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Send bytes, and return status, header fields and body of the answer. The status is 0 where there is none."""
+    """Send bytes, and return status, header fields and body of the answer. The status is 0 if the server does not
+    answer."""
     reader, writer = streams
     try:
         writer.write(sent)

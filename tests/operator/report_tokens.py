@@ -1,4 +1,4 @@
-"""Tokens for reports that tests make themselves, and a stand-in for the API server that reviews them."""
+"""Makes report tokens for tests, and stands in for the API server that reviews such tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_core.contract import report_audience
 from tests.operator.builders import UID
 
 VALID = "valid"
-"""Signature that the stand-in takes for the API server's own."""
+"""Signature of tokens that the stand-in for the API server takes as its own."""
 
 
 def report_token(
@@ -22,9 +22,10 @@ def report_token(
     signature: str = VALID,
     **claims: Any,
 ) -> str:
-    """Return a token as the kubelet projects it, bound to the pod with uid ``pod`` (to none if empty).
+    """Return a token as the kubelet projects it, bound to the pod with uid ``pod`` (to no pod if ``pod`` is empty).
 
-    ``claims`` replace its claims."""
+    ``claims`` replace claims of the token.
+    """
     bound: dict[str, Any] = {"namespace": namespace, "serviceaccount": {"name": "default"}}
     if pod:
         bound["pod"] = {"name": "p", "uid": pod}
@@ -33,12 +34,13 @@ def report_token(
 
 
 def encoded(content: bytes) -> str:
-    """Return ``content`` as a part of a token."""
+    """Return ``content`` in base64url without padding, as in a part of a JWT."""
     return urlsafe_b64encode(content).rstrip(b"=").decode()
 
 
 class Reviews:
-    """A stand-in for the client of the API server. It reviews a token by its signature, and believes valid ones."""
+    """A stand-in for the client of the API server. It accepts a token with the signature `VALID` and the right
+    audience."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []

@@ -1,7 +1,7 @@
 """The alert rules of the chart in Prometheus' own rule engine, with the series that the operator really serves.
 
-Each scenario plays hours, minute by minute: it sets what the replicas know, and the rendered metrics of each minute
-become the input of `promtool test rules`. A rule without a scenario in which it fires fails a test.
+Each scenario plays four hours, minute by minute: it sets what the replicas know, and the rendered metrics of each
+minute become the input of `promtool test rules`. A rule that fires in no scenario fails a test.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.operator.test_job_metrics import SPEC, condition
 RULES = REPOSITORY / "charts/finetune-operator/files/alerts.yaml"
 KEY = Key("team", "quickstart")
 EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
-"""promtool's time begins here, so the statuses of the scenarios do, too."""
+"""Time of minute 0 of every scenario. promtool begins to count at this time, too."""
 MINUTES = 240
 
 
@@ -50,7 +50,8 @@ class Replica:
         self.metrics = Metrics(now=lambda: minute(self.minute))
 
     def leads(self) -> Replica:
-        """Show what a leader shows that has nothing to do."""
+        """Set the metrics of a leader that has nothing to do and whose certificate is valid for 60 days; return the
+        replica."""
         self.metrics.leader.set(1)
         self.metrics.certificate_expiry.set(minute(60 * 24 * 60).timestamp())
         return self
@@ -149,7 +150,8 @@ def takeover(number: int) -> World:
 
 
 def succeeds(number: int) -> FineTuneJobStatus:
-    """The job ends in minute 60, three minutes after its last checkpoint; its series stay for an hour."""
+    """The job ends in minute 60, three minutes after its last checkpoint. The leader serves its metrics for one more
+    hour."""
     if number < 60:
         return status(step=number * 16, reported=number, checkpoint_minute=number)
     return status(
@@ -158,7 +160,7 @@ def succeeds(number: int) -> FineTuneJobStatus:
 
 
 def suspended(number: int) -> FineTuneJobStatus:
-    """The job is suspended after an hour, and resumed after three hours."""
+    """The job is suspended in minute 60 and resumed in minute 180."""
     if number < 60:
         return status(step=number + 1, reported=number, checkpoint_minute=number)
     if number < 180:
@@ -176,7 +178,8 @@ def failed(reason: Reason) -> Callable[[int], FineTuneJobStatus]:
 
 
 def evaluates(number: int) -> FineTuneJobStatus:
-    """The base model is scored for an hour before step 1, and the tuned model for an hour after the last step."""
+    """The base model is scored in the first hour, before step 1. The last step ends in minute 123, and from then on the
+    tuned model is scored."""
     step = max(0, min(1000, (number - 60) * 16))
     return status(step=step, reported=number, checkpoint_minute=min(number, 122))
 
@@ -300,7 +303,7 @@ def input_series(play: Play) -> list[dict[str, str]]:
     for name in sorted({name for scrape in scrapes for name in scrape}):
         values, before = [], False
         for scrape in scrapes:
-            # A series that is missing from a scrape gets one marker, and then has no sample.
+            # A series that disappears gets one staleness marker in promtool's notation, and no sample after it.
             values.append(f"{scrape[name]:.17g}" if name in scrape else "stale" if before else "_")
             before = name in scrape
         series.append({"series": name, "values": " ".join(values)})

@@ -1,4 +1,5 @@
-"""The life of attempts: each attempt starts after its back-off, is opened once and counted once, and ends by a rule."""
+"""How attempts begin and end: each attempt starts only after its back-off, gets its number once, and is counted
+once."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def seen(
 ) -> JobObservation:
     """Return an observation of attempt 1 with its PyTorchJob.
 
-    ``active`` is for how many seconds a pod of the job has run so far.
+    ``active`` is the time in seconds for which pods of the job have run so far.
     """
     values: dict[str, Any] = {
         "now": at(now),
@@ -101,7 +102,7 @@ def test_a_failed_attempt_is_accounted_once_and_its_objects_go_before_the_next()
     assert advance(closed, seen(pods)).attempts == closed
     # The PyTorchJob is gone but its pods still exist, so no attempt starts.
     assert advance(closed, seen_no_child(now=59, pods=pods)).action is Action.NONE
-    # The garbage collector has had a minute to delete them, so the operator deletes them itself.
+    # The garbage collector has had a minute to delete the pods, so the operator deletes them itself.
     assert advance(closed, seen_no_child(now=60, pods=pods)).action is Action.REMOVE_ORPHANS
     opened = advance(closed, seen_no_child(now=10))
     assert (opened.action, opened.attempts.started) == (Action.OPEN_ATTEMPT, 2)

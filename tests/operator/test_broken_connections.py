@@ -1,4 +1,5 @@
-"""Requests that only explain (events, warnings, annotations) cost neither a status nor a reconcile when they fail."""
+"""When a request that only explains (events, warnings, annotations) fails, the operator still writes the status and
+completes the reconcile."""
 
 from __future__ import annotations
 

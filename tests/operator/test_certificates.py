@@ -123,7 +123,7 @@ class OneSecret:
         self.lost_updates = lost_updates
         self.updates = 0
         self.refusal: ApiError | None = None
-        """The answer to a creation, if not a success."""
+        """The error with which a creation fails; None lets it succeed."""
 
     async def get_secret(self, _namespace: str, _name: str) -> dict[str, Any] | None:
         return self.secret

@@ -1,7 +1,8 @@
-"""A 409 means that an object exists only with the reason AlreadyExists. Any other 409 means that nothing was done.
+"""Only a 409 with the reason AlreadyExists means that an object exists. Any other 409 means that nothing was done.
 
-A ResourceQuota that two requests change at once answers a creation with 409 and the reason Conflict. An operator that
-took this for "the ConfigMap exists" would start pods that wait for the ConfigMap for ever.
+When two requests count against the same ResourceQuota at once, the API server may answer a creation with 409 and the
+reason Conflict. An operator that took this for "the ConfigMap exists" would start pods that wait for the ConfigMap for
+ever.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from tests.operator.model import ModelServer
 from tests.operator.test_crashes import SCENARIOS, Scenario, essence, run_to_end
 
 REASONS = ("Conflict", "", "AlreadyExists", "TooManyRequests")
-"""Reasons of a 409 with which nothing was created. With AlreadyExists, the existing object was deleted meanwhile."""
+"""Reasons of the 409 that answers a creation in these tests. Nothing is created with any of them. With AlreadyExists
+this is as if the existing object had been deleted right afterwards."""
 CREATIONS = ("create_config_map", "create_network_policy", "create_child", "create_pod")
 LIVES = ("crashes, then succeeds", "waits for a bucket, a broken pod and a lost one, then succeeds")
 
@@ -76,7 +78,7 @@ def test_only_the_reason_already_exists_says_that_a_name_is_taken() -> None:
 
 
 def test_no_module_but_the_client_compares_an_answer_with_409() -> None:
-    """So every place must choose between `is_name_taken` and `is_conflict`."""
+    """Every other module must choose between `is_name_taken` and `is_conflict`."""
     package = REPOSITORY / "operator/finetune_operator"
     found = {str(path.relative_to(package)) for path in package.rglob("*.py") if _compares_with_409(path)}
     assert found == {"kube/client.py"}
@@ -95,6 +97,7 @@ def _compares_with_409(path: Path) -> bool:
 
 
 def test_every_creation_of_the_life_of_a_job_is_among_those_that_are_answered_with_409() -> None:
-    """The certificate Secret, the EndpointSlice and the events of the operator are no part of the life of a job."""
+    """Three creations are left out: the certificate Secret and the EndpointSlice do not belong to a job, and nothing
+    depends on an event."""
     known = {name for name, _ in inspect.getmembers(KubeClient, inspect.isfunction) if name.startswith("create_")}
     assert known - {"create_event", "create_endpoint_slice", "create_secret"} == set(CREATIONS)

@@ -157,7 +157,8 @@ async def test_the_bytes_of_a_body_do_not_count_as_a_header() -> None:
 
 
 async def test_the_body_of_a_refused_request_is_no_next_request() -> None:
-    """Else a client could hide a request in a body, and a long body would count as a header."""
+    """The connection ends after the refusal. Otherwise a client could hide a request in a body, and a long body would
+    count as a header."""
     async with reports(ConnectionLimits(**PATIENT)) as server:
         streams = await connect(server.port)
         hidden = request(PATH, report_token(), body())
@@ -247,7 +248,8 @@ async def test_a_thousand_idle_connections_have_small_buffers_and_leave_room_for
 
 
 async def test_a_flood_of_connections_leaves_an_honest_client_served() -> None:
-    """300 clients connect, some without TLS, and ask again and again, while one client reports on its connection."""
+    """300 tasks connect five times each, a third of them without TLS, while one client reports on its one
+    connection."""
     async with reports(ConnectionLimits(per_address=8)) as server:
         honest = await connect(server.port, "127.0.0.2")
         assert await reported(honest) == 204

@@ -40,7 +40,7 @@ def _name(text: str) -> x509.Name:
 
 @dataclass
 class Signer:
-    """A root CA with one intermediate CA, whose key signs server certificates, as companies have."""
+    """A root CA and an intermediate CA, as many companies have them. The intermediate CA signs server certificates."""
 
     name: str
     root_key: rsa.RSAPrivateKey = field(default_factory=lambda: rsa.generate_private_key(65537, 2048))

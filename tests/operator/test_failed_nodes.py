@@ -1,5 +1,5 @@
-"""The next attempt prefers other nodes than those through which the newest attempts failed, and nothing is retried for
-ever."""
+"""The next attempt prefers other nodes than those that ended the newest two attempts, and a job whose pods no node can
+start ends."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def refused(attempt: int) -> list[PodObservation]:
 
 
 def _until_the_end(policy: RunPolicySpec, checkpoint_in: int = 0) -> tuple[AttemptsStatus, JobEnd]:
-    """Play attempts of an image that no node can start. Attempt ``checkpoint_in``, if not 0, commits a checkpoint."""
+    """Play attempts of an image that no node can start, until the job ends; return `status.attempts` and the job's end.
+    Attempt ``checkpoint_in``, if not 0, commits a checkpoint."""
     attempts, checkpoints = AttemptsStatus(), list[CheckpointStatus]()
     for number in range(1, 100):
         started = number * 1000.0

@@ -1,4 +1,5 @@
-"""Which key a worker takes next: each namespace in its turn, and news before the resync."""
+"""Which key of the work queue is taken next: namespaces take turns, and keys of watch events and reports come before
+keys of the resync."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def keys(namespace: str, count: int) -> list[Key]:
 
 
 def taken(queue: WorkQueue, count: int) -> list[Key]:
-    """Take up to ``count`` keys, and finish each before the next."""
+    """Take up to ``count`` keys, and mark each one as done before the next one is taken; return the keys."""
     found: list[Key] = []
     while len(found) < count and (key := queue.pop()) is not None:
         found.append(key)

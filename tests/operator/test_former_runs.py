@@ -1,7 +1,7 @@
 """A job whose status and uid are new takes over what a former job of the same namespace, name and training has done.
 
-The preflight check finds the former run; its answers are given here. tests/trainer/test_former_runs.py tests how the
-check finds them, and tests/e2e/test_restore.py both together.
+The preflight check finds the former run; these tests set the termination message of the check's pod themselves.
+tests/trainer/test_former_runs.py tests how the check finds a run, and tests/e2e/test_restore.py tests both together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FOLDER = "s3://finetune/runs/team/quickstart"
 
 
 async def settle(server: ModelServer) -> None:
-    """Reconcile until nothing is due at once."""
+    """Reconcile until the operator asks for no further reconcile at once."""
     operator = reconciler(server)
     for _ in range(20):
         if (await operator.reconcile(KEY)).after != 0:
@@ -41,7 +41,7 @@ async def checked(message: str, **spec: Any) -> ModelServer:
 
 
 def roots(server: ModelServer) -> list[str]:
-    """Return the folders of runs that the run files of all attempts name."""
+    """Return the URI of the folder of runs (`storage.uri`) from the run file of each attempt."""
     return [RunConfig.model_validate_json(item["data"]["run.json"]).storage.uri for item in server.config_maps.values()]
 
 
@@ -135,7 +135,8 @@ async def test_a_run_that_was_found_is_forgotten_where_the_check_is_dropped() ->
 
 
 async def test_the_same_job_applied_to_a_new_cluster_trains_nothing_again() -> None:
-    """Velero drops uid and status, and Git has neither."""
+    """A job that Velero restores has neither its old uid nor its old status, and neither has a job that is applied from
+    Git."""
     server = await checked(PreflightResult(findings=[]).to_termination_message())
     assert server.end_pods(0, DONE)
     await settle(server)
@@ -160,7 +161,7 @@ async def test_of_an_ended_job_only_the_checks_that_it_owns_are_removed() -> Non
     operator = reconciler(server)
     while condition(server.job, "Succeeded")["status"] == "Unknown":
         await operator.reconcile(KEY)
-    # The operator stops right after the write that ends the job, and another one goes on.
+    # The operator stops right after the write that ends the job, and another operator goes on.
     assert len(server.checks) == 1
     server.checks.append(foreign)
     await settle(server)

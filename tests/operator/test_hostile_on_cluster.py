@@ -1,7 +1,7 @@
-"""The audit log of a real API server, while the operator's report server is attacked by clients without a token.
+"""While clients without a valid token attack the report server, the operator sends the API server only what it must.
 
-The attack comes from another address than the pods, and from many connections at once. An honest job is applied
-meanwhile.
+The audit log of a real API server shows the requests. The attack comes from another address than the pods, and from
+many connections at once. An honest job is applied meanwhile.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from tests.operator.test_on_cluster import RUNS, running
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 IDLE = 1000
-"""Connections that the attacker opens and leaves alone."""
+"""Number of connections that the attacker opens and keeps without sending anything."""
 OPERATOR = f"system:serviceaccount:{OPERATOR_NAMESPACE}:{SERVICE_ACCOUNT}"
 
 
 class Attack:
-    """Sends hostile requests as fast as the server takes them, from a thread, until it is told to stop."""
+    """Sends hostile requests from a thread, as fast as the server takes them, until the block ends."""
 
     def __init__(self, namespace: str) -> None:
-        """Attack jobs of ``namespace``, and everything that a path may lead to."""
+        """Attack with paths of guessed jobs in ``namespace`` and with the paths in `IMPOSSIBLE`."""
         self.answers: Counter[int] = Counter()
         self._namespace = namespace
         self._stopping = threading.Event()
@@ -57,7 +57,7 @@ class Attack:
         await asyncio.gather(idle, return_exceptions=True)
 
     async def _ask(self, worker: int) -> None:
-        """Send one request after another, each on a new connection where the server has closed the last one."""
+        """Send one request after another, each on a new connection, and count the answers by status (0: no answer)."""
         paths, number = list(IMPOSSIBLE.values()), 0
         while not self._stopping.is_set():
             number += 1
@@ -75,7 +75,7 @@ class Attack:
                 self.answers[0] += 1
 
     async def _hold(self, count: int) -> None:
-        """Open ``count`` connections, a few at a time, and send nothing."""
+        """Open ``count`` connections, one after another, and send nothing on them."""
         held: list[Streams] = []
         while len(held) < count:
             try:
@@ -110,10 +110,11 @@ def test_an_attack_without_a_token_causes_only_reviews_and_delays_no_other_job(
     assert not [call for call in made if call.name.startswith("guess-")], "no key was queued for a guessed name"
     seconds = (datetime.now(UTC) - start).total_seconds()
     reviews = [call for call in made if call.resource == "tokenreviews"]
-    # One address has a burst of 100 and 20 a second. Both stages of the attack have the same address.
+    # One address may cause 100 TokenReviews at once and then 20 a second. All connections of the attack have the same
+    # address.
     assert len(reviews) <= 100 + 20 * seconds
     assert attack.answers.keys() <= {0, 400, 401, 404, 429, 503}
-    # The job was looked at within a second or two on a machine without other work.
+    # On a machine without other work, the job was looked at within a second or two.
     assert looked_at < 20
 
 

@@ -1,7 +1,7 @@
-"""What anybody in the cluster can send to the report server makes the operator do nothing, and tells them nothing.
+"""Requests without a valid token make the operator do nothing, and the answers do not tell which jobs exist.
 
-The server, its reviewer and the client of the API server are the real ones. The API server is a stand-in that records
-every request.
+The report server, its reviewer of tokens and the client of the API server are the real ones. The API server is a
+stand-in that records every request.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ IMPOSSIBLE = {
 
 @dataclass
 class World:
-    """A report server that knows the job `team/quickstart` with attempt 2, and what became of the requests to it."""
+    """A report server that knows the job `team/quickstart` with attempt 2, and everything that requests to it can
+    change."""
 
     reviews: Reviews = field(default_factory=Reviews)
     calls: list[str] = field(default_factory=list)
@@ -145,7 +146,7 @@ REFUSED_TOKENS = {
     "a blank in the signature": report_token(signature="x y"),
     "another alphabet in the signature": report_token(signature="\u00e9"),
 }
-"""Tokens whose own words fit no report for a job of the namespace `team`."""
+"""Tokens whose claims fit no report for a job of the namespace `team`."""
 
 
 @pytest.mark.parametrize("token", REFUSED_TOKENS.values(), ids=REFUSED_TOKENS.keys())
@@ -196,7 +197,7 @@ async def test_the_token_of_another_job_is_refused_without_a_review() -> None:
 
 
 def objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Return JSON objects that often have the names of claims."""
+    """Return a strategy for JSON objects whose keys are often the names of claims, with values from ``inner``."""
     names = st.sampled_from(["aud", "kubernetes.io", "namespace", "pod", "uid"]) | st.text()
     return st.dictionaries(names, inner | st.just("finetune.dev/x"))
 
@@ -222,7 +223,8 @@ CALLERS: dict[str, Callable[[int], str | None]] = {
     "many guessed jobs": lambda number: report_token(job_uid=f"guess-{number}", signature="forged"),
     "another namespace": lambda _: report_token(namespace="other"),
 }
-"""What a caller without a valid token for the namespace may send, by the number of the request."""
+"""By name of a caller without a valid token for the namespace: a function that returns the token of the caller's
+request with the given number."""
 
 
 @pytest.mark.parametrize("token", CALLERS.values(), ids=CALLERS.keys())

@@ -1,4 +1,4 @@
-"""A job is its uid: what belongs to an earlier job of the same name, or to somebody else, is never taken for its own.
+"""A job is identified by its uid: it never takes over what belongs to somebody else or to an earlier job of its name.
 
 The tests run `Reconciler` against `ModelServer`, an in-memory API server.
 """
@@ -23,7 +23,7 @@ OTHER_UID = "99999999-8888-7777-6666-555555555555"
 
 
 def report(pod_uid: str) -> Report:
-    """Return a report of a run that is nearly done."""
+    """Return a report of a run at its last step, 80 of 80, with a committed checkpoint."""
     checkpoint = CheckpointRecord(
         run=1, step=80, uri=f"s3://b/{UID}/80", bytes=1, manifest_sha256="a", perplexity=1.2, time=NOW
     )
@@ -85,7 +85,8 @@ def recreate(server: ModelServer) -> None:
 
 
 async def lives(server: ModelServer, memory: Memory) -> list[Any]:
-    """Return what the operator writes and answers in the first looks at the job of ``server``."""
+    """Reconcile the job of ``server`` six times; return each time its status, the names of its PyTorchJobs and the
+    outcome."""
     operator, found = reconciler(server, memory=memory), []
     for _ in range(6):
         outcome = await operator.reconcile(KEY)
@@ -99,7 +100,8 @@ async def test_a_job_created_again_under_the_same_name_lives_as_if_no_other_job_
     await past(server, memory)
     recreate(server)
     untouched = ModelServer(copy.deepcopy(server.job), server.now)
-    # The model server counts versions and pods, and names of the two servers are to be equal.
+    # The second server goes on with the counters of the first, so that both servers give the same names and
+    # resourceVersions.
     untouched._version, untouched._generation, untouched.created = (
         server._version,
         server._generation,
@@ -149,38 +151,39 @@ async def pass_minutes(server: ModelServer, minutes: float, memory: Memory | Non
 
 
 def copied(pod: dict[str, Any]) -> dict[str, Any]:
-    """`kubectl debug --copy-to=debug --keep-labels`: the copy has no owner."""
+    """Make ``pod`` the copy that `kubectl debug --copy-to=debug --keep-labels` creates, which has no owner."""
     pod["metadata"]["name"] = "debug"
     del pod["metadata"]["ownerReferences"]
     return pod
 
 
 def adopted(pod: dict[str, Any]) -> dict[str, Any]:
-    """The copy was adopted by the PyTorchJob, because training-operator adopts pods with its labels."""
+    """Make ``pod`` such a copy after training-operator has adopted it, because the copy has the labels of the
+    PyTorchJob's pods."""
     pod["metadata"]["name"] = "debug"
     return pod
 
 
 def of_another_object_of_that_name(pod: dict[str, Any]) -> dict[str, Any]:
-    """The controller has the name of the child and another uid."""
+    """Give the pod a controller that has the name of the attempt's PyTorchJob but another uid."""
     pod["metadata"]["ownerReferences"][0]["uid"] = "foreign"
     return pod
 
 
 def of_another_kind(pod: dict[str, Any]) -> dict[str, Any]:
-    """The controller is a Job."""
+    """Give the pod a Job as controller."""
     pod["metadata"]["ownerReferences"][0] |= {"apiVersion": "batch/v1", "kind": "Job"}
     return pod
 
 
 def owned_but_not_controlled(pod: dict[str, Any]) -> dict[str, Any]:
-    """The child owns the pod but is not its controller."""
+    """Let the attempt's PyTorchJob own the pod without being its controller."""
     pod["metadata"]["ownerReferences"][0]["controller"] = False
     return pod
 
 
 def of_an_attempt_to_come(pod: dict[str, Any]) -> dict[str, Any]:
-    """The labels name an attempt that was never started."""
+    """Give the pod the label of an attempt that was never started."""
     pod["metadata"]["labels"]["finetune.dev/attempt"] = "7"
     return pod
 

@@ -213,7 +213,8 @@ async def test_a_condition_that_flips_creates_one_event_a_minute_for_one_reason(
         record = StoredJob(key=KEY, manifest=raw, status=accepted("True", Reason.VALID), now=NOW, memory=memory)
         await recorder.record(record, accepted("False", reason))
 
-    # all within 60 s of the first event, although in two minutes of the clock: 0:59 and 1:01 to 1:58
+    # The events of these flips would all come within 60 s of the first event, but in two minutes of the clock: at 0:59,
+    # and from 1:01 to 1:58.
     for seconds in (59.0, 61.0, 100.0, 118.0):
         await flip(seconds, Reason.NAME_CONFLICT)
     assert events.reasons == ["NameConflict"]

@@ -1,4 +1,4 @@
-"""Flux, Argo CD and other users of kstatus get the right word for a job in each of its states.
+"""Flux and other users of kstatus get the right word for a job in each of its states.
 
 The tests run `Reconciler` against `ModelServer`, an in-memory API server.
 """
@@ -248,7 +248,7 @@ async def test_kstatus_has_the_right_word_for_each_state(state: State) -> None:
 
 
 def test_kstatus_takes_a_job_without_any_status_for_a_finished_one() -> None:
-    """Therefore the CRD has a default."""
+    """This is why the CRD has a default for `status`."""
     assert kstatus(job_manifest()) == "Current"
 
 

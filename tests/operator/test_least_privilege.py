@@ -113,7 +113,7 @@ def _anywhere(grant: Grant, served: list[str]) -> Grant:
 def release(request: pytest.FixtureRequest, installed: Installed, namespace: str, tmp_path: Path) -> Iterator[Release]:
     """Install a release that serves all namespaces ("wide") or two ("narrow").
 
-    The operator of ``installed`` is stopped meanwhile.
+    The operator of ``installed`` is stopped until the test has ended.
     """
     cluster, name = installed.cluster, str(request.param)
     served = [namespace, "default"] if name == "narrow" else []
@@ -168,7 +168,7 @@ def test_every_call_is_granted_and_every_grant_is_used(release: Release, namespa
 
 
 def live_through(release: Release, namespace: str, image: str) -> None:
-    """Bring the operator into situations in which it needs, taken together, every permission of its roles.
+    """Bring the operator into situations that, taken together, need every permission of its roles.
 
     Among them are a preflight check, lost pods, a name conflict, a report and a second start.
     """

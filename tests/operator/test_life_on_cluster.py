@@ -54,7 +54,7 @@ def objects(installed: Installed, namespace: str, kinds: str) -> list[str]:
 
 
 def held(job: Manifest) -> bool:
-    """Return whether Kueue holds the attempt back according to the job's status, so that no deadline runs."""
+    """Return whether the job's status says that Kueue holds the attempt back. While it does, no deadline runs."""
     current = job["status"]["attempts"].get("current")
     return bool(current) and "admittedTime" not in current and reason(job) == "Queued"
 
@@ -173,7 +173,8 @@ def test_what_kueue_wrote_into_the_child_is_never_written_over(
 
 
 def _only_kueue_wrote(now: Manifest, written: Manifest) -> None:
-    """Assert that the operator has not changed spec, labels or annotations of the PyTorchJob since Kueue did."""
+    """Assert that the operator has left the PyTorchJob as Kueue wrote it (``written``): spec, labels and
+    annotations."""
     assert now["spec"] == written["spec"]
     assert now["metadata"]["generation"] == written["metadata"]["generation"]
     for part in ("labels", "annotations", "ownerReferences"):
@@ -284,6 +285,11 @@ def test_the_ttl_removes_everything_but_the_job(installed: Installed, namespace:
     )
     job = installed.wait(namespace, "the record of the child to be gone", lambda job: "child" not in job["status"])
     before["status"].pop("child")
+    # The edit of the TTL is a new generation, and an ended job only observes it.
+    generation = job["metadata"]["generation"]
+    before["status"]["observedGeneration"] = generation
+    for item in before["status"]["conditions"]:
+        item["observedGeneration"] = generation
     assert job["status"] == before["status"]
 
 

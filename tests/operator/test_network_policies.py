@@ -1,4 +1,5 @@
-"""The NetworkPolicy of an attempt admits only pods of that attempt, and is removed together with them."""
+"""The NetworkPolicy of an attempt admits only connections from pods of that attempt, and is removed with the
+attempt."""
 
 from __future__ import annotations
 

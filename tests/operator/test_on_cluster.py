@@ -181,7 +181,8 @@ def test_an_operator_killed_in_mid_run_doubles_nothing(installed: Installed, nam
 
 
 def _running_since(job: dict[str, Any]) -> bool:
-    """Return whether both pods have nodes and the status has `runningTime`, which comes with a later write."""
+    """Return whether both pods have nodes and the status has `runningTime`, which the operator may write later than the
+    nodes."""
     return running(job) and "runningTime" in job["status"]["attempts"]["current"]
 
 
@@ -317,7 +318,8 @@ def post(
     path: str = "",
     ca_certificate: str = "",
 ) -> int:
-    """Post a report as rank 0 of a job does, and return the HTTP status. Only the operator's CA is trusted."""
+    """Post a report as rank 0 of a job does, and return the HTTP status. Only ``ca_certificate`` (PEM in base64; the
+    operator's CA by default) is trusted."""
     ca = ca_certificate or installed.ca_certificate
     context = ssl.create_default_context(cadata=b64decode(ca).decode())
     url = server + (path or report_path(namespace, "quickstart", attempt))

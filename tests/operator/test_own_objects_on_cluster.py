@@ -1,6 +1,7 @@
 """The operator's own objects on the real cluster: Lease, certificate Secret and EndpointSlice.
 
-The chart is installed as a default Argo CD installs it, which leaves out some kinds. Then each object is deleted.
+The chart is installed as an Argo CD with default settings installs it, which leaves out some kinds. The tests then
+delete the objects, and the operator must create each of them again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A job is never reconciled again and again without a pause: "again at once" exists only after a write.
+"""No job is reconciled again and again without a pause: only a reconcile that wrote something asks for another at once.
 
-The tests run `Reconciler` against `ModelServer`, over the scenarios of `test_crashes.py` and over events by chance.
+The tests run `Reconciler` against `ModelServer`, with the scenarios of `test_crashes.py` and with random events.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from tests.operator.test_crashes import KEY, SCENARIOS, checked, reconciler
 from tests.operator.test_invariants import likely_events
 
 LOOK_SECONDS = 0.01
-"""How long a reconcile takes in the tests that move the clock on by themselves."""
+"""Least time in seconds between two reconciles in a test that moves the clock itself."""
 
 
 class PacedReconciler:
-    """A reconciler that checks after each call that "again at once" was asked for only after a write."""
+    """Calls a reconciler, and asserts after each call that it asks for another reconcile at once only after a write."""
 
     def __init__(self, server: ModelServer, *, other_jobs: int = 0) -> None:
-        """Reconcile against ``server``; ``other_jobs`` have reserved their places for status writes before this job."""
+        """Reconcile against ``server``; before this job, ``other_jobs`` other jobs have reserved a status write
+        each."""
         self._server = server
         self._operator = reconciler(server)
         for _ in range(other_jobs):
@@ -126,7 +127,7 @@ async def test_what_must_be_written_first_is_written_by_the_same_reconcile(
 
 
 class UnchangedServer(ModelServer):
-    """Accepts a status and stores nothing, as if it had that status already."""
+    """Answers a status write with success and stores nothing, as if the job had that status already."""
 
     async def apply_status(self, _key: object, resource_version: str, _status: Manifest) -> str:
         return resource_version

@@ -1,7 +1,7 @@
 """No text, wherever it comes from, leads a request of the operator to another path of the API server.
 
-The client's methods send real requests to a server on this machine, which records the path as it arrives. The client
-and its libraries resolve dots and escapes in URLs, so only the path that arrives is the truth.
+The client's methods send real requests to a server on this machine, which records each path as it arrives. Only this
+path counts, because the client and its libraries resolve dots and escapes in URLs before they send a request.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ HOSTILE = (
     "é/..",
     "x" * 8192,
 )
-"""Texts that were or could be used to reach another path."""
+"""Texts that could lead a request to another path if they were put into a URL as they are."""
 
 Call = Callable[[KubeClient, str, str], Awaitable[object]]
 

@@ -1,4 +1,8 @@
-"""Decisions about the preflight check before attempt 1: only its findings end a job, a broken pod never does."""
+"""Decisions about the preflight check before attempt 1.
+
+Final findings end the job, and so do three tries in a row that could not be carried out. A crash of the pod ends
+nothing.
+"""
 
 from __future__ import annotations
 

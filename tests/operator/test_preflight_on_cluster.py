@@ -82,7 +82,8 @@ def test_what_is_impossible_ends_the_job_before_anything_is_asked_for(
         found = condition(job, kind)
         assert (found["status"], found["reason"], found["message"]) == (status, "BadInput", sentence)
     assert job["status"]["attempts"]["started"] == 0
-    # The pod of the check ended before, and is deleted by its kubelet within seconds.
+    # The container of the preflight pod has ended before the operator deletes the pod, so the kubelet removes it within
+    # seconds.
     wait_for("no object to be left", lambda: objects(installed, namespace, "pytorchjobs,pods,configmaps") == [], 60)
 
 
@@ -206,6 +207,7 @@ def test_what_is_missing_for_too_long_ends_the_job_with_its_name(
     succeeded = condition(job, "Succeeded")
     assert (succeeded["status"], succeeded["reason"]) == ("False", "DeadlineExceeded")
     assert sentence in succeeded["message"]
-    # The tries start after 0, 10 and 30 s; a fourth try would start after 70 s, which is beyond the deadline.
+    # With back-offs of 10, 20 and 40 s, the tries start after 0, 10 and 30 s at the earliest, and a fourth try after 70
+    # s, which is beyond the deadline.
     assert 2 <= job["status"]["preflight"]["tries"] <= 3
     assert objects(installed, namespace, "pytorchjobs,pods,configmaps") == []

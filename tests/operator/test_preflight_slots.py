@@ -1,4 +1,4 @@
-"""At most so many preflight checks run at the same time as the setting says, and every job gets its turn."""
+"""No more preflight checks run at the same time than `--max-preflights` allows, and every job gets its turn."""
 
 from __future__ import annotations
 
@@ -126,11 +126,12 @@ class Fleet:
 
     @property
     def checks(self) -> list[str]:
-        """Names of the namespaces in which a preflight pod runs."""
+        """Names of the namespaces in which a preflight pod exists."""
         return [name for name, server in self.servers.items() if server.checks]
 
     def operator(self, limit: int, namespaces: tuple[str, ...] = ()) -> Reconciler:
-        """Return the reconciler of an operator that has just started."""
+        """Return the reconciler of an operator that has just started and lets ``limit`` preflight checks run at the
+        same time."""
         first = next(iter(self.servers.values()))
         return Reconciler(
             cluster=self,  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a pod with a valid token can cause, whatever it reports and how often: a bounded number of requests.
+"""A pod with a valid token can cause only a bounded number of requests, whatever it reports and however often.
 
 Reports are stored as the report server stores them, and reconciled against `ModelServer` on a fake clock.
 """
@@ -130,7 +130,7 @@ class Flood:
         return self.server.now.timestamp()
 
     async def start(self) -> None:
-        """Bring the attempt to run, then wait until the bucket of the job is full again."""
+        """Let the attempt run, then wait until the job's token bucket for status writes is full again."""
         self.queue.add(KEY)
         await self.work()
         self.server.pass_time(100)
@@ -138,7 +138,8 @@ class Flood:
         self.server.requests.clear()
 
     async def work(self) -> None:
-        """Reconcile while a key is due; the echo of each status write queues the job again, as a watch does."""
+        """Reconcile while a key is due. A change of the job, such as a status write, queues its key again, as a watch
+        does."""
         while (key := self.queue.pop()) is not None:
             before = self.server.job["metadata"]["resourceVersion"]
             requeue = await self.operator.reconcile(key)
@@ -172,7 +173,7 @@ class Flood:
         return after
 
     async def run(self, reports: Iterator[Report], seconds: int = SECONDS) -> Counter[str]:
-        """Report for ``seconds``, and return how many requests that caused."""
+        """Send reports for ``seconds``, and return the number of requests that they caused, by kind."""
         for report in itertools.islice(reports, seconds * REPORTS_PER_SECOND):
             self.queue.add_after(KEY, self.store(report))
             await self.work()
@@ -199,7 +200,7 @@ async def test_a_flood_that_changes_nothing_is_bounded(flood: Flood, total_steps
 
 
 async def test_a_flood_that_changes_everything_is_bounded(flood: Flood) -> None:
-    # `total_steps` stays, because a report without it counts as one of a trainer that still loads.
+    # `total_steps` does not change, because a report without total steps counts as one of a trainer that still loads.
     fields = {name: value for name, value in FLOODS.items() if name != "total_steps"}
     requests = await flood.run(flood.reports(fields))
     _check(requests)
@@ -208,7 +209,7 @@ async def test_a_flood_that_changes_everything_is_bounded(flood: Flood) -> None:
 
 def _check(requests: Counter[str]) -> None:
     assert requests["status writes"] <= MOST_WRITES
-    # Each write is followed by the reconcile of its echo, and a reconcile for a report may find that it has to wait.
+    # The watch event of each write causes another reconcile, and a reconcile for a report may find that it has to wait.
     # The attempt itself is reconciled every 60 s.
     assert requests["looks"] <= 3 * MOST_WRITES + 3
     assert requests["annotations"] <= 2 * MOST_WRITES, "two pods are annotated"

@@ -235,5 +235,6 @@ async def test_a_pod_that_may_not_report_can_not_cause_more_reconciles_than_one_
             memory.begin_reconcile(key)
             queue.done(key)
             reconciled += 1
-    # The burst, and on a slow machine the turns of the time that passed.
+    # The operator may reconcile a job three times at once for its reports, and then once every 10 s. The latter happens
+    # here only on a slow machine.
     assert 1 <= reconciled <= 3 + (time.monotonic() - began) / 10

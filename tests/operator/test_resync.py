@@ -1,4 +1,4 @@
-"""The resync: every namespace is listed for itself, and what did not change is left alone."""
+"""The resync: each namespace is listed on its own, and settled jobs that have not changed are not queued."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAILURES = [
 
 
 class Lists:
-    """Answers lists of jobs: by namespace, the jobs of it or the error with which the list fails."""
+    """Stands for the client of the API server: answers a list of jobs by its namespace, with jobs or with an error."""
 
     def __init__(self, answers: dict[str | None, list[ListedJob] | Exception]) -> None:
         self.answers = answers

@@ -1,4 +1,5 @@
-"""The client of the API server obeys `Retry-After`, with all its requests together."""
+"""After an answer with `Retry-After`, the client of the API server delays all its requests, not only the refused
+one."""
 
 from __future__ import annotations
 

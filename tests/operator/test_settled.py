@@ -77,7 +77,7 @@ async def test_a_run_file_whose_child_was_never_created_goes_with_its_job() -> N
     with pytest.raises(CrashedError):
         await _reconcile_until(server, lambda: False)
     assert (len(server.config_maps), server.children) == (1, {})
-    # No reconcile happens until the deadline is over.
+    # No reconcile happens until `runPolicy.pendingDeadlineSeconds` is over.
     server.pass_time(100)
     await _reconcile_until(server, lambda: bool(server.job["status"].get("completionTime")))
     await reconciler(server).reconcile(KEY)

@@ -1,4 +1,4 @@
-"""Soak test (R14 in docs/performance.md): many short-lived jobs, in about a day of a fake clock.
+"""Soak test (R14 in docs/performance.md): many short-lived jobs on a fake clock, about a day with 100,000 events.
 
 Queue and memory must keep nothing of a deleted job, and the memory of the process must not grow with the events.
 """

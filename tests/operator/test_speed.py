@@ -1,4 +1,4 @@
-"""The remaining time that the operator estimates from reported steps, and when new numbers are due.
+"""The remaining time that the operator estimates from reported steps, and when it may write new numbers to the status.
 
 Each test sets the clock itself.
 """

@@ -1,7 +1,5 @@
-"""How a job's status is computed: conditions with messages, image, plan and usage.
-
-Also, which changes are written at once.
-"""
+"""How a job's status is computed (conditions with messages, image, plan and usage), and which changes are written at
+once."""
 
 from __future__ import annotations
 

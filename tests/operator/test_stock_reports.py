@@ -1,7 +1,7 @@
 """Tests of stock reports, in the protocol of Kubeflow Trainer's runtime status.
 
-They show which reports are rejected, and how wrong values of the protocol's client in transformers are handled. The
-bodies are those that transformers 5.23 sends. `test_stock_trainer.py` runs the real client.
+They show which reports are rejected, and how the operator handles wrong values that the client in transformers sends.
+The bodies are those that transformers 5.23 sends. `test_stock_trainer.py` runs the real client.
 """
 
 from __future__ import annotations

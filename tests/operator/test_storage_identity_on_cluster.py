@@ -1,6 +1,6 @@
-"""The token of `storage.identity` on the real cluster: for whom it is valid, and for whom it is not.
+"""The token of `storage.identity` on the real cluster: MinIO accepts it, the operator and the API server do not.
 
-A MinIO that is set up as docs/storage.md says takes the token of a real pod, and gives a key for it.
+MinIO is set up as docs/storage.md says, takes the token of a real pod, and gives an access key for it.
 """
 
 from __future__ import annotations

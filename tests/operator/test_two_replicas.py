@@ -172,7 +172,7 @@ def reporting(replicas: Replicas, namespace: str, stand_in: StandIn) -> Reportin
 def apply_new_jobs(installed: Installed, namespace: str, prefix: str) -> list[str]:
     """Create jobs whose pods find no node; return the names of the jobs.
 
-    Such jobs need every kind of write of the operator and no resources of the node.
+    The operator writes the objects and the status of such jobs as of any other, but they need no resources of the node.
     """
     resources = {"nodes": 1, "gpusPerNode": 16, "cpu": "50m", "memory": "100Mi", "sharedMemory": "8Mi"}
     manifests = []

@@ -28,7 +28,7 @@ from tests.operator.test_identity import pass_minutes, running, while_it_runs
 
 Json = Any
 ENUMS = ("status", "reason", "verdict", "kind", "action", "rows")
-"""Fields of the status whose values are words of a list, closed or not."""
+"""Names of status fields whose values are words from a list. Some of these lists are closed enums and some are open."""
 
 
 # ---- a status with every field, and what another version makes of it ----
@@ -66,7 +66,8 @@ def filled(model: type[BaseModel], known: dict[str, Json]) -> dict[str, Json]:
 
 
 def with_doubled_lists(value: Json) -> Json:
-    """Return ``value`` with every list twice as long. A condition of each type exists once only."""
+    """Return ``value`` with every list twice as long. Each copied condition gets a new type, because a list of
+    conditions has each type only once."""
     if isinstance(value, dict):
         return {key: with_doubled_lists(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -79,7 +80,7 @@ def with_doubled_lists(value: Json) -> Json:
 
 
 def with_new_words(value: Json, key: str = "") -> Json:
-    """Return ``value`` with a new value in every field that holds a word of a list."""
+    """Return ``value`` with a new value in every field that `ENUMS` names."""
     if isinstance(value, dict):
         return {name: with_new_words(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
@@ -111,7 +112,7 @@ def without_optional_fields(value: Json, annotation: Any = FineTuneJobStatus) ->
 
 
 def without_required_fields(value: Json, annotation: Any = FineTuneJobStatus) -> Json:
-    """Return ``value`` without the fields that the models require. Conditions keep the key of their list.
+    """Return ``value`` without the fields that the models require. Conditions keep `type`, the key of their list.
 
     The number of the current attempt stays: no operator can do without it.
     """
@@ -129,7 +130,7 @@ def without_required_fields(value: Json, annotation: Any = FineTuneJobStatus) ->
 
 
 def with_long_texts(value: Json, key: str = "") -> Json:
-    """Return ``value`` with much longer texts, but for what names something or is a time."""
+    """Return ``value`` with much longer texts, except for names, times and words from a list."""
     if isinstance(value, dict):
         return {name: with_long_texts(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
@@ -139,7 +140,8 @@ def with_long_texts(value: Json, key: str = "") -> Json:
 
 
 def with_large_numbers(value: Json, key: str = "") -> Json:
-    """Return ``value`` with much larger numbers, but for the number of the attempt and the indexes of pods."""
+    """Return ``value`` with much larger numbers, except for numbers of attempts, indexes of pods and the active
+    seconds."""
     if isinstance(value, dict):
         return {name: with_large_numbers(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
@@ -187,7 +189,7 @@ def replaced(value: Json, path: tuple[str | int, ...], new: Json) -> Json:
 
 
 async def a_running_job() -> ModelServer:
-    """Return a server whose job runs and has reported, and has every field in its status that a job can have."""
+    """Return a server whose job runs and has reported, and has every status field that a job can have while it runs."""
     server = ModelServer(job_manifest(), NOW)
     await while_it_runs(server, Memory())
     full = filled(FineTuneJobStatus, server.job["status"])
@@ -315,7 +317,7 @@ async def test_what_somebody_else_left_in_the_place_of_the_current_attempt_is_no
     assert server.job["status"]["attempts"]["current"]["number"] == 2
 
 
-# ---- what is written ----
+# ---- the status that this version writes ----
 
 
 def test_what_another_version_has_written_is_kept_and_what_this_one_changes_is_written() -> None:

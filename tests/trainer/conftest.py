@@ -1,6 +1,5 @@
-"""Fixtures of the trainer's tests: a real object store that holds the tiny model and its data, and launchers as
-pods.
-"""
+"""Fixtures of the trainer's tests: a real object store that holds the tiny model and its data, and launcher processes
+that stand for pods."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ def minio() -> Path:
     """The path of the MinIO binary, for tests that start MinIO servers of their own."""
     binary = minio_binary()
     if binary is None:
-        # Without MinIO there is no object store to test against. `make test` builds MinIO first, so it skips no test.
+        # Without MinIO there is no object store to test against. `make test` builds MinIO before it runs the tests.
         pytest.skip("no MinIO program: set FINETUNE_MINIO, or build the cluster's tools")
     return binary
 

@@ -1,4 +1,4 @@
-"""Real learning curves in large numbers: small language models, one per seed, trained together as one batch of tensors.
+"""Makes many real learning curves: trains one small language model per seed, all together as one batch of tensors.
 
 Each model learns a Markov chain of its own with AdamW, so that losses and gradient norms have the noise and shape of
 real training. A fault changes the training (labels, learning rate, gradient) and never the recorded figures.
@@ -21,7 +21,7 @@ RATE = 1.5e-2
 class Step:
     """The inputs of one training step, which a fault may change before the update.
 
-    The shapes name two sizes: S is the number of seeds, N the number of predicted words for each seed.
+    In the shapes below, S is the number of seeds, and N the number of predicted words for each seed.
     """
 
     number: int
@@ -42,7 +42,7 @@ def train(
 ) -> list[list[tuple[float, float]]]:
     """Train one model per seed. Return each seed's pairs (loss, gradient norm before clipping), one for each step."""
     generator = torch.Generator().manual_seed(first_seed)
-    # In nine of ten cases the preceding word determines the next word. In the tenth case the next word is random.
+    # With a probability of 0.9 the preceding word determines the next word. Otherwise the next word is random.
     chain = torch.full((seeds, WORDS, WORDS), 0.1 / WORDS)
     for seed in range(seeds):
         chain[seed, torch.arange(WORDS), torch.randperm(WORDS, generator=generator)] += 0.9

@@ -37,19 +37,19 @@ from finetune_trainer.storage.root import RunRoot
 def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
     """Inject ``fault`` into the trainer while the block runs.
 
-    A fault is a dictionary of one of these kinds. `step` is the first step with the fault. A rank that is told to stop
-    behaves as if it had received SIGTERM:
+    A fault is a dictionary of one of the kinds below. A rank that is "told to stop" behaves as if it had received
+    SIGTERM.
 
     - {"kind": "noise", "step": s, "share": p, "growth": g, "steps": n} replaces the share p of the targets by random
-      words during n steps; the share grows by g with each step
-    - {"kind": "rate", "step": s, "factor": f} multiplies the learning rate by f until a rollback
-    - {"kind": "gradient", "step": s} makes one gradient infinite
+      words during n steps, beginning with step s; the share grows by g with each step
+    - {"kind": "rate", "step": s, "factor": f} multiplies the learning rate by f from step s until a rollback
+    - {"kind": "gradient", "step": s} makes the gradients of one backward pass in step s infinite
     - {"kind": "stop", "step": s} stops all ranks before step s
     - {"kind": "told", "step": s, "rank": r}: rank r is told to stop during the evaluation after step s
     - {"kind": "phase", "phase": p}: rank 0 is told to stop at the beginning of phase p
     - {"kind": "budget", "seconds": s} sets the time budget of background uploads
     - {"kind": "kill", "rank": r, "point": p, "count": n} kills rank r when it reaches point p of `POINTS` for the n-th
-      time
+      time; at the point `upload` the kill follows "delay" seconds later (0 if not given)
     """
     if fault is None:
         yield
@@ -72,9 +72,9 @@ def scripted(fault: dict[str, Any] | None) -> Iterator[None]:
 POINTS = ("accumulation", "snapshot", "upload", "manifest", "commit", "committed", "retention")
 """Points at which a rank can be killed, in the order of a step and its checkpoint.
 
-They are: before a backward pass; between two tensors of a snapshot; during the upload of a file; before the manifest is
-written; before COMMIT is written; after COMMIT but before the run has recorded the checkpoint; before a deletion by
-retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
+Their meanings, in the same order: before a backward pass; between two tensors of a snapshot; during the upload of a
+file; before the manifest is written; before COMMIT is written; after COMMIT but before the run has recorded the
+checkpoint; before a deletion by retention. Retention deletes twice per checkpoint: first COMMIT, then all other files.
 """
 
 

@@ -28,7 +28,8 @@ def write_plans(
     faults: list[dict[str, Any] | None] | None = None,
     attempt: int = 1,
 ) -> list[Path]:
-    """Write one file per rank, with the plans of all runs, for `many_runs`. Return the files in the order of ranks."""
+    """Write for each rank the file that `many_runs` reads, with the plans of all runs. Return the files in the order of
+    ranks."""
     files = []
     for rank in range(configs[0]["world"]["nodes"]):
         scratch = folder / f"rank-{rank}"
@@ -119,7 +120,8 @@ def losses_of(store: ObjectStore, name: str) -> list[float]:
 
 
 def rows_consumed(folder: Path, index: int, world: int) -> dict[int, list[int]]:
-    """Return, by step, the sorted rows that all ranks together consumed in the ``index``-th run of `train_all`."""
+    """Return, by step, the sorted rows that all ranks together consumed in run ``index`` of `train_all`, counted from
+    0."""
     consumed: dict[int, list[int]] = {}
     for rank in range(world):
         for line in (folder / f"rank-{rank}" / f"run-{index}" / f"rows-{rank}.jsonl").read_text().splitlines():

@@ -1,7 +1,7 @@
 """One rank that loads a model as the trainer does, and prints memory figures: `python -m tests.trainer.loading`.
 
-The figures are JSON, in bytes. `peak` is the peak of resident memory above the level before loading. `anonymous` is the
-same for anonymous pages only, because the kernel can drop pages of mapped files at any time. `held` is the size of the
+The output is JSON with figures in bytes. `peak` is how far resident memory rose above its level before loading.
+`anonymous` is the same without pages of mapped files, which the kernel can drop at any time. `held` is the size of the
 parameters that the rank holds after loading.
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import time
@@ -20,7 +22,8 @@ BUCKET = "finetune"
 
 
 def minio_binary() -> Path | None:
-    """Return the path of the MinIO binary from FINETUNE_MINIO or from the cluster's cache; None where it is missing."""
+    """Return the path of the MinIO binary that FINETUNE_MINIO names, or of the binary in the test cluster's cache; None
+    if there is no binary."""
     named = os.environ.get("FINETUNE_MINIO")
     if named:
         return Path(named)
@@ -29,9 +32,17 @@ def minio_binary() -> Path | None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of the loopback interface on which nobody listens, below those that the kernel gives to clients.
+
+    A client that tries again and again to reach a port of the kernel's range, before its server listens, may get that
+    very port for its own end. It is then connected with itself, and the server can't open the port any more.
+    """
+    first_of_clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, first_of_clients)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass
@@ -141,6 +152,6 @@ def wait_ready(
                 return
         except urllib3.exceptions.HTTPError:
             pass
-        # Pause between two attempts; the deadline bounds their total time.
+        # Pause between two requests; the deadline bounds their total time.
         time.sleep(0.1)
     raise TimeoutError(f"MinIO was not ready after {seconds} s: {log.read_text()[-2000:]}")

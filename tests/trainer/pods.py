@@ -30,9 +30,10 @@ def fill_bucket(store: ObjectStore, model: Path, folder: Path) -> None:
 
 
 def run_config(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
-    """Return a run file for the tiny model, with changes.
+    """Return a run file for the tiny model, with ``changes``.
 
-    A change replaces a whole section, or as `section__field=value` a single field. The value None removes the field.
+    A change replaces a whole section, or a single field where its name has the form `section__field`. The value None
+    removes the field.
     """
     config: dict[str, Any] = {
         "version": 1,

@@ -16,8 +16,8 @@ from finetune_trainer.storage.client import Store
 from tests.trainer.objectstore import BUCKET, ObjectStore, running_store
 
 FULL = re.compile("XMinioStorageFull|no space left on device|its disk may be full")
-"""Matches the error messages of MinIO and of the trainer about a full disk. The last alternative stands for a disk that
-becomes full in the middle of a write."""
+"""Matches the error messages of MinIO and of the trainer about a full disk. The last alternative is the trainer's
+message where the store took only a part of an object."""
 PURGE_SECONDS = 5
 """Seconds between two cleanings of the trash folder to which MinIO moves deleted objects.
 

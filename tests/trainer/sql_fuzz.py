@@ -1,8 +1,8 @@
-"""Grades hostile SQL, and prints what the worst cost: `python -m tests.trainer.sql_fuzz SEED COUNT`.
+"""Grades hostile SQL, and prints what the most expensive grade cost: `python -m tests.trainer.sql_fuzz SEED COUNT`.
 
 The statements are drawn from expressions that are expensive, grow or fail, in all places where a statement of the data
-set or of a model may have an expression. The line on the standard output is JSON: the longest time of a grade in
-seconds, the largest memory of the processes that ran the queries in MiB, and how often each problem occurred.
+set or of a model may have an expression. The output is one line of JSON: the longest time of a grade in seconds with
+its statement, the peak memory in MiB of the processes that ran the queries, and how often each problem occurred.
 """
 
 from __future__ import annotations

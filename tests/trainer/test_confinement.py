@@ -135,9 +135,10 @@ def test_it_trains_with_a_read_only_root_no_home_no_compiler_and_an_unknown_user
 def test_nothing_is_compiled_where_a_compiler_is_at_hand(
     method: str, store: ObjectStore, pods: StartPods, tmp_path: Path
 ) -> None:
-    """A compiler is found on PATH.
+    """Programs that pretend to be compilers are on PATH, and record their calls.
 
-    DeepSpeed would then compile its shared-memory operator and its CPU optimizer, but the trainer must prevent this.
+    DeepSpeed would compile its shared-memory operator and its CPU optimizer with them, but the trainer must prevent
+    this.
     """
     trace, programs = tmp_path / "compiled", tmp_path / "programs"
     programs.mkdir()

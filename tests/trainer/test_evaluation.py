@@ -58,7 +58,8 @@ def texts(model: Path, count: int) -> list[tuple[list[int], list[tuple[int, int]
 
 
 def scored_by_ranks(model: Path, folder: Path, world: int, *, stages: list[int], sizes: list[int]) -> list[Any]:
-    """Run `score_many` on ``world`` ranks. For each stage and size, return the scores and the answers of all ranks."""
+    """Run `score_many` on ``world`` ranks. Return for each stage and size the scores, on which all ranks must agree,
+    and the answers of all ranks together."""
     port, ranks = free_port(), []
     for rank in range(world):
         asked = {
@@ -128,7 +129,8 @@ def plain_scores(model: Path) -> dict[str, Any]:
 
 
 def test_trap_6_and_24_no_score_depends_on_batch_size_ranks_or_stage(wild_model: Path, tmp_path: Path) -> None:
-    """Trap 6: a perplexity that is a mean of the batches' means. Trap 24: padding that changes generated answers."""
+    """Covers trap 6, a perplexity that is a mean of the batches' means, and trap 24, padding that changes generated
+    answers."""
     torch.set_num_threads(1)
     plain = plain_scores(wild_model)
     found = scored_by_ranks(wild_model, tmp_path, 1, stages=[1], sizes=[1, 2, 8, 32])

@@ -40,7 +40,8 @@ Rows = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Plain:
-    """Losses, perplexity and model of a plain training loop in one process, without engine and DeepSpeed."""
+    """Losses, perplexity and model of a plain training loop in one process, without the trainer's engine and
+    DeepSpeed."""
 
     losses: list[float]
     perplexity: float
@@ -324,7 +325,7 @@ def test_ranks_with_one_and_a_thousand_tokens_and_ranks_with_none_do_not_hang(
 
 @pytest.mark.long
 def test_heads_with_two_chunks_on_one_rank_and_one_on_the_other_do_not_hang(store: ObjectStore, tmp_path: Path) -> None:
-    """One rank computes its logits in two chunks, the other rank in one, because only 1,000 tokens need two chunks.
+    """One rank computes its logits in two chunks, the other in one: only a row of 1,000 tokens needs two chunks.
 
     Under ZeRO-3, computing a chunk must not involve a collective, because the ranks have different numbers of chunks.
     """

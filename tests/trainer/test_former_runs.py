@@ -63,7 +63,8 @@ class Bucket:
         self.store, self.name = store, name
 
     def add(self, run_id: str = FORMER, *, artifact: bool = True) -> None:
-        """Copy the trained job's folder to the folder ``run_id``; without ``artifact`` the copy is not finished."""
+        """Copy the trained job's folder to the folder ``run_id``; without ``artifact`` the copy is that of an
+        unfinished job."""
         source = f"runs/default/{TRAINED}/{FORMER}/"
         for key in self.store.keys(source):
             if not artifact and re.match(r"(ARTIFACT|artifacts/|evaluation/)", key.removeprefix(source)):

@@ -43,14 +43,14 @@ def ranks() -> Iterator[Zygote]:
 
 
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:
-    """Return the kill of one round.
+    """Return the fault that kills a rank in round ``round_``.
 
     The rounds take the points in turn. The count is random, and so is the rank where all ranks reach the point.
     """
     point = POINTS[round_ % len(POINTS)]
     rank = 0 if point in ONLY_FIRST else rng.randrange(2)
-    # `count` depends on how often a point is reached: two backward passes per step, several tensors per snapshot, two
-    # deletions per checkpoint.
+    # The limits of `count` depend on how often a point is reached: twice per step for a backward pass, several times
+    # per snapshot for a tensor, and twice per checkpoint for a deletion.
     most = {"accumulation": 2 * 3 * EVERY, "snapshot": 60, "upload": 3, "retention": 3}.get(point, 2)
     least = {"accumulation": 2 * EVERY, "snapshot": 30, "upload": 2, "retention": 1}.get(point, 2)
     return {

@@ -44,7 +44,8 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
 @pytest.mark.timeout(SECONDS + 60)
 @pytest.mark.skipif(not DATA.is_dir(), reason="the data set is not there")
 def test_lora_teaches_viggo_to_a_model_that_can_not_do_it(store: ObjectStore, tmp_path: Path) -> None:
-    """The base model's prompt contains solved examples, and no held-out row is among the training rows."""
+    """The base model's prompt contains solved examples. The examples and the training rows come from the training file,
+    the held-out rows from the validation file."""
     rng = random.Random(0)
     train, held_out = read(DATA / "viggo-train.csv"), rng.sample(read(DATA / "viggo-valid.csv"), HELD_OUT)
     rng.shuffle(train)

@@ -35,7 +35,7 @@ def is_past(moment: float) -> bool:
 
 
 def long_run(store: ObjectStore, name: str, **changes: Any) -> dict[str, Any]:
-    """Return a long job with frequent evaluations, generated answers and checkpoints."""
+    """Return the run file of a long job with frequent evaluations, generated answers and checkpoints."""
     config = run_config(
         store,
         name,

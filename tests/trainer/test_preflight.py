@@ -1,4 +1,4 @@
-"""The preflight checks find in advance what would end the training, and report it in the same sentences.
+"""The preflight checks find in advance what would end the training, and report it in the training's own sentences.
 
 Errors in the spec are final. What is missing outside of the job may still appear, so it is not final.
 """
@@ -429,7 +429,8 @@ def test_a_small_file_that_expands_to_gigabytes_is_a_finding(
     ended = _program(paths)
     assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
     assert sentence in ended.result.findings[0].message
-    # The pod may use 1 GiB. The rest of the memory is the margin for a parent that looks late at its child.
+    # The pod may use 1 GiB. The child that reads the file may use 640 MiB, and may exceed this until its parent looks
+    # at its memory again.
     assert ended.memory_mebibytes < 1000
 
 

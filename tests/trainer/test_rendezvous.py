@@ -23,7 +23,7 @@ from finetune_trainer.ranks.gate import CHALLENGE_BYTES, GREETING, MOST_HANDSHAK
 from tests.trainer.objectstore import free_port
 
 KEYS = ("stop", "stalled", "share", "shared/1", "shared/2", "each/1", "each/1/1", "each/2", "heartbeat/1", "init/")
-"""Keys that a rank would read if it took them for keys of another rank."""
+"""Keys that ranks use in the rendezvous store. A rank must not read such a key if a foreign client has set it."""
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
@@ -130,7 +130,7 @@ def test_the_gate_refuses_a_client_of_torch_and_logs_it(start: Callable[..., Ran
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 1_000_000], ids=["silent", "HTTP", "much"])
 def test_many_foreign_connections_keep_no_rank_away(sent: bytes, start: Callable[..., Ranks]) -> None:
-    """The connections are there before the ranks join, and stay until the ranks have ended."""
+    """The foreign connections are open before the ranks join, and stay open until the ranks have ended."""
     ranks = start(2)
     with contextlib.ExitStack() as stack:
 

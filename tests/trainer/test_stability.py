@@ -261,7 +261,8 @@ def test_a_fault_is_rolled_back_and_a_step_that_is_not_finite_is_left_out(
 ) -> None:
     """This test also covers trap 14, an infinite gradient.
 
-    It is reported and counted, its update is not applied, and the learning rate schedule continues.
+    The step with the infinite gradient is reported and counted, its update is not applied, and the learning rate
+    schedule continues.
     """
     cases = [("clean", ROLL_BACK, None), ("noise", ROLL_BACK, NOISE), ("gradient", RECORD, GRADIENT)]
     results = run_faults(store, tiny_model, tmp_path, cases, world=1, prefix="fault")

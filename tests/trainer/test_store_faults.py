@@ -283,8 +283,8 @@ def test_a_full_disk_is_waited_for_and_named(minio: Path, tmp_path: Path) -> Non
         assert freed
         assert all(FULL.search(sentence) for sentence in said if sentence), said
         assert said[-1] == ""
-        # After the objects are deleted, the upload may take as long as one interval of MinIO's trash cleaning and one
-        # pause between attempts. The test allows three times that, because the machine may be busy.
+        # After the objects are deleted, the upload may wait for one interval of MinIO's trash cleaning and for one
+        # pause between two tries. The test adds 10 s and allows three times the sum, because the machine may be busy.
         assert time.monotonic() - began < 3 * (PURGE_SECONDS + LONGEST_DELAY_SECONDS + 10)
 
 

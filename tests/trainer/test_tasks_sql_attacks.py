@@ -85,7 +85,8 @@ def test_a_huge_answer_is_too_long_and_a_huge_row_is_left_out_at_once(judge: Jud
 def test_who_ended_the_child_decides_whether_the_answer_is_wrong_or_the_row_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The child stops as a long instruction would make it, once for the reference and once for the answer."""
+    """The child process is replaced by a program that never answers, once while it works on the reference and once
+    while it works on the answer."""
     for stopped_by, expected in (
         ("reference", Grade.left_out(f"the gold row {PROBLEM}")),
         ("answer", Grade(scores={"execution": False}, problem=f"the query {PROBLEM}")),

@@ -1,4 +1,5 @@
-"""docs/traps.md names a test for each trap of training, and every test that the page names exists."""
+"""docs/traps.md names a test for each trap of training, or the reason why there is none, and every test that it names
+exists."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Traps of training that need no series of runs: the memory of a snapshot, DeepSpeed's configuration, and small updates
-in bf16.
-"""
+"""Tests with at most one rank: the memory of a snapshot, DeepSpeed's configuration, and small updates in bf16."""
 
 from __future__ import annotations
 
@@ -26,7 +24,8 @@ from tests.trainer.pods import run_config
 
 
 class Gathered:
-    """Stands for an engine that gathers whole parameters, and records the peak bytes of gathered tensors."""
+    """Stands for an engine that gathers whole parameters, and records the most bytes of gathered tensors alive at
+    once."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.parameter_shapes = shapes
@@ -73,7 +72,7 @@ def test_overrides_are_merged_into_deepspeeds_configuration_last() -> None:
 def test_trap_13_bf16_masters_lose_no_updates(store: ObjectStore, tiny_model: Path, tmp_path: Path) -> None:
     """Each update at a learning rate of 3e-5 is far below the resolution of bf16 weights.
 
-    After 200 such updates the fp32 master weights must have changed nevertheless.
+    After 200 such updates, the fp32 master weights of a bf16 run must have moved as far as those of an fp32 run.
     """
     steps = 200
     options: dict[str, Any] = {

@@ -1,8 +1,7 @@
-"""A process that imports torch once and then forks the ranks of `many_runs`, so that a group of ranks starts within a
-second and can be killed many times.
+"""A process that imports torch once and then forks the ranks of `many_runs`.
 
-The process reads JSON lines with the ranks to start from standard input, and writes a JSON line with rank and exit
-status for each rank that has ended.
+This way a group of ranks starts within a second and can be killed many times. The process reads one JSON line from
+standard input for each rank to start, and writes one JSON line with rank and exit status for each rank that has ended.
 """
 
 from __future__ import annotations

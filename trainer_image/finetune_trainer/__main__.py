@@ -67,5 +67,6 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # os._exit does not wait for threads, because a download that was abandoned after SIGTERM may still run in one.
+    # End with `os._exit`, which does not wait for threads: one of them may still run a download that was abandoned
+    # after SIGTERM.
     os._exit(code)

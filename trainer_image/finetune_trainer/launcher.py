@@ -1,7 +1,8 @@
 """The launcher, PID 1 of a training pod: checks and downloads what the workers need, starts the workers, and determines
 the pod's result, exit code and termination message. `__main__.py` calls `run`.
 
-The launcher does not import torch, so that bad input and a store that refuses access are reported within two seconds.
+The launcher does not import torch, so that bad input and a store that refuses access are reported without the seconds
+that this import takes.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def _attempt(paths: Paths, environment: Mapping[str, str], stop: StopFlag) -> Re
     if prepared is None and config.world.nodes == 1:
         raise Stopped("told to stop before training began: there is nothing to save")
     # The workers of the other pods wait for the workers of this pod. So the workers are started even after SIGTERM,
-    # only to report the stop to the other ranks. They then read no inputs, and the paths here are placeholders.
+    # only to report the stop to the other ranks. These workers read no inputs, so the paths in `inputs` are
+    # placeholders.
     inputs = prepared or Inputs(model=folder, train=folder)
     plan = WorkerPlan(paths=paths, identity=identity, config=config, inputs=inputs, folder=folder)
     threads = cgroup.threads_per_process(
@@ -108,8 +110,9 @@ def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, 
     if done is not None:
         return done
     print(f"attempt {identity.attempt} of {identity.namespace}/{identity.name}: fetching model and data", flush=True)
-    # The identities are taken before the files are fetched. If a file changes in between, the record then names the
-    # older content, and no later job takes this run for its own by mistake.
+    # The identities of the input files are read before the files are fetched. If a file changes in between, the run
+    # record then names its older content, so that a later job with the new content does not take this run over by
+    # mistake.
     training = None
     if identity.node_rank == 0:
         identities = input_identities(config, paths, root.store, folder / "identities")

@@ -115,8 +115,8 @@ class TrainingLoop:
         """
         try:
             if self._evaluation_missing:
-                # Make up for the evaluation of the parent checkpoint, which SIGTERM cut off. Without it, the choice of
-                # the best checkpoint would depend on when SIGTERM came.
+                # Make up for the evaluation of the parent checkpoint, which SIGTERM cut off. Without this evaluation,
+                # the choice of the best checkpoint would depend on when SIGTERM came.
                 self._evaluate_and_save(catching_up=True)
             while self.step < self.total_steps and not self._selection.exhausted:
                 step = self.step + 1
@@ -234,7 +234,8 @@ class TrainingLoop:
         self._saving_seconds = 0.0
 
     def _recover_from(self, alarm: Alarm | None) -> None:
-        """Record ``alarm`` and act as `spec.stability` says. Every rank has the same numbers, so all ranks act alike.
+        """Record ``alarm`` and act as `spec.stability` says. Every rank has the same loss and gradient norm, so all
+        ranks act alike.
 
         Raises RollbackRequired or Diverged where recording the alarm is not enough.
         """

@@ -1,4 +1,4 @@
-"""Prepares base model and training rows as local files, and loads them.
+"""Prepares the base model and the rows of all data sets as local files, and loads them.
 
 `train.py` calls `prepare_node` on the first rank of each node, which writes the files that all ranks of the node share.
 Then `train.py` calls `load_data` and `load_model` on every rank.
@@ -59,7 +59,8 @@ def agreed_summary(answers: Sequence[object]) -> PreparationSummary:
     """Return the summary on which all nodes agree.
 
     ``answers`` has one entry for each rank: the summary as JSON from the first rank of a node, None from other ranks.
-    Raises UserError where two nodes read different data, because a branch or a file changed between their reads.
+    Raises UserError where two nodes read different data, for example because a branch or a file changed between their
+    reads.
     """
     summaries = [PreparationSummary.model_validate(answer) for answer in answers if answer is not None]
     if len({(summary.data_sha256, summary.added_rows_sha256) for summary in summaries}) > 1:
@@ -82,7 +83,7 @@ class TrainingData:
     validation: ExampleSet
     test: ExampleSet
     capacity: int | None
-    """Most tokens of a packed sequence. None means that each sequence holds one example."""
+    """Largest length of a packed sequence in tokens. None means that each sequence holds one example."""
     stop_ids: list[int]
     """Token ids that end a generated answer."""
     summary: PreparationSummary
@@ -179,7 +180,7 @@ def load_model(plan: WorkerPlan) -> Any:
     targets = _adapter_targets(plan, read_structure(plan.inputs.model))
     sharding = shard_new_models(config.optimization, config.world.size)
     model = load_base(folder, DTYPES[config.optimization.precision], sharded=sharding is not None)
-    # The model keeps the object that switches sharding on alive. transformers holds only a weak reference to the
+    # This attribute keeps the object alive that switches sharding on. transformers holds only a weak reference to the
     # object, and still needs it in `generate`.
     model.sharding = sharding
     if config.optimization.gradient_checkpointing:
@@ -226,8 +227,9 @@ def _added_rows(plan: WorkerPlan, structure: ModelStructure, tokenizer: Any) -> 
     if not plan.config.model.added_tokens:
         return None
     ids = [tokenizer.convert_tokens_to_ids(token) for token in plan.config.model.added_tokens]
-    # Where the base model's head is tied, the rows are stored once. This also holds where the head was untied for LoRA,
-    # because it then begins as a copy of the input embedding.
+    # Where the base model's output head is tied to the input embedding, the rows of the input embedding are enough.
+    # They are also enough where the head was untied for LoRA, because the head then begins as a copy of the input
+    # embedding.
     stored_once = structure.tied or structure.output_name is None
     output_key = None if stored_once else f"{structure.output_name}.weight"
     return AddedRows(ids=ids, input_key=f"{structure.input_name}.weight", output_key=output_key)

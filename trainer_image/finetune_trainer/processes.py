@@ -31,8 +31,8 @@ def worker_environments(
 ) -> list[dict[str, str]]:
     """Return the environment variables of this pod's workers, in the order of their local ranks.
 
-    ``rendezvous`` is where they find the rendezvous store, and ``threads`` is the number of compute threads of each
-    worker. Where there is one node, gloo and NCCL are told to listen on the loopback interface only.
+    ``rendezvous`` is where the workers find the rendezvous store, and ``threads`` is the number of compute threads of
+    each worker. Where there is one node, gloo and NCCL are told to listen on the loopback interface only.
     """
     world = plan.config.world
     base = dict(environment)

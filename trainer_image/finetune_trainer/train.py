@@ -1,4 +1,4 @@
-"""One attempt to train a job, from the first agreement of all ranks to the committed artifact. `worker.py` calls
+"""One attempt to train a job, from the moment when all ranks have joined to the committed artifact. `worker.py` calls
 `train` on every rank.
 
 `train` shows all phases of an attempt in their order. `loop.py` holds the optimizer steps of a run, and `finish.py`
@@ -94,7 +94,8 @@ def train(plan: WorkerPlan, gang: Gang, progress: Progress | None, status: Worke
 
 
 def _prepare_and_load_data(plan: WorkerPlan, gang: Gang) -> TrainingData:
-    """Let the first rank of each node write the base model and the tokenised rows, then load the rows on every rank."""
+    """Let the first rank of each node write the tokenised rows and, where needed, an extended base model. Then load the
+    rows on every rank."""
     answers = gang.gather(lambda: _prepare(plan) if gang.local_rank == 0 else None, until_stop=True)
     return gang.run_on_all_ranks(lambda: load_data(plan, agreed_summary(answers)), until_stop=True)
 

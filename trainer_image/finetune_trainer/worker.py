@@ -1,8 +1,8 @@
 """One training process, which computes one rank: `python -m finetune_trainer.worker PLAN_FILE LAUNCHER_PID`.
 
-`processes.py` starts one worker per GPU, with the rank in the environment. However a worker ends, it leaves the file
-`outcome-<rank>.json` for the launcher. Signal handlers are installed before the heavy imports, so that a SIGTERM that
-arrives while torch is imported is not lost.
+`processes.py` starts one worker per GPU or CPU rank, with the rank in the environment. A worker leaves the file
+`outcome-<rank>.json` for the launcher, unless a signal kills it before it can write the file. Signal handlers are
+installed before the heavy imports, so that a SIGTERM that arrives while torch is imported is not lost.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from finetune_trainer.reporting.reporter import Reporter
 
 ERRORS_OF_ALL_RANKS = (UserError, OutsideFailure, Diverged, Stopped)
 """Errors that end every rank in the same way. Rank 0 waits until the other ranks have read the error from the
-rendezvous store, which lives in rank 0. After any other error the process ends at once, so that the other ranks, which
-wait in a collective, soon notice that this rank is gone."""
+rendezvous store, which lives in rank 0. After any other error, and after PeerLost, the process ends at once, so that
+the other ranks, which may wait in a collective, soon notice that this rank is gone."""
 PR_SET_PDEATHSIG = 1
 """Option of `prctl(2)` that sets which signal the kernel sends to this process when its parent ends."""
 
@@ -83,7 +83,7 @@ def _run(plan: WorkerPlan, status: WorkerStatus, stop: StopFlag) -> Result:
     stall_seconds = plan.config.stability.stall_timeout_seconds
     watchdog = Watchdog(plan.folder, int(os.environ["RANK"]), stall_seconds, status)
     with watchdog.allow(PEER_WAIT_SECONDS):
-        # A worker joins even after SIGTERM, because the other ranks would wait for it until their timeout.
+        # A worker joins even after SIGTERM, because otherwise the other ranks would wait for it until their timeout.
         gang = Gang(device=device, stop=stop, watchdog=watchdog, stall_seconds=stall_seconds)
     progress = None
     if gang.is_first:

@@ -44,7 +44,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
-{{/* What the operator does in the namespaces of jobs; a test holds it equal to finetune_operator/permissions.py. */}}
+{{/* What the operator does in the namespaces of jobs; a test holds it equal to finetune_operator/kube/rbac.py. */}}
 {{- define "finetune-operator.jobRules" -}}
 - apiGroups: [finetune.dev]
   resources: [finetunejobs]

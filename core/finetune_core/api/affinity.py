@@ -1,8 +1,8 @@
 """`podTemplate.affinity`: a typed subset of the affinity in Kubernetes' core/v1. The subset leaves out `matchFields`
 and namespace selectors.
 
-Fields of list items have no defaults, because kubectl and Argo CD compare lists as a whole: they would report every
-default that the API server fills in as a difference from the user's file.
+Fields of list items have no defaults, because kubectl and Argo CD compare lists as a whole. They would report each
+default that the API server fills in below a list as a difference from the user's file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from finetune_core.api.base import ENTRIES, ApiModel, LabelKey, LabelValue, QualifiedName, cel
 
 Weight = Annotated[int, Field(ge=1, le=100)]
-"""1 to 100: how strongly the scheduler prefers a term."""
+"""Weight of a preference, from 1 to 100. The scheduler adds the weights of all preferences that a node fulfils."""
 
 
 class NodeSelectorRequirement(ApiModel):

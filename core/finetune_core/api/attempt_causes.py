@@ -1,8 +1,8 @@
-"""The reasons for the end of an attempt in `status.attempts`, each with its verdict, its meaning and an advice. Reasons
-that also end the whole job stand in `conditions.py`.
+"""The reasons with which an attempt can end (`status.attempts`), each with its verdict, its meaning and an advice.
+Reasons that also end the whole job are members of `Reason` in `conditions.py`.
 
-`reference.py` writes these reasons as a table into docs/api.md. tests/operator/test_states.py checks that the
-operator's verdicts use exactly these reasons.
+`reference.py` writes these reasons as a table into docs/api.md. tests/operator/test_states.py checks that each reason
+has the verdict that the operator gives it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from finetune_core.api.condition_reasons import Explanation
 
 
 class Cause(StrEnum):
-    """Why an attempt ended. Reasons that end the attempt and the whole job, such as `Diverged`, belong to `Reason` in
-    `conditions.py`."""
+    """Why an attempt ended although the job may go on. Reasons that also end the whole job, such as `Diverged`, are
+    members of `Reason` in `conditions.py`."""
 
     POD_DELETED = "PodDeleted"
     POD_VANISHED = "PodVanished"
@@ -111,10 +111,10 @@ CAUSES: Mapping[Cause, tuple[str, Explanation]] = {
         ),
     ),
 }
-"""Verdict, meaning and advice of each reason. A Charged attempt counts against `runPolicy.maxRetries`, a Free attempt
-does not. But after three free attempts in a row without a new checkpoint, the next attempt without a new checkpoint
-counts even where its verdict here is Free, and so does each further NodeRefused attempt without a new checkpoint.
-Suspended and ResumedTooEarly attempts never count."""
+"""For each reason its verdict, its meaning and an advice. A Charged attempt counts against `runPolicy.maxRetries`, a
+Free attempt does not. There is one exception: after three Free attempts in a row without a new checkpoint, the next
+attempt without a new checkpoint counts too. Further attempts that end with NodeRefused then also count until a
+checkpoint is committed. Suspended and ResumedTooEarly attempts never count."""
 DISRUPTIONS: Mapping[str, str] = {
     "EvictionByEvictionAPI": "A node was drained, or somebody evicted the pod.",
     "PreemptionByScheduler": "A pod of higher priority took the pod's place.",
@@ -122,5 +122,6 @@ DISRUPTIONS: Mapping[str, str] = {
     "DeletionByPodGC": "The pod's node no longer exists.",
     "TerminationByKubelet": "The pod's node shut down, or ran out of a resource.",
 }
-"""The reasons that Kubernetes writes into a pod's condition DisruptionTarget, and their meanings. Where a pod gets such
-a condition before the first failure of an attempt, the attempt ends with the same reason, and its verdict is Free."""
+"""The reasons that Kubernetes writes into the condition DisruptionTarget of a pod, each with its meaning. Where a pod
+of an attempt gets this condition before a pod of the attempt fails, the attempt ends with the condition's reason and
+the verdict Free."""

@@ -3,7 +3,8 @@ share.
 
 Kubernetes' API conventions ask for camelCase names, no floats, and bounds on every string and list. The types here
 contain the bounds, so that each section of the API reads as a list of fields. Regular expressions name their characters
-explicitly (`[0-9]`, not `\\d`), because `\\s` and `\\w` match different characters in the API server and in pydantic.
+explicitly (`[0-9]`, not `\\d`), because `\\d`, `\\s` and `\\w` match only ASCII in the API server and all of Unicode in
+pydantic.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ class ApiModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """Drop keys with a null value, as the API server drops them before it fills in defaults.
+        """Return ``data`` without the keys whose value is null, because the API server drops such keys before it fills
+        in defaults.
 
-        A null under an unknown key is kept, so that the unknown field is still refused.
+        An unknown key is kept even where its value is null, so that the unknown field is still refused.
         """
         if isinstance(data, dict):
             known = cls.__pydantic_fields__.keys()
@@ -44,8 +46,8 @@ class ApiModel(BaseModel):
 
 
 def cel(*rules: tuple[str, str]) -> dict[str, Any]:
-    """Return a schema extension with the CEL ``rules``. Each rule is a CEL expression, and the message that users see
-    where the expression is false."""
+    """Return a schema extension with the CEL ``rules``. Each rule consists of a CEL expression and of the message that
+    users see where the expression is false."""
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
 
 
@@ -56,8 +58,8 @@ def join(*extensions: dict[str, Any]) -> dict[str, Any]:
 
 
 def exactly_one_of(*fields: str) -> dict[str, Any]:
-    """Return a schema extension with the CEL rule that exactly one of ``fields`` must be set. Kubernetes has the same
-    rule for the sources of a volume."""
+    """Return a schema extension with the CEL rule that exactly one of ``fields`` must be set, as exactly one source of
+    a Kubernetes volume must be."""
     return cel((f"{_set_members(fields)} == 1", f"exactly one of {_names(fields)} must be set"))
 
 
@@ -76,14 +78,14 @@ def _names(fields: tuple[str, ...]) -> str:
 
 
 SET: dict[str, Any] = {"x-kubernetes-list-type": "set"}
-"""Schema extension of a list in which no value may occur twice."""
+"""Schema extension for a list in which no value may occur twice."""
 ATOMIC: dict[str, Any] = {"x-kubernetes-list-type": "atomic"}
-"""Schema extension of a list that server-side apply replaces as a whole."""
+"""Schema extension for a list that server-side apply replaces as a whole."""
 
 
 def by_key(*keys: str) -> dict[str, Any]:
-    """Return the schema extension of a list of objects, in which server-side apply identifies an object by ``keys``,
-    for example by `name`. No two objects may have equal keys."""
+    """Return the schema extension for a list of objects in which server-side apply identifies each object by its fields
+    ``keys``, for example by `name`. No two objects may have equal values in these fields."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
 
 
@@ -104,17 +106,17 @@ def _without_null(values: Any) -> Any:
 
 
 ENTRIES = BeforeValidator(_without_null)
-"""Validator of a map: drops entries with a null value, as the API server drops them."""
+"""Validator for a map. It drops entries with a null value, as the API server does."""
 UNIQUE = AfterValidator(_unique)
-"""Validator of a list of scalars: refuses a value that occurs twice. The API server refuses it because of the schema
-extension `SET`."""
+"""Validator for a list of scalars. It refuses a list in which a value occurs twice, as the API server does because of
+the schema extension `SET`."""
 UNIQUE_NAMES = AfterValidator(_unique_names)
-"""Validator of a list of objects: refuses a `name` that occurs twice. The API server refuses it because of the schema
-extension `by_key("name")`."""
+"""Validator for a list of objects. It refuses a list in which a `name` occurs twice, as the API server does because of
+the schema extension `by_key("name")`."""
 
 DecimalString = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$")]
-"""A non-negative decimal number as a string, for example `"1e-4"` or `"0.05"`, because the API conventions forbid
-floats."""
+"""A decimal number from 0 on, for example `"1e-4"` or `"0.05"`. It is a string, because Kubernetes' API conventions
+forbid floats."""
 
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 """`metadata.name` of a Secret, ConfigMap, PersistentVolumeClaim, PriorityClass or ServiceAccount."""
@@ -123,16 +125,17 @@ SecretKey = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-
 """A key in the `data` of a Secret or a ConfigMap, for example `ca.crt`."""
 
 _CONTROL = r"\x00-\x20\x7f-\xa0"
-"""Characters of a regular expression's class: the blanks of ASCII and Latin-1, and the control characters C0, DEL and
-C1. A terminal obeys control characters, and an address or a name needs none."""
+"""Ranges of characters that addresses and names must not contain, for use between `[` and `]` in a regular expression.
+The ranges hold the control characters C0, DEL and C1, the space and the no-break space. Control characters are refused
+because a terminal that shows the text would obey them."""
 WORD_PATTERN = f"^[^{_CONTROL}]+$"
-"""Regular expression of a text without blanks and control characters, such as the name of an image or of a key."""
+"""Regular expression for a text without blanks and control characters, for example the name of a container image."""
 HTTP_ADDRESS_PATTERN = f"^https?://[^/{_CONTROL}]+$"
-"""Regular expression of an `http://` or `https://` address without a path."""
+"""Regular expression for an `http://` or `https://` address without a path, for example `http://minio:9000`."""
 
 S3Uri = Annotated[str, Field(max_length=1024, pattern=f"^s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^{_CONTROL}]*)?$")]
-"""Address of an object or of a folder in the job's object store: `s3://bucket/key`. Without a key it is the whole
-bucket."""
+"""Address of an object or of a folder in the job's object store, `s3://bucket/key`, or of a whole bucket,
+`s3://bucket`."""
 
 HttpUrl = Annotated[str, Field(max_length=512, pattern=f"^https?://[^/{_CONTROL}]+(/[^{_CONTROL}]*)?$")]
 """An `http://` or `https://` address with an optional path."""
@@ -152,11 +155,11 @@ def int_or_string(pattern: str, *, least: int, most: int) -> dict[str, Any]:
 
 
 QUANTITY_LENGTH = 16
-"""Most characters of a quantity. For example, the quantity `1.5Gi` has 5 characters."""
+"""Most characters of a Kubernetes quantity such as `1.5Gi`."""
 
 LabelKey = str
-"""Key of a label or of an annotation. The type has no bounds, because a structural schema can't bound the keys of a
-map. CEL rules in `pod_template.py` check the keys instead."""
+"""Key of a label or of an annotation in a map. The type has no bounds, because a structural schema can't bound the keys
+of a map. CEL rules check the keys instead where they must be valid, for example in `pod_template.py`."""
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 """Regular expression that the value of a label must match. The value may be empty."""
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
@@ -169,5 +172,5 @@ LabelValue = Annotated[str, Field(max_length=LABEL_LENGTH, pattern=LABEL_VALUE_P
 DnsLabel = Annotated[str, Field(min_length=1, max_length=LABEL_LENGTH, pattern=DNS_LABEL_PATTERN)]
 """A name that is a DNS label (RFC 1123): `a-z`, `0-9` and `-`, at most 63 characters."""
 QualifiedName = Annotated[str, Field(min_length=1, max_length=317)]
-"""Key of a label or of a taint, with an optional prefix, for example `nvidia.com/gpu`. The prefix has at most 253
-characters, and the name after the slash at most 63."""
+"""Key of a label or of a taint, with an optional prefix, for example `nvidia.com/gpu`. Only the length is checked here:
+317 characters are a prefix of 253, the slash, and a name of 63."""

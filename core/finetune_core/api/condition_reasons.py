@@ -1,4 +1,5 @@
-"""What each condition and each reason means, and what a person should do about it.
+"""What each condition of a FineTuneJob means, what each reason of a condition means, and what a person should do about
+the reason.
 
 `reference.py` writes the tables of docs/api.md from this module. tests/operator/test_states.py checks that the operator
 sets only the conditions, statuses and reasons that are listed here.
@@ -133,14 +134,14 @@ _WAITS = (Reason.PREFLIGHT, Reason.QUEUED, Reason.STARTING, Reason.RUNNING, Reas
 _OUTSIDE = (Reason.NAME_CONFLICT, Reason.BACKEND_UNAVAILABLE)
 _DONE = (Reason.COMPLETED, Reason.EARLY_STOPPED)
 _STOPPING = (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED)
-"""Reasons for which the operator stops a job. The condition `Succeeded` is Unknown with such a reason while the pods
-save their last checkpoint, and False afterwards."""
+"""Reasons with which the operator stops a job. While the pods save their last checkpoint, the condition `Succeeded` has
+such a reason and the status Unknown. Afterwards its status is False."""
 _FAILED = (Reason.BAD_INPUT, Reason.DIVERGED, Reason.OUT_OF_MEMORY, Reason.RETRIES_EXHAUSTED, *_STOPPING)
 
 STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.SUCCEEDED: {
-        # BadInput is also possible with Unknown: where this version of the operator can't read the spec, the job has
-        # not failed, because another version may be able to read it.
+        # BadInput stands here too, for a spec that this version of the operator can't read. Such a job has not failed,
+        # because another version may be able to read the spec.
         "Unknown": (*_WAITS, *_OUTSIDE, *_STOPPING, Reason.BAD_INPUT),
         "True": _DONE,
         "False": _FAILED,
@@ -160,5 +161,5 @@ STATES: Mapping[ConditionType, Mapping[str, tuple[Reason, ...]]] = {
     ConditionType.RECONCILING: {"True": (Reason.IN_PROGRESS,), "False": (Reason.SETTLED,)},
     ConditionType.STALLED: {"True": _FAILED, "False": (Reason.IN_PROGRESS, Reason.SETTLED)},
 }
-"""The reasons that a condition may have: for each type of condition, by the condition's status (True, False or
-Unknown)."""
+"""For each type of condition, and for each status of the condition (True, False or Unknown), the reasons that the
+condition may have."""

@@ -1,4 +1,4 @@
-"""The types and reasons of a FineTuneJob's conditions.
+"""The types and the reasons of the conditions in a FineTuneJob's status, and the model of a condition.
 
 `condition_reasons.py` says what each reason means and which condition may carry which reason.
 """
@@ -19,7 +19,8 @@ REASON_LENGTH = 64
 
 
 class ConditionType(StrEnum):
-    """The types of all conditions. Every condition is present from the first status write on."""
+    """The types of the conditions that the operator sets. The status has all of them as soon as the operator has
+    written it for the first time."""
 
     READY = "Ready"
     RECONCILING = "Reconciling"
@@ -32,7 +33,8 @@ class ConditionType(StrEnum):
 
 
 class Reason(StrEnum):
-    """Reasons of conditions. The reason of the `Succeeded` condition is the State column of `kubectl get ftj`."""
+    """The reasons of all conditions. `kubectl get ftj` shows the reason of the condition `Succeeded` in its column
+    State."""
 
     PREFLIGHT = "Preflight"
     OUTSIDE_FAILURE = "OutsideFailure"
@@ -62,9 +64,11 @@ class Reason(StrEnum):
 
 
 def valid_reason(text: str) -> str:
-    """Return ``text`` as the reason of a condition: without the characters that the API server refuses, and cut.
+    """Return ``text`` as a reason that the API server accepts: only letters, digits and underscores, a letter first, at
+    most 64 characters. `Unknown` where nothing is left.
 
-    Needed for a reason that stands in the status and that another version may have written.
+    The operator calls this function for reasons that it takes from the stored status, because another version may have
+    written them.
     """
     letters = re.sub(r"[^A-Za-z0-9_]", "", text).lstrip("0123456789_")
     return letters[:REASON_LENGTH] or "Unknown"
@@ -84,4 +88,4 @@ class Condition(ApiModel):
     reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
     """Reason of the status as a CamelCase word for programs, for example `WaitingForPods`."""
     message: Annotated[str, Field(max_length=32768)] = ""
-    """A sentence for people that names the pod, field or file that it is about."""
+    """A sentence for people, which names the pod, field or file in question."""

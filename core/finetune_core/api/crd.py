@@ -1,7 +1,7 @@
 """Generates the CustomResourceDefinition (a structural OpenAPI 3.0 schema) from the pydantic models.
 
 `make crds` runs this program and writes the CRD into crds/ and into the Helm chart. tests/core/test_crd.py checks that
-the committed files equal the models.
+the committed file in crds/ is the one that the models generate.
 """
 
 from __future__ import annotations
@@ -76,17 +76,18 @@ def custom_resource_definition() -> dict[str, Any]:
 
 
 def crd_yaml() -> str:
-    """Return the CustomResourceDefinition as YAML text, as it is committed in crds/."""
+    """Return the text of the file in crds/: the CustomResourceDefinition as YAML, below a comment that names its
+    source."""
     header = "# Generated from core/finetune_core/api by `make crds`; do not edit.\n"
     return header + yaml.safe_dump(custom_resource_definition(), sort_keys=False, width=100)
 
 
 def chart_template() -> str:
-    """Return the CustomResourceDefinition as a template of the Helm chart. The template is rendered only when the
+    """Return the CustomResourceDefinition as a template for the Helm chart. Helm renders the manifest only where the
     chart's value `crds.enabled` is true.
 
-    The CRD is a template because Helm never upgrades CRDs in a chart's own `crds/` folder. With the chart's value
-    `crds.keep` an annotation keeps the CRD when the chart is uninstalled.
+    The CRD is a template because Helm never upgrades CRDs that lie in the `crds/` folder of a chart. Where the chart's
+    value `crds.keep` is true, an annotation makes Helm keep the CRD when the chart is uninstalled.
     """
     text = crd_yaml()
     if "{{" in text:

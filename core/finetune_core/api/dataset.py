@@ -29,11 +29,11 @@ class PromptCompletionFormat(ApiModel):
     completion_field: FieldName = "completion"
     """Column that holds the completion."""
     template: Annotated[str, Field(max_length=8192)] = "{prompt}"
-    """Text before the completion, in which `{prompt}` stands for the prompt, for example `"Question: {prompt} Answer:
-    "`. The completion follows without a space in between."""
+    """Text before the completion, in which `{prompt}` stands for the row's prompt, for example `"Question: {prompt}
+    Answer: "`. The completion follows without a space in between."""
     completion_suffix: Annotated[str, Field(max_length=256)] = ""
-    """Text after the completion, for example `<END_A>`. The suffix is learned like the completion, and generation stops
-    at the suffix."""
+    """Text after the completion, for example `<END_A>`. The model learns the suffix like the completion, and generated
+    answers end at the suffix."""
 
 
 class MessagesFormat(ApiModel):
@@ -89,12 +89,12 @@ class DatasetSpec(ApiModel):
     """Longest example in tokens, prompt and completion together."""
     packing: bool = False
     """true puts several short examples of a global batch into one sequence of at most `maxLength` tokens, which saves
-    padding. The computed gradient stays the same. The job is refused at its start when the model's attention can't
-    keep the examples of one sequence apart."""
+    padding. The computed gradient stays the same. Before the first step the trainer checks that the model's attention
+    keeps the examples of one sequence apart, and the job fails where it does not."""
     long_rows: Literal["Fail", "Skip"] = "Fail"
     """What happens to rows with more tokens than `maxLength`, or more than the model can read. Fail: the job fails
-    before training. Skip: the rows are left out and counted."""
+    before training. Skip: the rows are left out, and `status.notices` has their number."""
     bad_rows: Literal["Fail", "Skip"] = "Fail"
     """What happens to rows that can't be read, lack a field, hold something else than the format asks for, or have
-    nothing to learn, such as an empty completion. Fail: the job fails before training. Skip: the rows are left out and
-    counted."""
+    nothing to learn, such as an empty completion. Fail: the job fails before training. Skip: the rows are left out, and
+    `status.notices` has their number."""

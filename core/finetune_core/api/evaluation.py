@@ -10,9 +10,9 @@ from pydantic import ConfigDict, Field
 from finetune_core.api.base import ApiModel, DecimalString, cel
 
 BestBy = Literal["Perplexity", "TaskScore"]
-"""Which score decides which checkpoint is the best."""
+"""The score by which checkpoints are compared: the validation perplexity, or the main score of `dataset.task`."""
 ArtifactFrom = Literal["Best", "Last"]
-"""Which checkpoint is exported as the artifact."""
+"""The checkpoint that is exported as the artifact: the best one or the last one."""
 ScoredRows = Literal["Validation", "Test"]
 """Which rows the base model and the tuned model are scored on: those of `dataset.validation` or those of
 `dataset.test`."""
@@ -60,7 +60,8 @@ class EvaluationSpec(ApiModel):
     """Training stops after this many evaluations in a row without an improvement. Absent: training runs to its last
     step."""
     min_delta: DecimalString | None = None
-    """Smallest change of the score that counts as an improvement. Absent: 0, so every change for the better counts."""
+    """An evaluation counts as an improvement only where its score is better than the best score so far by more than
+    this value. Absent: 0, so every better score counts."""
     artifact_from: ArtifactFrom | None = None
     """Checkpoint that is exported: the best by `bestBy`, or the last. Absent: Best with `dataset.validation`, Last
     without."""

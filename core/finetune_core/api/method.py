@@ -34,4 +34,4 @@ class LoRASpec(ApiModel):
         list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []
     """Names of the modules that get an adapter, for example `["q_proj", "v_proj"]`. Empty: all linear layers of the
-    decoder. With `model.addedTokens` the input embedding and the output head get an adapter too."""
+    decoder and, with `model.addedTokens`, also the input embedding and the output head."""

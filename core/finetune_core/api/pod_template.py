@@ -37,21 +37,21 @@ RESERVED_FOLDERS = (
     "/proc",
     "/sys",
 )
-"""Paths at which, and below which, `volumes` must not be mounted, because the operator mounts files there or the
-container needs the folder to start."""
+"""Folders that `mountPath` of a volume must not name, nor any folder below them. In some of them the operator mounts
+files of its own, and the others are folders that the container needs to start."""
 RESERVED_VARIABLE_PREFIXES = ("FTJ_", "PET_", "AWS_")
 """Beginnings of names of environment variables that users must not set. The operator itself sets variables that begin
 with `FTJ_` or `PET_`. Variables that begin with `AWS_` would override the credentials of the object store."""
 
 
 LABEL_KEY = r"^([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-._A-Za-z0-9]{0,61}[A-Za-z0-9])?$"
-"""Regular expression for the key of a label or an annotation with an optional DNS prefix, for example
+"""Regular expression for the key of a label or of an annotation, for example `team` or, with a DNS prefix,
 `example.com/team`."""
 
 
 def _label_keys(field: str) -> tuple[str, str]:
-    """Return a CEL rule and its message: every key of the map ``field`` must be a valid key of a label. A CEL rule is
-    needed because a structural schema can't bound the keys of a map."""
+    """Return a CEL rule and its message: every key of the map ``field`` must be a valid key of a label. The rule is
+    written in CEL because a structural schema can't bound the keys of a map."""
     return (
         f"self.{field}.all(key, key.matches('{LABEL_KEY}'))",
         f"`{field}` must have keys such as `team` or `example.com/team`",
@@ -59,7 +59,7 @@ def _label_keys(field: str) -> tuple[str, str]:
 
 
 class Toleration(ApiModel):
-    """A toleration of the pods, as in core/v1."""
+    """A toleration of the training pods, with the fields that a toleration has in Kubernetes' core/v1."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -79,13 +79,13 @@ class Toleration(ApiModel):
     )
 
     key: QualifiedName | None = None
-    """Key of the tolerated taint, for example `nvidia.com/gpu`. Absent: all taints."""
+    """Key of the tolerated taint, for example `nvidia.com/gpu`. Absent: taints with any key."""
     operator: Literal["Exists", "Equal"] | None = None
     """How the taint's value is compared with `value`. Absent: Equal."""
     value: LabelValue | None = None
     """Value of the tolerated taint."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Effect of the tolerated taint. Absent: all effects."""
+    """Effect of the tolerated taint. Absent: any effect."""
     toleration_seconds: Annotated[int, Field(ge=0, le=86400)] | None = None
     """Seconds for which a NoExecute taint is tolerated before the pod is evicted. Absent: without limit."""
 

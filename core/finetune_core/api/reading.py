@@ -1,8 +1,9 @@
-"""Reads sections of a FineTuneJob that another version of the operator, or the CRD of another version, may have let in.
+"""Reads sections of a stored FineTuneJob that the models of this version may refuse, because another version of the
+operator wrote the section or another version of the CRD allowed it.
 
-Writing is strict, and the bounds of the models are for that. Reading is tolerant: bounds and closed lists of values do
-not apply, unknown fields are passed over, and a part that can't be read costs no other part. So an operator that is set
-back to an older version still looks after the jobs that the newer version has started.
+The bounds of the models apply when a section is written. When a section is read here, bounds and closed lists of values
+do not apply, unknown fields are ignored, and a value of the wrong type is left out while all other values are kept. So
+an operator that is set back to an older version still manages the jobs that the newer version has started.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from finetune_core.api.base import ApiModel
 
 Section = TypeVar("Section", bound=ApiModel)
 _EMPTY: dict[type, Any] = {str: "", int: 0, bool: False, list: []}
-"""The value of a required field that is absent, by type. Only another version can leave out such a field."""
+"""For each type, the value that stands for a required field that is absent. Only another version can have left out such
+a field."""
 
 
 class _UnreadableError(ValueError):
-    """A value has another type than this version knows."""
+    """A value does not have the type that this version expects."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Reads one section; collects what can't be read."""
+    """Reads one section, and collects the paths of the values that it can't read."""
 
     now: datetime
     unread: list[str] = field(default_factory=list)
@@ -37,7 +39,8 @@ class _Reader:
 
     @contextmanager
     def leaving_out(self, path: str) -> Iterator[None]:
-        """Leave out the value at ``path`` where it can't be read."""
+        """Where the `with` block can't read the value at ``path``, leave the value out and note ``path`` in
+        `unread`."""
         try:
             yield
         except _UnreadableError:
@@ -59,7 +62,8 @@ class _Reader:
         return model.model_construct(**values)
 
     def absent(self, annotation: Any, path: str) -> Any:
-        """Return what stands for a required field that is absent: zero, empty, or now."""
+        """Return the value that stands for a required field that is absent: zero, an empty value or, for a time,
+        `now`."""
         kind = _plain(annotation)
         if kind is datetime:
             return self.now
@@ -70,7 +74,8 @@ class _Reader:
         return _EMPTY.get(get_origin(kind) or kind)
 
     def value(self, annotation: Any, value: Any, path: str) -> Any:
-        """Return ``value`` as the type ``annotation``, whose bounds and closed lists of values do not apply."""
+        """Return ``value`` as a value of the type ``annotation``, without a check of its bounds or of its closed list
+        of values."""
         kind = _plain(annotation)
         origin = get_origin(kind)
         if origin is list:
@@ -98,7 +103,7 @@ class _Reader:
         return found
 
     def first_that_fits(self, annotations: tuple[Any, ...], value: Any, path: str) -> Any:
-        """Return ``value`` as the first of ``annotations`` as which it can be read."""
+        """Return ``value`` read as the first type in ``annotations`` that it fits."""
         for annotation in annotations:
             try:
                 return self.value(annotation, value, path)
@@ -108,7 +113,7 @@ class _Reader:
 
 
 def _plain(annotation: Any) -> Any:
-    """Return the type in ``annotation`` without bounds and without None."""
+    """Return the type in ``annotation`` without its bounds, and without None where None is allowed too."""
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -118,7 +123,8 @@ def _plain(annotation: Any) -> Any:
 
 
 def _time(value: Any) -> datetime:
-    """Return ``value``, for example ``"2026-01-31T12:00:00Z"``, as a time with a time zone."""
+    """Return ``value``, a text such as ``"2026-01-31T12:00:00Z"``, as a time. Raises `_UnreadableError` where it is no
+    time with a time zone."""
     try:
         time = datetime.fromisoformat(value)
     except (TypeError, ValueError) as error:
@@ -129,10 +135,12 @@ def _time(value: Any) -> datetime:
 
 
 def read_section(model: type[Section], stored: Any, now: datetime) -> tuple[Section, list[str]]:
-    """Return ``stored``, a section as the API server holds it, as ``model``, and the paths of what could not be read.
+    """Return the section ``stored``, as the API server holds it, as an object of ``model``, and the paths of the values
+    that could not be read.
 
-    What could not be read is absent, or has its default. A required field that is absent is zero or empty; a time is
-    ``now``. Where ``stored`` is no object at all, the section is that of an empty object, and the path is empty.
+    A field that could not be read has its default. A required field has no default: it is then zero or empty or, for a
+    time, ``now``. Where ``stored`` is not an object at all, the result is the section of an empty object, and an empty
+    path stands for the whole section.
     """
     try:
         return model.model_validate(stored, extra="ignore"), []

@@ -1,6 +1,7 @@
 """Generates docs/api.md, the API reference, from the pydantic models.
 
-`make docs` runs this program. tests/core/test_reference.py checks that the committed file equals the models.
+`make docs` runs this program. tests/core/test_reference.py checks that the committed file is the one that the models
+generate.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Schema = dict[str, Any]
 
 REFERENCE_FILE = "api.md"
 FOLDED = frozenset({"spec.podTemplate.affinity"})
-"""Paths of sections whose subsections get no heading and no table of their own. Their fields are listed in the
-section's table, because each subsection has only one or two fields."""
+"""Paths of sections whose subsections get no heading and no table of their own. The fields of the subsections are
+listed in the section's table, because no subsection has more than three fields."""
 
 _INTRODUCTION = f"""\
 # API reference

@@ -28,13 +28,15 @@ Memory = Annotated[
     | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_MEMORY)],
     WithJsonSchema(int_or_string(_MEMORY, least=100 * MEBIBYTE, most=99 * TEBIBYTE)),
 ]
-"""A memory quantity of at least 100 MiB, for example `64Gi` or `500Mi`. An integer counts bytes."""
+"""A memory quantity, for example `64Gi` or `500Mi`. The smallest string is `100M`. An integer is a number of bytes, at
+least 100 MiB."""
 VolatileMemory = Annotated[
     Annotated[int, Field(ge=MEBIBYTE, le=99 * TEBIBYTE)]
     | Annotated[str, Field(max_length=QUANTITY_LENGTH, pattern=_VOLATILE)],
     WithJsonSchema(int_or_string(_VOLATILE, least=MEBIBYTE, most=99 * TEBIBYTE)),
 ]
-"""A memory or disk quantity of at least 1 MiB, for example `16Gi`: the size limit of a folder."""
+"""The size limit of a folder in memory or on disk, for example `16Gi`. The smallest string is `1M`. An integer is a
+number of bytes, at least 1 MiB."""
 
 
 Device = Literal["GPU", "CPU"]
@@ -57,18 +59,19 @@ class ResourcesSpec(ApiModel):
     )
 
     nodes: Annotated[int, Field(ge=1, le=NODES_LIMIT)] = 1
-    """Number of pods. Each pod takes its GPUs from one machine."""
+    """Number of pods. All GPUs of a pod are in one machine."""
     gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 1
     """Number of GPUs (`nvidia.com/gpu`) of each pod. 0 is allowed only with `device: CPU`."""
     device: Device = "GPU"
     """Device that the trainer computes on. With GPU the trainer fails when it finds no GPU, and never computes on the
     CPU instead."""
     gpu_product: LabelValue = "NVIDIA-A100-SXM4-80GB"
-    """Value of the node label `nvidia.com/gpu.product` that nodes for pods with GPUs must have. Empty: any GPU."""
+    """GPU product of the nodes for pods with GPUs: the value that the node label `nvidia.com/gpu.product` must have.
+    Empty: any GPU."""
     cpu: Cpu = "8"
     """CPU request and limit of each pod, for example `8` or `500m`."""
     memory: Memory = "64Gi"
-    """Memory request and limit of each pod, at least 100Mi."""
+    """Memory request and limit of each pod, at least `100M`."""
     shared_memory: VolatileMemory = "16Gi"
     """Size of /dev/shm in each pod, which NCCL and data loading use. The size counts towards `memory` and must be less
     than `memory`."""

@@ -24,28 +24,29 @@ class RunPolicySpec(ApiModel):
     )
 
     suspend: bool = False
-    """true ends the running attempt after a checkpoint and starts no other attempt. false resumes from that checkpoint.
-    Neither counts as a retry."""
+    """true makes the pods save a checkpoint and ends the running attempt. No other attempt starts until the field is
+    false again, and then the next attempt resumes from that checkpoint. A suspension does not count as a retry."""
     cancel: bool = False
-    """true ends the job after a checkpoint with `Succeeded=False`, reason Cancelled. A cancelled job can't be resumed:
-    `cancel` can't change back to false."""
+    """true makes the pods save a checkpoint and ends the job with `Succeeded=False` and the reason Cancelled. A
+    cancelled job can't be resumed, because `cancel` can't change back to false."""
     max_retries: Annotated[int, Field(ge=0, le=100)] = 3
-    """Number of retries after attempts that failed. Attempts that ended because a pod or a node was lost are retried
-    too and do not count, except after three such attempts in a row without a new checkpoint."""
+    """Most retries after failed attempts, over the whole job. Attempts that ended because a pod or a node was lost are
+    retried too and do not count, except after three such attempts in a row without a new checkpoint."""
     active_deadline_seconds: Seconds | None = None
     """Most seconds in which pods of the job may run, added up over all attempts. After this time the job ends as
     failed. Absent: no limit."""
     pending_deadline_seconds: Seconds | None = None
-    """Most seconds that the preflight check may wait for something outside the job. Also most seconds until all pods of
-    an attempt run, counted from the attempt's start or, with a queue, from the time at which the queue admits the
-    attempt. Each attempt has its own deadline. Absent: no limit."""
+    """Most seconds that the preflight check may wait for something outside the job. The same number limits the time
+    until all pods of an attempt run. For each attempt this time begins anew at the attempt's start or, with a queue,
+    when the queue admits the attempt. Absent: no limit."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
     """Seconds from the end of the job until its pods and its PyTorchJob are deleted. The FineTuneJob itself stays.
     Absent: pods and PyTorchJob stay until the FineTuneJob is deleted."""
     preflight: Literal["Run", "Skip"] | None = None
     """Whether a pod without GPUs checks object store, model and data before the first attempt asks for GPUs. The pod
-    runs the trainer image with the argument `preflight`. The check also finds what a former job of the same name and
-    training has done; with Skip the job trains anew. Absent: the setting that the operator was installed with."""
+    runs the trainer image with the argument `preflight`. The check also finds the checkpoints and the artifact of a
+    former job with the same name and training. With Skip the job does not find them and trains anew. Absent: the
+    setting that the operator was installed with."""
     queue_name: Annotated[LabelValue, Field(min_length=1)] | None = None
     """`metadata.name` of Kueue's LocalQueue in the job's namespace. A change takes effect with the next attempt."""
     priority_class_name: ObjectName | None = None

@@ -1,5 +1,5 @@
-"""Makes the structural OpenAPI 3.0 schema of a pydantic model. The CRD and the API reference are generated from the
-schema, and `finetune validate` checks jobs against it.
+"""Makes the structural OpenAPI 3.0 schema of a pydantic model. The CRD and the API reference are generated from this
+schema, and `finetune validate` evaluates the CEL rules in it.
 
 Pydantic's JSON schema has parts that the API server refuses, such as references, titles, nullable unions, `const` and
 numeric exclusive bounds. This module rewrites such parts. A model that can't be expressed as a structural schema raises

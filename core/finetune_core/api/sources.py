@@ -1,4 +1,5 @@
-"""The sources of a job's model and data: the members of `model`, and of `dataset.train`, `validation` and `test`."""
+"""The places that a job's model and data come from: the sections `model`, `dataset.train`, `dataset.validation` and
+`dataset.test`."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class HuggingFaceDataSource(ApiModel):
     revision: Revision = "main"
     """Branch, tag or commit. With a commit every run loads the same rows."""
     subset: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """Name of the data set's configuration, for example `main`. Absent: the data set has only one configuration."""
+    """Name of the data set's configuration, for example `main`. Absent: the configuration `default`, or the only one of
+    the data set."""
     split: Annotated[str, Field(min_length=1, max_length=200)]
     """Name of the split, for example `train`."""
     token_secret_ref: SecretKeyRef | None = None
@@ -81,9 +83,9 @@ class ModelSpec(ApiModel):
     added_tokens: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=64, json_schema_extra=SET), UNIQUE
     ] = []
-    """Tokens that are added to the tokenizer, for example `["<START_Q>"]`. Their embedding rows are initialised from
-    `training.seed`, and the artifact contains them. With LoRA both embeddings get an adapter unless
-    `lora.targetModules` is set."""
+    """Tokens that are added to the tokenizer, for example `["<START_Q>"]`. The initial values of their embedding rows
+    are random, with the seed `training.seed`. The artifact contains the tokens. With LoRA the input embedding and the
+    output head get an adapter unless `lora.targetModules` is set."""
 
 
 class DataSource(ApiModel):

@@ -24,8 +24,8 @@ def _immutable(section: str, *, optional: bool = False) -> tuple[str, str]:
     """Return a CEL rule and its message: ``section``, the path of a field or a section of the spec, must not change
     after the job is created.
 
-    For an optional field the rule also compares whether the field is set, because the API server skips a plain `self.x
-    == oldSelf.x` when `x` is added or removed.
+    For an optional field the rule first compares whether the field is set, because a CEL rule that reads an absent
+    field fails, and the API server counts a rule that fails as violated.
     """
     rule = f"self.{section} == oldSelf.{section}"
     if optional:

@@ -1,5 +1,5 @@
-"""`status` of a FineTuneJob: what the operator observed and recorded. Only the operator writes the status. What users
-want stands in `spec`."""
+"""`status` of a FineTuneJob: what the operator observed and recorded. The operator writes the status, and users write
+`spec`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ATTEMPT_LIMIT = 999
 METRIC_LIMIT = 32
 """Most entries in `status.metrics`."""
 HISTORY_LIMIT = 60
-"""Most points in `status.history`, the curves of loss and perplexity."""
+"""Most points in `status.history`, which holds the curves of training loss and validation perplexity."""
 CHECKPOINT_LIMIT = 100
 """Most entries in `status.checkpoints`. The newest ones are kept."""
 RECENT_ATTEMPTS_LIMIT = 20
@@ -29,14 +29,15 @@ NOTICE_LIMIT = 8
 INCIDENT_LIMIT = 20
 """Most entries in `status.incidents`. The newest ones are kept."""
 NOT_OBSERVED = -1
-"""`status.observedGeneration` of a job whose status nobody has written yet. The CRD sets it, so that kstatus (Flux,
-Argo CD) takes such a job for one in progress: without the field it would take the job for a finished one."""
+"""`status.observedGeneration` of a job whose status the operator has not written yet. It is the field's default in the
+CRD, because kstatus (Flux, Argo CD) takes a job without the field for finished, and a job with -1 for one in
+progress."""
 MOST_HOLDERS = 2 * NODES_LIMIT
-"""Most pods that can hold GPUs at the same time: all pods of one attempt, and all pods of the attempt before, which may
-still be terminating."""
+"""Most pods of a job that can hold GPUs at the same time: all pods of one attempt, and all pods of the attempt before
+it, which may still be terminating."""
 
 Decimal = Annotated[str, Field(max_length=32)]
-"""A decimal number as a string, because the API conventions forbid floats."""
+"""A decimal number, for example `"1.25"`. It is a string, because Kubernetes' API conventions forbid floats."""
 Text = Annotated[str, Field(max_length=1024)]
 """A sentence for people, or an `s3://` address."""
 Digest = Annotated[str, Field(max_length=64)]
@@ -66,13 +67,14 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class StatusModel(ApiModel):
-    """The base class of all parts of the status. Unknown fields are dropped, so that an operator that was set back to
-    an older version can read the status that the newer version wrote."""
+    """The base class of all sections of the status. Unknown fields are ignored, so that an operator that was set back
+    to an older version can read the status that the newer version wrote."""
 
     model_config = ConfigDict(extra="ignore")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the section as the API server stores it, also with values that `reading.py` has let pass."""
+        """Return the section as the API server stores it. Pydantic's warnings about unexpected values are switched off,
+        because `reading.py` accepts such values from other versions."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True, warnings=False)
 
 
@@ -91,8 +93,8 @@ class PodRecord(StatusModel):
 
 
 class AttemptCause(StatusModel):
-    """Why the current attempt is about to end. The operator records the cause when it first sees the cause, because the
-    pods that show the cause may be deleted before the attempt has ended."""
+    """Why the current attempt will end. The operator records this cause as soon as it observes one, because the pods
+    that show the cause may be deleted before the attempt has ended."""
 
     verdict: Annotated[str, Field(max_length=32)]
     """How the end counts: Succeeded, Permanent (no retry), Charged (counts against `runPolicy.maxRetries`) or Free
@@ -101,7 +103,7 @@ class AttemptCause(StatusModel):
     message: Message = ""
     node: AttemptNode = ""
     time: datetime
-    """Time at which the cause was first seen."""
+    """Time at which the operator first observed the cause."""
 
 
 class CurrentAttempt(StatusModel):
@@ -111,15 +113,15 @@ class CurrentAttempt(StatusModel):
     start_time: datetime
     """Time at which the attempt was started."""
     admitted_time: datetime | None = None
-    """Time at which the attempt was admitted: its start, or the time at which its queue resumed the PyTorchJob. Absent
-    while a queue holds the attempt."""
+    """Time at which the attempt was admitted. Without a queue that is its start, and with a queue the time at which the
+    queue resumed the PyTorchJob. Absent while a queue holds the attempt."""
     running_time: datetime | None = None
-    """Time, after the admission, at which the operator first saw that all pods of the attempt run or have run. Absent
-    until then."""
+    """Time at which the operator first saw, after the attempt was admitted, that each pod of the attempt runs or has
+    run. Absent until then."""
     pods: Annotated[list[PodRecord], Field(max_length=NODES_LIMIT, json_schema_extra=ATOMIC)] = []
     """For each replica index, the first pod that the operator saw with this index."""
     cause: AttemptCause | None = None
-    """Why the attempt is about to end. Absent while the attempt goes on."""
+    """Why the attempt will end. Absent while the operator knows no cause for an end."""
 
 
 class PastAttempt(StatusModel):
@@ -135,7 +137,7 @@ class PastAttempt(StatusModel):
     start_time: datetime
     """Time at which the attempt was started."""
     end_time: datetime
-    """Time at which the operator recorded the end."""
+    """Time at which the operator counted the attempt as ended."""
 
 
 class AttemptsStatus(StatusModel):
@@ -152,19 +154,21 @@ class AttemptsStatus(StatusModel):
     recent: Annotated[list[PastAttempt], Field(max_length=RECENT_ATTEMPTS_LIMIT, json_schema_extra=ATOMIC)] = []
     """The newest ended attempts, oldest first."""
     next_start_time: datetime | None = None
-    """Earliest time at which the next attempt may start. The pause after the end of an attempt (back-off) lasts until
-    then."""
+    """Earliest time at which the next attempt may start, which is the end of the pause (back-off) after the last
+    attempt."""
 
 
 class TakenOverStatus(StatusModel):
-    """A former run of the same training. The job resumes from its checkpoints, or takes over its artifact."""
+    """The run of a former job with the same name and training. This job resumes from the checkpoints of that run, or
+    takes over its artifact."""
 
     run_id: Annotated[str, Field(max_length=63)]
-    """Name of the run's folder in the bucket, `<storage.uri>/<namespace>/<name>/<runId>/`. The job writes there too."""
+    """Name of the folder in the bucket that holds the runs of the former job: the last part of
+    `<storage.uri>/<namespace>/<name>/<runId>/`. This job writes into the same folder."""
     uid: Annotated[str, Field(max_length=64)] = ""
-    """`metadata.uid` of the job that last wrote to the folder. Empty if the folder does not tell."""
+    """`metadata.uid` of the job that last wrote to the folder. Empty if no record in the folder names a job."""
     time: datetime
-    """Time at which the run was begun."""
+    """Time at which the first run in the folder began, by the clock of the object store."""
     step: Count = 0
     """Optimizer step of the artifact or, without an artifact, of the newest checkpoint."""
     message: Message = ""
@@ -179,17 +183,17 @@ class PreflightStatus(StatusModel):
     tries: Count = 0
     """Number of ended tries of the check."""
     aborted: Count = 0
-    """Number of tries in a row that could not be carried out, because they were killed at their memory limit or did not
-    end in time. After three of them the job ends."""
+    """Number of tries in a row that could not be carried out, because each was killed at its memory limit or did not
+    end in time. After three such tries in a row the job ends as failed."""
     verdict: Annotated[str, Field(max_length=32)] = ""
     """Result of the last try: Passed, Impossible (the job can't run), or Waiting (something outside the job is
     missing). Empty before the first result."""
     message: Text = ""
     """What the last try found, as a sentence for people."""
     next_try_time: datetime | None = None
-    """Time of the next try, while something outside the job is missing."""
+    """Time of the next try. Set only while the verdict is Waiting."""
     taken_over: TakenOverStatus | None = None
-    """The former run that the check found, and that the job takes over. Absent: the job trains anew."""
+    """The run of a former job that the check found and that this job takes over. Absent where the check found none."""
 
 
 class ProgressStatus(StatusModel):
@@ -198,7 +202,8 @@ class ProgressStatus(StatusModel):
     step: Count = 0
     """Number of global batches that the training has gone through, one for each optimizer step."""
     total_steps: Count = 0
-    """Number of global batches of the whole training."""
+    """Number of global batches of the whole training. 100 where the trainer reports only a percentage, which is then
+    also `step`."""
     epoch: Decimal = "0"
     """Passes over the training rows that are done, for example `"1.25"`."""
     percentage: Annotated[int, Field(ge=0, le=100)] = 0
@@ -209,11 +214,11 @@ class ProgressStatus(StatusModel):
     """Recent training speed: tokens of prompts and completions (without padding) per second, summed over all
     processes."""
     mfu: Decimal | None = None
-    """Model FLOPs utilisation of the newest step, from 0 to 1: the share of the GPUs' peak that the model's own
-    arithmetic takes."""
+    """Model FLOPs utilisation (MFU) of the newest step, from 0 to 1: the FLOP/s that the model itself needs, as a share
+    of the GPUs' peak FLOP/s."""
     checkpoint_age_seconds: Count | None = None
-    """Seconds from the newest committed checkpoint of this run (without one: from the run's start) to the last report.
-    A lost pod would cost this training, and what was trained while that checkpoint was uploaded."""
+    """Seconds from the commit of this run's newest checkpoint (without one: from the run's start) to the last report. A
+    lost pod would cost the training of this time, and also what was trained while that checkpoint was uploaded."""
     last_update_time: datetime | None = None
     """Time at which the trainer last reported."""
 
@@ -226,7 +231,7 @@ class MetricValue(StatusModel):
     value: Decimal
     """Newest value of the metric."""
     step: Count
-    """Newest optimizer step at the time when the value was reported."""
+    """Optimizer step that the training had reached when the value was reported."""
 
 
 class HistoryPoint(StatusModel):
@@ -247,7 +252,7 @@ class CheckpointStatus(StatusModel):
     """Number of the run that wrote the checkpoint. Every start of the trainer and every rollback takes the next run
     number."""
     step: Count
-    """Optimizer step that the checkpoint holds."""
+    """Optimizer step after which the checkpoint was taken."""
     uri: Text
     """Folder of the checkpoint, for example `s3://bucket/runs/demo/job/uid/checkpoints/000001-000000120`."""
     bytes: Count
@@ -266,12 +271,12 @@ class CheckpointStatus(StatusModel):
     best: bool = False
     """true for the best checkpoint, by `evaluation.bestBy`, that is not damaged."""
     damaged: Annotated[str, Field(max_length=256)] = ""
-    """Why the trainer can't resume from the checkpoint: the object, and how it differs from the manifest. Empty when no
-    damage is known."""
+    """Why the trainer can't resume from the checkpoint: the name of the damaged object, and how the object differs from
+    the manifest. Empty when no damage is known."""
 
 
 class PlanStatus(StatusModel):
-    """Values that the operator chose where the spec leaves them open."""
+    """Settings of the training that the spec sets, or that the operator chose where the spec leaves them open."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     """ZeRO stage of DeepSpeed."""
@@ -292,15 +297,16 @@ class NamedScore(StatusModel):
 
     name: Annotated[ScoreName, Field(description=score_names_text())]
     value: Decimal
-    """Mean of the score over the graded answers, from 0 to 1. For a score that is only right or wrong this is the share
-    of right answers."""
+    """Mean of the score over the graded answers, from 0 to 1. Where an answer is either right or wrong for this score,
+    the mean is the share of right answers."""
 
 
 class Scores(StatusModel):
     """Scores of one model on the rows of the evaluation set."""
 
     perplexity: Decimal | None = None
-    """Perplexity over supervised tokens: exp of their mean loss. Lower is better."""
+    """Perplexity over supervised tokens, which are the tokens that training takes the loss on. It is exp of their mean
+    loss, and lower is better."""
     all_token_perplexity: Decimal | None = None
     """Perplexity over all tokens of prompts and completions, as Anyscale's study of LoRA (September 2023) reports
     it."""
@@ -309,16 +315,17 @@ class Scores(StatusModel):
     scores: Annotated[list[NamedScore], Field(max_length=SCORE_LIMIT, json_schema_extra=ATOMIC)] = []
     """Every score of the task."""
     graded: Count = 0
-    """Number of graded answers. An answer is not graded where the row's own reference answer can't be used."""
+    """Number of graded answers. An answer is left out where the row has no reference answer that can be used."""
 
 
 class EvaluationStatus(StatusModel):
     """Scores of the base model and of the tuned model on the same rows."""
 
     rows: ScoredRows
-    """Evaluation set of the scores: Test when `dataset.test` is set, else Validation."""
+    """Rows on which both models were scored: Test when `dataset.test` is set, else Validation."""
     examples: Count
-    """Number of rows that were scored."""
+    """Number of rows in the evaluation set. Answers are generated for at most `evaluation.generation.maxExamples` of
+    them."""
     base: Scores | None = None
     """Scores of the base model, without `model.addedTokens`."""
     tuned: Scores | None = None
@@ -347,18 +354,18 @@ class UsageStatus(StatusModel):
     """GPU time and running time that the job has used."""
 
     gpu_seconds: Count = 0
-    """GPU seconds until `lastUpdateTime`, over all attempts: for each pod, its number of GPUs times the seconds for
-    which it held them."""
+    """GPU seconds until `lastUpdateTime`, summed over the pods of all attempts: the number of GPUs of a pod times the
+    seconds for which the pod held them."""
     active_seconds: Count = 0
-    """Seconds in which at least one pod ran, over all attempts. `runPolicy.activeDeadlineSeconds` limits this
+    """Seconds in which at least one pod ran, summed over all attempts. `runPolicy.activeDeadlineSeconds` limits this
     number."""
     last_update_time: datetime | None = None
     """Time until which `gpuSeconds` and `activeSeconds` are counted."""
     holders: Annotated[
         list[Annotated[str, Field(max_length=64)]], Field(max_length=MOST_HOLDERS, json_schema_extra=ATOMIC)
     ] = []
-    """uids of the pods that had a node and had not ended at `lastUpdateTime`. The operator counts the time of these
-    pods after `lastUpdateTime` even when they are deleted in between."""
+    """uids of the pods that had a node and had not ended at `lastUpdateTime`. When such a pod no longer exists at the
+    next count, the operator assumes that it held its GPUs until then."""
     running: bool = False
     """Whether at least one of the pods in `holders` ran at `lastUpdateTime`."""
 
@@ -377,7 +384,7 @@ class ArtifactStatus(StatusModel):
 
 
 class ChildStatus(StatusModel):
-    """The PyTorchJob of the current attempt."""
+    """The child object: the PyTorchJob of the current attempt."""
 
     kind: Annotated[str, Field(max_length=64)]
     """Kind of the child object: PyTorchJob."""
@@ -394,14 +401,14 @@ class FineTuneJobStatus(StatusModel):
     """`metadata.generation` of the spec that the status was computed from; -1 until the operator has written the
     status for the first time."""
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=by_key("type"))] = []
-    """All conditions. Each is present from the first status write on."""
+    """All conditions. Each is present as soon as the operator has written the status for the first time."""
     preflight: PreflightStatus | None = None
     """The check of object store, model and data before the first attempt."""
     attempts: AttemptsStatus = AttemptsStatus()
     """The job's attempts: how many there were, and how they ended."""
     image: Annotated[str, Field(max_length=704)] | None = None
-    """Trainer image of all attempts, fixed when attempt 1 starts. Contains the digest as soon as a node has pulled the
-    image."""
+    """Trainer image of all attempts, fixed when attempt 1 starts. The operator adds the digest once a node has pulled
+    the image from its registry."""
     start_time: datetime | None = None
     """Time at which the first attempt was started."""
     completion_time: datetime | None = None
@@ -411,16 +418,18 @@ class FineTuneJobStatus(StatusModel):
     metrics: Annotated[list[MetricValue], Field(max_length=METRIC_LIMIT, json_schema_extra=ATOMIC)] = []
     """Newest value of each metric."""
     history: Annotated[list[HistoryPoint], Field(max_length=HISTORY_LIMIT, json_schema_extra=ATOMIC)] = []
-    """Training loss and validation perplexity over the steps. Points are thinned out as the training goes on."""
+    """Training loss and validation perplexity over the steps. Where there would be more than 60 points, points between
+    others are dropped."""
     checkpoints: Annotated[list[CheckpointStatus], Field(max_length=CHECKPOINT_LIMIT, json_schema_extra=ATOMIC)] = []
     """Committed checkpoints in the bucket, oldest first. Where there are more than 100, only the newest 100."""
     notices: Annotated[list[Text], Field(max_length=NOTICE_LIMIT, json_schema_extra=ATOMIC)] = []
     """Messages of the trainer that are not failures, oldest first, for example rows that were left out or a checkpoint
     that could not be resumed from."""
     plan: PlanStatus | None = None
-    """Values that were chosen where the spec leaves them open."""
+    """Settings of the training that the spec sets, or that the operator chose where the spec leaves them open."""
     incidents: Annotated[list[IncidentStatus], Field(max_length=INCIDENT_LIMIT, json_schema_extra=ATOMIC)] = []
-    """Training steps whose loss or gradient norm was not finite or far too high, oldest first. The newest ones stay."""
+    """Training steps whose loss or gradient norm was not finite or far too high, oldest first. Where there are more
+    than 20, only the newest 20."""
     evaluation: EvaluationStatus | None = None
     """Scores of the base model and of the tuned model on the same rows."""
     artifact: ArtifactStatus | None = None

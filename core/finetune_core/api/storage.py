@@ -25,8 +25,8 @@ Export = Literal["Adapter", "Merged", "Both"]
 
 
 RESERVED_AUDIENCES = ("finetune.dev/", "https://kubernetes.default.svc")
-"""Beginnings of audiences that a token for the object store must not have: tokens for reports to the operator, and
-those for the API server as most clusters name it."""
+"""Texts with which the audience of a token for the object store must not begin. The audiences of tokens for reports to
+the operator begin with the first text. The second text is the audience of the API server in most clusters."""
 RunId = Annotated[str, Field(max_length=63, pattern=r"^[a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?$")]
 """Name of the folder in the bucket that holds all runs of a job, for example `study-1` or a job's uid."""
 
@@ -39,7 +39,7 @@ class CredentialsSecretRef(ApiModel):
 
 
 class IdentitySpec(ApiModel):
-    """A token of the pods' service account, which the pods exchange for a temporary access key by
+    """A token of the pods' service account, which the pods exchange for a temporary access key with the request
     AssumeRoleWithWebIdentity. `podTemplate.serviceAccountName` names the service account."""
 
     model_config = ConfigDict(
@@ -55,11 +55,11 @@ class IdentitySpec(ApiModel):
     """Audience of the token, for example `minio`. The store accepts only tokens with the audience that it is configured
     with, which MinIO calls client id."""
     sts_endpoint: Annotated[str, Field(max_length=512, pattern=HTTP_ADDRESS_PATTERN)] | None = None
-    """Address of the security token service. Absent: `endpoint`, because MinIO serves both, or Amazon's service in
-    `region` where `endpoint` is absent."""
+    """Address of the security token service (STS). Absent: the address in `endpoint`, because MinIO is object store and
+    token service in one. Where `endpoint` is absent too: Amazon's service in `region`."""
     role_arn: Annotated[str, Field(min_length=20, max_length=2048, pattern=r"^[!-~]+$")] | None = None
-    """Role that the pods assume, for example `arn:minio:iam:::role/NAME`. Absent: the token's own claims decide, which
-    MinIO can be configured for."""
+    """Role that the pods assume, for example `arn:minio:iam:::role/NAME`. Absent: the claims in the token decide what
+    the pods may do, as MinIO can be configured."""
 
 
 class ConfigMapKeyRef(ApiModel):
@@ -72,7 +72,8 @@ class ConfigMapKeyRef(ApiModel):
 
 
 class CheckpointSpec(ApiModel):
-    """How often checkpoints are committed, and how many of them are kept."""
+    """How often checkpoints are saved, and how many of them are kept. The last step, and each evaluation that improves
+    the best score, make a checkpoint too."""
 
     model_config = ConfigDict(json_schema_extra=at_most_one_of("everySteps", "everyMinutes"))
 
@@ -126,10 +127,10 @@ class StorageSpec(ApiModel):
     """Secret that holds the access key. Absent: `identity`, or what the platform gives the pod by itself: a web
     identity such as IRSA, EKS Pod Identity, or the node's role."""
     identity: IdentitySpec | None = None
-    """Token that the pods exchange for an access key, as MinIO and Amazon S3 accept it. Absent: no token is mounted."""
+    """Token that the pods exchange for an access key. MinIO and Amazon S3 support this. Absent: no token is mounted."""
     ca_config_map_ref: ConfigMapKeyRef | None = None
-    """ConfigMap key with the CA certificates (PEM) that sign the endpoint's certificate. Absent: the CA certificates in
-    the image."""
+    """ConfigMap key that holds the CA certificates (PEM) with which the object store's certificate is verified. Absent:
+    the CA certificates in the image."""
     addressing: Addressing | None = None
     """Place of the bucket's name in a request: Path (`https://host/bucket/key`) or VirtualHosted
     (`https://bucket.host/key`). Absent: VirtualHosted for Amazon S3, Path for other stores."""
@@ -138,10 +139,10 @@ class StorageSpec(ApiModel):
     run_id: RunId | None = None
     """Name of the folder in the bucket that holds all runs of the job. A new job with the same name, namespace and
     runId resumes from the newest checkpoint, or takes over the artifact that is already there. Absent: the folder of a
-    former job with the same name, namespace and training, if the preflight check finds one, else the job's uid. A name
-    that no job has used makes the job train anew."""
+    former job with the same name, namespace and training, if the preflight check finds one, else the job's uid. To
+    train anew, set a name that no job has used."""
     checkpoint: CheckpointSpec = CheckpointSpec()
-    """How often checkpoints are committed, and how many of them are kept."""
+    """How often checkpoints are saved, and how many of them are kept."""
     artifact: Export | None = None
     """Form of the exported artifact after LoRA: the adapter, the base model with the adapter merged into it, or both.
     Absent: Adapter. Must be absent with `method: Full`, which exports the whole model."""

@@ -39,8 +39,7 @@ class WeightsAndBiasesSpec(ApiModel):
 
 
 class TrackingSpec(ApiModel):
-    """Experiment tracker that gets the metrics in addition to the status. Exactly one of the fields must be set. A
-    failing tracker never stops the training."""
+    """Experiment tracker that gets the metrics in addition to the status. Exactly one of the fields must be set."""
 
     model_config = ConfigDict(json_schema_extra=exactly_one_of("tensorBoard", "mlflow", "weightsAndBiases"))
 

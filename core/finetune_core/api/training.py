@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from finetune_core.api.base import QUANTITY_LENGTH, ApiModel, DecimalString, cel, exactly_one_of, int_or_string, join
 
 Schedule = Literal["Linear", "Cosine", "Constant"]
-"""Course of the learning rate after the warm-up."""
+"""How the learning rate changes after the warm-up."""
 Precision = Literal["bf16", "fp32"]
 """Number format of the computation."""
 StabilityAction = Literal["Record", "RollBack", "Fail"]
@@ -50,26 +50,27 @@ class TrainingSpec(ApiModel):
     global_batch_size: Annotated[int, Field(ge=1, le=65536)]
     """Examples per optimizer step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Examples that one process computes at once (with `dataset.packing`: sequences). Absent: the process's share of
-    the global batch, at most 8."""
+    """Examples that one process computes at once (with `dataset.packing`: sequences). Absent: what follows from
+    `gradientAccumulationSteps`, or without that field the process's share of the global batch, at most 8."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """Micro-batches per optimizer step. Absent: as many as the global batch needs. When set, this number times
-    `microBatchSize` times the number of processes must equal `globalBatchSize`."""
+    """Micro-batches of one process per optimizer step. Absent: as many as the process's share of the global batch
+    needs. When set, this number times `microBatchSize` times the number of processes must equal `globalBatchSize`."""
     schedule: Schedule = "Linear"
-    """Course of the learning rate after the warm-up: Linear falls to zero in a straight line, Cosine falls to zero in a
-    half cosine, Constant stays at the peak."""
+    """How the learning rate changes after the warm-up: Linear falls to zero in a straight line, Cosine falls to zero in
+    a half cosine, Constant stays at the peak."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Steps in which the learning rate rises from zero to its peak in a straight line."""
     weight_decay: DecimalString = "0"
     """Decoupled weight decay of AdamW."""
     gradient_clipping: DecimalString = "1.0"
-    """Largest norm of the gradient over all parameters. A larger gradient is scaled down. 0 switches clipping off."""
+    """Largest norm that the gradient over all trained parameters may have. A gradient with a larger norm is scaled down
+    to this norm. 0 switches clipping off."""
     precision: Precision = "bf16"
     """Number format of the computation. The trainer never changes the format by itself."""
     gradient_checkpointing: bool = False
     """true recomputes activations in the backward pass, which needs less memory and about a third more time."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
-    """Seed of the order of rows, of the initial values of new weights, and of dropout."""
+    """Seed from which the order of the rows, the initial values of new weights, and dropout follow."""
 
 
 ZeroStage = Annotated[
@@ -112,9 +113,10 @@ class StabilitySpec(ApiModel):
 
     on_non_finite: StabilityAction = "Fail"
     """What follows a loss or gradient that is not a finite number. Such a gradient is never applied. Record: the step
-    is skipped and counted. RollBack: training continues from the last good checkpoint with a lower learning rate.
-    Fail: the job ends as Diverged."""
+    is skipped and recorded in `status.incidents`. RollBack: training continues from the last good checkpoint with a
+    lower learning rate. Fail: the job ends as Diverged."""
     on_exploding_loss: StabilityAction | None = None
     """What follows a loss far above its recent values. Absent: the loss is not watched."""
     stall_timeout_seconds: Annotated[int, Field(ge=60, le=86_400)] = 600
-    """Longest time of one optimizer step in seconds. A longer step ends the attempt, which is then retried."""
+    """Seconds without progress, for example in one optimizer step, after which the trainer exits. The attempt then ends
+    and is retried."""

@@ -1,4 +1,4 @@
-"""Messages and file locations on which operator and training pods agree.
+"""Messages between operator and training pods, and the paths of files that both know.
 
 The operator writes the run file, and the trainer answers with reports, results and exit codes. Models of the Kubernetes
 resource belong into `api/`.

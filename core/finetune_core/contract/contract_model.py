@@ -1,7 +1,7 @@
 """The base classes of all messages between operator and trainer, and the version number of these messages.
 
-Where the run file has another version, the trainer ends with exit code 64. Where a report has another version, the
-operator counts it as malformed. No message contains a secret.
+Each message carries the version number. A trainer ends with exit code 64 where the run file has another version than
+its own, and the operator counts a report of another version as malformed. No message contains a secret.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ContractModel(BaseModel):
     )
 
     def to_json(self) -> str:
-        """Return the object as one line of JSON without absent fields."""
+        """Return the object as one line of JSON, without the fields that are None."""
         return self.model_dump_json(by_alias=True, exclude_none=True)
 
 
@@ -42,7 +42,8 @@ class TerminationMessage(ContractModel):
 
     @classmethod
     def from_termination_message(cls, text: str) -> Self | None:
-        """Parse a container's termination message. Return None for any other text, such as a traceback."""
+        """Return the message in ``text``, a container's termination message. Return None where ``text`` is something
+        else, such as a traceback."""
         try:
             return cls.model_validate_json(text)
         except ValueError:

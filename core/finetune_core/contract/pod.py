@@ -17,12 +17,12 @@ from finetune_core.errors import UserError
 RUN_FOLDER = "/etc/finetune"
 RUN_FILE = f"{RUN_FOLDER}/run.json"
 CA_FILE = f"{RUN_FOLDER}/ca.crt"
-"""Path of the CA certificates that the trainer needs to trust the operator's report server. The file is a key of the
-attempt's ConfigMap."""
+"""Path of the CA certificates with which the trainer verifies the certificate of the operator's report server. The file
+is a key of the attempt's ConfigMap."""
 NONCE_FILE = f"{RUN_FOLDER}/nonce"
-"""Path of a random text that differs in every attempt. The file is a key of the attempt's ConfigMap. The pods of an
-attempt with several nodes prove to each other that they know the text. It is not part of the run file, so that a
-trainer image of an older version still reads the run file."""
+"""Path of a random text (nonce) that differs in every attempt. The file is a key of the attempt's ConfigMap. The pods
+of an attempt with several nodes prove to each other that they know the nonce. The nonce is not a field of the run file,
+because a trainer image of an older version refuses a run file with a field that it does not know."""
 ACCESS_KEY_ID = "AWS_ACCESS_KEY_ID"
 SECRET_ACCESS_KEY = "AWS_SECRET_ACCESS_KEY"  # noqa: S105  (the name of a variable)
 SESSION_TOKEN = "AWS_SESSION_TOKEN"  # noqa: S105  (the name of a variable)
@@ -36,8 +36,8 @@ WEB_IDENTITY_FILE = "/var/run/secrets/finetune.dev/identity/token"
 WEB_IDENTITY_FILE_VARIABLE = "AWS_WEB_IDENTITY_TOKEN_FILE"
 STS_ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL_STS"
 ROLE_ARN_VARIABLE = "AWS_ROLE_ARN"
-"""These three are variables of the AWS SDKs. They name the token's file, the address of the security token service, and
-the role."""
+"""The three names above are environment variables of the AWS SDKs. Their values are the path of the service-account
+token, the address of the security token service, and the role."""
 STORAGE_CA_FILE = "/etc/finetune-storage/ca.crt"
 """Path of the object store's CA certificates, from `storage.caConfigMapRef`. Where the file does not exist, the CA
 certificates in the image are used."""
@@ -51,7 +51,8 @@ TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path
 TERMINATION_LOG = "/dev/termination-log"
 """File whose content the kubelet copies into the pod's status when the container ends."""
 SCRATCH_FOLDER = "/scratch"
-"""Path at which a writable emptyDir is mounted. HOME, downloads and snapshots lie there."""
+"""Path at which a writable emptyDir is mounted. It is the pod's HOME, and holds downloaded files and the files of
+checkpoints until their upload."""
 VOLUMES_FOLDER = "/var/run/finetune/volumes"
 """Folder below which PersistentVolumeClaims with the model or data are mounted, read-only, each at `<this folder>/<name
 of the claim>`."""

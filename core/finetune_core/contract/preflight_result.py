@@ -1,4 +1,4 @@
-"""The result of a preflight pod: its findings, as JSON in the container's termination message.
+"""The result of a preflight check: its findings, as JSON in the termination message of the check's container.
 
 The trainer image's preflight program writes the result, and the operator's `decide/preflight.py` reads it. A finding is
 final when the spec or the content of the data makes the job impossible. A finding is an outside problem when it can be
@@ -30,7 +30,8 @@ FINDING_LIMIT = 2048
 
 
 class FindingKind(StrEnum):
-    """Whether another try of the check can succeed: never for `Final`, possibly for `Outside`."""
+    """The kinds of findings. After a `Final` finding no other try of the check can succeed, after an `Outside` finding
+    it may."""
 
     FINAL = "Final"
     OUTSIDE = "Outside"
@@ -45,8 +46,8 @@ class Finding(ContractModel):
 
 
 class FoundArtifact(ContractModel):
-    """The committed artifact of a run that a preflight check has found. The operator makes the artifact's address from
-    the spec, because the bucket is not trusted to name one."""
+    """The committed artifact of a run that a preflight check has found. There is no field for the artifact's address:
+    the operator makes the address from the spec, because an address from the bucket is not trusted."""
 
     run: Annotated[int, Field(ge=1, lt=1_000_000)]
     bytes: Annotated[int, Field(ge=0, lt=2**63)]
@@ -55,18 +56,19 @@ class FoundArtifact(ContractModel):
 
 
 class FoundRun(ContractModel):
-    """What the job's folder in the bucket, or the folder of a former job with the same training, holds already."""
+    """What already lies in the job's folder in the bucket, or in the folder of a former job with the same training."""
 
     run_id: RunId
-    """Name of the folder of runs."""
+    """Name of the folder in the bucket that holds the runs: `storage.runId`, or the uid of a job."""
     uid: Annotated[str, Field(max_length=64, pattern="^[-A-Za-z0-9]*$")] = ""
-    """uid of the job that last wrote to the folder. Empty if the folder does not tell."""
+    """uid of the job that last wrote to the folder. Empty if no record in the folder names a job."""
     time: datetime
-    """When the first run in the folder was begun, by the clock of the object store."""
+    """Time at which the first run in the folder began, by the clock of the object store."""
     step: Annotated[int, Field(ge=0, lt=2**63)]
     """Optimizer step of the artifact or, without an artifact, of the newest checkpoint."""
     artifact: FoundArtifact | None = None
-    """The committed artifact. None where the run is not finished, so that it can only be resumed."""
+    """The committed artifact. None where no run in the folder is finished, so that the job resumes from the checkpoint
+    of ``step``."""
     evaluation: EvaluationRecord | None = None
 
 
@@ -77,9 +79,9 @@ class PreflightResult(TerminationMessage):
     findings: list[Finding]
     """The problems, final ones first. No message occurs twice."""
     notices: list[str] = []
-    """Remarks that a user may want to know although nothing is wrong."""
+    """Sentences about things that a user may want to know although nothing is wrong."""
     found: FoundRun | None = None
-    """A run that the job takes over instead of training anew. None where there is none."""
+    """What the job takes over instead of training anew. None where the check found nothing to take over."""
 
     @property
     def exit_code(self) -> int:
@@ -90,13 +92,13 @@ class PreflightResult(TerminationMessage):
 
     @property
     def is_final(self) -> bool:
-        """Whether a finding makes the job impossible."""
+        """Whether at least one finding is final, which means that the job can't run."""
         return any(finding.kind is FindingKind.FINAL for finding in self.findings)
 
     @property
     def sentence(self) -> str:
-        """The findings in one line. If there are final findings, the line contains only these, because they decide that
-        the job fails."""
+        """The messages of the findings, joined to one line. Where there are final findings, the line contains only
+        their messages, because the job fails because of them."""
         decisive = [finding for finding in self.findings if finding.kind is FindingKind.FINAL] or self.findings
         return "; ".join(finding.message for finding in decisive)
 
@@ -122,8 +124,9 @@ def _shorter(result: PreflightResult) -> PreflightResult:
     *others, last = result.findings
     if others:
         return result.model_copy(update={"findings": others})
-    # The cut assumes 6 bytes of JSON for each character, the most that one character takes (\u0000). So it may be too
-    # small, and the next call then cuts more. The ellipsis takes three bytes.
+    # The number of characters to cut is computed as if each took 6 bytes of JSON, the most that a character can take
+    # (\u0000). Where the characters take less, the text stays too long, and the next call cuts more of it. A few
+    # characters more than that are cut, because the ellipsis takes three bytes.
     kept = last.message.removesuffix("…")[: -(result.excess_bytes // 6 + 4)]
     return result.model_copy(update={"findings": [last.model_copy(update={"message": f"{kept}…" if kept else ""})]})
 

@@ -26,8 +26,8 @@ class CheckpointRecord(ContractModel):
     task_score: float | None = None
     time: datetime
     damaged: Annotated[str, Field(max_length=256)] = ""
-    """Name of a damaged object of the checkpoint, and how the object differs from the manifest. Set where the trainer
-    found the damage when it tried to resume. Empty where no damage is known."""
+    """Name of a damaged object of the checkpoint, and how the object differs from the manifest. The trainer finds
+    damage when it tries to resume from the checkpoint. Empty where no damage is known."""
 
 
 class CheckpointName(ContractModel):
@@ -51,20 +51,20 @@ def _rounded(value: float) -> float:
 
 
 class ScoreRecord(ContractModel):
-    """Scores of one model on the rows of an evaluation set."""
+    """Scores of the base model or of the tuned model on the rows of an evaluation set."""
 
     perplexity: Annotated[float, Field(ge=0)]
-    """exp of the mean loss (in nats) over all supervised tokens. These are the tokens that training takes the loss on,
-    such as the answers."""
+    """Perplexity: exp of the mean loss (in nats) over all supervised tokens. These are the tokens that training takes
+    the loss on, such as those of the answers."""
     all_token_perplexity: Annotated[float, Field(ge=0)] | None = None
     """Perplexity over all tokens of prompts and answers, as Anyscale's study of LoRA (September 2023) reports it."""
     task_score: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Mean of the task's main score over the graded answers. For a score that is only right or wrong this is the share
-    of right answers. None where no answers were graded."""
+    """Mean of the task's main score over the graded answers, from 0 to 1. Where an answer is either right or wrong for
+    this score, the mean is the share of right answers. None where no answers were graded."""
     scores: Annotated[dict[ScoreName, float], Field(max_length=SCORE_LIMIT)] = {}
     """For each score of the task, by name, its mean over the graded answers, for example ``{"exact": 0.9}``."""
     graded: Annotated[int, Field(ge=0)] = 0
-    """Number of graded answers. An answer is not graded where the row's own reference answer can't be used."""
+    """Number of graded answers. An answer is left out where the row has no reference answer that can be used."""
 
     def rounded(self) -> ScoreRecord:
         """Return the record with all scores rounded to six significant digits."""
@@ -81,8 +81,8 @@ class EvaluationRecord(ContractModel):
 
     rows: ScoredRows
     examples: Annotated[int, Field(ge=0)]
-    """Number of rows in the evaluation set. The number of graded answers may be smaller: it is `graded` of `base` and
-    `tuned`."""
+    """Number of rows in the evaluation set. `base.graded` and `tuned.graded` are the numbers of graded answers, which
+    may be smaller."""
     base: ScoreRecord | None = None
     tuned: ScoreRecord | None = None
     tuned_step: Annotated[int, Field(ge=0)] | None = None

@@ -1,4 +1,4 @@
-"""Reports: the JSON that rank 0 posts to the operator's report server while it trains.
+"""Reports: the JSON that rank 0 of an attempt posts to the operator's report server every few seconds.
 
 The module also defines the path to which a report is posted, and the audience of the token that authenticates the
 report.
@@ -35,8 +35,8 @@ class Phase(StrEnum):
 
 
 class Report(ContractModel):
-    """What rank 0 posts to the operator every few seconds. Each report contains the whole state, so that a lost report
-    loses nothing."""
+    """What rank 0 posts to the operator every few seconds. Each report contains the whole state, so that the next
+    report makes up for one that was lost."""
 
     version: Literal[1] = CONTRACT_VERSION
     run: Annotated[int, Field(ge=0)]
@@ -44,8 +44,8 @@ class Report(ContractModel):
     pod_uid: Annotated[str, Field(max_length=64)]
     phase: Phase
     ranks: Annotated[int, Field(ge=1)]
-    """Number of ranks that have joined. The number is always the world size, because rank 0 sends its first report only
-    after all ranks have joined."""
+    """Number of ranks that have joined the process group. It is always the world size, because rank 0 sends its first
+    report only after all ranks have joined."""
     step: Annotated[int, Field(ge=0)]
     total_steps: Annotated[int, Field(ge=0)]
     epoch: Annotated[float, Field(ge=0)]
@@ -53,8 +53,7 @@ class Report(ContractModel):
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
     """Recent training speed: tokens of prompts and completions (without padding) per second, summed over all ranks."""
     mfu: Annotated[float, Field(ge=0)] | None = None
-    """Model FLOPs utilisation of the newest step, from 0 to 1. None where the peak FLOP/s of the device are not
-    known."""
+    """Model FLOPs utilisation of the newest step, from 0 to 1. None where the device's peak FLOP/s is not known."""
     metrics: Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=METRIC_LIMIT)]
     """Newest value of each metric: loss, perplexity, learningRate, gradientNorm, and further metrics that the trainer's
     `reporting/progress.py` adds."""
@@ -68,7 +67,7 @@ class Report(ContractModel):
     checkpoint_age_seconds: Annotated[int, Field(ge=0)] | None = None
     """Seconds since the newest commit of a checkpoint of this run. Before the first commit, seconds since the trainer
     prepared to save checkpoints, which it does before the first step. A lost pod would cost the training of this time,
-    and what was trained while the newest checkpoint was uploaded."""
+    and also what was trained while the newest checkpoint was uploaded."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
     """What is wrong with saving: why the newest checkpoint is older than the job asks for, or why old checkpoints can't
     be deleted. Empty where nothing is wrong."""
@@ -76,7 +75,7 @@ class Report(ContractModel):
     """The best checkpoint by `evaluation.bestBy`, of the checkpoints that led to the current weights. None where none
     of them was scored."""
     notices: Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=NOTICE_LIMIT)] = []
-    """Sentences for people that are not failures, for example about rows that were skipped."""
+    """Sentences for people about things that are not failures, for example that rows were skipped."""
     evaluation: EvaluationRecord | None = None
     incidents: Annotated[list[Incident], Field(max_length=INCIDENT_LIMIT)] = []
     """Incidents of the stability monitor, oldest first."""
@@ -86,8 +85,8 @@ class Report(ContractModel):
         """Return the report as JSON of at most `REPORT_LIMIT_BYTES`, which the report server accepts.
 
         Where the JSON is too long, the report loses the oldest items of its longest list, again and again. What is
-        newest is kept: the newest checkpoints, incidents, notices and points of the curve. A message of the result that
-        is longer than all lists is cut at its end.
+        newest is kept: the newest checkpoints, incidents, notices and points of the curve. Where the message of the
+        result is longer than the longest list, the end of the message is cut instead.
         """
         report, body = self, self.to_json().encode()
         while len(body) > REPORT_LIMIT_BYTES:
@@ -96,14 +95,15 @@ class Report(ContractModel):
         return body
 
     def _shortened(self, excess: int) -> Report:
-        """Return the report with ``excess`` bytes less in its longest list or in the message of its result.
+        """Return the report with its longest list, or the message of its result, at least ``excess`` bytes shorter.
 
-        Fewer bytes are cut where the list or message is shorter. Raises ValueError where nothing is left to cut.
+        Less is cut where the whole list has fewer bytes, and where the characters of the message take fewer than 6
+        bytes each. Raises ValueError where nothing is left to cut.
         """
         sizes = {name: _sizes(getattr(self, name)) for name in _LISTS}
         longest = max(_LISTS, key=lambda name: sum(sizes[name]))
         if self.result is not None and len(self.result.message.encode()) > sum(sizes[longest]):
-            # A character takes at most 6 bytes in JSON, so at least this many must go.
+            # A character takes at most 6 bytes in JSON, so at least this number of characters must be cut.
             message = self.result.message[: -(excess // 6 + 1)]
             return self.model_copy(update={"result": self.result.model_copy(update={"message": message})})
         dropped = freed = 0
@@ -116,7 +116,8 @@ class Report(ContractModel):
 
 
 _LISTS: Final = ("checkpoints", "incidents", "notices", "history")
-"""The fields of a report that may become shorter, each a list with the oldest item first."""
+"""The fields of a report that may lose items where the report is too long. Each is a list with the oldest item
+first."""
 
 
 def _sizes(items: Sequence[ContractModel | str]) -> list[int]:
@@ -136,6 +137,7 @@ def report_audience(job_uid: str) -> str:
 def report_path(namespace: str, name: str, attempt: int) -> str:
     """Return the URL path to which rank 0 posts its reports on the operator's report server.
 
-    The server accepts only names of possible jobs and namespaces, and such names need no quoting in a URL.
+    The names are not quoted. Names of jobs and namespaces have no character that needs quoting in a URL, and the server
+    accepts no other names.
     """
     return f"/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/{attempt}/report"

@@ -1,5 +1,5 @@
-"""How an attempt ends: the exit code of a training pod, the outcome, and the result in the pod's termination
-message."""
+"""How an attempt ends: the exit codes of training pods, the outcomes, and the result that each pod writes as its
+termination message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune_core.contract.records import ArtifactRecord, EvaluationRecord
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the trainer's PID 1. The operator takes any other exit code for a crash."""
+    """Exit codes of PID 1 in a training pod. The operator takes any other exit code for a crash."""
 
     DONE = 0
     """The training is complete or stopped early, and the artifact is committed."""
@@ -25,11 +25,11 @@ class ExitCode(IntEnum):
     """The object store, another rank, or the credentials failed for longer than the trainer waits, or a step took too
     long."""
     STOPPED = 143
-    """The trainer received SIGTERM and committed a checkpoint afterwards."""
+    """The trainer received SIGTERM, committed a checkpoint, and ended."""
 
 
 class Outcome(StrEnum):
-    """What an attempt ended with."""
+    """How an attempt ended, as the trainer saw it."""
 
     COMPLETED = "Completed"
     EARLY_STOPPED = "EarlyStopped"
@@ -81,8 +81,8 @@ class Result(TerminationMessage):
         excess = len(text.encode()) - RESULT_LIMIT_BYTES
         message = self.message
         while excess > 0 and message:
-            # Each round cuts as many characters as the excess needs if one character takes 6 bytes in JSON (\u0000),
-            # the most that it can take. It takes at least 1 byte, so a few rounds are enough.
+            # Each round cuts as many characters as are too many if each takes 6 bytes in JSON, the most that a
+            # character can take (\u0000). Each character takes at least 1 byte, so a few rounds are enough.
             message = message[: -max(1, excess // 6 + 1)]
             text = self.model_copy(update={"message": message + "…"}).to_json()
             excess = len(text.encode()) - RESULT_LIMIT_BYTES

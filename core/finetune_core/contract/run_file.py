@@ -1,7 +1,7 @@
-"""The run file: all settings of an attempt, with every default resolved and without secrets.
+"""The run file: all settings of an attempt, with defaults filled in and without secrets.
 
-`resolve.py` makes the run file, and the operator stores it in the attempt's ConfigMap. Of the job the trainer reads
-nothing else.
+`resolve.py` makes the run file, and the operator stores the run file in the attempt's ConfigMap. The trainer reads
+nothing else of the job.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ class OptimizationConfig(ContractModel):
     seed: int
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     offload_optimizer: bool = False
-    """Whether the optimizer state lies in the node's memory instead of the GPU's."""
+    """Whether the optimizer state is kept in the node's memory instead of the GPU's."""
     offload_parameters: bool = False
-    """Whether parameters that are not in use lie in the node's memory instead of the GPU's. Only with ZeRO stage 3."""
+    """Whether parameters that are not in use are kept in the node's memory instead of the GPU's. Only with ZeRO stage
+    3."""
     overrides: str | None = None
     """A JSON object, as text, that is merged into DeepSpeed's configuration last."""
 
@@ -66,7 +67,8 @@ class GenerationConfig(ContractModel):
 
 
 class EvaluationConfig(ContractModel):
-    """The `evaluation` section with every default resolved."""
+    """The `evaluation` section with its defaults resolved. Only `every_steps` may be None, which stands for the steps
+    of one epoch: the trainer knows that number once it has counted the rows."""
 
     every_steps: int | None = None
     generation: GenerationConfig = GenerationConfig()
@@ -95,7 +97,8 @@ class StorageConfig(ContractModel):
     endpoint: str
     region: str
     credentials: Literal["Secret", "Identity"] = "Secret"
-    """Where the access key comes from: the files of a mounted Secret, or the pod's own identity."""
+    """Where the access key comes from. Secret: from the files of a mounted Secret. Identity: from the pod's own
+    identity, such as the token of `storage.identity` or the node's role."""
     addressing: Addressing | None = None
     """Where the bucket's name stands in a request. None: in the host name for Amazon S3, in the path for other
     stores."""
@@ -106,7 +109,7 @@ class StorageConfig(ContractModel):
     keep_last: Annotated[int, Field(ge=1)]
     keep_best: Annotated[int, Field(ge=1)] = 1
     artifact: Export = "Adapter"
-    """Form of the artifact of a LoRA job. A job with `method: Full` exports the whole model, whatever stands here."""
+    """Form of the artifact of a LoRA job. A job with `method: Full` ignores this field and exports the whole model."""
 
 
 class ReportConfig(ContractModel):
@@ -117,7 +120,7 @@ class ReportConfig(ContractModel):
 
 
 class RunConfig(ContractModel):
-    """The run file: all settings of an attempt, with every default resolved and without secrets."""
+    """The run file: all settings of an attempt, with defaults filled in and without secrets."""
 
     version: Literal[1] = CONTRACT_VERSION
     world: WorldConfig

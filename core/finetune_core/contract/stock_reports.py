@@ -1,8 +1,10 @@
-"""Reports in the progress protocol that Kubeflow Trainer defines for its TrainJobs ("stock reports"). Through this
-protocol code that knows nothing of this project, such as the Trainer class of transformers, reports into a FineTuneJob.
+"""Stock reports: reports in the progress protocol that Kubeflow Trainer defines for its TrainJobs. Through this
+protocol, training code that knows nothing of this project, such as the Trainer class of transformers, can report the
+progress of a FineTuneJob.
 
-The operator sets the variables of `client_environment` in every pod. `reports/server.py` serves `ROUTE` and turns the
-body of each request into a `StockReport`. `status/report_merge.py` merges the `StockReport` into the status.
+The operator sets the environment variables of `client_environment` in every training pod. `reports/server.py` serves
+`ROUTE` and turns the body of each request into a `StockReport`. `status/report_merge.py` merges the `StockReport` into
+the status.
 
 KubeflowCallback, the client in transformers, reports less than the trainer of this project, and some of its values are
 wrong: after a resume it reports 0 % and a remaining time that counts the steps of earlier runs, and at the end it
@@ -29,8 +31,8 @@ CA_VARIABLE: Final = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 TOKEN_VARIABLE: Final = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105  (a variable's name)
 _STEP, _TOTAL, _EPOCH = "current_step", "total_steps", "current_epoch"
 _RENAMED_METRICS: Final = {"learning_rate": "learningRate", "grad_norm": "gradientNorm", "eval_loss": "evaluationLoss"}
-"""For each metric that KubeflowCallback names differently: its name there, and its name in the status of a
-FineTuneJob."""
+"""For each metric that KubeflowCallback and this project name differently: the name that KubeflowCallback sends, and
+the name in the status of a FineTuneJob."""
 
 
 class _WireModel(BaseModel):
@@ -57,14 +59,14 @@ class TrainerStatus(_WireModel):
 
 
 class RuntimeStatus(_WireModel):
-    """The body of a request to `ROUTE`. In Kubeflow it is a part of a TrainJob's status."""
+    """The body of a request to `ROUTE`. In Kubeflow the same fields are a part of a TrainJob's status."""
 
     trainer_status: TrainerStatus
 
 
 class StockReport(Report):
-    """A report in Kubeflow's protocol. A `reported_` field is None where the client did not send the value. The status
-    then keeps its earlier value."""
+    """A report in Kubeflow's protocol. A field whose name begins with `reported_` is None where the client did not send
+    the value. The status then keeps the value that it has."""
 
     reported_step: int | None
     reported_total: int | None
@@ -73,10 +75,11 @@ class StockReport(Report):
 
 
 def client_environment(base_url: str, namespace: str, name: str) -> dict[str, str]:
-    """Return three environment variables, through which Kubeflow's clients find the address of the report server, its
-    CA certificates, and the token.
+    """Return three environment variables for clients of Kubeflow's protocol: the address to which they report, and the
+    paths of the files with the CA certificates of the report server and with the token.
 
-    The trainer of this project does not read these variables, so that no progress is reported twice.
+    The trainer of this project does not read these variables and posts its own reports, so no progress is reported
+    twice.
     """
     return {
         SERVER_URL_VARIABLE: base_url + ROUTE.format(namespace=namespace, name=name),
@@ -99,8 +102,8 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
         run=0,
         pod_uid=pod_uid,
         phase=Phase.TRAINING,
-        # The protocol does not say how many ranks have joined. All have, because KubeflowCallback sends its first
-        # report when training begins, and training needs all ranks.
+        # The protocol does not say how many ranks have joined. All ranks have joined, because KubeflowCallback sends
+        # its first report when training begins, and training needs all ranks.
         ranks=ranks,
         step=step or 0,
         total_steps=total or 0,

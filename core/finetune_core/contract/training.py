@@ -1,8 +1,9 @@
-"""What a job trains, in a form in which two jobs can be compared: a digest of the settings that define the training,
+"""What a job trains, as two values by which jobs can be compared: a digest of the settings that define the training,
 and the identities of base model and data.
 
-The trainer records both for each run in the bucket. The preflight check of a job whose status is lost, for example in a
-cluster that was built anew, finds a run with equal values there, and the job then takes that run over.
+The trainer stores both values for each run in the bucket. Where a job has no status yet, for example in a cluster that
+was built anew, the preflight check looks in the bucket for a run of a former job with equal values, and the job then
+takes that run over.
 """
 
 from __future__ import annotations
@@ -47,30 +48,33 @@ NOT_THE_TRAINING = (
     "storage.keep_last",
     "storage.keep_best",
 )
-"""Fields of the run file that do not define what is trained: on which machines and how the work is divided, where the
-bucket is, and how often checkpoints are written. All other fields do, also those that later versions add."""
+"""Fields of the run file that do not define what is trained: they say on which machines and how the work is divided,
+where the bucket is, how often checkpoints are written, and which tokens give access. All other fields define what is
+trained, also those that later versions add."""
 
 
 class TrainingRecord(ContractModel):
-    """What a run trains. Two runs with equal records train the same."""
+    """What a run trains. Two runs with equal records train the same model in the same way on the same data."""
 
     settings_sha256: Sha256
     """`settings_digest` of the run file."""
     inputs: Annotated[dict[str, Sha256], Field(max_length=8)]
-    """Identity of the base model and of each data source as they were when the run began, by the path in the spec, for
-    example `dataset.train`."""
+    """For the base model and for each data source, by its path in the spec such as `dataset.train`: a sha256 that
+    identifies what the run read from there when it began."""
 
 
 def settings_digest(config: RunConfig) -> str:
     """Return the sha256 of all settings in ``config`` that define what is trained.
 
-    Absent fields are left out. So the digest of an older run stays valid where a later version adds an optional field.
+    Fields that are None are left out of the digest. So a later version that adds an optional field computes the same
+    digest for the settings of an older run.
     """
     return digest_of_fields(config.model_dump(mode="json", exclude_none=True))
 
 
 def digest_of_fields(run_file: Mapping[str, Any]) -> str:
-    """Return `settings_digest` of a run file whose fields are given by name, as JSON values and without absent ones."""
+    """Return the digest that `settings_digest` returns, for a run file as a dict of JSON values. Its keys are the names
+    of the fields in Python (snake_case), and fields that are None are left out."""
     fields = copy.deepcopy(dict(run_file))
     for path in NOT_THE_TRAINING:
         *sections, name = path.split(".")

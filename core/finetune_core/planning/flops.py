@@ -1,8 +1,8 @@
-"""Computes the FLOPs of a model's training, and the model FLOPs utilisation (MFU): the share of the devices' peak that
-is used.
+"""Computes the FLOPs of a model's training, and the model FLOPs utilisation (MFU): the FLOP/s that the model needs, as
+a share of the peak FLOP/s of all devices.
 
-The trainer's `reporting/meter.py` reports MFU with these functions. Only arithmetic that the model needs is counted, so
-recomputed activations and padding do not count.
+The trainer's `reporting/meter.py` computes the reported MFU with these functions. Only arithmetic that the model needs
+is counted, so recomputed activations and padding do not count.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ PEAK_FLOPS: Sequence[tuple[str, float]] = (
     ("A10G", 70.0e12),
     ("A10", 125.0e12),
 )
-"""For each kind of GPU: a part of the device's name, and the peak of dense bf16 arithmetic in FLOP/s from the vendor's
-data sheets, without sparsity. Of all entries that match a device's name the first one counts."""
+"""For each kind of GPU: a text that the device's name contains, and the peak of dense bf16 arithmetic (without
+sparsity) in FLOP/s, from the vendor's data sheets. Where a device's name contains the texts of several entries, the
+first of these entries counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +47,9 @@ class ModelShape:
 def forward_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
     """Return the FLOPs of a forward pass over sequences that have ``tokens`` tokens together.
 
-    Each parameter takes 2 FLOPs per token. Causal attention takes half of 4 * layers * width * length FLOPs per token.
-    Over all tokens this is proportional to ``squared_lengths``, the sum of the squares of the sequences' lengths.
+    Each parameter of a matrix takes 2 FLOPs per token. Causal attention takes 2 * layers * width * length FLOPs per
+    token, half of what attention without a mask takes. Summed over the tokens of all sequences, that is 2 * layers *
+    width times ``squared_lengths``, the sum of the squares of the sequences' lengths.
     """
     return 2.0 * shape.matrix_parameters * tokens + 2.0 * shape.layers * shape.attention_width * squared_lengths
 
@@ -55,16 +57,18 @@ def forward_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float
 def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
     """Return the FLOPs of a forward and a backward pass.
 
-    The backward pass takes twice the FLOPs of the forward pass. Half of the backward pass computes gradients of
-    weights, and LoRA needs these only for its adapters. So with LoRA both passes together take 2 + adapters / frozen
-    parameters times the FLOPs of the forward pass, as in NeMo's helper for LoRA.
+    The backward pass takes twice the FLOPs of the forward pass. So both passes together take 3 times the FLOPs of the
+    forward pass. Half of the backward pass computes gradients of weights, which LoRA needs only for its adapters. So
+    LoRA takes 2 + r times the FLOPs of the forward pass, where r is ``trained_parameters`` divided by
+    ``matrix_parameters``, as in NeMo's helper for LoRA.
     """
     factor = 2.0 + shape.trained_parameters / shape.matrix_parameters if shape.adapters else 3.0
     return factor * forward_flops(shape, tokens, squared_lengths)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the peak of dense bf16 arithmetic of a device in FLOP/s, or None for an unknown device such as a CPU."""
+    """Return the peak of a device's dense bf16 arithmetic in FLOP/s, or None for a device that is not in `PEAK_FLOPS`,
+    such as a CPU."""
     return next((peak for part, peak in PEAK_FLOPS if part in device_name), None)
 
 

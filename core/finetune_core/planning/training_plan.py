@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 LARGEST_PLANNED_MICRO_BATCH = 8
-"""Largest micro-batch, in examples, where the job sets neither `microBatchSize` nor `gradientAccumulationSteps`."""
+"""Most examples in a micro-batch where the job sets neither `microBatchSize` nor `gradientAccumulationSteps`."""
 
 
 def zero_stage(requested: int | str, *, processes: int) -> int:
@@ -14,7 +14,7 @@ def zero_stage(requested: int | str, *, processes: int) -> int:
 
     `Auto` is stage 2 with several processes, because stage 2 shards optimizer state and gradients without more network
     traffic than plain data parallelism (arXiv 1910.02054, section 7). With one process nothing can be sharded, and
-    `Auto` is stage 1.
+    `Auto` is stage 1, because the API allows stage 0 only with fp32.
     """
     if isinstance(requested, int):
         return requested
@@ -32,9 +32,9 @@ def micro_batch_size(
     """Return the number of examples that one process computes at once. ``requested`` is the job's `microBatchSize`, if
     any.
 
-    Where the job sets only `gradientAccumulationSteps`, the number follows from it, and a rule of the CRD ensures that
-    the division leaves no remainder. Where the job sets neither, the number is the process's share of the global batch,
-    at most 8.
+    Where the job sets only `gradientAccumulationSteps`, the number is the global batch divided by these steps and the
+    processes. A CEL rule of the CRD refuses jobs for which this division leaves a remainder. Where the job sets
+    neither, the number is the process's share of the global batch, at most 8.
     """
     if requested is not None:
         return requested

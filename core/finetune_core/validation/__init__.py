@@ -1,5 +1,5 @@
 """Finds without a cluster what the API server and the operator would refuse in a job file.
 
-`validate_job.validate_job` is the entry point. The operator's image does not contain the CEL library. Therefore the
-operator imports only `runnable`, and the library is imported only when a rule is evaluated.
+`finetune validate` calls `validate_job.validate_job`. The operator calls only `runnable`. Its image does not contain
+the CEL library, so `cel_rules` imports the library only when a rule is evaluated.
 """

@@ -1,9 +1,9 @@
-"""Evaluates the CEL rules in the schema (`x-kubernetes-validations`), which are also the rules that the API server
-evaluates.
+"""Evaluates the CEL rules in the schema (`x-kubernetes-validations`), as the API server does.
 
-The input is an object with its defaults, and the object's schema. For an update the old object is an input too. The
-result lists the messages of the violated rules. cel-python is used instead of a faster library in Rust, because the
-Rust library measures strings in bytes, and the definition of CEL asks for characters.
+The input is an object whose defaults are filled in, and the object's schema. For an update the old object is an input
+too. The result lists the violated rules by the paths of their fields and their messages. The CEL library is cel-python
+and not the faster one in Rust, because the length of a string in CEL is its number of characters, and the Rust library
+returns its number of bytes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from finetune_core.validation.problems import FieldPath, Problem
 
 Schema = Mapping[str, Any]
 _ABSENT = object()
-"""Stands for an old value that does not exist, because None may be an old value."""
+"""Stands for an old value that does not exist. None can't stand for it, because None may itself be an old value."""
 
 
 def check_rules(schema: Schema, value: Any, path: FieldPath, old: Any = _ABSENT) -> Iterator[Problem]:
     """Yield a problem for each violated rule about ``value`` and about the values inside it.
 
-    A rule with `oldSelf` is evaluated only where ``old`` has a value at the same place, as in the API server.
+    ``old`` is the value before an update. A rule that contains `oldSelf` is evaluated only where ``old`` has a value at
+    the same path, as in the API server.
     """
     rules = schema.get("x-kubernetes-validations")
     if rules:
@@ -40,17 +41,17 @@ def check_rules(schema: Schema, value: Any, path: FieldPath, old: Any = _ABSENT)
                 yield from check_rules(below, child, (*path, name), before)
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            # The items of a list are checked without an old value, because no rule with `oldSelf` lies below a list in
-            # the API.
+            # The items of a list are checked without old values, because no rule in the API about an item of a list, or
+            # about a field inside it, contains `oldSelf`.
             yield from check_rules(schema["items"], child, (*path, index))
 
 
 def check_rules_beside(schema: Schema, value: Any, path: FieldPath, broken: Collection[FieldPath]) -> Iterator[Problem]:
-    """Yield a problem for each violated rule, except in sections that contain one of the paths ``broken``. Those are
-    the paths with structural problems.
+    """Yield a problem for each violated rule about a section that contains none of the paths ``broken``. These are the
+    paths of the fields with structural problems, such as a wrong type.
 
-    With this function, one run of `finetune validate` reports both the structural problems and the violated rules
-    elsewhere.
+    With this function, one run of `finetune validate` reports the structural problems and also the violated rules of
+    all other sections.
     """
     if not any(place[: len(path)] == path for place in broken):
         yield from check_rules(schema, value, path)

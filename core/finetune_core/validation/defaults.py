@@ -1,7 +1,7 @@
-"""Fills in the defaults of a schema as the API server does.
+"""Fills in the defaults that a schema has, as the API server does.
 
-`validate_job.py` needs this module for specs that the pydantic models refuse. Even in such a spec it checks the CEL
-rules of all sections that have no structural problem.
+`validate_job.py` calls `defaulted` for a spec that the pydantic models refuse, before it checks the CEL rules of those
+sections of the spec that have no structural problem.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 
 def defaulted(schema: dict[str, Any], value: Any) -> Any:
-    """Return ``value`` with the defaults of ``schema`` filled in. Nulls count as absent."""
+    """Return ``value`` with the defaults of ``schema`` for absent fields. A field whose value is null counts as
+    absent."""
     if isinstance(value, dict) and "properties" in schema:
         filled = {key: item for key, item in value.items() if item is not None}
         for name, child in schema["properties"].items():

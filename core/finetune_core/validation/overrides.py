@@ -8,7 +8,7 @@ from typing import Any
 from finetune_core.errors import UserError
 
 PATH = "spec.deepspeed.overrides"
-"""Path of the field `deepspeed.overrides`, with which each message about it begins."""
+"""Path of the field `deepspeed.overrides`. Each message about the field begins with this path."""
 
 RESERVED_KEYS: dict[str, str] = {
     "train_batch_size": "training.globalBatchSize",
@@ -34,7 +34,7 @@ RESERVED_KEYS: dict[str, str] = {
     "nebula": "storage.checkpoint",
     "elasticity": "resources.nodes",
 }
-"""Keys of the DeepSpeed configuration that users must not override, with the field that decides each key."""
+"""For each key of the DeepSpeed configuration that users must not override: the field of the spec that decides it."""
 
 
 def override_problems(text: str) -> list[UserError]:

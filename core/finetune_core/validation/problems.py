@@ -1,5 +1,5 @@
-"""A problem of a job: the path of the field, what the field must be, and whether the API server or the operator refuses
-the job."""
+"""The model of a problem that makes a job invalid: the path of the field, what the field must be, and whether the API
+server or the operator refuses the job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FieldPath = tuple[str | int, ...]
 
 
 class Refusal(StrEnum):
-    """The component that refuses a job."""
+    """The component that refuses a job because of a problem."""
 
     SERVER = "server"
     """The API server refuses the job: `kubectl apply` fails."""
@@ -21,7 +21,7 @@ class Refusal(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem at one place of a job."""
+    """A problem with one field of a job. ``message`` says what the field must be."""
 
     path: FieldPath
     message: str

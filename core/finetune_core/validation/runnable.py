@@ -1,4 +1,4 @@
-"""Finds the reasons why the operator can't run a job although the schema accepts the job.
+"""Finds the reasons why the operator can't run a job that the schema accepts.
 
 `resolve.py` and `finetune validate` call `unrunnable`. In the cluster a job with such a problem ends with
 `Accepted=False`, and the message names the field's path. `NOT_YET` lists the fields that this version does not support.
@@ -24,7 +24,7 @@ class NotYet:
     path: str
     """Path of the field below `spec`, for example `tracking`."""
     honoured: tuple[Any, ...]
-    """Supported values. None means that the field may be absent."""
+    """The supported values of the field. None among them means that the field may be absent."""
     must: str
     """What the field must be, in the words that follow "must" in a message, for example `be absent`."""
 
@@ -74,7 +74,8 @@ _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2*
 
 
 def to_bytes(quantity: int | str) -> int:
-    """Return a memory quantity such as `1.5Gi` in bytes. The schema excludes all other forms."""
+    """Return the number of bytes of a memory quantity, which is an integer or a string such as `1.5Gi`. The schema
+    allows no other forms."""
     if isinstance(quantity, int):
         return quantity
     unit = quantity.lstrip("0123456789.")

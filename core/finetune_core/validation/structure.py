@@ -18,7 +18,8 @@ from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.validation.problems import FieldPath, Problem
 
 DEPTH_LIMIT = 100
-"""Deepest nesting that is checked. A job needs about a dozen levels, and JSON parsers fail at some depth beyond 100."""
+"""Most nested levels that a spec may have. A job needs about a dozen levels, and JSON parsers fail at some depth beyond
+100."""
 
 Schema = dict[str, Any]
 
@@ -30,7 +31,8 @@ def is_json(spec: Any) -> bool:
 
 
 def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
-    """Return ``spec`` as a pydantic model and no problems, or None and the problems of ``spec``."""
+    """Return the parsed spec and an empty list where ``spec`` fits the models, else None and the problems of
+    ``spec``."""
     obstacle = next(_unreadable(spec), None)
     if obstacle is not None:
         return None, [obstacle]
@@ -49,8 +51,8 @@ def check_structure(spec: Any) -> tuple[FineTuneJobSpec | None, list[Problem]]:
 
 
 def _unreadable(root: Any) -> Iterator[Problem]:
-    """Yield a problem for each place below ``root`` that JSON can't express or that is nested too deep. The function
-    uses a stack of its own and no recursion, because deep nesting would overflow Python's stack."""
+    """Yield a problem for each value in ``root`` that JSON can't express or that is nested too deep. The function uses
+    a list as a stack and no recursion, because deep nesting would overflow Python's call stack."""
     stack: list[tuple[Any, FieldPath]] = [(root, ("spec",))]
     while stack:
         node, path = stack.pop()
@@ -75,7 +77,7 @@ def _is_text(value: str) -> bool:
 
 
 def _problem(schema: Schema, error: Any) -> Problem:
-    """Turn pydantic's ``error`` into a problem with the path of the field and a sentence for people."""
+    """Return pydantic's ``error`` as a problem with the path of the field and a sentence for people."""
     path, node = _locate(schema, error["loc"])
     kind, value = error["type"], error.get("input")
     if kind == "missing":

@@ -24,7 +24,7 @@ from finetune_core.validation.runnable import unrunnable
 from finetune_core.validation.structure import check_structure, is_json
 
 ANNOTATIONS_LIMIT_BYTES = 262_144
-"""Most bytes of all annotations of an object together, as in the API server."""
+"""Most bytes that the keys and values of an object's annotations may have together, as in the API server."""
 METADATA_FIELDS = frozenset(
     {
         "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid",
@@ -50,8 +50,8 @@ def is_job(document: Any) -> bool:
 
 
 def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
-    """Return what API server and operator would say about ``document``. With ``old_spec``, the document is checked as
-    an update of a stored job that has this spec."""
+    """Return the problems for which API server or operator would refuse ``document``, and the spec that the API server
+    would store. With ``old_spec``, the document is checked as an update of a stored job that has this spec."""
     problems = [
         Problem((key,), "unknown field")
         for key in document
@@ -65,8 +65,9 @@ def validate_job(document: dict[str, Any], *, old_spec: dict[str, Any] | None = 
 
 
 def validate_spec(spec: Any, *, old_spec: dict[str, Any] | None = None) -> ValidationResult:
-    """Return what API server and operator would say about ``spec``, which may be any parsed value. With ``old_spec``,
-    it is checked as an update of this stored spec."""
+    """Return the problems for which API server or operator would refuse ``spec``, which may be any parsed value, and
+    the spec that the API server would store. With ``old_spec``, ``spec`` is checked as an update of this stored
+    spec."""
     schema = openapi_schema(FineTuneJobSpec)
     model, problems = check_structure(spec)
     if model is None:
@@ -133,5 +134,6 @@ def _is_label(pattern: str, value: str) -> bool:
 
 
 def _split(dotted: str) -> FieldPath:
-    """Return the subject of a UserError, a path such as `spec.lora.rank`, as a tuple of its parts."""
+    """Return a field's path in text form, such as `spec.lora.rank`, as a tuple of its parts. Subjects of UserErrors
+    have this form."""
     return tuple(dotted.split("."))

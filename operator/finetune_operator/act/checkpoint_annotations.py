@@ -46,8 +46,8 @@ class CheckpointAnnotations:
     async def update(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
         """Annotate the running pods with the time of the newest checkpoint in the stored status.
 
-        The pods of a job are annotated as often as its reports may cause a status write at most, because the reports
-        also choose that time. A later reconcile annotates the pods that are left out now.
+        The pods of a job are annotated no more often than its reports may cause status writes, because the time of the
+        newest checkpoint also comes from the reports. A later reconcile annotates the pods that are left out now.
         """
         current = job.status.attempts.current
         if not self._enabled or current is None:
@@ -61,7 +61,8 @@ class CheckpointAnnotations:
                 await self._cluster.annotate_pod(job.key.namespace, pod.name, pod.uid, {LAST_CHECKPOINT_TIME: value})
             except REQUEST_ERRORS as error:
                 # A failure is only logged, because nothing of the job depends on the annotation and a later reconcile
-                # tries again. Not even logged: the pod is gone (404), or a new pod has its name but another uid (409).
+                # tries again. It is not even logged where the pod is gone (404), or where a new pod with another uid
+                # has its name (409).
                 if not (isinstance(error, ApiError) and (error.is_not_found or error.is_conflict)):
                     logger.warning(
                         "pod %s was not annotated: %s", pod.name, describe_error(error), extra=job.log_fields

@@ -24,7 +24,8 @@ async def create_config_map(client: KubeClient, manifest: Manifest) -> None:
     """Create the ConfigMap, or accept the existing one where an earlier reconcile of the same job has created it.
 
     Raises RetryableError where the API server refuses the ConfigMap, or where a ConfigMap of that name belongs to
-    another owner. Raises ApiError (409) where the ConfigMap is to be created again soon.
+    another owner. Raises ApiError (409) where the existing ConfigMap is being deleted, so that the job is soon
+    reconciled again.
     """
     metadata = manifest["metadata"]
     try:

@@ -26,8 +26,8 @@ class NetworkPolicies:
         """Create the NetworkPolicy, or accept the existing one where an earlier reconcile of the job has created it.
 
         Raises RetryableError where the API server refuses the policy, or where a policy of that name belongs to another
-        owner. Raises ApiError (409) where the policy is to be created again soon. The attempt does not start without
-        its policy.
+        owner. Raises ApiError (409) where the existing policy is being deleted, so that the job is soon reconciled
+        again. The attempt does not start without its policy.
         """
         if not self._enabled:
             return

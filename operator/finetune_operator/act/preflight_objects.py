@@ -30,7 +30,7 @@ class PreflightObjects:
     """Creates and deletes the ConfigMap and the pod of each try of the preflight check."""
 
     def __init__(self, cluster: KubeClient, backoff: CreationBackoff) -> None:
-        """Create objects with ``cluster``, but none as long as ``backoff`` holds the job."""
+        """Create objects with ``cluster``, but none for a job whose ``backoff`` still lasts."""
         self._cluster = cluster
         self._backoff = backoff
 
@@ -52,13 +52,18 @@ class PreflightObjects:
 
     async def remove_all(self, job: StoredJob) -> Write | None:
         """Delete the pods of all tries that the job owns and that are not being deleted yet, and their ConfigMaps.
-        Return None where there is no such pod."""
+
+        Returns the deletion of the last pod; None where no pod was deleted.
+        """
         found = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
         pods = [parse_preflight_pod(manifest) for manifest in found if controller_uid(manifest) == job.uid]
         return await self.remove(job, [pod for pod in pods if pod is not None and pod.delete_deadline is None])
 
     async def remove(self, job: StoredJob, pods: Sequence[PodObservation]) -> Write | None:
-        """Delete ``pods``, each the pod of a try, and their ConfigMaps. Return None where no pod existed any more."""
+        """Delete ``pods``, each the pod of a try, and their ConfigMaps.
+
+        Returns the deletion of the last pod that still existed; None where no pod existed any more.
+        """
         write = None
         for pod in pods:
             await delete_config_map(self._cluster, job.key.namespace, pod.name, job.uid)

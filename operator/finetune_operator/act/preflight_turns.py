@@ -21,15 +21,18 @@ from finetune_operator.queue.work_queue import Key
 logger = logging.getLogger(__name__)
 
 STARTING_SECONDS = 60.0
-"""A pod that does not run this long after its creation, for example because a Secret is missing, takes no slot until it
-runs. Otherwise jobs that wait for something would keep all other jobs from being checked."""
+"""Seconds after the creation of a preflight pod from which on the pod takes a slot only while it runs. A pod may not
+run for long, for example because a Secret is missing, and must not keep all other jobs from being checked."""
 
 
 class PreflightTurns:
     """Keeps the slots of the preflight checks in step with the pods that exist."""
 
     def __init__(self, cluster: KubeClient, slots: PreflightSlots, namespaces: Sequence[str]) -> None:
-        """Count existing pods with ``cluster`` in ``namespaces``; in all namespaces where that is empty."""
+        """Give out ``slots``. Pods that exist already are counted with ``cluster`` in ``namespaces``.
+
+        They are counted in all namespaces where ``namespaces`` is empty.
+        """
         self._cluster = cluster
         self._slots = slots
         self._namespaces = namespaces
@@ -57,7 +60,8 @@ class PreflightTurns:
     async def has_come(self, key: Key, now: datetime) -> bool:
         """Return whether the job may create its preflight pod now.
 
-        The first call counts the pods that an operator before this one has created.
+        The first call gives slots to the jobs of the preflight pods that exist already, because an earlier process of
+        the operator may have created them.
         """
         if not self._counted:
             for namespace in self._namespaces or (None,):
@@ -72,7 +76,7 @@ class PreflightTurns:
         except ApiError as error:
             if not error.is_refusal:
                 raise
-            # The namespace or the operator's role in it was deleted. That must not hold back the jobs of the others.
+            # The namespace or the operator's role in it was deleted. That must not hold back jobs of other namespaces.
             logger.warning("the preflight pods in %s could not be counted: %s", namespace, error)
             return
         for manifest in pods:

@@ -25,8 +25,9 @@ charged, so that a job that makes no progress ends."""
 FIRST_BACKOFF_SECONDS = 10
 LONGEST_BACKOFF_SECONDS = 300
 SUSPENSIONS = (Cause.SUSPENDED, Cause.RESUMED_TOO_EARLY)
-"""Reasons of attempts that ended because a person or a queue suspended the job or its PyTorchJob. Such attempts are
-never charged and never make the back-off longer, however many they are."""
+"""Reasons of attempts that ended because a person or a queue suspended the job or its PyTorchJob, or because a queue
+resumed the PyTorchJob too early. Such attempts are never charged and never make the back-off longer, however many they
+are."""
 
 
 def cause_of(ruling: Ruling, now: datetime) -> AttemptCause:
@@ -47,18 +48,19 @@ def close(
     checkpoints: Sequence[CheckpointStatus],
     now: datetime,
 ) -> AttemptsStatus:
-    """Return ``attempts`` after the end of ``current``: counted as charged or free, and moved to `recent`.
+    """Return ``attempts`` after the end of ``current``: moved to `recent`, and counted if charged or free.
 
-    A free attempt is charged where FREE_IN_A_ROW says so. Further attempts that end with NodeRefused are then
-    charged too until a checkpoint is committed, because an image that no node can start looks the same. No attempt is
-    counted twice, because `attempts.current` is None afterwards.
+    A free attempt is charged where FREE_IN_A_ROW says so. Further attempts that end with NodeRefused are then charged
+    too until a checkpoint is committed, because an image that no node can start also ends attempts with NodeRefused.
+    No attempt is counted twice, because `attempts.current` is None afterwards.
     """
     verdict = cause.verdict
     if verdict == Verdict.FREE and cause.reason not in SUSPENSIONS:
         in_a_row = _free_in_a_row(attempts.recent, checkpoints, cause.reason)
         if in_a_row >= FREE_IN_A_ROW and not _progressed(current.start_time, checkpoints):
             verdict = Verdict.CHARGED
-    # Another version may have written the cause, with longer texts and larger numbers than this version writes.
+    # Another version may have written the cause, with longer texts and larger numbers than this version writes. So the
+    # texts are cut here, and the numbers are not validated.
     past = PastAttempt.model_construct(
         number=current.number,
         verdict=verdict[:32],

@@ -1,4 +1,4 @@
-"""The life of attempts: when the next attempt may start, what is recorded while it exists, and when it is closed.
+"""The life of attempts: when an attempt may start, what is recorded while it exists, and when it is closed.
 
 Pure functions on `status.attempts`, called by `state_machine.py`. `reconcile.py` writes their result into the status
 before it creates or deletes an object, so that a restart after a crash repeats nothing.
@@ -23,20 +23,20 @@ from finetune_operator.objects.observations import PodObservation
 from finetune_operator.observe.observation import JobObservation
 
 LEAVE_TOGETHER = timedelta(seconds=10)
-"""How long an attempt stays open after the cause of its end was recorded, so that its other pods can still tell why
-they end."""
+"""How long at most an attempt stays open after the cause of its end was recorded. In this time its other pods can still
+tell why they end."""
 TERMINATING_LIMIT = timedelta(seconds=60)
 """A pod whose grace period ended this long ago is no longer waited for, because its kubelet counts as dead.
 
-A trainer that still runs in such a pod does not damage the next attempt: once the next attempt has taken a higher run
-number in the bucket, the old trainer stops at its next commit. What the old trainer commits before is a normal
-checkpoint of the job.
+A trainer that still runs in such a pod does not damage the next attempt. Before each commit it looks in the bucket for
+a higher run number. Where it finds that the next attempt has taken one, it stops writing. What it commits before is a
+normal checkpoint of the job.
 """
 ORPHAN_LIMIT = timedelta(seconds=60)
-"""How long after the end of an attempt its pods may go on without a child object and without being deleted.
+"""Time after the end of an attempt at which the operator itself deletes pods that have no child object any more.
 
-The garbage collector deletes the pods of a deleted child within seconds. It does not where somebody deleted the child
-with `--cascade=orphan`. The operator then deletes the pods itself.
+Normally the garbage collector deletes the pods of a deleted child within seconds. It leaves them where somebody deleted
+the child with `--cascade=orphan`.
 """
 _ORPHAN_SECONDS = 5.0
 """Seconds until the next reconcile checks whether the garbage collector has begun to delete the pods."""
@@ -194,7 +194,7 @@ def _with_cause(current: CurrentAttempt, ruling: Ruling | None, now: datetime) -
 def _with_observed_pods(
     current: CurrentAttempt, pods: Sequence[PodObservation], seen: JobObservation
 ) -> CurrentAttempt:
-    """Return ``current`` with records of its pods, and with the times at which it was admitted and at which all ran.
+    """Return ``current`` with records of its pods, and the times at which it was admitted and at which all pods ran.
 
     While the child is suspended, for example by a queue, pods and times are empty, so that no pending deadline runs.
     """

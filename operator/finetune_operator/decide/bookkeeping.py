@@ -1,4 +1,5 @@
-"""What the operator must not lose in a crash: the numbers and causes of attempts, and the record of the check.
+"""What the operator must not lose in a crash: how many attempts were started and counted, number and cause of the
+current attempt, and the record of the preflight check.
 
 `decision.py` asks here whether the status must be written before an object is changed, and `status/urgency.py` whether
 a new status is written at once. Both ask the same function. So a decision that must be written first never waits.
@@ -10,8 +11,10 @@ from finetune_core.api.status import AttemptsStatus, PreflightStatus
 
 
 def bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
-    """Return the part of the status that must be written before any object is created or deleted: the counts of
-    attempts, number and cause of the current attempt, and the record of the preflight check."""
+    """Return those values of the status that must be written before any object is created or deleted.
+
+    The values of two statuses are compared; they are not used otherwise.
+    """
     current = attempts.current
     return (
         attempts.started,

@@ -19,7 +19,7 @@ def is_active_deadline_over(policy: RunPolicySpec, active_seconds: int) -> bool:
 def pending_deadline(policy: RunPolicySpec, current: CurrentAttempt) -> datetime | None:
     """Return the time by which all pods of the attempt must run.
 
-    None where all pods have already run, where a queue has suspended the attempt, and where
+    None where all pods have already run, while a queue or a person has suspended the child object, and where
     `runPolicy.pendingDeadlineSeconds` is absent.
     """
     if policy.pending_deadline_seconds is None or current.running_time is not None or current.admitted_time is None:

@@ -30,9 +30,9 @@ class Action(Enum):
     """Change no object yet: only the number of the next attempt is written into the status. The following reconcile
     creates the attempt's objects."""
     CREATE_ATTEMPT = auto()
-    """Create ConfigMap and child of the current attempt."""
+    """Create ConfigMap, NetworkPolicy and child of the current attempt."""
     REMOVE_ATTEMPT = auto()
-    """Delete ConfigMap and child of the attempt that ended last."""
+    """Delete ConfigMap, NetworkPolicy and child of the attempt that ended last."""
     REMOVE_ORPHANS = auto()
     """Delete the pods in `Decision.orphans`, whose attempt has ended and whose child does not exist any more."""
 
@@ -69,7 +69,7 @@ class Decision:
     missing: str = ""
     """What attempt 1 lacks outside the spec according to the preflight check, as a sentence; empty if not known."""
     turn: str = ""
-    """For which turn the preflight check waits, as a sentence; empty where it does not wait for one."""
+    """The sentence that the preflight check waits for its turn; empty where it does not wait for a turn."""
     preflight_pods: Sequence[PodObservation] = ()
     """Pods that `Action.REMOVE_PREFLIGHT_PODS` deletes."""
     orphans: Sequence[PodObservation] = ()
@@ -98,7 +98,7 @@ class Decision:
     def must_be_written_first(self, stored: FineTuneJobStatus) -> bool:
         """Return whether the status must be written before any object is created or deleted.
 
-        This is so where the numbers of attempts or tries have changed, or where the job ends. An operator that crashes
+        This is so where one of the values of `bookkeeping` has changed, or where the job ends. An operator that crashes
         right after that write finds its decision in the status and does not decide anew.
         """
         changed = bookkeeping(self.attempts, self.preflight) != bookkeeping(stored.attempts, stored.preflight)

@@ -22,24 +22,25 @@ from finetune_operator.objects.observations import POD_DEADLINE, ChildObservatio
 _SIGNALLED = (137, ExitCode.STOPPED)
 """Exit codes of a container that was killed (137) or that obeyed SIGTERM (143)."""
 _LATE_CODES = (ExitCode.OUTSIDE_FAILURE, ExitCode.STOPPED)
-"""Exit codes with which a pod may end only because another pod failed: 75 and 143. Every other exit code explains more
-than 75, and 75 explains more than 143."""
+"""Exit codes that may be no more than a consequence of another pod's failure: 75 and 143. Every other exit code
+explains more than 75, and 75 explains more than 143."""
 RESUME_WINDOW = timedelta(seconds=TRAINING_GRACE_SECONDS + 30)
 """A child object that fails within this time after its queue resumed it may have failed only because pods of its
 earlier admission still ended."""
 
 
 START_PATIENCE_SECONDS = 120.0
-"""For so many seconds a kubelet may try again to create a container that its runtime refuses, before the attempt ends.
+"""Seconds for which a kubelet may try again to create a container that its runtime refuses, before the attempt ends.
 The kubelet itself never gives up, and no other node is tried."""
 KUBELET_KILLS = frozenset({"Preempting", "NodeShutdown", "Shutdown", "Terminated"})
 """`status.reason` of a pod that the kubelet killed, whether its container ran or not: to make room for a critical pod
 (`pkg/kubelet/preemption/preemption.go`), or because the node shuts down (`pkg/kubelet/nodeshutdown`; Shutdown until
-Kubernetes 1.21). Newer kubelets also write the condition DisruptionTarget, which comes first."""
+Kubernetes 1.21). Newer kubelets also write the condition DisruptionTarget; the rule about that condition then decides,
+because it is asked earlier."""
 
 
 class Disturbance(Enum):
-    """What somebody outside the job did to a pod."""
+    """What happened to a pod from outside of the job."""
 
     DISRUPTED = auto()
     """The pod has the condition DisruptionTarget, because of a drain, a preemption, a taint or an eviction."""
@@ -72,7 +73,7 @@ class Evidence:
     active_seconds: int = 0
     """Seconds in which at least one pod of the job ran, over all attempts."""
     waiting_for: str = ""
-    """Why the attempt's pods do not all run; empty where they do."""
+    """What the attempt waits for, as a sentence: pods that do not run yet, or its first report. Empty if not known."""
 
     @cached_property
     def failures(self) -> Sequence[PodObservation]:
@@ -93,7 +94,7 @@ class Evidence:
     def lost(self) -> PodObservation | None:
         """The pod whose node lost the container, for example in a restart of the node; None if there is none.
 
-        An evicted pod also has such a container, because the kubelet removes it.
+        An evicted pod does not count. Its container looks lost as well, because the kubelet has removed it.
         """
         return next(
             (
@@ -108,7 +109,8 @@ class Evidence:
     def refused(self) -> PodObservation | None:
         """The pod that its node did not start, or that the kubelet killed for the node's own sake; None if none.
 
-        Of several, the pod with the lowest index. A pod whose container runtime goes on refusing has not failed.
+        Of several, the pod with the lowest index. A pod that has not failed counts too, once its container runtime has
+        refused to create the container for START_PATIENCE_SECONDS.
         """
         stuck = [
             pod
@@ -196,7 +198,7 @@ def finished_at(pod: PodObservation) -> datetime | None:
 
 
 def is_refused(pod: PodObservation) -> bool:
-    """Return whether the failed ``pod`` failed through its node: by the kubelet, or by the container runtime.
+    """Return whether ``pod`` failed because its kubelet refused or killed it, or because the runtime did not start it.
 
     Every handler of the kubelet may refuse a pod, with a reason of its own, and versions add handlers. So a refusal is
     recognised by what all have in common (`rejectPod` in `pkg/kubelet/kubelet.go`): the pod has a reason, and its
@@ -204,7 +206,7 @@ def is_refused(pod: PodObservation) -> bool:
     """
     container = pod.container
     if container is not None and container.never_ran:
-        # The kubelet writes the phase Failed only later, once nothing of the pod is left on the node.
+        # The phase need not be Failed yet: the kubelet writes it only once nothing of the pod is left on the node.
         return True
     if pod.phase != "Failed":
         return False
@@ -241,9 +243,9 @@ def _failed_by_itself(pod: PodObservation) -> bool:
     disturbances = [time for time in (pod.delete_requested_at, pod.disrupted_at) if time is not None]
     if finished is None or not disturbances:
         return True
-    # Where the end and a disturbance fall into the same second, the disturbance is taken to explain the exit code of a
-    # signal. A disruption explains any exit code, because the kubelet sets its own DisruptionTarget condition in the
-    # second in which it kills the container.
+    # Where the container ended in the same second in which a disturbance happened, the disturbance is taken to explain
+    # the exit codes of signals, 137 and 143. A disruption even explains any exit code, because the kubelet sets its own
+    # DisruptionTarget condition in the second in which it kills the container.
     signalled = container.exit_code in _SIGNALLED or pod.disrupted_at == finished
     first = min(disturbances)
     return finished < first or (finished == first and not signalled)

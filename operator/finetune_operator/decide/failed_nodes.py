@@ -18,7 +18,7 @@ NODE_FAULTS: Final = frozenset(
 """Reasons of attempts that a node ended: the node refused a pod, no longer answers, no longer exists, shut down or ran
 out of a resource."""
 ATTEMPTS_BACK: Final = 2
-"""How many ended attempts are looked at, so that a node that has been repaired is soon used again."""
+"""How many of the newest ended attempts count. They are few, so that a repaired node is soon used again."""
 
 
 def nodes_to_avoid(recent: Sequence[PastAttempt]) -> tuple[str, ...]:

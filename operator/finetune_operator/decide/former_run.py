@@ -1,8 +1,9 @@
 """Decides what a run that the preflight check found in the bucket means for the job: whether the job takes over the run
-of a former job, and whether it ends because the artifact is committed already. `preflight.py` calls these functions.
+of a former job, and whether the job ends because the artifact is committed already. `preflight.py` calls these
+functions.
 
-The check answers from a pod in the job's namespace. So an address is never taken from the answer, but made from the
-spec and the name of the run's folder.
+The check runs in the job's namespace, whose users could forge its answer. So the address of an artifact is never taken
+from the answer, but made from the spec and the name of the run's folder.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from finetune_operator.observe.observation import PreflightObservation
 def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus | None:
     """Return the record of the run that the job takes over; None where ``found`` is the job's own, in its own folder.
 
-    A job that took a run over and then lost its status finds its own uid in the folder of the former job. It must be
-    told again to use that folder.
+    A job that took a run over and then lost its status finds its own uid in the folder of the former job. It gets the
+    record again, because only the record tells it to use that folder.
     """
     if found.run_id == seen.job_uid or (found.run_id == seen.chosen_run_id and found.uid == seen.job_uid):
         return None

@@ -27,12 +27,13 @@ from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY
 from finetune_operator.queue.work_queue import backoff_seconds
 
 RUN_SECONDS = PREFLIGHT_SECONDS + 120
-"""For so many seconds the container of a try may run. The program of the trainer image ends by itself after
-PREFLIGHT_SECONDS; the rest is for its start and for clocks that differ."""
+"""Seconds for which the container of a try may run. The program of the trainer image ends by itself after
+PREFLIGHT_SECONDS. The other 120 s are for its start and for clocks that differ."""
 TURN_SECONDS = 60.0
 """Seconds after which a check that waits for its turn asks again, even if nobody wakes its job."""
 GIVE_UP_TRIES = 3
-"""After so many tries in a row that could not be carried out, the job ends."""
+"""Number of tries that could not be carried out for a cause in the job (`_Outcome.aborted`) after which the job ends. A
+try that brought a result starts the count anew."""
 
 
 def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchecked: Decision) -> Decision:
@@ -60,9 +61,10 @@ def before_first_attempt(stored: FineTuneJobStatus, seen: JobObservation, unchec
 
 
 def waits_for_turn(decision: Decision, stored: FineTuneJobStatus, limit: int) -> Decision:
-    """Return ``decision``, which starts a check, as it is while the job waits for its turn: nothing is done.
+    """Return ``decision``, which would start a check, changed so that nothing is done while the job waits for its turn.
 
-    ``limit`` is how many checks run at the same time. A check that waits for its first turn has no record yet.
+    ``limit`` is how many checks run at the same time. The stored record of the check is kept as it is; there is none
+    while the job waits for its first turn.
     """
     return replace(
         decision,
@@ -152,15 +154,14 @@ def _passed(record: PreflightStatus | None) -> bool:
 
 
 def _missing(record: PreflightStatus) -> str:
-    """Return, as a sentence, what the last try found missing outside the spec; empty where its verdict is another."""
+    """Return, as a sentence, what the last try found missing outside the spec; empty unless its verdict is Waiting."""
     return record.message if record.verdict == PreflightVerdict.WAITING else ""
 
 
 def _with_verdict(record: PreflightStatus, outcome: _Outcome, now: datetime) -> PreflightStatus:
     """Return ``record`` with one more try, which had ``outcome``. The pod of that try is then to be removed.
 
-    A check that can't be carried out for GIVE_UP_TRIES tries in a row is a final finding, because nothing outside the
-    job will change that.
+    The verdict is Impossible once GIVE_UP_TRIES tries were aborted, because nothing outside the job will change that.
     """
     verdict, message = outcome.verdict, outcome.message
     aborted = record.aborted + 1 if outcome.aborted else 0 if outcome.has_result else record.aborted
@@ -185,9 +186,9 @@ class _Outcome:
     verdict: PreflightVerdict
     message: str
     has_result: bool = False
-    """Whether the check was carried out, so that `message` holds its findings."""
+    """Whether the check was carried out, so that `message` holds its findings or notices."""
     found: FoundRun | None = None
-    """A run in the bucket that the job takes over."""
+    """What the check found in the bucket: the job's own run, or that of a former job. None where it found neither."""
     aborted: bool = False
     """Whether the check could not be carried out for a cause that lies in the job: it needs more memory than it may
     take, or its image goes on as if it were not asked to check."""
@@ -196,7 +197,8 @@ class _Outcome:
 def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
     """Return the outcome of a try whose pod has ended or must end; None while the pod may go on.
 
-    Only findings of the check end a job. A pod that ended without findings does not, because the next try may succeed.
+    Final findings end the job. A pod that ended without findings does not end it at once, because the next try may
+    succeed; `_with_verdict` counts aborted tries.
     """
     container = pod.container
     if container is not None and container.state is ContainerState.TERMINATED and not container.never_ran:
@@ -223,7 +225,7 @@ def _outcome(pod: PodObservation, now: datetime) -> _Outcome | None:
 
 
 def _ran_on(pod: PodObservation, now: datetime) -> bool:
-    """Return whether the container runs, or ran until the pod's own deadline, far longer than the check takes."""
+    """Return whether the container ran far longer than the check takes: RUN_SECONDS, or until the pod's deadline."""
     container = pod.container
     if container is None or container.started_at is None or container.never_ran:
         return False
@@ -241,7 +243,7 @@ def _aborted(message: str) -> _Outcome:
 
 
 def _why_stuck(pod: PodObservation, seen: JobObservation) -> str:
-    """Return why the pod does not run yet; empty where it runs, is a few seconds old, or the reason is not known."""
+    """Return why the pod does not run yet. Empty where it runs, is only a few seconds old, or nothing tells why."""
     if pod.running or not _had_time_to_start(pod, seen.now):
         return ""
     detail = why_pod_waits(pod, seen.warning)

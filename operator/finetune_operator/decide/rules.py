@@ -75,7 +75,7 @@ def _ordered(verdict: Verdict, reason: str, message: str) -> Ruling:
 
 
 def held_by_queue(evidence: Evidence) -> GoesOn | None:
-    """Return `GoesOn` where a queue has suspended the child object, because the queue resumes the child later."""
+    """Return `GoesOn` where a queue or a person has suspended the child object: the attempt goes on after a resume."""
     return GoesOn() if evidence.child is not None and evidence.child.suspended else None
 
 

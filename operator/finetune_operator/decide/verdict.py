@@ -16,7 +16,7 @@ from finetune_core.contract import Result
 TEXT_LIMIT = 1024
 """Most characters of a message that `status.attempts` and `status.preflight` store."""
 CONSEQUENCES = (Cause.OUTSIDE_FAILURE, Cause.STOPPED)
-"""Reasons with which a pod may end only because another pod crashed (exit codes 75 and 143)."""
+"""Reasons that may be no more than a consequence of another pod's crash (exit codes 75 and 143)."""
 
 
 class Verdict(StrEnum):
@@ -38,9 +38,9 @@ class PreflightVerdict(StrEnum):
     PASSED = "Passed"
     """Attempt 1 may start."""
     IMPOSSIBLE = "Impossible"
-    """The spec or the data can never work; the job ends."""
+    """The spec or the data can never work, or too many tries could not be carried out; the job ends."""
     WAITING = "Waiting"
-    """Something outside the spec is missing, such as a bucket; another try follows."""
+    """Something outside the spec is missing, such as a bucket, or the pod left no result; another try follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,5 @@
-"""The operator's client of the API server: `KubeClient` has one method for each request, except kopf's watches.
+"""The operator's client of the API server: `KubeClient` has one method for each kind of request, except kopf's watches
+and the requests about the Lease.
 
 Objects are dictionaries as the API server sends them; `objects/observations.py` parses them. Each request has a
 time-out and names its entry in the permission table (`rbac.py`). A method raises `ApiError` for an answer that is not
@@ -33,7 +34,7 @@ REQUEST_SECONDS: Final = 15.0
 CONNECTIONS: Final = 16
 """Most requests at the same time, so that a restart with many jobs does not flood the API server."""
 TRIES_IF_OVERLOADED: Final = 4
-"""How often a request is sent that the API server answers with 429, because it is overloaded."""
+"""How often a request is sent at most while the API server answers it with 429, because the server is overloaded."""
 LIST_CHUNK: Final = 500
 METADATA_ONLY: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 """Accept header that asks for a list with metadata only. A list of thousands of jobs with spec and status would have
@@ -70,8 +71,8 @@ class ApiError(Exception):
     def is_conflict(self) -> bool:
         """Whether the answer is a 409 that does not mean that the name is taken.
 
-        The request changed nothing, because somebody else has changed an object meanwhile: a precondition (uid,
-        resourceVersion) does not hold, or a quota was used by another request. The caller reads anew and tries again.
+        The request changed nothing. Mostly somebody else has changed an object meanwhile: a precondition (uid,
+        resourceVersion) does not hold, or another request changed a quota. The caller reads anew and tries again.
         """
         return self.status == HTTPStatus.CONFLICT and not self.is_name_taken
 
@@ -79,7 +80,7 @@ class ApiError(Exception):
     def is_refusal(self) -> bool:
         """Whether the object itself was refused, for example by a quota, a policy or a webhook.
 
-        A retry at once would then fail as well.
+        Such a request would fail again if it were repeated at once.
         """
         webhook_down = self.status == HTTPStatus.INTERNAL_SERVER_ERROR and "webhook" in self.message
         return webhook_down or (400 <= self.status < 500 and self.status not in _NOT_ABOUT_THE_OBJECT)
@@ -138,19 +139,19 @@ def _error(status: int, body: bytes) -> ApiError:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListedJob:
-    """What a list of FineTuneJobs says of each: metadata only, without spec and status."""
+    """What a list of FineTuneJobs tells about each job: its key and its version, without spec and status."""
 
     key: Key
     resource_version: str
 
 
 class KubeClient:
-    """Client of the API server with one method for each request that the operator sends."""
+    """Client of the API server with one method for each kind of request (`rbac.py` lists the permissions)."""
 
     def __init__(self, configuration: Any, fence: Callable[[], None]) -> None:
         """Keep ``configuration``, which `load_configuration` returned; no connection is opened yet.
 
-        ``fence`` is called right before every write and must end a process that is no longer the leader.
+        ``fence`` is called right before every write. It must end the process if this process is no longer the leader.
         """
         self._client = fenced_client(configuration, fence)
         self._limit = LoadLimit(time.monotonic)
@@ -351,8 +352,8 @@ class KubeClient:
         try:
             await self._request(permission, namespace, name, body=body)
         except ApiError as error:
-            # A 409 is raised although it mostly means that the uid precondition failed, so that the object is gone and
-            # a new one has its name. The next reconcile sees which it is.
+            # A 409 is raised although it mostly means that the object is gone and a new one has its name, so that the
+            # uid precondition failed. It can have other causes, and the next reconcile reads what exists.
             if not error.is_not_found:
                 raise
             return False

@@ -1,4 +1,4 @@
-"""Makes all requests of a client wait while the API server asks for less load, as its answers say with `Retry-After`.
+"""Makes all requests of a client wait while the API server asks for less load: by an answer 429, or by `Retry-After`.
 
 `client.py` owns one `LoadLimit`. An overloaded API server answers some requests with 429. If only those requests
 waited, thousands of other jobs would keep asking.
@@ -48,7 +48,7 @@ class LoadLimit:
     """Lets requests through, except during the pauses for which answers of the API server have asked."""
 
     def __init__(self, clock: Callable[[], float], sleep: Callable[[float], Awaitable[object]] = asyncio.sleep) -> None:
-        """Let everything through at first. ``clock`` returns monotonic seconds; ``sleep`` waits for seconds of it."""
+        """Let everything through at first. ``clock`` returns monotonic seconds; ``sleep`` waits for some seconds."""
         self._clock = clock
         self._sleep = sleep
         self._until = 0.0

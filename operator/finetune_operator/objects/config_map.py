@@ -1,8 +1,8 @@
 """Builds the ConfigMap of an attempt: the run file that the trainer reads, the CA of the report server, and a nonce.
 
-The ConfigMap is immutable and owned by the job. `act/config_maps.py` creates the ConfigMap before the child object. The
-ConfigMap is deleted right before the child, or else before the next attempt gets its ConfigMap. `settled.py` removes
-the last ConfigMap of an ended job.
+The ConfigMap is immutable and owned by the job. `act/config_maps.py` creates it before the child object. It is deleted
+right before the child or, where the child is gone already, before the next attempt gets its ConfigMap. `settled.py`
+removes the last ConfigMap of an ended job.
 """
 
 from __future__ import annotations

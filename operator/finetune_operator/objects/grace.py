@@ -1,6 +1,7 @@
 """The time that a training pod may take to end after SIGTERM.
 
-`pod_template.py` sets this time in the pods of attempts. `decide/evidence.py` computes with the same time.
+`pod_template.py` sets this time in the pods of attempts. `decide/evidence.py` computes from it for how long pods that a
+suspension deleted may still end.
 """
 
 from __future__ import annotations
@@ -10,6 +11,6 @@ from typing import Final
 TRAINING_GRACE_SECONDS: Final = 90
 """terminationGracePeriodSeconds of training pods: the time to commit a checkpoint after SIGTERM.
 
-With 90 s a new attempt starts within four minutes after the loss of a node: the loss is noticed after about 50 s, the
-node's taint is tolerated for 30 s, and a pod on the node is given up 60 s after its grace period.
+With 90 s a new attempt starts within four minutes after the loss of a node: Kubernetes notices the loss after about
+50 s, the pod tolerates the node's taint for 30 s, and the operator gives the pod up 60 s after its grace period.
 """

@@ -17,7 +17,7 @@ from finetune_operator.objects.labels import ATTEMPT, LAST_CHECKPOINT_TIME, PREF
 
 
 class ContainerState(StrEnum):
-    """State of the training container, as its status in the pod names it."""
+    """State of the training container: `waiting`, `running` or `terminated` in the pod's `status.containerStatuses`."""
 
     WAITING = "Waiting"
     RUNNING = "Running"
@@ -65,8 +65,8 @@ class ContainerObservation:
     def never_ran(self) -> bool:
         """Whether the container has ended without ever having run, because the container runtime could not start it.
 
-        A runtime gives times as numbers, and 0 for a start that never came, which the kubelet shows as the year 1970.
-        Runtimes that set another time are recognised by the reason.
+        A runtime gives times as numbers. For a start that never came it gives 0, which the kubelet shows as the year
+        1970. With runtimes that give another number, the reason tells that the container never ran.
         """
         if self.state is not ContainerState.TERMINATED:
             return False
@@ -151,8 +151,8 @@ class ChildObservation:
     owner_uid: str
     deleting: bool = False
     suspended: bool = False
-    """Whether the child is suspended, for example by Kueue. True also right after a resume, until the backend has acted
-    on the resume."""
+    """Whether the child is suspended, for example by Kueue. Right after a resume this is still True, until the
+    backend's controller has acted on the resume."""
     resumed_at: datetime | None = None
     """When the backend last resumed the child after a suspension."""
     failed_at: datetime | None = None

@@ -1,7 +1,8 @@
 """Builds the pod template of an attempt, which is the same for every backend. The functions are pure.
 
 The pods satisfy the `restricted` Pod Security Standard and mount no service account token except projected ones: one
-for reports and, with `storage.identity`, one for the object store. The template's writable folders are emptyDirs.
+for reports and, with `storage.identity`, one for the object store. Apart from volumes in `podTemplate`, every writable
+folder is an emptyDir.
 Golden files in tests/operator/golden hold the expected templates. The backends and `preflight_pod.py` call
 `pod_template`.
 """
@@ -50,7 +51,7 @@ USER = 65532
 UNREACHABLE_SECONDS = 30
 """tolerationSeconds of the pods for the taints of nodes that are not ready or unreachable."""
 TOKEN_SECONDS = 3600
-"""Lifetime in seconds of the projected service account token. The kubelet renews the token in time."""
+"""Lifetime in seconds of each projected service account token. The kubelet renews the tokens in time."""
 AVOIDED_NODE_WEIGHT = 100
 """Weight (1 to 100) of the preference against nodes through which the newest attempts failed."""
 PREFERRED: Final = "preferredDuringSchedulingIgnoredDuringExecution"
@@ -73,12 +74,13 @@ SHARED_MEMORY_VOLUME: Final = "shared-memory"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptSpec:
-    """The values from which, together with the job, the child object and the ConfigMap of an attempt are built."""
+    """The values from which, together with the job, the child object, ConfigMap and NetworkPolicy of an attempt are
+    built."""
 
     number: int
     """Number of the attempt, from 1."""
     name: str
-    """Name of the child object and of the ConfigMap of the attempt."""
+    """Name of the child object, the ConfigMap and the NetworkPolicy of the attempt."""
     image: str
     report_base_url: str
     """Address of the report server, for example ``"https://finetune-operator.finetune-system.svc:8443"``."""

@@ -22,7 +22,7 @@ class PreflightObservation:
     pods: Sequence[PodObservation] = ()
     """Preflight pods of the job. Their `PodObservation.index` is the number of the try, counted from 1."""
     problem: str = ""
-    """Why the objects of the current try could not be created; empty where the pod exists or nothing was refused."""
+    """Why ConfigMap or pod of the current try could not be created; empty where the pod exists or nothing failed."""
     job_uid: str = ""
     """`metadata.uid` of the job, by which the decision tells the job's own run from that of a former job."""
     chosen_run_id: str = ""
@@ -55,14 +55,15 @@ class JobObservation:
     usage: UsageStatus
     """What the job has used until `now`: GPU seconds, and seconds in which at least one of its pods ran."""
     waiting_for: str
-    """Why not all pods of the attempt run, for example "pod a-worker-0: 0/3 nodes are available"; empty where all
-    run."""
+    """What the attempt waits for: pods that do not run yet, for example "pod a-worker-0: 0/3 nodes are available", or
+    its first report. Empty where that is not known."""
     final_result: Result | None
     """The trainer's result from the newest report of the current attempt. None before the final report."""
     last_phase: str = ""
     """Phase of the trainer in the newest report of the current attempt, for example "Training"; empty if no report."""
     warning: str = ""
-    """Newest warning event about a pod that does not start, such as "FailedMount: secret x not found"; else empty."""
+    """Newest warning event about a pod that does not start, such as "FailedMount: secret x not found", or about a child
+    object without pods; else empty."""
     preflight: PreflightObservation = field(default_factory=PreflightObservation)
 
     @property

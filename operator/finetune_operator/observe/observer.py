@@ -89,7 +89,7 @@ class Observer:
         )
 
     async def _list_pods(self, job: StoredJob) -> list[Manifest]:
-        """Return all pods that have the labels of an attempt of the job."""
+        """Return all pods with the uid of the job as a label; none where the job has had no attempt."""
         if not job.status.attempts.started:
             return []
         return await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid}")
@@ -135,7 +135,7 @@ class Observer:
     def _expect_reports(self, job: StoredJob, pods: Sequence[PodObservation]) -> None:
         """Store in memory which pods may send reports: those of the newest attempt.
 
-        They may do so even after the end of the attempt, while they still save a checkpoint.
+        The pods of an attempt that has ended may report until no pod is left, because they may still save a checkpoint.
         """
         attempts = job.status.attempts
         uids = frozenset(pod.uid for pod in pods if pod.attempt == attempts.started)
@@ -148,7 +148,10 @@ class Observer:
 
 
 def _waiting_for(job: StoredJob, pods: Sequence[PodObservation]) -> str:
-    """Return why not all pods of the attempt run, as the pods show it or else as a stored condition says it."""
+    """Return what the attempt waits for, as a sentence: as its pods show it, or else as a stored condition says it.
+
+    Empty where neither says it.
+    """
     stored = {condition.type: condition.message for condition in job.status.conditions if condition.status == "False"}
     own = [pod for pod in pods if pod.attempt == job.status.attempts.started]
     if own and ConditionType.ACCEPTED not in stored:

@@ -1,7 +1,7 @@
 """Finds out which of the pods with a job's labels are the job's own, because anybody may copy labels.
 
-Pure functions on what the API server has sent. `observer.py` calls them, so that no other pod reaches a decision,
-counts as used GPU time, may report, or is deleted.
+Pure functions on what the API server has sent. `observer.py` calls them, so that no other pod changes a decision, adds
+to the used GPU time, may report, or is deleted.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def pods_of_attempts(
     """Return the pods in ``manifests`` that belong to an attempt of ``job``.
 
     A pod belongs to an attempt if it has the name that ``backend`` gives to the pod of its index, and if its controller
-    is the child of the attempt. Where the status records the uid of that child, the uid must be equal. Otherwise the
-    name decides, which contains a digest of the job's uid. ``found`` is the object that now has the name of the newest
-    child, also where another owner has created it: its pods are then not the job's.
+    is the child of the attempt. Where the status records the uid of that child, the controller must have this uid.
+    Otherwise its name decides, because the name of a child contains a digest of the job's uid. ``found`` is the object
+    that now has the name of the newest child. Where another owner has created that object, its pods are not the job's.
 
-    A pod without a controller belongs to its attempt where the status records its uid: somebody deleted the child and
-    kept its pods (`--cascade=orphan`).
+    A pod without a controller belongs to its attempt where the status records the uid of the pod: somebody deleted the
+    child and kept its pods (`--cascade=orphan`).
     """
     pods = ((parse_pod(manifest), manifest) for manifest in manifests)
     return [pod for pod, manifest in pods if pod is not None and _is_own(pod, manifest, job, backend, found)]

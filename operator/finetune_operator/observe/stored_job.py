@@ -24,7 +24,8 @@ from finetune_operator.queue.memory import JobMemory
 from finetune_operator.queue.work_queue import Key
 
 _BOOKKEEPING = ("", "attempts", "preflight", "child", "completionTime")
-"""Fields of the status from which the operator decides. The other fields only show something to people."""
+"""Fields of the status that the operator must be able to read before it decides about attempts. The empty name stands
+for the status as a whole."""
 _ALWAYS = ("conditions", "observedGeneration")
 """Fields of the status that are written whatever another version has written there."""
 
@@ -42,7 +43,7 @@ class StoredJob:
     status: FineTuneJobStatus
     """The stored `status`; an empty status where the job has none yet."""
     unread: tuple[str, ...] = ()
-    """Paths in the stored status that this version can't read, for example `plan.zeroStage`. They are left alone."""
+    """Paths in the stored status that this version can't read, for example `plan.zeroStage`."""
     now: datetime
     """The time of this reconcile, in whole seconds, because Kubernetes stores times with that resolution."""
     memory: JobMemory
@@ -62,18 +63,19 @@ class StoredJob:
 
     @property
     def unread_bookkeeping(self) -> str:
-        """Path of a part of the status that this version can't read and from which it would have to decide; or empty.
+        """Path of a part of the status that this version can't read but would need for its decisions; empty if none.
 
-        Such a job is left as it is: an operator that can't read which attempt runs must neither end nor repeat it.
+        A job with such a part is left as it is: an operator that can't read which attempt runs must neither end nor
+        repeat that attempt.
         """
         return next((path for path in self.unread if _is_bookkeeping(path)), "")
 
     @property
     def left_alone(self) -> dict[str, Any]:
-        """The fields of the status, as far as they could be read, in which something could not be read.
+        """The fields of the status that could be read only in part, with the values that could be read.
 
-        They are not written, because the installed CRD gives them another shape. Bookkeeping and conditions are not
-        among them: they are written where an order of a person is obeyed.
+        The operator leaves them as they are stored, because the installed CRD gives them another shape. Fields in
+        `_BOOKKEEPING` and `_ALWAYS` are not among them: they are written where an order to cancel or suspend is obeyed.
         """
         names = {to_snake(_field_of(path)) for path in self.unread if _field_of(path) not in (*_BOOKKEEPING, *_ALWAYS)}
         return {name: getattr(self.status, name) for name in names}
@@ -130,7 +132,7 @@ def _field_of(path: str) -> str:
 
 
 def _is_bookkeeping(path: str) -> bool:
-    """Return whether ``path`` leads to something from which the operator decides."""
+    """Return whether ``path`` leads to a field in `_BOOKKEEPING`, or to a condition whose type or status is unread."""
     decisive = path.endswith(("]", ".type", ".status")) or path == "conditions"
     return _field_of(path) in _BOOKKEEPING or (_field_of(path) == "conditions" and decisive)
 
@@ -138,8 +140,8 @@ def _is_bookkeeping(path: str) -> bool:
 def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
     """Return ``attempts`` with counts that are no less than its list of attempts shows, and without pods without uid.
 
-    Another version may not have written them. A number must not be given to a second attempt, and a record that names
-    no pod must not look like a pod that vanished.
+    Another version may have left out counts and uids. They matter, because no second attempt may get a number that is
+    used already, and because a record without a uid would look like a pod that vanished.
     """
     current, recent = attempts.current, attempts.recent
     if current is not None and current.number < 1 and not current.pods:

@@ -27,8 +27,7 @@ def usage_until(
     """
     counted = counted or UsageStatus()
     since = counted.last_update_time
-    # The count never goes back, although the clock of the leader before may have been ahead. That time is then not
-    # counted a second time.
+    # The clock of the leader before may have been ahead. Time that it has counted already is not counted a second time.
     now = now if since is None else max(now, since)
     held = [span for pod in pods if (span := _uncounted(pod.scheduled_at, _end(pod, now), since))]
     ran = [span for pod in pods if (span := _uncounted(_started_at(pod), _end(pod, now), since))]
@@ -50,7 +49,7 @@ def usage_until(
 def _started_at(pod: PodObservation) -> datetime | None:
     """Return when the training container began to run; None where it never ran.
 
-    The start of a container that its runtime could not start is the year 1970.
+    For a container that its runtime could not start, the kubelet gives a start in the year 1970, which is left out.
     """
     return pod.container.started_at if pod.container is not None and not pod.container.never_ran else None
 

@@ -34,7 +34,7 @@ class WarningReader:
     ) -> None:
         """Update `JobMemory.hint`, the newest warning, for the current attempt. ``pods`` are the pods of all attempts.
 
-        The hint is emptied where the attempt runs, ends, or has a suspended child.
+        The hint is emptied where the attempt runs, ends, has a suspended child, or was recorded just now.
         """
         memory, current = job.memory, job.status.attempts.current
         held = child is not None and child.suspended

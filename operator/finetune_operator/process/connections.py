@@ -32,12 +32,13 @@ Without a size it grows to several megabytes for a client that does not read, an
 SHUTDOWN_SECONDS: Final = 2.0
 """Seconds that a client has to answer the end of a TLS connection."""
 FILES_LEFT: Final = 256
-"""Files that the process may open besides the connections of clients, for example for the API server."""
+"""Number of files that are left to the process besides the connections of clients, for example for its own connections
+to the API server."""
 ACCEPT_RETRY_SECONDS: Final = 1.0
-"""Seconds after which a connection is accepted again where the system had no file or memory left."""
+"""Seconds to wait before connections are accepted again, after the system had no file or memory left for one."""
 BACKLOG: Final = 128
 _ALL: Final = "all"
-"""Key of the one bucket that all addresses share."""
+"""Key of the one token bucket that limits the new connections of all addresses together."""
 _END_OF_HEADER: Final = b"\r\n\r\n"
 
 
@@ -55,13 +56,15 @@ class ConnectionLimits:
     handshake_seconds: float = 5.0
     """Time for the TLS handshake."""
     header_seconds: float = 5.0
-    """Time from the first byte of a request to the end of its header; on a new connection, from its begin."""
+    """Time from the first byte of a request to the end of its header. For the first request of a connection, the time
+    runs from the end of the TLS handshake (without TLS: from the begin of the connection)."""
     header_bytes: int = 16 * 1024
     """Most bytes of a request's header, with its first line."""
     request_bytes: int = 256 * 1024
     """Most bytes that a client may send before its request is answered, also those of further requests."""
     request_seconds: float = 60.0
-    """Time to answer a request whose header is complete. Each server has shorter limits for the parts of it."""
+    """Time in all to answer a request whose header is complete. `reports/server.py` has a shorter limit for reading the
+    body, and `kube/client.py` for each request to the API server."""
     idle_seconds: float = 30.0
     """Time that a connection may wait for its next request."""
     requests_per_second: float = 64.0
@@ -71,7 +74,8 @@ class ConnectionLimits:
 
 
 def client_of(address: str) -> str:
-    """Return whom limits of one address count: an IPv4 address, or the /64 network of an IPv6 address."""
+    """Return what the limits on one address count as one client: an IPv4 address, or the /64 network of an IPv6
+    address."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -84,10 +88,13 @@ def client_of(address: str) -> str:
 
 
 class Connection(asyncio.Protocol):
-    """One connection of a client. Hands its data to ``inner``, the HTTP protocol, and ends it at its deadlines."""
+    """One connection of a client. Hands the data to an HTTP protocol, and ends the connection at its deadlines."""
 
     def __init__(self, inner: asyncio.Protocol, client: str, limits: ConnectionLimits, listener: Listener) -> None:
-        """Begin with the TLS handshake, whose time asyncio limits. ``client`` is the value of `client_of`."""
+        """Hand data to ``inner``, the HTTP protocol. ``client`` is what `client_of` returns for the client's address.
+
+        asyncio limits the time of the TLS handshake; the other deadlines are those of ``limits``.
+        """
         self.client = client
         self.task: asyncio.Task[None] | None = None
         """The task of the handshake."""
@@ -122,7 +129,11 @@ class Connection(asyncio.Protocol):
             self._inner.data_received(data)
 
     def _header_bytes(self, data: bytes) -> int:
-        """Return how many bytes of ``data`` belong to the header of a request; notes where the header ends."""
+        """Return how many bytes of ``data`` belong to the header of a request; note where the header ends.
+
+        Once the header has ended, the number of bytes before ``data`` is returned as a negative number, so that the sum
+        of both, which the caller checks, is 0.
+        """
         if not self._in_header:
             return -self._received
         # Line ends before the first line of a request belong to no header. HTTP servers skip them.
@@ -135,13 +146,13 @@ class Connection(asyncio.Protocol):
         return len(data) - (len(window) - end - len(_END_OF_HEADER))
 
     def request_started(self) -> None:
-        """The request is being answered, so that the connection is not idle."""
+        """Note that a request is being answered, so that the connection is not idle, and limit the time for that."""
         self._in_header = False
         self._listener.is_busy(self)
         self._end_after(self._limits.request_seconds)
 
     def request_finished(self) -> None:
-        """The answer is known, and the next request may come."""
+        """Note that the answer is known and the next request may come, and limit the time until it comes."""
         self._in_header, self._begun, self._received, self._tail = True, False, 0, b""
         self._listener.is_idle(self)
         self._end_after(self._limits.idle_seconds)
@@ -184,8 +195,9 @@ class Connection(asyncio.Protocol):
 class Listener:
     """Accepts connections on one port within limits.
 
-    Where a new connection is one too many, the connection closes that has been idle for longest: of its own address
-    where that has too many, else of all. Where none is idle, the new one is refused.
+    Where a new connection would be one too many, the connection that has been idle for longest is closed in its favour:
+    one of the same address where that address has too many, else one of all. Where none of these is idle, the new
+    connection is closed at once.
     """
 
     def __init__(
@@ -196,7 +208,8 @@ class Listener:
     ) -> None:
         """Speak the protocol that ``make_protocol`` makes for each connection, over TLS where ``context`` is given."""
         if context is not None:
-            # asyncio has no public setting for this buffer. It has 256 KiB for each connection by default.
+            # asyncio has no public setting for the size of the buffer in which it receives the data of a TLS
+            # connection. By default the buffer has 256 KiB for each connection.
             sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
         self.by_transport: dict[asyncio.BaseTransport, Connection] = {}
         """The connections whose handshake is done, by the transport that a request names."""
@@ -239,7 +252,7 @@ class Listener:
             listening.close()
 
     def is_busy(self, connection: Connection) -> None:
-        """Note that the connection has a request, so that it does not close for a newer one."""
+        """Note that the connection has a request, so that it is not closed in favour of a newer connection."""
         self._idle.pop(connection, None)
 
     def is_idle(self, connection: Connection) -> None:
@@ -270,7 +283,7 @@ class Listener:
             self._admit(accepted, client_of(str(peer[0])))
 
     def _admit(self, accepted: socket.socket, client: str) -> None:
-        """Serve the connection ``accepted``, or close it where a limit is reached and nobody is idle."""
+        """Serve the connection ``accepted``, or close it where new connections come too fast or no room can be made."""
         if not (self._by_client.allows(client) and self._handshakes.allows(_ALL) and self._make_room(client)):
             accepted.close()
             return
@@ -298,7 +311,7 @@ class Listener:
                 ssl_handshake_timeout=self._limits.handshake_seconds if secure else None,
                 ssl_shutdown_timeout=SHUTDOWN_SECONDS if secure else None,
             )
-        except OSError as error:  # also ssl.SSLError, and ConnectionError after the time-out
+        except OSError as error:  # also ssl.SSLError, and the ConnectionError of a handshake that takes too long
             logger.debug("a connection failed: %s", error)
             self.forget(connection)
         except asyncio.CancelledError:

@@ -28,8 +28,8 @@ PIECE_BYTES = 32 * 1024
 """Bytes of /metrics that are sent at once. Several megabytes would else be copied for each client that does not read
 them."""
 METRICS_SECONDS = 1.0
-"""Least seconds between two renderings of /metrics. With thousands of jobs one takes half a second of CPU time. Whoever
-asks meanwhile gets the newest text."""
+"""Least seconds between two renderings of /metrics, because one takes half a second of CPU time with thousands of jobs.
+Requests in between get the text of the last rendering."""
 
 
 class WatchActivity:

@@ -22,7 +22,8 @@ from finetune_operator.process.rate_limit import RateLimiter
 LINE_BYTES: Final = 2048
 """Most bytes of the first line of a request. The longest path of a possible job has fewer than 300."""
 HEADER_FIELD_BYTES: Final = 8190
-"""Most bytes of one header field, among them the token. The tokens of service accounts have one to three KiB."""
+"""Most bytes of one header field, such as the one with the token. The tokens of service accounts have one to three
+KiB."""
 HEADER_FIELDS: Final = 32
 READ_BYTES: Final = 16 * 1024
 """Bytes of a body that are read before the request's handler asks for them."""
@@ -47,14 +48,14 @@ class HttpServer(ABC):
     """Serves an aiohttp application on one port until `stop`."""
 
     limits: ConnectionLimits = ConnectionLimits()
-    """What clients may take."""
+    """How many connections, requests, bytes and seconds clients may take."""
     _runner: web.AppRunner | None = None
     _listener: Listener | None = None
     _requests: RateLimiter | None = None
 
     @abstractmethod
     def application(self) -> web.Application:
-        """Return the web application with its routes."""
+        """Return the web application that `start` serves, with its routes."""
 
     @property
     def port(self) -> int:
@@ -105,7 +106,10 @@ class HttpServer(ABC):
 
     @web.middleware
     async def _note_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Note begin and end of the request, for the deadlines of its connection."""
+        """Note begin and end of the request, for the deadlines of its connection.
+
+        A request is answered with 429 where its client sends too many.
+        """
         assert self._listener is not None, "start() comes first"
         connection = self._listener.by_transport.get(request.transport) if request.transport is not None else None
         if connection is None:

@@ -46,7 +46,7 @@ class JobMetrics:
     method: str = ""
     queue: str = ""
     conditions: tuple[tuple[str, str, str], ...] = ()
-    """Type, status and reason of every condition of the API."""
+    """Type, status and reason of every condition in the status whose type this version knows."""
     started: int = 0
     charged: int = 0
     free: int = 0
@@ -88,7 +88,8 @@ def job_metrics(spec: Mapping[str, Any], status: FineTuneJobStatus) -> JobMetric
 
 
 def _model(spec: Mapping[str, Any]) -> str:
-    """Return where the base model comes from: a repository of the Hub, an `s3://` address, or a claim and a path."""
+    """Return where the base model comes from: a repository of the Hub, an `s3://` address, or a PersistentVolumeClaim
+    and a path in it. Empty where this version can't tell."""
     claim, path = _text(spec, "model", "volume", "claimName"), _text(spec, "model", "volume", "path")
     hub, bucket = _text(spec, "model", "huggingFace", "repo"), _text(spec, "model", "s3", "uri")
     return hub or bucket or (f"{claim}/{path}" if claim else "")
@@ -180,5 +181,5 @@ AGES: Final[tuple[tuple[str, str, Callable[[JobMetrics], datetime | None]], ...]
     ("checkpoint", "Seconds of a running job since its newest checkpoint.", lambda job: job.checkpoint_time),
     ("report", "Seconds of a running job since its newest report.", lambda job: job.report_time),
 )
-"""Ages, and the time from which each is counted. They exist while the job runs only, and count from the time at which
-the job began to run where nothing newer is known. So a job that was suspended for hours is not hours late."""
+"""Each age by name, with its help text and the time from which it is counted. Ages are exported only while the job
+runs, and are never counted from before it began to run. So a job that was suspended for hours has no age of hours."""

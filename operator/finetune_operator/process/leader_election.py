@@ -80,7 +80,7 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
         return found, answer
 
     async def create(self, name: str, namespace: str, election_record: Any) -> bool:
-        """Create the Lease, which does not exist, with this process as holder; return False where that is too early.
+        """Create the missing Lease with this process as holder; return False where that is too early or fails.
 
         A process that holds the Lease creates a deleted one again at once. Every other process waits until the Lease
         has been missing for 15 s. A leader whose Lease was deleted while it could not reach the API server has then
@@ -103,10 +103,10 @@ class TimedLeaseLock(LeaseLock):  # type: ignore[misc]
         return True
 
     async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
-        """Acquire or renew the Lease; return False where the call failed or another replica wrote the Lease first."""
+        """Acquire or renew the Lease; return False where that fails, or where another replica holds or took it."""
         is_held_by_another = self.holder not in (None, "", self.identity)
         if is_held_by_another and self._clock() - self._record_changed_at < LEASE_SECONDS:
-            return False  # the library would take over by wall clock times, but that clock may have been set forward
+            return False  # the library compares wall clock times, and would take over where that clock was set forward
         try:
             async with asyncio.timeout(CALL_SECONDS):
                 updated = bool(await super().update(name, namespace, updated_record))

@@ -21,7 +21,10 @@ class Metrics:
     """All metrics of one operator, in a registry of their own, so that tests can run two operators in one process."""
 
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        """Register every metric. ``now`` returns the current time, from which the ages of checkpoints are computed."""
+        """Register every metric.
+
+        ``now`` returns the current time, from which the ages of the jobs' checkpoints and reports are computed.
+        """
         self._registry = CollectorRegistry()
         self.jobs = JobMetricsCollector(now)
         self._registry.register(self.jobs)

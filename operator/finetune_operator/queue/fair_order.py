@@ -1,8 +1,8 @@
-"""The order in which waiting keys are taken: news before the resync, and each namespace in its turn.
+"""The order in which the work queue hands out waiting keys: keys with news before keys that only the resync has listed.
 
-`work_queue.py` keeps its waiting keys in a `FairOrder`. Within one namespace a key whose job was just written comes
-first, and else the key that has waited longest. Between namespaces one key of each is taken in turn, so that a
-namespace with thousands of keys delays a key of another namespace by one key and not by thousands.
+`work_queue.py` keeps its waiting keys in a `FairOrder`. Within one namespace a key whose reconcile has just written
+comes first, and then the others in the order in which they were queued. One key of each namespace is taken in turn, so
+that a namespace with thousands of keys delays a key of another namespace by one key and not by thousands.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Final
 from finetune_operator.queue.key import Key
 
 RESYNC_PATIENCE_SECONDS: Final = 60.0
-"""Seconds after which a key of the resync no longer waits for all news: from then on every second key is of the resync,
-so that news without an end do not stop the resync."""
+"""Seconds after which a key of the resync no longer waits for all keys with news. From then on every second key that is
+taken is one of the resync, so that a stream of news without an end does not stop the resync."""
 
 
 class Precedence(IntEnum):
     """Why a key waits. Of two reasons for one key the lower one counts."""
 
     AGAIN = 0
-    """Its job was written just now, and the next step follows. A job that is begun is thus brought on before others of
-    its namespace are begun."""
+    """The reconcile of its job has just written to the API server, and the next step follows. So a job that is in the
+    middle of a change comes before jobs of its namespace that are not."""
     NEWS = 1
     """A watch event, a report or a delay that is over."""
     RESYNC = 2
@@ -52,7 +52,7 @@ class _Lane:
         return since
 
     def take(self) -> Key | None:
-        """Remove and return the oldest key of the namespace whose turn it is; None where no key waits."""
+        """Remove and return the first key of the namespace whose turn it is; None where no key waits."""
         if not self._namespaces:
             return None
         namespace, keys = next(iter(self._namespaces.items()))
@@ -74,7 +74,10 @@ class _Lane:
 
 
 class FairOrder:
-    """Waiting keys in two lanes, for news and for the resync. A key waits once, in the lane of its best reason."""
+    """Waiting keys in two lanes, for news and for the resync. A key waits in one of them only, that of its best reason.
+
+    `Precedence` lists the reasons, the best first.
+    """
 
     def __init__(self) -> None:
         """Create an empty order."""
@@ -83,7 +86,7 @@ class FairOrder:
         self._last_was_news = False
 
     def add(self, key: Key, now: float, precedence: Precedence) -> None:
-        """Let ``key`` wait from ``now`` on. A key that waits already moves forward where ``precedence`` is better."""
+        """Let ``key`` wait, from the time ``now`` on. A key that waits already moves to a better ``precedence``."""
         before = self._waiting.get(key)
         if before is not None and before <= precedence:
             return

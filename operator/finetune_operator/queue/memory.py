@@ -26,8 +26,9 @@ MIN_SECONDS_BETWEEN_PROGRESS_WRITES = 10.0
 """Least seconds between a status write of a job and the next write in which only numbers (step, loss, speed) differ."""
 REPORTED_WRITES_PER_SECOND = 0.1
 REPORTED_WRITES_BURST = 3.0
-"""Writes per second that the reports of one job may cause, after a burst: of the status, and of each pod's annotation.
-A pod with a valid token chooses how often it reports and what, so no content of a report may exceed this limit."""
+"""Limit on the writes that the reports of one job may cause: three at once, and then one every ten seconds. It holds
+for writes of the status and, separately, for rounds of annotating the job's pods. A pod with a valid token chooses how
+often it reports and what, so no content of a report is exempt."""
 
 
 def _reported_writes() -> TokenBucket:
@@ -56,7 +57,8 @@ class JobMemory:
     """`metadata.resourceVersion` of the job at the last reconcile."""
     reporting: ReportingAttempt | None = None
     report: Report | None = None
-    """Newest report of the attempt in `reporting`. It is kept for a while after that attempt has ended."""
+    """Newest report of the attempt in `reporting`. It is kept after the end of that attempt, until the next attempt may
+    report or the job ends."""
     reported_at: datetime | None = None
     speed: StepWindow = field(default_factory=StepWindow)
     """Recent training speed, from the newest reports of the attempt. A new attempt keeps the speed of the one before
@@ -70,8 +72,8 @@ class JobMemory:
     reported_writes: TokenBucket = field(default_factory=_reported_writes)
     """Limits the reconciles and status writes that reports of the job cause."""
     reported_write_at: float | None = None
-    """Earliest time of the next reconcile and status write for the sake of a report, whose token is taken from
-    `reported_writes` already. None where no such turn is reserved."""
+    """Earliest time of the next reconcile and status write for the sake of a report. For this turn, a token is already
+    taken from `reported_writes`. None where no turn is reserved."""
     has_reported_turn: bool = False
     """Whether the reconcile that runs now has the turn of `reported_write_at`, and may write what a report brought."""
     annotation_writes: TokenBucket = field(default_factory=_reported_writes)
@@ -168,7 +170,10 @@ class Memory:
         return job.report if job is not None and job.uid == uid else None
 
     def set_reporting_attempt(self, key: Key, uid: str, reporting: ReportingAttempt | None) -> None:
-        """From now on accept only reports of the attempt ``reporting``; drop a stored report of another attempt."""
+        """From now on accept only reports of the attempt ``reporting``; drop a stored report of another attempt.
+
+        Where ``reporting`` is None, accept no report, and drop the stored one.
+        """
         job = self.job(key, uid)
         old = job.reporting
         if reporting is None or old is None or (old.uid, old.attempt) != (reporting.uid, reporting.attempt):
@@ -206,7 +211,7 @@ class Memory:
         return self.job(key, uid).reserve_reported_turn(self._clock())
 
     def begin_reconcile(self, key: Key) -> None:
-        """Note that a reconcile of ``key`` begins, which uses up the turn that a report has reserved for it."""
+        """Note that a reconcile of ``key`` begins. It uses up the turn that a report has reserved, if that is due."""
         if (job := self._jobs.get(key)) is not None:
             job.begin_reconcile(self._clock())
 
@@ -221,7 +226,10 @@ class Memory:
 
 
 def _tells_more_than_numbers(before: Report | None, report: Report) -> bool:
-    """Return whether ``report`` is the first of its attempt, has other checkpoints, or is the first with a result."""
+    """Return whether ``report`` has other checkpoints than ``before``, is the first with a result, or the first at all.
+
+    ``before`` is the report of the same attempt that came before; None where there is none.
+    """
     first_result = report.result is not None and (before is None or before.result is None)
     return before is None or first_result or report.checkpoints != before.checkpoints
 

@@ -15,9 +15,10 @@ from finetune_operator.queue.work_queue import Key
 DEFAULT_LIMIT = 20
 """Most preflight checks that run at the same time, where no setting says otherwise."""
 START_SECONDS = 60.0
-"""For so many seconds a slot is kept for a job whose pod was not seen yet."""
+"""Seconds for which a job keeps its slot before its preflight pod was seen for the first time."""
 RUN_SECONDS = 300.0
-"""For so many seconds after the last look at its pod a job keeps its slot. Jobs with a pod are looked at every 10 s."""
+"""Seconds for which a job keeps its slot after the last reconcile that saw its preflight pod. Jobs with such a pod are
+reconciled at least every 10 s."""
 
 
 class PreflightSlots:
@@ -30,12 +31,15 @@ class PreflightSlots:
         wake: Callable[[Key], None] = lambda key: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Have ``limit`` slots. ``wake`` is called with the key of a waiting job that got a slot that became free."""
+        """Have ``limit`` slots. ``clock`` returns monotonic seconds.
+
+        When a slot becomes free, it goes to a waiting job, and ``wake`` is called with the key of that job.
+        """
         self.limit = limit
         self._wake = wake
         self._clock = clock
         self._held: dict[Key, float] = {}
-        """Until when each job holds its slot, if nothing renews it."""
+        """The time until which each job holds its slot, unless a later reconcile sees its pod again."""
         self._waiting: dict[Key, None] = {}
         """Jobs that wait, the one that has waited longest first."""
 

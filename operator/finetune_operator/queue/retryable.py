@@ -1,7 +1,9 @@
-"""The error after which the operator tries again to create a job's objects, and intervals of such tries.
+"""The error after which the operator tries again to create a job's objects, and how long it waits for the first retry
+and between reads of warning events.
 
 The cause is for example a missing CRD, a webhook or a quota. A change outside the job's spec can remove such a cause,
-so the error never ends the job. `objects/` and `act/` raise `RetryableError`; `status/` shows it in the conditions.
+so the error never ends the job. `objects/` and `act/` raise `RetryableError`, and `reconcile.py` uses it for a spec
+that can't be used at the moment; `status/` shows it in the conditions.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from typing import Final
 from finetune_core.api.status import ProgressStatus
 
 WINDOW: Final = 64
-"""Number of newest reports with a new step over which the speed is averaged: about three minutes of short steps."""
+"""Number of newest reports with a new step over which the speed is averaged. With a report every three seconds, and
+steps that are shorter than that, they cover about three minutes."""
 
 
 class StepWindow:
@@ -39,7 +40,7 @@ class StepWindow:
             self._steps.append((now, step))
 
     def start_new(self) -> None:
-        """Start a new window, so that the time between two attempts does not count as training time."""
+        """Start a new window, so that the time before it, such as between two attempts, does not count as training."""
         self._previous_seconds_per_step = self.seconds_per_step()
         self._steps.clear()
 

@@ -41,7 +41,7 @@ class TokenBucket:
     def spend(self, now: float) -> None:
         """Take a token for an action that does not wait, unless the bucket owes ``burst`` tokens already.
 
-        Without that bound, many such actions would delay those that wait for too long.
+        Without that bound, many such actions would make the actions that do wait for a token wait too long.
         """
         self._fill(now)
         if self._tokens > -self._burst:

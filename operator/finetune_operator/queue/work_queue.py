@@ -3,7 +3,8 @@
 The queue holds keys (namespace and name) and no objects. `watches.py`, `controller.py` and `reports/server.py` add
 keys; the workers in `controller.py` take keys out.
 
-Keys are taken in a fair order (`fair_order.py`): each namespace in its turn, and news before the resync.
+Keys are taken in a fair order (`fair_order.py`): each namespace in its turn, and keys with news, such as a watch event,
+before keys that only the resync has listed.
 
 A key that already waits is not queued twice. A key that a worker is processing is not given to a second worker. If the
 key is added meanwhile, it is queued again when the first worker calls `done`. After failures a key waits for a back-off
@@ -51,7 +52,8 @@ class WorkQueue:
         self._jitter = jitter
         self._ready = FairOrder()
         self._dirty: dict[Key, Precedence] = {}
-        """Keys that are due and wait for a worker, also those that a worker processes already."""
+        """Keys that are due and wait for a worker, and why each waits. A key that a worker processes is among them only
+        where it was added again meanwhile."""
         self._processing: set[Key] = set()
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, Key]] = []
@@ -76,7 +78,7 @@ class WorkQueue:
         self._add(key, Precedence.AGAIN)
 
     def add_for_resync(self, key: Key) -> None:
-        """Queue ``key`` behind all keys that `add` has queued, because nothing new is known of its job."""
+        """Queue ``key`` behind the keys with news (see `fair_order.py`), because nothing new is known of its job."""
         self._add(key, Precedence.RESYNC)
 
     def _add(self, key: Key, precedence: Precedence) -> None:

@@ -55,15 +55,18 @@ class CertificateReloader:
     async def reload_forever(self, seconds: float) -> None:
         """Load the certificate again every ``seconds``. Never returns.
 
-        A failure is retried every 5 s. The retries have time: the operator renews its certificate 30 days before the
-        old one expires.
+        A failure is retried every 5 s, and the old certificate serves meanwhile. One that the operator has made is then
+        valid for up to 30 days more, because its renewal begins so long before its end.
         """
         while True:
             await asyncio.sleep(seconds)
             await self.load_with_retries()
 
     async def load_with_retries(self) -> None:
-        """Load the certificate, and retry every 5 s while the API server is away or the Secret does not exist yet."""
+        """Load the certificate, and retry every 5 s until that succeeds.
+
+        It fails, for example, while the API server is away or the Secret does not exist yet.
+        """
         while True:
             try:
                 return await self.load()

@@ -131,7 +131,7 @@ def load_certificate(context: ssl.SSLContext, serving: ServingCertificate) -> No
 
 
 class SelfSignedCertificates:
-    """Makes and renews the certificates, and stores them in a Secret, which it creates where somebody deleted it."""
+    """Makes and renews the certificates, and stores them in a Secret, which it creates where the Secret is missing."""
 
     def __init__(self, client: KubeClient, *, namespace: str, name: str, hostname: str) -> None:
         """Store certificates for ``hostname`` in the Secret ``namespace/name``."""
@@ -143,8 +143,8 @@ class SelfSignedCertificates:
         """The certificates that the last call returned. A deleted Secret gets them back, because running attempts trust
         their CA; a Secret that somebody emptied gets a new CA."""
         self._last_uid = ""
-        """`metadata.uid` of the Secret at the last call. Another uid means that the Secret was deleted, and that Helm
-        or Argo CD has created it again, empty."""
+        """`metadata.uid` of the Secret at the last call. Another uid means that the Secret was deleted and created
+        again, for example by Helm or Argo CD, which create it empty."""
 
     async def current(self, now: datetime) -> ServingCertificate:
         """Return the certificate to use at ``now``. Where due, make or renew it first and store it in the Secret."""

@@ -6,8 +6,8 @@ not report), 404 (no possible job), 408 (body too slow), 409 (no attempt or anot
 after a full report), 413 (body too long), 422 (malformed), 429 (too many tokens or reports) or 503
 (the API server did not review the token, or the jobs are not known yet).
 
-Every pod of the cluster can send requests. Until the API server has reviewed the token, a request makes the operator do
-nothing: no key is queued, no memory is kept, and the answer is the same whether the job exists or not.
+Every pod of the cluster can send requests. Until the API server has reviewed the token, a request changes nothing about
+a job: no key is queued, no state of a job is kept, and the answer is the same whether the job exists or not.
 """
 
 from __future__ import annotations
@@ -41,23 +41,24 @@ ROUTE: Final = "/v1/namespaces/{namespace}/finetunejobs/{name}/attempts/{attempt
 BODY_SECONDS: Final = 10.0
 """Seconds in which the body of a report must arrive, so that a slow client does not keep a connection."""
 RETRY_SECONDS: Final = 5
-"""Value of the header Retry-After: when a client may try again that was rejected for a while only."""
+"""Value of the header Retry-After in answers with 429 and 503: seconds after which the client may try again."""
 MESSAGE_LENGTH: Final = 512
 """Most characters of a rejection's message. A malformed report can have long parts that the message would repeat."""
 TOKENS_PER_SECOND: Final = 20.0
-"""How many tokens of one address are looked at in a second, besides those that are known to be valid."""
+"""How many tokens from one address are looked at in a second. Tokens that are known to be valid do not count."""
 TOKENS_AT_ONCE: Final = 100.0
-"""How many tokens of one address are looked at before the rate counts. After a restart of the operator, the pods of a
-node that uses the node's network send their tokens at once."""
+"""How many tokens from one address are looked at before that rate applies. After a restart of the operator, all pods
+that use the network of their node send their tokens at once, from one address."""
 TOKENS_OF_A_JOB_PER_SECOND: Final = 2.0
-"""How many tokens for one audience are looked at in a second, besides those that are known to be valid."""
+"""How many tokens for one job and audience are looked at in a second. Tokens that are known to be valid do not
+count."""
 TOKENS_OF_A_JOB_AT_ONCE: Final = 20.0
 REPORTS_PER_SECOND: Final = 10.0
-"""How many reports of one pod are read in a second. The trainer sends one every three seconds, and a few more when it
-begins something else."""
+"""How many reports of one pod are accepted in a second. The trainer sends one every three seconds, and a few more when
+something changes."""
 REPORTS_AT_ONCE: Final = 50.0
 LOG_LINES_PER_SECOND: Final = 5.0
-"""Log lines about rejected reports in a second. The metric counts all of them."""
+"""Most log lines about rejected reports in a second. The metric `finetune_reports_refused` counts all rejections."""
 
 
 class RejectedError(Exception):
@@ -70,8 +71,8 @@ class RejectedError(Exception):
 
 
 _CLOSING: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS})
-"""Answers after which the connection closes. Whoever has no valid token then needs a new connection for each request,
-and the listener limits those."""
+"""HTTP status codes of answers after which the connection closes. So a client without a valid token needs a new
+connection for each request, and the server limits new connections."""
 _INVALID_TOKEN: Final = "the token is not valid for this job"  # noqa: S105  (a sentence)
 
 
@@ -120,7 +121,7 @@ def _malformed(error: ValidationError) -> RejectedError:
 
 
 def _token_and_claims(header: str | None) -> tuple[str, TokenClaims | None]:
-    """Return the bearer token of an Authorization header and what the token says of itself.
+    """Return the bearer token of an Authorization header, and its claims, which nobody has verified yet.
 
     The token is empty where the header has none, and the claims are None where the token can be no token for reports.
     """
@@ -182,7 +183,7 @@ class ReportServer(HttpServer):
     async def _receive(self, request: web.Request, parse: Parse) -> web.Response | None:
         """Check and store the report in ``request``, and queue its job for a reconcile.
 
-        Returns None where the report is accepted, else the answer that rejects it.
+        Returns None where the report is accepted, and the answer that rejects the report otherwise.
         """
         set_log_fields()
         try:
@@ -205,8 +206,8 @@ class ReportServer(HttpServer):
             if self._log_lines.allows("reviews"):
                 logger.warning("a token could not be reviewed: %s", error)
             return self._reject(HTTPStatus.SERVICE_UNAVAILABLE, "the token can't be reviewed at the moment")
-        # The memory says when the report may cause a reconcile. That is limited for each job, because its pods choose
-        # how often they report, and what.
+        # The memory says in how many seconds the report may cause a reconcile. Such reconciles are limited for each
+        # job, because its pods choose how often they report, and what.
         after = self._memory.store_report(key, reporting.uid, report, self._now().replace(microsecond=0))
         if after is None:
             return self._reject(HTTPStatus.CONFLICT, "the job was deleted")
@@ -217,8 +218,8 @@ class ReportServer(HttpServer):
     async def _authenticate(self, request: web.Request) -> tuple[Key, TokenPod]:
         """Return the job that the request is about, and the pod to which its token is bound: a pod of its namespace.
 
-        Raises RejectedError where the token is not valid or sends too much, and ReviewUnavailableError where the token
-        can't be reviewed.
+        Raises RejectedError where no job can have the name, where the token is not valid, and where its pod or address
+        sends too much. Raises ReviewUnavailableError where the token can't be reviewed.
         """
         key = Key.parse(request.match_info["namespace"], request.match_info["name"])
         if key is None:
@@ -251,7 +252,8 @@ class ReportServer(HttpServer):
             raise RejectedError(HTTPStatus.UNAUTHORIZED, "a bearer token is needed")
         if claims is None or not fits:
             return None
-        # The audience belongs to the bucket, so that only who knows the uid of a job can use up the bucket of the job.
+        # Each job and audience has a token bucket of its own. The audience contains the uid of the job, so only a
+        # client that knows this uid can use up the bucket of the job's own pods.
         if not self._tokens_of_job.allows((key, claims.audience)):
             raise RejectedError(HTTPStatus.TOO_MANY_REQUESTS, "too many tokens for this job")
         if reporting is not None and claims.audience != report_audience(reporting.uid):

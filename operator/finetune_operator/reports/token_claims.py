@@ -1,6 +1,6 @@
-"""Reads what a report's token says of itself, before anybody has verified the token.
+"""Reads the claims of a report's token (what the token says of itself) before anybody has verified the token.
 
-`server.py` refuses a token whose own words do not fit the request, so that most wrong requests cost no TokenReview.
+`server.py` refuses a token whose claims do not fit the request, so that most wrong requests cost no TokenReview.
 Nothing else may follow from the claims: only `token_review.py` says which pod a token belongs to.
 """
 
@@ -16,7 +16,8 @@ from finetune_core.contract import report_audience
 
 AUDIENCE_PREFIX: Final = report_audience("")
 CLAIMS_BYTES: Final = 8190
-"""Most bytes of the claims that are decoded. The HTTP server allows no longer header field anyway."""
+"""Most bytes of a token's claims, as base64; longer claims are not decoded. The HTTP server allows no longer header
+field anyway."""
 AUDIENCE_LENGTH: Final = 128
 """Most characters of an audience. The audience of a job is a prefix and a uid of 36 characters."""
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")

@@ -1,6 +1,6 @@
 """Finds out which pod a report's bearer token belongs to, by a TokenReview of the API server.
 
-`server.py` calls `TokenReviewer.pod_of` for every report. Answers are cached for a minute, by a hash of token and
+`server.py` asks `TokenReviewer` for the pod of every report. Answers are cached for a minute, by a hash of token and
 audience. Reviews of tokens for jobs that the operator does not know wait in a line of their own, so that such tokens,
 which anybody can write, do not delay the reports of known jobs.
 """
@@ -21,8 +21,8 @@ CACHE_SECONDS = 60.0
 CACHE_ENTRIES = 4096
 """Most cached answers of each kind: pods, and refusals."""
 REVIEWS_AT_ONCE = 4
-"""Most reviews at the same time for known jobs, so that many tokens leave connections to the API server for the
-reconciler. Reviews for unknown jobs have half as many of their own."""
+"""Most reviews that run at the same time for known jobs, so that many tokens leave connections to the API server for
+the reconciler. For unknown jobs, half as many run at the same time."""
 MOST_WAITING = 256
 """Most reviews that wait or run for known jobs, and as many for unknown ones."""
 _POD_NAME = "authentication.kubernetes.io/pod-name"
@@ -84,7 +84,7 @@ class _Cache:
 
 
 class _Line:
-    """Reviews of one kind, of which few run at once and not too many wait."""
+    """The reviews for known jobs, or those for unknown jobs. Few of them run at once, and not too many wait."""
 
     def __init__(self, at_once: int) -> None:
         self._slots = asyncio.Semaphore(at_once)
@@ -107,8 +107,8 @@ class _Line:
 class TokenReviewer:
     """Reviews tokens and caches the answers for a minute.
 
-    Refusals are cached too, so that a wrong token that is sent again costs no second review. They have a cache of their
-    own, so that many wrong tokens push no right one out.
+    Refusals are cached too, so that a wrong token that is sent again soon costs no second review. They have a cache of
+    their own, so that many wrong tokens do not push the answers for valid tokens out.
     """
 
     def __init__(self, client: KubeClient, *, clock: Callable[[], float] = time.monotonic) -> None:

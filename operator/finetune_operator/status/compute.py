@@ -88,7 +88,7 @@ def _child(stored: FineTuneJobStatus, given: StatusInput, kind: str) -> ChildSta
 
 
 def _closed(usage: UsageStatus | None) -> UsageStatus | None:
-    """Return ``usage`` for a job that ends. Pods that still save a checkpoint do not count any more."""
+    """Return ``usage`` for a job that ends: no pod counts as holding GPUs any more, even if one still runs."""
     return usage.model_copy(update={"holders": [], "running": False}) if usage is not None else None
 
 

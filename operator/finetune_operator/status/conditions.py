@@ -52,7 +52,7 @@ def compute_conditions(stored: FineTuneJobStatus, status: FineTuneJobStatus, giv
 
 
 def _state_of(condition: Condition | None) -> _State | None:
-    """Return what the stored ``condition`` says; None where it says nothing that this version could write."""
+    """Return what the stored ``condition`` says; None where it is absent or its status not True, False or Unknown."""
     if condition is None or condition.status not in ("True", "False", "Unknown"):
         return None
     return _State(condition.status, condition.reason, condition.message)
@@ -113,7 +113,7 @@ def _between_attempts(given: StatusInput, last: PastAttempt | None) -> _State:
 
 
 def _held(given: StatusInput) -> _State:
-    """Return the condition `Succeeded` while the child is suspended: by a queue, or by a person if the job has none."""
+    """Return the condition `Succeeded` while the job's queue has suspended the child, or a person where it has none."""
     if queue := given.policy.queue_name:
         return _State("Unknown", Reason.QUEUED, messages.pods_end(messages.queued(queue), given.ending_pods))
     return _State("Unknown", Reason.SUSPENDED, messages.SUSPENDED_ELSEWHERE)
@@ -177,7 +177,8 @@ def _running(given: StatusInput, old: Condition | None) -> _State:
     # older pod: a queue such as Kueue suspended the attempt, and later admitted it with new pods.
     recorded = {record.uid for record in current.pods}
     reported = given.report is not None and given.report.ranks >= given.ranks and given.report.pod_uid in recorded
-    # The condition stays True if it became True in this attempt, because a restarted operator has no report in memory.
+    # The condition stays True if it became True since the attempt was admitted, because a restarted operator has no
+    # report in memory.
     since = current.admitted_time or current.start_time
     known = old is not None and old.status == "True" and old.last_transition_time >= since
     if reported or known:
@@ -188,7 +189,7 @@ def _running(given: StatusInput, old: Condition | None) -> _State:
 def _checkpoint_available(status: FineTuneJobStatus, given: StatusInput) -> _State:
     """Return the condition `CheckpointAvailable`: whether an undamaged checkpoint is committed.
 
-    Its reason and message also tell where new checkpoints can't be committed in time.
+    Its reason and message also tell when new checkpoints can't be committed in time, and which one is damaged.
     """
     whole = [checkpoint for checkpoint in status.checkpoints if not checkpoint.damaged]
     what = messages.checkpoint_available(whole[-1].step, len(whole)) if whole else messages.NO_CHECKPOINT

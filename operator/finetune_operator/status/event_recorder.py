@@ -34,7 +34,10 @@ class EventRecorder:
         self._clock = clock
 
     async def record(self, job: StoredJob, new: FineTuneJobStatus) -> None:
-        """Create the events about the change from the stored status to ``new``. A failed event is only logged."""
+        """Create the events about the change from the stored status to ``new``.
+
+        Where an event can't be created, this is only logged.
+        """
         now = self._now()
         log_fields = job.log_fields | {"attempt": new.attempts.started}
         for event in events_between(job.status, new, now):
@@ -49,7 +52,7 @@ class EventRecorder:
                 logger.warning("event not created: %s", describe_error(error), extra=log_fields)
 
     def _is_due(self, memory: JobMemory, reason: str) -> bool:
-        """Return whether no event with ``reason`` was created within the last minute; if so, note that one is now."""
+        """Return whether no event with ``reason`` was created within the last minute; if so, note the time of this."""
         last = memory.event_created_at.get(reason)
         if last is not None and self._clock() - last < LEAST_SECONDS_BETWEEN_EVENTS:
             return False

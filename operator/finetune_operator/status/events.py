@@ -27,7 +27,7 @@ _ORDERED_BY_A_PERSON = (Reason.SUSPENDED, Reason.CANCELLED)
 
 
 class EventReason(StrEnum):
-    """Reasons of events that do not take their reason from a condition, as events about `Succeeded` do."""
+    """Reasons of those events that have a reason of their own. All other events have the reason of a condition."""
 
     TAKEN_OVER = "TakenOver"
     ATTEMPT_STARTED = "AttemptStarted"

@@ -50,7 +50,7 @@ class StatusInput:
     missing: str = ""
     """What attempt 1 lacks outside the spec according to the preflight check; empty if not known."""
     turn: str = ""
-    """For which turn the preflight check waits, as a sentence; empty where it does not wait for one."""
+    """The sentence that the preflight check waits for its turn; empty where it does not wait for a turn."""
     child: ChildObservation | None = None
     """Child object of the current attempt or, where the job ends, of its last attempt. None between two attempts."""
     pods: Sequence[PodObservation] = ()
@@ -61,7 +61,7 @@ class StatusInput:
     problem: RetryableError | None = None
     """Why the attempt's objects could not be created, or why the spec can't be used at the moment; None otherwise."""
     warning: str = ""
-    """Newest warning event about a pod that does not start, or empty."""
+    """Newest warning event about a pod that does not start, or about a child object without pods; else empty."""
     report: Report | None = None
     """Newest report of the current attempt, or the last report of the attempt that just ended."""
     reported_at: datetime | None = None
@@ -148,7 +148,7 @@ def _shown_child(seen: JobObservation, decision: Decision, created: ChildObserva
 
 
 def _ending_pods(seen: JobObservation, decision: Decision) -> int:
-    """Return how many pods still terminate, where no attempt is current or the child is suspended; else 0."""
+    """Return how many pods still exist where no attempt is current or the child is suspended; else 0."""
     return len(seen.pods) if decision.attempts.current is None or seen.held else 0
 
 

@@ -1,7 +1,7 @@
-"""Keeps those parts of a stored status as they are that this version of the operator does not know or did not change.
+"""Keeps, as they are stored, those parts of a status that this version of the operator does not know or did not change.
 
-Another version may have written the status, with fields, values and lengths that this version does not know. Pure
-functions; `writer.py` calls them right before it writes.
+Another version may have written the status, with fields, values and lengths that this version does not know. The
+functions are pure; `writer.py` calls them right before it writes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def preserve(manifest: Manifest, read: Manifest, new: Manifest, manager: str) ->
     """Return the status to apply as the field manager ``manager``, in place of the status of ``manifest``.
 
     ``read`` is what this version has read of the stored status, and ``new`` what the status is to be. What is equal in
-    both stays as it is stored. Conditions that ``manager`` does not own are left out: server-side apply keeps them, and
-    a condition that two managers apply could be removed by neither.
+    both stays as it is stored. Conditions that neither ``manager`` owns nor this version knows are left out:
+    server-side apply keeps them, and once two managers apply a condition, neither can remove it alone.
     """
     stored: Manifest = manifest.get("status") or {}
     owned = _owned_conditions(manifest, manager) | set(ConditionType)

@@ -1,4 +1,4 @@
-"""Merges a trainer's report into the status: progress, newest metrics, loss curve, checkpoints, scores and notices.
+"""Merges a trainer's report into the status: progress, metrics, loss curve, checkpoints, scores, incidents and notices.
 
 Pure functions; `compute.py` calls them with the newest report that the report server received.
 """
@@ -126,9 +126,9 @@ def _merge_stock_report(
 def _position(report: StockReport, old: ProgressStatus | None) -> tuple[int, int]:
     """Return the current step and the total number of steps of the training.
 
-    Where the client has reported only percentages so far, the percentage is returned as a step out of 100. Where only
-    this report has no step, the stored step is returned: transformers reports 0 % at its start, even after a resume,
-    and no step at its end.
+    Where the client has reported only percentages so far, the percentage is returned as a step out of 100. Where this
+    report has no step but an earlier one had, the stored step is returned: transformers reports 0 % at its start, even
+    after a resume, and no step at its end.
     """
     step, total = report.reported_step, report.reported_total
     if step is None and total is None and (old is None or old.total_steps == PERCENT):

@@ -29,33 +29,36 @@ OWN_FIELDS: Final = (
 REPORTED_NEWS: Final = ("checkpoints", "evaluation", "incidents", "artifact")
 """Fields from reports and results that people wait for."""
 REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices")
-"""Fields from reports of which a value that is ten seconds old does as well."""
+"""Fields from reports that need not be fresh: a value that is ten seconds old is good enough."""
 SPECIAL_FIELDS: Final = ("conditions", "usage")
-"""Fields that are compared in parts: of a condition its status and reason, of the usage what did not grow with time."""
+"""Fields that are compared in parts: of a condition its status and reason, and of the usage which pods hold GPUs and
+whether one runs."""
 REPORTED_CONDITIONS: Final = (ConditionType.CHECKPOINT_AVAILABLE,)
-"""Conditions that depend on reports only. A report can also make `Running` true, but can not change it back."""
+"""Conditions that are computed from reports. `Running` is not among them: a report can make it True, but no report
+makes it False again."""
 
 
 class Urgency(Enum):
     """How soon a new status is written."""
 
     UNCHANGED = auto()
-    """It is not written, because nothing differs but usage that grew with time."""
+    """The status is not written, because nothing differs but usage that grew with time."""
     NUMBERS = auto()
-    """Only numbers and messages differ: ten seconds after the last write, and within the limit for all jobs."""
+    """Only numbers and messages differ. The status is written ten seconds after the last write or later, as the limits
+    of the job and of all jobs allow."""
     REPORTED = auto()
-    """A report brought more than numbers: as soon as the token bucket of the job has a token."""
+    """A report brought more than numbers. The status is written as soon as the token bucket of the job has a token."""
     OWN = auto()
-    """The operator's own records or observations differ: at once."""
+    """The operator's own records or observations differ. The status is written at once."""
 
 
 def urgency(
     old: FineTuneJobStatus | None, new: FineTuneJobStatus, without_report: Callable[[], FineTuneJobStatus]
 ) -> Urgency:
-    """Return how soon ``new`` is written, where ``old`` is stored; None where the job has no status yet.
+    """Return how soon ``new`` is written. ``old`` is the stored status; None where the job has no status yet.
 
-    ``without_report`` computes the new status as it would be if no report had been received. What differs even then is
-    the operator's own.
+    ``without_report`` computes the new status as it would be if no report had been received. Where that differs from
+    ``old`` too, the operator's own records or observations have changed.
     """
     if not is_news(old, new):
         return Urgency.UNCHANGED
@@ -67,7 +70,7 @@ def urgency(
 def is_news(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
     """Return whether ``new`` differs from ``old`` in more than usage that grew with time.
 
-    Such usage alone is not written, but the next write includes it.
+    Growth of the usage alone causes no write, but the next write includes it.
     """
     if old is None or old.usage is None or new.usage is None:
         return old != new

@@ -26,10 +26,10 @@ from finetune_operator.status.preservation import preserve
 from finetune_operator.status.urgency import Urgency, urgency
 
 WRITES_PER_SECOND: Final = 20.0
-"""Status writes per second over all jobs, after a burst, for which new numbers wait. With ten seconds between two
-writes of a job, 5,000 jobs would still cause 500 writes per second."""
+"""Limit on the status writes per second over all jobs, after a burst. Only writes of new numbers wait for it. Without
+it, 5,000 jobs that each write every ten seconds would cause 500 writes per second."""
 BURST: Final = 100.0
-"""Status writes of all jobs that may come at once. Writes that do not wait count as well."""
+"""Most status writes of all jobs that may come at once. Writes that do not wait use up this number as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class WriteResult:
     write: Write | None = None
     """The write; None where nothing was written."""
     left: float | None = None
-    """Seconds after which the status may be written; None where nothing waits."""
+    """Seconds after which the status may be written; None where it was written or does not differ."""
 
 
 class StatusWriter:
@@ -83,10 +83,10 @@ class StatusWriter:
         return WriteResult(write=await self._write(job, status, waited=found is Urgency.NUMBERS))
 
     async def write_now(self, job: StoredJob, given: StatusInput) -> Write | None:
-        """Write the status that follows from ``given`` without any wait, because it must be written before all else.
+        """Write the status that follows from ``given`` at once, because it must be written before any object changes.
 
-        Returns None where the API server answers that this did not change the job. Raises ApiError (409) where the job
-        has changed since it was read.
+        Returns None where the API server answers that the write did not change the job. Raises ApiError (409) where
+        the job has changed since it was read.
         """
         status = self._compute(job, given)
         self._metrics.jobs.update(job.key, job.manifest.get("spec") or {}, status)
@@ -115,7 +115,7 @@ class StatusWriter:
         return compute_status(job.status, given, child_kind=self._child_kind).model_copy(update=job.left_alone)
 
     def _seconds_to_turn(self, memory: JobMemory, found: Urgency) -> float:
-        """Return for how many seconds the status still waits; reserve its turn where that is not done yet."""
+        """Return for how many seconds the status must still wait, and reserve its turn where none is reserved yet."""
         now = self._clock()
         if found is Urgency.NUMBERS:
             if memory.progress_write_at is None:

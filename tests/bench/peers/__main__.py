@@ -1,5 +1,6 @@
-"""Run the contenders (compared programs) one after the other, in several rounds. Print for each contender the tokens
-per CPU second and the memory, and the ratios of both to those of transformers' Trainer with padded batches.
+"""Run the contenders (compared programs) one after the other, in several rounds. Print for each contender the
+supervised tokens per CPU second and the highest memory, and the ratios of both to those of transformers' Trainer with
+all rows padded to 512 tokens.
 
     python -m tests.bench.peers --pairs 3
 """
@@ -59,8 +60,8 @@ def measure(command: Sequence[str], workload: Path, out: Path, threads: int) -> 
 
 
 def check_same_work(taken: Mapping[str, Sequence[Measured]]) -> None:
-    """End the program if contenders did not do the same work: in each update their losses must agree within a
-    thousandth. trl is not compared, because it packs rows across batches."""
+    """End the program if contenders did not do the same work: in each update of the first round their losses must agree
+    within a thousandth. trl's losses are not compared, because it packs rows across batches."""
     unpacked = [name for name in taken if not name.startswith("trl")]
     reference = taken[unpacked[0]][0].losses
     for name in unpacked[1:]:

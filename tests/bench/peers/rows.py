@@ -1,4 +1,5 @@
-"""The rows on which the compared programs train. They come from the data set GSM8K in `../shared`, beside the checkout.
+"""The rows on which the compared programs train. They come from the training rows of the data set GSM8K, in the file
+`../shared/data/gsm8k/train.jsonl` beside the checkout.
 
 If that file does not exist, random words replace GSM8K: questions of about 60 words, and answers of about 55 words that
 end with `#### number`, as in GSM8K.

@@ -70,13 +70,14 @@ def cannot_be_started(stage: Stage) -> float:
 
 
 def begins(stage: Stage) -> float:
-    """Wait until attempt 1 begins. Nothing else has to happen in this test case, because its pods never run."""
+    """Wait until attempt 1 begins. Nothing else has to happen to a job whose pods never run: the job ends at its
+    deadline."""
     return stage.job("attempt 1", lambda job: job["status"]["attempts"]["started"] == 1).at
 
 
 def runs_on(stage: Stage) -> float:
-    """Wait until both training containers run, and return when the first of them ran. Nothing else has to happen in
-    this test case, because its scripted trainer never ends by itself."""
+    """Wait until both training containers run, and return when the first of them ran. Nothing else has to happen to a
+    job whose scripted trainer never ends by itself: the job ends at its deadline."""
     running = [
         stage.pod(worker, "its container to run", lambda pod: training_state(pod).get("running")) for worker in (0, 1)
     ]
@@ -110,8 +111,8 @@ def outlived_by_its_sidecar(stage: Stage) -> float:
 
 
 def is_deleted_again_and_again(stage: Stage) -> float:
-    """Delete the pod of worker 1 in each of the first four attempts, as a person does. No attempt commits a checkpoint
-    before."""
+    """Delete the pod of worker 1 in each of the first four attempts, as a person does. No attempt has committed a
+    checkpoint before its pod is deleted."""
     at = 0.0
     for attempt in (1, 2, 3, 4):
         stage.both_pods_run(attempt)

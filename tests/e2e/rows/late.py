@@ -1,9 +1,9 @@
 """The test cases in which an object that the job needs, such as a Secret, is created later than the job. The status
 must name the missing object, no attempt may be charged, and the job must run as soon as the object exists.
 
-The times that the design allows for this follow from Kubernetes. The kubelet repeats mounts and image pulls after
-pauses that double each time. The volume controller binds a PersistentVolumeClaim only at its next check, and the
-scheduler then places the pods.
+The designed times from the creation of the object to the end of the job follow from Kubernetes. The kubelet repeats
+mounts and image pulls after pauses that double each time. The volume controller binds a PersistentVolumeClaim only at
+its next check, and the scheduler then places the pods.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ ENDING = 5.0
 
 
 def cause(bound: float = SEEN) -> Milestone:
-    """Return the milestone that is reached when the status says why the attempt ends."""
+    """Return the milestone that is reached when the status says why attempt 1 ends, or lists it among the ended
+    attempts."""
 
     def reached(job: Manifest) -> bool:
         attempts = job["status"]["attempts"]

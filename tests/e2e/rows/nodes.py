@@ -1,10 +1,11 @@
 """The test cases that need a second node. In most of them the pods of a job run on both nodes, and the second node is
-drained, loses its network or loses its kubelet. In one case both pods run on the second node and are preempted. The
-cases run one after another, because there is only one second node.
+drained, loses its network or loses its kubelet. In one case both pods run on the second node and are preempted, and in
+one the second node can't allocate its GPUs. The cases run one after another, because there is only one second node.
 
-The designed times come from Kubernetes' defaults. The controller manager marks a node as not ready 40 to 55 s after the
-kubelet's last heartbeat. The pods tolerate such a node for 30 s, and are then deleted with a grace period of 90 s.
-After 60 more seconds the operator counts a pod on a dead node as gone. The sum is less than 4 minutes.
+The designed times come from the defaults of Kubernetes and of the operator. The controller manager marks a node as not
+ready 40 to 55 s after the kubelet's last heartbeat. The pods tolerate such a node for 30 s, and are then deleted with a
+grace period of 90 s. After 60 more seconds the operator counts a pod on a dead node as gone. The sum is less than 4
+minutes.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ def is_cut_off(stage: Stage) -> float:
 
 
 def is_preempted(stage: Stage) -> float:
-    """Let the scheduler preempt the job's pods, by creating a pod of higher priority that needs all GPUs of the node.
-    This pod runs for 20 s. Return when the pod of worker 1 was deleted."""
+    """Let the scheduler preempt the job's pods, which both run on the second node, by creating a pod of higher priority
+    that needs all GPUs of this node. The pod of higher priority runs for 20 s. Return when the pod of worker 1 was
+    deleted."""
     stage.both_pods_run()
     stage.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(_preemptor(stage.namespace)))
     return stage.pod_deleted(1)
@@ -129,8 +131,8 @@ def _preemptor(namespace: str) -> dict[str, Any]:
 
 
 def cannot_allocate_its_gpus(stage: Stage) -> float:
-    """Break the GPUs of the second node, and then let the job start, whose pods prefer that node. Return when it may
-    start. The pods that the kubelet refuses exist for less than a second, so they are not waited for."""
+    """Break the GPUs of the second node, and then resume the suspended job, whose pods prefer that node. Return when
+    the job was resumed. The pods that the kubelet refuses exist for less than a second, so they are not waited for."""
     stage.second_node.refuse_devices()
     return stage.change_run_policy(suspend=False)
 
@@ -159,8 +161,8 @@ def preempted(stage: Stage, job: Manifest) -> None:
 
 
 def refused(stage: Stage, job: Manifest) -> None:
-    """After the refusal: assert that the pods of attempt 2 ran on the other node, which the job itself does not prefer,
-    and repair the GPUs."""
+    """After the refusal: repair the GPUs, and assert that the pods of attempt 2 ran on the first node, although the job
+    prefers the second node."""
     stage.second_node.allocate_devices()
     assert job["status"]["attempts"]["recent"][0]["node"] == SECOND_NODE.name
     _assert_ran_on_the_first_node(stage)

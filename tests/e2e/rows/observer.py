@@ -106,7 +106,8 @@ class Observer:
         observed before the call count too.
 
         Raises:
-            ClusterError: no such state was observed within ``timeout`` seconds. The message holds the last state.
+            ClusterError: no such state was observed within ``timeout`` seconds, and the message holds the last status;
+            or a watch has failed.
         """
         deadline, looked_at = time.monotonic() + timeout, 0
         with self._changed:
@@ -133,8 +134,8 @@ class Observer:
                     try:
                         version = self._stream(api, kind, version)
                     except (urllib3.exceptions.HTTPError, client.ApiException) as error:
-                        # The API server may be unavailable for a moment, so the watch is started again. It begins with
-                        # a list of all current objects.
+                        # The API server may be unavailable for a moment, so the watch is started again. The new watch
+                        # begins with a list of all current objects.
                         print(f"watching {kind}s again after: {error}")
                         version = None
                         self._ended.wait(0.5)

@@ -83,8 +83,8 @@ class Row:
 
 
 def play(row: Row, stage: Stage) -> list[Measured]:
-    """Run the test case ``row`` in the namespace of ``stage``. Return when each milestone was reached, and assert
-    everything else that the case expects."""
+    """Run the test case ``row`` in the namespace of ``stage``. Return each milestone with the seconds until it was
+    reached, and assert everything else that the case expects."""
     stage.apply(row.script, row.spec)
     fault_at = row.fault(stage)
     measured = [

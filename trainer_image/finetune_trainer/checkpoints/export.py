@@ -2,8 +2,8 @@
 that transformers loads.
 
 `finish.py` calls `export_artifact` on rank 0 only; no other rank takes part. The weights are read from the checkpoint's
-files, whose sha256 was verified, and not from the model in memory. The published weights are therefore those that the
-bucket holds, rounded to the precision of the run.
+files, whose sha256 was verified, and not from the model in memory. The published values of the trained weights are
+therefore those that the bucket holds, rounded to the precision of the run.
 """
 
 from __future__ import annotations

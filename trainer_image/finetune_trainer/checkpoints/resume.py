@@ -53,8 +53,8 @@ class RunStart(ContractModel):
     parent: ParentRecord | None = None
     """The checkpoint that the run resumes from. None where training starts from the base model."""
     ancestors: list[CheckpointRecord] = []
-    """The committed checkpoints that led to the weights this run starts with, oldest first. `parent` is the last of
-    them, if there is one."""
+    """The committed checkpoints that led to the weights this run starts with, oldest first. The last of them is
+    `parent`. The list is empty where `parent` is None."""
     other_checkpoints: list[CheckpointRecord] = []
     """All other committed checkpoints in the bucket, for example damaged checkpoints and those that a rollback left
     behind."""
@@ -63,7 +63,7 @@ class RunStart(ContractModel):
     base_digests: BaseDigests = BaseDigests()
     rollbacks: list[Rollback] = []
     """All rollbacks of the job so far. Each rollback lowers the learning rate from some step on, and excludes the data
-    of some steps. This run still follows all of them."""
+    of some steps. All of them apply to this run."""
 
 
 class ResumeChoice(ContractModel):
@@ -78,11 +78,11 @@ class ResumeChoice(ContractModel):
 
 def start_run(root: RunRoot, identity: Identity, target: Path, training: TrainingRecord | None = None) -> RunStart:
     """Take the next run number, and fetch the checkpoint to resume from into the folder ``target``. The run record
-    keeps ``training``, so that a later job can tell whether it trains the same.
+    keeps ``training``, so that a later job can tell whether its own training would be the same.
 
-    A former run that is still alive may commit one more checkpoint before the number is taken. The checkpoint is then
-    chosen again, and the run takes one more number. Raises OutsideFailure where other writers get ahead of all
-    MAX_TRIES tries, and UserError where another job has taken the runs of this job over.
+    An earlier run that is still alive may commit one more checkpoint before the number is taken. The checkpoint to
+    resume from is then chosen again, and the new run takes one more number. Raises OutsideFailure where other writers
+    get ahead of all MAX_TRIES tries, and UserError where another job has taken the runs of this job over.
     """
     taken: set[int] = set()
     for _ in range(MAX_TRIES):
@@ -92,8 +92,8 @@ def start_run(root: RunRoot, identity: Identity, target: Path, training: Trainin
         candidates = lineage(known, committed(root))
         choice = _choose_checkpoint(root, candidates, target)
         run = max(records, default=0) + 1
-        # The record of the newest run lists all rollbacks of the job. They also hold where this run resumes from an
-        # older run's checkpoint, for example because the checkpoints of the newest run are lost.
+        # The record of the newest run lists all rollbacks of the job. These rollbacks also apply where this run resumes
+        # from an older run's checkpoint, for example because the checkpoints of the newest run are lost.
         rollbacks = known[max(known)].rollbacks if known else []
         if not claim_run_number(root, run, _record(identity, choice, rollbacks, training)):
             continue
@@ -124,8 +124,8 @@ def start_run_after_rollback(root: RunRoot, identity: Identity, run: int, rollba
 
 
 def _abort_stale_uploads(root: RunRoot) -> None:
-    """Abort the multipart uploads that former runs left unfinished, because the store would keep the uploaded parts.
-    Where the store refuses, only log a warning."""
+    """Abort the multipart uploads that earlier runs left unfinished, because otherwise the store would keep the
+    uploaded parts. Where the store refuses, only log a warning."""
     try:
         aborted = root.abort_multipart_uploads()
     except OutsideFailure as failure:

@@ -38,7 +38,8 @@ MAX_WAITING = 4
 WAITING_BYTES = 1 << 30
 """Limits for the snapshots (copies of the training state in memory) that wait while another snapshot is uploaded: how
 many may wait, and how many bytes they may take on one rank. Beyond either limit, a new snapshot replaces waiting
-snapshots. So after an outage of the store, the run does not upload old checkpoints that it would delete at once."""
+snapshots. So after an outage of the store, the run does not upload old checkpoints that the retention would delete at
+once."""
 POLL_SECONDS = 0.2
 """While the ranks wait for the last COMMIT, they tell each other at this interval (seconds) whether they still upload,
 have failed, or received SIGTERM."""
@@ -96,8 +97,8 @@ class Saver:
 
     @property
     def committed(self) -> list[CheckpointRecord]:
-        """All committed checkpoints in the bucket, ordered by run and step. Other ranks than rank 0 still list deleted
-        ones."""
+        """All committed checkpoints in the bucket, ordered by run and step. On ranks other than rank 0 the list still
+        holds deleted checkpoints."""
         return sorted([*self._other_checkpoints, *self.lineage], key=lambda record: (record.run, record.step))
 
     @property
@@ -189,8 +190,8 @@ class Saver:
     def wait_for_commits(self, stop: Callable[[], bool], *, bound: float = STOP_COMMIT_SECONDS) -> None:
         """Wait until every saved checkpoint is committed. All ranks call this together.
 
-        ``stop`` returns whether this rank received SIGTERM. From then on the ranks wait at most ``bound`` seconds more,
-        and then raise OutsideFailure.
+        ``stop`` returns whether this rank received SIGTERM. Once any rank has received it, the ranks wait at most
+        ``bound`` seconds more, and then raise OutsideFailure.
         """
         stop_seen_at: float | None = None
         while True:

@@ -2,7 +2,7 @@
 has a loss. `micro_batches.py` calls `collate`.
 
 No attention mask is built. Padding needs none, because with causal attention a token can't attend to what stands on its
-right. Packed examples are separated by their position ids, and a mask of ones would make the model ignore that.
+right. Packed examples are separated by their position ids. With a mask of ones the model would ignore this separation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Batch(NamedTuple):
     """Positions of shape (B, T), which restart at 0 for each packed example. None if each sequence is one example."""
     index: torch.Tensor
     """Shape (N,): the position right before each supervised token, as an index into the B * T positions of the
-    flattened batch. The loss needs logits only there, and `LossHead` computes no others."""
+    flattened batch. The loss needs logits at these positions only, and `LossHead` computes no others unless
+    `Objective.full_logits` is set."""
     targets: torch.Tensor
     """Shape (N,): the supervised token that follows each position of `index`."""
     dropout_keys: torch.Tensor

@@ -18,7 +18,7 @@ from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_
 from finetune_trainer.data.reader import Row, first_rows, read_rows
 
 COLUMN_CHECK_BYTES = 8 * 1024 * 1024
-"""How many bytes of rows from the beginning of a file are searched at most."""
+"""Largest number of bytes of rows, from the beginning of a file, that are searched for the columns."""
 COLUMN_CHECK_ROWS = 100
 """How many rows from the beginning of a file are searched for the columns that `dataset.format` names. A column that
 none of these rows has is reported as a misspelled name in the spec, and the rows do not count as bad rows."""

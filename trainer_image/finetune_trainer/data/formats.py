@@ -1,7 +1,7 @@
 """Renders a data row as an example, in the format that `dataset.format` names: prompt and completion, chat messages, or
 plain text. `dataset.py` calls `renderer`.
 
-A row that can't be rendered yields a sentence with the reason instead of an example.
+For a row that can't be rendered, the result is a phrase with the reason instead of an example.
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ from finetune_trainer.pod.errors import first_line
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
 CSV_FIELD_LIMIT = 64 * 1024 * 1024
-"""Largest csv field in bytes. Python's default of 128 KiB is shorter than some prompts."""
+"""Largest csv field in characters. Python's default of 131,072 characters is shorter than some prompts."""
 PARQUET_BATCH_ROWS = 64
 """How many rows of a parquet file are decoded at once. Larger batches are not faster, and rows may be large."""
 EXPANDED_BYTES = 256 * 1024 * 1024
 LARGEST_EXPANSION = 10_000
-"""A parquet file is refused once its rows hold EXPANDED_BYTES and are this many times as large as the file. Rows with a
-long prompt that is the same in every row stay far below."""
+"""A parquet file is refused once its decoded rows hold more than EXPANDED_BYTES, and more than this many times the
+bytes of the file. Rows that all have the same long prompt stay far below this limit."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def read_rows(path: Path, field: str, *, columns: Collection[str] | None = None)
 
 
 def first_rows(rows: Iterable[Row], *, most_rows: int, most_bytes: int) -> Iterator[Row]:
-    """Yield the first of ``rows``: up to ``most_rows``, and up to the row with which they hold ``most_bytes``."""
+    """Yield the first of ``rows``: at most ``most_rows`` of them, and none after the row with which the content of the
+    yielded rows reaches ``most_bytes``."""
     left = most_bytes
     for row in islice(rows, most_rows):
         yield row

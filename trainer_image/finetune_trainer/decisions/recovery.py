@@ -19,8 +19,8 @@ from finetune_trainer.storage.lineage import Rollback
 RATE_FACTOR = 0.3
 MAX_ROLLBACKS = 3
 SKIPPED_STEPS_AFTER_ALARM = 8
-"""How many steps after the alarm a rollback skips too, because bad rows often follow each other. PaLM skipped 200 to
-500 batches, in a run a thousand times as long."""
+"""How many steps after an alarm about a finite loss or gradient norm a rollback skips too, because bad rows often
+follow each other. PaLM skipped 200 to 500 batches, in a far longer run."""
 DIGITS = ".6g"
 
 
@@ -47,8 +47,8 @@ def plan_recovery(
 ) -> tuple[Incident, RollbackRequired | Diverged | None]:
     """Return the incident to report, and the error to raise, which is None where the alarm is only recorded.
 
-    ``rollbacks`` are the earlier rollbacks of the job. Where they are MAX_ROLLBACKS already, the error is Diverged and
-    not another rollback.
+    ``rollbacks`` are the earlier rollbacks of the job. Where MAX_ROLLBACKS of them were made already, an alarm that
+    asks for another rollback gives Diverged instead.
     """
     action = recovery_action(alarm, config)
     sentence = alarm.describe()
@@ -88,8 +88,8 @@ def _last_good(alarm: Alarm) -> int:
     """Return the last step whose checkpoint can be trusted.
 
     The loss of a step is computed with the weights that the step before left. The update before the first bad loss may
-    therefore be the cause, and is not trusted. A loss or gradient norm may have begun to rise before the rise stood
-    out. After an alarm about finite values, none of the newest RECENT steps is therefore trusted.
+    therefore be the cause, and is not trusted. After an alarm about finite values, none of the newest RECENT steps is
+    trusted either, because the loss or the gradient norm may have begun to rise before the rise stood out.
     """
     last = alarm.first - 2
     return max(0, last if alarm.kind in NON_FINITE else min(last, alarm.step - RECENT))

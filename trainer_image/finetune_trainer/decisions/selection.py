@@ -65,8 +65,8 @@ def best_first(records: Iterable[CheckpointRecord], best_by: BestBy) -> list[Che
     """Return the records sorted from best to worst by the value that ``best_by`` names. Records without this value are
     left out. Of equal records the earlier comes first.
 
-    Task scores are often equal, because each answer is either right or wrong. With TaskScore, the lower perplexity
-    therefore decides between equal scores.
+    With TaskScore, the lower perplexity decides between equal scores. Task scores are often equal, because most of them
+    only count right answers.
     """
 
     def order(record: CheckpointRecord) -> tuple[float, float, int, int]:

@@ -20,31 +20,34 @@ from statistics import median
 from finetune_core.contract import ContractModel
 
 RECENT = 8
-"""Number of newest steps that are compared with the steps before them. A fault must show in these steps."""
+"""Number of newest steps that are compared with the steps before them. A fault raises an alarm only if these steps show
+it."""
 BASELINE = 32
 MIN_BASELINE = 12
 """The recent steps are compared with the BASELINE steps before them, or with fewer in a young run, but never with fewer
 than MIN_BASELINE."""
 PERSISTENT = 4
-"""How many of the recent steps must stand out for an alarm, except for a drift, which compares the mean of the recent
-steps. A shorter spike passes by itself (KillLossSpike of llm-foundry also waits for 4)."""
+"""How many of the recent steps must stand out for an alarm. The alarm for a drift does not need this number, because it
+compares the mean of the recent steps. A shorter spike usually passes by itself (KillLossSpike of llm-foundry also waits
+for 4)."""
 
 SPIKE_DEVIATIONS, SPIKE_MIN_RISE = 5.0, math.log(1.25)
-"""A step is a spike if the logarithm of its loss lies above the median of the baseline by more than this number of
-standard deviations, and by more than this distance. DOUBLED names another case."""
+"""A step is a spike if the logarithm of its loss lies above the median of the baseline by more than SPIKE_DEVIATIONS
+standard deviations, and by more than SPIKE_MIN_RISE. DOUBLED describes another way in which a step becomes a spike."""
 DOUBLED, DOUBLED_DEVIATIONS = math.log(2.0), 3.0
 """In a run with noisy batches, a step is also a spike if its loss is more than twice the median loss of the baseline
 (the threshold of llm-foundry), and lies more than DOUBLED_DEVIATIONS standard deviations above the median."""
 GRADIENT_DEVIATIONS, GRADIENT_MIN_RISE = 8.0, math.log(4.0)
-"""For a gradient alarm, the logarithm of the gradient norm must lie above the median of the baseline by more than this
-number of standard deviations, and by more than this distance."""
+"""For a gradient alarm, the logarithm of the gradient norm must lie above the median of the baseline by more than
+GRADIENT_DEVIATIONS standard deviations, and by more than GRADIENT_MIN_RISE."""
 GRADIENT_LOSS_DEVIATIONS = 1.5
-"""For a gradient alarm the mean log-loss of the recent steps must lie above the median of the baseline too, by this
-number of standard deviations. A large gradient alone is no fault: the gradient of a LoRA adapter is small at first and
-then grows."""
+"""For a gradient alarm the mean log-loss of the recent steps must lie above the median of the baseline too, by more
+than this number of standard deviations. A large gradient alone is no fault: the gradient of a LoRA adapter is small at
+first and then grows."""
 DRIFT_DEVIATIONS, DRIFT_MIN_RISE = 6.5, math.log(1.15)
-"""A drift is an alarm: the mean log-loss of the recent steps lies above the median of the baseline by more than this
-number of standard deviations of a mean, and by more than this distance. ABOVE_BEST names another case."""
+"""A drift is an alarm: the mean log-loss of the recent steps lies above the median of the baseline by more than
+DRIFT_DEVIATIONS standard deviations of a mean, and by more than DRIFT_MIN_RISE. ABOVE_BEST describes another way in
+which a drift shows."""
 DRIFT_BEGINS = 2.0
 """A drift is reported to begin at the first recent step whose log-loss lies this number of standard deviations above
 the median of the baseline."""
@@ -56,15 +59,15 @@ ABOVE_BEST = math.log(1.5)
 alarm: the loss may be 1.5 times as large. In noisy runs it may lie DRIFT_DEVIATIONS standard deviations higher, if that
 is more."""
 MIN_DEVIATION = 0.02
-"""Smallest standard deviation of the log of the loss that is assumed. In an unusually smooth run any small change would
-otherwise stand out."""
+"""Smallest standard deviation that is assumed for the logarithms of losses and of gradient norms. In an unusually
+smooth run any small change would otherwise stand out."""
 TRIMMED, TRIMMED_MEAN = 0.9, 0.6574
 """The share of the differences between neighbouring steps that is kept, and the mean size of the kept differences in
 standard deviations. The largest tenth of the differences is left out. For a normal distribution, the mean size of the
-others is 2 (phi(0) - phi(1.645)) / 0.9 standard deviations. This estimate is robust enough here, and less noisy than
-the median absolute deviation."""
+kept differences is 2 (phi(0) - phi(1.645)) / 0.9 standard deviations. This estimate is robust enough here, and less
+noisy than the median absolute deviation."""
 START_STEPS = 3
-"""Number of first steps whose losses define the start of a run."""
+"""Number of the job's first steps. The median of their log-losses is the level that ABOVE_START refers to."""
 
 
 class AlarmKind(StrEnum):

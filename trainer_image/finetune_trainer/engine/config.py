@@ -1,7 +1,7 @@
 """DeepSpeed's configuration for a job, and the settings that DeepSpeed needs before a model is built.
 
-`engine.py` passes the configuration to DeepSpeed. `preparation.py` uses it to shard a model over the ranks while the
-model is loaded (ZeRO-3).
+`engine.py` passes the configuration to DeepSpeed. `preparation.py` calls `shard_new_models`, so that under ZeRO-3 a
+model is sharded over the ranks while it is loaded.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from finetune_core.contract import OptimizationConfig
 
 BUCKET_ELEMENTS = 50_000_000
-"""Number of elements that DeepSpeed reduces or gathers in one communication call: 100 MB in bf16. DeepSpeed's default
-is 500 million."""
+"""Largest number of elements that DeepSpeed reduces or gathers in one communication call: 100 MB in bf16. DeepSpeed's
+default is 500 million."""
 
 
 def engine_config(optimization: OptimizationConfig, world_size: int) -> dict[str, Any]:

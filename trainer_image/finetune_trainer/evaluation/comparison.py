@@ -25,7 +25,7 @@ from finetune_trainer.storage.root import RunRoot
 
 
 class ModelComparison:
-    """Computes and holds the scores of base model and tuned model. They are the same on every rank."""
+    """Computes and holds the scores of base model and tuned model. The scores are the same on every rank."""
 
     def __init__(
         self,
@@ -59,8 +59,8 @@ class ModelComparison:
     def score_base_model(self, *, is_base: bool) -> None:
         """Score the base model, or take the scores that an earlier run of the job wrote. A collective.
 
-        ``is_base`` says whether the ranks hold the untrained base model. If they hold a checkpoint, the base model
-        can't be scored. If the bucket has no scores of it either, a notice says so.
+        ``is_base`` says whether the ranks hold the untrained base model. If the ranks hold a checkpoint, the base model
+        can't be scored, and a notice says so where the bucket has no scores of the base model either.
         """
         if self._base_set is None or self._tuned_set is None:
             return

@@ -20,9 +20,8 @@ from finetune_trainer.engine.engine import Engine
 from finetune_trainer.ranks.gang import Gang
 
 SUFFIX_SLACK = 4
-"""An answer ends where its last tokens contain the suffix. This many tokens more than the suffix has are searched,
-because the suffix may be split into more tokens behind other text.
-"""
+"""Number of tokens that are searched for the suffix at the end of an answer, in addition to as many as the suffix has,
+because the suffix may be split into more tokens behind other text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +49,8 @@ def generate_answers(
     """Generate the answers to this rank's share of ``prompts`` (token ids). Yield one dictionary per batch, which gives
     the answer's text by the index of its prompt in ``prompts``.
 
-    Every rank yields equally often, some dictionaries may be empty. Each batch is a collective. Before a batch begins,
-    StopAgreed is raised if a rank has received SIGTERM.
+    Every rank yields equally many dictionaries, of which some may be empty. Each batch is a collective. Before a batch
+    begins, StopAgreed is raised if a rank has received SIGTERM.
     """
     own = micro_batches(
         [[row] for row in range(len(prompts))],
@@ -122,13 +121,14 @@ def _text(ids: Sequence[int], decoding: Decoding) -> str:
 
 
 class _StopRequested(StoppingCriteria):  # type: ignore[misc]  # transformers has no types here
-    """Ends the generation of a batch once this process has received SIGTERM. The unfinished answers are not used."""
+    """Ends the generation of a batch once this rank knows that any rank has received SIGTERM. `Gang.check_stop` then
+    raises StopAgreed before the next batch, if there is one."""
 
     def __init__(self, gang: Gang) -> None:
         self._gang = gang
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return whether each of the B answers must end: all of them after SIGTERM, otherwise none."""
+        """Return for each of the B answers whether it must end: all of them after SIGTERM, otherwise none."""
         return torch.full((input_ids.shape[0],), self._gang.stop_requested(), device=input_ids.device)
 
 

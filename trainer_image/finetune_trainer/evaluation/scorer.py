@@ -148,7 +148,7 @@ def all_tokens(examples: ExampleSet) -> ExampleSet:
     """Return the same examples with every token supervised, prompt and answer, as in the script of Anyscale's study of
     LoRA.
 
-    Other than in that study, padding tokens are not counted, because the perplexity would then depend on the batch
+    Unlike in that study, padding tokens are not counted, because with them the perplexity would depend on the batch
     size.
     """
     return example_set([Example(example.ids, [(0, len(example.ids))]) for example in examples])

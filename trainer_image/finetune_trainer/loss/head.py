@@ -23,7 +23,8 @@ CHUNK_LOGITS = 1 << 25
 """Number of logits that are computed at a time, in one chunk of positions: 128 MiB in fp32."""
 CPU_CHUNK_LOGITS = 1 << 22
 """Number of logits that are computed at a time for a frozen output head on the CPU. A chunk that fits into the cache is
-faster there, and more chunks cost nothing, because a frozen head computes no chunk twice."""
+faster there. Small chunks cost no second computation, because the logits of a frozen head are not computed again in the
+backward pass."""
 
 
 class LossHead:

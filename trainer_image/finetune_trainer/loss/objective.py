@@ -17,7 +17,7 @@ from finetune_trainer.loss.head import LossHead, exclude_from_logits
 
 
 class Objective:
-    """The loss of a model. An objective must be made before the model is sharded."""
+    """The loss of a model. An objective must be made before DeepSpeed's engine of the model."""
 
     def __init__(self, model: nn.Module) -> None:
         """Replace the forward function of the model's output head, and the dropout of the model's LoRA adapters.

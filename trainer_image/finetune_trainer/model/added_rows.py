@@ -27,13 +27,13 @@ class AddedRows(ContractModel):
     """Tensor name of the input embedding, for example `model.embed_tokens.weight`."""
     output_key: str | None = None
     """Tensor name of the output head, for example `lm_head.weight`. None where the output head began with the same rows
-    as the input embedding, so that they are stored once."""
+    as the input embedding, because then the rows of the input embedding are enough."""
 
 
 def read_added_rows(base: Path, rows: AddedRows, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Read the rows of the added tokens from the model in folder ``base``, and return them in ``dtype``. The input
-    embedding's rows have the name INPUT_ROWS, and the output head's rows, if they are stored separately, OUTPUT_ROWS.
-    Each tensor has the shape (added tokens, hidden size)."""
+    embedding's rows have the name INPUT_ROWS, and the output head's rows, where ``rows`` names their tensor,
+    OUTPUT_ROWS. Each tensor has the shape (added tokens, hidden size)."""
     weights = WeightFiles.of(base)
     found = {INPUT_ROWS: weights.rows(rows.input_key, rows.ids).to(dtype)}
     if rows.output_key is not None:
@@ -43,7 +43,7 @@ def read_added_rows(base: Path, rows: AddedRows, dtype: torch.dtype) -> dict[str
 
 def check_mergeable(names: Sequence[str], base: Path) -> None:
     """Raise UserError where the files of the base model lack one of the weights ``names``. The adapter of such a weight
-    can't be merged. Some model families name their weights differently in files and in modules."""
+    can't be merged. This happens with model families that name their weights differently in files and in modules."""
     files = WeightFiles.of(base).files
     absent = next((name for name in names if name not in files), None)
     if absent is not None:

@@ -23,8 +23,8 @@ def base_digest(folder: Path) -> str:
     """Return the sha256 over the names and contents of the safetensors files in a model folder, in the order of their
     names.
 
-    Every byte is read. That costs little, because the files are likely in the page cache: they were just downloaded, or
-    will be loaded soon after.
+    Every byte is read. Files that were just downloaded are mostly in the page cache. For other files, the reads fill
+    the page cache before the model is loaded.
     """
     files = sorted(folder.glob("*.safetensors"))
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:

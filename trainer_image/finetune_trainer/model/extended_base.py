@@ -2,7 +2,8 @@
 weights for the output head where LoRA adapts an embedding that shares its weights with the head.
 
 `preparation.py` writes the copy before any model is loaded, so that loading, ZeRO-3 and export all see one ordinary
-model folder. The random values of an added token's rows follow from the seed and the token only.
+model folder. The random values of an added token's rows depend only on the seed, the token, the embedding (input or
+output) and the model's `initializer_range`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `load.py` uses this module under ZeRO-3, where a rank maps every weight file until the last tensor is copied into a
 shard. The kernel frees the pages of mapped files only when memory gets short. Until then the pages count as memory of
-this process, which would hold a whole model in addition to its shard.
+this process, so that the process would hold a whole model in addition to its shard.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The exceptions that end a run early. Each stands for an outcome of `finetune_core.contract.Outcome`. The message of
 an exception is the sentence that users see in the job's status.
 
-Every room of the trainer raises these exceptions, and `pod/outcomes.py` turns them into outcomes. Errors that a user
+Every room of the trainer may raise these exceptions, and `pod/outcomes.py` turns them into outcomes. Errors that a user
 can correct in the job or its data are raised as `finetune_core.errors.UserError` instead (exit code 64).
 """
 
@@ -16,8 +16,8 @@ class OutsideFailure(Exception):  # noqa: N818  (named after the outcome, not af
 
 
 class PeerLost(OutsideFailure):
-    """Another rank exited or stopped answering (exit code 75). Losing a rank is only a consequence. So this error
-    counts only if no worker of the pod reports a cause of its own."""
+    """Another rank exited or stopped answering (exit code 75). The loss of a rank is only the consequence of an error
+    elsewhere, so this error counts only if no worker of the pod reports a cause of its own."""
 
 
 class Diverged(Exception):  # noqa: N818
@@ -45,6 +45,6 @@ class NewerRun(OutsideFailure):
 
 
 def first_line(error: BaseException, *, limit: int = 300) -> str:
-    """Return the first line of another library's error message, cut off after ``limit`` characters. It becomes part of
-    a sentence for the user."""
+    """Return the first line of another library's error message, cut off after ``limit`` characters. The line becomes
+    part of a sentence for the user."""
     return valid_text((str(error).strip().splitlines() or [type(error).__name__])[0][:limit])

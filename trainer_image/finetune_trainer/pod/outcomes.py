@@ -35,13 +35,13 @@ class WorkerOutcome(ContractModel):
 
     result: Result
     caused_by_peer: bool = False
-    """Whether the worker ended only because another worker had ended."""
+    """Whether the worker ended only because another worker had ended or stalled."""
 
 
 @dataclass
 class WorkerStatus:
-    """How far this worker process has come. `loop.py` updates the fields, and the worker's result and heartbeats report
-    them."""
+    """How far this worker process has come. `train.py` and `loop.py` update the fields, and the worker's result and
+    heartbeats report them."""
 
     step: int = 0
     """Last finished optimizer step; 0 before the first. Steps whose global batch was left out are included."""
@@ -61,7 +61,8 @@ class WorkerExit:
 
     rank: int
     status: int
-    """Exit status; a negative value is the number of the signal that killed the process."""
+    """Exit status of the process. A negative value names the signal that killed the process: -9 stands for signal 9
+    (SIGKILL)."""
     outcome: WorkerOutcome | None
     killed_by_launcher: bool = False
     """Whether the launcher killed the worker because it still ran too long after another worker had exited."""

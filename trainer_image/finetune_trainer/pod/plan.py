@@ -58,8 +58,8 @@ def read_run_file(path: Path) -> RunConfig:
 
 
 def rendezvous_nonce(identity: Identity, paths: Paths) -> str:
-    """Return a text that all pods of an attempt know and that no other attempt has. It begins the keys of the attempt
-    in the rendezvous store."""
+    """Return a text that all pods of an attempt know and that no other attempt has. The prefix of all keys of the
+    attempt in the rendezvous store contains the text."""
     nonce = paths.nonce_file.read_text() if paths.nonce_file.is_file() else ""
     parts = f"{identity.uid}/{identity.attempt}/{nonce}"
     return hashlib.sha256(parts.encode()).hexdigest()
@@ -68,8 +68,8 @@ def rendezvous_nonce(identity: Identity, paths: Paths) -> str:
 def rendezvous_key(identity: Identity, paths: Paths) -> bytes:
     """Return the key by which the pods of an attempt recognise each other.
 
-    The key is made of the nonce of the attempt and of the job's secret access key, if the pod has one. So it takes more
-    than the right to read ConfigMaps and pods of the namespace to know the key.
+    The key is made of the nonce of the attempt and, if the pod has one, of the job's secret access key. With the secret
+    access key, the right to read the namespace's ConfigMaps and pods is not enough to compute the key.
     """
     file = paths.credentials / SECRET_ACCESS_KEY
     secret = file.read_bytes() if file.is_file() else b""

@@ -1,8 +1,9 @@
 """Runs checks in a child process that may not use more memory than the pod has to spare. `entrypoint.py` calls
 `run_confined`.
 
-Model and data come from anywhere, and a small file may expand to gigabytes. Without the child the kernel would kill the
-whole pod, nobody would learn which file it was, and the operator would try again without end.
+Model and data come from anywhere, and a small file may expand to gigabytes. Without the child process the kernel would
+kill the whole pod for lack of memory. Then nobody would learn which file was at fault, and the operator would start the
+pod again and again.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 MEMORY_BYTES = 640 << 20
-"""Most memory of the child in bytes. The preflight pod may use 1 GiB; the rest is for the parent, and for what the
-child takes between two looks of the parent."""
+"""Largest memory in bytes that the child may add to what it shares with the parent at the fork. The preflight pod may
+use 1 GiB. The rest is for the parent (60 MiB), and for what the child takes between two looks of the parent at the
+child's memory."""
 LOOK_SECONDS = 0.01
-"""Time between two looks at the memory of the child. The kernel hands out about a gigabyte in a second."""
+"""Time in seconds between two looks at the memory of the child. The kernel hands out about a gigabyte in a second."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -33,7 +35,7 @@ class ChildEnd(Enum):
     DONE = "The child has done its work."
     FAILED = "The child raised an exception and has printed its traceback."
     KILLED = "A signal ended the child, sent by the kernel, by a library or by somebody else."
-    TOO_LARGE = "The parent has killed the child, because it used more memory than it may."
+    TOO_LARGE = "The parent has killed the child, because it added more memory than it may."
 
 
 def run_confined(
@@ -45,8 +47,9 @@ def run_confined(
     """Call ``work`` in a forked child process, and return how the child ended.
 
     ``work`` gets a function that sends a JSON value to this process, where ``receive`` is called with it. The child is
-    killed when it uses more memory than ``memory_bytes``, and when an exception is raised in this process, such as the
-    end of a time limit. No thread may run in this process.
+    killed when it has added more than ``memory_bytes`` to the memory that it had at the fork, and when an exception is
+    raised in this process, such as the end of a time limit. No other thread may run in this process, because a forked
+    child has only the calling thread.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -73,7 +76,8 @@ def run_confined(
 
 
 def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int) -> None:
-    """Do the work in the child and end the process without the cleanup of the parent, whose copy it is."""
+    """Call ``work`` in the child, and end the child without the cleanup at the exit of Python. The child is a copy of
+    the parent, so the cleanup would be that of the parent."""
     code = 1
     try:
         stream = os.fdopen(writer, "w")
@@ -82,6 +86,8 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int) -> No
             stream.write(json.dumps(value) + "\n")
             stream.flush()
 
+        # Pages that the child shares with the parent count as its own, so the parent needs the number from before.
+        send(_resident_bytes(os.getpid()))
         work(send)
         code = 0
     except BaseException:  # noqa: BLE001  (the child ends here, whatever happened)
@@ -93,9 +99,13 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int) -> No
 
 
 def _receive_all(reader: int, receive: Callable[[Any], None], child: int, memory_bytes: int) -> bool:
-    """Receive values until the child has closed its end. Return early, with True, once the child is too large."""
+    """Receive values until the child has closed its end. Return early, with True, once the child is too large.
+
+    The first value is not passed on: it is the memory of the child at the fork.
+    """
     told = b""
     looked_at = 0.0
+    at_the_fork: int | None = None
     while True:
         ready, _, _ = select.select([reader], [], [], LOOK_SECONDS)
         if ready:
@@ -105,13 +115,17 @@ def _receive_all(reader: int, receive: Callable[[Any], None], child: int, memory
             told += piece
             *lines, told = told.split(b"\n")
             for line in lines:
-                receive(json.loads(line))
-        if time.monotonic() - looked_at >= LOOK_SECONDS:
+                if at_the_fork is None:
+                    at_the_fork = int(line)
+                else:
+                    receive(json.loads(line))
+        if at_the_fork is not None and time.monotonic() - looked_at >= LOOK_SECONDS:
             looked_at = time.monotonic()
-            if _resident_bytes(child) > memory_bytes:
+            if _resident_bytes(child) - at_the_fork > memory_bytes:
                 return True
 
 
 def _resident_bytes(process: int) -> int:
-    """Return how much memory the child has. A child that has ended, but was not waited for yet, has none."""
+    """Return the resident memory of ``process`` in bytes. It is 0 for a child that has ended but was not waited for
+    yet."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * _PAGE_BYTES

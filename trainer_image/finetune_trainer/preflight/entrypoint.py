@@ -1,8 +1,8 @@
 """PID 1 of the preflight pod: runs every check within a time limit and writes the findings to the termination message.
 `__main__.py` calls `run`.
 
-torch is not imported, because the pod has little memory and no GPU. The import would take more time and memory than all
-checks together.
+torch is not imported, because the pod has no GPU, and the import would take much time and much of the pod's little
+memory.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def _former_run(findings: Findings, config: RunConfig, paths: Paths, root: RunRo
 def _check_inputs(
     findings: Findings, config: RunConfig, paths: Paths, root: RunRoot, folder: Path, *, store_answers: bool
 ) -> None:
-    """Check the base model and the first rows of each data file. What lies in an object store that does not answer is
-    left out."""
+    """Check the base model and the first rows of each data file. Without ``store_answers``, model and data in the
+    object store are left out."""
     _hide_torch()
     from finetune_trainer.preflight.model_check import ModelFacts, check_model
     from finetune_trainer.preflight.row_check import check_rows
@@ -151,7 +151,8 @@ def _check_inputs(
 
 def _hide_torch() -> None:
     """Make transformers believe that torch is not installed. transformers can load tokenizers and configurations
-    without it. Let no library start one thread per core, because the pod has one core and little memory."""
+    without it. Also keep libraries from starting one thread per core of the node, because the pod has a CPU limit of
+    one core and little memory."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
@@ -180,7 +181,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _print_result(result: PreflightResult, seconds: float) -> None:
-    """Print the findings and notices, the time and the memory that the checks took to the log."""
+    """Print to the log the findings, the notices, and the time and memory that the checks took."""
     for finding in result.findings:
         print(f"{finding.kind.value}: {finding.message}", file=sys.stderr)
     for notice in result.notices:

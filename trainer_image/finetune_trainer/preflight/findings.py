@@ -25,8 +25,8 @@ class Findings:
     """The findings and notices so far, and what the running check examines."""
 
     def __init__(self, send: Callable[[Any], None] = lambda _: None) -> None:
-        """Begin without findings. ``send`` gets everything that is added, as JSON values for `receive` of the findings
-        of another process."""
+        """Begin without findings. ``send`` is called with everything that is added, as JSON values. Another process can
+        pass these values to `receive` of its own `Findings`."""
         self._send = send
         self._found: list[Finding] = []
         self._notices: list[str] = []
@@ -61,7 +61,7 @@ class Findings:
         self._send({"notices": valid})
 
     def receive(self, sent: Mapping[str, Any]) -> None:
-        """Add what the findings of another process have sent."""
+        """Add what the `Findings` of another process passed to its ``send`` function."""
         self.subject = sent.get("subject", self.subject)
         self.notice(*sent.get("notices", ()))
         if "kind" in sent:

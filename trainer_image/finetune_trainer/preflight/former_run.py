@@ -29,11 +29,11 @@ from finetune_trainer.storage.lineage import RunRecord, lineage
 from finetune_trainer.storage.root import RunRoot
 
 MOST_FOLDERS = 1000
-"""Most folders of former jobs that are looked into. The object store lists them by name."""
+"""Largest number of folders of former jobs that are looked into: the first ones in the order of their names."""
 MOST_RECORDS = 2000
-"""Most run records in the folder of a former job. A folder with more is left alone."""
+"""Largest number of run records in the folder of a former job. A folder with more records is left alone."""
 OBJECT_BYTES = 256 * 1024
-"""Largest run record or `ARTIFACT` in bytes that is read."""
+"""Largest size in bytes of a run record or of `ARTIFACT` that is read."""
 PARALLEL_FOLDERS = 8
 
 
@@ -106,7 +106,7 @@ def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
         return None
     runs = sorted(entries)
     try:
-        # Nearly every folder is sorted out by its newest record alone.
+        # The newest record alone is mostly enough to see that a folder does not fit.
         newest = _read_records(root, runs[-1:])[runs[-1]].training
         if newest is None or newest.settings_sha256 != settings_sha256:
             return None

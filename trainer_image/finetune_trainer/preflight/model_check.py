@@ -26,8 +26,8 @@ HEADER_PIECE_BYTES = 128 * 1024
 enough.
 """
 LARGEST_HEADER_BYTES = 10_000_000
-"""Longest header in bytes that is accepted. It has room for 80,000 tensors in one file; the largest models have a few
-thousand. As Python objects a header takes twenty times its length."""
+"""Longest header in bytes that is accepted. Such a header has room for 80,000 tensors, and a file of a large model has
+a few thousand. As Python objects, a header takes twenty times its length in memory."""
 LARGEST_INDEX_BYTES = 32 * 1024 * 1024
 """Longest index of weight files in bytes that is accepted."""
 PARALLEL_READS = 4

@@ -25,14 +25,17 @@ from finetune_trainer.sources.inputs import data_file, data_token, source_name
 from finetune_trainer.storage.client import Store
 
 HEAD_ROWS = 1000
-"""Most rows of a data file that are turned into examples."""
+"""Largest number of rows of a data file that are turned into examples."""
 HEAD_BYTES = 4 * 1024 * 1024
-"""Most bytes that are read of a text file in the object store. A longer file is cut off behind its last whole row."""
+"""Largest number of bytes that are read of a text file in the object store. What was read of a longer file is cut off
+behind its last whole row."""
 HEAD_CONTENT_BYTES = 8 * 1024 * 1024
-"""Most bytes of the content of rows that are turned into examples. Compressed files may hold much in few bytes."""
+"""Largest number of bytes of content in the rows that are turned into examples. It is limited too, because a compressed
+file may hold much content in few bytes."""
 LARGEST_HEAD_EXPANSION = 100
-"""A data source whose first rows hold HEAD_CONTENT_BYTES and this many times its own bytes is refused. Text of people
-is compressed to a tenth at best; a file that expands so much holds the same bytes again and again."""
+"""A data source is refused if its first rows hold at least HEAD_CONTENT_BYTES, and more than this many times the bytes
+of its files. Compression makes ordinary text about ten times smaller at best, so a file that expands so much holds the
+same bytes again and again."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
 """Largest file in bytes that is downloaded as a whole. This concerns parquet files, whose schema is at the end, and all
 files of the Hugging Face Hub. The rows of a larger file are not checked.

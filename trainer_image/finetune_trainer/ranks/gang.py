@@ -38,27 +38,30 @@ WORK_SECONDS = 4 * STORE_BUDGET_SECONDS
 each with a time limit of its own, and may transfer much data."""
 BACKGROUND_WORK_SECONDS = 24 * 3600.0
 """How many seconds background threads wait for the work of one rank: a large checkpoint over a slow line may take a
-day. A rank that is gone is noticed by its missing heartbeat, long before this limit."""
+day. The loss of a rank is noticed long before this limit, by its missing heartbeat or, for rank 0, by the broken
+connection to the rendezvous store."""
 FINAL_BARRIER_SECONDS = 15.0
 HEARTBEAT_SECONDS = 1.0
 STORE_WAIT_SECONDS = 1.0
-"""Longest single wait for the rendezvous store, in seconds. While torch waits, Python runs no signal handler, so longer
-waits are made of several short ones."""
+"""Longest single wait for a key of the rendezvous store, in seconds, except in `final_barrier`. While torch waits,
+Python runs no signal handler, so longer waits are made of several short ones."""
 POLL_SECONDS = 0.1
 JOIN_AFTER_STOP_SECONDS = 12.0
-"""For this many seconds after SIGTERM a rank still tries to join the other ranks, because they would otherwise wait for
-it."""
+"""For this many seconds after SIGTERM a rank still tries to join the other ranks, because the other ranks would
+otherwise wait for it until they give up."""
 COLLECTIVE_MARGIN_SECONDS = 120.0
-"""A collective waits this many seconds longer than the stall limit of the watchdog. So the watchdog ends a hanging
-process first, because only the watchdog writes stack traces."""
+"""The timeout of a collective is this many seconds longer than the stall limit of the watchdog. So the watchdog ends a
+hanging process before the collective fails, and writes stack traces, which a failed collective would not do."""
 NONCE_VARIABLE = "RENDEZVOUS_NONCE"
-"""Environment variable with the random text that begins all keys of this attempt in the rendezvous store."""
+"""Environment variable with a text that is different for every attempt. All keys of the attempt in the rendezvous store
+begin with a prefix that contains the text."""
 FOREIGN_KEYS_BEATS = 10
-"""Rank 0 looks for foreign keys in the rendezvous store at every tenth heartbeat, until it finds some."""
+"""Number of heartbeats between two searches of rank 0 for foreign keys in the rendezvous store, which no rank of the
+attempt has set. After the first find rank 0 does not search again."""
 STOP_KEY, STALLED_KEY = "stop", "stalled"
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
 """A rank whose heartbeat has not changed for this many seconds counts as lost. The rendezvous store may not notice the
-loss, because a killed process does not always close its connections."""
+loss, because the connections of a lost rank may stay open, for example after its node failed."""
 
 
 class Gang:
@@ -103,7 +106,8 @@ class Gang:
         device = self.device
         try:
             self._whole_store = self._open_store()
-            # Only keys with this prefix are read, so a client that does not know the nonce can't set any of them.
+            # The ranks use only keys with this prefix, so a client that does not know the nonce can't set a key that a
+            # rank uses.
             nonce = os.environ.get(NONCE_VARIABLE) or (secrets.token_hex(16) if self.world_size == 1 else "")
             self._prefix = f"attempt-{nonce}"
             self._store = dist.PrefixStore(self._prefix, self._whole_store)
@@ -186,14 +190,14 @@ class Gang:
         return self._stop() or self._peer_stop
 
     def check_stop(self, *, failed: bool = False) -> None:
-        """If any rank received SIGTERM or passes ``failed``, raise StopAgreed on every rank.
+        """If any rank received SIGTERM or passes True as ``failed``, raise StopAgreed on every rank.
 
         All ranks must call this function together. The call also tells the watchdog that this rank makes progress.
         """
         if self.any_rank(self.stop_requested() or failed):
             raise StopAgreed
 
-    # Work of any length, through the rendezvous store
+    # Work that may take long, through the rendezvous store
 
     def run_on_rank_0(self, work: Callable[[], Any], *, until_stop: bool = False) -> Any:
         """Let rank 0 call ``work``, and return the result, a JSON value, on every rank.
@@ -372,8 +376,10 @@ class Gang:
                 if self._watchdog is not None and store.check([STALLED_KEY]):
                     self._watchdog.end_process(bytes(store.get(STALLED_KEY)).decode(), caused_by_peer=True)
             except (RuntimeError, dist.DistError):
-                return  # Rank 0 is gone. With it the rendezvous store is gone, and the only rank that reads heartbeats.
-            # The interval between two heartbeats. No other thread waits for this thread.
+                # Rank 0 is gone, and with it the rendezvous store. No other rank reads heartbeats, so this thread ends.
+                return
+            # This sleep is the interval between two heartbeats. It delays no other thread, because none waits for this
+            # one.
             time.sleep(HEARTBEAT_SECONDS)
 
     def _log_foreign_keys(self, whole_store: dist.Store) -> set[str]:

@@ -4,11 +4,11 @@ The rendezvous store of torch obeys every client that can connect: whoever write
 ranks, and whoever writes many keys fills the memory of rank 0. So rank 0 offers the store on the loopback interface of
 its pod only. The launcher of that pod serves the port to which the other pods connect, and lets a connection pass to
 the store after both ends have proved that they know the key of the attempt. The launcher of each other pod serves a
-port on the loopback interface of its own pod, and connects the workers' connections to the gate. `launcher.py` calls
+port on the loopback interface of its own pod, and forwards the workers' connections to the gate. `launcher.py` calls
 `open_rendezvous`. Nothing here imports torch.
 
-The bytes of the store are not encrypted, like the tensors that the ranks exchange. The gate keeps out clients that can
-open connections; it does not help against somebody who reads or changes the packets of other pods.
+The bytes that pass the gate are not encrypted, and neither are the tensors that the ranks exchange. The gate keeps out
+clients that do not know the key. It does not help against somebody who can read or change the packets between the pods.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ GREETING = b"finetune-rendezvous-1\n"
 CHALLENGE_BYTES = 32
 PROOF_BYTES = 32
 HANDSHAKE_SECONDS = 10.0
-"""For this many seconds a client may take to prove that it knows the key. Pods of the attempt need milliseconds."""
+"""How many seconds each end may take to prove to the other end that it knows the key."""
 MOST_HANDSHAKES = 64
 """Largest number of connections that are in the handshake at the same time. One more ends the oldest one of the address
 that has the most of them, so that clients that connect and send nothing can't keep the pods of the attempt away,
 however many connections they open."""
 RETRY_SECONDS = 0.2
-"""Pause between two tries to connect to a port on which nobody listens yet."""
+"""Pause in seconds between two tries to connect to the rendezvous store or the gate, which may not listen yet."""
 LAST_BYTES_SECONDS = 2.0
-"""Longest time for forwarding the last bytes of the workers after they have ended."""
+"""How many seconds the last bytes of the workers may still be forwarded after the workers have ended."""
 PIECE_BYTES = 64 * 1024
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Handshake = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Key = Callable[[], bytes]
-"""Returns the key of the attempt. It is called for every handshake, because the kubelet may replace the files from
-which the key is made."""
+"""A function that returns the key of the attempt. The function is called for every handshake, because the kubelet may
+replace the files from which the key is made."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the workers of this pod find the rendezvous store. It is always an address of the loopback interface."""
+    """Address and port at which the workers of this pod find the rendezvous store, always on the loopback interface."""
 
     address: str
     port: int
@@ -72,7 +72,8 @@ def open_rendezvous(*, first: bool, nodes: int, address: str, port: int, key: Ke
         return
     with contextlib.ExitStack() as stack:
         if first:
-            # The socket never listens. While it is bound, no other program gets the port, and rank 0 can listen there.
+            # This socket never listens. While it is bound, the kernel gives its port to no other program as a free
+            # port. SO_REUSEADDR lets rank 0 listen at the port nevertheless.
             reserved = stack.enter_context(_bound_socket())
             local = Rendezvous(LOOPBACK, reserved.getsockname()[1])
             gate = Gate(key, local)
@@ -89,7 +90,7 @@ class Gate:
     """Serves the connections of other pods in the pod of rank 0, and lets them pass to the store after a handshake."""
 
     def __init__(self, key: Key, store: Rendezvous) -> None:
-        """Let connections pass to ``store`` whose other end knows ``key``."""
+        """Let a connection pass to ``store`` if its other end knows ``key``."""
         self._key = key
         self._store = _Target(store.address, store.port)
         self._handshakes: dict[asyncio.Task[None], str] = {}
@@ -139,7 +140,8 @@ class Gate:
                 await writer.drain()
 
     def _log_refusal(self, writer: asyncio.StreamWriter, problem: str) -> None:
-        """Print the first refused connection, and then every second, fourth, eighth and so on."""
+        """Count one more refused connection, and print a line about it if it is the first, second, fourth, eighth and
+        so on. Many refusals then print only a few lines."""
         self._refused += 1
         if self._refused & (self._refused - 1) == 0:
             print(
@@ -190,7 +192,8 @@ class RefusedError(Exception):
 
 
 class _Target:
-    """The port to which connections are forwarded. Until the first connection succeeds, its program may still start."""
+    """The port to which connections are forwarded. Until the first connection succeeds, the program that listens there
+    may still be starting."""
 
     def __init__(
         self,
@@ -231,7 +234,8 @@ class _Target:
 
 
 def _proof(key: bytes, role: bytes, first: bytes, second: bytes) -> bytes:
-    """Return the proof that an end with ``role`` knows ``key``. The challenges of both ends make it valid only once."""
+    """Return the proof that an end with ``role`` (`client` or `server`) knows ``key``. The proof includes the random
+    challenges of both ends, ``first`` and ``second``, so it is valid for one connection only."""
     return hmac.digest(key, GREETING + role + first + second, "sha256")
 
 
@@ -272,7 +276,7 @@ async def _forward(near_reader: asyncio.StreamReader, near: asyncio.StreamWriter
         finally:
             for task in copies:
                 task.cancel()
-            # A connection that breaks is the usual end; the errors of both directions are dropped.
+            # A broken connection is a usual end of forwarding, so the errors of both directions are dropped.
             await asyncio.gather(*copies, return_exceptions=True)
 
 
@@ -285,7 +289,8 @@ def _bound_socket() -> socket.socket:
 
 @contextlib.contextmanager
 def _served(start: Callable[[], Awaitable[asyncio.Server]], port: int) -> Iterator[None]:
-    """Inside the block, run the server that ``start`` starts, in a thread of its own."""
+    """Inside the block, run the server that ``start`` starts, in a thread of its own. Raises OutsideFailure, which
+    names ``port``, where the server can't listen."""
     loop = asyncio.new_event_loop()
     started = threading.Event()
     stopping = asyncio.Event()
@@ -301,7 +306,7 @@ def _served(start: Callable[[], Awaitable[asyncio.Server]], port: int) -> Iterat
             started.set()
         await stopping.wait()
         server.close()
-        # The workers have ended, so their connections end by themselves once their last bytes are forwarded.
+        # The workers have ended, so the connections of the workers end by themselves once the last bytes are forwarded.
         if connections := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(connections, timeout=LAST_BYTES_SECONDS)
 

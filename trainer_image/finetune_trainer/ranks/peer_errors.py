@@ -30,7 +30,7 @@ SHARED_ERRORS: Mapping[str, type[Exception]] = {
 """Errors, by class name, that every rank raises as the same class when one rank raises them. UserError is raised on
 every rank too, but is handled apart, because it consists of two texts."""
 PEER_MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "tcpstore")
-"""Parts of the messages of the RuntimeError that torch raises in a collective when another rank is gone."""
+"""A RuntimeError of torch whose message, in lower case, contains one of these texts says that another rank is gone."""
 
 
 @contextlib.contextmanager
@@ -47,7 +47,8 @@ def convert_peer_failures() -> Iterator[None]:
 def is_peer_failure(error: BaseException) -> bool:
     """Return whether torch raised ``error`` because another rank is gone.
 
-    For the gloo backend torch has no exception class for a lost rank, so the message decides.
+    Every DistError counts. For the gloo backend torch has no exception class for a lost rank, so there the message
+    decides.
     """
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(mark in text for mark in PEER_MARKS)
@@ -64,7 +65,8 @@ def torch_message(error: BaseException) -> str:
 
 
 def describe_error(error: Exception) -> dict[str, Any]:
-    """Return ``error`` as a JSON object, which `unpack_answer` raises on another rank."""
+    """Return a JSON object that describes ``error``. On another rank `unpack_answer` makes an error of it and raises
+    the error."""
     return {"error": _error_name(error), "message": _error_parts(error)}
 
 
@@ -87,8 +89,9 @@ def _error_parts(error: Exception) -> list[str]:
 
 
 def _shared_error(name: str, parts: Sequence[str]) -> Exception:
-    """Return the error that this rank must raise because another rank raised an error with the class ``name``. Where
-    this rank can't raise that class, as after a crash of the other rank, the error is PeerLost."""
+    """Return the error that this rank must raise because another rank raised an error with the class ``name``. The
+    error is PeerLost where `SHARED_ERRORS` does not hold that class, for example `KeyError` after a programming error.
+    """
     if name == "UserError":
         return UserError(*parts)
     if name == StopAgreed.__name__:

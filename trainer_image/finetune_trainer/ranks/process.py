@@ -46,7 +46,8 @@ def prepare_environment(scratch: Path) -> None:
 def select_device(world: WorldConfig) -> torch.device:
     """Return the device of this rank. Raises OutsideFailure where the pod sees fewer GPUs than it has worker processes.
 
-    A missing GPU is never replaced by the CPU, because the run would silently be a hundred times slower.
+    A missing GPU is never replaced by the CPU, because the run would then be many times slower without a visible
+    reason.
     """
     import torch
 

@@ -48,7 +48,8 @@ class Watchdog:
         self._progress_at = time.monotonic()
         self._end_lock = threading.Lock()
         self.announce: Callable[[str], None] = lambda _: None
-        """Tells the other ranks why this rank stalls. `Gang` sets the function once the ranks have joined."""
+        """Function that tells the other ranks the given message about the stall of this rank. `Gang` sets the function
+        once the ranks have joined."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def note_progress(self) -> None:
@@ -107,5 +108,5 @@ class Watchdog:
                     " hangs, or waits for one that does",
                     caused_by_peer=False,
                 )
-            # The interval between two checks. No other thread waits for this thread.
+            # This sleep is the interval between two checks. It delays no other thread, because none waits for this one.
             time.sleep(self._interval)

@@ -114,8 +114,8 @@ class Progress:
         self._publish(urgent=True)
 
     def finished_step(self, row: StepRow, *, updates: int) -> None:
-        """Note a finished step. ``updates`` is the number of updates applied so far. If an evaluation of the step is
-        due, its scores follow with `scored`."""
+        """Note a finished step. ``updates`` is the number of updates applied so far. If an evaluation is due after the
+        step, the caller passes its scores to `scored` later."""
         self._speed.step(self._clock(), Tokens(row.tokens, row.real_tokens, row.padded_tokens))
         self._pending.append(row)
         self._newest = row
@@ -131,8 +131,8 @@ class Progress:
         scores = {"perplexity": perplexity, "task_score": task_score}
         if self._newest is not None and self._newest.step == step:
             self._newest = self._newest.model_copy(update=scores)
-            # The row is added to the pending rows even if an earlier run wrote it already. Where that run was stopped
-            # during this evaluation, its row has no scores.
+            # The row is added to the pending rows even if an earlier run wrote it already, because the row of a run
+            # that was stopped during this evaluation has no scores.
             self._pending = [*(row for row in self._pending if row.step != step), self._newest]
         if self._points:
             self._points[-1] = self._points[-1].model_copy(update={"perplexity": perplexity})
@@ -168,8 +168,8 @@ class Progress:
         checkpoints: Sequence[CheckpointRecord],
         best: CheckpointRecord | None,
     ) -> None:
-        """Note the committed ``checkpoints``. ``record`` is the checkpoint that was just committed, and ``best`` the
-        best checkpoint."""
+        """Note the committed ``checkpoints``. ``record`` is the checkpoint that was just committed, and ``best`` is the
+        best checkpoint. Each is None where there is none."""
         self._checkpoints = list(checkpoints)[-MAX_CHECKPOINTS:]
         self._best = CheckpointName(run=best.run, step=best.step) if best is not None else None
         if record is not None:

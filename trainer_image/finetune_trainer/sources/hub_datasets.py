@@ -56,9 +56,9 @@ def fetch_first_file(
 
 
 def split_tags(source: HuggingFaceDataSource, field: str, token: str | None, folder: Path) -> Mapping[str, str]:
-    """Return the id of the content of each file of a split, by the file's path in the repository. For a file without
-    an id it is the commit of the whole repository. Only the data card is downloaded, beside ``folder``. Errors are
-    those of `fetch_split`."""
+    """Return the id of the content of each file of a split, by the file's path in the repository. For a file without an
+    id, the commit of the whole repository is returned instead. Only the data card is downloaded, beside ``folder``.
+    Errors are those of `fetch_split`."""
     tags: dict[str, str] = {}
 
     def none(files: list[str], repository: Mapping[str, RepoSibling]) -> list[str]:
@@ -184,7 +184,7 @@ def split_files(
 
 def _names_split(file: str, split: str) -> bool:
     """Return whether the file's name or its folder's name contains the split's name as a word. For the split `train`,
-    `main/train-00000-of-1.parquet` does."""
+    the file `main/train-00000-of-00001.parquet` does."""
     parts = PurePosixPath(file).parts[-2:]
     return any(re.search(rf"(^|[-._ 0-9]){re.escape(split)}($|[-._ 0-9])", part) for part in parts)
 

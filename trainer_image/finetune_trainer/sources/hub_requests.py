@@ -2,7 +2,7 @@
 into sentences for the user.
 
 An unknown revision is an error in the spec and becomes UserError. All other errors become OutsideFailure, because they
-can be solved without a change of the spec. Missing access to a gated repository is an example.
+may be solved without a change of the spec, such as missing access to a gated repository.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class LocalFiles:
         self.sizes: Mapping[str, int] = {path.name: path.stat().st_size for path in names if path.is_file()}
 
     def tag(self, name: str) -> str:
-        """Return the tag of a file's content, for which a part of the file is read."""
+        """Return the tag of a file's content (see `file_tag`). Of a file of more than 64 MiB only parts are read."""
         return file_tag(self.folder / name)
 
     def read(self, name: str, start: int, length: int) -> bytes:

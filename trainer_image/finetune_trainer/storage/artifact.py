@@ -20,7 +20,8 @@ from finetune_trainer.storage.root import RunRoot
 def committed_result(root: RunRoot) -> Result | None:
     """Return the job's result if its artifact is committed, else None.
 
-    Raises Damaged if the folder that `ARTIFACT` names does not exist any more or has changed.
+    Raises Damaged if COMMIT or the manifest in the folder that `ARTIFACT` names is missing or has changed. The other
+    files of the folder are not checked.
     """
     data = root.read(ARTIFACT_POINTER)
     if data is None:

@@ -1,8 +1,8 @@
 """Checkpoint folders in the bucket, `checkpoints/<run>-<step>/`: download with verification, inventory, and deletion of
 old checkpoints (retention). The modules of `checkpoints/` call this module.
 
-The folders are written as `commit.py` describes. A folder whose bytes differ from its manifest raises Damaged, or is
-listed as damaged with the reason.
+The folders are written as `commit.py` describes. For a folder that does not hold what its manifest names,
+`fetch_folder` raises Damaged, and `inventory` lists the checkpoint as damaged with the reason.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from finetune_trainer.storage.root import RunRoot
 
 STATE_GLOB = "state-*.safetensors"
 OWN_FILES = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]*\.(safetensors|json)")
-"""Names of the files that are downloaded from a checkpoint. Any other file is ignored, even if the manifest names
-it.
-"""
+"""Pattern of the names of the files that are downloaded from a checkpoint. Any other file is ignored, even if the
+manifest names it."""
 DAMAGE_LENGTH = 256
 
 
 class TrainerState(ContractModel):
     """Content of a checkpoint's `trainer.json`: the part of the training state that is not a tensor.
 
-    No state of a random generator is stored. The order of the rows follows from (seed, epoch), and dropout follows from
-    (seed, step, row).
+    No state of a random generator is stored, because none is needed: the order of the rows is computed from (seed,
+    epoch), and dropout from (seed, step, row).
     """
 
     version: int = 1
@@ -57,14 +56,14 @@ class TrainerState(ContractModel):
     perplexity: float | None = None
     """Validation perplexity after this step, or None if the step was not evaluated."""
     task_score: float | None = None
-    """Mean of the task's main score on the validation rows after this step. None unless `evaluation.bestBy` is
-    TaskScore."""
+    """Mean of the task's main score on the validation rows after this step. None if the step was not evaluated, or if
+    `evaluation.bestBy` is not TaskScore."""
     best_perplexity: float | None = None
     base_sha256: str | None = None
     """sha256 of the base model's weights, which the checkpoints of a LoRA run do not hold. None for a full run."""
     rows_sha256: str | None = None
-    """sha256 of the extended base model, which has the first values of the added tokens' embedding rows. None if the
-    run has no added tokens, or trains all weights."""
+    """sha256 of the extended base model, a copy with embedding rows for added tokens or with an untied output head.
+    None if the base model was not extended, or if the run trains all weights."""
 
 
 def fetch_folder(root: RunRoot, folder: str, target: Path) -> tuple[Manifest, str]:
@@ -136,8 +135,8 @@ def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[C
     """Return a record of each committed checkpoint, ordered by run and step. A damaged checkpoint has the reason in its
     record.
 
-    ``damaged`` gives the reason for folders that are already known to be damaged. Others are found to be damaged only
-    by file sizes, manifest or `trainer.json`, because no other file is read.
+    ``damaged`` gives the reason for folders that are already known to be damaged. In other folders only COMMIT, the
+    manifest, the file sizes and `trainer.json` are checked, because no other file is read.
     """
     records = []
     for checkpoint, files in sorted(_folders(root.list_objects("checkpoints/")).items()):
@@ -185,12 +184,12 @@ def to_keep(
 
 
 def apply_retention(root: RunRoot, run: int, keep: Collection[CheckpointId]) -> list[CheckpointId]:
-    """Delete the checkpoint folders that are not in ``keep`` and that are older than the newest committed checkpoint of
-    ``run``. Return the deleted checkpoints that had a COMMIT.
+    """Delete the checkpoint folders that are not in ``keep`` and that come before the newest committed checkpoint of
+    ``run`` in the order of run and step. Return the deleted checkpoints that had a COMMIT.
 
-    Nothing is deleted before ``run`` has committed a checkpoint of its own. Newer folders stay, because their upload
-    may still be running. COMMIT is deleted first, so that a half-deleted folder no longer counts as a checkpoint. The
-    next retention deletes the rest of the folder.
+    Nothing is deleted before ``run`` has committed a checkpoint of its own. Folders that come after this checkpoint
+    stay, because their upload may still be running. COMMIT is deleted first, so that a half-deleted folder no longer
+    counts as a checkpoint. The next retention deletes the rest of the folder.
 
     Raises NewerRun if a later run of the job exists, because that run may be reading a checkpoint. The check is
     repeated before each folder, because this process may have been frozen for a while.

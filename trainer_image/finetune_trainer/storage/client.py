@@ -55,7 +55,8 @@ LONGEST_DELAY_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 DIGEST_METADATA = "sha256"
-"""Name of the user metadata that holds the sha256 of an uploaded file. People can verify an object with other tools."""
+"""Name of the user metadata that holds the sha256 of an uploaded file, so that people can verify an object with other
+tools."""
 
 
 class ListedObject(NamedTuple):
@@ -68,7 +69,8 @@ class ListedObject(NamedTuple):
 
     @property
     def tag(self) -> str:
-        """Size and ETag, a text that differs where the contents of two objects differ."""
+        """Size and ETag as one text. Where the store sends ETags, the texts of two objects with different contents
+        differ."""
         return f"{self.bytes} {self.etag}"
 
 
@@ -292,9 +294,9 @@ class Store:
     def abort_multipart_uploads(self, bucket: str, prefix: str) -> list[str]:
         """Abort the unfinished multipart uploads whose keys begin with ``prefix``, and return these keys.
 
-        The uploads of the whole bucket are listed as well and then filtered, because MinIO ignores a prefix that is not
-        a whole key. After a restart MinIO does not list older uploads any more, but deletes their parts itself after a
-        day.
+        The uploads of the whole bucket are listed as well and then filtered, because for a prefix MinIO lists only the
+        uploads whose whole key is that prefix. After a restart MinIO does not list older uploads any more, but deletes
+        their parts itself after a day.
         """
 
         def uploads() -> list[tuple[str, str]]:
@@ -379,7 +381,7 @@ class Store:
 
 
 def _listed(item: Object) -> ListedObject:
-    """Return minio-py's entry of an object as our own."""
+    """Return minio-py's entry of an object as a `ListedObject`."""
     return ListedObject(item.object_name, item.size, item.last_modified or datetime.now(UTC), item.etag or "")
 
 
@@ -395,7 +397,8 @@ def _encryption(wanted: EncryptionSpec | None) -> Sse | None:
 
 
 def _short(error: Exception) -> str:
-    """Return the innermost reason of an error, without the addresses of urllib3's objects in memory."""
+    """Return the text of an error, or of the reason that urllib3 gives for it, without the addresses of urllib3's
+    objects in memory."""
     reason = getattr(error, "reason", None)
     text = str(reason if isinstance(reason, Exception) else error)
     return text.rpartition(">: ")[2] or type(error).__name__

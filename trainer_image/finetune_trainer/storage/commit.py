@@ -25,12 +25,14 @@ PARALLEL_TRANSFERS = 4
 
 
 class Damaged(OutsideFailure):
-    """A committed folder does not hold the bytes that its manifest names. The message names the damaged object."""
+    """A folder in the bucket does not hold what was written to it, or its content can't be read. The message names the
+    damaged object."""
 
 
 def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Path | None = None) -> list[ManifestFile]:
     """Upload ``files`` into ``folder`` of the bucket, and return an entry for the manifest for each file. Objects are
-    named after the files. With ``below``, a local folder, they are named by the paths of the files relative to it."""
+    named after the files. With ``below``, a local folder, the objects are named by the paths of the files relative to
+    ``below``."""
 
     def upload(path: Path) -> ManifestFile:
         name = path.relative_to(below).as_posix() if below is not None else path.name
@@ -42,11 +44,12 @@ def upload_files(root: RunRoot, folder: str, files: Sequence[Path], *, below: Pa
 
 
 def commit_folder(root: RunRoot, folder: str, manifest: Manifest) -> str:
-    """Write the manifest, verify that all its files are in the bucket, check the fence, and write COMMIT. Return the
-    sha256 of the manifest.
+    """Write the manifest, verify that all its files are in the bucket with the right sizes, check the fence, and write
+    COMMIT. Return the sha256 of the manifest.
 
     Raises Damaged if the files in the bucket differ from the manifest. Raises NewerRun if a later run of the job
-    exists, because that run may already have resumed from an earlier checkpoint, or if the folder has a COMMIT already.
+    exists, because the later run may already have resumed from an earlier checkpoint. Also raises NewerRun if the
+    folder already has a COMMIT with other content, because then another process writes to the folder.
     """
     data = manifest.encode()
     root.write(f"{folder}/{MANIFEST}", data)

@@ -83,7 +83,8 @@ def _has_key() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason of an error. A URL in it loses its query string, which may contain a secret token."""
+    """Return the reason of an error, at most 200 characters. The text ends before the first question mark, because the
+    query string of a URL may contain a secret token."""
     text = str(getattr(error, "reason", None) or error).splitlines()[0] if str(error) else type(error).__name__
     return text.partition("?")[0].rpartition(">: ")[2][:200] or type(error).__name__
 

@@ -1,6 +1,6 @@
 """Run numbers and run records. Each start of a job's ranks, and each rollback, takes the next run number and writes a
-run record. The record names the checkpoint from which the run continues. Once a higher number is taken, earlier runs
-stop writing (see `check_fence`).
+run record. The record names the checkpoint from which the run continues. Once a higher number is taken, `check_fence`
+fails in earlier runs, which then stop writing.
 
 A new run follows the records from run to parent to find its checkpoint. It does not take the checkpoint with the
 highest step, because that one may belong to a branch that was left, after a rollback or on a node that was cut off.
@@ -37,7 +37,7 @@ class ParentRecord(ContractModel):
 
 
 class Rollback(ContractModel):
-    """A return to an earlier checkpoint. It changes the learning rate and the data of the runs that follow."""
+    """A return to an earlier checkpoint, which changes the learning rate and the data of the runs that follow."""
 
     step: int
     """Step of the checkpoint that training returned to. In later steps the learning rate is multiplied by
@@ -51,9 +51,9 @@ class Rollback(ContractModel):
 
 
 class RunRecord(ContractModel):
-    """Content of `runs/<run>.json`. No two writers write the same `attempt` and `pod_uid`. So a writer that finds a
-    record already stored can tell from these fields whether the record is its own. Unknown fields are ignored, because
-    a later version may have written the record of a run that this version resumes."""
+    """Content of `runs/<run>.json`. No two writers write the same pair of `attempt` and `pod_uid`, so a writer that
+    finds a stored record can tell whether the record is its own. Unknown fields are ignored, because a later version
+    may have written the record of a run that this version resumes."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -87,7 +87,8 @@ def lineage(records: Mapping[int, RunRecord], committed: Iterable[CheckpointId])
         steps = sorted(by_run.get(run, []), reverse=True)
         found += [CheckpointId(run, step) for step in steps if newest_step is None or step <= newest_step]
         parent = records[run].parent
-        # A parent always has a lower run number. Checking it ends the loop even if someone has changed a record.
+        # A parent always has a lower run number. The check of the number ends the loop even if someone has changed a
+        # record.
         if parent is None or parent.run >= run:
             break
         run, newest_step = parent.run, parent.step
@@ -111,7 +112,8 @@ def read_records(root: RunRoot) -> dict[int, RunRecord]:
 
 
 def check_owner(records: Mapping[int, RunRecord], uid: str) -> None:
-    """Raise UserError where the job ``uid`` has had a run in the folder, and another job has taken the folder over.
+    """Raise UserError where the job with the uid ``uid`` has had a run in the folder, and another job has taken the
+    folder over since.
 
     Two such jobs may exist where two clusters use one bucket. Without this check each would end the runs of the other
     again and again. The job that began last keeps the folder.

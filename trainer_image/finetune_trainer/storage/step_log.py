@@ -61,8 +61,8 @@ def write_segment(root: RunRoot, run: int, segment: int, rows: Iterable[StepRow]
 
 
 def read_history(root: RunRoot, records: Mapping[int, RunRecord], run: int, step: int) -> list[StepRow]:
-    """Return the rows of all steps that led to step ``step`` of run ``run``, ordered by step. They come from the run
-    itself and, before the checkpoint that it resumed from, from its parent, and so on."""
+    """Return the rows of all steps that led to step ``step`` of run ``run``, ordered by step. Rows after the checkpoint
+    from which the run resumed come from the run itself, earlier rows come from its parent, and so on."""
     keys: dict[int, list[str]] = {}
     for entry in root.list_objects("metrics/"):
         match = re.fullmatch(r"metrics/(\d+)-\d+\.jsonl", entry.key)

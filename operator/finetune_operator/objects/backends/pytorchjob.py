@@ -108,7 +108,8 @@ class PyTorchJobBackend:
         """Create the PyTorchJob and return it; where the job already owns one of that name, return the existing one.
 
         Raises RetryableError where a PyTorchJob of that name has another owner, or where the API server refuses the
-        PyTorchJob. Raises ApiError (409) where the PyTorchJob is to be created again soon.
+        PyTorchJob. Raises ApiError (409) where the existing PyTorchJob is being deleted, so that the job is soon
+        reconciled again.
         """
         name = manifest["metadata"]["name"]
         try:

@@ -49,7 +49,7 @@ class Grade:
 
     @property
     def is_graded(self) -> bool:
-        """Whether the answer counts as right or wrong. False if its row can't be used."""
+        """Whether the answer counts in the scores. False if its row can't be used."""
         return bool(self.scores)
 
 

@@ -34,7 +34,8 @@ exponent, a fraction, a range, a calculation or a list must not stand there, bec
 
 
 def extract(text: str) -> Decimal | None:
-    """Return the first number that stands after `####`, or None if the text has no such number.
+    """Return the first number that stands after `####`, or None if the text has no such number or the number has two
+    signs.
 
     As in Anyscale's study of LoRA, these are ignored: commas, currency signs, spaces, a full stop and a unit behind the
     number. As in the data set's published grader, the first number counts, because a base model often goes on with

@@ -22,25 +22,27 @@ from finetune_trainer.evaluation.graders.grades import Grade
 
 COMMAND = [sys.executable, "-m", "finetune_trainer.evaluation.graders.sql_child"]
 GRADE_SECONDS = 4.0
-"""Longest time for an answer. An honest answer takes a tenth of a second at most, so the limit holds on a machine that
-is busy with ten other programs too."""
+"""Longest time in seconds for judging an answer. An ordinary query takes a tenth of a second at most, so it stays below
+the limit even on a machine that is busy with ten other programs."""
 START_SECONDS = 120.0
-"""Longest time that a new child may take to start."""
+"""Longest time in seconds that a new child process may take to start."""
 PROBLEM = "takes too long or too much memory"
-"""What a grade says of a statement during which the child was ended. It must stay one text, so that equal problems can
-be counted."""
+"""Problem in the grade if the child process was ended during a statement. The text follows `the query` or `the gold
+row`, and is always the same, so that equal problems can be counted."""
 LONGEST_QUERY = 10_000
 """Most characters of a query, as in `sql_sandbox.py`."""
 LONGEST_CONTEXT = 1_000_000
 """Most characters of the CREATE TABLE statements of a row."""
 READY, REFERENCE_DONE = "ready", "reference done"
-"""What `sql_child.py` writes before a grade."""
+"""Lines that `sql_child.py` writes before a grade: the first one when the process has started, and the second one when
+the work on the reference query is done."""
 
 
 def grade(answer: str, row: Mapping[str, object]) -> Grade:
     """Return the grade of ``answer``, which `sql_judge.judge` determines in a child process.
 
-    The answer is wrong if its query takes too long or too much memory. The row can't be used if its own statements do.
+    The answer is wrong if its query takes too long or too much memory. The row can't be used if its tables or its
+    reference query take too long or too much memory.
     """
     with _LOCK:
         return _JUDGE.grade(answer, str(row.get("context", "")), str(row.get("answer", "")))
@@ -53,14 +55,15 @@ def close() -> None:
 
 
 class ChildError(Exception):
-    """The child process ended, or was ended because it took too long."""
+    """The child process has ended, or did not read or answer a request in time."""
 
 
 class Judge:
-    """Judges answers in a child process, which it starts at the first answer and after each that ended the child."""
+    """Judges answers in a child process, which it starts at the first answer, and anew after each answer that ended the
+    process."""
 
     def __init__(self, seconds: float = GRADE_SECONDS) -> None:
-        """Allow an answer ``seconds`` of time."""
+        """Allow ``seconds`` for judging one answer."""
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._parent = 0
@@ -101,7 +104,8 @@ class Judge:
 
     def _running_child(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._parent == os.getpid() and self._process.poll() is not None:
-            # Somebody else ended the child between two answers, which is no fault of the next answer.
+            # The child was ended from outside between two answers. The next answer gets a new child, because the end
+            # was not its fault.
             self.close()
         # A process that was forked from this one must not use the pipes of its parent's child.
         if self._process is None or self._parent != os.getpid():

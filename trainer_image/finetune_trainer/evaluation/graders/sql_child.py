@@ -1,10 +1,10 @@
 """`python -m finetune_trainer.evaluation.graders.sql_child` judges queries in a process of its own, one after another.
 
-sqlite executes a single instruction, such as a call of `printf`, without asking whether it takes too long or too much
-memory. So queries run in this process, whose memory and processor time the kernel bounds, and `sql.py` bounds the time
-that a request takes. Each request is a line of JSON on the standard input: a list of the answer, the CREATE TABLE
-statements and the reference query. The process writes one line with REFERENCE_DONE when it begins with the answer, and
-then a line with the grade.
+While sqlite executes a single instruction, such as a call of `printf`, it does not check how much time and memory the
+instruction takes. So queries run in this process, whose memory and processor time the kernel bounds, and `sql.py`
+bounds the time that a request takes. Each request is a line of JSON on the standard input: a list of the answer, the
+CREATE TABLE statements and the reference query. The process writes one line with REFERENCE_DONE when it begins with the
+answer, and then a line with the grade.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from finetune_trainer.evaluation.graders.sql import READY, REFERENCE_DONE
 from finetune_trainer.evaluation.graders.sql_judge import judge
 
 MEMORY_BYTES = 256 << 20
-"""Largest address space of the process. Python with sqlite needs about 35 MiB."""
+"""Largest address space of the process in bytes. Python with sqlite needs about 35 MiB."""
 PROCESSOR_SECONDS = 3.0
-"""The kernel ends the process when a single request has taken this much processor time. An honest one takes a tenth of
-a second at most."""
+"""Processor time in seconds after which the kernel ends the process during a single request. An ordinary request takes
+a tenth of a second at most."""
 
 
 def main() -> None:
@@ -38,7 +38,8 @@ def main() -> None:
         try:
             grade = judge(answer, context, query, lambda: _tell(REFERENCE_DONE))
         except MemoryError:
-            # The parent knows from REFERENCE_DONE whose statement it was. The next request gets a new process.
+            # The parent knows from REFERENCE_DONE whether the reference query or the answer was running. The next
+            # request gets a new process.
             os._exit(1)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _tell({"scores": dict(grade.scores), "problem": grade.problem})

@@ -28,7 +28,8 @@ right rows on all of them by chance.
 ENOUGH = 2
 """Smallest number of usable databases with which an answer can be graded (see `judge`)."""
 ATTEMPTS = 20
-"""Largest number of databases that are tried for a row until `DATABASES` usable ones are found."""
+"""Largest number of databases that are tried for a row of the evaluation set until `DATABASES` usable ones are found.
+"""
 
 Rows = list[tuple[Cell, ...]]
 
@@ -51,10 +52,10 @@ def judge(answer: str, context: str, query: str, reference_done: Callable[[], No
     reference query differs on at least one of them. This is test-suite accuracy (Zhong et al. 2020, Distilled Test
     Suites).
 
-    A database is usable if two conditions hold. The reference query returns something on it, because otherwise every
-    query that returns nothing would be right. And the result does not depend on the order in which sqlite visits the
-    rows. The row can't be used if fewer than `ENOUGH` usable databases are found, or if sqlite can't run its
-    statements.
+    A database is usable if two conditions hold. The result of the reference query has a value other than NULL and 0,
+    and differs from its result on empty tables, because otherwise a query that finds no rows could be right. And the
+    result does not depend on the order in which sqlite visits the rows. The row can't be used if fewer than `ENOUGH`
+    usable databases are found, or if sqlite can't run its statements.
     """
     with ExitStack() as stack:
         try:
@@ -116,6 +117,6 @@ def _same(left: Rows, right: Rows, ordered: bool) -> bool:
 
 
 def _plain(row: tuple[Cell, ...]) -> tuple[Cell, ...]:
-    """Return the row with its floats rounded to ten digits, because the last digits of a sum depend on the order of
-    addition."""
+    """Return the row with its floats rounded to ten significant digits, because the last digits of a sum depend on the
+    order of addition."""
     return tuple(float(f"{cell:.10g}") if isinstance(cell, float) else cell for cell in row)

@@ -1,8 +1,8 @@
 """Generates table rows that tell a reference query from similar queries, because their results differ on these rows.
 
-Some rows match the literals in the reference query, and others narrowly miss them. `sql.py` calls `generate` with the
-tables, what `sql_text.py` read from the query, and a random generator. No value is NULL, because the questions of the
-data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) for the same.
+Some rows match the literals in the reference query, and others narrowly miss them. `sql_judge.py` calls `generate` with
+the tables, what `sql_text.py` read from the query, and a random generator. No value is NULL, because the questions of
+the data set do not say what a missing value means, and people use COUNT(*) and COUNT(column) for the same.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class RowGenerator:
         self._random = random
         self._variety = random.choice((2, 3, 5, 8))
         self._sorted_apart = random.random() < 0.7
-        """Whether a column that the query sorts by gets many different values. Rows with equal values have no definite
-        order."""
+        """Whether a column that the query sorts by gets many different values in this database, so that the order of
+        rows is definite. It is True for most databases."""
         self._pools: dict[str, list[Value]] = {}
         self._class = _classes(requirements.joined)
 
@@ -117,7 +117,7 @@ class RowGenerator:
 
     def _near_miss(self, condition: Condition, column: Column) -> Value:
         """Return a value that does not satisfy ``condition``: its literal, or else a value near the literal. If all of
-        these satisfy the condition, return one of the column's few values."""
+        these satisfy the condition, return one of the column's few values, which may satisfy the condition too."""
         if not _holds(condition, condition.literal):
             return _typed(condition.literal, column)
         near = [value for value in _neighbours(condition.literal, column) if not _holds(condition, value)]
@@ -126,7 +126,7 @@ class RowGenerator:
     def _random_value(self, column: Column) -> Value:
         """Return a random value for ``column``.
 
-        If the query compares the column with literals, every second value is such a literal or lies near one.
+        If the query compares the column with literals, about every second value is such a literal or lies near one.
         """
         conditions = self._requirements.conditions.get(column.name.lower(), [])
         if conditions and self._random.random() < 0.5:

@@ -3,8 +3,8 @@ nothing else: it can't write, attach files, load extensions, run without end or 
 
 `sql_judge.py` creates a `Sandbox` from CREATE TABLE statements, inserts rows and runs queries. The main limit counts
 sqlite's instructions, so that a grade does not depend on how busy the machine is. A limit in seconds is the last
-resort. Neither is checked inside of an instruction, so `sql.py` runs all this in a process whose time and memory are
-limited.
+resort. Neither limit is checked inside of an instruction, so `sql.py` runs the sandbox in a process whose time and
+memory are limited.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ class Sandbox:
             self._connection.set_authorizer(self._authorize)
 
     def run(self, query: str, *, reverse: bool = False) -> list[tuple[Cell, ...]]:
-        """Run ``query`` and return its rows. Raise QueryFailed if it is not a single SELECT or exceeds a limit.
+        """Run ``query`` and return its rows. Raise QueryFailed if it is not a single query (SELECT, WITH or VALUES),
+        fails, or exceeds a limit.
 
         With ``reverse`` sqlite visits rows in the opposite order, except where the query orders them. If the result is
         then different, it depends on chance (sqlite.org/pragma.html#pragma_reverse_unordered_selects).
@@ -200,8 +201,8 @@ class Sandbox:
             self._connection.set_progress_handler(None, 0)
 
     def _own(self, statement: str) -> list[tuple[Cell, ...]]:
-        """Run a statement that this class itself wrote, and return its rows. The authorizer is off, because it would
-        refuse it."""
+        """Run a statement that this class itself wrote, and return its rows. The authorizer is off meanwhile, because
+        it would refuse the statement."""
         self._connection.set_authorizer(None)
         try:
             return self._connection.execute(statement).fetchall()

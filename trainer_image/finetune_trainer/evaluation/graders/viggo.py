@@ -1,8 +1,8 @@
 """The grader of ViGGO: a sentence about a video game is turned into a formal meaning (a functional representation).
 
-The row's column `mr` holds the reference, for example `inform(name[Dirt: Showdown], genres[driving/racing, sport])`. It
-consists of a function and its attributes, each with values in square brackets. The brackets may be empty, as in
-`request_attribute(esrb[])`. `evaluation/scorer.py` calls `grade` for every generated answer.
+The row's column `mr` holds the reference, for example `inform(name[Dirt: Showdown], genres[driving/racing, sport])`. A
+representation consists of a function and its attributes, each with values in square brackets. The brackets may be
+empty, as in `request_attribute(esrb[])`. `evaluation/scorer.py` calls `grade` for every generated answer.
 """
 
 from __future__ import annotations
