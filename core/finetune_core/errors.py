@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+def valid_text(text: str) -> str:
+    """Return ``text`` with an escape such as ``\\ud800`` in place of each half of a surrogate pair.
+
+    JSON files, chat templates and file names can contain such halves, but no file, log or message can hold them.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class UserError(Exception):
     """A user's input is wrong, or something that the user must provide is missing.
 
@@ -15,4 +23,4 @@ class UserError(Exception):
         the name of a file. ``problem`` says what the subject must be."""
         self.subject = subject
         self.problem = problem
-        super().__init__(f"{subject}: {problem}")
+        super().__init__(valid_text(f"{subject}: {problem}"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import ssl
 from asyncio import sslproto
 from collections.abc import AsyncIterator
@@ -18,7 +19,7 @@ import pytest
 from aiohttp import ClientSession
 
 from finetune_operator.process import health
-from finetune_operator.process.connections import TLS_BUFFER_BYTES, ConnectionLimits, client_of
+from finetune_operator.process.connections import SEND_BUFFER_BYTES, TLS_BUFFER_BYTES, ConnectionLimits, client_of
 from finetune_operator.process.health import HealthServer, WatchActivity
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.rate_limit import MOST_BUCKETS, RateLimiter
@@ -329,6 +330,31 @@ async def test_metrics_are_rendered_once_a_second_whoever_asks(monkeypatch: pyte
             now[0] += health.METRICS_SECONDS
             await scrape()
             assert rendered == [2]
+    finally:
+        await server.stop()
+
+
+async def test_clients_that_do_not_read_the_metrics_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    monkeypatch.setattr(metrics, "render", lambda: b"x" * 16_000_000)
+    server = health_server(metrics)
+    await server.start(0, "127.0.0.1")
+    try:
+        streams = [await asyncio.open_connection("127.0.0.1", server.port, limit=1024) for _ in range(20)]
+        for _, writer in streams:
+            writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        for reader, _ in streams:
+            assert (await reader.readline()).endswith(b" 200 OK\r\n")
+        assert server._listener is not None
+        for transport in server._listener.by_transport:
+            assert isinstance(transport, asyncio.WriteTransport)
+            assert transport.get_write_buffer_size() <= 4 * health.PIECE_BYTES
+            kernel = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            assert kernel <= 2 * SEND_BUFFER_BYTES
+        async with ClientSession() as session, session.get(f"http://127.0.0.1:{server.port}/metrics") as answer:
+            assert len(await answer.read()) == 16_000_000
+        for each in streams:
+            await end(each)
     finally:
         await server.stop()
 

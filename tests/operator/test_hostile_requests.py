@@ -141,6 +141,10 @@ REFUSED_TOKENS = {
     "a long audience": report_token(job_uid="x" * 500),
     "no pod": report_token(""),
     "another namespace": report_token(namespace="kube-system"),
+    "an audience that is no text": report_token(job_uid="\ud800"),
+    "an audience with a line feed": report_token(job_uid="x\ny"),
+    "a blank in the signature": report_token(signature="x y"),
+    "another alphabet in the signature": report_token(signature="\u00e9"),
 }
 """Tokens whose claims fit no report for a job of the namespace `team`."""
 
@@ -153,6 +157,36 @@ async def test_a_token_whose_claims_do_not_fit_is_refused_without_a_review(name:
         assert status == 401
         assert world.calls == []
         assert world.nothing_happened()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "unknown"])
+@pytest.mark.parametrize("part", ["header", "claims", "signature"])
+async def test_bytes_that_are_no_text_are_refused_as_every_wrong_token(name: str, part: str) -> None:
+    async with running() as world:
+        header, claims, signature = report_token(signature="SIGNATURE").split(".")
+        whole = {"header": header, "claims": claims, "signature": signature} | {part: "PLACE"}
+        sent = request(report_path("team", name, 2), ".".join(whole.values()), body()).replace(b"PLACE", b"\xff\xfe")
+        assert (await answer_to(world.port, sent))[0] == 401
+        assert world.calls == []
+        assert world.nothing_happened()
+
+
+async def test_while_no_token_can_be_reviewed_the_answers_do_not_tell_which_jobs_exist(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_review, "MOST_WAITING", 0)
+    answers = []
+    for name in ("quickstart", "unknown"):
+        async with running() as world:
+            sent = request(report_path("team", name, 2), report_token(job_uid="guessed"), body())
+            status, fields, text = await answer_to(world.port, sent)
+            fields.pop("date", None)
+            answers.append((status, fields, text))
+            honest = request(report_path("team", "quickstart", 2), report_token(), body())
+            assert (await answer_to(world.port, honest))[0] == 503
+            assert world.nothing_happened()
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 401
 
 
 async def test_the_token_of_another_job_is_refused_without_a_review() -> None:

@@ -125,6 +125,21 @@ def test_only_the_assistants_turns_of_a_conversation_are_learned(tmp_path: Path,
     assert text == "<system> w0 <user> w1 <assistant> w2 w3 <end> w58 <user> w4 <assistant> w5 <end>"
 
 
+HALF = r"has a 'reply' that is not text \(half of a surrogate pair\)"
+ANSWERED = [{"role": "assistant", "content": "w1"}]
+FAILING_TEMPLATES = {
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ 10.0 ** 400 }}": "",
+    "{{ messages[0].content + 1 }}": "can only concatenate str",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}": "maximum recursion depth exceeded",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "maximum recursion depth exceeded",
+    "{% include 'x' %}": "no loader",
+    r"{{ '\ud800' }}": "",
+    "{% for %}": "Expected an expression",
+}
+"""Chat templates that fail in different ways, and what is said of them."""
+
+
 @pytest.mark.parametrize(
     ("template", "row", "problem"),
     [
@@ -142,6 +157,21 @@ def test_only_the_assistants_turns_of_a_conversation_are_learned(tmp_path: Path,
             "{{ raise_exception('roles must alternate') }}",
             {"messages": [{"role": "assistant", "content": "w1"}]},
             "can't be rendered by the model's chat template: roles must alternate",
+        ),
+        *[
+            (template, {"messages": ANSWERED}, f"can't be rendered by the model's chat template: {problem}")
+            for template, problem in FAILING_TEMPLATES.items()
+        ],
+        (CHAT, {"messages": "[" * 100_000}, "has a 'messages' that is not a list of messages"),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "content": "\ud800"}]},
+            "has no text as content of message 1 (half of a surrogate pair)",
+        ),
+        (
+            "{{ raise_exception(messages[0].role) }}",
+            {"messages": [{"role": "\ud800", "content": "w1"}, *ANSWERED]},
+            r"can't be rendered by the model's chat template: \ud800",
         ),
     ],
 )
@@ -169,22 +199,24 @@ def test_trap_10_rows_that_can_not_be_used_are_named_counted_and_skipped_or_fata
         {"question": "w1", "reply": "   "},
         {"question": "w1", "reply": 5},
         {"question": "w1", "reply": " ".join(["w2"] * 70)},
+        {"question": "w1", "reply": "\udfff"},
     ]
     skip = spec(badRows="Skip", longRows="Skip")
     examples, notices = made(tmp_path, rows, tokenizer, skip, keep_rows=True)
     assert len(examples) == 1
     assert examples.rows[0].fields == rows[0]
     assert notices == [
-        "dataset.train: 3 rows were skipped and 1 kept (badRows: Skip); the first: s3://b/train.jsonl line 2 has no"
+        "dataset.train: 4 rows were skipped and 1 kept (badRows: Skip); the first: s3://b/train.jsonl line 2 has no"
         " 'reply'",
         "dataset.train: 1 row was skipped and 1 kept (longRows: Skip); the first: s3://b/train.jsonl line 5 has 75"
         " tokens, more than dataset.maxLength 64",
     ]  # fmt: skip
-    for index, sentence in ((1, "has no 'reply'"), (2, "has an empty 'reply'"), (3, "has a 'reply' that is not text")):
+    bad_rows = {1: "has no 'reply'", 2: "has an empty 'reply'", 3: "has a 'reply' that is not text", 5: HALF}
+    for index, sentence in bad_rows.items():
         with pytest.raises(UserError, match=rf"line 1 {sentence} \(set dataset.badRows to Skip"):
             made(tmp_path, rows[index : index + 1], tokenizer, spec())
     with pytest.raises(UserError, match=r"line 1 has 75 tokens, more than the model's context of 32"):
-        made(tmp_path, rows[4:], tokenizer, spec(), limit=length_limit(spec(), 32))
+        made(tmp_path, rows[4:5], tokenizer, spec(), limit=length_limit(spec(), 32))
     with pytest.raises(UserError, match=r"^dataset.train: s3://b/train.jsonl has no row left to use; dataset.train: 1"):
         made(tmp_path, rows[1:2], tokenizer, skip)
 

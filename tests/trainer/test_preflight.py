@@ -178,6 +178,13 @@ def _split(folder: Path, *, lost_file: bool) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
+def _write(path: Path, content: Any, *, split: bool = False) -> None:
+    """Write ``content`` as JSON. With ``split``, the weights lie in a file that only an index can name."""
+    if split:
+        _split(path.parent, lost_file=False)
+    path.write_text(json.dumps(content))
+
+
 def remove_tokenizer(folder: Path) -> None:
     """Remove every file of the tokenizer."""
     for path in folder.glob("tokenizer*"):
@@ -211,6 +218,38 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (
         remove_tokenizer,
         "its tokenizer can't be loaded",
+    ),
+    "an index of numbers": (
+        lambda folder: _write(folder / "model.safetensors.index.json", {"weight_map": {"a": 5, "b": "x"}}, split=True),
+        "model.safetensors.index.json must be JSON with a weight_map",
+    ),
+    "an index that names no text": (
+        lambda folder: _write(folder / "model.safetensors.index.json", {"weight_map": {"a": "\ud800"}}, split=True),
+        r"there is no \ud800, which model.safetensors.index.json names",
+    ),
+    "a deep configuration": (
+        lambda folder: (folder / "config.json").write_text("[" * 100_000),
+        "its config.json can't be used: maximum recursion depth exceeded",
+    ),
+    "no heads": (
+        lambda folder: _write(folder / "config.json", {"model_type": "llama", "num_attention_heads": 0}),
+        "its config.json can't be used: integer division or modulo by zero",
+    ),
+    "labels that are a number": (
+        lambda folder: _write(folder / "config.json", {"model_type": "llama", "id2label": 5}),
+        "its config.json can't be used: 'int' object has no attribute 'items'",
+    ),
+    "a deep tokenizer": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("[" * 100_000),
+        "its tokenizer can't be loaded: maximum recursion depth exceeded",
+    ),
+    "a tokenizer that is a list": (
+        lambda folder: _write(folder / "tokenizer_config.json", [1]),
+        "its tokenizer can't be loaded: 'list' object has no attribute 'get'",
+    ),
+    "a tokenizer whose end is a number": (
+        lambda folder: _write(folder / "tokenizer_config.json", {"eos_token": 5}),
+        "its tokenizer can't be loaded: Special token eos_token has to be",
     ),
 }
 
@@ -404,6 +443,13 @@ def test_a_line_without_an_end_is_a_finding(paths: Paths, store: ObjectStore) ->
     assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
     assert "dataset.train: can't be checked with 640 MiB of memory" in ended.result.findings[0].message
     assert ended.memory_mebibytes < 1000
+
+
+def test_rows_that_are_nested_deeply_are_read_as_others(check: Check, paths: Paths) -> None:
+    path, source = on_a_volume(paths, "train.jsonl")
+    inner = "[" * 900 + "]" * 900
+    path.write_text(f'{{"question": "w1", "reply": "w2", "other": {inner}}}\n' * 3)
+    assert check(**source) == []
 
 
 def test_long_documents_are_checked_by_their_first_rows(check: Check, paths: Paths) -> None:

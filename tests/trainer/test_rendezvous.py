@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from finetune_core.contract import Identity
 from finetune_trainer.pod.plan import rendezvous_key, rendezvous_nonce
 from finetune_trainer.pod.settings import Paths
+from finetune_trainer.ranks.gate import CHALLENGE_BYTES, GREETING, MOST_HANDSHAKES, PROOF_BYTES, open_rendezvous
 from tests.trainer.objectstore import free_port
 
 KEYS = ("stop", "stalled", "share", "shared/1", "shared/2", "each/1", "each/1/1", "each/2", "heartbeat/1", "init/")
@@ -146,6 +148,26 @@ def test_many_foreign_connections_keep_no_rank_away(sent: bytes, start: Callable
                 connection.sendall(sent)
         ranks.wait_for(lambda: joined(ranks), "the ranks to join")
         assert_undisturbed(ranks)
+
+
+def test_a_flood_of_connections_ends_no_handshake_of_another_address() -> None:
+    """The handshake of the attempt's pod is the oldest one. All addresses of 127.0.0.0/8 are this machine."""
+    port, key = free_port(), b"the key"
+
+    def connect(source: str) -> tuple[socket.socket, bytes]:
+        connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), 30, (source, 0)))
+        greeting = connection.recv(len(GREETING) + CHALLENGE_BYTES, socket.MSG_WAITALL)
+        return connection, greeting.removeprefix(GREETING)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(open_rendezvous(first=True, nodes=2, address="", port=port, key=lambda: key))
+        own, challenge = connect("127.0.0.3")
+        for _ in range(MOST_HANDSHAKES + 20):
+            connect("127.0.0.2")
+        mine = bytes(CHALLENGE_BYTES)
+        own.sendall(mine + hmac.digest(key, GREETING + b"client" + challenge + mine, "sha256"))
+        proof = own.recv(PROOF_BYTES, socket.MSG_WAITALL)
+        assert proof == hmac.digest(key, GREETING + b"server" + challenge + mine, "sha256")
 
 
 def test_a_pod_with_another_key_does_not_come_in(start: Callable[..., Ranks]) -> None:

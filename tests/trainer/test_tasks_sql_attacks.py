@@ -71,6 +71,17 @@ def test_tables_that_work_without_end_leave_their_row_out_or_are_graded(table: s
         assert grade.is_graded or grade.problem.startswith("the gold "), grade
 
 
+def test_a_huge_answer_is_too_long_and_a_huge_row_is_left_out_at_once(judge: Judge) -> None:
+    huge = "SELECT " + "1," * 20_000_000 + "1"
+    assert timed(judge, GOLD).scores == {"execution": True}
+    child = judge.process_id
+    assert timed(judge, huge).problem == "the query is too long"
+    assert timed(judge, GOLD, BOATS + "/*" + "x" * 20_000_000).problem == "the gold row is too long"
+    assert timed(judge, GOLD, BOATS, huge).problem == "the gold row is too long"
+    assert timed(judge, GOLD, BOATS, f"{GOLD} LIMIT {'9' * 5000}").problem == "the gold row fails in sqlite"
+    assert judge.process_id == child, "nobody had to end the child"
+
+
 def test_who_ended_the_child_decides_whether_the_answer_is_wrong_or_the_row_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 TLS_BUFFER_BYTES: Final = 8 * 1024
 """Size of the buffer in which asyncio receives the data of a TLS connection, also of the operator's own connections to
 the API server. A record of TLS, which has up to 16 KiB, then takes two or three reads."""
+SEND_BUFFER_BYTES: Final = 64 * 1024
+"""Size of the buffer in which the kernel keeps what a client has not received yet; the kernel takes twice as much.
+Without a size it grows to several megabytes for a client that does not read, and counts as memory of the container."""
 SHUTDOWN_SECONDS: Final = 2.0
 """Seconds that a client has to answer the end of a TLS connection."""
 FILES_LEFT: Final = 256
@@ -284,6 +287,7 @@ class Listener:
         if not (self._by_client.allows(client) and self._handshakes.allows(_ALL) and self._make_room(client)):
             accepted.close()
             return
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         connection = Connection(self._make_protocol(), client, self._limits, self)
         self._clients.setdefault(client, {})[connection] = None
         self._count += 1

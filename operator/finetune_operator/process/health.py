@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 
 from aiohttp import web
@@ -24,6 +24,9 @@ from finetune_operator.queue.work_queue import WorkQueue
 
 STALE_RESYNC_PERIODS = 3
 """Number of resync periods after which /healthz fails if the API server has sent nothing."""
+PIECE_BYTES = 32 * 1024
+"""Bytes of /metrics that are sent at once. Several megabytes would else be copied for each client that does not read
+them."""
 METRICS_SECONDS = 1.0
 """Least seconds between two renderings of /metrics, because one takes half a second of CPU time with thousands of jobs.
 Requests in between get the text of the last rendering."""
@@ -128,7 +131,7 @@ class HealthServer(HttpServer):
                 # long.
                 self._rendered = await asyncio.to_thread(self._metrics.render)
             text = self._rendered
-        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=_pieces(text), headers={"Content-Type": CONTENT_TYPE})
 
     def _set_gauges(self) -> None:
         self._metrics.queue_depth.set(len(self._queue))
@@ -136,3 +139,8 @@ class HealthServer(HttpServer):
         self._metrics.watch_age_seconds.set(self._activity.age())
         self._metrics.leader.set(self._leadership.is_leader)
         self._metrics.lease_age_seconds.set(self._leadership.age())
+
+
+async def _pieces(text: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(text), PIECE_BYTES):
+        yield text[start : start + PIECE_BYTES]

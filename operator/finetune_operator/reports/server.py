@@ -258,7 +258,14 @@ class ReportServer(HttpServer):
             raise RejectedError(HTTPStatus.TOO_MANY_REQUESTS, "too many tokens for this job")
         if reporting is not None and claims.audience != report_audience(reporting.uid):
             return None
-        return await self._reviewer.pod_of(token, claims.audience, job_is_known=reporting is not None)
+        try:
+            return await self._reviewer.pod_of(token, claims.audience, job_is_known=reporting is not None)
+        except ReviewUnavailableError:
+            if reporting is None and self._jobs_are_listed():
+                # While no token can be reviewed, a token for a job that does not exist is answered as one that is not
+                # meant for a job that does.
+                return None
+            raise
 
     def _reporting_attempt(self, key: Key, pod: TokenPod, attempt: str) -> ReportingAttempt:
         """Return the attempt of the job for which ``pod`` may report; ``attempt`` is its number in the path, or empty.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +20,12 @@ CLAIMS_BYTES: Final = 8190
 field anyway."""
 AUDIENCE_LENGTH: Final = 128
 """Most characters of an audience. The audience of a job is a prefix and a uid of 36 characters."""
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
+"""The only characters of a token (RFC 7519, 3). A header field may hold any bytes, and those that are no UTF-8 could be
+neither hashed nor sent to the API server."""
+_AUDIENCE: Final = re.compile(r"[!-~]+")
+"""ASCII without blanks and control characters, as in every audience of the operator. JSON could also hold half a
+surrogate pair, which is no text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,11 +43,11 @@ def read_claims(token: str) -> TokenClaims | None:
     Returns None where ``token`` is no token of a service account, is not bound to a pod, or is not meant for exactly
     one job's reports.
     """
-    parts = token.split(".")
-    if len(parts) != 3 or len(parts[1]) > CLAIMS_BYTES:
+    payload = token.split(".")[1] if _TOKEN.fullmatch(token) else ""
+    if not payload or len(payload) > CLAIMS_BYTES:
         return None
     try:
-        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
     except (ValueError, RecursionError):
         return None
     audiences, bound = _field(claims, "aud"), _field(claims, "kubernetes.io")
@@ -49,7 +56,9 @@ def read_claims(token: str) -> TokenClaims | None:
         audiences = audiences[0]
     if not (isinstance(audiences, str) and isinstance(namespace, str) and isinstance(pod, str)):
         return None
-    if not audiences.startswith(AUDIENCE_PREFIX) or not len(AUDIENCE_PREFIX) < len(audiences) <= AUDIENCE_LENGTH:
+    if not audiences.startswith(AUDIENCE_PREFIX) or not _AUDIENCE.fullmatch(audiences):
+        return None
+    if not len(AUDIENCE_PREFIX) < len(audiences) <= AUDIENCE_LENGTH:
         return None
     return TokenClaims(audience=audiences, namespace=namespace)
 

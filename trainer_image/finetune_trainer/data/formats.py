@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from finetune_core.api.dataset import DatasetFormat, MessagesFormat, PromptCompletionFormat, TextFormat
-from finetune_core.errors import UserError
+from finetune_core.errors import UserError, valid_text
 from finetune_trainer.data.examples import Example
+
+HALF_PAIR = "half of a surrogate pair"
+"""What JSON can contain, but no tokenizer accepts."""
 
 Chat = Callable[[Sequence[Mapping[str, Any]], bool], Sequence[int]]
 """A function that renders a conversation with the chat template and returns its token ids. If the second argument is
@@ -82,7 +85,14 @@ def _field(fields: Mapping[str, Any], column: str) -> tuple[str, str | None]:
         return "", f"has no {column!r}"
     if not isinstance(value, str):
         return "", f"has a {column!r} that is not text"
+    if not _is_valid(value):
+        return "", f"has a {column!r} that is not text ({HALF_PAIR})"
     return value, None
+
+
+def _is_valid(text: str) -> bool:
+    """Return whether ``text`` has no half of a surrogate pair."""
+    return valid_text(text) == text
 
 
 def _prompt_completion(form: PromptCompletionFormat, tokenize: TokenizeFunctions) -> Render:
@@ -124,7 +134,7 @@ def _messages(form: MessagesFormat, tokenize: TokenizeFunctions, chat: Chat) -> 
             # Csv files hold the list of messages as JSON text, because csv has no lists.
             try:
                 found = json.loads(found)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return f"has a {form.messages_field!r} that is not a list of messages"
         if found is None:
             return f"has no {form.messages_field!r}"
@@ -150,6 +160,8 @@ def _conversation_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
             return f"has no role in message {number}"
         if not isinstance(message.get("content"), str):
             return f"has no text as content of message {number}"
+        if not _is_valid(message["content"]):
+            return f"has no text as content of message {number} ({HALF_PAIR})"
         if message["role"] == "assistant" and not message["content"].strip():
             return f"has an empty answer in message {number}"
     if not any(message["role"] == "assistant" for message in messages):

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from finetune_core.errors import UserError
+from finetune_core.errors import UserError, valid_text
 from finetune_trainer.pod.errors import first_line
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -42,7 +42,7 @@ class Row:
 
     def place(self, source: str) -> str:
         """Return the place of the row for messages: `data/train.jsonl line 12`, if ``source`` is `data/train.jsonl`."""
-        return f"{source}{'/' if self.file else ''}{self.file} {self.unit} {self.number}"
+        return valid_text(f"{source}{'/' if self.file else ''}{self.file} {self.unit} {self.number}")
 
 
 def read_rows(path: Path, field: str, *, columns: Collection[str] | None = None) -> Iterator[Row]:
@@ -75,13 +75,21 @@ def first_rows(rows: Iterable[Row], *, most_rows: int, most_bytes: int) -> Itera
 
 def content_bytes(value: object) -> int:
     """Return about how many bytes the texts and numbers in ``value`` hold, including those in lists and mappings."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(len(str(key)) + content_bytes(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return sum(content_bytes(item) for item in value)
-    return 8
+    total = 0
+    # A list instead of recursion, because JSON may be nested more deeply than Python functions may call each other.
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str | bytes):
+            total += len(value)
+        elif isinstance(value, Mapping):
+            total += sum(len(str(key)) for key in value)
+            left.extend(value.values())
+        elif isinstance(value, list | tuple):
+            left.extend(value)
+        else:
+            total += 8
+    return total
 
 
 def _read_file(path: Path, field: str, columns: Collection[str] | None) -> Iterator[Row]:

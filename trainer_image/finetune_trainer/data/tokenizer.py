@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_core.api.dataset import DatasetFormat
@@ -25,7 +24,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     end token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises whatever a wrong file makes its code raise
         raise UserError("model", f"its tokenizer can't be loaded: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError("model", "its tokenizer has no end token (eos_token), so no answer could ever end")
@@ -69,7 +68,7 @@ def tokenize_functions(tokenizer: PreTrainedTokenizerBase) -> TokenizeFunctions:
                 add_generation_prompt=answer_next,
                 return_dict=False,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, which can fail in every way
             raise ValueError(first_line(error)) from error
         return ids
 

@@ -46,7 +46,7 @@ def read_structure(folder: Path) -> ModelStructure:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers raises whatever a wrong file makes its code raise
         raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     inner, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -53,7 +53,7 @@ def check_complete(folder: Path) -> None:
     index = folder / INDEX_FILE
     try:
         names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError("model", f"its files are incomplete: {INDEX_FILE} is not an index of weights") from None
     for path in sorted({*(folder / name for name in names), *folder.glob("*.safetensors")}):
         if not path.is_file():

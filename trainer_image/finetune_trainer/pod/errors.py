@@ -7,6 +7,8 @@ can correct in the job or its data are raised as `finetune_core.errors.UserError
 
 from __future__ import annotations
 
+from finetune_core.errors import valid_text
+
 
 class OutsideFailure(Exception):  # noqa: N818  (named after the outcome, not after Python's errors)
     """Something outside of the spec and the data fails or is missing, for example the object store, the network or
@@ -45,4 +47,4 @@ class NewerRun(OutsideFailure):
 def first_line(error: BaseException, *, limit: int = 300) -> str:
     """Return the first line of another library's error message, cut off after ``limit`` characters. The line becomes
     part of a sentence for the user."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+    return valid_text((str(error).strip().splitlines() or [type(error).__name__])[0][:limit])

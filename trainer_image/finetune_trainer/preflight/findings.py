@@ -15,7 +15,7 @@ from finetune_core.contract.preflight_result import (
     PreflightResult,
     ordered,
 )
-from finetune_core.errors import UserError
+from finetune_core.errors import UserError, valid_text
 from finetune_trainer.pod.errors import OutsideFailure
 
 T = TypeVar("T")
@@ -50,13 +50,15 @@ class Findings:
 
     def add(self, kind: FindingKind, sentence: str) -> None:
         """Add a finding. Its sentence is cut off after `FINDING_LIMIT` characters."""
-        self._found.append(Finding(kind=kind, message=sentence[:FINDING_LIMIT]))
-        self._send({"kind": kind.value, "message": sentence[:FINDING_LIMIT]})
+        sentence = valid_text(sentence)[:FINDING_LIMIT]
+        self._found.append(Finding(kind=kind, message=sentence))
+        self._send({"kind": kind.value, "message": sentence})
 
     def notice(self, *sentences: str) -> None:
         """Add notices, which are sentences that users should read although the job can run."""
-        self._notices += sentences
-        self._send({"notices": sentences})
+        valid = [valid_text(sentence) for sentence in sentences]
+        self._notices += valid
+        self._send({"notices": valid})
 
     def receive(self, sent: Mapping[str, Any]) -> None:
         """Add what the `Findings` of another process passed to its ``send`` function."""

@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
@@ -34,8 +35,9 @@ PROOF_BYTES = 32
 HANDSHAKE_SECONDS = 10.0
 """How many seconds each end may take to prove to the other end that it knows the key."""
 MOST_HANDSHAKES = 64
-"""Largest number of connections that are in the handshake at the same time. One more ends the oldest of them, so that
-clients that connect and send nothing can't keep the pods of the attempt away."""
+"""Largest number of connections that are in the handshake at the same time. One more ends the oldest one of the address
+that has the most of them, so that clients that connect and send nothing can't keep the pods of the attempt away,
+however many connections they open."""
 RETRY_SECONDS = 0.2
 """Pause in seconds between two tries to connect to the rendezvous store or the gate, which may not listen yet."""
 LAST_BYTES_SECONDS = 2.0
@@ -91,16 +93,17 @@ class Gate:
         """Let a connection pass to ``store`` if its other end knows ``key``."""
         self._key = key
         self._store = _Target(store.address, store.port)
-        self._handshakes: dict[asyncio.Task[None], None] = {}
+        self._handshakes: dict[asyncio.Task[None], str] = {}
+        """The other end's address of each handshake. The oldest handshake comes first."""
         self._refused = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection until either end closes it."""
         with _closing(writer):
             handshake = asyncio.ensure_future(self._handshake(reader, writer))
-            self._handshakes[handshake] = None
+            self._handshakes[handshake] = _address(writer)
             if len(self._handshakes) > MOST_HANDSHAKES:
-                next(iter(self._handshakes)).cancel()
+                self._end_one()
             try:
                 await asyncio.wait([handshake])
             finally:
@@ -113,6 +116,13 @@ class Gate:
             store = await self._store.connect()
             if store is not None:
                 await _forward(reader, writer, store)
+
+    def _end_one(self) -> None:
+        """End the oldest handshake of the address that has the most."""
+        ((address, _),) = Counter(self._handshakes.values()).most_common(1)
+        oldest = next(task for task, other in self._handshakes.items() if other == address)
+        del self._handshakes[oldest]
+        oldest.cancel()
 
     async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Raise RefusedError unless the other end knows the key. Prove to the other end that this end knows it too."""
@@ -134,9 +144,8 @@ class Gate:
         so on. Many refusals then print only a few lines."""
         self._refused += 1
         if self._refused & (self._refused - 1) == 0:
-            peer = writer.get_extra_info("peername")
             print(
-                f"refused a foreign connection to the rendezvous port from {peer[0] if peer else 'an unknown address'}:"
+                f"refused a foreign connection to the rendezvous port from {_address(writer)}:"
                 f" {problem} ({self._refused} refused so far)",
                 file=sys.stderr,
                 flush=True,
@@ -171,6 +180,11 @@ class Relay:
                 proof = await reader.readexactly(PROOF_BYTES)
                 if not hmac.compare_digest(proof, _proof(key, b"server", theirs, mine)):
                     raise RefusedError("the other end does not know the key of the attempt")
+
+
+def _address(writer: asyncio.StreamWriter) -> str:
+    peer = writer.get_extra_info("peername")
+    return str(peer[0]) if peer else "an unknown address"
 
 
 class RefusedError(Exception):

@@ -29,6 +29,10 @@ START_SECONDS = 120.0
 PROBLEM = "takes too long or too much memory"
 """Problem in the grade if the child process was ended during a statement. The text follows `the query` or `the gold
 row`, and is always the same, so that equal problems can be counted."""
+LONGEST_QUERY = 10_000
+"""Most characters of a query, as in `sql_sandbox.py`."""
+LONGEST_CONTEXT = 1_000_000
+"""Most characters of the CREATE TABLE statements of a row."""
 READY, REFERENCE_DONE = "ready", "reference done"
 """Lines that `sql_child.py` writes before a grade: the first one when the process has started, and the second one when
 the work on the reference query is done."""
@@ -67,6 +71,10 @@ class Judge:
 
     def grade(self, answer: str, context: str, query: str) -> Grade:
         """Return the grade of ``answer`` to a question about the tables of ``context`` with the reference ``query``."""
+        if len(context) > LONGEST_CONTEXT or len(query) > LONGEST_QUERY:
+            return Grade.left_out("the gold row is too long")
+        # The child refuses a longer query, whatever stands in it.
+        answer = answer[: LONGEST_QUERY + 1]
         process = self._running_child()
         request = json.dumps([answer, context, query]).encode() + b"\n"
         deadline = time.monotonic() + self._seconds
@@ -115,12 +123,13 @@ class Judge:
 
     def _send(self, process: subprocess.Popen[bytes], request: bytes, deadline: float) -> None:
         assert process.stdin is not None
-        while request:
+        left = memoryview(request)
+        while left:
             _, ready, _ = select.select([], [process.stdin], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            if not ready or time.monotonic() > deadline:
                 raise ChildError
             try:
-                request = request[os.write(process.stdin.fileno(), request) :]
+                left = left[os.write(process.stdin.fileno(), left) :]
             except OSError as error:
                 raise ChildError from error
 

@@ -155,7 +155,8 @@ def row_requirements(query: str, columns: Collection[str]) -> RowRequirements:
             continue
         if token.text in {"limit", "offset"}:
             reach = following[: 3 if len(following) > 2 and following[1].text == "," else 1]
-            found.rows += sum(int(t.text) for t in reach if t.kind is Kind.NUMBER and t.text.isdigit())
+            counts = [t.text for t in reach if t.kind is Kind.NUMBER and t.text.isdigit()]
+            found.rows += sum(int(count) for count in counts if len(count) < 18)
         elif token.text == "order" and following and following[0].text == "by":
             found.ordered |= token.depth == 0
             found.sorted_by.update(_sorting_columns(following, token.depth, columns))
