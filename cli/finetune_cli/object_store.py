@@ -30,7 +30,7 @@ SMALL_OBJECT_BYTES = 16 << 20
 """Largest object, in bytes, that `read` returns. The objects that the commands read with it, such as manifests, are far
 smaller."""
 TRIES = 3
-"""Most times that `fetch` tries to download an object, the first time included."""
+"""Largest number of times that `fetch` tries to download an object, the first time included."""
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 """The S3 error codes that mean that the object store refuses the access key."""
 

@@ -23,10 +23,11 @@ from finetune_core.validation.problems import FieldPath
 DEPTH_LIMIT = 200
 """Largest number of nested levels that a YAML document may have."""
 GIVE_UP_DEPTH = 2000
-"""Most nested levels that are skipped inside of a refused value or key. Where there are more levels, parsing stops,
-because the parser's time grows with the square of the depth."""
+"""Largest number of nested levels that are skipped inside of a refused value or key. Where there are more levels,
+parsing stops, because the parser's time grows with the square of the depth."""
 NODE_LIMIT = 1_000_000
-"""Most values in a document. The values that an alias stands for count each time that the alias is used."""
+"""Largest number of values in a document. The values that an alias stands for count each time that the alias is
+used."""
 
 _TRUE = frozenset({"y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"})
 _FALSE = frozenset({"n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"})

@@ -20,9 +20,9 @@ NO_TASK = "None"
 """Value of `dataset.task` with which no answers are generated or graded."""
 
 SCORE_LIMIT = 8
-"""Most scores of a task. Lists of scores in `status.evaluation` and in the reports have this bound too."""
+"""Largest number of scores of a task. Lists of scores in `status.evaluation` and in the reports have this bound too."""
 SCORE_NAME_LENGTH = 32
-"""Most characters of a score's name."""
+"""Largest number of characters of a score's name."""
 
 PERPLEXITY = "perplexity"
 """Label of a model's perplexity in tables of scores. No score of a task may have this name, because the tables show the

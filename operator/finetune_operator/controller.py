@@ -32,7 +32,7 @@ does not exist."""
 
 
 class _Listed:
-    """Which namespaces the resync has listed, and whether that makes the operator ready."""
+    """For which namespaces the resync has listed the jobs, and whether that makes the operator ready."""
 
     def __init__(self, namespaces: Collection[str | None], activity: WatchActivity, metrics: Metrics) -> None:
         self._waits = set(namespaces)

@@ -51,8 +51,8 @@ from finetune_operator.status.inputs import refused_input, status_input
 from finetune_operator.status.writer import StatusWriter
 
 RUNNING_RESYNC_SECONDS = 60.0
-"""Most seconds between two reconciles of a job whose attempt runs or whose child is suspended. So even where a watch
-event is lost, the operator acts within a minute."""
+"""Largest number of seconds between two reconciles of a job whose attempt runs or whose child is suspended. So even
+where a watch event is lost, the operator acts within a minute."""
 RETRY_SECONDS = 10.0
 """Seconds until the next reconcile of a job whose status had to be written before its objects change, where the API
 server answered that this write changed nothing."""

@@ -26,8 +26,8 @@ from finetune_operator.queue.work_queue import Key, WorkQueue
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS: Final = 15.0
-"""Most seconds that kopf may take to end. It waits two seconds for its workers and five for tasks that hang; a busy
-machine may need twice as long."""
+"""Largest number of seconds that kopf may take to end. It waits two seconds for its workers and five for tasks that
+hang; a busy machine may need twice as long."""
 WATCH_EXIT_CODE: Final = 1
 """Exit code of the process where one watch has ended and the other watches did not end in time."""
 

@@ -146,7 +146,8 @@ def resume_and_compare(cases: list[Changed], two_ranks: Path, bench: Bench, fold
 
 
 def assert_goes_on(changed_case: Changed, bench: Bench) -> None:
-    """Assert that a run with another number of ranks or ZeRO stage has the losses of the uninterrupted run."""
+    """Assert that a run that was resumed with another number of ranks or ZeRO stage has the losses of the uninterrupted
+    run."""
     method, stage, world, to_stage = changed_case
     case = f"{method}-{stage}-{world}-{to_stage}"
     whole, changed = bench.losses(f"whole-{method}-{stage}"), bench.losses(f"changed-{case}")

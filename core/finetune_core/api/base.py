@@ -155,7 +155,7 @@ def int_or_string(pattern: str, *, least: int, most: int) -> dict[str, Any]:
 
 
 QUANTITY_LENGTH = 16
-"""Most characters of a Kubernetes quantity such as `1.5Gi`."""
+"""Largest number of characters of a Kubernetes quantity such as `1.5Gi`."""
 
 LabelKey = str
 """Key of a label or of an annotation in a map. The type has no bounds, because a structural schema can't bound the keys
@@ -165,7 +165,7 @@ LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 """Regular expression that a DNS label (RFC 1123) must match, for example the name of a namespace or of a volume."""
 LABEL_LENGTH = 63
-"""Most characters of a label's value, and of a DNS label."""
+"""Largest number of characters of a label's value, and of a DNS label."""
 
 LabelValue = Annotated[str, Field(max_length=LABEL_LENGTH, pattern=LABEL_VALUE_PATTERN)]
 """The value of a Kubernetes label, which may be empty."""

@@ -15,7 +15,7 @@ from pydantic import Field
 from finetune_core.api.base import ApiModel
 
 REASON_LENGTH = 64
-"""Most characters of a reason that the operator writes."""
+"""Largest number of characters of a reason that the operator writes."""
 
 
 class ConditionType(StrEnum):

@@ -42,7 +42,7 @@ number of bytes, at least 1 MiB."""
 Device = Literal["GPU", "CPU"]
 """Kind of device that the trainer computes on."""
 NODES_LIMIT = 99
-"""Most nodes of a job, because the name of a pod has room for an index of two digits."""
+"""Largest number of nodes of a job, because the name of a pod has room for an index of two digits."""
 
 
 class ResourcesSpec(ApiModel):

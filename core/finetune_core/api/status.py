@@ -17,24 +17,24 @@ from finetune_core.tasks import SCORE_LIMIT, ScoreName, score_names_text
 ATTEMPT_LIMIT = 999
 """Largest number that an attempt can have, because names of pods have room for three digits."""
 METRIC_LIMIT = 32
-"""Most entries in `status.metrics`."""
+"""Largest number of entries in `status.metrics`."""
 HISTORY_LIMIT = 60
-"""Most points in `status.history`, which holds the curves of training loss and validation perplexity."""
+"""Largest number of points in `status.history`, which holds the curves of training loss and validation perplexity."""
 CHECKPOINT_LIMIT = 100
-"""Most entries in `status.checkpoints`. The newest ones are kept."""
+"""Largest number of entries in `status.checkpoints`. The newest ones are kept."""
 RECENT_ATTEMPTS_LIMIT = 20
-"""Most ended attempts in `status.attempts.recent`. The newest ones are kept."""
+"""Largest number of ended attempts in `status.attempts.recent`. The newest ones are kept."""
 NOTICE_LIMIT = 8
-"""Most sentences in `status.notices`. The newest ones are kept."""
+"""Largest number of sentences in `status.notices`. The newest ones are kept."""
 INCIDENT_LIMIT = 20
-"""Most entries in `status.incidents`. The newest ones are kept."""
+"""Largest number of entries in `status.incidents`. The newest ones are kept."""
 NOT_OBSERVED = -1
 """`status.observedGeneration` of a job whose status the operator has not written yet. It is the field's default in the
 CRD, because kstatus (Flux, Argo CD) takes a job without the field for finished, and a job with -1 for one in
 progress."""
 MOST_HOLDERS = 2 * NODES_LIMIT
-"""Most pods of a job that can hold GPUs at the same time: all pods of one attempt, and all pods of the attempt before
-it, which may still be terminating."""
+"""Largest number of pods of a job that can hold GPUs at the same time: all pods of one attempt, and all pods of the
+attempt before it, which may still be terminating."""
 
 Decimal = Annotated[str, Field(max_length=32)]
 """A decimal number, for example `"1.25"`. It is a string, because Kubernetes' API conventions forbid floats."""

@@ -114,7 +114,7 @@ class StabilitySpec(ApiModel):
     on_non_finite: StabilityAction = "Fail"
     """What follows a loss or gradient that is not a finite number. Such a gradient is never applied. Record: the step
     is skipped and recorded in `status.incidents`. RollBack: training continues from the last good checkpoint with a
-    lower learning rate. Fail: the job ends as Diverged."""
+    lower learning rate; after three rollbacks the job ends as Diverged. Fail: the job ends as Diverged."""
     on_exploding_loss: StabilityAction | None = None
     """What follows a loss far above its recent values. Absent: the loss is not watched."""
     stall_timeout_seconds: Annotated[int, Field(ge=60, le=86_400)] = 600

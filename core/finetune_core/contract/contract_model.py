@@ -14,8 +14,8 @@ from pydantic.alias_generators import to_camel
 
 CONTRACT_VERSION: Literal[1] = 1
 RESULT_LIMIT_BYTES = 1024
-"""Most bytes of a termination message. The limit is small because the kubelet shares 12 KiB among all containers of a
-pod."""
+"""Largest number of bytes of a termination message. The limit is small because the kubelet shares 12 KiB among all
+containers of a pod."""
 
 LARGEST_NUMBER: Final = 10**15
 """Largest count of steps, bytes or seconds in a message. A pod chooses the numbers in its messages, and a number that

@@ -22,10 +22,10 @@ from finetune_core.contract.training import Sha256
 PREFLIGHT_COMMAND = "preflight"
 """Argument that makes the trainer image's entry point run the preflight checks."""
 PREFLIGHT_SECONDS = 120
-"""Most seconds that all checks may take together, measured from the start of the program."""
+"""Largest number of seconds that all checks may take together, measured from the start of the program."""
 
 FINDING_LIMIT = 2048
-"""Most characters of a finding's message."""
+"""Largest number of characters of a finding's message."""
 
 
 class FindingKind(StrEnum):

@@ -19,7 +19,7 @@ from finetune_core.contract.records import CheckpointName, CheckpointRecord, Cur
 from finetune_core.contract.result import Result
 
 REPORT_LIMIT_BYTES = 65536
-"""Most bytes of a report that the report server accepts."""
+"""Largest number of bytes of a report that the report server accepts."""
 
 
 class Phase(StrEnum):

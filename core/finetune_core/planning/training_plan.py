@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 LARGEST_PLANNED_MICRO_BATCH = 8
-"""Most examples in a micro-batch where the job sets neither `microBatchSize` nor `gradientAccumulationSteps`."""
+"""Largest number of examples in a micro-batch where the job sets neither `microBatchSize` nor
+`gradientAccumulationSteps`."""
 
 
 def zero_stage(requested: int | str, *, processes: int) -> int:

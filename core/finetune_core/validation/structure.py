@@ -18,8 +18,8 @@ from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.validation.problems import FieldPath, Problem
 
 DEPTH_LIMIT = 100
-"""Most nested levels that a spec may have. A job needs about a dozen levels, and JSON parsers fail at some depth beyond
-100."""
+"""Largest number of nested levels that a spec may have. A job needs about a dozen levels, and JSON parsers fail at some
+depth beyond 100."""
 
 Schema = dict[str, Any]
 

@@ -24,7 +24,8 @@ from finetune_core.validation.runnable import unrunnable
 from finetune_core.validation.structure import check_structure, is_json
 
 ANNOTATIONS_LIMIT_BYTES = 262_144
-"""Most bytes that the keys and values of an object's annotations may have together, as in the API server."""
+"""Largest number of bytes that the keys and values of an object's annotations may have together, as in the API
+server."""
 METADATA_FIELDS = frozenset(
     {
         "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid",

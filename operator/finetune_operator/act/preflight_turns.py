@@ -40,7 +40,7 @@ class PreflightTurns:
 
     @property
     def limit(self) -> int:
-        """Most checks that run at the same time."""
+        """Largest number of checks that run at the same time."""
         return self._slots.limit
 
     def observe(self, key: Key, stored: FineTuneJobStatus, seen: JobObservation, decision: Decision) -> None:

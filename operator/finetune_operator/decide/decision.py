@@ -67,7 +67,8 @@ class Decision:
     is_checked: bool = False
     """Whether attempt 1 waits for the preflight check, or the job ends because of that check."""
     missing: str = ""
-    """What attempt 1 lacks outside the spec according to the preflight check, as a sentence; empty if not known."""
+    """Why the preflight check has not passed yet, as a sentence: why its pod could not be created or does not start, or
+    else what the last try reported. Empty where no reason is known."""
     turn: str = ""
     """The sentence that the preflight check waits for its turn; empty where it does not wait for a turn."""
     preflight_pods: Sequence[PodObservation] = ()

@@ -14,7 +14,7 @@ from finetune_core.api.status import AttemptCause
 from finetune_core.contract import Result
 
 TEXT_LIMIT = 1024
-"""Most characters of a message that `status.attempts` and `status.preflight` store."""
+"""Largest number of characters of a message in `status.attempts` and `status.preflight`. Longer messages are cut."""
 CONSEQUENCES = (Cause.OUTSIDE_FAILURE, Cause.STOPPED)
 """Reasons that may be no more than a consequence of another pod's crash (exit codes 75 and 143)."""
 

@@ -32,7 +32,7 @@ from finetune_operator.queue.work_queue import Key
 FIELD_MANAGER: Final = OPERATOR_NAME
 REQUEST_SECONDS: Final = 15.0
 CONNECTIONS: Final = 16
-"""Most requests at the same time, so that a restart with many jobs does not flood the API server."""
+"""Largest number of requests at the same time, so that a restart with many jobs does not flood the API server."""
 TRIES_IF_OVERLOADED: Final = 4
 """How often a request is sent at most while the API server answers it with 429, because the server is overloaded."""
 LIST_CHUNK: Final = 500

@@ -50,27 +50,29 @@ class ConnectionLimits:
     """
 
     connections: int = 2000
-    """Most connections in all."""
+    """Largest number of connections in all."""
     per_address: int = 64
-    """Most connections of one address. An IPv6 address means its /64 network, which one machine may own as a whole."""
+    """Largest number of connections of one address. An IPv6 address means its /64 network, which one machine may own as
+    a whole."""
     handshake_seconds: float = 5.0
     """Time for the TLS handshake."""
     header_seconds: float = 5.0
     """Time from the first byte of a request to the end of its header. For the first request of a connection, the time
     runs from the end of the TLS handshake (without TLS: from the begin of the connection)."""
     header_bytes: int = 16 * 1024
-    """Most bytes of a request's header, with its first line."""
+    """Largest number of bytes of a request's header, with its first line."""
     request_bytes: int = 256 * 1024
-    """Most bytes that a client may send before its request is answered, also those of further requests."""
+    """Largest number of bytes that a client may send before its request is answered, also those of further requests."""
     request_seconds: float = 60.0
     """Time in all to answer a request whose header is complete. `reports/server.py` has a shorter limit for reading the
     body, and `kube/client.py` for each request to the API server."""
     idle_seconds: float = 30.0
     """Time that a connection may wait for its next request."""
     requests_per_second: float = 64.0
-    """Most requests of one address in a second. Four times as many may come at once."""
+    """Largest number of requests of one address in a second. Four times as many may come at once."""
     handshakes_per_second: float = 100.0
-    """Most new connections in a second in all, because a TLS handshake costs a few milliseconds of CPU time."""
+    """Largest number of new connections in a second in all, because a TLS handshake costs a few milliseconds of CPU
+    time."""
 
 
 def client_of(address: str) -> str:

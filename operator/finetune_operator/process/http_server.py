@@ -20,10 +20,10 @@ from finetune_operator.process.connections import ConnectionLimits, Listener
 from finetune_operator.process.rate_limit import RateLimiter
 
 LINE_BYTES: Final = 2048
-"""Most bytes of the first line of a request. The longest path of a possible job has fewer than 300."""
+"""Largest number of bytes of the first line of a request. The longest path of a possible job has fewer than 300."""
 HEADER_FIELD_BYTES: Final = 8190
-"""Most bytes of one header field, such as the one with the token. The tokens of service accounts have one to three
-KiB."""
+"""Largest number of bytes of one header field, such as the one with the token. The tokens of service accounts have one
+to three KiB."""
 HEADER_FIELDS: Final = 32
 READ_BYTES: Final = 16 * 1024
 """Bytes of a body that are read before the request's handler asks for them."""

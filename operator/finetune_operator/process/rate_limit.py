@@ -14,8 +14,8 @@ from typing import Final
 from finetune_operator.queue.token_bucket import TokenBucket
 
 MOST_BUCKETS: Final = 4096
-"""Most buckets that are kept. The one that was unused for longest is dropped first: it is the likeliest to be full, and
-a full bucket limits no more than a new one."""
+"""Largest number of buckets that are kept. The one that was unused for longest is dropped first: it is the likeliest to
+be full, and a full bucket limits no more than a new one."""
 
 
 class RateLimiter:

@@ -30,7 +30,7 @@ class Settings:
     preflight: str
     """``"Run"`` or ``"Skip"``: whether jobs without `runPolicy.preflight` are checked before attempt 1."""
     max_preflights: int
-    """Most preflight checks that run at the same time, over all jobs."""
+    """Largest number of preflight checks that run at the same time, over all jobs."""
     namespace: str
     """Namespace of the operator, with its certificate Secret, Lease and report Service."""
     certificate_secret: str
@@ -46,9 +46,9 @@ class Settings:
     """Host name in the report URL and in the certificate. Empty means `<report_service>.<namespace>.svc`."""
     report_port: int
     report_connections: int
-    """Most connections of the report server in all. A training job keeps one."""
+    """Largest number of connections of the report server in all. A training job keeps one."""
     report_connections_per_address: int
-    """Most connections of one address. More are needed where many training pods share an address."""
+    """Largest number of connections of one address. More are needed where many training pods share an address."""
     health_port: int
     """Port of /healthz, /readyz and /metrics."""
     pod_name: str

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from finetune_operator.queue.work_queue import Key
 
 DEFAULT_LIMIT = 20
-"""Most preflight checks that run at the same time, where no setting says otherwise."""
+"""Largest number of preflight checks that run at the same time, where no setting says otherwise."""
 START_SECONDS = 60.0
 """Seconds for which a job keeps its slot before its preflight pod was seen for the first time."""
 RUN_SECONDS = 300.0

@@ -43,7 +43,8 @@ BODY_SECONDS: Final = 10.0
 RETRY_SECONDS: Final = 5
 """Value of the header Retry-After in answers with 429 and 503: seconds after which the client may try again."""
 MESSAGE_LENGTH: Final = 512
-"""Most characters of a rejection's message. A malformed report can have long parts that the message would repeat."""
+"""Largest number of characters of a rejection's message. A malformed report can have long parts that the message would
+repeat."""
 TOKENS_PER_SECOND: Final = 20.0
 """How many tokens from one address are looked at in a second. Tokens that are known to be valid do not count."""
 TOKENS_AT_ONCE: Final = 100.0
@@ -58,7 +59,8 @@ REPORTS_PER_SECOND: Final = 10.0
 something changes."""
 REPORTS_AT_ONCE: Final = 50.0
 LOG_LINES_PER_SECOND: Final = 5.0
-"""Most log lines about rejected reports in a second. The metric `finetune_reports_refused` counts all rejections."""
+"""Largest number of log lines about rejected reports in a second. The metric `finetune_reports_refused` counts all
+rejections."""
 
 
 class RejectedError(Exception):

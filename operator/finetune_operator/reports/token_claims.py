@@ -16,10 +16,10 @@ from finetune_core.contract import report_audience
 
 AUDIENCE_PREFIX: Final = report_audience("")
 CLAIMS_BYTES: Final = 8190
-"""Most bytes of a token's claims, as base64; longer claims are not decoded. The HTTP server allows no longer header
-field anyway."""
+"""Largest number of bytes of a token's claims, as base64; longer claims are not decoded. The HTTP server allows no
+longer header field anyway."""
 AUDIENCE_LENGTH: Final = 128
-"""Most characters of an audience. The audience of a job is a prefix and a uid of 36 characters."""
+"""Largest number of characters of an audience. The audience of a job is a prefix and a uid of 36 characters."""
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 """The only characters of a token (RFC 7519, 3). A header field may hold any bytes, and those that are no UTF-8 could be
 neither hashed nor sent to the API server."""

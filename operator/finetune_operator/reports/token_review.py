@@ -19,12 +19,12 @@ from finetune_operator.kube.client import REQUEST_ERRORS, KubeClient, describe_e
 
 CACHE_SECONDS = 60.0
 CACHE_ENTRIES = 4096
-"""Most cached answers of each kind: pods, and refusals."""
+"""Largest number of cached answers of each kind: pods, and refusals."""
 REVIEWS_AT_ONCE = 4
-"""Most reviews that run at the same time for known jobs, so that many tokens leave connections to the API server for
-the reconciler. For unknown jobs, half as many run at the same time."""
+"""Largest number of reviews that run at the same time for known jobs, so that many tokens leave connections to the API
+server for the reconciler. For unknown jobs, half as many run at the same time."""
 MOST_WAITING = 256
-"""Most reviews that wait or run for known jobs, and as many for unknown ones."""
+"""Largest number of reviews that wait or run for known jobs, and as many for unknown ones."""
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 _SERVICE_ACCOUNT = "system:serviceaccount:"

@@ -15,7 +15,7 @@ from finetune_operator.observe.waiting import why_attempt_waits
 from finetune_operator.status.inputs import StatusInput
 
 MESSAGE_LIMIT = 2048
-"""Most characters of a condition's message. A longer message is cut."""
+"""Largest number of characters of a condition's message. A longer message is cut."""
 
 
 @dataclass(frozen=True, slots=True)

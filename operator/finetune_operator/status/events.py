@@ -21,7 +21,7 @@ from finetune_operator.objects.labels import MANAGER
 from finetune_operator.queue.work_queue import Key
 
 NOTE_LIMIT = 1024
-"""Most characters of an event's note that the API server accepts."""
+"""Largest number of characters of an event's note that the API server accepts."""
 _ORDERED_BY_A_PERSON = (Reason.SUSPENDED, Reason.CANCELLED)
 """Reasons for which the event about an ended attempt is no warning, because a person ordered the end."""
 

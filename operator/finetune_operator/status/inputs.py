@@ -48,7 +48,7 @@ class StatusInput:
     is_checked: bool = False
     """Whether attempt 1 waits for the preflight check, or the job ends because of that check."""
     missing: str = ""
-    """What attempt 1 lacks outside the spec according to the preflight check; empty if not known."""
+    """Why the preflight check has not passed yet, as in `Decision.missing`; empty where no reason is known."""
     turn: str = ""
     """The sentence that the preflight check waits for its turn; empty where it does not wait for a turn."""
     child: ChildObservation | None = None

@@ -29,7 +29,8 @@ WRITES_PER_SECOND: Final = 20.0
 """Limit on the status writes per second over all jobs, after a burst. Only writes of new numbers wait for it. Without
 it, 5,000 jobs that each write every ten seconds would cause 500 writes per second."""
 BURST: Final = 100.0
-"""Most status writes of all jobs that may come at once. Writes that do not wait use up this number as well."""
+"""Largest number of status writes of all jobs that may come at once. Writes that do not wait use up this number as
+well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,10 @@
-"""The milestones of the test cases: states that the job must reach after something happened to it, and within how many
-seconds by design.
+"""The milestones of the test cases. A milestone is a state that the job must reach after an event, such as the crash of
+a pod, and the number of seconds in which it must do so by design.
 
 The designed times follow from how the operator works. It writes most changes to the status within 2 s. If only a
 message changes, it waits until 10 s have passed since its last write. It closes an attempt when the pods have ended, at
-most 10 s after the cause. The next attempt starts after a back-off of 10 s.
+most 10 s after the cause. The next attempt starts after a back-off: 10 s, doubled for each
+further attempt in a row without a checkpoint, 300 s at most.
 """
 
 from __future__ import annotations

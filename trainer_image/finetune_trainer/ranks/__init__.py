@@ -1,5 +1,5 @@
-"""The ranks of an attempt: rendezvous and collectives, errors that travel between ranks, the watchdog, and environment
-and device of a rank's process.
+"""The ranks of an attempt: rendezvous and collectives, errors that travel between ranks, errors from lack of memory,
+the watchdog, and environment and device of a rank's process.
 
-The launcher's supervision of worker processes belongs in `processes.py`.
+The code with which the launcher supervises the worker processes is not here, but in `finetune_trainer/processes.py`.
 """

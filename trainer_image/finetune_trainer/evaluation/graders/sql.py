@@ -30,9 +30,9 @@ PROBLEM = "takes too long or too much memory"
 """Problem in the grade if the child process was ended during a statement. The text follows `the query` or `the gold
 row`, and is always the same, so that equal problems can be counted."""
 LONGEST_QUERY = 10_000
-"""Most characters of a query, as in `sql_sandbox.py`."""
+"""Largest number of characters of a query, as in `sql_sandbox.py`."""
 LONGEST_CONTEXT = 1_000_000
-"""Most characters of the CREATE TABLE statements of a row."""
+"""Largest number of characters of the CREATE TABLE statements of a row."""
 READY, REFERENCE_DONE = "ready", "reference done"
 """Lines that `sql_child.py` writes before a grade: the first one when the process has started, and the second one when
 the work on the reference query is done."""
