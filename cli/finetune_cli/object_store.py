@@ -1,7 +1,8 @@
 """Reads objects of a job from MinIO or S3. No other module of the CLI sends requests to the object store.
 
 The input is the section `spec.storage` of a job, and an access key. A failed request raises a UserError that names the
-object or the address of the store. `download.py`, `checkpoints.py` and the demo call this module.
+object or the address of the store; `ObjectStoreReader` says what a transfer raises that breaks off. `main.py` and the
+demo make the reader, and `download.py` and `checkpoints.py` read with it.
 """
 
 from __future__ import annotations

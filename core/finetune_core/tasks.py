@@ -195,7 +195,7 @@ TASKS: Mapping[str, Task] = {task.name: task for task in (VIGGO, GSM8K, SQL)}
 """Every task that `dataset.task` can name, by its name, in the order in which the API lists the names."""
 
 TaskName = Annotated[str, GetPydanticSchema(lambda _type, _handler: core_schema.literal_schema([NO_TASK, *TASKS]))]
-"""Type of `dataset.task`. It behaves as a Literal of `None` and the names of all tasks."""
+"""Type of `dataset.task`. It behaves as a Literal of the string "None" (`NO_TASK`) and the names of all tasks."""
 
 
 def task_field_text() -> str:

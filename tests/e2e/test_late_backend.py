@@ -173,8 +173,8 @@ def test_what_appears_ten_minutes_after_the_job_is_found(bare: Cluster, tiny_job
         backend_serves.set()
 
     def behind_the_backend(make: Callable[[Stage], None]) -> Callable[[Stage], None]:
-        """Return a function that waits until the backend is installed and then calls ``make``. Each job then waits for
-        only one object."""
+        """Return a function that waits until the backend is installed and then calls ``make``. When ``make`` creates
+        what a job waits for, the backend is therefore not missing as well."""
 
         def made(stage: Stage) -> None:
             assert backend_serves.wait(120), "the backend was not installed"

@@ -24,7 +24,7 @@ class GenerationSpec(ApiModel):
     max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 256
     """Longest generated answer in tokens."""
     max_examples: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Number of validation or test rows for which answers are generated. Absent: all rows."""
+    """Largest number of validation or test rows for which answers are generated. Absent: all rows."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
     """Number of answers that one process generates at once."""
 

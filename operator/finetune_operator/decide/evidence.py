@@ -145,7 +145,7 @@ class Evidence:
         all_stopped = all(pod.container and pod.container.exit_code == ExitCode.STOPPED for pod in self.failures)
         # Where deletion and failure fall into the same second, the deletion came first in two cases: all failed pods
         # exited with 143, which a trainer does only after SIGTERM, or the child has not failed, so that the backend
-        # itself has deleted no pod.
+        # itself has deleted no pod because of a failure.
         deletion_came_first = all_stopped or (self.child is not None and not self.child.failed)
         times = [finished_at(pod) for pod in self.failures]
         first_failure = min((time for time in times if time is not None), default=None)

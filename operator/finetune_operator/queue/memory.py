@@ -75,13 +75,15 @@ class JobMemory:
     """Earliest time of the next reconcile and status write for the sake of a report. For this turn, a token is already
     taken from `reported_writes`. None where no turn is reserved."""
     has_reported_turn: bool = False
-    """Whether the reconcile that runs now has the turn of `reported_write_at`, and may write what a report brought."""
+    """Whether the reconcile that runs now has taken the turn that was reserved in `reported_write_at`, and so may write
+    what a report brought."""
     annotation_writes: TokenBucket = field(default_factory=_reported_writes)
     """Limits the annotations of the job's pods."""
     settled_version: str = ""
     """`metadata.resourceVersion` at which the job had ended and nothing was left to remove; empty before that."""
     problem: RetryableError | None = None
-    """Error of the last try to create the job's objects; None where the last try succeeded."""
+    """Why nothing can be created for the job at present: the error of the last try to create its objects, or BadInput
+    where its spec or status can't be read or run. None before the first try, and after a try that succeeded."""
     retry_at: float = 0.0
     """Time of the next try to create the objects, after the error in `problem`."""
     failures: int = 0

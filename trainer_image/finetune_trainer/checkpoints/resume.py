@@ -185,8 +185,8 @@ def _choose_checkpoint(root: RunRoot, candidates: Sequence[CheckpointId], target
 
 
 def _run_start(root: RunRoot, run: int, choice: ResumeChoice, rollbacks: list[Rollback]) -> RunStart:
-    """Return the `RunStart` of run number ``run``. All committed checkpoints of the bucket are divided into those that
-    led to the chosen checkpoint and all others."""
+    """Return the `RunStart` of run number ``run``. All committed checkpoints of the job are divided into the chosen
+    checkpoint with those that led to it, and all others."""
     stored = {CheckpointId(record.run, record.step): record for record in inventory(root, choice.damaged)}
     undamaged = [key for key, record in stored.items() if not record.damaged]
     own = [stored[item] for item in reversed(lineage(read_records(root), undamaged))]
