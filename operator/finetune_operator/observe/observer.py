@@ -52,8 +52,8 @@ class Observer:
     async def observe(self, job: StoredJob) -> JobObservation:
         """Read what exists for ``job`` now and return it. Also updates in memory which pods may send reports."""
         manifests = await self._list_pods(job)
-        # The child is read after the pods. After a failure, training-operator marks the child as failed before it deletes
-        # the other pods. So if the child has not failed, the backend deleted none of these pods because of a failure.
+        # The child is read after the pods. After a failure, training-operator marks the child as failed before it
+        # deletes the other pods. So if the child has not failed, the backend deleted none of these pods for a failure.
         found = await self._find_child(job)
         pods = pods_of_attempts(manifests, job, self._backend, found)
         # An object of another owner that has the name of the child becomes a problem only later, when the API server
