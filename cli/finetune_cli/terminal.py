@@ -45,9 +45,9 @@ def complain(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Write ``value`` as indented JSON to the standard output. Control characters are not removed, because JSON writes
-    them as escape sequences."""
-    print(json.dumps(value, indent=2, ensure_ascii=True), flush=True)
+    """Write ``value`` as indented JSON to the standard output. Control characters are not removed, but written as
+    escape sequences. JSON itself escapes all of them but DEL."""
+    print(json.dumps(value, indent=2, ensure_ascii=True).replace("\x7f", "\\u007f"), flush=True)
 
 
 class TerminalHandler(logging.Handler):

@@ -24,7 +24,7 @@ from xml.sax.saxutils import escape
 import pytest
 from pydantic import ValidationError
 
-from finetune_cli.terminal import SafeConsole, TerminalHandler, printable
+from finetune_cli.terminal import SafeConsole, TerminalHandler, printable, say_json
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
 from finetune_core.layout import digest, run_root_of
@@ -155,6 +155,14 @@ def check(text: str, *, terminal: bool) -> None:
     assert CONTROL.findall(shown) == []
     assert not re.search(r"^\s*12:00:00  Completed: forged", shown, re.MULTILINE)
     assert "before" in shown
+
+
+def test_json_has_no_control_character_and_loses_none(capsys: pytest.CaptureFixture[str]) -> None:
+    every = "".join(chr(code) for code in range(0x100)) + HOSTILE
+    say_json({every: every})
+    written = capsys.readouterr().out
+    assert CONTROL.findall(written) == []
+    assert json.loads(written) == {every: every}
 
 
 COMMANDS = {

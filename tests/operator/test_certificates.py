@@ -162,6 +162,18 @@ async def test_the_replica_that_was_faster_wins() -> None:
     assert cluster.updates == 1
 
 
+async def test_the_replica_that_created_the_secret_first_wins() -> None:
+    class CreatedMeanwhile(OneSecret):
+        async def create_secret(self, _manifest: dict[str, Any]) -> dict[str, Any]:
+            self.secret = with_uid("uid-0", made().to_data())
+            raise ApiError(409, "AlreadyExists", "secrets s already exists")
+
+    cluster = CreatedMeanwhile(None)
+    certificates = await store(cluster).ensure(NOW)
+    assert cluster.secret is not None
+    assert certificates == from_secret_data(cluster.secret["data"])
+
+
 async def test_a_missing_secret_is_created() -> None:
     cluster = OneSecret(None)
     certificates = await store(cluster).ensure(NOW)

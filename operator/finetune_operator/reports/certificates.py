@@ -162,8 +162,8 @@ class SelfSignedCertificates:
             elif new != stored:
                 await self._client.update_secret({**secret, "data": (secret.get("data") or {}) | new.to_data()})
         except ApiError as error:
-            # 409 has two meanings at a creation: the Secret exists, or a quota is used up (reason "Conflict").
-            if error.is_conflict and (secret is not None or error.reason == "AlreadyExists"):
+            # At a creation only a taken name means that the Secret exists: another 409 may come from a quota.
+            if error.is_name_taken or (error.is_conflict and secret is not None):
                 return await self.ensure(now)  # somebody else has written the Secret, so its certificates are used
             raise
         self._last, self._last_uid = new, secret["metadata"]["uid"]
