@@ -36,7 +36,7 @@ from tests.operator.builders import is_observed
 JOBS_NEW = int(os.environ.get("FINETUNE_BENCH_JOBS", "1000"))
 JOBS_IDLE = 5 * JOBS_NEW
 PATIENCE_SECONDS = 900
-PROBE_SECONDS = 0.05
+PROBE_SECONDS = 0.1
 RESYNC_SECONDS = 120
 """Seconds between two resyncs (the operator's lists of all jobs). The operator's default is 300 s, but R4 waits for a
 resync, so this measurement shortens the time."""
@@ -183,8 +183,8 @@ def resident_bytes(pid: int) -> int:
 
 @contextmanager
 def lag_of(operator: OperatorProcess) -> Iterator[list[float]]:
-    """Request `/healthz` of the operator at most 20 times per second during the block, and yield the list of response
-    times in seconds.
+    """Request `/healthz` of the operator at most 10 times per second during the block, and yield the list of response
+    times in seconds. The health server refuses an address that asks much more often.
 
     The health server runs in the operator's event loop. A response time is therefore an upper bound of the loop's
     delay.

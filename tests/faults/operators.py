@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.cluster import Cluster, wait_for
@@ -173,7 +173,12 @@ class OperatorProcess:
     def wait_ready(self, timeout: float = 60) -> None:
         """Wait until /readyz succeeds: the operator is the leader and has listed all jobs, or it has read the Lease of
         another leader and waits."""
-        wait_for("the operator to be ready", lambda: self.answers("/readyz"), timeout, evidence=self.evidence)
+        self.wait_for_health("the operator to be ready", lambda: self.answers("/readyz"), timeout)
+
+    def wait_for_health(self, what: str, reached: Callable[[], bool], timeout: float) -> None:
+        """Wait until ``reached`` holds, which asks the health server. Ask five times in a second, because the server
+        refuses an address that opens more than 16 connections in a second for long."""
+        wait_for(what, reached, timeout, evidence=self.evidence, interval=0.2)
 
     def answers(self, path: str) -> bool:
         """Return whether the health server answers ``path`` with success."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import wait_for
 from tests.faults.operators import OperatorProcess
 from tests.faults.rules import Drop, Rule
 from tests.faults.world import World
@@ -40,9 +39,9 @@ def test_healthz_turns_red_after_three_periods_without_watch_and_list_and_green_
     cut = Rule(Drop(), verbs=frozenset({"list", "watch"}))
     with proxy.fault(cut):
         shared_world.loop.run(proxy.end_watches())
-        wait_for("/healthz to turn red", lambda: not operator.answers("/healthz"), 90, evidence=operator.evidence)
+        operator.wait_for_health("/healthz to turn red", lambda: not operator.answers("/healthz"), 90)
         assert operator.metric("finetune_watch_age_seconds") >= 3 * RESYNC_SECONDS
         assert cut.applied > 0, "nothing was cut"
         assert operator.pid == process, "the operator must not end by itself, because the kubelet restarts it"
         assert operator.metric("finetune_leader") == 1, "the Lease alone does not make it healthy"
-    wait_for("/healthz to turn green", lambda: operator.answers("/healthz"), 90, evidence=operator.evidence)
+    operator.wait_for_health("/healthz to turn green", lambda: operator.answers("/healthz"), 90)
