@@ -132,6 +132,7 @@ def wait_while_it_moves(
                 told = now
         if now - changed >= quiet:
             raise ClusterError(f"waited for {what}, and nothing moved for {quiet:g} s; the last progress: {value}")
+        # This is only the pause between two looks. Time without progress ends the wait, see above.
         time.sleep(interval)
 
 

@@ -154,6 +154,7 @@ def remove_state(layout: Layout) -> None:
         if problem and time.monotonic() - moved >= QUIET_SECONDS:
             raise ClusterError(f"{layout.state} is left, and nothing of it could be removed: {problem}")
         if problem:
+            # Nothing tells when the kernel lets go of a mount, so removing is tried again after a pause.
             time.sleep(RETRY_SECONDS)
 
 

@@ -325,6 +325,7 @@ def test_a_recipe_names_every_file_that_its_example_touches(heading: str) -> Non
     """Each recipe has an example, such as a data format that exists already, and a `git grep` command that prints every
     file that the example touches. The recipe must name all these files."""
     if not (ROOT / ".git").exists():
+        # `git grep` searches only what git knows. A source archive has no git repository.
         pytest.skip("needs the git repository")
     text = recipes()[heading]
     named = set(named_paths(text))

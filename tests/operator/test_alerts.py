@@ -25,10 +25,10 @@ from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.work_queue import Key
 from tests.cluster.packages import unpacked_program
 from tests.operator.builders import REPOSITORY
+from tests.operator.operators import KEY
 from tests.operator.test_job_metrics import SPEC, condition
 
 RULES = REPOSITORY / "charts/finetune-operator/files/alerts.yaml"
-KEY = Key("team", "quickstart")
 EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 """Time of minute 0 of every scenario. promtool begins to count at this time, too."""
 MINUTES = 240
@@ -278,6 +278,7 @@ def promtool() -> Path:
     """The program `promtool`, which checks and runs rules without a server."""
     found = unpacked_program("prometheus")
     if found is None:
+        # The rules need Prometheus' own engine. `make test` prepares the program before it runs the tests.
         pytest.skip("no promtool: `python -m tests.cluster prepare` unpacks it, or FINETUNE_TOOL_PROMTOOL names it")
     return found
 

@@ -12,7 +12,8 @@ from finetune_operator.kube.client import ApiError
 from finetune_operator.queue.memory import Memory
 from tests.operator.builders import NOW, UID, job_manifest
 from tests.operator.model import ModelServer
-from tests.operator.test_crashes import KEY, _report, reconciler
+from tests.operator.operators import KEY, reconciler
+from tests.operator.test_crashes import _report
 
 ERRORS = [
     ApiError(403, "Forbidden", "no events in this namespace"),

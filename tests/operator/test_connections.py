@@ -28,9 +28,10 @@ from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reports.server import ReportServer
 from finetune_operator.reports.token_review import TokenReviewer
 from tests.operator.builders import UID
+from tests.operator.operators import KEY
 from tests.operator.report_servers import Streams, answer_to, connect, ended, exchange, request, serving
 from tests.operator.report_tokens import Reviews, report_token
-from tests.operator.test_report_server import KEY, PATH, body, known_attempt
+from tests.operator.test_report_server import PATH, body, known_attempt
 from tests.operator.test_settings import waiting_leadership
 
 LONG = 600.0

@@ -18,15 +18,11 @@ from finetune_core.contract import CheckpointRecord, Outcome, Phase, Report, Run
 from finetune_core.contract.preflight_result import Finding, FindingKind, PreflightResult
 from finetune_core.names import attempt_name
 from finetune_operator.kube.client import ApiError
-from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
-from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key
-from finetune_operator.reconcile import Reconciler
 from tests.operator.builders import NOW, UID, former_run, job_manifest, result
 from tests.operator.model import CrashedError, ModelServer, Script
+from tests.operator.operators import KEY, reconciler
 
-KEY = Key("team", "quickstart")
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 
 Action = Callable[[ModelServer], bool]
@@ -221,23 +217,6 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-def reconciler(server: ModelServer, trainer_image: str = "trainer:1", memory: Memory | None = None) -> Reconciler:
-    """Return the reconciler of an operator that has just started, with empty memory by default."""
-    return Reconciler(
-        cluster=server,  # type: ignore[arg-type]
-        backend=PyTorchJobBackend(server),  # type: ignore[arg-type]
-        memory=memory if memory is not None else Memory(),
-        metrics=Metrics(),
-        trainer_image=trainer_image,
-        report_base_url="https://operator:8443",
-        ca_bundle=lambda: "CA",
-        instance="test",
-        preflight="Skip",
-        now=lambda: server.now,
-        clock=lambda: server.now.timestamp(),
-    )
-
-
 def server_of(scenario: Scenario, crash_after: int | None = None) -> ModelServer:
     """Return the model server of ``scenario``; the operator crashes after write number ``crash_after``."""
     job = job_manifest(runPolicy=scenario.policy)
@@ -374,7 +353,7 @@ async def test_an_upgraded_operator_runs_the_image_of_attempt_1_by_its_digest() 
         await reconciler(server).reconcile(KEY)
     server.end_pods(1)
     for _ in range(20):
-        outcome = await reconciler(server, "trainer:2").reconcile(KEY)
+        outcome = await reconciler(server, trainer_image="trainer:2").reconcile(KEY)
         server.pass_time(outcome.after or 0)
     (child,) = server.children.values()
     assert server.job["status"]["attempts"]["started"] == 2

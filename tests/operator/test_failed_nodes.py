@@ -11,15 +11,12 @@ from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptsStatus, CheckpointStatus, PastAttempt
 from finetune_operator.decide.decision import JobEnd
 from finetune_operator.decide.failed_nodes import nodes_to_avoid
-from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.objects.observations import PodObservation
 from finetune_operator.objects.pod_template import AttemptSpec, pod_template
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key
-from finetune_operator.reconcile import Reconciler
 from tests.operator.builders import NOW, advance, at, checkpoint, current, job, job_manifest, pod
 from tests.operator.model import ModelServer
+from tests.operator.operators import KEY, reconciler
 from tests.operator.test_attempts import running, seen, seen_no_child
 
 PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
@@ -144,24 +141,11 @@ def test_a_free_attempt_for_another_reason_is_not_charged_for_refusals_that_were
 async def test_an_attempt_whose_containers_a_runtime_goes_on_refusing_ends_and_the_next_avoids_the_node() -> None:
     server = ModelServer(job_manifest(runPolicy={"preflight": "Skip"}), NOW)
     metrics = Metrics()
-    operator = Reconciler(
-        cluster=server,  # type: ignore[arg-type]
-        backend=PyTorchJobBackend(server),  # type: ignore[arg-type]
-        memory=Memory(),
-        metrics=metrics,
-        trainer_image="trainer:1",
-        report_base_url="https://operator:8443",
-        ca_bundle=lambda: "CA",
-        instance="test",
-        preflight="Skip",
-        now=lambda: server.now,
-        clock=lambda: server.now.timestamp(),
-    )
-    key = Key("team", "quickstart")
+    operator = reconciler(server, metrics=metrics)
 
     async def pass_time(seconds: int) -> None:
         for _ in range(seconds):
-            await operator.reconcile(key)
+            await operator.reconcile(KEY)
             server.pass_time(1)
 
     await pass_time(5)

@@ -9,16 +9,7 @@ import pytest
 
 from finetune_operator.queue.fair_order import RESYNC_PATIENCE_SECONDS
 from finetune_operator.queue.work_queue import Key, WorkQueue
-
-
-class Clock:
-    """A fake monotonic clock whose time the test sets."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.operator.operators import Clock
 
 
 @pytest.fixture

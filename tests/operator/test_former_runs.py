@@ -17,7 +17,8 @@ from finetune_core.contract.preflight_result import PreflightResult
 from tests.operator.builders import FORMER_UID, NOW, UID, former_run, job_manifest
 from tests.operator.conftest import condition
 from tests.operator.model import ModelServer
-from tests.operator.test_crashes import DONE, KEY, reconciler
+from tests.operator.operators import KEY, reconciler
+from tests.operator.test_crashes import DONE
 
 FOLDER = "s3://finetune/runs/team/quickstart"
 

@@ -21,7 +21,7 @@ from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.work_queue import Key
 from tests.operator.builders import NOW, UID, job_manifest
 from tests.operator.model import ModelServer
-from tests.operator.test_crashes import KEY, reconciler
+from tests.operator.operators import KEY, reconciler
 from tests.operator.test_version_skew import leaves, value_at
 
 Json = Any

@@ -26,17 +26,17 @@ from finetune_operator.kube.client import KubeClient
 from finetune_operator.process.connections import ConnectionLimits
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory, ReportingAttempt
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reports import token_review
 from finetune_operator.reports.server import TOKENS_AT_ONCE, ReportServer
 from finetune_operator.reports.token_claims import read_claims
 from finetune_operator.reports.token_review import TokenReviewer
 from tests.operator.builders import UID
+from tests.operator.operators import KEY
 from tests.operator.report_servers import answer_to, connect, exchange, request, serving
 from tests.operator.report_tokens import Reviews, encoded, report_token
 from tests.operator.test_report_server import body
 
-KEY = Key("team", "quickstart")
 OTHERS_SECRET = "..%2F..%2F..%2F..%2F..%2F..%2Fapi%2Fv1%2Fnamespaces%2Fkube-system%2Fsecrets%2Fx"
 IMPOSSIBLE = {
     "a path in the name": report_path("team", OTHERS_SECRET, 1),

@@ -17,7 +17,8 @@ from finetune_operator.queue.memory import Memory, ReportingAttempt
 from finetune_operator.queue.retryable import RetryableError
 from tests.operator.builders import NOW, UID, job_manifest
 from tests.operator.model import ModelServer
-from tests.operator.test_crashes import DONE, KEY, reconciler
+from tests.operator.operators import KEY, reconciler
+from tests.operator.test_crashes import DONE
 
 OTHER_UID = "99999999-8888-7777-6666-555555555555"
 

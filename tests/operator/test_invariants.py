@@ -19,7 +19,7 @@ from finetune_operator import reconcile
 from finetune_operator.decide.states import TRANSITIONS, JobState
 from tests.operator.builders import NOW, UID, job_manifest, result
 from tests.operator.model import CrashedError, Manifest, ModelServer
-from tests.operator.test_crashes import KEY, reconciler
+from tests.operator.operators import KEY, reconciler
 from tests.operator.test_job_states import recording
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)

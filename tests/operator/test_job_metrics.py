@@ -27,11 +27,10 @@ from finetune_operator.observe.stored_job import StoredJob
 from finetune_operator.process.logs import JsonFormatter, set_log_fields
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import JobMemory
-from finetune_operator.queue.work_queue import Key
 from finetune_operator.status.event_recorder import EventRecorder
 from tests.operator.builders import NOW, REPOSITORY, UID, at
+from tests.operator.operators import KEY
 
-KEY = Key("team", "quickstart")
 SPEC = {"method": "LoRA", "model": {"huggingFace": {"repo": "a/b"}}, "runPolicy": {"queueName": "gpus"}}
 
 

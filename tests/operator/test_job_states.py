@@ -21,7 +21,7 @@ from finetune_operator.decide.states import FINAL_STATES, MEANINGS, TRANSITIONS,
 from finetune_operator.observe.observation import JobObservation
 from tests.operator.builders import NOW, former_run, job_manifest, result
 from tests.operator.model import ModelServer
-from tests.operator.test_crashes import KEY, reconciler
+from tests.operator.operators import KEY, reconciler
 
 DONE = result(Outcome.COMPLETED, with_artifact=True)
 

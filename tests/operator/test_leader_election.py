@@ -23,20 +23,11 @@ from finetune_operator.process.leader_election import (
     LeaderElector,
     TimedLeaseLock,
 )
+from tests.operator.operators import Clock
 
 
 class EndedError(Exception):
     """Raised where the elector would end the process."""
-
-
-class Clock:
-    """A fake monotonic clock whose time the test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class OneLease:
@@ -82,7 +73,7 @@ class OneLease:
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -4,13 +4,9 @@ attempt."""
 from __future__ import annotations
 
 from finetune_core.names import attempt_name
-from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
-from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.memory import Memory
-from finetune_operator.reconcile import Reconciler
 from tests.operator.builders import NOW, UID, job_manifest
 from tests.operator.model import ModelServer
-from tests.operator.test_crashes import KEY, reconciler
+from tests.operator.operators import KEY, reconciler
 
 FIRST, SECOND = attempt_name("quickstart", UID, 1), attempt_name("quickstart", UID, 2)
 
@@ -86,20 +82,7 @@ async def test_no_attempt_starts_under_a_policy_of_somebody_else() -> None:
 async def test_an_installation_without_policies_sends_no_request_for_them() -> None:
     server = ModelServer(job_manifest(), NOW)
     server.network_policies = None  # type: ignore[assignment]  # so that every request for a policy fails
-    without = Reconciler(
-        cluster=server,  # type: ignore[arg-type]
-        backend=PyTorchJobBackend(server),  # type: ignore[arg-type]
-        memory=Memory(),
-        metrics=Metrics(),
-        trainer_image="trainer:1",
-        report_base_url="https://operator:8443",
-        ca_bundle=lambda: "CA",
-        instance="test",
-        preflight="Skip",
-        network_policies=False,
-        now=lambda: server.now,
-        clock=lambda: server.now.timestamp(),
-    )
+    without = reconciler(server, network_policies=False)
     for _ in range(5):
         await without.reconcile(KEY)
     server.end_pods(1)

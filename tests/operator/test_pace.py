@@ -21,7 +21,8 @@ from finetune_operator.observe.observation import JobObservation
 from finetune_operator.queue.requeue import LEAST_PAUSE_SECONDS, Requeue, Write
 from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import Manifest, ModelServer
-from tests.operator.test_crashes import KEY, SCENARIOS, checked, reconciler
+from tests.operator.operators import KEY, reconciler
+from tests.operator.test_crashes import SCENARIOS, checked
 from tests.operator.test_invariants import likely_events
 
 LOOK_SECONDS = 0.01

@@ -5,30 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+from datetime import datetime
 from typing import Any
 
 import pytest
 
 from finetune_core.contract.preflight_result import PreflightResult
 from finetune_operator.kube.client import ApiError
-from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
-from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.preflight_slots import RUN_SECONDS, START_SECONDS, PreflightSlots
 from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
 from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import Manifest, ModelServer
+from tests.operator.operators import Clock, reconciler
 
 A, B, C, D = (Key("team", name) for name in "abcd")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
 
 
 def slots(limit: int) -> tuple[PreflightSlots, list[Key], Clock]:
@@ -65,12 +56,12 @@ def test_a_namespace_with_many_jobs_does_not_keep_the_others_waiting() -> None:
 def test_slots_of_jobs_that_are_not_seen_again_become_free() -> None:
     line, _, clock = slots(1)
     assert (line.acquire(A), line.acquire(B)) == (True, False)
-    clock.seconds = START_SECONDS
+    clock.now = START_SECONDS
     assert line.acquire(B)
     line.occupy(B)
-    clock.seconds += RUN_SECONDS - 1
+    clock.now += RUN_SECONDS - 1
     assert not line.acquire(A)
-    clock.seconds += 1
+    clock.now += 1
     assert line.acquire(A)
 
 
@@ -83,7 +74,7 @@ def test_no_order_of_events_gives_out_more_slots_than_there_are_or_forgets_a_job
     running: set[Key] = set()
     left = set(keys)
     for _ in range(5000):
-        clock.seconds += choose.random()
+        clock.now += choose.random()
         asks = woken.pop() if woken else choose.choice(keys)
         if asks in running and choose.random() < 0.3:
             running.discard(asks)
@@ -134,22 +125,11 @@ class Fleet:
     def operator(self, limit: int, namespaces: tuple[str, ...] = ()) -> Reconciler:
         """Return the reconciler of an operator that has just started and lets ``limit`` preflight checks run at the
         same time."""
-        first = next(iter(self.servers.values()))
-        return Reconciler(
-            cluster=self,  # type: ignore[arg-type]
-            backend=PyTorchJobBackend(self),  # type: ignore[arg-type]
-            memory=Memory(),
-            metrics=Metrics(),
-            trainer_image="trainer:1",
-            report_base_url="https://operator:8443",
-            ca_bundle=lambda: "CA",
-            instance="test",
-            preflight="Run",
-            preflight_slots=PreflightSlots(limit),
-            namespaces=namespaces,
-            now=lambda: first.now,
-            clock=lambda: first.now.timestamp(),
-        )
+        return reconciler(self, preflight="Run", preflight_slots=PreflightSlots(limit), namespaces=namespaces)
+
+    @property
+    def now(self) -> datetime:
+        return next(iter(self.servers.values())).now
 
     async def reconcile_all(self, operator: Reconciler, times: int = 5) -> None:
         for _ in range(times):

@@ -31,7 +31,7 @@ from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.status.urgency import OWN_FIELDS, REPORTED_NEWS, REPORTED_NUMBERS, SPECIAL_FIELDS
 from tests.operator.builders import NOW, UID, artifact, at, job_manifest
 from tests.operator.model import Manifest, ModelServer
-from tests.operator.test_crashes import KEY, reconciler
+from tests.operator.operators import KEY, reconciler
 
 SECONDS = 60
 REPORTS_PER_SECOND = 20

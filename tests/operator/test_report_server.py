@@ -13,13 +13,13 @@ from finetune_core.contract import REPORT_LIMIT_BYTES, CheckpointRecord, Phase, 
 from finetune_operator.kube.client import ApiError
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory, ReportingAttempt
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reports.server import ReportServer
 from finetune_operator.reports.token_review import TokenPod, TokenReviewer
 from tests.operator.builders import NOW, UID
+from tests.operator.operators import KEY
 from tests.operator.report_tokens import Reviews, encoded, report_token
 
-KEY = Key("team", "quickstart")
 PATH = report_path("team", "quickstart", 2)
 
 

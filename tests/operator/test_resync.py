@@ -19,7 +19,7 @@ from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.work_queue import Key, WorkQueue
 from tests.operator.builders import NOW, job_manifest, result
 from tests.operator.model import ModelServer
-from tests.operator.test_crashes import KEY, reconciler
+from tests.operator.operators import KEY, reconciler
 
 FORBIDDEN = ApiError(403, "Forbidden", 'finetunejobs.finetune.dev is forbidden: cannot list in namespace "deleted"')
 GONE = ApiError(404, "NotFound", "namespace not found")

@@ -13,7 +13,8 @@ import pytest
 from finetune_operator.settled import time_to_live
 from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import CrashedError, Manifest, ModelServer
-from tests.operator.test_crashes import DONE, KEY, Scenario, during, ends, reconciler, run_to_end
+from tests.operator.operators import KEY, reconciler
+from tests.operator.test_crashes import DONE, Scenario, during, ends, run_to_end
 
 
 async def ended(**policy: object) -> ModelServer:

@@ -17,14 +17,13 @@ import pytest
 
 from finetune_core.contract import Outcome
 from finetune_operator.controller import Controller
-from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.work_queue import Key, WorkQueue
-from finetune_operator.reconcile import Reconciler
 from tests.operator.builders import NOW, job_manifest, result
 from tests.operator.model import Manifest, ModelServer
+from tests.operator.operators import reconciler
 
 DAYS = 10
 LIVING = 20
@@ -60,22 +59,10 @@ class Soak:
         self.servers = Servers()
         self.memory, self.metrics = Memory(self.clock), Metrics()
         self.queue = WorkQueue(clock=self.clock, jitter=self.choose.random)
-        reconciler = Reconciler(
-            cluster=self.servers,  # type: ignore[arg-type]
-            backend=PyTorchJobBackend(self.servers),  # type: ignore[arg-type]
-            memory=self.memory,
-            metrics=self.metrics,
-            trainer_image="trainer:1",
-            report_base_url="https://operator:8443",
-            ca_bundle=lambda: "CA",
-            instance="test",
-            preflight="Skip",
-            now=self.now,
-            clock=self.clock,
-        )
+        times = {"now": self.now, "clock": self.clock}
         self.controller = Controller(
             queue=self.queue,
-            reconciler=reconciler,
+            reconciler=reconciler(self.servers, memory=self.memory, metrics=self.metrics, **times),
             cluster=self.servers,  # type: ignore[arg-type]
             memory=self.memory,
             activity=WatchActivity(clock=self.clock),

@@ -23,7 +23,8 @@ from finetune_operator.queue.memory import Memory
 from finetune_operator.status.preservation import preserve
 from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import ModelServer
-from tests.operator.test_crashes import DONE, KEY, reconciler
+from tests.operator.operators import KEY, reconciler
+from tests.operator.test_crashes import DONE
 from tests.operator.test_identity import pass_minutes, running, while_it_runs
 
 Json = Any

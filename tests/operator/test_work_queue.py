@@ -7,18 +7,9 @@ import asyncio
 import pytest
 
 from finetune_operator.queue.work_queue import Key, WorkQueue, backoff_seconds
+from tests.operator.operators import Clock
 
 A, B = Key("team", "a"), Key("team", "b")
-
-
-class Clock:
-    """A fake monotonic clock whose time the test sets."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from finetune_core.contract import (
     Result,
     RunConfig,
 )
-from finetune_core.contract.training import TrainingRecord, settings_digest
+from finetune_core.contract.same_training import TrainingRecord, settings_digest
 from finetune_core.errors import UserError
 from finetune_trainer.pod import cgroup
 from finetune_trainer.pod.errors import OutsideFailure, Stopped

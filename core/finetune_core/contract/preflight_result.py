@@ -17,7 +17,7 @@ from finetune_core.api.storage import RunId
 from finetune_core.contract.contract_model import CONTRACT_VERSION, ContractModel, Count, TerminationMessage, Time
 from finetune_core.contract.records import EvaluationRecord
 from finetune_core.contract.result import ExitCode, Outcome
-from finetune_core.contract.training import Sha256
+from finetune_core.contract.same_training import Sha256
 
 PREFLIGHT_COMMAND = "preflight"
 """Argument that makes the trainer image's entry point run the preflight checks."""

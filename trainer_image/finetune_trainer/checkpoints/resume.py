@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune_core.contract import CheckpointRecord, ContractModel, Identity
-from finetune_core.contract.training import TrainingRecord
+from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.layout import TRAINER_FILE, checkpoint_folder
 from finetune_trainer.model.digest import BaseDigests
 from finetune_trainer.pod.errors import NewerRun, OutsideFailure

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from finetune_core.contract import ContractModel, Identity, RunConfig
 from finetune_core.contract.pod import SECRET_ACCESS_KEY
-from finetune_core.contract.training import TrainingRecord
+from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.errors import UserError
 from finetune_trainer.pod.settings import Paths
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from finetune_core.contract import IDENTITY_VARIABLES, RunConfig
 from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, FoundRun, PreflightResult
-from finetune_core.contract.training import settings_digest
+from finetune_core.contract.same_training import settings_digest
 from finetune_trainer.pod.plan import read_run_file
 from finetune_trainer.pod.settings import STORE_CHECK_SECONDS, Paths
 from finetune_trainer.pod.signals import STOP_SIGNALS

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune_core.api.storage import RunId
 from finetune_core.contract.preflight_result import FoundArtifact, FoundRun
-from finetune_core.contract.training import TrainingRecord
+from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Location, artifact_folder, run_key
 from finetune_trainer.storage.artifact import committed_result
 from finetune_trainer.storage.checkpoint_folders import committed

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pydantic import ConfigDict
 
 from finetune_core.contract import ContractModel
-from finetune_core.contract.training import TrainingRecord
+from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.errors import UserError
 from finetune_core.layout import run_key
 from finetune_trainer.pod.errors import NewerRun

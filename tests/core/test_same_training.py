@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from finetune_core.api.job import FineTuneJob
 from finetune_core.contract import RunConfig
-from finetune_core.contract.training import NOT_THE_TRAINING, digest_of_fields, settings_digest
+from finetune_core.contract.same_training import NOT_THE_TRAINING, digest_of_fields, settings_digest
 from finetune_core.resolve import resolve
 from tests.core.jobs import quickstart
 
