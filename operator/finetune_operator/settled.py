@@ -67,9 +67,8 @@ class SettledJobs:
         if ended is None:
             return None, False
         if not started:
-            if job.condition_is(ConditionType.SUCCEEDED, "True"):
-                # The preflight check found the artifact, and the job ended before the objects of the check were gone.
-                await self._preflight_objects.remove_all(job)
+            # The job may have ended before the objects of its preflight check were gone.
+            await self._preflight_objects.remove_all(job)
             return None, False
         name = attempt_name(job.key.name, job.uid, started)
         child = await self._backend.observe(job.key.namespace, name)
@@ -83,7 +82,7 @@ class SettledJobs:
         age = (job.now - ended).total_seconds()
         orphans = await self._orphans(job) if child is None and job.status.child is not None else []
         waits = []
-        if (ttl := time_to_live(job.manifest)) is not None:
+        if (ttl := job.policy.ttl_seconds_after_finished) is not None:
             if age >= ttl:
                 await self._remove_all(job, name, child)
                 await self._attempt_objects.remove_orphans(job, orphans)
@@ -116,11 +115,3 @@ class SettledJobs:
             logger.info(
                 "runPolicy.ttlSecondsAfterFinished is over: the job's objects were removed", extra=job.log_fields
             )
-
-
-def time_to_live(manifest: dict[str, object]) -> int | None:
-    """Return `spec.runPolicy.ttlSecondsAfterFinished` in ``manifest``; None where it is absent or not an integer."""
-    spec = manifest.get("spec")
-    policy = spec.get("runPolicy") if isinstance(spec, dict) else None
-    seconds = policy.get("ttlSecondsAfterFinished") if isinstance(policy, dict) else None
-    return seconds if isinstance(seconds, int) else None

@@ -364,14 +364,38 @@ async def test_the_health_server_bounds_its_clients_too() -> None:
     server = health_server()
     await server.start(0, "127.0.0.1")
     try:
-        held = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(server.limits.per_address + 8)]
+        held = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(server.limits.connections + 8)]
         assert await ended(held[0])
         async with ClientSession() as session, session.get(f"http://127.0.0.1:{server.port}/healthz") as answer:
             assert answer.status == 200
-        assert server.connections <= server.limits.per_address
+        assert server.connections <= server.limits.connections
         for streams in held:
             await end(streams)
     finally:
+        await server.stop()
+
+
+def test_no_client_with_the_kubelets_address_can_have_its_probes_refused() -> None:
+    """The limits of one address are those of all addresses together, for the health server alone."""
+    limits = HealthServer.limits
+    assert limits.per_address >= limits.connections
+    assert limits.per_address / 2 >= limits.handshakes_per_second
+    assert limits.requests_per_second >= limits.handshakes_per_second
+
+
+async def test_a_client_that_connects_without_a_pause_leaves_others_their_turn() -> None:
+    server = health_server()
+    await server.start(0, "127.0.0.1")
+    pending = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
+    try:
+        turns = 0
+        while server.connections < len(pending):
+            await asyncio.sleep(0)
+            turns += 1
+        assert turns > len(pending) // 2, "the connections were accepted in one go"
+    finally:
+        for each in pending:
+            each.close()
         await server.stop()
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from finetune_operator.settled import time_to_live
+from finetune_operator.observe.stored_job import parse_stored_job
+from finetune_operator.queue.memory import JobMemory
 from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import CrashedError, Manifest, ModelServer
 from tests.operator.operators import KEY, reconciler
@@ -115,7 +116,8 @@ async def _reconcile_until(server: ModelServer, reached: Callable[[], bool]) -> 
     ],
 )
 def test_the_ttl_is_read_from_a_spec_that_need_not_be_readable(raw: dict[str, object], seconds: int | None) -> None:
-    assert time_to_live(raw) == seconds
+    stored = parse_stored_job(KEY, {**job_manifest(), "spec": None, **raw}, JobMemory(), NOW)
+    assert stored.policy.ttl_seconds_after_finished == seconds
 
 
 async def _ended_with_an_orphan(**policy: object) -> ModelServer:

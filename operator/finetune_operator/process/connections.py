@@ -31,9 +31,9 @@ SEND_BUFFER_BYTES: Final = 64 * 1024
 Without a size it grows to several megabytes for a client that does not read, and counts as memory of the container."""
 SHUTDOWN_SECONDS: Final = 2.0
 """Seconds that a client has to answer the end of a TLS connection."""
-FILES_LEFT: Final = 256
-"""Number of files that are left to the process besides the connections of clients, for example for its own connections
-to the API server."""
+FILES_LEFT: Final = 512
+"""Number of files that are left to the process besides the connections of one server: half of them for the connections
+of the other server, and half for the process itself, for example for its connections to the API server."""
 ACCEPT_RETRY_SECONDS: Final = 1.0
 """Seconds to wait before connections are accepted again, after the system had no file or memory left for one."""
 BACKLOG: Final = 128
@@ -283,6 +283,9 @@ class Listener:
                 await asyncio.sleep(ACCEPT_RETRY_SECONDS)
                 continue
             self._admit(accepted, client_of(str(peer[0])))
+            # `sock_accept` does not yield while connections are pending. Without this line, a client that connects
+            # without a pause would keep the event loop to itself.
+            await asyncio.sleep(0)
 
     def _admit(self, accepted: socket.socket, client: str) -> None:
         """Serve the connection ``accepted``, or close it where new connections come too fast or no room can be made."""

@@ -74,8 +74,11 @@ class HealthServer(HttpServer):
     """Serves /healthz, /readyz and /metrics."""
 
     # Connections without TLS are cheap. Many are accepted in a second, because the kubelet restarts an operator whose
-    # probes get no connection.
-    limits = ConnectionLimits(connections=256, per_address=32, handshakes_per_second=1000.0)
+    # probes get no connection. No limit of an address is stricter than that of all addresses together, because the
+    # kubelet shares its address with pods in the host's network and with those whose address is translated.
+    limits = ConnectionLimits(
+        connections=256, per_address=2000, handshakes_per_second=1000.0, requests_per_second=1000.0
+    )
 
     def __init__(
         self,
@@ -125,11 +128,11 @@ class HealthServer(HttpServer):
     async def _render(self, _request: web.Request) -> web.Response:
         async with self._rendering:
             if self._clock() - self._rendered_at >= METRICS_SECONDS:
-                self._rendered_at = self._clock()
                 self._set_gauges()
                 # The text is rendered in a thread, because with thousands of jobs it would block the event loop for
                 # long.
                 self._rendered = await asyncio.to_thread(self._metrics.render)
+                self._rendered_at = self._clock()
             text = self._rendered
         return web.Response(body=_pieces(text), headers={"Content-Type": CONTENT_TYPE})
 

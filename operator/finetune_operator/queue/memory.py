@@ -199,7 +199,7 @@ class Memory:
         job = self._jobs.get(key)
         if job is None or job.uid != uid:
             return None
-        more = _tells_more_than_numbers(job.report, report)
+        more = job.report is None or _news(report) != _news(job.report)
         job.report, job.reported_at = report, received
         step = report.reported_step if isinstance(report, StockReport) else report.step
         if report.total_steps and step is not None:
@@ -227,13 +227,19 @@ class Memory:
         self._jobs.pop(key, None)
 
 
-def _tells_more_than_numbers(before: Report | None, report: Report) -> bool:
-    """Return whether ``report`` has other checkpoints than ``before``, is the first with a result, or the first at all.
-
-    ``before`` is the report of the same attempt that came before; None where there is none.
-    """
-    first_result = report.result is not None and (before is None or before.result is None)
-    return before is None or first_result or report.checkpoints != before.checkpoints
+def _news(report: Report) -> tuple[object, ...]:
+    """Return the parts of ``report`` that do not wait for the limit of all jobs, as numbers do. `status/urgency.py`
+    says the same of the fields and conditions of the status that follow from these parts."""
+    return (
+        report.checkpoints,
+        report.best,
+        report.evaluation,
+        report.incidents,
+        report.ranks,
+        report.pod_uid,
+        bool(report.checkpoint_problem),
+        report.result is not None,
+    )
 
 
 def _end_attempt(job: JobMemory) -> None:

@@ -98,7 +98,7 @@ class _Line:
         try:
             async with self._slots:
                 return parse_review(await client.review_token(token, audience), audience)
-        except (*REQUEST_ERRORS, OSError) as error:
+        except REQUEST_ERRORS as error:
             raise ReviewUnavailableError(describe_error(error)) from error
         finally:
             self._inside -= 1

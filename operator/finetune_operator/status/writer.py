@@ -109,6 +109,7 @@ class StatusWriter:
             update |= {"observed_generation": job.generation, "conditions": conditions}
         status = job.status.model_copy(update=update)
         if status != job.status:
+            self._budget.spend(self._clock())
             await self._apply(job, status)
 
     def _compute(self, job: StoredJob, given: StatusInput) -> FineTuneJobStatus:
