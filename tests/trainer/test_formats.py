@@ -314,6 +314,27 @@ text
 
 
 @pytest.mark.parametrize(
+    "matter",
+    [
+        "configs: 5",
+        "configs: {a: 1}",
+        "configs:\n- 5",
+        "configs:\n- data_files: 5",
+        "configs:\n- data_files: [{path: 5}]",
+        "configs:\n- data_files: [{path: [5, null]}]",
+        "a: 2026-99-99",
+        "a: " + "[" * 5000,
+        "- 1",
+        "\ufffd",
+    ],
+)
+def test_a_malformed_card_of_the_hub_names_no_file_and_is_no_crash(matter: str) -> None:
+    configs = card_configs(f"---\n{matter}\n---\n")
+    for splits in configs.values():
+        assert all(isinstance(path, str) for paths in splits.values() for path in paths)
+
+
+@pytest.mark.parametrize(
     ("card", "subset", "split", "found"),
     [
         (CARD, "main", "train", ["main/train-00000-of-00001.parquet"]),

@@ -22,11 +22,12 @@ from finetune_core.api.sources import HuggingFaceDataSource
 from finetune_core.contract import RunConfig
 from finetune_core.contract.preflight_result import FoundRun, PreflightResult
 from finetune_core.errors import UserError
-from finetune_core.layout import COMMIT
+from finetune_core.layout import COMMIT, MANIFEST
 from finetune_trainer.checkpoints.resume import start_run
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight import entrypoint
 from finetune_trainer.preflight.findings import Findings
+from finetune_trainer.preflight.former_run import EVALUATION_BYTES, MANIFEST_BYTES
 from finetune_trainer.sources.file_tags import PIECE_BYTES, WHOLE_BYTES, file_tag
 from finetune_trainer.sources.hub_datasets import split_tags
 from finetune_trainer.sources.identities import input_identities
@@ -260,6 +261,9 @@ PLANTS: dict[str, Callable[[Bucket], object]] = {
     ),
     "an artifact without its COMMIT": lambda bucket: bucket.root().delete([f"artifacts/000001/{COMMIT}"]),
     "an artifact without a file": lambda bucket: bucket.root().delete(["artifacts/000001/adapter_model.safetensors"]),
+    "a manifest that is too long": lambda bucket: bucket.root().write(
+        f"artifacts/000001/{MANIFEST}", b" " * (MANIFEST_BYTES + 1)
+    ),
     "an ARTIFACT that is no JSON": lambda bucket: bucket.root().write("ARTIFACT", b"[]"),
 }
 
@@ -270,6 +274,22 @@ def test_a_folder_that_is_not_whole_is_left_alone_and_holds_nothing_up(name: str
     PLANTS[name](bucket)
     result = check()
     assert (result.findings, result.found) == ([], None)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff"])
+@pytest.mark.parametrize("key", ["ARTIFACT", "evaluation/000001.json"])
+def test_a_malformed_object_in_the_own_folder_is_a_finding(
+    key: str, content: bytes, bucket: Bucket, check: Check
+) -> None:
+    bucket.add(NEW)
+    bucket.root(NEW).write(key, content)
+    assert [finding.message for finding in check().findings if "malformed" in finding.message]
+
+
+def test_scores_that_are_too_long_are_left_out(bucket: Bucket, check: Check) -> None:
+    bucket.add()
+    bucket.root().write("evaluation/000001.json", b" " * (EVALUATION_BYTES + 1))
+    assert found(check()).evaluation is None
 
 
 def test_many_former_jobs_are_looked_through_in_seconds(bucket: Bucket, check: Check) -> None:

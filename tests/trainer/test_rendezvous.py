@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import os
@@ -19,7 +20,15 @@ import torch.distributed as dist
 from finetune_core.contract import Identity
 from finetune_trainer.pod.plan import rendezvous_key, rendezvous_nonce
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.ranks.gate import CHALLENGE_BYTES, GREETING, MOST_HANDSHAKES, PROOF_BYTES, open_rendezvous
+from finetune_trainer.ranks.gate import (
+    CHALLENGE_BYTES,
+    GREETING,
+    MOST_HANDSHAKES,
+    PROOF_BYTES,
+    Gate,
+    Rendezvous,
+    open_rendezvous,
+)
 from tests.trainer.objectstore import free_port
 
 KEYS = ("stop", "stalled", "share", "shared/1", "shared/2", "each/1", "each/1/1", "each/2", "heartbeat/1", "init/")
@@ -126,6 +135,34 @@ def test_the_gate_refuses_a_client_of_torch_and_logs_it(start: Callable[..., Ran
             foreign_store(ranks.port)
     ranks.wait_for(lambda: "refused a foreign connection to the rendezvous port from 127.0.0.1" in ranks.log(0), "log")
     assert_undisturbed(ranks)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), AssertionError(), OSError(), EOFError(), RuntimeError("no key"), TimeoutError()], ids=repr
+)
+async def test_whatever_goes_wrong_in_a_handshake_lets_nobody_pass(error: Exception) -> None:
+    reached = []
+
+    def key() -> bytes:
+        raise error
+
+    async def store(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reached.append(1)
+        writer.close()
+
+    store_server = await asyncio.start_server(store, "127.0.0.1", 0)
+    gate = Gate(key, Rendezvous("127.0.0.1", store_server.sockets[0].getsockname()[1]))
+    gate_server = await asyncio.start_server(gate.serve, "127.0.0.1", 0)
+    try:
+        reader, writer = await asyncio.open_connection(*gate_server.sockets[0].getsockname())
+        writer.write(b"x" * 64 + b"to the store")
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+        assert reached == []
+    finally:
+        gate_server.close()
+        store_server.close()
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 1_000_000], ids=["silent", "HTTP", "much"])

@@ -185,7 +185,9 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         elif self.task is not None:
-            self.task.cancel()
+            # The task takes its first step before it is cancelled. Otherwise its socket would stay open until the next
+            # full garbage collection.
+            asyncio.get_running_loop().call_soon(self.task.cancel)
         self._listener.forget(self)
 
     def _end_after(self, seconds: float) -> None:

@@ -20,11 +20,20 @@ from pydantic import TypeAdapter, ValidationError
 from finetune_core.api.storage import RunId
 from finetune_core.contract.preflight_result import FoundArtifact, FoundRun
 from finetune_core.contract.same_training import TrainingRecord
-from finetune_core.layout import ARTIFACT_POINTER, ArtifactPointer, Location, artifact_folder, run_key
-from finetune_trainer.storage.artifact import committed_result
+from finetune_core.layout import (
+    ARTIFACT_POINTER,
+    COMMIT,
+    MANIFEST,
+    ArtifactPointer,
+    Location,
+    artifact_folder,
+    evaluation_key,
+    run_key,
+)
 from finetune_trainer.storage.checkpoint_folders import committed
 from finetune_trainer.storage.client import ListedObject
 from finetune_trainer.storage.commit import Damaged, check_sizes, read_manifest
+from finetune_trainer.storage.evaluation_file import EvaluationFile
 from finetune_trainer.storage.lineage import RunRecord, lineage
 from finetune_trainer.storage.root import RunRoot
 
@@ -34,6 +43,10 @@ MOST_RECORDS = 2000
 """Largest number of run records in the folder of a former job. A folder with more records is left alone."""
 OBJECT_BYTES = 256 * 1024
 """Largest size in bytes of a run record or of `ARTIFACT` that is read."""
+MANIFEST_BYTES = 16 * 1024 * 1024
+"""Largest size in bytes of a manifest that is read. A manifest has about 150 bytes for each file of the artifact."""
+EVALUATION_BYTES = 64 * 1024 * 1024
+"""Largest size in bytes of a file with scores and answers that is read."""
 PARALLEL_FOLDERS = 8
 
 
@@ -114,7 +127,7 @@ def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
         if any(record.training != newest for record in records.values()):
             return None
         found = _found(root, records, entries)
-    except (Damaged, ValidationError):
+    except Damaged:
         return None
     if found is None:
         return None
@@ -144,7 +157,16 @@ def _read_records(root: RunRoot, runs: Sequence[int]) -> dict[int, RunRecord]:
 
 def _found(root: RunRoot, records: Mapping[int, RunRecord], entries: Mapping[int, ListedObject]) -> FoundRun | None:
     """Return the committed artifact of a folder or else its newest checkpoint; None where it holds neither. Raises
-    Damaged where the artifact is not what was committed."""
+    Damaged where the artifact is not what was committed, or where what is read is malformed."""
+    try:
+        return _artifact_or_checkpoint(root, records, entries)
+    except ValidationError as error:
+        raise Damaged(f"{root.location.prefix} holds an object that is malformed") from error
+
+
+def _artifact_or_checkpoint(
+    root: RunRoot, records: Mapping[int, RunRecord], entries: Mapping[int, ListedObject]
+) -> FoundRun | None:
     uid = records[max(records)].uid if records else ""
     run_id = root.location.prefix.rpartition("/")[2]
     began = min((entry.modified for entry in entries.values()), default=None)
@@ -153,10 +175,16 @@ def _found(root: RunRoot, records: Mapping[int, RunRecord], entries: Mapping[int
         pointer = ArtifactPointer.model_validate_json(data)
         if pointer.folder != artifact_folder(pointer.run):
             raise Damaged(f"{ARTIFACT_POINTER} names {pointer.folder}, which is not the folder of run {pointer.run}")
-        result = committed_result(root)
         listed = root.list_objects(f"{pointer.folder}/")
         files = {entry.key.removeprefix(f"{pointer.folder}/"): entry for entry in listed}
-        check_sizes(pointer.folder, read_manifest(root, pointer.folder)[0], files)
+        for name in (COMMIT, MANIFEST):
+            if name in files and files[name].bytes > MANIFEST_BYTES:
+                raise Damaged(f"{pointer.folder}/{name} has more than {MANIFEST_BYTES} bytes")
+        manifest, sha256 = read_manifest(root, pointer.folder)
+        if sha256 != pointer.manifest_sha256:
+            raise Damaged(f"{pointer.folder} is not the artifact that {ARTIFACT_POINTER} names")
+        check_sizes(pointer.folder, manifest, files)
+        scores = root.read_at_most(evaluation_key(pointer.run), EVALUATION_BYTES)
         artifact = FoundArtifact(
             run=pointer.run,
             bytes=pointer.bytes,
@@ -169,7 +197,8 @@ def _found(root: RunRoot, records: Mapping[int, RunRecord], entries: Mapping[int
             time=(began or listed[0].modified).replace(microsecond=0),
             step=pointer.step,
             artifact=artifact,
-            evaluation=result.evaluation if result is not None else None,
+            # Scores that are too long to be read here are left out. The folder of the artifact still holds them.
+            evaluation=EvaluationFile.model_validate_json(scores).evaluation.rounded() if scores is not None else None,
         )
     checkpoints = lineage(records, committed(root))
     if not checkpoints or began is None:

@@ -109,9 +109,10 @@ class Gate:
             finally:
                 handshake.cancel()
                 self._handshakes.pop(handshake, None)
-            problem = "it was the oldest of too many" if handshake.cancelled() else str(handshake.exception() or "")
-            if problem:
-                self._log_refusal(writer, problem)
+            # A connection passes only where the handshake has ended without any error, whatever the error's text is.
+            error = RefusedError("it was the oldest of too many") if handshake.cancelled() else handshake.exception()
+            if error is not None:
+                self._log_refusal(writer, str(error) or type(error).__name__)
                 return
             store = await self._store.connect()
             if store is not None:
@@ -126,6 +127,7 @@ class Gate:
 
     async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Raise RefusedError unless the other end knows the key. Prove to the other end that this end knows it too."""
+        key = self._key()
         with _refusing():
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 mine = secrets.token_bytes(CHALLENGE_BYTES)
@@ -133,7 +135,6 @@ class Gate:
                 await writer.drain()
                 theirs = await reader.readexactly(CHALLENGE_BYTES)
                 proof = await reader.readexactly(PROOF_BYTES)
-                key = self._key()
                 if not hmac.compare_digest(proof, _proof(key, b"client", mine, theirs)):
                     raise RefusedError("it does not know the key of the attempt")
                 writer.write(_proof(key, b"server", mine, theirs))

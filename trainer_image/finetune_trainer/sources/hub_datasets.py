@@ -93,7 +93,7 @@ def _fetch(
             path = api.hf_hub_download(
                 source.repo, DATA_CARD, repo_type="dataset", revision=commit, local_dir=folder.with_suffix(".card")
             )
-            card = Path(path).read_text()
+            card = Path(path).read_text(errors="replace")
         found = split_files(files, card_configs(card), subset=source.subset, split=source.split, field=hub_field)
         wanted = choose(found, repository)
         if not wanted:
@@ -119,7 +119,7 @@ def _literal(file: str) -> str:
 
 def card_configs(card: str) -> Mapping[str, Mapping[str, Sequence[str]]]:
     """Return the file patterns in the front matter of a data card, by subset and split. Empty if the card names no
-    files.
+    files or is malformed.
 
     Example: `{"default": {"train": ["data/train-*.parquet"]}}`.
     """
@@ -128,10 +128,12 @@ def card_configs(card: str) -> Mapping[str, Mapping[str, Sequence[str]]]:
     matter = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
     try:
         fields = yaml.safe_load(matter[1]) if matter else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
+        # yaml itself raises ValueError for a date that does not exist, and RecursionError for deep nesting.
         return {}
     found: dict[str, dict[str, list[str]]] = {}
-    for config in (fields.get("configs") or []) if isinstance(fields, dict) else []:
+    configs = fields.get("configs") if isinstance(fields, dict) else None
+    for config in configs if isinstance(configs, list) else []:
         files = config.get("data_files") if isinstance(config, dict) else None
         # If `data_files` names no splits and is a pattern or a list of patterns, its files belong to the split `train`.
         # Otherwise each item of the list names its split.
@@ -140,7 +142,7 @@ def card_configs(card: str) -> Mapping[str, Mapping[str, Sequence[str]]]:
         for item in items:
             paths: Any = item.get("path") if isinstance(item, dict) else item
             split = str(item.get("split", "train")) if isinstance(item, dict) else "train"
-            splits.setdefault(split, []).extend(paths if isinstance(paths, list) else [paths])
+            splits.setdefault(split, []).extend(map(str, paths if isinstance(paths, list) else [paths]))
         if splits:
             found[str(config.get("config_name", "default"))] = splits
     return found
