@@ -3,7 +3,7 @@
 A room is a folder inside one of the four packages, such as `graders` or `decide`, or a folder of `tests/`. A test file
 belongs to a room of a package if the file imports a module of the room. It also belongs to the room if it imports a
 module that imports the room, provided that this module is in `tests/` or directly in the folder of a package, such as
-`finetune_operator/reconcile.py`.
+`finetune_operator/reconcile.py`. A module in `tests/` may in turn import such a module of a package.
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ def _uses(file: Path, folder: str) -> bool:
     reached = set(_imports(file))
     for module in _imports(file):
         if _is_followed(module):
+            reached |= _imports(_path_of(module))
+    for module in reached - _imports(file):
+        if _is_followed(module) and module.split(".")[0] in PACKAGES:
             reached |= _imports(_path_of(module))
     return any(module == folder or module.startswith(f"{folder}.") for module in reached)
 

@@ -5,8 +5,13 @@ Where workers report different reasons, the one that is likely the cause decides
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 
+import finetune_trainer
 from finetune_core.contract import Outcome, Result
 from finetune_core.errors import UserError
 from finetune_trainer.pod.cgroup import cpu_limit, oom_kills, parse_cpu_max, threads_per_process
@@ -87,3 +92,18 @@ def test_cgroup_files_of_both_versions_are_read(tmp_path) -> None:  # type: igno
     (tmp_path / "cpu.max").write_text("100000 100000")
     (tmp_path / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
     assert (cpu_limit(tmp_path), oom_kills(tmp_path)) == (1.0, 2)
+
+
+def test_lack_of_memory_is_never_taken_for_a_fault_of_what_is_read() -> None:
+    """Whoever turns any exception of a library into a sentence about a file or a row lets MemoryError through first."""
+    wide = re.compile(r"\b(Exception|ArrowException)\b")
+    checked = 0
+    for room in ("data", "model", "preflight"):
+        for path in sorted((Path(finetune_trainer.__file__).parent / room).glob("*.py")):
+            for tried in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Try)):
+                caught = [ast.unparse(handler.type) if handler.type else "" for handler in tried.handlers]
+                for position, name in enumerate(caught):
+                    if wide.search(name):
+                        checked += 1
+                        assert "MemoryError" in caught[:position], f"{path}:{tried.handlers[position].lineno}"
+    assert checked

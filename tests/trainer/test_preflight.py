@@ -414,8 +414,8 @@ pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd")
     ("program", "sentence"),
     [
         (REPEATED, "bytes, and its first 8 rows alone hold 8388728: a file that expands to"),
-        (ONE_VALUE, "dataset.train: can't be checked with 640 MiB of memory"),
-        (MANY_ITEMS, "dataset.train: can't be checked with 640 MiB of memory"),
+        (ONE_VALUE, "dataset.train: can't be checked with 512 MiB of memory"),
+        (MANY_ITEMS, "dataset.train: can't be checked with 512 MiB of memory"),
     ],
     ids=["many rows", "one value", "a column that is not read"],
 )
@@ -429,8 +429,8 @@ def test_a_small_file_that_expands_to_gigabytes_is_a_finding(
     ended = _program(paths)
     assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
     assert sentence in ended.result.findings[0].message
-    # The pod may use 1 GiB. The child that reads the file may use 640 MiB, and may exceed this until its parent looks
-    # at its memory again.
+    # The pod may use 1 GiB. The child that reads the file may use 512 MiB of its own, and at most 192 MiB
+    # more until its parent looks at its memory again.
     assert ended.memory_mebibytes < 1000
 
 
@@ -441,7 +441,7 @@ def test_a_line_without_an_end_is_a_finding(paths: Paths, store: ObjectStore) ->
     paths.run_file.write_text(json.dumps(run_config(store, "line", **source)))
     ended = _program(paths)
     assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
-    assert "dataset.train: can't be checked with 640 MiB of memory" in ended.result.findings[0].message
+    assert "dataset.train: can't be checked with 512 MiB of memory" in ended.result.findings[0].message
     assert ended.memory_mebibytes < 1000
 
 
@@ -489,5 +489,5 @@ def test_a_chat_template_that_makes_a_huge_text_is_a_finding(
     paths.run_file.write_text(json.dumps(run_config(store, "template", **changes)))
     ended = _program(paths)
     assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
-    assert "dataset.train: can't be checked with 640 MiB of memory" in ended.result.findings[0].message
+    assert "dataset.train: can't be checked with 512 MiB of memory" in ended.result.findings[0].message
     assert ended.memory_mebibytes < 1000

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_trainer.preflight.confinement import ChildEnd, run_confined
+from finetune_trainer.preflight import confinement
+from finetune_trainer.preflight.confinement import EXCESS_BYTES, ChildEnd, run_confined
 
 MIB = 1 << 20
 Send = Callable[[Any], None]
@@ -37,6 +39,51 @@ def test_the_memory_of_the_parent_does_not_count() -> None:
 
 def test_a_child_that_takes_too_much_is_ended() -> None:
     assert run_confined(takes(200), lambda _: None, memory_bytes=64 * MIB) is ChildEnd.TOO_LARGE
+
+
+def test_memory_that_is_asked_for_at_once_is_refused_by_the_kernel() -> None:
+    def work(_send: Send) -> None:
+        bytearray(1 << 40)
+
+    assert run_confined(work, lambda _: None, memory_bytes=64 * MIB) is ChildEnd.TOO_LARGE
+
+
+def test_a_child_whose_parent_looks_late_can_not_take_more_than_the_excess(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confinement, "LOOK_SECONDS", 3600)
+    took: list[int] = []
+
+    def work(send: Send) -> None:
+        held = []
+        while True:
+            held.append(os.urandom(1) * MIB)
+            send(len(held))
+
+    assert run_confined(work, took.append, memory_bytes=64 * MIB) is ChildEnd.TOO_LARGE
+    assert 64 < took[-1] <= 64 + (EXCESS_BYTES // MIB)
+
+
+def test_a_library_that_aborts_for_lack_of_memory_was_too_large() -> None:
+    def work(_send: Send) -> None:
+        held = os.urandom(1) * (100 * MIB)
+        os.kill(os.getpid(), signal.SIGABRT if held else 0)
+
+    assert run_confined(work, lambda _: None, memory_bytes=64 * MIB) is ChildEnd.TOO_LARGE
+
+
+def test_an_exception_of_the_parent_ends_the_child() -> None:
+    started: list[int] = []
+
+    def receive(process: int) -> None:
+        started.append(process)
+        raise TimeoutError
+
+    def work(send: Send) -> None:
+        send(os.getpid())
+        signal.pause()
+
+    with pytest.raises(TimeoutError):
+        run_confined(work, receive)
+    assert not Path(f"/proc/{started[0]}").exists()
 
 
 @pytest.mark.parametrize(

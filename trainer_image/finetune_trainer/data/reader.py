@@ -167,6 +167,8 @@ def _parquet(path: Path, field: str, columns: Collection[str] | None) -> Iterato
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(number, fields, unit="row")
+    except MemoryError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         reason = first_line(error)
         raise UserError(field, f"{path.name} can't be read as parquet after row {number}: {reason}") from None

@@ -24,6 +24,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     end token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:  # transformers raises whatever a wrong file makes its code raise
         raise UserError("model", f"its tokenizer can't be loaded: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -68,6 +70,8 @@ def tokenize_functions(tokenizer: PreTrainedTokenizerBase) -> TokenizeFunctions:
                 add_generation_prompt=answer_next,
                 return_dict=False,
             )
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program, which can fail in every way
             raise ValueError(first_line(error)) from error
         return ids

@@ -46,6 +46,8 @@ def read_structure(folder: Path) -> ModelStructure:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:  # transformers raises whatever a wrong file makes its code raise
         raise UserError("model", f"its files can't be loaded: {first_line(error)}") from error
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}

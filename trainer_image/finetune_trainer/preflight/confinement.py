@@ -10,23 +10,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import select
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-MEMORY_BYTES = 640 << 20
+MEMORY_BYTES = 512 << 20
 """Largest memory in bytes that the child may add to what it shares with the parent at the fork. The preflight pod may
-use 1 GiB. The rest is for the parent (60 MiB), and for what the child takes between two looks of the parent at the
-child's memory."""
+use 1 GiB. The rest is for the parent, for what the child shares with the parent, and for `EXCESS_BYTES`."""
+EXCESS_BYTES = 192 << 20
+"""Memory in bytes that the child may take beyond its limit until the parent looks at the child's memory again. On a
+busy machine the parent may look late, so the kernel refuses to the child what exceeds this."""
 LOOK_SECONDS = 0.01
 """Time in seconds between two looks at the memory of the child. The kernel hands out about a gigabyte in a second."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_MEMORY_REFUSED = 2
+"""Exit code of a child to which the kernel has refused memory."""
 
 
 class ChildEnd(Enum):
@@ -35,7 +42,7 @@ class ChildEnd(Enum):
     DONE = "The child has done its work."
     FAILED = "The child raised an exception and has printed its traceback."
     KILLED = "A signal ended the child, sent by the kernel, by a library or by somebody else."
-    TOO_LARGE = "The parent has killed the child, because it added more memory than it may."
+    TOO_LARGE = "The child added more memory than it may, or the kernel refused it more memory."
 
 
 def run_confined(
@@ -48,34 +55,50 @@ def run_confined(
 
     ``work`` gets a function that sends a JSON value to this process, where ``receive`` is called with it. The child is
     killed when it has added more than ``memory_bytes`` to the memory that it had at the fork, and when an exception is
-    raised in this process, such as the end of a time limit. No other thread may run in this process, because a forked
-    child has only the calling thread.
+    raised in this process, such as the end of a time limit. The kernel refuses the child memory from `EXCESS_BYTES`
+    above this limit. A child that ends by that, also by the abort of a library, was too large. No other thread may run
+    in this process, because a forked child has only the calling thread.
     """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _run_child(work, writer)
+        _run_child(work, writer, memory_bytes)
     os.close(writer)
+    watched = _Watched(memory_bytes)
+    closed = False
     try:
-        too_large = _receive_all(reader, receive, child, memory_bytes)
-        if too_large:
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        raise
+        closed = _receive_all(reader, receive, child, watched)
     finally:
+        # The process id of a child that nobody has waited for is still that of the child, even if the child has ended.
+        if not closed:
+            os.kill(child, signal.SIGKILL)
+        _, status, usage = os.wait4(child, 0)
         os.close(reader)
-    if too_large:
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+        return ChildEnd.DONE
+    refused = os.WIFEXITED(status) and os.WEXITSTATUS(status) == _MEMORY_REFUSED
+    if not closed or refused or watched.is_too_large(usage.ru_maxrss << 10):
         return ChildEnd.TOO_LARGE
-    if os.WIFSIGNALED(status):
-        return ChildEnd.KILLED
-    return ChildEnd.DONE if os.WEXITSTATUS(status) == 0 else ChildEnd.FAILED
+    return ChildEnd.KILLED if os.WIFSIGNALED(status) else ChildEnd.FAILED
 
 
-def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int) -> None:
+@dataclass
+class _Watched:
+    """What the parent knows about the memory of its child."""
+
+    memory_bytes: int
+    """Memory in bytes that the child may add to ``at_the_fork``."""
+    at_the_fork: int | None = None
+    """Resident memory in bytes of the child at the fork, once the child has sent it. Pages that the child shares with
+    the parent count in it."""
+
+    def is_too_large(self, resident: int) -> bool:
+        """Whether a child with ``resident`` bytes of memory has added more than it may."""
+        return self.at_the_fork is not None and resident - self.at_the_fork > self.memory_bytes
+
+
+def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int, memory_bytes: int) -> None:
     """Call ``work`` in the child, and end the child without the cleanup at the exit of Python. The child is a copy of
     the parent, so the cleanup would be that of the parent."""
     code = 1
@@ -86,10 +109,14 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int) -> No
             stream.write(json.dumps(value) + "\n")
             stream.flush()
 
-        # Pages that the child shares with the parent count as its own, so the parent needs the number from before.
         send(_resident_bytes(os.getpid()))
+        most = _data_bytes() + memory_bytes + EXCESS_BYTES
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         work(send)
         code = 0
+    except MemoryError:
+        traceback.print_exc()
+        code = _MEMORY_REFUSED
     except BaseException:  # noqa: BLE001  (the child ends here, whatever happened)
         traceback.print_exc()
     finally:
@@ -98,34 +125,41 @@ def _run_child(work: Callable[[Callable[[Any], None]], None], writer: int) -> No
         os._exit(code)
 
 
-def _receive_all(reader: int, receive: Callable[[Any], None], child: int, memory_bytes: int) -> bool:
-    """Receive values until the child has closed its end. Return early, with True, once the child is too large.
+def _receive_all(reader: int, receive: Callable[[Any], None], child: int, watched: _Watched) -> bool:
+    """Receive values until the child has closed its end, and return True. Return False at once when the child is too
+    large.
 
-    The first value is not passed on: it is the memory of the child at the fork.
+    The first value is not passed on, because it is the memory of the child at the fork.
     """
     told = b""
     looked_at = 0.0
-    at_the_fork: int | None = None
     while True:
         ready, _, _ = select.select([reader], [], [], LOOK_SECONDS)
         if ready:
             piece = os.read(reader, 65536)
             if not piece:
-                return False
+                return True
             told += piece
             *lines, told = told.split(b"\n")
             for line in lines:
-                if at_the_fork is None:
-                    at_the_fork = int(line)
+                if watched.at_the_fork is None:
+                    watched.at_the_fork = int(line)
                 else:
                     receive(json.loads(line))
-        if at_the_fork is not None and time.monotonic() - looked_at >= LOOK_SECONDS:
+        if time.monotonic() - looked_at >= LOOK_SECONDS:
             looked_at = time.monotonic()
-            if _resident_bytes(child) - at_the_fork > memory_bytes:
-                return True
+            if watched.is_too_large(_resident_bytes(child)):
+                return False
 
 
 def _resident_bytes(process: int) -> int:
     """Return the resident memory of ``process`` in bytes. It is 0 for a child that has ended but was not waited for
     yet."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * _PAGE_BYTES
+
+
+def _data_bytes() -> int:
+    """Return the address space for data of this process in bytes: what RLIMIT_DATA limits (man 2 setrlimit)."""
+    status = Path("/proc/self/status").read_text()
+    (kibibytes,) = re.findall(r"^VmData:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(kibibytes) << 10

@@ -154,6 +154,8 @@ def check_configuration(folder: Path, field: str) -> int | None:
     UserError if `config.json` does not describe a causal language model that transformers knows."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:  # transformers raises whatever a wrong file makes its code raise
         raise UserError(field, f"its config.json can't be used: {first_line(error)}") from error
     text = config.get_text_config()
