@@ -11,8 +11,6 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from finetune_cli.terminal import SafeConsole, TerminalHandler, printable, say_j
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.job import FineTuneJob
 from finetune_core.layout import digest, run_root_of
+from tests.cli.programs import run_finetune
 from tests.cli.stored import stored
 from tests.cli.test_main import KUBECONFIG
 
@@ -132,14 +131,11 @@ def finetune(folder: Path, port: int, arguments: list[str], *, terminal: bool) -
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
         "KUBECONFIG": str(folder / "config"),
-        "PYTHONIOENCODING": "utf-8",
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "b",
         **({"FORCE_COLOR": "1", "COLUMNS": "150", "TERM": "xterm-256color"} if terminal else {}),
     }
-    command = [sys.executable, "-m", "finetune_cli", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, cwd=folder)
-    text = (done.stdout + done.stderr).decode()
+    text = run_finetune(arguments, environment, folder)
     assert "Traceback" not in text, text
     return text
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,8 @@ from finetune_core.contract import Identity, Result, RunConfig
 from finetune_trainer.pod.plan import Inputs, WorkerPlan
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.storage.step_log import StepRow
-from tests.trainer.objectstore import ObjectStore, free_port
+from tests.trainer.objectstore import ObjectStore
+from tests.trainer.zygote import zygote
 
 RUN_SECONDS = 480
 
@@ -68,33 +65,8 @@ def train_all(
     ``faults`` has one entry per config, see `faults.scripted`.
     """
     world = configs[0]["world"]["nodes"]
-    port = free_port()
-    ranks = []
-    for rank, file in enumerate(write_plans(configs, inputs, folder, credentials=credentials, faults=faults)):
-        environment = {
-            **os.environ,
-            "PATH": "/nonexistent",
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "DS_ACCELERATOR": "cpu",
-            "RANK": str(rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        log = (folder / f"rank-{rank}.log").open("wb")
-        command = [sys.executable, "-m", "tests.trainer.many_runs", str(file)]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        log.close()
-    deadline = time.monotonic() + seconds
-    try:
-        codes = [process.wait(max(1.0, deadline - time.monotonic())) for process in ranks]
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    plans = write_plans(configs, inputs, folder, credentials=credentials, faults=faults)
+    codes = zygote().gang(plans, folder, seconds=seconds)
     logs = "\n".join((folder / f"rank-{rank}.log").read_text() for rank in range(world))
     assert codes == [0] * world, logs
     made = [json.loads((folder / f"rank-{rank}" / "results.json").read_text()) for rank in range(world)]

@@ -11,7 +11,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,8 @@ KILLED = -9
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Zygote]:
-    with zygote() as running:
-        yield running
+def ranks() -> Zygote:
+    return zygote()
 
 
 def a_fault(round_: int, rng: random.Random) -> dict[str, Any]:

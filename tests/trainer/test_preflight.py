@@ -394,13 +394,13 @@ def in_another_process(program: str, path: Path) -> None:
 
 REPEATED = """
 import sys, pyarrow, pyarrow.parquet
-table = pyarrow.table({"question": ["a" * (1 << 20)] * 1500, "reply": ["w1"] * 1500})
+table = pyarrow.table({"question": ["a" * (1 << 20)] * 600, "reply": ["w1"] * 600})
 pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd")
 """
 ONE_VALUE = """
 import sys, pyarrow, pyarrow.parquet
-table = pyarrow.table({"question": ["a" * (1 << 30)], "reply": ["w1"]})
-pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd", use_dictionary=False)
+table = pyarrow.table({"question": ["a" * (800 << 20)], "reply": ["w1"]})
+pyarrow.parquet.write_table(table, sys.argv[1], compression="zstd", use_dictionary=False, write_statistics=False)
 """
 MANY_ITEMS = """
 import sys, numpy, pyarrow, pyarrow.parquet

@@ -1,20 +1,23 @@
 """A process that imports torch once and then forks the ranks of `many_runs`.
 
-This way a group of ranks starts within a second and can be killed many times. The process reads one JSON line from
+This way a group of ranks starts within a second, where an import of its own takes each rank five seconds, and can be
+killed many times. The process reads one JSON line from
 standard input for each rank to start, and writes one JSON line with rank and exit status for each rank that has ended.
 """
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import functools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,12 @@ class Zygote:
         self._process = process
         self._told = b""
 
-    def gang(self, plans: Sequence[Path], logs: Path) -> list[int]:
+    def gang(self, plans: Sequence[Path], logs: Path, *, seconds: float = END_SECONDS) -> list[int]:
         """Run one rank for each file in ``plans``, wait until all have ended, and return their exit statuses.
 
         The status of a rank that a signal killed is the negated number of the signal, for example -9. The output of a
-        rank goes to a file in the folder ``logs``.
+        rank goes to the file `rank-<rank>.log` in the folder ``logs``. After ``seconds`` all ranks that still run are
+        killed.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -50,21 +54,30 @@ class Zygote:
             order = {"file": str(file), "environment": environment, "log": str(logs / f"rank-{rank}.log")}
             self._process.stdin.write(f"{json.dumps(order)}\n".encode())
         ends: dict[int, int] = {}
-        deadline = time.monotonic() + END_SECONDS
+        deadline = time.monotonic() + seconds
         while len(ends) < len(plans):
             while b"\n" not in self._told:
                 ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-                assert ready, f"ranks still run after {END_SECONDS} s: {ends}"
+                if not ready:
+                    self.kill()
+                    zygote.cache_clear()
+                    raise AssertionError(f"ranks still run after {seconds} s; these have ended: {ends}")
                 self._told += os.read(self._process.stdout.fileno(), 65536)
             line, _, self._told = self._told.partition(b"\n")
             told = json.loads(line)
             ends[told["rank"]] = told["status"]
         return [ends[rank] for rank in range(len(plans))]
 
+    def kill(self) -> None:
+        """Kill the process and all ranks that it has forked."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
-@contextlib.contextmanager
-def zygote() -> Iterator[Zygote]:
-    """Run the process that forks ranks for the duration of the block."""
+
+@functools.cache
+def zygote() -> Zygote:
+    """Return the process that forks ranks. It is started at the first call and runs until the tests end."""
     environment = {
         **os.environ,
         "PATH": "/nonexistent",
@@ -74,12 +87,13 @@ def zygote() -> Iterator[Zygote]:
         "DS_ACCELERATOR": "cpu",
     }
     command = [sys.executable, "-m", "tests.trainer.zygote"]
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    try:
-        yield Zygote(process)
-    finally:
-        process.kill()
-        process.wait()
+    # The ranks share the process's session, so that they can be killed with it.
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+    )
+    running = Zygote(process)
+    atexit.register(running.kill)
+    return running
 
 
 def _fork(order: dict[str, Any]) -> int:
