@@ -127,6 +127,16 @@ def test_a_number_that_is_not_known_has_no_series() -> None:
     assert shown == {"finetune_job_attempts", "finetune_job_gpu_seconds_total", "finetune_job_info"}
 
 
+@pytest.mark.parametrize("value", ["0." + "1" * 1_000_000, "one", ""])
+def test_a_text_that_is_long_or_no_number_costs_only_its_own_series(value: str) -> None:
+    metrics = Metrics()
+    loss = MetricValue.model_construct(name="loss", value=value, step=20)
+    metrics.jobs.update(KEY, SPEC, full_status().model_copy(update={"metrics": [loss]}))
+    shown = {name.partition("{")[0] for name in series(metrics)}
+    assert "finetune_job_loss" not in shown
+    assert "finetune_job_step" in shown
+
+
 def test_only_a_running_job_has_ages_and_they_count_from_its_start_at_most() -> None:
     metrics = Metrics(now=lambda: at(7200))
     ages = ("finetune_job_checkpoint_age_seconds", "finetune_job_report_age_seconds")

@@ -118,7 +118,7 @@ def joined(ranks: Ranks) -> bool:
 
 def foreign_store(port: int, address: str = "127.0.0.1") -> dist.TCPStore:
     """Connect to ``port`` with the client of torch, which needs no credentials."""
-    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=3))
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=1))
 
 
 def assert_undisturbed(ranks: Ranks) -> None:

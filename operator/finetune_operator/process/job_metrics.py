@@ -21,6 +21,8 @@ from finetune_operator.queue.work_queue import Key
 
 RETENTION_AFTER_END: Final = timedelta(hours=1)
 """How long after its end the series of a job are still exported."""
+MOST_DIGITS: Final = 64
+"""Longest text in characters of the status that is read as a number. The status's own numbers have at most 32."""
 LABELS: Final = ("job_namespace", "job_name")
 INFO_LABELS: Final = ("model", "method", "queue")
 CONDITION_LABELS: Final = ("type", "status", "reason")
@@ -106,8 +108,11 @@ def _text(spec: Mapping[str, Any], *path: str) -> str:
 def _number(value: str | int | None) -> float | None:
     """Return ``value`` as a number; None where it is absent, or where it is no number that Prometheus can express.
 
-    The series of all jobs are rendered together, so that one such value would cost the series of every job.
+    The series of all jobs are rendered together, so that one such value would cost the series of every job. A text of
+    more than `MOST_DIGITS` characters is no number either, because `float` takes minutes for a text of megabytes.
     """
+    if isinstance(value, str) and len(value) > MOST_DIGITS:
+        return None
     try:
         return None if value is None else float(value)
     except (ValueError, OverflowError):
