@@ -6,6 +6,9 @@ one place. Only a value that depends on model or data, such as the steps of one 
 
 from __future__ import annotations
 
+from datetime import date
+
+from finetune_core.api.dataset import DatasetSpec
 from finetune_core.api.evaluation import GenerationSpec
 from finetune_core.api.job import FineTuneJob
 from finetune_core.api.method import LoRASpec, Method
@@ -32,10 +35,19 @@ DEFAULT_CHECKPOINT_STEPS = 100
 """Optimizer steps between two checkpoints where the job sets neither `everySteps` nor `everyMinutes`."""
 
 
-def resolve(job: FineTuneJob, *, report: ReportConfig | None, preflight: PreflightStatus | None = None) -> RunConfig:
-    """Return the run file of ``job``. ``preflight`` is the record of the job's preflight check. Where that record names
-    the run of a former job, the job uses the former job's folder in the bucket. Raises UserError with the field's path
-    where the job can't be run."""
+def resolve(
+    job: FineTuneJob,
+    *,
+    report: ReportConfig | None,
+    preflight: PreflightStatus | None = None,
+    today: date | None = None,
+) -> RunConfig:
+    """Return the run file of ``job``. Raises UserError with the field's path where the job can't be run.
+
+    ``preflight`` is the record of the job's preflight check. Where that record names the run of a former job, the job
+    uses the former job's folder in the bucket, and the date of its chat templates. ``today`` is the date of chat
+    templates in all other jobs: the day (UTC) on which attempt 1 was opened.
+    """
     spec = job.spec
     problems = unrunnable(spec)
     if problems:
@@ -104,7 +116,17 @@ def resolve(job: FineTuneJob, *, report: ReportConfig | None, preflight: Preflig
             artifact=spec.storage.artifact or "Adapter",
         ),
         report=report,
+        template_date=_template_date(spec.dataset, preflight, today),
     )
+
+
+def _template_date(dataset: DatasetSpec, preflight: PreflightStatus | None, today: date | None) -> date | None:
+    if dataset.format.messages is None:
+        return None
+    try:
+        return date.fromisoformat(preflight.template_date) if preflight is not None else today
+    except ValueError:  # no run to continue, or a record of another version
+        return today
 
 
 def _generation(limits: GenerationSpec | None) -> GenerationConfig:

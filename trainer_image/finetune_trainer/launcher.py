@@ -116,7 +116,9 @@ def _prepare(config: RunConfig, identity: Identity, paths: Paths, folder: Path, 
     training = None
     if identity.node_rank == 0:
         identities = input_identities(config, paths, root.store, folder / "identities")
-        training = TrainingRecord(settings_sha256=settings_digest(config), inputs=identities)
+        training = TrainingRecord(
+            settings_sha256=settings_digest(config), inputs=identities, template_date=config.template_date
+        )
     inputs = fetch_inputs(config, paths, root.store, folder).model_copy(update={"training": training})
     wait_for_dns(address, seconds=PEER_WAIT_SECONDS)
     return inputs

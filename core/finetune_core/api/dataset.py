@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from finetune_core.api.base import ApiModel, cel, exactly_one_of
+from finetune_core.api.base import ENTRIES, ApiModel, cel, exactly_one_of
 from finetune_core.api.sources import DataSource
 from finetune_core.tasks import NO_TASK, TaskName, task_field_text
 
@@ -36,11 +36,45 @@ class PromptCompletionFormat(ApiModel):
     answers end at the suffix."""
 
 
+class ChatTemplate(ApiModel):
+    """A chat template in Jinja that replaces the one of the model. Exactly one of the fields must be set."""
+
+    model_config = ConfigDict(json_schema_extra=exactly_one_of("file", "text"))
+
+    file: (
+        Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_][-A-Za-z0-9_.]*\.jinja$")] | None
+    ) = None
+    """Name of a file in the model's folder, for example `chat_template_tools.jinja`."""
+    text: Annotated[str, Field(min_length=1, max_length=65536)] | None = None
+    """The template itself."""
+
+
 class MessagesFormat(ApiModel):
-    """Rows with a conversation, rendered with the model's chat template. Only the assistant's turns are learned."""
+    """Rows with a conversation, rendered with a chat template. Each answer of the assistant is learned behind exactly
+    the tokens that the model gets before such an answer at inference. A conversation becomes one example where the
+    template only appends messages, and one for each answer where the template changes earlier messages, for example by
+    removing their thoughts. docs/data.md lists the fields of rows and messages."""
 
     messages_field: FieldName = "messages"
-    """Column that holds the list of messages, each with `role` and `content`."""
+    """Column that holds the list of messages, each with `role` and `content`, or with `from` and `value`."""
+    tools_field: FieldName = "tools"
+    """Column that holds the list of tools that the assistant may call, as JSON Schema. Rows without it have none."""
+    chat_template: ChatTemplate | None = None
+    """Replaces the chat template of the model, and becomes the template of the artifact. Without it the model's own
+    template is used."""
+    template_arguments: Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=16), ENTRIES] = {}
+    """Variables that the chat template reads, for example `enable_thinking: "false"`. A value that is JSON is passed as
+    that JSON value, and any other value as text. Pass the same arguments at inference. A name that the template does
+    not read is refused."""
+    learn: Literal["AllAssistant", "LastAssistant", "Everything"] = "AllAssistant"
+    """What is learned of a conversation. AllAssistant: every message of the assistant. LastAssistant: only the last
+    one. Everything: all tokens of the conversation. Messages with `weight: 0` are never learned."""
+    roles: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16), ENTRIES] = {
+        "human": "user",
+        "gpt": "assistant",
+    }
+    """For names of roles in the rows, the role of the chat template that they stand for. A name that is not listed is
+    passed to the template as it is. The default is for the rows of ShareGPT."""
 
 
 class TextFormat(ApiModel):

@@ -194,6 +194,9 @@ class PreflightStatus(StatusModel):
     """Time of the next try. Set only while the verdict is Waiting."""
     taken_over: TakenOverStatus | None = None
     """The run of a former job that the check found and that this job takes over. Absent where the check found none."""
+    template_date: Annotated[str, Field(max_length=10)] = ""
+    """The day that chat templates got as today's date in the runs that this job continues, for example `2026-11-29`.
+    Empty where the check found no runs, or runs that read no conversations."""
 
 
 class ProgressStatus(StatusModel):

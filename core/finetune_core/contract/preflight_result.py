@@ -8,6 +8,7 @@ solved without a change of the job, for example a missing Secret, refused creden
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -69,6 +70,8 @@ class FoundRun(ContractModel):
     """The committed artifact. None where no run in the folder is finished, so that the job resumes from the checkpoint
     of ``step``."""
     evaluation: EvaluationRecord | None = None
+    template_date: date | None = None
+    """The day that chat templates got as today's date in the runs of the folder."""
 
 
 class PreflightResult(TerminationMessage):

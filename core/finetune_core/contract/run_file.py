@@ -6,6 +6,7 @@ nothing else of the job.
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -133,3 +134,7 @@ class RunConfig(ContractModel):
     stability: StabilityConfig = StabilityConfig()
     storage: StorageConfig
     report: ReportConfig | None = None
+    template_date: date | None = None
+    """The day (UTC) that a chat template gets as today's date. It is the day on which attempt 1 was opened, or that of
+    the run that the job takes over, so that every attempt reads the same tokens. None where no conversations are
+    read."""

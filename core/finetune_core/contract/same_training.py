@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -26,6 +27,7 @@ NOT_THE_TRAINING = (
     "version",
     "world",
     "report",
+    "template_date",
     "model.hugging_face.token_secret_ref",
     "dataset.train.hugging_face.token_secret_ref",
     "dataset.validation.hugging_face.token_secret_ref",
@@ -49,7 +51,8 @@ NOT_THE_TRAINING = (
     "storage.keep_best",
 )
 """Fields of the run file that do not define what is trained: they say on which machines and how the work is divided,
-where the bucket is, how often checkpoints are written, and which tokens give access. All other fields define what is
+where the bucket is, how often checkpoints are written, which tokens give access, and on which day the job began: a job
+that continues a run takes that run's day over. All other fields define what is
 trained, also those that later versions add."""
 
 
@@ -61,6 +64,8 @@ class TrainingRecord(ContractModel):
     inputs: Annotated[dict[str, Sha256], Field(max_length=8)]
     """For the base model and for each data source, by its path in the spec such as `dataset.train`: a sha256 that
     identifies what the run read from there when it began."""
+    template_date: date | None = None
+    """`RunConfig.template_date` of the run, which a job that continues the run takes over."""
 
 
 def settings_digest(config: RunConfig) -> str:

@@ -86,7 +86,10 @@ def _during_try(
         recorded = _with_verdict(record, outcome, seen.now)
         if outcome.found is not None:
             former = taken_over(outcome.found, seen.preflight)
-            recorded = recorded.model_copy(update={"taken_over": former})
+            day = outcome.found.template_date
+            recorded = recorded.model_copy(
+                update={"taken_over": former, "template_date": day.isoformat() if day is not None else ""}
+            )
             if end := end_with_artifact(outcome.found, former, seen.preflight):
                 # The pod is left to `settled.py`, because nothing has to wait for its removal.
                 return Decision(state=JobState.SUCCEEDED, attempts=attempts, preflight=recorded, end=end)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from functools import partial
 
 from pydantic import TypeAdapter, ValidationError
@@ -197,10 +197,23 @@ def _artifact_or_checkpoint(
             time=(began or listed[0].modified).replace(microsecond=0),
             step=pointer.step,
             artifact=artifact,
+            template_date=_template_date(records),
             # Scores that are too long to be read here are left out. The folder of the artifact still holds them.
             evaluation=EvaluationFile.model_validate_json(scores).evaluation.rounded() if scores is not None else None,
         )
     checkpoints = lineage(records, committed(root))
     if not checkpoints or began is None:
         return None
-    return FoundRun(run_id=run_id, uid=uid, time=began.replace(microsecond=0), step=checkpoints[0].step)
+    return FoundRun(
+        run_id=run_id,
+        uid=uid,
+        time=began.replace(microsecond=0),
+        step=checkpoints[0].step,
+        template_date=_template_date(records),
+    )
+
+
+def _template_date(records: Mapping[int, RunRecord]) -> date | None:
+    """Return the date that chat templates got in the newest of ``records``; None where it is not recorded."""
+    training = records[max(records)].training if records else None
+    return training.template_date if training is not None else None
