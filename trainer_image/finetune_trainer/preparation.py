@@ -16,10 +16,11 @@ from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
 from finetune_core.tasks import NO_TASK
+from finetune_trainer.data.chat_template import use_chat_template
 from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
+from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
 from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
 from finetune_trainer.model.extended_base import extend_base
@@ -115,8 +116,9 @@ def prepare_node(plan: WorkerPlan) -> PreparationSummary:
         )
     if config.storage.artifact != "Adapter":
         check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
-    tokenizer = load_tokenizer(base_model_folder(plan))
-    tokenize = tokenize_functions(tokenizer)
+    tokenizer = _job_tokenizer(plan)
+    ends = stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
+    tokenize = tokenize_functions(tokenizer, ends=ends, today=config.template_date)
     limit = length_limit(config.dataset, structure.context)
     notices: list[str] = []
     if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
@@ -151,7 +153,7 @@ def prepare_node(plan: WorkerPlan) -> PreparationSummary:
 
 def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
     """Load the tokenizer and the tokenised rows that `prepare_node` wrote."""
-    tokenizer = load_tokenizer(base_model_folder(plan))
+    tokenizer = _job_tokenizer(plan)
     present = {name for name, _, _ in _data_files(plan)}
     sets = {
         name: ExampleSet.load(_tokens_folder(plan) / name) if name in present else ExampleSet.empty()
@@ -165,7 +167,7 @@ def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
         validation=sets["validation"],
         test=sets["test"],
         capacity=summary.context if dataset.packing else None,
-        stop_ids=stop_ids(tokenizer, dataset.format),
+        stop_ids=stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
         summary=summary,
     )
 
@@ -196,6 +198,13 @@ def base_model_folder(plan: WorkerPlan) -> Path:
     """Return the folder of the base model that the run trains: the extended copy where `prepare_node` wrote one."""
     extended = _extended_folder(plan)
     return extended if extended.is_dir() else plan.inputs.model
+
+
+def _job_tokenizer(plan: WorkerPlan) -> Any:
+    """Return the tokenizer of the model that the run trains, with the chat template of the job."""
+    tokenizer = load_tokenizer(base_model_folder(plan))
+    use_chat_template(tokenizer, plan.config.dataset.format, plan.inputs.model)
+    return tokenizer
 
 
 def _extended_folder(plan: WorkerPlan) -> Path:

@@ -7,21 +7,15 @@ that can't be rendered, the result is a phrase with the reason instead of exampl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from finetune_core.api.dataset import DatasetFormat, MessagesFormat, PromptCompletionFormat, TextFormat
+from finetune_core.api.dataset import DatasetFormat, PromptCompletionFormat, TextFormat
 from finetune_core.errors import UserError, valid_text
+from finetune_trainer.data.chat_template import ChatTemplate
+from finetune_trainer.data.conversations import conversation_renderer
 from finetune_trainer.data.examples import Example
-
-HALF_PAIR = "half of a surrogate pair"
-"""What JSON can contain, but no tokenizer accepts."""
-
-Chat = Callable[[Sequence[Mapping[str, Any]], bool], Sequence[int]]
-"""A function that renders a conversation with the chat template and returns its token ids. If the second argument is
-True, the ids end with the generation prompt, which is the text that the template puts before an answer.
-"""
+from finetune_trainer.data.messages import HALF_PAIR, optional_columns
 
 
 class TokenizeFunctions(NamedTuple):
@@ -35,8 +29,8 @@ class TokenizeFunctions(NamedTuple):
     """Tokenizes text that follows other text in an example. No special tokens are added."""
     end: int
     """Id of the end token (EOS), with which every example ends."""
-    chat: Chat | None = None
-    """Tokenizes conversations. None if the tokenizer has no chat template."""
+    chat: ChatTemplate | None = None
+    """Renders conversations. None if the tokenizer has no chat template."""
 
 
 Render = Callable[[Mapping[str, Any]], Sequence[Example] | str]
@@ -61,6 +55,12 @@ def required_columns(form: DatasetFormat) -> Mapping[str, str]:
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
 
 
+def columns_read(form: DatasetFormat) -> list[str]:
+    """Return all columns that a format reads, also those that a data file need not have."""
+    found = list(required_columns(form).values())
+    return [*found, *optional_columns(form.messages)] if form.messages is not None else found
+
+
 def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
     """Return the function that renders rows in the format ``form``. Raises UserError if the format is chat messages and
     the tokenizer has no chat template."""
@@ -70,9 +70,10 @@ def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
         if tokenize.chat is None:
             raise UserError(
                 "dataset.format.messages",
-                "the model's tokenizer has no chat template; take a model that has one, or use promptCompletion",
+                "the model's tokenizer has no chat template; name one in chatTemplate, take a model that has one, or"
+                " use promptCompletion",
             )
-        return _messages(form.messages, tokenize, tokenize.chat)
+        return conversation_renderer(form.messages, tokenize.chat, tokenize.end)
     if form.text is not None:
         return _text(form.text, tokenize)
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
@@ -126,76 +127,3 @@ def _text(form: TextFormat, tokenize: TokenizeFunctions) -> Render:
         return [Example(ids, ((0, len(ids)),))]
 
     return render
-
-
-def _messages(form: MessagesFormat, tokenize: TokenizeFunctions, chat: Chat) -> Render:
-    def render(fields: Mapping[str, Any]) -> Sequence[Example] | str:
-        found = fields.get(form.messages_field)
-        if isinstance(found, str):
-            # Csv files hold the list of messages as JSON text, because csv has no lists.
-            try:
-                found = json.loads(found)
-            except (ValueError, RecursionError):
-                return f"has a {form.messages_field!r} that is not a list of messages"
-        if found is None:
-            return f"has no {form.messages_field!r}"
-        if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
-            return f"has a {form.messages_field!r} that is not a list of messages"
-        # Fields that are null are left out. Parquet adds such fields to a message if other messages of the file have
-        # them.
-        messages = [{key: value for key, value in message.items() if value is not None} for message in found]
-        problem = _conversation_problem(messages)
-        if problem:
-            return problem
-        try:
-            return _conversation(messages, chat, tokenize.end)
-        except ValueError as error:
-            return f"can't be rendered by the model's chat template: {error}"
-
-    return render
-
-
-def _conversation_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message.get("role"), str):
-            return f"has no role in message {number}"
-        if not isinstance(message.get("content"), str):
-            return f"has no text as content of message {number}"
-        if not _is_valid(message["content"]):
-            return f"has no text as content of message {number} ({HALF_PAIR})"
-        if message["role"] == "assistant" and not message["content"].strip():
-            return f"has an empty answer in message {number}"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "has no message of the assistant, so there is nothing to learn"
-    return None
-
-
-def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -> Sequence[Example] | str:
-    """Return the conversation up to the last assistant message, as an example in which all assistant messages are
-    supervised. Return a phrase with the problem if the tokens of an answer can't be told.
-
-    The tokens of an assistant message are those that the template adds to the conversation before it. So the template
-    must not change earlier messages when a message follows, which is checked by comparing token ids. Such a change
-    would train the model on text that it never sees at inference.
-    """
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    whole = list(chat(messages[: turns[-1] + 1], False))
-    spans = []
-    for turn in turns:
-        before, after = list(chat(messages[:turn], True)), list(chat(messages[: turn + 1], False))
-        if whole[: len(after)] != after or after[: len(before)] != before:
-            return (
-                f"has a message {turn + 1} that the model's chat template does not put unchanged behind the messages"
-                " before it, so it can't be told which tokens are the answer"
-            )
-        last = len(after)
-        answer = after[len(before) :]
-        if end in answer:
-            # What a template puts after the end token, such as a line break, is not supervised, because generation
-            # stops at the end token.
-            last = len(before) + len(answer) - answer[::-1].index(end)
-        elif turn == turns[-1]:
-            whole.append(end)
-            last = len(whole)
-        spans.append((len(before), last))
-    return [Example(whole[: spans[-1][1]], spans)]

@@ -7,14 +7,17 @@ as the workers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
-from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError
+from finetune_trainer.data.chat_template import ChatTemplate
+from finetune_trainer.data.conversations import answer_ends
 from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.pod.errors import first_line
 
@@ -48,8 +51,11 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
-def tokenize_functions(tokenizer: PreTrainedTokenizerBase) -> TokenizeFunctions:
-    """Return the functions with which `formats.py` turns text into token ids."""
+def tokenize_functions(
+    tokenizer: PreTrainedTokenizerBase, *, ends: Sequence[int] = (), today: date | None = None
+) -> TokenizeFunctions:
+    """Return the functions with which `formats.py` turns text into token ids. ``ends`` are the ids of `stop_ids`, and
+    only the end token if empty. ``today`` is the date that a chat template gets; None means the real one."""
     end = tokenizer.eos_token_id
 
     def prompt(text: str) -> Sequence[int]:
@@ -62,30 +68,37 @@ def tokenize_functions(tokenizer: PreTrainedTokenizerBase) -> TokenizeFunctions:
         ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def chat(messages: Sequence[Mapping[str, Any]], answer_next: bool) -> Sequence[int]:
-        try:
-            ids: Sequence[int] = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=True,
-                add_generation_prompt=answer_next,
-                return_dict=False,
-            )
-        except MemoryError:
-            raise
-        except Exception as error:  # a template is a program, which can fail in every way
-            raise ValueError(first_line(error)) from error
-        return ids
-
-    return TokenizeFunctions(prompt, completion, end, chat if tokenizer.chat_template else None)
+    chat = ChatTemplate(tokenizer, ends or [end], today) if tokenizer.chat_template else None
+    return TokenizeFunctions(prompt, completion, end, chat)
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat) -> list[int]:
-    """Return the ids of the tokens at which generation stops. These are the end token and, if it is an added token, the
-    first token of `completionSuffix`.
+def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, model_stop_ids: Sequence[int] = ()) -> list[int]:
+    """Return the ids of the tokens at which generation stops. These are the end token, the ids of ``model_stop_ids``
+    that the tokenizer knows, the token that ends an answer of the chat template and, if it is an added token, the first
+    token of `completionSuffix`.
 
     A suffix that begins with ordinary text adds no stop token, because the same token may occur within an answer.
     """
     suffix = form.prompt_completion.completion_suffix if form.prompt_completion is not None else ""
     ids: Sequence[int] = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
     ends = {tokenizer.eos_token_id, *(ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else [])}
+    ends.update(number for number in model_stop_ids if 0 <= number < len(tokenizer))
+    if form.messages is not None and tokenizer.chat_template:
+        template = ChatTemplate(tokenizer, sorted(ends))
+        ends.update(answer_ends(form.messages, template, tokenizer.eos_token_id))
     return sorted(ends)
+
+
+def model_stop_ids(folder: Path) -> list[int]:
+    """Return the ids at which the model in ``folder`` stops, as its generation_config.json says, or else its
+    config.json. Empty if neither says so in a form that can be read."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            declared = json.loads((folder / name).read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue  # `load.py` and the preflight check say what is wrong with the files of a model
+        found = declared if isinstance(declared, list) else [declared]
+        ids = [number for number in found if isinstance(number, int) and not isinstance(number, bool)]
+        if ids:
+            return ids
+    return []

@@ -16,10 +16,11 @@ from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.api.evaluation import ScoredRows
 from finetune_core.contract import RunConfig
 from finetune_core.tasks import NO_TASK
+from finetune_trainer.data.chat_template import use_chat_template
 from finetune_trainer.data.dataset import LengthLimit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
+from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.model.structure import read_structure
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData
@@ -88,12 +89,15 @@ def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
     # examples.
     limit = LengthLimit(context, f"the model's context of {context}") if context else LengthLimit(UNLIMITED, "anything")
     form = base_format(config.dataset, config.evaluation.base_prompt)
+    tokenizer = load_tokenizer(plan.inputs.model)
+    use_chat_template(tokenizer, form, plan.inputs.model)
+    ends = stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model))
     examples, notices = make_examples(
         read_rows(path, "evaluation.basePrompt"),
         source_name(source),
         "evaluation.basePrompt",
         config.dataset.model_copy(update={"format": form, "long_rows": "Skip", "bad_rows": "Skip"}),
-        tokenize_functions(load_tokenizer(plan.inputs.model)),
+        tokenize_functions(tokenizer, ends=ends, today=config.template_date),
         limit=limit,
         keep_rows=config.dataset.task != NO_TASK,
     )
@@ -141,11 +145,12 @@ def base_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None
         return replace(tuned, one_line=one_line)
     tokenizer = load_tokenizer(plan.inputs.model)
     form = base_format(config.dataset, config.evaluation.base_prompt)
+    use_chat_template(tokenizer, form, plan.inputs.model)
     return EvaluationSet(
         tuned.rows,
         ExampleSet.load(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER),
         tokenizer,
-        stop_ids(tokenizer, form),
+        stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model)),
         _suffix(form),
         added_ids=[data.tokenizer.convert_tokens_to_ids(token) for token in config.model.added_tokens],
         one_line=one_line,

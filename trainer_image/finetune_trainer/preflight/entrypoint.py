@@ -145,7 +145,9 @@ def _check_inputs(
         if source is None or (source.s3 is not None and not store_answers):
             continue
         field = f"dataset.{part}"
-        check = partial(check_rows, dataset, source, field, paths, root.store, folder / part, model)
+        check = partial(
+            check_rows, dataset, source, field, paths, root.store, folder / part, model, config.template_date
+        )
         findings.notice(*(findings.collect(field, check) or []))
 
 

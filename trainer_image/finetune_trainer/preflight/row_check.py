@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path, PurePosixPath
 
 from finetune_core.api.dataset import DatasetSpec
 from finetune_core.api.sources import DataSource, S3Source
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
+from finetune_trainer.data.chat_template import use_chat_template
 from finetune_trainer.data.dataset import NoRowsError, check_columns, length_limit, make_examples
-from finetune_trainer.data.formats import required_columns
+from finetune_trainer.data.formats import columns_read
 from finetune_trainer.data.reader import DATA_SUFFIXES, Row, content_bytes, first_rows, read_rows
-from finetune_trainer.data.tokenizer import tokenize_functions
+from finetune_trainer.data.tokenizer import model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight.model_check import ModelFacts
 from finetune_trainer.sources.hub_datasets import fetch_first_file
@@ -59,10 +61,12 @@ def check_rows(
     store: Store,
     folder: Path,
     model: ModelFacts | None,
+    today: date | None = None,
 ) -> list[str]:
     """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
-    ``field`` is the path of the source in the spec, for example `dataset.train`. If ``model`` is None, only the columns
+    ``field`` is the path of the source in the spec, for example `dataset.train`, and ``today`` is the date that a chat
+    template gets. If ``model`` is None, only the columns
     are checked, because rows can't be tokenized. Raises UserError with file and line for a row that would end the
     training, and OutsideFailure if the source can't be read.
     """
@@ -72,7 +76,9 @@ def check_rows(
     check_columns(head.path, field, dataset.format)
     if model is None:
         return []
-    columns = required_columns(dataset.format).values()
+    use_chat_template(model.tokenizer, dataset.format, model.folder)
+    ends = stop_ids(model.tokenizer, dataset.format, model_stop_ids(model.folder))
+    columns = columns_read(dataset.format)
     found = first_rows(read_rows(head.path, field, columns=columns), most_rows=HEAD_ROWS, most_bytes=HEAD_CONTENT_BYTES)
     rows = list(found)
     _check_expansion(head.path, rows, field)
@@ -82,7 +88,7 @@ def check_rows(
             source_name(source),
             field,
             dataset,
-            tokenize_functions(model.tokenizer),
+            tokenize_functions(model.tokenizer, ends=ends, today=today),
             limit=length_limit(dataset, model.context),
         )
     except NoRowsError as error:

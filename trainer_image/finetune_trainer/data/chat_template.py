@@ -1,0 +1,237 @@
+"""The chat template of a job: which template is used, and the text and token ids of a conversation that it renders.
+`preparation.py` and the preflight check call `use_chat_template`, and `conversations.py` renders with `ChatTemplate`.
+
+A template is a program from the model's folder or from the job. It runs in the sandbox of transformers, for at most
+RENDER_SECONDS of processor time, and its output is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Environment, TemplateError, meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from transformers import PreTrainedTokenizerBase
+
+from finetune_core.api.dataset import DatasetFormat
+from finetune_core.errors import UserError, valid_text
+from finetune_trainer.pod.errors import first_line
+
+RENDER_SECONDS = 10.0
+"""Largest processor time in seconds that a template may take to render one conversation. Templates of published models
+take milliseconds."""
+LONGEST_TEXT = 16 * 1024 * 1024
+"""Largest number of characters of a rendered conversation. The longest example has 131,072 tokens."""
+TEMPLATE_FIELD = "dataset.format.messages.chatTemplate"
+ARGUMENTS_FIELD = "dataset.format.messages.templateArguments"
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
+"""Variables that a template gets in any case, so that no argument may have their names."""
+DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
+"""Letters that follow `%`, or `%-`, in the format of a date (man 3 strftime)."""
+
+
+class _GenerationTag(Extension):
+    """The tag `{% generation %}`, which templates put around answers. It does not change what is rendered."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return what stands between the tag and its end."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class EndlessTemplateError(Exception):
+    """A template did not end in time."""
+
+
+def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, folder: Path) -> None:
+    """Give ``tokenizer`` the chat template that the job names, so that the artifact has the template too. ``folder`` is
+    the folder of the base model.
+
+    Raises UserError if the file is missing, if the template is no Jinja, and if the template does not read one of
+    `templateArguments`.
+    """
+    if form.messages is None:
+        return
+    chosen = form.messages.chat_template
+    if chosen is not None and chosen.file is not None:
+        path = folder / chosen.file
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            found = ", ".join(sorted(file.name for file in folder.glob("*.jinja"))) or "none"
+            raise UserError(f"{TEMPLATE_FIELD}.file", f"the model has no {chosen.file} (templates: {found})") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{TEMPLATE_FIELD}.file", f"{chosen.file} can't be read: {first_line(error)}") from error
+    elif chosen is not None and chosen.text is not None:
+        tokenizer.chat_template = chosen.text
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "dataset.format.messages",
+            "the model's tokenizer has no chat template; name one in chatTemplate, take a model that has one, or use"
+            " promptCompletion",
+        )
+    if chosen is not None:
+        _variables(tokenizer.chat_template, TEMPLATE_FIELD)
+    if form.messages.template_arguments:
+        templates = tokenizer.chat_template
+        texts = templates.values() if isinstance(templates, dict) else [templates]
+        known = frozenset[str]().union(*(_variables(text, TEMPLATE_FIELD) for text in texts))
+        for name in form.messages.template_arguments:
+            if problem := argument_problem(name, known):
+                raise UserError(f"{ARGUMENTS_FIELD}.{name}", problem)
+
+
+def argument_problem(name: str, variables: frozenset[str]) -> str:
+    """Return why a template that reads ``variables`` can't get the argument ``name``; an empty text if it can."""
+    if name in GIVEN:
+        return "is set by the trainer"
+    if name not in variables:
+        others = ", ".join(sorted(variables - set(GIVEN) - {"raise_exception", "strftime_now"})) or "none"
+        return f"is not read by the chat template, which reads {others}"
+    return ""
+
+
+def template_arguments(given: Mapping[str, str]) -> dict[str, Any]:
+    """Return `templateArguments` as the values that the template gets: JSON values, and text where it is no JSON."""
+    found: dict[str, Any] = {}
+    for name, text in given.items():
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
+def _variables(template: str, field: str) -> frozenset[str]:
+    """Return the names of the variables that ``template`` reads. Raises UserError if ``template`` is no Jinja."""
+    environment = Environment(extensions=[_GenerationTag, loopcontrols])  # noqa: S701  (nothing is rendered, so nothing to escape)
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    except MemoryError:
+        raise
+    except (TemplateError, RecursionError) as error:
+        raise UserError(field, f"is no chat template: {first_line(error)}") from error
+
+
+class ChatTemplate:
+    """Renders conversations with the chat template of a tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], today: date | None = None) -> None:
+        """Use the chat template that ``tokenizer`` has. ``ends`` are the ids of the tokens at which generation stops,
+        and ``today`` is the date that the template gets; None means the real one."""
+        self._tokenizer = tokenizer
+        self._prelude = _date_macro(today) if today is not None else ""
+        self.ends = frozenset(ends)
+        self.special = frozenset(
+            {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+            | set(tokenizer.all_special_ids)
+        )
+        """Ids of control tokens, such as those that end a turn."""
+
+    def text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        arguments: Mapping[str, Any],
+        *,
+        answer_next: bool,
+    ) -> str:
+        """Return the text of a conversation. With ``answer_next`` it ends with the generation prompt, which is the text
+        that the template puts before an answer.
+
+        Raises ValueError with the reason if the template fails, and UserError if it does not end in time.
+        """
+        given = [dict(tool) for tool in tools] or None
+        try:
+            template = self._prelude + self._tokenizer.get_chat_template(None, given)
+            with _processor_time_limit(RENDER_SECONDS):
+                text: str = self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=given,
+                    chat_template=template,
+                    add_generation_prompt=answer_next,
+                    tokenize=False,
+                    **arguments,
+                )
+        except MemoryError:
+            raise
+        except EndlessTemplateError:
+            raise UserError(
+                "dataset.format.messages", f"the chat template takes more than {RENDER_SECONDS:.0f} s for one row"
+            ) from None
+        except Exception as error:  # a template is a program, which can fail in every way
+            raise ValueError(first_line(error)) from error
+        if valid_text(text) != text:
+            raise ValueError("it makes half of a surrogate pair, which is no text")
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"it makes {len(text)} characters of one row")
+        return text
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of rendered text, to which no special tokens are added. Raises ValueError if the text
+        can't be tokenized."""
+        try:
+            ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        except MemoryError:
+            raise
+        except Exception as error:  # what tokenizers raises is not specified
+            raise ValueError(first_line(error)) from error
+        return ids
+
+    def is_blank(self, token: int) -> bool:
+        """Return whether the token ``token`` stands for white space only."""
+        return not str(self._tokenizer.decode([token])).strip()
+
+    def variables(self, tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+        """Return the names of the variables that the template reads for a row with ``tools``."""
+        template: str = self._tokenizer.get_chat_template(None, [dict(tool) for tool in tools] or None)
+        return _variables(template, TEMPLATE_FIELD)
+
+
+def _date_macro(today: date) -> str:
+    """Return a Jinja macro that stands for `strftime_now` of transformers, but always gives the date ``today`` at 0:00.
+
+    The line break behind the macro is no part of the rendered text, because transformers removes the first line break
+    after a block.
+    """
+    codes = [f"%{flag}{letter}" for letter in DATE_LETTERS for flag in ("", "-")]
+    values = json.dumps({code: today.strftime(code) for code in codes})
+    return (
+        "{% macro strftime_now(format) %}{% set values = " + values + " %}{% set ns = namespace(text='', code='') %}"
+        "{% for letter in format %}{% if ns.code and letter != '-' %}"
+        "{% set ns.text = ns.text + values.get(ns.code + letter, ns.code + letter) %}{% set ns.code = '' %}"
+        "{% elif ns.code or letter == '%' %}{% set ns.code = ns.code + letter %}"
+        "{% else %}{% set ns.text = ns.text + letter %}{% endif %}{% endfor %}{{ ns.text }}{% endmacro %}\n"
+    )
+
+
+@contextmanager
+def _processor_time_limit(seconds: float) -> Iterator[None]:
+    """Raise EndlessTemplateError in the `with` block once this process has used ``seconds`` of processor time.
+
+    Only the main thread can be interrupted, so nothing is limited in another thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(*_: object) -> NoReturn:
+        raise EndlessTemplateError
+
+    former = signal.signal(signal.SIGPROF, on_signal)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, former)
