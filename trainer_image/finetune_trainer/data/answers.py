@@ -1,0 +1,182 @@
+"""Finds the tokens of one answer in a conversation: what the model gets before the answer at inference, and what it
+must generate, up to the token that ends the answer. `conversations.py` calls `turn_of`.
+
+A chat template is a program, which does not say where an answer begins and ends. So the conversation is rendered in
+several ways, and the renderings are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from finetune_trainer.data.chat_template import ChatTemplate
+from finetune_trainer.data.messages import SYSTEM_COLUMN, THOUGHTS, Conversation, Message, content_text
+
+OPENED = "<think>"
+"""With this tag some generation prompts open the thoughts of the answer."""
+CLOSED = "</think>"
+PROBE = "probe-7d1f"
+"""A text that no row has."""
+
+
+class ProblemError(Exception):
+    """What is wrong with a row, as a phrase that follows the place of the row."""
+
+
+class Turn(NamedTuple):
+    """An answer of the assistant: the tokens before it, and its own."""
+
+    prompt: list[int]
+    answer: list[int]
+    """The tokens that are learned, up to the one that ends the answer."""
+    has_thoughts: bool
+    """Whether the thoughts of the message are part of ``answer`` although the template leaves them out."""
+
+
+class Dialogue:
+    """The conversation of a row, in one of the forms that templates read, together with its template."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        conversation: Conversation,
+        messages: Sequence[Message],
+        *,
+        arguments: Mapping[str, Any],
+        end: int,
+    ) -> None:
+        """Take the conversation, whose ``messages`` may have another form than in the row, and the ``arguments`` of the
+        template. ``end`` is the id of the tokenizer's end token."""
+        self.template = template
+        self.conversation = conversation
+        self.messages = messages
+        self.end = end
+        self._arguments = arguments
+        self._has_parts = any(isinstance(message.get("content"), list) for message in messages)
+
+    def place(self, index: int) -> str:
+        """Return how people find message ``index`` (from 0) in the row, for example `message 3`."""
+        number = index + self.conversation.first_number
+        return f"message {number}" if number else f"column {SYSTEM_COLUMN!r}"
+
+    def text(self, messages: Sequence[Message], *, answer_next: bool, with_tools: bool = True) -> str:
+        """Return the rendering of ``messages``. Raises ValueError if the template fails."""
+        tools = self.conversation.tools if with_tools else ()
+        text = self.template.text(messages, tools, self._arguments, answer_next=answer_next)
+        if self._has_parts and "{'type': 'text'" in text:
+            raise ValueError("it reads no content that is a list of parts")
+        return text
+
+
+def turn_of(row: Dialogue, index: int) -> Turn:
+    """Return the answer of message ``index`` (from 0). Raises ProblemError if the template renders the answer in a way
+    that does not continue what the model gets before it, and ValueError if the template fails."""
+    answered = row.text(row.messages[: index + 1], answer_next=False)
+    if index == 0:
+        raise ProblemError(
+            "begins with an answer of the assistant, which the model can never give (weight: 0 keeps it from being"
+            " learned)"
+        )
+    before = row.text(row.messages[:index], answer_next=True)
+    continues = answered.startswith(before)
+    answer = answered[len(before) :] if continues else _behind_opened_thoughts(row, index, before, answered)
+    prompt = row.template.ids(before)
+    # The tokens are taken from the whole text where they can be, because some tokenizers put a space in front of each
+    # text. They can't be where the last characters of the prompt and the first ones of the answer would become one
+    # token, which the model can't generate.
+    whole = row.template.ids(before + answer)
+    ids = whole[len(prompt) :] if whole[: len(prompt)] == prompt else row.template.ids(answer)
+    return Turn(prompt, _up_to_the_end(row, index, prompt, ids), not continues)
+
+
+def _behind_opened_thoughts(row: Dialogue, index: int, before: str, answered: str) -> str:
+    """Return the text that the model must generate behind ``before`` for message ``index``, where ``before`` ends with
+    an open tag of thoughts and ``answered``, the conversation up to the message, does not go on in the same way.
+
+    At inference the model gets the open tag, thinks, closes the tag and answers. Templates leave the thoughts of
+    earlier messages out. So the thoughts are taken from the row, and they are empty where it has none.
+    """
+    opened, tag, rest = before.rpartition(OPENED)
+    if not tag or rest.strip() or not answered.startswith(opened):
+        raise ProblemError(
+            f"has a {row.place(index)} that the model's chat template does not put unchanged behind the messages before"
+            " it, so it can't be told which tokens are the answer"
+        )
+    answer = answered[len(opened) :]
+    if answer.startswith(OPENED):
+        answer = answer.removeprefix(OPENED).lstrip("\n")
+        if not answer.startswith(CLOSED):
+            return answer
+        answer = answer.removeprefix(CLOSED)
+    message = row.messages[index]
+    thoughts, content = next((str(message[name]) for name in THOUGHTS if name in message), ""), content_text(message)
+    if not thoughts and CLOSED in content:
+        thoughts = content.rpartition(CLOSED)[0].strip().removeprefix(OPENED)
+    if not thoughts:
+        # A template that renders thoughts shows how it closes them.
+        probed = [*row.messages[:index], {**message, THOUGHTS[0]: PROBE}]
+        text = row.text(probed, answer_next=False)
+        if text.startswith(before + PROBE):
+            return text[len(before + PROBE) :]
+    return f"{thoughts.strip()}\n{CLOSED}\n\n" + answer.lstrip("\n")
+
+
+def _up_to_the_end(row: Dialogue, index: int, prompt: list[int], answer: list[int]) -> list[int]:
+    """Return ``answer`` up to the token that ends it, which is added where the template renders none.
+
+    What the template puts behind that token, such as a line break, is not learned, because generation stops at the
+    token.
+    """
+    template = row.template
+    stops = [place for place, token in enumerate(answer) if token in template.ends]
+    control = _control_tokens_at_the_end(template, answer)
+    if not control and stops:
+        control = _control_tokens_at_the_end(template, answer[: stops[-1] + 1])
+    if not control:
+        return [*answer, _beginning_of_the_next(row, index)]
+    if len(control) == 1:
+        return answer[: control[0] + 1]
+    # Of several control tokens, generation stops at the first one that is known to end it: `<end_of_turn>` and not the
+    # EOS behind it. A token that the template puts behind the whole conversation does not end an answer.
+    kept = [place for place in control if place < _length_when_followed(row, index, prompt, answer)] or control
+    known = [place for place in kept if place in stops]
+    return answer[: (known[0] if known else kept[-1]) + 1]
+
+
+def _control_tokens_at_the_end(template: ChatTemplate, ids: Sequence[int]) -> list[int]:
+    """Return the places of the control tokens that have only control tokens and white space behind them."""
+    first = len(ids)
+    while first and (ids[first - 1] in template.special or template.is_blank(ids[first - 1])):
+        first -= 1
+    return [place for place in range(first, len(ids)) if ids[place] in template.special]
+
+
+def _beginning_of_the_next(row: Dialogue, index: int) -> int:
+    """Return the token that ends message ``index`` where the template renders no end of messages.
+
+    Models of such templates stop with the token that begins the next message. If the base model does not know that
+    token as an end, the tokenizer's end token is the end.
+    """
+    control = [token for token in _followed(row, index) if token in row.template.special]
+    return control[-1] if control and control[-1] in row.template.ends else row.end
+
+
+def _length_when_followed(row: Dialogue, index: int, prompt: list[int], answer: list[int]) -> int:
+    """Return how many tokens of ``answer``, from its beginning, remain where another message follows."""
+    followed, whole = _followed(row, index), prompt + answer
+    different = (at for at, pair in enumerate(zip(followed, whole, strict=False)) if pair[0] != pair[1])
+    return next(different, min(len(followed), len(whole))) - len(prompt)
+
+
+def _followed(row: Dialogue, index: int) -> list[int]:
+    """Return the token ids of the conversation up to message ``index`` and one more message of a person or a tool.
+    Empty if the template can't render it."""
+    message = row.messages[index]
+    following: Message = {"role": "user", "content": PROBE}
+    if "tool_calls" in message:
+        following = {"role": "tool", "content": PROBE, "name": message["tool_calls"][0]["function"]["name"]}
+    try:
+        return row.template.ids(row.text([*row.messages[: index + 1], following], answer_next=False))
+    except ValueError:
+        return []
