@@ -1,0 +1,70 @@
+"""Chat templates of published models, which trl ships as files, and a small tokenizer that can read them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from finetune_core.api.dataset import MessagesFormat
+from finetune_trainer.data.chat_template import ChatTemplate
+from finetune_trainer.data.conversations import conversation_renderer
+from finetune_trainer.data.examples import Example
+
+CONTROL = r"<[|｜][^<>\s'\"]{1,40}?>|<[a-z_\"]+\|>|<(?:start_of_turn|end_of_turn|end_of_utterance|/s)>"
+"""What control tokens look like in the text of a template."""
+WORDS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+"""Tokens of their own that are not special, in Qwen's tokenizers for example."""
+
+
+def template_folder() -> Path:
+    """Return the folder with the templates, without importing trl, whose dependencies are not installed."""
+    found = importlib.util.find_spec("trl")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    return Path(next(iter(found.submodule_search_locations))) / "chat_templates"
+
+
+def published(name: str) -> str:
+    """Return the text of a published template, for example of `qwen3`."""
+    return (template_folder() / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are bytes, two line breaks, and the control tokens of ``template``."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)} | {"ĊĊ": len(alphabet)}
+    model = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<bos>", eos_token="<eos>")
+    control = sorted(set(re.findall(CONTROL, template)))
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in WORDS])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerFast,
+    row: Mapping[str, Any],
+    ends: Sequence[str] = (),
+    today: date | None = None,
+    **form: Any,
+) -> Sequence[Example] | str:
+    """Return the examples of ``row``. ``ends`` are the tokens at which the model stops, besides `<eos>`."""
+    stops = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
+    template = ChatTemplate(tokenizer, stops, today)
+    return conversation_renderer(MessagesFormat.model_validate(form), template, tokenizer.eos_token_id)(row)
+
+
+def learned(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example] | str) -> list[list[str]]:
+    """Return the learned texts of each example."""
+    assert not isinstance(examples, str), examples
+    return [[tokenizer.decode(list(example.ids[a:b])) for a, b in example.spans] for example in examples]
