@@ -1,0 +1,347 @@
+"""Conversations: what is learned of them, which templates and arguments they are rendered with, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_core.api.dataset import DatasetFormat, DatasetSpec
+from finetune_core.errors import UserError
+from finetune_trainer.data import chat_template
+from finetune_trainer.data.chat_template import template_arguments, use_chat_template
+from finetune_trainer.data.dataset import length_limit, make_examples
+from finetune_trainer.data.reader import Row
+from finetune_trainer.data.tokenizer import stop_ids, tokenize_functions
+from tests.trainer.chat import byte_tokenizer, learned, published, rendered
+
+APPENDING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ENDLESS = APPENDING + "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+TALK = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yo"},
+    {"role": "user", "content": "More"},
+    {"role": "assistant", "content": "No"},
+]
+
+
+def spec(**form: Any) -> DatasetSpec:
+    source = {"s3": {"uri": "s3://finetune/train.jsonl"}}
+    return DatasetSpec.model_validate({"train": source, "format": {"messages": form}, "maxLength": 4096})
+
+
+def test_a_template_that_appends_makes_one_example_and_one_that_rewrites_makes_one_for_each_answer() -> None:
+    for template, answers in ((APPENDING, [["Yo", "No"]]), (published("qwen3"), [["Yo"], ["No"]])):
+        tokenizer = byte_tokenizer(template)
+        thought = "<think>\n\n</think>\n\n" if "think" in template else ""
+        expected = [[f"{thought}{text}<|im_end|>" for text in texts] for texts in answers]
+        assert learned(tokenizer, rendered(tokenizer, {"messages": TALK})) == expected
+
+
+def test_a_row_with_several_examples_is_counted_as_one_row() -> None:
+    tokenizer = byte_tokenizer(published("qwen3"))
+    rows = [Row(1, {"messages": TALK}), Row(2, {"messages": TALK[:2]})]
+    dataset = spec()
+    examples, notices = make_examples(
+        rows,
+        "train.jsonl",
+        "dataset.train",
+        dataset,
+        tokenize_functions(tokenizer),
+        limit=length_limit(dataset, None),
+        keep_rows=True,
+    )
+    assert notices == ["dataset.train: 2 rows became 3 examples"]
+    assert [row.number for row in examples.rows] == [1, 1, 2]
+
+
+def test_the_last_answer_alone_or_every_token_can_be_learned() -> None:
+    tokenizer = byte_tokenizer(APPENDING)
+    assert learned(tokenizer, rendered(tokenizer, {"messages": TALK}, learn="LastAssistant")) == [["No<|im_end|>"]]
+    examples = rendered(tokenizer, {"messages": TALK}, learn="Everything")
+    assert not isinstance(examples, str), examples
+    (example,) = examples
+    whole = tokenizer.apply_chat_template(TALK, return_dict=False)
+    assert list(example.ids) == whole[: len(example.ids)]
+    assert list(example.spans) == [(0, len(whole) - 1)]  # without the line break behind the end
+    asked = rendered(tokenizer, {"messages": TALK[:1]}, learn="Everything")
+    assert learned(tokenizer, asked) == [["<|im_start|>user\nHi<|im_end|>\n"]]
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({"weight": 2}, "has a weight in message 4 that is not 0 or 1"),
+        ({"weight": True}, "has a weight in message 4 that is not 0 or 1"),
+        ({"weight": "0"}, "has a weight in message 4 that is not 0 or 1"),
+        ({"role": "user", "weight": 1}, "has weight 1 in message 4, which is not of the assistant"),
+        ({"tool_calls": [{"type": "function"}]}, "has a tool call without a name in message 4"),
+        ({"tool_calls": "x"}, "has tool_calls in message 4 that are not a list of calls"),
+        (
+            {"tool_calls": [{"name": "f", "arguments": "[1]"}]},
+            "has arguments of a tool call in message 4 that are not a",
+        ),
+        ({"tool_calls": [{"name": "f", "arguments": "{"}]}, "has arguments of a tool call in message 4 that are not a"),
+        ({"tool_calls": [{"name": "f", "x": 1}]}, "has a tool call with the field 'x' in message 4"),
+        ({"tool_calls": [{"name": "f", "type": "custom"}]}, "has a tool call with the type 'custom' in message 4"),
+        ({"role": "user", "tool_calls": [{"name": "f"}]}, "has tool_calls in message 4, which is not of the assistant"),
+        ({"content": [{"type": "text"}]}, "has no text as content of message 4"),
+        ({"content": ["x"]}, "has no text as content of message 4"),
+        ({"content": 5}, "has no text as content of message 4"),
+        ({"content": []}, "has an empty answer in message 4"),
+        ({"reasoning_content": "\ud800"}, "has no valid text as 'reasoning_content' of message 4 (half of a surrogate"),
+        ({"role": None}, "has no role in message 4"),
+    ],
+)
+def test_a_field_that_can_not_be_read_is_named(message: dict[str, Any], problem: str) -> None:
+    tokenizer = byte_tokenizer(APPENDING)
+    refused = rendered(tokenizer, {"messages": [*TALK[:3], {**TALK[3], **message}]})
+    assert isinstance(refused, str)
+    assert refused.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (
+            {"messages": [{**TALK[1], "weight": 0}]},
+            "has no message of the assistant to learn, because all have weight 0",
+        ),
+        ({"messages": TALK[1:]}, "begins with an answer of the assistant, which the model can never give"),
+        ({"messages": TALK, "tools": "x"}, "has a 'tools' that is not a list of tools"),
+        ({"messages": TALK, "tools": [{}]}, "has a 'tools' that is not a list of tools"),
+        ({"messages": TALK, "tools": [{"type": "function"}]}, "has a tool without a name in 'tools'"),
+        (
+            {"messages": TALK, "tools": [{"name": "\ud800"}]},
+            "has a 'tools' that is not text (half of a surrogate pair)",
+        ),
+        ({"messages": TALK, "system": 5}, "has a 'system' that is not text"),
+        (
+            {"messages": [{"role": "system", "content": "x"}, *TALK], "system": "y"},
+            "has a system message both in 'system'",
+        ),
+        ({"messages": TALK, "chat_template_kwargs": 5}, "has a 'chat_template_kwargs' that is not an object"),
+        (
+            {"messages": TALK, "chat_template_kwargs": {"enable_thinking": True}},
+            "has an argument 'enable_thinking' for the chat template that is not read by the chat template, which",
+        ),
+        (
+            {"messages": TALK, "chat_template_kwargs": {"tools": []}},
+            "has an argument 'tools' for the chat template that is",
+        ),
+    ],
+)
+def test_a_row_that_can_not_be_read_is_named(row: dict[str, Any], problem: str) -> None:
+    refused = rendered(byte_tokenizer(APPENDING), row)
+    assert isinstance(refused, str)
+    assert refused.startswith(problem)
+
+
+def test_a_template_that_refuses_system_messages_names_them_and_reads_all_others() -> None:
+    tokenizer = byte_tokenizer(published("gemma"))
+    refused = rendered(tokenizer, {"messages": [{"role": "system", "content": "Be brief"}, *TALK]})
+    assert refused == "can't be rendered by the model's chat template: System role not supported"
+    assert learned(tokenizer, rendered(tokenizer, {"messages": TALK})) == [["Yo<end_of_turn>", "No<end_of_turn>"]]
+
+
+def test_thoughts_of_a_row_stand_behind_the_tag_that_the_generation_prompt_opens() -> None:
+    tokenizer = byte_tokenizer(published("deepseekv3"))
+    for answer in ({"content": "<think>\nGreet\n</think>\n\nYo"}, {"content": "Yo", "reasoning_content": "Greet"}):
+        examples = rendered(tokenizer, {"messages": [TALK[0], {"role": "assistant", **answer}]})
+        assert learned(tokenizer, examples) == [["Greet\n</think>\n\nYo<｜end▁of▁sentence｜>"]]
+        assert not isinstance(examples, str)
+        asked = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True, return_dict=False)
+        assert list(examples[0].ids[: examples[0].prompt_tokens]) == asked
+
+
+def test_arguments_of_tool_calls_have_the_form_that_the_template_reads() -> None:
+    """Qwen's template writes an object, and DeepSeek's joins a text."""
+    for name, text in (("qwen2_5", '"arguments": {"side": 3}'), ("deepseekv3", '```json\n{"side": 3}\n```')):
+        tokenizer = byte_tokenizer(published(name))
+        for arguments in ('{"side": 3}', {"side": 3}):
+            call = {"id": "c", "type": "function", "function": {"name": "area", "arguments": arguments}}
+            row = {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+            assert text in learned(tokenizer, rendered(tokenizer, row))[0][0]
+
+
+def test_a_template_without_an_end_of_messages_gets_the_end_token_behind_each_answer() -> None:
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    examples = rendered(tokenizer, {"messages": TALK})
+    assert learned(tokenizer, examples) == [["assistant: Yo\n<eos>"], ["assistant: No\n<eos>"]]
+
+
+def test_generation_also_stops_at_the_tokens_of_the_model_and_at_the_end_of_an_answer() -> None:
+    tokenizer = byte_tokenizer(APPENDING)
+    end, start = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|im_start|>"))
+    assert stop_ids(tokenizer, spec().format) == sorted([tokenizer.eos_token_id, end])
+    assert stop_ids(tokenizer, spec().format, [start, 10**6, -1]) == sorted([tokenizer.eos_token_id, end, start])
+
+
+def test_the_template_of_the_job_is_rendered_and_kept_for_the_artifact(tmp_path: Path) -> None:
+    (tmp_path / "short.jinja").write_text(APPENDING)
+    for chosen in ({"file": "short.jinja"}, {"text": APPENDING}):
+        tokenizer = byte_tokenizer("{{ raise_exception('the model has its own') }}")
+        use_chat_template(tokenizer, spec(chatTemplate=chosen).format, tmp_path)
+        assert tokenizer.chat_template == APPENDING
+
+
+@pytest.mark.parametrize(
+    ("form", "problem"),
+    [
+        (
+            {"chatTemplate": {"file": "other.jinja"}},
+            "chatTemplate.file: the model has no other.jinja (templates: a.jinja)",
+        ),
+        ({"chatTemplate": {"text": "{% for %}"}}, "chatTemplate: is no chat template: Expected an expression"),
+        ({"chatTemplate": {"file": "a.jinja"}}, "chatTemplate.file: a.jinja can't be read: 'utf-8' codec"),
+        (
+            {"templateArguments": {"enable_thinkin": "false"}},
+            "templateArguments.enable_thinkin: is not read by the chat template, which reads content,",
+        ),
+        ({"templateArguments": {"messages": "1"}}, "templateArguments.messages: is set by the trainer"),
+    ],
+)
+def test_a_template_or_an_argument_that_can_not_be_used_is_refused(
+    form: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError) as caught:
+        use_chat_template(byte_tokenizer(published("qwen3")), spec(**form).format, tmp_path)
+    assert str(caught.value).startswith(f"dataset.format.messages.{problem}")
+
+
+def test_arguments_are_json_or_text() -> None:
+    given = {"a": "false", "b": "3", "c": "low", "d": '"false"', "e": "[1, null]", "f": ""}
+    assert template_arguments(given) == {"a": False, "b": 3, "c": "low", "d": "false", "e": [1, None], "f": ""}
+
+
+def test_arguments_change_what_the_model_gets() -> None:
+    tokenizer = byte_tokenizer(published("qwen3"))
+    row = {"messages": TALK[:2]}
+    assert learned(tokenizer, rendered(tokenizer, row, templateArguments={"enable_thinking": "false"})) == [
+        ["Yo<|im_end|>"]
+    ]
+    # The row is nearer than the job.
+    own = row | {"chat_template_kwargs": {"enable_thinking": True}}
+    examples = rendered(tokenizer, own, templateArguments={"enable_thinking": "false"})
+    assert learned(tokenizer, examples) == [["<think>\n\n</think>\n\nYo<|im_end|>"]]
+
+
+def test_the_date_of_a_template_is_the_given_one_in_every_format() -> None:
+    day = date(2024, 2, 9)
+    codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBdmyYjHMSpIUWuwVGeF%"]
+    asked = f"x%{'-'.join(codes)} ünd {{}}"
+    tokenizer = byte_tokenizer("{{ strftime_now(" + json.dumps(asked) + ") }}" + APPENDING)
+    examples = rendered(tokenizer, {"messages": TALK}, today=day)
+    assert not isinstance(examples, str), examples
+    assert datetime(day.year, day.month, day.day).strftime(asked) in tokenizer.decode(list(examples[0].ids))
+
+
+def test_the_date_of_a_template_changes_nothing_else() -> None:
+    for template in ("\n " + APPENDING, "  {% if true %}\nx{% endif %}" + APPENDING, "{#- a -#}\n" + APPENDING):
+        tokenizer = byte_tokenizer(template)
+        dated, undated = (rendered(tokenizer, {"messages": TALK}, today=today) for today in (date(2024, 2, 9), None))
+        assert dated == undated
+
+
+def test_a_template_that_does_not_end_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.05)
+    with pytest.raises(UserError, match=r"^dataset.format.messages: the chat template takes more than"):
+        rendered(byte_tokenizer(ENDLESS), {"messages": TALK})
+
+
+def test_a_rendering_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "LONGEST_TEXT", 1000)
+    refused = rendered(byte_tokenizer(APPENDING + "{{ 'a' * 1000 }}"), {"messages": TALK})
+    assert refused == "can't be rendered by the model's chat template: it makes 1065 characters of one row"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+CALLS = st.lists(
+    st.fixed_dictionaries({}, optional={"id": JSON, "type": JSON, "function": JSON, "name": JSON, "arguments": JSON}),
+    max_size=2,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "tool", "system"]) | JSON, "content": st.just("Yo") | JSON},
+        optional={"tool_calls": CALLS | JSON, "weight": JSON, "name": JSON, "reasoning_content": JSON, "other": JSON},
+    ),
+    max_size=4,
+)
+TOKENIZERS = [byte_tokenizer(published(name)) for name in ("qwen3", "deepseekv3", "gemma", "idefics3", "gptoss")]
+
+
+@given(
+    number=st.integers(0, len(TOKENIZERS) - 1),
+    messages=MESSAGES | JSON,
+    others=st.dictionaries(st.sampled_from(["tools", "system", "chat_template_kwargs", "functions"]), JSON, max_size=2),
+    learn=st.sampled_from(["AllAssistant", "LastAssistant", "Everything"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_json_value_becomes_examples_or_a_sentence(
+    number: int, messages: Any, others: dict[str, Any], learn: str
+) -> None:
+    found = rendered(TOKENIZERS[number], {"messages": messages, **others}, learn=learn)
+    if isinstance(found, str):
+        assert found
+        return
+    assert all(example.supervised_tokens for example in found)
+    assert all(0 <= a < b <= len(example.ids) for example in found for a, b in example.spans)
+
+
+PIECES = (
+    "{{ messages[0].content }}",
+    "{{ messages }}",
+    "{{ tools }}",
+    "{% for m in messages %}",
+    "{% endfor %}",
+    "{% if x %}",
+    "{% endif %}",
+    "{{ raise_exception(1) }}",
+    "{{ 1 / 0 }}",
+    "{{ none.x.y }}",
+    "{{ 'a' * 100000 }}",
+    "{{ range(10**9) }}",
+    "{{ messages | tojson }}",
+    "{{ strftime_now(5) }}",
+    "{% set m = 1 %}",
+    "{% generation %}",
+    "{% endgeneration %}",
+    "{% break %}",
+    "{{ m.content }}",
+    "{{ messages[9].content }}",
+    "<|im_end|>",
+    "text",
+    "{{ '\\ud800' }}",
+    "{{ m.items() }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ namespace(_a=1) }}",
+)
+
+
+@given(template=st.lists(st.sampled_from(PIECES), max_size=6).map("".join))
+@settings(max_examples=150, deadline=None)
+def test_any_template_makes_examples_or_a_sentence(template: str) -> None:
+    tokenizer = byte_tokenizer("")
+    form = DatasetFormat.model_validate({"messages": {"chatTemplate": {"text": template or "x"}}})
+    try:
+        use_chat_template(tokenizer, form, Path())
+    except UserError as error:
+        sentence = str(error)
+    else:
+        sentence = ""
+        assert rendered(tokenizer, {"messages": TALK}, today=date(2024, 2, 9))
+    assert not sentence or sentence.startswith("dataset.format.messages.chatTemplate: is no chat template: ")
