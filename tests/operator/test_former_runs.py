@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from datetime import date
 from typing import Any
 
 import pytest
@@ -77,6 +78,35 @@ async def test_a_half_trained_run_is_resumed_in_its_folder_by_every_attempt() ->
     assert set(roots(server)) == {f"{FOLDER}/{FORMER_UID}"}
     taken = server.job["status"]["preflight"]["takenOver"]
     assert taken["message"].startswith("resumes from the checkpoint of step 70")
+
+
+def days(server: ModelServer) -> list[date | None]:
+    """Return the date of chat templates from the run file of each attempt, oldest first."""
+    files = [RunConfig.model_validate_json(item["data"]["run.json"]) for item in server.config_maps.values()]
+    return [file.template_date for file in files]
+
+
+@pytest.mark.parametrize(
+    ("former", "day"), [(None, NOW.date()), (date(2026, 11, 3), date(2026, 11, 3))], ids=["new", "former"]
+)
+async def test_every_attempt_reads_conversations_with_the_date_of_the_first_one(former: date | None, day: date) -> None:
+    """The second attempt starts on the day after, and the run of a former job keeps its own day."""
+    answer = PreflightResult(findings=[]).to_termination_message()
+    message = former_run(done=False, template_date=former) if former is not None else answer
+    dataset = job_manifest()["spec"]["dataset"] | {"format": {"messages": {}}, "task": "None"}
+    server = await checked(message, dataset=dataset)
+    assert days(server) == [day]
+    server.pass_time(86_000)
+    assert server.end_pods(1, "")
+    await settle(server)
+    server.pass_time(1000)
+    await settle(server)
+    assert server.job["status"]["attempts"]["started"] == 2
+    assert set(days(server)) == {day}
+
+
+async def test_a_job_without_conversations_has_no_date() -> None:
+    assert days(await checked(former_run(done=False, template_date=date(2026, 11, 3)))) == [None]
 
 
 async def test_a_job_keeps_its_own_folder_where_nothing_or_only_its_own_run_is_found() -> None:

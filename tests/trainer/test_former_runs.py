@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,17 @@ def test_the_committed_artifact_of_the_same_training_is_found(bucket: Bucket, ch
     assert run.artifact.run == 1
     assert run.evaluation is not None
     assert PreflightResult.from_termination_message(check().to_termination_message()) is not None
+
+
+@pytest.mark.parametrize("artifact", [True, False])
+def test_the_date_of_chat_templates_is_found_with_a_run_and_does_not_define_the_training(
+    artifact: bool, bucket: Bucket, check: Check
+) -> None:
+    bucket.add(artifact=artifact)
+    assert found(check()).template_date is None
+    bucket.change_record(lambda content: content["training"].update(templateDate="2026-11-03"))
+    run = found(check(template_date="2026-11-29"))
+    assert run.template_date == date(2026, 11, 3)
 
 
 def test_a_run_that_is_not_finished_is_found_with_its_newest_checkpoint(bucket: Bucket, check: Check) -> None:
