@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from finetune_core.api.dataset import MessagesFormat
-from finetune_trainer.data.chat_template import ChatTemplate
-from finetune_trainer.data.conversations import conversation_renderer
+from finetune_trainer.data.chat.chat_template import ChatTemplate
+from finetune_trainer.data.chat.conversations import conversation_renderer
 from finetune_trainer.data.examples import Example
 
 CONTROL = r"<[|｜][^<>\s'\"]{1,40}?>|<[a-z_\"]+\|>|<(?:start_of_turn|end_of_turn|end_of_utterance|/s)>"

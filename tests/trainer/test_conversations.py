@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
-from finetune_trainer.data import chat_template
-from finetune_trainer.data.chat_template import template_arguments, use_chat_template
+from finetune_trainer.data.chat import chat_template
+from finetune_trainer.data.chat.chat_template import template_arguments, use_chat_template
 from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.reader import Row
 from finetune_trainer.data.tokenizer import stop_ids, tokenize_functions
@@ -201,6 +201,7 @@ def test_the_template_of_the_job_is_rendered_and_kept_for_the_artifact(tmp_path:
             "chatTemplate.file: the model has no other.jinja (templates: a.jinja)",
         ),
         ({"chatTemplate": {"text": "{% for %}"}}, "chatTemplate: is no chat template: Expected an expression"),
+        ({"chatTemplate": {"text": "{{ 9 ** 9 ** 9 }}"}}, "chatTemplate: must not use **"),
         ({"chatTemplate": {"file": "a.jinja"}}, "chatTemplate.file: a.jinja can't be read: 'utf-8' codec"),
         (
             {"templateArguments": {"enable_thinkin": "false"}},

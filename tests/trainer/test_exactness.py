@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,8 +161,8 @@ def run(
     model: Path,
     folder: Path,
     *,
-    rows: Rows = TRAIN,
-    scored: Rows = VALIDATION,
+    rows: Sequence[Mapping[str, Any]] = TRAIN,
+    scored: Sequence[Mapping[str, Any]] = VALIDATION,
     seconds: float = RUN_SECONDS,
     **changes: Any,
 ) -> dict[Case, list[float]]:
@@ -222,6 +222,36 @@ def test_trap_5_topology_dependent_loss(
         wanted = plain[case.method, case.decay].model
         assert_same_weights(artifact, wanted, case.name)
         assert_loads_and_computes_the_same(artifact, tiny_model, wanted)
+
+
+FORGETFUL = (
+    "{% for m in messages %}{% if m.role == 'user' and loop.index0 >= messages | length - 2 %}ask {{ m.content }}"
+    " answer {% elif loop.last %}{{ m.content }}<end>{% endif %}{% endfor %}"
+)
+"""A chat template that shows the last question only, and so makes one example of each answer."""
+
+
+def as_conversations(rows: Rows) -> list[dict[str, Any]]:
+    """Return ``rows`` as conversations of two questions each."""
+    turns = [
+        [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["reply"]}] for row in rows
+    ]
+    return [{"messages": [*first, *second]} for first, second in zip(turns[::2], [*turns[1::2], []], strict=False)]
+
+
+def test_conversations_that_become_several_examples_train_like_rows_with_one(
+    store: ObjectStore, plain: dict[tuple[str, float], Plain], tiny_model: Path, tmp_path: Path
+) -> None:
+    cases = [
+        Case(2, "LoRA", 2, packing=True, data="conversations"),
+        Case(2, "Full", 3, micro=1, data="conversations"),
+    ]
+    train, validation = as_conversations(TRAIN), as_conversations(VALIDATION)
+    form = {"messages": {"chatTemplate": {"text": FORGETFUL}}}
+    losses = run(cases, store, tiny_model, tmp_path, rows=train, scored=validation, dataset__format=form)
+    assert_like_plain(losses, plain, store)
+    artifact = download_artifact(store, cases[1].name, tmp_path / "artifact")
+    assert AutoTokenizer.from_pretrained(artifact).chat_template == FORGETFUL
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ import pytest
 
 from finetune_core.contract import RESULT_LIMIT_BYTES
 from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, PreflightResult
+from finetune_trainer.data.chat import chat_template
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight import entrypoint
 from finetune_trainer.preflight.findings import Findings
@@ -472,6 +473,49 @@ def test_a_header_of_gigabytes_and_one_of_a_million_tensors_are_refused(paths: P
     assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
     assert f"model.safetensors has a header of {len(header)} bytes, more than" in ended.result.findings[0].message
     assert ended.memory_mebibytes < 500
+
+
+TALK = json.dumps({"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}) + "\n"
+SIMPLE = "{% for m in messages %}{{ m.content }} {% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("form", "sentence"),
+    [
+        ({}, ""),
+        ({"templateArguments": {"thinking": "false"}}, "templateArguments.thinking: is not read by the chat template"),
+        ({"chatTemplate": {"file": "b.jinja"}}, "chatTemplate.file: the model has no b.jinja (templates: a.jinja"),
+        ({"chatTemplate": {"text": SIMPLE + "{% if %}"}}, "chatTemplate: is no chat template: "),
+        (
+            {
+                "chatTemplate": {
+                    "text": SIMPLE + "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+                }
+            },
+            "the chat template takes more than",
+        ),
+    ],
+    ids=["fine", "argument", "file", "text", "endless"],
+)
+def test_the_chat_template_of_a_job_is_checked_with_the_rows(
+    form: dict[str, Any],
+    sentence: str,
+    tiny_model: Path,
+    paths: Paths,
+    check: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
+    folder = paths.volumes / "models"
+    shutil.copytree(tiny_model, folder)
+    (folder / "a.jinja").write_text(SIMPLE)
+    path, source = on_a_volume(paths, "train.jsonl")
+    path.write_text(TALK)
+    chosen = {"messages": {"chatTemplate": {"file": "a.jinja"}} | form}
+    model = {"volume": {"claimName": "models", "path": "."}}
+    found = check(**source, model=model, dataset__format=chosen, dataset__validation=None)
+    assert [kind for kind, _ in found] == ([FINAL] if sentence else [])
+    assert all(message.startswith("dataset.format.messages") and sentence in message for _, message in found), found
 
 
 def test_a_chat_template_that_makes_a_huge_text_is_a_finding(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,6 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
     return made
 
 
-def write_jsonl(path: Path, values: list[dict[str, str]]) -> Path:
+def write_jsonl(path: Path, values: Sequence[Mapping[str, Any]]) -> Path:
     path.write_text("".join(f"{json.dumps(value)}\n" for value in values))
     return path

@@ -16,7 +16,7 @@ from finetune_core.api.sources import DataSource
 from finetune_core.contract import ContractModel
 from finetune_core.errors import UserError
 from finetune_core.tasks import NO_TASK
-from finetune_trainer.data.chat_template import use_chat_template
+from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows

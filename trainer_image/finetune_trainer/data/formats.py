@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from finetune_core.api.dataset import DatasetFormat, PromptCompletionFormat, TextFormat
 from finetune_core.errors import UserError, valid_text
-from finetune_trainer.data.chat_template import ChatTemplate
-from finetune_trainer.data.conversations import conversation_renderer
+from finetune_trainer.data.chat.chat_template import ChatTemplate
+from finetune_trainer.data.chat.conversations import conversation_renderer
+from finetune_trainer.data.chat.messages import HALF_PAIR, optional_columns
 from finetune_trainer.data.examples import Example
-from finetune_trainer.data.messages import HALF_PAIR, optional_columns
 
 
 class TokenizeFunctions(NamedTuple):

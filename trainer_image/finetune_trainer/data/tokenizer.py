@@ -16,8 +16,8 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError
-from finetune_trainer.data.chat_template import ChatTemplate
-from finetune_trainer.data.conversations import answer_ends
+from finetune_trainer.data.chat.chat_template import ChatTemplate
+from finetune_trainer.data.chat.conversations import answer_ends
 from finetune_trainer.data.formats import TokenizeFunctions
 from finetune_trainer.pod.errors import first_line
 

@@ -15,7 +15,7 @@ from finetune_core.api.dataset import DatasetSpec
 from finetune_core.api.sources import DataSource, S3Source
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
-from finetune_trainer.data.chat_template import use_chat_template
+from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import NoRowsError, check_columns, length_limit, make_examples
 from finetune_trainer.data.formats import columns_read
 from finetune_trainer.data.reader import DATA_SUFFIXES, Row, content_bytes, first_rows, read_rows

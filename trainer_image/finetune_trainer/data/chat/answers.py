@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from finetune_trainer.data.chat_template import ChatTemplate
-from finetune_trainer.data.messages import SYSTEM_COLUMN, THOUGHTS, Conversation, Message, content_text
+from finetune_trainer.data.chat.chat_template import ChatTemplate
+from finetune_trainer.data.chat.messages import SYSTEM_COLUMN, THOUGHTS, Conversation, Message, content_text
 
 OPENED = "<think>"
 """With this tag some generation prompts open the thoughts of the answer."""

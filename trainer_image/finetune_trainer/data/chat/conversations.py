@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from finetune_core.api.dataset import MessagesFormat
-from finetune_trainer.data.answers import PROBE, Dialogue, ProblemError, turn_of
-from finetune_trainer.data.chat_template import ChatTemplate, argument_problem, template_arguments
+from finetune_trainer.data.chat.answers import PROBE, Dialogue, ProblemError, turn_of
+from finetune_trainer.data.chat.chat_template import ChatTemplate, argument_problem, template_arguments
+from finetune_trainer.data.chat.messages import THOUGHTS, Conversation, Message, content_text, read_conversation
 from finetune_trainer.data.examples import Example
-from finetune_trainer.data.messages import THOUGHTS, Conversation, Message, content_text, read_conversation
 
 NOT_TEXT = ("role", "content", "tool_call_id")
 """Fields of a message that a template may leave out, because they add nothing to the text of the conversation, or that

@@ -14,16 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any, NoReturn
-
-from jinja2 import Environment, TemplateError, meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError, valid_text
 from finetune_trainer.pod.errors import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RENDER_SECONDS = 10.0
 """Largest processor time in seconds that a template may take to render one conversation. Templates of published models
@@ -38,17 +36,6 @@ DATE_LETTERS = "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
 """Letters that follow `%`, or `%-`, in the format of a date (man 3 strftime)."""
 
 
-class _GenerationTag(Extension):
-    """The tag `{% generation %}`, which templates put around answers. It does not change what is rendered."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return what stands between the tag and its end."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class EndlessTemplateError(Exception):
     """A template did not end in time."""
 
@@ -57,8 +44,8 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
     """Give ``tokenizer`` the chat template that the job names, so that the artifact has the template too. ``folder`` is
     the folder of the base model.
 
-    Raises UserError if the file is missing, if the template is no Jinja, and if the template does not read one of
-    `templateArguments`.
+    Raises UserError if the file is missing, if the template, also that of the model, is no Jinja, and if the template
+    does not read one of `templateArguments`.
     """
     if form.messages is None:
         return
@@ -80,15 +67,12 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, f
             "the model's tokenizer has no chat template; name one in chatTemplate, take a model that has one, or use"
             " promptCompletion",
         )
-    if chosen is not None:
-        _variables(tokenizer.chat_template, TEMPLATE_FIELD)
-    if form.messages.template_arguments:
-        templates = tokenizer.chat_template
-        texts = templates.values() if isinstance(templates, dict) else [templates]
-        known = frozenset[str]().union(*(_variables(text, TEMPLATE_FIELD) for text in texts))
-        for name in form.messages.template_arguments:
-            if problem := argument_problem(name, known):
-                raise UserError(f"{ARGUMENTS_FIELD}.{name}", problem)
+    templates = tokenizer.chat_template
+    texts = templates.values() if isinstance(templates, dict) else [templates]
+    known = frozenset[str]().union(*(_variables(text) for text in texts))
+    for name in form.messages.template_arguments:
+        if problem := argument_problem(name, known):
+            raise UserError(f"{ARGUMENTS_FIELD}.{name}", problem)
 
 
 def argument_problem(name: str, variables: frozenset[str]) -> str:
@@ -112,15 +96,11 @@ def template_arguments(given: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _variables(template: str, field: str) -> frozenset[str]:
-    """Return the names of the variables that ``template`` reads. Raises UserError if ``template`` is no Jinja."""
-    environment = Environment(extensions=[_GenerationTag, loopcontrols])  # noqa: S701  (nothing is rendered, so nothing to escape)
-    try:
-        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
-    except MemoryError:
-        raise
-    except (TemplateError, RecursionError) as error:
-        raise UserError(field, f"is no chat template: {first_line(error)}") from error
+def _variables(template: str) -> frozenset[str]:
+    # Jinja is imported only here, because the launcher imports this module and parses no template.
+    from finetune_trainer.data.chat.template_variables import template_variables
+
+    return template_variables(template, TEMPLATE_FIELD)
 
 
 class ChatTemplate:
@@ -195,7 +175,7 @@ class ChatTemplate:
     def variables(self, tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
         """Return the names of the variables that the template reads for a row with ``tools``."""
         template: str = self._tokenizer.get_chat_template(None, [dict(tool) for tool in tools] or None)
-        return _variables(template, TEMPLATE_FIELD)
+        return _variables(template)
 
 
 def _date_macro(today: date) -> str:
