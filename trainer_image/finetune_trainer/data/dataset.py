@@ -1,5 +1,6 @@
-"""Makes the examples of a data file. A row that can't become an example (a bad row) or that is too long is either
-skipped or raises an error with file and line. `dataset.badRows` and `dataset.longRows` choose between the two.
+"""Makes the examples of a data file. A row that can't become examples (a bad row), or that has an example that is too
+long, is either skipped or raises an error with file and line. `dataset.badRows` and `dataset.longRows` choose between
+the two.
 
 The workers and the preflight checks call `make_examples`, and the launcher calls `check_columns`.
 """
@@ -79,17 +80,19 @@ def make_examples(
     limit: LengthLimit,
     keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
-    """Return the examples of ``rows``, and up to two notices: how many bad rows and how many long rows were skipped.
+    """Return the examples of ``rows``, and notices: how many bad rows and how many long rows were skipped, and how many
+    examples the rows became where a row became more than one. A row is skipped as a whole.
 
     ``source`` names the data file in messages (`s3://bucket/train.jsonl`), and ``field`` is its path in the spec
     (`dataset.train`). With ``keep_rows`` the result also holds the data row of each example, because graders read the
-    row's columns.
+    row's columns. Two examples of one row then hold the same row.
 
     Raises UserError with file and line for the first bad row unless `dataset.badRows` is Skip, and for the first long
     row unless `dataset.longRows` is Skip. Raises NoRowsError if no usable row is left.
     """
     render = renderer(dataset.format, tokenize)
     made = ExampleWriter()
+    used = 0
     problems: dict[str, list[str]] = {"badRows": [], "longRows": []}
 
     def refuse(option: Literal["badRows", "longRows"], policy: Literal["Fail", "Skip"], problem: str) -> None:
@@ -102,17 +105,21 @@ def make_examples(
         if isinstance(rendered, str):
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} {rendered}")
             continue
-        length = len(rendered.ids)
+        length = max(len(example.ids) for example in rendered)
         if length > limit.tokens:
             problem = f"{row.place(source)} has {length} tokens, more than {limit.origin}"
             refuse("longRows", dataset.long_rows, problem)
-        elif rendered.supervised_tokens < 1:
+        elif min(example.supervised_tokens for example in rendered) < 1:
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} has no token to learn")
         else:
-            made.add(rendered, row if keep_rows else None)
+            used += 1
+            for example in rendered:
+                made.add(example, row if keep_rows else None)
     notices = [
-        _skipped(found, field, f"{option}: Skip", total=len(made)) for option, found in problems.items() if found
+        _skipped(found, field, f"{option}: Skip", total=used) for option, found in problems.items() if found
     ]
+    if len(made) > used:
+        notices.append(f"{field}: {used} {'row' if used == 1 else 'rows'} became {len(made)} examples")
     if not len(made):
         raise NoRowsError(field, f"{source} has no row left to use" + "".join(f"; {text}" for text in notices))
     return made.finish(), notices

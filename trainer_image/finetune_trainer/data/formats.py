@@ -1,7 +1,8 @@
-"""Renders a data row as an example, in the format that `dataset.format` names: prompt and completion, chat messages, or
+"""Renders a data row as examples, in the format that `dataset.format` names: prompt and completion, chat messages, or
 plain text. `dataset.py` calls `renderer`.
 
-For a row that can't be rendered, the result is a phrase with the reason instead of an example.
+Most rows become one example. A conversation becomes several where the chat template changes earlier messages. For a row
+that can't be rendered, the result is a phrase with the reason instead of examples.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class TokenizeFunctions(NamedTuple):
     """Tokenizes conversations. None if the tokenizer has no chat template."""
 
 
-Render = Callable[[Mapping[str, Any]], Example | str]
-"""A function that turns the columns of a row into an example. For a bad row it returns a phrase that says what is
-wrong.
+Render = Callable[[Mapping[str, Any]], Sequence[Example] | str]
+"""A function that turns the columns of a row into its examples, at least one. For a bad row it returns a phrase that
+says what is wrong.
 """
 
 
@@ -99,7 +100,7 @@ def _prompt_completion(form: PromptCompletionFormat, tokenize: TokenizeFunctions
     """Return the function that renders rows with a prompt and a completion. Prompt and completion are tokenized
     separately, because at inference the model receives the tokens of the prompt alone."""
 
-    def render(fields: Mapping[str, Any]) -> Example | str:
+    def render(fields: Mapping[str, Any]) -> Sequence[Example] | str:
         prompt, problem = _field(fields, form.prompt_field)
         completion, other = _field(fields, form.completion_field)
         if problem or other:
@@ -109,26 +110,26 @@ def _prompt_completion(form: PromptCompletionFormat, tokenize: TokenizeFunctions
         before = tokenize.prompt(form.template.replace("{prompt}", prompt))
         answer = tokenize.completion(completion + form.completion_suffix)
         ids = (*before, *answer, tokenize.end)
-        return Example(ids, ((len(before), len(ids)),))
+        return [Example(ids, ((len(before), len(ids)),))]
 
     return render
 
 
 def _text(form: TextFormat, tokenize: TokenizeFunctions) -> Render:
-    def render(fields: Mapping[str, Any]) -> Example | str:
+    def render(fields: Mapping[str, Any]) -> Sequence[Example] | str:
         text, problem = _field(fields, form.text_field)
         if problem:
             return problem
         if not text.strip():
             return f"has an empty {form.text_field!r}"
         ids = (*tokenize.prompt(text), tokenize.end)
-        return Example(ids, ((0, len(ids)),))
+        return [Example(ids, ((0, len(ids)),))]
 
     return render
 
 
 def _messages(form: MessagesFormat, tokenize: TokenizeFunctions, chat: Chat) -> Render:
-    def render(fields: Mapping[str, Any]) -> Example | str:
+    def render(fields: Mapping[str, Any]) -> Sequence[Example] | str:
         found = fields.get(form.messages_field)
         if isinstance(found, str):
             # Csv files hold the list of messages as JSON text, because csv has no lists.
@@ -169,7 +170,7 @@ def _conversation_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -> Example | str:
+def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -> Sequence[Example] | str:
     """Return the conversation up to the last assistant message, as an example in which all assistant messages are
     supervised. Return a phrase with the problem if the tokens of an answer can't be told.
 
@@ -197,4 +198,4 @@ def _conversation(messages: Sequence[Mapping[str, Any]], chat: Chat, end: int) -
             whole.append(end)
             last = len(whole)
         spans.append((len(before), last))
-    return Example(whole[: spans[-1][1]], spans)
+    return [Example(whole[: spans[-1][1]], spans)]
