@@ -115,9 +115,7 @@ def make_examples(
             used += 1
             for example in rendered:
                 made.add(example, row if keep_rows else None)
-    notices = [
-        _skipped(found, field, f"{option}: Skip", total=used) for option, found in problems.items() if found
-    ]
+    notices = [_skipped(found, field, f"{option}: Skip", total=used) for option, found in problems.items() if found]
     if len(made) > used:
         notices.append(f"{field}: {used} {'row' if used == 1 else 'rows'} became {len(made)} examples")
     if not len(made):
