@@ -16,6 +16,7 @@ from finetune_core.api.dataset import DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.dataset import LengthLimit, check_columns, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
+from finetune_trainer.data.formats import required_columns
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.data.order import batches_per_epoch, global_batch
 from finetune_trainer.data.reader import read_rows
@@ -197,7 +198,7 @@ def test_trap_10_rows_that_can_not_be_used_are_named_counted_and_skipped_or_fata
         {"question": "w1", "reply": "w2"},
         {"question": "w1"},
         {"question": "w1", "reply": "   "},
-        {"question": "w1", "reply": 5},
+        {"question": "w1", "reply": ["w2"]},
         {"question": "w1", "reply": " ".join(["w2"] * 70)},
         {"question": "w1", "reply": "\udfff"},
     ]
@@ -211,7 +212,7 @@ def test_trap_10_rows_that_can_not_be_used_are_named_counted_and_skipped_or_fata
         "dataset.train: 1 row was skipped and 1 kept (longRows: Skip); the first: s3://b/train.jsonl line 5 has 75"
         " tokens, more than dataset.maxLength 64",
     ]  # fmt: skip
-    bad_rows = {1: "has no 'reply'", 2: "has an empty 'reply'", 3: "has a 'reply' that is not text", 5: HALF}
+    bad_rows = {1: "has no 'reply'", 2: "has an empty 'reply'", 3: r"has a 'reply' that is not text \(a list\)", 5: HALF}
     for index, sentence in bad_rows.items():
         with pytest.raises(UserError, match=rf"line 1 {sentence} \(set dataset.badRows to Skip"):
             made(tmp_path, rows[index : index + 1], tokenizer, spec())
@@ -225,7 +226,7 @@ def test_parquet_rows_are_read_and_named_by_their_number(tmp_path: Path, tokeniz
     path = tmp_path / "train.parquet"
     table = pyarrow.table({"question": ["w1", "w2", None], "reply": ["w3", "w4", "w5"]})
     parquet.write_table(table, path, row_group_size=2)
-    check_columns(path, "dataset.train", spec().format)
+    check_columns(path, "dataset.train", required_columns(spec().format))
     rows = list(read_rows(path, "dataset.train"))
     assert [(row.number, row.unit, row.fields["reply"]) for row in rows] == [
         (1, "row", "w3"),
@@ -242,7 +243,7 @@ def test_parquet_rows_are_read_and_named_by_their_number(tmp_path: Path, tokeniz
             limit=length_limit(spec(), None),
         )
     with pytest.raises(UserError, match=r"no column 'text' in train.parquet; it has 'question', 'reply'"):
-        check_columns(path, "dataset.train", spec({"text": {}}).format)
+        check_columns(path, "dataset.train", required_columns(spec({"text": {}}).format))
 
 
 def test_tokens_are_kept_in_files_that_ranks_share(tmp_path: Path, tokenizer: Any) -> None:

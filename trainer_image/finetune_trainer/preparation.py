@@ -19,7 +19,7 @@ from finetune_core.tasks import NO_TASK
 from finetune_trainer.data.dataset import length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
+from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.engine.config import shard_new_models
 from finetune_trainer.model.added_rows import AddedRows, check_mergeable, read_added_rows
 from finetune_trainer.model.extended_base import extend_base
@@ -116,7 +116,7 @@ def prepare_node(plan: WorkerPlan) -> PreparationSummary:
     if config.storage.artifact != "Adapter":
         check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
     tokenizer = load_tokenizer(base_model_folder(plan))
-    tokenize = tokenize_functions(tokenizer)
+    tokenize = tokenize_functions(tokenizer, config.model.added_tokens)
     limit = length_limit(config.dataset, structure.context)
     notices: list[str] = []
     if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):
@@ -165,7 +165,7 @@ def load_data(plan: WorkerPlan, summary: PreparationSummary) -> TrainingData:
         validation=sets["validation"],
         test=sets["test"],
         capacity=summary.context if dataset.packing else None,
-        stop_ids=stop_ids(tokenizer, dataset.format),
+        stop_ids=stop_ids(tokenizer, dataset.format, model_stop_ids(plan.inputs.model)),
         summary=summary,
     )
 

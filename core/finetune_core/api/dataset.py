@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ApiModel, cel, exactly_one_of
 from finetune_core.api.sources import DataSource
-from finetune_core.row_templates import SHOWS_A_COLUMN_PATTERN, WELL_FORMED_PATTERN, RowTemplate, parse
+from finetune_core.row_templates import SHOWS_A_COLUMN_PATTERN, WELL_FORMED_PATTERN
 from finetune_core.tasks import NO_TASK, TaskName, task_field_text
 
 FieldName = Annotated[str, Field(min_length=1, max_length=128)]
@@ -69,14 +69,6 @@ class PromptCompletionFormat(ApiModel):
     def aliases(self) -> dict[str, str]:
         """The columns that `{prompt}` and `{completion}` stand for, by these names."""
         return {"prompt": self.prompt_field, "completion": self.completion_field}
-
-    def prompt_template(self) -> RowTemplate:
-        """Return the parsed `template`. Raises TemplateError if it is none."""
-        return parse(self.template, self.aliases)
-
-    def completion_template(self) -> RowTemplate:
-        """Return the parsed `completion`. Raises TemplateError if it is none."""
-        return parse("{completion}" if self.completion is None else self.completion, self.aliases)
 
 
 class MessagesFormat(ApiModel):

@@ -11,12 +11,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from finetune_core.api.dataset import DatasetFormat, MessagesFormat, PromptCompletionFormat, TextFormat
+from finetune_core.api.dataset import DatasetFormat, DatasetSpec, MessagesFormat
 from finetune_core.errors import UserError, valid_text
+from finetune_core.row_templates import HALF_PAIR, RowError
 from finetune_trainer.data.examples import Example
-
-HALF_PAIR = "half of a surrogate pair"
-"""What JSON can contain, but no tokenizer accepts."""
+from finetune_trainer.data.piece_tokens import PieceTokenizer
+from finetune_trainer.data.prompts import (
+    NamedColumn,
+    base_prompt_columns,
+    prompt_columns,
+    render_prompt_completion,
+    render_text,
+)
 
 Chat = Callable[[Sequence[Mapping[str, Any]], bool], Sequence[int]]
 """A function that renders a conversation with the chat template and returns its token ids. If the second argument is
@@ -28,11 +34,8 @@ class TokenizeFunctions(NamedTuple):
     """The functions that turn text into token ids, and the id of the end token. `tokenizer.py` makes them from a
     tokenizer."""
 
-    prompt: Callable[[str], Sequence[int]]
-    """Tokenizes text that begins an example. Special tokens that the tokenizer puts in front, such as BOS, are
-    included."""
-    completion: Callable[[str], Sequence[int]]
-    """Tokenizes text that follows other text in an example. No special tokens are added."""
+    pieces: PieceTokenizer
+    """Tokenizes the pieces of rendered templates."""
     end: int
     """Id of the end token (EOS), with which every example ends."""
     chat: Chat | None = None
@@ -45,27 +48,33 @@ says what is wrong.
 """
 
 
-def required_columns(form: DatasetFormat) -> Mapping[str, str]:
-    """Return the names of the columns that a format reads. The keys are the fields of the spec that hold these names,
-    for example `dataset.format.text.textField`."""
+def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
+    """Return the columns that a format reads. No other columns of a data file are needed to make examples. Raises
+    UserError if a template of the format is none."""
     if form.prompt_completion is not None:
-        path = "dataset.format.promptCompletion"
-        return {
-            f"{path}.promptField": form.prompt_completion.prompt_field,
-            f"{path}.completionField": form.prompt_completion.completion_field,
-        }
+        return prompt_columns(form.prompt_completion)
     if form.messages is not None:
-        return {"dataset.format.messages.messagesField": form.messages.messages_field}
+        return [NamedColumn("dataset.format.messages.messagesField", form.messages.messages_field)]
     if form.text is not None:
-        return {"dataset.format.text.textField": form.text.text_field}
+        return [NamedColumn("dataset.format.text.textField", form.text.text_field)]
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
+
+
+def needed_columns(dataset: DatasetSpec, field: str, base_prompt: str | None) -> Sequence[NamedColumn]:
+    """Return the columns that the data file of ``field`` (`dataset.train`) must have: those of the format and, in the
+    rows that the base model is scored on, those of ``base_prompt`` (`evaluation.basePrompt`). Raises UserError as
+    `required_columns` does."""
+    form = dataset.format
+    scored = "dataset.validation" if dataset.test is None else "dataset.test"
+    asked = form.prompt_completion if base_prompt is not None and field == scored else None
+    return [*required_columns(form), *(base_prompt_columns(asked, base_prompt or "") if asked is not None else ())]
 
 
 def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
     """Return the function that renders rows in the format ``form``. Raises UserError if the format is chat messages and
     the tokenizer has no chat template."""
     if form.prompt_completion is not None:
-        return _prompt_completion(form.prompt_completion, tokenize)
+        return _one_example(render_prompt_completion(form.prompt_completion, tokenize.pieces))
     if form.messages is not None:
         if tokenize.chat is None:
             raise UserError(
@@ -74,56 +83,18 @@ def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
             )
         return _messages(form.messages, tokenize, tokenize.chat)
     if form.text is not None:
-        return _text(form.text, tokenize)
+        return _one_example(render_text(form.text, tokenize.pieces))
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
 
 
-def _field(fields: Mapping[str, Any], column: str) -> tuple[str, str | None]:
-    """Return the text in a column of the row, and None. If the column is missing or no text, return an empty text and a
-    phrase with the problem."""
-    value = fields.get(column)
-    if value is None:
-        return "", f"has no {column!r}"
-    if not isinstance(value, str):
-        return "", f"has a {column!r} that is not text"
-    if not _is_valid(value):
-        return "", f"has a {column!r} that is not text ({HALF_PAIR})"
-    return value, None
-
-
-def _is_valid(text: str) -> bool:
-    """Return whether ``text`` has no half of a surrogate pair."""
-    return valid_text(text) == text
-
-
-def _prompt_completion(form: PromptCompletionFormat, tokenize: TokenizeFunctions) -> Render:
-    """Return the function that renders rows with a prompt and a completion. Prompt and completion are tokenized
-    separately, because at inference the model receives the tokens of the prompt alone."""
+def _one_example(make: Callable[[Mapping[str, Any]], Example]) -> Render:
+    """Return the function that renders a row as the one example that ``make`` makes of it."""
 
     def render(fields: Mapping[str, Any]) -> Sequence[Example] | str:
-        prompt, problem = _field(fields, form.prompt_field)
-        completion, other = _field(fields, form.completion_field)
-        if problem or other:
-            return problem or other or ""
-        if not completion.strip():
-            return f"has an empty {form.completion_field!r}"
-        before = tokenize.prompt(form.template.replace("{prompt}", prompt))
-        answer = tokenize.completion(completion + form.completion_suffix)
-        ids = (*before, *answer, tokenize.end)
-        return [Example(ids, ((len(before), len(ids)),))]
-
-    return render
-
-
-def _text(form: TextFormat, tokenize: TokenizeFunctions) -> Render:
-    def render(fields: Mapping[str, Any]) -> Sequence[Example] | str:
-        text, problem = _field(fields, form.text_field)
-        if problem:
-            return problem
-        if not text.strip():
-            return f"has an empty {form.text_field!r}"
-        ids = (*tokenize.prompt(text), tokenize.end)
-        return [Example(ids, ((0, len(ids)),))]
+        try:
+            return [make(fields)]
+        except RowError as error:
+            return str(error)
 
     return render
 
@@ -161,7 +132,7 @@ def _conversation_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
             return f"has no role in message {number}"
         if not isinstance(message.get("content"), str):
             return f"has no text as content of message {number}"
-        if not _is_valid(message["content"]):
+        if valid_text(message["content"]) != message["content"]:
             return f"has no text as content of message {number} ({HALF_PAIR})"
         if message["role"] == "assistant" and not message["content"].strip():
             return f"has an empty answer in message {number}"

@@ -7,6 +7,7 @@ as the workers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError
 from finetune_trainer.data.formats import TokenizeFunctions
+from finetune_trainer.data.piece_tokens import PieceTokenizer
+from finetune_trainer.data.prompts import completion_ending
 from finetune_trainer.pod.errors import first_line
 
 
@@ -48,19 +51,10 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
-def tokenize_functions(tokenizer: PreTrainedTokenizerBase) -> TokenizeFunctions:
-    """Return the functions with which `formats.py` turns text into token ids."""
-    end = tokenizer.eos_token_id
-
-    def prompt(text: str) -> Sequence[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
-        # The end token is removed, because some tokenizers append it to every text, and after a prompt it would end the
-        # example.
-        return ids[:-1] if ids and ids[-1] == end else ids
-
-    def completion(text: str) -> Sequence[int]:
-        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+def tokenize_functions(tokenizer: PreTrainedTokenizerBase, added_tokens: Sequence[str] = ()) -> TokenizeFunctions:
+    """Return the functions with which `formats.py` turns text into token ids. ``added_tokens`` are those of
+    `model.addedTokens` that the tokenizer has."""
+    pieces = PieceTokenizer(tokenizer, added_tokens)
 
     def chat(messages: Sequence[Mapping[str, Any]], answer_next: bool) -> Sequence[int]:
         try:
@@ -76,16 +70,32 @@ def tokenize_functions(tokenizer: PreTrainedTokenizerBase) -> TokenizeFunctions:
             raise ValueError(first_line(error)) from error
         return ids
 
-    return TokenizeFunctions(prompt, completion, end, chat if tokenizer.chat_template else None)
+    return TokenizeFunctions(pieces, tokenizer.eos_token_id, chat if tokenizer.chat_template else None)
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat) -> list[int]:
-    """Return the ids of the tokens at which generation stops. These are the end token and, if it is an added token, the
-    first token of `completionSuffix`.
+def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, model_stop_ids: Sequence[int] = ()) -> list[int]:
+    """Return the ids of the tokens at which generation stops. These are the end token, the ids of ``model_stop_ids``
+    that the tokenizer knows, and the first added token in what every completion ends with: in the text behind the last
+    column of `completion`, or in `completionSuffix`.
 
-    A suffix that begins with ordinary text adds no stop token, because the same token may occur within an answer.
+    An ending of ordinary text adds no stop token, because the same token may occur within an answer.
     """
-    suffix = form.prompt_completion.completion_suffix if form.prompt_completion is not None else ""
-    ids: Sequence[int] = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
-    ends = {tokenizer.eos_token_id, *(ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else [])}
-    return sorted(ends)
+    ending = completion_ending(form.prompt_completion) if form.prompt_completion is not None else ""
+    ids: Sequence[int] = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
+    added = [number for number in ids if number in tokenizer.added_tokens_decoder and number != tokenizer.unk_token_id]
+    return sorted({tokenizer.eos_token_id, *added[:1], *(n for n in model_stop_ids if 0 <= n < len(tokenizer))})
+
+
+def model_stop_ids(folder: Path) -> list[int]:
+    """Return the ids at which the model in ``folder`` stops, as its generation_config.json says, or else its
+    config.json. Empty if neither says so in a form that can be read."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            declared = json.loads((folder / name).read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue  # `load.py` and the preflight check say what is wrong with the files of a model
+        found = declared if isinstance(declared, list) else [declared]
+        ids = [number for number in found if isinstance(number, int) and not isinstance(number, bool)]
+        if ids:
+            return ids
+    return []

@@ -18,8 +18,9 @@ from finetune_core.contract import RunConfig
 from finetune_core.tasks import NO_TASK
 from finetune_trainer.data.dataset import LengthLimit, make_examples
 from finetune_trainer.data.examples import ExampleSet
+from finetune_trainer.data.prompts import completion_columns
 from finetune_trainer.data.reader import read_rows
-from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
+from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.model.structure import read_structure
 from finetune_trainer.pod.plan import WorkerPlan
 from finetune_trainer.preparation import TrainingData
@@ -108,7 +109,10 @@ def _suffix(form: DatasetFormat) -> str:
 def _has_one_line_references(config: RunConfig, examples: ExampleSet) -> bool:
     """Return whether every reference answer of the evaluation set is a single line."""
     form = config.dataset.format.prompt_completion
-    return form is not None and not any("\n" in str(row.fields.get(form.completion_field)) for row in examples.rows)
+    columns = completion_columns(form) if form is not None else ()
+    return form is not None and not any(
+        "\n" in str(row.fields.get(column)) for row in examples.rows for column in columns
+    )
 
 
 def tuned_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:
@@ -145,7 +149,7 @@ def base_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None
         tuned.rows,
         ExampleSet.load(plan.folder / "tokens" / BASE_MODEL_SET_FOLDER),
         tokenizer,
-        stop_ids(tokenizer, form),
+        stop_ids(tokenizer, form, model_stop_ids(plan.inputs.model)),
         _suffix(form),
         added_ids=[data.tokenizer.convert_tokens_to_ids(token) for token in config.model.added_tokens],
         one_line=one_line,

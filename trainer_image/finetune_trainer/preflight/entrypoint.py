@@ -145,7 +145,17 @@ def _check_inputs(
         if source is None or (source.s3 is not None and not store_answers):
             continue
         field = f"dataset.{part}"
-        check = partial(check_rows, dataset, source, field, paths, root.store, folder / part, model)
+        check = partial(
+            check_rows,
+            dataset,
+            source,
+            field,
+            paths,
+            root.store,
+            folder / part,
+            model,
+            base_prompt=config.evaluation.base_prompt,
+        )
         findings.notice(*(findings.collect(field, check) or []))
 
 

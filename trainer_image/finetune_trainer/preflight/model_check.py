@@ -41,6 +41,8 @@ class ModelFacts:
     tokenizer: Any
     context: int | None
     """Longest sequence in tokens that the model can read. None if `config.json` names no limit."""
+    added_tokens: Sequence[str] = ()
+    """The tokens of `model.addedTokens`, which the tokenizer has."""
 
 
 def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) -> ModelFacts:
@@ -56,7 +58,7 @@ def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) ->
     context = check_configuration(folder, files.field)
     tokenizer = load_tokenizer(folder)
     add_tokens(tokenizer, added_tokens)
-    return ModelFacts(tokenizer, context)
+    return ModelFacts(tokenizer, context, added_tokens)
 
 
 def check_weights(files: ModelFiles) -> None:

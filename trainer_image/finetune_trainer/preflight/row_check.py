@@ -15,7 +15,7 @@ from finetune_core.api.sources import DataSource, S3Source
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import NoRowsError, check_columns, length_limit, make_examples
-from finetune_trainer.data.formats import required_columns
+from finetune_trainer.data.formats import needed_columns, required_columns
 from finetune_trainer.data.reader import DATA_SUFFIXES, Row, content_bytes, first_rows, read_rows
 from finetune_trainer.data.tokenizer import tokenize_functions
 from finetune_trainer.pod.settings import Paths
@@ -59,20 +59,23 @@ def check_rows(
     store: Store,
     folder: Path,
     model: ModelFacts | None,
+    *,
+    base_prompt: str | None = None,
 ) -> list[str]:
     """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
-    ``field`` is the path of the source in the spec, for example `dataset.train`. If ``model`` is None, only the columns
+    ``field`` is the path of the source in the spec, for example `dataset.train`, and ``base_prompt`` is
+    `evaluation.basePrompt`. If ``model`` is None, only the columns
     are checked, because rows can't be tokenized. Raises UserError with file and line for a row that would end the
     training, and OutsideFailure if the source can't be read.
     """
     head = _fetch_head(source, field, paths, store, folder)
     if head is None:
         return [f"{field}: its first row is too far from the beginning to be checked before the training"]
-    check_columns(head.path, field, dataset.format)
+    check_columns(head.path, field, needed_columns(dataset, field, base_prompt))
     if model is None:
         return []
-    columns = required_columns(dataset.format).values()
+    columns = [column.name for column in required_columns(dataset.format)]
     found = first_rows(read_rows(head.path, field, columns=columns), most_rows=HEAD_ROWS, most_bytes=HEAD_CONTENT_BYTES)
     rows = list(found)
     _check_expansion(head.path, rows, field)
@@ -82,7 +85,7 @@ def check_rows(
             source_name(source),
             field,
             dataset,
-            tokenize_functions(model.tokenizer),
+            tokenize_functions(model.tokenizer, model.added_tokens),
             limit=length_limit(dataset, model.context),
         )
     except NoRowsError as error:
