@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
@@ -140,23 +141,19 @@ def test_the_rules_of_the_schema_refuse_the_templates_that_can_not_be_parsed(par
     """All but those whose optional parts are nested wrongly, which no regular expression can tell."""
     template = "".join(parts)
     matches = all(holds(rule, {"template": template}) for rule, _ in template_rules("template", "prompt"))
+    problem = ""
     try:
         parse(template)
-    except TemplateError as problem:
-        assert not matches or "optional part" in str(problem)
-    else:
-        assert matches
+    except TemplateError as error:
+        problem = str(error)
+    assert matches is (not problem) or "optional part" in problem
 
 
 @settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.sampled_from(["instruction", "input", "x"]), VALUES))
 def test_a_row_of_any_values_becomes_text_or_a_fault_of_the_row(row: dict[str, Any]) -> None:
-    try:
-        pieces = parse(ALPACA).pieces(row)
-    except RowError as error:
-        assert str(error).startswith("has ")
-    else:
-        assert all(piece.text for piece in pieces)
+    with suppress(RowError):
+        assert all(piece.text for piece in parse(ALPACA).pieces(row))
 
 
 @settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
