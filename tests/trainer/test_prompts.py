@@ -106,11 +106,8 @@ def plain(text: str) -> list[Piece]:
 
 # Token ids of text without control tokens: as a tokenizer alone would give them for the whole text.
 
-PIECES = st.lists(
-    st.tuples(
-        st.one_of(st.text(max_size=8), st.sampled_from(["it", " is", "\n", " ", "w1", "ask", "é"])), st.booleans()
-    )
-)
+WORDS = st.one_of(st.text(max_size=8), st.sampled_from(["it", " is", "\n", " ", "w1", "ask", "é"]))
+PIECES = st.lists(st.tuples(WORDS, st.booleans()))
 
 
 @pytest.mark.parametrize("name", ["words", "llama", "byte_level", "byte_level with eos"])
