@@ -63,13 +63,13 @@ FORM = "dataset.format.promptCompletion"
         (
             {"completion": "{a}{/b}"},
             None,
-            f"spec.{FORM}.completion: must close its optional parts in the reverse order",
+            f"spec.{FORM}.completion: must close its optional parts in the",
         ),
         ({}, "{#a}{prompt}", "spec.evaluation.basePrompt: must close each optional part: there is no `{/a}`"),
         (
             {"template": "{q} {completion}"},
             None,
-            f"spec.{FORM}.template: must not show every column of the completion: the prompt would give the answer away",
+            f"spec.{FORM}.template: must not show every column of the completion: the prompt would give",
         ),
         (
             {"completion": "{a}{b}"},

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tokenizers import AddedToken, Encoding, Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from finetune_core.row_templates import Piece, RowError
 
@@ -38,9 +37,13 @@ class _Match(NamedTuple):
 class PieceTokenizer:
     """Tokenises texts that consist of pieces."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, added_tokens: Sequence[str] = ()) -> None:
-        """Take the tokenizer, which has ``added_tokens`` (`model.addedTokens`) already. These tokens are tokens in
-        columns of the row too, because the user added them for the rows."""
+    def __init__(self, tokenizer: Any, added_tokens: Sequence[str] = ()) -> None:
+        """Take a tokenizer of transformers, which has ``added_tokens`` (`model.addedTokens`) already. These tokens are
+        tokens in columns of the row too, because the user added them for the rows.
+
+        This module does not import transformers, because the process that starts the preflight check has to import the
+        formats and must stay small.
+        """
         self._tokenizer = tokenizer
         self._tokens: dict[int, AddedToken] = {
             number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special
