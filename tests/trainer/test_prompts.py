@@ -25,6 +25,7 @@ from finetune_trainer.data.formats import needed_columns, required_columns
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
+from finetune_trainer.evaluation.sets import base_format
 from tests.trainer import tiny
 
 SOURCE = {"s3": {"uri": "s3://rows/train.jsonl"}}
@@ -406,3 +407,12 @@ def test_the_models_own_stop_tokens_are_kept(tmp_path: Path) -> None:
 def test_stop_tokens_that_can_not_be_read_are_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     assert model_stop_ids(tmp_path) == []
+
+
+def test_the_base_prompt_takes_every_column_and_has_no_suffix(tmp_path: Path) -> None:
+    dataset = spec({"promptCompletion": {"promptField": "q", "completion": "{a}!", "completionSuffix": "<|im_end|>"}})
+    form = base_format(dataset, "<s>{{{topic}}}: {prompt} {q}\n")
+    row = {"topic": "it", "q": "what </s>", "a": "is"}
+    examples, _ = made(tmp_path, [row], byte_level(), form.model_dump(by_alias=True, exclude_none=True))
+    assert byte_level().decode(examples[0].ids) == "<s>{it}: what </s> what </s>\nis!</s>"
+    assert [int(number) for number in examples[0].ids].count(byte_level().eos_token_id) == 1
