@@ -60,9 +60,9 @@ class PromptCompletionFormat(ApiModel):
     completion_suffix: Annotated[str, Field(max_length=256)] = ""
     """Text after the completion, for example `<END_A>`. The model learns the suffix like the completion, and generated
     answers end at the suffix."""
-    allow_special_tokens: bool = False
-    """What a control token of the model, such as `</s>`, means where it stands in a column. false: ordinary text, and
-    `status.notices` has the number of such rows. true: the control token. In the templates and in `completionSuffix`
+    allow_special_tokens: bool | None = None
+    """What a control token of the model, such as `</s>`, means where it stands in a column. false or absent: ordinary
+    text, and `status.notices` has the number of such rows. true: the control token. In the templates and in `completionSuffix`
     control tokens always are control tokens, and so are `model.addedTokens` everywhere."""
 
     @property
@@ -83,9 +83,9 @@ class TextFormat(ApiModel):
 
     text_field: FieldName = "text"
     """Column that holds the text."""
-    allow_special_tokens: bool = False
-    """What a control token of the model, such as `</s>`, means where it stands in the text. false: ordinary text, and
-    `status.notices` has the number of such rows. true: the control token, for texts that a chat template has rendered
+    allow_special_tokens: bool | None = None
+    """What a control token of the model, such as `</s>`, means where it stands in the text. false or absent: ordinary
+    text, and `status.notices` has the number of such rows. true: the control token, for texts that a chat template has rendered
     already. `model.addedTokens` always are tokens."""
 
 
