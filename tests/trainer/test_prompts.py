@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -159,6 +159,48 @@ def test_control_tokens_are_tokens_in_templates_and_text_in_rows(
     own = [text for text, from_row in _joined(parts) if not from_row]
     expected = [number for text in own for number in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert [number for number in found if number in special] == [number for number in expected if number in special]
+
+
+@cache
+def bpe(kind: str, *, knows_end: bool) -> PreTrainedTokenizerBase:
+    """Return a tokenizer with the control tokens `<b>`, which takes white space along, and `<end>` with ``knows_end``.
+    ``kind`` says how words begin: by a mark before every piece of text, before the first one only, or as bytes."""
+    inner = Tokenizer(BPE(unk_token="<unk>"))
+    if kind == "every":
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "first":
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    else:
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "bytes with a space")
+    texts = ["it is the end of it <end> is it </b> <b> the <endless> end"] * 20
+    trainer = BpeTrainer(vocab_size=330, special_tokens=["<unk>"], show_progress=False)
+    inner.train_from_iterator([*texts, *pre_tokenizers.ByteLevel.alphabet()], trainer)
+    inner.add_special_tokens([AddedToken("<b>", lstrip=True, rstrip=True)])
+    if knows_end:
+        inner.add_special_tokens(["<end>"])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<b>")
+
+
+@pytest.mark.parametrize("kind", ["every", "first", "bytes", "bytes with a space"])
+@settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(
+    parts=st.lists(
+        st.one_of(
+            st.tuples(
+                st.sampled_from(["it", " is", " ", "<", "end>", "<end>", " the end <end> of", "é"]), st.just(True)
+            ),
+            st.tuples(st.sampled_from(["it", " is", " ", "<b>", "\n"]), st.just(False)),
+        )
+    )
+)
+def test_a_control_token_of_a_row_is_read_as_if_the_tokenizer_did_not_know_it(
+    kind: str, parts: list[tuple[str, bool]]
+) -> None:
+    pieces = [Piece(text, from_row) for text, from_row in parts]
+    found = PieceTokenizer(bpe(kind, knows_end=True)).follow(pieces)
+    whole = "".join(piece.text for piece in pieces)
+    assert list(found.ids) == bpe(kind, knows_end=False)(whole, add_special_tokens=False)["input_ids"]
+    assert found.read_as_text == (["<end>"] if "<end>" in whole else ())
 
 
 def _joined(parts: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:

@@ -62,8 +62,8 @@ class PromptCompletionFormat(ApiModel):
     answers end at the suffix."""
     allow_special_tokens: bool | None = None
     """What a control token of the model, such as `</s>`, means where it stands in a column. false or absent: ordinary
-    text, and `status.notices` has the number of such rows. true: the control token. In the templates and in `completionSuffix`
-    control tokens always are control tokens, and so are `model.addedTokens` everywhere."""
+    text, and `status.notices` has the number of such rows. true: the control token. In the templates and in
+    `completionSuffix` control tokens always are control tokens, and so are `model.addedTokens` everywhere."""
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -85,8 +85,8 @@ class TextFormat(ApiModel):
     """Column that holds the text."""
     allow_special_tokens: bool | None = None
     """What a control token of the model, such as `</s>`, means where it stands in the text. false or absent: ordinary
-    text, and `status.notices` has the number of such rows. true: the control token, for texts that a chat template has rendered
-    already. `model.addedTokens` always are tokens."""
+    text, and `status.notices` has the number of such rows. true: the control token, for texts that a chat template has
+    rendered already. `model.addedTokens` always are tokens."""
 
 
 class DatasetFormat(ApiModel):
