@@ -16,7 +16,6 @@ from finetune_core.api.dataset import DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.dataset import LengthLimit, check_columns, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
-from finetune_trainer.data.formats import required_columns
 from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.data.order import batches_per_epoch, global_batch
 from finetune_trainer.data.reader import read_rows
@@ -231,7 +230,7 @@ def test_parquet_rows_are_read_and_named_by_their_number(tmp_path: Path, tokeniz
     path = tmp_path / "train.parquet"
     table = pyarrow.table({"question": ["w1", "w2", None], "reply": ["w3", "w4", "w5"]})
     parquet.write_table(table, path, row_group_size=2)
-    check_columns(path, "dataset.train", required_columns(spec().format))
+    check_columns(path, "dataset.train", spec().format)
     rows = list(read_rows(path, "dataset.train"))
     assert [(row.number, row.unit, row.fields["reply"]) for row in rows] == [
         (1, "row", "w3"),
@@ -248,7 +247,7 @@ def test_parquet_rows_are_read_and_named_by_their_number(tmp_path: Path, tokeniz
             limit=length_limit(spec(), None),
         )
     with pytest.raises(UserError, match=r"no column 'text' in train.parquet; it has 'question', 'reply'"):
-        check_columns(path, "dataset.train", required_columns(spec({"text": {}}).format))
+        check_columns(path, "dataset.train", spec({"text": {}}).format)
 
 
 def test_tokens_are_kept_in_files_that_ranks_share(tmp_path: Path, tokenizer: Any) -> None:

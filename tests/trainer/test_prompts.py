@@ -21,8 +21,9 @@ from finetune_core.errors import UserError
 from finetune_core.row_templates import Piece
 from finetune_trainer.data.dataset import check_columns, length_limit, make_examples
 from finetune_trainer.data.examples import ExampleSet
-from finetune_trainer.data.formats import needed_columns, required_columns
+from finetune_trainer.data.formats import required_columns
 from finetune_trainer.data.piece_tokens import PieceTokenizer
+from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import add_tokens, load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.evaluation.sets import base_format
@@ -393,25 +394,23 @@ def test_a_name_that_no_row_has_is_named_with_the_names_that_the_file_has(
 ) -> None:
     path = tiny.write_jsonl(tmp_path / "train.jsonl", [{"a": "1", "prompt": "2", "completion": "3"}])
     dataset = spec({"promptCompletion": form}, validation=SOURCE)
+    field = "dataset.validation"
     with pytest.raises(UserError) as caught:
-        check_columns(path, "dataset.validation", needed_columns(dataset, "dataset.validation", base_prompt))
+        check_columns(path, field, dataset.format, base_prompt_columns(dataset, field, base_prompt))
     assert str(caught.value).startswith(problem)
 
 
 def test_a_column_that_only_some_rows_have_may_stand_in_an_optional_part(tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "t.jsonl", [{"prompt": "1", "completion": "2"}, {"input": "3"}])
     dataset = spec({"promptCompletion": {"template": "{prompt}{#input}{input}{/input}"}})
-    check_columns(path, "dataset.train", needed_columns(dataset, "dataset.train", None))
+    check_columns(path, "dataset.train", dataset.format)
 
 
 def test_the_columns_of_the_base_prompt_are_needed_in_the_scored_rows_only() -> None:
     dataset = spec({"promptCompletion": {}}, validation=SOURCE, test=SOURCE)
-    needed = {
-        field: [column.name for column in needed_columns(dataset, field, "{x}{prompt}")]
-        for field in ("dataset.train", "dataset.validation", "dataset.test")
-    }
-    assert needed["dataset.train"] == needed["dataset.validation"] == ["prompt", "completion"]
-    assert needed["dataset.test"] == ["prompt", "completion", "x", "prompt"]
+    assert base_prompt_columns(dataset, "dataset.train", "{x}") == []
+    assert base_prompt_columns(dataset, "dataset.validation", "{x}") == []
+    assert [column.name for column in base_prompt_columns(dataset, "dataset.test", "{x}{prompt}")] == ["x", "prompt"]
 
 
 # Where answers end.

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune_core.api.dataset import DatasetSpec
+from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.examples import ExampleSet, ExampleWriter
-from finetune_trainer.data.formats import TokenizeFunctions, renderer
+from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_columns
 from finetune_trainer.data.prompts import NamedColumn
 from finetune_trainer.data.reader import Row, first_rows, read_rows
 
@@ -48,10 +48,10 @@ def length_limit(dataset: DatasetSpec, context: int | None) -> LengthLimit:
     return LengthLimit(dataset.max_length, f"dataset.maxLength {dataset.max_length}")
 
 
-def check_columns(path: Path, field: str, needed: Sequence[NamedColumn]) -> None:
-    """Raise UserError if the file has no rows, or if no row has one of the columns ``needed``. Only the first
-    COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read. ``field`` names the file's field in the spec in error
-    messages: `dataset.train`."""
+def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable[NamedColumn] = ()) -> None:
+    """Raise UserError if the file has no rows, or if no row has one of the columns that the format ``form`` reads, or
+    one of the columns ``further``. Only the first COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read.
+    ``field`` names the file's field in the spec in error messages: `dataset.train`."""
     columns: dict[str, None] = {}
     parsed = total = 0
     for row in first_rows(read_rows(path, field), most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES):
@@ -63,7 +63,7 @@ def check_columns(path: Path, field: str, needed: Sequence[NamedColumn]) -> None
     if parsed == 0:
         # If no row can be parsed, nothing is raised here, because `make_examples` reports the problem of the first row.
         return
-    for column in needed:
+    for column in (*required_columns(form), *further):
         if column.name not in columns:
             names = ", ".join(repr(found) for found in list(columns)[:12])
             raise UserError(column.field, f"no column {column.name!r} in {path.name}; it has {names}")

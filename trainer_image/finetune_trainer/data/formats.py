@@ -11,14 +11,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from finetune_core.api.dataset import DatasetFormat, DatasetSpec, MessagesFormat
+from finetune_core.api.dataset import DatasetFormat, MessagesFormat
 from finetune_core.errors import UserError, valid_text
 from finetune_core.row_templates import HALF_PAIR, RowError
 from finetune_trainer.data.examples import Example
 from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.data.prompts import (
     NamedColumn,
-    base_prompt_columns,
     prompt_columns,
     render_prompt_completion,
     render_text,
@@ -58,16 +57,6 @@ def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
     if form.text is not None:
         return [NamedColumn("dataset.format.text.textField", form.text.text_field)]
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
-
-
-def needed_columns(dataset: DatasetSpec, field: str, base_prompt: str | None) -> Sequence[NamedColumn]:
-    """Return the columns that the data file of ``field`` (`dataset.train`) must have: those of the format and, in the
-    rows that the base model is scored on, those of ``base_prompt`` (`evaluation.basePrompt`). Raises UserError as
-    `required_columns` does."""
-    form = dataset.format
-    scored = "dataset.validation" if dataset.test is None else "dataset.test"
-    asked = form.prompt_completion if base_prompt is not None and field == scored else None
-    return [*required_columns(form), *(base_prompt_columns(asked, base_prompt or "") if asked is not None else ())]
 
 
 def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from finetune_core.api.dataset import PromptCompletionFormat, TextFormat
+from finetune_core.api.dataset import DatasetSpec, PromptCompletionFormat, TextFormat
 from finetune_core.errors import UserError
 from finetune_core.row_templates import Piece, RowError, RowTemplate, TemplateError, is_empty, parse, text_of
 from finetune_trainer.data.examples import Example
@@ -36,8 +36,14 @@ def prompt_columns(form: PromptCompletionFormat) -> list[NamedColumn]:
     ]
 
 
-def base_prompt_columns(form: PromptCompletionFormat, base_prompt: str) -> list[NamedColumn]:
-    """Return the columns that `evaluation.basePrompt` reads. Raises UserError if it is no template."""
+def base_prompt_columns(dataset: DatasetSpec, field: str, base_prompt: str | None) -> list[NamedColumn]:
+    """Return the columns that ``base_prompt`` (`evaluation.basePrompt`) reads in the data file of ``field``
+    (`dataset.train`). There are none but in the rows that the base model is scored on. Raises UserError if
+    ``base_prompt`` is no template."""
+    form = dataset.format.prompt_completion
+    scored = "dataset.validation" if dataset.test is None else "dataset.test"
+    if base_prompt is None or form is None or field != scored:
+        return []
     return _named(_parse(base_prompt, BASE_PROMPT, form), BASE_PROMPT, form)
 
 

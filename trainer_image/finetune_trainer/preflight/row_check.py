@@ -15,7 +15,8 @@ from finetune_core.api.sources import DataSource, S3Source
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import NoRowsError, check_columns, length_limit, make_examples
-from finetune_trainer.data.formats import needed_columns, required_columns
+from finetune_trainer.data.formats import required_columns
+from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import DATA_SUFFIXES, Row, content_bytes, first_rows, read_rows
 from finetune_trainer.data.tokenizer import tokenize_functions
 from finetune_trainer.pod.settings import Paths
@@ -72,7 +73,7 @@ def check_rows(
     head = _fetch_head(source, field, paths, store, folder)
     if head is None:
         return [f"{field}: its first row is too far from the beginning to be checked before the training"]
-    check_columns(head.path, field, needed_columns(dataset, field, base_prompt))
+    check_columns(head.path, field, dataset.format, base_prompt_columns(dataset, field, base_prompt))
     if model is None:
         return []
     columns = [column.name for column in required_columns(dataset.format)]
