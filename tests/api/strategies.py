@@ -33,8 +33,9 @@ _LABEL_KEYS = st.from_regex(
     r"([a-z][a-z0-9]{0,8}\.[a-z]{2,5}/)?[A-Za-z0-9]([-._A-Za-z0-9]{0,12}[A-Za-z0-9])?", fullmatch=True
 )
 _RATES = st.sampled_from(["1e-4", "5e-6", "1", "0.25", "3E-05", "1.0e-0", "0.00001"])
-_SENTENCES = st.text(max_size=12).flatmap(
-    lambda before: st.text(max_size=12).map(lambda after: f"{before}{{prompt}}{after}")
+_WORDS = st.text(max_size=12).map(lambda text: text.replace("{", "{{").replace("}", "}}"))
+_TEMPLATES = st.tuples(_WORDS, st.sampled_from(["{prompt}", "{#a b}{prompt}{/a b}", "{^x}-{/x}{é}"]), _WORDS).map(
+    "".join
 )
 _FOLDERS = st.from_regex(r"(/[A-Za-z0-9_][-._A-Za-z0-9]{0,8}){1,3}", fullmatch=True).filter(
     lambda path: not any(path == own or path.startswith(f"{own}/") for own in RESERVED_FOLDERS)
@@ -42,8 +43,9 @@ _FOLDERS = st.from_regex(r"(/[A-Za-z0-9_][-._A-Za-z0-9]{0,8}){1,3}", fullmatch=T
 _CHOSEN: dict[SchemaPath, st.SearchStrategy[Any]] = {
     ("training", "learningRate"): _RATES,
     ("lora", "dropout"): st.sampled_from(["0", "0.05", "5e-2", "0.999"]),
-    ("dataset", "format", "promptCompletion", "template"): _SENTENCES,
-    ("evaluation", "basePrompt"): _SENTENCES,
+    ("dataset", "format", "promptCompletion", "template"): _TEMPLATES,
+    ("dataset", "format", "promptCompletion", "completion"): _TEMPLATES,
+    ("evaluation", "basePrompt"): _TEMPLATES,
     ("podTemplate", "volumes", "[]", "mountPath"): _FOLDERS,
 }
 

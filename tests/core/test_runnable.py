@@ -53,6 +53,67 @@ def test_what_only_the_operator_knows(path: str, value: Any, sentence: str) -> N
     assert str(caught.value).startswith(sentence)
 
 
+FORM = "dataset.format.promptCompletion"
+
+
+@pytest.mark.parametrize(
+    ("form", "base_prompt", "sentence"),
+    [
+        ({"template": "{a}{#b}"}, None, f"spec.{FORM}.template: must close each optional part: there is no `{{/b}}`"),
+        (
+            {"completion": "{a}{/b}"},
+            None,
+            f"spec.{FORM}.completion: must close its optional parts in the",
+        ),
+        ({}, "{#a}{prompt}", "spec.evaluation.basePrompt: must close each optional part: there is no `{/a}`"),
+        (
+            {"template": "{q} {completion}"},
+            None,
+            f"spec.{FORM}.template: must not show every column of the completion: the prompt would give",
+        ),
+        (
+            {"completion": "{a}{b}"},
+            "{b}{a}",
+            "spec.evaluation.basePrompt: must not show every column of the completion",
+        ),
+        (
+            {"template": "{a}", "promptField": "x"},
+            None,
+            f"spec.{FORM}.promptField: must be absent, because no template uses it: `template` holds no `{{prompt}}`",
+        ),
+        (
+            {"completion": "{a}", "completionField": "x"},
+            None,
+            f"spec.{FORM}.completionField: must be absent, because no template uses it: `completion` holds no",
+        ),
+    ],
+)
+def test_templates_that_can_not_be_meant_are_refused(
+    form: dict[str, Any], base_prompt: str | None, sentence: str
+) -> None:
+    document = quickstart("dataset.format", {"promptCompletion": form})
+    if base_prompt is not None:
+        document["spec"]["dataset"]["task"] = "GSM8K"
+        document["spec"]["evaluation"]["basePrompt"] = base_prompt
+    with pytest.raises(UserError) as caught:
+        resolve(FineTuneJob.model_validate(document), report=None)
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"template": "{question} {prompt}", "promptField": "x"},
+        {"template": "{x}", "promptField": "x"},
+        {"template": "{q}", "completion": "{q} because {why}"},
+        {"template": "{#completion}{q}{/completion}"},
+    ],
+)
+def test_templates_that_can_be_meant_can_be_run(form: dict[str, Any]) -> None:
+    assert unrunnable(job("dataset.format", {"promptCompletion": form}).spec) == []
+
+
 @pytest.mark.parametrize("key", RESERVED_KEYS)
 def test_a_key_that_another_field_decides_is_refused(key: str) -> None:
     text = "1"

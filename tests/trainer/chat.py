@@ -16,6 +16,7 @@ from finetune_core.api.dataset import MessagesFormat
 from finetune_trainer.data.chat.chat_template import ChatTemplate
 from finetune_trainer.data.chat.conversations import conversation_renderer
 from finetune_trainer.data.examples import Example
+from finetune_trainer.data.piece_tokens import PieceTokenizer
 
 CONTROL = r"<[|｜][^<>\s'\"]{1,40}?>|<[a-z_\"]+\|>|<(?:start_of_turn|end_of_turn|end_of_utterance|/s)>"
 """What control tokens look like in the text of a template."""
@@ -60,7 +61,7 @@ def rendered(
 ) -> Sequence[Example] | str:
     """Return the examples of ``row``. ``ends`` are the tokens at which the model stops, besides `<eos>`."""
     stops = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
-    template = ChatTemplate(tokenizer, stops, today)
+    template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer), ends=stops, today=today)
     return conversation_renderer(MessagesFormat.model_validate(form), template, tokenizer.eos_token_id)(row)
 
 

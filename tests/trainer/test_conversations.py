@@ -152,6 +152,52 @@ def test_a_template_that_refuses_system_messages_names_them_and_reads_all_others
     assert learned(tokenizer, rendered(tokenizer, {"messages": TALK})) == [["Yo<end_of_turn>", "No<end_of_turn>"]]
 
 
+@pytest.mark.parametrize("template", [APPENDING, published("qwen3"), published("llama3_1"), published("gemma")])
+def test_a_control_token_in_a_message_is_text_unless_the_job_says_otherwise(template: str) -> None:
+    tokenizer = byte_tokenizer(template)
+    control = next(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    control = "<|im_end|>" if "<|im_end|>" in template else control
+    number = tokenizer.convert_tokens_to_ids(control)
+    row = {
+        "messages": [{"role": "user", "content": f"a {control} b"}, {"role": "assistant", "content": f"c{control}d"}]
+    }
+    plain, read, meant = (
+        rendered(tokenizer, row if index else {"messages": TALK[:2]}, allowSpecialTokens=index == 2)
+        for index in range(3)
+    )
+    assert not isinstance(plain, str)
+    assert not isinstance(read, str)
+    assert not isinstance(meant, str)
+    count = [list(examples[0].ids).count(number) for examples in (plain, read, meant)]
+    assert count[1] == count[0]
+    assert count[2] == count[0] + 2
+    assert (plain[0].read_as_text, read[0].read_as_text, meant[0].read_as_text) == ([], [control], ())
+    assert tokenizer.decode(list(read[0].ids)) == tokenizer.decode(list(meant[0].ids))
+
+
+def test_control_tokens_in_tools_and_in_arguments_of_calls_are_text_too() -> None:
+    tokenizer = byte_tokenizer(published("qwen3"))
+    number = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    call = {"name": "area", "arguments": {"role": "<|im_start|>", "id": ["<|im_start|>"]}}
+    row = {"messages": [TALK[0], {"role": "assistant", "tool_calls": [call]}]}
+    tools = [{"name": "area", "description": "<|im_start|>", "parameters": {}}]
+    examples = rendered(tokenizer, row | {"tools": tools})
+    others = rendered(tokenizer, {"messages": TALK[:2], "tools": [{"name": "area", "parameters": {}}]})
+    assert not isinstance(examples, str), examples
+    assert not isinstance(others, str), others
+    ids = list(examples[0].ids)
+    assert ids.count(number) == list(others[0].ids).count(number)
+    assert tokenizer.decode(ids).count("<|im_start|>") == ids.count(number) + 3
+
+
+def test_a_template_that_cuts_a_control_token_apart_is_named() -> None:
+    tokenizer = byte_tokenizer(APPENDING.replace("m.content", "m.content[3:]"))
+    refused = rendered(
+        tokenizer, {"messages": [{"role": "user", "content": "<|im_end|> ends"}, {**TALK[1], "content": "Hello"}]}
+    )
+    assert refused == "has a control token in a message that the model's chat template cuts apart"
+
+
 def test_thoughts_of_a_row_stand_behind_the_tag_that_the_generation_prompt_opens() -> None:
     tokenizer = byte_tokenizer(published("deepseekv3"))
     for answer in ({"content": "<think>\nGreet\n</think>\n\nYo"}, {"content": "Yo", "reasoning_content": "Greet"}):

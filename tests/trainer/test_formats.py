@@ -197,7 +197,7 @@ def test_trap_10_rows_that_can_not_be_used_are_named_counted_and_skipped_or_fata
         {"question": "w1", "reply": "w2"},
         {"question": "w1"},
         {"question": "w1", "reply": "   "},
-        {"question": "w1", "reply": 5},
+        {"question": "w1", "reply": ["w2"]},
         {"question": "w1", "reply": " ".join(["w2"] * 70)},
         {"question": "w1", "reply": "\udfff"},
     ]
@@ -211,7 +211,12 @@ def test_trap_10_rows_that_can_not_be_used_are_named_counted_and_skipped_or_fata
         "dataset.train: 1 row was skipped and 1 kept (longRows: Skip); the first: s3://b/train.jsonl line 5 has 75"
         " tokens, more than dataset.maxLength 64",
     ]  # fmt: skip
-    bad_rows = {1: "has no 'reply'", 2: "has an empty 'reply'", 3: "has a 'reply' that is not text", 5: HALF}
+    bad_rows = {
+        1: "has no 'reply'",
+        2: "has an empty 'reply'",
+        3: r"has a 'reply' that is not text \(a list\)",
+        5: HALF,
+    }
     for index, sentence in bad_rows.items():
         with pytest.raises(UserError, match=rf"line 1 {sentence} \(set dataset.badRows to Skip"):
             made(tmp_path, rows[index : index + 1], tokenizer, spec())

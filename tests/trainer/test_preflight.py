@@ -76,6 +76,19 @@ def test_nothing_is_found_where_nothing_is_wrong_and_nothing_is_left_behind(chec
             " it has 'question', 'reply'",
         ),
         (
+            {f"{FIELD}__template": "{question}{#input}{input}{/input}"},
+            FINAL,
+            "dataset.format.promptCompletion.template: no column 'input' in train.jsonl; it has 'question', 'reply'",
+        ),
+        (
+            {
+                "evaluation__basePrompt": "{prompt} {hint}",
+                "dataset__validation": {"s3": {"uri": f"s3://{BUCKET}/data/train.jsonl"}},
+            },
+            FINAL,
+            "evaluation.basePrompt: no column 'hint' in train.jsonl; it has 'question', 'reply'",
+        ),
+        (
             {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/data/absent.jsonl"}}},
             FINAL,
             f"dataset.train.s3.uri: there is no object s3://{BUCKET}/data/absent.jsonl",
@@ -107,7 +120,18 @@ def test_nothing_is_found_where_nothing_is_wrong_and_nothing_is_left_behind(chec
             "storage.uri: bucket 'no-such-bucket' does not exist at {endpoint}",
         ),
     ],
-    ids=["column", "no data", "no test rows", "no model", "long row", "no template", "token twice", "no bucket"],
+    ids=[
+        "column",
+        "column of a template",
+        "column of the base prompt",
+        "no data",
+        "no test rows",
+        "no model",
+        "long row",
+        "no template",
+        "token twice",
+        "no bucket",
+    ],
 )
 def test_the_cause_is_named(
     changes: dict[str, Any], kind: FindingKind, sentence: str, check: Check, store: ObjectStore

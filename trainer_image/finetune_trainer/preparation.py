@@ -118,7 +118,7 @@ def prepare_node(plan: WorkerPlan) -> PreparationSummary:
         check_mergeable([f"{name}.weight" for name in adapted(structure, targets)], base_model_folder(plan))
     tokenizer = _job_tokenizer(plan)
     ends = stop_ids(tokenizer, config.dataset.format, model_stop_ids(plan.inputs.model))
-    tokenize = tokenize_functions(tokenizer, ends=ends, today=config.template_date)
+    tokenize = tokenize_functions(tokenizer, config.model.added_tokens, ends=ends, today=config.template_date)
     limit = length_limit(config.dataset, structure.context)
     notices: list[str] = []
     if config.model.added_tokens and targets and not adapts_an_embedding(structure, targets):

@@ -8,10 +8,30 @@ from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ENTRIES, ApiModel, cel, exactly_one_of
 from finetune_core.api.sources import DataSource
+from finetune_core.row_templates import SHOWS_A_COLUMN_PATTERN, WELL_FORMED_PATTERN
 from finetune_core.tasks import NO_TASK, TaskName, task_field_text
 
 FieldName = Annotated[str, Field(min_length=1, max_length=128)]
 """Name of a column in the data files."""
+TemplateText = Annotated[str, Field(max_length=8192)]
+"""A template, in the language of `finetune_core.row_templates`."""
+
+
+def template_rules(field: str, example: str, *, optional: bool = False) -> tuple[tuple[str, str], ...]:
+    """Return the CEL rules about a field that holds a template, with their messages. ``example`` is the name of a
+    column that the messages show."""
+    absent = f"!has(self.{field}) || " if optional else ""
+    return (
+        (
+            f"{absent}self.{field}.matches('{WELL_FORMED_PATTERN}')",
+            f"`{field}` must name a column in each pair of braces, as in `{{{example}}}`, and hold a brace of the text"
+            " twice (`{{` or `}}`)",
+        ),
+        (
+            f"{absent}self.{field}.matches('{SHOWS_A_COLUMN_PATTERN}')",
+            f"`{field}` must hold a column of the row, such as `{{{example}}}`",
+        ),
+    )
 
 
 class PromptCompletionFormat(ApiModel):
@@ -19,21 +39,36 @@ class PromptCompletionFormat(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            ("self.template.contains('{prompt}')", "`template` must contain `{prompt}`, the place of the prompt"),
+            *template_rules("template", "prompt"),
+            *template_rules("completion", "completion", optional=True),
             ("self.promptField != self.completionField", "`promptField` and `completionField` must differ"),
         )
     )
 
     prompt_field: FieldName = "prompt"
-    """Column that holds the prompt."""
+    """Column that `{prompt}` stands for."""
     completion_field: FieldName = "completion"
-    """Column that holds the completion."""
-    template: Annotated[str, Field(max_length=8192)] = "{prompt}"
-    """Text before the completion, in which `{prompt}` stands for the row's prompt, for example `"Question: {prompt}
-    Answer: "`. The completion follows without a space in between."""
+    """Column that `{completion}` stands for."""
+    template: TemplateText = "{prompt}"
+    """Text before the completion, in which `{name}` stands for the column `name` of the row: `"Question: {prompt}
+    Answer: "` or `"{instruction}\\n{input}\\n"`. `{#name}...{/name}` is a part that stands only where the column has a
+    value, `{^name}...{/name}` one that stands only where it has none, and `{{` and `}}` are braces. The completion
+    follows without a space in between. docs/prompts.md has the rules."""
+    completion: TemplateText | None = None
+    """The completion, as a template like `template`, for example `"{reasoning}\\n#### {answer}"`. Absent: the column
+    `completionField`."""
     completion_suffix: Annotated[str, Field(max_length=256)] = ""
     """Text after the completion, for example `<END_A>`. The model learns the suffix like the completion, and generated
     answers end at the suffix."""
+    allow_special_tokens: bool | None = None
+    """What a control token of the model, such as `</s>`, means where it stands in a column. false or absent: ordinary
+    text, and `status.notices` has the number of such rows. true: the control token. In the templates and in
+    `completionSuffix` control tokens always are control tokens, and so are `model.addedTokens` everywhere."""
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The columns that `{prompt}` and `{completion}` stand for, by these names."""
+        return {"prompt": self.prompt_field, "completion": self.completion_field}
 
 
 class ChatTemplate(ApiModel):
@@ -75,6 +110,10 @@ class MessagesFormat(ApiModel):
     }
     """For names of roles in the rows, the role of the chat template that they stand for. A name that is not listed is
     passed to the template as it is. The default is for the rows of ShareGPT."""
+    allow_special_tokens: bool | None = None
+    """What a control token of the model, such as `</s>`, means where it stands in a message. false or absent: ordinary
+    text, and `status.notices` has the number of such rows. true: the control token. `model.addedTokens` always are
+    tokens."""
 
 
 class TextFormat(ApiModel):
@@ -82,6 +121,10 @@ class TextFormat(ApiModel):
 
     text_field: FieldName = "text"
     """Column that holds the text."""
+    allow_special_tokens: bool | None = None
+    """What a control token of the model, such as `</s>`, means where it stands in the text. false or absent: ordinary
+    text, and `status.notices` has the number of such rows. true: the control token, for texts that a chat template has
+    rendered already. `model.addedTokens` always are tokens."""
 
 
 class DatasetFormat(ApiModel):

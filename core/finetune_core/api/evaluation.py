@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from finetune_core.api.base import ApiModel, DecimalString, cel
+from finetune_core.api.dataset import TemplateText, template_rules
 
 BestBy = Literal["Perplexity", "TaskScore"]
 """The score by which checkpoints are compared: the validation perplexity, or the main score of `dataset.task`."""
@@ -38,10 +39,7 @@ class EvaluationSpec(ApiModel):
                 "!has(self.minDelta) || has(self.patience)",
                 "`minDelta` must be absent unless `patience` is set",
             ),
-            (
-                "!has(self.basePrompt) || self.basePrompt.contains('{prompt}')",
-                "`basePrompt` must contain `{prompt}`, the place of the prompt",
-            ),
+            *template_rules("basePrompt", "prompt", optional=True),
         )
     )
 
@@ -50,9 +48,9 @@ class EvaluationSpec(ApiModel):
     evaluated too."""
     generation: GenerationSpec | None = None
     """Limits of generated answers. Only with a `dataset.task`."""
-    base_prompt: Annotated[str, Field(max_length=8192)] | None = None
-    """Prompt template for the base model's score, in which `{prompt}` stands for the prompt. Absent: the template of
-    `dataset.format`. Useful where the base model needs an instruction that the tuned model has learned."""
+    base_prompt: TemplateText | None = None
+    """Template like `dataset.format.promptCompletion.template` for the base model's score. Absent: that template.
+    Useful where the base model needs an instruction that the tuned model has learned."""
     best_by: BestBy = "Perplexity"
     """Score that makes a checkpoint the best: the lowest validation perplexity, or the highest main score of
     `dataset.task`."""

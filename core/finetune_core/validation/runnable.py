@@ -15,6 +15,7 @@ from finetune_core.api.spec import FineTuneJobSpec
 from finetune_core.errors import UserError
 from finetune_core.planning.training_plan import process_share
 from finetune_core.validation.overrides import override_problems
+from finetune_core.validation.templates import template_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
             UserError("spec.resources.sharedMemory", f"must be less than `memory`, which is {spec.resources.memory}")
         )
     problems += _too_small_share(spec)
+    problems += template_problems(spec)
     stored = spec.to_json()
     for field in NOT_YET:
         if _value(stored, field.path) not in field.honoured:

@@ -16,6 +16,7 @@ from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.examples import ExampleSet, ExampleWriter
 from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_columns
+from finetune_trainer.data.prompts import NamedColumn
 from finetune_trainer.data.reader import Row, first_rows, read_rows
 
 COLUMN_CHECK_BYTES = 8 * 1024 * 1024
@@ -47,10 +48,10 @@ def length_limit(dataset: DatasetSpec, context: int | None) -> LengthLimit:
     return LengthLimit(dataset.max_length, f"dataset.maxLength {dataset.max_length}")
 
 
-def check_columns(path: Path, field: str, form: DatasetFormat) -> None:
-    """Raise UserError if the file has no rows, or lacks a column that the format ``form`` reads. Only the first
-    COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read. ``field`` names the file's field in the spec in error
-    messages: `dataset.train`."""
+def check_columns(path: Path, field: str, form: DatasetFormat, further: Iterable[NamedColumn] = ()) -> None:
+    """Raise UserError if the file has no rows, or if no row has one of the columns that the format ``form`` reads, or
+    one of the columns ``further``. Only the first COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read.
+    ``field`` names the file's field in the spec in error messages: `dataset.train`."""
     columns: dict[str, None] = {}
     parsed = total = 0
     for row in first_rows(read_rows(path, field), most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES):
@@ -62,12 +63,10 @@ def check_columns(path: Path, field: str, form: DatasetFormat) -> None:
     if parsed == 0:
         # If no row can be parsed, nothing is raised here, because `make_examples` reports the problem of the first row.
         return
-    for option, column in required_columns(form).items():
-        if column not in columns:
-            raise UserError(
-                option,
-                f"no column {column!r} in {path.name}; it has {', '.join(repr(found) for found in list(columns)[:12])}",
-            )
+    for column in (*required_columns(form), *further):
+        if column.name not in columns:
+            names = ", ".join(repr(found) for found in list(columns)[:12])
+            raise UserError(column.field, f"no column {column.name!r} in {path.name}; it has {names}")
 
 
 def make_examples(
@@ -81,7 +80,8 @@ def make_examples(
     keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
     """Return the examples of ``rows``, and notices: how many bad rows and how many long rows were skipped, and how many
-    examples the rows became where a row became more than one. A row is skipped as a whole.
+    examples the rows became where a row became more than one. A row is skipped as a whole. Another notice says how many
+    of the kept rows have control tokens in their text that were read as ordinary text.
 
     ``source`` names the data file in messages (`s3://bucket/train.jsonl`), and ``field`` is its path in the spec
     (`dataset.train`). With ``keep_rows`` the result also holds the data row of each example, because graders read the
@@ -93,6 +93,7 @@ def make_examples(
     render = renderer(dataset.format, tokenize)
     made = ExampleWriter()
     used = 0
+    read_as_text: list[str] = []
     problems: dict[str, list[str]] = {"badRows": [], "longRows": []}
 
     def refuse(option: Literal["badRows", "longRows"], policy: Literal["Fail", "Skip"], problem: str) -> None:
@@ -113,11 +114,16 @@ def make_examples(
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} has no token to learn")
         else:
             used += 1
+            controls = [token for example in rendered for token in example.read_as_text]
+            if controls:
+                read_as_text.append(f"{row.place(source)} ({controls[0]!r})")
             for example in rendered:
                 made.add(example, row if keep_rows else None)
     notices = [_skipped(found, field, f"{option}: Skip", total=used) for option, found in problems.items() if found]
     if len(made) > used:
         notices.append(f"{field}: {used} {'row' if used == 1 else 'rows'} became {len(made)} examples")
+    if read_as_text:
+        notices.append(_controls(read_as_text, field))
     if not len(made):
         raise NoRowsError(field, f"{source} has no row left to use" + "".join(f"; {text}" for text in notices))
     return made.finish(), notices
@@ -128,3 +134,13 @@ def _skipped(problems: Sequence[str], field: str, what: str, *, total: int) -> s
     row."""
     rows = "1 row was" if len(problems) == 1 else f"{len(problems)} rows were"
     return f"{field}: {rows} skipped and {total} kept ({what}); the first: {problems[0]}"
+
+
+def _controls(places: Sequence[str], field: str) -> str:
+    """Return a notice about rows with control tokens that were read as ordinary text. ``places`` has an entry for each
+    such row."""
+    rows = "1 row has control tokens" if len(places) == 1 else f"{len(places)} rows have control tokens"
+    return (
+        f"{field}: {rows} of the model in the text, which were read as ordinary text (set allowSpecialTokens of"
+        f" dataset.format to true if they are meant as such); the first: {places[0]}"
+    )

@@ -29,6 +29,9 @@ class Example(NamedTuple):
 
     ids: Sequence[int] | npt.NDArray[np.integer]
     spans: Sequence[tuple[int, int]]
+    read_as_text: Sequence[str] = ()
+    """The control tokens, such as `</s>`, that stand in the data row and were read as ordinary text. `ExampleSet` does
+    not keep them."""
 
     @property
     def supervised_tokens(self) -> int:

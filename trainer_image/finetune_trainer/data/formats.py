@@ -10,23 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from finetune_core.api.dataset import DatasetFormat, PromptCompletionFormat, TextFormat
-from finetune_core.errors import UserError, valid_text
+from finetune_core.api.dataset import DatasetFormat
+from finetune_core.errors import UserError
+from finetune_core.row_templates import RowError
 from finetune_trainer.data.chat.chat_template import ChatTemplate
 from finetune_trainer.data.chat.conversations import conversation_renderer
-from finetune_trainer.data.chat.messages import HALF_PAIR, optional_columns
+from finetune_trainer.data.chat.messages import optional_columns
 from finetune_trainer.data.examples import Example
+from finetune_trainer.data.piece_tokens import PieceTokenizer
+from finetune_trainer.data.prompts import (
+    NamedColumn,
+    prompt_columns,
+    render_prompt_completion,
+    render_text,
+)
 
 
 class TokenizeFunctions(NamedTuple):
     """The functions that turn text into token ids, and the id of the end token. `tokenizer.py` makes them from a
     tokenizer."""
 
-    prompt: Callable[[str], Sequence[int]]
-    """Tokenizes text that begins an example. Special tokens that the tokenizer puts in front, such as BOS, are
-    included."""
-    completion: Callable[[str], Sequence[int]]
-    """Tokenizes text that follows other text in an example. No special tokens are added."""
+    pieces: PieceTokenizer
+    """Tokenizes the pieces of rendered templates."""
     end: int
     """Id of the end token (EOS), with which every example ends."""
     chat: ChatTemplate | None = None
@@ -39,25 +44,21 @@ says what is wrong.
 """
 
 
-def required_columns(form: DatasetFormat) -> Mapping[str, str]:
-    """Return the names of the columns that a format reads. The keys are the fields of the spec that hold these names,
-    for example `dataset.format.text.textField`."""
+def required_columns(form: DatasetFormat) -> Sequence[NamedColumn]:
+    """Return the columns that a format reads. No other columns of a data file are needed to make examples. Raises
+    UserError if a template of the format is none."""
     if form.prompt_completion is not None:
-        path = "dataset.format.promptCompletion"
-        return {
-            f"{path}.promptField": form.prompt_completion.prompt_field,
-            f"{path}.completionField": form.prompt_completion.completion_field,
-        }
+        return prompt_columns(form.prompt_completion)
     if form.messages is not None:
-        return {"dataset.format.messages.messagesField": form.messages.messages_field}
+        return [NamedColumn("dataset.format.messages.messagesField", form.messages.messages_field)]
     if form.text is not None:
-        return {"dataset.format.text.textField": form.text.text_field}
+        return [NamedColumn("dataset.format.text.textField", form.text.text_field)]
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
 
 
 def columns_read(form: DatasetFormat) -> list[str]:
     """Return all columns that a format reads, also those that a data file need not have."""
-    found = list(required_columns(form).values())
+    found = [column.name for column in required_columns(form)]
     return [*found, *optional_columns(form.messages)] if form.messages is not None else found
 
 
@@ -65,7 +66,7 @@ def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
     """Return the function that renders rows in the format ``form``. Raises UserError if the format is chat messages and
     the tokenizer has no chat template."""
     if form.prompt_completion is not None:
-        return _prompt_completion(form.prompt_completion, tokenize)
+        return _one_example(render_prompt_completion(form.prompt_completion, tokenize.pieces))
     if form.messages is not None:
         if tokenize.chat is None:
             raise UserError(
@@ -75,55 +76,17 @@ def renderer(form: DatasetFormat, tokenize: TokenizeFunctions) -> Render:
             )
         return conversation_renderer(form.messages, tokenize.chat, tokenize.end)
     if form.text is not None:
-        return _text(form.text, tokenize)
+        return _one_example(render_text(form.text, tokenize.pieces))
     raise UserError("dataset.format", "must be one of promptCompletion, messages, text")
 
 
-def _field(fields: Mapping[str, Any], column: str) -> tuple[str, str | None]:
-    """Return the text in a column of the row, and None. If the column is missing or no text, return an empty text and a
-    phrase with the problem."""
-    value = fields.get(column)
-    if value is None:
-        return "", f"has no {column!r}"
-    if not isinstance(value, str):
-        return "", f"has a {column!r} that is not text"
-    if not _is_valid(value):
-        return "", f"has a {column!r} that is not text ({HALF_PAIR})"
-    return value, None
-
-
-def _is_valid(text: str) -> bool:
-    """Return whether ``text`` has no half of a surrogate pair."""
-    return valid_text(text) == text
-
-
-def _prompt_completion(form: PromptCompletionFormat, tokenize: TokenizeFunctions) -> Render:
-    """Return the function that renders rows with a prompt and a completion. Prompt and completion are tokenized
-    separately, because at inference the model receives the tokens of the prompt alone."""
+def _one_example(make: Callable[[Mapping[str, Any]], Example]) -> Render:
+    """Return the function that renders a row as the one example that ``make`` makes of it."""
 
     def render(fields: Mapping[str, Any]) -> Sequence[Example] | str:
-        prompt, problem = _field(fields, form.prompt_field)
-        completion, other = _field(fields, form.completion_field)
-        if problem or other:
-            return problem or other or ""
-        if not completion.strip():
-            return f"has an empty {form.completion_field!r}"
-        before = tokenize.prompt(form.template.replace("{prompt}", prompt))
-        answer = tokenize.completion(completion + form.completion_suffix)
-        ids = (*before, *answer, tokenize.end)
-        return [Example(ids, ((len(before), len(ids)),))]
-
-    return render
-
-
-def _text(form: TextFormat, tokenize: TokenizeFunctions) -> Render:
-    def render(fields: Mapping[str, Any]) -> Sequence[Example] | str:
-        text, problem = _field(fields, form.text_field)
-        if problem:
-            return problem
-        if not text.strip():
-            return f"has an empty {form.text_field!r}"
-        ids = (*tokenize.prompt(text), tokenize.end)
-        return [Example(ids, ((0, len(ids)),))]
+        try:
+            return [make(fields)]
+        except RowError as error:
+            return str(error)
 
     return render

@@ -19,6 +19,8 @@ from finetune_core.errors import UserError
 from finetune_trainer.data.chat.chat_template import ChatTemplate
 from finetune_trainer.data.chat.conversations import answer_ends
 from finetune_trainer.data.formats import TokenizeFunctions
+from finetune_trainer.data.piece_tokens import PieceTokenizer
+from finetune_trainer.data.prompts import completion_ending
 from finetune_trainer.pod.errors import first_line
 
 
@@ -52,39 +54,35 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
 
 
 def tokenize_functions(
-    tokenizer: PreTrainedTokenizerBase, *, ends: Sequence[int] = (), today: date | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    added_tokens: Sequence[str] = (),
+    *,
+    ends: Sequence[int] = (),
+    today: date | None = None,
 ) -> TokenizeFunctions:
-    """Return the functions with which `formats.py` turns text into token ids. ``ends`` are the ids of `stop_ids`, and
-    only the end token if empty. ``today`` is the date that a chat template gets; None means the real one."""
-    end = tokenizer.eos_token_id
-
-    def prompt(text: str) -> Sequence[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
-        # The end token is removed, because some tokenizers append it to every text, and after a prompt it would end the
-        # example.
-        return ids[:-1] if ids and ids[-1] == end else ids
-
-    def completion(text: str) -> Sequence[int]:
-        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    chat = ChatTemplate(tokenizer, ends or [end], today) if tokenizer.chat_template else None
-    return TokenizeFunctions(prompt, completion, end, chat)
+    """Return the functions with which `formats.py` turns text into token ids. ``added_tokens`` are those of
+    `model.addedTokens` that the tokenizer has. ``ends`` are the ids of `stop_ids`, and only the end token if empty.
+    ``today`` is the date that a chat template gets; None means the real one."""
+    end, pieces = tokenizer.eos_token_id, PieceTokenizer(tokenizer, added_tokens)
+    if not tokenizer.chat_template:
+        return TokenizeFunctions(pieces, end)
+    chat = ChatTemplate(tokenizer, pieces, ends=ends or [end], today=today, added_tokens=added_tokens)
+    return TokenizeFunctions(pieces, end, chat)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, form: DatasetFormat, model_stop_ids: Sequence[int] = ()) -> list[int]:
     """Return the ids of the tokens at which generation stops. These are the end token, the ids of ``model_stop_ids``
-    that the tokenizer knows, the token that ends an answer of the chat template and, if it is an added token, the first
-    token of `completionSuffix`.
+    that the tokenizer knows, the token that ends an answer of the chat template, and the first added token in what
+    every completion ends with: in the text behind the last column of `completion`, or in `completionSuffix`.
 
-    A suffix that begins with ordinary text adds no stop token, because the same token may occur within an answer.
+    An ending of ordinary text adds no stop token, because the same token may occur within an answer.
     """
-    suffix = form.prompt_completion.completion_suffix if form.prompt_completion is not None else ""
-    ids: Sequence[int] = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
-    ends = {tokenizer.eos_token_id, *(ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else [])}
-    ends.update(number for number in model_stop_ids if 0 <= number < len(tokenizer))
+    ending = completion_ending(form.prompt_completion) if form.prompt_completion is not None else ""
+    ids: Sequence[int] = tokenizer(ending, add_special_tokens=False)["input_ids"] if ending else []
+    added = [number for number in ids if number in tokenizer.added_tokens_decoder and number != tokenizer.unk_token_id]
+    ends = {tokenizer.eos_token_id, *added[:1], *(n for n in model_stop_ids if 0 <= n < len(tokenizer))}
     if form.messages is not None and tokenizer.chat_template:
-        template = ChatTemplate(tokenizer, sorted(ends))
+        template = ChatTemplate(tokenizer, PieceTokenizer(tokenizer), ends=sorted(ends))
         ends.update(answer_ends(form.messages, template, tokenizer.eos_token_id))
     return sorted(ends)
 

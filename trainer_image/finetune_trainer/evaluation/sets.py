@@ -19,6 +19,7 @@ from finetune_core.tasks import NO_TASK
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import LengthLimit, make_examples
 from finetune_trainer.data.examples import ExampleSet
+from finetune_trainer.data.prompts import completion_columns
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.model.structure import read_structure
@@ -112,7 +113,10 @@ def _suffix(form: DatasetFormat) -> str:
 def _has_one_line_references(config: RunConfig, examples: ExampleSet) -> bool:
     """Return whether every reference answer of the evaluation set is a single line."""
     form = config.dataset.format.prompt_completion
-    return form is not None and not any("\n" in str(row.fields.get(form.completion_field)) for row in examples.rows)
+    columns = completion_columns(form) if form is not None else ()
+    return form is not None and not any(
+        "\n" in str(row.fields.get(column)) for row in examples.rows for column in columns
+    )
 
 
 def tuned_model_set(plan: WorkerPlan, data: TrainingData) -> EvaluationSet | None:

@@ -146,7 +146,16 @@ def _check_inputs(
             continue
         field = f"dataset.{part}"
         check = partial(
-            check_rows, dataset, source, field, paths, root.store, folder / part, model, config.template_date
+            check_rows,
+            dataset,
+            source,
+            field,
+            paths,
+            root.store,
+            folder / part,
+            model,
+            today=config.template_date,
+            base_prompt=config.evaluation.base_prompt,
         )
         findings.notice(*(findings.collect(field, check) or []))
 

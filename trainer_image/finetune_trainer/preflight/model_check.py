@@ -43,6 +43,8 @@ class ModelFacts:
     """Longest sequence in tokens that the model can read. None if `config.json` names no limit."""
     folder: Path
     """Local folder with the small files of the model, among them its chat templates."""
+    added_tokens: Sequence[str] = ()
+    """The tokens of `model.addedTokens`, which the tokenizer has."""
 
 
 def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) -> ModelFacts:
@@ -58,7 +60,7 @@ def check_model(files: ModelFiles, folder: Path, added_tokens: Sequence[str]) ->
     context = check_configuration(folder, files.field)
     tokenizer = load_tokenizer(folder)
     add_tokens(tokenizer, added_tokens)
-    return ModelFacts(tokenizer, context, folder)
+    return ModelFacts(tokenizer, context, folder, added_tokens)
 
 
 def check_weights(files: ModelFiles) -> None:

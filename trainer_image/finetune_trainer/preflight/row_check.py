@@ -18,6 +18,7 @@ from finetune_core.layout import parse_uri
 from finetune_trainer.data.chat.chat_template import use_chat_template
 from finetune_trainer.data.dataset import NoRowsError, check_columns, length_limit, make_examples
 from finetune_trainer.data.formats import columns_read
+from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.data.reader import DATA_SUFFIXES, Row, content_bytes, first_rows, read_rows
 from finetune_trainer.data.tokenizer import model_stop_ids, stop_ids, tokenize_functions
 from finetune_trainer.pod.settings import Paths
@@ -61,19 +62,21 @@ def check_rows(
     store: Store,
     folder: Path,
     model: ModelFacts | None,
+    *,
     today: date | None = None,
+    base_prompt: str | None = None,
 ) -> list[str]:
     """Check the first rows of ``source``, and return notices for the user, such as how many rows will be skipped.
 
-    ``field`` is the path of the source in the spec, for example `dataset.train`, and ``today`` is the date that a chat
-    template gets. If ``model`` is None, only the columns
+    ``field`` is the path of the source in the spec, for example `dataset.train`, ``today`` is the date that a chat
+    template gets, and ``base_prompt`` is `evaluation.basePrompt`. If ``model`` is None, only the columns
     are checked, because rows can't be tokenized. Raises UserError with file and line for a row that would end the
     training, and OutsideFailure if the source can't be read.
     """
     head = _fetch_head(source, field, paths, store, folder)
     if head is None:
         return [f"{field}: its first row is too far from the beginning to be checked before the training"]
-    check_columns(head.path, field, dataset.format)
+    check_columns(head.path, field, dataset.format, base_prompt_columns(dataset, field, base_prompt))
     if model is None:
         return []
     use_chat_template(model.tokenizer, dataset.format, model.folder)
@@ -88,7 +91,7 @@ def check_rows(
             source_name(source),
             field,
             dataset,
-            tokenize_functions(model.tokenizer, ends=ends, today=today),
+            tokenize_functions(model.tokenizer, model.added_tokens, ends=ends, today=today),
             limit=length_limit(dataset, model.context),
         )
     except NoRowsError as error:

@@ -13,6 +13,7 @@ from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
 from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import check_columns
+from finetune_trainer.data.prompts import base_prompt_columns
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.hub_datasets import fetch_split
@@ -35,7 +36,8 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
         test = data_file(dataset.test, "dataset.test", paths, store, folder / "test")
     for file, field in ((train, "dataset.train"), (validation, "dataset.validation"), (test, "dataset.test")):
         if file is not None:
-            check_columns(file, field, dataset.format)
+            asked = base_prompt_columns(dataset, field, config.evaluation.base_prompt)
+            check_columns(file, field, dataset.format, asked)
     model = _model_folder(config.model, paths, store, folder / "model")
     return Inputs(model=model, train=train, validation=validation, test=test)
 

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from finetune_core.api.dataset import DatasetFormat
 from finetune_core.errors import UserError, valid_text
+from finetune_core.row_templates import RowError
+from finetune_trainer.data.chat.row_texts import RowTexts
+from finetune_trainer.data.piece_tokens import PieceTokenizer
 from finetune_trainer.pod.errors import first_line
 
 if TYPE_CHECKING:
@@ -106,10 +109,20 @@ def _variables(template: str) -> frozenset[str]:
 class ChatTemplate:
     """Renders conversations with the chat template of a tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], today: date | None = None) -> None:
-        """Use the chat template that ``tokenizer`` has. ``ends`` are the ids of the tokens at which generation stops,
-        and ``today`` is the date that the template gets; None means the real one."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pieces: PieceTokenizer,
+        *,
+        ends: Sequence[int],
+        today: date | None = None,
+        added_tokens: Sequence[str] = (),
+    ) -> None:
+        """Use the chat template that ``tokenizer`` has, and tokenise with ``pieces``. ``ends`` are the ids of the
+        tokens at which generation stops, and ``today`` is the date that the template gets; None means the real one.
+        ``added_tokens`` (`model.addedTokens`) are tokens in texts of a row too."""
         self._tokenizer = tokenizer
+        self._pieces = pieces
         self._prelude = _date_macro(today) if today is not None else ""
         self.ends = frozenset(ends)
         self.special = frozenset(
@@ -117,6 +130,9 @@ class ChatTemplate:
             | set(tokenizer.all_special_ids)
         )
         """Ids of control tokens, such as those that end a turn."""
+        known = tokenizer.added_tokens_decoder
+        texts = {known[index].content for index in self.special if index in known}
+        self.row_texts = RowTexts(texts - set(added_tokens))
 
     def text(
         self,
@@ -158,11 +174,12 @@ class ChatTemplate:
         return text
 
     def ids(self, text: str) -> list[int]:
-        """Return the token ids of rendered text, to which no special tokens are added. Raises ValueError if the text
-        can't be tokenized."""
+        """Return the token ids of rendered text, to which no special tokens are added. Control tokens that `row_texts`
+        has marked are read as ordinary text. Raises ValueError if the text can't be tokenized, and RowError if a marked
+        token can't be read as ordinary text."""
         try:
-            ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        except MemoryError:
+            ids = list(self._pieces.follow(self.row_texts.pieces(text)).ids)
+        except (MemoryError, RowError):
             raise
         except Exception as error:  # what tokenizers raises is not specified
             raise ValueError(first_line(error)) from error

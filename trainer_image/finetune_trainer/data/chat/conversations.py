@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from finetune_core.api.dataset import MessagesFormat
+from finetune_core.row_templates import RowError
 from finetune_trainer.data.chat.answers import PROBE, Dialogue, ProblemError, turn_of
 from finetune_trainer.data.chat.chat_template import ChatTemplate, argument_problem, template_arguments
 from finetune_trainer.data.chat.messages import THOUGHTS, Conversation, Message, content_text, read_conversation
@@ -65,7 +67,7 @@ class _Renderer:
             self._check_roles(conversation)
             self._check_arguments(conversation)
             return self._in_the_right_form(conversation)
-        except ProblemError as problem:
+        except (ProblemError, RowError) as problem:
             return str(problem)
         except ValueError as error:
             return f"can't be rendered by the model's chat template: {error}"
@@ -88,10 +90,21 @@ class _Renderer:
         raise what is wrong with the form that it renders best."""
         failure: ValueError | _LeftOutError | None = None
         arguments = {**self._arguments, **conversation.arguments}
+        texts = self._template.row_texts
+        read_as_text: Sequence[str] = ()
+        if not self._form.allow_special_tokens:
+            read_as_text = texts.tokens([conversation.messages, conversation.tools])
+            conversation = replace(
+                conversation,
+                messages=texts.marked_messages(conversation.messages),
+                tools=texts.marked(conversation.tools),
+            )
         for messages in _forms(conversation.messages):
             row = Dialogue(self._template, conversation, messages, arguments=arguments, end=self._end)
             try:
-                return self._examples(row)
+                return [example._replace(read_as_text=read_as_text) for example in self._examples(row)]
+            except RowError:
+                raise
             except _LeftOutError as error:
                 failure = error
             except ValueError as error:

@@ -14,11 +14,10 @@ from typing import Any
 
 from finetune_core.api.dataset import MessagesFormat
 from finetune_core.errors import valid_text
+from finetune_core.row_templates import HALF_PAIR
 
 Message = Mapping[str, Any]
 
-HALF_PAIR = "half of a surrogate pair"
-"""What JSON can contain, but no tokenizer accepts."""
 SYSTEM_COLUMN = "system"
 """Column with the text of a system message that comes before the messages."""
 ARGUMENTS_COLUMN = "chat_template_kwargs"

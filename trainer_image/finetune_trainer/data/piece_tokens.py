@@ -1,0 +1,220 @@
+"""Turns the pieces of a rendered text into token ids. `tokenizer.py` makes a `PieceTokenizer` for the job's tokenizer.
+
+The text is tokenised as a whole, because many tokenizers merge characters across the border of two pieces. A control
+token, such as `</s>`, is a token where it stands in a text of the template, and ordinary text where it stands in a
+column of the row, because people write such texts without meaning the token.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Encoding, Tokenizer
+
+from finetune_core.row_templates import Piece, RowError
+
+
+class PieceIds(NamedTuple):
+    """The token ids of a text."""
+
+    ids: Sequence[int]
+    read_as_text: Sequence[str] = ()
+    """The control tokens that stand in columns of the row and were read as ordinary text."""
+
+
+class _Match(NamedTuple):
+    """A control token or an added token that the tokenizer found in a text."""
+
+    first: int
+    """Place of its first character."""
+    last: int
+    """Place behind its last character."""
+    id: int
+
+
+class PieceTokenizer:
+    """Tokenises texts that consist of pieces."""
+
+    def __init__(self, tokenizer: Any, added_tokens: Sequence[str] = ()) -> None:
+        """Take a tokenizer of transformers, which has ``added_tokens`` (`model.addedTokens`) already. These tokens are
+        tokens in columns of the row too, because the user added them for the rows.
+
+        This module does not import transformers, because the process that starts the preflight check has to import the
+        formats and must stay small.
+        """
+        self._tokenizer = tokenizer
+        self._tokens: dict[int, AddedToken] = {
+            number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        """The special tokens by their ids. The model's other added tokens are ordinary words of its vocabulary."""
+        self._everywhere = {number for number, token in self._tokens.items() if token.content in added_tokens}
+        self._literal: _LiteralTokenizer | None = None
+        self.end: int = tokenizer.eos_token_id
+        """Id of the end token (EOS), with which every example ends."""
+
+    def begin(self, pieces: Sequence[Piece]) -> PieceIds:
+        """Tokenise a text that begins an example. What the tokenizer puts in front of every text is included. BOS
+        stands there only once, also where the text itself begins with BOS. What the tokenizer appends to every text,
+        such as an end token, is left out, because in an example more text follows.
+
+        Raises RowError if a control token in a column can't be read as ordinary text.
+        """
+        ids, mask, found = self._encode(pieces, specials=True)
+        inside = [place for place, around in enumerate(mask) if not around]
+        bos = self._tokenizer.bos_token_id
+        if not inside:
+            # An empty text: what stands here was put in front, except for an end token behind it.
+            return PieceIds(ids[:-1] if ids and ids[-1] == self.end != bos else ids, found)
+        front, text = ids[: inside[0]], ids[inside[0] : inside[-1] + 1]
+        return PieceIds([*front, *(text[1:] if bos in front and text[0] == bos else text)], found)
+
+    def follow(self, pieces: Sequence[Piece]) -> PieceIds:
+        """Tokenise a text that follows other text in an example. Raises RowError as `begin` does."""
+        ids, _, found = self._encode(pieces, specials=False)
+        return PieceIds(ids, found)
+
+    def _encode(self, pieces: Sequence[Piece], *, specials: bool) -> tuple[list[int], list[int], Sequence[str]]:
+        """Return the ids, a mask in which 1 stands for each token that the tokenizer itself put around the text, and
+        the control tokens that were read as ordinary text."""
+        text = "".join(piece.text for piece in pieces)
+        if not self._tokenizer.is_fast:
+            return self._encode_slowly(text, pieces, specials=specials)
+        encoding: Encoding = self._tokenizer(text, add_special_tokens=specials).encodings[0]
+        ids: list[int] = encoding.ids
+        if self._tokens.keys().isdisjoint(ids):
+            return ids, encoding.special_tokens_mask, ()
+        own = _own_ranges(pieces)
+        kept: list[_Match] = []
+        refused: list[_Match] = []
+        for match in self._matches(encoding, text):
+            stays = match.id in self._everywhere or any(a <= match.first and match.last <= b for a, b in own)
+            (kept if stays else refused).append(match)
+        if not refused:
+            return ids, encoding.special_tokens_mask, ()
+        encoding, ids, text = self._as_text(text, kept, specials=specials)
+        for match in self._matches(encoding, text):
+            # Some tokenizers find special tokens among their ordinary words.
+            if match.id != self._tokenizer.unk_token_id:
+                raise RowError(_unreadable(self._tokens[match.id].content))
+        names = sorted({self._tokens[match.id].content for match in refused})
+        return ids, encoding.special_tokens_mask, names
+
+    def _as_text(self, text: str, kept: Sequence[_Match], *, specials: bool) -> tuple[Encoding, list[int], str]:
+        """Tokenise ``text`` with no other special tokens than ``kept``. Return the encoding, the ids, and the text that
+        the offsets of the encoding refer to."""
+        if not kept:
+            call = self._tokenizer(text, add_special_tokens=specials, split_special_tokens=True)
+            return call.encodings[0], call.encodings[0].ids, text
+        if self._literal is None:
+            self._literal = _LiteralTokenizer(self._tokenizer.backend_tokenizer, self._tokens)
+        return self._literal.encode(text, kept, specials=specials)
+
+    def _matches(self, encoding: Encoding, text: str) -> Iterator[_Match]:
+        """Yield the special tokens that stand in ``text`` as such.
+
+        An id alone does not tell: tokenizers also give the id of the unknown token, or of a byte, to ordinary text.
+        """
+        for number, (first, last), around in zip(
+            encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True
+        ):
+            token = self._tokens.get(number)
+            if token is None or around:
+                continue
+            # Some special tokens take the white space beside them along.
+            found = text[first:last]
+            first += len(found) - len(found.lstrip())
+            found, content = found.strip(), token.content.strip()
+            if found == content or (token.normalized and found.casefold() == content.casefold()):
+                yield _Match(first, first + len(found), number)
+
+    def _encode_slowly(
+        self, text: str, pieces: Sequence[Piece], *, specials: bool
+    ) -> tuple[list[int], list[int], Sequence[str]]:
+        """Tokenise with a tokenizer that is written in Python, which can't read a control token as ordinary text in one
+        place and as a token in another."""
+        own = _own_ranges(pieces)
+        for number, token in self._tokens.items():
+            place = text.find(token.content)
+            while place >= 0 and number not in self._everywhere:
+                if not any(a <= place and place + len(token.content) <= b for a, b in own):
+                    raise RowError(_unreadable(token.content))
+                place = text.find(token.content, place + 1)
+        found = self._tokenizer(text, add_special_tokens=specials, return_special_tokens_mask=True)
+        mask = found["special_tokens_mask"] if specials else [0] * len(found["input_ids"])
+        return found["input_ids"], mask, ()
+
+
+class _LiteralTokenizer:
+    """A copy of a tokenizer that reads special tokens as ordinary text, except where they are asked for.
+
+    Before a text is tokenised, the special tokens that stay are replaced by placeholders, which the copy knows as added
+    tokens with the same properties. So the text around them is split as it would be beside the token itself.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tokens: dict[int, AddedToken]) -> None:
+        # Nobody can write a placeholder into a row, because it is drawn anew in each process. It never reaches an id.
+        self._mark = secrets.token_hex(8)
+        self._tokens = tokens
+        self._numbers: dict[str, int] = {}
+        """The ids of the special tokens by the placeholders that stand for them. A placeholder is added when it is
+        needed first."""
+        self._copy: Tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._copy.no_truncation()
+        self._copy.no_padding()
+        self._copy.encode_special_tokens = True
+
+    def encode(self, text: str, kept: Sequence[_Match], *, specials: bool) -> tuple[Encoding, list[int], str]:
+        """Return the encoding of ``text`` with placeholders for ``kept``, the ids with ``kept`` in their places, and
+        the text with the placeholders."""
+        parts: list[str] = []
+        place = 0
+        for match in kept:
+            parts += (text[place : match.first], self._placeholder(match.id))
+            place = match.last
+        marked = "".join((*parts, text[place:]))
+        encoding: Encoding = self._copy.encode(marked, add_special_tokens=specials)
+        found = [self._numbers.get(marked[first:last].strip()) for first, last in encoding.offsets]
+        if [number for number in found if number is not None] != [match.id for match in kept]:
+            raise RowError(_unreadable(self._tokens[kept[0].id].content))
+        ids = [number if special is None else special for number, special in zip(encoding.ids, found, strict=True)]
+        return encoding, ids, marked
+
+    def _placeholder(self, number: int) -> str:
+        """Return the placeholder of a special token, which the copy knows as a token from then on."""
+        name = f"\ue000{self._mark}-{number}\ue001"
+        if name not in self._numbers:
+            token = self._tokens[number]
+            placeholder = AddedToken(
+                name,
+                single_word=token.single_word,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=token.normalized,
+                special=False,
+            )
+            self._copy.add_tokens([placeholder])
+            self._numbers[name] = number
+        return name
+
+
+def _own_ranges(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    """Return the ranges of characters that are texts of the template. Neighbours are one range."""
+    ranges: list[tuple[int, int]] = []
+    place = 0
+    for piece in pieces:
+        first, place = place, place + len(piece.text)
+        if piece.from_row:
+            continue
+        if ranges and ranges[-1][1] == first:
+            first = ranges.pop()[0]
+        ranges.append((first, place))
+    return ranges
+
+
+def _unreadable(content: str) -> str:
+    return (
+        f"holds {content!r}, a control token that the model's tokenizer can't read as ordinary text (remove it, or set"
+        " allowSpecialTokens)"
+    )

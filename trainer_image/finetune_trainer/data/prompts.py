@@ -1,0 +1,135 @@
+"""Renders rows of the formats promptCompletion and text as examples: the row fills the job's templates, and the pieces
+of the rendered text are tokenised. `formats.py` calls `render_prompt_completion` and `render_text`.
+
+A row that can't be rendered raises RowError with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from finetune_core.api.dataset import DatasetSpec, PromptCompletionFormat, TextFormat
+from finetune_core.errors import UserError
+from finetune_core.row_templates import Piece, RowError, RowTemplate, TemplateError, is_empty, parse, text_of
+from finetune_trainer.data.examples import Example
+from finetune_trainer.data.piece_tokens import PieceTokenizer
+
+PROMPT_COMPLETION = "dataset.format.promptCompletion"
+BASE_PROMPT = "evaluation.basePrompt"
+
+
+class NamedColumn(NamedTuple):
+    """A column of the data files that the job names."""
+
+    field: str
+    """Path of the field in the spec that names the column, for example `dataset.format.text.textField`."""
+    name: str
+
+
+def prompt_columns(form: PromptCompletionFormat) -> list[NamedColumn]:
+    """Return the columns that the templates of the format read. Raises UserError if a template is none."""
+    template, completion = _parsed(form)
+    return [
+        *_named(template, f"{PROMPT_COMPLETION}.template", form),
+        *_named(completion, f"{PROMPT_COMPLETION}.completion", form),
+    ]
+
+
+def base_prompt_columns(dataset: DatasetSpec, field: str, base_prompt: str | None) -> list[NamedColumn]:
+    """Return the columns that ``base_prompt`` (`evaluation.basePrompt`) reads in the data file of ``field``
+    (`dataset.train`). There are none but in the rows that the base model is scored on. Raises UserError if
+    ``base_prompt`` is no template."""
+    form = dataset.format.prompt_completion
+    scored = "dataset.validation" if dataset.test is None else "dataset.test"
+    if base_prompt is None or form is None or field != scored:
+        return []
+    return _named(_parse(base_prompt, BASE_PROMPT, form), BASE_PROMPT, form)
+
+
+def completion_columns(form: PromptCompletionFormat) -> Sequence[str]:
+    """Return the names of the columns that the completion shows. Raises UserError if `completion` is no template."""
+    return sorted(_parsed(form)[1].shown)
+
+
+def completion_ending(form: PromptCompletionFormat) -> str:
+    """Return the text with which every completion ends: what stands in `completion` behind its last column, and
+    `completionSuffix`. Raises UserError if `completion` is no template."""
+    return _parsed(form)[1].ending + form.completion_suffix
+
+
+def render_prompt_completion(
+    form: PromptCompletionFormat, tokenizer: PieceTokenizer
+) -> Callable[[Mapping[str, Any]], Example]:
+    """Return the function that renders rows with a prompt and a completion. The function raises RowError for a bad row.
+
+    Prompt and completion are tokenised separately, because at inference the model receives the tokens of the prompt
+    alone. Only the completion is supervised, and the end token behind it. Raises UserError if a template is none.
+    """
+    template, completion = _parsed(form)
+    suffix = [Piece(form.completion_suffix, from_row=False)]
+    named = completion.only_column
+    empty = "has an empty completion" if named is None else f"has an empty {named!r}"
+
+    def pieces(made: Iterable[Piece]) -> list[Piece]:
+        """Return ``made``, in which the row's text counts as the template's own if control tokens are allowed there."""
+        return [Piece(piece.text, piece.from_row and not form.allow_special_tokens) for piece in made]
+
+    def render(row: Mapping[str, Any]) -> Example:
+        prompt, answer = template.pieces(row), completion.pieces(row)
+        if not any(piece.from_row and piece.text.strip() for piece in answer):
+            raise RowError(empty)
+        before = tokenizer.begin(pieces(prompt))
+        if not before.ids:
+            raise RowError("has an empty prompt, and the model's tokenizer puts no token in front of it")
+        after = tokenizer.follow(pieces([*answer, *suffix]))
+        ids = (*before.ids, *_ended(after.ids, tokenizer.end))
+        return Example(ids, ((len(before.ids), len(ids)),), (*before.read_as_text, *after.read_as_text))
+
+    return render
+
+
+def render_text(form: TextFormat, tokenizer: PieceTokenizer) -> Callable[[Mapping[str, Any]], Example]:
+    """Return the function that renders rows of plain text, in which every token is supervised. The function raises
+    RowError for a bad row."""
+
+    def render(row: Mapping[str, Any]) -> Example:
+        text = text_of(form.text_field, row.get(form.text_field))
+        if is_empty(text):
+            raise RowError(f"has an empty {form.text_field!r}")
+        found = tokenizer.begin([Piece(text, from_row=not form.allow_special_tokens)])
+        ids = _ended(found.ids, tokenizer.end)
+        return Example(ids, ((0, len(ids)),), found.read_as_text)
+
+    return render
+
+
+def _ended(ids: Sequence[int], end: int) -> Sequence[int]:
+    """Return ``ids`` with the end token behind them, unless they end with it already."""
+    return ids if ids and ids[-1] == end else (*ids, end)
+
+
+def _parsed(form: PromptCompletionFormat) -> tuple[RowTemplate, RowTemplate]:
+    completion = "{completion}" if form.completion is None else form.completion
+    return (
+        _parse(form.template, f"{PROMPT_COMPLETION}.template", form),
+        _parse(completion, f"{PROMPT_COMPLETION}.completion", form),
+    )
+
+
+def _parse(text: str, field: str, form: PromptCompletionFormat) -> RowTemplate:
+    try:
+        return parse(text, form.aliases)
+    except TemplateError as error:
+        raise UserError(field, str(error)) from error
+
+
+def _named(template: RowTemplate, field: str, form: PromptCompletionFormat) -> list[NamedColumn]:
+    """Return the columns of ``template``. A column that the template calls `{prompt}` or `{completion}` is named by
+    `promptField` or `completionField`."""
+    short = {"prompt": "promptField", "completion": "completionField"}
+    found = []
+    for column, name in template.names.items():
+        option = short.get(name)
+        found.append(NamedColumn(f"{PROMPT_COMPLETION}.{option}" if option else field, column))
+    return found
