@@ -61,6 +61,9 @@ def human(*, more: Sequence[Mapping[str, Any]] = (), **changes: Any) -> dict[str
     return {"conversations": talk, **changes}
 
 
+INSTRUCTIONS = {
+    "promptCompletion": {"template": "{instruction}\n{#input}{input}\n{/input}", "completionField": "output"}
+}
 CONVERSATIONS = {"messages": {"messagesField": "conversations"}}
 LEFT_OUT = "which the model's chat template leaves out"
 
@@ -273,6 +276,42 @@ LINES = (
         human(images=["a.png"]),
         CONVERSATIONS,
         refused="has 'images', which is not read (only text is learned)",
+    ),
+    Line(
+        ALPACA,
+        "`instruction`, `input`",
+        "Columns of `promptCompletion.template`: `{instruction}`, and `{#input}...{/input}` where it may be empty.",
+        {"instruction": "Add", "input": "1 2", "output": "3"},
+        INSTRUCTIONS,
+        learned=["3<eos>"],
+        shown="Add\n1 2\n",
+    ),
+    Line(
+        ALPACA,
+        "`input`: empty",
+        "The optional part is left out.",
+        {"instruction": "Greet", "input": "", "output": "Hi"},
+        INSTRUCTIONS,
+        learned=["Hi<eos>"],
+        shown="Greet\n",
+        hidden="\n\n",
+    ),
+    Line(
+        ALPACA,
+        "`output`",
+        "`promptCompletion.completionField: output`. A row without text in it is a bad row.",
+        {"instruction": "Greet", "input": "", "output": " "},
+        INSTRUCTIONS,
+        refused="has an empty 'output'",
+    ),
+    Line(
+        ALPACA,
+        "`text`, `system`, `history`",
+        "Not read, unless a template names the column.",
+        {"instruction": "Greet", "input": "", "output": "Hi", "text": "Below is", "system": "Be brief", "history": []},
+        INSTRUCTIONS,
+        learned=["Hi<eos>"],
+        hidden="Be",
     ),
     Line(
         TRL,
