@@ -16,7 +16,7 @@ from finetune_core.contract import CheckpointRecord, ContractModel, Identity
 from finetune_core.contract.same_training import TrainingRecord
 from finetune_core.layout import TRAINER_FILE, checkpoint_folder
 from finetune_trainer.model.digest import BaseDigests
-from finetune_trainer.pod.errors import NewerRun, OutsideFailure
+from finetune_trainer.pod.errors import Damaged, NewerRun, OutsideFailure
 from finetune_trainer.storage.checkpoint_folders import (
     TrainerState,
     check_readable,
@@ -25,7 +25,6 @@ from finetune_trainer.storage.checkpoint_folders import (
     inventory,
     uncommitted,
 )
-from finetune_trainer.storage.commit import Damaged
 from finetune_trainer.storage.lineage import (
     CheckpointId,
     ParentRecord,

@@ -44,6 +44,11 @@ class NewerRun(OutsideFailure):
     (exit code 75)."""
 
 
+class Damaged(OutsideFailure):
+    """A folder in the bucket does not hold what was written to it, or its content can't be read (exit code 75). The
+    message names the damaged object."""
+
+
 def first_line(error: BaseException, *, limit: int = 300) -> str:
     """Return the first line of another library's error message, cut off after ``limit`` characters. The line becomes
     part of a sentence for the user."""

@@ -8,8 +8,7 @@ a record that is malformed or too long, or with a damaged artifact, is left alon
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,21 +27,21 @@ from finetune_core.layout import (
     Location,
     artifact_folder,
     evaluation_key,
-    run_key,
 )
+from finetune_trainer.pod.errors import Damaged
 from finetune_trainer.storage.checkpoint_folders import committed
 from finetune_trainer.storage.client import ListedObject
-from finetune_trainer.storage.commit import Damaged, check_sizes, read_manifest
+from finetune_trainer.storage.commit import check_sizes, read_manifest
 from finetune_trainer.storage.evaluation_file import EvaluationFile
-from finetune_trainer.storage.lineage import RunRecord, lineage
+from finetune_trainer.storage.lineage import RunRecord, lineage, listed_records, read_records
 from finetune_trainer.storage.root import RunRoot
 
 MOST_FOLDERS = 1000
 """Largest number of folders of former jobs that are looked into: the first ones in the order of their names."""
 MOST_RECORDS = 2000
 """Largest number of run records in the folder of a former job. A folder with more records is left alone."""
-OBJECT_BYTES = 256 * 1024
-"""Largest size in bytes of a run record or of `ARTIFACT` that is read."""
+POINTER_BYTES = 256 * 1024
+"""Largest size in bytes of `ARTIFACT` that is read."""
 MANIFEST_BYTES = 16 * 1024 * 1024
 """Largest size in bytes of a manifest that is read. A manifest has about 150 bytes for each file of the artifact."""
 EVALUATION_BYTES = 64 * 1024 * 1024
@@ -72,9 +71,9 @@ class FormerFolder:
 
 def own_folder(root: RunRoot) -> OwnFolder:
     """Return what the job's own folder of runs holds. Raises Damaged where the artifact is not what was committed."""
-    entries = _record_entries(root)
+    entries = listed_records(root)
     try:
-        records = _read_records(root, sorted(entries))
+        records = read_records(root, list(entries))
     except Damaged:
         # Records are not needed for an artifact. Without an artifact, the start of the run says what is wrong.
         records = {}
@@ -114,16 +113,16 @@ def _is_run_id(name: str) -> bool:
 
 def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
     """Return what ``root`` holds if all of its runs trained the same, with the settings of the digest; else None."""
-    entries = _record_entries(root)
+    entries = listed_records(root)
     if not 0 < len(entries) <= MOST_RECORDS:
         return None
-    runs = sorted(entries)
+    runs = list(entries)
     try:
         # The newest record alone is mostly enough to see that a folder does not fit.
-        newest = _read_records(root, runs[-1:])[runs[-1]].training
+        newest = read_records(root, runs[-1:])[runs[-1]].training
         if newest is None or newest.settings_sha256 != settings_sha256:
             return None
-        records = _read_records(root, runs)
+        records = read_records(root, runs)
         if any(record.training != newest for record in records.values()):
             return None
         found = _found(root, records, entries)
@@ -133,26 +132,6 @@ def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
         return None
     newest_time = max(entry.modified for entry in entries.values())
     return FormerFolder(training=newest, found=found, newest=newest_time)
-
-
-def _record_entries(root: RunRoot) -> dict[int, ListedObject]:
-    """Return the listed run records of a folder by run number."""
-    matches = ((re.fullmatch(r"runs/(\d{6})\.json", entry.key), entry) for entry in root.list_objects("runs/"))
-    return {int(match[1]): entry for match, entry in matches if match}
-
-
-def _read_records(root: RunRoot, runs: Sequence[int]) -> dict[int, RunRecord]:
-    """Return the records of ``runs`` by run number. Raises Damaged if one is gone, too long or malformed."""
-    records = {}
-    for run in runs:
-        data = root.read_at_most(run_key(run), OBJECT_BYTES)
-        if data is None:
-            raise Damaged(f"{run_key(run)} is gone or has more than {OBJECT_BYTES} bytes")
-        try:
-            records[run] = RunRecord.model_validate_json(data)
-        except ValidationError as error:
-            raise Damaged(f"{run_key(run)} is no run record") from error
-    return records
 
 
 def _found(root: RunRoot, records: Mapping[int, RunRecord], entries: Mapping[int, ListedObject]) -> FoundRun | None:
@@ -170,7 +149,7 @@ def _artifact_or_checkpoint(
     uid = records[max(records)].uid if records else ""
     run_id = root.location.prefix.rpartition("/")[2]
     began = min((entry.modified for entry in entries.values()), default=None)
-    data = root.read_at_most(ARTIFACT_POINTER, OBJECT_BYTES)
+    data = root.read_at_most(ARTIFACT_POINTER, POINTER_BYTES)
     if data is not None:
         pointer = ArtifactPointer.model_validate_json(data)
         if pointer.folder != artifact_folder(pointer.run):

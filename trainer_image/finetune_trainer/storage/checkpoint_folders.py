@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from finetune_core.contract import CheckpointRecord, ContractModel
 from finetune_core.layout import COMMIT, TRAINER_FILE, Manifest, ManifestFile, checkpoint_folder
+from finetune_trainer.pod.errors import Damaged
 from finetune_trainer.storage.client import ListedObject
-from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, Damaged, check_sizes, read_manifest
+from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, check_sizes, read_manifest
 from finetune_trainer.storage.lineage import CheckpointId, check_fence
 from finetune_trainer.storage.root import RunRoot
 

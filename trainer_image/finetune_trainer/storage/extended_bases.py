@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetune_core.layout import BASES, COMMIT, MANIFEST, Location, Manifest, ManifestFile, digest
+from finetune_trainer.pod.errors import Damaged
 from finetune_trainer.storage.client import digest_of_file
-from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, Damaged, upload_files
+from finetune_trainer.storage.commit import PARALLEL_TRANSFERS, upload_files
 from finetune_trainer.storage.root import RunRoot
 
 
