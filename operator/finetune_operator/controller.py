@@ -16,8 +16,9 @@ from finetune_operator.kube.client import REQUEST_ERRORS, ApiError, KubeClient, 
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reconcile import Reconciler
 
 logger = logging.getLogger(__name__)

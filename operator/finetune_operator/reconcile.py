@@ -40,11 +40,11 @@ from finetune_operator.observe.observer import Observer
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob, parse_spec, parse_stored_job
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
 from finetune_operator.queue.preflight_slots import PreflightSlots
 from finetune_operator.queue.requeue import Requeue, Write
 from finetune_operator.queue.retryable import EVENTS_AFTER_SECONDS, EVENTS_EVERY_SECONDS, RetryableError
-from finetune_operator.queue.work_queue import Key
 from finetune_operator.settled import SettledJobs
 from finetune_operator.status.event_recorder import EventRecorder
 from finetune_operator.status.inputs import refused_input, status_input
@@ -209,7 +209,7 @@ class Reconciler:
             created=acted.child,
             problem=acted.problem,
         )
-        left = (await self._writer.write(job, given)).left
+        left = await self._writer.write(job, given)
         await self._annotations.update(job, seen.pods)
         waits = (acted.retry_seconds, decision.wait_seconds, left, self._resync(job, decision, acted))
         return Requeue(write=acted.removed, pause=_earliest(*waits))

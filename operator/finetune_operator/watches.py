@@ -20,8 +20,9 @@ from finetune_operator.kube.resources import PODS, PYTORCHJOBS
 from finetune_operator.objects.labels import OWNED_OBJECTS_SELECTOR, job_key
 from finetune_operator.process.health import WatchActivity
 from finetune_operator.process.leader_election import end_process
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 from finetune_core.api.conditions import ConditionType
 from finetune_operator.kube.client import ApiError
 from finetune_operator.objects.labels import PREFLIGHT, TRAINING_CONTAINER
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 Manifest = dict[str, Any]
 _OWN = set(ConditionType)

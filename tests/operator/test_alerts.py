@@ -22,7 +22,7 @@ from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.conditions import ConditionType, Reason
 from finetune_core.api.status import CheckpointStatus, ProgressStatus
 from finetune_operator.process.metrics import Metrics
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 from tests.cluster.packages import unpacked_program
 from tests.operator.builders import REPOSITORY
 from tests.operator.operators import KEY

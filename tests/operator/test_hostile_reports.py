@@ -17,8 +17,8 @@ from finetune_core.contract import Report
 from finetune_core.contract.contract_model import LARGEST_NUMBER
 from finetune_core.contract.stock_reports import RuntimeStatus, to_report
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key
 from tests.operator.builders import NOW, UID, job_manifest
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler

@@ -12,8 +12,8 @@ import pytest
 
 from finetune_core.contract.preflight_result import PreflightResult
 from finetune_operator.kube.client import ApiError
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.preflight_slots import RUN_SECONDS, START_SECONDS, PreflightSlots
-from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
 from tests.operator.builders import NOW, job_manifest
 from tests.operator.model import Manifest, ModelServer

@@ -5,6 +5,7 @@ Reports are stored as the report server stores them, and reconciled against `Mod
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from finetune_core.contract import (
 )
 from finetune_core.contract.records import CheckpointName, ScoreRecord
 from finetune_core.contract.stock_reports import StockReport
+from finetune_operator.decide.bookkeeping import bookkeeping
 from finetune_operator.queue.memory import REPORTED_WRITES_BURST, REPORTED_WRITES_PER_SECOND, Memory
 from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.status.urgency import OWN_FIELDS, REPORTED_NEWS, REPORTED_NUMBERS, SPECIAL_FIELDS
@@ -94,6 +96,11 @@ def test_the_floods_change_every_field_of_a_report() -> None:
 def test_every_field_of_the_status_has_an_urgency() -> None:
     fields = [*OWN_FIELDS, *REPORTED_NEWS, *REPORTED_NUMBERS, *SPECIAL_FIELDS]
     assert sorted(fields) == sorted(FineTuneJobStatus.model_fields)
+
+
+def test_what_must_be_written_before_objects_change_is_written_at_once() -> None:
+    """The parameters of `bookkeeping` are named after the fields of the status that its values come from."""
+    assert set(inspect.signature(bookkeeping).parameters) <= set(OWN_FIELDS)
 
 
 class CountingServer(ModelServer):

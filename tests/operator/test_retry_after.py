@@ -15,7 +15,7 @@ from kubernetes.aio import client as kubernetes_client
 
 from finetune_operator.kube.client import TRIES_IF_OVERLOADED, ApiError, KubeClient
 from finetune_operator.kube.retry_after import DEFAULT_SECONDS, MOST_SECONDS, LoadLimit, pause_seconds
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 NOON = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 

@@ -66,8 +66,7 @@ class AttemptObjects:
         The scheduler places the pods on ``avoided_nodes`` only where no other node can take them.
         Raises RetryableError where one of the objects can't be created, and as long as the back-off after that lasts.
         """
-        if job.memory.problem is not None and self._backoff.holds(job.memory):
-            raise job.memory.problem
+        self._backoff.check(job.memory)
         try:
             child = await self._create(job, image, config, avoided_nodes)
         except RetryableError as problem:

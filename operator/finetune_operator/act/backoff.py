@@ -38,6 +38,11 @@ class CreationBackoff:
         if memory.problem is not None and memory.problem.reason is Reason.BAD_INPUT:
             self.reset(memory)
 
+    def check(self, memory: JobMemory) -> None:
+        """Raise the error of the last try to create an object while the back-off after that try lasts."""
+        if memory.problem is not None and self.holds(memory):
+            raise memory.problem
+
     def holds(self, memory: JobMemory) -> bool:
         """Return whether the back-off still lasts, so that nothing is to be created yet."""
         return memory.problem is not None and self._clock() < memory.retry_at

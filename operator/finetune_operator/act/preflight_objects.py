@@ -17,8 +17,9 @@ from finetune_operator.act.config_maps import create_config_map, delete_config_m
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.kube.manifest import Manifest
 from finetune_operator.objects.labels import JOB_UID, PREFLIGHT
-from finetune_operator.objects.observations import PodObservation, controller_uid, parse_preflight_pod
+from finetune_operator.objects.observations import PodObservation, controller_uid
 from finetune_operator.objects.preflight_pod import PreflightSpec, build_preflight_config_map, build_preflight_pod
+from finetune_operator.observe.ownership import preflight_pods
 from finetune_operator.observe.stored_job import ParsedJob, StoredJob
 from finetune_operator.queue.requeue import Write
 from finetune_operator.queue.retryable import RetryableError
@@ -39,8 +40,7 @@ class PreflightObjects:
 
         Raises RetryableError where one of the two can't be created, and as long as the back-off after that lasts.
         """
-        if job.memory.problem is not None and self._backoff.holds(job.memory):
-            raise job.memory.problem
+        self._backoff.check(job.memory)
         try:
             await self._create(job, number, image, config)
         except RetryableError as problem:
@@ -56,8 +56,7 @@ class PreflightObjects:
         Returns the deletion of the last pod; None where no pod was deleted.
         """
         found = await self._cluster.list_pods(job.key.namespace, f"{JOB_UID}={job.uid},{PREFLIGHT}")
-        pods = [parse_preflight_pod(manifest) for manifest in found if controller_uid(manifest) == job.uid]
-        return await self.remove(job, [pod for pod in pods if pod is not None and pod.delete_deadline is None])
+        return await self.remove(job, [pod for pod in preflight_pods(found, job) if pod.delete_deadline is None])
 
     async def remove(self, job: StoredJob, pods: Sequence[PodObservation]) -> Write | None:
         """Delete ``pods``, each the pod of a try, and their ConfigMaps.

@@ -15,8 +15,8 @@ from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.objects.labels import PREFLIGHT
 from finetune_operator.objects.observations import PodObservation, controller_name, parse_preflight_pod
 from finetune_operator.observe.observation import JobObservation
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.preflight_slots import PreflightSlots
-from finetune_operator.queue.work_queue import Key
 
 logger = logging.getLogger(__name__)
 

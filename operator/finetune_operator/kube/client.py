@@ -27,7 +27,7 @@ from finetune_operator.kube.manifest import Manifest
 from finetune_operator.kube.rbac import Permission
 from finetune_operator.kube.resources import OPERATOR_NAME, TOKEN_REVIEWS
 from finetune_operator.kube.retry_after import LoadLimit, pause_seconds
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 FIELD_MANAGER: Final = OPERATOR_NAME
 REQUEST_SECONDS: Final = 15.0

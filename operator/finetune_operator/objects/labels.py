@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune_core.api import API_VERSION, GROUP, KIND, FineTuneJob
 from finetune_operator.kube.resources import OPERATOR_NAME
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 JOB_NAME = f"{GROUP}/job-name"
 JOB_UID = f"{GROUP}/job-uid"

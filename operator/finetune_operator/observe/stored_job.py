@@ -20,8 +20,8 @@ from finetune_core.api.reading import Section, read_section
 from finetune_core.api.resources import ResourcesSpec
 from finetune_core.api.run_policy import RunPolicySpec
 from finetune_core.api.status import AttemptsStatus
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import JobMemory
-from finetune_operator.queue.work_queue import Key
 
 _BOOKKEEPING = ("", "attempts", "preflight", "child", "completionTime")
 """Fields of the status that the operator must be able to read before it decides about attempts. The empty name stands

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from finetune_core.api import FineTuneJobStatus
 from finetune_core.api.conditions import ConditionType
-from finetune_operator.queue.work_queue import Key
+from finetune_operator.queue.key import Key
 
 RETENTION_AFTER_END: Final = timedelta(hours=1)
 """How long after its end the series of a job are still exported."""

@@ -17,10 +17,10 @@ from datetime import datetime
 
 from finetune_core.contract import Report
 from finetune_core.contract.stock_reports import StockReport
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.retryable import RetryableError
 from finetune_operator.queue.speed import StepWindow
 from finetune_operator.queue.token_bucket import TokenBucket
-from finetune_operator.queue.work_queue import Key
 
 MIN_SECONDS_BETWEEN_PROGRESS_WRITES = 10.0
 """Least seconds between a status write of a job and the next write in which only numbers (step, loss, speed) differ."""

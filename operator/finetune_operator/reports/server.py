@@ -30,8 +30,9 @@ from finetune_operator.process.http_server import HttpServer
 from finetune_operator.process.logs import set_log_fields
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.rate_limit import RateLimiter
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory, ReportingAttempt
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reports.token_claims import TokenClaims, read_claims
 from finetune_operator.reports.token_review import ReviewUnavailableError, TokenPod, TokenReviewer
 

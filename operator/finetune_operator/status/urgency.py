@@ -13,7 +13,6 @@ from typing import Final
 
 from finetune_core.api.conditions import ConditionType
 from finetune_core.api.status import FineTuneJobStatus
-from finetune_operator.decide.bookkeeping import bookkeeping
 
 OWN_FIELDS: Final = (
     "observed_generation",
@@ -25,7 +24,7 @@ OWN_FIELDS: Final = (
     "start_time",
     "completion_time",
 )
-"""Fields that the operator computes itself."""
+"""Fields that the operator computes itself. `decide/bookkeeping.py` takes its values from two of these fields."""
 REPORTED_NEWS: Final = ("checkpoints", "evaluation", "incidents", "artifact")
 """Fields from reports and results that people wait for."""
 REPORTED_NUMBERS: Final = ("progress", "metrics", "history", "notices")
@@ -85,9 +84,9 @@ def is_transition(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool
 
 def _is_own(old: FineTuneJobStatus | None, new: FineTuneJobStatus) -> bool:
     """Return whether fields or conditions that the operator computes itself differ between ``old`` and ``new``."""
-    if old is None or bookkeeping(old.attempts, old.preflight) != bookkeeping(new.attempts, new.preflight):
+    if old is None or _differ(old, new, OWN_FIELDS):
         return True
-    return _differ(old, new, OWN_FIELDS) or _states(old, REPORTED_CONDITIONS) != _states(new, REPORTED_CONDITIONS)
+    return _states(old, REPORTED_CONDITIONS) != _states(new, REPORTED_CONDITIONS)
 
 
 def _differ(old: FineTuneJobStatus, new: FineTuneJobStatus, fields: Sequence[str]) -> bool:
