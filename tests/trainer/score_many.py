@@ -2,7 +2,8 @@
 
 FILE is JSON. Its fields `stages` and `sizes` list the ZeRO stages and batch sizes, `model` is the folder of the model,
 and `examples` are the texts to score. The rank writes perplexities and answers as JSON to the path in the field `out`.
-`test_evaluation.py` starts one or two ranks and compares their figures with those of plain transformers.
+`test_evaluation.py` starts one or two ranks and compares their figures with those of plain transformers. At the end
+of each case rank 0 is told to stop while all prompts are answered in one batch.
 """
 
 from __future__ import annotations
@@ -10,13 +11,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from finetune_core.contract import EvaluationConfig, GenerationConfig, OptimizationConfig
 from finetune_trainer.data.examples import Example, example_set
+from finetune_trainer.pod.errors import StopAgreed
 from finetune_trainer.ranks import process
+
+
+class StopSoon:
+    """Says that SIGTERM has come, once it was armed and has been asked three times after that."""
+
+    def __init__(self) -> None:
+        self.armed, self.asked = False, 0
+
+    def __call__(self) -> bool:
+        self.asked += self.armed
+        return self.asked > 3
 
 
 def main() -> None:
@@ -30,7 +44,8 @@ def main() -> None:
     from finetune_trainer.evaluation.scorer import Scorer, all_tokens
     from finetune_trainer.ranks.gang import Gang
 
-    gang = Gang(device=torch.device("cpu"))
+    stop = StopSoon()
+    gang = Gang(device=torch.device("cpu"), stop=stop)
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
     examples = example_set([Example(ids, [tuple(span) for span in spans]) for ids, spans in asked["examples"]])
     found = []
@@ -72,13 +87,24 @@ def main() -> None:
             engine.exclude_tokens(asked["suppressed"])
             hidden = scorer.perplexity(examples)
             engine.exclude_tokens(())
+            perplexities = scorer.perplexity(examples), scorer.perplexity(all_tokens(examples))
+            stop.armed, stop.asked, stopped = gang.is_first, 0, False
+            cut: list[dict[int, str]] = []
+            try:
+                for batch in generate_answers(engine, gang, prompts, replace(decoding, batch_size=len(prompts))):
+                    cut.append(batch)
+            except StopAgreed:
+                stopped = True
+            stop.armed, stop.asked = False, 0
             found.append(
                 {
+                    "cut": cut,
+                    "stopped": stopped,
                     "stage": stage,
                     "size": size,
-                    "perplexity": scorer.perplexity(examples),
+                    "perplexity": perplexities[0],
                     "hidden": hidden,
-                    "all": scorer.perplexity(all_tokens(examples)),
+                    "all": perplexities[1],
                     "answers": own,
                 }
             )
