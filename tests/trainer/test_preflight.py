@@ -6,6 +6,7 @@ Errors in the spec are final. What is missing outside of the job may still appea
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -460,17 +461,34 @@ def test_long_documents_are_checked_by_their_first_rows(check: Check, paths: Pat
     assert check(**source, dataset__longRows="Skip") == []
 
 
-def test_a_header_of_gigabytes_and_one_of_a_million_tensors_are_refused(paths: Paths, store: ObjectStore) -> None:
-    header = b"{" + b",".join(b'"%d":{"data_offsets":[0,0]}' % number for number in range(900_000)) + b"}"
+def _a_header_of_gigabytes(file: Path) -> int:
+    """Write a sparse file, which takes no space on the disk. Return the length of its header in bytes."""
+    length = 3 << 30
+    file.write_bytes(length.to_bytes(8, "little") + b"{")
+    os.truncate(file, 8 + length)
+    return length
+
+
+def _a_header_of_a_million_tensors(file: Path) -> int:
+    """Write a header that is whole JSON and fits the length of the file. Return the header's length in bytes."""
+    header = b"{" + b",".join(b'"%d":{"data_offsets":[0,0]}' % number for number in range(1_000_000)) + b"}"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    return len(header)
+
+
+@pytest.mark.parametrize("write_weights", [_a_header_of_gigabytes, _a_header_of_a_million_tensors])
+def test_a_header_of_gigabytes_and_one_of_a_million_tensors_are_refused(
+    write_weights: Callable[[Path], int], paths: Paths, store: ObjectStore
+) -> None:
     folder = paths.volumes / "models"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    length = write_weights(folder / "model.safetensors")
     model = {"volume": {"claimName": "models", "path": "."}}
     paths.run_file.write_text(json.dumps(run_config(store, "header", model=model)))
     ended = _program(paths)
     assert (ended.code, ended.result.findings[0].kind) == (64, FINAL), ended.log
-    assert f"model.safetensors has a header of {len(header)} bytes, more than" in ended.result.findings[0].message
+    assert f"model.safetensors has a header of {length} bytes, more than" in ended.result.findings[0].message
     assert ended.memory_mebibytes < 500
 
 
