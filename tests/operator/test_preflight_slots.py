@@ -203,10 +203,22 @@ async def test_a_namespace_that_may_not_be_listed_holds_back_no_other() -> None:
 
 @pytest.mark.parametrize("owner", ["A", "a.b", "../x", "x" * 200, "a\n", ""])
 async def test_a_pod_whose_owner_can_be_no_job_holds_back_no_check(owner: str) -> None:
+    await assert_held_back_by_no_pod({"name": owner, "uid": "foreign"}, {})
+
+
+async def test_a_foreign_pod_that_ends_in_millennia_holds_back_no_check() -> None:
+    """Anybody may create a pod with the labels of a check, and delete the pod with any grace period."""
+    ending = {"deletionTimestamp": "2200-11-24T12:00:00Z", "deletionGracePeriodSeconds": 10**11}
+    await assert_held_back_by_no_pod({"name": "..", "uid": "foreign"}, ending)
+
+
+async def assert_held_back_by_no_pod(owner: dict[str, str], metadata: dict[str, Any]) -> None:
+    """Assert that a new operator starts a check, although it finds a check of another owner with ``metadata``."""
     fleet = Fleet("ab")
     await fleet.reconcile_all(fleet.operator(1), times=3)
     foreign = copy.deepcopy(fleet.servers["a"].checks[0])
-    foreign["metadata"]["ownerReferences"][0] |= {"name": owner, "uid": "foreign"}
+    foreign["metadata"] |= metadata
+    foreign["metadata"]["ownerReferences"][0] |= owner
     fleet.servers["a"].checks = []
 
     async def listed(namespace: str | None, selector: str) -> list[Manifest]:

@@ -303,7 +303,9 @@ async def test_any_single_value_of_another_shape_costs_no_other_part_of_the_stat
         {"attempts": "novel", "child": "novel"},
         {"attempts": {"started": "1", "current": {"number": "1"}}, "child": ["novel"]},
         {"attempts": {"current": "novel"}},
+        {"attempts": "novel", "child": {"kind": "PyTorchJob", "name": "a-" + "9" * 5000, "uid": "u"}},
     ],
+    ids=["a list", "a text", "texts", "no current attempt", "a long number"],
 )
 async def test_an_order_ends_the_pods_of_an_attempt_that_the_status_does_not_tell(
     order: str, unreadable: dict[str, Json]

@@ -19,6 +19,7 @@ from finetune_operator.objects.observations import (
     controller_uid,
     parse_pod,
     parse_preflight_pod,
+    whole_number,
 )
 from finetune_operator.observe.stored_job import StoredJob
 
@@ -70,7 +71,7 @@ def newest_attempt(manifests: Iterable[Manifest], job: StoredJob, backend: Backe
     """Return the highest number of an attempt of ``job`` whose child the pods in ``manifests`` or `status.child` name;
     0 where they name none. The name of a child has its number and a digest of the job's uid."""
     named = set() if job.status.child is None else {job.status.child.name}
-    numbers = {0, *(int(end) for name in named if (end := name.rpartition("-")[2]).isdecimal())}
+    numbers = {0, *(whole_number(name.rpartition("-")[2]) or 0 for name in named)}
     for manifest in manifests:
         pod, owner = parse_pod(manifest), controller_of(manifest)
         if pod is not None and owner is not None and owner["kind"] == backend.kind:
