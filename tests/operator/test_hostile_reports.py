@@ -22,7 +22,7 @@ from finetune_operator.queue.memory import Memory
 from tests.operator.builders import NOW, UID, job_manifest
 from tests.operator.model import ModelServer
 from tests.operator.operators import KEY, reconciler
-from tests.operator.test_version_skew import leaves, value_at
+from tests.operator.skewed_statuses import leaves, value_at
 
 Json = Any
 CHECKPOINT = {"run": 1, "step": 1, "uri": "s3://a/b", "bytes": 1, "manifestSha256": "a", "time": "2026-11-24T12:00:00Z"}

@@ -125,7 +125,9 @@ def test_a_pod_that_was_deleted_with_a_grace_period_of_millennia_can_be_read(sec
 
 
 @pytest.mark.parametrize(
-    "label", ["", "x", "-1", "1.0", "\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 10**6]
+    "label",
+    ["", "x", "-1", "1.0", "\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 10**6],
+    ids=["empty", "a letter", "negative", "a fraction", "a superscript", "an Arabic digit", "a megabyte of digits"],
 )
 def test_a_pod_whose_labels_are_no_numbers_is_no_pod_of_a_job(label: str) -> None:
     for name in (ATTEMPT, REPLICA_INDEX, PREFLIGHT):
