@@ -107,8 +107,12 @@ class Controller:
                 loops.create_task(self._resync(namespace, seconds, listed))
 
     async def _resync(self, namespace: str | None, seconds: float, listed: _Listed) -> None:
-        """Queue every job of ``namespace`` now and again every ``seconds``; None means of all namespaces."""
-        problem = ""
+        """Queue every job of ``namespace`` now and again every ``seconds``; None means of all namespaces.
+
+        Where the list has been refused for ``seconds``, nothing is known of the jobs any more, so their series are no
+        longer exported until a list succeeds.
+        """
+        problem, refusals = "", 0
         while True:
             try:
                 await self._list(namespace)
@@ -117,10 +121,15 @@ class Controller:
                     problem = describe_error(error)
                     where = f"of namespace {namespace}" if namespace else "of all namespaces"
                     logger.warning("the jobs %s could not be listed: %s", where, problem)
-                listed.failed(namespace, refused=isinstance(error, ApiError) and error.status in REFUSED)
+                refused = isinstance(error, ApiError) and error.status in REFUSED
+                listed.failed(namespace, refused=refused)
+                refusals = refusals + 1 if refused else 0
+                if refusals * RESYNC_RETRY_SECONDS > seconds:
+                    self._metrics.jobs.hide(namespace)
                 await asyncio.sleep(RESYNC_RETRY_SECONDS)
             else:
-                problem = ""
+                problem, refusals = "", 0
+                self._metrics.jobs.show(namespace)
                 listed.succeeded(namespace)
                 await asyncio.sleep(seconds)
 

@@ -1,7 +1,8 @@
 """Prometheus metrics of the jobs, collected from the newest status of each job.
 
 `reconcile.py` and `status/writer.py` pass in the newest status. A job's series are exported until the job is deleted,
-or until an hour after its end, so that ended jobs do not pile up in Prometheus. The labels are `job_namespace` and
+or until an hour after its end, so that ended jobs do not pile up in Prometheus. Jobs whose namespace the operator may
+not list are not exported while that lasts (`controller.py`). The labels are `job_namespace` and
 `job_name`, because Prometheus itself sets `namespace` and `job` for the scraped target.
 """
 
@@ -126,6 +127,7 @@ class JobMetricsCollector(Collector):
         """Create a collector without jobs. ``now`` returns the current time, from which ages are computed."""
         self._now = now
         self._jobs: dict[Key, JobMetrics] = {}
+        self._hidden: set[str | None] = set()
 
     def update(self, key: Key, spec: Mapping[str, Any], status: FineTuneJobStatus) -> None:
         """Export ``status`` and parts of ``spec`` (as stored) for the job ``key`` until the next call for that job."""
@@ -135,10 +137,22 @@ class JobMetricsCollector(Collector):
         """Stop the export of the job ``key``, which no longer exists."""
         self._jobs.pop(key, None)
 
+    def hide(self, namespace: str | None) -> None:
+        """Export no job of ``namespace``, or of any namespace where it is None, until the call of `show`."""
+        self._hidden.add(namespace)
+
+    def show(self, namespace: str | None) -> None:
+        """Export the jobs of ``namespace`` again."""
+        self._hidden.discard(namespace)
+
+    def _is_hidden(self, key: Key) -> bool:
+        return None in self._hidden or key.namespace in self._hidden
+
     def collect(self) -> Iterable[Metric]:
         """Yield all metric families with a sample for each job; a number that is None gets no sample."""
         now = self._now()
-        exported = [(key, job) for key, job in list(self._jobs.items()) if not _is_expired(job, now)]
+        jobs = list(self._jobs.items())
+        exported = [(key, job) for key, job in jobs if not (self._is_hidden(key) or _is_expired(job, now))]
         for name, text, value in GAUGES:
             family = GaugeMetricFamily(f"finetune_job_{name}", text, labels=LABELS)
             for key, job in exported:
