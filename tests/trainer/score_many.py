@@ -3,7 +3,7 @@
 FILE is JSON. Its fields `stages` and `sizes` list the ZeRO stages and batch sizes, `model` is the folder of the model,
 and `examples` are the texts to score. The rank writes perplexities and answers as JSON to the path in the field `out`.
 `test_evaluation.py` starts one or two ranks and compares their figures with those of plain transformers. At the end
-of each case rank 0 is told to stop while all prompts are answered in one batch.
+rank 0 is told to stop while all prompts are answered in one batch; `cut` has the answers, if the ranks did stop.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def main() -> None:
     gang = Gang(device=torch.device("cpu"), stop=stop)
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
     examples = example_set([Example(ids, [tuple(span) for span in spans]) for ids, spans in asked["examples"]])
-    found = []
+    found: list[dict[str, Any]] = []
     for stage in asked["stages"]:
         model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32)
         optimization = OptimizationConfig(
@@ -87,27 +88,24 @@ def main() -> None:
             engine.exclude_tokens(asked["suppressed"])
             hidden = scorer.perplexity(examples)
             engine.exclude_tokens(())
-            perplexities = scorer.perplexity(examples), scorer.perplexity(all_tokens(examples))
-            stop.armed, stop.asked, stopped = gang.is_first, 0, False
-            cut: list[dict[int, str]] = []
+            found.append(
+                {
+                    "stage": stage,
+                    "size": size,
+                    "perplexity": scorer.perplexity(examples),
+                    "hidden": hidden,
+                    "all": scorer.perplexity(all_tokens(examples)),
+                    "answers": own,
+                }
+            )
+        if stage == asked["stages"][-1]:
+            # The ranks never forget a stop, so the stop comes after everything else.
+            stop.armed, cut = gang.is_first, list[dict[int, str]]()
             try:
                 for batch in generate_answers(engine, gang, prompts, replace(decoding, batch_size=len(prompts))):
                     cut.append(batch)
             except StopAgreed:
-                stopped = True
-            stop.armed, stop.asked = False, 0
-            found.append(
-                {
-                    "cut": cut,
-                    "stopped": stopped,
-                    "stage": stage,
-                    "size": size,
-                    "perplexity": perplexities[0],
-                    "hidden": hidden,
-                    "all": perplexities[1],
-                    "answers": own,
-                }
-            )
+                found[-1]["cut"] = cut
         engine.close()
     Path(asked["out"]).write_text(json.dumps(found))
     gang.final_barrier()
