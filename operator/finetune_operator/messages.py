@@ -200,7 +200,7 @@ def preflight_broke(exit_code: int | None, reason: str, last_line: str) -> str:
 
 
 def preflight_turn(limit: int) -> str:
-    """Return the sentence about a preflight check that waits, because ``limit`` checks may run at the same time."""
+    """Return the sentence about a preflight check that waits, because ``limit`` others run and no more may run."""
     return f"the check of store, model and data waits for its turn: {limit} checks of all jobs run at the same time"
 
 

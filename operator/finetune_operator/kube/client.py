@@ -96,7 +96,7 @@ _NOT_ABOUT_THE_OBJECT: Final = frozenset(
 )
 """HTTP status codes of the 4xx range that do not mean that the object itself was refused."""
 REQUEST_ERRORS: Final = (ApiError, aiohttp.ClientError, OSError)
-"""The exceptions with which a request can fail; a time-out and a broken connection are OSErrors. A caller that tries
+"""The exceptions with which a request can fail. OSError includes the TimeoutError of a time-out. A caller that tries
 again later catches all of them."""
 
 

@@ -1,6 +1,6 @@
 """Pods and child objects of an attempt as immutable values, and the functions that parse pods into such values.
 
-`observe/observer.py` and the backends parse what the API server sends. `decide/` and `status/` compute verdicts,
+`observe/`, `act/` and the backends parse what the API server sends. `decide/` and `status/` compute verdicts,
 conditions and messages from these values and never from manifests.
 """
 
@@ -267,6 +267,9 @@ def controller_uid(manifest: Mapping[str, Any]) -> str:
 
 
 def controller_name(manifest: Mapping[str, Any], kind: str) -> str:
-    """Return the name in the owner reference with `controller: true` to an object of ``kind``; empty where none is."""
+    """Return the name in the owner reference with `controller: true` to an object of ``kind``.
+
+    Empty where the object has no such reference.
+    """
     owners = manifest["metadata"].get("ownerReferences", [])
     return next((owner["name"] for owner in owners if owner.get("controller") and owner["kind"] == kind), "")

@@ -78,7 +78,7 @@ class JobObservation:
 
 
 def is_of_an_earlier_admission(pod: PodObservation, child: ChildObservation | None) -> bool:
-    """Return whether ``pod`` was deleted before ``child`` was last resumed, and so by a suspension that is over.
+    """Return whether ``pod`` was deleted before ``child`` was last resumed, that is, by a suspension that is over.
 
     Such a pod may still terminate, but its end proves no failure of the attempt.
     """

@@ -52,7 +52,7 @@ def compute_conditions(stored: FineTuneJobStatus, status: FineTuneJobStatus, giv
 
 
 def _state_of(condition: Condition | None) -> _State | None:
-    """Return what the stored ``condition`` says; None where it is absent or its status not True, False or Unknown."""
+    """Return what the stored ``condition`` says; None where it is absent or has no status of True, False or Unknown."""
     if condition is None or condition.status not in ("True", "False", "Unknown"):
         return None
     return _State(condition.status, condition.reason, condition.message)
@@ -113,7 +113,7 @@ def _between_attempts(given: StatusInput, last: PastAttempt | None) -> _State:
 
 
 def _held(given: StatusInput) -> _State:
-    """Return the condition `Succeeded` while the job's queue has suspended the child, or a person where it has none."""
+    """Return the condition `Succeeded` while the job's queue or, in a job without a queue, a person suspends the child."""
     if queue := given.policy.queue_name:
         return _State("Unknown", Reason.QUEUED, messages.pods_end(messages.queued(queue), given.ending_pods))
     return _State("Unknown", Reason.SUSPENDED, messages.SUSPENDED_ELSEWHERE)

@@ -2,7 +2,7 @@
 
 Pure functions, called by `writer.py`. What the operator itself recorded or saw is written at once. What a report says
 passes the token bucket of its job, whatever it is: a pod with a valid token chooses the content of its reports, and
-would otherwise choose how often the operator writes. Every field of the status stands in exactly one list below.
+would otherwise choose how often the operator writes. Every field of the status is in exactly one list below.
 """
 
 from __future__ import annotations
