@@ -114,7 +114,7 @@ def test_an_attack_without_a_token_causes_only_reviews_and_delays_no_other_job(
     # address.
     assert len(reviews) <= 100 + 20 * seconds
     assert attack.answers.keys() <= {0, 400, 401, 404, 429, 503}
-    # On a machine without other work, the job was looked at within a second or two.
+    # On a machine without other work, the first reconcile of the job came within a second or two.
     assert looked_at < 20
 
 

@@ -26,7 +26,7 @@ from tests.operator.test_crashes import SCENARIOS, checked
 from tests.operator.test_invariants import likely_events
 
 LOOK_SECONDS = 0.01
-"""Least time in seconds between two reconciles in a test that moves the clock itself."""
+"""Shortest time in seconds between two reconciles in a test that moves the clock itself."""
 
 
 class PacedReconciler:
