@@ -113,7 +113,7 @@ def _between_attempts(given: StatusInput, last: PastAttempt | None) -> _State:
 
 
 def _held(given: StatusInput) -> _State:
-    """Return the condition `Succeeded` while the job's queue or, in a job without a queue, a person suspends the child."""
+    """Return the condition `Succeeded` of a job whose queue, or (without a queue) a person, has suspended the child."""
     if queue := given.policy.queue_name:
         return _State("Unknown", Reason.QUEUED, messages.pods_end(messages.queued(queue), given.ending_pods))
     return _State("Unknown", Reason.SUSPENDED, messages.SUSPENDED_ELSEWHERE)
