@@ -127,7 +127,7 @@ class Controller:
         """Queue every job of ``namespace`` that exists, and every one that is only in memory.
 
         Jobs that are only in memory are queued because the watch may have lost the event of their deletion. An ended
-        job is left out where it has not changed since nothing was left to do for it.
+        job is left out if it has not changed since a reconcile left nothing to do for it.
         """
         gone = {key for key in self._memory.job_keys() if namespace in (None, key.namespace)}
         async for job in self._cluster.list_jobs(namespace):

@@ -1,7 +1,8 @@
 """What is known about an attempt when `rules.py` asks whether it ends: its pods, its child object, its job's policy.
 
-The properties here find out what came first where several pods failed or were deleted. The times alone do not tell,
-because Kubernetes gives whole seconds, and training-operator deletes the other pods right after the first failure.
+The properties here find out what came first where several pods failed or were deleted. The times alone do not show
+this, because Kubernetes gives whole seconds, and training-operator deletes the other pods right after the first
+failure.
 """
 
 from __future__ import annotations

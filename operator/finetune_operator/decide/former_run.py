@@ -21,7 +21,7 @@ from finetune_operator.observe.observation import PreflightObservation
 
 
 def taken_over(found: FoundRun, seen: PreflightObservation) -> TakenOverStatus | None:
-    """Return the record of the run that the job takes over; None where ``found`` is its own run in its own folder.
+    """Return the record of the run that the job takes over; None if ``found`` is the job's own run in its own folder.
 
     A job that took a run over and then lost its status finds its own uid in the folder of the former job. It gets the
     record again, because without the record it would not use that folder.

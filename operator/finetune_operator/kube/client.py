@@ -353,7 +353,7 @@ class KubeClient:
             await self._request(permission, namespace, name, body=body)
         except ApiError as error:
             # A 409 is raised although it mostly means that the object is gone and a new one has its name, so that the
-            # uid precondition failed. It can have other causes, and the next reconcile reads what exists.
+            # uid precondition failed. A 409 can also have other causes, and the next reconcile reads what exists.
             if not error.is_not_found:
                 raise
             return False

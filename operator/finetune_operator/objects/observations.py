@@ -43,7 +43,8 @@ START_ERRORS = frozenset(
 
 LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
 """Reasons of a container whose end nobody saw. containerd writes Unknown (exit code 255) for a container that has no
-process when containerd starts, and the kubelet ContainerStatusUnknown (137) for one that its runtime no longer has."""
+process when containerd starts. The kubelet writes ContainerStatusUnknown (137) for a container that its runtime no
+longer has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +66,8 @@ class ContainerObservation:
     def never_ran(self) -> bool:
         """Whether the container has ended without ever having run, because the container runtime could not start it.
 
-        A runtime gives times as numbers. For a start that never came it gives 0, which the kubelet shows as the year
-        1970. With runtimes that give another number, the reason tells that the container never ran.
+        A runtime gives times as numbers. For a start that did not happen most runtimes give 0, which the kubelet shows
+        as the year 1970. For runtimes that give another number, the reason shows that the container never ran.
         """
         if self.state is not ContainerState.TERMINATED:
             return False

@@ -94,7 +94,7 @@ def pod_template(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
     labels = dict(template.labels) | attempt_labels(job.metadata.name, job.metadata.uid, attempt.number)
     annotations = dict(template.annotations)
     if ISTIO_INJECTION not in {*template.labels, *template.annotations}:
-        # Istio is told to inject no sidecar, because a sidecar never ends and blocks the network until it has started.
+        # Istio must inject no sidecar, because a sidecar never ends and blocks the network until it has started.
         # Newer versions of Istio read the label, older versions read the annotation.
         labels[ISTIO_INJECTION] = "false"
         annotations[ISTIO_INJECTION] = "false"
@@ -175,8 +175,8 @@ def _environment(job: FineTuneJob, attempt: AttemptSpec) -> list[Manifest]:
 
 
 def web_identity(job: FineTuneJob) -> dict[str, str]:
-    """Return the environment variables that tell the AWS SDKs, and the trainer, about the token of `storage.identity`;
-    none where the field is absent."""
+    """Return the environment variables by which the AWS SDKs and the trainer find the token of `storage.identity`; none
+    where the field is absent."""
     storage = job.spec.storage
     if storage.identity is None:
         return {}
@@ -207,7 +207,7 @@ def _node_selector(job: FineTuneJob) -> dict[str, str]:
 
 
 def _affinity(job: FineTuneJob, attempt: AttemptSpec) -> Manifest:
-    """Return the affinity of `podTemplate` with a preference against ``attempt.avoided_nodes``; empty if both are.
+    """Return the affinity of `podTemplate` with a preference against ``attempt.avoided_nodes``; empty without either.
 
     The nodes are named by their object name, because the label `kubernetes.io/hostname` of a node may differ from it.
     A requirement on a field takes one value only, so each node has a requirement, and all must hold.

@@ -24,7 +24,7 @@ class PreflightObservation:
     problem: str = ""
     """Why ConfigMap or pod of the current try could not be created; empty where the pod exists or nothing failed."""
     job_uid: str = ""
-    """`metadata.uid` of the job, by which the decision tells the job's own run from that of a former job."""
+    """`metadata.uid` of the job, which distinguishes the job's own run from the run of a former job."""
     chosen_run_id: str = ""
     """`storage.runId`; empty where it is absent."""
     runs_folder: str = ""

@@ -154,7 +154,7 @@ def _counted(attempts: AttemptsStatus) -> AttemptsStatus:
     """
     current, recent = attempts.current, attempts.recent
     if current is not None and current.number < 1 and not current.pods:
-        current = None  # only fields that somebody else applied are left of it, because server-side apply keeps those
+        current = None  # server-side apply has kept only the fields of ``current`` that somebody else applied
     if current is not None and (current.number < 1 or not all(record.uid for record in current.pods)):
         pods = [record for record in current.pods if record.uid]
         number = current.number if current.number >= 1 else max(1, attempts.started)

@@ -162,15 +162,15 @@ class Connection(asyncio.Protocol):
         self._end_after(self._limits.idle_seconds)
 
     def eof_received(self) -> bool | None:
-        """Hand on that the client sends nothing more."""
+        """Inform the HTTP protocol that the client sends nothing more."""
         return self._inner.eof_received()
 
     def pause_writing(self) -> None:
-        """Hand on that the client does not read fast enough."""
+        """Inform the HTTP protocol that the client does not read fast enough."""
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        """Hand on that the client reads again."""
+        """Inform the HTTP protocol that the client reads again."""
         self._inner.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -23,7 +23,7 @@ from finetune_operator.queue.token_bucket import TokenBucket
 from finetune_operator.queue.work_queue import Key
 
 MIN_SECONDS_BETWEEN_PROGRESS_WRITES = 10.0
-"""Least seconds between a status write of a job and the next write in which only numbers (step, loss, speed) differ."""
+"""Shortest time in seconds from a status write of a job to a write in which only numbers (step, loss, speed) differ."""
 REPORTED_WRITES_PER_SECOND = 0.1
 REPORTED_WRITES_BURST = 3.0
 """Limit on the writes that the reports of one job may cause: three at once, and then one every ten seconds. It holds
@@ -61,8 +61,8 @@ class JobMemory:
     report or the job ends."""
     reported_at: datetime | None = None
     speed: StepWindow = field(default_factory=StepWindow)
-    """Recent training speed, from the newest reports of the attempt. It is that of the attempt before until a new
-    attempt has reported two steps."""
+    """Recent training speed, from the newest reports of the attempt. Until a new attempt has reported two steps, the
+    speed of the attempt before is kept."""
     event_created_at: dict[str, float] = field(default_factory=dict)
     """For each event reason that may recur: when an event with this reason was last created."""
     status_written_at: float | None = None

@@ -46,13 +46,12 @@ MESSAGE_LENGTH: Final = 512
 """Largest number of characters of a rejection's message. A malformed report can have long parts that the message would
 repeat."""
 TOKENS_PER_SECOND: Final = 20.0
-"""How many tokens from one address are looked at in a second. Tokens that are known to be valid do not count."""
+"""How many tokens from one address are checked in a second. Tokens that are known to be valid do not count."""
 TOKENS_AT_ONCE: Final = 100.0
-"""How many tokens from one address are looked at before TOKENS_PER_SECOND applies. After a restart of the operator, all
+"""How many tokens from one address are checked before TOKENS_PER_SECOND applies. After a restart of the operator, all
 pods that use the network of one node send their tokens at once, from one address."""
 TOKENS_OF_A_JOB_PER_SECOND: Final = 2.0
-"""How many tokens for one job and audience are looked at in a second. Tokens that are known to be valid do not
-count."""
+"""How many tokens for one job and audience are checked in a second. Tokens that are known to be valid do not count."""
 TOKENS_OF_A_JOB_AT_ONCE: Final = 20.0
 REPORTS_PER_SECOND: Final = 10.0
 """How many reports of one pod are accepted in a second. The trainer sends one every three seconds, and a few more when
