@@ -29,7 +29,7 @@ Action = Callable[[ModelServer], bool]
 
 
 def during(attempt: int, action: Action) -> Action:
-    """Return an action that does ``action`` while pods of ``attempt`` exist, and else only returns False."""
+    """Return an action that does ``action`` while pods of ``attempt`` exist, else returns False."""
     return lambda world: _attempt(world) == attempt and action(world)
 
 

@@ -1,4 +1,4 @@
-"""While clients without a valid token attack the report server, the operator sends the API server only what it must.
+"""Clients without a valid token attack the report server. They cause only TokenReviews, and not too many of them.
 
 The audit log of a real API server shows the requests. The attack comes from another address than the pods, and from
 many connections at once. An honest job is applied meanwhile.

@@ -27,7 +27,7 @@ State = Callable[[], Awaitable[ModelServer]]
 
 
 def created(**policy: Any) -> ModelServer:
-    """Return a server with a job that the operator has not seen yet. The job has the default of the CRD as status."""
+    """Return a server with a job that the operator has not seen yet. The job's status is the default of the CRD."""
     manifest = job_manifest(runPolicy=policy)
     schema = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     manifest["status"] = copy.deepcopy(schema["properties"]["status"]["default"])

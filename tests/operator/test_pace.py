@@ -30,7 +30,7 @@ LOOK_SECONDS = 0.01
 
 
 class PacedReconciler:
-    """Calls a reconciler, and asserts after each call that it asks for another reconcile at once only after a write."""
+    """Calls a reconciler, and asserts that a call without a write does not ask for another reconcile at once."""
 
     def __init__(self, server: ModelServer, *, other_jobs: int = 0) -> None:
         """Reconcile against ``server``; before this job, ``other_jobs`` other jobs have reserved a status write

@@ -82,8 +82,8 @@ FLOODS: dict[str, Values] = {
     "incidents": lambda n: [_incident(n)],
     "result": lambda n: Result(outcome=list(Outcome)[n % len(Outcome)], message=str(n), step=n, artifact=artifact()),
 }
-"""By field of a report: a function that returns the field's value in report number n. It differs from the value in the
-report before."""
+"""By field of a report: a function that returns the field's value in report number n. The value differs from that in
+the report before."""
 FIXED = {"version", "pod_uid"}
 """Fields of a report that a flood can not change: the token decides the pod."""
 
