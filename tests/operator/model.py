@@ -212,7 +212,7 @@ class ModelServer:
     def orphan_pods(self) -> bool:
         """Delete the PyTorchJob but not its pods, as `kubectl delete --cascade=orphan` does; return True.
 
-        The PyTorchJob must exist. The garbage collector then takes the owner reference from the pods.
+        The PyTorchJob must exist. The pods lose their owner reference, which the garbage collector removes.
         """
         for pod in self.pods:
             pod["child"] = None

@@ -150,8 +150,7 @@ def takeover(number: int) -> World:
 
 
 def succeeds(number: int) -> FineTuneJobStatus:
-    """The job ends in minute 60, three minutes after its last checkpoint. The leader serves its metrics for one more
-    hour."""
+    """The job trains, and ends in minute 60. The leader serves the job's metrics for one more hour."""
     if number < 60:
         return status(step=number * 16, reported=number, checkpoint_minute=number)
     return status(

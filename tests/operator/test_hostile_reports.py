@@ -1,5 +1,5 @@
-"""What a pod with a valid token can write into its reports: no value that the API server could not store, and none that
-costs the look at the job or the metrics of the others."""
+"""A pod with a valid token may report any value. No value keeps the status of its job from being written, and none
+keeps the metrics of other jobs from being served."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TEXTS = ("", "\x00", "\x1b[2J", "a\nb", "\ufffd", "é" * 500)
 
 
 def hostile_reports() -> Iterator[tuple[str, Json]]:
-    """Yield the full report with a hostile value in each of its places, and in all places of one kind at once."""
+    """Yield reports with one hostile value each, and a description: for each place of `FULL`, each value for it."""
     for path in leaves(FULL):
         old = value_at(FULL, path)
         is_number = isinstance(old, int | float) and not isinstance(old, bool)

@@ -22,7 +22,7 @@ CREATED, STARTED, FINISHED = "2026-11-24T12:00:00Z", "2026-11-24T12:00:05Z", "20
 
 
 def manifest(**status: Any) -> dict[str, Any]:
-    """Return the manifest of the pod with rank 1 of attempt 2, with the given fields of `status`."""
+    """Return the manifest of the pod with index 1 of attempt 2, with the given fields of `status`."""
     return {
         "metadata": {
             "name": "quickstart-worker-1",

@@ -170,7 +170,7 @@ async def test_the_pending_deadline_does_not_run_while_a_job_waits_for_its_first
 async def test_an_operator_that_starts_counts_the_checks_that_run_already() -> None:
     fleet = Fleet("abcd")
     await fleet.reconcile_all(fleet.operator(2))
-    fleet.keys.reverse()  # the new operator looks first at the jobs that wait
+    fleet.keys.reverse()  # the new operator first reconciles the jobs that wait
     await fleet.reconcile_all(fleet.operator(2), times=1)
     assert fleet.checks == ["a", "b"]
 

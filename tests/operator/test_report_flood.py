@@ -84,7 +84,8 @@ FLOODS: dict[str, Values] = {
     "incidents": lambda n: [_incident(n)],
     "result": lambda n: Result(outcome=list(Outcome)[n % len(Outcome)], message=str(n), step=n, artifact=artifact()),
 }
-"""By field of a report: the value that the flood reports for the nth time. Every report changes something."""
+"""By field of a report: a function that returns the field's value in report number n. The value differs from that in
+the report before."""
 FIXED = {"version", "pod_uid"}
 """Fields of a report that a flood can not change: the token decides the pod."""
 
@@ -157,7 +158,7 @@ class Flood:
                 self.queue.add(key)
 
     def reports(self, fields: dict[str, Values]) -> Iterator[Report]:
-        """Return reports without end. Each has other values in ``fields``."""
+        """Return an endless iterator of reports, each with new values of ``fields``."""
         values: dict[str, Any] = {
             "run": 1,
             "pod_uid": self.server.pods[0]["metadata"]["uid"],

@@ -1,7 +1,7 @@
 """How often statuses are written: new numbers of a job at most every ten seconds, and of all jobs within a budget.
 
-A change that the operator causes itself is written at once. A change that only a report brings needs a token of the
-job's token bucket. The tests set the clock.
+A change that the operator causes itself is written at once. A change that comes from a report alone needs a token of
+the job's token bucket. The tests set the clock.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class CreationBackoff:
     def forget_refusal(self, memory: JobMemory) -> None:
         """Forget a problem that lay in the job itself, because the job can be read and run now.
 
-        A person may have corrected it, and must not wait for the back-off of what is corrected.
+        A person may have corrected the job, and must not wait for the back-off of the corrected problem.
         """
         if memory.problem is not None and memory.problem.reason is Reason.BAD_INPUT:
             self.reset(memory)

@@ -13,7 +13,7 @@ from finetune_core.api.status import AttemptsStatus, PreflightStatus
 def bookkeeping(attempts: AttemptsStatus, preflight: PreflightStatus | None) -> tuple[object, ...]:
     """Return those values of the status that must be written before any object is created or deleted.
 
-    The values of two statuses are compared; they are not used otherwise.
+    The callers only compare the values of two statuses with each other.
     """
     current = attempts.current
     return (

@@ -60,7 +60,7 @@ class LoadLimit:
         self._until = 0.0
 
     async def wait(self) -> None:
-        """Return once no pause lasts any more, also no pause that begins while this call waits."""
+        """Return once no pause lasts any more. A pause that begins while this call waits is waited for as well."""
         while (left := self._until - self._clock()) > 0:
             await self._sleep(left)
 

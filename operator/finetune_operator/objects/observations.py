@@ -1,6 +1,6 @@
 """Pods and child objects of an attempt as immutable values, and the functions that parse pods into such values.
 
-`observe/observer.py` and the backends parse what the API server sends. `decide/` and `status/` compute verdicts,
+`observe/`, `act/` and the backends parse what the API server sends. `decide/` and `status/` compute verdicts,
 conditions and messages from these values and never from manifests.
 """
 
@@ -48,7 +48,8 @@ LONGEST_GRACE_SECONDS = 10 * 365 * 24 * 3600
 seconds, and no time lies so long before the end of that period."""
 LOST_CONTAINERS = frozenset({"Unknown", "ContainerStatusUnknown"})
 """Reasons of a container whose end nobody saw. containerd writes Unknown (exit code 255) for a container that has no
-process when containerd starts, and the kubelet ContainerStatusUnknown (137) for one that its runtime no longer has."""
+process when containerd starts. The kubelet writes ContainerStatusUnknown (137) for a container that its runtime no
+longer has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +71,8 @@ class ContainerObservation:
     def never_ran(self) -> bool:
         """Whether the container has ended without ever having run, because the container runtime could not start it.
 
-        A runtime gives times as numbers. For a start that never came it gives 0, which the kubelet shows as the year
-        1970. With runtimes that give another number, the reason tells that the container never ran.
+        A runtime gives times as numbers. For a start that did not happen most runtimes give 0, which the kubelet shows
+        as the year 1970. For runtimes that give another number, the reason shows that the container never ran.
         """
         if self.state is not ContainerState.TERMINATED:
             return False
@@ -279,6 +280,9 @@ def controller_uid(manifest: Mapping[str, Any]) -> str:
 
 
 def controller_name(manifest: Mapping[str, Any], kind: str) -> str:
-    """Return the name in the owner reference with `controller: true` to an object of ``kind``; empty where none is."""
+    """Return the name in the owner reference with `controller: true` to an object of ``kind``.
+
+    Empty where the object has no such reference.
+    """
     owners = manifest["metadata"].get("ownerReferences", [])
     return next((owner["name"] for owner in owners if owner.get("controller") and owner["kind"] == kind), "")

@@ -23,7 +23,7 @@ from finetune_operator.queue.key import Key
 RETENTION_AFTER_END: Final = timedelta(hours=1)
 """How long after its end the series of a job are still exported."""
 MOST_DIGITS: Final = 64
-"""Longest text in characters of the status that is read as a number. The status's own numbers have at most 32."""
+"""Largest number of characters of a text in the status that is read as a number. The CRD allows at most 32."""
 LABELS: Final = ("job_namespace", "job_name")
 INFO_LABELS: Final = ("model", "method", "queue")
 CONDITION_LABELS: Final = ("type", "status", "reason")
@@ -60,7 +60,8 @@ class JobMetrics:
 def job_metrics(spec: Mapping[str, Any], status: FineTuneJobStatus) -> JobMetrics:
     """Return what is exported of a job with ``spec``, as the API server stores it, and ``status``.
 
-    A number that the status lacks is None. A part of the spec that this version does not know gives an empty text.
+    A number that the status lacks is None, and 0 for the counts of attempts and GPU seconds. A part of the spec that
+    this version does not know gives an empty text.
     """
     progress, attempts = status.progress, status.attempts
     metrics = {metric.name: _number(metric.value) for metric in status.metrics}
@@ -109,8 +110,8 @@ def _text(spec: Mapping[str, Any], *path: str) -> str:
 def _number(value: str | int | None) -> float | None:
     """Return ``value`` as a number; None where it is absent, or where it is no number that Prometheus can express.
 
-    The series of all jobs are rendered together, so that one such value would cost the series of every job. A text of
-    more than `MOST_DIGITS` characters is no number either, because `float` takes minutes for a text of megabytes.
+    The series of all jobs are rendered together, so one such value would make the rendering fail for every job. A text
+    of more than `MOST_DIGITS` characters counts as no number, because `float` takes minutes for a text of megabytes.
     """
     if isinstance(value, str) and len(value) > MOST_DIGITS:
         return None
@@ -204,4 +205,5 @@ AGES: Final[tuple[tuple[str, str, Callable[[JobMetrics], datetime | None]], ...]
     ("report", "Seconds of a running job since its newest report.", lambda job: job.report_time),
 )
 """Each age by name, with its help text and the time from which it is counted. Ages are exported only while the job
-runs, and are never counted from before it began to run. So a job that was suspended for hours has no age of hours."""
+runs, and are never counted from a time before the job began to run. So a job that was suspended for hours does not get
+an age of hours."""

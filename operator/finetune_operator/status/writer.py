@@ -61,9 +61,12 @@ class StatusWriter:
         """Write the status that follows from ``given`` where it differs from the stored status, as soon as it may.
 
         Returns the seconds after which the status may be written; None where it was written or does not differ.
-        `status/urgency.py` says how soon: the operator's own changes at once, what a report brought when the token
-        bucket of the job has a token, and numbers alone ten seconds after the last write and within the limit of all
-        jobs. Raises ApiError (409) where the job has changed since it was read.
+
+        `status/urgency.py` says how soon. The operator's own changes are written at once. Changes from a report are
+        written once the token bucket of the job has a token. Where only numbers differ, the status is also written no
+        earlier than ten seconds after the last write, and within the limit of all jobs.
+
+        Raises ApiError (409) where the job has changed since it was read.
         """
         status = self._compute(job, given)
         self._metrics.jobs.update(job.key, job.manifest.get("spec") or {}, status)
