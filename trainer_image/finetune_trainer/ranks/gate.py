@@ -35,9 +35,9 @@ PROOF_BYTES = 32
 HANDSHAKE_SECONDS = 10.0
 """How many seconds each end may take to prove to the other end that it knows the key."""
 MOST_HANDSHAKES = 64
-"""Largest number of connections that are in the handshake at the same time. One more ends the oldest one of the address
-that has the most of them, so that clients that connect and send nothing can't keep the pods of the attempt away,
-however many connections they open."""
+"""Largest number of connections that are in the handshake at the same time. One more connection ends a handshake: the
+oldest one of the address that has the most handshakes. So clients that connect and send nothing can't keep the pods of
+the attempt away, however many connections they open."""
 RETRY_SECONDS = 0.2
 """Pause in seconds between two tries to connect to the rendezvous store or the gate, which may not listen yet."""
 LAST_BYTES_SECONDS = 2.0
@@ -94,7 +94,7 @@ class Gate:
         self._key = key
         self._store = _Target(store.address, store.port)
         self._handshakes: dict[asyncio.Task[None], str] = {}
-        """The other end's address of each handshake. The oldest handshake comes first."""
+        """Address of the other end, by handshake. The oldest handshake comes first."""
         self._refused = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -109,7 +109,7 @@ class Gate:
             finally:
                 handshake.cancel()
                 self._handshakes.pop(handshake, None)
-            # A connection passes only where the handshake has ended without any error, whatever the error's text is.
+            # Any error refuses the connection, also an error without a text.
             error = RefusedError("it was the oldest of too many") if handshake.cancelled() else handshake.exception()
             if error is not None:
                 self._log_refusal(writer, str(error) or type(error).__name__)
@@ -119,7 +119,7 @@ class Gate:
                 await _forward(reader, writer, store)
 
     def _end_one(self) -> None:
-        """End the oldest handshake of the address that has the most."""
+        """End a handshake: the oldest one of the address that has the most handshakes."""
         ((address, _),) = Counter(self._handshakes.values()).most_common(1)
         oldest = next(task for task, other in self._handshakes.items() if other == address)
         del self._handshakes[oldest]
@@ -262,7 +262,8 @@ def _closing(writer: asyncio.StreamWriter) -> Iterator[None]:
 
 
 async def _forward(near_reader: asyncio.StreamReader, near: asyncio.StreamWriter, far_end: Streams) -> None:
-    """Forward bytes in both directions until one end closes its connection, then close the other one."""
+    """Forward bytes in both directions until one end closes its connection. Then close ``far_end``. The caller closes
+    ``near``."""
 
     async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         while piece := await source.read(PIECE_BYTES):
