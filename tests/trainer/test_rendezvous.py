@@ -191,7 +191,7 @@ def test_many_foreign_connections_keep_no_rank_away(sent: bytes, start: Callable
 
 
 def test_a_flood_of_connections_ends_no_handshake_of_another_address() -> None:
-    """The handshake of the attempt's pod is the oldest one. All addresses of 127.0.0.0/8 are this machine."""
+    """The handshake of the attempt's pod is the oldest one. All addresses of 127.0.0.0/8 belong to this machine."""
     port, key = free_port(), b"the key"
 
     def connect(source: str) -> tuple[socket.socket, bytes]:

@@ -81,7 +81,7 @@ def start_run(root: RunRoot, identity: Identity, target: Path, training: Trainin
 
     An earlier run that is still alive may commit one more checkpoint before the number is taken. The checkpoint to
     resume from is then chosen again, and the new run takes one more number. Raises OutsideFailure where other writers
-    get ahead of all MAX_TRIES tries, and UserError where another job has taken the runs of this job over.
+    interfere with each of MAX_TRIES tries, and UserError where another job has taken the runs of this job over.
     """
     taken: set[int] = set()
     for _ in range(MAX_TRIES):

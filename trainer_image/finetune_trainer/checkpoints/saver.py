@@ -44,7 +44,8 @@ POLL_SECONDS = 0.2
 """While the ranks wait for the last COMMIT, they tell each other at this interval (seconds) whether they still upload,
 have failed, or received SIGTERM."""
 MAX_UPLOAD_TRIES = 3
-"""How many times in all a checkpoint is uploaded, if the bucket does not show the uploaded files afterwards."""
+"""How many times at most a checkpoint is uploaded. It is uploaded again where the bucket does not hold the uploaded
+files afterwards."""
 SLOW_UPLOAD_SECONDS = 120.0
 """An upload that takes more than this many seconds, while the next checkpoint waits, is reported as a problem."""
 

@@ -60,7 +60,8 @@ class OwnFolder:
 
 @dataclass(frozen=True)
 class FormerFolder:
-    """The folder of a former job that has been trained with the same settings."""
+    """The folder of a former job whose settings are those of the checked job. All of its runs have the same
+    training."""
 
     training: TrainingRecord
     """What all runs in the folder trained."""
@@ -81,11 +82,11 @@ def own_folder(root: RunRoot) -> OwnFolder:
 
 
 def former_folders(root: RunRoot, settings_sha256: str) -> list[FormerFolder]:
-    """Return the folders of former jobs beside ``root`` in which all runs trained with the settings that
-    ``settings_sha256`` is the digest of, and which hold an artifact or a checkpoint.
+    """Return the folders of former jobs beside ``root`` that hold an artifact or a checkpoint. All runs of such a
+    folder trained with the settings whose digest is ``settings_sha256``.
 
-    A folder with an artifact comes before all folders without one, and a newer folder before an older one. Raises
-    OutsideFailure if the store can't be read.
+    Folders with an artifact come first. Among them, and among the other folders, a newer folder comes before an older
+    one. Raises OutsideFailure if the store can't be read.
     """
     parent, _, own = root.location.prefix.rpartition("/")
     names = root.store.list_folders(root.location.bucket, f"{parent}/", MOST_FOLDERS)
@@ -112,7 +113,8 @@ def _is_run_id(name: str) -> bool:
 
 
 def _former_folder(root: RunRoot, settings_sha256: str) -> FormerFolder | None:
-    """Return what ``root`` holds if all of its runs trained the same, with the settings of the digest; else None."""
+    """Return what the folder ``root`` holds. Return None if it holds no artifact and no checkpoint, if its runs do not
+    all have the same training, or if their settings have another digest than ``settings_sha256``."""
     entries = listed_records(root)
     if not 0 < len(entries) <= MOST_RECORDS:
         return None
@@ -176,7 +178,8 @@ def _artifact_or_checkpoint(
             time=(began or listed[0].modified).replace(microsecond=0),
             step=pointer.step,
             artifact=artifact,
-            # Scores that are too long to be read here are left out. The folder of the artifact still holds them.
+            # Scores that are too long to be read here are left out. The object `evaluation/<run>.json` still holds
+            # them.
             evaluation=EvaluationFile.model_validate_json(scores).evaluation.rounded() if scores is not None else None,
         )
     checkpoints = lineage(records, committed(root))

@@ -32,9 +32,9 @@ PROOF_BYTES = 32
 HANDSHAKE_SECONDS = 10.0
 """How many seconds each end may take to prove to the other end that it knows the key."""
 MOST_HANDSHAKES = 64
-"""Largest number of connections that are in the handshake at the same time. One more ends the oldest one of the address
-that has the most of them, so that clients that connect and send nothing can't keep the pods of the attempt away,
-however many connections they open."""
+"""Largest number of connections that are in the handshake at the same time. One more connection ends a handshake: the
+oldest one of the address that has the most handshakes. So clients that connect and send nothing can't keep the pods of
+the attempt away, however many connections they open."""
 
 Key = Callable[[], bytes]
 """A function that returns the key of the attempt. The function is called for every handshake, because the kubelet may
@@ -85,7 +85,7 @@ class Gate(Forwarder):
         self._key = key
         self._store = Target(store.address, store.port)
         self._handshakes: dict[asyncio.Task[None], str] = {}
-        """The other end's address of each handshake. The oldest handshake comes first."""
+        """Address of the other end, by handshake. The oldest handshake comes first."""
         self._refused = 0
 
     async def _open(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams | None:
@@ -106,7 +106,7 @@ class Gate(Forwarder):
         return await self._store.connect()
 
     def _end_one(self) -> None:
-        """End the oldest handshake of the address that has the most."""
+        """End a handshake: the oldest one of the address that has the most handshakes."""
         ((address, _),) = Counter(self._handshakes.values()).most_common(1)
         oldest = next(task for task, other in self._handshakes.items() if other == address)
         del self._handshakes[oldest]

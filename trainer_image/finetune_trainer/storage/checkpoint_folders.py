@@ -136,8 +136,9 @@ def inventory(root: RunRoot, damaged: Mapping[str, str] | None = None) -> list[C
     """Return a record of each committed checkpoint, ordered by run and step. A damaged checkpoint has the reason in its
     record.
 
-    ``damaged`` gives the reason for folders that are already known to be damaged. In other folders only COMMIT, the
-    manifest, the file sizes and `trainer.json` are checked, because no other file is read.
+    ``damaged`` gives the reason for folders that are already known to be damaged. For the other folders, COMMIT, the
+    manifest and `trainer.json` are read, and the sizes of all files are compared with the manifest. No other file is
+    read.
     """
     records = []
     for checkpoint, files in sorted(_folders(root.list_objects("checkpoints/")).items()):
