@@ -52,14 +52,15 @@ def cel(*rules: tuple[str, str]) -> dict[str, Any]:
 
 
 def join(*extensions: dict[str, Any]) -> dict[str, Any]:
-    """Return one schema extension with the CEL rules of all ``extensions``, which `cel` has made."""
+    """Return one schema extension with the CEL rules of all ``extensions``. Each of these is a result of `cel`, or of a
+    function that calls `cel`."""
     rules = [rule for extension in extensions for rule in extension["x-kubernetes-validations"]]
     return {"x-kubernetes-validations": rules}
 
 
 def exactly_one_of(*fields: str) -> dict[str, Any]:
-    """Return a schema extension with the CEL rule that exactly one of ``fields`` must be set, as exactly one source of
-    a Kubernetes volume must be."""
+    """Return a schema extension with the CEL rule that exactly one of ``fields`` must be set. Kubernetes' volumes, for
+    example, have the same rule about their sources."""
     return cel((f"{_set_members(fields)} == 1", f"exactly one of {_names(fields)} must be set"))
 
 
@@ -155,7 +156,7 @@ def int_or_string(pattern: str, *, least: int, most: int) -> dict[str, Any]:
 
 
 QUANTITY_LENGTH = 16
-"""Largest number of characters of a Kubernetes quantity such as `1.5Gi`."""
+"""Largest number of characters in a field that takes an integer or a string, such as the quantity `1.5Gi`."""
 
 LabelKey = str
 """Key of a label or of an annotation in a map. The type has no bounds, because a structural schema can't bound the keys

@@ -29,8 +29,8 @@ FINDING_LIMIT = 2048
 
 
 class FindingKind(StrEnum):
-    """The kinds of findings. After a `Final` finding no other try of the check can succeed, after an `Outside` finding
-    it may."""
+    """The kinds of findings. After a `Final` finding no further try of the check can succeed. After an `Outside`
+    finding a further try may succeed."""
 
     FINAL = "Final"
     OUTSIDE = "Outside"
@@ -45,8 +45,9 @@ class Finding(ContractModel):
 
 
 class FoundArtifact(ContractModel):
-    """The committed artifact of a run that a preflight check has found. There is no field for the artifact's address:
-    the operator makes the address from the spec, because an address from the bucket is not trusted."""
+    """The committed artifact of a run that a preflight check has found. The model has no field for the artifact's
+    address, because the operator does not trust an address from the bucket. The operator makes the address from the
+    spec."""
 
     run: Annotated[int, Field(ge=1, lt=1_000_000)]
     bytes: Count
@@ -66,8 +67,8 @@ class FoundRun(ContractModel):
     step: Count
     """Optimizer step of the artifact or, without an artifact, of the newest checkpoint."""
     artifact: FoundArtifact | None = None
-    """The committed artifact. None where no run in the folder is finished, so that the job resumes from the checkpoint
-    of ``step``."""
+    """The committed artifact. None where no run in the folder is finished. The job then resumes from the checkpoint of
+    ``step``."""
     evaluation: EvaluationRecord | None = None
 
 
@@ -123,9 +124,9 @@ def _shorter(result: PreflightResult) -> PreflightResult:
     *others, last = result.findings
     if others:
         return result.model_copy(update={"findings": others})
-    # The number of characters to cut is computed as if each took 6 bytes of JSON, the most that a character can take
-    # (\u0000). Where the characters take less, the text stays too long, and the next call cuts more of it. A few
-    # characters more than that are cut, because the ellipsis takes three bytes.
+    # The computation assumes that each character takes 6 bytes of JSON, which is the most that a character can take
+    # (\u0000). Where the characters take less, the text is still too long, and the next call cuts further characters.
+    # The 4 additional characters make room for the ellipsis, which takes 3 bytes, and for the rounding.
     kept = last.message.removesuffix("…")[: -(result.excess_bytes // 6 + 4)]
     return result.model_copy(update={"findings": [last.model_copy(update={"message": f"{kept}…" if kept else ""})]})
 

@@ -2,15 +2,15 @@
 protocol, training code that knows nothing of this project, such as the Trainer class of transformers, can report the
 progress of a FineTuneJob.
 
-The operator sets the environment variables of `client_environment` in every training pod. `reports/server.py` serves
-`ROUTE` and turns the body of each request into a `StockReport`. `status/report_merge.py` merges the `StockReport` into
-the status.
+The operator sets the environment variables of `client_environment` in every training pod, except those that the user
+sets in `podTemplate.env`. `reports/server.py` serves `ROUTE` and parses the body of each request into a `StockReport`.
+`status/report_merge.py` merges the `StockReport` into the status.
 
 KubeflowCallback, the client in transformers, reports less than the trainer of this project, and some of its values are
 wrong: after a resume it reports 0 % and a remaining time that counts the steps of earlier runs, and at the end it
-reports no step. Each of its reports has only the newest metrics. Therefore the status takes the client's percentage
-only where it is 100 or the client has never reported steps, and never takes the client's remaining time. Values that a
-report leaves out stay as they are in the status.
+reports no step. Each of its reports has only the newest metrics. Therefore the operator does not write the client's
+remaining time into the status. It writes the client's percentage only where the percentage is 100 or the client has
+never reported steps. Values that a report leaves out stay as they are in the status.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RuntimeStatus(_WireModel):
 
 class StockReport(Report):
     """A report in Kubeflow's protocol. A field whose name begins with `reported_` is None where the client did not send
-    the value. The status then keeps the value that it has."""
+    the value. The value in the status then stays as it is."""
 
     reported_step: int | None
     reported_total: int | None

@@ -36,8 +36,8 @@ class ModelShape:
     attention_width: int
     """Number of attention heads times the width of a head."""
     matrix_parameters: int
-    """Number of all parameters except the input embedding, because an embedding is a table lookup without arithmetic.
-    An output head that is tied to the input embedding counts."""
+    """Number of all parameters except those of the input embedding, because an embedding is a table lookup without
+    arithmetic. The parameters of an output head count, also where the head shares them with the input embedding."""
     trained_parameters: int
     """Number of trained parameters. Where every parameter is trained, this is at least ``matrix_parameters``."""
     adapters: bool

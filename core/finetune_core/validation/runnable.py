@@ -1,8 +1,8 @@
 """Finds the reasons why the operator can't run a job that the schema accepts.
 
 `resolve.py` and `finetune validate` call `unrunnable`. In the cluster a job with such a problem ends with
-`Accepted=False`, and the message names the field's path. `NOT_YET` lists the fields that this version does not support.
-A change that supports a field removes its entry.
+`Accepted=False`, and the message names the field's path. `NOT_YET` lists the fields of which this version does not
+support all values. Remove a field's entry when you add the support.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class NotYet:
     path: str
     """Path of the field below `spec`, for example `tracking`."""
     honoured: tuple[Any, ...]
-    """The supported values of the field. None among them means that the field may be absent."""
+    """The supported values of the field. If None is one of these values, the field may be absent."""
     must: str
     """What the field must be, in the words that follow "must" in a message, for example `be absent`."""
 
