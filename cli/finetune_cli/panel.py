@@ -160,8 +160,8 @@ def _or_dash(value: str | None) -> str:
 
 
 def _attempts(status: FineTuneJobStatus, now: datetime) -> RenderableType | None:
-    """Return a table of the attempts and how each ended. None while every ended attempt has succeeded and nothing has
-    gone wrong in the current attempt."""
+    """Return a table of the attempts and how each ended. Return None if every ended attempt has succeeded and the
+    status names no cause for an end of the current attempt."""
     attempts = status.attempts
     current = attempts.current
     ended_well = all(past.verdict == "Succeeded" for past in attempts.recent)
@@ -192,8 +192,8 @@ def _artifact(status: FineTuneJobStatus) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Return an empty table without borders. ``title`` is the heading of the first column. Callers leave the cells
-    below it empty, so that the heading names the table."""
+    """Return an empty table without borders. ``title`` is the heading of the first column. Callers leave the cells of
+    this column empty, so that the heading serves as the name of the table."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_edge=False)
     table.add_column(title)
     for column in columns:
