@@ -41,7 +41,8 @@ class Measurements:
     job: dict[str, float] = field(default_factory=dict)
     """Seconds from `kubectl apply` to each milestone of the job."""
     memory: dict[str, int] = field(default_factory=dict)
-    """Memory of the operator in bytes, under the name of what was measured."""
+    """Memory of the operator in bytes, by the name of the figure, for example ``{"operatorWorkingSetBytes":
+    90_000_000}``."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     artifact: dict[str, Any] = field(default_factory=dict)
     exact_match: dict[str, float] = field(default_factory=dict)
@@ -113,7 +114,7 @@ class JobTimes:
         return {name: round(when - self._applied, 1) for name, when in sorted(self._times.items(), key=lambda t: t[1])}
 
     def observe(self, jobs: Iterable[FineTuneJob]) -> Iterator[FineTuneJob]:
-        """Pass the states of the job on unchanged, and record the milestones that they show."""
+        """Yield each state in ``jobs`` unchanged, and record the milestones that the states show."""
         for job in jobs:
             status = status_of(job)
             if status.conditions:
@@ -132,8 +133,9 @@ class JobTimes:
         self._times.setdefault(milestone, time.monotonic())
 
     def _watch_pods(self) -> None:
-        """Record the time at which the namespace has all pods of an attempt, and the time at which all of them run. The
-        pods are polled, because the job's status shows their state later."""
+        """Record the time at which the namespace has all pods of an attempt, and the time at which all of these pods
+        run. The thread asks the API server for the pods again and again, because the job's status shows the state of
+        the pods later."""
         with self._cluster.enter(), kubernetes_client(self._cluster) as api:
             core = client.CoreV1Api(api)
             while not self._stopped.wait(POD_POLL_SECONDS):
