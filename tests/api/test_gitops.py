@@ -1,5 +1,5 @@
-"""The operator changes nothing but the status of a job that a user or a GitOps tool has applied. After the operator has
-run, kubectl, Argo CD and Flux find no drift."""
+"""The operator changes only the status of a job that a user or a GitOps tool has applied. After the operator has run,
+kubectl, Argo CD and Flux find no drift (difference from the applied manifest)."""
 
 from __future__ import annotations
 
