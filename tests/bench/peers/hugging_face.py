@@ -19,10 +19,10 @@ DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 class Timing(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-    """A callback for transformers' Trainer that tells the clock when an optimizer step has ended."""
+    """A callback for transformers' Trainer that records the end of each optimizer step in a `Clock`."""
 
     def __init__(self, clock: Clock) -> None:
-        """Tell ``clock`` the end of each optimizer step."""
+        """Record the ends of the optimizer steps in ``clock``."""
         self._clock = clock
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
