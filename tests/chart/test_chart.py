@@ -137,7 +137,8 @@ OWN_NAMES = {
 
 
 def used(*scopes: RoleScope) -> set[tuple[str, str, str, str]]:
-    """Return the permissions that the operator uses in roles of the given scopes, in the form of `granted`."""
+    """Return the permissions that the operator needs from roles with one of ``scopes``, in the form in which `granted`
+    returns permissions."""
     permissions = [permission.value for permission in Permission if permission.value.scope in scopes]
     return {
         (
