@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def job(**sections: dict[str, Any]) -> FineTuneJob:
-    """Return the quickstart job with some fields of sections replaced. ``sections`` gives the new fields by section,
-    and None removes a field."""
+    """Return the quickstart job with some fields of sections replaced. ``sections`` maps the name of a section to its
+    new fields. The value None removes a field."""
     document = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text(encoding="utf-8"))
     document["metadata"]["uid"] = "1234"
     for section, fields in sections.items():

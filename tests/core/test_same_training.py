@@ -1,4 +1,5 @@
-"""Which fields of the run file define what is trained, and that the digest of these fields stays the same."""
+"""Every field of the run file defines what is trained unless it is listed as an exception, and the digest of the fields
+stays the same from version to version."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def put(fields: Any, path: str, value: object) -> Any:
-    """Return the nested mapping ``fields`` with ``value`` at ``path``; sections that do not exist are made."""
+    """Return a copy of the nested mapping ``fields`` with ``value`` at ``path``. Sections that do not exist are
+    created."""
     name, _, rest = path.partition(".")
     known: Mapping[str, Any] = fields if isinstance(fields, Mapping) else {}
     return {**known, name: put(known.get(name), rest, value) if rest else value}
