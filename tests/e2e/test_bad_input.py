@@ -21,7 +21,8 @@ WITHIN_SECONDS = 60
 
 
 def _says(*words: str) -> JobPredicate:
-    """Return a predicate: there is a condition that is not True, and its message contains all ``words``."""
+    """Return a predicate that is true when the message of a condition contains all ``words`` and the condition is not
+    True."""
 
     def reached(job: FineTuneJob) -> bool:
         conditions = job.status.conditions if job.status else []

@@ -30,7 +30,7 @@ CHANGES = {"spec__training__maxSteps": STEPS, "spec__evaluation__everySteps": 80
 
 
 def _has_notice(text: str) -> JobPredicate:
-    """Return a predicate: the status has a notice that contains ``text``."""
+    """Return a predicate that is true when the status has a notice that contains ``text``."""
 
     def reached(job: FineTuneJob) -> bool:
         return job.status is not None and any(text in notice for notice in job.status.notices)
