@@ -1,4 +1,5 @@
-"""Rules of the fault proxy: a rule selects requests by verb, path and count, and names the fault for them.
+"""Rules of the fault proxy. A rule selects requests by verb, path and count, and contains the fault that the proxy
+injects into these requests.
 
 Faults are plain values; `proxy.py` injects them.
 """
@@ -114,7 +115,8 @@ Fault = Delay | Answer | Reset | Drop | ServeOld | CutWatch | StreamError | Edit
 
 @dataclass
 class Rule:
-    """Injects ``fault`` into ``times`` matching requests (None: all), after the first ``skip`` matching requests."""
+    """Injects ``fault`` into matching requests. The first ``skip`` matching requests are left alone. The fault then
+    applies to the next ``times`` matching requests or, if ``times`` is None, to all further ones."""
 
     fault: Fault
     verbs: frozenset[str] = frozenset()
@@ -156,7 +158,7 @@ def dropping(chosen: Callable[[int], bool]) -> Callable[[Event], Sequence[Event]
 
 
 def duplicating(event: Event) -> Sequence[Event]:
-    """Return ``event`` twice; with `EditEvents`, the watch then sends every event twice."""
+    """Return ``event`` twice. With this function in `EditEvents`, a watch sends every event twice."""
     return (event, event)
 
 
