@@ -1,5 +1,5 @@
-"""A cluster leaves nothing on the machine, in whatever way the process that owns it ends. Two clusters at the same time
-do not see each other."""
+"""A cluster leaves nothing on the machine, no matter how its owner, the process that started the cluster, ends. Two
+clusters that run at the same time do not affect each other."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Machine:
 
     @staticmethod
     def now(own: Path) -> Machine:
-        """Return the present mounts and interfaces. Left out are mounts in the temporary folders of tests, which other
-        tests make meanwhile, except those below ``own``."""
+        """Return the present mounts and interfaces. Mounts in the temporary folders of tests are left out unless they
+        are below ``own``, because other tests may create and remove them at the same time."""
         lines = [line.split(" ", 1)[1] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         mounts = [line for line in lines if "/pytest-of-" not in line or str(own) in line]
         return Machine(sorted(mounts), sorted(path.name for path in Path("/sys/class/net").iterdir()))
