@@ -32,9 +32,9 @@ TRAINER_FILE = "trainer.json"
 """Name of the file in a checkpoint that contains everything except tensors: the step, the position in the data, the
 perplexity and other numbers."""
 BASES = "_bases"
-"""Name of the folder, directly below `storage.uri`, with the base models that have added tokens. Each such model is
-stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces, and the name of a
-namespace has no underscore."""
+"""Name of the folder, directly below `storage.uri`, with the base models that have added tokens. Each of these models
+is stored once for all jobs. All other folders directly below `storage.uri` are named after namespaces. The folder can't
+be confused with them, because the name of a namespace has no underscore."""
 
 
 class Location(NamedTuple):

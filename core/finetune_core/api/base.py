@@ -46,7 +46,7 @@ class ApiModel(BaseModel):
 
 
 def cel(*rules: tuple[str, str]) -> dict[str, Any]:
-    """Return a schema extension with the CEL ``rules``. Each rule consists of a CEL expression and of the message that
+    """Return a schema extension with the CEL ``rules``. Each rule consists of a CEL expression and the message that
     users see where the expression is false."""
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
 
@@ -160,7 +160,7 @@ QUANTITY_LENGTH = 16
 
 LabelKey = str
 """Key of a label or of an annotation in a map. The type has no bounds, because a structural schema can't bound the keys
-of a map. CEL rules check the keys instead where they must be valid, for example in `pod_template.py`."""
+of a map. Where the keys must be valid, CEL rules check them, for example in `pod_template.py`."""
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 """Regular expression that the value of a label must match. The value may be empty."""
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
@@ -173,5 +173,5 @@ LabelValue = Annotated[str, Field(max_length=LABEL_LENGTH, pattern=LABEL_VALUE_P
 DnsLabel = Annotated[str, Field(min_length=1, max_length=LABEL_LENGTH, pattern=DNS_LABEL_PATTERN)]
 """A name that is a DNS label (RFC 1123): `a-z`, `0-9` and `-`, at most 63 characters."""
 QualifiedName = Annotated[str, Field(min_length=1, max_length=317)]
-"""Key of a label or of a taint, with an optional prefix, for example `nvidia.com/gpu`. Only the length is checked here:
-317 characters are a prefix of 253, the slash, and a name of 63."""
+"""Key of a label or of a taint, with an optional prefix, for example `nvidia.com/gpu`. The type checks only the length.
+317 characters are enough for a prefix of 253 characters, the slash, and a name of 63 characters."""

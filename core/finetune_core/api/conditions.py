@@ -19,8 +19,8 @@ REASON_LENGTH = 64
 
 
 class ConditionType(StrEnum):
-    """The types of the conditions that the operator sets. The status has all of them as soon as the operator has
-    written it for the first time."""
+    """The types of the conditions that the operator sets. The status has conditions of all types as soon as the
+    operator has written the status for the first time."""
 
     READY = "Ready"
     RECONCILING = "Reconciling"

@@ -158,8 +158,8 @@ class EmptyDirVolume(ApiModel):
     """A folder that is empty at first and is deleted with the pod."""
 
     medium: Literal["Memory"] | None = None
-    """Memory: the folder lies in memory, and its content counts towards `resources.memory`. Absent: the folder lies on
-    the node's disk."""
+    """Memory: the folder is in memory, and its content counts towards `resources.memory`. Absent: the folder is on the
+    node's disk."""
     size_limit: VolatileMemory | None = None
     """Largest size of the folder's content, for example `10Gi`. Absent: no limit."""
 

@@ -40,8 +40,8 @@ class _Reader:
 
     @contextmanager
     def leaving_out(self, path: str) -> Iterator[None]:
-        """Where the `with` block can't read the value at ``path``, leave the value out and note ``path`` in
-        `unread`."""
+        """Return a context manager. Where its `with` block can't read the value at ``path``, the value is left out and
+        ``path`` is added to `unread`."""
         try:
             yield
         except _UnreadableError:
@@ -75,8 +75,8 @@ class _Reader:
         return _EMPTY.get(get_origin(kind) or kind)
 
     def value(self, annotation: Any, value: Any, path: str) -> Any:
-        """Return ``value`` as a value of the type ``annotation``, without a check of its bounds or of its closed list
-        of values."""
+        """Return ``value`` as a value of the type ``annotation``. The bounds and the closed list of values in
+        ``annotation`` are not checked."""
         kind = _plain(annotation)
         origin = get_origin(kind)
         if origin is list:
@@ -124,8 +124,8 @@ def _plain(annotation: Any) -> Any:
 
 
 def _time(value: Any) -> datetime:
-    """Return ``value``, a text such as ``"2026-01-31T12:00:00Z"``, as a time. Raises `_UnreadableError` where it is no
-    time with a time zone."""
+    """Return ``value``, a text such as ``"2026-01-31T12:00:00Z"``, as a time. Raises `_UnreadableError` where ``value``
+    is not a time with a time zone."""
     try:
         time = datetime.fromisoformat(value)
     except (TypeError, ValueError) as error:

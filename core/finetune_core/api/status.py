@@ -30,8 +30,8 @@ INCIDENT_LIMIT = 20
 """Largest number of entries in `status.incidents`. The newest ones are kept."""
 NOT_OBSERVED = -1
 """`status.observedGeneration` of a job whose status the operator has not written yet. It is the field's default in the
-CRD, because kstatus (Flux, Argo CD) takes a job without the field for finished, and a job with -1 for one in
-progress."""
+CRD. Without the field, kstatus (Flux, Argo CD) would treat a new job as finished. With the value -1, kstatus treats it
+as in progress."""
 MOST_HOLDERS = 2 * NODES_LIMIT
 """Largest number of pods of a job that can hold GPUs at the same time: all pods of one attempt, and all pods of the
 previous attempt, which may still be terminating."""
@@ -116,8 +116,8 @@ class CurrentAttempt(StatusModel):
     """Time at which the attempt was admitted. Without a queue, it is the time at which the attempt was started. With a
     queue, it is the time at which the queue resumed the PyTorchJob. Absent while the queue holds the attempt."""
     running_time: datetime | None = None
-    """Time at which the operator first saw, after the attempt was admitted, that each pod of the attempt runs or has
-    run. Absent until then."""
+    """Time at which the operator first saw, after the attempt was admitted, that each pod of the attempt was running or
+    had run. Absent until then."""
     pods: Annotated[list[PodRecord], Field(max_length=NODES_LIMIT, json_schema_extra=ATOMIC)] = []
     """For each replica index, the first pod that the operator saw with this index."""
     cause: AttemptCause | None = None
@@ -325,7 +325,7 @@ class EvaluationStatus(StatusModel):
     """Rows on which both models were scored: Test when `dataset.test` is set, else Validation."""
     examples: Count
     """Number of rows in the evaluation set. Answers are generated for at most `evaluation.generation.maxExamples` of
-    them."""
+    these rows."""
     base: Scores | None = None
     """Scores of the base model, without `model.addedTokens`."""
     tuned: Scores | None = None
@@ -398,7 +398,7 @@ class FineTuneJobStatus(StatusModel):
     """What the operator observed: conditions, attempts, progress, scores and the artifact."""
 
     observed_generation: Annotated[int, Field(ge=-1)] = NOT_OBSERVED
-    """`metadata.generation` of the spec that the status was computed from; -1 until the operator has written the
+    """`metadata.generation` of the spec from which the status was computed. -1 until the operator has written the
     status for the first time."""
     conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=by_key("type"))] = []
     """All conditions. Each is present as soon as the operator has written the status for the first time."""

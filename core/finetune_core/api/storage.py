@@ -53,8 +53,8 @@ class IdentitySpec(ApiModel):
     )
 
     audience: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[!-~]+$")]
-    """Audience of the token, for example `minio`. The store accepts only tokens with the audience that it is configured
-    with, which MinIO calls client id."""
+    """Audience of the token, for example `minio`. The store accepts only tokens with one audience, which is a setting
+    of the store. MinIO calls this setting client id."""
     sts_endpoint: Annotated[str, Field(max_length=512, pattern=HTTP_ADDRESS_PATTERN)] | None = None
     """Address of the security token service (STS). Absent: the address in `endpoint`, because MinIO is object store and
     token service in one. Where `endpoint` is absent too: Amazon's service in `region`."""

@@ -1,7 +1,7 @@
 """The base classes of all messages between operator and trainer, and the version number of these messages.
 
-Each message carries the version number. A trainer ends with exit code 64 where the run file has another version than
-its own, and the operator counts a report of another version as malformed. No message contains a secret.
+Each message contains the version number. A trainer ends with exit code 64 where the version of the run file is not its
+own version. The operator treats a report with another version as malformed. No message contains a secret.
 """
 
 from __future__ import annotations

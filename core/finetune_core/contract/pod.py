@@ -51,8 +51,8 @@ TOKEN_FILE = "/var/run/secrets/finetune.dev/report/token"  # noqa: S105  (a path
 TERMINATION_LOG = "/dev/termination-log"
 """File whose content the kubelet copies into the pod's status when the container ends."""
 SCRATCH_FOLDER = "/scratch"
-"""Path at which a writable emptyDir is mounted. It is the pod's HOME, and holds downloaded files and the files of
-checkpoints until their upload."""
+"""Path at which a writable emptyDir is mounted. This folder is the pod's HOME. It contains downloaded files, and the
+files of checkpoints until they are uploaded."""
 VOLUMES_FOLDER = "/var/run/finetune/volumes"
 """Folder below which PersistentVolumeClaims with the model or data are mounted, read-only, each at `<this folder>/<name
 of the claim>`."""

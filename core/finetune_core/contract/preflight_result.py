@@ -56,7 +56,8 @@ class FoundArtifact(ContractModel):
 
 
 class FoundRun(ContractModel):
-    """What already lies in the job's folder in the bucket, or in the folder of a former job with the same training."""
+    """The runs that are already in the job's folder in the bucket, or in the folder of a former job with the same
+    training."""
 
     run_id: RunId
     """Name of the folder in the bucket that holds the runs: `storage.runId`, or the uid of a job."""
@@ -81,7 +82,7 @@ class PreflightResult(TerminationMessage):
     notices: list[str] = []
     """Sentences about things that a user may want to know although nothing is wrong."""
     found: FoundRun | None = None
-    """What the job takes over instead of training anew. None where the check found nothing to take over."""
+    """The former run that the job takes over instead of training anew. None where the check found no such run."""
 
     @property
     def exit_code(self) -> int:
@@ -97,8 +98,8 @@ class PreflightResult(TerminationMessage):
 
     @property
     def sentence(self) -> str:
-        """The messages of the findings, joined to one line. Where there are final findings, the line contains only
-        their messages, because the job fails because of them."""
+        """The messages of the findings, joined to one line. Where there are final findings, the line contains only the
+        messages of final findings, because these are the reasons why the job fails."""
         decisive = [finding for finding in self.findings if finding.kind is FindingKind.FINAL] or self.findings
         return "; ".join(finding.message for finding in decisive)
 

@@ -35,8 +35,8 @@ class Phase(StrEnum):
 
 
 class Report(ContractModel):
-    """What rank 0 posts to the operator every few seconds. Each report contains the whole state, so that the next
-    report makes up for one that was lost."""
+    """The message that rank 0 posts to the operator every few seconds. Each report contains the whole state, so that a
+    lost report is replaced by the next one."""
 
     version: Literal[1] = CONTRACT_VERSION
     run: Count
@@ -69,8 +69,8 @@ class Report(ContractModel):
     prepared to save checkpoints, which it does before the first step. A lost pod would cost the training of this time,
     and also what was trained while the newest checkpoint was uploaded."""
     checkpoint_problem: Annotated[str, Field(max_length=512)] = ""
-    """What is wrong with saving: why the newest checkpoint is older than the job asks for, or why old checkpoints can't
-    be deleted. Empty where nothing is wrong."""
+    """A problem with saving: why the newest checkpoint is older than the job asks for, or why old checkpoints can't be
+    deleted. Empty where there is no problem."""
     best: CheckpointName | None = None
     """The best checkpoint by `evaluation.bestBy`, among the checkpoints that led to the current weights. None where no
     checkpoint among them was scored."""
@@ -84,9 +84,9 @@ class Report(ContractModel):
     def to_body(self) -> bytes:
         """Return the report as JSON of at most `REPORT_LIMIT_BYTES`, which the report server accepts.
 
-        Where the JSON is too long, the report loses the oldest items of its longest list, again and again. What is
-        newest is kept: the newest checkpoints, incidents, notices and points of the curve. Where the message of the
-        result is longer than the longest list, the end of the message is cut instead.
+        As long as the JSON is too long, the oldest items of the longest list are dropped. The newest checkpoints,
+        incidents, notices and points of the curve are kept. Where the message of the result is longer than the longest
+        list, the end of the message is cut instead.
         """
         report, body = self, self.to_json().encode()
         while len(body) > REPORT_LIMIT_BYTES:

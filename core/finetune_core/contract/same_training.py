@@ -1,5 +1,5 @@
-"""What a job trains, as two values by which jobs can be compared: a digest of the settings that define the training,
-and the identities of base model and data.
+"""Two values by which the trainings of two jobs can be compared: a digest of the settings that define the training, and
+the identities of the base model and the data.
 
 The trainer stores both values for each run in the bucket. Where a job has no status yet, for example in a cluster that
 was built anew, the preflight check looks in the bucket for a run of a former job with equal values, and the job then
@@ -54,7 +54,8 @@ trained. This includes fields that later versions add."""
 
 
 class TrainingRecord(ContractModel):
-    """What a run trains. Two runs with equal records train the same model in the same way on the same data."""
+    """The values that define what a run trains. Two runs with equal records train the same model with the same settings
+    on the same data."""
 
     settings_sha256: Sha256
     """`settings_digest` of the run file."""

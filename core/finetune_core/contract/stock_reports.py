@@ -102,8 +102,8 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
         run=0,
         pod_uid=pod_uid,
         phase=Phase.TRAINING,
-        # The protocol does not say how many ranks have joined. All ranks have joined, because KubeflowCallback sends
-        # its first report when training begins, and training needs all ranks.
+        # The protocol has no field for the number of ranks that have joined. The report counts all ranks as joined,
+        # because KubeflowCallback sends its first report when training begins, and training needs all ranks.
         ranks=ranks,
         step=step or 0,
         total_steps=total or 0,
@@ -120,7 +120,7 @@ def to_report(status: RuntimeStatus, pod_uid: str, ranks: int) -> StockReport:
 def _number(metric: Metric) -> float | None:
     """Return the value of ``metric`` as a number, or None where the value is not a number.
 
-    Raises ValueError where the number is not finite, because the project's own reports must not contain such numbers
+    Raises ValueError where the number is infinite or NaN. The project's own reports must not contain these values
     either.
     """
     try:

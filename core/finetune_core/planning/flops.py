@@ -57,10 +57,10 @@ def forward_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float
 def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
     """Return the FLOPs of a forward and a backward pass.
 
-    The backward pass takes twice the FLOPs of the forward pass. So both passes together take 3 times the FLOPs of the
-    forward pass. Half of the backward pass computes gradients of weights, which LoRA needs only for its adapters. So
-    LoRA takes 2 + r times the FLOPs of the forward pass, where r is ``trained_parameters`` divided by
-    ``matrix_parameters``, as in NeMo's helper for LoRA.
+    The backward pass takes twice the FLOPs of the forward pass, so both passes together take 3 times the FLOPs of the
+    forward pass. Half of the backward pass computes gradients of weights. With LoRA, these are computed only for the
+    adapters. LoRA therefore takes 2 + r times the FLOPs of the forward pass, where r is ``trained_parameters`` divided
+    by ``matrix_parameters``. NeMo's helper for LoRA uses the same formula.
     """
     factor = 2.0 + shape.trained_parameters / shape.matrix_parameters if shape.adapters else 3.0
     return factor * forward_flops(shape, tokens, squared_lengths)

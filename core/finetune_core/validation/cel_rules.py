@@ -16,7 +16,8 @@ from finetune_core.validation.problems import FieldPath, Problem
 
 Schema = Mapping[str, Any]
 _ABSENT = object()
-"""Stands for an old value that does not exist. None can't stand for it, because None may itself be an old value."""
+"""Placeholder for an old value that does not exist. None can't be the placeholder, because None may itself be an old
+value."""
 
 
 def check_rules(schema: Schema, value: Any, path: FieldPath, old: Any = _ABSENT) -> Iterator[Problem]:

@@ -36,7 +36,8 @@ NOT_YET = (NotYet("tracking", (None,), "be absent"),)
 
 
 def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
-    """Return the reasons why ``spec`` can't be run, each with the field's path. Empty when ``spec`` can be run."""
+    """Return the reasons why ``spec`` can't be run, each with the field's path. The list is empty when ``spec`` can be
+    run."""
     problems = override_problems(spec.deepspeed.overrides) if spec.deepspeed.overrides is not None else []
     memory, shared = to_bytes(spec.resources.memory), to_bytes(spec.resources.shared_memory)
     if shared >= memory:
@@ -53,7 +54,7 @@ def unrunnable(spec: FineTuneJobSpec) -> list[UserError]:
 
 def _too_small_share(spec: FineTuneJobSpec) -> list[UserError]:
     """Return a list with one problem where the requested micro-batch is larger than one process's share of the global
-    batch. Else the list is empty."""
+    batch. Otherwise return an empty list."""
     requested, total = spec.training.micro_batch_size, spec.training.global_batch_size
     processes = spec.resources.processes
     share = process_share(total, processes)
