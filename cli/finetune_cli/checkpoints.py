@@ -92,8 +92,8 @@ def _folders(store: ObjectStoreReader, root: Location) -> dict[tuple[int, int], 
 def _inspect_folder(
     store: ObjectStoreReader, place: Location, run: int, step: int, files: Mapping[str, Entry], *, verify: bool
 ) -> CheckpointFolder:
-    """Return what was found in the checkpoint folder at ``place``: its state, its size and its perplexity. ``files``
-    are the objects in the folder."""
+    """Inspect the checkpoint folder at ``place``, and return its state, size, perplexity and damage. ``files`` are the
+    objects in the folder, by their file names."""
     weight = sum(entry.bytes for name, entry in files.items() if name not in (COMMIT, MANIFEST))
     newest = max(entry.modified for entry in files.values())
     if COMMIT not in files:
@@ -135,8 +135,8 @@ def _manifest(encoded: bytes) -> Manifest:
 
 
 def _perplexity(encoded: bytes) -> float | None:
-    """Return the validation perplexity in ``encoded``, the content of a checkpoint's trainer.json. None where no
-    perplexity is in it."""
+    """Return the validation perplexity in ``encoded``, the content of a checkpoint's trainer.json. Return None where
+    ``encoded`` contains no perplexity."""
     try:
         value = json.loads(encoded).get("perplexity")
     except (ValueError, AttributeError):

@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
-"""Characters of a one-line curve, from the one for the lowest value to the one for the highest value."""
+"""Characters of a one-line curve. The first character is for the lowest value, and the last is for the highest
+value."""
 
 
 def size(count: int) -> str:
@@ -66,7 +67,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 
 def _all_positive(values: Sequence[float]) -> bool:
-    """Return whether all finite values are greater than zero. Only then can a logarithmic scale show them."""
+    """Return whether all finite values are greater than zero. A logarithmic scale can't show other values."""
     return all(value > 0 for value in values if math.isfinite(value))
 
 

@@ -28,8 +28,8 @@ from finetune_core.errors import UserError
 CALL_TIMEOUT_SECONDS = (5, 30)
 """Two timeouts of a call to the API server in seconds: for the connection, and for the answer."""
 WATCH_SECONDS = 30
-"""Seconds after which the API server ends a watch and the client starts another one. So a connection that was lost
-without an error is replaced soon."""
+"""Seconds after which the API server ends a watch and the client starts a new watch. With a short time, a connection
+that was lost without an error is replaced soon."""
 RECONNECT_FOR_SECONDS = 600
 """Seconds for which the client tries again to reach an API server that no longer answers."""
 RECONNECT_DELAYS_SECONDS = (1, 2, 4, 8, 15)
@@ -77,9 +77,9 @@ class JobClient:
         self._namespace = namespace
 
     def get(self, name: str) -> FineTuneJob:
-        """Return the job ``name``. Raises UserError where the job does not exist, or where this user or this version of
-        the program can't read it. Raises ConnectionLostError where the API server can't be reached or has a problem of
-        its own."""
+        """Return the job ``name``. Raises UserError where the job does not exist, where the user may not read it, or
+        where it does not fit this version of the program. Raises ConnectionLostError where the API server can't be
+        reached or has a problem of its own."""
         try:
             return parse(
                 self._custom.get_namespaced_custom_object(
@@ -262,8 +262,8 @@ def _cause(error: urllib3.exceptions.HTTPError) -> str:
 
 
 def _reason(error: client.ApiException) -> str:
-    """Return the reason in the API server's answer to a failed request, for example `NotFound`. Empty where the answer
-    is plain text, as it is for a path that the API server does not serve."""
+    """Return the reason in the API server's answer to a failed request, for example `NotFound`. The result is empty
+    where the answer is plain text. The API server sends plain text for a path that it does not serve."""
     body = _status(error)
     return str(body.get("reason", ""))
 

@@ -88,8 +88,8 @@ class ObjectStoreReader:
             secure=address.scheme == "https",
             http_client=urllib3.PoolManager(
                 timeout=urllib3.Timeout(connect=5, read=60),
-                # Retry-After is ignored, because MinIO sends a minute with every 503, and a user would wait that long
-                # without any output.
+                # Retry-After is ignored, because MinIO asks for a pause of one minute with every 503, and a user would
+                # see no output during the pause.
                 retries=urllib3.Retry(
                     total=2,
                     backoff_factor=0.5,

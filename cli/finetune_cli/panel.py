@@ -23,7 +23,7 @@ CHECKPOINTS_SHOWN = 5
 ATTEMPTS_SHOWN = 5
 INCIDENTS_SHOWN = 5
 SILENCE = timedelta(seconds=30)
-"""Time without a report after which the panel shows when the last report came. A running job reports every few
+"""Time without a report after which the panel shows the age of the last report. A running job reports every few
 seconds."""
 
 
@@ -107,7 +107,7 @@ def _pace(job: FineTuneJob, now: datetime) -> list[str]:
 
 def _curves(job: FineTuneJob) -> RenderableType | None:
     """Return a table with a row for the loss and a row for the validation perplexity. A row has the newest value, the
-    curve and the first value. None where the job has no value yet."""
+    curve and the first value. Return None where the job has no values yet."""
     history = status_of(job).history
     table = Table.grid(padding=(0, 2))
     for label, name, values in (

@@ -90,8 +90,8 @@ def metric(job: FineTuneJob, name: str) -> MetricValue | None:
 
 
 def scores_by_name(scores: Scores | None, task: str) -> dict[str, str]:
-    """Return the values of all ``scores`` of a model, by the labels that `finetune watch` shows. Empty where the model
-    was not scored.
+    """Return the values of all ``scores`` of a model, by the labels that `finetune watch` shows. The result is empty
+    where the model was not scored.
 
     ``task`` is the value of `dataset.task`.
     """

@@ -26,8 +26,8 @@ _UNPRINTABLE: Final = re.compile(
 """Matches a character that a terminal does not show, because the terminal obeys the character or because the character
 is invisible."""
 _BLANKS: Final = re.compile("[\t\n\r\x0b\x0c\x85\u2028\u2029]+")
-"""Matches a sequence of characters that end a line or a column. Each sequence becomes one blank, so that words stay
-apart."""
+"""Matches a sequence of line ends, tabs and similar characters. Each sequence is replaced by one blank, so that words
+stay apart."""
 
 
 def printable(text: str) -> str:

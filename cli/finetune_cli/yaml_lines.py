@@ -312,5 +312,5 @@ def _integer(number: str) -> int | float:
     if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
         return sign * int(digits, 8)
     # A number of 100 digits or more becomes 1e308, because int() refuses numbers of thousands of digits. The exact
-    # value does not matter, because so large a number exceeds every bound of the schema.
+    # value does not matter, because a number of this size exceeds every bound of the schema.
     return sign * int(digits, 0) if len(digits) < 100 else float("1e308")

@@ -89,8 +89,8 @@ class Measurements:
 
 
 class JobTimes:
-    """Records when the job reaches its milestones, such as its first step. As a context manager it watches the job's
-    pods in a thread, and `observe` takes the other milestones from the states of the job."""
+    """Records when the job reaches its milestones, such as its first step. While the context manager is active, a
+    thread watches the job's pods. `observe` takes the other milestones from the states of the job."""
 
     def __init__(self, cluster: Cluster, namespace: str, pods: int) -> None:
         self._cluster, self._namespace, self._pods = cluster, namespace, pods
@@ -109,8 +109,8 @@ class JobTimes:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds from the creation of this object, right before `kubectl apply`, to each milestone, the earliest
-        first."""
+        """Seconds from the creation of this object to each milestone, the earliest first. The object is created right
+        before `kubectl apply`."""
         return {name: round(when - self._applied, 1) for name, when in sorted(self._times.items(), key=lambda t: t[1])}
 
     def observe(self, jobs: Iterable[FineTuneJob]) -> Iterator[FineTuneJob]:

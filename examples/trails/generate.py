@@ -87,9 +87,9 @@ class Trail:
 class Rows:
     """The three sets of rows. No meaning occurs in two sets.
 
-    The held-out rows are new combinations of known parts. The function and the attributes of a held-out row never occur
-    together in a training row, and neither do the two words of its name. With the default numbers of rows, each word of
-    a name, each function and each attribute by itself occurs in training rows.
+    The held-out rows are new combinations of known parts. No training row has both the function and the attributes of a
+    held-out row, and no training row has the name of a held-out row. With the default numbers of rows, each word of a
+    name, each function and each attribute by itself occurs in training rows.
     """
 
     train: list[dict[str, str]]
@@ -164,7 +164,7 @@ def _phrase(attribute: str, value: str, chance: random.Random) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the files into the folder that the command line names, and print the number of rows in each and the
+    """Write the files into the folder that the command line names. Print the number of rows in each file, and the
     folder."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.trails.generate",
