@@ -102,8 +102,9 @@ def mutations_in_place(schema: Schema) -> Iterator[str]:
 
 
 def change(spec: dict[str, Any], path: SchemaPath, how: str, schema: Schema, replacement: Any) -> dict[str, Any] | None:
-    """Return a copy of ``spec`` with the place at ``path`` mutated, or None if ``spec`` has no such place. ``how`` is
-    the name of the mutation, and ``replacement`` is the new value, unless the mutation adds to the value."""
+    """Return a copy of ``spec`` with one mutation at ``path``, or None if ``spec`` has no value at ``path``. ``how`` is
+    the name of the mutation. ``replacement`` is the new value, which is not used for a mutation that adds something to
+    the value."""
     spec = copy.deepcopy(spec)
     holder = {"spec": spec}
     node: Any = holder

@@ -22,9 +22,8 @@ from finetune_core.validation.defaults import defaulted
 
 Schema = dict[str, Any]
 SchemaPath = tuple[str, ...]
-"""Path of a place in the spec: keys from `spec` down. `[]` stands for an item of a list, and `*` for a value of
-a map.
-"""
+"""Path of a place in the spec: the keys below `spec`. The part `[]` means an item of a list, and the part `*` means a
+value of a map."""
 
 SPEC: Schema = openapi_schema(FineTuneJobSpec)
 
@@ -179,8 +178,8 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
 
 
 def _agree(spec: dict[str, Any], force: SchemaPath) -> dict[str, Any]:
-    """Change sections of ``spec`` so that they satisfy the CEL rules between sections, and return it. The field at the
-    path ``force`` is kept."""
+    """Change sections of ``spec`` so that they satisfy the CEL rules between sections, and return ``spec``. The field
+    at the path ``force`` is kept."""
     training, evaluation = spec["training"], spec.get("evaluation", {})
     if "lora" in spec or "artifact" in spec["storage"]:
         spec["method"] = "LoRA"

@@ -28,8 +28,8 @@ from tests.core.jobs import quickstart
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 RECONCILES = 6
-"""How often the job is reconciled. That is enough to record attempt 1 in the status, create its objects, observe them,
-and then find nothing more to do."""
+"""Number of times that the job is reconciled. This number is enough to record attempt 1 in the status, create its
+objects, observe them, and then find nothing more to do."""
 GITOPS_MANAGERS = ("argocd-controller", "kustomize-controller")
 
 

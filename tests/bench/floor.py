@@ -61,8 +61,7 @@ class Sample:
 
 
 def measure(sample_job: Manifest, jobs: Sequence[Manifest], flags: Mapping[str, Sequence[str]]) -> float:
-    """Start a control plane, and return the seconds that a bare client needs there to make the operator's writes for
-    ``jobs``.
+    """Start a control plane. Return the seconds that a bare client needs to make the operator's writes for ``jobs``.
 
     ``sample_job`` is one more job, with the name `SAMPLE`. The operator runs it first, so that its objects can be
     copied. ``flags`` holds additional command-line arguments for the programs of the control plane, by the name of the

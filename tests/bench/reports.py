@@ -41,7 +41,8 @@ UNLIMITED = ConnectionLimits(
 )
 """Limits that close no connection, so that the memory of one connection can be measured."""
 HEADER = b"POST / HTTP/1.1\r\nHost: x\r\n" + b"a: " + b"b" * 8000 + b"\r\n" + b"c: " + b"d" * 7000
-"""An HTTP header of 15 KB without its end: about the most that the server keeps of a request without a token."""
+"""An HTTP header of 15 KB without its end. It has about the largest size that the server stores of a request without a
+token."""
 AT_ONCE = 50
 JOBS = 1000
 CURVE = [CurvePoint(step=step, loss=1.25, perplexity=2.5) for step in range(60)]

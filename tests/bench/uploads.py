@@ -48,8 +48,8 @@ class Measured:
     p99_seconds: float
     """99th percentile of the seconds of a step."""
     stall_seconds: float
-    """Mean seconds for which training stood still while a checkpoint was copied in memory. This time is not part of a
-    step's seconds."""
+    """Mean seconds for which training paused while a checkpoint was copied in memory. This time is not part of the
+    seconds of a step."""
 
     @classmethod
     def of(cls, rows: list[StepRow]) -> Measured:

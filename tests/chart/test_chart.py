@@ -1,6 +1,5 @@
-"""The rendered chart passes `helm lint --strict` and runs the operator in a restricted pod. It grants the operator
-exactly the permissions that the operator uses.
-"""
+"""The chart passes `helm lint --strict`. The rendered chart runs the operator in a restricted pod, and grants the
+operator exactly the permissions that the operator uses."""
 
 from __future__ import annotations
 

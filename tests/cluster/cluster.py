@@ -1,4 +1,5 @@
-"""The class `Cluster`: start a test cluster, use it in tests, and end it so that nothing of it stays on the machine."""
+"""The class `Cluster`, which starts a test cluster, has methods for tests, and ends the cluster so that nothing of it
+stays on the machine."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Component:
         wait_for(f"{self.name} to end after signal {signal_number}", lambda: process.poll() is not None, timeout)
 
     def freeze(self) -> None:
-        """Pause the program with SIGSTOP. It does nothing any more, but its network connections stay open."""
+        """Pause the program with SIGSTOP. The program stops working, but its network connections stay open."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:

@@ -75,8 +75,8 @@ class Kueue:
         return self._update(job)
 
     def is_active(self, name: str) -> bool:
-        """Return whether the status of the PyTorchJob ``name`` counts active pods. Kueue admits an evicted job again
-        only when it has no active pods."""
+        """Return whether the PyTorchJob ``name`` has active pods according to its status. Kueue admits an evicted
+        PyTorchJob again only when it has no active pods."""
         replicas = self.get(name).get("status", {}).get("replicaStatuses") or {}
         return any(status.get("active") for status in replicas.values())
 

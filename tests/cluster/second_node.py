@@ -1,9 +1,9 @@
 """A second node of the cluster, for tests in which a node is lost.
 
 The node has a network and a mount namespace of its own inside the cluster, and its own containerd, kubelet and device
-plugin. A veth pair, which tests can cut, connects it to the first node's bridge. The node always ends together with the
-cluster, because its processes are in the cluster's PID namespace and the cgroups of its pods are below the cluster's
-cgroup folder.
+plugin. A veth pair connects the node to the first node's bridge, and tests can cut this connection. The node always
+ends together with the cluster, because its processes are in the cluster's PID namespace and the cgroups of its pods are
+below the cluster's cgroup folder.
 """
 
 from __future__ import annotations

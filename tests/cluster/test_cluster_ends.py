@@ -82,9 +82,9 @@ class Owner:
     processes: list[int]
     networks: set[str]
     everyone: list[int]
-    """The ids of all processes that the machine had while the cluster ran. Only these are searched for network
-    namespaces of the cluster afterwards. A later process could have a namespace of the same number, because the kernel
-    uses the number of a removed namespace again at once."""
+    """The ids of all processes that the machine had while the cluster ran. After the cluster's end, the test checks
+    only these processes for network namespaces of the cluster. A later process could have a namespace with the same
+    number, because the kernel reuses the number of a removed namespace at once."""
 
     def assert_nothing_is_left(self, before: Machine) -> None:
         wait_for("every process to end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.processes), 30)

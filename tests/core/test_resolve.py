@@ -1,6 +1,5 @@
-"""`resolve` makes the run file of a job: defaults that depend on other fields get their values. A job that can't be run
-is refused with the path of the field.
-"""
+"""`resolve` makes the run file of a job, and chooses the defaults that depend on other fields. It refuses a job that
+can't be run, with the path of the field."""
 
 from pathlib import Path
 from typing import Any

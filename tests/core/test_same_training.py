@@ -83,8 +83,8 @@ def test_a_field_that_is_absent_leaves_the_digest_as_an_older_version_made_it() 
 
 
 def test_the_digest_of_a_job_stays_the_same_from_version_to_version() -> None:
-    """With another digest every restored job would train again. If a change to what is trained is intended, store the
-    new digest here. If a field was only added, its default must be None."""
+    """If the digest changes, every restored job trains again. If this test fails because a field was added, the default
+    of the field must be None. If the change to the training is intended, store the new digest in `DIGEST`."""
     assert settings_digest(example()) == DIGEST
 
 

@@ -59,8 +59,8 @@ class RunFolder:
             response.release_conn()
 
     def verified(self, kind: str) -> list[Folder]:
-        """Return all committed folders of one ``kind``, which is `checkpoints` or `artifacts`. Assert that every file
-        in them has the size and sha256 that the manifest of its folder says."""
+        """Return all committed folders of one ``kind``, which is `checkpoints` or `artifacts`. Assert that the size and
+        sha256 of every file in these folders equal those in the manifest of its folder."""
         folders = []
         for key in self.keys(f"{kind}/"):
             folder, _, file = key.rpartition("/")
@@ -104,5 +104,5 @@ class RunFolder:
 
 def run_folder(cluster: Cluster, namespace: str, job: FineTuneJob) -> RunFolder:
     """Return the folder of all runs of ``job`` in the bucket. The job's spec must not set `storage.runId`, because the
-    job's uid is taken as the name of the folder."""
+    function assumes that the folder is named after the job's uid."""
     return RunFolder(cluster, f"s3://{steps.BUCKET}/runs/{namespace}/{job.metadata.name}/{job.metadata.uid}")

@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 DELETIONS = 3
 SPOILED = 2
-"""Number of the deletion of the pods (1 to `DELETIONS`) after which the newest checkpoint is damaged."""
+"""The pods are deleted `DELETIONS` times. This is the number of the deletion after which the newest checkpoint is
+damaged."""
 STEPS = 240
 CHANGES = {"spec__training__maxSteps": STEPS, "spec__evaluation__everySteps": 80}
 

@@ -44,8 +44,8 @@ class Request:
 
 def _names_an_object(path: str) -> bool:
     parts = path.strip("/").split("/")
-    # A path begins with /api/v1 or /apis/GROUP/VERSION. Then come namespaces/NAME, if the objects belong to a
-    # namespace, the plural of the resource, and the name, if the path names one object.
+    # A path begins with /api/v1 or /apis/GROUP/VERSION. If the objects belong to a namespace, namespaces/NAME follows.
+    # Then the plural of the resource follows and, if the path names one object, the name of the object.
     rest = parts[2:] if parts[0] == "api" else parts[3:]
     if len(rest) > 2 and rest[0] == "namespaces":
         rest = rest[2:]
@@ -83,7 +83,8 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class ServeOld:
-    """Fault: lists show the state at an older resourceVersion, and watches replay all events since that version."""
+    """Fault: lists show the state at ``resource_version``, an older resourceVersion, and watches repeat all events
+    since that version."""
 
     resource_version: str
 

@@ -28,7 +28,7 @@ NODE = "stub-1"
 HEARTBEAT_SECONDS = 2.0
 TRIES, RETRY_SECONDS = 20, 0.2
 TERMINATION_SECONDS = 0.5
-"""Seconds that a pod takes to end after its deletion. A real trainer saves a checkpoint in this time."""
+"""Seconds from the deletion of a pod to its end. A real trainer saves a checkpoint in this time."""
 PASSES = "passes"
 DISRUPTIONS = ("drained", "deleted", "vanished", "lost")
 STRATEGIC = "application/strategic-merge-patch+json"

@@ -65,8 +65,8 @@ def compare(found: End, expected: End) -> Iterator[str]:
         yield f"{trial}: no kill, in spite of {found.writes}"
     if not found.undisturbed:
         return
-    # One operator process ran all the time, so no kill disturbed this run. The run may have combined two status writes,
-    # but must otherwise equal the expected run.
+    # The same operator process ran all the time, so no kill disturbed this run. The run may have combined two status
+    # writes, but must otherwise equal the expected run.
     if lost := expected.events - found.events:
         yield f"{trial}: no events {lost}"
     others, wanted = ([write for write in each.writes if write != STATUS] for each in (found, expected))

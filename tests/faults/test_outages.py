@@ -40,8 +40,8 @@ def refused(world: World) -> Iterator[None]:
 
 
 OUTAGES: dict[str, tuple[Outage, float, int]] = {
-    # By name: the outage, its duration in seconds, and how often the operator may end. An operator that can't renew its
-    # Lease ends once.
+    # For each outage, by name: the outage itself, its duration in seconds, and how often the operator may end. An
+    # operator that can't renew its Lease ends once.
     "500": (answering(Answer(500, "InternalError")), 120, 1),
     "refused": (refused, 120, 1),
     "429": (answering(Answer(429, "TooManyRequests", {"Retry-After": "2"}), path=NOT_THE_LEASE), 60, 0),

@@ -86,7 +86,8 @@ class End:
 
     trial: Trial
     undisturbed: bool
-    """Whether one operator process ran from the creation to the end of the job, so that the run had no fault."""
+    """Whether the same operator process ran from the creation to the end of the job. If True, no kill disturbed the
+    run."""
     writes: tuple[str, ...]
     """The writes for which the operator got the answer that they succeeded, in order, for example ``"patch
     finetunejobs/job/status"``."""

@@ -1,6 +1,5 @@
-"""What the two compared programs that use transformers' Trainer, `padded.py` and `sft.py`, have in common: the model
-with LoRA adapters, the training arguments, the clock and the losses. Only `padded.py` uses the tokenised rows
-(`examples`)."""
+"""Code that `padded.py` and `sft.py`, the two compared programs with transformers' Trainer, share: the model with LoRA
+adapters, the training arguments, the clock and the losses. Only `padded.py` uses the tokenised rows (`examples`)."""
 
 from __future__ import annotations
 

@@ -93,9 +93,9 @@ def is_cut_off(stage: Stage) -> float:
 
 
 def is_preempted(stage: Stage) -> float:
-    """Let the scheduler preempt the job's pods, which both run on the second node, by creating a pod of higher priority
-    that needs all GPUs of this node. The pod of higher priority runs for 20 s. Return when the pod of worker 1 was
-    deleted."""
+    """Create a pod of higher priority that needs all GPUs of the second node. The scheduler then preempts the job's
+    pods, which both run on this node. The pod of higher priority runs for 20 s. Return the time at which the pod of
+    worker 1 was seen as deleted."""
     stage.both_pods_run()
     stage.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(_preemptor(stage.namespace)))
     return stage.pod_deleted(1)

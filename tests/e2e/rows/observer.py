@@ -48,8 +48,9 @@ class Timeline:
         self._moments: list[float] = []
 
     def date(self, revision: int, now: float) -> float:
-        """Return when a write with the resourceVersion ``revision``, or with a higher one, was first observed. ``now``
-        is the present time, at which a watch has delivered the write."""
+        """Return the first time at which a write with the resourceVersion ``revision``, or with a higher
+        resourceVersion, was observed. ``now`` is the present time. The caller has just got the write with ``revision``
+        from a watch."""
         later = bisect.bisect_left(self._revisions, revision)
         if later < len(self._revisions):
             return self._moments[later]

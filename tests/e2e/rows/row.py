@@ -26,7 +26,8 @@ class Milestone:
     name: str
     bound: float
     when: Callable[[Stage, float], float]
-    """Waits for the state, at most the given number of seconds, and returns the time at which the state was reached."""
+    """A function that gets a stage and a time limit in seconds. It waits for the state, and returns the time at which
+    the state was reached."""
 
 
 def on_job(name: str, bound: float, reached: Callable[[Manifest], Any]) -> Milestone:
