@@ -20,7 +20,19 @@ from rich.console import Console
 
 from finetune_core.contract import CurvePoint, report_audience, report_path
 from finetune_operator.objects.labels import ATTEMPT, JOB_NAME
-from tests.bench.fleet import JOBS_NEW, PATIENCE_SECONDS, UNTHROTTLED, lag_of, one_pod, percentile, print_gates, writes
+from tests.bench.fleet import (
+    API_SERVER,
+    JOBS_NEW,
+    PATIENCE_SECONDS,
+    UNTHROTTLED,
+    lag_of,
+    one_pod,
+    percentile,
+    print_gates,
+    processor_seconds,
+    reconciles,
+    writes,
+)
 from tests.cluster.layout import HOST_ADDRESS
 from tests.faults.admin import Admin, Manifest
 from tests.faults.world import JOBS, World, running_world
@@ -102,7 +114,8 @@ async def report_forever(admin: Admin, number: int, pod: Manifest, job_uid: str,
 
 
 async def start_reporters(world: World, namespace: str, reporting: Reporting) -> None:
-    """Start a reporter for each pod of ``namespace``."""
+    """Start a reporter for each pod of ``namespace``. The reporters run until the event loop of ``world``
+    is stopped, which cancels them."""
     pods = await world.admin.list_all(f"/api/v1/namespaces/{namespace}/pods")
     jobs = await world.admin.list_all(f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs")
     uids = {job["metadata"]["name"]: job["metadata"]["uid"] for job in jobs}
@@ -133,6 +146,7 @@ def run() -> None:
         world.wait("a step in all statuses", lambda: len(reporting.shown) == JOBS_NEW, PATIENCE_SECONDS, 1)
         pause(WARM_SECONDS)
         written, received = writes(world.operator), sum(reporting.answers.values())
+        looked, processor = reconciles(world.operator), processor_seconds(world)
         oldest: list[float] = []
         with lag_of(world.operator) as lag:
             began = time.monotonic()
@@ -141,6 +155,8 @@ def run() -> None:
                 oldest.append(max(reporting.ages(time.monotonic())))
         written = (writes(world.operator) - written) / MEASURED_SECONDS
         received = sum(reporting.answers.values()) - received
+        looked = (reconciles(world.operator) - looked) / MEASURED_SECONDS
+        busy = {name: (took - processor[name]) / MEASURED_SECONDS for name, took in processor_seconds(world).items()}
         memory = world.operator.memory()["VmHWM"]
         print_gates(
             console,
@@ -150,6 +166,9 @@ def run() -> None:
                 ("oldest status of all jobs", f"{max(oldest):.1f} s", "15 s"),
                 ("status writes a second for each 10 jobs", f"{written / JOBS_NEW * 10:.2f}", "1.00"),
                 ("reports a second", f"{received / MEASURED_SECONDS:.0f}", ""),
+                ("looks a second", f"{looked:.0f}", ""),
+                ("processor time of the operator, cores", f"{busy['operator']:.2f}", ""),
+                ("processor time of the API server, cores", f"{busy[API_SERVER]:.2f}", ""),
                 ("answers", str(dict(reporting.answers)), ""),
             ],
         )

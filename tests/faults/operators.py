@@ -178,8 +178,7 @@ class OperatorProcess:
 
     def wait_for_health(self, what: str, reached: Callable[[], bool], timeout: float) -> None:
         """Wait until ``reached``, a function that sends a request to the health server, returns True. It is called only
-        five times per second, because the server refuses an address that opens more than 16 connections per second for
-        some time."""
+        five times per second, because each request takes processor time from the operator."""
         wait_for(what, reached, timeout, evidence=self.evidence, interval=0.2)
 
     def answers(self, path: str) -> bool:
