@@ -6,7 +6,7 @@ The workers and the preflight checks call `make_examples`, and the launcher call
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,8 +14,10 @@ from typing import Literal
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
 from finetune_trainer.data.examples import ExampleSet, ExampleWriter
+from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_columns
-from finetune_trainer.data.reader import Row, first_rows, read_rows
+from finetune_trainer.data.long_rows import LongTexts
+from finetune_trainer.data.reader import data_files, head_columns
 
 COLUMN_CHECK_BYTES = 8 * 1024 * 1024
 """Largest number of bytes of rows, from the beginning of a file, that are searched for the columns."""
@@ -50,23 +52,18 @@ def check_columns(path: Path, field: str, form: DatasetFormat) -> None:
     """Raise UserError if the file has no rows, or lacks a column that the format ``form`` reads. Only the first
     COLUMN_CHECK_ROWS rows and COLUMN_CHECK_BYTES bytes are read. ``field`` names the file's field in the spec in error
     messages: `dataset.train`."""
-    columns: dict[str, None] = {}
-    parsed = total = 0
-    for row in first_rows(read_rows(path, field), most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES):
-        columns |= dict.fromkeys(row.fields)
-        total += 1
-        parsed += row.problem is None
-    if total == 0:
-        raise UserError(field, f"{path.name} has no rows")
-    if parsed == 0:
+    found = head_columns(path, field, most_rows=COLUMN_CHECK_ROWS, most_bytes=COLUMN_CHECK_BYTES)
+    files = data_files(path)
+    name = files[0].name if len(files) == 1 else f"the {len(files)} files"
+    if found.total == 0:
+        raise UserError(field, f"{name} has no rows" if len(files) == 1 else f"{name} have no rows")
+    if found.parsed == 0:
         # If no row can be parsed, nothing is raised here, because `make_examples` reports the problem of the first row.
         return
     for option, column in required_columns(form).items():
-        if column not in columns:
-            raise UserError(
-                option,
-                f"no column {column!r} in {path.name}; it has {', '.join(repr(found) for found in list(columns)[:12])}",
-            )
+        if column not in found.names:
+            seen = ", ".join(repr(name) for name in found.names[:12])
+            raise UserError(option, f"no column {column!r} in {name}; it has {seen}")
 
 
 def make_examples(
@@ -79,23 +76,25 @@ def make_examples(
     limit: LengthLimit,
     keep_rows: bool = False,
 ) -> tuple[ExampleSet, list[str]]:
-    """Return the examples of ``rows``, and up to two notices: how many bad rows and how many long rows were skipped.
+    """Return the examples of ``rows``, and up to two notices: how many bad rows were skipped, and what became of the
+    rows that are too long.
 
     ``source`` names the data file in messages (`s3://bucket/train.jsonl`), and ``field`` is its path in the spec
     (`dataset.train`). With ``keep_rows`` the result also holds the data row of each example, because graders read the
     row's columns.
 
     Raises UserError with file and line for the first bad row unless `dataset.badRows` is Skip, and for the first long
-    row unless `dataset.longRows` is Skip. Raises NoRowsError if no usable row is left.
+    row if `dataset.longRows` is Fail. Raises NoRowsError if no usable row is left.
     """
     render = renderer(dataset.format, tokenize)
     made = ExampleWriter()
-    problems: dict[str, list[str]] = {"badRows": [], "longRows": []}
+    skipped: dict[str, _Skipped] = {}
+    long_texts = LongTexts(dataset.long_rows, limit.tokens) if dataset.long_rows in ("Split", "Truncate") else None
 
-    def refuse(option: Literal["badRows", "longRows"], policy: Literal["Fail", "Skip"], problem: str) -> None:
+    def refuse(option: Literal["badRows", "longRows"], policy: str, problem: str) -> None:
         if policy == "Fail":
             raise UserError(field, f"{problem} (set dataset.{option} to Skip to leave such rows out)")
-        problems[option].append(problem)
+        skipped.setdefault(option, _Skipped(problem)).rows += 1
 
     for row in rows:
         rendered = row.problem or render(row.fields)
@@ -103,23 +102,33 @@ def make_examples(
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} {rendered}")
             continue
         length = len(rendered.ids)
-        if length > limit.tokens:
+        if length > limit.tokens and long_texts is not None:
+            for piece in long_texts.pieces(rendered, row.place(source)):
+                made.add(piece, row if keep_rows else None)
+        elif length > limit.tokens:
             problem = f"{row.place(source)} has {length} tokens, more than {limit.origin}"
             refuse("longRows", dataset.long_rows, problem)
         elif rendered.supervised_tokens < 1:
             refuse("badRows", dataset.bad_rows, f"{row.place(source)} has no token to learn")
         else:
             made.add(rendered, row if keep_rows else None)
-    notices = [
-        _skipped(found, field, f"{option}: Skip", total=len(made)) for option, found in problems.items() if found
-    ]
+    notices = [found.notice(field, f"{option}: Skip", total=len(made)) for option, found in sorted(skipped.items())]
+    if long_texts is not None and long_texts.rows:
+        notices.append(f"{field}: {long_texts.notice}")
     if not len(made):
         raise NoRowsError(field, f"{source} has no row left to use" + "".join(f"; {text}" for text in notices))
     return made.finish(), notices
 
 
-def _skipped(problems: Sequence[str], field: str, what: str, *, total: int) -> str:
-    """Return a notice about skipped rows: how many were skipped and how many kept, and the problem of the first skipped
-    row."""
-    rows = "1 row was" if len(problems) == 1 else f"{len(problems)} rows were"
-    return f"{field}: {rows} skipped and {total} kept ({what}); the first: {problems[0]}"
+@dataclass
+class _Skipped:
+    """Rows that were skipped for one reason."""
+
+    first: str
+    """The problem of the first of the rows, with its place."""
+    rows: int = 0
+
+    def notice(self, field: str, what: str, *, total: int) -> str:
+        """Return a notice: how many rows were skipped and how many kept, and the problem of the first skipped row."""
+        rows = "1 row was" if self.rows == 1 else f"{self.rows} rows were"
+        return f"{field}: {rows} skipped and {total} kept ({what}); the first: {self.first}"

@@ -17,7 +17,7 @@ from typing import NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.data.reader import Row
+from finetune_trainer.data.files.row import Row
 
 ARRAYS = ("ids", "offsets", "spans", "span_offsets")
 ROWS_FILE = "rows.json"

@@ -46,3 +46,9 @@ def call_hub(request: Callable[[], T], *, field: str, repo: str, revision: str, 
         raise OutsideFailure(f"{field}: {repo} does not exist, or {access}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         raise OutsideFailure(f"{field}: {repo} can't be read: {first_line(error)}") from error
+    except (UserError, OutsideFailure, MemoryError):
+        raise
+    except Exception as error:
+        # The client library raises whatever an answer that it does not expect makes its code raise.
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise OutsideFailure(f"{field}: the hub's answer about {repo} can't be read ({reason})") from error

@@ -15,12 +15,8 @@ from pathlib import Path
 
 from finetune_core.api.sources import DataSource
 from finetune_core.contract import RunConfig
-from finetune_core.errors import UserError
-from finetune_core.layout import parse_uri
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.file_tags import file_tag
-from finetune_trainer.sources.hub_datasets import split_tags
-from finetune_trainer.sources.inputs import data_file, data_token
+from finetune_trainer.sources.data_files import find_data_files
 from finetune_trainer.sources.model_files import MODEL_SUFFIXES, model_files
 from finetune_trainer.storage.client import Store
 
@@ -43,16 +39,13 @@ def input_identities(config: RunConfig, paths: Paths, store: Store, folder: Path
 
 def _data_tags(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Mapping[str, str]:
     """Return a tag of the content of each file of a data source, by the file's name."""
-    if source.hugging_face is not None:
-        return split_tags(source.hugging_face, field, data_token(source.hugging_face, field, paths), folder)
-    if source.s3 is not None:
-        location = parse_uri(source.s3.uri)
-        entry = store.stat(location.bucket, location.prefix)
-        if entry is None:
-            raise UserError(f"{field}.s3.uri", f"there is no object {source.s3.uri}")
-        return {location.prefix: entry.tag}
-    return {"": file_tag(data_file(source, field, paths, store, folder))}
+    found = find_data_files(source, field, paths, store, folder)
+    # The name of a single file says nothing about its rows, but the order of several files follows from their names.
+    several = len(found.files) > 1
+    return {file.path if several else "": found.tag(file) for file in found.files}
 
 
 def _digest(tags: Mapping[str, str]) -> str:
-    return hashlib.sha256("".join(f"{name}\n{tags[name]}\n" for name in sorted(tags)).encode()).hexdigest()
+    text = "".join(f"{name}\n{tags[name]}\n" for name in sorted(tags))
+    # The names of files on a volume may hold bytes that are no UTF-8.
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

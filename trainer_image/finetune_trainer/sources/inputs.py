@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_core.api.sources import DataSource, HuggingFaceDataSource, ModelSpec
+from finetune_core.api.sources import DataSource, ModelSpec
 from finetune_core.contract import RunConfig
 from finetune_core.errors import UserError
-from finetune_core.layout import parse_uri
 from finetune_trainer.data.dataset import check_columns
+from finetune_trainer.data.files.index import write_index
 from finetune_trainer.pod.plan import Inputs
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.hub_datasets import fetch_split
-from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files, volume_path
+from finetune_trainer.sources.data_files import find_data_files
+from finetune_trainer.sources.model_files import MODEL_SUFFIXES, LocalFiles, model_files
 from finetune_trainer.storage.client import Store
 
 
@@ -53,32 +53,17 @@ def source_name(source: ModelSpec | DataSource) -> str:
 
 
 def data_file(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Path:
-    """Return the local path of a data file, or of a folder with the data files of a split. Files in the object store or
-    on the Hugging Face Hub are downloaded into ``folder`` first.
+    """Return the local path of a data source for `read_rows`: ``folder`` with an index of the files. Files in the
+    object store or on the Hugging Face Hub are downloaded into ``folder`` first.
 
     ``field`` is the path of the source in the spec: `dataset.train`. Raises UserError if there is no such file.
     """
-    if source.volume is not None:
-        path = volume_path(source.volume, paths, field)
-        if not path.is_file():
-            raise UserError(f"{field}.volume.path", "must name a file")
-        return path
-    if source.hugging_face is not None:
-        return fetch_split(source.hugging_face, field, data_token(source.hugging_face, field, paths), folder)
-    if source.s3 is None:
-        raise UserError(field, "must be one of huggingFace, s3, volume")
-    location = parse_uri(source.s3.uri)
     folder.mkdir()
-    path = folder / Path(location.prefix).name
-    if store.download(location.bucket, location.prefix, path) is None:
-        raise UserError(f"{field}.s3.uri", f"there is no object {source.s3.uri}")
-    return path
-
-
-def data_token(source: HuggingFaceDataSource, field: str, paths: Paths) -> str | None:
-    """Return the token for reading a data set on the Hugging Face Hub, or None if the spec names no Secret. ``field``
-    is, for example, `dataset.train`, and the file with the token has the same name."""
-    return (paths.hub_data_tokens / field).read_text().strip() if source.token_secret_ref is not None else None
+    found = find_data_files(source, field, paths, store, folder)
+    for notice in found.notices:
+        print(notice, flush=True)
+    write_index(folder, found.fetch(found.files, folder))
+    return folder
 
 
 def _model_folder(source: ModelSpec, paths: Paths, store: Store, folder: Path) -> Path:
