@@ -330,8 +330,8 @@ text
 )
 def test_a_malformed_card_of_the_hub_names_no_file_and_is_no_crash(matter: str) -> None:
     configs = card_configs(f"---\n{matter}\n---\n")
-    for splits in configs.values():
-        assert all(isinstance(path, str) for paths in splits.values() for path in paths)
+    for config in configs.values():
+        assert all(isinstance(path, str) for paths in (config.patterns or {}).values() for path in paths)
 
 
 @pytest.mark.parametrize(
@@ -368,13 +368,22 @@ def test_a_split_is_downloaded_at_one_commit_from_the_hub(tmp_path: Path) -> Non
 import json, os, sys
 from pathlib import Path
 from finetune_core.api.sources import HuggingFaceDataSource
-from finetune_trainer.sources.hub_datasets import fetch_first_file, fetch_split
+from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.reader import read_rows
+from finetune_trainer.sources.hub_datasets import HubDataFiles
 source = HuggingFaceDataSource.model_validate(json.loads(sys.argv[1]))
 try:
-    place = (source, "dataset.train", sys.argv[3] or None, Path(sys.argv[2]))
+    folder = Path(sys.argv[2])
+    folder.mkdir()
+    found = HubDataFiles(source, "dataset.train", sys.argv[3] or None, folder)
     most = {"first": 100, "nothing": 10}.get(sys.argv[4])
-    folder = fetch_split(*place) if most is None else (fetch_first_file(*place, most_bytes=most) or [None])[0]
+    if most is None:
+        files = found.fetch(found.files, folder)
+    else:
+        files = [found.fetch_head(found.files[0], folder, most_bytes=most, whole_bytes=most)]
+    folder = None if files == [None] else folder
+    if folder is not None:
+        write_index(folder, files)
 except Exception as error:
     print(type(error).__name__, error)
 else:

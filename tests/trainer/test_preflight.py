@@ -22,7 +22,6 @@ from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKi
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight import entrypoint
 from finetune_trainer.preflight.findings import Findings
-from finetune_trainer.preflight.row_check import complete_rows
 from tests.trainer.hub import TOKEN, Hub, running_hub
 from tests.trainer.objectstore import BUCKET, ObjectStore, free_port, write_credentials
 from tests.trainer.pods import run_config
@@ -286,12 +285,6 @@ def test_rows_are_looked_at_in_the_beginning_of_a_large_file(
     assert check(dataset__train={"s3": {"uri": f"s3://{BUCKET}/large/late.jsonl"}}) == []
     skipped = {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/large/skipped.jsonl"}}, "dataset__badRows": "Skip"}
     assert check(**skipped) == [], "rows to learn from may follow the ones that were looked at"
-
-
-def test_a_row_is_cut_at_a_line_break_outside_of_quotes() -> None:
-    assert complete_rows(b'a,b\n1,"x\ny"\n2,"z\n', quoted=True) == b'a,b\n1,"x\ny"\n'
-    assert complete_rows(b'{"a": "\\"x"}\n{"b', quoted=False) == b'{"a": "\\"x"}\n'
-    assert complete_rows(b"no row ends here", quoted=False) == b""
 
 
 @pytest.fixture

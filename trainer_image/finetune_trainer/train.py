@@ -201,6 +201,7 @@ class Run:
             pad=data.pad,
             capacity=data.capacity,
             seed=config.optimization.seed,
+            mixture=data.mixture,
         )
 
         def set_phase(phase: Phase) -> None:

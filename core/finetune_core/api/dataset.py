@@ -108,13 +108,13 @@ class DatasetSpec(ApiModel):
 
     @property
     def sources(self) -> dict[str, DataSource]:
-        """Return the sources that hold files, by their paths in the spec with dots: `dataset.train`, `dataset.test`, or
-        `dataset.train.mix.0` for the first source of a mix."""
+        """Return the sources that hold files, by their paths in the spec: `dataset.train`, `dataset.test`, or
+        `dataset.train.mix[0]` for the first source of a mix."""
         given = {"dataset.train": self.train, "dataset.validation": self.validation, "dataset.test": self.test}
         found: dict[str, DataSource] = {}
         for field, source in given.items():
             if isinstance(source, TrainingSource) and source.mix is not None:
-                found |= {f"{field}.mix.{number}": part for number, part in enumerate(source.mix)}
+                found |= {f"{field}.mix[{number}]": part for number, part in enumerate(source.mix)}
             elif source is not None:
                 found[field] = source
         return found

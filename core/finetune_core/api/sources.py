@@ -120,9 +120,9 @@ class DataSource(ApiModel):
 
     A file is read by its suffix: `.jsonl`, `.json` (an array of objects, or objects one behind the other), `.csv`,
     `.tsv`, `.parquet` or `.txt` (each line that is not blank is a row with the column `text`), each also with `.gz` or
-    `.zst` behind it. The files of a folder or a glob must be of one kind, and are read in the order of their paths. Files of
-    other kinds are left out with a notice, and so are files and folders whose names begin with `.` or `_`, without a
-    notice. In a glob `*` and `?` stand for characters of one part of the path, and `**` for any number of parts, also
+    `.zst` behind it. The files of a folder or a glob must be of one kind, and are read in the order of their paths.
+    Other files are left out with a notice. Files and folders whose names begin with `.` or `_` are left out without
+    one. In a glob `*` and `?` stand for characters of one part of the path, and `**` for any number of parts, also
     none.
     """
 

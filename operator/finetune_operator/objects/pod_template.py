@@ -238,8 +238,8 @@ def _tolerations(job: FineTuneJob) -> list[Manifest]:
 
 def claims(job: FineTuneJob) -> list[str]:
     """Return the names of the PersistentVolumeClaims that hold the model or datasets, each name once."""
-    sources = [job.spec.model, *job.spec.dataset.sources.values()]
-    return list(dict.fromkeys(source.volume.claim_name for source in sources if source.volume is not None))
+    volumes = [job.spec.model.volume, *(source.volume for source in job.spec.dataset.sources.values())]
+    return list(dict.fromkeys(volume.claim_name for volume in volumes if volume is not None))
 
 
 def _mounts(job: FineTuneJob) -> list[Manifest]:

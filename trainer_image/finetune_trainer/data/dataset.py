@@ -13,6 +13,7 @@ from typing import Literal
 
 from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.errors import UserError
+from finetune_core.tasks import TASKS
 from finetune_trainer.data.examples import ExampleSet, ExampleWriter
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.formats import TokenizeFunctions, renderer, required_columns
@@ -64,6 +65,13 @@ def check_columns(path: Path, field: str, form: DatasetFormat) -> None:
         if column not in found.names:
             seen = ", ".join(repr(name) for name in found.names[:12])
             raise UserError(option, f"no column {column!r} in {name}; it has {seen}")
+
+
+def columns_read(dataset: DatasetSpec) -> set[str]:
+    """Return the names of the columns that the format and the grader of ``dataset`` read."""
+    task = TASKS.get(dataset.task)
+    graded = {column.name for column in task.columns} if task is not None else set()
+    return {*required_columns(dataset.format).values(), *graded}
 
 
 def make_examples(

@@ -144,6 +144,17 @@ class ExampleWriter:
         return ExampleSet(arrays, self._rows)
 
 
+def joined(sets: Sequence[ExampleSet]) -> ExampleSet:
+    """Return one set with the examples of all ``sets``, in their order."""
+    if len(sets) == 1:
+        return sets[0]
+    writer = ExampleWriter()
+    for examples in sets:
+        for number, example in enumerate(examples):
+            writer.add(example, examples.rows[number] if examples.rows else None)
+    return writer.finish()
+
+
 def example_set(examples: Sequence[Example]) -> ExampleSet:
     """Return ``examples`` as an `ExampleSet`, without the data rows that they were made from."""
     writer = ExampleWriter()

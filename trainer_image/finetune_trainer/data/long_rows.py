@@ -32,15 +32,13 @@ class LongTexts:
     @property
     def notice(self) -> str:
         """How many rows were too long, and what became of their tokens."""
-        rows = "1 row is" if self.rows == 1 else f"{self.rows} rows are"
+        rows = ("1 row is" if self.rows == 1 else f"{self.rows} rows are") + f" longer than {self._most} tokens"
         became = (
             f"split into {self._examples} examples, which learn each of the {self._tokens} tokens once"
             if self._policy == "Split"
             else f"cut to {self._most} tokens; {self._left_out} of the {self._tokens} tokens are left out"
         )
-        return (
-            f"{rows} longer than {self._most} tokens and {became} (longRows: {self._policy}); the first: {self._first}"
-        )
+        return f"{rows} and {became} (longRows: {self._policy}); the first: {self._first}"
 
 
 def split(example: Example, most_tokens: int) -> list[Example]:

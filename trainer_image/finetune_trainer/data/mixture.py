@@ -1,9 +1,9 @@
-"""Determines which examples each optimizer step takes from several sources (`dataset.train.mix`). All functions are pure
-functions of seed, step, sizes and weights, as in `order.py`, so that a resumed run repeats and loses nothing.
+"""Determines which examples each optimizer step takes from several sources (`dataset.train.mix`). All functions are
+pure functions of seed, step, sizes and weights, as in `order.py`, so that a resumed run repeats and loses nothing.
 
 The examples of a mix have one endless order. An example of source i that is the k-th of this source comes at the time
-(k + 1/2) / weight(i), counted from k = 0, so that every part of the order holds the sources in their shares as exactly as
-whole numbers can (the method of Webster and Sainte-Laguë, by which parliaments share out seats). Each source is gone
+(k + 1/2) / weight(i), counted from k = 0, so that every part of the order holds the sources in their shares as exactly
+as whole numbers can (the method of Webster and Sainte-Laguë, by which parliaments share out seats). Each source is gone
 through again and again, each time in another order.
 """
 

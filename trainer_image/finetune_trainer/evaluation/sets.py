@@ -16,7 +16,7 @@ from finetune_core.api.dataset import DatasetFormat, DatasetSpec
 from finetune_core.api.evaluation import ScoredRows
 from finetune_core.contract import RunConfig
 from finetune_core.tasks import NO_TASK
-from finetune_trainer.data.dataset import LengthLimit, make_examples
+from finetune_trainer.data.dataset import LengthLimit, columns_read, make_examples
 from finetune_trainer.data.examples import ExampleSet
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.data.tokenizer import load_tokenizer, stop_ids, tokenize_functions
@@ -89,7 +89,7 @@ def prepare_base_model_set(plan: WorkerPlan) -> list[str]:
     limit = LengthLimit(context, f"the model's context of {context}") if context else LengthLimit(UNLIMITED, "anything")
     form = base_format(config.dataset, config.evaluation.base_prompt)
     examples, notices = make_examples(
-        read_rows(path, "evaluation.basePrompt"),
+        read_rows(path, "evaluation.basePrompt", columns=columns_read(config.dataset)),
         source_name(source),
         "evaluation.basePrompt",
         config.dataset.model_copy(update={"format": form, "long_rows": "Skip", "bad_rows": "Skip"}),

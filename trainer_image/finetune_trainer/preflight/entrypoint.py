@@ -141,11 +141,10 @@ def _check_inputs(
 
     model = findings.collect("the model", check_base_model) if config.model.s3 is None or store_answers else None
     dataset = config.dataset
-    for part, source in (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test)):
-        if source is None or (source.s3 is not None and not store_answers):
+    for number, (field, source) in enumerate(dataset.sources.items()):
+        if source.s3 is not None and not store_answers:
             continue
-        field = f"dataset.{part}"
-        check = partial(check_rows, dataset, source, field, paths, root.store, folder / part, model)
+        check = partial(check_rows, dataset, source, field, paths, root.store, folder / f"data-{number}", model)
         findings.notice(*(findings.collect(field, check) or []))
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from finetune_core.api.dataset import DatasetSpec
 from finetune_core.api.sources import DataSource
 from finetune_core.errors import UserError
-from finetune_trainer.data.dataset import NoRowsError, check_columns, length_limit, make_examples
+from finetune_trainer.data.dataset import NoRowsError, check_columns, columns_read, length_limit, make_examples
 from finetune_trainer.data.files.index import DataFile, write_index
 from finetune_trainer.data.files.row import Row
-from finetune_trainer.data.formats import required_columns
 from finetune_trainer.data.reader import content_bytes, first_rows, read_rows
 from finetune_trainer.data.tokenizer import tokenize_functions
 from finetune_trainer.pod.settings import Paths
@@ -86,7 +85,7 @@ def check_rows(
     check_columns(head.path, field, dataset.format)
     if model is None:
         return list(files.notices)
-    columns = required_columns(dataset.format).values()
+    columns = columns_read(dataset)
     found = first_rows(read_rows(head.path, field, columns=columns), most_rows=HEAD_ROWS, most_bytes=HEAD_CONTENT_BYTES)
     rows = list(found)
     _check_expansion(head, source_name(source), rows, field)

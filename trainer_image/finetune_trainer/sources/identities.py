@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune_core.api.sources import DataSource
 from finetune_core.contract import RunConfig
 from finetune_trainer.pod.settings import Paths
 from finetune_trainer.sources.data_files import find_data_files
@@ -27,22 +26,16 @@ def input_identities(config: RunConfig, paths: Paths, store: Store, folder: Path
 
     Raises UserError if a source does not exist, and OutsideFailure if it can't be read.
     """
-    found, dataset = {}, config.dataset
-    for part, source in (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test)):
-        if source is not None:
-            field = f"dataset.{part}"
-            found[field] = _digest(_data_tags(source, field, paths, store, folder / part))
-    files = model_files(config.model, paths, store)
-    found["model"] = _digest({name: files.tag(name) for name in files.sizes if name.endswith(MODEL_SUFFIXES)})
+    tags: dict[str, dict[str, str]] = {}
+    for number, (field, source) in enumerate(config.dataset.sources.items()):
+        files = find_data_files(source, field, paths, store, folder / f"data-{number}")
+        part, _, of_mix = field.partition(".mix")
+        # The sources of a mix make up one identity.
+        tags.setdefault(part, {}).update({f"{of_mix}{file.path}": files.tag(file) for file in files.files})
+    found = {part: _digest(of_part) for part, of_part in tags.items()}
+    model = model_files(config.model, paths, store)
+    found["model"] = _digest({name: model.tag(name) for name in model.sizes if name.endswith(MODEL_SUFFIXES)})
     return found
-
-
-def _data_tags(source: DataSource, field: str, paths: Paths, store: Store, folder: Path) -> Mapping[str, str]:
-    """Return a tag of the content of each file of a data source, by the file's name."""
-    found = find_data_files(source, field, paths, store, folder)
-    # The name of a single file says nothing about its rows, but the order of several files follows from their names.
-    several = len(found.files) > 1
-    return {file.path if several else "": found.tag(file) for file in found.files}
 
 
 def _digest(tags: Mapping[str, str]) -> str:

@@ -26,29 +26,35 @@ def fetch_inputs(config: RunConfig, paths: Paths, store: Store, folder: Path) ->
 
     Raises UserError with the field of the spec if a file or column does not exist.
     """
-    dataset = config.dataset
-    train = data_file(dataset.train, "dataset.train", paths, store, folder / "train")
-    validation = test = None
-    if dataset.validation is not None:
-        validation = data_file(dataset.validation, "dataset.validation", paths, store, folder / "validation")
-    if dataset.test is not None:
-        test = data_file(dataset.test, "dataset.test", paths, store, folder / "test")
-    for file, field in ((train, "dataset.train"), (validation, "dataset.validation"), (test, "dataset.test")):
-        if file is not None:
-            check_columns(file, field, dataset.format)
+    found: dict[str, Path] = {}
+    for number, (field, source) in enumerate(config.dataset.sources.items()):
+        found[field] = data_file(source, field, paths, store, folder / f"data-{number}")
+        check_columns(found[field], field, config.dataset.format)
+    mix = [path for field, path in found.items() if field.startswith("dataset.train.mix[")]
     model = _model_folder(config.model, paths, store, folder / "model")
-    return Inputs(model=model, train=train, validation=validation, test=test)
+    return Inputs(
+        model=model,
+        train=found.get("dataset.train", folder),
+        mix=mix,
+        validation=found.get("dataset.validation"),
+        test=found.get("dataset.test"),
+    )
 
 
 def source_name(source: ModelSpec | DataSource) -> str:
-    """Return the name of a source in messages: the `s3://` address, the repository on the hub, or `<claim>/<path>`."""
-    hub = getattr(source, "hugging_face", None)
+    """Return the name of a source in messages: the `s3://` address, the repository on the hub with the path in it, or
+    `<claim>/<path>`."""
+    hub = source.hugging_face
     if hub is not None:
-        return str(hub.repo)
+        path = getattr(hub, "path", None)
+        return f"{hub.repo}/{path}" if path else hub.repo
     if source.s3 is not None:
         return source.s3.uri
     if source.volume is not None:
         return f"{source.volume.claim_name}/{source.volume.path}"
+    mix = getattr(source, "mix", None)
+    if mix:
+        return f"the mix of {len(mix)} sources"
     raise UserError("model", "must name a source")
 
 

@@ -101,7 +101,7 @@ def _decode(text: _Text, number: int) -> Decoded:
                 error.pos >= len(text.buffer) - _NEAR_THE_END
             )
             if text.is_at_end or not is_incomplete:
-                raise FileProblem(f"is not JSON: {error.msg} in row {number}") from None
+                raise FileProblem(f"is not JSON: {error.msg.removesuffix(' starting at')} in row {number}") from None
         else:
             # A number that ends where the text in memory ends may go on.
             if found.end < len(text.buffer) or text.is_at_end:

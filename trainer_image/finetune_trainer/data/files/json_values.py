@@ -40,7 +40,7 @@ class RowDecoder:
         value, end = self._decoder.raw_decode(text, start)
         if not isinstance(value, dict):
             return Decoded({}, end, "is not a JSON object")
-        wrong = bad_byte(text[start:end])
+        wrong = None if text.isascii() else bad_byte(text[start:end])
         if wrong is not None:
             return Decoded({}, end, not_utf8(wrong))
         return Decoded({}, end, self._problem) if self._problem else Decoded(value, end, None)

@@ -39,14 +39,14 @@ def text_lines(file: TextIO) -> Iterator[Row]:
 
 
 def _json_line(decoder: RowDecoder, number: int, line: str) -> Row:
-    wrong = bad_byte(line)
-    if wrong is not None:
-        return Row(number, {}, not_utf8(wrong))
     try:
         found = decoder.decode(line, _after_blanks(line, 0))
         if _after_blanks(line, found.end) < len(line):
             raise json.JSONDecodeError("Extra data", line, found.end)
     except json.JSONDecodeError as error:
+        wrong = bad_byte(line)
+        if wrong is not None:
+            return Row(number, {}, not_utf8(wrong))
         return Row(number, {}, f"is not JSON ({error.msg} at character {error.pos + 1})")
     except RecursionError:
         return Row(number, {}, "is not JSON that can be read (it is nested too deeply)")

@@ -97,7 +97,7 @@ def open_seekable(path: Path, compression: Compression) -> Iterator[Path | Binar
 def bad_byte(text: str) -> int | None:
     """Return the place of the first byte in ``text`` (from `open_text`) that is no UTF-8, in bytes counted from 1; None
     if there is none."""
-    found = _BAD_BYTE.search(text)
+    found = None if text.isascii() else _BAD_BYTE.search(text)
     return len(text[: found.start()].encode("utf-8", "surrogatepass")) + 1 if found is not None else None
 
 
