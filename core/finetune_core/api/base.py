@@ -149,7 +149,7 @@ S3Uri = Annotated[
         json_schema_extra=cel(
             (
                 "!self.matches('/[.][.]?(/|$)')",
-                "must not have `.` or `..` as a part of its path, because clients of S3 change such keys",
+                "the address must not have `.` or `..` as a part of its path, because clients of S3 change such keys",
             )
         ),
     ),

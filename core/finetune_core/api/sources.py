@@ -64,8 +64,8 @@ class HuggingFaceDataSource(ApiModel):
 
     repo: RepositoryName
     """Name of the data set's repository, for example `openai/gsm8k`."""
-    revision: Revision = "main"
-    """Branch, tag or commit. With a commit every run loads the same rows."""
+    revision: Revision | None = None
+    """Branch, tag or commit. With a commit every run loads the same rows. Absent: the branch `main`."""
     subset: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Name of the data set's configuration, for example `main`. Absent: the configuration `default`, or the only one of
     the data set."""

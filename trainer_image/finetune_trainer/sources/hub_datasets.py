@@ -24,6 +24,7 @@ from finetune_trainer.sources.source_files import SourceFile
 T = TypeVar("T")
 
 DATA_CARD = "README.md"
+MAIN_BRANCH = "main"
 DEFAULT_CONFIG = "default"
 SPLIT_NAMES = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
 """Names of splits, by which the library `datasets` tells that the files of a repository are divided into splits."""
@@ -100,7 +101,7 @@ class HubDataFiles:
         from huggingface_hub import HfApi
 
         api, source = HfApi(token=self._token or False), self._source
-        info = api.dataset_info(source.repo, revision=source.revision, files_metadata=True)
+        info = api.dataset_info(source.repo, revision=source.revision or MAIN_BRANCH, files_metadata=True)
         siblings = {
             sibling.rfilename: _Sibling(sibling.size or 0, sibling.blob_id or "") for sibling in info.siblings or ()
         }
@@ -118,7 +119,7 @@ class HubDataFiles:
             request,
             field=self._field,
             repo=self._source.repo,
-            revision=self._source.revision,
+            revision=self._source.revision or MAIN_BRANCH,
             has_token=self._token is not None,
         )
 
