@@ -245,6 +245,18 @@ def test_parquet_rows_are_read_and_named_by_their_number(tmp_path: Path, tokeniz
         check_columns(path, "dataset.train", spec({"text": {}}).format)
 
 
+def test_many_examples_are_the_same_whether_they_are_collected_in_memory_or_in_files(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory, _ = made(tmp_path, tiny.rows(20, seed=4), tokenizer, spec())
+    monkeypatch.setattr("finetune_trainer.data.spooled_numbers.SPOOL_BYTES", 16)
+    in_files, _ = made(tmp_path, tiny.rows(20, seed=4), tokenizer, spec())
+    assert in_files.digest == in_memory.digest
+    assert [example.spans for example in in_files] == [example.spans for example in in_memory]
+    in_files.save(tmp_path / "tokens")
+    assert ExampleSet.load(tmp_path / "tokens").digest == in_memory.digest
+
+
 def test_tokens_are_kept_in_files_that_ranks_share(tmp_path: Path, tokenizer: Any) -> None:
     examples, _ = made(tmp_path, tiny.rows(20, seed=4), tokenizer, spec(), keep_rows=True)
     examples.save(tmp_path / "tokens")

@@ -62,5 +62,5 @@ def test_long_texts_are_counted_in_a_notice(policy: str, lengths: list[int], not
         tokenize_functions(tokenizer),
         limit=length_limit(dataset, None),
     )
-    assert examples.lengths == lengths
+    assert list(examples.lengths) == lengths
     assert notices == [f"dataset.train: {notice} (longRows: {policy}); the first: s3://finetune/train.jsonl line 2"]

@@ -135,7 +135,10 @@ HTTP_ADDRESS_PATTERN = f"^https?://[^/@?#{_CONTROL}]+/?$"
 `http://minio:9000`. A slash at its end is allowed, because people write addresses so."""
 S3_URI_PATTERN = f"^s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/[^{_CONTROL}]*)?$"
 """Regular expression for an address in an object store, for example `s3://bucket/key`."""
+WEIGHT_PATTERN = r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)$"
+"""Regular expression for a decimal number above 0, for example `0.5`."""
 PATTERN_MEANINGS = {
+    WEIGHT_PATTERN: 'a decimal number above 0 in quotes, such as "0.5"',
     HTTP_ADDRESS_PATTERN: "an address such as http://minio.storage.svc:9000, without user, password, path or query",
     S3_URI_PATTERN: "an address such as s3://bucket/folder/file.jsonl, without blanks",
 }

@@ -11,6 +11,7 @@ from finetune_core.api.base import (
     ATOMIC,
     SET,
     UNIQUE,
+    WEIGHT_PATTERN,
     ApiModel,
     ObjectName,
     S3Uri,
@@ -138,7 +139,7 @@ class DataSource(ApiModel):
 
 MIX_LIMIT = 16
 """Largest number of sources of a mix."""
-Weight = Annotated[str, Field(max_length=16, pattern=r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)$")]
+Weight = Annotated[str, Field(max_length=16, pattern=WEIGHT_PATTERN)]
 """A decimal number above 0, for example `"0.5"`. It is a string, because Kubernetes' API conventions forbid floats."""
 
 
