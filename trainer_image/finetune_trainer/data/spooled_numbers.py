@@ -46,7 +46,8 @@ class SpooledNumbers:
 
     def _write(self) -> None:
         if self._file is None:
-            self._file = cast(BinaryIO, tempfile.TemporaryFile())
+            # The file is open as long as the list, and the array that comes of it.
+            self._file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
         self._file.write(self._tail.tobytes())
         self._written += len(self._tail)
         del self._tail[:]
