@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from finetune_trainer.data.files.json_values import not_utf8
+from finetune_trainer.data.files.lines import bounded_lines
 from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.files.streams import ROW_CHARACTERS, FileProblem, bad_byte
 
@@ -23,7 +24,7 @@ def tsv_rows(file: TextIO) -> Iterator[Row]:
 
 def _rows(file: TextIO, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(ROW_CHARACTERS)
-    reader = csv.reader(_bounded_lines(file), strict=True, delimiter=delimiter)
+    reader = csv.reader(bounded_lines(file), strict=True, delimiter=delimiter)
     try:
         header = next(reader, None)
     except csv.Error as error:
@@ -56,12 +57,3 @@ def _rows(file: TextIO, delimiter: str) -> Iterator[Row]:
         wrong = bad_byte(delimiter.join(values))
         fields = dict(zip(header, values, strict=True))
         yield Row(start, fields) if wrong is None else Row(start, {}, not_utf8(wrong))
-
-
-def _bounded_lines(file: TextIO) -> Iterator[str]:
-    number = 0
-    while line := file.readline(ROW_CHARACTERS + 1):
-        number += 1
-        if len(line) > ROW_CHARACTERS:
-            raise FileProblem(f"has more than {ROW_CHARACTERS} characters in line {number}")
-        yield line

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from finetune_trainer.data.files.json_values import RowDecoder, not_utf8
 from finetune_trainer.data.files.row import Row
-from finetune_trainer.data.files.streams import ROW_CHARACTERS, bad_byte
+from finetune_trainer.data.files.streams import ROW_CHARACTERS, FileProblem, bad_byte
 
 TEXT_COLUMN = "text"
 """Name of the column that the rows of a .txt file have."""
@@ -19,19 +19,14 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 def json_lines(file: TextIO) -> Iterator[Row]:
     """Yield a row for each line that is not blank. The columns of a row are the members of its JSON object."""
     decoder = RowDecoder()
-    for number, line in _lines(file):
-        if isinstance(line, Row):
-            yield line
-        elif line.strip():
+    for number, line in enumerate(bounded_lines(file), start=1):
+        if line.strip():
             yield _json_line(decoder, number, line)
 
 
 def text_lines(file: TextIO) -> Iterator[Row]:
     """Yield a row for each line that is not blank, with the line as its only column and without its line break."""
-    for number, line in _lines(file):
-        if isinstance(line, Row):
-            yield line
-            continue
+    for number, line in enumerate(bounded_lines(file), start=1):
         text = line.rstrip("\r\n")
         if text.strip():
             wrong = bad_byte(text)
@@ -59,15 +54,12 @@ def _after_blanks(line: str, start: int) -> int:
     return found.end() if found is not None else start
 
 
-def _lines(file: TextIO) -> Iterator[tuple[int, str | Row]]:
-    """Yield the lines of a file with their numbers. Instead of a line that is too long a row with that problem comes,
-    before the rest of the line is skipped."""
+def bounded_lines(file: TextIO) -> Iterator[str]:
+    """Yield the lines of a file with their line breaks. Raises FileProblem for a line that is too long, because such a
+    line may have gigabytes."""
     number = 0
     while line := file.readline(ROW_CHARACTERS + 1):
         number += 1
-        if len(line) <= ROW_CHARACTERS:
-            yield number, line
-            continue
-        yield number, Row(number, {}, f"has more than {ROW_CHARACTERS} characters")
-        while line and not line.endswith(("\n", "\r")):
-            line = file.readline(ROW_CHARACTERS)
+        if len(line) > ROW_CHARACTERS:
+            raise FileProblem(f"has more than {ROW_CHARACTERS} characters in line {number}")
+        yield line
