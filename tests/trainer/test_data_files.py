@@ -176,6 +176,14 @@ def test_any_json_value_reads_the_same_in_both_kinds_of_json(
         assert [repr(dict(row.fields)) for row in read(tmp_path, name, data)] == expected
 
 
+def test_a_column_that_is_nested_too_deeply_costs_its_row_only_if_it_is_read(tmp_path: Path) -> None:
+    deep = b'{"text": "w1", "other": ' + b'[{"a":' * 60 + b"1" + b"}]" * 60 + b"}\n"
+    assert problems(read(tmp_path, "a.jsonl", deep)) == {1: "has a 'other' that is nested deeper than 100 levels"}
+    assert [row.fields for row in read(tmp_path, "a.jsonl", deep, {"text"})] == [{"text": "w1"}]
+    endless = b'{"text": ' + b"[" * 100_000
+    assert problems(read(tmp_path, "a.jsonl", endless)) == {1: "is not JSON that can be read (it is nested too deeply)"}
+
+
 def test_rows_that_cross_the_blocks_of_a_json_file_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune_trainer.data.files.json_files.CHUNK_CHARACTERS", 1)
     rows = [{"a": 'x"\\\u00e9' * 30, "n": 1234567, "b": [-1.5e-3, None, True]}] * 3

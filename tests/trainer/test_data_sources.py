@@ -3,28 +3,31 @@ rows or a sentence."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from finetune_core.api.sources import DataSource
+from finetune_core.api.sources import DataSource, HuggingFaceDataSource
 from finetune_core.errors import UserError
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
-from finetune_trainer.sources.data_files import VolumeDataFiles, find_data_files
+from finetune_trainer.sources.data_files import VolumeDataFiles, find_data_files, read_token
 from finetune_trainer.sources.file_selection import below, is_glob, literal_prefix, matching, select
-from finetune_trainer.sources.hub_datasets import card_configs, split_files
+from finetune_trainer.sources.hub_datasets import HubDataFiles, card_configs, split_files
 from finetune_trainer.sources.hub_requests import call_hub
 from finetune_trainer.sources.inputs import data_file, source_name
 from finetune_trainer.storage.client import ListedObject, Store
+from tests.trainer.data_hub import Hub, served
 from tests.trainer.objectstore import write_credentials
 
 FIELD = "dataset.train.s3.uri"
@@ -378,6 +381,59 @@ def test_any_data_card_names_files_or_is_a_sentence(configs: Any, files: list[st
 def test_any_text_as_a_data_card_is_no_crash(card: str) -> None:
     card_configs(card)
     card_configs(f"---\n{card}\n---\n")
+
+
+SIBLING = st.fixed_dictionaries(
+    {}, optional={"rfilename": JSON, "size": JSON, "blobId": JSON, "lfs": JSON, "another": JSON}
+)
+ANSWERS = st.fixed_dictionaries(
+    {}, optional={"id": JSON, "sha": JSON, "siblings": st.lists(SIBLING | JSON, max_size=3) | JSON, "tags": JSON}
+)
+
+
+class AnyHub(Hub):
+    """A hub that answers every question with the same document."""
+
+    document: object = None
+
+    def answer(self, path: str, token: str | None) -> tuple[int, dict[str, str], bytes]:
+        return 200, {"Content-Type": "application/json"}, json.dumps(self.document).encode()
+
+
+def test_any_answer_of_the_hub_names_files_or_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = HuggingFaceDataSource(repo="acme/rows", path=".")
+    outcomes: Counter[str] = Counter()
+    with served(AnyHub("acme/rows", {})) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+
+        @given(ANSWERS | JSON)
+        @example({"id": "acme/rows", "sha": "0", "siblings": [{"rfilename": "a.txt", "size": "many"}]})
+        @example({"id": "acme/rows", "sha": "0", "siblings": [{"rfilename": "../a.txt"}]})
+        @example({"id": "acme/rows", "sha": "0", "siblings": [{"rfilename": "a.txt", "size": 3}]})
+        @settings(max_examples=60, deadline=None)
+        def ask(document: object) -> None:
+            hub.document = document  # type: ignore[attr-defined]
+            try:
+                found = HubDataFiles(source, "dataset.train", None, tmp_path / "train").files
+                outcomes["files"] += all(isinstance(file.bytes, int) for file in found)
+            except (UserError, OutsideFailure) as error:
+                outcomes[type(error).__name__] += 1
+
+        ask()
+    assert outcomes["files"] >= 1
+    assert outcomes["OutsideFailure"] >= 2
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"two words", b"two\nlines", "tök".encode()])
+def test_a_secret_that_holds_no_token_is_an_outside_failure(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(data)
+    with pytest.raises(OutsideFailure, match=r"^f: the key of the Secret must hold a token"):
+        read_token(tmp_path / "token", "f")
+
+
+def test_a_byte_order_mark_and_a_line_break_are_no_part_of_a_token(tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"\xef\xbb\xbfhf_secret\r\n")
+    assert read_token(tmp_path / "token", "f") == "hf_secret"
 
 
 @pytest.mark.parametrize("error", [KeyError("siblings"), TypeError("None"), ValueError("x"), RecursionError()])

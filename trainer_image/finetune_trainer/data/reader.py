@@ -25,6 +25,8 @@ from finetune_trainer.data.files.row import Row
 from finetune_trainer.data.files.streams import FileProblem, HeadEnded, open_seekable, open_text
 from finetune_trainer.pod.errors import OutsideFailure, first_line
 
+DEEPEST = 100
+"""How many levels of lists and mappings a column that is read may have."""
 _TEXT_READERS: Mapping[Kind, Callable[[TextIO], Iterator[Row]]] = {
     Kind.JSON_LINES: json_lines,
     Kind.JSON: json_rows,
@@ -121,6 +123,19 @@ def content_bytes(value: object) -> int:
     return total
 
 
+def is_deep(value: object) -> bool:
+    """Return whether lists and mappings in ``value`` are nested deeper than DEEPEST levels. Code that follows such a
+    value by recursion, such as the one that writes JSON, would fail."""
+    left = [(value, 0)] if isinstance(value, Mapping | list) else []
+    while left:
+        value, depth = left.pop()
+        if depth >= DEEPEST:
+            return True
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        left.extend((item, depth + 1) for item in inner if isinstance(item, Mapping | list))
+    return False
+
+
 def _read_file(file: DataFile, field: str, columns: Collection[str] | None) -> Generator[Row, None, None]:
     found = kind_of(file.name)
     if found is None:
@@ -167,7 +182,11 @@ def _rows(file: DataFile, found: FileKind, columns: Collection[str] | None) -> I
         return
     with open_text(file.path, found.compression, is_head=file.is_head) as text:
         for row in _TEXT_READERS[found.kind](text):
-            if columns is None or row.problem is not None:
+            read = {name: value for name, value in row.fields.items() if columns is None or name in columns}
+            deep = next((name for name, value in read.items() if is_deep(value)), None)
+            if row.problem is not None:
                 yield row
+            elif deep is not None:
+                yield replace(row, fields={}, problem=f"has a {deep!r} that is nested deeper than {DEEPEST} levels")
             else:
-                yield replace(row, fields={name: value for name, value in row.fields.items() if name in columns})
+                yield replace(row, fields=read)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -18,8 +19,8 @@ from finetune_trainer.data.files.index import DataFile
 from finetune_trainer.data.files.kinds import KINDS_TEXT, Kind, kind_of
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.sources.file_selection import METADATA, below, is_glob, matching, select
-from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub
-from finetune_trainer.sources.source_files import SourceFile
+from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range
+from finetune_trainer.sources.source_files import SourceFile, has_head
 
 T = TypeVar("T")
 
@@ -78,8 +79,13 @@ class HubDataFiles:
         return local
 
     def fetch_head(self, file: SourceFile, folder: Path, *, most_bytes: int, whole_bytes: int) -> DataFile | None:
-        """Download a file of at most ``whole_bytes`` bytes. The hub's client downloads whole files only."""
-        return self.fetch([file], folder)[0] if file.bytes <= whole_bytes else None
+        """Download the beginning of a file into ``folder``."""
+        if not has_head(file.name) or file.bytes <= most_bytes:
+            return self.fetch([file], folder)[0] if file.bytes <= whole_bytes else None
+        read = partial(read_hub_range, self._source.repo, file.path, self._commit, self._token, 0, most_bytes)
+        local = folder / f"{len(list(folder.iterdir())):06d}"
+        local.write_bytes(self._call(partial(read, repo_type="dataset")))
+        return DataFile(local, file.name, file.name, is_head=True)
 
     def _choose(self, card: str) -> Sequence[str]:
         """Return the paths of the data files, in their order."""
@@ -102,17 +108,19 @@ class HubDataFiles:
 
         api, source = HfApi(token=self._token or False), self._source
         info = api.dataset_info(source.repo, revision=source.revision or MAIN_BRANCH, files_metadata=True)
+        # The client library passes on what the hub answers, whatever its type.
         siblings = {
-            sibling.rfilename: _Sibling(sibling.size or 0, sibling.blob_id or "") for sibling in info.siblings or ()
+            str(sibling.rfilename): _Sibling(int(sibling.size or 0), str(sibling.blob_id or ""))
+            for sibling in info.siblings or ()
         }
         unsafe = next((path for path in siblings if {"", ".", ".."} & set(path.split("/"))), None)
         if unsafe is not None:
             raise OutsideFailure(f"{self._field}: {source.repo} has the path {unsafe!r}, which leads elsewhere")
         if self._source.path is not None or DATA_CARD not in siblings:
-            return info.sha or "", siblings, ""
+            return str(info.sha or ""), siblings, ""
         path = api.hf_hub_download(source.repo, DATA_CARD, repo_type="dataset", revision=info.sha, local_dir=cards)
         # Many editors on Windows begin a file with a byte order mark, which is not part of the card.
-        return info.sha or "", siblings, Path(path).read_text(encoding="utf-8-sig", errors="replace")
+        return str(info.sha or ""), siblings, Path(path).read_text(encoding="utf-8-sig", errors="replace")
 
     def _call(self, request: Callable[[], T]) -> T:
         return call_hub(
