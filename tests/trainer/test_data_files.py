@@ -367,23 +367,25 @@ def test_a_compressed_file_that_expands_without_measure_is_not_read_to_its_end(
         read(tmp_path, f"a.txt{compression}", bomb)
 
 
+PEAK = 'int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) >> 10'
+"""An expression for the largest resident memory of a process in MiB. What `getrusage` returns is no less than the memory
+of the process that started it."""
 MEASURED = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 from finetune_trainer.data.reader import head_columns, read_rows
 path = Path(sys.argv[1])
-# The libraries and one small file are in memory before.
-import pyarrow.parquet
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 head_columns(path, "dataset.train", most_rows=100, most_bytes=8 << 20)
 rows = sum(len(row.fields["text"]) > 0 for row in read_rows(path, "dataset.train", columns={"text"}))
-print(json.dumps({"rows": rows, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}))
+print(json.dumps({"rows": rows, "peak": PEAK}))
 """
 
 
 def peak_mebibytes(path: Path, rows: int) -> int:
     """Return the peak of the resident memory of a process that looks at the columns of ``path`` and reads its rows."""
-    done = subprocess.run([sys.executable, "-c", MEASURED, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED.replace("PEAK", PEAK), str(path)], capture_output=True, text=True, check=True
+    )
     told = json.loads(done.stdout)
     assert told["rows"] == rows
     return int(told["peak"])
@@ -433,20 +435,21 @@ stream.write(end)
 print(total // (len(line) * 100) * 100 + bool(end))
 """
     reading = """
-import resource, sys
+import sys
 from pathlib import Path
-from finetune_trainer.data.files.streams import EXPANDED_BYTES
 import finetune_trainer.data.files.streams as streams
 from finetune_trainer.data.reader import read_rows
 # The size of a pipe is 0, so that nothing can be said about its expansion.
 streams.EXPANDED_BYTES = 1 << 50
 rows = sum(1 for _ in read_rows(Path(sys.argv[1]), "dataset.train", columns={"text"}))
-print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+print(rows, PEAK)
 """
     path = tmp_path / name
     os.mkfifo(path)
     writer = subprocess.Popen([sys.executable, "-c", program, name, str(path)], stdout=subprocess.PIPE, text=True)
-    done = subprocess.run([sys.executable, "-c", reading, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", reading.replace("PEAK", PEAK), str(path)], capture_output=True, text=True, check=True
+    )
     told, _ = writer.communicate()
     rows, peak = map(int, done.stdout.split())
     assert rows == int(told)
