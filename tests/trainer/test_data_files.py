@@ -368,8 +368,8 @@ def test_a_compressed_file_that_expands_without_measure_is_not_read_to_its_end(
 
 
 PEAK = 'int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) >> 10'
-"""An expression for the largest resident memory of a process in MiB. What `getrusage` returns is no less than the memory
-of the process that started it."""
+"""An expression for the largest resident memory of a process in MiB. What `getrusage` returns may be the memory of the
+process that started it."""
 MEASURED = """
 import json, sys
 from pathlib import Path

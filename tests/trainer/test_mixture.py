@@ -53,6 +53,7 @@ def test_an_epoch_takes_as_many_examples_as_there_are_and_each_comes_again_only_
         batches = [mixture.global_batch(step, global_batch_size=size, seed=seed) for step in steps]
         assert [len(batch) for batch in batches[:-1]] == [size] * (per_epoch - 1)
         assert sum(map(len, batches)) == mixture.examples
+        assert mixture.taken(steps[-1], global_batch_size=size) == mixture.counts((epoch + 1) * mixture.examples)
         seen.update(row for batch in batches for row in batch)
         for start, rows in zip(first, sizes, strict=True):
             times = [seen[row] for row in range(start, start + rows)]

@@ -137,8 +137,8 @@ class DataSource(ApiModel):
     """Files on a PersistentVolumeClaim."""
 
 
-MIX_LIMIT = 16
-"""Largest number of sources of a mix."""
+MIX_LIMIT = 8
+"""Largest number of sources of a mix. `status.metrics` has room for one count of each."""
 Weight = Annotated[str, Field(max_length=16, pattern=WEIGHT_PATTERN)]
 """A decimal number above 0, for example `"0.5"`. It is a string, because Kubernetes' API conventions forbid floats."""
 
@@ -173,4 +173,5 @@ class TrainingSource(DataSource):
     """Several sources, from which the examples of each global batch are taken in fixed shares. An epoch is as many
     examples as all sources have together. Each source is gone through in an order of its own, and an example of a
     source comes again only after all others of this source. Which examples a step takes follows from the seed and the
-    number of the step alone."""
+    number of the step alone. `status.metrics` has the number of examples that the training has taken from each source:
+    `mix0Examples` for the first one."""

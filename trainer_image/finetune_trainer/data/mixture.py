@@ -62,6 +62,11 @@ class Mixture:
         ]
         return (max(times) if last else min(times))[1]
 
+    def taken(self, step: int, *, global_batch_size: int) -> tuple[int, ...]:
+        """Return how many examples the steps up to ``step`` have taken from each source, with those that came again."""
+        after = cursor(step + 1, rows=self.examples, global_batch_size=global_batch_size)
+        return self.counts(after.epoch * self.examples + after.batch * global_batch_size)
+
     def global_batch(self, step: int, *, global_batch_size: int, seed: int) -> tuple[int, ...]:
         """Return the numbers of the examples that step ``step`` (counted from 1) consumes on all ranks together, source
         by source. An example can occur several times if its source has few."""
