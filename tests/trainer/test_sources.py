@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def test_a_mix_of_a_folder_and_a_glob_is_learned_in_its_shares(
     (folder / "deep" / "part-1.jsonl.zst").write_bytes(pyarrow.compress(lines[1], codec="zstd", asbytes=True))
     (folder / "_SUCCESS").write_bytes(b"")
     (folder / "README.md").write_text("These are rows.")
+    store.upload("mixed/deep", folder / "deep")
+    shutil.rmtree(folder / "deep")
     store.upload("mixed", folder)
     for number in (0, 1):
         text = "".join(f'"{row["question"]}",{row["reply"]}\n' for row in small[number::2])
