@@ -16,8 +16,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from finetune_core.api.job import FineTuneJob
 from finetune_core.api.sources import DataSource, HuggingFaceDataSource
 from finetune_core.errors import UserError
+from finetune_core.resolve import resolve
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.pod.settings import Paths
@@ -25,8 +27,10 @@ from finetune_trainer.sources.data_files import VolumeDataFiles, find_data_files
 from finetune_trainer.sources.file_selection import below, is_glob, literal_prefix, matching, select
 from finetune_trainer.sources.hub_datasets import HubDataFiles, card_configs, split_files
 from finetune_trainer.sources.hub_requests import call_hub
+from finetune_trainer.sources.identities import input_identities
 from finetune_trainer.sources.inputs import data_file, source_name
 from finetune_trainer.storage.client import ListedObject, Store
+from tests.core.jobs import quickstart
 from tests.trainer.data_hub import Hub, served
 from tests.trainer.objectstore import write_credentials
 
@@ -456,3 +460,36 @@ def test_lack_of_memory_is_never_an_answer(paths: Paths) -> None:
 def test_a_source_must_name_a_place(paths: Paths, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must be one of huggingFace, s3, volume"):
         find_data_files(DataSource(), "dataset.train", paths, store(), tmp_path)
+
+
+def test_the_identity_of_the_data_follows_from_every_file_of_every_source(
+    volume: Path, paths: Paths, tmp_path: Path
+) -> None:
+    (volume / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (volume / "model" / name).write_bytes(b"{}")
+    for name in ("a.txt", "b.txt", "c/d.txt"):
+        (volume / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
+        (volume / "rows" / name).write_text(name)
+    manifest = quickstart("model", {"volume": {"claimName": "claim", "path": "model"}})
+    mix = [on_volume("rows/*.txt").to_json(), on_volume("rows/c").to_json()]
+    manifest["spec"]["dataset"] |= {"train": {"mix": mix}, "validation": on_volume("rows").to_json()}
+    config = resolve(FineTuneJob.model_validate(manifest), report=None)
+
+    def identities() -> dict[str, str]:
+        return input_identities(config, paths, store(), tmp_path / "identities")
+
+    def changed(before: dict[str, str]) -> set[str]:
+        after = identities()
+        assert after.keys() == before.keys() == {"dataset.train", "dataset.validation", "model"}
+        return {name for name in after if after[name] != before[name]}
+
+    first = identities()
+    assert changed(first) == set()
+    (volume / "rows" / "c" / "d.txt").write_text("e")
+    assert changed(first) == {"dataset.train", "dataset.validation"}
+    second = identities()
+    (volume / "rows" / "c" / "_SUCCESS").write_text("")
+    assert changed(second) == set()
+    (volume / "rows" / "new.txt").write_text("new")
+    assert changed(second) == {"dataset.train", "dataset.validation"}
