@@ -383,6 +383,7 @@ from finetune_core.api.sources import HuggingFaceDataSource
 from finetune_trainer.data.files.index import write_index
 from finetune_trainer.data.reader import read_rows
 from finetune_trainer.sources.hub_datasets import HubDataFiles
+from finetune_trainer.sources.source_files import HeadLimits
 source = HuggingFaceDataSource.model_validate(json.loads(sys.argv[1]))
 try:
     folder = Path(sys.argv[2])
@@ -392,14 +393,12 @@ try:
     if most is None:
         files = found.fetch(found.files, folder)
     else:
-        files = [found.fetch_head(found.files[0], folder, most_bytes=most, whole_bytes=most)]
-    folder = None if files == [None] else folder
-    if folder is not None:
-        write_index(folder, files)
+        files = [found.fetch_head(found.files[0], folder, HeadLimits(most, most, ()))]
+    write_index(folder, files)
 except Exception as error:
     print(type(error).__name__, error)
 else:
-    print(folder and [row.place("acme/rows") for row in read_rows(folder, "dataset.train")])
+    print([row.place("acme/rows") for row in read_rows(folder, "dataset.train")])
 """
 
     def fetch(hub: Hub, token: str = "", fetch: str = "all", **source: Any) -> str:
@@ -424,7 +423,7 @@ else:
         )
         assert fetch(hub).startswith("OutsideFailure dataset.train.huggingFace: acme/rows is gated and no token is set")
         assert fetch(hub, "secret", fetch="first") == "['acme/rows/train-0.jsonl line 1']"
-        assert fetch(hub, "secret", fetch="nothing") == "None"
+        assert fetch(hub, "secret", fetch="nothing") == "[]", "no row ends within ten bytes"
         assert fetch(hub, "secret", split="dev").startswith(
             "UserError dataset.train.huggingFace.split: no data file is called after 'dev'"
         )

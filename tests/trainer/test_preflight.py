@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from finetune_core.contract import RESULT_LIMIT_BYTES
 from finetune_core.contract.preflight_result import PREFLIGHT_SECONDS, FindingKind, PreflightResult
@@ -285,6 +287,25 @@ def test_rows_are_looked_at_in_the_beginning_of_a_large_file(
     assert check(dataset__train={"s3": {"uri": f"s3://{BUCKET}/large/late.jsonl"}}) == []
     skipped = {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/large/skipped.jsonl"}}, "dataset__badRows": "Skip"}
     assert check(**skipped) == [], "rows to learn from may follow the ones that were looked at"
+
+
+def test_the_columns_and_first_rows_of_a_large_parquet_file_are_looked_at(
+    check: Check, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.preflight.row_check.WHOLE_FILE_BYTES", 100_000)
+    rows = [{"question": "w1", "reply": "w2" if number != 3 else "", "more": "x" * 9000} for number in range(100)]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, folder / "a.parquet", row_group_size=20, compression="none", use_dictionary=False)
+    assert (folder / "a.parquet").stat().st_size > 500_000
+    store.upload("shards", folder)
+    train = {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/shards"}}}
+    ((kind, sentence),) = check(**train)
+    assert (kind, f"s3://{BUCKET}/shards/a.parquet row 4 has an empty 'reply'" in sentence) == (FINAL, True)
+    ((kind, sentence),) = check(**train, **{f"{FIELD}__completionField": "answer"})
+    assert kind is FINAL
+    assert f"no column 'answer' in s3://{BUCKET}/shards/a.parquet; it has 'question', 'reply', 'more'" in sentence
 
 
 @pytest.fixture

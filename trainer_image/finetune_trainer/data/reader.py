@@ -178,7 +178,7 @@ def _rows(file: DataFile, found: FileKind, columns: Collection[str] | None) -> I
     if found.kind is Kind.PARQUET:
         size = file.path.stat().st_size
         with open_seekable(file.path, found.compression) as opened:
-            yield from parquet_rows(opened, size, columns)
+            yield from parquet_rows(opened, size, columns, is_head=file.is_head) if file.has_rows else ()
         return
     with open_text(file.path, found.compression, is_head=file.is_head) as text:
         for row in _TEXT_READERS[found.kind](text):

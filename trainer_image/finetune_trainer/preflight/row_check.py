@@ -6,7 +6,7 @@ The rows pass through the functions that also make the examples of a training ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from finetune_trainer.pod.settings import Paths
 from finetune_trainer.preflight.model_check import ModelFacts
 from finetune_trainer.sources.data_files import find_data_files
 from finetune_trainer.sources.inputs import source_name
-from finetune_trainer.sources.source_files import DataFiles
+from finetune_trainer.sources.source_files import DataFiles, HeadLimits
 from finetune_trainer.storage.client import Store
 
 HEAD_ROWS = 1000
@@ -38,9 +38,8 @@ LARGEST_HEAD_EXPANSION = 100
 of its files. Compression makes ordinary text about ten times smaller at best, so a file that expands so much holds the
 same bytes again and again."""
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
-"""Largest file in bytes that is downloaded as a whole. This concerns parquet files, whose schema is at the end, and all
-files of the Hugging Face Hub. The rows of a larger file are not checked.
-"""
+"""Largest parquet file in bytes that is downloaded as a whole. Of a larger one only the schema is downloaded, and the
+columns that are read of the first row group, if they have no more bytes than this."""
 
 
 MOST_HEADS = 8
@@ -57,6 +56,8 @@ class SourceHead:
     """Whether ``path`` holds all rows of the data source."""
     bytes: int
     """Size of the local files."""
+    has_schema: bool
+    """Whether the columns are known although no row is there."""
 
 
 def check_rows(
@@ -76,16 +77,18 @@ def check_rows(
     """
     folder.mkdir()
     files = find_data_files(source, field, paths, store, folder)
-    head = _fetch_head(files, folder)
+    columns = columns_read(dataset)
+    head = _fetch_head(files, folder, columns)
     if head is None:
         return [*files.notices, f"{field}: its first file is too large to be checked before the training"]
-    if not head.is_whole and next(read_rows(head.path, field), None) is None:
+    if not head.is_whole and next(read_rows(head.path, field, columns=columns), None) is None:
+        if head.has_schema:
+            check_columns(head.path, field, dataset.format)
         sentence = f"{field}: its first row is too far from the beginning to be checked before the training"
         return [*files.notices, sentence]
     check_columns(head.path, field, dataset.format)
     if model is None:
         return list(files.notices)
-    columns = columns_read(dataset)
     found = first_rows(read_rows(head.path, field, columns=columns), most_rows=HEAD_ROWS, most_bytes=HEAD_CONTENT_BYTES)
     rows = list(found)
     _check_expansion(head, source_name(source), rows, field)
@@ -121,13 +124,13 @@ def _content(rows: Sequence[Row]) -> int:
     return sum(content_bytes(row.fields) for row in rows)
 
 
-def _fetch_head(files: DataFiles, folder: Path) -> SourceHead | None:
+def _fetch_head(files: DataFiles, folder: Path, columns: Collection[str]) -> SourceHead | None:
     """Fetch the beginning of a data source: its first files, as long as they are small. Return None if not even the
     first file can be looked into without downloading too much."""
     heads: list[DataFile] = []
     left = HEAD_BYTES
     for file in files.files[:MOST_HEADS]:
-        head = files.fetch_head(file, folder, most_bytes=left, whole_bytes=WHOLE_FILE_BYTES)
+        head = files.fetch_head(file, folder, HeadLimits(left, WHOLE_FILE_BYTES, columns))
         if head is None:
             break
         heads.append(head)
@@ -138,4 +141,5 @@ def _fetch_head(files: DataFiles, folder: Path) -> SourceHead | None:
         return None
     write_index(folder, heads)
     is_whole = len(heads) == len(files.files) and not heads[-1].is_head
-    return SourceHead(folder, is_whole, sum(head.path.stat().st_size for head in heads))
+    has_schema = any(not head.has_rows for head in heads)
+    return SourceHead(folder, is_whole, sum(head.path.stat().st_size for head in heads), has_schema)

@@ -21,7 +21,7 @@ from finetune_trainer.sources.file_selection import below, is_glob, literal_pref
 from finetune_trainer.sources.file_tags import file_tag
 from finetune_trainer.sources.hub_datasets import HubDataFiles
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS
-from finetune_trainer.sources.source_files import DataFiles, SourceFile, has_head, head_limit
+from finetune_trainer.sources.source_files import DataFiles, HeadLimits, SourceFile, fetch_head_by_ranges
 from finetune_trainer.sources.volumes import VolumeFolder
 from finetune_trainer.storage.client import ListedObject, Store
 
@@ -109,17 +109,16 @@ class StoreDataFiles:
             list(pool.map(download, files, [file.path for file in local]))
         return local
 
-    def fetch_head(self, file: SourceFile, folder: Path, *, most_bytes: int, whole_bytes: int) -> DataFile | None:
+    def fetch_head(self, file: SourceFile, folder: Path, limits: HeadLimits) -> DataFile | None:
         """Download the beginning of an object into ``folder``."""
-        limit = head_limit(file.name, most_bytes, whole_bytes)
-        data = self._store.read_range(self._bucket, file.path, 0, limit + 1)
-        if data is None:
-            raise UserError(self._field, f"{file.name} vanished while it was read")
-        if len(data) > limit and not has_head(file.name):
-            return None
-        local = self._local(file, folder, len(list(folder.iterdir())))
-        local.path.write_bytes(data)
-        return local._replace(is_head=len(data) > limit)
+
+        def read(start: int, length: int) -> bytes:
+            data = self._store.read_range(self._bucket, file.path, start, length)
+            if data is None:
+                raise UserError(self._field, f"{file.name} vanished while it was read")
+            return data
+
+        return fetch_head_by_ranges(file, self._local(file, folder, len(list(folder.iterdir()))), limits, read)
 
     def _local(self, file: SourceFile, folder: Path, number: int) -> DataFile:
         place = file.name if file.name.startswith("s3://") else ""
@@ -161,6 +160,6 @@ class VolumeDataFiles:
             DataFile(self._volume.path(file.path), file.name, file.name if "/" in file.name else "") for file in files
         ]
 
-    def fetch_head(self, file: SourceFile, folder: Path, *, most_bytes: int, whole_bytes: int) -> DataFile | None:
-        """Return the whole file, because reading stops by itself."""
+    def fetch_head(self, file: SourceFile, folder: Path, limits: HeadLimits) -> DataFile | None:
+        """Return the whole file, because nothing is fetched and reading stops by itself."""
         return self.fetch([file], folder)[0]

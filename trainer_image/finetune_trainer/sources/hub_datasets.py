@@ -20,7 +20,7 @@ from finetune_trainer.data.files.kinds import KINDS_TEXT, Kind, kind_of
 from finetune_trainer.pod.errors import OutsideFailure
 from finetune_trainer.sources.file_selection import METADATA, below, is_glob, matching, select
 from finetune_trainer.sources.hub_requests import PARALLEL_DOWNLOADS, call_hub, read_hub_range
-from finetune_trainer.sources.source_files import SourceFile, has_head
+from finetune_trainer.sources.source_files import HeadLimits, SourceFile, fetch_head_by_ranges
 
 T = TypeVar("T")
 
@@ -78,14 +78,15 @@ class HubDataFiles:
             raise OutsideFailure(f"{self._field}: {missing} was not downloaded by the hub's client")
         return local
 
-    def fetch_head(self, file: SourceFile, folder: Path, *, most_bytes: int, whole_bytes: int) -> DataFile | None:
+    def fetch_head(self, file: SourceFile, folder: Path, limits: HeadLimits) -> DataFile | None:
         """Download the beginning of a file into ``folder``."""
-        if not has_head(file.name) or file.bytes <= most_bytes:
-            return self.fetch([file], folder)[0] if file.bytes <= whole_bytes else None
-        read = partial(read_hub_range, self._source.repo, file.path, self._commit, self._token, 0, most_bytes)
-        local = folder / f"{len(list(folder.iterdir())):06d}"
-        local.write_bytes(self._call(partial(read, repo_type="dataset")))
-        return DataFile(local, file.name, file.name, is_head=True)
+        read_range = partial(read_hub_range, self._source.repo, file.path, self._commit, self._token)
+
+        def read(start: int, length: int) -> bytes:
+            return self._call(lambda: read_range(start, length, repo_type="dataset"))
+
+        local = DataFile(folder / f"{len(list(folder.iterdir())):06d}", file.name, file.name)
+        return fetch_head_by_ranges(file, local, limits, read)
 
     def _choose(self, card: str) -> Sequence[str]:
         """Return the paths of the data files, in their order."""

@@ -8,6 +8,7 @@ may be solved without a change of the spec, such as missing access to a gated re
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import TypeVar
 
 from finetune_core.errors import UserError
@@ -68,4 +69,6 @@ def read_hub_range(
     url = hf_hub_url(repo, name, revision=revision, repo_type=repo_type)
     response = get_session().get(url, headers=headers, timeout=HUB_SECONDS)
     hf_raise_for_status(response)
+    if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:
+        raise OSError("the answer is not the range of bytes that was asked for")
     return bytes(response.content[:length])

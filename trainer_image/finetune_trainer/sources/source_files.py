@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from finetune_trainer.data.files.index import DataFile
-from finetune_trainer.data.files.kinds import Kind, kind_of
+from finetune_trainer.data.files.kinds import Compression, Kind, kind_of
+from finetune_trainer.sources.parquet_heads import Read, fetch_parquet_head
 
 
 class SourceFile(NamedTuple):
@@ -20,6 +22,19 @@ class SourceFile(NamedTuple):
     """Name for messages about the file, for example `s3://bucket/rows/part-1.jsonl`. The name of a source's only file
     is its last part: `train.jsonl`."""
     bytes: int
+
+
+@dataclass(frozen=True)
+class HeadLimits:
+    """How much of a file is fetched for a check of its first rows."""
+
+    text_bytes: int
+    """Largest beginning of a text file, compressed or not."""
+    whole_bytes: int
+    """Largest file that is fetched as a whole, because its beginning has no rows of its own, and largest row group of a
+    parquet file."""
+    columns: Collection[str]
+    """The columns that are read."""
 
 
 class DataFiles(Protocol):
@@ -39,21 +54,26 @@ class DataFiles(Protocol):
     def fetch(self, files: Sequence[SourceFile], folder: Path) -> list[DataFile]:
         """Return the local files of ``files``. What is not on a volume is downloaded into the existing ``folder``."""
 
-    def fetch_head(self, file: SourceFile, folder: Path, *, most_bytes: int, whole_bytes: int) -> DataFile | None:
-        """Return the first ``most_bytes`` bytes of a file as a local file.
-
-        A file whose beginning has no rows of its own is fetched as a whole. None is returned if it has more than
-        ``whole_bytes`` bytes.
-        """
+    def fetch_head(self, file: SourceFile, folder: Path, limits: HeadLimits) -> DataFile | None:
+        """Return the beginning of a file as a local file. None is returned if nothing of the file can be read without
+        fetching more than ``limits`` allow."""
 
 
-def has_head(name: str) -> bool:
-    """Return whether the beginning of the file called ``name`` has rows of its own. It has none in a parquet file,
-    whose schema is at its end."""
-    found = kind_of(name)
-    return found is not None and found.kind is not Kind.PARQUET
-
-
-def head_limit(name: str, most_bytes: int, whole_bytes: int) -> int:
-    """Return how many bytes of the file called ``name`` are fetched at most."""
-    return most_bytes if has_head(name) else whole_bytes
+def fetch_head_by_ranges(file: SourceFile, local: DataFile, limits: HeadLimits, read: Read) -> DataFile | None:
+    """Write the beginning of ``file`` to the local file ``local``, and return it. ``read`` returns ranges of its bytes.
+    None is returned as by `DataFiles.fetch_head`."""
+    kind = kind_of(file.name)
+    is_parquet = kind is not None and kind.kind is Kind.PARQUET
+    limit = limits.whole_bytes if is_parquet else limits.text_bytes
+    if file.bytes <= limit:
+        local.path.write_bytes(read(0, file.bytes) if file.bytes else b"")
+        return local
+    if not is_parquet:
+        local.path.write_bytes(read(0, limit))
+        return local._replace(is_head=True)
+    if kind is None or kind.compression is not Compression.NONE:
+        return None
+    has_schema, has_rows = fetch_parquet_head(
+        read, file.bytes, local.path, columns=limits.columns, most_bytes=limits.whole_bytes
+    )
+    return local._replace(is_head=True, has_rows=has_rows) if has_schema else None

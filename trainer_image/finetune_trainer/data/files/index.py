@@ -22,20 +22,20 @@ class DataFile(NamedTuple):
     """Name for messages about rows of the file, for example `s3://bucket/rows/part-1.jsonl`. Empty if the name of the
     data source names the file already."""
     is_head: bool = False
-    """Whether the local file is only the beginning of the data file."""
+    """Whether the local file is only the beginning of the data file. Of a parquet file that is the schema, and the
+    first row group at most."""
+    has_rows: bool = True
+    """Whether rows of the data file are there. False if only the schema of a parquet file is there."""
 
 
 def write_index(folder: Path, files: Sequence[DataFile]) -> None:
     """Write the index of ``files`` into the existing ``folder``."""
-    # Names from a volume may hold bytes that are no UTF-8 (os.fsencode), so paths are stored as they are escaped.
-    entries = [
-        {"path": os.fspath(file.path), "name": file.name, "place": file.place, "is_head": file.is_head}
-        for file in files
-    ]
+    # JSON escapes the bytes of a name that are no UTF-8 (os.fsdecode), so that they come back.
+    entries = [file._asdict() | {"path": os.fspath(file.path)} for file in files]
     (folder / INDEX_FILE).write_text(json.dumps(entries))
 
 
 def read_index(folder: Path) -> list[DataFile]:
     """Return the files in the index of ``folder``."""
     entries = json.loads((folder / INDEX_FILE).read_text())
-    return [DataFile(Path(entry["path"]), entry["name"], entry["place"], entry["is_head"]) for entry in entries]
+    return [DataFile(**entry | {"path": Path(entry["path"])}) for entry in entries]

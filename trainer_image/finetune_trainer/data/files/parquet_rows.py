@@ -16,9 +16,11 @@ BATCH_BYTES = 8 * 1024 * 1024
 BATCH_BYTES in all. Larger batches are not faster."""
 
 
-def parquet_rows(file: Path | BinaryIO, size: int, columns: Collection[str] | None) -> Iterator[Row]:
-    """Yield the rows of a parquet file of ``size`` bytes. If the file has any of ``columns``, only these columns are
-    decoded.
+def parquet_rows(
+    file: Path | BinaryIO, size: int, columns: Collection[str] | None, *, is_head: bool = False
+) -> Iterator[Row]:
+    """Yield the rows of a parquet file of ``size`` bytes, with ``is_head`` only those of its first row group. If the
+    file has any of ``columns``, only these columns are decoded.
 
     A value that Python can't hold, such as a time with nanoseconds, is a problem of its row. Raises FileProblem if the
     schema has a column twice or if the rows expand to too much, and whatever pyarrow raises for a damaged file.
@@ -30,7 +32,10 @@ def parquet_rows(file: Path | BinaryIO, size: int, columns: Collection[str] | No
     with parquet.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as opened:
         found = [name for name in _column_names(opened) if columns is None or name in columns]
         rows = _batch_rows(opened.metadata, found)
-        for batch in opened.iter_batches(batch_size=rows, columns=found or None, use_threads=False):
+        groups = range(min(1, opened.num_row_groups) if is_head else opened.num_row_groups)
+        for batch in opened.iter_batches(
+            batch_size=rows, row_groups=list(groups), columns=found or None, use_threads=False
+        ):
             content += batch.nbytes
             check_expansion(content, size)
             names = [name for name in batch.schema.names if not found or name in found]
