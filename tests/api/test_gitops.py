@@ -18,8 +18,8 @@ from finetune_operator.kube.client import load_configuration
 from finetune_operator.objects.backends.pytorchjob import PyTorchJobBackend
 from finetune_operator.process.metrics import Metrics
 from finetune_operator.process.settings import parse_settings
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory
-from finetune_operator.queue.work_queue import Key
 from finetune_operator.reconcile import Reconciler
 from tests.api.server import Server
 from tests.cluster import Cluster

@@ -19,6 +19,7 @@ BENCHES = {
     "peers": "the trainer against Hugging Face's Trainer and trl on the same rows",
     "uploads": "the training thread with checkpoints at 5 MB/s against none",
     "reports": "the memory of the report server with many connections against few",
+    "reporting": "the operator with a thousand jobs that report against its limits",
     "fleet": "the operator with thousands of jobs beside training-operator",
     "checks": "attempt 1 after the preflight check, alone and beside a thousand jobs",
 }

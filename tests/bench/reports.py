@@ -21,8 +21,9 @@ from pathlib import Path
 from finetune_core.contract import CurvePoint, report_path
 from finetune_operator.process.connections import ConnectionLimits
 from finetune_operator.process.metrics import Metrics
+from finetune_operator.queue.key import Key
 from finetune_operator.queue.memory import Memory, ReportingAttempt
-from finetune_operator.queue.work_queue import Key, WorkQueue
+from finetune_operator.queue.work_queue import WorkQueue
 from finetune_operator.reports.server import ReportServer
 from finetune_operator.reports.token_review import TokenReviewer
 from tests.operator.report_servers import Streams, connect, exchange, request, serving

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import secrets
-import select
 import shlex
 import subprocess
 import sys
@@ -35,12 +34,8 @@ from tests.cluster.layout import (
 from tests.cluster.namespaces import Namespaces
 from tests.cluster.progress import say
 from tests.cluster.second_node import SecondNode, Surroundings
-from tests.cluster.waiting import NO_ANSWER, ClusterError, UnreachableError, tail, wait_for
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-STOP_QUIET_SECONDS = 120
-"""`Cluster.stop` gives up when the process that removes the cluster (`watcher.py`) has written no line about its
-progress for this many seconds."""
+from tests.cluster.waiting import NO_ANSWER, ClusterError, UnreachableError, wait_for
+from tests.cluster.watcher_process import WatcherProcess
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class Cluster:
         self._verbose = verbose
         self._started = time.monotonic()
         self._cgroup = layout.state.name
-        self._watcher: subprocess.Popen[bytes] | None = None
+        self._watcher: WatcherProcess | None = None
         self._credentials: Credentials
         self._api: Api
 
@@ -263,43 +258,16 @@ class Cluster:
             ClusterError: something of the cluster is left on the machine; the message says what.
         """
         watcher, self._watcher = self._watcher, None
-        if watcher is None:
-            return
-        if watcher.stdin is None:
-            raise ValueError("the watcher is started with a pipe")
-        watcher.stdin.close()
-        watcher.stdin = None  # Without this, communicate() would flush the closed pipe and raise ValueError.
-        self._follow(watcher)
-        _, errors = watcher.communicate()
-        if watcher.returncode != 0:
-            raise ClusterError(f"ending the cluster failed:\n{errors.decode(errors='replace')}")
-
-    def _follow(self, watcher: subprocess.Popen[bytes]) -> None:
-        """Read the watcher's lines about its progress until the watcher ends, and print them if the cluster is
-        ``verbose``.
-
-        Raises:
-            ClusterError: the watcher has written no line for ``STOP_QUIET_SECONDS``, which means that it has stopped
-            making progress.
-        """
-        if watcher.stdout is None:
-            raise ValueError("the watcher is started with a pipe")
-        while select.select([watcher.stdout], [], [], STOP_QUIET_SECONDS)[0]:
-            told = os.read(watcher.stdout.fileno(), 4096).decode()
-            if not told:
-                return
-            for line in told.splitlines() if self._verbose else ():
-                say(f"cluster: {line}")
-        raise ClusterError(
-            f"the cluster is not cleared away: its watcher {watcher.pid} made no progress for {STOP_QUIET_SECONDS} s"
-        )
+        if watcher is not None:
+            watcher.end(verbose=self._verbose)
 
     # The start of the cluster, and small helpers
 
     def _bring_up(self, programs: Mapping[str, Path], *, with_node: bool, flags: Mapping[str, Sequence[str]]) -> None:
         self.layout.create()
         self.layout.owner_pid.write_text(str(os.getpid()))
-        self._start_watcher()
+        self._watcher = WatcherProcess(self.layout, self._cgroup)
+        self._watcher.wait_ready()
         self._credentials = issue(self.layout)
         self._api = Api(self._credentials.authority, self._credentials.administrator)
         self._define_control_plane(flags)
@@ -341,27 +309,6 @@ class Cluster:
                 evidence=self._log("controller-manager"),
             )
         self._tell("all of it")
-
-    def _start_watcher(self) -> None:
-        arguments = ["-m", "tests.cluster.watcher", str(self.layout.state), self._cgroup, str(os.getpid())]
-        self._watcher = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        watcher, init_log = self._watcher, self.layout.logs / "init.log"
-
-        def ready() -> bool:
-            if watcher.poll() is not None:
-                errors = watcher.communicate()[1].decode(errors="replace")
-                raise ClusterError(f"no namespaces: {errors}\n{tail(init_log)}")
-            return self.layout.namespaces_ready.exists() and self.layout.init_pid.exists()
-
-        wait_for("the namespaces", ready, 20, evidence=lambda: tail(init_log))
 
     def _define_control_plane(self, flags: Mapping[str, Sequence[str]]) -> None:
         layout, credentials, api = self.layout, self._credentials, self._api

@@ -176,8 +176,8 @@ class OperatorProcess:
         self.wait_for_health("the operator to be ready", lambda: self.answers("/readyz"), timeout)
 
     def wait_for_health(self, what: str, reached: Callable[[], bool], timeout: float) -> None:
-        """Wait until ``reached`` holds, which asks the health server. Ask five times in a second, because the server
-        refuses an address that opens more than 16 connections in a second for long."""
+        """Wait until ``reached`` holds, which asks the health server. Ask five times in a second only, because each
+        question takes processor time from the operator."""
         wait_for(what, reached, timeout, evidence=self.evidence, interval=0.2)
 
     def answers(self, path: str) -> bool:

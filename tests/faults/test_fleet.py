@@ -22,7 +22,7 @@ from tests.faults.admin import RefusedError
 from tests.faults.operators import OperatorProcess
 from tests.faults.world import World, condition, job, settled
 from tests.operator.builders import REPOSITORY
-from tests.operator.test_version_skew import SKEWS
+from tests.operator.skewed_statuses import SKEWS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 

@@ -260,8 +260,8 @@ def _files_by_name(files: Sequence[str], subset: str | None, split: str, field: 
 
 
 def _names_split(file: str, split: str) -> bool:
-    """Return whether the file's name or its folder's name contains the split's name as a word. For the split `train`,
-    the file `main/train-00000-of-00001.parquet` does."""
+    """Return whether the file's name or its folder's name contains the split's name as a word. For example,
+    `main/train-00000-of-00001.parquet` belongs to the split `train`."""
     parts = PurePosixPath(file).parts[-2:]
     return any(re.search(rf"(^|[-._ 0-9]){re.escape(split)}($|[-._ 0-9])", part) for part in parts)
 
