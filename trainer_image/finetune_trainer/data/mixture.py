@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from finetune_core.api.sources import MIX_LIMIT
 from finetune_trainer.data.order import cursor
 
 
@@ -84,12 +86,26 @@ class Mixture:
         return tuple(rows)
 
 
-@functools.lru_cache(maxsize=32)
-def source_order(size: int, *, seed: int, source: int, turn: int) -> tuple[int, ...]:
+def source_order(size: int, *, seed: int, source: int, turn: int) -> Sequence[int]:
     """Return the order of a source's examples the time ``turn`` (from 0 on) that the source is gone through, as numbers
     within the source. As in `order.permutation` the order follows from digests alone."""
+    known = _newest_orders(size, seed, source)
+    if turn not in known:
+        # A step needs two orders of a source at most, and an order may have millions of numbers.
+        while len(known) > 1:
+            known.pop(next(iter(known)))
+        known[turn] = _order(size, f"{seed}/{source}/{turn}")
+    return known[turn]
 
+
+def _order(size: int, name: str) -> array[int]:
     def key(row: int) -> bytes:
-        return hashlib.blake2b(f"{seed}/{source}/{turn}/{row}".encode(), digest_size=16).digest()
+        return hashlib.blake2b(f"{name}/{row}".encode(), digest_size=16).digest()
 
-    return tuple(sorted(range(size), key=key))
+    return array("q", sorted(range(size), key=key))
+
+
+@functools.lru_cache(maxsize=MIX_LIMIT)
+def _newest_orders(size: int, seed: int, source: int) -> dict[int, array[int]]:
+    """Return the orders of a source that were asked for last, by their turns. The dict is changed by `source_order`."""
+    return {}
