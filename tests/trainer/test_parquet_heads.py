@@ -68,7 +68,7 @@ def test_a_schema_that_is_too_large_and_a_large_compressed_file_are_not_read(dat
 def test_a_small_file_is_read_as_a_whole(data: bytes, tmp_path: Path) -> None:
     file, read_bytes = fetched(data, tmp_path, HeadLimits(100, len(data), {"text"}))
     assert file is not None
-    assert (file.is_head, read_bytes) == (False, len(data))
+    assert (file.is_head, read_bytes) == (False, len(data) + 1)
     assert len(list(read_rows(tmp_path, "f"))) == len(ROWS)
 
 

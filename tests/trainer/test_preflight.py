@@ -291,7 +291,7 @@ def test_the_columns_and_first_rows_of_a_large_parquet_file_are_looked_at(
     train = {"dataset__train": {"s3": {"uri": f"s3://{BUCKET}/shards"}}}
     ((kind, sentence),) = check(**train)
     assert (kind, f"s3://{BUCKET}/shards/a.parquet row 4 has an empty 'reply'" in sentence) == (FINAL, True)
-    ((kind, sentence),) = check(**train, **{f"{FIELD}__completionField": "answer"})
+    kind, sentence = check(**train, **{f"{FIELD}__completionField": "answer"})[0]
     assert kind is FINAL
     assert f"no column 'answer' in s3://{BUCKET}/shards/a.parquet; it has 'question', 'reply', 'more'" in sentence
 

@@ -83,7 +83,8 @@ class HubDataFiles:
         read_range = partial(read_hub_range, self._source.repo, file.path, self._commit, self._token)
 
         def read(start: int, length: int) -> bytes:
-            return self._call(lambda: read_range(start, length, repo_type="dataset"))
+            # The hub refuses a range of an empty file.
+            return self._call(lambda: read_range(start, length, repo_type="dataset")) if file.bytes else b""
 
         local = DataFile(folder / f"{len(list(folder.iterdir())):06d}", file.name, file.name)
         return fetch_head_by_ranges(file, local, limits, read)

@@ -65,12 +65,13 @@ def fetch_head_by_ranges(file: SourceFile, local: DataFile, limits: HeadLimits, 
     kind = kind_of(file.name)
     is_parquet = kind is not None and kind.kind is Kind.PARQUET
     limit = limits.whole_bytes if is_parquet else limits.text_bytes
-    if file.bytes <= limit:
-        local.path.write_bytes(read(0, file.bytes) if file.bytes else b"")
-        return local
-    if not is_parquet:
-        local.path.write_bytes(read(0, limit))
-        return local._replace(is_head=True)
+    if not is_parquet or file.bytes <= limit:
+        # One byte more tells whether the file goes on, also where a store does not tell its size.
+        data = read(0, limit + 1)
+        if is_parquet and len(data) > limit:
+            return None
+        local.path.write_bytes(data[:limit])
+        return local._replace(is_head=len(data) > limit)
     if kind is None or kind.compression is not Compression.NONE:
         return None
     has_schema, has_rows = fetch_parquet_head(
