@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from fractions import Fraction
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune_core.contract import OptimizationConfig
+from finetune_trainer.data.examples import Example, example_set
+from finetune_trainer.data.micro_batches import MicroBatcher
 from finetune_trainer.data.mixture import Mixture
 from finetune_trainer.data.order import batches_per_epoch
 
@@ -72,3 +76,35 @@ def test_the_order_of_a_mix_is_fixed_for_ever() -> None:
     mixture = Mixture.of([4, 4], ["3", "1"])
     batches = [mixture.global_batch(step, global_batch_size=4, seed=42) for step in (1, 2, 3)]
     assert batches == [(3, 1, 2, 6), (0, 0, 2, 4), (1, 3, 0, 7)]
+
+
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_a_resume_on_another_number_of_ranks_takes_the_same_examples_of_a_mix(capacity: int | None) -> None:
+    """A run that resumes after step 5 on four ranks takes the same examples in the same steps as one without a break,
+    and with those of a small source also the repetitions."""
+    examples = example_set([Example(tuple(range(2 + row % 7)), ((1, 2 + row % 7),)) for row in range(23)])
+    mixture = Mixture.of([20, 3], ["1", "1"])
+    optimization = OptimizationConfig(
+        learning_rate=1, global_batch_size=6, micro_batch_size=2, schedule="Constant", warmup_steps=0, weight_decay=0,
+        gradient_clipping=1, precision="fp32", gradient_checkpointing=False, seed=7, zero_stage=1,
+    )  # fmt: skip
+
+    def consumed(steps: range, world: int) -> list[list[int]]:
+        found = []
+        for step in steps:
+            shares = [
+                MicroBatcher(
+                    examples, rank=rank, world_size=world, pad=1, capacity=capacity, mixture=mixture
+                ).plan_step(step, optimization)
+                for rank in range(world)
+            ]
+            assert len({len(share.micro_batches) for share in shares}) == 1
+            found.append(
+                sorted(row for share in shares for micro in share.micro_batches for rows in micro for row in rows)
+            )
+        return found
+
+    single = consumed(range(1, 9), 1)
+    assert consumed(range(1, 6), 2) + consumed(range(6, 9), 4) == single
+    assert [len(batch) for batch in single] == [6, 6, 6, 5, 6, 6, 6, 5]
+    assert [sum(row >= 20 for row in batch) for batch in single] == [3, 3, 3, 2, 3, 3, 3, 3]
