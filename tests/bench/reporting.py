@@ -1,8 +1,8 @@
-"""The whole operator with a thousand running jobs that report as the trainer does.
+"""Measure the whole operator while a thousand running jobs report to it as the trainer does.
 
-Each job has a pod of the stub node, and a reporter with a token that the API server issued for that pod. Four figures
-have a limit: the operator's memory, how late its event loop is, the age of what a status says, and the number of
-writes. `reports.py` measures the report server alone.
+Each job has one pod, which runs on the stub node, and one reporter with a token that the API server issued for this
+pod. Four figures have a limit: the operator's memory, the delay of its event loop, the age of the report that a status
+shows, and the number of status writes. `reports.py` measures the report server alone.
 
     python -m tests.bench --only reporting
 """
@@ -41,7 +41,7 @@ from tests.operator.test_report_server import body
 
 REPORT_PORT = 18443
 REPORT_SECONDS = 3.0
-"""Seconds between two reports of a job, as the trainer sends them."""
+"""Seconds between two reports of a job, as in the trainer."""
 WARM_SECONDS = 30.0
 MEASURED_SECONDS = 60.0
 CURVE = [CurvePoint(step=step, loss=1.25, perplexity=2.5) for step in range(60)]
@@ -49,18 +49,19 @@ CURVE = [CurvePoint(step=step, loss=1.25, perplexity=2.5) for step in range(60)]
 
 @dataclass
 class Reporting:
-    """What the reporters have sent, and what the statuses show of it. Jobs are named by name, times are those of
-    `time.monotonic`."""
+    """The reports that were sent, and the reports that the statuses show. The keys contain the names of jobs. Times are
+    those of `time.monotonic`."""
 
     sent: dict[tuple[str, int], float] = field(default_factory=dict)
-    """When the report of a job with a step was sent."""
+    """For each job and step, the time at which the report with this step was sent."""
     shown: dict[str, int] = field(default_factory=dict)
-    """The newest step that the status of a job shows."""
+    """For each job, the newest step that its status shows."""
     answers: Counter[int] = field(default_factory=Counter)
-    """How many reports were answered with each status code; 0 is for a connection that ended without an answer."""
+    """For each HTTP status code, the number of reports that were answered with it. 0 counts the reports that got no
+    answer."""
 
     def ages(self, now: float) -> list[float]:
-        """Return for each job how many seconds ago the report was sent that its status shows."""
+        """Return, for each job, the seconds from the sending of the report that its status shows until ``now``."""
         return [now - self.sent[job, step] for job, step in self.shown.items()]
 
 
@@ -85,8 +86,9 @@ async def token_of(admin: Admin, pod: Manifest, job_uid: str) -> str:
 
 
 async def report_forever(admin: Admin, number: int, pod: Manifest, job_uid: str, reporting: Reporting) -> None:
-    """Send a report every three seconds on one connection, and open a new one where that one has ended. Each reporter
-    has an address of its own, as each pod has."""
+    """Send a report of ``pod`` every three seconds. All reports go over one connection until it ends, and then over a
+    new connection. Each reporter has a source address of its own, as each pod has. ``number`` is the number of the
+    reporter."""
     name, pod_uid = pod["metadata"]["labels"][JOB_NAME], pod["metadata"]["uid"]
     token = await token_of(admin, pod, job_uid)
     path = report_path(pod["metadata"]["namespace"], name, int(pod["metadata"]["labels"][ATTEMPT]))
@@ -112,7 +114,8 @@ async def report_forever(admin: Admin, number: int, pod: Manifest, job_uid: str,
 
 
 async def start_reporters(world: World, namespace: str, reporting: Reporting) -> None:
-    """Start a reporter for each pod of ``namespace``. The loop of ``world`` cancels the reporters at its end."""
+    """Start a reporter for each pod of ``namespace``. The reporters run until the event loop of ``world``
+    is stopped, which cancels them."""
     pods = await world.admin.list_all(f"/api/v1/namespaces/{namespace}/pods")
     jobs = await world.admin.list_all(f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs")
     uids = {job["metadata"]["name"]: job["metadata"]["uid"] for job in jobs}
@@ -172,7 +175,7 @@ def run() -> None:
 
 
 def pause(seconds: float) -> None:
-    """Let the measured programs run for a time."""
+    """Wait for ``seconds`` while the measured programs run."""
     time.sleep(seconds)
 
 

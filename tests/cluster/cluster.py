@@ -1,4 +1,5 @@
-"""The class `Cluster`: start a test cluster, use it in tests, and end it so that nothing of it stays on the machine."""
+"""The class `Cluster`, which starts a test cluster, has methods for tests, and ends the cluster so that nothing of it
+stays on the machine."""
 
 from __future__ import annotations
 
@@ -64,11 +65,12 @@ def unusable_because() -> str | None:
 
 
 class Cluster:
-    """A running cluster. ``Cluster.start()`` starts it; used as a context manager, it is ended at the end of the block.
+    """A running cluster. ``Cluster.start()`` starts a cluster. When the cluster is used as a context manager, it ends
+    at the end of the block.
 
     ``components`` holds the cluster's programs by name: etcd, api-server, controller-manager, scheduler, containerd,
-    kubelet, device-plugin, coredns, minio, registry and training-operator. Without a node only etcd, api-server,
-    controller-manager and training-operator exist. Tests stop and start the programs to cause failures.
+    kubelet, device-plugin, coredns, minio, registry and training-operator. A cluster without a node has only etcd,
+    api-server, controller-manager and training-operator. Tests stop and start the programs to cause failures.
     """
 
     def __init__(self, layout: Layout, verbose: bool) -> None:
@@ -203,15 +205,15 @@ class Cluster:
         """Make the garbage collector know the kinds of all CRDs that exist now. Call this after CRDs were applied, and
         before a test waits until the objects of a deleted owner are gone.
 
-        A running garbage collector looks for new kinds every 30 s only, and then lists their objects. Until then it
-        deletes nothing whose owner is of such a kind. The controller manager contains the garbage collector, so this
-        method restarts the controller manager.
+        A running garbage collector looks for new kinds only every 30 s, and then lists their objects. Until then it
+        deletes no object whose owner is of a new kind. The method restarts the controller manager, which contains the
+        garbage collector, because a new process looks for all kinds at its start.
         """
         self.components["controller-manager"].restart()
 
     def second_node(self, *, reserved: bool = True) -> SecondNode:
-        """Start a second node and wait until pods can be placed on it. ``SecondNode.stop()`` of the returned object
-        ends it.
+        """Start a second node, wait until pods can be placed on it, and return it. The method ``stop()`` of the
+        returned object ends the node.
 
         A ``reserved`` node takes only pods with ``second_node.TOLERATION``. Pods of other tests therefore stay on the
         first node.
@@ -228,8 +230,8 @@ class Cluster:
         return added
 
     def import_image(self, image: oci.Image, namespaces: Namespaces | None = None) -> None:
-        """Import a small image into the containerd of a node, without a registry. The default is the first node;
-        ``namespaces`` selects another node."""
+        """Import a small image into the containerd of a node, without a registry. ``namespaces`` are the namespaces of
+        the node. By default the image is imported into the first node."""
         handle, archive = tempfile.mkstemp(suffix=".tar", dir=self.layout.temporary)
         os.close(handle)
         try:
@@ -290,8 +292,8 @@ class Cluster:
             self._start("scheduler", "kubelet", "coredns")
         with self.enter():
             addons.apply_objects(self._api, self._credentials)
-            # Wait until the CRD is served before the training-operator starts. A controller whose kind is not served
-            # tries again only 10 s later.
+            # The training-operator is started only after the API server serves the CRD. A controller that starts before
+            # its CRD is served tries again only after 10 s.
             wait_for(
                 "the PyTorchJob CRD", lambda: addons.crd_established(self._api), 30, evidence=self._log("api-server")
             )

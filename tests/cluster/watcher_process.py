@@ -1,6 +1,6 @@
-"""The process that removes a cluster (`watcher.py`), as the process that started the cluster sees it.
+"""Starts and ends the watcher of a cluster, which is the process that removes the cluster (`watcher.py`).
 
-`cluster.py` starts the watcher first, and ends the watcher to end the cluster.
+`cluster.py` starts the watcher before anything else of the cluster, and ends the watcher to end the cluster.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ STOP_QUIET_SECONDS = 120
 
 
 class WatcherProcess:
-    """The running watcher of a cluster, which makes the cluster's namespaces and removes everything at the end."""
+    """The running watcher of a cluster, which creates the cluster's namespaces and removes the cluster at its end."""
 
     def __init__(self, layout: Layout, cgroup: str) -> None:
-        """Start the watcher of the cluster with ``layout``, whose cgroups are named after ``cgroup``."""
+        """Start the watcher of the cluster whose files are in ``layout`` and whose cgroups are named ``cgroup``."""
         self._layout = layout
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.cluster.watcher", str(layout.state), cgroup, str(os.getpid())],
@@ -41,7 +41,7 @@ class WatcherProcess:
         return self._process.pid
 
     def wait_ready(self) -> None:
-        """Wait until the namespaces exist. Raises ClusterError where the watcher can't make them."""
+        """Wait until the namespaces exist. Raises ClusterError if the watcher cannot create them."""
         init_log = self._layout.logs / "init.log"
 
         def ready() -> bool:
@@ -69,7 +69,7 @@ class WatcherProcess:
             raise ClusterError(f"ending the cluster failed:\n{errors.decode(errors='replace')}")
 
     def _follow(self, *, verbose: bool) -> None:
-        """Read the watcher's lines about its progress until the watcher ends, and print them if ``verbose``.
+        """Read the lines that the watcher writes about its progress until the watcher ends. Print them if ``verbose``.
 
         Raises:
             ClusterError: the watcher has written no line for ``STOP_QUIET_SECONDS``, which means that it has stopped

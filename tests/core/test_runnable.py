@@ -1,4 +1,5 @@
-"""A job that the schema accepts, but that this version can't run, is refused with the path of the field."""
+"""The operator refuses a job that the schema accepts but that this version can't run. The message begins with the path
+of the field."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,5 @@
-"""Runs an event loop in a thread, for the proxy and the stub node. The thread is in the cluster's network namespace."""
+"""Runs an event loop in a thread, for the proxy, the stub node and the tests' requests to the API server. The thread is
+in the cluster's network namespace."""
 
 from __future__ import annotations
 

@@ -135,6 +135,16 @@ def with_large_numbers(value: Json, key: str = "") -> Json:
     return value * 10**7 if is_count and key not in ("number", "index", "started", "activeSeconds") else value
 
 
+def with_times(time: str, value: Json, key: str = "") -> Json:
+    """Return ``value`` with ``time`` in place of each time, except for the time at which the job ended."""
+    if isinstance(value, dict):
+        return {name: with_times(time, inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [with_times(time, item, key) for item in value]
+    is_time = isinstance(value, str) and key.lower().endswith("time") and key != "completionTime"
+    return time if is_time else value
+
+
 SKEWS: dict[str, Callable[[Json], Json]] = {
     "every list is twice as long": with_doubled_lists,
     "every word is new": with_new_words,
@@ -143,6 +153,8 @@ SKEWS: dict[str, Callable[[Json], Json]] = {
     "every required field is gone": without_required_fields,
     "every text is long": with_long_texts,
     "every number is large": with_large_numbers,
+    "every time is the last one": lambda value: with_times("9999-12-31T23:59:59Z", value),
+    "every time is the first one": lambda value: with_times("0001-01-01T00:00:00Z", value),
     "all at once": lambda value: with_doubled_lists(with_new_words(with_new_fields(value))),
 }
 

@@ -50,11 +50,13 @@ class TrainingSpec(ApiModel):
     global_batch_size: Annotated[int, Field(ge=1, le=65536)]
     """Examples per optimizer step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Examples that one process computes at once (with `dataset.packing`: sequences). Absent: what follows from
-    `gradientAccumulationSteps`, or without that field the process's share of the global batch, at most 8."""
+    """Examples that one process computes at once (with `dataset.packing`: sequences). Absent: with
+    `gradientAccumulationSteps`, the process's share of the global batch divided by that number. Without it, the
+    process's share of the global batch, at most 8."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """Micro-batches of one process per optimizer step. Absent: as many as the process's share of the global batch
-    needs. When set, this number times `microBatchSize` times the number of processes must equal `globalBatchSize`."""
+    """Micro-batches of one process per optimizer step. Absent: the number that follows from `microBatchSize` and the
+    process's share of the global batch. When set, this number times `microBatchSize` times the number of processes must
+    equal `globalBatchSize`."""
     schedule: Schedule = "Linear"
     """How the learning rate changes after the warm-up: Linear falls to zero in a straight line, Cosine falls to zero in
     a half cosine, Constant stays at the peak."""
@@ -116,7 +118,8 @@ class StabilitySpec(ApiModel):
     is skipped and recorded in `status.incidents`. RollBack: training continues from the last good checkpoint with a
     lower learning rate; after three rollbacks the job ends as Diverged. Fail: the job ends as Diverged."""
     on_exploding_loss: StabilityAction | None = None
-    """What follows a loss far above its recent values. Absent: the loss is not watched."""
+    """What follows a loss or gradient norm that is finite and far too high: compared with the steps before, or, for the
+    loss, with the job's first steps. Absent: only values that are not finite raise an alarm."""
     stall_timeout_seconds: Annotated[int, Field(ge=60, le=86_400)] = 600
     """Seconds without progress, for example in one optimizer step, after which the trainer exits. The attempt then ends
     and is retried."""

@@ -242,7 +242,8 @@ def _ending(
     because no later evidence can replace that cause.
     """
     permanent = cause.verdict == Verdict.PERMANENT
-    left = seconds_of_pause(cause.time + LEAVE_TOGETHER, seen.now, LEAVE_TOGETHER.total_seconds())
+    # The pause is subtracted from the time of this reconcile, because a recorded time may be the last that exists.
+    left = seconds_of_pause(cause.time, seen.now - LEAVE_TOGETHER, LEAVE_TOGETHER.total_seconds())
     if not permanent and left > 0 and not all(pod.ended for pod in pods):
         return Decision(state=JobState.ENDING, attempts=attempts, wait_seconds=left)
     closed = close(attempts, current, cause, seen.checkpoints, seen.now)
