@@ -300,8 +300,17 @@ def test_lack_of_memory_is_no_fault_of_a_row(tmp_path: Path, monkeypatch: pytest
         list(read_rows(tmp_path / "a.jsonl", "dataset.train"))
 
 
-def test_a_file_that_may_not_be_read_is_an_outside_failure(tmp_path: Path) -> None:
+def test_a_file_that_may_not_be_read_is_an_outside_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutsideFailure, match=r"^dataset.train: a.jsonl can't be read: No such file or directory$"):
+        list(read_rows(tmp_path / "a.jsonl", "dataset.train"))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.jsonl").write_text("{}")
+    monkeypatch.setattr("finetune_trainer.data.files.lines._json_line", refuse)
+    sentence = rf"^dataset.train: a.jsonl can't be read by the pod's user {os.getuid()}: Permission denied$"
+    with pytest.raises(OutsideFailure, match=sentence):
         list(read_rows(tmp_path / "a.jsonl", "dataset.train"))
 
 

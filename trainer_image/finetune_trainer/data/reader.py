@@ -7,6 +7,7 @@ Whatever a library raises about a file as a whole becomes a UserError here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -167,7 +168,8 @@ def _boundary(file: DataFile, field: str, where: Callable[[], str]) -> Iterator[
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise OutsideFailure(f"{field}: {file.name} can't be read: {error.strerror}") from error
+            who = f" by the pod's user {os.getuid()}" if isinstance(error, PermissionError) else ""
+            raise OutsideFailure(f"{field}: {file.name} can't be read{who}: {error.strerror}") from error
         # Decoders of compressions and of parquet raise whatever a wrong byte makes their code raise.
         kind = file.name.rpartition(".")[2].lower()
         reason = first_line(error)
