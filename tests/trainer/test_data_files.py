@@ -78,7 +78,7 @@ def test_every_kind_is_read_in_every_compression_and_only_the_named_columns(
 
 
 def test_the_kind_of_a_file_follows_from_its_suffixes() -> None:
-    assert kind_of("a/Rows.JSONL.GZ") == (Kind.JSON_LINES, Compression.GZIP, "a/rows.jsonl")
+    assert kind_of("a/Rows.JSONL.GZ") == (Kind.JSON_LINES, Compression.GZIP, "a/Rows.JSONL")
     assert kind_of("rows.json") == (Kind.JSON, Compression.NONE, "rows.json")
     assert [kind_of(name) for name in ("jsonl", "rows.gz", "rows.xlsx", "")] == [None] * 4
 

@@ -117,6 +117,10 @@ def test_files_are_chosen_in_the_order_of_their_paths_and_others_are_left_out_wi
     )
 
 
+def test_names_that_differ_in_case_are_different_files() -> None:
+    assert select(["a.csv", "A.csv", "A.CSV.gz"], FIELD, "s3://b/rows").paths == ["A.CSV.gz", "A.csv", "a.csv"]
+
+
 @pytest.mark.parametrize(
     ("paths", "sentence"),
     [

@@ -37,13 +37,13 @@ class FileKind(NamedTuple):
     kind: Kind
     compression: Compression
     stem: str
-    """The name in small letters without the suffix of the compression, which is equal where the rows are equal."""
+    """The name without the suffix of the compression. Two files with equal stems seem to hold the same rows."""
 
 
 def kind_of(name: str) -> FileKind | None:
     """Return what the file called ``name`` is, or None if the name has no suffix of a data file. Case is ignored."""
     lower = name.lower()
     compression = next((found for found in Compression if found and lower.endswith(found)), Compression.NONE)
-    stem = lower.removesuffix(compression)
-    kind = next((found for found in Kind if stem.endswith(found)), None)
+    stem = name[: len(name) - len(compression)]
+    kind = next((found for found in Kind if stem.lower().endswith(found)), None)
     return FileKind(kind, compression, stem) if kind is not None else None
