@@ -163,8 +163,11 @@ def _agree_locally(path: SchemaPath, value: dict[str, Any], force: SchemaPath) -
     if path == ("dataset", "train") and any("weight" in part for part in value.get("mix", ())):
         value["mix"] = [{"weight": "1", **part} for part in value["mix"]]
     if path[-1] == "huggingFace" and "subset" in value and "path" in value:
-        value.pop("path")
-        value["split"] = "train"
+        if force[:1] == ("subset",):
+            value.pop("path")
+            value["split"] = "train"
+        else:
+            value.pop("subset")
     if path == ("evaluation",) and "minDelta" in value:
         value.setdefault("patience", 1)
     if path == ("deepspeed",) and "CPU" in (value.get("offloadOptimizer"), value.get("offloadParameters")):
